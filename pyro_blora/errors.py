@@ -1,0 +1,34 @@
+"""The exceptions of this library; each message says what was given, what was expected and the fix."""
+
+__all__ = [
+    "BatchError",
+    "CheckpointError",
+    "ConfigurationError",
+    "NoTargetError",
+    "NonFiniteLossError",
+    "ParticleError",
+]
+
+
+class ConfigurationError(ValueError):
+    """An option has a value that cannot work."""
+
+
+class NoTargetError(ConfigurationError):
+    """No layer of the network matches ``target_modules``."""
+
+
+class BatchError(ValueError):
+    """A batch lacks a key, or a tensor in it has the wrong shape, type or range."""
+
+
+class ParticleError(BatchError):
+    """The rows of a batch cannot be shared out evenly among the particles."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the sites at fault."""
+
+
+class CheckpointError(ValueError):
+    """A saved adapter is corrupt, incomplete or made for another base network."""

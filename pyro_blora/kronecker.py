@@ -1,0 +1,74 @@
+"""Kronecker algebra of inducing variables.
+
+With inducing directions ``Z`` (m x d) and noise ``D``, the covariance of one side is
+``Psi = Z Z^T + D^2`` and the map from inducing variables to weights is ``T = Psi^-1 Z`` (columns)
+or its transpose (rows). With ``L L^T = Psi`` and the whitened core ``V``, ``U = L_r V L_c^T``::
+
+    E[dW | U] = sigma T_r U T_c = sigma Q_r^T V Q_c,   Q = L^-1 Z   (m x d)
+
+so only the *whitened directions* ``Q`` are ever needed on the hot path.
+"""
+
+import torch
+from linear_operator.operators import (
+    DiagLinearOperator,
+    KroneckerProductLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+)
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from torch import Tensor
+
+__all__ = ["inducing_covariance", "kronecker_covariance", "lazy_covariance", "whiten"]
+
+
+def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
+    """``Psi = Z Z^T + D^2``.
+
+    Args:
+        Z: inducing directions, ``(..., m, d)``.
+        D: their noise, ``(..., m)``, positive.
+
+    Returns:
+        ``(..., m, m)``, positive definite.
+
+    Example::
+
+        >>> inducing_covariance(torch.ones(2, 3), torch.ones(2)).diagonal()
+        tensor([4., 4.])
+    """
+    return Z @ Z.mT + torch.diag_embed(D.square())
+
+
+def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``Psi`` and the whitened directions.
+
+    Args:
+        Z: ``(..., m, d)``.
+        Psi: ``(..., m, m)``, positive definite.
+
+    Returns:
+        ``L`` with ``L L^T = Psi``, ``(..., m, m)``, and ``Q = L^-1 Z``, ``(..., m, d)``.
+
+    Raises:
+        linear_operator.utils.errors.NotPSDError: ``Psi`` is not positive definite even with jitter.
+        linear_operator.utils.errors.NanError: ``Psi`` has NaN entries.
+
+    Example::
+
+        >>> L, Q = whiten(torch.ones(1, 2), torch.full((1, 1), 4.0))
+        >>> Q
+        tensor([[0.5000, 0.5000]])
+    """
+    L = psd_safe_cholesky(Psi)
+    return L, torch.linalg.solve_triangular(L, Z, upper=False)
+
+
+def lazy_covariance(Z: Tensor, D: Tensor) -> LinearOperator:
+    """``Psi = Z Z^T + D^2`` as a linear operator, ``(..., m, m)``; never dense unless asked."""
+    return RootLinearOperator(Z) + DiagLinearOperator(D.square())
+
+
+def kronecker_covariance(Psi_r: LinearOperator, Psi_c: LinearOperator) -> LinearOperator:
+    """The covariance ``Psi_r (x) Psi_c`` of ``vec U`` (row-major), ``(..., m_r m_c, m_r m_c)``."""
+    return KroneckerProductLinearOperator(Psi_r, Psi_c)

@@ -1,0 +1,139 @@
+"""The low-rank update that a prior returns and the layers apply.
+
+One rule governs all of it: *the rows of the network's batch are shared out evenly among the P
+particles, in order.* A factor that carries a leading particle dimension acts on its own share of
+the rows; a factor without one acts on all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyro_blora.errors import ParticleError
+
+__all__ = ["LayerUpdate", "LowRankUpdate", "Noise", "particle_linear"]
+
+# (x, h, B) -> noise to add to the layer's output; h = A x
+Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def particle_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``, each particle's weight applied to its own share of the rows.
+
+    Args:
+        x: ``(R, ..., d_in)``; with ``P`` particles, rows ``p R/P`` to ``(p+1) R/P`` are the
+            ``p``-th particle's.
+        weight: ``(d_out, d_in)``, shared by all rows, or ``(P, d_out, d_in)``.
+
+    Returns:
+        ``(R, ..., d_out)``.
+
+    Raises:
+        ParticleError: ``R`` is not a multiple of ``P``.
+
+    Example::
+
+        >>> particle_linear(torch.ones(4, 5, 3), torch.ones(2, 7, 3)).shape
+        torch.Size([4, 5, 7])
+    """
+    if weight.dim() == 2:
+        return functional.linear(x, weight)
+    particles = weight.shape[0]
+    if x.shape[0] % particles:
+        raise ParticleError(
+            f"{x.shape[0]} rows cannot be shared out evenly among {particles} particles; choose a "
+            "num_particles that divides the batch size."
+        )
+    shares = x.reshape(particles, -1, x.shape[-1]) @ weight.mT
+    return shares.reshape(*x.shape[:-1], weight.shape[-2])
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The update ``dW = B C A`` of one layer, with ``P`` or no leading particle dimension.
+
+    Attributes:
+        A: ``([P,] r_c, d_in)``.
+        B: ``([P,] d_out, r_r)``.
+        core: ``C``, ``([P,] r_r, r_c)``, or ``None`` for the identity.
+        noise: a function of ``(x, A x, B)`` that gives the noise of the conditional p(W | U) at
+            the layer's output, or ``None``.
+    """
+
+    A: Tensor
+    B: Tensor
+    core: Tensor | None = None
+    noise: Noise | None = None
+
+    def __call__(self, x: Tensor, output: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Adds the update to the layer's output.
+
+        Args:
+            x: the layer's input, ``(R, ..., d_in)``.
+            output: the layer's own output, ``(R, ..., d_out)``.
+            rows: indices of the output features that are computed, where not all are.
+
+        Returns:
+            ``output + B C A x`` plus noise, shaped as ``output``.
+        """
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        if rows is not None:
+            B = B.index_select(-2, rows)
+        h = particle_linear(x, A)
+        g = h if self.core is None else particle_linear(h, self.core.to(x.dtype))
+        output = output + particle_linear(g, B)
+        if self.noise is not None:
+            output = output + self.noise(x, h, B)
+        return output
+
+    def weight(self) -> Tensor:
+        """``dW = B C A`` without its noise, ``([P,] d_out, d_in)``; for tests and for merging."""
+        return (self.B if self.core is None else self.B @ self.core) @ self.A
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The updates ``dW_l = B_l C_l A_l`` of a group of ``n`` layers.
+
+    The last three dimensions of each tensor are layer, output, input; what stands before them is
+    the particles' (any number of dimensions, each factor its own or none).
+
+    Attributes:
+        A: ``(..., n, r_c, d_in)``.
+        B: ``(..., n, d_out, r_r)``.
+        core: ``C``, ``(..., n, r_r, r_c)``, or ``None`` for the identity.
+        noise: one function for each layer (see :class:`LayerUpdate`), or ``None``.
+
+    Example::
+
+        >>> update = LowRankUpdate(torch.ones(2, 1, 4), torch.ones(2, 3, 1))
+        >>> update.layers()[0].weight().shape
+        torch.Size([3, 4])
+    """
+
+    A: Tensor
+    B: Tensor
+    core: Tensor | None = None
+    noise: tuple[Noise, ...] | None = None
+
+    @property
+    def particle_shape(self) -> torch.Size:
+        """The dimensions before those of the layers, broadcast over the factors."""
+        factors = [self.A, self.B] if self.core is None else [self.A, self.B, self.core]
+        return torch.broadcast_shapes(*(f.shape[:-3] for f in factors))
+
+    def layers(self) -> list[LayerUpdate]:
+        """The update of each layer; the particles' dimensions are flattened to one."""
+        A, B = _unstack(self.A), _unstack(self.B)
+        core = [None] * len(A) if self.core is None else _unstack(self.core)
+        noise = self.noise or (None,) * len(A)
+        return [LayerUpdate(*factors) for factors in zip(A, B, core, noise, strict=True)]
+
+
+def _unstack(factor: Tensor) -> tuple[Tensor, ...]:
+    if factor.shape[:-3].numel() == 1:  # one draw is a shared draw: no batched product
+        return factor.reshape(factor.shape[-3:]).unbind(0)
+    return factor.reshape(-1, *factor.shape[-3:]).unbind(1)
