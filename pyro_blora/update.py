@@ -16,8 +16,8 @@ from pyro_blora.errors import ParticleError
 
 __all__ = ["LayerUpdate", "LowRankUpdate", "Noise", "particle_linear"]
 
-# (x, h, B) -> noise to add to the layer's output; h = A x
-Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (x: P x N x d_in, h = A x, B, rows) -> noise to add to the layer's output, P x N x d_out
+Noise = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def particle_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class LayerUpdate:
         A: ``([P,] r_c, d_in)``.
         B: ``([P,] d_out, r_r)``.
         core: ``C``, ``([P,] r_r, r_c)``, or ``None`` for the identity.
-        noise: a function of ``(x, A x, B)`` that gives the noise of the conditional p(W | U) at
-            the layer's output, or ``None``.
+        noise: a function of ``(x, A x, B, rows)`` that gives the noise of the conditional
+            p(W | U) at the layer's output (see ``conditional.py``), or ``None``.
     """
 
     A: Tensor
@@ -86,8 +86,16 @@ class LayerUpdate:
         g = h if self.core is None else particle_linear(h, self.core.to(x.dtype))
         output = output + particle_linear(g, B)
         if self.noise is not None:
-            output = output + self.noise(x, h, B)
+            shares = (self.particles, -1)
+            x, h = x.reshape(*shares, x.shape[-1]), h.reshape(*shares, h.shape[-1])
+            output = output + self.noise(x, h, B, rows).reshape(output.shape)
         return output
+
+    @property
+    def particles(self) -> int:
+        """``P``; 1 where no factor has a particle dimension."""
+        factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
+        return max(f.shape[0] if f.dim() == 3 else 1 for f in factors)
 
     def weight(self) -> Tensor:
         """``dW = B C A`` without its noise, ``([P,] d_out, d_in)``; for tests and for merging."""

@@ -1,0 +1,95 @@
+"""The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
+
+import copy
+import inspect
+from typing import Any, ClassVar, TypeVar
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["UpdateModel"]
+
+Self = TypeVar("Self", bound="UpdateModel")
+
+
+class UpdateModel(PyroModule):
+    r"""A prior: :math:`p(U)`, and how the update :math:`\Delta W` follows from :math:`U`.
+
+    A prior is made before it knows the layers. :class:`~pyro_blora.BayesianLoRA` then calls
+    :meth:`bind` once for each group, which copies the prior and hands the copy its group.
+    A subclass writes two methods:
+
+    * :meth:`setup` registers the trainable tensors, each a :class:`pyro.nn.PyroParam`;
+    * :meth:`forward` samples every site inside :meth:`plate` and returns the update.
+
+    Its constructor keeps each argument under the argument's own name, so that checkpoints and
+    ``repr`` can read it back.
+
+    Attributes:
+        roles: for each trainable tensor, the learning rate it takes in
+            :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
+
+    Example::
+
+        class Plain(UpdateModel):
+            def __init__(self, *, rank: int = 8) -> None:
+                super().__init__()
+                self.rank = rank
+
+            def setup(self, group: LayerGroup) -> None:
+                self.A = PyroParam(self.randn(group.n, self.rank, group.d_in) / group.d_in**0.5)
+
+            def forward(self) -> LowRankUpdate:
+                with self.plate():
+                    B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
+                return LowRankUpdate(A=self.A, B=B)  # A: n x r x d_in, B: [P x] n x d_out x r
+    """
+
+    roles: ClassVar[dict[str, str]] = {}
+    group: LayerGroup
+
+    def bind(self: Self, group: LayerGroup) -> Self:
+        """A copy of this prior for ``group``, with its parameters registered."""
+        bound = copy.deepcopy(self)
+        bound.group = group
+        bound.setup(group)
+        return bound
+
+    def setup(self, group: LayerGroup) -> None:
+        """Registers the trainable tensors of this prior for ``group``."""
+        raise NotImplementedError(f"{type(self).__name__} must define setup(group).")
+
+    def forward(self) -> LowRankUpdate:
+        """Samples the sites and returns the update. Factors are ``(..., n, rows, columns)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward().")
+
+    def site(self, name: str) -> str:
+        """The full name of a site of this group: ``"q_proj.V"``."""
+        return f"{self.group.name}.{name}"
+
+    def plate(self) -> pyro.plate:
+        """The plate over the group's ``n`` layers, at dimension -1."""
+        return pyro.plate(self.site("layers"), self.group.n, dim=-1)
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal numbers on the group's device, to start a parameter with."""
+        return torch.randn(*shape, device=self.group.device)
+
+    def normal(self, *event_shape: int, scale: Tensor | float = 1.0) -> pyro.distributions.Normal:
+        """Independent normals of mean zero and the given scale, as one event."""
+        scale = torch.as_tensor(scale, device=self.group.device)
+        base = pyro.distributions.Normal(torch.zeros_like(scale), scale)
+        return base.expand(event_shape).to_event(len(event_shape))
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments and their values."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        return f"{type(self).__name__}({options})"

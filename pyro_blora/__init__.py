@@ -1,0 +1,12 @@
+"""Bayesian low-rank adapters for language models, as Pyro models with Kronecker inducing variables.
+
+Three nouns: a prior (``pyro_blora.models``), a guide (``pyro_blora.guides``) and a likelihood
+(``pyro_blora.likelihoods``); each is swapped by passing another object to :class:`BayesianLoRA`.
+"""
+
+from pyro_blora import guides, likelihoods, models
+from pyro_blora._version import __version__
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.prediction import Prediction
+
+__all__ = ["BayesianLoRA", "Prediction", "__version__", "guides", "likelihoods", "models"]

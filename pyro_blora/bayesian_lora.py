@@ -1,0 +1,258 @@
+"""The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guide import StructuredGuide, latent_sites
+from pyro_blora.guides import MatrixNormal, SiteGuide
+from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
+from pyro_blora.model import BayesianLoRAModel, repeat_batch
+from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.prediction import Prediction
+from pyro_blora.targets import find_targets, group_layers
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["BayesianLoRA"]
+
+GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
+
+
+class BayesianLoRA(PyroModule):
+    """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
+
+    The network is frozen and gets a hook on each target layer; nothing in it is rebuilt, and
+    :meth:`unwrap` gives it back exactly. :attr:`model` and :attr:`guide` are ordinary Pyro
+    callables of one argument, the batch.
+
+    Args:
+        net: a Hugging Face transformer, or any module with linear layers.
+        target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
+            ``None`` for the architecture's usual attention projections. ``lm_head`` may be among
+            them, tied or not.
+        prior: what p(U) is and how the update follows. Default: ``KroneckerInducing()``.
+        guide: what q(U) is: a guide family, or a callable that makes a guide from the model, such
+            as any ``pyro.infer.autoguide`` class. Default: ``MatrixNormal()``.
+        likelihood: how the logits explain a batch. Default: ``CausalLM()``.
+        exclude_modules: suffixes or a regular expression of layers to leave alone.
+        layers_to_transform: indices of the blocks to adapt. Default: all.
+
+    Raises:
+        NoTargetError: no layer matches.
+        ConfigurationError: a rank is too large for a layer, or a layer is adapted already.
+
+    Reference:
+        Bayesian-LoRA, arXiv:2601.21003.
+
+    Example::
+
+        blora = BayesianLoRA(net, target_modules=["q_proj", "v_proj"],
+                             prior=KroneckerInducing(rank=8), guide=MatrixNormal(),
+                             likelihood=MultipleChoice(num_data=len(train)))
+        svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 5e-3}), TraceMeanField_ELBO())
+        for batch in loader:
+            svi.step(batch)
+        blora.predict(batch, num_samples=10).probs  # B x K
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        target_modules: str | Sequence[str] | None = None,
+        prior: UpdateModel | None = None,
+        guide: SiteGuide | GuideFactory | None = None,
+        likelihood: Likelihood | None = None,
+        exclude_modules: str | Sequence[str] = (),
+        layers_to_transform: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        targets = find_targets(
+            net,
+            target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+        )
+        self.prior_family = (KroneckerInducing() if prior is None else prior,)
+        self.guide_family = (MatrixNormal() if guide is None else guide,)
+        self._net = (net,)
+        self._targets = tuple(targets)
+        groups = group_layers(targets)
+        _check_kind("prior", self.prior_family[0], UpdateModel)
+        likelihood = CausalLM() if likelihood is None else likelihood
+        _check_kind("likelihood", likelihood, Likelihood)
+        self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
+        self.guide = self._make_guide()
+        self._frozen = tuple((p, p.requires_grad) for p in net.parameters())
+        self.model.attach()
+        for parameter, _ in self._frozen:
+            parameter.requires_grad_(False)
+
+    def _make_guide(self) -> nn.Module:
+        family = self.guide_family[0]
+        with torch.no_grad():
+            trace = pyro.poutine.trace(self.model.updates).get_trace()
+        sites = latent_sites(trace)
+        # Plates of the prior; the particles' dimension stands just outside of them.
+        frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+        self.max_plate_nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
+        if isinstance(family, SiteGuide):
+            model = self.model
+            return StructuredGuide(family, sites, lambda: model.kl_weight)
+        if not callable(family):
+            raise ConfigurationError(
+                f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable "
+                "that makes a guide from a model, such as pyro.infer.autoguide.AutoNormal."
+            )
+        return family(self.model)
+
+    @property
+    def net(self) -> nn.Module:
+        """The wrapped network."""
+        return self._net[0]
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood."""
+        return self.model.likelihood
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained: those of the prior and of the guide."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def unwrap(self) -> nn.Module:
+        """Takes the hooks off and gives the network back exactly as it was."""
+        self.model.detach()
+        for parameter, required_grad in self._frozen:
+            parameter.requires_grad_(required_grad)
+        return self.net
+
+    def sample_updates(self, num_samples: int, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+        """Posterior draws of the updates by group, without gradient.
+
+        Args:
+            num_samples: number of draws ``S``; 0 takes the posterior mean (an AutoGuide's median).
+            batch: what the guide is called with, where it reads its argument.
+
+        Returns:
+            Updates whose factors have a leading dimension ``S``, or none for ``S = 0``.
+        """
+        with torch.no_grad():
+            if num_samples == 0:
+                guide: Any = self.guide
+                values = guide.center() if hasattr(guide, "center") else guide.median(batch)
+                return pyro.poutine.condition(self.model.updates, data=values)()
+            with pyro.plate("posterior_samples", num_samples, dim=-1 - self.max_plate_nesting):
+                trace = pyro.poutine.trace(self.guide).get_trace(batch)
+                return pyro.poutine.replay(self.model.updates, trace=trace)()
+
+    @contextmanager
+    def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
+        """Within, the network itself runs under one posterior draw, or under the mean.
+
+        Args:
+            num_samples: 0 for the posterior mean, 1 for one draw, held fixed within; ``S`` draws
+                share out the rows of whatever batch the network is given.
+
+        Yields:
+            The network, for ``net.generate(...)`` and the like.
+        """
+        with self.model.applied(self.sample_updates(num_samples)) as net:
+            yield net
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, num_samples: int = 10, *, max_rows: int = 256) -> Prediction:
+        """The posterior predictive of the labels of a batch.
+
+        Args:
+            batch: as in training; labels are not needed.
+            num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: 10.
+            max_rows: most examples to run at once, all draws together; a limit on memory.
+
+        Returns:
+            Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows
+            from them.
+
+        Raises:
+            ConfigurationError: ``num_samples`` is negative.
+            BatchError: the batch is not what the likelihood takes.
+        """
+        if num_samples < 0:
+            raise ConfigurationError(
+                f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
+            )
+        examples = self.likelihood.examples(batch)
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            if num_samples == 0:
+                with self.model.applied(_mean(self.sample_updates(0, batch))) as net:
+                    return Prediction(self.likelihood.logits(net, batch).softmax(-1).unsqueeze(0))
+            chunk = max(1, min(num_samples, max_rows // examples))
+            samples = []
+            for start in range(0, num_samples, chunk):
+                draws = min(chunk, num_samples - start)
+                with self.model.applied(self.sample_updates(draws, batch)) as net:
+                    logits = self.likelihood.logits(net, repeat_batch(batch, draws))
+                samples.append(logits.softmax(-1).unflatten(0, (draws, examples)))
+            return Prediction(torch.cat(samples))
+        finally:
+            self.net.train(was_training)
+
+    def kl(self) -> Tensor | None:
+        """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
+        if not isinstance(self.guide, StructuredGuide):
+            return None
+        with torch.no_grad():
+            guide = pyro.poutine.trace(self.guide).get_trace()
+            model = pyro.poutine.trace(
+                pyro.poutine.replay(self.model.updates, trace=guide)
+            ).get_trace()
+            total = torch.zeros(())
+            for name in guide.stochastic_nodes:
+                if name in model.nodes and not name.endswith(".layers"):
+                    q, p = guide.nodes[name]["fn"], model.nodes[name]["fn"]
+                    total = total + torch.distributions.kl_divergence(q, p).sum().cpu()
+            return total
+
+    def __repr__(self) -> str:
+        prior, guide = self.prior_family[0], self.guide_family[0]
+        name = getattr(guide, "__name__", repr(guide))
+        lines = [
+            f"BayesianLoRA({type(self.net).__name__})",
+            f"  prior:      {prior!r}",
+            f"  guide:      {name}",
+            f"  likelihood: {type(self.likelihood).__name__}(num_data={self.likelihood.num_data})",
+        ]
+        for group in self.model.groups:
+            count = sum(p.numel() for p in getattr(self.model, group.name).parameters())
+            lines.append(
+                f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
+                f"{count:,} parameters in the prior"
+            )
+        frozen = sum(p.numel() for p, _ in self._frozen)
+        trained = self.trainable_parameters
+        lines.append(
+            f"  trainable: {trained:,} of {trained + frozen:,} ({trained / (trained + frozen):.2%})"
+        )
+        return "\n".join(lines)
+
+
+def _check_kind(option: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        made = " Pass an object, not the class." if isinstance(value, type) else ""
+        raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")
+
+
+def _mean(updates: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
+    """Updates without the noise of the conditional."""
+    return {
+        name: LowRankUpdate(update.A, update.B, update.core) for name, update in updates.items()
+    }

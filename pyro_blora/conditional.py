@@ -1,0 +1,152 @@
+r"""The noise of the conditional :math:`p(W \mid U)` of a Kronecker inducing prior.
+
+Given ``U``, ``vec W`` has covariance ``s^2 (I - R (x) Q_c^T Q_c)`` with ``s = sigma lambda``,
+``R = Q_r^T Q_r`` and the whitened directions ``Q`` of ``kronecker.py``. No ``d_out x d_in`` sample
+is needed: a layer only shows the noise through its outputs.
+
+* :class:`MarginalNoise` draws every output at every position by itself, with the exact variance
+  ``s^2 (|x|^2 - q_i |Q_c x|^2)``, ``q_i = R_ii``. The correlations between outputs (``R`` off its
+  diagonal, of order ``m / d_out``) and between positions are left out.
+* :class:`JointNoise` draws what one weight gives to all outputs at all positions of a particle:
+  a shared draw in the span of ``Q_c`` plus the rest through the Gram matrix of the inputs.
+* :func:`weight_noise` draws the weight itself, to test the two others against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["JointNoise", "MarginalNoise", "conditional_kl", "weight_noise"]
+
+
+def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
+    r"""``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
+
+    The two conditionals share their mean and differ by the factor ``lambda^2`` in covariance, so
+    the KL does not depend on ``U``.
+
+    Args:
+        lam: lambda, any shape, positive.
+        d_out: number of output features.
+        d_in: number of input features.
+
+    Returns:
+        The KL, shaped as ``lam``; zero at lambda = 1.
+
+    Example::
+
+        >>> conditional_kl(torch.tensor(1.0), 5, 6)
+        tensor(0.)
+    """
+    return d_out * d_in * (0.5 * lam.square() - lam.log() - 0.5)
+
+
+@dataclass(frozen=True)
+class MarginalNoise:
+    """Noise with the exact variance of each output at each position, drawn independently.
+
+    Attributes:
+        scale: ``s = sigma lambda``, a scalar or ``(P,)``.
+    """
+
+    scale: Tensor
+
+    def __call__(self, x: Tensor, h: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
+        """Draws the noise.
+
+        Args:
+            x: inputs, ``(P, N, d_in)``.
+            h: ``Q_c x``, ``(P, N, m_c)``.
+            B: ``Q_r^T``, ``(d_out, m_r)``, or the rows of it that are computed.
+            rows: unused here: ``B`` has them.
+
+        Returns:
+            ``(P, N, d_out)``.
+        """
+        return self.variance(x, h, B).sqrt().to(x.dtype) * torch.randn(
+            *x.shape[:-1], B.shape[-2], dtype=x.dtype, device=x.device
+        )
+
+    def variance(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """``s^2 (|x|^2 - q_i |h|^2)``, ``(P, N, d_out)``, in at least single precision."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        a = x.to(dtype).square().sum(-1, keepdim=True)
+        b = h.to(dtype).square().sum(-1, keepdim=True)
+        q = B.to(dtype).square().sum(-1)
+        floor = torch.finfo(dtype).tiny  # sqrt has no gradient at zero
+        return self.scale.reshape(-1, 1, 1).square() * (a - q * b).clamp_min(floor)
+
+
+@dataclass(frozen=True)
+class JointNoise:
+    """Noise as one weight gives it to all outputs at all positions of a particle.
+
+    With ``F = L^-1 D``, ``G = Q Q^T = I - F F^T`` and ``C C^T = G`` on either side, the extended
+    Matheron rule for ``W`` needs only what ``E`` (d_out x d_in, standard normal) does in the span
+    of ``Q_c`` (``e = E Q_c^T``) and to the inputs outside of that span.
+
+    Attributes:
+        scale: ``s = sigma lambda``, a scalar or ``(P,)``.
+        Q_r: ``(m_r, d_out)``.
+        F_r: ``(m_r, m_r)``.
+        C_r: ``(m_r, m_r)``.
+        Q_c: ``(m_c, d_in)``.
+        F_c: ``(m_c, m_c)``.
+        C_c: ``(m_c, m_c)``.
+
+    Reference:
+        Ritter et al. 2021, arXiv:2105.14594, section 3.3.
+    """
+
+    scale: Tensor
+    Q_r: Tensor
+    F_r: Tensor
+    C_r: Tensor
+    Q_c: Tensor
+    F_c: Tensor
+    C_c: Tensor
+
+    def __call__(self, x: Tensor, h: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
+        """Draws the noise; arguments and result as in :meth:`MarginalNoise.__call__`."""
+        dtype = self.Q_r.dtype
+        x, h, out = x.to(dtype), h.to(dtype), x.dtype
+        particles, d_out = x.shape[0], self.Q_r.shape[-1]
+        e = _randn(x, particles, d_out, self.C_c.shape[-1]) @ self.C_c.mT  # E Q_c^T
+        U = self._matheron(e)
+        g = torch.cholesky_solve(h.mT, self.C_c)  # G_c^-1 h, P x m_c x N
+        inside = g.mT @ e.mT
+        # More positions than free directions leave the Gram matrix singular, hence the double
+        # precision and the jitter.
+        outer = x.double() - g.mT.double() @ self.Q_c.double()
+        gram = outer @ outer.mT
+        jitter = 1e-12 + 1e-10 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=x.device)
+        root = torch.linalg.cholesky(gram + jitter[:, None, None] * eye).to(dtype)
+        outside = root @ _randn(x, particles, x.shape[1], d_out)
+        noise = inside + outside - (h @ U.mT) @ self.Q_r
+        if rows is not None:
+            noise = noise.index_select(-1, rows)
+        return (self.scale.reshape(-1, 1, 1) * noise).to(out)
+
+    def _matheron(self, e: Tensor) -> Tensor:
+        """A draw of the whitened ``U`` that belongs to ``E``, ``(P, m_r, m_c)``."""
+        shape = (e.shape[0], self.F_r.shape[-1], self.F_c.shape[-1])
+        E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
+        return (
+            self.Q_r @ e
+            + self.C_r @ E2 @ self.F_c.mT
+            + self.F_r @ E3 @ self.C_c.mT
+            + self.F_r @ E4 @ self.F_c.mT
+        )
+
+
+def weight_noise(noise: JointNoise) -> Tensor:
+    """One draw of ``W - E[W | U]`` as a dense weight, ``(d_out, d_in)``; for tests only."""
+    E = _randn(noise.Q_c, noise.Q_r.shape[-1], noise.Q_c.shape[-1])
+    U = noise._matheron((E @ noise.Q_c.mT).unsqueeze(0))[0]
+    return noise.scale * (E - noise.Q_r.mT @ U @ noise.Q_c)
+
+
+def _randn(like: Tensor, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=like.dtype, device=like.device)

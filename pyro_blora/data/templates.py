@@ -1,0 +1,90 @@
+"""How a question becomes a prompt, and how its answers are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .items import DataError, Item
+
+Scoring = Literal["options", "labels"]
+
+
+@dataclass(frozen=True)
+class Template:
+    r"""A prompt with a way of scoring.
+
+    With ``scoring="options"`` each choice is scored by its log-likelihood as the text
+    ``" " + choice`` after the prompt. With ``scoring="labels"`` the answer is a softmax over the
+    tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
+
+    :param prompt: the text, in which ``{q}`` stands for the question.
+    :param scoring: ``"options"`` or ``"labels"``.
+    :param label_words: for ``"labels"`` only, one word a class, with its leading space.
+    :raises DataError: if ``{q}`` is not in the prompt, the scoring is unknown, or label words
+        are missing or given where they have no use.
+
+    Example::
+
+        >>> template = Template("Question: {q}\nAnswer:", "options")
+        >>> template.format(Item("a", "2 + 2?", ("3", "4"), 1))
+        'Question: 2 + 2?\nAnswer:'
+    """
+
+    prompt: str
+    scoring: Scoring
+    label_words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if "{q}" not in self.prompt:
+            raise DataError(f"the prompt {self.prompt!r} has no {{q}}: say where the question goes")
+        if self.scoring not in ("options", "labels"):
+            raise DataError(f"scoring is {self.scoring!r}: choose 'options' or 'labels'")
+        if self.scoring == "labels" and len(self.label_words) < 2:
+            raise DataError(
+                f"label_words is {self.label_words!r}: scoring 'labels' needs one word a class, "
+                "such as (' no', ' yes')"
+            )
+        if self.scoring == "options" and self.label_words:
+            raise DataError(
+                f"label_words is {self.label_words!r}, but scoring 'options' reads none: "
+                "leave it out, or use scoring='labels'"
+            )
+
+    def format(self, item: Item) -> str:
+        """Return the prompt of one item, without an answer."""
+        return self.prompt.replace("{q}", item.question)
+
+
+_QUESTION = Template("Question: {q}\nAnswer:", "options")
+
+_TEMPLATES = {
+    "sst2": Template(
+        "Review: {q}\nSentiment (negative or positive):", "labels", (" negative", " positive")
+    ),
+    "ag_news": Template(
+        "Article: {q}\nTopic (world, sports, business or technology):",
+        "labels",
+        (" world", " sports", " business", " technology"),
+    ),
+    # the question of the data ends with its own question mark; choices are ("false", "true")
+    "boolq": Template("Question: {q}\nAnswer (yes or no):", "labels", (" no", " yes")),
+}
+
+
+def template_for(task: str) -> Template:
+    """Return the template of a task.
+
+    ``sst2``, ``ag_news`` and ``boolq`` are scored by label words. Every other task, known or
+    not, is scored by the log-likelihood of its options.
+
+    :param task: the name of a task, such as ``"arc_easy"``.
+
+    Example::
+
+        >>> template_for("boolq").label_words
+        (' no', ' yes')
+        >>> template_for("arc_easy").scoring
+        'options'
+    """
+    return _TEMPLATES.get(task, _QUESTION)

@@ -1,0 +1,98 @@
+"""Logits at the positions and tokens that are read, and at no others.
+
+The output head of a language model is a large part of its cost, and a likelihood reads few of its
+rows. The network's own forward is run, so scalings and soft-caps after the head stay in place;
+only what enters the head, and which of its rows are computed, is narrowed.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.layers import Adapter, adapter_of
+
+__all__ = ["logits_at"]
+
+
+def logits_at(
+    net: nn.Module,
+    inputs: Mapping[str, Any],
+    positions: Tensor,
+    mask: Tensor,
+    token_ids: Tensor | None = None,
+) -> Tensor:
+    """The network's logits at some positions of each row.
+
+    Args:
+        net: a language model with an output head (``get_output_embeddings``).
+        inputs: its keyword arguments, ``R`` rows.
+        positions: positions to read in each row, ``(R, S)``.
+        mask: which of them are real, ``(R, S)``, boolean.
+        token_ids: the vocabulary entries to compute, ``(C,)``; default all.
+
+    Returns:
+        ``(mask.sum(), C)`` in single precision: the real positions in row-major order.
+
+    Raises:
+        ConfigurationError: the network has no output head.
+    """
+    getter = getattr(net, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is None:
+        raise ConfigurationError(
+            f"{type(net).__name__} has no language-model head; load it as a causal language model, "
+            "or use SequenceClassification."
+        )
+    adapter = adapter_of(head)
+    per_row = adapter is not None and adapter.update is not None
+    with _narrowed(head, adapter, positions, None if per_row else mask, token_ids):
+        logits: Tensor = net(**inputs, use_cache=False).logits.float()
+    if token_ids is not None and logits.shape[-1] != len(token_ids):
+        logits = logits[..., token_ids]
+    return logits[mask] if per_row else logits.squeeze(0)
+
+
+@contextmanager
+def _narrowed(
+    head: nn.Module,
+    adapter: Adapter | None,
+    positions: Tensor,
+    mask: Tensor | None,
+    token_ids: Tensor | None,
+) -> Iterator[None]:
+    """Within, ``head`` sees only ``positions`` and computes only ``token_ids``.
+
+    Without a mask the head's input keeps its rows, ``(R, S, d)``, as the particles' shares need;
+    with one it is the flat list of real positions, ``(1, mask.sum(), d)``.
+    """
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
+        if mask is None:
+            return (hidden[rows, positions],)
+        return (hidden[rows.expand_as(mask)[mask], positions[mask]].unsqueeze(0),)
+
+    def some_rows(hidden: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias[token_ids]
+        return functional.linear(hidden, head.weight[token_ids], bias)
+
+    handle = head.register_forward_pre_hook(gather)
+    narrow = token_ids is not None and type(head) is nn.Linear
+    try:
+        if narrow:
+            head.forward = some_rows  # type: ignore[method-assign]
+            if adapter is not None:
+                adapter.rows = token_ids
+        yield
+    finally:
+        handle.remove()
+        if narrow:
+            del head.forward
+            if adapter is not None:
+                adapter.rows = None

@@ -1,0 +1,117 @@
+"""The contract of a likelihood: how the wrapped network's logits explain a batch."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError, ConfigurationError
+
+__all__ = ["Batch", "Likelihood"]
+
+Batch = Mapping[str, Any]
+
+
+class Likelihood:
+    """p(labels | network, batch).
+
+    A subclass writes :meth:`logits` and, where the labels are not one class for each example,
+    :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
+    set by ``pyro.plate("data", num_data, ...)``.
+
+    Args:
+        num_data: number of examples in the training set, ``N``. Without it the batch is taken for
+            the whole data set, with a warning: the KL would outweigh the data by ``N / B``.
+
+    Raises:
+        ConfigurationError: ``num_data`` is not positive.
+    """
+
+    def __init__(self, *, num_data: int | None = None) -> None:
+        if num_data is not None and num_data < 1:
+            raise ConfigurationError(
+                f"num_data={num_data} must be the number of training examples, at least 1; is the "
+                "data set empty?"
+            )
+        self.num_data = num_data
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """Unnormalised log-probabilities of the classes, ``(B, ..., C)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define logits(net, batch).")
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The observed labels, ``(B, ...)``, or ``None`` where the batch has none."""
+        return batch.get("labels")
+
+    def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
+        """The distribution of the labels given the logits."""
+        return pyro.distributions.Categorical(logits=logits)
+
+    def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> Tensor:
+        """Scores the labels under the data plate.
+
+        Args:
+            net: the network, its updates in place.
+            batch: the rows of all particles, in order.
+            particles: shape of the particles; their product divides the number of examples.
+            num_data: ``N`` where the likelihood was not told.
+
+        Returns:
+            The negative log-likelihood per example, averaged over the batch; no gradient.
+        """
+        logits = self.logits(net, batch)
+        labels = self.labels(batch)
+        share = logits.shape[0] // max(particles.numel(), 1)
+        logits = logits.reshape(*particles, share, *logits.shape[1:])
+        if labels is not None:
+            labels = labels.reshape(*particles, share, *labels.shape[1:])
+            self.check_labels(labels, logits)
+        if self.num_data is None:
+            warnings.warn(
+                f"{type(self).__name__} was not told num_data and takes this batch of {num_data} "
+                "for the whole data set; pass num_data=len(train).",
+                stacklevel=2,
+            )
+        size = self.num_data or num_data
+        q = self.distribution(logits, labels)
+        with pyro.plate("data", size, subsample=torch.arange(share), dim=-1):
+            pyro.sample("labels", q, obs=labels)
+        with torch.no_grad():
+            return logits.new_zeros(()) if labels is None else -q.log_prob(labels).mean()
+
+    def check_labels(self, labels: Tensor, logits: Tensor) -> None:
+        """Raises BatchError where a label names no class; one look at the data a batch."""
+        if labels.shape != logits.shape[:-1]:
+            raise BatchError(
+                f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
+                f"{tuple(logits.shape[:-1])} examples."
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= logits.shape[-1]:
+            raise BatchError(
+                f"labels range from {low} to {high}, but {type(self).__name__} has classes 0 to "
+                f"{logits.shape[-1] - 1}; check the label mapping of the data set."
+            )
+
+    def examples(self, batch: Batch) -> int:
+        """Number of examples ``B`` in a batch.
+
+        Raises:
+            BatchError: a key is missing, or the batch is empty.
+        """
+        for key in self.keys:
+            if key not in batch:
+                raise BatchError(
+                    f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "
+                    f"{', '.join(map(str, batch))}."
+                )
+        count = len(batch[self.keys[0]])
+        if not count:
+            raise BatchError("The batch is empty.")
+        return count
+
+    keys: tuple[str, ...] = ("input_ids", "attention_mask")

@@ -1,0 +1,78 @@
+"""Token-level likelihood for free-form fine-tuning."""
+
+import pyro
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError
+from pyro_blora.heads import logits_at
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.packing import compact
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM(Likelihood):
+    r"""The next-token likelihood, :math:`\sum_t \log p(y_t \mid y_{<t})` for each sequence.
+
+    Args:
+        num_data: number of training sequences.
+
+    A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``B x T``; labels of -100
+    are not scored (prompts, padding), and each label stands at its own token's position, as
+    everywhere in transformers. Without labels every real token is predicted.
+
+    Example::
+
+        likelihood = CausalLM(num_data=len(train))
+        likelihood.logits(net, batch).shape  # B x S x V, S = most scored tokens in a sequence
+    """
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """Logits that predict each scored token, ``(B, S, V)``, the real ones first."""
+        positions, _, mask = self._scored(batch)
+        flat = logits_at(net, {key: batch[key] for key in self.keys}, positions, mask)
+        logits = flat.new_zeros(*mask.shape, flat.shape[-1])
+        return logits.masked_scatter(mask.unsqueeze(-1), flat)
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The scored tokens, ``(B, S)``, padded with -100."""
+        if batch.get("labels") is None:
+            return None
+        _, targets, mask = self._scored(batch)
+        return targets.masked_fill(~mask, -100)
+
+    def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
+        """Independent categoricals over the scored tokens, one event a sequence."""
+        tokens = pyro.distributions.Categorical(logits=logits)
+        if labels is None:
+            return tokens.to_event(1)
+        return _IgnoringCategorical(logits=logits).mask(labels != -100).to_event(1)
+
+    def check_labels(self, labels: Tensor, logits: Tensor) -> None:
+        """As for classes, with -100 allowed."""
+        super().check_labels(labels.clamp_min(0).masked_fill(labels == -100, 0), logits)
+        if int(labels.min()) < -100 or bool(((labels < 0) & (labels != -100)).any()):
+            raise BatchError("labels must be token ids, or -100 where a token is not scored.")
+
+    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        real = batch["attention_mask"].bool()
+        labels = batch.get("labels")
+        if labels is None:
+            labels = batch["input_ids"].masked_fill(~real, -100)
+        index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
+        # A token is predicted from the one before it, so one without a predecessor is not scored.
+        before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
+        mask, (positions, targets) = compact((labels != -100) & before, index - 1, labels)
+        return positions.clamp_min(0), targets, mask
+
+
+class _IgnoringCategorical(pyro.distributions.Categorical):
+    """A categorical that accepts -100; the mask around it drops those scores."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.clamp_min(0))
+
+    def _validate_sample(self, value: Tensor) -> None:
+        super()._validate_sample(value.clamp_min(0))

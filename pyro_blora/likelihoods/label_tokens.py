@@ -1,0 +1,52 @@
+"""Classification by the next token, restricted to the answer tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.heads import logits_at
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+
+__all__ = ["LabelTokens"]
+
+
+class LabelTokens(Likelihood):
+    r"""A softmax over single answer tokens at the last position of the prompt.
+
+    :math:`p(y = c \mid x) \propto \exp \ell_{a_c}(x)`, with :math:`\ell` the logits after the last
+    token and :math:`a_c` the token that stands for class :math:`c`. This is the protocol of the
+    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA papers. Only the
+    rows of the head that belong to answer tokens are computed, at that one position.
+
+    Args:
+        token_ids: the answer tokens, one for each class, in the order of the classes.
+        num_data: number of training examples.
+
+    A batch has ``input_ids`` and ``attention_mask`` (``B x T``, padded on either side) and
+    ``labels`` (``B``).
+
+    Example::
+
+        likelihood = LabelTokens(token_ids=[4191, 2730], num_data=len(train))
+        likelihood.logits(net, batch).shape  # B x 2
+    """
+
+    def __init__(self, *, token_ids: Sequence[int], num_data: int | None = None) -> None:
+        super().__init__(num_data=num_data)
+        if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids):
+            raise ConfigurationError(
+                f"token_ids={list(token_ids)} must be at least two different tokens, one a class."
+            )
+        self.token_ids = tuple(token_ids)
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The answer tokens' logits after the prompt's last token, ``(B, C)``."""
+        inputs = {key: batch[key] for key in self.keys}
+        mask = inputs["attention_mask"]
+        index = torch.arange(mask.shape[-1], device=mask.device)
+        last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
+        real = torch.ones_like(last, dtype=torch.bool)
+        tokens = torch.tensor(self.token_ids, device=mask.device)
+        return logits_at(net, inputs, last, real, tokens)

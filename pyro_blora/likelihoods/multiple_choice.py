@@ -1,0 +1,88 @@
+"""Multiple choice by the log-likelihood of each option after the question."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.heads import logits_at
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.packing import pack, supports_packing, unpacked, wants_additive_mask
+
+__all__ = ["MultipleChoice"]
+
+
+class MultipleChoice(Likelihood):
+    r"""A softmax over the options' scores under a causal language model.
+
+    The score of option :math:`k` with tokens :math:`t_1 \dots t_n` after question :math:`q` is
+    :math:`\frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j})`, or the sum.
+
+    Args:
+        num_data: number of training examples.
+        score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
+        pack: whether to encode an item's question once for all of its options, which gives the
+            same scores for fewer tokens. Default: where the network supports it (it is asked once).
+
+    A batch has ``input_ids``, ``attention_mask`` and ``option_mask`` (true at the tokens to
+    score), each ``B x K x T`` and right padded, and ``labels`` (``B``). An option with nothing to
+    score counts as absent: its probability is zero.
+
+    Raises:
+        BatchError: the tensors' shapes disagree, or the label of an item is an absent option.
+
+    Example::
+
+        likelihood = MultipleChoice(num_data=len(train))
+        likelihood.logits(net, batch).shape  # B x K
+    """
+
+    keys = ("input_ids", "attention_mask", "option_mask")
+
+    def __init__(
+        self,
+        *,
+        num_data: int | None = None,
+        score: Literal["mean", "sum"] = "mean",
+        pack: bool | None = None,
+    ) -> None:
+        super().__init__(num_data=num_data)
+        if score not in ("mean", "sum"):
+            raise ConfigurationError(f"score={score!r} is not one of ('mean', 'sum').")
+        self.score = score
+        self.pack = pack
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The options' scores, ``(B, K)``; minus infinity for an absent option."""
+        shapes = {key: tuple(batch[key].shape) for key in self.keys}
+        if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 3:
+            raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
+        if self.pack is None:
+            self.pack = supports_packing(net)
+        tensors = {key: batch[key] for key in self.keys}
+        rows = (
+            pack(tensors, additive=wants_additive_mask(net)) if self.pack else unpacked(tensors)
+        )
+        logits = logits_at(net, rows.inputs, rows.positions, rows.mask)
+        chosen = logits.gather(-1, rows.targets[rows.mask].unsqueeze(-1)).squeeze(-1)
+        logp = chosen - logits.logsumexp(-1)
+        items, options, _ = shapes["input_ids"]
+        item = torch.arange(items, device=logp.device).unsqueeze(-1)
+        if not self.pack:
+            item = item.expand(items, options).reshape(-1, 1)
+        total = logp.new_zeros(items * options)
+        total = total.index_add(0, (item * options + rows.options)[rows.mask], logp)
+        count = batch["option_mask"].sum(-1)
+        total = total.reshape(items, options)
+        if self.score == "mean":
+            total = total / count.clamp_min(1)
+        return total.masked_fill(count == 0, -torch.inf)
+
+    def check_labels(self, labels: Tensor, logits: Tensor) -> None:
+        """Also refuses a label whose option is absent, which has probability zero."""
+        super().check_labels(labels, logits)
+        if bool(logits.detach().gather(-1, labels.unsqueeze(-1)).isneginf().any()):
+            raise BatchError(
+                "The label of an item names an option with no token to score; check option_mask."
+            )

@@ -1,0 +1,32 @@
+"""Classification by a head on the whole sequence."""
+
+from torch import Tensor, nn
+
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+
+__all__ = ["SequenceClassification"]
+
+
+class SequenceClassification(Likelihood):
+    """A softmax over the logits of an ``AutoModelForSequenceClassification``.
+
+    The network's own classification head is used as it is; where it starts from random numbers,
+    adapt it too (``target_modules=[..., "classifier"]``).
+
+    Args:
+        num_data: number of training examples.
+
+    A batch has what the network takes, ``input_ids`` and ``attention_mask`` at least (``B x T``),
+    and ``labels`` (``B``).
+
+    Example::
+
+        likelihood = SequenceClassification(num_data=len(train))
+        likelihood.logits(net, batch).shape  # B x C
+    """
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The network's logits, ``(B, C)``."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits: Tensor = net(**inputs).logits
+        return logits.float()

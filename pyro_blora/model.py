@@ -1,0 +1,146 @@
+"""The Pyro model: priors over the updates, the wrapped network, the likelihood.
+
+One direction, no back and forth: every site of every group is sampled up-front, the layers receive
+their factors, the transformer runs, the likelihood scores the labels. Sampling before the forward
+is what lets activation checkpointing and compilation work.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+
+from pyro_blora.errors import ParticleError
+from pyro_blora.layers import Adapter
+from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.models import UpdateModel
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["BayesianLoRAModel", "repeat_batch"]
+
+# The name that Pyro's ELBO gives to the plate of vectorised particles.
+_ELBO_PLATE = "num_particles_vectorized"
+
+
+def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
+    """The whole batch ``times`` over, so that each particle sees every example.
+
+    Args:
+        batch: tensors of ``B`` rows.
+        times: number of repetitions ``S``.
+
+    Returns:
+        Tensors of ``S B`` rows; rows ``s B`` to ``(s + 1) B`` are the ``s``-th repetition.
+    """
+    return {
+        key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+class BayesianLoRAModel(PyroModule):
+    """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
+
+    The frozen network is held where module tracking does not see it, so that Pyro cannot turn its
+    weights into parameters, and ``state_dict`` has the adapter alone.
+
+    Attributes:
+        kl_weight: the weight of the KL against the log-likelihood; 1 is the ELBO. It scales the
+            prior's sites here and the guide's sites in the guide.
+        nll: negative log-likelihood per example of the last batch, a tensor without gradient.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        groups: list[LayerGroup],
+        prior: UpdateModel,
+        likelihood: Likelihood,
+    ) -> None:
+        super().__init__()
+        self._net = (net,)
+        self.groups = tuple(groups)
+        self.likelihood = likelihood
+        self.kl_weight = 1.0
+        self.nll: Tensor | None = None
+        for group in groups:
+            setattr(self, group.name, prior.bind(group))
+        self._adapters: tuple[Adapter, ...] = ()
+
+    def attach(self) -> None:
+        """Puts the hooks on the network's layers."""
+        self._adapters = tuple(
+            Adapter(name, module)
+            for group in self.groups
+            for name, module in zip(group.module_names, group.modules, strict=True)
+        )
+
+    def detach(self) -> None:
+        """Takes the hooks off again."""
+        for adapter in self._adapters:
+            adapter.remove()
+        self._adapters = ()
+
+    def updates(self) -> dict[str, LowRankUpdate]:
+        """Samples the sites of every group, in single precision also under autocast."""
+        device = self.groups[0].device.type
+        with torch.autocast(device, enabled=False), pyro.poutine.scale(scale=self.kl_weight):
+            return {group.name: getattr(self, group.name)() for group in self.groups}
+
+    @contextmanager
+    def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
+        """Within, the network's layers add ``updates``; yields the network."""
+        layers = [layer for group in self.groups for layer in updates[group.name].layers()]
+        try:
+            for adapter, layer in zip(self._adapters, layers, strict=True):
+                adapter.update = layer
+            yield self._net[0]
+        finally:
+            for adapter in self._adapters:
+                adapter.update = None
+
+    def forward(self, batch: Batch) -> dict[str, LowRankUpdate]:
+        """Samples the updates and scores the labels of ``batch``.
+
+        The examples are shared out evenly among the vectorised particles of an ELBO, in order.
+        Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
+        sees the whole batch.
+
+        Returns:
+            The sampled updates by group.
+
+        Raises:
+            ParticleError: the number of particles does not divide the batch.
+            BatchError: the batch is not what the likelihood takes.
+        """
+        examples = self.likelihood.examples(batch)
+        updates = self.updates()
+        particles = torch.broadcast_shapes(*(u.particle_shape for u in updates.values()))
+        count = particles.numel()
+        if count > 1:
+            if not _shares_rows():
+                batch = repeat_batch(batch, count)
+            elif examples % count:
+                raise ParticleError(
+                    f"{examples} examples cannot be shared out evenly among {count} particles. "
+                    f"Choose num_particles from {_divisors(examples)}, drop the last incomplete "
+                    "batch, or use pyro_blora.fit, which sees to it."
+                )
+        with self.applied(updates) as net:
+            self.nll = self.likelihood.observe(net, batch, particles, examples)
+        return updates
+
+
+def _shares_rows() -> bool:
+    return any(isinstance(m, IndepMessenger) and m.name == _ELBO_PLATE for m in _PYRO_STACK)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,148 @@
+"""The options of an item behind one encoding of their question.
+
+The K options of an item repeat its question. A packed row holds the shared prefix once and then
+the rest of every option, with position ids and an attention mask that let each option see the
+prefix and itself: the same numbers for about half the tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Scored", "compact", "pack", "supports_packing", "unpacked", "wants_additive_mask"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows for the network, and which tokens of them are scored for which option.
+
+    Attributes:
+        inputs: keyword arguments of the network, ``R`` rows.
+        positions: where each scored token is predicted, ``(R, S)``: its predecessor.
+        targets: the scored tokens, ``(R, S)``.
+        options: the option each belongs to, ``(R, S)``.
+        mask: which entries are real, ``(R, S)``.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+    targets: Tensor
+    options: Tensor
+    mask: Tensor
+
+
+def compact(keep: Tensor, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Moves the kept entries of each row to its front, in order, and cuts the rest off."""
+    length = max(int(keep.sum(-1).max()), 1)
+    order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[:, :length]
+    return keep.gather(-1, order), [t.gather(-1, order) for t in tensors]
+
+
+def unpacked(batch: Mapping[str, Tensor]) -> Scored:
+    """One row for each option: ``R = B K``."""
+    items, options, length = batch["input_ids"].shape
+    ids = batch["input_ids"].reshape(-1, length)
+    scored = batch["option_mask"].reshape(-1, length).bool()
+    before = (torch.arange(length, device=ids.device) - 1).expand_as(ids)
+    option = torch.arange(options, device=ids.device).repeat(items).unsqueeze(-1).expand_as(ids)
+    mask, (positions, targets, option) = compact(scored, before, ids, option)
+    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"].reshape(-1, length)}
+    return Scored(inputs, positions, targets, option, mask)
+
+
+def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
+    """One row for each item: ``R = B``.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask`` and ``option_mask`` of shape ``B x K x T``, right
+            padded.
+        additive: whether the network wants its mask as numbers to add to the attention scores
+            (``attn_implementation="eager"``) rather than as booleans.
+
+    Returns:
+        The packed rows; position ids and a ``B x 1 x L x L`` attention mask are among the inputs.
+    """
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    scored = batch["option_mask"].bool()
+    items, options, length = ids.shape
+    index = torch.arange(length, device=ids.device)
+    used = scored.any(-1, keepdim=True)
+    # The prefix ends where the options first differ, or where one of them is first scored.
+    differs = ((ids != ids[:, :1]) | (real != real[:, :1])) & used
+    prefix = ((scored | differs).any(1).cumsum(-1) == 0) & real[:, 0]
+    rest = real & used & ~prefix.unsqueeze(1)
+
+    def row(first: Tensor, others: Tensor) -> Tensor:
+        shape = (items, options, length)
+        return torch.cat([first.expand(items, -1), others.expand(shape).reshape(items, -1)], -1)
+
+    segments = torch.arange(options, device=ids.device)[:, None]
+    keep, (tokens, where, segment, score) = compact(
+        row(prefix, rest),
+        row(ids[:, 0], ids),
+        row(index, index),
+        row(torch.full_like(index, -1), segments),
+        row(torch.zeros_like(prefix), scored & rest),
+    )
+    own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
+    seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
+    seen |= torch.eye(tokens.shape[-1], dtype=torch.bool, device=ids.device)  # no empty row
+    attention = seen.unsqueeze(1)
+    if additive:
+        attention = torch.where(attention, 0.0, torch.finfo(torch.float32).min)
+    # The predecessor is the token before, or the prefix's last for an option's first token.
+    place = torch.arange(tokens.shape[-1], device=ids.device).expand_as(tokens)
+    last = prefix.sum(-1, keepdim=True) - 1
+    first = torch.cat([torch.ones_like(keep[:, :1]), segment[:, 1:] != segment[:, :-1]], -1)
+    before = torch.where(first, last, place - 1)
+    mask, (positions, targets, option) = compact(score & keep, before, tokens, segment)
+    inputs = {
+        "input_ids": tokens,
+        "position_ids": where.masked_fill(~keep, 0),
+        "attention_mask": attention,
+    }
+    return Scored(inputs, positions, targets, option.clamp_min(0), mask)
+
+
+def supports_packing(net: nn.Module) -> bool:
+    """Whether packed and unpacked rows give this network the same hidden states.
+
+    Asked of the network itself, by a question of four tokens with two options, because no
+    declaration tells whether an architecture honours position ids and a mask of its own.
+    """
+    vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0))
+    if vocabulary < 8:
+        return False
+    device = next(net.parameters()).device
+    ids = torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 7]]], device=device)
+    scored = torch.zeros_like(ids).bool()
+    scored[..., 4:] = True
+    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
+    packed, plain = pack(probe, additive=wants_additive_mask(net)), unpacked(probe)
+    was_training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            a = _probe_logits(net, packed).reshape(-1)
+            b = _probe_logits(net, plain).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # the architecture refuses the mask or the position ids
+    finally:
+        net.train(was_training)
+    tolerance = 1e-3 if a.dtype == torch.float32 else 5e-2
+    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
+
+
+def _probe_logits(net: nn.Module, rows: Scored) -> Tensor:
+    logits: Tensor = net(**rows.inputs, use_cache=False).logits
+    index = torch.arange(len(logits), device=logits.device).unsqueeze(-1)
+    return logits[index, rows.positions]
+
+
+def wants_additive_mask(net: nn.Module) -> bool:
+    """Whether the network's attention adds its mask (eager) rather than selecting by it."""
+    config: Any = getattr(net, "config", None)
+    return getattr(config, "_attn_implementation", "eager") == "eager"

@@ -1,0 +1,152 @@
+"""What a Bayesian model predicts: class probabilities per posterior sample, and what follows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction:
+    r"""Class probabilities of B items under S posterior samples.
+
+    The predictive distribution is the mean over samples. Its entropy, the *total* uncertainty,
+    splits into an *aleatoric* part, which more training data would not remove, and an *epistemic*
+    part, which says how much the samples disagree:
+
+    .. math::
+        \underbrace{H\Bigl[\tfrac1S\textstyle\sum_s p_s\Bigr]}_{\texttt{entropy}}
+        = \underbrace{\tfrac1S\textstyle\sum_s H[p_s]}_{\texttt{expected\_entropy}}
+        + \underbrace{I[y; s]}_{\texttt{mutual\_information}},
+        \qquad H[p] = -\sum_k p_k \log p_k, \quad 0 \log 0 = 0
+
+    Entropies are in nats, between 0 and :math:`\log K`. The mutual information is what active
+    learning knows as BALD.
+
+    Example::
+
+        >>> prediction = Prediction(torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]))
+        >>> prediction
+        Prediction(samples=(2, 1, 2), confidence=0.500, mutual_information=0.368)
+        >>> prediction.probs.shape, prediction.mutual_information.shape
+        (torch.Size([1, 2]), torch.Size([1]))
+
+    Reference: N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
+    Learning", arXiv:1112.5745.
+
+    :param samples: Probabilities of shape ``(S, B, K)``; each row of K sums to 1 within 1e-3. A
+        choice that an item does not have has probability 0.
+    :raises ValueError: if ``samples`` is not such a tensor.
+    """
+
+    samples: Tensor
+
+    def __post_init__(self) -> None:
+        if self.samples.dim() != 3 or 0 in (self.samples.shape[0], self.samples.shape[2]):
+            raise ValueError(
+                "samples must have the shape (samples, items, choices), with one sample and one "
+                f"choice at least; got {tuple(self.samples.shape)}."
+            )
+        check_probabilities(self.samples, name="samples")
+
+    @property
+    def num_samples(self) -> int:
+        """The number S of posterior samples."""
+        return self.samples.shape[0]
+
+    def __len__(self) -> int:
+        return self.samples.shape[1]
+
+    @property
+    def probs(self) -> Tensor:
+        """The predictive probabilities: the mean over samples, of shape ``(B, K)``."""
+        return self.samples.mean(0)
+
+    @property
+    def predictions(self) -> Tensor:
+        """The most probable choice of each item, of shape ``(B,)`` and dtype int64."""
+        return self.probs.argmax(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The probability of the most probable choice, of shape ``(B,)``."""
+        return self.probs.amax(-1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Total uncertainty: the entropy of :attr:`probs` in nats, of shape ``(B,)``."""
+        return _entropy(self.probs)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty: the mean of the samples' entropies in nats, of shape ``(B,)``."""
+        return _entropy(self.samples).mean(0)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic uncertainty: ``entropy - expected_entropy``, in nats, of shape ``(B,)``."""
+        # By Jensen's inequality not negative, but for rounding
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @classmethod
+    def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
+        """Concatenate over items.
+
+        :param predictions: One or more, of equal :attr:`num_samples`. Where the numbers of choices
+            differ, the missing ones get probability 0.
+        :return: A prediction of ``sum(len(p) for p in predictions)`` items, in order.
+        :raises ValueError: if there is none, or if the numbers of samples differ.
+        """
+        if not predictions:
+            raise ValueError("Prediction.cat needs one prediction or more, got none.")
+        counts = [p.num_samples for p in predictions]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"Prediction.cat needs equal numbers of samples, got {counts}: predict each batch "
+                "with the same num_samples."
+            )
+        choices = max(p.samples.shape[2] for p in predictions)
+        padded = [
+            torch.nn.functional.pad(p.samples, (0, choices - p.samples.shape[2]))
+            for p in predictions
+        ]
+        return cls(torch.cat(padded, dim=1))
+
+    def __repr__(self) -> str:
+        text = f"samples={tuple(self.samples.shape)}"
+        if len(self):
+            text += f", confidence={self.confidence.mean():.3f}"
+            text += f", mutual_information={self.mutual_information.mean():.3f}"
+        return f"Prediction({text})"
+
+
+def check_probabilities(probs: Tensor, *, name: str) -> None:
+    """Check that the last dimension of ``probs`` holds probability vectors.
+
+    :param probs: Of shape ``(..., K)``.
+    :param name: What the message calls it.
+    :raises ValueError: if ``probs`` is not floating, not finite, negative somewhere, or if rows do
+        not sum to 1 within 1e-3.
+    """
+    if not probs.is_floating_point():
+        raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")
+    if not bool(probs.isfinite().all()):
+        bad = int((~probs.isfinite()).sum())
+        raise ValueError(
+            f"{name} must be finite, got {bad} entries of {probs.numel()} that are not: look for "
+            "NaN in the logits."
+        )
+    error = (probs.sum(-1, dtype=torch.float64) - 1).abs()
+    if probs.numel() and (float(probs.min()) < 0 or float(error.max()) > _TOLERANCE):
+        raise ValueError(
+            f"The rows of {name} must be probabilities that sum to 1; got a smallest entry of "
+            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. If you "
+            "passed logits, apply softmax first, in float32."
+        )
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return torch.special.entr(probs).sum(-1)

@@ -1,0 +1,163 @@
+import pickle
+
+import pytest
+import torch
+
+from pyro_blora.data import (
+    DataError,
+    Item,
+    LabelTokensCollator,
+    MultipleChoiceCollator,
+    Template,
+    template_for,
+)
+
+OPTIONS = template_for("facts")
+LABELS = template_for("sst2")
+KEY = Item("key", "What do people use a key for?", ("opening a lock", "grass"), 0)
+COLOR = Item("color", "Which color is grass?", ("red", "green", "blue"), 1)
+FILM = Item("film", "a warm and funny film", ("negative", "positive"), 1)
+DULL = Item("dull", "dull", ("negative", "positive"), 0)
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class TestMultipleChoice:
+    def test_layout(self, wrapped):
+        batch = MultipleChoiceCollator(wrapped, OPTIONS)([KEY, COLOR])
+        assert set(batch) == {"input_ids", "attention_mask", "option_mask", "labels"}
+        assert batch["labels"].tolist() == [0, 1]
+        assert batch["labels"].dtype == torch.long
+        length = batch["input_ids"].shape[-1]
+        assert batch["input_ids"].shape == (2, 3, length)
+        for b, item in enumerate((KEY, COLOR)):
+            prompt = [wrapped.bos_token_id, *ids(wrapped, OPTIONS.format(item))]
+            for k in range(3):
+                option = ids(wrapped, " " + item.choices[k]) if k < len(item.choices) else []
+                rest = length - len(prompt) - len(option)
+                row = prompt + option + [wrapped.pad_token_id] * rest
+                assert batch["input_ids"][b, k].tolist() == row
+                mask = [1] * (len(prompt) + len(option)) + [0] * rest
+                assert batch["attention_mask"][b, k].tolist() == mask
+                scored = [False] * len(prompt) + [True] * len(option) + [False] * rest
+                assert batch["option_mask"][b, k].tolist() == scored
+        assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
+        assert batch["option_mask"].dtype == torch.bool
+
+    def test_is_as_long_as_the_longest_row(self, plain):
+        batch = MultipleChoiceCollator(plain, OPTIONS)([KEY, COLOR])
+        assert batch["attention_mask"].sum(-1).max() == batch["input_ids"].shape[-1]
+
+    def test_no_pad_and_no_eos_token(self, plain):
+        assert plain.pad_token_id is None
+        batch = MultipleChoiceCollator(plain, OPTIONS)([KEY, COLOR])
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
+
+    def test_no_pad_but_eos_token(self, build):
+        tokenizer = build(eos="</s>")
+        batch = MultipleChoiceCollator(tokenizer, OPTIONS)([KEY, COLOR])
+        padding = batch["input_ids"][batch["attention_mask"] == 0]
+        assert (padding == tokenizer.eos_token_id).all()
+        real = batch["input_ids"][batch["attention_mask"] == 1]
+        assert (real != tokenizer.eos_token_id).all()
+
+    def test_cuts_the_question_from_the_left_for_all_options_alike(self, wrapped):
+        prompt = ids(wrapped, OPTIONS.format(KEY))
+        options = [ids(wrapped, " " + choice) for choice in KEY.choices]
+        longest = max(map(len, options))
+        room = 6
+        batch = MultipleChoiceCollator(wrapped, OPTIONS, max_length=1 + room + longest)([KEY])
+        assert batch["input_ids"].shape[-1] == 1 + room + longest
+        for k, option in enumerate(options):
+            row = [wrapped.bos_token_id, *prompt[-room:], *option]
+            assert batch["input_ids"][0, k, : len(row)].tolist() == row
+            scored = batch["input_ids"][0, k][batch["option_mask"][0, k]]
+            assert scored.tolist() == option
+
+    def test_an_option_that_fits_exactly_keeps_one_token_of_the_prompt(self, wrapped):
+        longest = max(len(ids(wrapped, " " + choice)) for choice in KEY.choices)
+        batch = MultipleChoiceCollator(wrapped, OPTIONS, max_length=2 + longest)([KEY])
+        assert not batch["option_mask"][..., :2].any()
+        assert batch["option_mask"][..., 2].all()
+        with pytest.raises(DataError, match="item 'key': the option") as error:
+            MultipleChoiceCollator(wrapped, OPTIONS, max_length=1 + longest)([KEY])
+        assert "raise max_length" in str(error.value)
+
+    def test_text_like_a_special_token_leaves_the_layout(self, wrapped):
+        item = Item("special", "<s> </s>?", ("<s>", "</s>"), 0)
+        batch = MultipleChoiceCollator(wrapped, OPTIONS)([item])
+        option = batch["input_ids"][0, 1][batch["option_mask"][0, 1]]
+        assert option.tolist() == ids(wrapped, " </s>")
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [((LABELS,), "LabelTokensCollator"), ((OPTIONS, 1), "max_length is 1")],
+    )
+    def test_errors(self, plain, fields, message):
+        with pytest.raises(DataError, match=message):
+            MultipleChoiceCollator(plain, *fields)
+
+    def test_an_empty_batch(self, plain):
+        with pytest.raises(DataError, match="no items"):
+            MultipleChoiceCollator(plain, OPTIONS)([])
+
+    def test_can_be_pickled(self, plain):
+        collate = MultipleChoiceCollator(plain, OPTIONS)
+        copy = pickle.loads(pickle.dumps(collate))
+        assert torch.equal(copy([KEY])["input_ids"], collate([KEY])["input_ids"])
+
+
+class TestLabelTokens:
+    def test_layout(self, wrapped):
+        collate = LabelTokensCollator(wrapped, LABELS)
+        batch = collate([FILM, DULL])
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert batch["labels"].tolist() == [1, 0]
+        assert all(value.dtype == torch.long for value in batch.values())
+        for b, item in enumerate((FILM, DULL)):
+            prompt = [wrapped.bos_token_id, *ids(wrapped, LABELS.format(item))]
+            rest = batch["input_ids"].shape[1] - len(prompt)
+            assert batch["input_ids"][b].tolist() == prompt + [wrapped.pad_token_id] * rest
+            assert batch["attention_mask"][b].tolist() == [1] * len(prompt) + [0] * rest
+
+    def test_token_ids(self, wrapped):
+        token_ids = LabelTokensCollator(wrapped, LABELS).token_ids
+        assert wrapped.decode(list(token_ids)) == " negative positive"
+
+    def test_cuts_the_question_from_the_left(self, wrapped):
+        batch = LabelTokensCollator(wrapped, LABELS, max_length=5)([FILM])
+        prompt = ids(wrapped, LABELS.format(FILM))
+        assert batch["input_ids"].tolist() == [[wrapped.bos_token_id, *prompt[-4:]]]
+
+    def test_no_room_beside_special_tokens(self, build):
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer = build(bos="<s>")
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> <s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+        with pytest.raises(DataError, match="raise max_length"):
+            LabelTokensCollator(tokenizer, LABELS, max_length=2)([FILM])
+
+    def test_a_word_of_several_tokens(self, plain):
+        template = Template("{q}", "labels", (" positive", " unheard"))
+        with pytest.raises(DataError, match=r"' unheard' is .* tokens, .*expected exactly one"):
+            LabelTokensCollator(plain, template)
+
+    def test_two_words_with_one_token(self, plain):
+        with pytest.raises(DataError, match="one of its own each"):
+            LabelTokensCollator(plain, Template("{q}", "labels", (" positive", " positive")))
+
+    def test_another_number_of_choices(self, plain):
+        with pytest.raises(DataError, match="item 'color' has 3 choices"):
+            LabelTokensCollator(plain, LABELS)([COLOR])
+
+    def test_errors(self, plain):
+        with pytest.raises(DataError, match="MultipleChoiceCollator"):
+            LabelTokensCollator(plain, OPTIONS)
+        with pytest.raises(DataError, match="max_length is 0"):
+            LabelTokensCollator(plain, LABELS, max_length=0)
+        with pytest.raises(DataError, match="no items"):
+            LabelTokensCollator(plain, LABELS)([])

@@ -1,0 +1,193 @@
+import sys
+from types import ModuleType
+
+import pytest
+
+from pyro_blora.data import DataError, Item, hub_tasks, read_hub
+
+ARC = {
+    "id": "x",
+    "question": "Which is heaviest?",
+    "choices": {"text": ["a feather", "a stone", "a leaf"], "label": ["1", "2", "3"]},
+    "answerKey": "2",
+}
+CASES = {
+    "arc_easy": (ARC, "Which is heaviest?", ("a feather", "a stone", "a leaf"), 1),
+    "openbookqa": (
+        {
+            "question_stem": "Ice is",
+            "choices": {"text": ["hot", "cold"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+        "Ice is",
+        ("hot", "cold"),
+        1,
+    ),
+    "boolq": (
+        {"question": "is ice cold", "answer": True, "passage": "Ice ..."},
+        "is ice cold?",
+        ("false", "true"),
+        1,
+    ),
+    "winogrande_s": (
+        {"sentence": "The cup fits in the box as _ is big.", "option1": "the cup"}
+        | {"option2": "the box", "answer": "2"},
+        "The cup fits in the box as _ is big.",
+        ("the cup", "the box"),
+        1,
+    ),
+    "piqa": (
+        {"goal": "Cool soup.", "sol1": "Blow on it.", "sol2": "Heat it.", "label": 0},
+        "Cool soup.",
+        ("Blow on it.", "Heat it."),
+        0,
+    ),
+    "social_iqa": (
+        {"context": "Kim lost a key.", "question": "How does Kim feel?", "answerA": "worried"}
+        | {"answerB": "glad", "answerC": "proud", "label": "1"},
+        "Kim lost a key. How does Kim feel?",
+        ("worried", "glad", "proud"),
+        0,
+    ),
+    "mmlu_physics": (
+        {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0},
+        "Unit of force?",
+        ("N", "J", "W", "V"),
+        0,
+    ),
+    "sst2": (
+        {"idx": 0, "sentence": "a fine film ", "label": 1},
+        "a fine film",
+        ("negative", "positive"),
+        1,
+    ),
+    "ag_news": (
+        {"text": "Stocks rise.", "label": 2},
+        "Stocks rise.",
+        ("World", "Sports", "Business", "Sci/Tech"),
+        2,
+    ),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for ``datasets``, whose ``load_dataset`` returns ``hub.records``."""
+
+    class Hub(ModuleType):
+        def __init__(self):
+            super().__init__("datasets")
+            self.records, self.calls, self.failure = [], [], None
+
+        def load_dataset(self, path, config, *, split, revision):
+            self.calls.append((path, config, split, revision))
+            if self.failure is not None:
+                raise self.failure
+            return self.records
+
+    stand_in = Hub()
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("task", sorted(CASES))
+def test_converters(hub, task):
+    record, question, choices, label = CASES[task]
+    hub.records = [record]
+    items = read_hub(task, "test")
+    assert items[0] == Item(f"{task}-test-0", question, choices, label)
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "calls"),
+    [
+        ("arc_easy", "validation", [("allenai/ai2_arc", "ARC-Easy", "validation", None)]),
+        ("arc_challenge", "train", [("allenai/ai2_arc", "ARC-Challenge", "train", None)]),
+        ("openbookqa", "test", [("allenai/openbookqa", "main", "test", None)]),
+        ("boolq", "test", [("google/boolq", None, "validation", None)]),
+        ("winogrande_m", "test", [("allenai/winogrande", "winogrande_m", "validation", None)]),
+        ("winogrande_xs", "train", [("allenai/winogrande", "winogrande_xs", "train", None)]),
+        ("piqa", "test", [("ybisk/piqa", None, "validation", "refs/convert/parquet")]),
+        (
+            "social_iqa",
+            "test",
+            [("allenai/social_i_qa", None, "validation", "refs/convert/parquet")],
+        ),
+        (
+            "mmlu_chemistry",
+            "test",
+            [
+                ("cais/mmlu", "college_chemistry", "test", None),
+                ("cais/mmlu", "high_school_chemistry", "test", None),
+            ],
+        ),
+        ("sst2", "train", [("stanfordnlp/sst2", None, "train", None)]),
+        ("ag_news", "test", [("fancyzhx/ag_news", None, "test", None)]),
+    ],
+)
+def test_sources(hub, task, split, calls):
+    assert read_hub(task, split) == []
+    assert hub.calls == calls
+
+
+def test_configurations_are_joined_and_numbered_on(hub):
+    hub.records = [CASES["mmlu_physics"][0]] * 2
+    ids = [item.id for item in read_hub("mmlu_physics", "dev")]
+    assert ids == [f"mmlu_physics-dev-{index}" for index in range(4)]
+
+
+def test_a_question_mark_is_not_doubled(hub):
+    hub.records = [{"question": "is ice cold?", "answer": False}]
+    assert read_hub("boolq", "test")[0].question == "is ice cold?"
+
+
+def test_every_task_is_known(hub):
+    assert set(CASES) < set(hub_tasks())
+    assert len(hub_tasks()) == 13
+    for task in hub_tasks():
+        read_hub(task, "test")
+
+
+def test_an_unknown_task(hub):
+    with pytest.raises(DataError, match="did you mean arc_easy"):
+        read_hub("arc_eazy", "test")
+    with pytest.raises(DataError, match=r"known are .*, sst2"):
+        read_hub("qqqq", "test")
+
+
+def test_an_unknown_split(hub):
+    with pytest.raises(DataError, match=r"did you mean 'test'\? choose one of test, train"):
+        read_hub("sst2", "tset")
+    with pytest.raises(DataError, match="sst2 has no split 'validation'"):
+        read_hub("sst2", "validation")
+    assert hub.calls == []
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DataError, match=r"pip install 'pyro-blora\[datasets\]', or pass --data-dir"
+    ):
+        read_hub("sst2", "test")
+
+
+def test_without_a_network(hub):
+    hub.failure = ConnectionError("no route to host\nsecond line")
+    with pytest.raises(DataError, match=r"could not be fetched.*no route.*--data-dir") as error:
+        read_hub("sst2", "test")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "part"),
+    [
+        ({"sentence": "a film"}, "no key 'label'"),
+        ({"sentence": "a film", "label": -1}, "out of range"),
+        ({"sentence": "a film", "label": None}, "not as expected"),
+    ],
+)
+def test_a_record_of_another_form(hub, record, part):
+    hub.records = [record]
+    with pytest.raises(DataError, match="record sst2-test-0 of stanfordnlp/sst2") as error:
+        read_hub("sst2", "test")
+    assert part in str(error.value)

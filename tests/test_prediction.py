@@ -1,0 +1,92 @@
+"""Prediction: the decomposition of uncertainty, by hand."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from pyro_blora.prediction import Prediction
+
+
+def random(samples=5, items=7, choices=4):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(samples, items, choices, generator=generator, dtype=torch.float64)
+    return Prediction((3 * logits).softmax(-1))
+
+
+def test_by_hand():
+    samples = torch.tensor([[[1, 0], [0.5, 0.5]], [[0, 1], [0.5, 0.5]]], dtype=torch.float64)
+    p = Prediction(samples)
+    half, log2 = torch.full((2, 2), 0.5).double(), math.log(2)
+    torch.testing.assert_close(p.probs, half)
+    torch.testing.assert_close(p.entropy, torch.tensor([log2, log2]).double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        p.expected_entropy, torch.tensor([0, log2]).double(), atol=1e-7, rtol=0
+    )
+    torch.testing.assert_close(
+        p.mutual_information, torch.tensor([log2, 0]).double(), atol=1e-7, rtol=0
+    )
+    assert p.confidence.tolist() == [0.5, 0.5]
+    assert (p.num_samples, len(p)) == (2, 2)
+
+
+def test_decomposition_and_bounds():
+    p = random()
+    assert p.probs.shape == (7, 4)
+    for name in ["entropy", "expected_entropy", "mutual_information", "predictions", "confidence"]:
+        assert getattr(p, name).shape == (7,)
+    torch.testing.assert_close(p.entropy, p.expected_entropy + p.mutual_information)
+    assert (p.entropy <= math.log(4)).all()
+    assert (p.mutual_information > 0).all()
+    assert (p.probs.argmax(-1) == p.predictions).all()
+    assert (p.probs.gather(1, p.predictions[:, None])[:, 0] == p.confidence).all()
+
+
+def test_mutual_information_is_never_negative():
+    one = random(samples=1, items=200).samples.float()
+    p = Prediction(one.expand(3, -1, -1))
+    assert (p.mutual_information >= 0).all()
+    assert p.mutual_information.max() < 1e-5
+
+
+def test_cat_pads_choices():
+    a, b = random(choices=2), random(items=3, choices=4)
+    both = Prediction.cat([a, b])
+    assert both.samples.shape == (5, 10, 4)
+    assert (both.samples[:, :7, 2:] == 0).all()
+    torch.testing.assert_close(both.entropy, torch.cat([a.entropy, b.entropy]))
+    assert (both.predictions == torch.cat([a.predictions, b.predictions])).all()
+
+
+def test_cat_errors():
+    with pytest.raises(ValueError, match="got none"):
+        Prediction.cat([])
+    with pytest.raises(ValueError, match=r"equal numbers of samples, got \[5, 2\]"):
+        Prediction.cat([random(), random(samples=2)])
+
+
+def test_is_frozen_and_short():
+    p = random(items=1000)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        p.samples = p.samples
+    assert len(repr(p)) < 100
+    assert "samples=(5, 1000, 4)" in repr(p)
+    assert repr(Prediction(torch.zeros(2, 0, 3))) == "Prediction(samples=(2, 0, 3))"
+
+
+@pytest.mark.parametrize(
+    ("samples", "match"),
+    [
+        (torch.full((2, 2), 0.5), "shape"),
+        (torch.zeros(0, 2, 2), "one sample"),
+        (torch.ones(1, 1, 1, dtype=torch.long), "floating"),
+        (torch.tensor([[[math.nan, 1.0]]]), "finite"),
+        (torch.tensor([[[math.inf, 1.0]]]), "1 entries of 2"),
+        (torch.tensor([[[2.0, -1.0]]]), "softmax"),
+        (torch.tensor([[[0.5, 0.4]]]), "off by 0.1"),
+    ],
+)
+def test_rejects(samples, match):
+    with pytest.raises(ValueError, match=match):
+        Prediction(samples)
