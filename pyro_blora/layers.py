@@ -5,6 +5,8 @@ class (quantised or not) and its ties stay what they were, and taking the hook o
 network back exactly.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.update import LayerUpdate
 
-__all__ = ["Adapter", "adapter_of"]
+__all__ = ["Adapter", "adapter_of", "without_updates"]
 
 
 class Adapter:
@@ -50,3 +52,17 @@ def adapter_of(module: nn.Module) -> Adapter | None:
         if isinstance(hook, Adapter):
             return hook
     return None
+
+
+@contextmanager
+def without_updates(net: nn.Module) -> Iterator[None]:
+    """Within, the layers of ``net`` are as pretrained, whatever update they hold."""
+    held = [a for a in map(adapter_of, net.modules()) if a is not None]
+    updates = [adapter.update for adapter in held]
+    try:
+        for adapter in held:
+            adapter.update = None
+        yield
+    finally:
+        for adapter, update in zip(held, updates, strict=True):
+            adapter.update = update

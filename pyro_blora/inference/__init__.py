@@ -1,1 +1,14 @@
-"""To be written."""
+"""Training and prediction loops."""
+
+from pyro_blora.inference.fit import LEARNING_RATES, fit, parameter_groups
+from pyro_blora.inference.loop import FitResult, LoopOptions
+from pyro_blora.inference.predict import predict_dataset
+
+__all__ = [
+    "LEARNING_RATES",
+    "FitResult",
+    "LoopOptions",
+    "fit",
+    "parameter_groups",
+    "predict_dataset",
+]

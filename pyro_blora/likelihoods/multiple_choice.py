@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.heads import logits_at
@@ -65,8 +66,7 @@ class MultipleChoice(Likelihood):
             pack(tensors, additive=wants_additive_mask(net)) if self.pack else unpacked(tensors)
         )
         logits = logits_at(net, rows.inputs, rows.positions, rows.mask)
-        chosen = logits.gather(-1, rows.targets[rows.mask].unsqueeze(-1)).squeeze(-1)
-        logp = chosen - logits.logsumexp(-1)
+        logp = -functional.cross_entropy(logits, rows.targets[rows.mask], reduction="none")
         items, options, _ = shapes["input_ids"]
         item = torch.arange(items, device=logp.device).unsqueeze(-1)
         if not self.pack:

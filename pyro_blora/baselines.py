@@ -1,0 +1,156 @@
+"""Plain LoRA, trained by the same loop and scored by the same likelihood as everything else."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.errors import ConfigurationError, NonFiniteLossError
+from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
+from pyro_blora.inference.predict import predict_dataset
+from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.prediction import Prediction
+
+__all__ = ["PlainLoRA"]
+
+
+@dataclass
+class PlainLoRA:
+    """A PEFT LoRA adapter by maximum likelihood: the baseline.
+
+    Args:
+        net: the network; PEFT injects its layers in place, :meth:`unload` takes them out.
+        target_modules: suffixes of the layers to adapt.
+        likelihood: how logits explain a batch.
+        rank: ``r``.
+        alpha: PEFT's ``lora_alpha``; the update is ``alpha / r B A``.
+
+    Raises:
+        ConfigurationError: peft is not installed.
+
+    Reference:
+        Hu et al. 2021, "LoRA: low-rank adaptation of large language models", arXiv:2106.09685.
+
+    Example::
+
+        lora = PlainLoRA(net, ["q_proj", "v_proj"], LabelTokens(token_ids=ids))
+        lora.fit(train, collate, LoopOptions(num_steps=300), lr=1e-3)
+        lora.predict(batch).probs  # B x K
+    """
+
+    net: nn.Module
+    target_modules: Sequence[str]
+    likelihood: Likelihood
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ConfigurationError(
+                "Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'."
+            ) from error
+        for parameter in self.net.parameters():
+            parameter.requires_grad_(False)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=list(self.target_modules),
+            lora_dropout=0.0,
+        )
+        inject_adapter_in_model(config, self.net)
+        self.parameters = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def unload(self) -> None:
+        """Takes PEFT's layers out of the network again."""
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in list(self.net.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(self.net.get_submodule(parent), child, module.get_base_layer())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapter's tensors."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Puts tensors from :meth:`state_dict` back."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[name])
+
+    def fit(
+        self,
+        train: Sequence[Any],
+        collate: Collate,
+        options: LoopOptions,
+        *,
+        lr: float,
+        length: Callable[[Any], int] | None = None,
+        validation: Sequence[Any] | None = None,
+    ) -> FitResult:
+        """Minimises the negative log-likelihood.
+
+        Args:
+            train: examples.
+            collate: makes a batch of a list of examples.
+            options: how to train.
+            lr: learning rate of A and B.
+            length: the length of an example; batches of like lengths waste no padding.
+            validation: examples whose NLL is watched.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite.
+        """
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+
+        def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+            with torch.autocast(
+                "cpu", torch.bfloat16, enabled=options.precision == "bfloat16"
+            ):
+                logits = self.likelihood.logits(self.net, batch)
+            loss = nn.functional.cross_entropy(logits, batch["labels"])
+            if not bool(loss.isfinite()):
+                raise NonFiniteLossError(f"Plain LoRA's loss is not finite at step {step}.")
+            return loss, {"loss": float(loss), "nll": float(loss)}
+
+        def validate() -> float:
+            assert validation is not None
+            prediction, labels = predict_dataset(
+                self.predict,
+                validation,
+                collate,
+                length=length,
+                precision=options.precision,
+                progress=False,
+            )
+            return float(nn.functional.nll_loss(prediction.probs.log(), labels))
+
+        self.net.train()
+        result = training_loop(
+            loss_of,
+            [{"params": list(self.parameters.values()), "lr": lr}],
+            batches(train, collate, options, length),
+            options,
+            validate=None if validation is None else validate,
+            state=self.state_dict,
+            description="lora",
+        )
+        self.net.eval()
+        return result
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Prediction:
+        """The probabilities of a batch, ``1 x B x K``."""
+        self.net.eval()
+        return Prediction(self.likelihood.logits(self.net, batch).softmax(-1).unsqueeze(0))

@@ -1,0 +1,56 @@
+"""Why a loss is not finite."""
+
+import pyro
+import torch
+from torch import nn
+
+from pyro_blora.errors import NonFiniteLossError
+from pyro_blora.likelihoods import Batch
+
+__all__ = ["explain_non_finite"]
+
+
+def explain_non_finite(
+    model: nn.Module, guide: nn.Module, batch: Batch, step: int
+) -> NonFiniteLossError:
+    """The error to raise for a NaN or infinite loss: which parameter, which site.
+
+    Args:
+        model: the Pyro model.
+        guide: its guide.
+        batch: the batch of the step.
+        step: which step it was.
+
+    Returns:
+        An exception whose message names the sites at fault.
+    """
+    bad = [
+        name.removesuffix("_unconstrained")
+        for module in (model, guide)
+        for name, parameter in module.named_parameters()
+        if not bool(parameter.isfinite().all())
+    ]
+    if bad:
+        return NonFiniteLossError(
+            f"The loss is not finite at step {step}: the parameters {', '.join(bad[:6])} are not. "
+            "Lower the learning rates, or clip gradients with max_grad_norm."
+        )
+    sites: list[str] = []
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide_trace = pyro.poutine.trace(guide).get_trace(batch)
+        model_trace = pyro.poutine.trace(
+            pyro.poutine.replay(model, trace=guide_trace)
+        ).get_trace(batch)
+        for label, trace in (("guide", guide_trace), ("model", model_trace)):
+            trace.compute_log_prob()
+            for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
+                node = trace.nodes[name]
+                if not bool(torch.as_tensor(node["value"]).isfinite().all()):
+                    sites.append(f"{name} in the {label} (its value)")
+                elif not bool(node["log_prob_sum"].isfinite()):
+                    sites.append(f"{name} in the {label} (its log-probability)")
+    where = ", ".join(sites) or "none in a second evaluation of the same batch"
+    return NonFiniteLossError(
+        f"The loss is not finite at step {step}; not finite are: {where}. Lower the learning "
+        "rates, lower the prior's sigma, or use precision='float32'."
+    )

@@ -1,0 +1,253 @@
+"""A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference.diagnosis import explain_non_finite
+from pyro_blora.inference.loop import (
+    Collate,
+    FitResult,
+    LoopOptions,
+    batches,
+    to_device,
+    training_loop,
+)
+from pyro_blora.inference.predict import predict_dataset
+from pyro_blora.likelihoods import Batch
+
+__all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
+
+LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 2e-3}
+
+
+def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: means, scales and inducing directions, each with its rate.
+
+    Args:
+        module: a model, a guide or both; its parts declare ``roles``. A parameter of no declared
+            role (an AutoGuide's) is a scale if its name says so, and a mean otherwise.
+        rates: learning rates by role.
+
+    Returns:
+        One group for each role that occurs.
+    """
+    groups: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
+    for owner in module.modules():
+        roles = getattr(owner, "roles", {})
+        for name, parameter in owner.named_parameters(recurse=False):
+            plain = name.removesuffix("_unconstrained")
+            role = roles.get(plain, "scale" if "scale" in plain else "mean")
+            if parameter.requires_grad:
+                groups[role].append(parameter)
+    return [{"params": p, "lr": rates[role], "name": role} for role, p in groups.items() if p]
+
+
+def fit(
+    blora: BayesianLoRA,
+    train: Sequence[Any] | DataLoader[Any],
+    *,
+    num_steps: int,
+    collate: Collate | None = None,
+    length: Callable[[Any], int] | None = None,
+    validation: Sequence[Any] | None = None,
+    num_particles: int | None = None,
+    elbo: Callable[..., ELBO] = TraceMeanField_ELBO,
+    lr_mean: float = LEARNING_RATES["mean"],
+    lr_scale: float = LEARNING_RATES["scale"],
+    lr_direction: float = LEARNING_RATES["direction"],
+    kl_warmup: float = 0.0,
+    kl_weight: float = 1.0,
+    batch_size: int = 8,
+    warmup: float = 0.06,
+    decay: str = "linear",
+    max_grad_norm: float | None = 1.0,
+    precision: str = "float32",
+    validate_every: int = 50,
+    validation_samples: int = 0,
+    keep_best: bool = False,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> FitResult:
+    r"""Maximises the ELBO by AdamW, a particle for each example.
+
+    The loss of a batch of :math:`B` of the :math:`N` examples is, per example,
+
+    .. math::
+
+        -\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b)
+        + \frac{w}{N} \mathrm{KL}\left[q(U) \,\|\, p(U)\right], \qquad U_b \sim q.
+
+    Args:
+        blora: what to train.
+        train: examples, or a ``DataLoader`` of batches.
+        num_steps: optimizer steps.
+        collate: makes a batch of a list of examples.
+        length: the length of an example; batches of like lengths waste no padding.
+        validation: examples whose predictive NLL is watched.
+        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
+            one draw for all; where it does not divide a (last) batch, the largest divisor below it
+            is taken. Default: one for each example.
+        elbo: the class of the ELBO.
+        lr_mean: learning rate of the guide's means.
+        lr_scale: learning rate of scales, of the guide's and of the prior's.
+        lr_direction: learning rate of the inducing directions.
+        kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
+        kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
+        batch_size: examples in a step; ignored where ``train`` is a ``DataLoader``.
+        warmup: share of the steps in which the learning rates rise.
+        decay: ``"linear"``, ``"cosine"`` or ``"constant"``.
+        max_grad_norm: where the gradient's norm, per example, is clipped.
+        precision: ``"float32"``, or ``"bfloat16"`` to run the frozen network under autocast; the
+            variational part stays in single precision.
+        validate_every: steps between validations.
+        validation_samples: posterior draws for a validation; 0 takes the posterior mean.
+        keep_best: whether to go back to the best validation at the end.
+        seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
+        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+
+    Returns:
+        The history, with the loss per example, its KL and NLL.
+
+    Raises:
+        NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
+        BatchError: the data set is empty.
+        ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
+
+    Example::
+
+        fit(blora, train, collate=collate, num_steps=300, validation=held_out, keep_best=True)
+    """
+    options = LoopOptions(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        warmup=warmup,
+        decay=decay,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        validate_every=validate_every,
+        keep_best=keep_best,
+        seed=seed,
+        progress=progress,
+    )
+    if blora.likelihood.num_data is None:
+        raise ConfigurationError(
+            f"{type(blora.likelihood).__name__} was not told the size of the data set; build it "
+            "with num_data=len(train)."
+        )
+    if validation is not None and collate is None:
+        raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    device = blora.model.groups[0].device
+    stream = (to_device(b, device) for b in batches(train, collate, options, length))
+    first = next(stream)
+    objective = _Objective(blora, elbo, num_particles, options, kl_warmup, kl_weight)
+    objective.start(first)
+    rates = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction}
+    both = nn.ModuleList([blora.model, blora.guide])
+    if not any(p.requires_grad for p in both.parameters()):
+        raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
+
+    def validate() -> float:
+        assert validation is not None and collate is not None
+        prediction, labels = predict_dataset(
+            lambda batch: blora.predict(batch, validation_samples),
+            validation,
+            collate,
+            length=length,
+            device=device,
+            precision=precision,
+            progress=False,
+        )
+        chosen = prediction.probs.gather(-1, labels.unsqueeze(-1))
+        return float(-chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
+
+    was_training = blora.net.training
+    blora.net.train()
+    try:
+        with pyro.validation_enabled(False):
+            result = training_loop(
+                objective,
+                parameter_groups(both, rates),
+                _chain(first, stream),
+                options,
+                validate=None if validation is None else validate,
+                state=blora.state_dict,
+            )
+    finally:
+        blora.net.train(was_training)
+        blora.model.kl_weight = kl_weight
+    if keep_best and result.best_state is not None:
+        blora.load_state_dict(result.best_state)
+    return result
+
+
+def _chain(first: Batch, rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+class _Objective:
+    """The loss of a batch per example, with one ELBO for each number of particles."""
+
+    def __init__(
+        self,
+        blora: BayesianLoRA,
+        elbo: Callable[..., ELBO],
+        num_particles: int | None,
+        options: LoopOptions,
+        kl_warmup: float,
+        kl_weight: float,
+    ) -> None:
+        if num_particles is not None and num_particles < 1:
+            raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
+        if not kl_weight > 0 or not 0 <= kl_warmup <= 1:
+            raise ConfigurationError(
+                f"kl_weight={kl_weight} must be positive and kl_warmup={kl_warmup} in [0, 1]."
+            )
+        self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
+        self.options, self.kl_warmup, self.kl_weight = options, kl_warmup, kl_weight
+        self._elbos: dict[int, nn.Module] = {}
+
+    def start(self, batch: Batch) -> None:
+        """Runs a lazy guide once, so that its parameters exist before the optimizer does."""
+        if not any(True for _ in self.blora.guide.parameters()):
+            with torch.no_grad():
+                self.blora.guide(batch)
+
+    def _module(self, particles: int) -> nn.Module:
+        if particles not in self._elbos:
+            elbo = self.elbo(
+                num_particles=particles,
+                vectorize_particles=True,
+                max_plate_nesting=self.blora.max_plate_nesting,
+            )
+            self._elbos[particles] = elbo(self.blora.model, self.blora.guide)
+        return self._elbos[particles]
+
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        blora, count = self.blora, self.blora.likelihood.num_data or 1
+        examples = blora.likelihood.examples(batch)
+        most = examples if self.num_particles is None else min(self.num_particles, examples)
+        particles = next(p for p in range(most, 0, -1) if examples % p == 0)
+        ramp = self.kl_warmup * self.options.num_steps
+        weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
+        blora.model.kl_weight = weight
+        device = blora.model.groups[0].device.type
+        autocast = self.options.precision == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = self._module(particles)(batch) / count
+        value = float(loss)
+        if not math.isfinite(value):
+            raise explain_non_finite(blora.model, blora.guide, batch, step)
+        nll = float(blora.model.nll) if blora.model.nll is not None else math.nan
+        return loss, {"loss": value, "nll": nll, "kl": (value - nll) * count / weight}

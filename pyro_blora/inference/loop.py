@@ -1,0 +1,222 @@
+"""The training loop that every method shares: batches, schedule, clipping, progress, validation."""
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods import Batch
+
+__all__ = ["FitResult", "LoopOptions", "batches", "training_loop"]
+
+Collate = Callable[[list[Any]], Batch]
+# (batch, step) -> loss with gradient, figures to show
+StepLoss = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long and how to train.
+
+    Attributes:
+        num_steps: optimizer steps.
+        batch_size: examples in a step; ignored where the data is a ``DataLoader``.
+        warmup: share of the steps in which the learning rates rise from zero.
+        decay: ``"linear"`` or ``"cosine"`` to zero after the warm-up, or ``"constant"``.
+        max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
+        precision: ``"float32"``, or ``"bfloat16"`` to run the frozen network under autocast.
+        validate_every: steps between validations, where there is validation data.
+        keep_best: whether to go back to the step of lowest validation loss at the end.
+        seed: seeds the order of the data and, if not ``None``, torch's global generator.
+        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+    """
+
+    num_steps: int
+    batch_size: int = 8
+    warmup: float = 0.06
+    decay: str = "linear"
+    max_grad_norm: float | None = 1.0
+    precision: str = "float32"
+    validate_every: int = 50
+    keep_best: bool = False
+    seed: int | None = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.batch_size < 1 or self.validate_every < 1:
+            raise ConfigurationError(
+                f"num_steps={self.num_steps}, batch_size={self.batch_size} and validate_every="
+                f"{self.validate_every} must be at least 1."
+            )
+        for option, known in (
+            ("decay", ("linear", "cosine", "constant")),
+            ("precision", ("float32", "bfloat16")),
+        ):
+            if getattr(self, option) not in known:
+                raise ConfigurationError(
+                    f"{option}={getattr(self, option)!r} is not one of {known}."
+                )
+        if not 0 <= self.warmup < 1:
+            raise ConfigurationError(f"warmup={self.warmup} must be a share in [0, 1).")
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step as a share of the full one."""
+        ramp = max(1, round(self.warmup * self.num_steps))
+        if step < ramp and self.warmup > 0:
+            return (step + 1) / ramp
+        progress = (step - ramp) / max(1, self.num_steps - ramp)
+        if self.decay == "linear":
+            return 1 - progress
+        return 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0
+
+
+@dataclass
+class FitResult:
+    """What a training run did.
+
+    Attributes:
+        history: for every step the figures shown on the progress bar.
+        validation: for every validation its step and loss.
+        best_step: the step of lowest validation loss, or ``None``.
+        best_state: the trained tensors at that step, or ``None``.
+        seconds: time of the training steps, without validation.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
+    best_state: dict[str, Tensor] | None = None
+    seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{k}={v:.4g}" for k, v in (self.history or [{}])[-1].items())
+        best = "" if self.best_step is None else f", best validation at step {self.best_step}"
+        return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
+
+
+class _Bucketed(Sampler[list[int]]):
+    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size = lengths, batch_size
+        self.random = random.Random(seed)
+        self.window = 8 * batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.lengths)))
+        self.random.shuffle(order)
+        cut: list[list[int]] = []
+        for start in range(0, len(order), self.window):
+            near = sorted(order[start : start + self.window], key=self.lengths.__getitem__)
+            cut += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+        self.random.shuffle(cut)
+        return iter(cut)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+
+def batches(
+    data: Sequence[Any] | DataLoader[Any],
+    collate: Collate | None,
+    options: LoopOptions,
+    length: Callable[[Any], int] | None = None,
+) -> Iterator[Batch]:
+    """Batches without end, each epoch in a new order, no example dropped.
+
+    Args:
+        data: examples, or a ``DataLoader``, which is taken as it is.
+        collate: makes a batch of a list of examples.
+        options: batch size and seed.
+        length: the length of an example; batches are then made of like lengths.
+
+    Raises:
+        BatchError: the data set is empty.
+    """
+    loader = data
+    if not isinstance(data, DataLoader):
+        if not len(data):
+            raise BatchError("The training set is empty; check the file, the split or max_train.")
+        lengths = [0] * len(data) if length is None else [length(x) for x in data]
+        sampler = _Bucketed(lengths, options.batch_size, options.seed or 0)
+        loader = DataLoader(list(data), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise BatchError("The data loader yields no batch; is the data set empty?")
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def training_loop(
+    loss_of: StepLoss,
+    groups: list[dict[str, Any]],
+    stream: Iterator[Batch],
+    options: LoopOptions,
+    *,
+    validate: Callable[[], float] | None = None,
+    state: Callable[[], dict[str, Tensor]] | None = None,
+    description: str = "fit",
+) -> FitResult:
+    """Runs AdamW over ``groups`` on the losses of a stream of batches.
+
+    Args:
+        loss_of: the loss of a batch, per example, with its figures.
+        groups: parameter groups of AdamW with their learning rates.
+        stream: batches without end.
+        options: how to train.
+        validate: the validation loss now.
+        state: the trained tensors now; copied at the best validation.
+        description: what the progress bar says.
+
+    Returns:
+        The history.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    result = FitResult()
+    hide = None if options.progress is None else not options.progress
+    bar = tqdm(range(options.num_steps), desc=description, disable=hide, unit="step")
+    for step in bar:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * options.rate(step)
+        batch = next(stream)
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss, figures = loss_of(batch, step)
+        loss.backward()
+        if options.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        optimizer.step()
+        elapsed = time.perf_counter() - start
+        result.seconds += elapsed
+        result.history.append(figures)
+        shown = {name: f"{value:.3g}" for name, value in figures.items()}
+        size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+        bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
+        done = step + 1
+        if validate is not None and (
+            done % options.validate_every == 0 or done == options.num_steps
+        ):
+            loss_now = validate()
+            if not result.validation or loss_now < min(v for _, v in result.validation):
+                result.best_step = done
+                result.best_state = copy.deepcopy(state()) if state is not None else None
+            result.validation.append((done, loss_now))
+    return result
