@@ -1,5 +1,6 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,15 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora import checkpoints
+from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guide import StructuredGuide, latent_sites
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.model import BayesianLoRAModel, repeat_batch
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.prediction import Prediction
+from pyro_blora.summary import describe
 from pyro_blora.targets import find_targets, group_layers
 from pyro_blora.update import LowRankUpdate
 
@@ -222,27 +225,44 @@ class BayesianLoRA(PyroModule):
                     total = total + torch.distributions.kl_divergence(q, p).sum().cpu()
             return total
 
-    def __repr__(self) -> str:
-        prior, guide = self.prior_family[0], self.guide_family[0]
-        name = getattr(guide, "__name__", repr(guide))
-        lines = [
-            f"BayesianLoRA({type(self.net).__name__})",
-            f"  prior:      {prior!r}",
-            f"  guide:      {name}",
-            f"  likelihood: {type(self.likelihood).__name__}(num_data={self.likelihood.num_data})",
-        ]
-        for group in self.model.groups:
-            count = sum(p.numel() for p in getattr(self.model, group.name).parameters())
-            lines.append(
-                f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
-                f"{count:,} parameters in the prior"
-            )
-        frozen = sum(p.numel() for p, _ in self._frozen)
-        trained = self.trainable_parameters
-        lines.append(
-            f"  trainable: {trained:,} of {trained + frozen:,} ({trained / (trained + frozen):.2%})"
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
+        checkpoints.save_pretrained(self, folder)
+
+    def export_peft(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the posterior mean as a plain PEFT LoRA adapter."""
+        checkpoints.export_peft(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        net: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        prior: UpdateModel | None = None,
+        guide: SiteGuide | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> "BayesianLoRA":
+        """An adapter from its folder; see :func:`pyro_blora.checkpoints.read_pretrained`."""
+        saved = checkpoints.read_pretrained(
+            net, folder, prior=prior, guide=guide, likelihood=likelihood
         )
-        return "\n".join(lines)
+        blora = cls(
+            net,
+            target_modules=saved.target_modules,
+            prior=saved.prior,
+            guide=saved.guide,
+            likelihood=saved.likelihood,
+        )
+        try:
+            saved.load_into(blora)
+        except CheckpointError:
+            blora.unwrap()
+            raise
+        return blora
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
 def _check_kind(option: str, value: object, kind: type) -> None:

@@ -11,6 +11,8 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.prediction import check_probabilities
 
+__all__ = ["Metrics", "ReliabilityBins", "check_labels", "evaluate", "reliability"]
+
 # The largest float32 below 1
 _BELOW_ONE = 1 - 2**-24
 
@@ -19,16 +21,17 @@ _BELOW_ONE = 1 - 2**-24
 class Metrics:
     """Scores of a classifier on ``n`` items; see :func:`evaluate`.
 
+    Attributes:
+        acc: accuracy of the most probable class, a fraction.
+        ece: expected calibration error, a fraction.
+        nll: mean negative log-likelihood of the labels, in nats.
+        brier: brier score, between 0 and 2.
+        n: number of items.
+
     Example::
 
         >>> print(Metrics(acc=0.71, ece=0.057, nll=0.791, brier=0.409, n=300))
         ACC 71.0  ECE 5.7  NLL 0.791  Brier 0.409
-
-    :param acc: Accuracy of the most probable class, a fraction.
-    :param ece: Expected calibration error, a fraction.
-    :param nll: Mean negative log-likelihood of the labels, in nats.
-    :param brier: Brier score, between 0 and 2.
-    :param n: Number of items.
     """
 
     acc: float
@@ -52,10 +55,11 @@ class Metrics:
 class ReliabilityBins:
     """Accuracy against confidence in bins of equal width; see :func:`reliability`.
 
-    :param edges: Edges of the bins, of shape ``(num_bins + 1,)``, from 0 to 1.
-    :param count: Number of items in each bin, int64 of shape ``(num_bins,)``.
-    :param confidence: Mean confidence in each bin, of shape ``(num_bins,)``; NaN in an empty bin.
-    :param accuracy: Accuracy in each bin, of shape ``(num_bins,)``; NaN in an empty bin.
+    Attributes:
+        edges: edges of the bins, of shape ``(num_bins + 1,)``, from 0 to 1.
+        count: number of items in each bin, int64 of shape ``(num_bins,)``.
+        confidence: mean confidence in each bin, of shape ``(num_bins,)``; NaN in an empty bin.
+        accuracy: accuracy in each bin, of shape ``(num_bins,)``; NaN in an empty bin.
     """
 
     edges: Tensor
@@ -78,20 +82,24 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
     last contains 1. A probability of 0 at a label counts as the smallest normal float32, which
     bounds an item's NLL by 87.3 nats, whatever the dtype of ``probs``.
 
+    Args:
+        probs: probabilities of shape ``(n, K)``, K >= 2; absent choices have probability 0.
+        labels: classes of shape ``(n,)``, integers from 0 to K - 1.
+        num_bins: number of bins of the ECE.
+
+    Raises:
+        ValueError: there are no items, shapes do not fit, ``probs`` are not probabilities, a label is
+            out of range, or ``num_bins`` is below 1.
+
+    Reference:
+        M. P. Naeini et al. (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning"; G.
+        W. Brier (1950), "Verification of Forecasts Expressed in Terms of Probability".
+
     Example::
 
         >>> metrics = evaluate(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]))
         >>> print(metrics)
         ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
-
-    References: M. P. Naeini et al. (2015), "Obtaining Well Calibrated Probabilities Using Bayesian
-    Binning"; G. W. Brier (1950), "Verification of Forecasts Expressed in Terms of Probability".
-
-    :param probs: Probabilities of shape ``(n, K)``, K >= 2; absent choices have probability 0.
-    :param labels: Classes of shape ``(n,)``, integers from 0 to K - 1.
-    :param num_bins: Number of bins of the ECE.
-    :raises ValueError: if there are no items, if shapes do not fit, if ``probs`` are not
-        probabilities, if a label is out of range, or if ``num_bins`` is below 1.
     """
     _check(probs, labels, num_bins)
     top = _for_top_class(probs)
@@ -111,18 +119,23 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
 def reliability(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> ReliabilityBins:
     r"""Compute what a reliability diagram shows, in the bins of :func:`evaluate`'s ECE.
 
+    Args:
+        probs: probabilities of shape ``(n, K)``.
+        labels: classes of shape ``(n,)``.
+        num_bins: number of bins.
+
+    Returns:
+        The bins, on the CPU and in float64, with ``ECE = sum(count / n * abs(accuracy - confidence))``
+        over the bins that are not empty.
+
+    Raises:
+        ValueError: as :func:`evaluate` does.
+
     Example::
 
         >>> bins = reliability(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]))
         >>> bins.edges.shape, bins.count.shape
         (torch.Size([16]), torch.Size([15]))
-
-    :param probs: Probabilities of shape ``(n, K)``.
-    :param labels: Classes of shape ``(n,)``.
-    :param num_bins: Number of bins.
-    :return: The bins, on the CPU and in float64, with
-        ``ECE = sum(count / n * abs(accuracy - confidence))`` over the bins that are not empty.
-    :raises ValueError: as :func:`evaluate` does.
     """
     _check(probs, labels, num_bins)
     confidence, predicted = _for_top_class(probs).cpu().max(-1)
@@ -163,7 +176,8 @@ def _check(probs: Tensor, labels: Tensor, num_bins: int) -> None:
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Check that ``labels``, of any shape, are integers from 0 to ``num_classes - 1``.
 
-    :raises ValueError: otherwise.
+    Raises:
+        ValueError: otherwise.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}: convert with .long().")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pyro_blora.metrics import ReliabilityBins, evaluate, reliability
 
+__all__ = ["reliability_diagram", "save_figure"]
+
 _ACCURACY = "#2f5f94"
 _OVER, _OVER_FILL = "#d9484a", "#fbdedd"
 _UNDER, _UNDER_FILL = "#3a8f5c", "#d9efe1"
@@ -33,6 +35,23 @@ def reliability_diagram(
     in each bin, with the mean confidence (dashed) and the accuracy (solid): the distance of the two
     lines is the net over- or under-confidence.
 
+    Args:
+        results: ``{method: (probs, labels)}``, ``probs`` of shape ``(n, K)`` and ``labels`` of shape
+            ``(n,)``. One column per method, in order; up to five are readable.
+        num_bins: number of bins of confidence, of equal width.
+        axes: where to draw: ``2 x len(results)`` matplotlib axes. Default: a new figure.
+
+    Returns:
+        The figure, not registered with pyplot: show it as the last line of a notebook's cell, or write
+        it with :func:`save_figure`.
+
+    Raises:
+        ValueError: there is no method, ``axes`` has another shape, or ``probs`` and ``labels`` are not
+            what :func:`pyro_blora.metrics.evaluate` takes.
+
+    Reference:
+        A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised Learning".
+
     Example::
 
         >>> import torch
@@ -40,18 +59,6 @@ def reliability_diagram(
         >>> figure = reliability_diagram({"LoRA": (probs, labels)})
         >>> len(figure.axes)
         2
-
-    Reference: A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised
-    Learning".
-
-    :param results: ``{method: (probs, labels)}``, ``probs`` of shape ``(n, K)`` and ``labels`` of
-        shape ``(n,)``. One column per method, in order; up to five are readable.
-    :param num_bins: Number of bins of confidence, of equal width.
-    :param axes: Where to draw: ``2 x len(results)`` matplotlib axes. Default: a new figure.
-    :return: The figure, not registered with pyplot: show it as the last line of a notebook's cell,
-        or write it with :func:`save_figure`.
-    :raises ValueError: if there is no method, if ``axes`` has another shape, or if ``probs`` and
-        ``labels`` are not what :func:`pyro_blora.metrics.evaluate` takes.
     """
     if not results:
         raise ValueError("reliability_diagram needs one method or more, got none.")
@@ -109,11 +116,14 @@ def reliability_diagram(
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> None:
     """Write a figure; a reader sees the old file or the whole new one.
 
-    :param figure: Any matplotlib figure.
-    :param path: The file; its suffix is the format, such as ``.png``, ``.pdf`` or ``.svg``.
-    :param dpi: Resolution of raster formats, in dots per inch.
-    :raises ValueError: if the suffix is missing or no format of matplotlib.
-    :raises FileNotFoundError: if the folder does not exist.
+    Args:
+        figure: any matplotlib figure.
+        path: the file; its suffix is the format, such as ``.png``, ``.pdf`` or ``.svg``.
+        dpi: resolution of raster formats, in dots per inch.
+
+    Raises:
+        ValueError: the suffix is missing or no format of matplotlib.
+        FileNotFoundError: the folder does not exist.
     """
     path = Path(path)
     if not path.suffix:

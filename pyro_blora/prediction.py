@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Prediction", "check_probabilities"]
+
 _TOLERANCE = 1e-3
 
 
@@ -26,6 +28,17 @@ class Prediction:
     Entropies are in nats, between 0 and :math:`\log K`. The mutual information is what active
     learning knows as BALD.
 
+    Attributes:
+        samples: probabilities of shape ``(S, B, K)``; each row of K sums to 1 within 1e-3. A choice
+            that an item does not have has probability 0.
+
+    Raises:
+        ValueError: ``samples`` is not such a tensor.
+
+    Reference:
+        N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference Learning",
+        arXiv:1112.5745.
+
     Example::
 
         >>> prediction = Prediction(torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]))
@@ -33,13 +46,6 @@ class Prediction:
         Prediction(samples=(2, 1, 2), confidence=0.500, mutual_information=0.368)
         >>> prediction.probs.shape, prediction.mutual_information.shape
         (torch.Size([1, 2]), torch.Size([1]))
-
-    Reference: N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
-    Learning", arXiv:1112.5745.
-
-    :param samples: Probabilities of shape ``(S, B, K)``; each row of K sums to 1 within 1e-3. A
-        choice that an item does not have has probability 0.
-    :raises ValueError: if ``samples`` is not such a tensor.
     """
 
     samples: Tensor
@@ -95,10 +101,15 @@ class Prediction:
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
         """Concatenate over items.
 
-        :param predictions: One or more, of equal :attr:`num_samples`. Where the numbers of choices
-            differ, the missing ones get probability 0.
-        :return: A prediction of ``sum(len(p) for p in predictions)`` items, in order.
-        :raises ValueError: if there is none, or if the numbers of samples differ.
+        Args:
+            predictions: one or more, of equal :attr:`num_samples`. Where the numbers of choices differ, the
+                missing ones get probability 0.
+
+        Returns:
+            A prediction of ``sum(len(p) for p in predictions)`` items, in order.
+
+        Raises:
+            ValueError: there is none, or the numbers of samples differ.
         """
         if not predictions:
             raise ValueError("Prediction.cat needs one prediction or more, got none.")
@@ -126,10 +137,13 @@ class Prediction:
 def check_probabilities(probs: Tensor, *, name: str) -> None:
     """Check that the last dimension of ``probs`` holds probability vectors.
 
-    :param probs: Of shape ``(..., K)``.
-    :param name: What the message calls it.
-    :raises ValueError: if ``probs`` is not floating, not finite, negative somewhere, or if rows do
-        not sum to 1 within 1e-3.
+    Args:
+        probs: of shape ``(..., K)``.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: ``probs`` is not floating, not finite, negative somewhere, or rows do not sum to 1
+            within 1e-3.
     """
     if not probs.is_floating_point():
         raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from pyro_blora.metrics import check_labels
 
+__all__ = ["fit_temperature"]
+
 _MIN, _MAX = 0.01, 100.0
 
 
@@ -21,20 +23,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Accuracy does not change with T. Fit on data held out from both training and test.
 
+    Args:
+        logits: of shape ``(n, K)``: log-probabilities up to a constant per row; ``-inf`` marks a choice
+            that an item does not have.
+        labels: classes of shape ``(n,)``, integers from 0 to K - 1.
+
+    Returns:
+        T, without a unit: divide logits by it.
+
+    Raises:
+        ValueError: there are no items, shapes do not fit, logits contain NaN or ``+inf``, or a label is
+            out of range or an absent choice.
+
+    Reference:
+        C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+
     Example::
 
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
         1.8205
-
-    Reference: C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
-
-    :param logits: Of shape ``(n, K)``: log-probabilities up to a constant per row; ``-inf`` marks a
-        choice that an item does not have.
-    :param labels: Classes of shape ``(n,)``, integers from 0 to K - 1.
-    :return: T, without a unit: divide logits by it.
-    :raises ValueError: if there are no items, if shapes do not fit, if logits contain NaN or
-        ``+inf``, or if a label is out of range or an absent choice.
     """
     _check(logits, labels)
     logits, labels = logits.detach().double(), labels.long()

@@ -6,13 +6,13 @@
 - :class:`MultipleChoiceCollator` and :class:`LabelTokensCollator` make batches of items.
 """
 
-from .collators import LabelTokensCollator, MultipleChoiceCollator
-from .facts import facts_items
-from .hub import hub_tasks, read_hub
-from .items import DataError, Item
-from .json_lines import read_json_lines
-from .task import Task, load_task, task_names
-from .templates import Template, template_for
+from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
+from pyro_blora.data.facts import facts_items
+from pyro_blora.data.hub import hub_tasks, read_hub
+from pyro_blora.data.items import DataError, Item
+from pyro_blora.data.json_lines import read_json_lines
+from pyro_blora.data.task import Task, load_task, task_names
+from pyro_blora.data.templates import Template, template_for
 
 __all__ = [
     "DataError",

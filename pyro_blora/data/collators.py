@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .encoding import cut_left, pad, pad_id, prompt_ids, text_ids
-from .items import DataError, Item
-from .templates import Template
+from pyro_blora.data.encoding import cut_left, pad, pad_id, prompt_ids, text_ids
+from pyro_blora.data.items import DataError, Item
+from pyro_blora.data.templates import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LabelTokensCollator", "MultipleChoiceCollator"]
 
 
 class MultipleChoiceCollator:
@@ -23,12 +25,11 @@ class MultipleChoiceCollator:
     The prompt is tokenised once, so the options of an item share its ids exactly. Items with
     fewer than K options are filled up with rows that hold the prompt alone.
 
-    :param tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
-    :param template: a template with ``scoring="options"``.
-    :param max_length: the longest row T. Longer rows lose the start of the question (leading
-        special tokens are kept), by the same amount for all options of an item.
-    :raises DataError: if the template scores labels, ``max_length < 2``, or (when called) the
-        list of items is empty or an option alone is too long.
+    Args:
+        tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
+        template: a template with ``scoring="options"``.
+        max_length: the longest row T. Longer rows lose the start of the question (leading special
+            tokens are kept), by the same amount for all options of an item.
 
     Called on B items, it returns a dict with
 
@@ -37,6 +38,10 @@ class MultipleChoiceCollator:
     - ``option_mask``, bool, shape (B, K, T), true at the tokens of the option, and false
       throughout a row that fills up K;
     - ``labels``, long, shape (B,).
+
+    Raises:
+        DataError: the template scores labels, ``max_length < 2``, or (when called) the list of items is
+            empty or an option alone is too long.
 
     Example::
 
@@ -98,20 +103,25 @@ class MultipleChoiceCollator:
 class LabelTokensCollator:
     """Lay out every item as its prompt; the answer is read off at the last token.
 
-    :param tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
-    :param template: a template with ``scoring="labels"``.
-    :param max_length: the longest row T; longer prompts lose the start of the question (leading
-        special tokens are kept).
-    :ivar token_ids: the token id of each label word, in the order of the classes.
-    :raises DataError: if the template scores options, ``max_length < 2``, a label word is not
-        exactly one token or two share one, or (when called) the list of items is empty or an
-        item has another number of choices than the template has label words.
+    Args:
+        tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
+        template: a template with ``scoring="labels"``.
+        max_length: the longest row T; longer prompts lose the start of the question (leading special
+            tokens are kept).
+
+    Attributes:
+        token_ids: the token id of each label word, in the order of the classes.
 
     Called on B items, it returns a dict with
 
     - ``input_ids``, long, shape (B, T), padded on the right;
     - ``attention_mask``, long, shape (B, T), 1 at tokens and 0 at padding;
     - ``labels``, long, shape (B,).
+
+    Raises:
+        DataError: the template scores options, ``max_length < 2``, a label word is not exactly one
+            token or two share one, or (when called) the list of items is empty or an item has another
+            number of choices than the template has label words.
 
     Example::
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .items import DataError
+from pyro_blora.data.items import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["cut_left", "pad", "pad_id", "prompt_ids", "text_ids"]
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -25,7 +27,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[in
     The tokenizer's leading special tokens (such as BOS) are kept. Special tokens that it puts
     after the text (such as EOS or SEP) are not: the answer goes there.
 
-    :raises DataError: if the tokenizer makes no token of the text.
+    Raises:
+        DataError: the tokenizer makes no token of the text.
     """
     plain = text_ids(tokenizer, prompt)
     if not plain:
@@ -45,8 +48,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[in
 def cut_left(ids: list[int], num_special: int, budget: int) -> list[int]:
     """Return at most ``budget`` ids: the leading special ones and the last of the others.
 
-    :param ids: the ids of a prompt, of which the first ``num_special`` are special.
-    :raises DataError: if the budget leaves no room for an id after the special ones.
+    Args:
+        ids: the ids of a prompt, of which the first ``num_special`` are special.
+
+    Raises:
+        DataError: the budget leaves no room for an id after the special ones.
 
     Example::
 
@@ -73,7 +79,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     """Pad lists of ids on the right.
 
-    :returns: the ids and their attention mask, both long, of shape (rows, longest row).
+    Returns:
+        The ids and their attention mask, both long, of shape (rows, longest row).
 
     Example::
 

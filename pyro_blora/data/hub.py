@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from . import records
-from .items import DataError, Item
+from pyro_blora.data import records
+from pyro_blora.data.items import DataError, Item
+
+__all__ = ["hub_splits", "hub_tasks", "read_hub"]
 
 _PARQUET = "refs/convert/parquet"  # the hub's own copy of a set that has a loading script
 
@@ -74,7 +76,8 @@ def hub_tasks() -> tuple[str, ...]:
 def hub_splits(task: str) -> tuple[str, ...]:
     """Return the splits that a task has on the hub, such as ``("test", "train")``.
 
-    :raises DataError: if the task is unknown.
+    Raises:
+        DataError: the task is unknown.
     """
     return tuple(sorted(_source(task).splits))
 
@@ -86,11 +89,16 @@ def read_hub(task: str, split: str) -> list[Item]:
     has no labels (BoolQ, WinoGrande, PIQA, Social IQa, SST-2), ``"test"`` is the validation split
     and there is no ``"validation"``.
 
-    :param task: one of :func:`hub_tasks`.
-    :param split: one of :func:`hub_splits`.
-    :returns: the items in the set's order, named ``TASK-SPLIT-NUMBER``.
-    :raises DataError: if the task or split is unknown, ``datasets`` is missing, the set cannot be
-        fetched, or a record does not have the expected form.
+    Args:
+        task: one of :func:`hub_tasks`.
+        split: one of :func:`hub_splits`.
+
+    Returns:
+        The items in the set's order, named ``TASK-SPLIT-NUMBER``.
+
+    Raises:
+        DataError: the task or split is unknown, ``datasets`` is missing, the set cannot be fetched, or
+            a record does not have the expected form.
 
     Example::
 

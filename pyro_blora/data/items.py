@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+__all__ = ["DataError", "Item"]
+
 
 class DataError(ValueError):
     """Data or a request for data is wrong; the message is one line and ends with the fix."""
@@ -13,11 +15,14 @@ class DataError(ValueError):
 class Item:
     """A question, its candidate answers and the index of the right one.
 
-    :param id: a name of the item, unique in its set, such as ``"arc_easy-test-17"``.
-    :param question: the plain text, without letters and without a prompt template.
-    :param choices: the K >= 2 candidate answers, in a fixed order.
-    :param label: the index of the right answer, ``0 <= label < K``.
-    :raises DataError: if a field has the wrong type, is empty, or the label is out of range.
+    Attributes:
+        id: a name of the item, unique in its set, such as ``"arc_easy-test-17"``.
+        question: the plain text, without letters and without a prompt template.
+        choices: the K >= 2 candidate answers, in a fixed order.
+        label: the index of the right answer, ``0 <= label < K``.
+
+    Raises:
+        DataError: a field has the wrong type, is empty, or the label is out of range.
 
     Example::
 

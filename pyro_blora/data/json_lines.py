@@ -7,7 +7,9 @@ from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 
-from .items import DataError, Item
+from pyro_blora.data.items import DataError, Item
+
+__all__ = ["read_json_lines", "splits_in"]
 
 _KEYS = ("id", "question", "choices", "label")
 _FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
@@ -22,10 +24,15 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
 
     Further keys are ignored, as are blank lines.
 
-    :param path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
-    :returns: the items, in file order; never empty.
-    :raises DataError: if the file is missing (the message names the tasks or splits that are
-        there), empty or not UTF-8, or a line is not an item (the message names the line).
+    Args:
+        path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
+
+    Returns:
+        The items, in file order; never empty.
+
+    Raises:
+        DataError: the file is missing (the message names the tasks or splits that are there), empty or
+            not UTF-8, or a line is not an item (the message names the line).
 
     Example::
 

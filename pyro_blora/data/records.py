@@ -10,6 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+__all__ = [
+    "Parts",
+    "Record",
+    "ag_news",
+    "arc",
+    "boolq",
+    "mmlu",
+    "openbookqa",
+    "piqa",
+    "social_iqa",
+    "sst2",
+    "winogrande",
+]
+
 Parts = tuple[str, tuple[str, ...], int]
 Record = Mapping[str, Any]
 

@@ -9,26 +9,29 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .collators import LabelTokensCollator, MultipleChoiceCollator
-from .facts import facts_items
-from .hub import hub_splits, hub_tasks, read_hub
-from .items import DataError, Item
-from .json_lines import read_json_lines, splits_in
-from .templates import Template, template_for
+from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
+from pyro_blora.data.facts import facts_items
+from pyro_blora.data.hub import hub_splits, hub_tasks, read_hub
+from pyro_blora.data.items import DataError, Item
+from pyro_blora.data.json_lines import read_json_lines, splits_in
+from pyro_blora.data.templates import Template, template_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Task", "load_task", "task_names"]
 
 
 @dataclass(frozen=True)
 class Task:
     """The items of a data set, split, and how they become prompts.
 
-    :param name: the name of the task.
-    :param train: the training items; empty where a task has none.
-    :param validation: the items on which settings are chosen; empty where ``train`` is.
-    :param test: the items that are only ever evaluated on.
-    :param template: the prompt and the way of scoring.
+    Attributes:
+        name: the name of the task.
+        train: the training items; empty where a task has none.
+        validation: the items on which settings are chosen; empty where ``train`` is.
+        test: the items that are only ever evaluated on.
+        template: the prompt and the way of scoring.
 
     Example::
 
@@ -47,7 +50,8 @@ class Task:
     ) -> MultipleChoiceCollator | LabelTokensCollator:
         """Return what turns a list of this task's items into a batch.
 
-        :raises DataError: if a label word of the template is not one token.
+        Raises:
+            DataError: a label word of the template is not one token.
         """
         if self.template.scoring == "labels":
             return LabelTokensCollator(tokenizer, self.template, max_length)
@@ -74,14 +78,17 @@ def load_task(
     ``max_validation``) is held out for validation and the rest is for training. Validation and
     test splits keep their order, and test items serve no other purpose.
 
-    :param name: the name of a task, see :func:`~pyro_blora.data.task_names`.
-    :param data_dir: a folder of JSON lines; default: the hub.
-    :param max_train: the most training items; default: all.
-    :param max_validation: the most validation items.
-    :param max_test: the most test items; default: all.
-    :param seed: of the shuffle.
-    :raises DataError: if the task has no such name or no test split, a file is malformed, or a
-        limit is negative.
+    Args:
+        name: the name of a task, see :func:`~pyro_blora.data.task_names`.
+        data_dir: a folder of JSON lines. Default: the hub.
+        max_train: the most training items. Default: all.
+        max_validation: the most validation items.
+        max_test: the most test items. Default: all.
+        seed: of the shuffle.
+
+    Raises:
+        DataError: the task has no such name or no test split, a file is malformed, or a limit is
+            negative.
 
     Example::
 
@@ -112,7 +119,8 @@ def load_task(
 def task_names(data_dir: str | PathLike[str] | None = None) -> tuple[str, ...]:
     """Return the names that :func:`load_task` knows, sorted.
 
-    :param data_dir: a folder of JSON lines; default: the tasks on the hub.
+    Args:
+        data_dir: a folder of JSON lines. Default: the tasks on the hub.
 
     Example::
 

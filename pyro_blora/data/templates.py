@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .items import DataError, Item
+from pyro_blora.data.items import DataError, Item
+
+__all__ = ["Scoring", "Template", "template_for"]
 
 Scoring = Literal["options", "labels"]
 
@@ -18,11 +20,14 @@ class Template:
     ``" " + choice`` after the prompt. With ``scoring="labels"`` the answer is a softmax over the
     tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
 
-    :param prompt: the text, in which ``{q}`` stands for the question.
-    :param scoring: ``"options"`` or ``"labels"``.
-    :param label_words: for ``"labels"`` only, one word a class, with its leading space.
-    :raises DataError: if ``{q}`` is not in the prompt, the scoring is unknown, or label words
-        are missing or given where they have no use.
+    Attributes:
+        prompt: the text, in which ``{q}`` stands for the question.
+        scoring: ``"options"`` or ``"labels"``.
+        label_words: for ``"labels"`` only, one word a class, with its leading space.
+
+    Raises:
+        DataError: ``{q}`` is not in the prompt, the scoring is unknown, or label words are missing or
+            given where they have no use.
 
     Example::
 
@@ -78,7 +83,8 @@ def template_for(task: str) -> Template:
     ``sst2``, ``ag_news`` and ``boolq`` are scored by label words. Every other task, known or
     not, is scored by the log-likelihood of its options.
 
-    :param task: the name of a task, such as ``"arc_easy"``.
+    Args:
+        task: the name of a task, such as ``"arc_easy"``.
 
     Example::
 

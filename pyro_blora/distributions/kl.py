@@ -20,6 +20,8 @@ from pyro_blora.distributions.matrix_normal import (
     solve,
 )
 
+__all__: list[str] = []
+
 
 def _inverse_diagonal(factor: Tensor) -> Tensor:
     """Return the diagonal of ``(L L^T)^-1``."""

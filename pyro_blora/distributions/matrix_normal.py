@@ -13,6 +13,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+__all__ = ["MatrixNormal", "apply_factor", "entry_variance", "half_log_det", "mahalanobis", "solve"]
+
 
 class MatrixNormal(TorchDistribution):
     r"""Matrix normal distribution, parametrised by Cholesky factors.
@@ -30,6 +32,22 @@ class MatrixNormal(TorchDistribution):
     :meth:`expand` neither copies nor repeats them, and a factor shared by several samples or batch
     elements enters one wide product or solve.
 
+    Args:
+        loc: the mean :math:`M`, of shape ``(..., m, n)``.
+        row_scale_tril: lower Cholesky factor :math:`L_r` of the covariance between rows, of shape
+            ``(..., m, m)``, with a positive diagonal.
+        col_scale_tril: lower Cholesky factor :math:`L_c` of the covariance between columns, of shape
+            ``(..., n, n)``, with a positive diagonal.
+        validate_args: whether to check the values of the arguments here and of the values in
+            :meth:`log_prob`. Default: torch's global setting.
+
+    Raises:
+        ValueError: the shapes do not fit, dtypes or devices differ, or, when validating, ``loc`` is NaN
+            somewhere or a factor is not a lower Cholesky factor.
+
+    Reference:
+        A. K. Gupta, D. K. Nagar (1999), "Matrix Variate Distributions", chapter 2.
+
     Example::
 
         >>> d = MatrixNormal(torch.zeros(5, 3, 2), torch.eye(3), torch.eye(2))
@@ -39,18 +57,6 @@ class MatrixNormal(TorchDistribution):
         torch.Size([4, 5, 3, 2])
         >>> d.log_prob(torch.zeros(3, 2)).shape
         torch.Size([5])
-
-    Reference: A. K. Gupta, D. K. Nagar (1999), "Matrix Variate Distributions", chapter 2.
-
-    :param loc: The mean :math:`M`, of shape ``(..., m, n)``.
-    :param row_scale_tril: Lower Cholesky factor :math:`L_r` of the covariance between rows, of
-        shape ``(..., m, m)``, with a positive diagonal.
-    :param col_scale_tril: Lower Cholesky factor :math:`L_c` of the covariance between columns, of
-        shape ``(..., n, n)``, with a positive diagonal.
-    :param validate_args: Whether to check the values of the arguments here and of the values in
-        :meth:`log_prob`. Default: torch's global setting.
-    :raises ValueError: if the shapes do not fit, if dtypes or devices differ, or, when validating,
-        if ``loc`` is NaN somewhere or a factor is not a lower Cholesky factor.
     """
 
     arg_constraints = {  # noqa: RUF012 (torch's own protocol)
@@ -83,7 +89,8 @@ class MatrixNormal(TorchDistribution):
     ) -> tuple[torch.Size, torch.Size]:
         """Infer ``(batch_shape, event_shape)`` from the shapes of the arguments.
 
-        :raises RuntimeError: if the batch shapes do not broadcast.
+        Raises:
+            RuntimeError: the batch shapes do not broadcast.
         """
         batch_shape = torch.broadcast_shapes(
             tuple(loc[:-2]), tuple(row_scale_tril[:-2]), tuple(col_scale_tril[:-2])
@@ -95,7 +102,8 @@ class MatrixNormal(TorchDistribution):
     ) -> "MatrixNormal":
         """Expand to ``batch_shape``; the result shares the storage of the arguments.
 
-        :raises ValueError: if :attr:`batch_shape` does not expand to ``batch_shape``.
+        Raises:
+            ValueError: :attr:`batch_shape` does not expand to ``batch_shape``.
         """
         new = self._get_checked_instance(MatrixNormal, _instance)
         batch_shape = torch.Size(batch_shape)
@@ -183,9 +191,14 @@ class MatrixNormal(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Evaluate the log density, in nats.
 
-        :param value: Of shape ``(..., m, n)``, broadcastable with :attr:`batch_shape`.
-        :return: Of the broadcast shape of :attr:`batch_shape` and ``value.shape[:-2]``.
-        :raises ValueError: when validating, if ``value`` has another shape or is NaN somewhere.
+        Args:
+            value: of shape ``(..., m, n)``, broadcastable with :attr:`batch_shape`.
+
+        Returns:
+            Of the broadcast shape of :attr:`batch_shape` and ``value.shape[:-2]``.
+
+        Raises:
+            ValueError: when validating, ``value`` has another shape or is NaN somewhere.
         """
         if self._validate_args:
             self._validate_sample(value)

@@ -1,8 +1,9 @@
 """The contract of a likelihood: how the wrapped network's logits explain a batch."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -30,6 +31,8 @@ class Likelihood:
     Raises:
         ConfigurationError: ``num_data`` is not positive.
     """
+
+    keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
     def __init__(self, *, num_data: int | None = None) -> None:
         if num_data is not None and num_data < 1:
@@ -97,6 +100,10 @@ class Likelihood:
                 f"{logits.shape[-1] - 1}; check the label mapping of the data set."
             )
 
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments and their values."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
     def examples(self, batch: Batch) -> int:
         """Number of examples ``B`` in a batch.
 
@@ -114,4 +121,3 @@ class Likelihood:
             raise BatchError("The batch is empty.")
         return count
 
-    keys: tuple[str, ...] = ("input_ids", "attention_mask")

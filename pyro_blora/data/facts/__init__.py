@@ -5,6 +5,6 @@ a question with one right and three wrong answers of each fact, and :mod:`.gener
 questions of a split in order.
 """
 
-from .generate import facts_items
+from pyro_blora.data.facts.generate import facts_items
 
 __all__ = ["facts_items"]

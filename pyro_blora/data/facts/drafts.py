@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import TypeVar
 
-from .table import Table
+from pyro_blora.data.facts.table import Table
+
+__all__ = ["MIN_GAP", "Draft", "drafts_of", "shuffled"]
 
 T = TypeVar("T")
 
@@ -20,11 +22,12 @@ MIN_GAP = 3
 class Draft:
     """A question whose choices have no order yet.
 
-    :param template: the relation and the number of its wording, such as ``"uses.2"``.
-    :param text: the question; ``{list}`` stands for the choices where it lists them.
-    :param right: the right answer.
-    :param wrong: three wrong answers.
-    :param facts: the subjects or things of the relation that the question is about.
+    Attributes:
+        template: the relation and the number of its wording, such as ``"uses.2"``.
+        text: the question; ``{list}`` stands for the choices where it lists them.
+        right: the right answer.
+        wrong: three wrong answers.
+        facts: the subjects or things of the relation that the question is about.
     """
 
     template: str
@@ -47,11 +50,12 @@ def drafts_of(
 ) -> Iterator[Draft]:
     """Yield the questions about a part of a relation's facts.
 
-    :param table: the relation.
-    :param part: the subjects or things that the questions may be about.
-    :param test: whether every other question uses a held-out wording.
-    :param limit: the most questions, for the kinds that combine things.
-    :param rng: the source of every choice.
+    Args:
+        table: the relation.
+        part: the subjects or things that the questions may be about.
+        test: whether every other question uses a held-out wording.
+        limit: the most questions, for the kinds that combine things.
+        rng: the source of every choice.
     """
     wordings = list(enumerate(table.wordings + table.held_out))
     seen, unseen = wordings[: len(table.wordings)], wordings[len(table.wordings) :]

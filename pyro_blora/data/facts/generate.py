@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 
+from pyro_blora.data.facts.drafts import Draft, drafts_of, shuffled
+from pyro_blora.data.facts.table import Table, tables
 from pyro_blora.data.items import DataError, Item
 
-from .drafts import Draft, drafts_of, shuffled
-from .table import Table, tables
+__all__ = ["SPLITS", "drafts", "facts_items", "parts"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,9 +29,14 @@ def facts_items(split: str) -> list[Item]:
     are balanced, and about half of the test items use a wording that no other split has. An id
     such as ``"facts-test-0042-uses.2"`` names the relation and the number of its wording.
 
-    :param split: ``"train"``, ``"validation"`` or ``"test"``.
-    :returns: the items, in a fixed mixed order.
-    :raises DataError: if there is no such split.
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+
+    Returns:
+        The items, in a fixed mixed order.
+
+    Raises:
+        DataError: there is no such split.
 
     Example::
 

@@ -22,6 +22,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+__all__ = ["Table", "tables"]
+
 
 @dataclass(frozen=True)
 class Table:

@@ -1,0 +1,267 @@
+"""Saving and loading adapters: safetensors for numbers, JSON for the rest, nothing is unpickled."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pyro_blora import guides, likelihoods, models
+from pyro_blora._version import __version__
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.guides import SiteGuide
+from pyro_blora.likelihoods import Likelihood
+from pyro_blora.models import UpdateModel
+from pyro_blora.targets import layer_shape
+
+if TYPE_CHECKING:
+    from pyro_blora.bayesian_lora import BayesianLoRA
+
+__all__ = ["CONFIG", "WEIGHTS", "Saved", "export_peft", "read_pretrained", "save_pretrained"]
+
+CONFIG = "bayesian_lora_config.json"
+WEIGHTS = "bayesian_lora.safetensors"
+FORMAT = 1
+
+
+def save_pretrained(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> None:
+    """Writes the trained tensors and how to rebuild the adapter; the base network is not saved.
+
+    Args:
+        blora: the adapter.
+        folder: where to write; made if it is missing. Each file appears whole or not at all.
+
+    Raises:
+        ConfigurationError: the guide is no guide family (an AutoGuide), or a prior has an option
+            that JSON cannot hold.
+    """
+    prior, guide = blora.prior_family[0], blora.guide_family[0]
+    if not isinstance(guide, SiteGuide):
+        raise ConfigurationError(
+            f"{guide!r} is not a guide family, so it cannot be rebuilt from a file; save "
+            "blora.state_dict() yourself with safetensors."
+        )
+    config = {
+        "format": FORMAT,
+        "pyro_blora": __version__,
+        "base_model": getattr(getattr(blora.net, "config", None), "_name_or_path", "") or "",
+        "layers": {
+            name: [group.d_out, group.d_in]
+            for group in blora.model.groups
+            for name in group.module_names
+        },
+        "prior": {"name": type(prior).__name__, "options": prior.options()},
+        "guide": {"name": type(guide).__name__, "options": guide.options()},
+        "likelihood": {
+            "name": type(blora.likelihood).__name__,
+            "options": blora.likelihood.options(),
+        },
+    }
+    try:
+        text = json.dumps(config, indent=2)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{prior!r} or {guide!r} has an option that JSON cannot hold ({error}); save "
+            "blora.state_dict() yourself with safetensors."
+        ) from error
+    tensors = {name: t.detach().cpu().contiguous() for name, t in blora.state_dict().items()}
+    folder = Path(folder)
+    _write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
+    _write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder says of an adapter.
+
+    Attributes:
+        target_modules: a regular expression that matches exactly the saved layers.
+        prior: the prior, rebuilt.
+        guide: the guide family, rebuilt.
+        likelihood: the likelihood, rebuilt.
+        tensors: the trained tensors by name.
+        folder: where it was read.
+    """
+
+    target_modules: str
+    prior: UpdateModel
+    guide: SiteGuide
+    likelihood: Likelihood
+    tensors: dict[str, Tensor]
+    folder: Path
+
+    def load_into(self, blora: "BayesianLoRA") -> None:
+        """Puts the tensors into ``blora``.
+
+        Raises:
+            CheckpointError: their names or shapes are not those of ``blora``.
+        """
+        expected = {name: tuple(t.shape) for name, t in blora.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in self.tensors.items()}
+        if expected != found:
+            differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+            raise CheckpointError(
+                f"{self.folder / WEIGHTS}: the tensors do not fit {CONFIG}; they differ in "
+                f"{differ[:4]}. Both files must come from one save_pretrained."
+            )
+        blora.load_state_dict(self.tensors)
+
+
+def read_pretrained(
+    net: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    prior: UpdateModel | None = None,
+    guide: SiteGuide | None = None,
+    likelihood: Likelihood | None = None,
+) -> Saved:
+    """Reads what :func:`save_pretrained` wrote and checks it against ``net``.
+
+    Args:
+        net: the base network the adapter was made for.
+        folder: the adapter's folder.
+        prior: an object like the saved one, where that is not of this library. Default: rebuilt.
+        guide: the same for the guide.
+        likelihood: the same for the likelihood.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt or of another format; ``net`` is another base;
+            or the prior or guide is not of this library and was not passed.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    _check_base(net, config, folder)
+    return Saved(
+        target_modules="|".join(re.escape(name) for name in config["layers"]),
+        prior=prior or _rebuild(config, "prior", models),
+        guide=guide or _rebuild(config, "guide", guides),
+        likelihood=likelihood or _rebuild(config, "likelihood", likelihoods),
+        tensors=_read_tensors(folder / WEIGHTS),
+        folder=folder,
+    )
+
+
+def export_peft(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> None:
+    """Writes the posterior mean as a plain PEFT LoRA adapter, for servers that speak PEFT.
+
+    ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``.
+
+    Args:
+        blora: the adapter.
+        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+
+    Raises:
+        ConfigurationError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigurationError("export_peft needs PEFT: pip install 'pyro-blora[peft]'.") from error
+    tensors, rank = {}, 1
+    for name, update in blora.sample_updates(0).items():
+        group = next(g for g in blora.model.groups if g.name == name)
+        for layer, module_name in zip(update.layers(), group.module_names, strict=True):
+            B = layer.B if layer.core is None else layer.B @ layer.core
+            prefix = f"base_model.model.{module_name}"
+            tensors[f"{prefix}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = B.detach().cpu().contiguous()
+            rank = layer.A.shape[0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[n for g in blora.model.groups for n in g.module_names],
+        base_model_name_or_path=getattr(getattr(blora.net, "config", None), "_name_or_path", None),
+        task_type="CAUSAL_LM" if hasattr(blora.net, "generate") else None,
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    _write(
+        folder / "adapter_model.safetensors",
+        lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
+    )
+    config.save_pretrained(str(folder))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside ``path`` and moves into place, so that no half-written file is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist; give the folder that save_pretrained wrote."
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); save it again.") from error
+    parts = {"format": int, "layers": dict, "prior": dict, "guide": dict, "likelihood": dict}
+    for key, kind in parts.items():
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
+            raise CheckpointError(f"{path} lacks {key!r}; it is not what save_pretrained writes.")
+    if config["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {config['format']}, this version reads {FORMAT}; install the "
+            f"version that wrote it ({config.get('pyro_blora')})."
+        )
+    return config
+
+
+def _check_base(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    modules = dict(net.named_modules())
+    for name, shape in config["layers"].items():
+        found = layer_shape(modules[name]) if name in modules else None
+        if found is None or list(found) != shape:
+            what = "has no such layer" if found is None else f"has it as {found[0]} x {found[1]}"
+            raise CheckpointError(
+                f"{folder} is an adapter for {config.get('base_model') or 'another network'!r} "
+                f"with {name} of {shape}; {type(net).__name__} {what}. Load the base it was made "
+                "for."
+            )
+
+
+def _rebuild(config: dict[str, Any], part: str, package: Any) -> Any:
+    """Makes an object by name, of the package's public names alone: a file cannot run code."""
+    name, options = config[part].get("name"), config[part].get("options", {})
+    if name not in package.__all__:
+        raise CheckpointError(
+            f"The {part} {name!r} is not in {package.__name__}; pass {part}= with an object like "
+            "the one that was saved."
+        )
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        return getattr(package, name)(**options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The {part} {name} cannot be made from its saved options ({error})."
+        ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is corrupt or incomplete ({error}); save it again.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name} has values that are not finite.")
+    return tensors

