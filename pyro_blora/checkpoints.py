@@ -25,7 +25,15 @@ from pyro_blora.targets import layer_shape
 if TYPE_CHECKING:
     from pyro_blora.bayesian_lora import BayesianLoRA
 
-__all__ = ["CONFIG", "WEIGHTS", "Saved", "export_peft", "read_pretrained", "save_pretrained"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Saved",
+    "export_peft",
+    "read_pretrained",
+    "save_pretrained",
+    "write_atomically",
+]
 
 CONFIG = "bayesian_lora_config.json"
 WEIGHTS = "bayesian_lora.safetensors"
@@ -74,8 +82,8 @@ def save_pretrained(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> No
         ) from error
     tensors = {name: t.detach().cpu().contiguous() for name, t in blora.state_dict().items()}
     folder = Path(folder)
-    _write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
-    _write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -183,14 +191,14 @@ def export_peft(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> None:
         inference_mode=True,
     )
     folder = Path(folder)
-    _write(
+    write_atomically(
         folder / "adapter_model.safetensors",
         lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
     )
     config.save_pretrained(str(folder))
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside ``path`` and moves into place, so that no half-written file is ever seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

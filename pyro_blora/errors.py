@@ -1,5 +1,8 @@
 """The exceptions of this library; each message says what was given, what was expected and the fix."""
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BatchError",
     "CheckpointError",
@@ -7,7 +10,16 @@ __all__ = [
     "NoTargetError",
     "NonFiniteLossError",
     "ParticleError",
+    "near_miss",
 ]
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what was probably meant, and all there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."
 
 
 class ConfigurationError(ValueError):

@@ -25,7 +25,7 @@ class Metrics:
         acc: accuracy of the most probable class, a fraction.
         ece: expected calibration error, a fraction.
         nll: mean negative log-likelihood of the labels, in nats.
-        brier: brier score, between 0 and 2.
+        brier: Brier score, between 0 and 2.
         n: number of items.
 
     Example::
@@ -88,12 +88,12 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         num_bins: number of bins of the ECE.
 
     Raises:
-        ValueError: there are no items, shapes do not fit, ``probs`` are not probabilities, a label is
-            out of range, or ``num_bins`` is below 1.
+        ValueError: there are no items, shapes do not fit, ``probs`` are not probabilities, a label
+            is out of range, or ``num_bins`` is below 1.
 
     Reference:
-        M. P. Naeini et al. (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning"; G.
-        W. Brier (1950), "Verification of Forecasts Expressed in Terms of Probability".
+        M. P. Naeini et al. (2015), "Obtaining Well Calibrated Probabilities Using Bayesian
+        Binning"; G. W. Brier (1950), "Verification of Forecasts Expressed in Terms of Probability".
 
     Example::
 
@@ -125,8 +125,8 @@ def reliability(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Reliabi
         num_bins: number of bins.
 
     Returns:
-        The bins, on the CPU and in float64, with ``ECE = sum(count / n * abs(accuracy - confidence))``
-        over the bins that are not empty.
+        The bins, on the CPU and in float64, with
+        ``ECE = sum(count / n * abs(accuracy - confidence))`` over the bins that are not empty.
 
     Raises:
         ValueError: as :func:`evaluate` does.
@@ -177,7 +177,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     """Check that ``labels``, of any shape, are integers from 0 to ``num_classes - 1``.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: they are not.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}: convert with .long().")

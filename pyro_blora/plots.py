@@ -36,21 +36,22 @@ def reliability_diagram(
     lines is the net over- or under-confidence.
 
     Args:
-        results: ``{method: (probs, labels)}``, ``probs`` of shape ``(n, K)`` and ``labels`` of shape
-            ``(n,)``. One column per method, in order; up to five are readable.
+        results: ``{method: (probs, labels)}``, ``probs`` of shape ``(n, K)`` and ``labels`` of
+            shape ``(n,)``. One column per method, in order; up to five are readable.
         num_bins: number of bins of confidence, of equal width.
         axes: where to draw: ``2 x len(results)`` matplotlib axes. Default: a new figure.
 
     Returns:
-        The figure, not registered with pyplot: show it as the last line of a notebook's cell, or write
-        it with :func:`save_figure`.
+        The figure, not registered with pyplot: show it as the last line of a notebook's cell, or
+        write it with :func:`save_figure`.
 
     Raises:
-        ValueError: there is no method, ``axes`` has another shape, or ``probs`` and ``labels`` are not
-            what :func:`pyro_blora.metrics.evaluate` takes.
+        ValueError: there is no method, ``axes`` has another shape, or ``probs`` and ``labels`` are
+            not what :func:`pyro_blora.metrics.evaluate` takes.
 
     Reference:
-        A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised Learning".
+        A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised
+        Learning".
 
     Example::
 

@@ -36,8 +36,8 @@ class Prediction:
         ValueError: ``samples`` is not such a tensor.
 
     Reference:
-        N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference Learning",
-        arXiv:1112.5745.
+        N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
+        Learning", arXiv:1112.5745.
 
     Example::
 
@@ -102,8 +102,8 @@ class Prediction:
         """Concatenate over items.
 
         Args:
-            predictions: one or more, of equal :attr:`num_samples`. Where the numbers of choices differ, the
-                missing ones get probability 0.
+            predictions: one or more, of equal :attr:`num_samples`. Where the numbers of choices
+                differ, the missing ones get probability 0.
 
         Returns:
             A prediction of ``sum(len(p) for p in predictions)`` items, in order.
@@ -142,8 +142,8 @@ def check_probabilities(probs: Tensor, *, name: str) -> None:
         name: what the message calls it.
 
     Raises:
-        ValueError: ``probs`` is not floating, not finite, negative somewhere, or rows do not sum to 1
-            within 1e-3.
+        ValueError: ``probs`` is not floating, not finite, negative somewhere, or rows do not sum to
+            1 within 1e-3.
     """
     if not probs.is_floating_point():
         raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")

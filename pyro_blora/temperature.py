@@ -24,16 +24,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Accuracy does not change with T. Fit on data held out from both training and test.
 
     Args:
-        logits: of shape ``(n, K)``: log-probabilities up to a constant per row; ``-inf`` marks a choice
-            that an item does not have.
+        logits: of shape ``(n, K)``: log-probabilities up to a constant per row; ``-inf`` marks a
+            choice that an item does not have.
         labels: classes of shape ``(n,)``, integers from 0 to K - 1.
 
     Returns:
         T, without a unit: divide logits by it.
 
     Raises:
-        ValueError: there are no items, shapes do not fit, logits contain NaN or ``+inf``, or a label is
-            out of range or an absent choice.
+        ValueError: there are no items, shapes do not fit, logits contain NaN or ``+inf``, or a
+            label is out of range or an absent choice.
 
     Reference:
         C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.

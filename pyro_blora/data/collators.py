@@ -40,8 +40,8 @@ class MultipleChoiceCollator:
     - ``labels``, long, shape (B,).
 
     Raises:
-        DataError: the template scores labels, ``max_length < 2``, or (when called) the list of items is
-            empty or an option alone is too long.
+        DataError: the template scores labels, ``max_length < 2``, or (when called) the list of
+            items is empty or an option alone is too long.
 
     Example::
 
@@ -106,8 +106,8 @@ class LabelTokensCollator:
     Args:
         tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
         template: a template with ``scoring="labels"``.
-        max_length: the longest row T; longer prompts lose the start of the question (leading special
-            tokens are kept).
+        max_length: the longest row T; longer prompts lose the start of the question (leading
+            special tokens are kept).
 
     Attributes:
         token_ids: the token id of each label word, in the order of the classes.
@@ -120,8 +120,8 @@ class LabelTokensCollator:
 
     Raises:
         DataError: the template scores options, ``max_length < 2``, a label word is not exactly one
-            token or two share one, or (when called) the list of items is empty or an item has another
-            number of choices than the template has label words.
+            token or two share one, or (when called) the list of items is empty or an item has
+            another number of choices than the template has label words.
 
     Example::
 

@@ -50,6 +50,8 @@ def cut_left(ids: list[int], num_special: int, budget: int) -> list[int]:
 
     Args:
         ids: the ids of a prompt, of which the first ``num_special`` are special.
+        num_special: how many ids lead as special; they are always kept.
+        budget: the most ids to return.
 
     Raises:
         DataError: the budget leaves no room for an id after the special ones.

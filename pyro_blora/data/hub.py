@@ -97,8 +97,8 @@ def read_hub(task: str, split: str) -> list[Item]:
         The items in the set's order, named ``TASK-SPLIT-NUMBER``.
 
     Raises:
-        DataError: the task or split is unknown, ``datasets`` is missing, the set cannot be fetched, or
-            a record does not have the expected form.
+        DataError: the task or split is unknown, ``datasets`` is missing, the set cannot be fetched,
+            or a record does not have the expected form.
 
     Example::
 

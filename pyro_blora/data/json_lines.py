@@ -31,8 +31,8 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
         The items, in file order; never empty.
 
     Raises:
-        DataError: the file is missing (the message names the tasks or splits that are there), empty or
-            not UTF-8, or a line is not an item (the message names the line).
+        DataError: the file is missing (the message names the tasks or splits that are there), empty
+            or not UTF-8, or a line is not an item (the message names the line).
 
     Example::
 

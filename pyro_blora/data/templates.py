@@ -26,8 +26,8 @@ class Template:
         label_words: for ``"labels"`` only, one word a class, with its leading space.
 
     Raises:
-        DataError: ``{q}`` is not in the prompt, the scoring is unknown, or label words are missing or
-            given where they have no use.
+        DataError: ``{q}`` is not in the prompt, the scoring is unknown, or label words are missing
+            or given where they have no use.
 
     Example::
 

@@ -36,14 +36,14 @@ class MatrixNormal(TorchDistribution):
         loc: the mean :math:`M`, of shape ``(..., m, n)``.
         row_scale_tril: lower Cholesky factor :math:`L_r` of the covariance between rows, of shape
             ``(..., m, m)``, with a positive diagonal.
-        col_scale_tril: lower Cholesky factor :math:`L_c` of the covariance between columns, of shape
-            ``(..., n, n)``, with a positive diagonal.
+        col_scale_tril: lower Cholesky factor :math:`L_c` of the covariance between columns, of
+            shape ``(..., n, n)``, with a positive diagonal.
         validate_args: whether to check the values of the arguments here and of the values in
             :meth:`log_prob`. Default: torch's global setting.
 
     Raises:
-        ValueError: the shapes do not fit, dtypes or devices differ, or, when validating, ``loc`` is NaN
-            somewhere or a factor is not a lower Cholesky factor.
+        ValueError: the shapes do not fit, dtypes or devices differ, or, when validating, ``loc`` is
+            NaN somewhere or a factor is not a lower Cholesky factor.
 
     Reference:
         A. K. Gupta, D. K. Nagar (1999), "Matrix Variate Distributions", chapter 2.

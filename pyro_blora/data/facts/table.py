@@ -27,7 +27,20 @@ __all__ = ["Table", "tables"]
 
 @dataclass(frozen=True)
 class Table:
-    """One relation: its wordings and its facts."""
+    """One relation: its wordings and its facts; the module says what each kind of relation has.
+
+    Attributes:
+        name: the name of the relation, unique in all tables.
+        kind: ``"lookup"``, ``"choice"``, ``"order"`` or ``"property"``.
+        wordings: the wordings that every split may use.
+        held_out: the wordings that only test items use.
+        facts: the answers to each subject (lookup), or its right answer and three wrong ones
+            (choice).
+        alike: groups of answers that are never set against each other (lookup).
+        levels: a number for each thing, on a rough scale (order).
+        yes: the things that have the property (property).
+        no: the things that do not (property).
+    """
 
     name: str
     kind: str

