@@ -135,11 +135,11 @@ class SiteGuide(PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define setup(site).")
 
     def distribution(self) -> TorchDistribution:
-        """q over the unconstrained value; batch and event shapes as ``site.shape`` has them."""
+        """The law q of the unconstrained value, batch and event shapes as in ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
     def forward(self) -> TorchDistribution:
-        """q over the value of the site itself, in the prior's support."""
+        """The law q of the value of the site itself, in the prior's support."""
         q = self.distribution()
         if self.site.is_real:
             return q

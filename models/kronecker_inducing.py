@@ -184,7 +184,7 @@ class KroneckerInducing(UpdateModel):
         return LowRankUpdate(A=Q_c, core=sigma[:, None, None] * V, B=Q_r.mT, noise=noise)
 
     def scale(self) -> Tensor:
-        """sigma of each layer, ``(n,)``."""
+        """The prior scale sigma of each layer, ``(n,)``."""
         if self.learn_sigma:
             return cast(Tensor, self.sigma_)
         return torch.full((self.group.n,), self.sigma, device=self.group.device)
@@ -233,4 +233,6 @@ class KroneckerInducing(UpdateModel):
         F_c = torch.linalg.solve_triangular(L_c, D_c, upper=False)
         C_r, C_c = torch.linalg.cholesky(Q_r @ Q_r.mT), torch.linalg.cholesky(Q_c @ Q_c.mT)
         sides = (scale, Q_r, F_r, C_r, Q_c, F_c, C_c)
-        return tuple(JointNoise(*layer) for layer in zip(*(s.unbind(0) for s in sides), strict=True))
+        return tuple(
+            JointNoise(*layer) for layer in zip(*(s.unbind(0) for s in sides), strict=True)
+        )

@@ -115,14 +115,13 @@ class PlainLoRA:
             torch.manual_seed(options.seed)
 
         def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-            with torch.autocast(
-                "cpu", torch.bfloat16, enabled=options.precision == "bfloat16"
-            ):
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
                 logits = self.likelihood.logits(self.net, batch)
             loss = nn.functional.cross_entropy(logits, batch["labels"])
             if not bool(loss.isfinite()):
                 raise NonFiniteLossError(f"Plain LoRA's loss is not finite at step {step}.")
-            return loss, {"loss": float(loss), "nll": float(loss)}
+            value = float(loss.detach())
+            return loss, {"loss": value, "nll": value}
 
         def validate() -> float:
             assert validation is not None

@@ -137,7 +137,9 @@ class BayesianLoRA(PyroModule):
             parameter.requires_grad_(required_grad)
         return self.net
 
-    def sample_updates(self, num_samples: int, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+    def sample_updates(
+        self, num_samples: int, batch: Batch | None = None
+    ) -> dict[str, LowRankUpdate]:
         """Posterior draws of the updates by group, without gradient.
 
         Args:

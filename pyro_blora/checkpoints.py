@@ -172,7 +172,9 @@ def export_peft(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ConfigurationError("export_peft needs PEFT: pip install 'pyro-blora[peft]'.") from error
+        raise ConfigurationError(
+            "export_peft needs PEFT: pip install 'pyro-blora[peft]'."
+        ) from error
     tensors, rank = {}, 1
     for name, update in blora.sample_updates(0).items():
         group = next(g for g in blora.model.groups if g.name == name)
@@ -268,7 +270,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is corrupt or incomplete ({error}); save it again.") from error
+        raise CheckpointError(
+            f"{path} is corrupt or incomplete ({error}); save it again."
+        ) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name} has values that are not finite.")

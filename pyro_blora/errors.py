@@ -1,4 +1,4 @@
-"""The exceptions of this library; each message says what was given, what was expected and the fix."""
+"""The exceptions of this library; each says what was given, what was expected and the fix."""
 
 import difflib
 from collections.abc import Iterable

@@ -7,6 +7,7 @@ only what enters the head, and which of its rows are computed, is narrowed.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,15 +79,12 @@ def _narrowed(
             return (hidden[rows, positions],)
         return (hidden[rows.expand_as(mask)[mask], positions[mask]].unsqueeze(0),)
 
-    def some_rows(hidden: Tensor) -> Tensor:
-        bias = None if head.bias is None else head.bias[token_ids]
-        return functional.linear(hidden, head.weight[token_ids], bias)
-
     handle = head.register_forward_pre_hook(gather)
-    narrow = token_ids is not None and type(head) is nn.Linear
+    narrow = False
     try:
-        if narrow:
-            head.forward = some_rows  # type: ignore[method-assign]
+        if token_ids is not None and type(head) is nn.Linear:
+            narrow = True
+            head.forward = partial(_some_rows, head, token_ids)  # type: ignore[method-assign]
             if adapter is not None:
                 adapter.rows = token_ids
         yield
@@ -96,3 +94,8 @@ def _narrowed(
             del head.forward
             if adapter is not None:
                 adapter.rows = None
+
+
+def _some_rows(head: nn.Linear, rows: Tensor, hidden: Tensor) -> Tensor:
+    bias = None if head.bias is None else head.bias[rows]
+    return functional.linear(hidden, head.weight[rows], bias)

@@ -71,8 +71,9 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     out_features, in_features = (getattr(module, k, None) for k in ("out_features", "in_features"))
     if isinstance(out_features, int) and isinstance(in_features, int):
         return out_features, in_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return int(module.nf), int(module.nx)
+    nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
+    if type(module).__name__ == "Conv1D" and isinstance(nf, int) and isinstance(nx, int):
+        return nf, nx
     return None
 
 

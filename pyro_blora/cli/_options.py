@@ -41,9 +41,7 @@ DataDir = Annotated[
     typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl; default: the hub."),
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the updates.", min=1)]
-Targets = Annotated[
-    str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")
-]
+Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")]
 MaxSteps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Examples in a step.", min=1)]
 MaxTrain = Annotated[int | None, typer.Option(help="Training examples to use.", min=1)]

@@ -1,5 +1,6 @@
 """``pyro-blora compare``: methods side by side on one task."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,9 +8,10 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _options as o
-from pyro_blora.comparison import METHODS, Settings, compare, table, write
+from pyro_blora.comparison import METHODS, Settings, compare
 from pyro_blora.data import load_task
 from pyro_blora.pretrained import load_pretrained
+from pyro_blora.results import table, write
 
 __all__ = ["run"]
 
@@ -76,7 +78,7 @@ def run(
             f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items",
             highlight=False,
         )
-    write(rows, settings, out)
+    write(rows, asdict(settings), out)
     title = f"{model} on {task}: mean ± standard deviation over {len(settings.seeds)} seeds"
     console.print(table(rows, title))
     console.print(f"Written: {out / 'results.json'} and {out / 'reliability.png'}")

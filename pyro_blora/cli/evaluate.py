@@ -44,9 +44,7 @@ def run(
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
-    blora = BayesianLoRA.from_pretrained(
-        net, adapter, likelihood=likelihood_for(data, collate)
-    )
+    blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(data, collate))
     torch.manual_seed(seed)
     prediction, labels = predict_dataset(
         lambda batch: blora.predict(batch, num_samples),

@@ -32,8 +32,8 @@ def run(
 ) -> None:
     """Count the parameters of plain LoRA and of a Bayesian adapter on a model's shapes.
 
-    No weights are read or made: the network lives on the meta device. Only the adapter's own tensors
-    are built.
+    No weights are read or made: the network lives on the meta device. Only the adapter's own
+    tensors are built.
 
     Example: pyro-blora info --model llama-2-7b --target-modules q_proj,v_proj,lm_head
     """

