@@ -7,6 +7,7 @@ Three nouns: a prior (``pyro_blora.models``), a guide (``pyro_blora.guides``) an
 from pyro_blora import guides, likelihoods, models
 from pyro_blora._version import __version__
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.inference import fit
 from pyro_blora.prediction import Prediction
 
-__all__ = ["BayesianLoRA", "Prediction", "__version__", "guides", "likelihoods", "models"]
+__all__ = ["BayesianLoRA", "Prediction", "__version__", "fit", "guides", "likelihoods", "models"]

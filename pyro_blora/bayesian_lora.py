@@ -1,6 +1,7 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,7 @@ class BayesianLoRA(PyroModule):
         likelihood = CausalLM() if likelihood is None else likelihood
         _check_kind("likelihood", likelihood, Likelihood)
         self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
+        _warn_of_aliases(self.model)
         self.guide = self._make_guide()
         self._frozen = tuple((p, p.requires_grad) for p in net.parameters())
         self.model.attach()
@@ -271,6 +273,21 @@ def _check_kind(option: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         made = " Pass an object, not the class." if isinstance(value, type) else ""
         raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")
+
+
+def _warn_of_aliases(model: BayesianLoRAModel) -> None:
+    """Pyro's global parameter store identifies tensors by name: two adapters would share them."""
+    if pyro.settings.get("module_local_params"):
+        return
+    names = {f"model.{name}".removesuffix("_unconstrained") for name, _ in model.named_parameters()}
+    taken = sorted(names & set(pyro.get_param_store().keys()))
+    if taken:
+        warnings.warn(
+            f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
+            "adapter's names; the new adapter would share an older one's tensors. Call "
+            "pyro.clear_param_store() first, or pyro.settings.set(module_local_params=True).",
+            stacklevel=3,
+        )
 
 
 def _mean(updates: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:

@@ -5,17 +5,24 @@ class (quantised or not) and its ties stay what they were, and taking the hook o
 network back exactly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.update import LayerUpdate
 
-__all__ = ["Adapter", "adapter_of", "without_updates"]
+__all__ = [
+    "Adapter",
+    "adapter_of",
+    "updates_in_place",
+    "updates_kept_for_backward",
+    "without_updates",
+]
 
 
 class Adapter:
@@ -55,14 +62,56 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 
 @contextmanager
+def updates_in_place(
+    adapters: Sequence[Adapter], updates: Sequence[LayerUpdate | None]
+) -> Iterator[None]:
+    """Within, each adapter adds its update; afterwards, what it added before."""
+    before = [adapter.update for adapter in adapters]
+    try:
+        for adapter, update in zip(adapters, updates, strict=True):
+            adapter.update = update
+        yield
+    finally:
+        for adapter, update in zip(adapters, before, strict=True):
+            adapter.update = update
+
+
+@contextmanager
 def without_updates(net: nn.Module) -> Iterator[None]:
     """Within, the layers of ``net`` are as pretrained, whatever update they hold."""
     held = [a for a in map(adapter_of, net.modules()) if a is not None]
-    updates = [adapter.update for adapter in held]
+    with updates_in_place(held, [None] * len(held)):
+        yield
+
+
+@contextmanager
+def updates_kept_for_backward(
+    net: nn.Module, adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
+) -> Iterator[None]:
+    """Within, the blocks of ``net`` under activation checkpointing take ``updates`` along.
+
+    Backward runs such a block a second time, when the updates are off the layers again, or are
+    those of another pass; transformers runs it through ``_gradient_checkpointing_func``.
+    """
+
+    def taking_along(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def updated_block(*args: Any, **kwargs: Any) -> Any:
+                with updates_in_place(adapters, updates):
+                    return block(*args, **kwargs)
+
+            return checkpoint(updated_block, *args, **kwargs)
+
+        return run
+
+    blocks: list[Any] = []
+    if net.training and torch.is_grad_enabled():
+        blocks = [m for m in net.modules() if getattr(m, "gradient_checkpointing", False)]
+    functions = [block._gradient_checkpointing_func for block in blocks]
     try:
-        for adapter in held:
-            adapter.update = None
+        for block, function in zip(blocks, functions, strict=True):
+            block._gradient_checkpointing_func = taking_along(function)
         yield
     finally:
-        for adapter, update in zip(held, updates, strict=True):
-            adapter.update = update
+        for block, function in zip(blocks, functions, strict=True):
+            block._gradient_checkpointing_func = function

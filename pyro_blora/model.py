@@ -17,7 +17,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_blora.errors import ParticleError
-from pyro_blora.layers import Adapter
+from pyro_blora.layers import Adapter, updates_in_place, updates_kept_for_backward
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.targets import LayerGroup
@@ -98,13 +98,12 @@ class BayesianLoRAModel(PyroModule):
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Within, the network's layers add ``updates``; yields the network."""
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
-        try:
-            for adapter, layer in zip(self._adapters, layers, strict=True):
-                adapter.update = layer
-            yield self._net[0]
-        finally:
-            for adapter in self._adapters:
-                adapter.update = None
+        net = self._net[0]
+        with (
+            updates_in_place(self._adapters, layers),
+            updates_kept_for_backward(net, self._adapters, layers),
+        ):
+            yield net
 
     def forward(self, batch: Batch) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``.

@@ -5,6 +5,7 @@ particles, in order.* A factor that carries a leading particle dimension acts on
 the rows; a factor without one acts on all of them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,6 +143,6 @@ class LowRankUpdate:
 
 
 def _unstack(factor: Tensor) -> tuple[Tensor, ...]:
-    if factor.shape[:-3].numel() == 1:  # one draw is a shared draw: no batched product
+    if math.prod(factor.shape[:-3]) == 1:  # one draw is a shared draw: no batched product
         return factor.reshape(factor.shape[-3:]).unbind(0)
     return factor.reshape(-1, *factor.shape[-3:]).unbind(1)
