@@ -77,6 +77,8 @@ class PlainLoRA:
             if isinstance(module, LoraLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(self.net.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(self.net, "peft_config"):
+            del self.net.peft_config
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors."""

@@ -37,7 +37,7 @@ def logits_at(
         token_ids: the vocabulary entries to compute, ``(C,)``; default all.
 
     Returns:
-        ``(mask.sum(), C)`` in single precision: the real positions in row-major order.
+        ``(mask.sum(), C)`` in at least single precision: the real positions in row-major order.
 
     Raises:
         ConfigurationError: the network has no output head.
@@ -52,7 +52,8 @@ def logits_at(
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
     with _narrowed(head, adapter, positions, None if per_row else mask, token_ids):
-        logits: Tensor = net(**inputs, use_cache=False).logits.float()
+        logits: Tensor = net(**inputs, use_cache=False).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if token_ids is not None and logits.shape[-1] != len(token_ids):
         logits = logits[..., token_ids]
     return logits[mask] if per_row else logits.squeeze(0)

@@ -1,5 +1,6 @@
 """Classification by a head on the whole sequence."""
 
+import torch
 from torch import Tensor, nn
 
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
@@ -29,4 +30,4 @@ class SequenceClassification(Likelihood):
         """The network's logits, ``(B, C)``."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits: Tensor = net(**inputs).logits
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,187 @@
+import copy
+import json
+
+import pyro
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pyro_blora import BayesianLoRA, checkpoints, guides
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.models import KroneckerInducing
+
+
+def network(hidden=16):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def batch():
+    ids = torch.arange(24).reshape(4, 6)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def adapter(net, guide=None, **prior):
+    blora = BayesianLoRA(
+        net,
+        target_modules=["q_proj", "v_proj", "lm_head"],
+        prior=KroneckerInducing(rank=3, **prior),
+        guide=guide,
+        likelihood=LabelTokens(token_ids=[5, 6, 7], num_data=10),
+    )
+    with torch.no_grad():  # away from the start, where every update is zero
+        for parameter in blora.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return blora
+
+
+@pytest.fixture
+def saved(tmp_path):
+    net = network()
+    blora = adapter(net)
+    probs = blora.predict(batch(), 0).probs
+    blora.save_pretrained(tmp_path / "a")
+    blora.unwrap()
+    pyro.clear_param_store()
+    return net, tmp_path / "a", probs
+
+
+@pytest.mark.parametrize("name", guides.__all__)
+def test_round_trip_of_every_guide(name, tmp_path):
+    family = getattr(guides, name)
+    if name in ("Site", "SiteGuide"):
+        pytest.skip(f"{name} is the contract, not a guide")
+    net = network()
+    blora = adapter(net, family(), conditional="scaled", sigma=0.2)
+    probs = blora.predict(batch(), 0).probs
+    blora.save_pretrained(tmp_path)
+    tensors = {k: v.clone() for k, v in blora.state_dict().items()}
+    blora.unwrap()
+    pyro.clear_param_store()
+    again = BayesianLoRA.from_pretrained(net, tmp_path)
+    assert torch.equal(again.predict(batch(), 0).probs, probs)
+    assert again.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(v, tensors[k]) for k, v in again.state_dict().items())
+    assert repr(again) == repr(blora)
+
+
+def test_only_the_adapter_is_saved(saved):
+    net, folder, _ = saved
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [checkpoints.CONFIG, checkpoints.WEIGHTS]
+    )
+    size = (folder / checkpoints.WEIGHTS).stat().st_size
+    assert size < 4 * sum(p.numel() for p in net.parameters())
+
+
+def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    net, folder, probs = saved
+    blora = BayesianLoRA.from_pretrained(net, folder)
+    blora.export_peft(tmp_path / "peft")
+    likelihood = blora.likelihood
+    blora.unwrap()
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "peft"))
+    logits = likelihood.logits(model.base_model.model, batch())
+    # The head's own rows are computed whole there: PEFT's layer is no plain nn.Linear.
+    assert torch.allclose(logits.softmax(-1), probs, atol=1e-6)
+    base = likelihood.logits(net, batch()).softmax(-1)
+    assert not torch.allclose(base, probs, atol=1e-3)
+
+
+def test_a_wrong_base_is_refused_and_left_as_it_was(saved):
+    _, folder, _ = saved
+    other = network(hidden=32)
+    with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):
+        BayesianLoRA.from_pretrained(other, folder)
+    assert not any(m._forward_hooks for m in other.modules())
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(saved, cut):
+    net, folder, _ = saved
+    path = folder / checkpoints.WEIGHTS
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="corrupt or incomplete"):
+        BayesianLoRA.from_pretrained(net, folder)
+
+
+def test_a_pickle_is_not_read(saved):
+    net, folder, _ = saved
+    torch.save({"x": torch.ones(1)}, folder / checkpoints.WEIGHTS)
+    with pytest.raises(CheckpointError, match="corrupt"):
+        BayesianLoRA.from_pretrained(net, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"prior": {"name": "os.system", "options": {"command": "true"}}}, "pass prior="),
+        ({"prior": {"name": "UpdateModel", "options": {"x": 1}}}, "cannot be made"),
+        ({"prior": {"name": "KroneckerInducing", "options": {"rank": 2}}}, "do not fit"),
+        ({"guide": {"name": "MatrixNormal", "options": {"init_scale": -1}}}, "cannot be made"),
+        ({"layers": None}, "lacks 'layers'"),
+    ],
+)
+def test_a_tampered_config_is_refused(saved, change, told):
+    net, folder, _ = saved
+    path = folder / checkpoints.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=told):
+        BayesianLoRA.from_pretrained(net, folder)
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_values_that_are_not_finite_are_refused(saved):
+    net, folder, _ = saved
+    import safetensors.torch
+
+    path = folder / checkpoints.WEIGHTS
+    tensors = safetensors.torch.load_file(path)
+    next(iter(tensors.values())).fill_(float("nan"))
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="not finite"):
+        BayesianLoRA.from_pretrained(net, folder)
+
+
+def test_missing_files_are_named(saved, tmp_path):
+    net, folder, _ = saved
+    with pytest.raises(CheckpointError, match="does not exist"):
+        BayesianLoRA.from_pretrained(net, tmp_path / "nothing")
+    (folder / checkpoints.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=checkpoints.WEIGHTS):
+        BayesianLoRA.from_pretrained(net, folder)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    net, folder, _ = saved
+    blora = BayesianLoRA.from_pretrained(net, folder)
+    before = (folder / checkpoints.WEIGHTS).read_bytes()
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        blora.save_pretrained(folder)
+    assert (folder / checkpoints.WEIGHTS).read_bytes() == before
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_guides_that_cannot_be_rebuilt_are_refused(tmp_path):
+    blora = BayesianLoRA(network(), prior=KroneckerInducing(rank=2), guide=AutoNormal)
+    with pytest.raises(ConfigurationError, match="not a guide family"):
+        blora.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()

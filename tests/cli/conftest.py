@@ -1,0 +1,79 @@
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pyro_blora import cli
+
+WORDS = ("red", "green", "blue", "cold", "warm", "round")
+
+
+def items(count, start):
+    """Questions whose answer is the word they repeat: learnable by a tiny network."""
+    made = []
+    for i in range(start, start + count):
+        word = WORDS[i % len(WORDS)]
+        others = [w for w in WORDS if w != word][:2]
+        choices = [*others[: i % 3], word, *others[i % 3 :]]
+        question = f"Which word is {word}, number {i}?"
+        made.append({"id": str(i), "question": question, "choices": choices, "label": i % 3})
+    return made
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny random Llama and its tokenizer, saved as a hub folder is."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [f"Question: {item['question']}\nAnswer: {' '.join(WORDS)}" for item in items(30, 0)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A folder with one task, ``words``."""
+    folder = tmp_path / "data" / "words"
+    folder.mkdir(parents=True)
+    for split, count, start in (("train", 40, 0), ("test", 21, 100)):
+        lines = "".join(json.dumps(item) + "\n" for item in items(count, start))
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder.parent
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line; gives the exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pyro-blora", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code or 0, out, err
+
+    return run

@@ -1,0 +1,88 @@
+import json
+
+import pyro
+import pytest
+
+ROW = {
+    "method",
+    "seed",
+    "acc",
+    "ece",
+    "nll",
+    "brier",
+    "n_test",
+    "train_seconds",
+    "trainable_parameters",
+}
+
+
+def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir, tmp_path):
+    out = tmp_path / "out"
+    methods = "lora,lora-best,temperature,kronecker-meanfield,kronecker-matrixnormal"
+    arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+    arguments += ["--methods", methods, "--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
+    code, text, err = run("compare", *arguments, "--num-samples", 3, "--rank", 4, "--out", out)
+    assert code == 0, err
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {"rows", "versions", "settings"}
+    assert {(r["method"], r["seed"]) for r in results["rows"]} == {
+        (m, s) for m in methods.split(",") for s in (0, 1)
+    }
+    for row in results["rows"]:
+        assert set(row) == ROW
+        assert row["n_test"] == 21  # no example dropped
+        assert 0 <= row["acc"] <= 1
+        assert 0 <= row["ece"] <= 1
+        assert row["nll"] > 0
+        assert row["train_seconds"] > 0
+    by = {(r["method"], r["seed"]): r for r in results["rows"]}
+    # Scaling by a temperature keeps the order of the answers.
+    assert by["lora", 0]["acc"] == by["temperature", 0]["acc"]
+    assert by["kronecker-matrixnormal", 0]["nll"] != by["kronecker-matrixnormal", 1]["nll"]
+    assert results["versions"]["torch"]
+    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "kronecker-matrixnormal" in text
+    assert "±" in text
+
+
+def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):
+    common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+    out = tmp_path / "adapter"
+    code, text, err = run("train", *common, "--out", out, "--max-steps", 4, "--rank", 2, "--peft")
+    assert code == 0, err
+    assert "trainable" in text
+    assert sorted(p.name for p in (out / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    pyro.clear_param_store()  # the second command is another process
+    scores = tmp_path / "scores"
+    code, text, err = run(
+        "evaluate", *common, "--adapter", out, "--num-samples", 2, "--out", scores
+    )
+    assert code == 0, err
+    assert "21 test items" in text
+    assert json.loads((scores / "metrics.json").read_text())["n"] == 21
+
+
+def test_info_counts_llama_2_7b_as_the_papers_do(run):
+    code, text, err = run("info", "--model", "llama-2-7b", "--rank", 8)
+    assert code == 0, err
+    # r (d_out + d_in): 64 projections of 4096 x 4096 and a head of 32000 x 4096.
+    assert f"{8 * (64 * 8192 + 36096):,}" == "4,483,072"
+    assert "4,483,072" in text
+    surplus = int(text.split("(0.0")[-2].split()[-1].replace(",", ""))
+    assert 0 < surplus <= 20_000
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "info"])
+def test_help_teaches(run, command):
+    code, text, _ = run(command, "--help")
+    assert code == 0
+    assert "Example: pyro-blora" in text
+
+
+def test_no_arguments_shows_the_commands(run):
+    _, text, _ = run()
+    for command in ("train", "evaluate", "compare", "info"):
+        assert command in text

@@ -1,0 +1,72 @@
+import pytest
+
+
+def compare(run, model_dir, data_dir, out, **changes):
+    options = {"--model": model_dir, "--task": "words", "--data-dir": data_dir, "--out": out}
+    options |= {"--max-steps": 1, "--seeds": "0", "--methods": "kronecker-meanfield"}
+    options |= {"--" + k.replace("_", "-"): v for k, v in changes.items()}
+    return run("compare", *[part for pair in options.items() for part in pair])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"methods": "lorra"}, ["lorra", "lora"]),
+        ({"methods": " , "}, ["--methods"]),
+        ({"seeds": "0,x"}, ["--seeds", "0,1,2"]),
+        ({"task": "wrds"}, ["wrds", "words"]),
+        ({"precision": "half"}, ["half", "bfloat16"]),
+        ({"model": "/nowhere/at/all"}, ["/nowhere/at/all", "smollm2"]),
+        ({"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
+        ({"rank": "64"}, ["rank", "q_proj"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    run, model_dir, data_dir, tmp_path, change, told
+):
+    out = tmp_path / "out"
+    code, _, err = compare(run, model_dir, data_dir, out, **change)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    for word in told:
+        assert word in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"id": "1", "question": "q", "choices": ["a"], "label": 0}',
+        '{"id": "1", "question": "q", "choices": ["a", "b"], "label": 2}',
+        '{"id": "1", "question": "q", "label": 0}',
+    ],
+)
+def test_a_malformed_line_is_named_by_file_and_number(run, model_dir, data_dir, tmp_path, line):
+    path = data_dir / "words" / "train.jsonl"
+    good = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*good[:2], line, *good[2:]]) + "\n", encoding="utf-8")
+    code, _, err = compare(run, model_dir, data_dir, tmp_path / "out")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "train.jsonl" in err
+    assert "3" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_split_and_a_missing_adapter(run, model_dir, data_dir, tmp_path):
+    (data_dir / "words" / "test.jsonl").unlink()
+    code, _, err = compare(run, model_dir, data_dir, tmp_path / "out")
+    assert code == 2
+    assert "test" in err
+    code, _, err = run(
+        "evaluate", "--adapter", tmp_path / "none", "--model", model_dir, "--task", "facts"
+    )
+    assert code == 2
+    assert "bayesian_lora_config.json" in err
+
+
+def test_unknown_options_are_refused(run):
+    code, _, err = run("compare", "--sseeds", "1")
+    assert code == 2
+    assert "--sseeds" in err
