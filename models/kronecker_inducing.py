@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.conditional import JointNoise, MarginalNoise, conditional_kl
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.kronecker import (
     inducing_covariance,
     kronecker_covariance,
@@ -219,7 +219,7 @@ class KroneckerInducing(UpdateModel):
         try:
             return whiten(Z, Psi)
         except (NanError, NotPSDError) as error:
-            raise ArithmeticError(
+            raise NonFiniteLossError(
                 f"Psi_{side} of group {self.group.name!r} has no Cholesky factor ({error}); lower "
                 f"the learning rate of the directions Z_{side}, or raise noise_init."
             ) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_blora import checkpoints
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, latent_sites
+from pyro_blora.guide import StructuredGuide, latent_sites, start_guide
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.model import BayesianLoRAModel, repeat_batch
@@ -150,12 +150,17 @@ class BayesianLoRA(PyroModule):
 
         Returns:
             Updates whose factors have a leading dimension ``S``, or none for ``S = 0``.
+
+        Raises:
+            ConfigurationError: an AutoGuide has not run yet, and ``batch`` has no labels.
         """
+        start_guide(self.guide, batch)
         with torch.no_grad():
             if num_samples == 0:
                 guide: Any = self.guide
                 values = guide.center() if hasattr(guide, "center") else guide.median(batch)
-                return pyro.poutine.condition(self.model.updates, data=values)()
+                updates = pyro.poutine.condition(self.model.updates, data=values)()
+                return {name: update.without_noise() for name, update in updates.items()}
             with pyro.plate("posterior_samples", num_samples, dim=-1 - self.max_plate_nesting):
                 trace = pyro.poutine.trace(self.guide).get_trace(batch)
                 return pyro.poutine.replay(self.model.updates, trace=trace)()
@@ -200,7 +205,7 @@ class BayesianLoRA(PyroModule):
         self.net.eval()
         try:
             if num_samples == 0:
-                with self.model.applied(_mean(self.sample_updates(0, batch))) as net:
+                with self.model.applied(self.sample_updates(0, batch)) as net:
                     return Prediction(self.likelihood.logits(net, batch).softmax(-1).unsqueeze(0))
             chunk = max(1, min(num_samples, max_rows // examples))
             samples = []
@@ -288,10 +293,3 @@ def _warn_of_aliases(model: BayesianLoRAModel) -> None:
             "pyro.clear_param_store() first, or pyro.settings.set(module_local_params=True).",
             stacklevel=3,
         )
-
-
-def _mean(updates: dict[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """Updates without the noise of the conditional."""
-    return {
-        name: LowRankUpdate(update.A, update.B, update.core) for name, update in updates.items()
-    }

@@ -114,7 +114,7 @@ class _Run:
             num_steps=settings.max_steps,
             batch_size=settings.batch_size,
             precision=settings.precision,
-            validate_every=max(1, settings.max_steps // 6),
+            validate_every=max(1, settings.max_steps // 3),
             seed=seed,
             progress=progress,
         )

@@ -5,13 +5,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import pyro
+import torch
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["StructuredGuide", "latent_sites"]
+__all__ = ["StructuredGuide", "latent_sites", "start_guide"]
 
 
 def latent_sites(trace: Trace) -> list[Site]:
@@ -23,6 +25,28 @@ def latent_sites(trace: Trace) -> list[Site]:
         and not node["is_observed"]
         and type(node["fn"]).__name__ != "_Subsample"
     ]
+
+
+def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
+    """Runs a guide that reads the model at its first call, as AutoGuides do; others it leaves be.
+
+    Args:
+        guide: any guide.
+        batch: a batch with labels.
+
+    Raises:
+        ConfigurationError: the guide has no parameters yet and there are no labels, without which
+            it would take them for latent.
+    """
+    if any(True for _ in guide.parameters()):
+        return
+    if batch is None or batch.get("labels") is None:
+        raise ConfigurationError(
+            f"{type(guide).__name__} reads the model at its first call, which needs labels: train "
+            "first, or call blora.guide(batch) with a batch of the training set."
+        )
+    with torch.no_grad():
+        guide(batch)
 
 
 class StructuredGuide(PyroModule):

@@ -16,7 +16,7 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-from pyro_blora.errors import ParticleError
+from pyro_blora.errors import ConfigurationError, ParticleError
 from pyro_blora.layers import Adapter, updates_in_place, updates_kept_for_backward
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
@@ -75,12 +75,14 @@ class BayesianLoRAModel(PyroModule):
         self._adapters: tuple[Adapter, ...] = ()
 
     def attach(self) -> None:
-        """Puts the hooks on the network's layers."""
-        self._adapters = tuple(
-            Adapter(name, module)
-            for group in self.groups
-            for name, module in zip(group.module_names, group.modules, strict=True)
-        )
+        """Puts the hooks on the network's layers, on all of them or on none."""
+        try:
+            for group in self.groups:
+                for name, module in zip(group.module_names, group.modules, strict=True):
+                    self._adapters += (Adapter(name, module),)
+        except ConfigurationError:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Takes the hooks off again."""
@@ -97,6 +99,10 @@ class BayesianLoRAModel(PyroModule):
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Within, the network's layers add ``updates``; yields the network."""
+        if not self._adapters:
+            raise ConfigurationError(
+                "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
+            )
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         net = self._net[0]
         with (

@@ -134,6 +134,10 @@ class LowRankUpdate:
         factors = [self.A, self.B] if self.core is None else [self.A, self.B, self.core]
         return torch.broadcast_shapes(*(f.shape[:-3] for f in factors))
 
+    def without_noise(self) -> "LowRankUpdate":
+        """The same updates without the noise of the conditional: their mean given the sites."""
+        return LowRankUpdate(self.A, self.B, self.core)
+
     def layers(self) -> list[LayerUpdate]:
         """The update of each layer; the particles' dimensions are flattened to one."""
         A, B = _unstack(self.A), _unstack(self.B)

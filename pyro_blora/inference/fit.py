@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guide import start_guide
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.inference.loop import (
     Collate,
@@ -151,7 +152,7 @@ def fit(
     stream = (to_device(b, device) for b in batches(train, collate, options, length))
     first = next(stream)
     objective = _Objective(blora, elbo, num_particles, options, kl_warmup, kl_weight)
-    objective.start(first)
+    start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
     rates = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction}
     both = nn.ModuleList([blora.model, blora.guide])
     if not any(p.requires_grad for p in both.parameters()):
@@ -218,12 +219,6 @@ class _Objective:
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.options, self.kl_warmup, self.kl_weight = options, kl_warmup, kl_weight
         self._elbos: dict[int, nn.Module] = {}
-
-    def start(self, batch: Batch) -> None:
-        """Runs a lazy guide once, so that its parameters exist before the optimizer does."""
-        if not any(True for _ in self.blora.guide.parameters()):
-            with torch.no_grad():
-                self.blora.guide(batch)
 
     def _module(self, particles: int) -> nn.Module:
         if particles not in self._elbos:

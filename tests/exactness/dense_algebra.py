@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from pyro_blora import conditional
 from pyro_blora.targets import group_layers
 
 N, D_OUT, D_IN, M_R, M_C = 2, 4, 5, 2, 3
@@ -68,28 +69,24 @@ def assert_covariance(draws, expected, errors=4):
 def noise_covariance(monkeypatch, draw):
     """The exact covariance of a linear function of standard normal numbers.
 
-    ``draw()`` is run once for every number it asks ``pyro_blora.conditional`` for, with that number
-    one and the others zero; no Monte Carlo.
+    ``draw()`` runs once for every number it asks ``pyro_blora.conditional`` for, with that number
+    one and the others zero: the columns of its matrix, and no Monte Carlo.
     """
-    from pyro_blora import conditional
-
-    asked = 0
+    state = {"hot": -1, "asked": 0}
 
     def normal(like, *shape):
-        nonlocal asked
         values = torch.zeros(torch.Size(shape).numel())
-        if 0 <= hot - asked < len(values):
-            values[hot - asked] = 1.0
-        asked += len(values)
+        if 0 <= state["hot"] - state["asked"] < len(values):
+            values[state["hot"] - state["asked"]] = 1.0
+        state["asked"] += len(values)
         return values.reshape(shape)
+
+    def column(hot):
+        state.update(hot=hot, asked=0)
+        return draw().flatten()
 
     with monkeypatch.context() as patch:
         patch.setattr(conditional, "_randn", normal)
-        hot = -1
-        assert draw().abs().max() == 0  # homogeneous, and counts the numbers
-        columns, total = [], asked
-        for hot in range(total):
-            asked = 0
-            columns.append(draw().flatten())
-    root = torch.stack(columns, -1)
+        assert column(-1).abs().max() == 0  # no numbers, no noise: the function is homogeneous
+        root = torch.stack([column(hot) for hot in range(state["asked"])], -1)
     return root @ root.mT

@@ -5,6 +5,7 @@ import torch
 from dense_algebra import psi
 from linear_operator.operators import to_linear_operator
 from linear_operator.utils.errors import NanError, NotPSDError
+from linear_operator.utils.warnings import NumericalWarning
 
 from pyro_blora.kronecker import inducing_covariance, kronecker_covariance, lazy_covariance, whiten
 
@@ -48,7 +49,7 @@ def test_whiten_does_not_change_a_good_psi():
 
 def test_whiten_refuses():
     Z, _ = sides()
-    with pytest.raises(NotPSDError):
+    with pytest.warns(NumericalWarning, match="jitter"), pytest.raises(NotPSDError):
         whiten(Z, -torch.eye(3))
     with pytest.raises(NanError):
         whiten(Z, torch.full((3, 3), torch.nan))
