@@ -1,9 +1,8 @@
 """The contract of a guide family: the variational distribution of one sample site."""
 
 import copy
-import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -15,6 +14,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform, Transform
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.options import Options
 
 __all__ = ["Site", "SiteGuide"]
 
@@ -76,7 +76,7 @@ class Site:
         return middle, (high - low) / 2
 
 
-class SiteGuide(PyroModule):
+class SiteGuide(Options, PyroModule):
     r"""A guide family: :math:`q(U)` of one site of any prior.
 
     A family is made before it knows the sites, as an AutoGuide reads them: shape, plates and
@@ -153,11 +153,3 @@ class SiteGuide(PyroModule):
         """The value that stands for q where one is wanted: the image of q's mean."""
         q = self.distribution()
         return q.mean if self.site.is_real else self.site.transform(q.mean)
-
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments and their values."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
-        return f"{type(self).__name__}({options})"

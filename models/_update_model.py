@@ -1,14 +1,14 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
-import inspect
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_blora.options import Options
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
 
@@ -17,7 +17,7 @@ __all__ = ["UpdateModel"]
 Self = TypeVar("Self", bound="UpdateModel")
 
 
-class UpdateModel(PyroModule):
+class UpdateModel(Options, PyroModule):
     r"""A prior: :math:`p(U)`, and how the update :math:`\Delta W` follows from :math:`U`.
 
     A prior is made before it knows the layers. :class:`~pyro_blora.BayesianLoRA` then calls
@@ -85,11 +85,3 @@ class UpdateModel(PyroModule):
         scale = torch.as_tensor(scale, device=self.group.device)
         base = pyro.distributions.Normal(torch.zeros_like(scale), scale)
         return base.expand(event_shape).to_event(len(event_shape))
-
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments and their values."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
-        return f"{type(self).__name__}({options})"

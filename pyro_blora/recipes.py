@@ -30,7 +30,7 @@ def recipe(name: str, *, rank: int = 8) -> Recipe:
     Example::
 
         >>> recipe("kronecker-matrixnormal")[1]
-        MatrixNormal(init_scale=0.1)
+        MatrixNormal()
     """
     if name not in RECIPES:
         raise ConfigurationError(f"recipe {name!r} is unknown; {near_miss(name, RECIPES)}")

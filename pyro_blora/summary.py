@@ -21,7 +21,7 @@ def describe(blora: "BayesianLoRA") -> str:
         f"BayesianLoRA({type(blora.net).__name__})",
         f"  prior:      {prior!r}",
         f"  guide:      {getattr(guide, '__name__', repr(guide))}",
-        f"  likelihood: {type(likelihood).__name__}(num_data={likelihood.num_data})",
+        f"  likelihood: {likelihood!r}",
     ]
     for group in blora.model.groups:
         count = sum(p.numel() for p in getattr(blora.model, group.name).parameters())

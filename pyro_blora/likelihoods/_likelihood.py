@@ -1,6 +1,5 @@
 """The contract of a likelihood: how the wrapped network's logits explain a batch."""
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,13 +10,14 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.options import Options
 
 __all__ = ["Batch", "Likelihood"]
 
 Batch = Mapping[str, Any]
 
 
-class Likelihood:
+class Likelihood(Options):
     """p(labels | network, batch).
 
     A subclass writes :meth:`logits` and, where the labels are not one class for each example,
@@ -99,10 +99,6 @@ class Likelihood:
                 f"labels range from {low} to {high}, but {type(self).__name__} has classes 0 to "
                 f"{logits.shape[-1] - 1}; check the label mapping of the data set."
             )
-
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments and their values."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def examples(self, batch: Batch) -> int:
         """Number of examples ``B`` in a batch.
