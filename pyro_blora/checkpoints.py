@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from pyro_blora import guides, likelihoods, models
 from pyro_blora._version import __version__
+from pyro_blora.adapted import Adapted
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.targets import layer_shape
-
-if TYPE_CHECKING:
-    from pyro_blora.bayesian_lora import BayesianLoRA
 
 __all__ = [
     "CONFIG",
@@ -40,7 +38,7 @@ WEIGHTS = "bayesian_lora.safetensors"
 FORMAT = 1
 
 
-def save_pretrained(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> None:
+def save_pretrained(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     """Writes the trained tensors and how to rebuild the adapter; the base network is not saved.
 
     Args:
@@ -106,7 +104,7 @@ class Saved:
     tensors: dict[str, Tensor]
     folder: Path
 
-    def load_into(self, blora: "BayesianLoRA") -> None:
+    def load_into(self, blora: Adapted) -> None:
         """Puts the tensors into ``blora``.
 
         Raises:
@@ -157,7 +155,7 @@ def read_pretrained(
     )
 
 
-def export_peft(blora: "BayesianLoRA", folder: str | os.PathLike[str]) -> None:
+def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     """Writes the posterior mean as a plain PEFT LoRA adapter, for servers that speak PEFT.
 
     ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``.

@@ -1,19 +1,16 @@
 """What an adapter consists of, in lines to read."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.adapted import Adapted
 
 __all__ = ["describe", "plain_lora_parameters"]
 
 
-def plain_lora_parameters(blora: "BayesianLoRA", rank: int) -> int:
+def plain_lora_parameters(blora: Adapted, rank: int) -> int:
     """How many numbers a plain LoRA of ``rank`` trains on the same layers, ``r (d_out + d_in)``."""
     return sum(g.n * rank * (g.d_out + g.d_in) for g in blora.model.groups)
 
 
-def describe(blora: "BayesianLoRA") -> str:
+def describe(blora: Adapted) -> str:
     """The three nouns, a line for each group of layers, and the number of trained parameters."""
     prior, guide = blora.prior_family[0], blora.guide_family[0]
     likelihood = blora.likelihood

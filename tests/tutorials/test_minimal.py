@@ -1,0 +1,79 @@
+import importlib.util
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.optim import Adam
+from torch import nn
+
+from pyro_blora import BayesianLoRA
+from pyro_blora.guides import MeanField
+from pyro_blora.likelihoods import Likelihood
+from pyro_blora.models import KroneckerInducing
+
+PATH = Path(__file__).resolve().parents[2] / "tutorials" / "minimal.py"
+
+
+@pytest.fixture
+def minimal():
+    spec = importlib.util.spec_from_file_location("minimal", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Regression(Likelihood):
+    keys = ("x",)
+
+    def logits(self, net, batch):
+        return net(batch["x"])
+
+    def distribution(self, logits, labels):
+        return dist.Normal(logits, 0.1).to_event(1)
+
+    def check_labels(self, labels, logits):
+        assert labels.shape == logits.shape
+
+
+def test_the_library_gives_the_same_losses(minimal):
+    expected = minimal.train(num_steps=60)
+    W0, x, y = minimal.make_data()
+    pyro.clear_param_store()
+    net = nn.Sequential()
+    net.add_module("layer", nn.Linear(minimal.D_IN, minimal.D_OUT, bias=False))
+    with torch.no_grad():
+        net.layer.weight.copy_(W0)
+    torch.manual_seed(1)
+    prior = KroneckerInducing(rank=minimal.RANK, sigma=minimal.SIGMA, noise_init=minimal.NOISE_INIT)
+    blora = BayesianLoRA(
+        net,
+        target_modules=["layer"],
+        prior=prior,
+        guide=MeanField(init_scale=minimal.INIT_SCALE),
+        likelihood=Regression(num_data=minimal.NUM_DATA),
+    )
+    # The same draws start Z here and there; the library's prior sampled once to find its sites.
+    torch.manual_seed(1)
+    group = blora.model.layer
+    start = torch.get_rng_state()
+    eps = torch.randn(minimal.RANK, minimal.RANK)  # the tutorial's first guide draw comes first
+    with torch.no_grad():
+        group.Z_r.copy_(torch.randn(minimal.RANK, minimal.D_OUT) * minimal.D_OUT**-0.5)
+        group.Z_c.copy_(torch.randn(minimal.RANK, minimal.D_IN) * minimal.D_IN**-0.5)
+    after = torch.get_rng_state()
+    svi = SVI(blora.model, blora.guide, Adam({"lr": 0.02}), TraceMeanField_ELBO())
+    batch = {"x": x, "labels": y}
+    torch.set_rng_state(start)
+    losses = [svi.step(batch)]
+    torch.set_rng_state(after)
+    losses += [svi.step(batch) for _ in range(59)]
+    assert eps.shape == (minimal.RANK, minimal.RANK)
+    assert losses == pytest.approx(expected, rel=2e-4)
+
+
+def test_it_learns(minimal):
+    losses = minimal.train(num_steps=300)
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
