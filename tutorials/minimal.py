@@ -1,8 +1,8 @@
 """Bayesian-LoRA in a hundred lines of plain Pyro: one linear layer, one inducing matrix.
 
-Read this before the library. It trains the update of a frozen linear layer by SVI; the library does
-the same for every layer of a transformer, in groups, with other priors and guides. A test shows that
-this file and the library give the same losses under the same seed.
+Read this before the library. It trains the update of a frozen linear layer by SVI; the library
+does the same for every layer of a transformer, in groups, with other priors and guides. A test
+shows that this file and the library give the same losses under the same seed.
 
     W = W0 + dW,   dW = sigma Q_r^T V Q_c,   V ~ N(0, I)   (m x m)
 
