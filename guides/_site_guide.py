@@ -125,7 +125,8 @@ class SiteGuide(Options, PyroModule):
 
     def bind(self: Self, site: Site) -> Self:
         """A copy of this family for ``site``, with its parameters registered."""
-        bound = copy.deepcopy(self)
+        # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
+        bound = type(self)(**copy.deepcopy(self.options()))
         bound.site = site
         bound.setup(site)
         return bound

@@ -55,7 +55,8 @@ class UpdateModel(Options, PyroModule):
 
     def bind(self: Self, group: LayerGroup) -> Self:
         """A copy of this prior for ``group``, with its parameters registered."""
-        bound = copy.deepcopy(self)
+        # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
+        bound = type(self)(**copy.deepcopy(self.options()))
         bound.group = group
         bound.setup(group)
         return bound

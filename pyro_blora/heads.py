@@ -51,10 +51,10 @@ def logits_at(
         )
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
-    with _narrowed(head, adapter, positions, None if per_row else mask, token_ids):
+    with _narrowed(head, adapter, positions, None if per_row else mask, token_ids) as narrow:
         logits: Tensor = net(**inputs, use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if token_ids is not None and logits.shape[-1] != len(token_ids):
+    if token_ids is not None and not narrow:
         logits = logits[..., token_ids]
     return logits[mask] if per_row else logits.squeeze(0)
 
@@ -66,8 +66,11 @@ def _narrowed(
     positions: Tensor,
     mask: Tensor | None,
     token_ids: Tensor | None,
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Within, ``head`` sees only ``positions`` and computes only ``token_ids``.
+
+    Yields whether it picks the tokens; a quantised head, or one whose ``forward`` another library
+    has replaced, computes them all.
 
     Without a mask the head's input keeps its rows, ``(R, S, d)``, as the particles' shares need;
     with one it is the flat list of real positions, ``(1, mask.sum(), d)``.
@@ -83,12 +86,12 @@ def _narrowed(
     handle = head.register_forward_pre_hook(gather)
     narrow = False
     try:
-        if token_ids is not None and type(head) is nn.Linear:
+        if token_ids is not None and type(head) is nn.Linear and "forward" not in vars(head):
             narrow = True
             head.forward = partial(_some_rows, head, token_ids)  # type: ignore[method-assign]
             if adapter is not None:
                 adapter.rows = token_ids
-        yield
+        yield narrow
     finally:
         handle.remove()
         if narrow:

@@ -89,7 +89,8 @@ class LayerUpdate:
         if self.noise is not None:
             shares = (self.particles, -1)
             x, h = x.reshape(*shares, x.shape[-1]), h.reshape(*shares, h.shape[-1])
-            output = output + self.noise(x, h, B, rows).reshape(output.shape)
+            noise = self.noise(x, h, B, rows).reshape(output.shape)
+            output = output + noise.to(output.dtype)  # x may be wider, under autocast
         return output
 
     @property

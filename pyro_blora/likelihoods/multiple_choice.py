@@ -31,7 +31,8 @@ class MultipleChoice(Likelihood):
     score counts as absent: its probability is zero.
 
     Raises:
-        BatchError: the tensors' shapes disagree, or the label of an item is an absent option.
+        BatchError: the tensors' shapes disagree, a row's first token is to be scored, or the label
+            of an item is an absent option.
 
     Example::
 
@@ -59,6 +60,11 @@ class MultipleChoice(Likelihood):
         shapes = {key: tuple(batch[key].shape) for key in self.keys}
         if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 3:
             raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
+        if bool(batch["option_mask"][..., 0].any()):
+            raise BatchError(
+                "option_mask is true at the first token of a row, which nothing predicts; begin "
+                "each row with a question or the tokenizer's beginning-of-text token."
+            )
         if self.pack is None:
             self.pack = supports_packing(net)
         tensors = {key: batch[key] for key in self.keys}

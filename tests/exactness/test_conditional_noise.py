@@ -1,0 +1,211 @@
+"""p(W | U): the noise that layers see against the dense conditional covariance."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from dense_algebra import (
+    D_IN,
+    D_OUT,
+    M_C,
+    M_R,
+    Dense,
+    N,
+    assert_covariance,
+    assert_mean,
+    bind,
+    noise_covariance,
+)
+from torch.distributions import kl_divergence
+
+from pyro_blora.conditional import conditional_kl, weight_noise
+from pyro_blora.models import KroneckerInducing
+
+RANK = (M_R, M_C)
+DRAWS = 40_000
+
+
+def make(noise, conditional="scaled"):
+    """A prior, its first layer's update and the dense algebra of that layer."""
+    prior = bind(
+        KroneckerInducing(
+            rank=RANK, conditional=conditional, noise=noise, sigma=1.5, lambda_init=0.7
+        )
+    )
+    update = prior().layers()[0]
+    lam = prior.lambda_[0] if conditional == "scaled" else 1.0
+    with torch.no_grad():
+        return prior, update, Dense(prior, 0, lam)
+
+
+@torch.no_grad()
+def draw(update, x, rows=None):
+    """The noise alone at inputs ``x`` (P x N x d_in)."""
+    B = update.B if rows is None else update.B[rows]
+    return update.noise(x, x @ update.A.mT, B, rows)
+
+
+def test_the_weight_s_covariance_is_exact(monkeypatch):
+    _, update, dense = make("joint")
+    with torch.no_grad():
+        covariance = noise_covariance(monkeypatch, lambda: weight_noise(update.noise))
+        torch.testing.assert_close(covariance, dense.covariance())
+
+
+@torch.no_grad()
+def test_the_weight_s_covariance_by_monte_carlo():
+    _, update, dense = make("joint")
+    draws = torch.stack([weight_noise(update.noise).flatten() for _ in range(4000)])
+    assert_mean(draws, 0)
+    assert_covariance(draws, dense.covariance())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditional", ["exact", "scaled"])
+def test_marginal_variance_is_exact(conditional):
+    _, update, dense = make("marginal", conditional)
+    x = torch.randn(3, D_IN)
+    variance = update.noise.variance(x[None], x[None] @ update.A.mT, update.B)
+    expected = dense.output_covariance(x).diagonal().reshape(1, 3, D_OUT)
+    torch.testing.assert_close(variance, expected)
+
+
+@torch.no_grad()
+def test_marginal_draws():
+    """The exact variances, and nothing between outputs or positions."""
+    _, update, dense = make("marginal")
+    x = torch.randn(3, D_IN)
+    draws = draw(update, x.expand(DRAWS, 3, D_IN)).flatten(1)
+    assert_mean(draws, 0)
+    assert_covariance(draws, dense.output_covariance(x).diagonal().diag())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [1, 3, D_IN - M_C, D_IN + 2])
+def test_joint_covariance_is_exact(monkeypatch, positions):
+    """Over outputs and positions, also with more positions than a weight has inputs."""
+    _, update, dense = make("joint")
+    x = torch.randn(positions, D_IN)
+    covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None]))
+    expected = dense.output_covariance(x)
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-8)
+    assert expected.abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_joint_noise_of_some_outputs(monkeypatch):
+    """Rows of the head: the same covariance, cut out."""
+    _, update, dense = make("joint")
+    x, rows = torch.randn(2, D_IN), torch.tensor([3, 0])
+    covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None], rows))
+    full = dense.output_covariance(x).reshape(2, D_OUT, 2, D_OUT)
+    expected = full[:, rows][:, :, :, rows].reshape(4, 4)
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-8)
+
+
+@torch.no_grad()
+def test_joint_draws():
+    _, update, dense = make("joint")
+    x = torch.randn(3, D_IN)
+    draws = draw(update, x.expand(DRAWS, 3, D_IN))
+    assert_mean(draws.flatten(1), 0)
+    assert_covariance(draws.flatten(1), dense.output_covariance(x))
+
+
+@torch.no_grad()
+def test_particles_have_weights_of_their_own():
+    """The same position under two particles: no correlation, but full variance in each."""
+    _, update, dense = make("joint")
+    x = torch.randn(1, D_IN)
+    draws = draw(update, x.expand(2 * DRAWS, 1, D_IN)).reshape(DRAWS, 2 * D_OUT)
+    assert_covariance(draws, torch.kron(torch.eye(2), dense.output_covariance(x)))
+
+
+@torch.no_grad()
+def test_repeated_position_gets_the_same_noise():
+    """One weight serves all positions of a particle; the jitter leaves about 1e-5."""
+    _, update, _ = make("joint")
+    x = torch.randn(2, 1, D_IN).expand(2, 4, D_IN)
+    noise = draw(update, x)
+    torch.testing.assert_close(noise, noise[:, :1].expand_as(noise), rtol=0, atol=1e-4)
+    assert not torch.allclose(noise[0], noise[1], atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", ["marginal", "joint"])
+def test_layer_adds_the_noise_to_the_mean(noise):
+    """Through ``LayerUpdate``, the rows of a batch shared out among the particles."""
+    prior, _, dense = make(noise)
+    V, x = torch.randn(N, *RANK), torch.randn(2, D_IN)
+    with pyro.plate("particles", DRAWS, dim=-2):
+        core = {prior.site("V"): V.expand(DRAWS, N, *RANK)}
+        update = pyro.poutine.condition(prior, data=core)().layers()[0]
+    output = update(x.expand(DRAWS, 2, D_IN), torch.ones(DRAWS, 2, D_OUT)).flatten(1)
+    mean = (1 + x @ dense.mean(V[0]).mT).flatten()
+    assert_mean(output, mean)
+    covariance = dense.output_covariance(x)
+    if noise == "marginal":
+        covariance = covariance.diagonal().diag()
+    assert_covariance(output - mean, covariance)
+
+
+@torch.no_grad()
+def test_one_draw_serves_all_rows_of_a_layer_without_particles():
+    _, update, _ = make("joint")
+    output = update(torch.randn(1, 1, D_IN).expand(3, 2, D_IN), torch.zeros(3, 2, D_OUT))
+    torch.testing.assert_close(output, output[:1, :1].expand_as(output), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_marginal_prior_of_the_weight_is_isotropic(monkeypatch):
+    """``Cov[E[dW | U]] + E[Cov[dW | U]] = sigma^2 I`` for U from its prior, exactly."""
+    prior = bind(KroneckerInducing(rank=RANK, conditional="exact", noise="joint"))
+    columns = []
+    for k in range(M_R * M_C):
+        V = torch.eye(M_R * M_C)[k].reshape(1, *RANK).expand(N, *RANK)
+        update = pyro.poutine.condition(prior, data={prior.site("V"): V})().layers()[0]
+        columns.append(update.weight().flatten())
+    root = torch.stack(columns, -1)
+    noise = noise_covariance(monkeypatch, lambda: weight_noise(update.noise))
+    sigma = prior.scale()[0]
+    assert (root @ root.mT).diagonal().max() > 0.01 * sigma**2
+    torch.testing.assert_close(root @ root.mT + noise, sigma**2 * torch.eye(D_OUT * D_IN))
+
+
+def test_gradients_of_the_variance():
+    """With respect to Z, D, sigma and lambda, as of the dense formula."""
+    prior = bind(KroneckerInducing(rank=RANK, conditional="scaled"))
+    x, G = torch.randn(1, 3, D_IN), torch.randn(1, 3, D_OUT)
+    update = prior().layers()[0]
+    parameters = list(prior.parameters())
+    fast = (update.noise.variance(x, x @ update.A.mT, update.B) * G).sum()
+    dense = Dense(prior, 0, prior.lambda_[0]).output_covariance(x[0]).diagonal()
+    slow = (dense.reshape(1, 3, D_OUT) * G).sum()
+    pairs = zip(*(torch.autograd.grad(f, parameters) for f in (fast, slow)), strict=True)
+    assert len(parameters) == 6
+    for a, b in pairs:
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lam", [0.1, 1.0, 1.7])
+def test_conditional_kl_is_the_dense_one(lam):
+    prior = bind(KroneckerInducing(rank=RANK))
+    with torch.no_grad():
+        q, p = (Dense(prior, 0, s).covariance() for s in (lam, 1.0))
+    zero = torch.zeros(len(p))
+    expected = kl_divergence(dist.MultivariateNormal(zero, q), dist.MultivariateNormal(zero, p))
+    torch.testing.assert_close(conditional_kl(torch.tensor(lam), D_OUT, D_IN), expected)
+
+
+@pytest.mark.parametrize("conditional", ["deterministic", "exact", "scaled"])
+def test_conditional_kl_enters_the_elbo_once(conditional):
+    """A factor for each layer where lambda is learned, and none where it is fixed."""
+    prior = bind(KroneckerInducing(rank=RANK, conditional=conditional))
+    trace = pyro.poutine.trace(prior).get_trace()
+    rest = trace.log_prob_sum() - trace.log_prob_sum(lambda name, _: name.endswith(".V"))
+    if conditional == "scaled":
+        kl = sum(conditional_kl(lam, D_OUT, D_IN) for lam in prior.lambda_)
+        torch.testing.assert_close(rest, -kl)
+    else:
+        assert rest == 0

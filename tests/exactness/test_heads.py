@@ -1,0 +1,154 @@
+"""Logits at some positions and of some tokens are those of the full computation."""
+
+import pyro
+import pytest
+import torch
+from tiny import VOCABULARY, adapted, bert, gpt2, llama, qwen2, sequences
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import MatrixNormal
+from pyro_blora.heads import logits_at
+
+NETS = {
+    "llama": llama,
+    "llama, tied": lambda: llama(tied=True),
+    "qwen2": qwen2,
+    "gpt2": gpt2,
+}
+TARGETS = {"body": ["q_proj", "v_proj", "c_attn"], "head": ["lm_head"]}
+TARGETS["both"] = TARGETS["body"] + TARGETS["head"]
+TOKENS = [7, 2, 30]
+
+
+def make(name, targets, net=None):
+    blora = adapted(
+        NETS[name]() if net is None else net,
+        target_modules=TARGETS[targets],
+        guide=MatrixNormal(init_scale=0.5),
+    )
+    with torch.no_grad():
+        for parameter in blora.guide.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    batch = sequences(6)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    return blora, inputs
+
+
+def some(rows=6):
+    """Positions out of order, twice the same, and some that are not real."""
+    positions = torch.tensor([[2, 0, 2], [1, 3, 0], [6, 5, 0], [0, 1, 2], [3, 3, 3], [4, 0, 1]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]]).bool()
+    return positions[:rows], mask[:rows]
+
+
+def draw(blora, particles):
+    """Updates with a gradient into prior and guide, of ``particles`` draws."""
+    pyro.set_rng_seed(3)
+    if particles == 1:
+        trace = pyro.poutine.trace(blora.guide).get_trace()
+        return pyro.poutine.replay(blora.model.updates, trace=trace)()
+    with pyro.plate("particles", particles, dim=-2):
+        trace = pyro.poutine.trace(blora.guide).get_trace()
+        return pyro.poutine.replay(blora.model.updates, trace=trace)()
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("tokens", [None, TOKENS])
+def test_logits_and_gradients_are_the_full_ones(name, targets, particles, tokens):
+    blora, inputs = make(name, targets)
+    positions, mask = some()
+    parameters = list(blora.parameters())
+    chosen = None if tokens is None else torch.tensor(tokens)
+
+    with blora.model.applied(draw(blora, particles)) as net:
+        narrow = logits_at(net, inputs, positions, mask, chosen)
+    with blora.model.applied(draw(blora, particles)) as net:
+        full = net(**inputs).logits
+    full = full[torch.arange(6).unsqueeze(-1).expand_as(mask)[mask], positions[mask]]
+    if tokens is not None:
+        full = full[:, tokens]
+    torch.testing.assert_close(narrow, full, rtol=0, atol=1e-10)
+    assert narrow.shape == (int(mask.sum()), VOCABULARY if tokens is None else len(tokens))
+
+    weights = torch.randn(full.shape)
+    a, b = (torch.autograd.grad((logits * weights).sum(), parameters) for logits in (narrow, full))
+    for x, y in zip(a, b, strict=True):
+        assert y.abs().max() > 1e-8
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+    plain = blora.net(**inputs).logits
+    plain = plain[torch.arange(6).unsqueeze(-1).expand_as(mask)[mask], positions[mask]]
+    assert (plain[:, tokens or slice(None)] - narrow).abs().max() > 1e-4  # adapters act
+
+
+def test_the_head_is_left_as_it_was():
+    """Also when the forward fails halfway."""
+    blora, inputs = make("llama", "both")
+    head, (positions, mask) = blora.net.lm_head, some()
+    hooks = len(head._forward_pre_hooks), len(head._forward_hooks)
+    before = blora.net(**inputs).logits
+    tokens = torch.tensor(TOKENS)
+    logits_at(blora.net, inputs, positions, mask, tokens)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        logits_at(blora.net, {**inputs, "input_ids": None}, positions, mask, tokens)
+    assert (len(head._forward_pre_hooks), len(head._forward_hooks)) == hooks
+    assert "forward" not in vars(head)
+    assert torch.equal(blora.net(**inputs).logits, before)
+
+
+def test_only_what_is_read_is_computed():
+    """Counted at the head: real positions in, answer tokens out."""
+    blora, inputs = make("llama", "body")
+    positions, mask = some()
+    shapes = []
+    handle = blora.net.lm_head.register_forward_hook(
+        lambda module, args, output: shapes.append((args[0].shape[:-1], output.shape[-1]))
+    )
+    logits_at(blora.net, inputs, positions, mask, torch.tensor(TOKENS))
+    handle.remove()
+    assert shapes == [(torch.Size([1, int(mask.sum())]), len(TOKENS))]
+
+
+@torch.no_grad()
+def test_a_replaced_forward_is_kept():
+    """As accelerate replaces it to move inputs between devices."""
+    blora, inputs = make("llama", "both")
+    head, (positions, mask), calls = blora.net.lm_head, some(), []
+    replaced = head.forward
+
+    def forward(hidden):
+        calls.append(hidden.shape)
+        return replaced(hidden)
+
+    head.forward = forward
+    logits = logits_at(blora.net, inputs, positions, mask, torch.tensor(TOKENS))
+    assert head.forward is forward
+    assert len(calls) == 1
+    full = logits_at(blora.net, inputs, positions, mask)
+    torch.testing.assert_close(logits, full[:, TOKENS], rtol=0, atol=1e-10)
+
+
+class OwnHead(torch.nn.Linear):
+    """Not a plain linear layer, as a quantised one is not: its rows cannot be picked."""
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, torch.randperm(VOCABULARY).tolist()])
+@pytest.mark.parametrize("targets", ["body", "head"])
+def test_a_head_whose_rows_cannot_be_picked(tokens, targets):
+    """Everything is computed and the tokens are read off, a permutation of all among them."""
+    net = llama()
+    net.lm_head.__class__ = OwnHead
+    blora, inputs = make("llama", targets, net)
+    positions, mask = some()
+    with torch.no_grad(), blora.model.applied(draw(blora, 1)) as net:
+        narrow = logits_at(net, inputs, positions, mask, torch.tensor(tokens))
+        full = net(**inputs).logits
+    full = full[torch.arange(6).unsqueeze(-1).expand_as(mask)[mask], positions[mask]]
+    torch.testing.assert_close(narrow, full[:, tokens], rtol=0, atol=1e-10)
+
+
+def test_a_network_without_a_head_is_refused():
+    positions, mask = some()
+    with pytest.raises(ConfigurationError, match=r"no language-model head.*SequenceClassification"):
+        logits_at(bert(), sequences(6), positions, mask)

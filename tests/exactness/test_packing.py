@@ -1,0 +1,137 @@
+"""An item's options behind one encoding of its question score as they do by themselves."""
+
+import pyro
+import pytest
+import torch
+from choice_batches import BATCHES, LONG, Q, batch_of, premises
+from pyro.infer import TraceMeanField_ELBO
+from tiny import adapted, gpt2, llama, qwen2
+from torch.nn import functional
+
+from pyro_blora.errors import BatchError
+from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.packing import pack, supports_packing
+
+NETS = {
+    "llama": lambda: llama(attn_implementation="sdpa"),
+    "llama, eager": lambda: llama(attn_implementation="eager"),
+    "qwen2": qwen2,
+    "gpt2": gpt2,
+}
+TARGETS = {"gpt2": ["c_attn", "lm_head"]}
+
+
+def scores_by_hand(net, batch, score):
+    """Each option alone, without padding, from the network's full logits."""
+    result = torch.full(batch["input_ids"].shape[:2], -torch.inf)
+    for i, k in batch["option_mask"].any(-1).nonzero().tolist():
+        ids = batch["input_ids"][i, k][batch["attention_mask"][i, k].bool()]
+        scored = batch["option_mask"][i, k].nonzero().squeeze(-1)
+        logp = functional.log_softmax(net(input_ids=ids[None]).logits[0], -1)
+        logp = logp[scored - 1, ids[scored]]
+        result[i, k] = logp.mean() if score == "mean" else logp.sum()
+    return result
+
+
+def loud(net):
+    """Larger weights, so that a token misplaced shows."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return net
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("case", [*BATCHES, "premises"])
+def test_scores_by_hand(name, case):
+    net = loud(NETS[name]())
+    batch = premises() if case == "premises" else batch_of(BATCHES[case])
+    for score in ("mean", "sum"):
+        expected = scores_by_hand(net, batch, score)
+        for packed in (True, False):
+            scores = MultipleChoice(score=score, pack=packed).logits(net, batch)
+            torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert expected[expected.isfinite()].std() > 0.1 or expected.isfinite().sum() < 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETS)
+def test_the_network_is_asked_whether_it_packs(name):
+    net = NETS[name]()
+    likelihood = MultipleChoice()
+    likelihood.logits(net, batch_of(BATCHES["equal first tokens"]))
+    assert likelihood.pack is True
+
+
+@torch.no_grad()
+def test_a_network_that_ignores_the_mask_does_not_pack():
+    net = loud(llama())
+    assert supports_packing(net)
+    forward = net.forward
+
+    def without_mask(input_ids, attention_mask=None, **kwargs):
+        return forward(input_ids, **kwargs)
+
+    net.forward = without_mask
+    assert not supports_packing(net)
+
+
+def test_packing_shortens_and_keeps_every_scored_token():
+    batch = batch_of([(LONG, [(5, 6), (7,), (8, 9)], 0)])
+    rows = pack(batch)
+    assert rows.inputs["input_ids"].shape == (1, len(LONG) + 2 + 1 + 2)
+    assert rows.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 6, 6, 7]]
+    assert rows.targets[rows.mask].tolist() == [5, 6, 7, 8, 9]
+    assert rows.options[rows.mask].tolist() == [0, 0, 1, 2, 2]
+    # The first token of every option is predicted by the question's last.
+    assert rows.positions[rows.mask].tolist() == [5, 6, 5, 5, 9]
+
+
+def test_no_option_sees_another():
+    """Equal first option tokens belong to their options, though the prefix could take them in."""
+    rows = pack(batch_of([(Q, [(5, 6), (5, 7)], 0)]))
+    seen = rows.inputs["attention_mask"][0, 0]
+    assert rows.inputs["input_ids"].tolist() == [[*Q, 5, 6, 5, 7]]
+    expected = torch.ones(7, 7).tril().bool()
+    expected[5:, 3:5] = False
+    assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_first_token_is_not_scored(packed):
+    batch = batch_of([((), [(5, 6), (7,)], 0)])
+    with pytest.raises(BatchError, match=r"first token of a row, which nothing predicts"):
+        MultipleChoice(pack=packed).logits(llama(), batch)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("head", [False, True])
+def test_adapters_particles_and_gradients(name, particles, head):
+    """The loss and the gradients of SVI are the same packed and not."""
+    targets = list(TARGETS.get(name, ["q_proj", "v_proj", "lm_head"]))
+    batch = batch_of(BATCHES["absent options"])
+    blora = adapted(
+        loud(NETS[name]()),
+        target_modules=targets if head else targets[:-1],
+        likelihood=MultipleChoice(num_data=6),
+    )
+    with torch.no_grad():
+        for parameter in blora.guide.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape))
+    elbo = TraceMeanField_ELBO(
+        num_particles=particles, vectorize_particles=True, max_plate_nesting=1
+    )
+    losses, gradients = [], []
+    for packed in (True, False):
+        blora.likelihood.pack = packed
+        pyro.set_rng_seed(0)
+        loss = elbo.differentiable_loss(blora.model, blora.guide, batch)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, list(blora.parameters())))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for a, b in zip(*gradients, strict=True):
+        assert b.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,181 @@
+"""Transformers of a few thousand weights, made from their configurations, and batches for them."""
+
+import inspect
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from pyro_blora import BayesianLoRA, guides, models
+from pyro_blora.likelihoods import LabelTokens
+
+VOCABULARY = 32
+ANSWERS = (5, 6, 7)
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,  # the default of 0.02 leaves so small a network all but constant
+}
+
+
+def _settled(net):
+    """Random biases too, for transformers starts them at zero, where they could not be missed."""
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return net.eval()
+
+
+def llama(layers=2, *, tied=False, **options):
+    """``q_proj`` 16 x 16, ``v_proj`` 8 x 16, no biases."""
+    config = LlamaConfig(
+        **_SIZES,
+        num_hidden_layers=layers,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        **options,
+    )
+    return _settled(LlamaForCausalLM(config))
+
+
+def qwen2(layers=2, *, tied=True):
+    """As Llama, with biases on q, k and v."""
+    config = Qwen2Config(
+        **_SIZES, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=tied
+    )
+    return _settled(Qwen2ForCausalLM(config))
+
+
+def gpt2(layers=2):
+    """``c_attn`` 48 x 16 as a Conv1D, whose weight is stored transposed; a tied head."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=layers,
+        n_head=4,
+        n_positions=32,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    return _settled(GPT2LMHeadModel(config))
+
+
+def bert(layers=2):
+    """A sequence classifier of three classes."""
+    config = BertConfig(
+        **_SIZES,
+        num_hidden_layers=layers,
+        num_labels=len(ANSWERS),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return _settled(BertForSequenceClassification(config))
+
+
+def sequences(rows=4, length=7, *, seed=0):
+    """Right-padded rows with one class each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(8, VOCABULARY, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows, 2):
+        mask[row, length - 1 - row % (length - 2) :] = 0
+    return {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "labels": torch.arange(rows) % len(ANSWERS),
+    }
+
+
+def texts(rows=4, length=7, *, seed=0):
+    """The same rows with a label for each token, -100 at the padding and at the first two."""
+    batch = sequences(rows, length, seed=seed)
+    scored = batch["attention_mask"].bool() & (torch.arange(length) >= 2)
+    return {**batch, "labels": batch["input_ids"].masked_fill(~scored, -100)}
+
+
+def choices(items=3, options=3, length=8, *, seed=0):
+    """Multiple choice: a question of four tokens, then one to three tokens for each option."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(8, VOCABULARY, (items, options, length), generator=generator)
+    ids[..., :4] = ids[:, :1, :4]
+    end = 5 + torch.arange(options) % 3
+    real = (torch.arange(length) < end[:, None]).expand(items, -1, -1)
+    return {
+        "input_ids": ids * real,
+        "attention_mask": real.long(),
+        "option_mask": real & (torch.arange(length) >= 4),
+        "labels": torch.arange(items) % options,
+    }
+
+
+def examples(count=10, *, seed=0):
+    """Single rows of differing lengths, to collate."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        ids = torch.randint(8, VOCABULARY, (3 + index % 5,), generator=generator)
+        rows.append({"input_ids": ids, "label": index % len(ANSWERS), "index": index})
+    return rows
+
+
+def collate(rows):
+    """Right-padded batches of ``examples``."""
+    ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "labels": torch.tensor([row["label"] for row in rows]),
+        "index": torch.tensor([row["index"] for row in rows]),
+    }
+
+
+def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options):
+    """A tiny Llama with ``q_proj`` and ``v_proj`` adapted, as the quick start has it."""
+    options.setdefault("likelihood", LabelTokens(token_ids=ANSWERS, num_data=num_data))
+    options.setdefault("target_modules", ["q_proj", "v_proj"])
+    return BayesianLoRA(
+        llama() if net is None else net,
+        prior=models.KroneckerInducing(rank=rank) if prior is None else prior,
+        guide=guides.MatrixNormal() if guide is None else guide,
+        **options,
+    )
+
+
+def priors():
+    """Every prior of the library by name, as small as its options allow."""
+    names = set(models.__all__) - {"UpdateModel"}
+    return {name: _small(getattr(models, name)) for name in sorted(names)}
+
+
+def families():
+    """Every guide family of the library by name."""
+    names = set(guides.__all__) - {"Site", "SiteGuide"}
+    return {name: _small(getattr(guides, name)) for name in sorted(names)}
+
+
+def _small(kind):
+    ranked = "rank" in inspect.signature(kind).parameters
+    return kind(rank=2) if ranked else kind()
+
+
+def trained(blora):
+    """The adapter's unconstrained tensors, copied."""
+    return {name: value.detach().clone() for name, value in blora.named_parameters()}
