@@ -53,6 +53,9 @@ class UpdateModel(Options, PyroModule):
     roles: ClassVar[dict[str, str]] = {}
     group: LayerGroup
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def bind(self: Self, group: LayerGroup) -> Self:
         """A copy of this prior for ``group``, with its parameters registered."""
         # Built anew, not copied whole: a copy would keep the parameter-store mode of its original

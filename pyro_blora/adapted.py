@@ -31,7 +31,9 @@ class Adapted(Protocol):
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
 
-    def sample_updates(self, num_samples: int) -> dict[str, LowRankUpdate]:
+    def sample_updates(
+        self, num_samples: int, batch: Mapping[str, Any] | None = None
+    ) -> dict[str, LowRankUpdate]:
         """Posterior draws of the updates by group."""
 
     def state_dict(self) -> Mapping[str, Tensor]:

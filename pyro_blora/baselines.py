@@ -11,6 +11,8 @@ from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
 from pyro_blora.inference.predict import predict_dataset
 from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.metrics import evaluate
+from pyro_blora.model import to_device
 from pyro_blora.prediction import Prediction
 
 __all__ = ["PlainLoRA"]
@@ -53,6 +55,7 @@ class PlainLoRA:
             raise ConfigurationError(
                 "Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'."
             ) from error
+        self._before = [(p, p.requires_grad) for p in self.net.parameters()]
         for parameter in self.net.parameters():
             parameter.requires_grad_(False)
         config = LoraConfig(
@@ -70,7 +73,7 @@ class PlainLoRA:
         return sum(p.numel() for p in self.parameters.values())
 
     def unload(self) -> None:
-        """Takes PEFT's layers out of the network again."""
+        """Takes PEFT's layers out of the network again and unfreezes what it froze."""
         from peft.tuners.lora import LoraLayer
 
         for name, module in list(self.net.named_modules()):
@@ -79,6 +82,8 @@ class PlainLoRA:
                 setattr(self.net.get_submodule(parent), child, module.get_base_layer())
         if hasattr(self.net, "peft_config"):
             del self.net.peft_config
+        for parameter, required_grad in self._before:
+            parameter.requires_grad_(required_grad)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors."""
@@ -115,9 +120,13 @@ class PlainLoRA:
         """
         if options.seed is not None:
             torch.manual_seed(options.seed)
+        device = next(self.net.parameters()).device
+        autocast = options.precision == "bfloat16"
+        was_training = self.net.training
 
         def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+            batch = to_device(batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = self.likelihood.logits(self.net, batch)
             loss = nn.functional.cross_entropy(logits, batch["labels"])
             if not bool(loss.isfinite()):
@@ -132,10 +141,11 @@ class PlainLoRA:
                 validation,
                 collate,
                 length=length,
+                device=device,
                 precision=options.precision,
                 progress=False,
             )
-            return float(nn.functional.nll_loss(prediction.probs.log(), labels))
+            return evaluate(prediction.probs, labels).nll
 
         self.net.train()
         result = training_loop(
@@ -147,11 +157,15 @@ class PlainLoRA:
             state=self.state_dict,
             description="lora",
         )
-        self.net.eval()
+        self.net.train(was_training)
         return result
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
         """The probabilities of a batch, ``1 x B x K``."""
+        was_training = self.net.training
         self.net.eval()
-        return Prediction(self.likelihood.logits(self.net, batch).softmax(-1).unsqueeze(0))
+        batch = to_device(batch, next(self.net.parameters()).device)
+        logits = self.likelihood.logits(self.net, batch)
+        self.net.train(was_training)
+        return Prediction(logits.softmax(-1).unsqueeze(0))

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pyro
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from pyro_blora import checkpoints
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, latent_sites, start_guide
+from pyro_blora.guide import StructuredGuide, center, latent_sites, start_guide
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
-from pyro_blora.model import BayesianLoRAModel, repeat_batch
+from pyro_blora.model import BayesianLoRAModel, to_device
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.prediction import Prediction
+from pyro_blora.predictive import log_predictive, logits_of_draws
 from pyro_blora.summary import describe
 from pyro_blora.targets import find_targets, group_layers
 from pyro_blora.update import LowRankUpdate
@@ -108,12 +108,12 @@ class BayesianLoRA(PyroModule):
         frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
         self.max_plate_nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
         if isinstance(family, SiteGuide):
-            model = self.model
-            return StructuredGuide(family, sites, lambda: model.kl_weight)
-        if not callable(family):
+            return StructuredGuide(family, sites, self.model)
+        if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
             raise ConfigurationError(
                 f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable "
-                "that makes a guide from a model, such as pyro.infer.autoguide.AutoNormal."
+                "that makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide "
+                "family is passed as an object, MatrixNormal(), not as the class."
             )
         return family(self.model)
 
@@ -157,8 +157,7 @@ class BayesianLoRA(PyroModule):
         start_guide(self.guide, batch)
         with torch.no_grad():
             if num_samples == 0:
-                guide: Any = self.guide
-                values = guide.center() if hasattr(guide, "center") else guide.median(batch)
+                values = center(self.guide, batch)
                 updates = pyro.poutine.condition(self.model.updates, data=values)()
                 return {name: update.without_noise() for name, update in updates.items()}
             with pyro.plate("posterior_samples", num_samples, dim=-1 - self.max_plate_nesting):
@@ -170,8 +169,10 @@ class BayesianLoRA(PyroModule):
         """Within, the network itself runs under one posterior draw, or under the mean.
 
         Args:
-            num_samples: 0 for the posterior mean, 1 for one draw, held fixed within; ``S`` draws
-                share out the rows of whatever batch the network is given.
+            num_samples: 0 for the posterior mean, 1 for one draw of U, held fixed within; ``S``
+                draws share out the rows of whatever batch the network is given. The noise of a
+                conditional that is not deterministic is drawn anew at every call of a layer; the
+                mean has none.
 
         Yields:
             The network, for ``net.generate(...)`` and the like.
@@ -184,39 +185,37 @@ class BayesianLoRA(PyroModule):
         """The posterior predictive of the labels of a batch.
 
         Args:
-            batch: as in training; labels are not needed.
+            batch: as in training, on any device; labels are not needed.
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: 10.
-            max_rows: most examples to run at once, all draws together; a limit on memory.
+            max_rows: as many draws share a pass of the network as keep draws times examples within
+                this, at least one; a limit on memory.
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows
             from them.
 
         Raises:
-            ConfigurationError: ``num_samples`` is negative.
+            ConfigurationError: ``num_samples`` is negative, or the likelihood has no classes
+                (``CausalLM``; use :meth:`log_predictive`).
             BatchError: the batch is not what the likelihood takes.
         """
-        if num_samples < 0:
+        if isinstance(self.likelihood, CausalLM):
             raise ConfigurationError(
-                f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
+                "predict gives one distribution over classes for each example, and CausalLM has "
+                "none; use log_predictive(batch), or `with blora.posterior(): net.generate(...)`."
             )
-        examples = self.likelihood.examples(batch)
-        was_training = self.net.training
-        self.net.eval()
-        try:
-            if num_samples == 0:
-                with self.model.applied(self.sample_updates(0, batch)) as net:
-                    return Prediction(self.likelihood.logits(net, batch).softmax(-1).unsqueeze(0))
-            chunk = max(1, min(num_samples, max_rows // examples))
-            samples = []
-            for start in range(0, num_samples, chunk):
-                draws = min(chunk, num_samples - start)
-                with self.model.applied(self.sample_updates(draws, batch)) as net:
-                    logits = self.likelihood.logits(net, repeat_batch(batch, draws))
-                samples.append(logits.softmax(-1).unflatten(0, (draws, examples)))
-            return Prediction(torch.cat(samples))
-        finally:
-            self.net.train(was_training)
+        batch = to_device(batch, self.model.groups[0].device)
+        draws = logits_of_draws(self, batch, num_samples, max_rows)
+        return Prediction(torch.cat([logits.softmax(-1) for logits in draws]))
+
+    @torch.no_grad()
+    def log_predictive(self, batch: Batch, num_samples: int = 10, *, max_rows: int = 256) -> Tensor:
+        """The log posterior predictive of the labels in nats, ``(B,)``, for any likelihood.
+
+        Arguments and errors as in :meth:`predict`.
+        """
+        batch = to_device(batch, self.model.groups[0].device)
+        return log_predictive(self, batch, num_samples, max_rows)
 
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
@@ -228,10 +227,12 @@ class BayesianLoRA(PyroModule):
                 pyro.poutine.replay(self.model.updates, trace=guide)
             ).get_trace()
             total = torch.zeros(())
-            for name in guide.stochastic_nodes:
-                if name in model.nodes and not name.endswith(".layers"):
-                    q, p = guide.nodes[name]["fn"], model.nodes[name]["fn"]
-                    total = total + torch.distributions.kl_divergence(q, p).sum().cpu()
+            for site in latent_sites(model):
+                q = guide.nodes[site.name]["fn"]
+                try:
+                    total = total + torch.distributions.kl_divergence(q, site.prior).sum().cpu()
+                except NotImplementedError:
+                    return None
             return total
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -289,7 +290,8 @@ def _warn_of_aliases(model: BayesianLoRAModel) -> None:
     if taken:
         warnings.warn(
             f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
-            "adapter's names; the new adapter would share an older one's tensors. Call "
-            "pyro.clear_param_store() first, or pyro.settings.set(module_local_params=True).",
+            "adapter's names; the new adapter shares an older one's tensors. Call "
+            "pyro.clear_param_store() first if the older one is not used any more, or "
+            "pyro.settings.set(module_local_params=True) before both are made.",
             stacklevel=3,
         )

@@ -173,7 +173,8 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
         raise ConfigurationError(
             "export_peft needs PEFT: pip install 'pyro-blora[peft]'."
         ) from error
-    tensors, rank = {}, 1
+    tensors: dict[str, Tensor] = {}
+    ranks = set()
     for name, update in blora.sample_updates(0).items():
         group = next(g for g in blora.model.groups if g.name == name)
         for layer, module_name in zip(update.layers(), group.module_names, strict=True):
@@ -181,13 +182,20 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
             prefix = f"base_model.model.{module_name}"
             tensors[f"{prefix}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = B.detach().cpu().contiguous()
-            rank = layer.A.shape[0]
+            ranks.add(layer.A.shape[0])
+    if len(ranks) > 1:
+        raise ConfigurationError(
+            f"The groups have different ranks, {sorted(ranks)}; export one each."
+        )
+    rank = ranks.pop()
+    encoder_decoder = getattr(getattr(blora.net, "config", None), "is_encoder_decoder", False)
+    generates = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=[n for g in blora.model.groups for n in g.module_names],
         base_model_name_or_path=getattr(getattr(blora.net, "config", None), "_name_or_path", None),
-        task_type="CAUSAL_LM" if hasattr(blora.net, "generate") else None,
+        task_type=generates if hasattr(blora.net, "get_output_embeddings") else None,
         inference_mode=True,
     )
     folder = Path(folder)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import torch
 from torch import Tensor, nn
 
 from pyro_blora.baselines import PlainLoRA
@@ -130,11 +131,13 @@ class _Run:
     def _predict(
         self, predict: Callable[[Batch], Prediction], data: Sequence[Item], name: str
     ) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(self.seed)
         prediction, labels = predict_dataset(
             predict,
             data,
             self.collate,
             length=item_length,
+            device=next(self.net.parameters()).device,
             precision=self.settings.precision,
             progress=self.progress,
             description=f"{name}, seed {self.seed}",
@@ -159,6 +162,7 @@ class _Run:
 
     def _plain(self, wanted: set[str]) -> Iterator[Row]:
         settings, task = self.settings, self.task
+        torch.manual_seed(self.seed)
         lora = PlainLoRA(self.net, settings.target_modules, self.likelihood, rank=settings.rank)
         try:
             fitted = lora.fit(
@@ -189,6 +193,7 @@ class _Run:
     def _bayesian(self, method: str) -> Row:
         settings, task = self.settings, self.task
         pyro.clear_param_store()  # the store would hand this run the tensors of the last
+        torch.manual_seed(self.seed)
         prior, guide = recipe(method, rank=settings.rank)
         blora = BayesianLoRA(
             self.net,

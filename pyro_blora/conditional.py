@@ -109,6 +109,10 @@ class JointNoise:
 
     def __call__(self, x: Tensor, h: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
         """Draws the noise; arguments and result as in :meth:`MarginalNoise.__call__`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._draw(x, h, rows)
+
+    def _draw(self, x: Tensor, h: Tensor, rows: Tensor | None) -> Tensor:
         dtype = self.Q_r.dtype
         x, h, out = x.to(dtype), h.to(dtype), x.dtype
         particles, d_out = x.shape[0], self.Q_r.shape[-1]

@@ -1,6 +1,6 @@
 """The guide of a whole model: one bound guide family for each latent site."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.model import BayesianLoRAModel
 
-__all__ = ["StructuredGuide", "latent_sites", "start_guide"]
+__all__ = ["StructuredGuide", "center", "latent_sites", "start_guide"]
 
 
 def latent_sites(trace: Trace) -> list[Site]:
@@ -58,15 +59,13 @@ class StructuredGuide(PyroModule):
     Args:
         family: a guide family, copied for each site.
         sites: the latent sites of the prior.
-        kl_weight: a function that gives the weight of the KL, so that model and guide are
-            tempered from one place.
+        model: the model, which has the weight of the KL, so that both are tempered from one
+            place.
     """
 
-    def __init__(
-        self, family: SiteGuide, sites: list[Site], kl_weight: Callable[[], float]
-    ) -> None:
+    def __init__(self, family: SiteGuide, sites: list[Site], model: BayesianLoRAModel) -> None:
         super().__init__()
-        self._kl_weight = kl_weight
+        self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
         self._site_guides: list[tuple[Site, str]] = []
         for site in sites:
             attribute = site.name.replace(".", "_")
@@ -79,16 +78,39 @@ class StructuredGuide(PyroModule):
         Returns:
             The sampled values by site name.
         """
-        values = {}
-        with pyro.poutine.scale(scale=self._kl_weight()):
+        values: dict[str, Tensor] = {}
+        plates: dict[str, pyro.plate] = {}
+        model = self._model[0]
+        device = model.groups[0].device.type
+        with torch.autocast(device, enabled=False), pyro.poutine.scale(scale=model.kl_weight):
             for site, attribute in self._site_guides:
                 q = getattr(self, attribute)()
                 with ExitStack() as stack:
                     for frame in site.plates:
-                        stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                        if frame.name not in plates:  # one plate for all the sites within
+                            plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
+                        stack.enter_context(plates[frame.name])
                     values[site.name] = pyro.sample(site.name, q)
         return values
 
     def center(self) -> dict[str, Tensor]:
         """The value that stands for q at each site: the image of its mean."""
         return {site.name: getattr(self, name).center() for site, name in self._site_guides}
+
+
+def center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """One value for each site: q's mean, or an AutoGuide's median.
+
+    Raises:
+        ConfigurationError: the guide has neither.
+    """
+    if isinstance(guide, StructuredGuide):
+        return guide.center()
+    try:
+        values: dict[str, Tensor] = guide.median(batch)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError) as error:
+        raise ConfigurationError(
+            f"{type(guide).__name__} has no median to stand for the posterior mean; use "
+            "num_samples of 1 or more."
+        ) from error
+    return values

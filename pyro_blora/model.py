@@ -6,7 +6,7 @@ is what lets activation checkpointing and compilation work.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -23,7 +23,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
 
-__all__ = ["BayesianLoRAModel", "repeat_batch"]
+__all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
 
 # The name that Pyro's ELBO gives to the plate of vectorised particles.
 _ELBO_PLATE = "num_particles_vectorized"
@@ -45,6 +45,11 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
     }
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 class BayesianLoRAModel(PyroModule):
     """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
 
@@ -54,6 +59,8 @@ class BayesianLoRAModel(PyroModule):
     Attributes:
         kl_weight: the weight of the KL against the log-likelihood; 1 is the ELBO. It scales the
             prior's sites here and the guide's sites in the guide.
+        precision: ``"float32"``, or ``"bfloat16"`` to run the network, and it alone, under
+            autocast.
         nll: negative log-likelihood per example of the last batch, a tensor without gradient.
     """
 
@@ -69,6 +76,7 @@ class BayesianLoRAModel(PyroModule):
         self.groups = tuple(groups)
         self.likelihood = likelihood
         self.kl_weight = 1.0
+        self.precision = "float32"
         self.nll: Tensor | None = None
         for group in groups:
             setattr(self, group.name, prior.bind(group))
@@ -111,6 +119,11 @@ class BayesianLoRAModel(PyroModule):
         ):
             yield net
 
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.groups[0].device.type, torch.bfloat16)
+
     def forward(self, batch: Batch) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``.
 
@@ -138,7 +151,7 @@ class BayesianLoRAModel(PyroModule):
                     f"Choose num_particles from {_divisors(examples)}, drop the last incomplete "
                     "batch, or use pyro_blora.fit, which sees to it."
                 )
-        with self.applied(updates) as net:
+        with self.applied(updates) as net, self._autocast():
             self.nll = self.likelihood.observe(net, batch, particles, examples)
         return updates
 

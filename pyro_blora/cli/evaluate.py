@@ -51,6 +51,7 @@ def run(
         data.test,
         collate,
         length=item_length,
+        device=next(net.parameters()).device,
         precision=precision,
     )
     scores = evaluate(prediction.probs, labels)

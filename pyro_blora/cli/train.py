@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -49,6 +50,7 @@ def run(
     prior, guide = recipe(method, rank=rank)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
+    torch.manual_seed(seed)
     blora = BayesianLoRA(
         net,
         target_modules=o.listed(target_modules, "--target-modules"),

@@ -6,24 +6,23 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guide import start_guide
+from pyro_blora.guide import StructuredGuide, start_guide
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.inference.loop import (
     Collate,
     FitResult,
     LoopOptions,
     batches,
-    to_device,
     training_loop,
 )
-from pyro_blora.inference.predict import predict_dataset
 from pyro_blora.likelihoods import Batch
+from pyro_blora.model import to_device
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
@@ -42,11 +41,13 @@ def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[st
         One group for each role that occurs.
     """
     groups: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-    for owner in module.modules():
+    for path, owner in module.named_modules():
         roles = getattr(owner, "roles", {})
         for name, parameter in owner.named_parameters(recurse=False):
             plain = name.removesuffix("_unconstrained")
-            role = roles.get(plain, "scale" if "scale" in plain else "mean")
+            # AutoNormal keeps its scales under "scales", by the names of the sites
+            is_scale = "scale" in plain or plain == "cov_factor" or "scales" in path.split(".")
+            role = roles.get(plain, "scale" if is_scale else "mean")
             if parameter.requires_grad:
                 groups[role].append(parameter)
     return [{"params": p, "lr": rates[role], "name": role} for role, p in groups.items() if p]
@@ -61,7 +62,7 @@ def fit(
     length: Callable[[Any], int] | None = None,
     validation: Sequence[Any] | None = None,
     num_particles: int | None = None,
-    elbo: Callable[..., ELBO] = TraceMeanField_ELBO,
+    elbo: type[Trace_ELBO] = TraceMeanField_ELBO,
     lr_mean: float = LEARNING_RATES["mean"],
     lr_scale: float = LEARNING_RATES["scale"],
     lr_direction: float = LEARNING_RATES["direction"],
@@ -97,7 +98,9 @@ def fit(
         num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
             one draw for all; where it does not divide a (last) batch, the largest divisor below it
             is taken. Default: one for each example.
-        elbo: the class of the ELBO.
+        elbo: the class of the ELBO, ``Trace_ELBO`` or ``TraceMeanField_ELBO``: an average over
+            particles, each of which sees its own examples. Bounds that combine particles otherwise
+            (Renyi, tail-adaptive) need every particle to see every example.
         lr_mean: learning rate of the guide's means.
         lr_scale: learning rate of scales, of the guide's and of the prior's.
         lr_direction: learning rate of the inducing directions.
@@ -135,7 +138,6 @@ def fit(
         max_grad_norm=max_grad_norm,
         precision=precision,
         validate_every=validate_every,
-        keep_best=keep_best,
         seed=seed,
         progress=progress,
     )
@@ -161,20 +163,16 @@ def fit(
     def validate() -> float:
         assert validation is not None
         assert collate is not None
-        prediction, labels = predict_dataset(
-            lambda batch: blora.predict(batch, validation_samples),
-            validation,
-            collate,
-            length=length,
-            device=device,
-            precision=precision,
-            progress=False,
-        )
-        chosen = prediction.probs.gather(-1, labels.unsqueeze(-1))
-        return float(-chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
+        held = list(validation) if length is None else sorted(validation, key=length)
+        parts = [
+            blora.log_predictive(collate(held[i : i + 2 * batch_size]), validation_samples)
+            for i in range(0, len(held), 2 * batch_size)
+        ]
+        return -float(torch.cat(parts).mean())
 
-    was_training = blora.net.training
+    was_training, was_tempered = blora.net.training, blora.model.kl_weight
     blora.net.train()
+    blora.model.precision = precision
     try:
         with pyro.validation_enabled(False):
             result = training_loop(
@@ -187,7 +185,7 @@ def fit(
             )
     finally:
         blora.net.train(was_training)
-        blora.model.kl_weight = kl_weight
+        blora.model.kl_weight, blora.model.precision = was_tempered, "float32"
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     return result
@@ -204,7 +202,7 @@ class _Objective:
     def __init__(
         self,
         blora: BayesianLoRA,
-        elbo: Callable[..., ELBO],
+        elbo: type[Trace_ELBO],
         num_particles: int | None,
         options: LoopOptions,
         kl_warmup: float,
@@ -212,6 +210,18 @@ class _Objective:
     ) -> None:
         if num_particles is not None and num_particles < 1:
             raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
+        if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
+            raise ConfigurationError(
+                f"elbo={elbo.__name__} does not average over particles, so they cannot share out "
+                "the examples; use Trace_ELBO or TraceMeanField_ELBO."
+            )
+        tempered = kl_weight != 1 or kl_warmup > 0
+        if tempered and not isinstance(blora.guide, StructuredGuide):
+            raise ConfigurationError(
+                "kl_weight and kl_warmup temper the guide's sites, and "
+                f"{type(blora.guide).__name__} makes its own; use a family of "
+                "pyro_blora.guides, or leave them at 1 and 0."
+            )
         if not kl_weight > 0 or not 0 <= kl_warmup <= 1:
             raise ConfigurationError(
                 f"kl_weight={kl_weight} must be positive and kl_warmup={kl_warmup} in [0, 1]."
@@ -238,10 +248,7 @@ class _Objective:
         ramp = self.kl_warmup * self.options.num_steps
         weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
         blora.model.kl_weight = weight
-        device = blora.model.groups[0].device.type
-        autocast = self.options.precision == "bfloat16"
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = self._module(particles)(batch) / count
+        loss = self._module(particles)(batch) / count
         value = float(loss.detach())
         if not math.isfinite(value):
             raise explain_non_finite(blora.model, blora.guide, batch, step)

@@ -35,8 +35,7 @@ class LoopOptions:
         max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
         precision: ``"float32"``, or ``"bfloat16"`` to run the frozen network under autocast.
         validate_every: steps between validations, where there is validation data.
-        keep_best: whether to go back to the step of lowest validation loss at the end.
-        seed: seeds the order of the data and, if not ``None``, torch's global generator.
+        seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
     """
 
@@ -47,7 +46,6 @@ class LoopOptions:
     max_grad_norm: float | None = 1.0
     precision: str = "float32"
     validate_every: int = 50
-    keep_best: bool = False
     seed: int | None = 0
     progress: bool | None = None
 
@@ -70,8 +68,8 @@ class LoopOptions:
 
     def rate(self, step: int) -> float:
         """The learning rate at a step as a share of the full one."""
-        ramp = max(1, round(self.warmup * self.num_steps))
-        if step < ramp and self.warmup > 0:
+        ramp = round(self.warmup * self.num_steps)
+        if step < ramp:
             return (step + 1) / ramp
         progress = (step - ramp) / max(1, self.num_steps - ramp)
         if self.decay == "linear":
@@ -106,7 +104,7 @@ class FitResult:
 class _Bucketed(Sampler[list[int]]):
     """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: list[int], batch_size: int, seed: int | None) -> None:
         self.lengths, self.batch_size = lengths, batch_size
         self.random = random.Random(seed)
         self.window = 8 * batch_size
@@ -147,7 +145,7 @@ def batches(
         if not len(data):
             raise BatchError("The training set is empty; check the file, the split or max_train.")
         lengths = [0] * len(data) if length is None else [length(x) for x in data]
-        sampler = _Bucketed(lengths, options.batch_size, options.seed or 0)
+        sampler = _Bucketed(lengths, options.batch_size, options.seed)
         loader = DataLoader(list(data), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
     while True:
         empty = True
@@ -156,11 +154,6 @@ def batches(
             yield batch
         if empty:
             raise BatchError("The data loader yields no batch; is the data set empty?")
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def training_loop(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_blora.errors import BatchError
-from pyro_blora.inference.loop import Collate, to_device
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Batch
+from pyro_blora.model import to_device
 from pyro_blora.prediction import Prediction
 
 __all__ = ["predict_dataset"]
@@ -44,8 +45,11 @@ def predict_dataset(
         The prediction, ``S x N x K``, and the labels, ``N``.
 
     Raises:
-        BatchError: the data set is empty.
+        BatchError: the data set is empty, or its batches have no labels.
+        ConfigurationError: the precision is unknown.
     """
+    if precision not in ("float32", "bfloat16"):
+        raise ConfigurationError(f"precision={precision!r} is not one of ('float32', 'bfloat16').")
     if not len(data):
         raise BatchError("There is nothing to predict: the data set is empty.")
     order = list(range(len(data)))
@@ -58,6 +62,11 @@ def predict_dataset(
         batch = to_device(
             collate([data[i] for i in order[start : start + batch_size]]), torch.device(device)
         )
+        if "labels" not in batch:
+            raise BatchError(
+                "predict_dataset needs labels in a batch; for data without them call "
+                "blora.predict(batch) yourself."
+            )
         with torch.autocast(
             torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"
         ):

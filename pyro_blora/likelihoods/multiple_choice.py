@@ -65,15 +65,14 @@ class MultipleChoice(Likelihood):
                 "option_mask is true at the first token of a row, which nothing predicts; begin "
                 "each row with a question or the tokenizer's beginning-of-text token."
             )
-        if self.pack is None:
-            self.pack = supports_packing(net)
+        packed = supports_packing(net) if self.pack is None else self.pack
         tensors = {key: batch[key] for key in self.keys}
-        rows = pack(tensors, additive=wants_additive_mask(net)) if self.pack else unpacked(tensors)
+        rows = pack(tensors, additive=wants_additive_mask(net)) if packed else unpacked(tensors)
         logits = logits_at(net, rows.inputs, rows.positions, rows.mask)
         logp = -functional.cross_entropy(logits, rows.targets[rows.mask], reduction="none")
         items, options, _ = shapes["input_ids"]
         item = torch.arange(items, device=logp.device).unsqueeze(-1)
-        if not self.pack:
+        if not packed:
             item = item.expand(items, options).reshape(-1, 1)
         total = logp.new_zeros(items * options)
         total = total.index_add(0, (item * options + rows.options)[rows.mask], logp)

@@ -12,7 +12,7 @@ class SequenceClassification(Likelihood):
     """A softmax over the logits of an ``AutoModelForSequenceClassification``.
 
     The network's own classification head is used as it is; where it starts from random numbers,
-    adapt it too (``target_modules=[..., "classifier"]``).
+    train it first, or adapt it too with a rank no larger than the number of classes.
 
     Args:
         num_data: number of training examples.

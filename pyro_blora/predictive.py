@@ -1,0 +1,73 @@
+"""Logits of the wrapped network under posterior draws."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyro_blora.adapted import Adapted
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods import Batch
+from pyro_blora.model import repeat_batch
+
+__all__ = ["log_predictive", "logits_of_draws"]
+
+
+def logits_of_draws(
+    blora: Adapted, batch: Batch, num_samples: int, max_rows: int
+) -> Iterator[Tensor]:
+    """The logits of a batch under each posterior draw, several draws in one pass.
+
+    Args:
+        blora: the adapted network; evaluated with dropout off, left in the mode it was in.
+        batch: what the likelihood takes.
+        num_samples: number of draws ``S``; 0 for the posterior mean, without conditional noise.
+        max_rows: as many draws share a pass as keep ``draws x B`` within this, at least one.
+
+    Yields:
+        ``(draws, B, ..., C)``.
+
+    Raises:
+        ConfigurationError: ``num_samples`` is negative.
+        BatchError: the batch is not what the likelihood takes.
+    """
+    if num_samples < 0:
+        raise ConfigurationError(
+            f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
+        )
+    likelihood, model = blora.likelihood, blora.model
+    examples = likelihood.examples(batch)
+    was_training = blora.net.training
+    blora.net.eval()
+    try:
+        if num_samples == 0:
+            with model.applied(blora.sample_updates(0, batch)) as net:
+                yield likelihood.logits(net, batch).unsqueeze(0)
+            return
+        most = max(1, min(num_samples, max_rows // examples))
+        for start in range(0, num_samples, most):
+            draws = min(most, num_samples - start)
+            with model.applied(blora.sample_updates(draws, batch)) as net:
+                logits = likelihood.logits(net, repeat_batch(batch, draws))
+            yield logits.unflatten(0, (draws, examples))
+    finally:
+        blora.net.train(was_training)
+
+
+def log_predictive(blora: Adapted, batch: Batch, num_samples: int, max_rows: int) -> Tensor:
+    r"""``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``.
+
+    Raises:
+        BatchError: the batch has no labels.
+    """
+    likelihood = blora.likelihood
+    labels = likelihood.labels(batch)
+    if labels is None:
+        raise BatchError("The batch has no labels to take the probability of.")
+    parts = []
+    for logits in logits_of_draws(blora, batch, num_samples, max_rows):
+        observed = labels.expand(len(logits), *labels.shape)
+        likelihood.check_labels(observed, logits)
+        parts.append(likelihood.distribution(logits, observed).log_prob(observed))
+    joined = torch.cat(parts)
+    return joined.logsumexp(0) - torch.tensor(float(len(joined))).log()
