@@ -61,6 +61,7 @@ def log_predictive(blora: Adapted, batch: Batch, num_samples: int, max_rows: int
         BatchError: the batch has no labels.
     """
     likelihood = blora.likelihood
+    likelihood.examples(batch)
     labels = likelihood.labels(batch)
     if labels is None:
         raise BatchError("The batch has no labels to take the probability of.")

@@ -1,0 +1,133 @@
+"""Importing the library changes nothing outside of it, and its tree keeps to the house rules."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyro_blora
+
+ROOT = Path(pyro_blora.__file__).resolve().parent.parent
+PACKAGES = [ROOT / name for name in ("pyro_blora", "models", "guides")]
+SOURCES = sorted(
+    # the links pyro_blora/models and pyro_blora/guides lead to what is listed here anyhow
+    {path.resolve() for package in PACKAGES for path in package.rglob("*.py")}
+)
+PROGRAMS = [
+    path
+    for folder in ("tests", "tutorials", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+PROBE = """
+import importlib, json, logging, os, pkgutil, random, sys, warnings
+import gpytorch, linear_operator, numpy, pyro, torch, torchmetrics, transformers
+import pyro.infer.autoguide, pyro.nn, pyro.optim
+import linear_operator.operators, linear_operator.utils.cholesky
+
+def state():
+    loggers = {
+        name: (logger.level, logger.propagate, logger.disabled, list(map(repr, logger.handlers)))
+        for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]
+        if isinstance(logger, logging.Logger)
+    }
+    return {
+        "settings": repr(sorted(pyro.settings.get().items())),
+        "store": repr(list(pyro.get_param_store().keys())),
+        "dtype": str(torch.get_default_dtype()),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "torch rng": torch.get_rng_state().tolist(),
+        "python rng": repr(random.getstate()),
+        "numpy rng": repr(numpy.random.get_state()),
+        "warnings": repr(warnings.filters),
+        "environment": dict(os.environ),
+        "path": sys.path,
+        "verbosity": transformers.logging.get_verbosity(),
+        "loggers": loggers,
+    }
+
+def changes(before, after):
+    found = [key for key in before if key != "loggers" and before[key] != after[key]]
+    for name, handlers in after["loggers"].items():
+        known = before["loggers"].get(name)
+        ours = name.startswith("pyro_blora") and handlers[3]
+        if ours or (known is not None and known != handlers):
+            found.append(f"logger {name}")
+    return found
+
+before = json.loads(json.dumps(state()))
+import pyro_blora
+top = changes(before, json.loads(json.dumps(state())))
+print(json.dumps({"top": top, "bare": [m for m in ("models", "guides") if m in sys.modules]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def probe():
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # A warning at import would be one that every user sees
+    assert "Warning" not in done.stderr.replace("torch.jit.script", ""), done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_changes_no_global_state(probe):
+    assert probe["top"] == []
+
+
+def test_importing_makes_no_second_copy(probe):
+    assert probe["bare"] == []
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+def test_nothing_imports_bare_models_or_guides():
+    assert len(SOURCES) > 30
+    for path in [*SOURCES, *PROGRAMS]:
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert not roots & {"models", "guides"}, path
+
+
+def test_each_name_is_one_object():
+    """However it is reached."""
+    from pyro_blora import guides, models
+    from pyro_blora.guides.matrix_normal import MatrixNormal
+    from pyro_blora.models.kronecker_inducing import KroneckerInducing
+
+    assert models.KroneckerInducing is KroneckerInducing
+    assert guides.MatrixNormal is MatrixNormal
+    assert models.__name__ == "pyro_blora.models"
+    assert guides.__name__ == "pyro_blora.guides"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_short_and_declares_its_names(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    declared = [
+        n for n in tree.body if getattr(getattr(n, "targets", [None])[0], "id", "") == "__all__"
+    ]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = [n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")]
+    assert declared or not defined

@@ -1,0 +1,137 @@
+"""What every likelihood refuses, and how the data and the KL are weighed."""
+
+import pyro
+import pytest
+import tiny
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+from pyro_blora import likelihoods
+from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
+from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+
+CASES = {
+    "CausalLM": (CausalLM, tiny.llama, tiny.texts),
+    "LabelTokens": (
+        lambda **o: LabelTokens(token_ids=tiny.ANSWERS, **o),
+        tiny.llama,
+        tiny.sequences,
+    ),
+    "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
+    "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """A likelihood's constructor, an adapter around it, and a batch of four."""
+    make, net, batch = CASES[request.param]
+    blora = tiny.adapted(net(), target_modules=None, likelihood=make(num_data=12))
+    return make, blora, batch(4)
+
+
+def test_every_likelihood_is_tested():
+    assert {*CASES, "Batch", "Likelihood"} == set(likelihoods.__all__)
+
+
+def test_missing_key(case):
+    _, blora, batch = case
+    for key in blora.likelihood.keys:
+        short = {k: v for k, v in batch.items() if k != key}
+        with pytest.raises(BatchError, match=rf"needs .*{key}.* in a batch; it has .*labels"):
+            blora.model(short)
+        with pytest.raises(BatchError, match=key):
+            blora.log_predictive(short)
+
+
+def test_empty_batch(case):
+    _, blora, batch = case
+    with pytest.raises(BatchError, match="empty"):
+        blora.log_predictive({key: value[:0] for key, value in batch.items()})
+
+
+@pytest.mark.parametrize("wrong", [99, -3])
+def test_label_out_of_range(case, wrong):
+    _, blora, batch = case
+    labels = batch["labels"].clone()
+    labels[0, ...] = wrong
+    with pytest.raises(BatchError, match=rf"{wrong}|-100"):
+        blora.model({**batch, "labels": labels})
+
+
+def test_labels_of_wrong_shape():
+    blora = tiny.adapted()
+    batch = tiny.sequences()
+    wrong = {**batch, "labels": batch["labels"].unsqueeze(-1).expand(-1, 2)}
+    with pytest.raises(BatchError, match=r"shape \(4, 2\).*\(4,\)"):
+        blora.model(wrong)
+
+
+@pytest.mark.parametrize("num_data", [0, -5])
+def test_num_data_is_positive(case, num_data):
+    make, _, _ = case
+    with pytest.raises(ConfigurationError, match=f"num_data={num_data}"):
+        make(num_data=num_data)
+
+
+def test_a_likelihood_without_num_data_warns(case):
+    make, blora, batch = case
+    blora.model.likelihood = make()
+    with pytest.warns(UserWarning, match=r"not told num_data.*batch of 4.*num_data=len\(train\)"):
+        trace = pyro.poutine.trace(blora.model).get_trace(batch)
+    assert trace.nodes["labels"]["scale"] == 1
+
+
+@pytest.mark.parametrize("particles", [1, 2, 4])
+def test_the_data_is_scaled_to_num_data(case, particles):
+    """Each particle sees B / P examples, and stands for all N of them."""
+    _, blora, batch = case
+    with pyro.plate("num_particles_vectorized", particles, dim=-2):
+        trace = pyro.poutine.trace(blora.model).get_trace(batch)
+    labels = trace.nodes["labels"]
+    assert labels["scale"] == pytest.approx(12 / (4 / particles))
+    assert labels["fn"].batch_shape[-1] == 4 // particles
+    assert trace.nodes["data"]["fn"].size == 12
+
+
+def test_particles_must_divide_the_batch(case):
+    _, blora, batch = case
+    elbo = TraceMeanField_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ParticleError, match=r"4 examples.*3 particles.*\[1, 2, 4\]"):
+        elbo(blora.model, blora.guide)(batch)
+
+
+@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, Trace_ELBO])
+def test_kl_weight_scales_prior_and_guide_exactly(case, elbo):
+    """The loss is linear in the weight, with the KL as its slope and the NLL as its intercept."""
+    _, blora, batch = case
+    objective = elbo(max_plate_nesting=1)(blora.model, blora.guide)
+    loss = {}
+    for weight in (1e-6, 0.5, 1.0, 2.0):
+        blora.model.kl_weight = weight
+        pyro.set_rng_seed(0)
+        loss[weight] = objective(batch).item()
+    nll = 12 * blora.model.nll.item()
+    assert loss[1e-6] == pytest.approx(nll, rel=1e-4)
+    assert loss[2.0] - loss[1.0] == pytest.approx(2 * (loss[1.0] - loss[0.5]), rel=1e-4)
+    kl = blora.kl().item()
+    if elbo is Trace_ELBO:
+        # log q - log p of the same draw
+        blora.model.kl_weight = 1.0
+        pyro.set_rng_seed(0)
+        guide = pyro.poutine.trace(blora.guide).get_trace(batch)
+        model = pyro.poutine.trace(
+            pyro.poutine.replay(blora.model.updates, trace=guide)
+        ).get_trace()
+        kl = (guide.log_prob_sum() - model.log_prob_sum()).item()
+    assert loss[2.0] - loss[1.0] == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [(5,), (5, 5), (5, 6, 5)])
+def test_answer_tokens_differ(tokens):
+    with pytest.raises(ConfigurationError, match="two different tokens"):
+        LabelTokens(token_ids=tokens)
+
+
+def test_score_option():
+    with pytest.raises(ConfigurationError, match="'median'"):
+        MultipleChoice(score="median")

@@ -1,0 +1,164 @@
+"""Which layers are adapted, and how they are grouped."""
+
+import pyro
+import pytest
+import tiny
+from torch import nn
+
+from pyro_blora import BayesianLoRA
+from pyro_blora.errors import ConfigurationError, NoTargetError
+from pyro_blora.models import KroneckerInducing
+from pyro_blora.targets import find_targets, group_layers, layer_shape
+
+
+def last_parts(net, *args, **options):
+    return sorted({name.rsplit(".", 1)[-1] for name in find_targets(net, *args, **options)})
+
+
+class Quantised(nn.Module):
+    """Declares its features, and holds no weight of that shape."""
+
+    in_features, out_features = 6, 4
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (tiny.llama, ["q_proj", "v_proj"]),
+        (tiny.qwen2, ["q_proj", "v_proj"]),
+        (tiny.gpt2, ["c_attn"]),
+        (tiny.bert, ["query", "value"]),
+    ],
+)
+def test_default_per_architecture(build, expected):
+    found = find_targets(build(layers=3))
+    assert sorted({name.rsplit(".", 1)[-1] for name in found}) == expected
+    assert len(found) == 3 * len(expected)
+
+
+def test_no_default():
+    with pytest.raises(NoTargetError, match=r"Sequential has none.*\['0'\] or 'all-linear'"):
+        find_targets(nn.Sequential(nn.Linear(4, 3)))
+
+
+def test_suffixes_match_whole_name_parts():
+    net = tiny.llama()
+    names = list(find_targets(net, ["mlp.up_proj", "v_proj"]))
+    assert names == [  # in the network's order, not in that of the list
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(NoTargetError):
+        find_targets(net, ["proj"])  # the end of a name, but not of a part
+
+
+def test_regular_expression_matches_the_whole_name():
+    net = tiny.llama()
+    names = list(find_targets(net, r".*layers\.1\..*(q|k)_proj"))
+    assert names == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
+    with pytest.raises(NoTargetError):
+        find_targets(net, "q_proj")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head(tied):
+    net = tiny.llama(tied=tied)
+    assert list(find_targets(net, ["lm_head"])) == ["lm_head"]
+    everything = last_parts(net, "all-linear")
+    assert "lm_head" not in everything
+    assert everything == [
+        *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    ]
+
+
+def test_exclude_modules():
+    net = tiny.llama()
+    kept = find_targets(net, ["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
+    assert "model.layers.0.self_attn.q_proj" not in kept
+    assert len(kept) == 3
+    assert last_parts(net, "all-linear", exclude_modules=r".*\.mlp\..*") == [
+        *("k_proj", "o_proj", "q_proj", "v_proj")
+    ]
+
+
+@pytest.mark.parametrize(("index", "expected"), [(1, {1}), ([0, 2], {0, 2})])
+def test_layers_to_transform(index, expected):
+    net = tiny.llama(layers=3)
+    names = find_targets(net, ["q_proj", "lm_head"], layers_to_transform=index)
+    assert set(names) == {f"model.layers.{i}.self_attn.q_proj" for i in expected}
+
+
+def test_no_target_names_near_misses():
+    with pytest.raises(NoTargetError, match=r"Did you mean \['.*q_proj.*end in \['down_proj'"):
+        find_targets(tiny.llama(), ["qproj"])
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [({"exclude_modules": ["q_proj"]}, "exclude_modules"), ({"layers_to_transform": 9}, "layers_")],
+)
+def test_no_target_left(options, culprit):
+    with pytest.raises(NoTargetError, match=rf"matches 2 layers, but {culprit}.*0\.self_attn\.q"):
+        find_targets(tiny.llama(), ["q_proj"], **options)
+
+
+def test_shapes():
+    assert layer_shape(nn.Linear(6, 4)) == (4, 6)
+    assert layer_shape(Quantised()) == (4, 6)
+    assert layer_shape(nn.LayerNorm(6)) is None
+    c_attn = tiny.gpt2().transformer.h[0].attn.c_attn
+    assert c_attn.weight.shape == (16, 48)  # Conv1D: the transpose of Linear's
+    assert layer_shape(c_attn) == (48, 16)
+
+
+def test_one_group_for_each_shape():
+    targets = find_targets(tiny.llama(), ["q_proj", "k_proj", "v_proj", "o_proj"])
+    groups = group_layers(targets)
+    assert [(g.name, g.n, g.d_out, g.d_in) for g in groups] == [
+        ("o_proj_q_proj", 4, 16, 16),
+        ("k_proj_v_proj", 4, 8, 16),
+    ]
+    for group in groups:
+        assert all(targets[n] is m for n, m in zip(group.module_names, group.modules, strict=True))
+
+
+def test_two_shapes_of_one_name():
+    layers = {"a.q": nn.Linear(4, 4), "b.q": nn.Linear(6, 4), "c.q": nn.Linear(4, 4)}
+    groups = group_layers(layers)
+    assert [(g.name, g.module_names) for g in groups] == [
+        ("q_4x4", ("a.q", "c.q")),
+        ("q_4x6", ("b.q",)),
+    ]
+
+
+def test_a_group_name_is_an_identifier():
+    names = [g.name for g in group_layers({"0": nn.Linear(4, 3), "2": nn.Linear(3, 2)})]
+    assert names == ["layer_0_3x4", "layer_2_2x3"]
+
+
+def test_groups_need_linear_layers():
+    with pytest.raises(ConfigurationError, match="no layers"):
+        group_layers({})
+    with pytest.raises(ConfigurationError, match="norm is a LayerNorm"):
+        group_layers({"norm": nn.LayerNorm(3)})
+
+
+def test_rank_too_large_names_the_group_and_leaves_the_network_alone():
+    net = tiny.llama()
+    with pytest.raises(ConfigurationError, match=r"rank=9.*'v_proj'.*8 x 16.*at most 8"):
+        BayesianLoRA(net, prior=KroneckerInducing(rank=9))
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_layer_is_adapted_once():
+    net = tiny.llama()
+    first = tiny.adapted(net, target_modules=["v_proj"])
+    pyro.clear_param_store()
+    with pytest.raises(ConfigurationError, match=r"v_proj is adapted already.*unwrap"):
+        tiny.adapted(net, target_modules=["q_proj", "v_proj"])
+    # The refused one has left no hook on the layers before, so they can be adapted still
+    first.unwrap()
+    assert not any(module._forward_hooks for module in net.modules())

@@ -1,0 +1,70 @@
+"""The order of the data: shuffled, by length, complete."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+
+from pyro_blora.inference import predict_dataset
+from pyro_blora.inference.loop import LoopOptions, batches
+
+
+def length(row):
+    return len(row["input_ids"])
+
+
+def epochs(count, rows, *, by_length=True, seed=0):
+    """The indices in each batch of the first epochs."""
+    options = LoopOptions(num_steps=1, batch_size=4, seed=seed)
+    stream = batches(rows, tiny.collate, options, length if by_length else None)
+    per_epoch = -(-len(rows) // 4)
+    drawn = [b["index"].tolist() for b in itertools.islice(stream, count * per_epoch)]
+    return [drawn[i : i + per_epoch] for i in range(0, len(drawn), per_epoch)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 75])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_every_example_once_in_each_epoch(count, by_length):
+    for epoch in epochs(3, tiny.examples(count), by_length=by_length):
+        assert sorted(itertools.chain(*epoch)) == list(range(count))
+        assert max(map(len, epoch)) <= 4
+        # no more batches are incomplete than must be, but for one in each window of lengths
+        assert sum(len(batch) < 4 for batch in epoch) <= 1
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_epochs_differ_and_seeds_reproduce(by_length):
+    rows = tiny.examples(23)  # not a multiple of lengths and batches, which would fix them
+    first = epochs(2, rows, by_length=by_length)
+    # other examples share a batch, not only the order of the batches
+    assert {frozenset(batch) for batch in first[0]} != {frozenset(batch) for batch in first[1]}
+    assert first == epochs(2, rows, by_length=by_length)
+    assert first != epochs(2, rows, by_length=by_length, seed=1)
+
+
+def test_batches_of_like_lengths_waste_less_padding():
+    rows = tiny.examples(64)
+
+    def padding(by_length):
+        lengths = [[length(rows[i]) for i in b] for b in epochs(1, rows, by_length=by_length)[0]]
+        return sum(max(b) * len(b) - sum(b) for b in lengths)
+
+    assert padding(True) < 0.4 * padding(False)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_predictions_come_back_in_the_order_of_the_data(by_length):
+    blora, rows = tiny.adapted(), tiny.examples(10)
+    prediction, labels = predict_dataset(
+        lambda batch: blora.predict(batch, 0),
+        rows,
+        tiny.collate,
+        batch_size=4,
+        length=length if by_length else None,
+        progress=False,
+    )
+    assert labels.tolist() == [row["label"] for row in rows]
+    one_by_one = torch.cat([blora.predict(tiny.collate([row]), 0).samples for row in rows], 1)
+    torch.testing.assert_close(prediction.samples, one_by_one)
+    assert one_by_one.std(1).max() > 0.01  # the rows do differ

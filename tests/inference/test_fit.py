@@ -1,0 +1,245 @@
+"""The ready-made loop: history, particles, warm-up, validation, seeds."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
+from torch.utils.data import DataLoader
+
+from pyro_blora.guides import MeanField
+from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
+from pyro_blora.inference.loop import LoopOptions
+
+
+def test_history(run):
+    blora = tiny.adapted(num_data=10)
+    kl = blora.kl().item()
+    result = run(blora)
+    assert [set(step) for step in result.history] == [{"loss", "nll", "kl"}] * 6
+    assert result.history[0]["kl"] == pytest.approx(kl, rel=1e-3)
+    for step in result.history:
+        assert step["loss"] == pytest.approx(step["nll"] + step["kl"] / 10, rel=1e-5)
+    assert result.seconds > 0
+    assert result.validation == []
+    assert result.best_step is None
+    assert repr(result).startswith("FitResult(6 steps in 0 s: loss=")
+
+
+def test_the_last_incomplete_batch_is_trained_on(run):
+    blora = tiny.adapted(num_data=10)
+    sizes, scales = [], []
+    blora.model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0]["labels"])))
+
+    class Spy(TraceMeanField_ELBO):
+        def _get_trace(self, model, guide, args, kwargs):
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+            scales.append(model_trace.nodes["labels"]["scale"])
+            return model_trace, guide_trace
+
+    run(blora, elbo=Spy)
+    assert sorted(sizes) == [2, 2, 4, 4, 4, 4]
+    assert set(scales) == {10}  # a particle for each example: each of them stands for all ten
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(1, {1}), (2, {2}), (3, {2}), (4, {2, 4})])
+def test_the_number_of_particles_divides_the_batch(run, asked, expected):
+    """The largest divisor of four, or of the last two, that is at most what was asked for."""
+    blora = tiny.adapted(num_data=10)
+    shapes = []
+    blora.model.register_forward_hook(
+        lambda m, args, updates: shapes.append(updates["q_proj"].particle_shape.numel())
+    )
+    run(blora, num_particles=asked)
+    assert set(shapes) == expected
+
+
+def weights_seen(blora):
+    seen = []
+    blora.model.register_forward_pre_hook(lambda m, args: seen.append(m.kl_weight))
+    return seen
+
+
+def test_kl_warmup(run):
+    blora = tiny.adapted(num_data=10)
+    seen = weights_seen(blora)
+    kls = [step["kl"] for step in run(blora, kl_warmup=0.5, kl_weight=0.8).history]
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert blora.model.kl_weight == 1.0  # as it was before
+    assert max(kls) < 1.5 * min(kls)  # the KL that is shown is the whole one
+    seen.clear()
+    run(blora)
+    assert seen == [1.0] * 6
+
+
+def test_kl_weight_is_set_right_after_a_failure(run):
+    blora = tiny.adapted(num_data=10)
+
+    class Stop(TraceMeanField_ELBO):
+        def differentiable_loss(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(blora, kl_warmup=0.9, elbo=Stop)
+    assert blora.model.kl_weight == 1.0
+    assert not blora.net.training
+
+
+# Validation labels that training contradicts, so that an early step is the best one
+CONTRARY = [{**row, "label": (row["label"] + 1) % 3} for row in tiny.examples(10)]
+VALIDATED = {
+    "validation": CONTRARY,
+    "validate_every": 2,
+    "num_steps": 13,
+    **{"lr_mean": 0.2, "lr_direction": 0.1},
+}
+
+
+def contrary_nll(blora):
+    batch = tiny.collate(CONTRARY)
+    return -blora.predict(batch, 0).probs.gather(-1, batch["labels"][:, None]).log().mean().item()
+
+
+def test_keep_best_goes_back_to_the_best_validation(run):
+    blora = tiny.adapted(num_data=10)
+    result = run(blora, keep_best=True, **VALIDATED)
+    steps, losses = zip(*result.validation, strict=True)
+    assert steps == (2, 4, 6, 8, 10, 12, 13)
+    assert result.best_step == steps[losses.index(min(losses))]
+    assert min(losses) < losses[-1] - 0.05
+    assert contrary_nll(blora) == pytest.approx(min(losses), rel=1e-4)
+    # The kept state is a copy, not the tensors that went on training
+    for name, value in blora.state_dict().items():
+        assert torch.equal(value, result.best_state[name])
+
+
+def test_without_keep_best_the_last_state_stays(run):
+    blora = tiny.adapted(num_data=10)
+    result = run(blora, **VALIDATED)
+    assert contrary_nll(blora) == pytest.approx(result.validation[-1][1], rel=1e-4)
+
+
+def test_validation_by_samples_leaves_training_mode(run):
+    blora = tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0))
+    modes = []
+    blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
+    result = run(
+        blora, validation=tiny.examples(3), validation_samples=2, num_steps=2, validate_every=1
+    )
+    assert len(result.validation) == 2
+    assert modes == [True, False, True, False]  # dropout, where there is any, is for training
+    assert not blora.net.training
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_a_seed_reproduces_every_bit(run, by_length):
+    def once(seed):
+        pyro.clear_param_store()
+        torch.manual_seed(1)  # the network and the start of the adapter
+        blora = tiny.adapted(num_data=10)
+        torch.manual_seed(torch.seed() % 1000)  # whatever happened before fit
+        length = (lambda row: len(row["input_ids"])) if by_length else None
+        return run(blora, seed=seed, length=length).history, tiny.trained(blora)
+
+    (history, state), (again, same), (other, _) = once(3), once(3), once(4)
+    assert history == again
+    assert all(torch.equal(same[name], value) for name, value in state.items())
+    assert other != history
+
+
+def test_no_seed_leaves_the_generator_alone(run):
+    """Two runs go on from wherever the generator stands, and differ."""
+    histories = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            blora = tiny.adapted(num_data=10)
+        histories.append(run(blora, seed=None).history)
+    assert histories[0] != histories[1]
+
+
+def test_a_data_loader_is_taken_as_it_is():
+    blora = tiny.adapted(num_data=10)
+    seen = []
+    blora.model.register_forward_pre_hook(lambda m, args: seen.append(args[0]["index"].tolist()))
+    loader = DataLoader(tiny.examples(10), batch_size=5, collate_fn=tiny.collate)
+    fit(blora, loader, num_steps=3, batch_size=99, progress=False)
+    assert seen == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_either_elbo(run, elbo):
+    assert len(run(tiny.adapted(num_data=10), elbo=elbo).history) == 6
+
+
+def test_training_again_goes_on(run):
+    blora = tiny.adapted(num_data=10)
+    run(blora)
+    state = tiny.trained(blora)
+    run(blora, num_steps=1, lr_mean=1e-12, lr_scale=1e-12, lr_direction=1e-12)
+    for name, value in tiny.trained(blora).items():
+        torch.testing.assert_close(value, state[name], atol=1e-6, rtol=0)
+
+
+def test_each_role_has_its_learning_rate():
+    blora = tiny.adapted()
+    both = torch.nn.ModuleList([blora.model, blora.guide])
+    groups = {g["name"]: g for g in parameter_groups(both, LEARNING_RATES)}
+    assert {name: g["lr"] for name, g in groups.items()} == LEARNING_RATES
+    names = {id(p): name.rsplit(".", 1)[-1] for name, p in both.named_parameters()}
+    found = {role: {names[id(p)] for p in g["params"]} for role, g in groups.items()}
+    assert found == {
+        "mean": {"loc_unconstrained"},
+        "direction": {"Z_r_unconstrained", "Z_c_unconstrained"},
+        "scale": {
+            *("D_r_unconstrained", "D_c_unconstrained", "sigma__unconstrained"),
+            *("row_scale_tril_unconstrained", "col_scale_tril_unconstrained"),
+        },
+    }
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(both.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales"),
+    [
+        (AutoNormal, {"scales.q_proj.V", "scales.v_proj.V"}),
+        (AutoLowRankMultivariateNormal, {"scale", "cov_factor"}),
+        (AutoDelta, set()),
+    ],
+)
+def test_the_scales_of_an_autoguide_are_scales(kind, scales):
+    guide = tiny.adapted(guide=kind).guide
+    guide(tiny.sequences())
+    names = {id(p): n.removesuffix("_unconstrained") for n, p in guide.named_parameters()}
+    groups = {g["name"]: g["params"] for g in parameter_groups(guide, LEARNING_RATES)}
+    assert {names[id(p)] for p in groups.get("scale", [])} == scales
+    assert {names[id(p)] for p in groups["mean"]} == set(names.values()) - scales
+
+
+@pytest.mark.parametrize("role", LEARNING_RATES)
+def test_a_rate_of_zero_holds_its_role_still(run, role):
+    blora = tiny.adapted(num_data=10)
+    before = tiny.trained(blora)
+    both = torch.nn.ModuleList([blora.model, blora.guide])
+    groups = parameter_groups(both, LEARNING_RATES)
+    still = {id(p) for group in groups if group["name"] == role for p in group["params"]}
+    run(blora, **{f"lr_{role}": 0.0})
+    for name, parameter in blora.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) in still), name
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("cosine", [0.5, 1, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670]),
+    ],
+)
+def test_schedule(decay, expected):
+    options = LoopOptions(num_steps=8, warmup=0.25, decay=decay)
+    rates = [options.rate(step) for step in range(8)]
+    assert rates == pytest.approx(expected, abs=1e-4)
+    assert LoopOptions(num_steps=8, warmup=0.0, decay="constant").rate(0) == 1.0

@@ -1,0 +1,169 @@
+"""The posterior predictive of a batch."""
+
+import pytest
+import tiny
+import torch
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides import MeanField
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    SequenceClassification,
+)
+from pyro_blora.models import KroneckerInducing
+
+
+def moved(**options):
+    """An adapter whose posterior mean is not zero."""
+    blora = tiny.adapted(**options)
+    with torch.no_grad():
+        for name, parameter in blora.guide.named_parameters():
+            if "loc" in name:
+                parameter.normal_()
+    return blora
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("build", "likelihood", "batch"),
+    [
+        (tiny.llama, None, tiny.sequences(4)),
+        (tiny.llama, MultipleChoice(), tiny.choices(4)),
+        (tiny.gpt2, MultipleChoice(pack=False), tiny.choices(4)),
+        (tiny.bert, SequenceClassification(), tiny.sequences(4)),
+    ],
+)
+def test_shapes(build, likelihood, batch, num_samples):
+    options = {} if likelihood is None else {"likelihood": likelihood}
+    blora = tiny.adapted(build(), target_modules=None, **options)
+    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
+    for given in (batch, unlabelled):
+        prediction = blora.predict(given, num_samples)
+        assert prediction.samples.shape == (max(num_samples, 1), 4, 3)
+        assert prediction.probs.shape == (4, 3)
+        assert not prediction.samples.requires_grad
+        torch.testing.assert_close(prediction.samples.sum(-1), torch.ones(max(num_samples, 1), 4))
+
+
+def test_no_samples_is_the_network_at_the_posterior_mean():
+    blora, batch = moved(), tiny.sequences()
+    with torch.no_grad(), blora.posterior(0) as net:
+        logits = net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    last = batch["attention_mask"].sum(-1) - 1
+    expected = logits[torch.arange(4), last][:, list(tiny.ANSWERS)].softmax(-1)
+    found = blora.predict(batch, 0).probs
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(blora.predict(batch, 0).probs, found, atol=0, rtol=0)
+    with torch.no_grad():
+        base = blora.net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert not torch.allclose(base, logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("noise", ["marginal", "joint"])
+@torch.no_grad()
+def test_the_posterior_mean_has_no_noise(noise):
+    """Neither of the guide nor of the conditional."""
+    prior = KroneckerInducing(rank=2, conditional="exact", noise=noise)
+    blora, batch = moved(prior=prior), tiny.sequences()
+    with blora.posterior(0) as net:
+        torch.testing.assert_close(
+            net(batch["input_ids"]).logits, net(batch["input_ids"]).logits, atol=0, rtol=0
+        )
+    assert torch.equal(blora.predict(batch, 0).samples, blora.predict(batch, 0).samples)
+    assert not torch.equal(blora.predict(batch, 1).samples, blora.predict(batch, 1).samples)
+
+
+@torch.no_grad()
+def test_one_draw_is_held():
+    blora, ids = moved(), tiny.sequences()["input_ids"]
+    with blora.posterior(1) as net:
+        first, again = net(ids).logits, net(ids).logits
+    with blora.posterior(1) as net:
+        other = net(ids).logits
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 8, 11, 100])
+def test_max_rows_changes_neither_shape_nor_value(max_rows):
+    """A collapsed posterior, so that every draw is the mean."""
+    blora, batch = moved(guide=MeanField(init_scale=1e-7)), tiny.sequences(4)
+    sizes = []
+    blora.net.register_forward_pre_hook(
+        lambda net, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    samples = blora.predict(batch, 5, max_rows=max_rows).samples
+    assert max(sizes) <= max(max_rows, 4)  # a draw sees the whole batch
+    assert sum(sizes) == 5 * 4
+    torch.testing.assert_close(
+        samples, blora.predict(batch, 0).samples.expand(5, -1, -1), atol=1e-5, rtol=0
+    )
+
+
+def test_draws_are_independent_and_their_mean_is_reported():
+    blora, batch = moved(guide=MeanField(init_scale=1.0)), tiny.sequences(4)
+    prediction = blora.predict(batch, 6, max_rows=8)
+    for a in range(6):
+        for b in range(a):
+            assert not torch.allclose(prediction.samples[a], prediction.samples[b], atol=1e-4)
+    torch.testing.assert_close(prediction.probs, prediction.samples.mean(0))
+    assert (prediction.mutual_information > 0).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_training_mode_is_left_as_it_was(training, num_samples):
+    blora, batch = tiny.adapted(), tiny.sequences()
+    blora.net.train(training)
+    modes = []
+    blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
+    blora.predict(batch, num_samples)
+    assert modes == [False]
+    assert blora.net.training == training
+    with pytest.raises(IndexError):
+        blora.predict({**batch, "input_ids": batch["input_ids"] + 10**6}, num_samples)
+    assert blora.net.training == training
+
+
+def test_negative_num_samples():
+    with pytest.raises(ConfigurationError, match=r"num_samples=-1 must be 0"):
+        tiny.adapted().predict(tiny.sequences(), -1)
+
+
+@pytest.mark.parametrize("num_samples", [0, 5])
+@pytest.mark.parametrize("max_rows", [4, 100])
+@pytest.mark.parametrize(
+    ("likelihood", "batch"),
+    [
+        (LabelTokens(token_ids=tiny.ANSWERS), tiny.sequences(4)),
+        (MultipleChoice(), tiny.choices(4)),
+    ],
+)
+def test_log_predictive_is_that_of_the_mean_probability(likelihood, batch, num_samples, max_rows):
+    blora = moved(likelihood=likelihood)
+    torch.manual_seed(0)
+    probs = blora.predict(batch, num_samples, max_rows=max_rows).probs
+    torch.manual_seed(0)
+    found = blora.log_predictive(batch, num_samples, max_rows=max_rows)
+    expected = probs.gather(-1, batch["labels"][:, None])[:, 0].log()
+    torch.testing.assert_close(found, expected)
+
+
+def test_log_predictive_of_sequences():
+    """Of the whole sequence: the mean over draws is taken of products over tokens."""
+    blora, batch = moved(likelihood=CausalLM(num_data=4)), tiny.texts()
+    with blora.posterior(0) as net, torch.no_grad():
+        count = (batch["labels"] != -100).sum()
+        expected = -net(**batch).loss * count
+    torch.testing.assert_close(blora.log_predictive(batch, 0).sum(), expected)
+    assert blora.log_predictive(batch, 7).shape == (4,)
+    with pytest.raises(BatchError, match="no labels"):
+        blora.log_predictive({key: batch[key] for key in blora.likelihood.keys})
+
+
+def test_causal_lm_has_no_classes_to_predict():
+    blora = tiny.adapted(likelihood=CausalLM(num_data=4))
+    with pytest.raises(ConfigurationError, match="CausalLM has none; use log_predictive"):
+        blora.predict(tiny.texts())

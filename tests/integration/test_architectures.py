@@ -1,0 +1,149 @@
+"""Llama, GPT-2, Qwen2 and BERT: training fits the batch, and leaves the network what it was."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.optim import ClippedAdam
+
+from pyro_blora.inference import fit
+from pyro_blora.likelihoods import LabelTokens, SequenceClassification
+
+NETS = {
+    "llama": tiny.llama,
+    "llama tied": lambda: tiny.llama(tied=True),
+    "gpt2": tiny.gpt2,
+    "qwen2": tiny.qwen2,
+    "bert": tiny.bert,
+}
+ROWS = [{"input_ids": row["input_ids"], "label": row["label"]} for row in tiny.examples(8)]
+BATCH = {k: v for k, v in tiny.collate(tiny.examples(8)).items() if k != "index"}
+
+
+def collate(rows):
+    """All of what a network takes; BERT would refuse the index."""
+    batch = tiny.collate([{**row, "index": 0} for row in rows])
+    del batch["index"]
+    return batch
+
+
+@pytest.fixture(params=NETS)
+def net(request):
+    return NETS[request.param]()
+
+
+def adapted(net, *, num_data=8, **options):
+    likelihood = SequenceClassification(num_data=num_data)
+    if hasattr(net, "lm_head"):
+        likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=num_data)
+    return tiny.adapted(net, likelihood=likelihood, **{"target_modules": None, **options})
+
+
+def logits(net):
+    with torch.no_grad():
+        return net(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+
+
+def nll(blora):
+    probs = blora.predict(BATCH, 0).probs
+    return -probs.gather(-1, BATCH["labels"][:, None]).log().mean().item()
+
+
+def train_by_fit(blora):
+    rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
+    fit(blora, ROWS, collate=collate, num_steps=30, progress=False, **rates)
+
+
+def train_by_svi(blora):
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
+    svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 5e-2}), elbo)
+    for _ in range(30):
+        svi.step(BATCH)
+
+
+@pytest.mark.parametrize("train", [train_by_fit, train_by_svi])
+def test_training_fits_the_batch_and_leaves_the_network(net, train):
+    frozen = next(iter(net.parameters()))
+    frozen.requires_grad_(False)  # by its owner: unwrap must not thaw it
+    wanted = {name: p.requires_grad for name, p in net.named_parameters()}
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    objects = {name: id(module) for name, module in net.named_modules()}
+    output = logits(net)
+
+    blora = adapted(net)
+    assert not any(p.requires_grad for p in net.parameters())
+    start = nll(blora)
+    train(blora)
+    assert nll(blora) < 0.85 * start
+
+    after = net.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in net.parameters())
+    assert not net.training  # as it was found
+    with blora.posterior(0):
+        assert not torch.allclose(logits(net), output, atol=1e-3)
+    assert torch.equal(logits(net), output)  # outside, the network is as pretrained
+
+    assert blora.unwrap() is net
+    assert torch.equal(logits(net), output)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert {name: id(module) for name, module in net.named_modules()} == objects
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == wanted
+
+
+def test_the_mean_starts_at_the_pretrained_network(net):
+    base = logits(net)
+    blora = adapted(net, target_modules="all-linear")
+    with blora.posterior(0):
+        torch.testing.assert_close(logits(net), base, atol=1e-6, rtol=0)
+    with blora.posterior(1):
+        assert not torch.allclose(logits(net), base, atol=1e-4)
+
+
+def test_unwrapped_is_unwrapped():
+    net = tiny.llama()
+    blora = adapted(net)
+    blora.unwrap()
+    with pytest.raises(ValueError, match="unwrapped"):
+        blora.predict(BATCH)
+    # and the network can be wrapped again
+    with pyro.settings.context(module_local_params=True):
+        assert len(adapted(net).predict(BATCH)) == 8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_leaves_the_embedding(tied):
+    net, ids = tiny.llama(tied=tied), BATCH["input_ids"]
+    embedding = net.get_input_embeddings()
+    base, vectors, weight = logits(net), embedding(ids), embedding.weight.detach().clone()
+    blora = adapted(net, target_modules=["lm_head"])
+    train_by_svi(blora)
+    with blora.posterior(0):
+        assert torch.equal(embedding(ids), vectors)
+        assert not torch.allclose(logits(net), base, atol=1e-3)
+    assert (net.lm_head.weight is embedding.weight) == tied
+    assert torch.equal(embedding.weight, weight)
+
+
+def test_the_head_and_the_body_together():
+    """The answer tokens' rows of an adapted head are those of its full output."""
+    net = tiny.llama(tied=True)
+    blora = adapted(net, target_modules=["q_proj", "lm_head"])
+    train_by_svi(blora)
+    with blora.posterior(0):
+        full = logits(net)
+    last = BATCH["attention_mask"].sum(-1) - 1
+    expected = full[torch.arange(8), last][:, list(tiny.ANSWERS)].softmax(-1)
+    torch.testing.assert_close(blora.predict(BATCH, 0).probs, expected)
+
+
+def test_a_new_classifier_head_is_trained_by_its_update():
+    net = tiny.bert()
+    blora = adapted(net, target_modules=["query", "classifier"])
+    assert [group.name for group in blora.model.groups] == ["query", "classifier"]
+    start = nll(blora)
+    train_by_svi(blora)
+    assert nll(blora) < 0.8 * start

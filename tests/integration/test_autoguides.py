@@ -1,0 +1,186 @@
+"""Pyro's own guides, made by the facade or by the user, and Pyro's own tools on the model."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
+from pyro.optim import ClippedAdam
+
+from pyro_blora import BayesianLoRA
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import MeanField
+from pyro_blora.inference import fit
+from pyro_blora.models import KroneckerInducing
+
+AUTOGUIDES = [AutoNormal, AutoLowRankMultivariateNormal, AutoDelta]
+
+
+def nll(prediction, batch):
+    return -prediction.probs.gather(-1, batch["labels"][:, None]).log().mean().item()
+
+
+def train(blora, batch, steps=30):
+    """By SVI; where parameters are module-local, Pyro's own AutoGuides only work with torch's."""
+    elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    if not pyro.settings.get("module_local_params"):
+        svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 5e-2}), elbo)
+        for _ in range(steps):
+            svi.step(batch)
+        return
+    loss_of = elbo(blora.model, blora.guide)
+    blora.guide(batch)
+    optimizer = torch.optim.Adam(loss_of.parameters(), lr=5e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(batch).backward()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("parameter_store")
+@pytest.mark.parametrize("by_user", [False, True])
+@pytest.mark.parametrize("kind", AUTOGUIDES)
+def test_train_and_predict(kind, by_user):
+    batch = tiny.sequences(8)
+    if by_user:
+        blora = tiny.adapted()
+        blora.guide = kind(blora.model)
+    else:
+        blora = tiny.adapted(guide=kind)
+    assert isinstance(blora.guide, kind)
+    start = nll(blora.predict(batch, 0), batch)  # an AutoGuide is set up here
+    train(blora, batch)
+    assert nll(blora.predict(batch, 0), batch) < 0.9 * start
+    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
+    prediction = blora.predict(unlabelled, 5)
+    assert prediction.samples.shape == (5, 8, 3)
+    spread = prediction.samples.std(0).max()
+    assert (spread == 0) == (kind is AutoDelta)
+    assert blora.kl() is None
+
+
+@pytest.mark.parametrize("kind", AUTOGUIDES)
+def test_latents_are_not_per_particle(kind):
+    """A particle plate must not be taken for a plate of the latents."""
+    blora, batch = tiny.adapted(guide=kind), tiny.sequences(8)
+    train(blora, batch, steps=1)
+    latents = sum(g.n * 2 * 2 for g in blora.model.groups)
+    largest = max(parameter.numel() for parameter in blora.guide.parameters())
+    # a low-rank guide has its factor, latents x rank, which is the largest
+    rank = blora.guide.rank if kind is AutoLowRankMultivariateNormal else 1
+    assert largest <= latents * rank
+
+
+@pytest.mark.parametrize("kind", AUTOGUIDES)
+def test_fit(kind):
+    blora = tiny.adapted(guide=kind, num_data=10)
+    rows = tiny.examples(10)
+    rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
+    options = {"num_steps": 30, "batch_size": 10, "elbo": Trace_ELBO, "progress": False}
+    nlls = [h["nll"] for h in fit(blora, rows, collate=tiny.collate, **options, **rates).history]
+    assert sum(nlls[-5:]) < 0.9 * sum(nlls[:5])
+    assert blora.predict(tiny.collate(rows), 3).samples.shape == (3, 10, 3)
+
+
+@pytest.mark.parametrize("num_samples", [0, 4])
+def test_an_autoguide_that_never_saw_labels(num_samples):
+    blora, batch = tiny.adapted(guide=AutoNormal), tiny.sequences()
+    del batch["labels"]
+    with pytest.raises(ConfigurationError, match=r"AutoNormal reads the model.*needs labels"):
+        blora.predict(batch, num_samples)
+
+
+def test_any_callable_makes_a_guide():
+    blora = tiny.adapted(guide=lambda model: AutoLowRankMultivariateNormal(model, rank=3))
+    blora.guide(tiny.sequences())
+    assert blora.guide.cov_factor.shape[-1] == 3
+
+
+def test_what_is_no_guide():
+    with pytest.raises(ConfigurationError, match="'AutoNormal' is neither"):
+        BayesianLoRA(tiny.llama(), guide="AutoNormal")
+    for option in ({"prior": KroneckerInducing}, {"guide": MeanField}):
+        with pytest.raises(ConfigurationError, match=r"not.* the class"):
+            BayesianLoRA(tiny.llama(), **option)
+
+
+def test_trace_shows_one_site_for_each_group():
+    blora, batch = tiny.adapted(), tiny.sequences()
+    trace = pyro.poutine.trace(blora.model).get_trace(batch)
+    assert trace.stochastic_nodes == [
+        "q_proj.layers",
+        "q_proj.V",
+        "v_proj.layers",
+        "v_proj.V",
+        "data",
+    ]
+    assert trace.observation_nodes == ["labels"]
+    shapes = trace.format_shapes()
+    assert "q_proj.V" in shapes
+    assert "labels" in shapes
+    assert trace.nodes["q_proj.V"]["value"].shape == (2, 2, 2)
+
+
+def test_condition_on_the_prior_mean_gives_the_pretrained_network():
+    net, batch = tiny.llama(), tiny.sequences()
+    base = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    last = batch["attention_mask"].sum(-1) - 1
+    expected = base[torch.arange(4), last][:, list(tiny.ANSWERS)].log_softmax(-1)
+    blora = tiny.adapted(net)
+    zero = {f"{g.name}.V": torch.zeros(g.n, 2, 2) for g in blora.model.groups}
+    trace = pyro.poutine.trace(pyro.condition(blora.model, data=zero)).get_trace(batch)
+    torch.testing.assert_close(trace.nodes["labels"]["fn"].logits, expected)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_shows_each_sample_the_whole_batch(parallel):
+    blora, batch = tiny.adapted(), tiny.sequences(6)
+    del batch["labels"]
+    predictive = Predictive(
+        blora.model, guide=blora.guide, num_samples=5, parallel=parallel, return_sites=["labels"]
+    )
+    labels = predictive(batch)["labels"]
+    assert labels.shape == (5, 6)
+    assert set(labels.unique().tolist()) <= {0, 1, 2}
+
+
+def test_predictive_in_parallel_is_the_same_model():
+    """From given samples, so that only the sharing out of rows could differ."""
+    blora, batch = tiny.adapted(), tiny.sequences(6)
+    given = {f"{g.name}.V": 3 * torch.randn(6, g.n, 2, 2) for g in blora.model.groups}
+    logits = {}
+    for parallel in (False, True):
+        predictive = Predictive(blora.model, posterior_samples=given, parallel=parallel)
+        trace = predictive.get_vectorized_trace(batch) if parallel else None
+        if trace is None:
+            each = [
+                pyro.poutine.trace(
+                    pyro.condition(blora.model, data={k: v[i] for k, v in given.items()})
+                ).get_trace(batch)
+                for i in range(6)
+            ]
+            logits[parallel] = torch.stack([t.nodes["labels"]["fn"].logits for t in each])
+        else:
+            logits[parallel] = trace.nodes["labels"]["fn"].logits
+    assert logits[False].std(0).max() > 0.01
+    torch.testing.assert_close(logits[True].reshape(6, 6, 3), logits[False])
+
+
+def test_render_model():
+    pytest.importorskip("graphviz")
+    blora, batch = tiny.adapted(), tiny.sequences()
+    source = pyro.render_model(blora.model, model_args=(batch,)).source
+    assert '"q_proj.V" -> labels' in source
+    assert '"cluster_q_proj.layers"' in source
+
+
+def test_mean_field_elbo_is_analytic_for_the_structured_guide():
+    """Two draws of the loss differ by the likelihood alone."""
+    blora, batch = tiny.adapted(), tiny.sequences()
+    elbo = TraceMeanField_ELBO(max_plate_nesting=1)(blora.model, blora.guide)
+    rest = []
+    for _ in range(3):
+        loss = elbo(batch).item()
+        rest.append(loss - 12 * blora.model.nll.item())
+    assert rest == pytest.approx([blora.kl().item()] * 3, rel=1e-4)

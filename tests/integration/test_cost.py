@@ -1,0 +1,77 @@
+"""What a training step does is counted, not timed: it does not grow with the depth."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_blora.models import KroneckerInducing
+
+
+class Counter(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, word):
+        return sum(count for name, count in self.calls.items() if word in name)
+
+
+def one_step(layers, **options):
+    """Sites in a trace, and Choleskys in a training step forward and backward."""
+    pyro.clear_param_store()
+    blora = tiny.adapted(tiny.llama(layers), **options)
+    batch = tiny.sequences()
+    sites = list(pyro.poutine.trace(blora.model).get_trace(batch).nodes)
+    elbo = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    loss_of = elbo(blora.model, blora.guide)
+    with Counter() as counter:
+        loss_of(batch).backward()
+    return sites, counter, blora
+
+
+@pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
+def test_sites_and_choleskys_do_not_grow_with_the_depth(conditional):
+    prior = KroneckerInducing(rank=2, conditional=conditional)
+    (shallow, few, small), (deep, many, large) = (one_step(n, prior=prior) for n in (2, 6))
+    assert deep == shallow
+    assert many.of("cholesky") == few.of("cholesky")
+    # one batched factorisation for each side of each group, and no matrix is inverted
+    assert few.of("cholesky") == 2 * len(small.model.groups)
+    assert many.of("inverse") == 0
+    assert many.of("linalg_inv") == 0
+    assert [g.n for g in large.model.groups] == [6, 6]
+    assert many.of("mm") > few.of("mm")  # the network itself did grow: the counter counts
+
+
+def test_the_network_runs_once_for_all_particles():
+    net, batch = tiny.llama(), tiny.sequences(8)
+    blora = tiny.adapted(net)
+    runs = []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    elbo(blora.model, blora.guide)(batch)
+    assert len(runs) == 1
+    blora.predict(batch, 10)
+    assert len(runs) == 2
+
+
+def test_only_the_rows_of_the_head_that_are_read_are_computed():
+    net, batch = tiny.llama(), tiny.sequences(8)
+    blora = tiny.adapted(net)
+    shapes = []
+    net.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape[-2:].numel()))
+    blora.model(batch)
+    assert shapes == [8 * len(tiny.ANSWERS)]
+    with torch.no_grad():
+        net(batch["input_ids"])
+    assert shapes[-1] == 7 * tiny.VOCABULARY  # and afterwards the head is whole again

@@ -1,0 +1,168 @@
+"""Activation checkpointing, compilation, autocast and low-precision bases."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import TraceMeanField_ELBO
+
+from pyro_blora.inference import fit
+from pyro_blora.likelihoods import CausalLM, MultipleChoice
+from pyro_blora.models import KroneckerInducing
+
+
+def gradients(blora, batch, *, particles=4, vectorized=True):
+    """Loss and gradients of one step from a fixed seed."""
+    elbo = TraceMeanField_ELBO(
+        num_particles=particles, vectorize_particles=vectorized, max_plate_nesting=1
+    )
+    blora.zero_grad()
+    pyro.set_rng_seed(0)
+    loss = elbo(blora.model, blora.guide)(batch)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in blora.named_parameters()}}
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+def test_activation_checkpointing(build, vectorized):
+    """Backward runs the blocks again, each with the update of its own forward pass.
+
+    Particles that are not vectorised are several passes before one backward.
+    """
+    net, batch = build(), tiny.sequences()
+    blora = tiny.adapted(net, target_modules=None)
+    net.train()
+    expected = gradients(blora, batch, vectorized=vectorized)
+    runs = []
+    block = net.base_model.layers[0] if build is tiny.llama else net.base_model.h[0]
+    net.base_model.register_forward_pre_hook(lambda *_: runs.append("network"))
+    block.get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append("block"))
+    net.activation_checkpointing_enable()
+    checkpoint = block._gradient_checkpointing_func
+    found = gradients(blora, batch, vectorized=vectorized)
+    assert runs.count("block") == 2 * runs.count("network")  # it did run again
+    assert block._gradient_checkpointing_func is checkpoint  # and is left as it was found
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_checkpointed_noise_is_drawn_once():
+    """The noise of the conditional is redrawn in the second run from the same generator state."""
+    net, batch = tiny.llama(), tiny.sequences()
+    blora = tiny.adapted(net, prior=KroneckerInducing(rank=2, conditional="scaled"))
+    net.train()
+    expected = gradients(blora, batch)
+    net.activation_checkpointing_enable()
+    found = gradients(blora, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+def test_compiles_without_a_graph_break(particles):
+    """``fullgraph`` fails at a graph break; the graph is not made again for another draw."""
+    net, ids = tiny.llama(), tiny.sequences()["input_ids"]
+    blora = tiny.adapted(net)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=counting, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for _ in range(3):
+            with blora.model.applied(blora.sample_updates(particles)):
+                eager, fast = net(ids).logits, compiled(ids).logits
+            torch.testing.assert_close(fast, eager, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(eager, net(ids).logits, atol=1e-3)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+# Dynamo looks at the .grad of every tensor that it finds on a module, the factors included
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_in_place_it_trains():
+    net, batch = tiny.llama(), tiny.sequences()
+    blora = tiny.adapted(net)
+    expected = gradients(blora, batch)
+    torch._dynamo.reset()
+    net.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    found = gradients(blora, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
+def test_autocast_trains_in_bfloat16(conditional):
+    blora = tiny.adapted(
+        num_data=8, prior=KroneckerInducing(rank=2, conditional=conditional, lambda_init=0.01)
+    )
+    rows = tiny.examples(8)
+    seen = []
+    net = blora.net
+    net.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
+    result = fit(
+        blora,
+        rows,
+        collate=tiny.collate,
+        num_steps=30,
+        precision="bfloat16",
+        progress=False,
+        **{"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02},
+    )
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in blora.parameters())
+    nlls = [h["nll"] for h in result.history]
+    assert sum(nlls[-5:]) < 0.9 * sum(nlls[:5])
+
+
+def test_autocast_keeps_the_guide_in_single_precision():
+    blora, batch = tiny.adapted(), tiny.sequences()
+    with torch.autocast("cpu", torch.bfloat16):
+        trace = pyro.poutine.trace(blora.model).get_trace(batch)
+        updates = blora.sample_updates(2)
+        samples = blora.predict(batch, 2).samples
+    assert trace.nodes["q_proj.V"]["value"].dtype == torch.float32
+    assert trace.nodes["labels"]["fn"].logits.dtype == torch.float32
+    assert samples.dtype == torch.float32
+    for update in updates.values():
+        assert {update.A.dtype, update.B.dtype, update.core.dtype} == {torch.float32}
+    # and not only by its name: no product on the way is rounded to bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = blora.sample_updates(0)
+    for name, update in blora.sample_updates(0).items():
+        assert torch.equal(rounded[name].A, update.A)
+        assert torch.equal(rounded[name].B, update.B)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "batch"),
+    [
+        (None, tiny.sequences(8)),
+        (CausalLM(num_data=8), tiny.texts(8)),
+        (MultipleChoice(num_data=8), tiny.choices(8)),
+    ],
+)
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+def test_a_bfloat16_base(build, likelihood, batch):
+    net = build().to(torch.bfloat16)
+    options = {} if likelihood is None else {"likelihood": likelihood}
+    blora = tiny.adapted(net, target_modules=None, **options)
+    assert all(p.dtype == torch.float32 for p in blora.parameters())
+    for name, gradient in gradients(blora, batch).items():
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all()
+        assert gradient.any(), name
+    samples = blora.predict(batch, 2).samples if batch["labels"].dim() == 1 else None
+    assert samples is None or samples.dtype == torch.float32
+    assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+
+
+def test_a_double_precision_base():
+    net, batch = tiny.llama().double(), tiny.sequences()
+    blora = tiny.adapted(net)
+    assert gradients(blora, batch)["loss"].isfinite()
