@@ -101,6 +101,12 @@ class BayesianLoRA(PyroModule):
 
     def _make_guide(self) -> nn.Module:
         family = self.guide_family[0]
+        if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
+            raise ConfigurationError(
+                f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable "
+                "that makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide "
+                "family is passed as an object, MatrixNormal(), not as the class."
+            )
         with torch.no_grad():
             trace = pyro.poutine.trace(self.model.updates).get_trace()
         sites = latent_sites(trace)
@@ -109,12 +115,6 @@ class BayesianLoRA(PyroModule):
         self.max_plate_nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
         if isinstance(family, SiteGuide):
             return StructuredGuide(family, sites, self.model)
-        if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
-            raise ConfigurationError(
-                f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable "
-                "that makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide "
-                "family is passed as an object, MatrixNormal(), not as the class."
-            )
         return family(self.model)
 
     @property

@@ -60,15 +60,21 @@ def test_scores_by_hand(name, case):
 @pytest.mark.parametrize("name", NETS)
 def test_the_network_is_asked_whether_it_packs(name):
     net = NETS[name]()
+    rows = []
+    net.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    batch = batch_of(BATCHES["equal first tokens"])
     likelihood = MultipleChoice()
-    likelihood.logits(net, batch_of(BATCHES["equal first tokens"]))
-    assert likelihood.pack is True
+    for _ in range(2):
+        likelihood.logits(net, batch)
+    # Asked once, packed (1 row) and not (2); then a row for each item.
+    assert rows == [1, 2, len(batch["labels"]), len(batch["labels"])]
+    assert likelihood.options()["pack"] is None
 
 
 @torch.no_grad()
 def test_a_network_that_ignores_the_mask_does_not_pack():
+    assert supports_packing(loud(llama()))
     net = loud(llama())
-    assert supports_packing(net)
     forward = net.forward
 
     def without_mask(input_ids, attention_mask=None, **kwargs):
