@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide, start_guide
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.inference.loop import (
@@ -243,6 +243,11 @@ class _Objective:
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         blora, count = self.blora, self.blora.likelihood.num_data or 1
         examples = blora.likelihood.examples(batch)
+        if examples > count:
+            raise BatchError(
+                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
+                "pass num_data=len(train) to the likelihood."
+            )
         most = examples if self.num_particles is None else min(self.num_particles, examples)
         particles = next(p for p in range(most, 0, -1) if examples % p == 0)
         ramp = self.kl_warmup * self.options.num_steps
