@@ -1,5 +1,7 @@
 """The ready-made loop: history, particles, warm-up, validation, seeds."""
 
+import re
+
 import pyro
 import pytest
 import tiny
