@@ -42,7 +42,7 @@ class Row:
 def table(rows: Sequence[Row], title: str) -> Table:
     """Mean and standard deviation over seeds, a line for each method."""
     view = Table(title=title)
-    view.add_column("method")
+    view.add_column("method", overflow="fold")
     for name in ("ACC %", "ECE %", "NLL", "Brier", "train s", "parameters"):
         view.add_column(name, justify="right")
     for method in dict.fromkeys(row.method for row in rows):
