@@ -2,7 +2,9 @@
 
 One rule governs all of it: *the rows of the network's batch are shared out evenly among the P
 particles, in order.* A factor that carries a leading particle dimension acts on its own share of
-the rows; a factor without one acts on all of them.
+the rows; a factor without one acts on all of them. An adapted layer must therefore keep the batch's
+rows, in order, in its first dimension (flattened with positions or not): sequence-first layers and
+routed experts do not, and only a count that does not divide is noticed.
 """
 
 import math
