@@ -86,7 +86,6 @@ class BayesianLoRA(PyroModule):
         self.prior_family = (KroneckerInducing() if prior is None else prior,)
         self.guide_family = (MatrixNormal() if guide is None else guide,)
         self._net = (net,)
-        self._targets = tuple(targets)
         groups = group_layers(targets)
         _check_kind("prior", self.prior_family[0], UpdateModel)
         likelihood = CausalLM() if likelihood is None else likelihood

@@ -174,7 +174,8 @@ class _Run:
                 validation=task.validation,
             )
             count = lora.trainable_parameters
-            probs, labels = self._predict(lora.predict, task.test, "lora")
+            if wanted & {"lora", "temperature"}:
+                probs, labels = self._predict(lora.predict, task.test, "lora")
             if "lora" in wanted:
                 yield self._row("lora", probs, labels, fitted, count)
             if "temperature" in wanted:

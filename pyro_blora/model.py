@@ -116,6 +116,7 @@ class BayesianLoRAModel(PyroModule):
         with (
             updates_in_place(self._adapters, layers),
             updates_kept_for_backward(net, self._adapters, layers),
+            self._autocast(),
         ):
             yield net
 
@@ -151,7 +152,7 @@ class BayesianLoRAModel(PyroModule):
                     f"Choose num_particles from {_divisors(examples)}, drop the last incomplete "
                     "batch, or use pyro_blora.fit, which sees to it."
                 )
-        with self.applied(updates) as net, self._autocast():
+        with self.applied(updates) as net:
             self.nll = self.likelihood.observe(net, batch, particles, examples)
         return updates
 
