@@ -1,11 +1,35 @@
-"""Guides: one variational family in each file.
+"""Guide families: variational distributions over the sites of any prior, one per file.
 
-The import path is ``pyro_blora.guides``.
+Pass one as ``BayesianLoRA(net, guide=...)``; write one by subclassing :class:`SiteGuide`.
 """
 
 from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides.amortized import Amortized
 from pyro_blora.guides.delta import Delta
+from pyro_blora.guides.ensemble import Ensemble
+from pyro_blora.guides.flow import Flow
+from pyro_blora.guides.full_rank import FullRank
+from pyro_blora.guides.isotropic import Isotropic
+from pyro_blora.guides.laplace import Laplace
+from pyro_blora.guides.layer_coupled import LayerCoupled
+from pyro_blora.guides.low_rank import LowRank
 from pyro_blora.guides.matrix_normal import MatrixNormal
 from pyro_blora.guides.mean_field import MeanField
+from pyro_blora.guides.mixture import Mixture
 
-__all__ = ["Delta", "MatrixNormal", "MeanField", "Site", "SiteGuide"]
+__all__ = [
+    "Amortized",
+    "Delta",
+    "Ensemble",
+    "Flow",
+    "FullRank",
+    "Isotropic",
+    "Laplace",
+    "LayerCoupled",
+    "LowRank",
+    "MatrixNormal",
+    "MeanField",
+    "Mixture",
+    "Site",
+    "SiteGuide",
+]

@@ -29,11 +29,15 @@ class Site:
         name: the site's name.
         prior: its distribution, batch shape ``(..., n)`` for ``n`` layers.
         plates: the plates around it, outermost last dimension first.
+        suggested: where guides start, if the prior says so, ``(n, *event_shape)``.
+        context_size: size of the context of an amortised family (see ``context.py``).
     """
 
     name: str
     prior: TorchDistribution
     plates: tuple[CondIndepStackFrame, ...]
+    suggested: Tensor | None = None
+    context_size: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -45,6 +49,21 @@ class Site:
     def event_dim(self) -> int:
         """Number of trailing dimensions that one draw spans, unconstrained."""
         return len(self.shape) - len(self.prior.batch_shape)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The prior's batch shape, ``(n,)`` for ``n`` layers."""
+        return torch.Size(self.prior.batch_shape)
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained numbers one draw has."""
+        return self.shape[len(self.batch_shape) :].numel()
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one draw, unconstrained."""
+        return self.shape[len(self.batch_shape) :]
 
     @property
     def transform(self) -> Transform:
@@ -62,13 +81,20 @@ class Site:
     def start(self) -> tuple[Tensor, Tensor]:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
-        The prior's own mean and standard deviation where the support is real and they are finite;
+        The location is the prior's suggestion, where it makes one. Otherwise they are the
+        prior's own mean and standard deviation where the support is real and they are finite;
         otherwise the median and the spread of 1,000 draws, made without touching the global seed.
         """
+        loc, scale = self._spread()
+        if self.suggested is not None:
+            loc = self.transform.inv(self.suggested)
+        return loc.detach().clone(), scale.detach().clone()
+
+    def _spread(self) -> tuple[Tensor, Tensor]:
         if self.is_real:
             loc, scale = self.prior.mean, self.prior.variance.sqrt()
             if bool(loc.isfinite().all()) and bool(scale.isfinite().all()):
-                return loc.detach().clone(), scale.detach().clone()
+                return loc, scale
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             draws = self.transform.inv(self.prior.sample(torch.Size([1000]))).detach()
@@ -94,6 +120,8 @@ class SiteGuide(Options, PyroModule):
     Attributes:
         roles: for each parameter, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
+        reads_context: whether q depends on the examples; :attr:`context` then has theirs.
+        context: ``(P, 1, ..., 1, d)`` for ``P`` particles, set before each draw, or ``None``.
 
     Example::
 
@@ -112,6 +140,8 @@ class SiteGuide(Options, PyroModule):
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    reads_context: ClassVar[bool] = False
+    context: Tensor | None = None
     site: Site
 
     def __init__(self, *, init_scale: float = 0.1) -> None:
@@ -148,6 +178,7 @@ class SiteGuide(Options, PyroModule):
         reinterpreted = self.site.event_dim - transform.domain.event_dim
         if reinterpreted > 0:
             transform = IndependentTransform(transform, reinterpreted)
+        transform = transform.with_cache()  # a flow scores none but the value it has just made
         return TransformedDistribution(q, [transform])
 
     def center(self) -> Tensor:

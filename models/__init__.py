@@ -1,9 +1,24 @@
-"""Priors: one Pyro model of a low-rank update in each file.
+"""Priors: Pyro models of a low-rank update, one per file.
 
-The import path is ``pyro_blora.models``.
+Pass one as ``BayesianLoRA(net, prior=...)``; write one by subclassing :class:`UpdateModel`.
 """
 
 from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.models.factor_inducing import FactorInducing
+from pyro_blora.models.gaussian_factors import GaussianFactors
+from pyro_blora.models.hierarchical import Hierarchical
+from pyro_blora.models.kernel_inducing import KernelInducing
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
+from pyro_blora.models.spectral_inducing import SpectralInducing
+from pyro_blora.models.subspace import Subspace
 
-__all__ = ["KroneckerInducing", "UpdateModel"]
+__all__ = [
+    "FactorInducing",
+    "GaussianFactors",
+    "Hierarchical",
+    "KernelInducing",
+    "KroneckerInducing",
+    "SpectralInducing",
+    "Subspace",
+    "UpdateModel",
+]

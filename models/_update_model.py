@@ -1,13 +1,14 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
@@ -29,6 +30,9 @@ class UpdateModel(Options, PyroModule):
 
     Its constructor keeps each argument under the argument's own name, so that checkpoints and
     ``repr`` can read it back.
+
+    A site may say where guides start, if not at its prior's mean: ``pyro.sample(...,
+    infer={"start": value})``, as LoRA's random ``A`` needs.
 
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in
@@ -53,8 +57,17 @@ class UpdateModel(Options, PyroModule):
     roles: ClassVar[dict[str, str]] = {}
     group: LayerGroup
 
+    _plate: tuple[pyro.plate] | None = None
+
     def __init__(self) -> None:
         super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LowRankUpdate:
+        """Runs :meth:`forward` with a plate of its own: a second one would repeat its site."""
+        self._plate = None
+        update: LowRankUpdate = super().__call__(*args, **kwargs)
+        self._plate = None
+        return update
 
     def bind(self: Self, group: LayerGroup) -> Self:
         """A copy of this prior for ``group``, with its parameters registered."""
@@ -72,13 +85,30 @@ class UpdateModel(Options, PyroModule):
         """Samples the sites and returns the update. Factors are ``(..., n, rows, columns)``."""
         raise NotImplementedError(f"{type(self).__name__} must define forward().")
 
+    def check_choice(self, option: str, known: tuple[str, ...]) -> None:
+        """Raises ConfigurationError where an option is none of its known values."""
+        if getattr(self, option) not in known:
+            raise ConfigurationError(f"{option}={getattr(self, option)!r} is not one of {known}.")
+
+    def check_rank(self, rank: int | tuple[int, int], group: LayerGroup) -> None:
+        """Raises ConfigurationError where a rank exceeds the size of the group's layers."""
+        m_r, m_c = (rank, rank) if isinstance(rank, int) else rank
+        if m_r > group.d_out or m_c > group.d_in:
+            raise ConfigurationError(
+                f"rank={rank!r} is too large for group {group.name!r}, whose layers are "
+                f"{group.d_out} x {group.d_in}; choose at most {min(group.d_out, group.d_in)}, or "
+                "leave the layer out with exclude_modules."
+            )
+
     def site(self, name: str) -> str:
         """The full name of a site of this group: ``"q_proj.V"``."""
         return f"{self.group.name}.{name}"
 
     def plate(self) -> pyro.plate:
-        """The plate over the group's ``n`` layers, at dimension -1."""
-        return pyro.plate(self.site("layers"), self.group.n, dim=-1)
+        """The plate over the group's ``n`` layers, at dimension -1; any number of times."""
+        if self._plate is None:
+            self._plate = (pyro.plate(self.site("layers"), self.group.n, dim=-1),)
+        return self._plate[0]
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers on the group's device, to start a parameter with."""

@@ -5,20 +5,19 @@ from typing import ClassVar, Literal, cast
 
 import pyro
 import torch
-from gpytorch.kernels import Kernel
 from linear_operator.operators import LinearOperator
-from linear_operator.utils.errors import NanError, NotPSDError
 from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.conditional import JointNoise, MarginalNoise, conditional_kl
-from pyro_blora.errors import ConfigurationError, NonFiniteLossError
+from pyro_blora.core_density import Core, check_core, sample_core
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.kronecker import (
     inducing_covariance,
     kronecker_covariance,
     lazy_covariance,
-    whiten,
+    whiten_or_explain,
 )
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.targets import LayerGroup
@@ -54,7 +53,12 @@ class KroneckerInducing(UpdateModel):
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
             prior, in units of weight; the start where it is learned. Default: 0.3.
-        learn_sigma: whether the ELBO learns sigma, one for each layer. Default: yes.
+        scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
+            ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
+            Default: learned.
+        core: the density of the entries of ``V``: a name (see
+            :func:`~pyro_blora.core_density.sample_core`) or a function from a shape to a
+            distribution. Default: normal.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.
         lambda_init: where a learned lambda starts. Default: 0.1.
@@ -62,12 +66,10 @@ class KroneckerInducing(UpdateModel):
             itself, with the exact variance; ``"joint"`` draws it as one weight gives it to all
             outputs at all positions of a particle. Default: marginal.
         noise_init: where ``D`` starts. Default: 0.1.
-        row_kernel: a GPyTorch kernel between the row directions ``Z_r``, in place of the linear
-            one; with the deterministic conditional only. Default: linear.
-        col_kernel: the same for ``Z_c``.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``.
+    ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``; with a
+    half-Cauchy scale also ``g.sigma``, ``(n,)``.
 
     Raises:
         ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
@@ -101,47 +103,35 @@ class KroneckerInducing(UpdateModel):
         *,
         rank: int | tuple[int, int] = 8,
         sigma: float = 0.3,
-        learn_sigma: bool = True,
+        scale: Literal["learned", "fixed", "half-cauchy"] = "learned",
+        core: Core = "normal",
         conditional: Conditional = "deterministic",
         lambda_init: float = 0.1,
         noise: Literal["marginal", "joint"] = "marginal",
         noise_init: float = 0.1,
-        row_kernel: Kernel | None = None,
-        col_kernel: Kernel | None = None,
     ) -> None:
         super().__init__()
         self.rank = rank
         self.sigma = sigma
-        self.learn_sigma = learn_sigma
+        self.scale = scale
+        self.core = core
         self.conditional = conditional
         self.lambda_init = lambda_init
         self.noise = noise
         self.noise_init = noise_init
-        self.row_kernel = row_kernel
-        self.col_kernel = col_kernel
         self._check()
 
     def _check(self) -> None:
-        for option, known in (
-            ("conditional", ("deterministic", "exact", "scaled")),
-            ("noise", ("marginal", "joint")),
-        ):
-            if getattr(self, option) not in known:
-                raise ConfigurationError(
-                    f"{option}={getattr(self, option)!r} is not one of {known}."
-                )
+        self.check_choice("conditional", ("deterministic", "exact", "scaled"))
+        self.check_choice("noise", ("marginal", "joint"))
+        self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
         for option in ("sigma", "lambda_init", "noise_init"):
             value = getattr(self, option)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
         if min(self.ranks) < 1:
             raise ConfigurationError(f"rank={self.rank!r} must be at least 1.")
-        if self.conditional != "deterministic" and (self.row_kernel or self.col_kernel):
-            raise ConfigurationError(
-                f"conditional={self.conditional!r} needs the linear kernel, under which the "
-                "variance of dW given U is known; drop row_kernel and col_kernel, or use "
-                "conditional='deterministic'."
-            )
+        check_core(self.core)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -151,12 +141,7 @@ class KroneckerInducing(UpdateModel):
     def setup(self, group: LayerGroup) -> None:
         """Registers ``Z_r, Z_c`` (n x m x d), ``D_r, D_c`` (n x m), sigma and lambda (n)."""
         m_r, m_c = self.ranks
-        if m_r > group.d_out or m_c > group.d_in:
-            raise ConfigurationError(
-                f"rank={self.rank!r} is too large for group {group.name!r}, whose layers are "
-                f"{group.d_out} x {group.d_in}; choose at most {min(group.d_out, group.d_in)}, or "
-                "leave the layer out with exclude_modules."
-            )
+        self.check_rank(self.rank, group)
         # Rows of norm one: Z Z^T is near the identity, and D sets how far Q is from orthonormal.
         self.Z_r = PyroParam(self.randn(group.n, m_r, group.d_out) * group.d_out**-0.5)
         self.Z_c = PyroParam(self.randn(group.n, m_c, group.d_in) * group.d_in**-0.5)
@@ -164,7 +149,7 @@ class KroneckerInducing(UpdateModel):
         D = self.noise_init * ones.unsqueeze(-1)
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
         self.D_c = PyroParam(D.expand(-1, m_c).clone(), constraints.positive)
-        if self.learn_sigma:
+        if self.scale == "learned":
             self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
         if self.conditional == "scaled":
             self.lambda_ = PyroParam(self.lambda_init * ones, constraints.positive)
@@ -172,67 +157,56 @@ class KroneckerInducing(UpdateModel):
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
         (L_r, Q_r), (L_c, Q_c) = self._whitened("r"), self._whitened("c")
-        sigma = self.scale()
+        sigma = self.layer_scale()
         with self.plate():
-            V = pyro.sample(self.site("V"), self.normal(*self.ranks))
+            V = sample_core(self, self.core, self.ranks)
             if self.conditional == "scaled":
                 kl = conditional_kl(self.lambda_, self.group.d_out, self.group.d_in)
                 pyro.factor(self.site("conditional_kl"), -kl)
         noise: tuple[Noise, ...] | None = None
         if self.conditional != "deterministic":
-            noise = self._noise(L_r, Q_r, L_c, Q_c)
-        return LowRankUpdate(A=Q_c, core=sigma[:, None, None] * V, B=Q_r.mT, noise=noise)
+            noise = self._noise(sigma, L_r, Q_r, L_c, Q_c)
+        return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
-    def scale(self) -> Tensor:
-        """The prior scale sigma of each layer, ``(n,)``."""
-        if self.learn_sigma:
+    def layer_scale(self) -> Tensor:
+        """The prior scale sigma of each layer, ``(..., n)``; sampled where it is random."""
+        if self.scale == "learned":
             return cast(Tensor, self.sigma_)
-        return torch.full((self.group.n,), self.sigma, device=self.group.device)
+        sigma = torch.full((self.group.n,), self.sigma, device=self.group.device)
+        if self.scale == "half-cauchy":
+            with self.plate():
+                sigma = pyro.sample(self.site("sigma"), pyro.distributions.HalfCauchy(sigma))
+        return sigma
 
     def row_covariance(self) -> LinearOperator:
         """``Psi_r`` as a linear operator, ``(n, m_r, m_r)``."""
-        return self._covariance("r")
+        return lazy_covariance(*self._side("r"))
 
     def col_covariance(self) -> LinearOperator:
         """``Psi_c`` as a linear operator, ``(n, m_c, m_c)``."""
-        return self._covariance("c")
+        return lazy_covariance(*self._side("c"))
 
     def lazy_covariance_matrix(self) -> LinearOperator:
         """``Psi_r (x) Psi_c``, the prior covariance of row-major ``vec U``."""
         return kronecker_covariance(self.row_covariance(), self.col_covariance())
 
-    def _side(self, side: str) -> tuple[Tensor, Tensor, Kernel | None]:
-        kernel = self.row_kernel if side == "r" else self.col_kernel
-        return getattr(self, f"Z_{side}"), getattr(self, f"D_{side}"), kernel
-
-    def _covariance(self, side: str) -> LinearOperator:
-        Z, D, kernel = self._side(side)
-        return lazy_covariance(Z, D) if kernel is None else kernel(Z).add_diagonal(D.square())
+    def _side(self, side: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
 
     def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
         """``L`` and ``Q`` of one side, by one batched Cholesky for all layers."""
-        Z, D, kernel = self._side(side)
-        if kernel is None:
-            Psi = inducing_covariance(Z, D)
-        else:
-            Psi = kernel(Z).to_dense() + torch.diag_embed(D.square())
-        try:
-            return whiten(Z, Psi)
-        except (NanError, NotPSDError) as error:
-            raise NonFiniteLossError(
-                f"Psi_{side} of group {self.group.name!r} has no Cholesky factor ({error}); lower "
-                f"the learning rate of the directions Z_{side}, or raise noise_init."
-            ) from error
+        Z, D = self._side(side)
+        return whiten_or_explain(Z, inducing_covariance(Z, D), side, f"group {self.group.name!r}")
 
-    def _noise(self, L_r: Tensor, Q_r: Tensor, L_c: Tensor, Q_c: Tensor) -> tuple[Noise, ...]:
-        scale = self.scale() * (self.lambda_ if self.conditional == "scaled" else 1.0)
+    def _noise(
+        self, sigma: Tensor, L_r: Tensor, Q_r: Tensor, L_c: Tensor, Q_c: Tensor
+    ) -> tuple[Noise, ...]:
+        scale = sigma * (self.lambda_ if self.conditional == "scaled" else 1.0)
         if self.noise == "marginal":
-            return tuple(MarginalNoise(s) for s in scale.unbind(0))
+            return tuple(MarginalNoise(s) for s in scale.unbind(-1))
         D_r, D_c = torch.diag_embed(self.D_r), torch.diag_embed(self.D_c)
         F_r = torch.linalg.solve_triangular(L_r, D_r, upper=False)
         F_c = torch.linalg.solve_triangular(L_c, D_c, upper=False)
         C_r, C_c = torch.linalg.cholesky(Q_r @ Q_r.mT), torch.linalg.cholesky(Q_c @ Q_c.mT)
-        sides = (scale, Q_r, F_r, C_r, Q_c, F_c, C_c)
-        return tuple(
-            JointNoise(*layer) for layer in zip(*(s.unbind(0) for s in sides), strict=True)
-        )
+        sides = zip(*(s.unbind(0) for s in (Q_r, F_r, C_r, Q_c, F_c, C_c)), strict=True)
+        return tuple(JointNoise(s, *side) for s, side in zip(scale.unbind(-1), sides, strict=True))

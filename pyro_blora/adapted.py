@@ -16,6 +16,7 @@ class Adapted(Protocol):
     """A network with its prior, guide and likelihood; see ``bayesian_lora.py``."""
 
     model: BayesianLoRAModel
+    guide: nn.Module
     prior_family: tuple[Any]
     guide_family: tuple[Any]
 

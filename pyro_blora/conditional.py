@@ -15,9 +15,10 @@ is needed: a layer only shows the noise through its outputs.
 from dataclasses import dataclass
 
 import torch
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
-__all__ = ["JointNoise", "MarginalNoise", "conditional_kl", "weight_noise"]
+__all__ = ["JointNoise", "MarginalNoise", "conditional_kl", "factor_noise", "weight_noise"]
 
 
 def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
@@ -150,6 +151,38 @@ def weight_noise(noise: JointNoise) -> Tensor:
     E = _randn(noise.Q_c, noise.Q_r.shape[-1], noise.Q_c.shape[-1])
     U = noise._matheron((E @ noise.Q_c.mT).unsqueeze(0))[0]
     return noise.scale * (E - noise.Q_r.mT @ U @ noise.Q_c)
+
+
+def factor_noise(
+    batch: torch.Size,
+    L_r: Tensor,
+    Q_r: Tensor,
+    D_r: Tensor,
+    L_c: Tensor,
+    Q_c: Tensor,
+    D_c: Tensor,
+) -> Tensor:
+    """Draws of ``E - T_r U T_c``, the noise of a weight small enough to be drawn itself.
+
+    Args:
+        batch: shape of the draws, ending in the layers, ``(..., n)``.
+        L_r: Cholesky factors of ``Psi_r``, ``(n, m_r, m_r)``.
+        Q_r: ``L_r^-1 Z_r``, ``(n, m_r, d_r)``.
+        D_r: ``(n, m_r)``.
+        L_c: the same for the columns.
+        Q_c: the same for the columns.
+        D_c: the same for the columns.
+
+    Returns:
+        ``(*batch, d_r, d_c)``, of covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
+    """
+    F_r = torch.linalg.solve_triangular(L_r, torch.diag_embed(D_r), upper=False)
+    F_c = torch.linalg.solve_triangular(L_c, torch.diag_embed(D_c), upper=False)
+    C_r, C_c = psd_safe_cholesky(Q_r @ Q_r.mT), psd_safe_cholesky(Q_c @ Q_c.mT)
+    E = _randn(Q_r, *batch, Q_r.shape[-1], Q_c.shape[-1])
+    E2, E3, E4 = (_randn(Q_r, *batch, Q_r.shape[-2], Q_c.shape[-2]) for _ in range(3))
+    U = Q_r @ E @ Q_c.mT + C_r @ E2 @ F_c.mT + F_r @ E3 @ C_c.mT + F_r @ E4 @ F_c.mT
+    return E - Q_r.mT @ U @ Q_c
 
 
 def _randn(like: Tensor, *shape: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -10,6 +11,7 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_blora.context import context_of_particles, context_size, pooled_context
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 from pyro_blora.model import BayesianLoRAModel
@@ -20,7 +22,12 @@ __all__ = ["StructuredGuide", "center", "latent_sites", "start_guide"]
 def latent_sites(trace: Trace) -> list[Site]:
     """The latent sites of a trace of the prior, in order."""
     return [
-        Site(name, node["fn"], tuple(f for f in node["cond_indep_stack"] if f.vectorized))
+        Site(
+            name,
+            node["fn"],
+            tuple(f for f in node["cond_indep_stack"] if f.vectorized),
+            suggested=node["infer"].get("start"),
+        )
         for name, node in trace.nodes.items()
         if node["type"] == "sample"
         and not node["is_observed"]
@@ -67,17 +74,26 @@ class StructuredGuide(PyroModule):
         super().__init__()
         self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
         self._site_guides: list[tuple[Site, str]] = []
-        for site in sites:
+        size = context_size(model.net) if family.reads_context else 0
+        for site in (replace(site, context_size=size) for site in sites):
             attribute = site.name.replace(".", "_")
             self._site_guides.append((site, attribute))
             setattr(self, attribute, family.bind(site))
+        self.reads_context = family.reads_context
+        self._nesting = max([1, *(-f.dim for site in sites for f in site.plates)])
+
+    def families(self) -> dict[str, SiteGuide]:
+        """The bound family of each site."""
+        return {site.name: getattr(self, attribute) for site, attribute in self._site_guides}
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """Samples every site; ``batch`` is accepted as the model's argument and not read.
+        """Samples every site; ``batch`` is read by amortised families alone.
 
         Returns:
             The sampled values by site name.
         """
+        context = self._context(batch)
+        self._see(None if context is None else context_of_particles(context, self._nesting))
         values: dict[str, Tensor] = {}
         plates: dict[str, pyro.plate] = {}
         model = self._model[0]
@@ -93,9 +109,26 @@ class StructuredGuide(PyroModule):
                     values[site.name] = pyro.sample(site.name, q)
         return values
 
-    def center(self) -> dict[str, Tensor]:
-        """The value that stands for q at each site: the image of its mean."""
-        return {site.name: getattr(self, name).center() for site, name in self._site_guides}
+    def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The value that stands for q at each site: the image of its mean.
+
+        Of an amortised family the means for each example of ``batch``, ``(B, n, *event_shape)``.
+        """
+        context = self._context(batch)
+        if context is not None:
+            context = context.reshape(len(context), *(1,) * self._nesting, context.shape[-1])
+        self._see(context)
+        return {name: family.center() for name, family in self.families().items()}
+
+    def _context(self, batch: Mapping[str, Any] | None) -> Tensor | None:
+        if batch is None or not self.reads_context:
+            return None
+        return pooled_context(self._model[0].net, batch)
+
+    def _see(self, context: Tensor | None) -> None:
+        if self.reads_context:
+            for family in self.families().values():
+                family.context = context
 
 
 def center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -105,7 +138,7 @@ def center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tenso
         ConfigurationError: the guide has neither.
     """
     if isinstance(guide, StructuredGuide):
-        return guide.center()
+        return guide.center(batch)
     try:
         values: dict[str, Tensor] = guide.median(batch)  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as error:

@@ -17,9 +17,18 @@ from linear_operator.operators import (
     RootLinearOperator,
 )
 from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
-__all__ = ["inducing_covariance", "kronecker_covariance", "lazy_covariance", "whiten"]
+from pyro_blora.errors import NonFiniteLossError
+
+__all__ = [
+    "inducing_covariance",
+    "kronecker_covariance",
+    "lazy_covariance",
+    "whiten",
+    "whiten_or_explain",
+]
 
 
 def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
@@ -62,6 +71,21 @@ def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
     """
     L = psd_safe_cholesky(Psi)
     return L, torch.linalg.solve_triangular(L, Z, upper=False)
+
+
+def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
+    """As :func:`whiten`, with the remedy where ``Psi_{side}`` of ``where`` has no factor.
+
+    Raises:
+        NonFiniteLossError: it has none.
+    """
+    try:
+        return whiten(Z, Psi)
+    except (NanError, NotPSDError) as error:
+        raise NonFiniteLossError(
+            f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of the "
+            f"directions Z_{side}, or raise noise_init."
+        ) from error
 
 
 def lazy_covariance(Z: Tensor, D: Tensor) -> LinearOperator:

@@ -16,6 +16,7 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
+from pyro_blora.context import ELBO_PLATE
 from pyro_blora.errors import ConfigurationError, ParticleError
 from pyro_blora.layers import Adapter, updates_in_place, updates_kept_for_backward
 from pyro_blora.likelihoods import Batch, Likelihood
@@ -24,9 +25,6 @@ from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
 
 __all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
-
-# The name that Pyro's ELBO gives to the plate of vectorised particles.
-_ELBO_PLATE = "num_particles_vectorized"
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -81,6 +79,11 @@ class BayesianLoRAModel(PyroModule):
         for group in groups:
             setattr(self, group.name, prior.bind(group))
         self._adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def net(self) -> nn.Module:
+        """The wrapped network."""
+        return self._net[0]
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""
@@ -158,7 +161,7 @@ class BayesianLoRAModel(PyroModule):
 
 
 def _shares_rows() -> bool:
-    return any(isinstance(m, IndepMessenger) and m.name == _ELBO_PLATE for m in _PYRO_STACK)
+    return any(isinstance(m, IndepMessenger) and m.name == ELBO_PLATE for m in _PYRO_STACK)
 
 
 def _divisors(n: int) -> list[int]:

@@ -44,10 +44,12 @@ def logits_of_draws(
             with model.applied(blora.sample_updates(0, batch)) as net:
                 yield likelihood.logits(net, batch).unsqueeze(0)
             return
+        # An amortised posterior has a draw for each example, others one for all of them.
+        each = examples if getattr(blora.guide, "reads_context", False) else 1
         most = max(1, min(num_samples, max_rows // examples))
         for start in range(0, num_samples, most):
             draws = min(most, num_samples - start)
-            with model.applied(blora.sample_updates(draws, batch)) as net:
+            with model.applied(blora.sample_updates(draws * each, batch)) as net:
                 logits = likelihood.logits(net, repeat_batch(batch, draws))
             yield logits.unflatten(0, (draws, examples))
     finally:

@@ -1,5 +1,6 @@
 """Training and prediction loops."""
 
+from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
 from pyro_blora.inference.predict import predict_dataset
@@ -8,6 +9,7 @@ __all__ = [
     "LEARNING_RATES",
     "FitResult",
     "LoopOptions",
+    "finish",
     "fit",
     "parameter_groups",
     "predict_dataset",

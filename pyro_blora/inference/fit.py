@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide, start_guide
+from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.inference.diagnosis import explain_non_finite
+from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import (
     Collate,
     FitResult,
@@ -170,6 +172,8 @@ def fit(
         ]
         return -float(torch.cat(parts).mean())
 
+    for family in _post_hoc_families(blora):
+        family.reopen()
     was_training, was_tempered = blora.net.training, blora.model.kl_weight
     blora.net.train()
     blora.model.precision = precision
@@ -188,7 +192,23 @@ def fit(
         blora.model.kl_weight, blora.model.precision = was_tempered, "float32"
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
+    if _post_hoc_families(blora):
+        finish(
+            blora,
+            train,
+            collate=collate,
+            length=length,
+            batch_size=batch_size,
+            precision=precision,
+            progress=progress,
+        )
     return result
+
+
+def _post_hoc_families(blora: BayesianLoRA) -> list[PostHoc]:
+    if not isinstance(blora.guide, StructuredGuide):
+        return []
+    return [f for f in blora.guide.families().values() if isinstance(f, PostHoc)]
 
 
 def _chain(first: Batch, rest: Any) -> Any:

@@ -98,7 +98,15 @@ def test_state_dict_travels(pair):
         fresh.guide.load_state_dict(guide)
         assert torch.equal(fresh.predict(batch, 0).samples, expected.samples)
     # the adapter alone: nothing of the network
-    assert sum(tensor.numel() for tensor in model.values()) < 500
+    assert {name.split(".")[0] for name in model} == {"q_proj", "v_proj"}
+    assert sum(tensor.numel() for tensor in model.values()) < 1500
+
+
+def starts_at_zero(blora):
+    """Priors with a trained ``B`` start it at zero, as LoRA does: every draw is then zero."""
+    names = (".B", ".B_unconstrained")
+    factors = [p for name, p in blora.model.named_parameters() if name.endswith(names)]
+    return bool(factors) and not any(B.any() for B in factors)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -109,8 +117,9 @@ def test_the_mean_update_is_zero_at_the_start(name):
     blora = tiny.adapted(net, prior=PRIORS[name], guide=MeanField())
     with blora.posterior(0) as adapted:
         torch.testing.assert_close(adapted(batch["input_ids"]).logits, base, atol=1e-6, rtol=0)
-    with blora.posterior(1) as adapted:
-        assert not torch.allclose(adapted(batch["input_ids"]).logits, base, atol=1e-6)
+    if not starts_at_zero(blora):
+        with blora.posterior(1) as adapted:
+            assert not torch.allclose(adapted(batch["input_ids"]).logits, base, atol=1e-6)
     assert torch.equal(net(batch["input_ids"]).logits, base)
 
 

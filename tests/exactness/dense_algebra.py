@@ -29,7 +29,7 @@ class Dense:
     def __init__(self, prior, layer, lam=1.0):
         Z_r, Z_c = prior.Z_r[layer], prior.Z_c[layer]
         Psi_r, Psi_c = psi(Z_r, prior.D_r[layer]), psi(Z_c, prior.D_c[layer])
-        self.sigma, self.lam = prior.scale()[layer], lam
+        self.sigma, self.lam = prior.layer_scale()[layer], lam
         self.T_r = Z_r.mT @ torch.linalg.inv(Psi_r)
         self.T_c = torch.linalg.inv(Psi_c) @ Z_c
         self.L_r, self.L_c = torch.linalg.cholesky(Psi_r), torch.linalg.cholesky(Psi_c)

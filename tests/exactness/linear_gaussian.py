@@ -44,7 +44,7 @@ class Toy:
         m_r, m_c = ranks
         net = nn.Sequential(nn.Linear(6, 3))
         count = m_c if inputs == "orthogonal" else 5
-        prior = KroneckerInducing(rank=ranks, sigma=SIGMA, learn_sigma=False, noise_init=0.4)
+        prior = KroneckerInducing(rank=ranks, sigma=SIGMA, scale="fixed", noise_init=0.4)
         likelihood = Observed(num_data=count)
         self.blora = BayesianLoRA(
             net, target_modules=["0"], prior=prior, guide=guide, likelihood=likelihood

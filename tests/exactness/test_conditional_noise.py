@@ -167,7 +167,7 @@ def test_marginal_prior_of_the_weight_is_isotropic(monkeypatch):
         columns.append(update.weight().flatten())
     root = torch.stack(columns, -1)
     noise = noise_covariance(monkeypatch, lambda: weight_noise(update.noise))
-    sigma = prior.scale()[0]
+    sigma = prior.layer_scale()[0]
     assert (root @ root.mT).diagonal().max() > 0.01 * sigma**2
     torch.testing.assert_close(root @ root.mT + noise, sigma**2 * torch.eye(D_OUT * D_IN))
 

@@ -5,9 +5,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from dense_algebra import M_C, M_R, Dense, N, bind, psi
-from gpytorch.kernels import LinearKernel, RBFKernel, ScaleKernel
-from pyro.infer import SVI, Trace_ELBO
-from pyro.nn import PyroModule
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.kronecker import whiten
@@ -24,9 +21,9 @@ def weights(update):
     return torch.stack([layer.weight() for layer in update.layers()], -3)
 
 
-@pytest.mark.parametrize("learn_sigma", [True, False])
-def test_mean_is_the_dense_one(learn_sigma):
-    prior = bind(KroneckerInducing(rank=RANK, learn_sigma=learn_sigma, sigma=0.7))
+@pytest.mark.parametrize("scale", ["learned", "fixed"])
+def test_mean_is_the_dense_one(scale):
+    prior = bind(KroneckerInducing(rank=RANK, scale=scale, sigma=0.7))
     V = torch.randn(N, *RANK)
     dW = weights(conditioned(prior, V))
     for layer in range(N):
@@ -95,81 +92,19 @@ def test_core_is_whitened():
         torch.testing.assert_close(p.log_prob(U.flatten()), log_prob[i] - 0.5 * dense.logdet())
 
 
-def test_rbf_kernel():
-    options = {"row_kernel": RBFKernel(), "col_kernel": ScaleKernel(RBFKernel())}
-    prior = bind(KroneckerInducing(rank=RANK, **options))
-    prior.row_kernel.lengthscale = 1.3
-    prior.col_kernel.base_kernel.lengthscale = 0.9
-    prior.col_kernel.outputscale = 2.0
-    V = torch.randn(N, *RANK)
-    dW = weights(conditioned(prior, V))
-    for i in range(N):
-        K_r = (-0.5 * torch.cdist(prior.Z_r[i], prior.Z_r[i]) ** 2 / 1.3**2).exp()
-        K_c = 2 * (-0.5 * torch.cdist(prior.Z_c[i], prior.Z_c[i]) ** 2 / 0.9**2).exp()
-        Psi_r, Psi_c = K_r + prior.D_r[i].square().diag(), K_c + prior.D_c[i].square().diag()
-        torch.testing.assert_close(prior.row_covariance().to_dense()[i], Psi_r)
-        torch.testing.assert_close(prior.col_covariance().to_dense()[i], Psi_c)
-        U = torch.linalg.cholesky(Psi_r) @ V[i] @ torch.linalg.cholesky(Psi_c).mT
-        T_r, T_c = prior.Z_r[i].mT @ torch.linalg.inv(Psi_r), torch.linalg.inv(Psi_c) @ prior.Z_c[i]
-        torch.testing.assert_close(dW[i], prior.scale()[i] * T_r @ U @ T_c)
-
-
-def test_linear_kernel_is_the_default():
-    default = bind(KroneckerInducing(rank=RANK))
-    given = bind(KroneckerInducing(rank=RANK, row_kernel=LinearKernel(), col_kernel=LinearKernel()))
-    given.load_state_dict(default.state_dict(), strict=False)
-    given.row_kernel.variance = given.col_kernel.variance = 1.0
-    V = torch.randn(N, *RANK)
-    torch.testing.assert_close(weights(conditioned(given, V)), weights(conditioned(default, V)))
-    for side in ("row_covariance", "col_covariance"):
-        a, b = getattr(given, side)(), getattr(default, side)()
-        torch.testing.assert_close(a.to_dense(), b.to_dense())
-
-
-class Toy(PyroModule):
-    """A model of one number, with the guide beside it."""
-
-    def __init__(self, prior):
-        super().__init__()
-        self.prior = prior
-
-    def forward(self):
-        dW = weights(self.prior())
-        pyro.sample("y", dist.Normal(dW.sum(), 0.1), obs=torch.tensor(3.0))
-
-    def guide(self):
-        with self.prior.plate():
-            pyro.sample(self.prior.site("V"), dist.Normal(torch.ones(RANK), 0.1).to_event(2))
-
-
-@pytest.mark.parametrize(("loop", "local"), [("SVI", False), ("module", False), ("module", True)])
-def test_kernels_are_trained(loop, local):
-    """A kernel's own parameters are plain ones, yet both of Pyro's loops reach them."""
-    with pyro.settings.context(module_local_params=local):
-        prior = bind(KroneckerInducing(rank=RANK, row_kernel=RBFKernel()))
-        toy, before = Toy(prior), prior.row_kernel.lengthscale.item()
-        if loop == "SVI":
-            SVI(toy, toy.guide, pyro.optim.SGD({"lr": 1e-4}), Trace_ELBO()).step()
-        else:
-            objective = Trace_ELBO()(toy, toy.guide)
-            objective().backward()
-            torch.optim.SGD(objective.parameters(), lr=1e-4).step()
-    assert prior.row_kernel.lengthscale.item() != before
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"conditional": "none"}, "conditional='none' is not one of"),
         ({"noise": "white"}, "noise='white' is not one of"),
+        ({"scale": "none"}, "scale='none' is not one of"),
+        ({"core": "student"}, "core='student' is unknown; .*student-t"),
         ({"sigma": 0.0}, "sigma=0.0 must be positive"),
         ({"sigma": float("nan")}, "sigma=nan must be positive"),
         ({"lambda_init": -1.0}, "lambda_init=-1.0 must be positive"),
         ({"noise_init": float("inf")}, "noise_init=inf must be positive and finite"),
         ({"rank": 0}, "rank=0 must be at least 1"),
         ({"rank": (2, 0)}, r"rank=\(2, 0\) must be at least 1"),
-        ({"conditional": "exact", "row_kernel": RBFKernel()}, "needs the linear kernel"),
-        ({"conditional": "scaled", "col_kernel": RBFKernel()}, "needs the linear kernel"),
     ],
 )
 def test_options_are_checked(options, match):

@@ -1,0 +1,106 @@
+"""A posterior that depends on the input."""
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._site_guide import Site, SiteGuide
+
+__all__ = ["Amortized"]
+
+
+class Amortized(SiteGuide):
+    r"""Mean-field normals whose means and scales are shifted by the input.
+
+    .. math::
+
+        q(U \mid x) = \mathcal{N}\left(\mu + s \odot f(x), \; (s \odot e^{g(x)})^2\right),
+        \qquad (f, g) = W h, \quad h = \tanh(W_h c(x) + b_h),
+
+    with :math:`c(x)` the mean of the input embeddings of the tokens, scaled to length one root of
+    its size, or ``batch["context"]`` where the batch has one. In training each particle sees the
+    mean over its own examples, so that with a particle for each example (``fit``'s default) every
+    example has its own posterior; prediction gives every example its own.
+
+    The KL of the loss is the mean over the particles, counted once for the data set, as published.
+    With ``f = g = 0`` (the start) this is the ELBO; away from it it is *no bound* on the evidence
+    of a model whose ``U`` is shared by all examples. ``fit(..., kl_weight=len(train))`` counts it
+    for every example: then it is one, of the model in which every example draws a ``U`` of its own.
+
+    Args:
+        hidden: size of ``h``. Default: 16.
+        context_size: ``d``, where batches have a ``"context"`` of their own. Default: the size of
+            the network's input embeddings.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+
+    Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``;
+    ``hidden_weight`` (hidden, d) and ``hidden_bias`` (hidden); ``loc_weight`` and ``scale_weight``,
+    ``(n, *event_shape, hidden)``, zero at the start.
+
+    Raises:
+        ConfigurationError: there is no size of the context.
+
+    Reference:
+        Rahmati et al. 2025, "C-LoRA: Contextual low-rank adaptation for uncertainty estimation in
+        large language models", arXiv:2505.17773.
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=Amortized(hidden=32))
+    """
+
+    roles: ClassVar[dict[str, str]] = {
+        "loc": "mean",
+        "scale": "scale",
+        "hidden_weight": "direction",
+        "hidden_bias": "direction",
+        "loc_weight": "direction",
+        "scale_weight": "direction",
+    }
+    reads_context: ClassVar[bool] = True
+
+    def __init__(
+        self, *, hidden: int = 16, context_size: int | None = None, init_scale: float = 0.1
+    ) -> None:
+        super().__init__(init_scale=init_scale)
+        self.hidden = hidden
+        self.context_size = context_size
+
+    def setup(self, site: Site) -> None:
+        """Registers the normals and the network of the shifts."""
+        loc, scale = site.start()
+        self.loc = PyroParam(loc)
+        self.scale = PyroParam(self.init_scale * scale, constraints.positive)
+        size = self.context_size or site.context_size
+        if size < 1:
+            raise ConfigurationError(
+                "Amortized: the network has no input embeddings; give batches a 'context' (B x d) "
+                "and pass context_size=d."
+            )
+        weight = torch.randn(self.hidden, size, device=loc.device)
+        self.hidden_weight = PyroParam(weight * size**-0.5)
+        self.hidden_bias = PyroParam(torch.zeros(self.hidden, device=loc.device))
+        zeros = torch.zeros(*loc.shape, self.hidden, device=loc.device)
+        self.loc_weight = PyroParam(zeros)
+        self.scale_weight = PyroParam(zeros.clone())
+
+    def distribution(self) -> TorchDistribution:
+        """The normals, of batch shape ``(n,)``, or ``(P, n)`` where there are ``P`` contexts."""
+        loc, scale = self.loc, self.scale
+        if self.context is not None:
+            h = torch.tanh(self.context @ self.hidden_weight.mT + self.hidden_bias)
+            h = h.reshape(*h.shape[:-1], *(1,) * self.site.event_dim, self.hidden)
+            loc = loc + scale * (h * self.loc_weight).sum(-1)
+            scale = scale * (h * self.scale_weight).sum(-1).exp()
+        return dist.Normal(loc, scale).to_event(self.site.event_dim)
+
+    def center(self) -> Tensor:
+        """The image of the mean, for each context there is."""
+        mean = self.distribution().mean
+        return mean if self.site.is_real else self.site.transform(mean)

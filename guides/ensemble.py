@@ -1,0 +1,63 @@
+"""An ensemble: several point estimates trained side by side."""
+
+from typing import ClassVar
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroParam
+
+from pyro_blora.distributions import Members
+from pyro_blora.distributions.members import Turn
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._site_guide import Site, SiteGuide
+
+__all__ = ["Ensemble"]
+
+
+class Ensemble(SiteGuide):
+    r"""Point masses, :math:`q(U) = \frac1K \sum_k \delta(U - u_k)`.
+
+    The particles take the members in turn, all layers the same one, so a prediction with a multiple
+    of ``K`` draws averages over every member equally. A point mass has an infinite KL from any
+    density; as for :class:`Delta`, its entropy, a constant, is left out. The objective is therefore
+    *no bound* on the evidence: it is the mean of the members' MAP objectives,
+    :math:`\frac1K \sum_k \log p(D, u_k)`.
+
+    Args:
+        members: ``K``. Default: 5.
+        spread: how far members start from their common mean, which is the prior's, in units of the
+            prior's standard deviation. Default: 0.1.
+
+    Parameters, for a site of batch shape ``(n,)``: ``points``, ``(K, n, *event_shape)``.
+
+    Reference:
+        Lakshminarayanan, Pritzel, Blundell 2017, arXiv:1612.01474; for LoRA, Wang, Aitchison,
+        Rudolph 2023, "LoRA ensembles for large language model fine-tuning", arXiv:2310.00035.
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=Ensemble(members=5))
+        blora.predict(batch, num_samples=5)  # every member once
+    """
+
+    roles: ClassVar[dict[str, str]] = {"points": "mean"}
+
+    def __init__(self, *, members: int = 5, spread: float = 0.1) -> None:
+        super().__init__()
+        if members < 2:
+            raise ConfigurationError(
+                f"Ensemble: members={members!r} must be at least 2; use Delta for one."
+            )
+        self.members = members
+        self.spread = spread
+        self._turn = Turn()
+
+    def setup(self, site: Site) -> None:
+        """Registers ``points`` around the prior's mean."""
+        loc, scale = site.start()
+        noise = torch.randn(self.members, *loc.shape, device=loc.device)
+        self.points = PyroParam(loc + self.spread * scale * (noise - noise.mean(0)))
+
+    def distribution(self) -> TorchDistribution:
+        """The members, beginning with the one whose turn it is."""
+        return Members(self.points, self.site.event_dim, self._turn)

@@ -1,0 +1,65 @@
+"""A normal with a full covariance for each layer."""
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroParam
+from torch.distributions import constraints
+
+from pyro_blora.distributions import Reshaped
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._site_guide import Site, SiteGuide
+
+__all__ = ["FullRank"]
+
+
+class FullRank(SiteGuide):
+    r"""A normal with every correlation within a layer, none between layers.
+
+    .. math::
+
+        q(\mathrm{vec}\,U) = \mathcal{N}(\mu, L L^\top), \qquad
+        L \in \mathbb{R}^{k \times k}, \quad k = m_r m_c.
+
+    Args:
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        max_size: the largest ``k`` for which a ``k x k`` factor is made; larger sites (the factors
+            of a LoRA, say) raise an error. Default: 1024.
+
+    Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``, and
+    ``scale_tril``, ``(n, k, k)``.
+
+    Raises:
+        ConfigurationError: a site has more than ``max_size`` numbers for each layer.
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=FullRank())
+    """
+
+    roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale_tril": "scale"}
+
+    def __init__(self, *, init_scale: float = 0.1, max_size: int = 1024) -> None:
+        super().__init__(init_scale=init_scale)
+        self.max_size = max_size
+
+    def setup(self, site: Site) -> None:
+        """Registers ``loc`` at the prior's mean and ``scale_tril``, diagonal."""
+        if site.size > self.max_size:
+            raise ConfigurationError(
+                f"FullRank: site {site.name!r} has {site.size} numbers for each layer, whose "
+                f"covariance has {site.size**2:,}; use LowRank or MatrixNormal, or raise "
+                f"max_size={self.max_size}."
+            )
+        loc, scale = site.start()
+        flat = (self.init_scale * scale).reshape(*site.batch_shape, site.size)
+        self.loc = PyroParam(loc)
+        self.scale_tril = PyroParam(torch.diag_embed(flat), constraints.lower_cholesky)
+
+    def distribution(self) -> TorchDistribution:
+        """The normal, its event shaped as the site's."""
+        loc = self.loc.reshape(*self.site.batch_shape, self.site.size)
+        q = dist.MultivariateNormal(loc, scale_tril=self.scale_tril)
+        return Reshaped(q, self.site.event_shape)

@@ -1,0 +1,85 @@
+"""One width for everything, the largest that the loss on an anchor set allows."""
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._post_hoc import PostHoc
+from pyro_blora.guides._site_guide import Site
+
+__all__ = ["Isotropic"]
+
+
+class Isotropic(PostHoc):
+    r"""A normal of one width :math:`s` around a point estimate, :math:`s` found without training.
+
+    .. math::
+
+        q(U) = \mathcal{N}\left(\hat U, s^2 \mathrm{diag}(\tau)^2\right), \qquad
+        s = \max \{ s : \mathcal{L}(s) \le \mathcal{L}(0) + \epsilon \},
+
+    with :math:`\tau` the prior's standard deviations and :math:`\mathcal{L}` the mean negative
+    log-likelihood of draws on an anchor set. Trains as :class:`Delta`; then
+    :func:`pyro_blora.inference.finish` finds :math:`s` by bisection.
+
+    Args:
+        threshold: :math:`\epsilon`, nats for each example. Default: 0.003.
+        max_width: the largest ``s`` that is tried. Default: 1, the prior's own width.
+        iterations: bisections of ``log s``, which starts between ``max_width`` and a thousandth of
+            it. Default: 8.
+        num_samples: draws for each example in the estimate of the loss, the same noise for every
+            ``s``. Default: 4.
+
+    Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers:
+    ``unit``,
+    :math:`\tau`, and ``width``, :math:`s`.
+
+    Reference:
+        Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
+        models", arXiv:2412.05723.
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=Isotropic())
+        fit(blora, train, collate=collate, num_steps=300)  # finishes by itself, on the training set
+    """
+
+    roles: ClassVar[dict[str, str]] = {"loc": "mean"}
+    unit: Tensor
+    width: Tensor
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.003,
+        max_width: float = 1.0,
+        iterations: int = 8,
+        num_samples: int = 4,
+    ) -> None:
+        super().__init__()
+        for option, value in (("threshold", threshold), ("max_width", max_width)):
+            if not value > 0:
+                raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
+        self.threshold = threshold
+        self.max_width = max_width
+        self.iterations = iterations
+        self.num_samples = num_samples
+
+    def setup(self, site: Site) -> None:
+        """Registers ``loc`` and room for the width."""
+        super().setup(site)
+        self.register_buffer("unit", site.start()[1])
+        self.register_buffer("width", torch.ones((), device=self.loc.device))
+
+    def finish(self, width: float) -> None:
+        """Takes the width ``s``."""
+        self.width.fill_(width)
+        self._finished.fill_(True)
+
+    def widened(self) -> TorchDistribution:
+        """The normal around ``loc``."""
+        return dist.Normal(self.loc, self.width * self.unit).to_event(self.site.event_dim)

@@ -1,0 +1,119 @@
+"""Laplace's approximation around a point estimate."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._post_hoc import PostHoc
+from pyro_blora.guides._site_guide import Site
+
+__all__ = ["Laplace"]
+
+Structure = Literal["kron", "diag"]
+
+
+class Laplace(PostHoc):
+    r"""A normal whose precision is the curvature of the loss at the trained point.
+
+    .. math::
+
+        q(U) = \mathcal{N}\left(\hat U, (H + \delta I)^{-1}\right), \qquad
+        H = \sum_b J_b^\top \Lambda_b J_b,
+
+    with :math:`J_b` the Jacobian of example :math:`b`'s logits and :math:`\Lambda_b =
+    \mathrm{diag}(p_b) - p_b p_b^\top` (generalised Gauss-Newton). Trains as :class:`Delta`; then
+    :func:`pyro_blora.inference.finish` computes ``H``, one backward pass for each class, and
+    chooses :math:`\delta`, one for each site, by the marginal likelihood.
+
+    Args:
+        structure: ``"kron"`` for a Kronecker product of a row and a column factor in each layer,
+            ``"diag"`` for the diagonal. A site whose event is not a matrix takes the diagonal.
+            Default: kron.
+
+    Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers: the
+    eigenvectors ``row_basis`` (n, m_r, m_r) and ``col_basis`` (n, m_c, m_c) of the factors, and
+    ``width``, the standard deviations in their basis.
+
+    Reference:
+        Yang et al. 2024, "Bayesian low-rank adaptation for large language models",
+        arXiv:2308.13111; Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806.
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=Laplace())
+        fit(blora, train, collate=collate, num_steps=300)  # finishes by itself
+    """
+
+    roles: ClassVar[dict[str, str]] = {"loc": "mean"}
+    row_basis: Tensor
+    col_basis: Tensor
+    width: Tensor
+
+    def __init__(self, *, structure: Structure = "kron") -> None:
+        super().__init__()
+        if structure not in ("kron", "diag"):
+            raise ConfigurationError(f"Laplace: structure={structure!r} is not 'kron' or 'diag'.")
+        self.structure = structure
+
+    @property
+    def is_kron(self) -> bool:
+        """Whether this site has a row and a column factor."""
+        return self.structure == "kron" and self.site.event_dim == 2
+
+    def setup(self, site: Site) -> None:
+        """Registers ``loc`` and room for the curvature."""
+        super().setup(site)
+        self.register_buffer("width", torch.zeros_like(self.loc))
+        if self.is_kron:
+            for name, size in zip(("row_basis", "col_basis"), site.event_shape, strict=True):
+                eye = torch.eye(size, device=self.loc.device)
+                self.register_buffer(name, eye.repeat(*site.batch_shape, 1, 1))
+
+    def finish(self, width: Tensor, row_basis: Tensor | None, col_basis: Tensor | None) -> None:
+        """Takes the standard deviations, ``(n, *event_shape)``, and their basis."""
+        self.width.copy_(width)
+        if row_basis is not None and col_basis is not None:
+            self.row_basis.copy_(row_basis)
+            self.col_basis.copy_(col_basis)
+        self._finished.fill_(True)
+
+    def widened(self) -> TorchDistribution:
+        """The normal around ``loc``."""
+        if not self.is_kron:
+            return dist.Normal(self.loc, self.width).to_event(self.site.event_dim)
+        noise = dist.Normal(torch.zeros_like(self.loc), self.width).to_event(2)
+        turn = _Rotation(self.row_basis, self.col_basis, self.loc)
+        return dist.TransformedDistribution(noise, [turn])
+
+
+class _Rotation(Transform):
+    """``y = loc + R x C^T`` with orthogonal ``R`` and ``C``."""
+
+    domain = constraints.independent(constraints.real, 2)
+    codomain = constraints.independent(constraints.real, 2)
+    bijective = True
+
+    def __init__(self, row: Tensor, col: Tensor, loc: Tensor) -> None:
+        super().__init__()
+        self.row, self.col, self.loc = row, col, loc
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.loc + self.row @ x @ self.col.mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.row.mT @ (y - self.loc) @ self.col
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[:-2])
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        return torch.Size(torch.broadcast_shapes(torch.Size(shape), self.loc.shape))
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        return torch.Size(shape)

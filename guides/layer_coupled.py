@@ -1,0 +1,68 @@
+"""A normal that correlates the layers of a group."""
+
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroParam
+from torch.distributions import constraints
+
+from pyro_blora.distributions import CoupledNormal
+from pyro_blora.guides._site_guide import Site, SiteGuide
+
+__all__ = ["LayerCoupled"]
+
+
+class LayerCoupled(SiteGuide):
+    r"""A normal over all layers of a group at once, with a Kronecker factor over layers.
+
+    .. math::
+
+        q(U_1, \dots, U_n) = \mathcal{N}\left(\mu, L L^\top \otimes \mathrm{diag}(s)^2\right),
+        \qquad L \in \mathbb{R}^{n \times n}.
+
+    The same entry of two layers is correlated by :math:`L L^\top`; within a layer entries are
+    independent, and :math:`s` is common to the layers, whose own scales are the rows of
+    :math:`L`. A site outside of the layers' plate (a scale common to all layers) gets the
+    mean-field normal.
+
+    Args:
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+
+    Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``, ``scale``,
+    ``event_shape``, and ``layer_scale_tril``, ``(n, n)``.
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=LayerCoupled())
+    """
+
+    roles: ClassVar[dict[str, str]] = {
+        "loc": "mean",
+        "scale": "scale",
+        "layer_scale_tril": "scale",
+    }
+
+    def setup(self, site: Site) -> None:
+        """Registers ``loc`` at the prior's mean, ``scale`` and a diagonal ``layer_scale_tril``."""
+        loc, scale = site.start()
+        scale = self.init_scale * scale
+        self.loc = PyroParam(loc)
+        if len(site.batch_shape) != 1:
+            self.scale = PyroParam(scale, constraints.positive)
+            return
+        # The best product of a profile over layers and one within a layer for the prior's scales.
+        root = scale.log()
+        layers = root.reshape(len(root), -1).mean(-1)
+        within = root.mean(0)
+        self.scale = PyroParam((within - layers.mean()).exp(), constraints.positive)
+        self.layer_scale_tril = PyroParam(
+            torch.diag_embed(layers.exp()), constraints.lower_cholesky
+        )
+
+    def distribution(self) -> TorchDistribution:
+        """The normal; its batch dimension is that of the layers."""
+        if len(self.site.batch_shape) != 1:
+            return dist.Normal(self.loc, self.scale).to_event(self.site.event_dim)
+        return CoupledNormal(self.loc, self.scale, self.layer_scale_tril)

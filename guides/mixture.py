@@ -1,0 +1,69 @@
+"""A mixture of mean-field normals, for posteriors with several modes."""
+
+from typing import ClassVar
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroParam
+from torch.distributions import constraints
+
+from pyro_blora.distributions import NormalMixture
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._site_guide import Site, SiteGuide
+
+__all__ = ["Mixture"]
+
+
+class Mixture(SiteGuide):
+    r"""A mixture of ``components`` mean-field normals for each layer.
+
+    .. math::
+
+        q(U) = \frac1K \sum_k \prod_{ij} \mathcal{N}(U_{ij}; \mu_{kij}, s_{kij}^2).
+
+    Each layer chooses its component by itself, all with equal chances: components that lie on one
+    another make a heavier one. The KL has no closed form, so the ELBO estimates it.
+
+    Args:
+        components: ``K``, at least 2. Default: 3.
+        init_scale: standard deviation of a component at the start in units of the prior's.
+            Default: 0.1.
+        spread: how far the components' means start from their common mean, which is the prior's,
+            in units of the prior's standard deviation. Default: 0.1.
+
+    Parameters, for a site of batch shape ``(n,)``: ``locs`` and ``scales``, ``(K, n,
+    *event_shape)``.
+
+    Reference:
+        Jaakkola, Jordan 1998, "Improving the mean field approximation via the use of mixture
+        distributions".
+
+    Example::
+
+        blora = BayesianLoRA(net, guide=Mixture(components=4))
+    """
+
+    roles: ClassVar[dict[str, str]] = {"locs": "mean", "scales": "scale"}
+
+    def __init__(
+        self, *, components: int = 3, init_scale: float = 0.1, spread: float = 0.1
+    ) -> None:
+        super().__init__(init_scale=init_scale)
+        if components < 2:
+            raise ConfigurationError(
+                f"Mixture: components={components!r} must be at least 2; use MeanField for one."
+            )
+        self.components = components
+        self.spread = spread
+
+    def setup(self, site: Site) -> None:
+        """Registers ``locs`` around the prior's mean, and ``scales``."""
+        loc, scale = site.start()
+        noise = torch.randn(self.components, *loc.shape, device=loc.device)
+        self.locs = PyroParam(loc + self.spread * scale * (noise - noise.mean(0)))
+        scales = (self.init_scale * scale).expand_as(noise).clone()
+        self.scales = PyroParam(scales, constraints.positive)
+
+    def distribution(self) -> TorchDistribution:
+        """The mixture, of batch shape ``(n,)``."""
+        return NormalMixture(self.locs, self.scales, self.site.event_dim)

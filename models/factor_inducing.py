@@ -1,0 +1,163 @@
+"""The published code's reading: an inducing matrix for each of LoRA's two factors."""
+
+from typing import ClassVar, Literal
+
+import pyro
+import torch
+from pyro.nn import PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import normalize
+
+from pyro_blora.conditional import conditional_kl, factor_noise
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.kronecker import inducing_covariance, whiten_or_explain
+from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["FactorInducing"]
+
+
+class FactorInducing(UpdateModel):
+    r"""A sparse Gaussian process over each of LoRA's factors, :math:`\Delta W = B A`.
+
+    For ``f`` in ``A, B``, of shape ``d_r x d_c`` (``r x d_in`` and ``d_out x r``):
+
+    .. math::
+
+        U_f \sim \mathcal{MN}(0, \Psi_r, \Psi_c), \qquad
+        f = \sigma_f \left(T_r U_f T_c + \lambda_f\, (E - T_r \bar U T_c)\right),
+
+    with :math:`\Psi = Z Z^\top + D^2`, :math:`T_r = Z_r^\top \Psi_r^{-1}`, :math:`T_c =
+    \Psi_c^{-1} Z_c`, :math:`E \sim \mathcal{N}(0, 1)` and :math:`\bar U` the inducing matrix that
+    belongs to :math:`E` (extended Matheron's rule): given ``U``, ``vec f`` has covariance
+    :math:`\sigma_f^2 \lambda_f^2 (I - T_r Z_r \otimes Z_c^\top T_c)`.
+
+    Where the published code goes astray this does not: the mean update is zero at the start (guides
+    start ``U_B`` at zero and ``U_A`` at a draw); every Cholesky belongs to its own matrix, in this
+    step; the rows of ``Z`` have length one, so that ``D`` has a scale to be compared with and the
+    size of an update is told by sigma alone; lambda is capped smoothly, never at zero or flat.
+
+    Args:
+        rank: ``r``. Default: 8.
+        inducing: ``m``, the size of each ``U``, at most ``r``. Default: ``r``.
+        sigma: :math:`\sigma_B`, the prior scale of ``B``, in units of weight; the start where it is
+            learned. :math:`\sigma_A = 1`: only the product tells in dW. Default: 0.1.
+        scale: ``"learned"`` (one for each layer) or ``"fixed"``. Default: learned.
+        conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
+            (lambda learned, its KL in the ELBO). Default: deterministic.
+        lambda_init: where a learned lambda starts. Default: 0.001.
+        lambda_max: its cap. Default: 0.03.
+        noise_init: where ``D`` starts. Default: 0.1.
+
+    Sites, for a group ``g`` of ``n`` layers: ``g.U_A`` and ``g.U_B``, whitened, batch shape
+    ``(n,)``, event shape ``(m, m)``; with a learned lambda also the factor ``g.conditional_kl``.
+
+    Raises:
+        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
+
+    Reference:
+        Bayesian-LoRA, arXiv:2601.21003, as its released code reads it; Ritter et al. 2021,
+        arXiv:2105.14594, section 3.
+
+    Example::
+
+        blora = BayesianLoRA(net, prior=FactorInducing(conditional="scaled"), guide=MeanField())
+    """
+
+    roles: ClassVar[dict[str, str]] = {
+        **{f"Z_{side}_{f}": "direction" for f in "AB" for side in "rc"},
+        **{f"D_{side}_{f}": "scale" for f in "AB" for side in "rc"},
+        "sigma_": "scale",
+        "lambda_A": "scale",
+        "lambda_B": "scale",
+    }
+
+    def __init__(
+        self,
+        *,
+        rank: int = 8,
+        inducing: int | None = None,
+        sigma: float = 0.1,
+        scale: Literal["learned", "fixed"] = "learned",
+        conditional: Literal["deterministic", "exact", "scaled"] = "deterministic",
+        lambda_init: float = 0.001,
+        lambda_max: float = 0.03,
+        noise_init: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.inducing = inducing
+        self.sigma = sigma
+        self.scale = scale
+        self.conditional = conditional
+        self.lambda_init = lambda_init
+        self.lambda_max = lambda_max
+        self.noise_init = noise_init
+        self.check_choice("conditional", ("deterministic", "exact", "scaled"))
+        self.check_choice("scale", ("learned", "fixed"))
+        if not 0 < lambda_init < lambda_max:
+            raise ConfigurationError(
+                f"lambda_init={lambda_init!r} must be between 0 and lambda_max={lambda_max!r}."
+            )
+        if not 1 <= self.size <= rank or not sigma > 0 or not noise_init > 0:
+            raise ConfigurationError(
+                f"inducing={self.size!r} must be between 1 and rank={rank!r}, sigma={sigma!r} and "
+                f"noise_init={noise_init!r} positive."
+            )
+
+    @property
+    def size(self) -> int:
+        """``m``."""
+        return self.rank if self.inducing is None else self.inducing
+
+    def setup(self, group: LayerGroup) -> None:
+        """Registers for each factor ``Z`` (n x m x d), ``D`` (n x m) and lambda (n); sigma (n)."""
+        self.check_rank(self.rank, group)
+        ones = torch.ones(group.n, device=group.device)
+        for factor, shape in self._shapes(group).items():
+            for side, d in zip("rc", shape, strict=True):
+                Z = normalize(self.randn(group.n, self.size, d), dim=-1)
+                D = self.noise_init * ones.unsqueeze(-1).expand(-1, self.size)
+                setattr(self, f"Z_{side}_{factor}", PyroParam(Z))
+                setattr(self, f"D_{side}_{factor}", PyroParam(D.clone(), constraints.positive))
+            if self.conditional == "scaled":
+                cap = constraints.interval(0.0, self.lambda_max)
+                setattr(self, f"lambda_{factor}", PyroParam(self.lambda_init * ones, cap))
+        if self.scale == "learned":
+            self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
+        self._start = (self.randn(group.n, self.size, self.size),)
+
+    def forward(self) -> LowRankUpdate:
+        """Samples both ``U``; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
+        scale = self.sigma_ if self.scale == "learned" else torch.tensor(self.sigma)
+        A = self._factor("A", {"start": self._start[0]})
+        return LowRankUpdate(A=A, B=scale[..., None, None] * self._factor("B", {}))
+
+    def _shapes(self, group: LayerGroup) -> dict[str, tuple[int, int]]:
+        return {"A": (self.rank, group.d_in), "B": (group.d_out, self.rank)}
+
+    def _factor(self, factor: str, infer: dict[str, Tensor]) -> Tensor:
+        (L_r, Q_r, D_r), (L_c, Q_c, D_c) = self._side("r", factor), self._side("c", factor)
+        lam: Tensor | float = {"deterministic": 0.0, "exact": 1.0}.get(self.conditional, 0.0)
+        with self.plate():
+            prior = self.normal(self.size, self.size)
+            V = pyro.sample(self.site(f"U_{factor}"), prior, infer=infer)
+            if self.conditional == "scaled":
+                lam = getattr(self, f"lambda_{factor}")
+                kl = conditional_kl(torch.as_tensor(lam), *self._shapes(self.group)[factor])
+                pyro.factor(self.site(f"conditional_kl_{factor}"), -kl)
+        mean: Tensor = Q_r.mT @ V @ Q_c
+        if self.conditional == "deterministic":
+            return mean
+        noise = factor_noise(V.shape[:-2], L_r, Q_r, D_r, L_c, Q_c, D_c)
+        return mean + torch.as_tensor(lam)[..., None, None] * noise
+
+    def _side(self, side: str, factor: str) -> tuple[Tensor, Tensor, Tensor]:
+        Z = normalize(getattr(self, f"Z_{side}_{factor}"), dim=-1)
+        D = getattr(self, f"D_{side}_{factor}")
+        L, Q = whiten_or_explain(
+            Z, inducing_covariance(Z, D), side, f"{factor} in {self.group.name!r}"
+        )
+        return L, Q, D

@@ -1,0 +1,97 @@
+"""Independent normals on LoRA's own factors."""
+
+from typing import ClassVar, Literal
+
+import pyro
+import torch
+from pyro.nn import PyroParam
+from torch import Tensor
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["GaussianFactors"]
+
+
+class GaussianFactors(UpdateModel):
+    r"""Plain LoRA with one factor random, or both: :math:`\Delta W = \frac{\alpha}{r} B A`.
+
+    .. math::
+
+        A_{ij} \sim \mathcal{N}(0, \sigma^2) \quad\text{and/or}\quad
+        B_{ij} \sim \mathcal{N}(0, \sigma^2).
+
+    With ``random="A"`` and :class:`~pyro_blora.guides.MeanField` this is BLoB's model. A factor
+    that is not random is trained. BLoB draws its noise for each example by Flipout, one draw with
+    random signs; here each particle has a draw of its own, which has the same law for one example
+    and is independent between them.
+
+    Args:
+        rank: ``r``. Default: 8.
+        random: ``"A"``, ``"B"`` or ``"both"``. Default: A.
+        sigma: standard deviation of the prior, in units of weight. Default: 0.2, BLoB's.
+        alpha: LoRA's alpha; ``None`` takes ``r``. Default: none.
+
+    Sites, for a group ``g`` of ``n`` layers: ``g.A``, batch shape ``(n,)``, event shape ``(r,
+    d_in)``, and/or ``g.B``, ``(d_out, r)``. Guides start ``A`` as LoRA does, uniform with variance
+    ``1 / (3 d_in)``, and ``B`` at zero, so that dW is zero in the mean.
+
+    Raises:
+        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
+
+    Reference:
+        Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation for large language
+        models", arXiv:2406.11675.
+
+    Example::
+
+        blora = BayesianLoRA(net, prior=GaussianFactors(random="A"), guide=MeanField())
+    """
+
+    roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
+
+    def __init__(
+        self,
+        *,
+        rank: int = 8,
+        random: Literal["A", "B", "both"] = "A",
+        sigma: float = 0.2,
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.random = random
+        self.sigma = sigma
+        self.alpha = alpha
+        self.check_choice("random", ("A", "B", "both"))
+        if rank < 1 or not sigma > 0:
+            raise ConfigurationError(f"rank={rank!r} and sigma={sigma!r} must be positive.")
+
+    def setup(self, group: LayerGroup) -> None:
+        """Registers the factor that is not random; remembers where ``A`` starts."""
+        self.check_rank(self.rank, group)
+        bound = group.d_in**-0.5
+        start = bound * (2 * torch.rand(group.n, self.rank, group.d_in) - 1).to(group.device)
+        if self.random == "B":
+            self.A = PyroParam(start)
+        else:
+            self._start = (start,)  # for the guide alone, so that it is in no state dict
+        if self.random == "A":
+            zero = torch.zeros(group.n, group.d_out, self.rank, device=group.device)
+            self.B = PyroParam(zero)
+
+    def forward(self) -> LowRankUpdate:
+        """Samples what is random; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
+        group, scale = self.group, (self.alpha or self.rank) / self.rank
+        A, B = self._factor("A", self.rank, group.d_in), self._factor("B", group.d_out, self.rank)
+        return LowRankUpdate(A=A, B=B if scale == 1 else scale * B)
+
+    def _factor(self, name: str, rows: int, columns: int) -> Tensor:
+        if self.random not in (name, "both"):
+            return getattr(self, name)
+        infer = {"start": self._start[0]} if name == "A" else {}
+        with self.plate():
+            prior = self.normal(rows, columns, scale=self.sigma)
+            return pyro.sample(self.site(name), prior, infer=infer)

@@ -1,0 +1,71 @@
+"""Layer scales drawn from a common hyperprior."""
+
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_blora.core_density import Core
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.models.kronecker_inducing import KroneckerInducing
+
+__all__ = ["Hierarchical"]
+
+
+class Hierarchical(KroneckerInducing):
+    r"""A Kronecker inducing prior whose scales share strength across the layers of a group.
+
+    .. math::
+
+        \tau \sim \mathrm{HalfCauchy}(s), \qquad z_l \sim \mathcal{N}(0, 1), \qquad
+        \sigma_l = \tau\, e^{\omega z_l}.
+
+    Layers that learn little pull the common scale down, and each layer may still depart from it.
+
+    Args:
+        rank: as in :class:`KroneckerInducing`. Default: 8.
+        sigma: ``s``, the scale of the hyperprior. Default: 0.3.
+        spread: ``omega``, how far layers depart, as a standard deviation of ``log sigma``.
+            Default: 0.5.
+        core: as in :class:`KroneckerInducing`. Default: normal.
+        noise_init: as there. Default: 0.1.
+
+    Sites, for a group ``g`` of ``n`` layers: ``g.tau``, batch shape ``()``; ``g.z``, ``(n,)``;
+    ``g.V``, ``(n,)``, event shape ``(m_r, m_c)``.
+
+    Raises:
+        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
+
+    Reference:
+        Gelman 2006, "Prior distributions for variance parameters in hierarchical models".
+
+    Example::
+
+        blora = BayesianLoRA(net, prior=Hierarchical(rank=8, spread=1.0))
+    """
+
+    roles: ClassVar[dict[str, str]] = KroneckerInducing.roles
+
+    def __init__(
+        self,
+        *,
+        rank: int | tuple[int, int] = 8,
+        sigma: float = 0.3,
+        spread: float = 0.5,
+        core: Core = "normal",
+        noise_init: float = 0.1,
+    ) -> None:
+        super().__init__(rank=rank, sigma=sigma, scale="fixed", core=core, noise_init=noise_init)
+        self.spread = spread
+        if not spread > 0:
+            raise ConfigurationError(f"Hierarchical: spread={spread!r} must be positive.")
+
+    def layer_scale(self) -> Tensor:
+        """Samples the scales, ``(..., n)``."""
+        like = torch.ones((), device=self.group.device)
+        tau = pyro.sample(self.site("tau"), dist.HalfCauchy(self.sigma * like))
+        with self.plate():
+            z = pyro.sample(self.site("z"), dist.Normal(0 * like, like))
+        return tau * (self.spread * z).exp()

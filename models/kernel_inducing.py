@@ -1,0 +1,235 @@
+"""Row and column covariances by any GPyTorch kernels over embeddings of the neurons."""
+
+from typing import Any, ClassVar, Literal, cast
+
+import gpytorch
+import pyro
+import torch
+from gpytorch.kernels import Kernel
+from linear_operator.operators import LinearOperator, to_linear_operator
+from pyro.nn import PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.func import functional_call
+
+from pyro_blora.core_density import Core, check_core, sample_core
+from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.kronecker import kronecker_covariance, whiten_or_explain
+from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.pretrained_weight import top_singular
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["KernelInducing"]
+
+KERNELS: dict[str, Any] = {
+    "rbf": gpytorch.kernels.RBFKernel,
+    "matern": gpytorch.kernels.MaternKernel,
+    "linear": gpytorch.kernels.LinearKernel,
+}
+
+
+class KernelInducing(UpdateModel):
+    r"""A sparse Gaussian process over the weight update, with kernels between neurons.
+
+    .. math::
+
+        \mathrm{Cov}[\Delta W_{ij}, \Delta W_{kl}] = \sigma^2\, k_r(e^r_i, e^r_k)\,
+        k_c(e^c_j, e^c_l), \qquad
+        \mathbb{E}[\Delta W \mid V] = \sigma\, Q_r^\top V Q_c, \quad
+        Q = L^{-1} k(Z, e), \; L L^\top = k(Z, Z) + D^2,
+
+    with an embedding :math:`e` of every output and input neuron and ``m`` inducing points ``Z``
+    among them. The conditional is deterministic. With linear kernels over one-hot embeddings this
+    is :class:`KroneckerInducing`.
+
+    Args:
+        rank: ``m``, or ``(m_r, m_c)``. Default: 8.
+        row_kernel: a GPyTorch kernel (sums and products included), shared by the layers of a group,
+            or one of ``"rbf"``, ``"matern"``, ``"linear"``, with hyperparameters for each layer.
+            Priors that GPyTorch registers on its hyperparameters enter the ELBO. Default: rbf.
+        col_kernel: the same for the columns.
+        embedding: ``"learned"``: trained, starting at the pretrained weight's first singular
+            directions where it can be read, at random otherwise; ``"one-hot"``: neuron ``i`` is
+            unit vector ``i``, and an embedding has as many dimensions as there are neurons.
+            Default: learned.
+        embedding_size: dimensions of a learned embedding. Default: 8.
+        sigma: standard deviation of the entries of dW under the prior where the kernels are one at
+            distance zero; the start of a learned one for each layer. Default: 0.01.
+        core: as in :class:`KroneckerInducing`. Default: normal.
+        noise_init: where ``D`` starts. Default: 0.1.
+
+    Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
+    ``(m_r, m_c)``; where kernels have priors also the factor ``g.hyperprior``.
+
+    Raises:
+        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
+
+    Reference:
+        Bayesian-LoRA, arXiv:2601.21003, with kernels in place of inner products; neuron embeddings
+        as in Karaletsos, Bui 2020, "Hierarchical Gaussian process priors for Bayesian neural
+        network weights", arXiv:2002.04033.
+
+    Example::
+
+        kernel = RBFKernel(lengthscale_prior=GammaPrior(3.0, 6.0)) + LinearKernel()
+        blora = BayesianLoRA(net, prior=KernelInducing(row_kernel=kernel, col_kernel="rbf"))
+    """
+
+    roles: ClassVar[dict[str, str]] = {
+        "E_r": "direction",
+        "E_c": "direction",
+        "Z_r": "direction",
+        "Z_c": "direction",
+        "D_r": "scale",
+        "D_c": "scale",
+        "sigma_": "scale",
+    }
+
+    def __init__(
+        self,
+        *,
+        rank: int | tuple[int, int] = 8,
+        row_kernel: str | Kernel = "rbf",
+        col_kernel: str | Kernel = "rbf",
+        embedding: Literal["learned", "one-hot"] = "learned",
+        embedding_size: int = 8,
+        sigma: float = 0.01,
+        core: Core = "normal",
+        noise_init: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        # In tuples, so that the module tracks no parameter twice
+        self._kernels = {"r": row_kernel, "c": col_kernel}
+        self.embedding = embedding
+        self.embedding_size = embedding_size
+        self.sigma = sigma
+        self.core = core
+        self.noise_init = noise_init
+        self.check_choice("embedding", ("learned", "one-hot"))
+        check_core(core)
+        for kernel in (row_kernel, col_kernel):
+            if isinstance(kernel, str) and kernel not in KERNELS:
+                raise ConfigurationError(
+                    f"kernel {kernel!r} is unknown; {near_miss(kernel, KERNELS)}. Or give a "
+                    "GPyTorch kernel."
+                )
+        if min(self.ranks) < 1 or embedding_size < 1 or not sigma > 0 or not noise_init > 0:
+            raise ConfigurationError(
+                f"rank={rank!r}, embedding_size={embedding_size!r}, sigma={sigma!r} and "
+                f"noise_init={noise_init!r} must be positive."
+            )
+
+    @property
+    def row_kernel(self) -> str | Kernel:
+        """The kernel of the rows, as it was given."""
+        return self._kernels["r"]
+
+    @property
+    def col_kernel(self) -> str | Kernel:
+        """The kernel of the columns, as it was given."""
+        return self._kernels["c"]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """``(m_r, m_c)``."""
+        return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
+
+    def setup(self, group: LayerGroup) -> None:
+        """Registers ``E`` (n x d x k), ``Z`` (n x m x k), ``D`` (n x m), sigma, the kernels'."""
+        self.check_rank(self.rank, group)
+        ones = torch.ones(group.n, device=group.device)
+        self.roles = dict(type(self).roles)  # type: ignore[misc]
+        self._parts: dict[str, tuple[_Covariances, dict[str, str]]] = {}
+        for side, m, d in zip("rc", self.ranks, (group.d_out, group.d_in), strict=True):
+            if self.embedding == "learned":
+                E = self._embedding(group, side, d)
+                chosen = torch.stack([torch.randperm(d)[:m] for _ in range(group.n)])
+                Z = E[torch.arange(group.n)[:, None], chosen]
+                setattr(self, f"E_{side}", PyroParam(E.to(group.device)))
+            else:
+                Z = torch.randn(group.n, m, d) * d**-0.5
+            D = self.noise_init * ones.unsqueeze(-1).expand(-1, m)
+            setattr(self, f"Z_{side}", PyroParam(Z.to(group.device).clone()))
+            setattr(self, f"D_{side}", PyroParam(D.clone(), constraints.positive))
+            self._set_kernel(side, group)
+        self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
+
+    def _embedding(self, group: LayerGroup, side: str, d: int) -> Tensor:
+        k = self.embedding_size
+        try:
+            left, right, _ = top_singular(group, min(k, d), min(k, d))
+        except ConfigurationError:  # a quantised weight
+            return torch.randn(group.n, d, k)
+        E = (left if side == "r" else right).mT.cpu() * d**0.5  # entries of variance one
+        rest = torch.randn(group.n, d, k - E.shape[-1])
+        return torch.cat([E, rest], -1)
+
+    def _set_kernel(self, side: str, group: LayerGroup) -> None:
+        kernel = self._kernels[side]
+        if isinstance(kernel, str):
+            kernel = KERNELS[kernel](batch_shape=torch.Size([group.n]))
+        covariances = _Covariances(kernel).to(group.device)
+        names = {}
+        for name, parameter in covariances.named_parameters():
+            names[name] = f"kernel_{side}_" + name.replace(".", "_")
+            self.roles[names[name]] = "scale"
+            setattr(self, names[name], PyroParam(parameter.detach().clone()))
+        self._parts[side] = (covariances, names)
+
+    def forward(self) -> LowRankUpdate:
+        """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
+        Q_r, Q_c = self._whitened("r"), self._whitened("c")
+        with self.plate():
+            V = sample_core(self, self.core, self.ranks)
+        sigma = cast(Tensor, self.sigma_)
+        return LowRankUpdate(A=Q_c, core=sigma[:, None, None] * V, B=Q_r.mT)
+
+    def _evaluate(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``k(Z, Z) + D^2``, ``k(Z, e)`` and the log density of the kernel's hyperparameters."""
+        covariances, names = self._parts[side]
+        Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
+        if self.embedding == "learned":
+            E = getattr(self, f"E_{side}")
+        else:
+            E = torch.eye(Z.shape[-1], device=Z.device).expand(len(Z), -1, -1)
+        state = {name: getattr(self, attribute) for name, attribute in names.items()}
+        K_zz, K_ze, log_prior = functional_call(covariances, state, (Z, E))
+        return K_zz + torch.diag_embed(D.square()), K_ze, log_prior
+
+    def _whitened(self, side: str) -> Tensor:
+        Psi, K_ze, log_prior = self._evaluate(side)
+        if self._parts[side][0].has_prior:
+            pyro.factor(self.site(f"hyperprior_{side}"), log_prior)
+        return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")[1]
+
+    def row_covariance(self) -> LinearOperator:
+        """``Psi_r = k(Z_r, Z_r) + D_r^2`` as a linear operator, ``(n, m_r, m_r)``."""
+        return to_linear_operator(self._evaluate("r")[0])
+
+    def col_covariance(self) -> LinearOperator:
+        """``Psi_c`` as a linear operator, ``(n, m_c, m_c)``."""
+        return to_linear_operator(self._evaluate("c")[0])
+
+    def lazy_covariance_matrix(self) -> LinearOperator:
+        """``Psi_r (x) Psi_c``, the prior covariance of row-major ``vec U``."""
+        return kronecker_covariance(self.row_covariance(), self.col_covariance())
+
+
+class _Covariances(nn.Module):
+    """What is needed of a kernel, as one function of its parameters."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    @property
+    def has_prior(self) -> bool:
+        return any(True for _ in self.kernel.named_priors())
+
+    def forward(self, Z: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_prior = Z.new_zeros(())
+        for _, module, prior, closure, _ in self.kernel.named_priors():
+            log_prior = log_prior + prior.log_prob(closure(module)).sum()
+        return self.kernel(Z, Z).to_dense(), self.kernel(Z, E).to_dense(), log_prior

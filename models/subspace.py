@@ -1,0 +1,87 @@
+"""A random vector between two fixed or learned factors."""
+
+from typing import ClassVar, Literal
+
+import pyro
+import torch
+from pyro.nn import PyroParam
+from torch import Tensor
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.pretrained_weight import top_singular
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["Subspace"]
+
+
+class Subspace(UpdateModel):
+    r"""``r`` random numbers a layer: :math:`\Delta W = B\, \mathrm{diag}(s)\, A`.
+
+    .. math::
+
+        s_i \sim \mathcal{N}(0, \sigma^2), \quad i = 1 \dots r.
+
+    Args:
+        rank: ``r``. Default: 8.
+        sigma: standard deviation of ``s`` under the prior. Default: 1.
+        factors: ``"learned"``: ``A`` starts as LoRA does, ``B`` at zero, and guides start ``s`` at
+            ``sigma``; ``"spectral"``: both are fixed to the pretrained weight's first singular
+            directions, and ``s`` starts at zero. Default: learned.
+
+    Sites, for a group ``g`` of ``n`` layers: ``g.s``, batch shape ``(n,)``, event shape ``(r,)``.
+
+    Raises:
+        ConfigurationError: an option is out of its range, the rank exceeds a layer's size, or, with
+            spectral factors, the weights are quantised.
+
+    Reference:
+        Samplawski et al. 2025, "Scalable Bayesian low-rank adaptation of large language models via
+        stochastic variational subspace inference" (ScalaBL), arXiv:2506.21408.
+
+    Example::
+
+        blora = BayesianLoRA(net, prior=Subspace(rank=8), guide=FullRank())
+    """
+
+    roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
+    A: Tensor
+    B: Tensor
+
+    def __init__(
+        self,
+        *,
+        rank: int = 8,
+        sigma: float = 1.0,
+        factors: Literal["learned", "spectral"] = "learned",
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.sigma = sigma
+        self.factors = factors
+        self.check_choice("factors", ("learned", "spectral"))
+        if rank < 1 or not sigma > 0:
+            raise ConfigurationError(f"rank={rank!r} and sigma={sigma!r} must be positive.")
+
+    def setup(self, group: LayerGroup) -> None:
+        """Registers ``A`` (n x r x d_in) and ``B`` (n x d_out x r)."""
+        self.check_rank(self.rank, group)
+        if self.factors == "spectral":
+            left, right, _ = top_singular(group, self.rank, self.rank)
+            self.register_buffer("A", right.to(group.device))
+            self.register_buffer("B", left.mT.contiguous().to(group.device))
+            return
+        bound = group.d_in**-0.5
+        start = bound * (2 * torch.rand(group.n, self.rank, group.d_in) - 1)
+        self.A = PyroParam(start.to(group.device))
+        self.B = PyroParam(torch.zeros(group.n, group.d_out, self.rank, device=group.device))
+
+    def forward(self) -> LowRankUpdate:
+        """Samples ``s``; the core is its diagonal matrix."""
+        prior = self.normal(self.rank, scale=self.sigma)
+        start = self.sigma * torch.ones(self.group.n, self.rank, device=self.group.device)
+        infer = {"start": start} if self.factors == "learned" else {}
+        with self.plate():
+            s = pyro.sample(self.site("s"), prior, infer=infer)
+        return LowRankUpdate(A=self.A, core=torch.diag_embed(s), B=self.B)

@@ -1,0 +1,105 @@
+"""Exchangeable densities of a whitened core, by name or as a function of the shape."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pyro_blora.errors import ConfigurationError, near_miss
+
+if TYPE_CHECKING:
+    from pyro_blora.models._update_model import UpdateModel
+
+__all__ = ["CORES", "Core", "check_core", "sample_core"]
+
+# A name in CORES, or shape -> distribution of batch shape () and that event shape
+Core = str | Callable[[tuple[int, ...]], TorchDistribution]
+
+_STUDENT_DF = 4.0  # the heaviest whole number of degrees of freedom with a finite kurtosis bar one
+_SLAB = 2.0  # standard deviation of the entries that the horseshoe leaves alone
+
+
+def _zeros(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, device=model.group.device)
+
+
+def _normal(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+    return _draw(model, "V", dist.Normal(_zeros(model, shape), 1.0))
+
+
+def _student_t(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+    scale = ((_STUDENT_DF - 2) / _STUDENT_DF) ** 0.5  # unit variance
+    return _draw(model, "V", dist.StudentT(_STUDENT_DF, _zeros(model, shape), scale))
+
+
+def _laplace(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+    return _draw(model, "V", dist.Laplace(_zeros(model, shape), 0.5**0.5))  # unit variance
+
+
+def _horseshoe(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+    tau = _draw(model, "tau", dist.HalfCauchy(_zeros(model, ()) + 1.0))[..., None, None]
+    local = _draw(model, "local", dist.HalfCauchy(_zeros(model, shape) + 1.0))
+    width = tau * local
+    return _normal(model, shape) * _SLAB * width / (_SLAB**2 + width.square()).sqrt()
+
+
+def _ard(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+    columns = _draw(model, "columns", dist.HalfCauchy(_zeros(model, shape[-1:]) + 1.0))
+    return _normal(model, shape) * columns.unsqueeze(-2)
+
+
+def _draw(model: "UpdateModel", name: str, fn: TorchDistribution) -> Tensor:
+    value: Tensor = pyro.sample(model.site(name), fn.to_event(len(fn.batch_shape)))
+    return value
+
+
+CORES: dict[str, Callable[["UpdateModel", tuple[int, ...]], Tensor]] = {
+    "normal": _normal,
+    "student-t": _student_t,
+    "laplace": _laplace,
+    "horseshoe": _horseshoe,
+    "ard": _ard,
+}
+
+
+def check_core(core: Core) -> None:
+    """Raises ConfigurationError where ``core`` is neither a name in ``CORES`` nor a function."""
+    if not callable(core) and core not in CORES:
+        raise ConfigurationError(
+            f"core={core!r} is unknown; {near_miss(core, CORES)}. Or give a function shape -> "
+            "distribution."
+        )
+
+
+def sample_core(model: "UpdateModel", core: Core, shape: tuple[int, ...]) -> Tensor:
+    r"""Samples a core inside the plate of ``model``.
+
+    ======================  ==========================================================
+    name                    density of the entries
+    ======================  ==========================================================
+    ``"normal"``            standard normal
+    ``"student-t"``         Student's t, 4 degrees of freedom, unit variance
+    ``"laplace"``           Laplace, unit variance
+    ``"horseshoe"``         regularised horseshoe (Piironen, Vehtari 2017,
+                            arXiv:1707.01694), slab 2: sites ``tau`` for each layer and
+                            ``local`` for each entry, half-Cauchy
+    ``"ard"``               a half-Cauchy scale for each column, site ``columns``, so
+                            that the posterior shrinks the columns it can do without
+    ======================  ==========================================================
+
+    Args:
+        model: the bound prior; its ``V`` site is sampled, and those named above.
+        core: a name, or a function from a shape to a distribution of that event shape.
+        shape: ``(m_r, m_c)``.
+
+    Returns:
+        ``(..., n, m_r, m_c)``.
+    """
+    if isinstance(core, str):
+        return CORES[core](model, shape)
+    value: Tensor = pyro.sample(model.site("V"), core(shape))
+    return value

@@ -1,0 +1,91 @@
+"""Draws from a list of points, each point in its turn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["Members", "Turn"]
+
+
+@dataclass
+class Turn:
+    """Whose turn it is; one object serves all the distributions that take turns together."""
+
+    next: int = 0
+
+    def take(self, draws: int) -> int:
+        """The first of the next ``draws`` turns, which are then over."""
+        first, self.next = self.next, self.next + draws
+        return first
+
+
+class Members(TorchDistribution):
+    r"""``K`` points for each batch element, of which each draw takes the next, over and over.
+
+    Draws are stratified, not independent: any ``K`` in a row have every point once, and all
+    batch elements (the layers of a group) take the same point, so that a draw is one member of an
+    ensemble through and through. :meth:`log_prob` is zero, as that of
+    :class:`pyro.distributions.Delta`: point masses have no density, and the entropy is left out of
+    the ELBO.
+
+    Args:
+        points: ``(K, *batch_shape, *event_shape)``.
+        event_dim: number of dimensions of an event.
+        turn: whose turn it is; drawing moves it on.
+
+    Example::
+
+        >>> Members(torch.arange(3.0).expand(2, 3).mT, event_dim=0).expand((4, 2)).sample()
+        tensor([[0., 0.],
+                [1., 1.],
+                [2., 2.],
+                [0., 0.]])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, points: Tensor, event_dim: int, turn: Turn | None = None) -> None:
+        self.points, self.turn = points, Turn() if turn is None else turn
+        cut = points.dim() - event_dim
+        super().__init__(points.shape[1:cut], points.shape[cut:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real arrays of the event shape."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: "Members | None" = None) -> "Members":
+        """New dimensions on the left are further draws."""
+        new = Members(self.points, len(self.event_shape), self.turn)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """The points that are next in turn, ``sample_shape + batch_shape + event_shape``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        own = self.points.dim() - 1
+        draws = shape[: len(shape) - own].numel()
+        first = self.turn.take(draws)
+        index = (first + torch.arange(draws, device=self.points.device)) % len(self.points)
+        return self.points[index].reshape(shape[: len(shape) - own] + self.points.shape[1:])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zero, of the broadcast batch shape."""
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the points, ``batch_shape + event_shape``."""
+        return self.points.mean(0).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance among the points, ``batch_shape + event_shape``."""
+        return self.points.var(0, unbiased=False).expand(self.batch_shape + self.event_shape)

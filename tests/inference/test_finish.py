@@ -1,0 +1,183 @@
+"""Guides that find their width after training: Laplace's curvature and the isotropic search."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from pyro_blora import BayesianLoRA, fit
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides import Isotropic, Laplace, MeanField
+from pyro_blora.inference import finish
+from pyro_blora.inference.curvature import best_precision, scores
+from pyro_blora.inference.widest import anchor_loss
+from pyro_blora.likelihoods import CausalLM, Likelihood
+from pyro_blora.models import KroneckerInducing
+
+
+class Classes(Likelihood):
+    """Classes by a linear network of ``x`` (B x d_in)."""
+
+    keys = ("x",)
+
+    def logits(self, net, batch):
+        return net(batch["x"])
+
+
+class Logistic:
+    """Multinomial logistic regression in V: ``logits = W0 x + sigma Q_r^T V Q_c x``."""
+
+    def __init__(self, guide, ranks=(2, 3), examples=7):
+        self.count, (self.m_r, self.m_c) = examples, ranks
+        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed")
+        net = nn.Sequential(nn.Linear(5, 4))
+        self.blora = BayesianLoRA(
+            net, target_modules=["0"], prior=prior, guide=guide, likelihood=Classes(num_data=7)
+        )
+        (self.family,) = self.blora.guide.families().values()
+        with torch.no_grad():
+            self.family.loc.normal_()
+        self.rows = [{"x": torch.randn(5), "label": torch.tensor(i % 4)} for i in range(examples)]
+
+    def collate(self, rows):
+        return {
+            "x": torch.stack([row["x"] for row in rows]),
+            "labels": torch.stack([row["label"] for row in rows]),
+        }
+
+    def gauss_newton(self):
+        """Dense ``sum_b J_b^T Lambda_b J_b`` over row-major ``vec V``."""
+        batch = self.collate(self.rows)
+        update = getattr(self.blora.model, self.blora.model.groups[0].name)()
+        Q_r, Q_c = update.B[0].detach().mT, update.A[0].detach()
+        J = 1.5 * torch.einsum("ki,bl->bikl", Q_r, batch["x"] @ Q_c.mT).flatten(-2)
+        with torch.no_grad(), self.blora.posterior(0) as net:
+            p = net(batch["x"]).softmax(-1)
+        Lambda = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+        return torch.einsum("bik,bij,bjl->kl", J, Lambda, J)
+
+    def covariance(self, draws=200_000):
+        with torch.no_grad():
+            V = self.family.distribution().sample((draws,)).reshape(draws, -1)
+        return V.T.cov(), V.mean(0)
+
+
+def test_scores_add_up_to_the_gauss_newton_matrix():
+    toy = Logistic(Laplace())
+    (site,) = scores(toy.blora, toy.collate(toy.rows))
+    (g,) = site.values()
+    g = g.flatten(-2).squeeze(2)  # B x C x k
+    torch.testing.assert_close(torch.einsum("bck,bcl->kl", g, g), toy.gauss_newton())
+
+
+def test_diagonal_laplace_is_the_dense_one():
+    toy = Logistic(Laplace(structure="diag"))
+    H = toy.gauss_newton().diagonal()
+    chosen = finish(toy.blora, toy.rows, collate=toy.collate, batch_size=3)
+    (delta,) = chosen.values()
+    assert delta == pytest.approx(best_precision(H, toy.family.loc))
+    q = toy.family.distribution()
+    torch.testing.assert_close(q.mean, toy.family.loc)
+    torch.testing.assert_close(q.variance.flatten(), 1 / (H + delta))
+
+
+@pytest.mark.parametrize("ranks", [(1, 3), (2, 1)])
+def test_kronecker_laplace_is_the_dense_one_where_the_curvature_is_a_product(ranks):
+    """With one row, or one column, it always is."""
+    toy = Logistic(Laplace(), ranks=ranks)
+    H = toy.gauss_newton()
+    (delta,) = finish(toy.blora, toy.rows, collate=toy.collate).values()
+    expected = torch.linalg.inv(H + delta * torch.eye(len(H)))
+    covariance, mean = toy.covariance()
+    torch.testing.assert_close(covariance, expected, rtol=0.03, atol=0.01)
+    torch.testing.assert_close(mean, toy.family.loc.detach().flatten(), atol=0.02, rtol=0)
+    q, V = toy.family.distribution(), torch.randn(1, *ranks)
+    exact = dist.MultivariateNormal(toy.family.loc.flatten(), expected)
+    torch.testing.assert_close(q.log_prob(V)[0], exact.log_prob(V.flatten()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_the_data_is_scaled_to_the_whole():
+    toy = Logistic(Laplace(structure="diag"))
+    widths = []
+    for num_data, rows in ((7, toy.rows), (14, toy.rows), (14, toy.rows + toy.rows)):
+        toy.blora.likelihood.num_data = num_data
+        finish(toy.blora, rows, collate=toy.collate)
+        widths.append(toy.family.width.clone())
+        toy.family.reopen()
+    torch.testing.assert_close(widths[1], widths[2])
+    assert not torch.allclose(widths[0], widths[1], rtol=1e-2)
+
+
+def test_the_marginal_likelihood_is_highest_at_the_chosen_precision():
+    values, loc = torch.tensor([0.1, 3.0, 40.0, 700.0]), torch.tensor([0.2, -1.0, 0.5, 2.0])
+
+    def evidence(delta):
+        logs = 4 * torch.tensor(delta).log() - (values + delta).log().sum()
+        return 0.5 * (logs - delta * loc.square().sum())
+
+    best = best_precision(values, loc)
+    assert evidence(best) > max(evidence(best * 1.05), evidence(best / 1.05))
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 1e-2])
+def test_the_isotropic_search_stops_at_the_threshold(threshold):
+    toy = Logistic(Isotropic(threshold=threshold, iterations=20, num_samples=64, max_width=5.0))
+    batch = toy.collate(toy.rows)
+    allowed = anchor_loss(toy.blora, [batch], 0) + threshold
+    found = finish(toy.blora, toy.rows, collate=toy.collate, batch_size=7)["width"]
+    assert 0.005 < found < 5
+    assert anchor_loss(toy.blora, [batch], 64) <= allowed
+    toy.family.finish(found * 1.01)
+    assert anchor_loss(toy.blora, [batch], 64) > allowed
+
+
+def test_the_widest_is_taken_where_all_fit():
+    toy = Logistic(Isotropic(threshold=100.0, max_width=0.5))
+    assert finish(toy.blora, toy.rows, collate=toy.collate) == {"width": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize("family", [Laplace(), Laplace(structure="diag"), Isotropic()], ids=repr)
+def test_fit_finishes_and_the_width_travels(family):
+    blora = tiny.adapted(tiny.llama(), guide=family, num_data=10)
+    options = {"collate": tiny.collate, "num_steps": 3, "progress": False}
+    fit(blora, tiny.examples(10), **options)
+    assert all(f.finished for f in blora.guide.families().values())
+    batch = tiny.collate(tiny.examples(4))
+    assert blora.predict(batch, 20).mutual_information.mean() > 0
+    mean = blora.predict(batch, 0).samples
+    state = blora.state_dict()
+    net = blora.unwrap()
+    pyro.clear_param_store()
+    fresh = tiny.adapted(net, guide=family, num_data=10)
+    assert fresh.predict(batch, 5).mutual_information.abs().max() < 1e-6  # still a point
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.predict(batch, 0).samples, mean)
+    assert fresh.predict(batch, 20).mutual_information.mean() > 0
+    fit(fresh, tiny.examples(10), **options)  # and more training starts from the point again
+    assert all(f.finished for f in fresh.guide.families().values())
+
+
+def test_what_cannot_be_finished_is_refused():
+    with pytest.raises(
+        ConfigurationError, match=r"for the guides Laplace and Isotropic, not for Mean"
+    ):
+        finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
+    pyro.clear_param_store()
+    blora = tiny.adapted(guide=Laplace())
+    with pytest.raises(BatchError, match="data set is empty"):
+        finish(blora, [], collate=tiny.collate)
+    with pytest.raises(ConfigurationError, match="needs collate="):
+        finish(blora, tiny.examples())
+    blora.unwrap()
+    pyro.clear_param_store()
+    blora = tiny.adapted(blora.net, guide=Laplace(), likelihood=CausalLM(num_data=4))
+    texts = tiny.texts()
+    rows = [{k: v[i] for k, v in texts.items()} for i in range(4)]
+    with pytest.raises(ConfigurationError, match="CausalLM has"):
+        finish(blora, rows, collate=torch.utils.data.default_collate)
+    with pytest.raises(ConfigurationError, match="'kron' or 'diag'"):
+        Laplace(structure="full")
+    with pytest.raises(ConfigurationError, match="threshold=0 must be positive"):
+        Isotropic(threshold=0)
