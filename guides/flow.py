@@ -36,7 +36,7 @@ class Flow(SiteGuide):
             of entries, such as ``lambda k: transforms.planar(k)``. Default: two affine
             autoregressive ones.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
-            :math:`f` starts as Pyro starts it. Default: 0.1.
+            :math:`f` starts as Pyro starts it. Default: 0.3.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
     and those of the transforms, each with a first dimension ``n``. A site of one number gets the
@@ -60,7 +60,7 @@ class Flow(SiteGuide):
         self,
         *,
         flows: tuple[str | Factory, ...] = ("affine-autoregressive", "affine-autoregressive"),
-        init_scale: float = 0.1,
+        init_scale: float = 0.3,
     ) -> None:
         super().__init__(init_scale=init_scale)
         if not flows or isinstance(flows, str):

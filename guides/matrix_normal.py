@@ -22,7 +22,7 @@ class MatrixNormal(SiteGuide):
     normal instead.
 
     Args:
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.3.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` (n, m_r, m_c), ``row_scale_tril``
     (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c); for other sites ``loc`` and ``scale``.

@@ -83,8 +83,8 @@ def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Te
         return whiten(Z, Psi)
     except (NanError, NotPSDError) as error:
         raise NonFiniteLossError(
-            f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of the "
-            f"directions Z_{side}, or raise noise_init."
+            f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of "
+            f"the directions Z_{side}, or raise noise_init."
         ) from error
 
 

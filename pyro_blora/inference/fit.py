@@ -28,7 +28,7 @@ from pyro_blora.model import to_device
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
-LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 2e-3}
+LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 5e-3}
 
 
 def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
