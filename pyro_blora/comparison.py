@@ -53,7 +53,7 @@ class Settings:
     model: str = "smollm2"
     task: str = "facts"
     data_dir: str | None = None
-    methods: tuple[str, ...] = ("lora", "lora-best", "temperature", "kronecker-matrixnormal")
+    methods: tuple[str, ...] = ("lora", "lora-best", "temperature", "bayesian-lora")
     seeds: tuple[int, ...] = (0,)
     max_steps: int = 300
     batch_size: int = 8
@@ -215,7 +215,7 @@ class _Run:
                 seed=self.seed,
                 progress=self.progress,
             )
-            samples = settings.num_samples if method != "kronecker-map" else 0
+            samples = settings.num_samples if method != "map" else 0
             probs, labels = self._predict(
                 lambda batch: blora.predict(batch, samples), task.test, method
             )

@@ -11,9 +11,9 @@ __all__ = ["RECIPES", "Recipe", "recipe"]
 Recipe = tuple[UpdateModel, SiteGuide]
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
-    "kronecker-map": lambda rank: (KroneckerInducing(rank=rank), Delta()),
-    "kronecker-meanfield": lambda rank: (KroneckerInducing(rank=rank), MeanField()),
-    "kronecker-matrixnormal": lambda rank: (KroneckerInducing(rank=rank), MatrixNormal()),
+    "map": lambda rank: (KroneckerInducing(rank=rank), Delta()),
+    "mean-field": lambda rank: (KroneckerInducing(rank=rank), MeanField()),
+    "bayesian-lora": lambda rank: (KroneckerInducing(rank=rank), MatrixNormal()),
 }
 
 
@@ -29,7 +29,7 @@ def recipe(name: str, *, rank: int = 8) -> Recipe:
 
     Example::
 
-        >>> recipe("kronecker-matrixnormal")[1]
+        >>> recipe("bayesian-lora")[1]
         MatrixNormal()
     """
     if name not in RECIPES:

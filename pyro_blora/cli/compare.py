@@ -22,7 +22,7 @@ def run(
     data_dir: o.DataDir = None,
     methods: Annotated[
         str, typer.Option(help=f"Comma-separated list of: {', '.join(METHODS)}.")
-    ] = "lora,lora-best,temperature,kronecker-matrixnormal",
+    ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",
     max_steps: o.MaxSteps = 300,
     batch_size: o.BatchSize = 8,

@@ -28,7 +28,7 @@ def run(
     rank: o.Rank = 8,
     method: Annotated[
         str, typer.Option(help=f"Prior and guide: {', '.join(RECIPES)}.")
-    ] = "kronecker-matrixnormal",
+    ] = "bayesian-lora",
 ) -> None:
     """Count the parameters of plain LoRA and of a Bayesian adapter on a model's shapes.
 

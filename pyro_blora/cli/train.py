@@ -25,7 +25,7 @@ def run(
     data_dir: o.DataDir = None,
     method: Annotated[
         str, typer.Option(help=f"Prior and guide: {', '.join(RECIPES)}.")
-    ] = "kronecker-matrixnormal",
+    ] = "bayesian-lora",
     seed: Annotated[int, typer.Option(help="Seed of the data's order and all draws.")] = 0,
     max_steps: o.MaxSteps = 300,
     batch_size: o.BatchSize = 8,

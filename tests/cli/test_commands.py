@@ -18,7 +18,7 @@ ROW = {
 
 def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir, tmp_path):
     out = tmp_path / "out"
-    methods = "lora,lora-best,temperature,kronecker-meanfield,kronecker-matrixnormal"
+    methods = "lora,lora-best,temperature,mean-field,bayesian-lora"
     arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
     arguments += ["--methods", methods, "--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
     code, text, err = run("compare", *arguments, "--num-samples", 3, "--rank", 4, "--out", out)
@@ -38,10 +38,10 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
     by = {(r["method"], r["seed"]): r for r in results["rows"]}
     # Scaling by a temperature keeps the order of the answers.
     assert by["lora", 0]["acc"] == by["temperature", 0]["acc"]
-    assert by["kronecker-matrixnormal", 0]["nll"] != by["kronecker-matrixnormal", 1]["nll"]
+    assert by["bayesian-lora", 0]["nll"] != by["bayesian-lora", 1]["nll"]
     assert results["versions"]["torch"]
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
-    assert "kronecker-matrixnormal" in text
+    assert "bayesian-lora" in text
     assert "±" in text
 
 

@@ -3,7 +3,7 @@ import pytest
 
 def compare(run, model_dir, data_dir, out, **changes):
     options = {"--model": model_dir, "--task": "words", "--data-dir": data_dir, "--out": out}
-    options |= {"--max-steps": 1, "--seeds": "0", "--methods": "kronecker-meanfield"}
+    options |= {"--max-steps": 1, "--seeds": "0", "--methods": "mean-field"}
     options |= {"--" + k.replace("_", "-"): v for k, v in changes.items()}
     return run("compare", *[part for pair in options.items() for part in pair])
 
