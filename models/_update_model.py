@@ -37,6 +37,7 @@ class UpdateModel(Options, PyroModule):
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
+        learning_rates: rates by role that suit this prior better than ``fit``'s own.
 
     Example::
 
@@ -55,6 +56,7 @@ class UpdateModel(Options, PyroModule):
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    learning_rates: ClassVar[dict[str, float]] = {}
     group: LayerGroup
 
     _plate: tuple[pyro.plate] | None = None

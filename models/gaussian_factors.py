@@ -51,6 +51,8 @@ class GaussianFactors(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
+    # Means and points are LoRA's own factors here, and take LoRA's rate.
+    learning_rates: ClassVar[dict[str, float]] = {"mean": 1e-3, "direction": 1e-3}
 
     def __init__(
         self,

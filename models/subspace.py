@@ -46,6 +46,7 @@ class Subspace(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
+    learning_rates: ClassVar[dict[str, float]] = {"direction": 1e-3}  # LoRA's own
     A: Tensor
     B: Tensor
 

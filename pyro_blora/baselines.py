@@ -28,6 +28,8 @@ class PlainLoRA:
         likelihood: how logits explain a batch.
         rank: ``r``.
         alpha: PEFT's ``lora_alpha``; the update is ``alpha / r B A``.
+        dropout: probability of dropping an input of ``A``, in training and in the draws of
+            :meth:`predict`.
 
     Raises:
         ConfigurationError: peft is not installed.
@@ -47,6 +49,7 @@ class PlainLoRA:
     likelihood: Likelihood
     rank: int = 8
     alpha: float = 16.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         try:
@@ -62,7 +65,7 @@ class PlainLoRA:
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules=list(self.target_modules),
-            lora_dropout=0.0,
+            lora_dropout=self.dropout,
         )
         inject_adapter_in_model(config, self.net)
         self.parameters = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
@@ -161,11 +164,20 @@ class PlainLoRA:
         return result
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> Prediction:
-        """The probabilities of a batch, ``1 x B x K``."""
+    def predict(self, batch: Batch, num_samples: int = 0) -> Prediction:
+        """The probabilities of a batch, ``S x B x K``.
+
+        Args:
+            batch: what the likelihood takes.
+            num_samples: passes ``S`` with LoRA's own dropout on (Gal, Ghahramani 2016,
+                arXiv:1506.02142); 0 makes one pass without.
+        """
         was_training = self.net.training
         self.net.eval()
+        for name, module in self.net.named_modules():
+            if num_samples and ".lora_dropout." in name:
+                module.train()
         batch = to_device(batch, next(self.net.parameters()).device)
-        logits = self.likelihood.logits(self.net, batch)
+        passes = [self.likelihood.logits(self.net, batch) for _ in range(max(1, num_samples))]
         self.net.train(was_training)
-        return Prediction(logits.softmax(-1).unsqueeze(0))
+        return Prediction(torch.stack(passes).softmax(-1))

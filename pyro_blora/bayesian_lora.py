@@ -1,7 +1,6 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from pyro_blora import checkpoints
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, center, latent_sites, start_guide
+from pyro_blora.guide import StructuredGuide, analytic_kl, center, latent_sites, start_guide
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
-from pyro_blora.model import BayesianLoRAModel, to_device
+from pyro_blora.model import BayesianLoRAModel, to_device, warn_of_aliases
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.prediction import Prediction
 from pyro_blora.predictive import log_predictive, logits_of_draws
+from pyro_blora.recipes import recipe
 from pyro_blora.summary import describe
 from pyro_blora.targets import find_targets, group_layers
 from pyro_blora.update import LowRankUpdate
@@ -91,7 +91,7 @@ class BayesianLoRA(PyroModule):
         likelihood = CausalLM() if likelihood is None else likelihood
         _check_kind("likelihood", likelihood, Likelihood)
         self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
-        _warn_of_aliases(self.model)
+        warn_of_aliases(self.model)
         self.guide = self._make_guide()
         self._frozen = tuple((p, p.requires_grad) for p in net.parameters())
         self.model.attach()
@@ -218,21 +218,7 @@ class BayesianLoRA(PyroModule):
 
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
-        if not isinstance(self.guide, StructuredGuide):
-            return None
-        with torch.no_grad():
-            guide = pyro.poutine.trace(self.guide).get_trace()
-            model = pyro.poutine.trace(
-                pyro.poutine.replay(self.model.updates, trace=guide)
-            ).get_trace()
-            total = torch.zeros(())
-            for site in latent_sites(model):
-                q = guide.nodes[site.name]["fn"]
-                try:
-                    total = total + torch.distributions.kl_divergence(q, site.prior).sum().cpu()
-                except NotImplementedError:
-                    return None
-            return total
+        return analytic_kl(self.guide, self.model)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
@@ -241,6 +227,37 @@ class BayesianLoRA(PyroModule):
     def export_peft(self, folder: str | os.PathLike[str]) -> None:
         """Writes the posterior mean as a plain PEFT LoRA adapter."""
         checkpoints.export_peft(self, folder)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        net: nn.Module,
+        name: str,
+        *,
+        rank: int = 8,
+        target_modules: str | Sequence[str] | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> "BayesianLoRA":
+        """An adapter by the name of a published method; see :mod:`pyro_blora.recipes`.
+
+        Args:
+            net: the network.
+            name: a recipe such as ``"blob"``, or a pair such as ``"Subspace+FullRank"``.
+            rank: of the update.
+            target_modules: as in the constructor.
+            likelihood: as in the constructor.
+
+        Raises:
+            ConfigurationError: there is no such recipe; the message lists near misses.
+        """
+        made = recipe(name)
+        return cls(
+            net,
+            target_modules=target_modules,
+            prior=made.prior(rank),
+            guide=made.guide(),
+            likelihood=likelihood,
+        )
 
     @classmethod
     def from_pretrained(
@@ -278,19 +295,3 @@ def _check_kind(option: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         made = " Pass an object, not the class." if isinstance(value, type) else ""
         raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")
-
-
-def _warn_of_aliases(model: BayesianLoRAModel) -> None:
-    """Pyro's global parameter store identifies tensors by name: two adapters would share them."""
-    if pyro.settings.get("module_local_params"):
-        return
-    names = {f"model.{name}".removesuffix("_unconstrained") for name, _ in model.named_parameters()}
-    taken = sorted(names & set(pyro.get_param_store().keys()))
-    if taken:
-        warnings.warn(
-            f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
-            "adapter's names; the new adapter shares an older one's tensors. Call "
-            "pyro.clear_param_store() first if the older one is not used any more, or "
-            "pyro.settings.set(module_local_params=True) before both are made.",
-            stacklevel=3,
-        )

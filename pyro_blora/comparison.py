@@ -1,6 +1,6 @@
 """Methods side by side on one task: the same data, budget, scoring and metrics for each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,38 @@ from pyro_blora.inference import FitResult, LoopOptions, fit, predict_dataset
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
 from pyro_blora.metrics import evaluate
 from pyro_blora.prediction import Prediction
-from pyro_blora.recipes import RECIPES, recipe
+from pyro_blora.recipes import all_recipes, recipe
 from pyro_blora.results import Row
 from pyro_blora.temperature import fit_temperature
 
-__all__ = ["METHODS", "Settings", "compare", "item_length", "likelihood_for"]
+__all__ = ["BASELINES", "Settings", "check_method", "compare", "item_length", "likelihood_for"]
 
-METHODS = ("lora", "lora-best", "temperature", *RECIPES)
+# Plain LoRA by PEFT: at its last step, at its best validation step, and with dropout left on.
+BASELINES = ("lora", "lora-best", "mc-dropout")
+_SCALED = "temperature:"
+_DROPOUT = 0.1
 # Plain LoRA's usual learning rates: options are scored by their log-likelihood, labels by a token.
 LORA_RATES = {"options": 1e-3, "labels": 5e-4}
+
+
+def check_method(name: str) -> None:
+    """Raises ConfigurationError where ``name`` is no baseline, recipe or ``PRIOR+GUIDE`` pair.
+
+    ``temperature:NAME`` is any of them with its log-probabilities scaled on validation items, and
+    ``temperature`` is ``temperature:lora``.
+    """
+    base = _trained(name)
+    if base in BASELINES:
+        return
+    if "+" not in base and base not in all_recipes():
+        known = (*BASELINES, "temperature", *all_recipes())
+        raise ConfigurationError(f"method {base!r} is unknown; {near_miss(base, known)}")
+    recipe(base)
+
+
+def _trained(name: str) -> str:
+    """What is trained for a method: itself, or what its temperature scales."""
+    return "lora" if name == "temperature" else name.removeprefix(_SCALED)
 
 
 @dataclass(frozen=True)
@@ -35,7 +58,7 @@ class Settings:
         model: the network's name.
         task: the data set's name.
         data_dir: folder of data sets, or ``None``.
-        methods: names in ``METHODS``.
+        methods: baselines, recipes, ``PRIOR+GUIDE`` pairs (see :func:`check_method`).
         seeds: one run of every method for each; a seed sets the training subset, the order of the
             batches and all draws.
         max_steps: optimizer steps.
@@ -68,10 +91,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS:
-                raise ConfigurationError(
-                    f"method {method!r} is unknown; {near_miss(method, METHODS)}"
-                )
+            check_method(method)
         if not self.methods or not self.seeds:
             raise ConfigurationError("give at least one method and one seed.")
 
@@ -121,12 +141,14 @@ class _Run:
         )
 
     def rows(self) -> Iterator[Row]:
-        wanted = set(self.settings.methods)
-        if wanted & {"lora", "lora-best", "temperature"}:
-            yield from self._plain(wanted)
+        shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
         for method in self.settings.methods:
-            if method in RECIPES:
-                yield self._bayesian(method)
+            shown.setdefault(_trained(method), []).append(method)
+        plain = {base: shown.pop(base) for base in ("lora", "lora-best") if base in shown}
+        if plain:
+            yield from self._plain(plain)
+        for base, names in shown.items():
+            yield from self._dropout(names) if base == "mc-dropout" else self._recipe(base, names)
 
     def _predict(
         self, predict: Callable[[Batch], Prediction], data: Sequence[Item], name: str
@@ -144,69 +166,99 @@ class _Run:
         )
         return prediction.probs, labels
 
-    def _row(self, method: str, probs: Tensor, labels: Tensor, fitted: FitResult, n: int) -> Row:
-        scores = evaluate(probs, labels)
-        return Row(
-            method,
-            self.seed,
-            scores.acc,
-            scores.ece,
-            scores.nll,
-            scores.brier,
-            scores.n,
-            fitted.seconds,
-            n,
-            probs,
-            labels,
+    def _rows(
+        self,
+        base: str,
+        shown: Sequence[str],
+        predict: Callable[[Batch], Prediction],
+        fitted: FitResult,
+        count: int,
+    ) -> Iterator[Row]:
+        """The rows of one trained method: as it is, and with its temperature, as they are asked."""
+        probs, labels = self._predict(predict, self.task.test, base)
+        for name in sorted(shown, key=lambda name: name != base):
+            if name != base:
+                held, held_labels = self._predict(predict, self.task.validation, name)
+                scale = fit_temperature(held.log(), held_labels)
+                probs, count = (probs.log() / scale).softmax(-1), count + 1
+            scores = evaluate(probs, labels)
+            yield Row(
+                name,
+                self.seed,
+                scores.acc,
+                scores.ece,
+                scores.nll,
+                scores.brier,
+                scores.n,
+                fitted.seconds,
+                count,
+                probs,
+                labels,
+            )
+
+    def _fit_plain(self, lora: PlainLoRA, *, validate: bool) -> FitResult:
+        scoring = self.task.template.scoring
+        return lora.fit(
+            self.task.train,
+            self.collate,
+            self.options,
+            lr=self.settings.lora_lr or LORA_RATES[scoring],
+            length=item_length,
+            validation=self.task.validation if validate else None,
         )
 
-    def _plain(self, wanted: set[str]) -> Iterator[Row]:
-        settings, task = self.settings, self.task
+    def _plain(self, shown: Mapping[Any, list[str]]) -> Iterator[Row]:
         torch.manual_seed(self.seed)
-        lora = PlainLoRA(self.net, settings.target_modules, self.likelihood, rank=settings.rank)
+        targets, rank = self.settings.target_modules, self.settings.rank
+        lora = PlainLoRA(self.net, targets, self.likelihood, rank=rank)
         try:
-            fitted = lora.fit(
-                task.train,
-                self.collate,
-                self.options,
-                lr=settings.lora_lr or LORA_RATES[task.template.scoring],
-                length=item_length,
-                validation=task.validation,
-            )
-            count = lora.trainable_parameters
-            if wanted & {"lora", "temperature"}:
-                probs, labels = self._predict(lora.predict, task.test, "lora")
-            if "lora" in wanted:
-                yield self._row("lora", probs, labels, fitted, count)
-            if "temperature" in wanted:
-                held, held_labels = self._predict(lora.predict, task.validation, "temperature")
-                scale = fit_temperature(held.log(), held_labels)
-                scaled = (probs.log() / scale).softmax(-1)
-                yield self._row("temperature", scaled, labels, fitted, count + 1)
-            if "lora-best" in wanted:
-                assert fitted.best_state is not None
-                lora.load_state_dict(fitted.best_state)
-                probs, labels = self._predict(lora.predict, task.test, "lora-best")
-                yield self._row("lora-best", probs, labels, fitted, count)
+            fitted = self._fit_plain(lora, validate=True)
+            for base, names in shown.items():  # the last step first
+                if base == "lora-best":
+                    assert fitted.best_state is not None
+                    lora.load_state_dict(fitted.best_state)
+                count = lora.trainable_parameters
+                yield from self._rows(base, names, lora.predict, fitted, count)
         finally:
             lora.unload()
 
-    def _bayesian(self, method: str) -> Row:
-        settings, task = self.settings, self.task
+    def _dropout(self, shown: Sequence[str]) -> Iterator[Row]:
+        torch.manual_seed(self.seed)
+        settings, draws = self.settings, self.settings.num_samples
+        lora = PlainLoRA(
+            self.net,
+            settings.target_modules,
+            self.likelihood,
+            rank=settings.rank,
+            dropout=_DROPOUT,
+        )
+        try:
+            fitted = self._fit_plain(lora, validate=False)
+            yield from self._rows(
+                "mc-dropout",
+                shown,
+                lambda batch: lora.predict(batch, draws),
+                fitted,
+                lora.trainable_parameters,
+            )
+        finally:
+            lora.unload()
+
+    def _recipe(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
+        settings, made = self.settings, recipe(base)
         pyro.clear_param_store()  # the store would hand this run the tensors of the last
         torch.manual_seed(self.seed)
-        prior, guide = recipe(method, rank=settings.rank)
         blora = BayesianLoRA(
             self.net,
             target_modules=settings.target_modules,
-            prior=prior,
-            guide=guide,
+            prior=made.prior(settings.rank),
+            guide=made.guide(),
             likelihood=self.likelihood,
         )
         try:
             fitted = fit(
                 blora,
-                task.train,
+                self.task.train,
                 collate=self.collate,
                 length=item_length,
                 num_steps=settings.max_steps,
@@ -214,12 +266,16 @@ class _Run:
                 precision=settings.precision,
                 seed=self.seed,
                 progress=self.progress,
+                **made.fit,
             )
-            samples = settings.num_samples if method != "map" else 0
-            probs, labels = self._predict(
-                lambda batch: blora.predict(batch, samples), task.test, method
+            draws = settings.num_samples if made.num_samples is None else made.num_samples
+            yield from self._rows(
+                base,
+                shown,
+                lambda batch: blora.predict(batch, draws),
+                fitted,
+                blora.trainable_parameters,
             )
-            return self._row(method, probs, labels, fitted, blora.trainable_parameters)
         finally:
             blora.unwrap()
 

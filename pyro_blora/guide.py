@@ -16,7 +16,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 from pyro_blora.model import BayesianLoRAModel
 
-__all__ = ["StructuredGuide", "center", "latent_sites", "start_guide"]
+__all__ = ["StructuredGuide", "analytic_kl", "center", "latent_sites", "start_guide"]
 
 
 def latent_sites(trace: Trace) -> list[Site]:
@@ -147,3 +147,22 @@ def center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tenso
             "num_samples of 1 or more."
         ) from error
     return values
+
+
+def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
+    """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
+    if not isinstance(guide, StructuredGuide):
+        return None
+    with torch.no_grad():
+        guide_trace = pyro.poutine.trace(guide).get_trace()
+        model_trace = pyro.poutine.trace(
+            pyro.poutine.replay(model.updates, trace=guide_trace)
+        ).get_trace()
+        total = torch.zeros(())
+        for site in latent_sites(model_trace):
+            q = guide_trace.nodes[site.name]["fn"]
+            try:
+                total = total + torch.distributions.kl_divergence(q, site.prior).sum().cpu()
+            except NotImplementedError:
+                return None
+        return total

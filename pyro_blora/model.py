@@ -5,6 +5,7 @@ their factors, the transformer runs, the likelihood scores the labels. Sampling 
 is what lets activation checkpointing and compilation work.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,7 +25,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
 
-__all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
+__all__ = ["BayesianLoRAModel", "repeat_batch", "to_device", "warn_of_aliases"]
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -166,3 +167,19 @@ def _shares_rows() -> bool:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def warn_of_aliases(model: BayesianLoRAModel) -> None:
+    """Pyro's global parameter store identifies tensors by name: two adapters would share them."""
+    if pyro.settings.get("module_local_params"):
+        return
+    names = {f"model.{name}".removesuffix("_unconstrained") for name, _ in model.named_parameters()}
+    taken = sorted(names & set(pyro.get_param_store().keys()))
+    if taken:
+        warnings.warn(
+            f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
+            "adapter's names; the new adapter shares an older one's tensors. Call "
+            "pyro.clear_param_store() first if the older one is not used any more, or "
+            "pyro.settings.set(module_local_params=True) before both are made.",
+            stacklevel=3,
+        )

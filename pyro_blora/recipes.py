@@ -1,37 +1,196 @@
-"""Named pairs of a prior and a guide."""
+"""Named pairs of a prior and a guide: published methods, each with its citation.
 
+A method is named by a recipe (``"blob"``) or by a pair of class names (``"Subspace+FullRank"``), in
+``BayesianLoRA.from_recipe`` and in every command. Packages may add recipes through the entry-point
+group ``pyro_blora.recipes``; each entry is a :class:`Recipe`.
+"""
+
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
 
+from pyro_blora import guides, models
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.guides import Delta, MatrixNormal, MeanField, SiteGuide
-from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.guides import (
+    Delta,
+    Ensemble,
+    FullRank,
+    Isotropic,
+    Laplace,
+    MatrixNormal,
+    MeanField,
+    SiteGuide,
+)
+from pyro_blora.models import (
+    FactorInducing,
+    GaussianFactors,
+    KroneckerInducing,
+    SpectralInducing,
+    Subspace,
+    UpdateModel,
+)
 
-__all__ = ["RECIPES", "Recipe", "recipe"]
-
-Recipe = tuple[UpdateModel, SiteGuide]
-
-RECIPES: dict[str, Callable[[int], Recipe]] = {
-    "map": lambda rank: (KroneckerInducing(rank=rank), Delta()),
-    "mean-field": lambda rank: (KroneckerInducing(rank=rank), MeanField()),
-    "bayesian-lora": lambda rank: (KroneckerInducing(rank=rank), MatrixNormal()),
-}
+__all__ = ["RECIPES", "Recipe", "all_recipes", "recipe"]
 
 
-def recipe(name: str, *, rank: int = 8) -> Recipe:
-    """The prior and the guide of a recipe.
+@dataclass(frozen=True)
+class Recipe:
+    """A published method as a prior beside a guide.
+
+    Attributes:
+        name: what it is called.
+        prior: makes the prior of a rank.
+        guide: makes the guide.
+        citation: authors, year, title or venue, arXiv number.
+        summary: what it is, in a line.
+        fit: options of :func:`pyro_blora.fit` that belong to it.
+        num_samples: draws for a prediction, where the method fixes them.
+    """
+
+    name: str
+    prior: Callable[[int], UpdateModel]
+    guide: Callable[[], SiteGuide]
+    citation: str
+    summary: str
+    fit: dict[str, Any] = field(default_factory=dict)
+    num_samples: int | None = None
+
+
+_KNOWN = (
+    Recipe(
+        "lora",
+        lambda rank: GaussianFactors(rank=rank, random="both", sigma=1e4, alpha=2.0 * rank),
+        Delta,
+        "Hu et al. 2021, LoRA, arXiv:2106.09685",
+        "maximum likelihood: a point estimate under a prior too wide to be felt",
+        num_samples=0,
+    ),
+    Recipe(
+        "map",
+        lambda rank: KroneckerInducing(rank=rank),
+        Delta,
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
+        "the posterior's mode under the Kronecker prior",
+        num_samples=0,
+    ),
+    Recipe(
+        "bayesian-lora",
+        lambda rank: KroneckerInducing(rank=rank),
+        MatrixNormal,
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
+        "one inducing matrix for each weight, matrix normal posterior",
+    ),
+    Recipe(
+        "bayesian-lora-factor",
+        lambda rank: FactorInducing(rank=rank, conditional="scaled"),
+        MeanField,
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (as its code reads it)",
+        "an inducing matrix for each LoRA factor, conditional noise with a capped lambda",
+    ),
+    Recipe(
+        "mean-field",
+        lambda rank: KroneckerInducing(rank=rank),
+        MeanField,
+        "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
+        "the Kronecker prior with independent normals",
+    ),
+    Recipe(
+        "blob",
+        lambda rank: GaussianFactors(rank=rank, random="A", sigma=0.2, alpha=2.0 * rank),
+        lambda: MeanField(init_scale=0.0125),  # BLoB's eps = 0.05: s = eps^2
+        "Wang et al. 2024, BLoB, arXiv:2406.11675",
+        "A random with independent normals, B a point",
+    ),
+    Recipe(
+        "scalabl",
+        lambda rank: Subspace(rank=rank),
+        MeanField,
+        "Samplawski et al. 2025, ScalaBL, arXiv:2506.21408",
+        "r random numbers for each weight between learned factors",
+    ),
+    Recipe(
+        "b-lora-xs",
+        lambda rank: SpectralInducing(rank=rank),
+        FullRank,
+        "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
+        "a random core between the weight's singular directions, full covariance",
+    ),
+    Recipe(
+        "laplace-lora",
+        lambda rank: GaussianFactors(rank=rank, random="both", sigma=1.0, alpha=2.0 * rank),
+        Laplace,
+        "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
+        "curvature around a trained LoRA, prior precision by the marginal likelihood",
+    ),
+    Recipe(
+        "tfb",
+        lambda rank: GaussianFactors(rank=rank, random="A", sigma=1.0, alpha=2.0 * rank),
+        Isotropic,
+        "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
+        "the widest isotropic noise that the loss of a trained LoRA allows",
+    ),
+    Recipe(
+        "ensemble",
+        lambda rank: GaussianFactors(rank=rank, random="both", sigma=1.0, alpha=2.0 * rank),
+        Ensemble,
+        "Wang et al. 2023, LoRA ensembles, arXiv:2310.00035",
+        "five LoRAs side by side",
+        num_samples=5,
+    ),
+)
+RECIPES: dict[str, Recipe] = {known.name: known for known in _KNOWN}
+
+
+def all_recipes() -> dict[str, Recipe]:
+    """The library's recipes and those of installed packages, by name."""
+    found = {entry.name: entry.load() for entry in entry_points(group="pyro_blora.recipes")}
+    return {**found, **RECIPES}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by its name, or by the class names of a prior and a guide.
 
     Args:
-        name: a key of ``RECIPES``.
-        rank: the rank of the update.
+        name: a key of :func:`all_recipes`, or ``"PRIOR+GUIDE"`` with names of
+            ``pyro_blora.models`` and ``pyro_blora.guides``.
 
     Raises:
-        ConfigurationError: there is no such recipe; the message lists near misses.
+        ConfigurationError: there is no such recipe, prior or guide; the message lists near misses.
 
     Example::
 
-        >>> recipe("bayesian-lora")[1]
+        >>> recipe("bayesian-lora").guide()
         MatrixNormal()
+        >>> recipe("Subspace+FullRank").prior(4)
+        Subspace(rank=4)
     """
-    if name not in RECIPES:
-        raise ConfigurationError(f"recipe {name!r} is unknown; {near_miss(name, RECIPES)}")
-    return RECIPES[name](rank)
+    if "+" in name:
+        left, _, right = name.partition("+")
+        prior = _class(left, models, UpdateModel, "prior")
+        guide = _class(right, guides, SiteGuide, "guide")
+        ranked = "rank" in inspect.signature(prior).parameters
+        return Recipe(
+            name,
+            lambda rank: prior(rank=rank) if ranked else prior(),
+            guide,
+            "",
+            f"{left} with {right}",
+            num_samples=0 if guide is Delta else None,
+        )
+    known = all_recipes()
+    if name not in known:
+        raise ConfigurationError(
+            f"recipe {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "
+            "KroneckerInducing+MeanField."
+        )
+    return known[name]
+
+
+def _class(name: str, package: Any, contract: type, kind: str) -> Callable[..., Any]:
+    names = [n for n in package.__all__ if n != contract.__name__]
+    names = [n for n in names if issubclass(getattr(package, n), contract)]
+    if name not in names:
+        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(name, names)}")
+    return getattr(package, name)

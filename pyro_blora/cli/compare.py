@@ -8,9 +8,10 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _options as o
-from pyro_blora.comparison import METHODS, Settings, compare
+from pyro_blora.comparison import BASELINES, Settings, compare
 from pyro_blora.data import load_task
 from pyro_blora.pretrained import load_pretrained
+from pyro_blora.recipes import RECIPES
 from pyro_blora.results import table, write
 
 __all__ = ["run"]
@@ -21,7 +22,11 @@ def run(
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     methods: Annotated[
-        str, typer.Option(help=f"Comma-separated list of: {', '.join(METHODS)}.")
+        str,
+        typer.Option(
+            help=f"Comma-separated: {', '.join((*BASELINES, *RECIPES))}, PRIOR+GUIDE pairs such as "
+            "Subspace+FullRank, and temperature:NAME for any of them ('temperature': of lora)."
+        ),
     ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",
     max_steps: o.MaxSteps = 300,
@@ -46,7 +51,7 @@ def run(
     Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
     are all of the probabilities over the candidate answers. `lora` is plain LoRA at its last step,
     `lora-best` at its best validation step, `temperature` is `lora` with its logits scaled on
-    validation items; the others are priors and guides of this library.
+    validation items; the others are priors and guides of this library (see `info --recipes`).
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """

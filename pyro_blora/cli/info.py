@@ -11,7 +11,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cli import _options as o
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.pretrained import SHAPES, shape_only
-from pyro_blora.recipes import RECIPES, recipe
+from pyro_blora.recipes import RECIPES, all_recipes, recipe
 from pyro_blora.summary import plain_lora_parameters
 
 __all__ = ["run"]
@@ -27,8 +27,11 @@ def run(
     target_modules: o.Targets = "q_proj,v_proj,lm_head",
     rank: o.Rank = 8,
     method: Annotated[
-        str, typer.Option(help=f"Prior and guide: {', '.join(RECIPES)}.")
+        str, typer.Option(help=f"A recipe ({', '.join(RECIPES)}) or a pair PRIOR+GUIDE.")
     ] = "bayesian-lora",
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="List the recipes with their citations instead.")
+    ] = False,
 ) -> None:
     """Count the parameters of plain LoRA and of a Bayesian adapter on a model's shapes.
 
@@ -37,14 +40,17 @@ def run(
 
     Example: pyro-blora info --model llama-2-7b --target-modules q_proj,v_proj,lm_head
     """
-    prior, guide = recipe(method, rank=rank)
+    if recipes:
+        Console().print(_listed())
+        return
+    made = recipe(method)
     net = shape_only(model)
     with torch.random.fork_rng(devices=[]):
         blora = BayesianLoRA(
             net,
             target_modules=o.listed(target_modules, "--target-modules"),
-            prior=prior,
-            guide=guide,
+            prior=made.prior(rank),
+            guide=made.guide(),
             likelihood=CausalLM(),
         )
     console = Console()
@@ -58,3 +64,12 @@ def run(
     surplus = blora.trainable_parameters - plain
     view.add_row(method, f"{blora.trainable_parameters:,}", f"{surplus:,} ({surplus / 1e6:.3f} M)")
     console.print(view)
+
+
+def _listed() -> Table:
+    view = Table(title="Recipes: a prior beside a guide")
+    for column in ("recipe", "prior", "guide", "what it is", "reference"):
+        view.add_column(column, overflow="fold")
+    for name, made in all_recipes().items():
+        view.add_row(name, repr(made.prior(8)), repr(made.guide()), made.summary, made.citation)
+    return view

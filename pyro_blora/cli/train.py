@@ -24,7 +24,7 @@ def run(
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     method: Annotated[
-        str, typer.Option(help=f"Prior and guide: {', '.join(RECIPES)}.")
+        str, typer.Option(help=f"A recipe ({', '.join(RECIPES)}) or a pair PRIOR+GUIDE.")
     ] = "bayesian-lora",
     seed: Annotated[int, typer.Option(help="Seed of the data's order and all draws.")] = 0,
     max_steps: o.MaxSteps = 300,
@@ -47,15 +47,15 @@ def run(
     data = load_task(task, data_dir=data_dir, max_train=max_train, seed=seed)
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
-    prior, guide = recipe(method, rank=rank)
+    made = recipe(method)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
     blora = BayesianLoRA(
         net,
         target_modules=o.listed(target_modules, "--target-modules"),
-        prior=prior,
-        guide=guide,
+        prior=made.prior(rank),
+        guide=made.guide(),
         likelihood=likelihood_for(data, collate),
     )
     console = Console()
@@ -70,6 +70,7 @@ def run(
         batch_size=batch_size,
         precision=precision,
         seed=seed,
+        **made.fit,
     )
     console.print(result, highlight=False)
     blora.save_pretrained(out)

@@ -65,9 +65,9 @@ def fit(
     validation: Sequence[Any] | None = None,
     num_particles: int | None = None,
     elbo: type[Trace_ELBO] = TraceMeanField_ELBO,
-    lr_mean: float = LEARNING_RATES["mean"],
-    lr_scale: float = LEARNING_RATES["scale"],
-    lr_direction: float = LEARNING_RATES["direction"],
+    lr_mean: float | None = None,
+    lr_scale: float | None = None,
+    lr_direction: float | None = None,
     kl_warmup: float = 0.0,
     kl_weight: float = 1.0,
     batch_size: int = 8,
@@ -103,9 +103,10 @@ def fit(
         elbo: the class of the ELBO, ``Trace_ELBO`` or ``TraceMeanField_ELBO``: an average over
             particles, each of which sees its own examples. Bounds that combine particles otherwise
             (Renyi, tail-adaptive) need every particle to see every example.
-        lr_mean: learning rate of the guide's means.
-        lr_scale: learning rate of scales, of the guide's and of the prior's.
-        lr_direction: learning rate of the inducing directions.
+        lr_mean: learning rate of the guide's means. Default: the prior's own
+            (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
+        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
+        lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
         batch_size: examples in a step; ignored where ``train`` is a ``DataLoader``.
@@ -157,7 +158,9 @@ def fit(
     first = next(stream)
     objective = _Objective(blora, elbo, num_particles, options, kl_warmup, kl_weight)
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
-    rates = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction}
+    given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction}
+    rates = {**LEARNING_RATES, **blora.prior_family[0].learning_rates}
+    rates |= {role: rate for role, rate in given.items() if rate is not None}
     both = nn.ModuleList([blora.model, blora.guide])
     if not any(p.requires_grad for p in both.parameters()):
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")

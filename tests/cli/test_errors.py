@@ -12,6 +12,9 @@ def compare(run, model_dir, data_dir, out, **changes):
     ("change", "told"),
     [
         ({"methods": "lorra"}, ["lorra", "lora"]),
+        ({"methods": "temperature:blub"}, ["blub", "blob"]),
+        ({"methods": "Subspce+Delta"}, ["Subspce", "Subspace"]),
+        ({"methods": "Subspace+Dleta"}, ["Dleta", "Delta"]),
         ({"methods": " , "}, ["--methods"]),
         ({"seeds": "0,x"}, ["--seeds", "0,1,2"]),
         ({"task": "wrds"}, ["wrds", "words"]),
