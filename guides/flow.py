@@ -34,7 +34,7 @@ class Flow(SiteGuide):
             ``"affine-coupling"``, ``"householder"``, ``"planar"``, ``"radial"``, ``"spline"``,
             ``"block-autoregressive"``, ``"sylvester"``) or a function that makes one for a number
             of entries, such as ``lambda k: transforms.planar(k)``. Default: two affine
-            autoregressive ones.
+            couplings, turned against each other by a Householder reflection.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
             :math:`f` starts as Pyro starts it. Default: 0.3.
 
@@ -59,7 +59,7 @@ class Flow(SiteGuide):
     def __init__(
         self,
         *,
-        flows: tuple[str | Factory, ...] = ("affine-autoregressive", "affine-autoregressive"),
+        flows: tuple[str | Factory, ...] = ("affine-coupling", "householder", "affine-coupling"),
         init_scale: float = 0.3,
     ) -> None:
         super().__init__(init_scale=init_scale)

@@ -19,7 +19,8 @@ Factory = Callable[[int], Any]
 
 FLOWS: dict[str, Factory] = {
     "affine-autoregressive": transforms.affine_autoregressive,
-    "affine-coupling": transforms.affine_coupling,
+    # Pyro's own hidden layer, ten times the input, would be millions of numbers in every layer.
+    "affine-coupling": lambda size: transforms.affine_coupling(size, hidden_dims=[32]),
     "block-autoregressive": transforms.block_autoregressive,
     "householder": transforms.householder,
     "planar": transforms.planar,

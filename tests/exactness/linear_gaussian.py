@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_blora import BayesianLoRA
+from pyro_blora.distributions import Reshaped
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import KroneckerInducing
 
@@ -84,7 +85,9 @@ class Toy:
         q = self.q.distribution()
         mean, size = q.mean.flatten(), q.event_shape.numel()
         covariance = torch.zeros(size, size)
-        if hasattr(q, "covariance_matrix"):
+        if isinstance(q, Reshaped):
+            covariance = q.base_dist.covariance_matrix[0]
+        elif hasattr(q, "covariance_matrix"):
             covariance = q.covariance_matrix[0]
         elif not isinstance(q, dist.Delta):
             covariance = q.variance.flatten().diag()

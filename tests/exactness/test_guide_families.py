@@ -1,0 +1,315 @@
+"""Every guide family against posteriors that are known.
+
+Families that contain the posterior reach it; the others reach the best that they have; flows and
+mixtures follow bent and split posteriors that a mean-field normal cannot; no density is more than a
+density, so no ELBO exceeds the log evidence.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from linear_gaussian import NOISE, Toy
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from pyro_blora.guides import (
+    Amortized,
+    Delta,
+    Ensemble,
+    Flow,
+    FullRank,
+    LayerCoupled,
+    LowRank,
+    MatrixNormal,
+    MeanField,
+    Mixture,
+    Site,
+)
+
+# Point masses are no densities (Ensemble, and Laplace and Isotropic until they are finished).
+BOUNDS = [
+    Amortized(context_size=3),
+    Flow(),
+    FullRank(),
+    LayerCoupled(),
+    LowRank(),
+    MatrixNormal(),
+    MeanField(),
+]
+BOUNDS += [Mixture(), Flow(flows=("householder", "spline")), Flow(flows=("planar", "radial"))]
+
+
+def bound(family, n=1, event=(1, 2)):
+    """The family at a standard normal site of ``n`` layers."""
+    prior = dist.Normal(torch.zeros(n, *event), 1.0).to_event(len(event))
+    return family.bind(Site("V", prior, ()))
+
+
+def train(q, log_density, steps=1500, draws=64, lr=0.02):
+    """Maximises the ELBO of ``q`` for ``log_density`` of values ``(draws, n, *event)``."""
+    optimizer = torch.optim.Adam(q.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        law = q.distribution()
+        value = law.rsample((draws,))
+        loss = (law.log_prob(value).sum(-1) - log_density(value)).mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return q
+
+
+@torch.no_grad()
+def elbo(q, log_density, draws=10_000):
+    """The ELBO and its standard error."""
+    law = q.distribution()
+    value = law.sample((draws,))
+    terms = log_density(value) - law.log_prob(value).sum(-1)
+    return terms.mean().item(), terms.std().item() / draws**0.5
+
+
+def log_joint(toy):
+    """``log p(y, V)`` of the linear-Gaussian toy, for values ``(draws, 1, m_r, m_c)``."""
+
+    def of(V):
+        V = V.flatten(1)
+        fit = dist.Normal(V @ toy.design.mT, NOISE).log_prob(toy.residual).sum(-1)
+        return fit + dist.Normal(0.0, 1.0).log_prob(V).sum(-1)
+
+    return of
+
+
+@pytest.mark.parametrize("family", [FullRank(), LowRank(rank=6)], ids=repr)
+def test_a_normal_with_all_correlations_reaches_any_normal_posterior(family):
+    toy = Toy(family)
+    start = kl_divergence(MultivariateNormal(*toy.moments()), toy.posterior)
+    toy.fit()
+    mean, covariance = toy.moments()
+    assert start > 1
+    torch.testing.assert_close(mean, toy.posterior.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(covariance, toy.posterior.covariance_matrix, rtol=0, atol=1e-4)
+    torch.testing.assert_close(toy.elbo(), toy.log_evidence, rtol=0, atol=1e-5)
+
+
+def test_directions_close_the_gap_one_by_one():
+    gaps = []
+    for family in (MeanField(), LowRank(rank=1), LowRank(rank=2), FullRank()):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        toy = Toy(family).fit()
+        gaps.append((toy.log_evidence - toy.elbo()).item())
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 2 * gaps[1] > 0
+    assert gaps[-1] < 1e-5
+
+
+def test_layer_coupled_reaches_a_posterior_that_correlates_layers():
+    """``y_i = sum_l a_l V_li + noise``: precision ``I + a a^T / s^2`` over layers in each entry."""
+    a, s, y = torch.tensor([1.0, -2.0, 0.5]), 0.4, torch.tensor([[0.3, -1.0], [2.0, 0.7]])
+    q = bound(LayerCoupled(), n=3, event=(2, 2))
+    prior = q.site.prior
+    optimizer = torch.optim.LBFGS(q.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def objective():
+        law = q.distribution()
+        fit = torch.einsum("l,lij->ij", a, law.mean)
+        L = law.layer_scale_tril
+        spread = (a @ L).square().sum() * law.scale.square()
+        exact = dist.Normal(fit, s).log_prob(y).sum() - 0.5 * spread.sum() / s**2
+        return exact - kl_divergence(law, prior).sum()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -objective()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    precision = torch.eye(3) + torch.outer(a, a) / s**2
+    expected = torch.linalg.solve(precision, a[:, None] * y.flatten() / s**2).reshape(3, 2, 2)
+    law = q.distribution()
+    torch.testing.assert_close(law.mean, expected, atol=1e-4, rtol=0)
+    L = law.layer_scale_tril
+    for scale in law.scale.flatten():
+        covariance = scale.square() * L @ L.mT
+        torch.testing.assert_close(covariance, torch.linalg.inv(precision), atol=1e-4, rtol=0)
+    sd = (a.square().sum() + s**2) ** 0.5
+    evidence = dist.Normal(0.0, sd).log_prob(y).sum()
+    torch.testing.assert_close(objective(), evidence, atol=1e-4, rtol=0)
+
+
+def banana(V):
+    x, y = V[:, 0, 0, 0], V[:, 0, 0, 1]
+    return dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x.square() - 1, 0.3).log_prob(y)
+
+
+def two_modes(V):
+    modes = [dist.Normal(c, 0.3).log_prob(V).sum((-3, -2, -1)) for c in (-1.5, 1.5)]
+    return torch.stack(modes).logsumexp(0) - math.log(2)
+
+
+def test_a_flow_follows_a_bent_posterior():
+    """Both densities are normalised: the log evidence is 0."""
+    best, _ = elbo(train(bound(MeanField()), banana), banana)
+    found, error = elbo(train(bound(Flow(init_scale=1.0)), banana), banana)
+    assert best < -0.6
+    assert found > -0.05
+    assert found < 4 * error
+
+
+def test_a_mixture_finds_both_modes():
+    """A normal fits one of two equal modes at best: its ELBO is -log 2."""
+    best, _ = elbo(train(bound(MeanField()), two_modes), two_modes)
+    q = train(bound(Mixture(components=2, spread=1.0)), two_modes)
+    found, error = elbo(q, two_modes)
+    assert best < -0.65
+    assert found > -0.05
+    assert found < 4 * error
+    low, high = q.locs[:, 0, 0].mean(-1).sort().values
+    assert low < -1.3 < 1.3 < high
+
+
+@pytest.mark.parametrize("family", BOUNDS, ids=repr)
+@pytest.mark.parametrize("steps", [0, 150])
+def test_no_elbo_exceeds_the_log_evidence(family, steps):
+    """10,000 draws, without tempering. The mean of p(y, V) / q(V) is the evidence itself."""
+    toy = Toy(family)
+    q = toy.q
+    if steps:
+        train(q, log_joint(toy), steps, lr=0.05)
+    found, error = elbo(q, log_joint(toy))
+    assert found < toy.log_evidence.item() + 4 * error
+    if steps:
+        assert found > toy.log_evidence.item() - 20
+
+
+@pytest.mark.parametrize("family", BOUNDS, ids=repr)
+@torch.no_grad()
+def test_every_density_is_normalised(family):
+    """``E_q[f(V) / q(V)]`` is one for a narrow normal density ``f`` amid ``q``."""
+    q = bound(family, n=2, event=(1, 2))
+    law = q.distribution()
+    value = law.sample((200_000,))
+    centre, width = value.mean(0), 0.5 * value.std(0)
+    inside = dist.Normal(centre, width).log_prob(value).sum((-3, -2, -1))
+    weights = (inside - law.log_prob(value).sum(-1)).exp()
+    error = weights.std().item() / len(weights) ** 0.5
+    assert weights.mean().item() == pytest.approx(1, abs=5 * error + 1e-3)
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("family", BOUNDS, ids=repr)
+def test_closed_kls_are_those_of_draws(family):
+    """At an arbitrary point of the family, where it has a closed form."""
+    q = bound(family, n=3, event=(2, 2))
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    try:
+        exact = kl_divergence(q.distribution(), q.site.prior).sum().item()
+    except NotImplementedError:
+        assert isinstance(family, Flow | Mixture)
+        return
+    log_prior = lambda V: q.site.prior.log_prob(V).sum(-1)  # noqa: E731
+    estimate, error = elbo(q, log_prior, 100_000)
+    assert -estimate == pytest.approx(exact, abs=5 * error)
+
+
+@pytest.mark.parametrize("family", [MeanField, MatrixNormal, LowRank, FullRank, LayerCoupled])
+def test_at_the_prior_the_kl_is_zero(family):
+    q = bound(family(init_scale=1.0), n=3, event=(2, 2))
+    if family is LowRank:
+        with torch.no_grad():
+            q.factor.zero_()
+            q.scale = torch.ones_like(q.scale)
+    kl = kl_divergence(q.distribution(), q.site.prior).sum()
+    assert kl.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_an_ensemble_is_its_members_in_turn():
+    q = bound(Ensemble(members=3), n=2)
+    draws = q.distribution().expand((7, 2)).rsample()
+    for draw in range(7):
+        assert torch.equal(draws[draw], q.points[draw % 3])
+    assert torch.equal(q.distribution().expand((2, 2)).rsample()[0], q.points[1])  # 7 mod 3
+    torch.testing.assert_close(q.center(), torch.zeros(2, 1, 2), atol=1e-6, rtol=0)
+
+
+def test_an_ensemble_s_objective_is_the_mean_of_its_members_map_objectives():
+    toy = Toy(Ensemble(members=4))
+    joint = log_joint(toy)
+    law = toy.q.distribution()
+    value = law.expand((8, 1)).rsample()
+    found = (joint(value) - law.log_prob(value).sum(-1)).mean()
+    torch.testing.assert_close(found, joint(toy.q.points).mean())
+    # and each member on its own goes to the mode
+    train(toy.q, joint, steps=800, draws=4, lr=0.05)
+    for member in toy.q.points:
+        torch.testing.assert_close(member.flatten(), toy.posterior.mean, atol=0.02, rtol=0)
+
+
+def test_amortized_starts_as_mean_field():
+    a, b = bound(Amortized(context_size=3)), bound(MeanField())
+    a.context = torch.randn(5, 1, 3)
+    law = a.distribution()
+    assert law.batch_shape == (5, 1)
+    for found in law.mean, law.variance:
+        assert found.shape == (5, 1, 1, 2)
+    torch.testing.assert_close(law.variance[2], b.distribution().variance)
+
+
+def test_amortized_bounds_the_evidence_of_a_local_model():
+    """``y_b = x_b V_b + noise`` with a V for each example; the evidence is N(0, x^2 + s^2)."""
+    x, s = torch.linspace(-2, 2, 24), 0.5
+    y = x * torch.randn(24) + s * torch.randn(24)
+    evidence = dist.Normal(0.0, (x.square() + s**2).sqrt()).log_prob(y).mean()
+
+    def local_elbo(q, repeats):
+        law = q.distribution().expand((24, 1))
+        V = law.rsample((repeats,))
+        fit = dist.Normal(x * V[..., 0, 0, 0], s).log_prob(y)
+        return (fit - (law.log_prob(V) - q.site.prior.log_prob(V))[..., 0]).mean()
+
+    found = {}
+    for name, family in {"amortized": Amortized(context_size=3), "shared": MeanField()}.items():
+        q = bound(family, event=(1, 1))
+        q.context = torch.stack([x, y, x * y], -1)[:, None]
+        optimizer = torch.optim.Adam(q.parameters(), lr=0.02)
+        for _ in range(600):
+            optimizer.zero_grad()
+            loss = -local_elbo(q, 16)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            found[name] = local_elbo(q, 4000)
+    assert found["shared"] + 0.1 < found["amortized"] < evidence
+
+
+def test_what_a_family_cannot_do_is_said():
+    from pyro_blora.errors import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match=r"use LowRank.*1024"):
+        bound(FullRank(), event=(8, 200))
+    for made, match in (
+        (lambda: LowRank(rank=0), "rank=0 must be at least 1"),
+        (lambda: Mixture(components=1), "use MeanField for one"),
+        (lambda: Ensemble(members=1), "use Delta for one"),
+        (lambda: Flow(flows=()), "must be a tuple"),
+        (lambda: Flow(flows=("splin",)), "'splin' is unknown; .*spline"),
+        (lambda: bound(Amortized()), "has no input embeddings"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            made()
+    assert bound(Delta()).distribution().log_prob(torch.zeros(1, 1, 2)) == 0
+
+
+def test_a_flow_that_cannot_be_stacked_is_refused():
+    from pyro.distributions.transforms import spline_autoregressive
+
+    from pyro_blora.errors import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match="outside of its parameters"):
+        bound(Flow(flows=(spline_autoregressive,)), n=3)
