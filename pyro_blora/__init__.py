@@ -8,6 +8,7 @@ from pyro_blora import guides, likelihoods, models
 from pyro_blora._version import __version__
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data import load_task
+from pyro_blora.effective_rank import effective_ranks
 from pyro_blora.inference import fit, predict_dataset
 from pyro_blora.prediction import Prediction
 from pyro_blora.pretrained import load_pretrained
@@ -16,6 +17,7 @@ __all__ = [
     "BayesianLoRA",
     "Prediction",
     "__version__",
+    "effective_ranks",
     "fit",
     "guides",
     "likelihoods",

@@ -91,6 +91,10 @@ def sample_core(model: "UpdateModel", core: Core, shape: tuple[int, ...]) -> Ten
                             that the posterior shrinks the columns it can do without
     ======================  ==========================================================
 
+    The last two learn the rank (see :func:`~pyro_blora.effective_rank.effective_ranks`) between
+    fixed directions, as ``SpectralInducing`` has them; learned directions are point estimates, and
+    no density of the core keeps them from fitting noise.
+
     Args:
         model: the bound prior; its ``V`` site is sampled, and those named above.
         core: a name, or a function from a shape to a distribution of that event shape.

@@ -10,7 +10,7 @@ __all__ = ["dense_weight", "top_singular"]
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
-    """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in single precision.
+    """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in torch's default dtype.
 
     Raises:
         ConfigurationError: the weight is quantised.
@@ -26,7 +26,8 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
             "pretrained weight, or load the network unquantised."
         )
     transposed = type(module).__name__ == "Conv1D"
-    return (weight.detach().mT if transposed else weight.detach()).float()
+    weight = weight.detach().mT if transposed else weight.detach()
+    return weight.to(torch.get_default_dtype())
 
 
 @torch.no_grad()

@@ -1,0 +1,236 @@
+"""The factor reading: equal to the published code where that is right, and not where it is wrong.
+
+``published_factor.json`` has numbers that the published code computed, and says how.
+"""
+
+import json
+from pathlib import Path
+
+import pyro
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.distributions import kl_divergence
+
+from pyro_blora import fit
+from pyro_blora.conditional import conditional_kl, factor_noise
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import MeanField
+from pyro_blora.kronecker import inducing_covariance, whiten
+from pyro_blora.models import FactorInducing
+from pyro_blora.targets import group_layers
+
+PUBLISHED = json.loads(Path(__file__).with_name("published_factor.json").read_text("utf-8"))
+N = 3
+
+
+def bind(prior, n=N):
+    layers = {f"{i}.q": nn.Linear(5, 4) for i in range(n)}
+    return prior.bind(group_layers(layers)[0])
+
+
+def published(name):
+    return {
+        k: torch.tensor(v, dtype=torch.float64)
+        for k, v in PUBLISHED[name].items()
+        if not isinstance(v, str)
+    }
+
+
+def as_published():
+    """A prior of one layer with the parameters of the fixture, in double precision."""
+    options = {"rank": 3, "inducing": 2, "sigma": 0.7, "scale": "fixed", "conditional": "scaled"}
+    prior = bind(FactorInducing(**options, lambda_init=0.02), n=1).double()
+    values = {}
+    for name in "AB":
+        given = published(name)
+        for side in "rc":
+            setattr(prior, f"Z_{side}_{name}", given[f"Z_{side}"][None])
+            setattr(prior, f"D_{side}_{name}", given[f"D_{side}"][None])
+        setattr(prior, f"lambda_{name}", given["lambda_"][None])
+        values[prior.site(f"U_{name}")] = given["V"][None]
+    return prior, values
+
+
+def test_the_conditional_mean_is_the_published_one():
+    prior, values = as_published()
+    prior.conditional = "deterministic"
+    update = pyro.poutine.condition(prior, data=values)()
+    # sigma is on B here; the published code has one for each factor
+    torch.testing.assert_close(0.7 * update.A[0], published("A")["mean"])
+    torch.testing.assert_close(update.B[0], published("B")["mean"])
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_the_conditional_covariance_is_the_published_one(name):
+    """Of 200,000 draws, and in closed form."""
+    given = published(name)
+    (L_r, Q_r), (L_c, Q_c) = (
+        whiten(given[f"Z_{s}"], inducing_covariance(given[f"Z_{s}"], given[f"D_{s}"])) for s in "rc"
+    )
+    scale = (given["sigma"] * given["lambda_"]).square()
+    eye = torch.eye(len(given["covariance"]), dtype=torch.float64)
+    closed = scale * (eye - torch.kron(Q_r.mT @ Q_r, Q_c.mT @ Q_c))
+    torch.testing.assert_close(closed, given["covariance"])
+    sides = (L_r, Q_r, given["D_r"], L_c, Q_c, given["D_c"])
+    noise = factor_noise(torch.Size([200_000]), *(x[None] for x in sides))
+    drawn = scale * noise.flatten(1).mT.cov()
+    torch.testing.assert_close(drawn, given["covariance"], rtol=0.02, atol=0.01 * scale.item())
+
+
+def test_the_conditional_kl_is_the_published_one():
+    prior, values = as_published()
+    trace = pyro.poutine.trace(pyro.poutine.condition(prior, data=values)).get_trace()
+    for name, shape in {"A": (3, 5), "B": (4, 3)}.items():
+        given = published(name)
+        expected = given["conditional_kl"]
+        torch.testing.assert_close(conditional_kl(given["lambda_"], *shape), expected)
+        factor = trace.nodes[prior.site(f"conditional_kl_{name}")]["fn"].log_factor
+        torch.testing.assert_close(factor.sum(), -expected)
+
+
+def test_draws_of_the_update_have_the_law_of_the_two_factors():
+    """Mean and covariance of ``B A`` under the prior: zero, and the product of the factors' own."""
+    prior = bind(FactorInducing(rank=2, conditional="exact", sigma=0.5, scale="fixed"))
+    with pyro.plate("draws", 50_000, dim=-2):
+        update = prior()
+    weights = torch.stack([layer.weight() for layer in update.layers()], 1)  # S x n x 4 x 5
+    # With lambda = 1 every entry of A has variance 1 and every entry of B sigma^2.
+    torch.testing.assert_close(weights.mean(0), torch.zeros(N, 4, 5), atol=0.02, rtol=0)
+    torch.testing.assert_close(weights.var(0), torch.full((N, 4, 5), 2 * 0.25), atol=0.03, rtol=0)
+
+
+class TestCorrectedDefects:
+    """One test for each defect of the published code that this prior corrects."""
+
+    def test_the_mean_update_is_zero_at_the_start_and_its_gradient_is_not(self):
+        blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField())
+        for update in blora.sample_updates(0).values():
+            assert not update.B.any()
+            assert update.A.abs().min() > 0
+        values = blora.guide.center()
+        updates = pyro.poutine.condition(blora.model.updates, data=values)()
+        with blora.model.applied(updates) as net:
+            net(tiny.sequences()["input_ids"]).logits.square().sum().backward()
+        for name, family in blora.guide.families().items():
+            moved = family.loc.grad.any() if family.loc.grad is not None else torch.tensor(False)
+            assert bool(moved) == name.endswith("U_B")
+
+    def test_every_cholesky_is_of_its_own_matrix(self):
+        """The published cache took chol(Z Z^T + D^2) for chol(Z Z^T): draws were too wide."""
+        prior = bind(FactorInducing(rank=2, noise_init=1.0))
+        Z, D = prior.Z_r_A, prior.D_r_A
+        Z = nn.functional.normalize(Z, dim=-1)
+        L, Q = whiten(Z, inducing_covariance(Z, D))
+        noise = factor_noise(torch.Size([100_000, N]), L, Q, D, L, Q, D)
+        for i in range(N):
+            R = Q[i].mT @ Q[i]
+            exact = torch.eye(4) - torch.kron(R, R)
+            torch.testing.assert_close(noise[:, i].flatten(1).mT.cov(), exact, atol=0.03, rtol=0)
+
+    def test_directions_have_a_gradient_through_the_mean(self):
+        """The published cache detached it after the first pass."""
+        prior = bind(FactorInducing(rank=2))
+        for _ in range(2):
+            values = {prior.site(f"U_{f}"): torch.randn(N, 2, 2) for f in "AB"}
+            update = pyro.poutine.condition(prior, data=values)()
+            inputs = [p for name, p in prior.named_parameters() if name.startswith("Z_")]
+            grads = torch.autograd.grad((update.B @ update.A).square().sum(), inputs)
+            assert all(g.abs().max() > 1e-6 for g in grads)
+
+    def test_the_transform_and_the_covariance_have_the_same_directions(self):
+        """T T_r's Z is that of Psi: given lambda = 1 the factor has unit variance, exactly."""
+        prior = bind(FactorInducing(rank=2, conditional="exact", scale="fixed", sigma=1.0))
+        with pyro.plate("draws", 100_000, dim=-2):
+            update = prior()
+        torch.testing.assert_close(update.A.var(0), torch.ones(N, 2, 5), atol=0.03, rtol=0)
+
+    @pytest.mark.parametrize("factor", [0.1, 10.0])
+    def test_the_length_of_directions_does_nothing(self, factor):
+        """So that sigma alone tells the size of an update, and in proportion."""
+        prior = bind(FactorInducing(rank=2))
+        values = {prior.site(f"U_{f}"): torch.randn(N, 2, 2) for f in "AB"}
+        before = pyro.poutine.condition(prior, data=values)()
+        with torch.no_grad():
+            for name, parameter in prior.named_parameters():
+                if name.startswith("Z_"):
+                    parameter.mul_(factor)
+        after = pyro.poutine.condition(prior, data=values)()
+        torch.testing.assert_close(after.B @ after.A, before.B @ before.A)
+        prior.sigma_ = factor * prior.sigma_.detach()
+        scaled = pyro.poutine.condition(prior, data=values)()
+        torch.testing.assert_close(scaled.B @ scaled.A, factor * before.B @ before.A)
+
+    def test_layers_of_one_shape_start_differently_and_seeds_tell(self):
+        torch.manual_seed(1)
+        one = bind(FactorInducing(rank=2))
+        assert not torch.equal(one.Z_c_A[0], one.Z_c_A[1])
+        torch.manual_seed(2)
+        assert not torch.equal(bind(FactorInducing(rank=2)).Z_c_A, one.Z_c_A)
+
+    def test_lambda_is_capped_and_never_zero_or_without_gradient(self):
+        prior = bind(FactorInducing(rank=2, conditional="scaled"))
+        name, free = next((n, p) for n, p in prior.named_parameters() if n.startswith("lambda_A"))
+        assert name.endswith("_unconstrained")
+        for value in (-6.0, 0.0, 6.0):
+            with torch.no_grad():
+                free.fill_(value)
+            assert ((prior.lambda_A > 0) & (prior.lambda_A < 0.03)).all()
+            (grad,) = torch.autograd.grad(prior.lambda_A.sum(), free)
+            assert (grad > 0).all()
+
+    def test_the_kl_is_weighed_by_one_over_the_data(self):
+        """Loss per example = NLL + KL / N, with the U's KL in closed form and lambda's."""
+        prior = FactorInducing(rank=2, conditional="scaled")
+        blora = tiny.adapted(prior=prior, guide=MeanField(), num_data=10)
+        kl = blora.kl()
+        assert kl is not None
+        conditional = sum(
+            conditional_kl(getattr(blora.model, g.name).lambda_A, 2, g.d_in).sum()
+            + conditional_kl(getattr(blora.model, g.name).lambda_B, g.d_out, 2).sum()
+            for g in blora.model.groups
+        )
+        options = {"collate": tiny.collate, "num_steps": 1, "progress": False}
+        (step,) = fit(blora, tiny.examples(10), **options).history
+        expected = step["nll"] + (kl + conditional).item() / 10
+        assert step["loss"] == pytest.approx(expected, rel=1e-4)
+
+    def test_the_posterior_mean_is_of_the_mean_not_of_the_last_draw(self):
+        blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField(init_scale=1.0))
+        first = blora.sample_updates(0)["q_proj"]
+        blora.guide(None)
+        second = blora.sample_updates(0)["q_proj"]
+        assert torch.equal(first.A, second.A)
+
+    def test_prediction_has_no_dropout(self):
+        net = tiny.llama(attention_dropout=0.5)
+        blora = tiny.adapted(net, prior=FactorInducing(rank=2), guide=MeanField())
+        net.train()
+        batch = tiny.sequences()
+        assert torch.equal(blora.predict(batch, 0).samples, blora.predict(batch, 0).samples)
+        assert net.training
+
+
+def test_its_kl_is_that_of_two_standard_normals():
+    blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField(init_scale=0.5))
+    total = 0.0
+    for family in blora.guide.families().values():
+        q = family.distribution()
+        total += kl_divergence(q, family.site.prior).sum()
+    torch.testing.assert_close(blora.kl(), total)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"inducing": 9}, "inducing=9 must be between 1 and rank=8"),
+        ({"lambda_init": 0.5}, "lambda_init=0.5 must be between 0 and lambda_max=0.03"),
+        ({"conditional": "none"}, "conditional='none' is not one of"),
+        ({"scale": "half-cauchy"}, "scale='half-cauchy' is not one of"),
+        ({"sigma": 0.0}, "sigma=0.0"),
+    ],
+)
+def test_options_are_checked(options, match):
+    with pytest.raises(ConfigurationError, match=match):
+        FactorInducing(**options)
