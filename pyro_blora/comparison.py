@@ -11,43 +11,21 @@ from torch import Tensor, nn
 from pyro_blora.baselines import PlainLoRA
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data import Item, Task, load_task
-from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import FitResult, LoopOptions, fit, predict_dataset
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
+from pyro_blora.methods import check_method, trained_for
 from pyro_blora.metrics import evaluate
 from pyro_blora.prediction import Prediction
-from pyro_blora.recipes import all_recipes, recipe
+from pyro_blora.recipes import recipe
 from pyro_blora.results import Row
 from pyro_blora.temperature import fit_temperature
 
-__all__ = ["BASELINES", "Settings", "check_method", "compare", "item_length", "likelihood_for"]
+__all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 
-# Plain LoRA by PEFT: at its last step, at its best validation step, and with dropout left on.
-BASELINES = ("lora", "lora-best", "mc-dropout")
-_SCALED = "temperature:"
-_DROPOUT = 0.1
+DROPOUT = 0.1  # of mc-dropout
 # Plain LoRA's usual learning rates: options are scored by their log-likelihood, labels by a token.
 LORA_RATES = {"options": 1e-3, "labels": 5e-4}
-
-
-def check_method(name: str) -> None:
-    """Raises ConfigurationError where ``name`` is no baseline, recipe or ``PRIOR+GUIDE`` pair.
-
-    ``temperature:NAME`` is any of them with its log-probabilities scaled on validation items, and
-    ``temperature`` is ``temperature:lora``.
-    """
-    base = _trained(name)
-    if base in BASELINES:
-        return
-    if "+" not in base and base not in all_recipes():
-        known = (*BASELINES, "temperature", *all_recipes())
-        raise ConfigurationError(f"method {base!r} is unknown; {near_miss(base, known)}")
-    recipe(base)
-
-
-def _trained(name: str) -> str:
-    """What is trained for a method: itself, or what its temperature scales."""
-    return "lora" if name == "temperature" else name.removeprefix(_SCALED)
 
 
 @dataclass(frozen=True)
@@ -58,7 +36,7 @@ class Settings:
         model: the network's name.
         task: the data set's name.
         data_dir: folder of data sets, or ``None``.
-        methods: baselines, recipes, ``PRIOR+GUIDE`` pairs (see :func:`check_method`).
+        methods: baselines, recipes, ``PRIOR+GUIDE`` pairs (see ``methods.py``).
         seeds: one run of every method for each; a seed sets the training subset, the order of the
             batches and all draws.
         max_steps: optimizer steps.
@@ -143,7 +121,7 @@ class _Run:
     def rows(self) -> Iterator[Row]:
         shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
         for method in self.settings.methods:
-            shown.setdefault(_trained(method), []).append(method)
+            shown.setdefault(trained_for(method), []).append(method)
         plain = {base: shown.pop(base) for base in ("lora", "lora-best") if base in shown}
         if plain:
             yield from self._plain(plain)
@@ -230,7 +208,7 @@ class _Run:
             settings.target_modules,
             self.likelihood,
             rank=settings.rank,
-            dropout=_DROPOUT,
+            dropout=DROPOUT,
         )
         try:
             fitted = self._fit_plain(lora, validate=False)

@@ -31,8 +31,8 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
     Example::
 
         >>> A, B = torch.eye(3, 5)[None], torch.eye(4, 3)[None]
-        >>> effective_rank(LowRankUpdate(A=A, B=B))
-        tensor([3.0000])
+        >>> effective_rank(LowRankUpdate(A=A, B=B)).round()
+        tensor([3.])
     """
     B = update.B if update.core is None else update.B @ update.core
     # the singular values of B A are those of the product of the triangular factors of both

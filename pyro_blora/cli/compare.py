@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _options as o
-from pyro_blora.comparison import BASELINES, Settings, compare
+from pyro_blora.comparison import Settings, compare
 from pyro_blora.data import load_task
+from pyro_blora.methods import BASELINES
 from pyro_blora.pretrained import load_pretrained
 from pyro_blora.recipes import RECIPES
 from pyro_blora.results import table, write

@@ -135,8 +135,8 @@ class Noisy(Observed):
 def planted(core):
     """A linear layer whose labels come from a weight that differs by rank 2; rank 8 is offered.
 
-    Between fixed directions, for learned ones are point estimates: no density of the core keeps them
-    from fitting noise.
+    Between fixed directions, for learned ones are point estimates: no density of the core keeps
+    them from fitting noise.
     """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 12))
