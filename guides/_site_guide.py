@@ -153,6 +153,15 @@ class SiteGuide(Options, PyroModule):
             )
         self.init_scale = init_scale
 
+    def check_size(self, site: Site, option: str, size: int, advice: str) -> None:
+        """Raises ConfigurationError where ``size``, of a layer of ``site``, exceeds ``option``."""
+        most = getattr(self, option)
+        if size > most:
+            raise ConfigurationError(
+                f"{type(self).__name__}: site {site.name!r} is {tuple(site.event_shape)} in each "
+                f"layer, and {size:,} is more than {option}={most}; {advice}, or raise {option}."
+            )
+
     def bind(self: Self, site: Site) -> Self:
         """A copy of this family for ``site``, with its parameters registered."""
         # Built anew, not copied whole: a copy would keep the parameter-store mode of its original

@@ -37,13 +37,16 @@ class Flow(SiteGuide):
             couplings, turned against each other by a Householder reflection.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
             :math:`f` starts as Pyro starts it. Default: 0.3.
+        max_size: the largest number of entries for which transforms are made; larger sites (the
+            factors of a LoRA, say) raise an error. Default: 4096.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
     and those of the transforms, each with a first dimension ``n``. A site of one number gets the
     mean-field normal.
 
     Raises:
-        ConfigurationError: there are no transforms, or a name is unknown.
+        ConfigurationError: there are no transforms, a name is unknown, or a site has more than
+            ``max_size`` numbers for each layer.
 
     Reference:
         Kingma et al. 2016, "Improving variational inference with inverse autoregressive flow",
@@ -61,6 +64,7 @@ class Flow(SiteGuide):
         *,
         flows: tuple[str | Factory, ...] = ("affine-coupling", "householder", "affine-coupling"),
         init_scale: float = 0.3,
+        max_size: int = 4096,
     ) -> None:
         super().__init__(init_scale=init_scale)
         if not flows or isinstance(flows, str):
@@ -69,11 +73,13 @@ class Flow(SiteGuide):
             if isinstance(flow, str) and flow not in FLOWS:
                 raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}")
         self.flows = flows
+        self.max_size = max_size
         self._names: dict[str, str] = {}
         self._buffer_names: dict[str, str] = {}
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and the transforms' parameters."""
+        self.check_size(site, "max_size", site.size, "use LowRank or MatrixNormal")
         loc, scale = site.start()
         self.loc = PyroParam(loc)
         self.scale = PyroParam(self.init_scale * scale, constraints.positive)

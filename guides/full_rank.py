@@ -9,7 +9,6 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import Reshaped
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 __all__ = ["FullRank"]
@@ -47,12 +46,7 @@ class FullRank(SiteGuide):
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and ``scale_tril``, diagonal."""
-        if site.size > self.max_size:
-            raise ConfigurationError(
-                f"FullRank: site {site.name!r} has {site.size} numbers for each layer, whose "
-                f"covariance has {site.size**2:,}; use LowRank or MatrixNormal, or raise "
-                f"max_size={self.max_size}."
-            )
+        self.check_size(site, "max_size", site.size, "use LowRank or MatrixNormal")
         loc, scale = site.start()
         flat = (self.init_scale * scale).reshape(*site.batch_shape, site.size)
         self.loc = PyroParam(loc)

@@ -33,8 +33,9 @@ class Laplace(PostHoc):
 
     Args:
         structure: ``"kron"`` for a Kronecker product of a row and a column factor in each layer,
-            ``"diag"`` for the diagonal. A site whose event is not a matrix takes the diagonal.
-            Default: kron.
+            ``"diag"`` for the diagonal. A site whose event is not a matrix, or a matrix with a
+            side longer than ``max_side``, takes the diagonal. Default: kron.
+        max_side: the longest side for which a factor is kept. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers: the
     eigenvectors ``row_basis`` (n, m_r, m_r) and ``col_basis`` (n, m_c, m_c) of the factors, and
@@ -55,16 +56,18 @@ class Laplace(PostHoc):
     col_basis: Tensor
     width: Tensor
 
-    def __init__(self, *, structure: Structure = "kron") -> None:
+    def __init__(self, *, structure: Structure = "kron", max_side: int = 1024) -> None:
         super().__init__()
         if structure not in ("kron", "diag"):
             raise ConfigurationError(f"Laplace: structure={structure!r} is not 'kron' or 'diag'.")
         self.structure = structure
+        self.max_side = max_side
 
     @property
     def is_kron(self) -> bool:
         """Whether this site has a row and a column factor."""
-        return self.structure == "kron" and self.site.event_dim == 2
+        shape = self.site.event_shape
+        return self.structure == "kron" and len(shape) == 2 and max(shape) <= self.max_side
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` and room for the curvature."""

@@ -23,9 +23,14 @@ class MatrixNormal(SiteGuide):
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.3.
+        max_side: the longest side for which a factor is made; longer ones (of the factors of a
+            LoRA, say) raise an error. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` (n, m_r, m_c), ``row_scale_tril``
     (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c); for other sites ``loc`` and ``scale``.
+
+    Raises:
+        ConfigurationError: a matrix has a side longer than ``max_side``.
 
     Example::
 
@@ -39,6 +44,10 @@ class MatrixNormal(SiteGuide):
         "scale": "scale",
     }
 
+    def __init__(self, *, init_scale: float = 0.3, max_side: int = 1024) -> None:
+        super().__init__(init_scale=init_scale)
+        self.max_side = max_side
+
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and both factors, diagonal."""
         loc, scale = site.start()
@@ -46,6 +55,7 @@ class MatrixNormal(SiteGuide):
         if site.event_dim != 2:
             self.scale = PyroParam(self.init_scale * scale, constraints.positive)
             return
+        self.check_size(site, "max_side", max(site.event_shape), "use MeanField or LowRank")
         # The best product of a row and a column profile for the prior's standard deviations.
         root = (self.init_scale * scale).log()
         row = root.mean(-1) - root.mean((-1, -2)).unsqueeze(-1) / 2

@@ -48,7 +48,10 @@ def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tens
     for name, module in zip(group.module_names, group.modules, strict=True):
         weight = dense_weight(module, name)
         if weight.is_meta:
-            weight = torch.eye(group.d_out, group.d_in)
+            lefts.append(torch.eye(left, group.d_out))
+            rights.append(torch.eye(right, group.d_in))
+            values.append(torch.ones(min(weight.shape)))
+            continue
         U, S, Vh = torch.linalg.svd(weight, full_matrices=max(left, right) > min(weight.shape))
         lefts.append(U.mT[:left])
         rights.append(Vh[:right])

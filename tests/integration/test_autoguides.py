@@ -5,7 +5,13 @@ import pytest
 import tiny
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from pyro.optim import ClippedAdam
 
 from pyro_blora import BayesianLoRA
@@ -58,6 +64,18 @@ def test_train_and_predict(kind, by_user):
     spread = prediction.samples.std(0).max()
     assert (spread == 0) == (kind is AutoDelta)
     assert blora.kl() is None
+
+
+@pytest.mark.parametrize("prior", tiny.priors())
+@pytest.mark.parametrize("kind", [*AUTOGUIDES, AutoDiagonalNormal, AutoMultivariateNormal])
+def test_every_prior_takes_an_autoguide(prior, kind):
+    blora, batch = tiny.adapted(prior=tiny.priors()[prior], guide=kind), tiny.sequences(8)
+    blora.guide(batch)
+    before = tiny.trained(blora)
+    train(blora, batch, steps=3)
+    assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
+    for num_samples in (0, 4):
+        assert blora.predict(batch, num_samples).samples.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", AUTOGUIDES)

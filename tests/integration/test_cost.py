@@ -53,6 +53,22 @@ def test_sites_and_choleskys_do_not_grow_with_the_depth(conditional):
     assert many.of("mm") > few.of("mm")  # the network itself did grow: the counter counts
 
 
+# Covariance factors of the prior; a low-rank guide has one more, of its directions.
+FACTORS = {"FactorInducing": 4, "GaussianFactors": 0, "Subspace": 0}
+
+
+@pytest.mark.parametrize("prior", tiny.priors())
+@pytest.mark.parametrize("family", tiny.families())
+def test_no_pair_takes_more_than_one_cholesky_for_each_factor(prior, family):
+    """In a group of thirty layers as in a group of two, forward and backward."""
+    pair = {"prior": tiny.priors()[prior], "guide": tiny.families()[family]}
+    (_, few, small), (_, many, large) = (one_step(n, **pair) for n in (2, 30))
+    assert [g.n for g in large.model.groups] == [30, 30]
+    assert many.of("cholesky") == few.of("cholesky")
+    sites = len(small.guide.families()) if family == "LowRank" else 0
+    assert few.of("cholesky") <= FACTORS.get(prior, 2) * len(small.model.groups) + sites
+
+
 def test_the_network_runs_once_for_all_particles():
     net, batch = tiny.llama(), tiny.sequences(8)
     blora = tiny.adapted(net)

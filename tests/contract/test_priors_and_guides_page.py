@@ -1,0 +1,133 @@
+"""docs/priors_and_guides.md: its programs run, its tables are complete, its sizes are right."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import tiny
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroParam
+from torch.distributions import constraints
+
+from pyro_blora import fit
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Delta, MeanField, Site, SiteGuide
+from pyro_blora.models import UpdateModel
+from pyro_blora.pretrained import shape_only
+from pyro_blora.recipes import RECIPES, recipe
+from pyro_blora.targets import LayerGroup
+from pyro_blora.update import LowRankUpdate
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "priors_and_guides.md").read_text("utf-8")
+PRIOR, GUIDE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+spec = importlib.util.spec_from_file_location("matrix", ROOT / "benchmarks" / "matrix.py")
+matrix = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(matrix)
+
+
+def made(source, name):
+    names = {
+        "LayerGroup": LayerGroup,
+        "LowRankUpdate": LowRankUpdate,
+        "PyroParam": PyroParam,
+        "Site": Site,
+        "SiteGuide": SiteGuide,
+        "TorchDistribution": TorchDistribution,
+        "UpdateModel": UpdateModel,
+        "constraints": constraints,
+        "dist": dist,
+        "pyro": pyro,
+        "torch": torch,
+    }
+    exec(source, names)
+    return names[name]
+
+
+def own_lines(source):
+    return len([line for line in source.splitlines() if line.strip()])
+
+
+@pytest.mark.parametrize("family", ["MeanField", "MatrixNormal", "Flow", "HeavyTails"])
+def test_the_prior_of_the_page_takes_any_guide(family):
+    assert own_lines(PRIOR) <= 15
+    if family == "HeavyTails":
+        guide = made(GUIDE, family)()
+    else:
+        guide = recipe(f"Subspace+{family}").guide()
+    blora = tiny.adapted(prior=made(PRIOR, "SpikeAndSlab")(rank=2), guide=guide, num_data=10)
+    before = tiny.trained(blora)
+    options = {"num_steps": 8, "progress": False}
+    history = fit(blora, tiny.examples(10), collate=tiny.collate, **options).history
+    assert all(abs(step["loss"]) < float("inf") for step in history)
+    assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
+    gates = blora.guide(None)["q_proj.z"]
+    assert ((gates >= 0) & (gates <= 1)).all()
+    assert blora.predict(tiny.collate(tiny.examples(4)), 3).samples.shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize("prior", tiny.priors())
+def test_the_guide_of_the_page_takes_any_prior(prior):
+    assert own_lines(GUIDE) <= 15
+    family = made(GUIDE, "HeavyTails")
+    blora = tiny.adapted(prior=tiny.priors()[prior], guide=family(), num_data=10)
+    before = tiny.trained(blora)
+    options = {"num_steps": 8, "progress": False}
+    fit(blora, tiny.examples(10), collate=tiny.collate, **options)
+    assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
+    assert blora.predict(tiny.collate(tiny.examples(4)), 3).samples.shape == (3, 4, 3)
+
+
+def test_every_class_and_every_recipe_is_on_the_page():
+    for name in (*tiny.priors(), *tiny.families()):
+        assert PAGE.count(f"`{name}`") >= 2, name  # what it is for, and its size
+    assert all(
+        f"`{name}`" in PAGE for name in set(RECIPES) - {"lora"}
+    )  # plain LoRA is no posterior
+    pairs = set(re.findall(r"`(\w+\+\w+)`", PAGE)) - {"PRIOR+GUIDE"}
+    assert len(pairs) > 10
+    for pair in pairs:
+        recipe(pair)
+
+
+def sizes():
+    lines = PAGE.split(matrix.BEGIN)[1].split(matrix.END)[0].strip().splitlines()
+    cells = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
+
+
+def test_the_sizes_are_those_of_the_benchmark():
+    table, net = sizes(), shape_only("llama-2-7b")
+    assert set(table) == {*tiny.families(), "*the prior itself*"}
+    for prior in matrix.classes(matrix.models, UpdateModel):
+        assert set(table["Delta"]) == set(tiny.priors())
+        for guide in (Delta, MeanField):
+            found = matrix.size(net, prior, guide)
+            assert table["*the prior itself*"][prior.__name__] == matrix.short(found[0])
+            assert table[guide.__name__][prior.__name__] == matrix.short(found[1])
+
+
+def test_refused_pairs_are_listed_are_few_and_say_why():
+    table, net = sizes(), shape_only("llama-2-7b")
+    refused = {f"{p}+{g}" for g, row in table.items() for p, cell in row.items() if cell == "-"}
+    listed = PAGE.split("### Pairs that are refused")[1].split("## A prior")[0]
+    assert refused == set(re.findall(r"`(\w+\+\w+)`", listed))
+    assert 0 < len(refused) <= 0.1 * len(tiny.priors()) * len(tiny.families())
+    for pair in refused:
+        made_of = recipe(pair)
+        pyro.clear_param_store()
+        with pytest.raises(ConfigurationError, match=r"in each layer.*max_.*; use .*or raise"):
+            tiny.adapted(net, prior=made_of.prior(8), guide=made_of.guide())
+
+
+def test_refused_pairs_work_on_small_layers():
+    """The page says which are refused at 7B; the same pairs work on small layers."""
+    for pair in ("GaussianFactors+FullRank", "GaussianFactors+Flow"):
+        made_of = recipe(pair)
+        pyro.clear_param_store()
+        blora = tiny.adapted(prior=made_of.prior(2), guide=made_of.guide())
+        assert blora.predict(tiny.sequences(), 2).samples.isfinite().all()
