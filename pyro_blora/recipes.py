@@ -32,7 +32,7 @@ from pyro_blora.models import (
     UpdateModel,
 )
 
-__all__ = ["RECIPES", "Recipe", "all_recipes", "recipe"]
+__all__ = ["RECIPES", "WITHOUT_PAIR", "Recipe", "all_recipes", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,19 @@ _KNOWN = (
 RECIPES: dict[str, Recipe] = {known.name: known for known in _KNOWN}
 
 
+# Methods that are no prior beside a guide; `compare` has them all the same.
+WITHOUT_PAIR = {
+    "mc-dropout": (
+        "plain LoRA by PEFT with its dropout left on in prediction",
+        "Gal, Ghahramani 2016, Dropout as a Bayesian approximation, arXiv:1506.02142",
+    ),
+    "temperature": (
+        "another method's log-probabilities scaled on validation items: temperature:NAME",
+        "Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599",
+    ),
+}
+
+
 def all_recipes() -> dict[str, Recipe]:
     """The library's recipes and those of installed packages, by name."""
     found = {entry.name: entry.load() for entry in entry_points(group="pyro_blora.recipes")}
@@ -180,6 +193,11 @@ def recipe(name: str) -> Recipe:
             num_samples=0 if guide is Delta else None,
         )
     known = all_recipes()
+    if name in WITHOUT_PAIR:
+        raise ConfigurationError(
+            f"{name} is no prior beside a guide ({WITHOUT_PAIR[name][0]}); `pyro-blora compare` "
+            "has it, and so do pyro_blora.baselines and pyro_blora.temperature."
+        )
     if name not in known:
         raise ConfigurationError(
             f"recipe {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "

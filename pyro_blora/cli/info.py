@@ -11,7 +11,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cli import _options as o
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.pretrained import SHAPES, shape_only
-from pyro_blora.recipes import RECIPES, all_recipes, recipe
+from pyro_blora.recipes import RECIPES, WITHOUT_PAIR, all_recipes, recipe
 from pyro_blora.summary import plain_lora_parameters
 
 __all__ = ["run"]
@@ -72,4 +72,6 @@ def _listed() -> Table:
         view.add_column(column, overflow="fold")
     for name, made in all_recipes().items():
         view.add_row(name, repr(made.prior(8)), repr(made.guide()), made.summary, made.citation)
+    for name, (summary, citation) in WITHOUT_PAIR.items():
+        view.add_row(name, "", "", summary, citation)
     return view

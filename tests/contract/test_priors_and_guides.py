@@ -69,6 +69,38 @@ def test_training_moves_every_parameter_and_the_predictions(pair, steps):
     assert blora.predict(batch, 5).samples.shape == (5, 8, 3)
 
 
+def test_the_loss_falls(pair):
+    """Under the same draws before and after twenty steps of SVI."""
+    prior, family = pair
+    blora, batch = tiny.adapted(prior=prior, guide=family), tiny.sequences(8)
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+
+    def loss():
+        torch.manual_seed(0)
+        return sum(elbo.loss(blora.model, blora.guide, batch) for _ in range(8)) / 8
+
+    before = loss()
+    svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 1e-2}), elbo)
+    for _ in range(20):
+        svi.step(batch)
+    after = loss()
+    assert abs(after) < float("inf")
+    assert after < before
+
+
+@pytest.mark.parametrize("family", [MeanField, guides.MatrixNormal, guides.FullRank])
+def test_at_the_prior_the_kl_is_zero(family):
+    """For every prior whose sites are normal and start at its mean; others have no closed form."""
+    zero = set()
+    for name, prior in PRIORS.items():
+        pyro.clear_param_store()
+        kl = tiny.adapted(prior=prior, guide=family(init_scale=1.0)).kl()
+        if kl is not None and abs(kl) < 1e-4:
+            zero.add(name)
+    assert {"KernelInducing", "KroneckerInducing", "SpectralInducing"} <= zero
+    assert "GaussianFactors" not in zero  # A starts as LoRA does, away from the prior's mean
+
+
 def test_every_trainable_tensor_is_a_pyro_param_with_a_role(pair):
     prior, family = pair
     blora = tiny.adapted(prior=prior, guide=family)

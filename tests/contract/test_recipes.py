@@ -75,6 +75,8 @@ def test_pairs_are_recipes_too():
         ("blobb", "recipe 'blobb' is unknown; .*blob.*KroneckerInducing"),
         ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
         ("Subspace+Deltas", "guide 'Deltas' is unknown; .*Delta"),
+        ("temperature", "no prior beside a guide .*compare"),
+        ("mc-dropout", "no prior beside a guide .*baselines"),
         ("UpdateModel+Delta", "prior 'UpdateModel' is unknown"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],
