@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_blora.core_density import Core
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 
 __all__ = ["Hierarchical"]

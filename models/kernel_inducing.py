@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.func import functional_call
 
-from pyro_blora.core_density import Core, check_core, sample_core
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.kronecker import kronecker_covariance, whiten_or_explain
+from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.pretrained_weight import top_singular
 from pyro_blora.targets import LayerGroup

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.conditional import JointNoise, MarginalNoise, conditional_kl
-from pyro_blora.core_density import Core, check_core, sample_core
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.kronecker import (
     inducing_covariance,
@@ -19,6 +18,7 @@ from pyro_blora.kronecker import (
     lazy_covariance,
     whiten_or_explain,
 )
+from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate, Noise
@@ -57,7 +57,7 @@ class KroneckerInducing(UpdateModel):
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
             Default: learned.
         core: the density of the entries of ``V``: a name (see
-            :func:`~pyro_blora.core_density.sample_core`) or a function from a shape to a
+            :func:`~pyro_blora.models._core_density.sample_core`) or a function from a shape to a
             distribution. Default: normal.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.

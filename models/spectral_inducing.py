@@ -7,7 +7,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.core_density import Core
+from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.pretrained_weight import top_singular
 from pyro_blora.targets import LayerGroup

@@ -9,11 +9,11 @@ from linear_gaussian import Observed
 from torch import nn
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.core_density import CORES
 from pyro_blora.effective_rank import effective_rank, effective_ranks
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField
 from pyro_blora.models import Hierarchical, KroneckerInducing, SpectralInducing
+from pyro_blora.models._core_density import CORES
 from pyro_blora.targets import group_layers
 from pyro_blora.update import LowRankUpdate
 

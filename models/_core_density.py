@@ -1,7 +1,6 @@
 """Exchangeable densities of a whitened core, by name or as a function of the shape."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pyro
 import pyro.distributions as dist
@@ -10,9 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_blora.errors import ConfigurationError, near_miss
-
-if TYPE_CHECKING:
-    from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.models._update_model import UpdateModel
 
 __all__ = ["CORES", "Core", "check_core", "sample_core"]
 
@@ -23,41 +20,41 @@ _STUDENT_DF = 4.0  # the heaviest whole number of degrees of freedom with a fini
 _SLAB = 2.0  # standard deviation of the entries that the horseshoe leaves alone
 
 
-def _zeros(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+def _zeros(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape, device=model.group.device)
 
 
-def _normal(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+def _normal(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     return _draw(model, "V", dist.Normal(_zeros(model, shape), 1.0))
 
 
-def _student_t(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+def _student_t(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     scale = ((_STUDENT_DF - 2) / _STUDENT_DF) ** 0.5  # unit variance
     return _draw(model, "V", dist.StudentT(_STUDENT_DF, _zeros(model, shape), scale))
 
 
-def _laplace(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+def _laplace(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     return _draw(model, "V", dist.Laplace(_zeros(model, shape), 0.5**0.5))  # unit variance
 
 
-def _horseshoe(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+def _horseshoe(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     tau = _draw(model, "tau", dist.HalfCauchy(_zeros(model, ()) + 1.0))[..., None, None]
     local = _draw(model, "local", dist.HalfCauchy(_zeros(model, shape) + 1.0))
     width = tau * local
     return _normal(model, shape) * _SLAB * width / (_SLAB**2 + width.square()).sqrt()
 
 
-def _ard(model: "UpdateModel", shape: tuple[int, ...]) -> Tensor:
+def _ard(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     columns = _draw(model, "columns", dist.HalfCauchy(_zeros(model, shape[-1:]) + 1.0))
     return _normal(model, shape) * columns.unsqueeze(-2)
 
 
-def _draw(model: "UpdateModel", name: str, fn: TorchDistribution) -> Tensor:
+def _draw(model: UpdateModel, name: str, fn: TorchDistribution) -> Tensor:
     value: Tensor = pyro.sample(model.site(name), fn.to_event(len(fn.batch_shape)))
     return value
 
 
-CORES: dict[str, Callable[["UpdateModel", tuple[int, ...]], Tensor]] = {
+CORES: dict[str, Callable[[UpdateModel, tuple[int, ...]], Tensor]] = {
     "normal": _normal,
     "student-t": _student_t,
     "laplace": _laplace,
@@ -75,7 +72,7 @@ def check_core(core: Core) -> None:
         )
 
 
-def sample_core(model: "UpdateModel", core: Core, shape: tuple[int, ...]) -> Tensor:
+def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tensor:
     r"""Samples a core inside the plate of ``model``.
 
     ======================  ==========================================================
