@@ -1,7 +1,7 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
@@ -11,21 +11,19 @@ from torch import Tensor, nn
 
 from pyro_blora import checkpoints
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, analytic_kl, center, latent_sites, start_guide
+from pyro_blora.guide import GuideFactory, analytic_kl, center, make_guide, start_guide
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.model import BayesianLoRAModel, to_device, warn_of_aliases
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.prediction import Prediction
-from pyro_blora.predictive import log_predictive, logits_of_draws
+from pyro_blora.predictive import linearised_logits, log_predictive, logits_of_draws
 from pyro_blora.recipes import recipe
 from pyro_blora.summary import describe
 from pyro_blora.targets import find_targets, group_layers
 from pyro_blora.update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
-
-GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 
 class BayesianLoRA(PyroModule):
@@ -92,29 +90,11 @@ class BayesianLoRA(PyroModule):
         _check_kind("likelihood", likelihood, Likelihood)
         self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
         warn_of_aliases(self.model)
-        self.guide = self._make_guide()
+        self.guide, self.max_plate_nesting = make_guide(self.guide_family[0], self.model)
         self._frozen = tuple((p, p.requires_grad) for p in net.parameters())
         self.model.attach()
         for parameter, _ in self._frozen:
             parameter.requires_grad_(False)
-
-    def _make_guide(self) -> nn.Module:
-        family = self.guide_family[0]
-        if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
-            raise ConfigurationError(
-                f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable "
-                "that makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide "
-                "family is passed as an object, MatrixNormal(), not as the class."
-            )
-        with torch.no_grad():
-            trace = pyro.poutine.trace(self.model.updates).get_trace()
-        sites = latent_sites(trace)
-        # Plates of the prior; the particles' dimension stands just outside of them.
-        frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        self.max_plate_nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
-        if isinstance(family, SiteGuide):
-            return StructuredGuide(family, sites, self.model)
-        return family(self.model)
 
     @property
     def net(self) -> nn.Module:
@@ -180,7 +160,14 @@ class BayesianLoRA(PyroModule):
             yield net
 
     @torch.no_grad()
-    def predict(self, batch: Batch, num_samples: int = 10, *, max_rows: int = 256) -> Prediction:
+    def predict(
+        self,
+        batch: Batch,
+        num_samples: int = 10,
+        *,
+        max_rows: int = 256,
+        linearised: bool = False,
+    ) -> Prediction:
         """The posterior predictive of the labels of a batch.
 
         Args:
@@ -188,6 +175,8 @@ class BayesianLoRA(PyroModule):
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: 10.
             max_rows: as many draws share a pass of the network as keep draws times examples within
                 this, at least one; a limit on memory.
+            linearised: takes the draws from the logits' first-order expansion at the posterior
+                mean: one pass of the network however many draws (``predictive.py``).
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows
@@ -204,6 +193,8 @@ class BayesianLoRA(PyroModule):
                 "none; use log_predictive(batch), or `with blora.posterior(): net.generate(...)`."
             )
         batch = to_device(batch, self.model.groups[0].device)
+        if linearised:
+            return Prediction(linearised_logits(self, batch, num_samples).softmax(-1))
         draws = logits_of_draws(self, batch, num_samples, max_rows)
         return Prediction(torch.cat([logits.softmax(-1) for logits in draws]))
 

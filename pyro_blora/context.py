@@ -45,7 +45,8 @@ def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     weight = torch.ones_like(ids) if mask is None else mask
-    embedded = net.get_input_embeddings()(ids).float()  # type: ignore[operator]
+    embedded = net.get_input_embeddings()(ids)  # type: ignore[operator]
+    embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
     dims = tuple(range(1, ids.dim()))
     mean = (embedded * weight.unsqueeze(-1)).sum(dims)  # its length is set below
     return nn.functional.normalize(mean, dim=-1) * float(mean.shape[-1]) ** 0.5

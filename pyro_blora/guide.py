@@ -1,6 +1,6 @@
 """The guide of a whole model: one bound guide family for each latent site."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,18 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 from pyro_blora.model import BayesianLoRAModel
 
-__all__ = ["StructuredGuide", "analytic_kl", "center", "latent_sites", "start_guide"]
+__all__ = [
+    "GuideFactory",
+    "StructuredGuide",
+    "analytic_kl",
+    "center",
+    "latent_sites",
+    "make_guide",
+    "start_guide",
+]
+
+
+GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 
 def latent_sites(trace: Trace) -> list[Site]:
@@ -80,7 +91,7 @@ class StructuredGuide(PyroModule):
             self._site_guides.append((site, attribute))
             setattr(self, attribute, family.bind(site))
         self.reads_context = family.reads_context
-        self._nesting = max([1, *(-f.dim for site in sites for f in site.plates)])
+        self.nesting = max([1, *(-f.dim for site in sites for f in site.plates)])
 
     def families(self) -> dict[str, SiteGuide]:
         """The bound family of each site."""
@@ -93,7 +104,7 @@ class StructuredGuide(PyroModule):
             The sampled values by site name.
         """
         context = self._context(batch)
-        self._see(None if context is None else context_of_particles(context, self._nesting))
+        self._see(None if context is None else context_of_particles(context, self.nesting))
         values: dict[str, Tensor] = {}
         plates: dict[str, pyro.plate] = {}
         model = self._model[0]
@@ -116,7 +127,7 @@ class StructuredGuide(PyroModule):
         """
         context = self._context(batch)
         if context is not None:
-            context = context.reshape(len(context), *(1,) * self._nesting, context.shape[-1])
+            context = context.reshape(len(context), *(1,) * self.nesting, context.shape[-1])
         self._see(context)
         return {name: family.center() for name, family in self.families().items()}
 
@@ -166,3 +177,29 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
             except NotImplementedError:
                 return None
         return total
+
+
+def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tuple[nn.Module, int]:
+    """The guide of a model, and how many dimensions the plates of its prior take.
+
+    Args:
+        family: a guide family, or a callable that makes a guide from the model.
+        model: the model, whose prior is traced for its sites.
+
+    Raises:
+        ConfigurationError: ``family`` is neither, or is a class and not an object.
+    """
+    if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
+        raise ConfigurationError(
+            f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable that "
+            "makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide family "
+            "is passed as an object, MatrixNormal(), not as the class."
+        )
+    with torch.no_grad():
+        trace = pyro.poutine.trace(model.updates).get_trace()
+    # Plates of the prior; the particles' dimension stands just outside of them.
+    frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+    nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
+    if isinstance(family, SiteGuide):
+        return StructuredGuide(family, latent_sites(trace), model), nesting
+    return family(model), nesting

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from pyro_blora.adapted import Adapted
 from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guide import StructuredGuide
+from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
 
-__all__ = ["log_predictive", "logits_of_draws"]
+__all__ = ["linearised_logits", "log_predictive", "logits_of_draws"]
 
 
 def logits_of_draws(
@@ -54,6 +56,53 @@ def logits_of_draws(
             yield logits.unflatten(0, (draws, examples))
     finally:
         blora.net.train(was_training)
+
+
+@torch.no_grad()
+def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
+    r"""Draws of the logits by their first-order expansion in the core at the posterior mean.
+
+    .. math::
+
+        f(U_s) \approx f(\bar U) + J (U_s - \bar U), \qquad U_s \sim q,
+
+    for any guide family, in unconstrained coordinates. The network runs forward once and backward
+    once for each class but the first; a draw costs one product with :math:`J`.
+
+    Args:
+        blora: the adapted network; evaluated with dropout off, left in the mode it was in.
+        batch: what the likelihood takes.
+        num_samples: number of draws ``S``.
+
+    Returns:
+        ``(S, B, C)``.
+
+    Raises:
+        ConfigurationError: ``num_samples`` is below 1, the guide is none of this library, or the
+            likelihood has more than one choice for each example.
+    """
+    if num_samples < 1:
+        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
+    was_training = blora.net.training
+    blora.net.eval()
+    try:
+        logits, jacobian = logit_jacobian(blora, batch)
+    finally:
+        blora.net.train(was_training)
+    assert isinstance(blora.guide, StructuredGuide)
+    blora.guide.center(batch)  # an amortised family sees every example by itself again
+    shift = torch.zeros(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
+    for name, family in blora.guide.families().items():
+        site, law = family.site, family.distribution()
+        centre = family.center()
+        centre = centre if site.is_real else site.transform.inv(centre)
+        # draws x [B or one for all] x numbers
+        moved = law.sample(torch.Size([num_samples])) - centre
+        size = site.shape.numel()
+        J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
+        moved = moved.reshape(num_samples, -1, size).expand(-1, len(logits), -1)
+        shift += torch.einsum("bck,sbk->sbc", J, moved)
+    return logits + shift
 
 
 def log_predictive(blora: Adapted, batch: Batch, num_samples: int, max_rows: int) -> Tensor:

@@ -1,70 +1,44 @@
 r"""Laplace's approximation: the curvature of the loss at a point estimate.
 
-With a particle for each example every example has its own copy of the core, so that one backward
-pass for each class gives the Jacobian of *every* example's logits. The scores
-:math:`g_{bc} = \sqrt{p_{bc}} (J_{bc} - \sum_k p_{bk} J_{bk})` then add up to the generalised
-Gauss-Newton matrix, :math:`H = \sum_{bc} g_{bc} g_{bc}^\top`.
+From the Jacobian of every example's logits the scores :math:`g_{bc} = \sqrt{p_{bc}} (J_{bc} -
+\sum_k p_{bk} J_{bk})` add up to the generalised Gauss-Newton matrix, :math:`H = \sum_{bc} g_{bc}
+g_{bc}^\top`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guide import StructuredGuide
 from pyro_blora.guides.laplace import Laplace
+from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.likelihoods import Batch
 
 __all__ = ["Curvature", "best_precision", "fit_laplace", "scores"]
 
 
-def scores(blora: BayesianLoRA, batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """The scores of a batch at the guide's centre, one class after the other.
+def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
+    """The scores of a batch at the guide's centre.
 
     Args:
         blora: the trained adapter, with a guide family of this library.
         batch: ``B`` examples.
 
-    Yields:
-        For each class ``c`` and each site ``g_bc``, ``(B, n, *event_shape)``, in unconstrained
-        coordinates.
+    Returns:
+        For each site ``g_bc``, ``(B, C, n, *event_shape)``, in unconstrained coordinates.
 
     Raises:
         ConfigurationError: the likelihood has more than one choice for each example.
     """
-    assert isinstance(blora.guide, StructuredGuide)
-    families = blora.guide.families()
-    examples = blora.likelihood.examples(batch)
-    leaves, values = {}, {}
-    for name, family in families.items():
-        assert isinstance(family, Laplace)
-        leaf = family.loc.detach().expand(examples, *family.site.shape).clone().requires_grad_()
-        leaves[name] = leaf
-        values[name] = leaf if family.site.is_real else family.site.transform(leaf)
-    with torch.enable_grad():
-        updates = pyro.poutine.condition(blora.model.updates, data=values)()
-        updates = {name: update.without_noise() for name, update in updates.items()}
-        with blora.model.applied(updates) as net:
-            logits = blora.likelihood.logits(net, batch)
-        if logits.dim() != 2:
-            raise ConfigurationError(
-                "Laplace needs one choice among a few classes for each example, (B, C) logits; "
-                f"{type(blora.likelihood).__name__} has {tuple(logits.shape)}."
-            )
-        jacobian = []
-        for c in range(logits.shape[-1]):
-            total = logits[:, c].sum()
-            grads = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
-            jacobian.append([g.detach().float() for g in grads])
-    p = logits.detach().float().softmax(-1)
-    for site, name in enumerate(leaves):
-        stacked = torch.stack([row[site] for row in jacobian], 1)  # B x C x n x event
-        weight = p.reshape(*p.shape, *(1,) * (stacked.dim() - 2))
-        centred = stacked - (weight * stacked).sum(1, keepdim=True)
-        yield {name: weight.sqrt() * centred}
+    logits, jacobian = logit_jacobian(blora, batch)
+    p = logits.softmax(-1)
+    found = {}
+    for name, J in jacobian.items():
+        weight = p.reshape(*p.shape, *(1,) * (J.dim() - 2))
+        found[name] = weight.sqrt() * (J - (weight * J).sum(1, keepdim=True))
+    return found
 
 
 class Curvature:
@@ -157,9 +131,8 @@ def fit_laplace(blora: BayesianLoRA, batches: Iterable[Batch]) -> dict[str, floa
     seen = 0
     for batch in batches:
         seen += blora.likelihood.examples(batch)
-        for site in scores(blora, batch):
-            for name, g in site.items():
-                curvature[name].add(g)
+        for name, g in scores(blora, batch).items():
+            curvature[name].add(g)
     chosen = {}
     for name, part in curvature.items():
         scale = (blora.likelihood.num_data or seen) / seen

@@ -66,8 +66,7 @@ class Logistic:
 
 def test_scores_add_up_to_the_gauss_newton_matrix():
     toy = Logistic(Laplace())
-    (site,) = scores(toy.blora, toy.collate(toy.rows))
-    (g,) = site.values()
+    (g,) = scores(toy.blora, toy.collate(toy.rows)).values()
     g = g.flatten(-2).squeeze(2)  # B x C x k
     torch.testing.assert_close(torch.einsum("bck,bcl->kl", g, g), toy.gauss_newton())
 

@@ -1,0 +1,110 @@
+"""The one-pass predictive: exact where the network is linear in the core, else nearly so."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from linear_gaussian import Toy
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Amortized, FullRank, Laplace, MatrixNormal, MeanField
+from pyro_blora.jacobian import logit_jacobian
+from pyro_blora.likelihoods import CausalLM
+from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
+from pyro_blora.predictive import linearised_logits
+
+
+def test_the_jacobian_of_a_linear_network_is_its_design():
+    toy = Toy(MatrixNormal(), ranks=(2, 3))
+    logits, jacobian = logit_jacobian(toy.blora, toy.batch)
+    (J,) = jacobian.values()
+    rows = toy.design.reshape(5, 3, 6)
+    expected = rows - rows[:, :1]  # class 0 stands still
+    torch.testing.assert_close(J.reshape(5, 3, 6), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad(), toy.blora.posterior(0) as net:
+        torch.testing.assert_close(
+            logits, net(toy.batch["x"]), atol=1e-5, rtol=1e-5, check_dtype=False
+        )
+
+
+def test_where_the_network_is_linear_it_has_the_exact_law():
+    toy = Toy(FullRank(), ranks=(2, 3)).fit()
+    draws = linearised_logits(toy.blora, toy.batch, 100_000)
+    mean, covariance = toy.moments()
+    relative = draws - draws[..., :1]
+    rows = toy.design.reshape(5, 3, 6) - toy.design.reshape(5, 3, 6)[:, :1]
+    for b in range(5):
+        exact = (rows[b] @ covariance @ rows[b].mT).detach()
+        found = relative[:, b].mT.cov().double()
+        torch.testing.assert_close(found, exact, atol=0.02 * float(exact.max()), rtol=0)
+    base = toy.blora.net(toy.batch["x"]).detach()  # unadapted: the hooks add nothing now
+    centre = (base + (toy.design @ mean).reshape(5, 3)).detach()
+    expected = centre - centre[:, :1]
+    torch.testing.assert_close(relative.mean(0).double(), expected, atol=0.02, rtol=0)
+
+
+PAIRS = [
+    (KroneckerInducing(rank=2), MatrixNormal(init_scale=0.1)),
+    (FactorInducing(rank=2), MeanField(init_scale=0.1)),
+    (Hierarchical(rank=2), MeanField(init_scale=0.1)),
+    (KroneckerInducing(rank=2), Amortized(init_scale=0.1)),
+]
+
+
+@pytest.mark.parametrize(("prior", "family"), PAIRS, ids=repr)
+def test_with_a_narrow_posterior_it_is_the_sampled_predictive(prior, family):
+    blora, batch = tiny.adapted(prior=prior, guide=family), tiny.sequences(6)
+    with torch.no_grad():
+        for guide in blora.guide.families().values():
+            guide.loc.add_(0.3 * torch.randn_like(guide.loc))
+            if isinstance(family, Amortized):
+                guide.loc_weight.normal_()
+    torch.manual_seed(0)
+    sampled = blora.predict(batch, 4000)
+    linear = blora.predict(batch, 4000, linearised=True)
+    mean = blora.predict(batch, 0).probs
+    torch.testing.assert_close(linear.probs, sampled.probs, atol=3e-3, rtol=0)
+    spread = sampled.samples.std(0)
+    assert spread.max() > 1e-3
+    torch.testing.assert_close(
+        linear.samples.std(0), spread, atol=0.15 * float(spread.max()), rtol=0
+    )
+    assert (linear.probs - mean).abs().max() < 0.1
+
+
+def test_the_network_runs_once():
+    net = tiny.llama()
+    blora, runs = tiny.adapted(net), []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    assert blora.predict(tiny.sequences(8), 500, linearised=True).samples.shape == (500, 8, 3)
+    assert len(runs) == 1
+    assert not any(p.grad is not None for p in blora.parameters())
+
+
+def test_it_serves_a_finished_laplace():
+    """The predictive of Laplace-LoRA is the linearised one."""
+    from pyro_blora import fit
+
+    blora = tiny.adapted(guide=Laplace(), num_data=10)
+    options = {"num_steps": 3, "progress": False}
+    fit(blora, tiny.examples(10), collate=tiny.collate, **options)
+    prediction = blora.predict(tiny.collate(tiny.examples(4)), 200, linearised=True)
+    assert prediction.mutual_information.mean() > 0
+
+
+def test_what_cannot_be_linearised_is_refused():
+    batch = tiny.sequences()
+    blora = tiny.adapted()
+    with pytest.raises(ConfigurationError, match="num_samples=0 must be at least 1"):
+        blora.predict(batch, 0, linearised=True)
+    net = blora.unwrap()
+    pyro.clear_param_store()
+    blora = tiny.adapted(net, guide=pyro.infer.autoguide.AutoNormal)
+    blora.guide(batch)
+    with pytest.raises(ConfigurationError, match="AutoNormal is not a family"):
+        blora.predict(batch, 5, linearised=True)
+    net = blora.unwrap()
+    pyro.clear_param_store()
+    blora = tiny.adapted(net, likelihood=CausalLM(num_data=4))
+    with pytest.raises(ConfigurationError, match="CausalLM has"):
+        linearised_logits(blora, tiny.texts(), 5)
