@@ -79,7 +79,7 @@ class BayesianLoRAModel(PyroModule):
         self.nll: Tensor | None = None
         for group in groups:
             setattr(self, group.name, prior.bind(group))
-        self._adapters: tuple[Adapter, ...] = ()
+        self.adapters: tuple[Adapter, ...] = ()
 
     @property
     def net(self) -> nn.Module:
@@ -91,16 +91,16 @@ class BayesianLoRAModel(PyroModule):
         try:
             for group in self.groups:
                 for name, module in zip(group.module_names, group.modules, strict=True):
-                    self._adapters += (Adapter(name, module),)
+                    self.adapters += (Adapter(name, module),)
         except ConfigurationError:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Takes the hooks off again."""
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             adapter.remove()
-        self._adapters = ()
+        self.adapters = ()
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """Samples the sites of every group, in single precision also under autocast."""
@@ -111,15 +111,15 @@ class BayesianLoRAModel(PyroModule):
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Within, the network's layers add ``updates``; yields the network."""
-        if not self._adapters:
+        if not self.adapters:
             raise ConfigurationError(
                 "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
             )
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         net = self._net[0]
         with (
-            updates_in_place(self._adapters, layers),
-            updates_kept_for_backward(net, self._adapters, layers),
+            updates_in_place(self.adapters, layers),
+            updates_kept_for_backward(net, self.adapters, layers),
             self._autocast(),
         ):
             yield net

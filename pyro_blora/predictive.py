@@ -11,6 +11,7 @@ from pyro_blora.guide import StructuredGuide
 from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
+from pyro_blora.shared_prefix import shared_prefix
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws"]
 
@@ -51,7 +52,8 @@ def logits_of_draws(
         most = max(1, min(num_samples, max_rows // examples))
         for start in range(0, num_samples, most):
             draws = min(most, num_samples - start)
-            with model.applied(blora.sample_updates(draws * each, batch)) as net:
+            updates = blora.sample_updates(draws * each, batch)
+            with model.applied(updates) as net, shared_prefix(net, model.adapters, draws):
                 logits = likelihood.logits(net, repeat_batch(batch, draws))
             yield logits.unflatten(0, (draws, examples))
     finally:

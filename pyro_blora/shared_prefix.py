@@ -1,0 +1,94 @@
+"""The layers below the lowest adapted one, run once for all posterior draws.
+
+They are frozen, so every draw's copy of the batch is the same in them. The lower blocks see the
+first copy alone; what the last of them puts out is repeated for the blocks above.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyro_blora.layers import Adapter
+
+__all__ = ["frozen_blocks", "shared_prefix"]
+
+_BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
+
+
+def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks that come before every adapted layer, in order.
+
+    Args:
+        net: the network, whose blocks stand in one ``ModuleList``.
+        names: full names of the adapted layers.
+
+    Returns:
+        None where the blocks cannot be told: layers in two lists (an encoder and a decoder), or a
+        layer outside of them that is not the network's head.
+    """
+    found = [_BLOCK.match(name) for name in names]
+    heads = {id(getattr(net, "get_output_embeddings", lambda: None)())}
+    for name, match in zip(names, found, strict=True):
+        if match is None and id(net.get_submodule(name)) not in heads:
+            return []
+    paths = {match.group(1) for match in found if match is not None}
+    if not paths:
+        lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        return list(lists[0]) if len(lists) == 1 else []
+    if len(paths) > 1:
+        return []
+    blocks = net.get_submodule(paths.pop())
+    lowest = min(int(match.group(2)) for match in found if match is not None)
+    return list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
+
+
+@contextmanager
+def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> Iterator[None]:
+    """Within, the network's batch is ``copies`` repetitions, which the frozen blocks see once.
+
+    Args:
+        net: the network.
+        adapters: those on its layers; without an update in place (while a network is asked what it
+            can do) nothing is shared.
+        copies: how often the whole batch is repeated, one repetition after the other.
+    """
+    frozen = frozen_blocks(net, [a.name for a in adapters]) if copies > 1 else []
+    if not frozen:
+        yield
+        return
+    rows = 0
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
+            return value[: rows // copies]
+        if isinstance(value, tuple):
+            return tuple(cut(v) for v in value)
+        return value
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, tuple):  # hidden states first, then what nothing above reads
+            return (repeat(value[0]), *value[1:])
+        return value.repeat(copies, *(1,) * (value.dim() - 1))
+
+    def before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        nonlocal rows
+        if adapters[0].update is None:
+            return None
+        if block is frozen[0]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rows = hidden.shape[0]
+        return tuple(cut(a) for a in args), {k: cut(v) for k, v in kwargs.items()}
+
+    def after(block: nn.Module, args: Any, output: Any) -> Any:
+        return None if adapters[0].update is None else repeat(output)
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
+    handles.append(frozen[-1].register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

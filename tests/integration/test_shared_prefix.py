@@ -1,0 +1,103 @@
+"""Blocks below the lowest adapted layer run once for all draws, and nothing else changes."""
+
+import pyro
+import pytest
+import tiny
+import torch
+
+from pyro_blora import predictive
+from pyro_blora.guides import MatrixNormal
+from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.models import KroneckerInducing
+from pyro_blora.shared_prefix import frozen_blocks
+
+CLASSES = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
+CASES = {
+    "llama": (tiny.llama, ["q_proj"], CLASSES, tiny.sequences),
+    "llama, eager": (
+        lambda n: tiny.llama(n, attn_implementation="eager"), ["q_proj"], CLASSES, tiny.sequences
+    ),
+    "qwen2": (tiny.qwen2, ["v_proj"], CLASSES, tiny.sequences),
+    "gpt2": (tiny.gpt2, ["c_attn"], CLASSES, tiny.sequences),
+    "bert": (tiny.bert, ["query"], SequenceClassification(num_data=12), tiny.sequences),
+    "options": (tiny.llama, ["q_proj"], MultipleChoice(num_data=12), tiny.choices),
+    "unpacked options": (
+        tiny.llama, ["q_proj"], MultipleChoice(num_data=12, pack=False), tiny.choices
+    ),
+}  # fmt: skip
+
+
+def adapted(case, layers, blocks):
+    make, targets, likelihood, batch = CASES[case]
+    blora = tiny.adapted(
+        make(layers),
+        target_modules=targets,
+        likelihood=likelihood,
+        layers_to_transform=blocks,
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=MatrixNormal(init_scale=1.0),
+    )
+    return blora, batch(6)
+
+
+def block_rows(blora):
+    """How many rows each block is given."""
+    rows = []
+    blocks = next(m for m in blora.net.modules() if isinstance(m, torch.nn.ModuleList))
+    for block in blocks:
+        block.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[0]))
+    return rows
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_changes_nothing_but_the_work(case, monkeypatch):
+    blora, batch = adapted(case, 4, [2, 3])
+    torch.manual_seed(0)
+    shared = blora.predict(batch, 5).samples
+    rows = block_rows(blora)
+    blora.predict(batch, 5)
+    below, above = rows[-4], rows[-1]
+    assert above == 5 * below
+    assert rows[-4:] == [below, below, above, above]
+    monkeypatch.setattr(predictive, "shared_prefix", lambda *_: pyro.poutine.scale(scale=1.0))
+    torch.manual_seed(0)
+    torch.testing.assert_close(blora.predict(batch, 5).samples, shared, atol=2e-5, rtol=0)
+    blora.predict(batch, 5)
+    assert rows[-4:] == [above] * 4
+    assert shared.std(0).max() > 0.01
+
+
+def test_an_adapted_head_alone_shares_every_block():
+    net = tiny.llama(3)
+    blora = tiny.adapted(net, target_modules=["lm_head"])
+    rows = block_rows(blora)
+    assert blora.predict(tiny.sequences(4), 6).samples.shape == (6, 4, 3)
+    assert rows == [4, 4, 4]
+
+
+def test_what_is_frozen():
+    net = tiny.llama(4)
+    blocks = list(net.model.layers)
+    name = "model.layers.{}.self_attn.q_proj"
+    assert frozen_blocks(net, [name.format(2), name.format(3)]) == blocks[:2]
+    assert frozen_blocks(net, [name.format(0), name.format(3)]) == []
+    assert frozen_blocks(net, [name.format(3), "lm_head"]) == blocks[:3]
+    bert = tiny.bert(2)
+    assert frozen_blocks(bert, ["bert.encoder.layer.1.attention.self.query", "classifier"]) == []
+
+
+def test_no_hook_stays_behind():
+    blora, batch = adapted("llama", 4, [3])
+    net = blora.net
+    before = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+    blora.predict(batch, 3)
+    after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+    assert after == before == 1
+
+
+def test_joint_noise_still_has_a_weight_for_each_draw():
+    prior = KroneckerInducing(rank=2, conditional="exact", noise="joint", sigma=0.05)
+    blora = tiny.adapted(tiny.llama(4), prior=prior, layers_to_transform=[3])
+    samples = blora.predict(tiny.sequences(4), 5).samples
+    assert samples.shape == (5, 4, 3)
+    assert samples.std(0).min() > 0
