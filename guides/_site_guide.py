@@ -1,6 +1,7 @@
 """The contract of a guide family: the variational distribution of one sample site."""
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -16,9 +17,14 @@ from torch.distributions.transforms import IndependentTransform, Transform
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
 
-__all__ = ["Site", "SiteGuide"]
+__all__ = ["Site", "SiteGuide", "forked_rng"]
 
 Self = TypeVar("Self", bound="SiteGuide")
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Within, random numbers may be seeded at will; afterwards the global seeds are as before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ class Site:
             loc, scale = self.prior.mean, self.prior.variance.sqrt()
             if bool(loc.isfinite().all()) and bool(scale.isfinite().all()):
                 return loc, scale
-        with torch.random.fork_rng(devices=[]):
+        device = self.prior.sample().device
+        with forked_rng(device):
             torch.manual_seed(0)
             draws = self.transform.inv(self.prior.sample(torch.Size([1000]))).detach()
         low, middle, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), dim=0)

@@ -95,10 +95,15 @@ class Amortized(SiteGuide):
         loc, scale = self.loc, self.scale
         if self.context is not None:
             h = torch.tanh(self.context @ self.hidden_weight.mT + self.hidden_bias)
-            h = h.reshape(*h.shape[:-1], *(1,) * self.site.event_dim, self.hidden)
-            loc = loc + scale * (h * self.loc_weight).sum(-1)
-            scale = scale * (h * self.scale_weight).sum(-1).exp()
+            loc = loc + scale * self._shift(h, self.loc_weight)
+            scale = scale * self._shift(h, self.scale_weight).exp()
         return dist.Normal(loc, scale).to_event(self.site.event_dim)
+
+    def _shift(self, h: Tensor, weight: Tensor) -> Tensor:
+        """``weight h`` for each context, to broadcast with the site, ``(P, ..., *shape)``."""
+        flat = h.reshape(-1, self.hidden) @ weight.reshape(-1, self.hidden).mT
+        outside = (1,) * (h.dim() - 2 - len(self.site.batch_shape))
+        return flat.reshape(-1, *outside, *self.site.shape)
 
     def center(self) -> Tensor:
         """The image of the mean, for each context there is."""

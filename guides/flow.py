@@ -17,7 +17,7 @@ from pyro_blora.distributions.stacked_flow import (
     make_chain,
 )
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 
 __all__ = ["Flow"]
 
@@ -25,14 +25,15 @@ __all__ = ["Flow"]
 class Flow(SiteGuide):
     r"""Noise through a chain of transforms, :math:`U = \mu + s \odot f(\epsilon)`.
 
-    Each layer has parameters of its own in :math:`f`; all layers run in one call, but for splines,
-    whose layers run in turn. The KL has no closed form, so the ELBO estimates it.
+    Each layer has parameters of its own in :math:`f`; all layers run in one call, but for splines
+    and block autoregressive transforms, whose layers run in turn. The KL has no closed form, so the
+    ELBO estimates it.
 
     Args:
         flows: the transforms in order, each a name of
             :data:`~pyro_blora.distributions.stacked_flow.FLOWS` (``"affine-autoregressive"``,
             ``"affine-coupling"``, ``"householder"``, ``"planar"``, ``"radial"``, ``"spline"``,
-            ``"block-autoregressive"``, ``"sylvester"``) or a function that makes one for a number
+            ``"block-autoregressive"``) or a function that makes one for a number
             of entries, such as ``lambda k: transforms.planar(k)``. Default: two affine
             couplings, turned against each other by a Householder reflection.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
@@ -41,8 +42,8 @@ class Flow(SiteGuide):
             factors of a LoRA, say) raise an error. Default: 4096.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
-    and those of the transforms, each with a first dimension ``n``. A site of one number gets the
-    mean-field normal.
+    and those of the transforms, each with a first dimension ``n``. A site of one number, or outside
+    of the layers' plate, gets the mean-field normal.
 
     Raises:
         ConfigurationError: there are no transforms, a name is unknown, or a site has more than
@@ -71,19 +72,24 @@ class Flow(SiteGuide):
             raise ConfigurationError(f"Flow: flows={flows!r} must be a tuple of transforms.")
         for flow in flows:
             if isinstance(flow, str) and flow not in FLOWS:
-                raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}")
+                raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
         self.flows = flows
         self.max_size = max_size
         self._names: dict[str, str] = {}
         self._buffer_names: dict[str, str] = {}
 
+    @property
+    def _plain(self) -> bool:
+        """Whether the site is a number, or stands outside of the layers' plate."""
+        return self.site.size == 1 or len(self.site.batch_shape) != 1
+
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and the transforms' parameters."""
-        self.check_size(site, "max_size", site.size, "use LowRank or MatrixNormal")
+        self.check_size(site, "max_size", site.size, "use MeanField or LowRank")
         loc, scale = site.start()
         self.loc = PyroParam(loc)
         self.scale = PyroParam(self.init_scale * scale, constraints.positive)
-        if site.size == 1:
+        if self._plain:
             return
         chains = [make_chain(self.flows, site.size) for _ in range(site.batch_shape.numel())]
         self._stack = (Stack.of(chains, site.size),)
@@ -101,7 +107,7 @@ class Flow(SiteGuide):
     def distribution(self) -> TorchDistribution:
         """The law of ``U``; only values that it has just drawn can be scored."""
         site = self.site
-        if site.size == 1:
+        if self._plain:
             return dist.Normal(self.loc, self.scale).to_event(site.event_dim)
         flat = (*site.batch_shape, site.size)
         flow = StackedFlow(
@@ -117,6 +123,6 @@ class Flow(SiteGuide):
 
     def center(self) -> Tensor:
         """The mean of a thousand draws, made without touching the global seed."""
-        with torch.random.fork_rng(devices=[]):
+        with forked_rng(self.loc.device):
             torch.manual_seed(0)
             return self.forward().sample(torch.Size([1000])).mean(0)

@@ -67,7 +67,8 @@ class Laplace(PostHoc):
     def is_kron(self) -> bool:
         """Whether this site has a row and a column factor."""
         shape = self.site.event_shape
-        return self.structure == "kron" and len(shape) == 2 and max(shape) <= self.max_side
+        fits = len(shape) == 2 and max(shape) <= self.max_side
+        return self.structure == "kron" and fits and len(self.site.batch_shape) == 1
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` and room for the curvature."""

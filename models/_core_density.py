@@ -16,7 +16,7 @@ __all__ = ["CORES", "Core", "check_core", "sample_core"]
 # A name in CORES, or shape -> distribution of batch shape () and that event shape
 Core = str | Callable[[tuple[int, ...]], TorchDistribution]
 
-_STUDENT_DF = 4.0  # the heaviest whole number of degrees of freedom with a finite kurtosis bar one
+_STUDENT_DF = 4.0  # heavy tails, and yet a variance
 _SLAB = 2.0  # standard deviation of the entries that the horseshoe leaves alone
 
 

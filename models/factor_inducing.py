@@ -52,7 +52,8 @@ class FactorInducing(UpdateModel):
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.U_A`` and ``g.U_B``, whitened, batch shape
-    ``(n,)``, event shape ``(m, m)``; with a learned lambda also the factor ``g.conditional_kl``.
+    ``(n,)``, event shape ``(m, m)``; with a learned lambda also the factors ``g.conditional_kl_A``
+    and ``g.conditional_kl_B``.
 
     Raises:
         ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
@@ -131,28 +132,34 @@ class FactorInducing(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples both ``U``; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
-        scale = self.sigma_ if self.scale == "learned" else torch.tensor(self.sigma)
-        A = self._factor("A", {"start": self._start[0]})
-        return LowRankUpdate(A=A, B=scale[..., None, None] * self._factor("B", {}))
+        sigma = torch.full((self.group.n,), self.sigma, device=self.group.device)
+        scale = (self.sigma_ if self.scale == "learned" else sigma)[..., None, None]
+        mean_A, A = self._factor("A", {"start": self._start[0]})
+        mean_B, B = self._factor("B", {})
+        mean = LowRankUpdate(A=mean_A, B=scale * mean_B)
+        if self.conditional == "deterministic":
+            return mean
+        return LowRankUpdate(A=A, B=scale * B, mean=mean)
 
     def _shapes(self, group: LayerGroup) -> dict[str, tuple[int, int]]:
         return {"A": (self.rank, group.d_in), "B": (group.d_out, self.rank)}
 
-    def _factor(self, factor: str, infer: dict[str, Tensor]) -> Tensor:
+    def _factor(self, factor: str, infer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The factor's conditional mean, and a draw around it."""
         (L_r, Q_r, D_r), (L_c, Q_c, D_c) = self._side("r", factor), self._side("c", factor)
-        lam: Tensor | float = {"deterministic": 0.0, "exact": 1.0}.get(self.conditional, 0.0)
+        lam = torch.ones(self.group.n, device=self.group.device)
         with self.plate():
             prior = self.normal(self.size, self.size)
             V = pyro.sample(self.site(f"U_{factor}"), prior, infer=infer)
             if self.conditional == "scaled":
                 lam = getattr(self, f"lambda_{factor}")
-                kl = conditional_kl(torch.as_tensor(lam), *self._shapes(self.group)[factor])
+                kl = conditional_kl(lam, *self._shapes(self.group)[factor])
                 pyro.factor(self.site(f"conditional_kl_{factor}"), -kl)
         mean: Tensor = Q_r.mT @ V @ Q_c
         if self.conditional == "deterministic":
-            return mean
+            return mean, mean
         noise = factor_noise(V.shape[:-2], L_r, Q_r, D_r, L_c, Q_c, D_c)
-        return mean + torch.as_tensor(lam)[..., None, None] * noise
+        return mean, mean + lam[..., None, None] * noise
 
     def _side(self, side: str, factor: str) -> tuple[Tensor, Tensor, Tensor]:
         Z = normalize(getattr(self, f"Z_{side}_{factor}"), dim=-1)

@@ -70,6 +70,8 @@ class GaussianFactors(UpdateModel):
         self.check_choice("random", ("A", "B", "both"))
         if rank < 1 or not sigma > 0:
             raise ConfigurationError(f"rank={rank!r} and sigma={sigma!r} must be positive.")
+        if alpha is not None and not alpha > 0:
+            raise ConfigurationError(f"alpha={alpha!r} must be positive, or None for the rank.")
 
     def setup(self, group: LayerGroup) -> None:
         """Registers the factor that is not random; remembers where ``A`` starts."""
@@ -86,7 +88,7 @@ class GaussianFactors(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples what is random; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
-        group, scale = self.group, (self.alpha or self.rank) / self.rank
+        group, scale = self.group, (self.rank if self.alpha is None else self.alpha) / self.rank
         A, B = self._factor("A", self.rank, group.d_in), self._factor("B", group.d_out, self.rank)
         return LowRankUpdate(A=A, B=B if scale == 1 else scale * B)
 

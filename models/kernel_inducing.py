@@ -34,11 +34,11 @@ class KernelInducing(UpdateModel):
 
     .. math::
 
-        \mathrm{Cov}[\Delta W_{ij}, \Delta W_{kl}] = \sigma^2\, k_r(e^r_i, e^r_k)\,
-        k_c(e^c_j, e^c_l), \qquad
         \mathbb{E}[\Delta W \mid V] = \sigma\, Q_r^\top V Q_c, \quad
         Q = L^{-1} k(Z, e), \; L L^\top = k(Z, Z) + D^2,
 
+    so that :math:`\mathrm{Cov}[\mathrm{vec}\,\Delta W] = \sigma^2\, Q_r^\top Q_r \otimes Q_c^\top
+    Q_c`, the Nystroem approximation of :math:`\sigma^2\, k_r \otimes k_c` from the inducing points,
     with an embedding :math:`e` of every output and input neuron and ``m`` inducing points ``Z``
     among them. The conditional is deterministic. With linear kernels over one-hot embeddings this
     is :class:`KroneckerInducing`.
@@ -54,13 +54,15 @@ class KernelInducing(UpdateModel):
             unit vector ``i``, and an embedding has as many dimensions as there are neurons.
             Default: learned.
         embedding_size: dimensions of a learned embedding. Default: 8.
-        sigma: standard deviation of the entries of dW under the prior where the kernels are one at
-            distance zero; the start of a learned one for each layer. Default: 0.01.
+        sigma: standard deviation of an entry of dW at the inducing points under the prior, where
+            the kernels are one at distance zero, less elsewhere; learned for each layer, this is
+            where it starts. Default: 0.01.
         core: as in :class:`KroneckerInducing`. Default: normal.
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``; where kernels have priors also the factor ``g.hyperprior``.
+    ``(m_r, m_c)``; where kernels have priors also the factors ``g.hyperprior_r`` and
+    ``g.hyperprior_c``.
 
     Raises:
         ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
@@ -100,7 +102,7 @@ class KernelInducing(UpdateModel):
     ) -> None:
         super().__init__()
         self.rank = rank
-        # In tuples, so that the module tracks no parameter twice
+        # In a dictionary, so that the module does not track their parameters
         self._kernels = {"r": row_kernel, "c": col_kernel}
         self.embedding = embedding
         self.embedding_size = embedding_size
@@ -161,9 +163,11 @@ class KernelInducing(UpdateModel):
         try:
             left, right, _ = top_singular(group, min(k, d), min(k, d))
         except ConfigurationError:  # a quantised weight
-            return torch.randn(group.n, d, k)
-        E = (left if side == "r" else right).mT.cpu() * d**0.5  # entries of variance one
-        rest = torch.randn(group.n, d, k - E.shape[-1])
+            return torch.randn(group.n, d, k) * k**-0.5
+        # Neighbours at a distance of about one, as GPyTorch's kernels start with lengthscale 0.7
+        scale = k**-0.5
+        E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
+        rest = scale * torch.randn(group.n, d, k - E.shape[-1])
         return torch.cat([E, rest], -1)
 
     def _set_kernel(self, side: str, group: LayerGroup) -> None:

@@ -27,8 +27,9 @@ class SpectralInducing(KroneckerInducing):
         \mathbb{E}[\Delta W \mid V] = \sigma\, P_{:m}\, \mathrm{diag}(w)\, V\, R_{:m}^\top,
         \qquad V_{ij} \sim \mathcal{N}(0, 1),
 
-    so with fixed directions only ``m_r m_c`` numbers a layer are random and next to none besides
-    are trained: the subspaces of LoRA-XS (a point ``V``) and B-LoRA-XS.
+    up to the factor :math:`1 / (1 + D^2)` that ``D`` leaves, so with fixed directions only ``m_r
+    m_c`` numbers a layer are random and next to none besides are trained: the subspaces of LoRA-XS
+    (a point ``V``) and B-LoRA-XS.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 16.

@@ -10,11 +10,19 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_blora import checkpoints
+from pyro_blora.context import DRAWS_PLATE
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guide import GuideFactory, analytic_kl, center, make_guide, start_guide
+from pyro_blora.guide import (
+    GuideFactory,
+    analytic_kl,
+    center,
+    make_guide,
+    start_guide,
+    warn_of_a_point,
+)
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
-from pyro_blora.model import BayesianLoRAModel, to_device, warn_of_aliases
+from pyro_blora.model import BayesianLoRAModel, leave_store, to_device, warn_of_aliases
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.prediction import Prediction
 from pyro_blora.predictive import linearised_logits, log_predictive, logits_of_draws
@@ -114,6 +122,7 @@ class BayesianLoRA(PyroModule):
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
         self.model.detach()
+        leave_store({"model": self.model, "guide": self.guide})
         for parameter, required_grad in self._frozen:
             parameter.requires_grad_(required_grad)
         return self.net
@@ -139,7 +148,7 @@ class BayesianLoRA(PyroModule):
                 values = center(self.guide, batch)
                 updates = pyro.poutine.condition(self.model.updates, data=values)()
                 return {name: update.without_noise() for name, update in updates.items()}
-            with pyro.plate("posterior_samples", num_samples, dim=-1 - self.max_plate_nesting):
+            with pyro.plate(DRAWS_PLATE, num_samples, dim=-1 - self.max_plate_nesting):
                 trace = pyro.poutine.trace(self.guide).get_trace(batch)
                 return pyro.poutine.replay(self.model.updates, trace=trace)()
 
@@ -193,6 +202,7 @@ class BayesianLoRA(PyroModule):
                 "none; use log_predictive(batch), or `with blora.posterior(): net.generate(...)`."
             )
         batch = to_device(batch, self.model.groups[0].device)
+        warn_of_a_point(self.guide, num_samples)
         if linearised:
             return Prediction(linearised_logits(self, batch, num_samples).softmax(-1))
         draws = logits_of_draws(self, batch, num_samples, max_rows)
@@ -273,6 +283,7 @@ class BayesianLoRA(PyroModule):
         )
         try:
             saved.load_into(blora)
+            leave_store({"model": blora.model, "guide": blora.guide})
         except CheckpointError:
             blora.unwrap()
             raise

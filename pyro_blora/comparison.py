@@ -70,6 +70,10 @@ class Settings:
     def __post_init__(self) -> None:
         for method in self.methods:
             check_method(method)
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigurationError(
+                f"precision={self.precision!r} is not one of ('float32', 'bfloat16')."
+            )
         if not self.methods or not self.seeds:
             raise ConfigurationError("give at least one method and one seed.")
 
@@ -154,11 +158,13 @@ class _Run:
     ) -> Iterator[Row]:
         """The rows of one trained method: as it is, and with its temperature, as they are asked."""
         probs, labels = self._predict(predict, self.task.test, base)
-        for name in sorted(shown, key=lambda name: name != base):
+        plain, own = probs, count
+        for name in sorted(set(shown), key=lambda name: name != base):
+            probs, count = plain, own
             if name != base:
                 held, held_labels = self._predict(predict, self.task.validation, name)
                 scale = fit_temperature(held.log(), held_labels)
-                probs, count = (probs.log() / scale).softmax(-1), count + 1
+                probs, count = (plain.log() / scale).softmax(-1), own + 1
             scores = evaluate(probs, labels)
             yield Row(
                 name,
@@ -188,7 +194,7 @@ class _Run:
     def _plain(self, shown: Mapping[Any, list[str]]) -> Iterator[Row]:
         torch.manual_seed(self.seed)
         targets, rank = self.settings.target_modules, self.settings.rank
-        lora = PlainLoRA(self.net, targets, self.likelihood, rank=rank)
+        lora = PlainLoRA(self.net, targets, self.likelihood, rank=rank, alpha=2.0 * rank)
         try:
             fitted = self._fit_plain(lora, validate=True)
             for base, names in shown.items():  # the last step first
@@ -208,6 +214,7 @@ class _Run:
             settings.target_modules,
             self.likelihood,
             rank=settings.rank,
+            alpha=2.0 * settings.rank,
             dropout=DROPOUT,
         )
         try:
@@ -250,7 +257,7 @@ class _Run:
             yield from self._rows(
                 base,
                 shown,
-                lambda batch: blora.predict(batch, draws),
+                lambda batch: blora.predict(batch, draws, linearised=made.linearised),
                 fitted,
                 blora.trainable_parameters,
             )

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
 
-__all__ = ["ELBO_PLATE", "context_of_particles", "context_size", "pooled_context"]
+__all__ = ["DRAWS_PLATE", "ELBO_PLATE", "context_of_particles", "context_size", "pooled_context"]
 
 # The name that Pyro's ELBO gives to the plate of vectorised particles.
 ELBO_PLATE = "num_particles_vectorized"
+# The plate of ``BayesianLoRA.sample_updates``.
+DRAWS_PLATE = "posterior_samples"
 
 
 def context_size(net: nn.Module) -> int:
@@ -43,8 +45,10 @@ def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
             f"An amortised guide reads 'context' or 'input_ids', and the batch has {sorted(batch)}."
         )
     ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
     weight = torch.ones_like(ids) if mask is None else mask
+    if labels is not None and labels.shape == ids.shape:
+        weight = weight * (labels == -100)  # tokens that are scored are not told beforehand
     embedded = net.get_input_embeddings()(ids)  # type: ignore[operator]
     embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
     dims = tuple(range(1, ids.dim()))
@@ -56,7 +60,7 @@ def context_of_particles(context: Tensor, nesting: int) -> Tensor:
     """The context of each particle of the plates that are open, ``(P, 1, ..., 1, d)``.
 
     Vectorised particles of an ELBO share out the examples, and each sees the mean over its own. A
-    multiple of ``B`` draws under any other plate belongs to the examples one by one, over and over.
+    multiple of ``B`` draws for a prediction belongs to the examples one by one, over and over.
     Every other draw sees the mean over all examples.
 
     Args:
@@ -75,7 +79,7 @@ def context_of_particles(context: Tensor, nesting: int) -> Tensor:
     examples = context.shape[0]
     if shares and examples % particles == 0:
         context = context.reshape(particles, -1, context.shape[-1]).mean(1)
-    elif plates and not shares and particles % examples == 0:
+    elif any(plate.name == DRAWS_PLATE for plate in plates) and particles % examples == 0:
         context = context.repeat(particles // examples, 1)
     else:
         context = context.mean(0, keepdim=True)

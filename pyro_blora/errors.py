@@ -16,10 +16,10 @@ __all__ = [
 
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, and all there is."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}."
+    return f"{hint}Known: {', '.join(known)}"
 
 
 class ConfigurationError(ValueError):

@@ -1,5 +1,6 @@
 """The guide of a whole model: one bound guide family for each latent site."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_blora.context import context_of_particles, context_size, pooled_context
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide
 from pyro_blora.model import BayesianLoRAModel
 
@@ -24,6 +26,7 @@ __all__ = [
     "latent_sites",
     "make_guide",
     "start_guide",
+    "warn_of_a_point",
 ]
 
 
@@ -129,7 +132,8 @@ class StructuredGuide(PyroModule):
         if context is not None:
             context = context.reshape(len(context), *(1,) * self.nesting, context.shape[-1])
         self._see(context)
-        return {name: family.center() for name, family in self.families().items()}
+        with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
+            return {name: family.center() for name, family in self.families().items()}
 
     def _context(self, batch: Mapping[str, Any] | None) -> Tensor | None:
         if batch is None or not self.reads_context:
@@ -202,4 +206,25 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tu
     nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
     if isinstance(family, SiteGuide):
         return StructuredGuide(family, latent_sites(trace), model), nesting
-    return family(model), nesting
+    guide = family(model)
+    if not isinstance(guide, nn.Module):
+        raise ConfigurationError(
+            f"guide={family!r} made a {type(guide).__name__} of the model, which is no guide. Pass "
+            "the class of an AutoGuide, guide=AutoNormal, or a function that makes a guide."
+        )
+    return guide, nesting
+
+
+def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
+    """Warns where draws are asked of a post-hoc family that has no width yet."""
+    if not num_samples or not isinstance(guide, StructuredGuide):
+        return
+    for family in guide.families().values():
+        if isinstance(family, PostHoc) and not family.finished:
+            warnings.warn(
+                f"{type(family).__name__} is still a point, so all draws are alike: train with "
+                "pyro_blora.fit, or call pyro_blora.inference.finish(blora, train, collate=...) "
+                "after a loop of your own.",
+                stacklevel=3,
+            )
+            return

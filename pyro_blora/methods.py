@@ -32,5 +32,5 @@ def check_method(name: str) -> None:
         return
     if "+" not in base and base not in all_recipes():
         known = (*BASELINES, "temperature", *all_recipes())
-        raise ConfigurationError(f"method {base!r} is unknown; {near_miss(base, known)}")
+        raise ConfigurationError(f"method {base!r} is unknown; {near_miss(base, known)}.")
     recipe(base)

@@ -25,7 +25,13 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
 
-__all__ = ["BayesianLoRAModel", "repeat_batch", "to_device", "warn_of_aliases"]
+__all__ = [
+    "BayesianLoRAModel",
+    "leave_store",
+    "repeat_batch",
+    "to_device",
+    "warn_of_aliases",
+]
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -167,6 +173,23 @@ def _shares_rows() -> bool:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def leave_store(parts: Mapping[str, nn.Module]) -> None:
+    """Takes the tensors of ``parts`` out of Pyro's global store; the modules keep them.
+
+    A name that stays there would win over what is loaded into a module, and over the start of the
+    next adapter of that name.
+
+    Args:
+        parts: modules by the name under which the store knows them.
+    """
+    store = pyro.get_param_store()
+    for prefix, part in parts.items():
+        for name, _ in part.named_parameters():
+            full = f"{prefix}.{name}".removesuffix("_unconstrained")
+            if full in store:
+                del store[full]
 
 
 def warn_of_aliases(model: BayesianLoRAModel) -> None:

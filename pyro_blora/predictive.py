@@ -85,6 +85,11 @@ def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
     """
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
+    if any(update.is_noisy for update in blora.sample_updates(1, batch).values()):
+        raise ConfigurationError(
+            "A linearisation has no place for the noise of a conditional; use num_samples draws, "
+            "or a prior with conditional='deterministic'."
+        )
     was_training = blora.net.training
     blora.net.eval()
     try:
@@ -93,8 +98,15 @@ def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
         blora.net.train(was_training)
     assert isinstance(blora.guide, StructuredGuide)
     blora.guide.center(batch)  # an amortised family sees every example by itself again
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits + _shift(blora.guide, logits, jacobian, num_samples)
+
+
+def _shift(
+    guide: StructuredGuide, logits: Tensor, jacobian: dict[str, Tensor], num_samples: int
+) -> Tensor:
     shift = torch.zeros(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
-    for name, family in blora.guide.families().items():
+    for name, family in guide.families().items():
         site, law = family.site, family.distribution()
         centre = family.center()
         centre = centre if site.is_real else site.transform.inv(centre)
@@ -104,7 +116,7 @@ def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
         J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
         moved = moved.reshape(num_samples, -1, size).expand(-1, len(logits), -1)
         shift += torch.einsum("bck,sbk->sbc", J, moved)
-    return logits + shift
+    return shift
 
 
 def log_predictive(blora: Adapted, batch: Batch, num_samples: int, max_rows: int) -> Tensor:

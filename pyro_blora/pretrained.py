@@ -124,7 +124,7 @@ def shape_only(name: str) -> nn.Module:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(
             f"model {name!r} has no configuration here ({reason}). Give one of {sorted(SHAPES)}, a "
-            "folder with a config.json, or a hub id and a network."
+            "folder with a config.json, or a hub id, which needs the internet."
         ) from error
     with torch.device("meta"):
         net: nn.Module = AutoModelForCausalLM.from_config(config)

@@ -47,6 +47,7 @@ class Recipe:
         summary: what it is, in a line.
         fit: options of :func:`pyro_blora.fit` that belong to it.
         num_samples: draws for a prediction, where the method fixes them.
+        linearised: whether its predictive is the linearised one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Recipe:
     summary: str
     fit: dict[str, Any] = field(default_factory=dict)
     num_samples: int | None = None
+    linearised: bool = False
 
 
 _KNOWN = (
@@ -115,7 +117,7 @@ _KNOWN = (
         lambda rank: SpectralInducing(rank=rank),
         FullRank,
         "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
-        "a random core between the weight's singular directions, full covariance",
+        "a random core between the weight's singular directions, full covariance (paper: SWAG)",
     ),
     Recipe(
         "laplace-lora",
@@ -123,18 +125,19 @@ _KNOWN = (
         Laplace,
         "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
         "curvature around a trained LoRA, prior precision by the marginal likelihood",
+        linearised=True,
     ),
     Recipe(
         "tfb",
         lambda rank: GaussianFactors(rank=rank, random="A", sigma=1.0, alpha=2.0 * rank),
         Isotropic,
         "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
-        "the widest isotropic noise that the loss of a trained LoRA allows",
+        "the widest isotropic noise that the loss of a trained LoRA allows (paper: after an SVD)",
     ),
     Recipe(
         "ensemble",
         lambda rank: GaussianFactors(rank=rank, random="both", sigma=1.0, alpha=2.0 * rank),
-        Ensemble,
+        lambda: Ensemble(spread=0.01),  # so little that every member starts at the network itself
         "Wang et al. 2023, LoRA ensembles, arXiv:2310.00035",
         "five LoRAs side by side",
         num_samples=5,
@@ -210,5 +213,5 @@ def _class(name: str, package: Any, contract: type, kind: str) -> Callable[..., 
     names = [n for n in package.__all__ if n != contract.__name__]
     names = [n for n in names if issubclass(getattr(package, n), contract)]
     if name not in names:
-        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(name, names)}")
+        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(name, names)}.")
     return getattr(package, name)

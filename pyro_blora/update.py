@@ -118,6 +118,7 @@ class LowRankUpdate:
         B: ``(..., n, d_out, r_r)``.
         core: ``C``, ``(..., n, r_r, r_c)``, or ``None`` for the identity.
         noise: one function for each layer (see :class:`LayerUpdate`), or ``None``.
+        mean: the same updates without noise, where the factors themselves have it.
 
     Example::
 
@@ -130,6 +131,12 @@ class LowRankUpdate:
     B: Tensor
     core: Tensor | None = None
     noise: tuple[Noise, ...] | None = None
+    mean: "LowRankUpdate | None" = None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the updates have noise of their own besides that of the sites."""
+        return self.noise is not None or self.mean is not None
 
     @property
     def particle_shape(self) -> torch.Size:
@@ -139,7 +146,7 @@ class LowRankUpdate:
 
     def without_noise(self) -> "LowRankUpdate":
         """The same updates without the noise of the conditional: their mean given the sites."""
-        return LowRankUpdate(self.A, self.B, self.core)
+        return LowRankUpdate(self.A, self.B, self.core) if self.mean is None else self.mean
 
     def layers(self) -> list[LayerUpdate]:
         """The update of each layer; the particles' dimensions are flattened to one."""

@@ -161,19 +161,19 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
 
 def priors():
     """Every prior of the library by name, as small as its options allow."""
-    names = set(models.__all__) - {"UpdateModel"}
-    return {name: _small(getattr(models, name)) for name in sorted(names)}
+    return _smallest(models, models.UpdateModel)
 
 
 def families():
     """Every guide family of the library by name."""
-    names = set(guides.__all__) - {"Site", "SiteGuide"}
-    return {name: _small(getattr(guides, name)) for name in sorted(names)}
+    return _smallest(guides, guides.SiteGuide)
 
 
-def _small(kind):
-    ranked = "rank" in inspect.signature(kind).parameters
-    return kind(rank=2) if ranked else kind()
+def _smallest(package, contract):
+    kinds = {name: getattr(package, name) for name in sorted(package.__all__)}
+    kinds = {n: k for n, k in kinds.items() if issubclass(k, contract) and k is not contract}
+    ranked = {n for n, k in kinds.items() if "rank" in inspect.signature(k).parameters}
+    return {n: kind(rank=2) if n in ranked else kind() for n, kind in kinds.items()}
 
 
 def trained(blora):

@@ -25,8 +25,8 @@ def run(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated: {', '.join((*BASELINES, *RECIPES))}, PRIOR+GUIDE pairs such as "
-            "Subspace+FullRank, and temperature:NAME for any of them ('temperature': of lora)."
+            help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *RECIPES)))}; pairs such "
+            "as Subspace+FullRank; temperature:NAME for any of them ('temperature': of lora)."
         ),
     ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",
@@ -85,6 +85,7 @@ def run(
             highlight=False,
         )
     write(rows, asdict(settings), out)
-    title = f"{model} on {task}: mean ± standard deviation over {len(settings.seeds)} seeds"
+    count = len(settings.seeds)
+    title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
     console.print(table(rows, title))
     console.print(f"Written: {out / 'results.json'} and {out / 'reliability.png'}")

@@ -45,6 +45,10 @@ class Task:
     test: tuple[Item, ...]
     template: Template
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
+        return f"Task({self.name!r}: {sizes}, scored by {self.template.scoring})"
+
     def collator(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512
     ) -> MultipleChoiceCollator | LabelTokensCollator:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Independent, constraints
+from torch.distributions import Independent, Normal, constraints
 from torch.distributions.kl import register_kl
 
 from pyro_blora.distributions.factors import apply_factor, solve
@@ -122,3 +122,4 @@ class CoupledNormal(TorchDistribution):
 
 
 register_kl(CoupledNormal, Independent)(kl_from_moments)
+register_kl(CoupledNormal, Normal)(kl_from_moments)

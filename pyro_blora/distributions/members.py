@@ -71,7 +71,8 @@ class Members(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         own = self.points.dim() - 1
         draws = shape[: len(shape) - own].numel()
-        first = self.turn.take(draws)
+        # Were the members to go round whole times, each would see the same places of every batch.
+        first = self.turn.take(draws + (draws % len(self.points) == 0))
         index = (first + torch.arange(draws, device=self.points.device)) % len(self.points)
         return self.points[index].reshape(shape[: len(shape) - own] + self.points.shape[1:])
 

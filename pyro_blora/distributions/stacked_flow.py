@@ -26,7 +26,6 @@ FLOWS: dict[str, Factory] = {
     "planar": transforms.planar,
     "radial": transforms.radial,
     "spline": transforms.spline,
-    "sylvester": transforms.sylvester,
 }
 
 
@@ -44,6 +43,18 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x``, ``(..., k)``, to ``y``, ``(..., k)``, and ``log |dy/dx|``, ``(...)``."""
+        try:
+            return self._run(x)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Empties the parts' caches, which may hold what must not leave ``vmap``."""
+        for part in self.parts:
+            for name in [n for n in vars(part) if n.startswith("_cache") and n != "_cache_size"]:
+                setattr(part, name, (None, None) if name == "_cached_x_y" else None)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[:-1])
         for part in self.parts:
             y = part(x)
@@ -63,7 +74,7 @@ def make_chain(flows: Sequence[str | Factory], size: int) -> Chain:
     parts: list[Transform] = []
     for flow in flows:
         if isinstance(flow, str) and flow not in FLOWS:
-            raise ConfigurationError(f"flow {flow!r} is unknown; {near_miss(flow, FLOWS)}")
+            raise ConfigurationError(f"flow {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
         parts.append((FLOWS[flow] if isinstance(flow, str) else flow)(size))
     return Chain(parts)
 
@@ -102,6 +113,7 @@ class Stack:
             if "vmap" not in str(error):
                 raise
             found, vectorized = _run_in_turn(chains[0], *state, probe), False
+        _check_log_det(chains[0], probe[0, 0])
         for layer, chain in enumerate(chains):
             for one, alone in zip(found, chain(probe[:, layer]), strict=True):
                 if not torch.allclose(one[:, layer], alone, atol=1e-4):
@@ -111,6 +123,19 @@ class Stack:
                         "so it cannot have parameters for each layer; leave that transform out."
                     )
         return cls(chains[0], *state, vectorized)
+
+
+@torch.enable_grad()
+def _check_log_det(chain: Chain, x: Tensor) -> None:
+    """Raises ConfigurationError where a transform is wrong about its own Jacobian at ``x``."""
+    J = torch.autograd.functional.jacobian(lambda x: chain(x)[0], x)
+    exact, claimed = torch.linalg.slogdet(J).logabsdet, chain(x)[1].detach()
+    if not torch.allclose(exact, claimed, atol=1e-2):
+        kinds = ", ".join(type(part).__name__ for part in chain.parts)
+        raise ConfigurationError(
+            f"A flow of {kinds} gives log |dy/dx| = {claimed:.4f} where it is {exact:.4f}; its "
+            "density would be wrong, so leave that transform out."
+        )
 
 
 def _run_stacked(

@@ -62,7 +62,7 @@ def finish(
         raise ConfigurationError(
             f"finish is for the guides Laplace and Isotropic, not for {blora.guide_family[0]!r}."
         )
-    if not len(data):
+    if not isinstance(data, DataLoader) and not len(data):
         raise BatchError("There is nothing to finish with: the data set is empty.")
     assert isinstance(blora.guide, StructuredGuide)
     device = blora.model.groups[0].device

@@ -23,7 +23,7 @@ from pyro_blora.inference.loop import (
     batches,
     training_loop,
 )
-from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods import Batch, CausalLM
 from pyro_blora.model import to_device
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
@@ -175,6 +175,11 @@ def fit(
         ]
         return -float(torch.cat(parts).mean())
 
+    if _post_hoc_families(blora) and isinstance(blora.likelihood, CausalLM):
+        raise ConfigurationError(
+            f"{blora.guide_family[0]!r} needs one choice among a few classes for each example, and "
+            "CausalLM has none; take a guide that is trained, such as MatrixNormal()."
+        )
     for family in _post_hoc_families(blora):
         family.reopen()
     was_training, was_tempered = blora.net.training, blora.model.kl_weight

@@ -7,6 +7,7 @@ import torch
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.guide import StructuredGuide
+from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.guides.isotropic import Isotropic
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
@@ -24,7 +25,7 @@ def anchor_loss(blora: BayesianLoRA, batches: Sequence[Batch], num_samples: int)
         num_samples: draws, one for each example and repetition.
     """
     total, count = 0.0, 0
-    with torch.random.fork_rng(devices=[]):
+    with forked_rng(blora.model.groups[0].device):
         torch.manual_seed(0)
         for batch in batches:
             examples = blora.likelihood.examples(batch)

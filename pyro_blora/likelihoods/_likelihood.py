@@ -33,6 +33,7 @@ class Likelihood(Options):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
+    row_dims: ClassVar[int] = 2  # of input_ids: B x T
 
     def __init__(self, *, num_data: int | None = None) -> None:
         if num_data is not None and num_data < 1:
@@ -112,6 +113,14 @@ class Likelihood(Options):
                     f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "
                     f"{', '.join(map(str, batch))}."
                 )
+        ids = batch.get("input_ids")
+        if "input_ids" in self.keys and ids is not None and ids.dim() != self.row_dims:
+            kinds = {2: "B x T", 3: "B x K x T, multiple choice"}
+            raise BatchError(
+                f"{type(self).__name__} takes input_ids of {kinds[self.row_dims]}; these have "
+                f"shape {tuple(ids.shape)}. Use the likelihood of your batches: MultipleChoice for "
+                "options, LabelTokens or SequenceClassification for classes, CausalLM for text."
+            )
         count = len(batch[self.keys[0]])
         if not count:
             raise BatchError("The batch is empty.")

@@ -41,6 +41,7 @@ class MultipleChoice(Likelihood):
     """
 
     keys = ("input_ids", "attention_mask", "option_mask")
+    row_dims = 3
 
     def __init__(
         self,

@@ -18,7 +18,8 @@ ROW = {
 
 def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir, tmp_path):
     out = tmp_path / "out"
-    methods = "lora,lora-best,temperature,mc-dropout,bayesian-lora,temperature:bayesian-lora,blob"
+    methods = "lora,lora-best,temperature,temperature:lora,mc-dropout,bayesian-lora,blob"
+    methods += ",temperature:bayesian-lora"
     arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
     arguments += ["--methods", methods, "--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
     code, text, err = run("compare", *arguments, "--num-samples", 3, "--rank", 4, "--out", out)
@@ -38,6 +39,7 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
     by = {(r["method"], r["seed"]): r for r in results["rows"]}
     # Scaling by a temperature keeps the order of the answers.
     assert by["lora", 0]["acc"] == by["temperature", 0]["acc"]
+    assert by["temperature:lora", 0]["nll"] == by["temperature", 0]["nll"]  # one and the same
     assert by["bayesian-lora", 0]["acc"] == by["temperature:bayesian-lora", 0]["acc"]
     assert by["bayesian-lora", 0]["nll"] != by["temperature:bayesian-lora", 0]["nll"]
     assert by["mc-dropout", 0]["nll"] != by["lora", 0]["nll"]

@@ -40,22 +40,22 @@ def test_the_first_program_runs_as_it_stands(tiny, local):
     assert before > 0  # started at zero
 
 
+def test_free_text_and_generation(tiny, model_dir):
+    names: dict[str, object] = {"net": tiny}
+    names["tokenizer"] = AutoTokenizer.from_pretrained(model_dir)
+    exec(BLOCKS[1], names)
+    names["blora"].unwrap()
+
+
 def test_the_prior_of_a_reader_takes_any_guide(tiny):
     names: dict[str, object] = {"net": tiny, "MeanField": MeanField}
-    exec(
-        "import pyro\n"
-        "import pyro.infer.autoguide\n"
-        "from pyro.nn import PyroParam\n"
-        "from pyro_blora import BayesianLoRA\n"
-        "from pyro_blora.models import UpdateModel\n"
-        "from pyro_blora.targets import LayerGroup\n"
-        "from pyro_blora.update import LowRankUpdate\n",
-        names,
-    )
-    source, uses = BLOCKS[1].split("\n\nblora", 1)
+    exec("import pyro.infer.autoguide\nfrom pyro_blora import BayesianLoRA\n", names)
+    source, uses = BLOCKS[2].split("\n\nblora", 1)
     assert len([line for line in source.splitlines() if line.strip()]) <= 15
     exec(source, names)
     for use in ("blora" + uses).strip().splitlines():
+        if use.startswith("#"):
+            continue
         exec(use, names)
         ids = torch.arange(12).reshape(2, 6)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

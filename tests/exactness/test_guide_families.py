@@ -291,7 +291,7 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
 def test_what_a_family_cannot_do_is_said():
     from pyro_blora.errors import ConfigurationError
 
-    with pytest.raises(ConfigurationError, match=r"1,600 is more than max_size=1024; use LowRank"):
+    with pytest.raises(ConfigurationError, match=r"1,600 is more than max_size=1024; use Mean"):
         bound(FullRank(), event=(8, 200))
     for made, match in (
         (lambda: LowRank(rank=0), "rank=0 must be at least 1"),

@@ -52,7 +52,7 @@ def nll(blora):
 
 def train_by_fit(blora):
     rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
-    fit(blora, ROWS, collate=collate, num_steps=30, progress=False, **rates)
+    fit(blora, ROWS, collate=collate, num_steps=60, progress=False, **rates)
 
 
 def train_by_svi(blora):

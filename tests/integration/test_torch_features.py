@@ -109,7 +109,7 @@ def test_autocast_trains_in_bfloat16(conditional):
         blora,
         rows,
         collate=tiny.collate,
-        num_steps=30,
+        num_steps=80,
         precision="bfloat16",
         progress=False,
         **{"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02},

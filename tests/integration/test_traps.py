@@ -1,0 +1,215 @@
+"""What went wrong once: each test is a trap that somebody fell into."""
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import tiny
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import SGD
+
+from pyro_blora import BayesianLoRA, fit
+from pyro_blora.distributions.stacked_flow import FLOWS, Stack, make_chain
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides import Amortized, Flow, Laplace, LayerCoupled, MeanField, Site
+from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
+from pyro_blora.models import FactorInducing, GaussianFactors, KernelInducing, KroneckerInducing
+from pyro_blora.recipes import recipe
+
+
+def site(n=3, event=(2, 2)):
+    shape = (n, *event) if n else event
+    return Site("V", dist.Normal(torch.zeros(shape), 1.0).to_event(len(event)), ())
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_flow_knows_its_own_jacobian(name):
+    """Away from the start too, where a transform's mistake may be small."""
+    torch.manual_seed(0)
+    chain = make_chain([name], 6)
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(6)
+    J = torch.autograd.functional.jacobian(lambda x: chain(x)[0], x)
+    torch.testing.assert_close(chain(x)[1], J.slogdet().logabsdet, atol=1e-3, rtol=1e-3)
+
+
+def test_a_transform_that_does_not_know_it_is_refused():
+    """Pyro's Sylvester flow gives a wrong determinant."""
+    from pyro.distributions.transforms import sylvester
+
+    torch.manual_seed(0)
+    chains = [make_chain([sylvester], 6) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in chains[0].parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    with pytest.raises(ConfigurationError, match=r"Sylvester gives log .* where it is"):
+        Stack.of(chains, 6)
+
+
+def test_a_flow_that_has_run_can_be_copied_and_pickled():
+    blora = tiny.adapted(guide=Flow())
+    blora.predict(tiny.sequences(), 3)
+    family = blora.guide.families()["q_proj.V"]
+    assert len(pickle.dumps(family._stack)) > 100
+    copy.deepcopy(family._stack)
+
+
+@pytest.mark.parametrize("family", [Flow(), Laplace(), LayerCoupled(), MeanField()], ids=repr)
+@pytest.mark.parametrize("event", [(), (3,), (2, 2)])
+def test_sites_outside_of_the_layers_plate(family, event):
+    q = family.bind(site(n=0, event=event))
+    law = q.distribution()
+    assert law.batch_shape == ()
+    assert law.sample().shape == event
+
+
+def test_layer_coupled_has_a_closed_kl_for_numbers_too():
+    q = LayerCoupled(init_scale=1.0).bind(site(event=()))
+    assert torch.distributions.kl_divergence(q.distribution(), q.site.prior).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("conditional", ["exact", "scaled"])
+def test_the_posterior_mean_has_no_noise(conditional):
+    prior = FactorInducing(rank=2, conditional=conditional)
+    blora, batch = tiny.adapted(prior=prior, guide=MeanField()), tiny.sequences()
+    with torch.no_grad():
+        for family in blora.guide.families().values():
+            family.loc.normal_()
+    assert torch.equal(blora.predict(batch, 0).samples, blora.predict(batch, 0).samples)
+    assert not torch.equal(blora.predict(batch, 1).samples, blora.predict(batch, 1).samples)
+
+
+@pytest.mark.parametrize("prior", [KroneckerInducing, FactorInducing])
+def test_a_linearisation_has_no_place_for_conditional_noise(prior):
+    blora = tiny.adapted(prior=prior(rank=2, conditional="exact"), guide=MeanField())
+    with pytest.raises(ConfigurationError, match="noise of a conditional"):
+        blora.predict(tiny.sequences(), 5, linearised=True)
+
+
+def test_an_amortised_posterior_is_not_told_the_answer():
+    """Only tokens that are scored change, and those before them are scored as before."""
+    likelihood = CausalLM(num_data=4)
+    blora = tiny.adapted(guide=Amortized(), likelihood=likelihood)
+    with torch.no_grad():
+        for family in blora.guide.families().values():
+            family.loc_weight.normal_()
+    batch = tiny.texts()
+    other = {k: v.clone() for k, v in batch.items()}
+    scored = batch["labels"] != -100
+    other["input_ids"][scored] = (batch["input_ids"][scored] - 8 + 5) % 24 + 8
+    other["labels"] = other["input_ids"].masked_fill(~scored, -100)
+    for first, second in zip(
+        blora.guide.center(batch).values(), blora.guide.center(other).values(), strict=True
+    ):
+        torch.testing.assert_close(first, second)
+
+
+def test_what_is_loaded_survives_the_next_step(tmp_path):
+    """Pyro's global store knew an older adapter's tensors by the same names."""
+    net, batch = tiny.llama(), tiny.sequences(8)
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+
+    def step(blora, rate):
+        SVI(blora.model, blora.guide, SGD({"lr": rate}), elbo).step(batch)
+
+    first = tiny.adapted(net)
+    step(first, 1e-3)
+    first.save_pretrained(tmp_path)
+    for _ in range(3):
+        step(first, 1e-2)
+    first.unwrap()
+    loaded = BayesianLoRA.from_pretrained(net, tmp_path)  # and no warning
+    before = tiny.trained(loaded)
+    step(loaded, 1e-12)
+    for name, value in tiny.trained(loaded).items():
+        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-5)
+
+
+def test_an_ensemble_starts_at_the_network():
+    made = recipe("ensemble")
+    blora = tiny.adapted(prior=made.prior(2), guide=made.guide())
+    for group, update in zip(blora.model.groups, blora.sample_updates(5).values(), strict=True):
+        for layer, module in zip(update.layers(), group.modules, strict=True):
+            assert layer.weight().norm(dim=(-2, -1)).max() < 0.05 * module.weight.norm()
+
+
+def test_no_member_of_an_ensemble_keeps_to_its_places():
+    """Eight particles and four members: member k must not always have the same examples."""
+    from pyro_blora.guides import Ensemble
+
+    q = Ensemble(members=4).bind(site())
+    draws = [q.distribution().expand((8, 3)).rsample() for _ in range(4)]
+    seen = [next(k for k in range(4) if torch.equal(d[0], q.points[k])) for d in draws]
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_kernel_priors_reach_most_neurons():
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    prior = KernelInducing(rank=8)
+    blora = BayesianLoRA(net, target_modules=["0"], prior=prior, likelihood=CausalLM(num_data=1))
+    (group,) = blora.model.groups
+    update = getattr(blora.model, group.name)()
+    q = update.B[0].square().sum(-1)  # the prior variance that is left of one at distance zero
+    assert (q > 0.05).float().mean() > 0.8
+    assert q.max() <= 1.001
+
+
+def test_alpha_is_what_it_is_told():
+    with pytest.raises(ConfigurationError, match="alpha=0"):
+        GaussianFactors(alpha=0.0)
+
+
+def test_a_guide_that_is_none_is_refused_at_once():
+    with pytest.raises(ConfigurationError, match=r"made a dict .*Pass the class"):
+        tiny.adapted(guide=AutoNormal(lambda batch: None))
+
+
+def test_a_post_hoc_guide_is_refused_before_training():
+    blora = tiny.adapted(guide=Laplace(), likelihood=CausalLM(num_data=4))
+    with pytest.raises(ConfigurationError, match="one choice among a few classes"):
+        fit(blora, [tiny.texts()], collate=lambda rows: rows[0], num_steps=1, progress=False)
+
+
+def test_a_point_that_waits_for_its_width_says_so():
+    blora = tiny.adapted(guide=Laplace())
+    with pytest.warns(UserWarning, match=r"Laplace is still a point.*finish"):
+        blora.predict(tiny.sequences(), 3)
+    blora.predict(tiny.sequences(), 0)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "batch"),
+    [
+        (CausalLM(num_data=4), tiny.choices()),
+        (LabelTokens(token_ids=tiny.ANSWERS, num_data=4), tiny.choices()),
+        (MultipleChoice(num_data=4), {**tiny.sequences(), "option_mask": torch.ones(4, 7)}),
+    ],
+)
+def test_a_likelihood_says_that_the_batch_is_another_s(likelihood, batch):
+    blora = tiny.adapted(likelihood=likelihood)
+    with pytest.raises(BatchError, match="Use the likelihood of your batches"):
+        blora.log_predictive(batch)
+
+
+def test_repr_of_a_task_is_a_line():
+    from pyro_blora import load_task
+
+    assert repr(load_task("facts", max_train=20)).startswith("Task('facts': 20 train, ")
+
+
+def test_tokens_outside_of_a_batch_are_not_confused_with_particles():
+    """Predictive in parallel shows every draw the whole batch, whatever the guide reads."""
+    blora, batch = tiny.adapted(guide=Amortized()), tiny.sequences(4)
+    with torch.no_grad():
+        for family in blora.guide.families().values():
+            family.loc_weight.normal_()
+    with pyro.plate("num_samples", 8, dim=-2):
+        blora.guide(batch)
+    contexts = blora.guide.families()["q_proj.V"].context
+    assert contexts.shape[0] == 1  # the mean over all examples

@@ -1,0 +1,94 @@
+"""Data-parallel SVI with Accelerate: each process draws its own particles for its own examples.
+
+    accelerate launch --num_processes 2 tutorials/distributed.py         (graphics cards)
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tutorials/distributed.py --out out/ddp
+
+Pyro's ``ELBO()(model, guide)`` is a torch module of the adapter's parameters alone, so Accelerate
+wraps it as it is. Every process holds the frozen network; gradients of the adapter are averaged.
+The mean of the processes' losses is an unbiased estimate of the ELBO on all of their examples.
+"""
+
+import argparse
+from pathlib import Path
+
+import pyro
+import torch
+from accelerate import Accelerator
+from pyro.infer import TraceMeanField_ELBO
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pyro_blora import BayesianLoRA, guides, likelihoods, models
+
+ANSWERS, NUM_DATA, ROWS = (5, 6, 7), 64, 8
+
+
+def network() -> LlamaForCausalLM:
+    """A tiny random Llama, the same in every process."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    """Random token rows with a class each."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(8, 32, (NUM_DATA, 6), generator=generator)
+    labels = torch.randint(len(ANSWERS), (NUM_DATA,), generator=generator)
+    mask = torch.ones(6, dtype=torch.long)
+    return [
+        {"input_ids": row, "attention_mask": mask, "labels": label}
+        for row, label in zip(ids, labels, strict=True)
+    ]
+
+
+def main() -> None:
+    """Trains for a few steps and writes the adapter of each process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--guide", default="MatrixNormal", help="a class of pyro_blora.guides")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step")
+    parser.add_argument("--out", type=Path, help="folder for the adapter of each process")
+    arguments = parser.parse_args()
+    accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
+    pyro.settings.set(module_local_params=True)  # parameters belong to the modules
+    blora = BayesianLoRA(
+        network(),
+        target_modules=["q_proj", "v_proj"],
+        prior=models.KroneckerInducing(rank=2),
+        guide=getattr(guides, arguments.guide)(),
+        likelihood=likelihoods.LabelTokens(token_ids=ANSWERS, num_data=NUM_DATA),
+    )
+    torch.manual_seed(1 + accelerator.process_index)  # its own draws
+    rows = ROWS // (accelerator.num_processes * arguments.accumulate)
+    loader = torch.utils.data.DataLoader(data(), batch_size=rows)
+    elbo = TraceMeanField_ELBO(num_particles=rows, vectorize_particles=True, max_plate_nesting=1)
+    loss_of = elbo(blora.model, blora.guide)
+    optimizer = torch.optim.SGD(loss_of.parameters(), lr=1e-3)
+    loss_of, optimizer, loader = accelerator.prepare(loss_of, optimizer, loader)
+    batches = iter(loader)
+    for step in range(arguments.steps * arguments.accumulate):
+        with accelerator.accumulate(loss_of):
+            loss = loss_of(next(batches))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        mean = accelerator.gather(loss.detach().reshape(1)).mean().item()
+        accelerator.print(f"batch {step}: loss {mean:.3f}")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().clone() for name, t in blora.state_dict().items()}
+        save_file(tensors, arguments.out / f"process-{accelerator.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
