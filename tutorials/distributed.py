@@ -88,6 +88,8 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().clone() for name, t in blora.state_dict().items()}
         save_file(tensors, arguments.out / f"process-{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # takes the process group down before the interpreter does
 
 
 if __name__ == "__main__":
