@@ -17,6 +17,7 @@ from pyro_blora.kronecker import (
     kronecker_covariance,
     lazy_covariance,
     whiten_or_explain,
+    whitened_directions,
 )
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
@@ -156,7 +157,8 @@ class KroneckerInducing(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
-        (L_r, Q_r), (L_c, Q_c) = self._whitened("r"), self._whitened("c")
+        sides = self._whitened("r"), self._whitened("c")
+        (Q_r, *_), (Q_c, *_) = sides
         sigma = self.layer_scale()
         with self.plate():
             V = sample_core(self, self.core, self.ranks)
@@ -165,7 +167,7 @@ class KroneckerInducing(UpdateModel):
                 pyro.factor(self.site("conditional_kl"), -kl)
         noise: tuple[Noise, ...] | None = None
         if self.conditional != "deterministic":
-            noise = self._noise(sigma, L_r, Q_r, L_c, Q_c)
+            noise = self._noise(sigma, *sides)
         return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
     def layer_scale(self) -> Tensor:
@@ -193,20 +195,22 @@ class KroneckerInducing(UpdateModel):
     def _side(self, side: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
 
-    def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
-        """``L`` and ``Q`` of one side, by one batched Cholesky for all layers."""
-        Z, D = self._side(side)
-        return whiten_or_explain(Z, inducing_covariance(Z, D), side, f"group {self.group.name!r}")
+    def _whitened(self, side: str) -> tuple[Tensor, ...]:
+        """``Q`` of one side, by one batched Cholesky for all layers.
 
-    def _noise(
-        self, sigma: Tensor, L_r: Tensor, Q_r: Tensor, L_c: Tensor, Q_c: Tensor
-    ) -> tuple[Noise, ...]:
+        For joint noise also ``F = L^-1 D`` and ``C`` with ``C C^T = Q Q^T``.
+        """
+        Z, D = self._side(side)
+        where = f"group {self.group.name!r}"
+        if self.conditional == "deterministic" or self.noise == "marginal":
+            return (whitened_directions(Z, D, side, where),)
+        L, Q = whiten_or_explain(Z, inducing_covariance(Z, D), side, where)
+        F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
+        return Q, F, torch.linalg.cholesky(Q @ Q.mT)
+
+    def _noise(self, sigma: Tensor, *sides: tuple[Tensor, ...]) -> tuple[Noise, ...]:
         scale = sigma * (self.lambda_ if self.conditional == "scaled" else 1.0)
         if self.noise == "marginal":
             return tuple(MarginalNoise(s) for s in scale.unbind(-1))
-        D_r, D_c = torch.diag_embed(self.D_r), torch.diag_embed(self.D_c)
-        F_r = torch.linalg.solve_triangular(L_r, D_r, upper=False)
-        F_c = torch.linalg.solve_triangular(L_c, D_c, upper=False)
-        C_r, C_c = torch.linalg.cholesky(Q_r @ Q_r.mT), torch.linalg.cholesky(Q_c @ Q_c.mT)
-        sides = zip(*(s.unbind(0) for s in (Q_r, F_r, C_r, Q_c, F_c, C_c)), strict=True)
-        return tuple(JointNoise(s, *side) for s, side in zip(scale.unbind(-1), sides, strict=True))
+        layers = zip(*(factor.unbind(0) for side in sides for factor in side), strict=True)
+        return tuple(JointNoise(s, *each) for s, each in zip(scale.unbind(-1), layers, strict=True))

@@ -34,7 +34,8 @@ class Subspace(UpdateModel):
 
     Raises:
         ConfigurationError: an option is out of its range, the rank exceeds a layer's size, or, with
-            spectral factors, the weights are quantised.
+            spectral factors, the weights are quantised by another library than torchao or
+            bitsandbytes.
 
     Reference:
         Samplawski et al. 2025, "Scalable Bayesian low-rank adaptation of large language models via

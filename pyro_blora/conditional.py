@@ -72,11 +72,12 @@ class MarginalNoise:
     def variance(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
         """``s^2 (|x|^2 - q_i |h|^2)``, ``(P, N, d_out)``, in at least single precision."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        a = x.to(dtype).square().sum(-1, keepdim=True)
-        b = h.to(dtype).square().sum(-1, keepdim=True)
+        scale = self.scale.reshape(-1, 1, 1)
+        a = (scale * _norm(x.to(dtype))).square()
+        b = (scale * _norm(h.to(dtype))).square()
         q = B.to(dtype).square().sum(-1)
         floor = torch.finfo(dtype).tiny  # sqrt has no gradient at zero
-        return self.scale.reshape(-1, 1, 1).square() * (a - q * b).clamp_min(floor)
+        return torch.addcmul(a, b, q, value=-1).clamp_min(floor)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,10 @@ def factor_noise(
     E2, E3, E4 = (_randn(Q_r, *batch, Q_r.shape[-2], Q_c.shape[-2]) for _ in range(3))
     U = Q_r @ E @ Q_c.mT + C_r @ E2 @ F_c.mT + F_r @ E3 @ C_c.mT + F_r @ E4 @ F_c.mT
     return E - Q_r.mT @ U @ Q_c
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _randn(like: Tensor, *shape: int) -> Tensor:

@@ -9,6 +9,10 @@ or its transpose (rows). With ``L L^T = Psi`` and the whitened core ``V``, ``U =
 so only the *whitened directions* ``Q`` are ever needed on the hot path.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from linear_operator.operators import (
     DiagLinearOperator,
@@ -19,6 +23,7 @@ from linear_operator.operators import (
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyro_blora.errors import NonFiniteLossError
 
@@ -28,6 +33,7 @@ __all__ = [
     "lazy_covariance",
     "whiten",
     "whiten_or_explain",
+    "whitened_directions",
 ]
 
 
@@ -79,13 +85,68 @@ def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Te
     Raises:
         NonFiniteLossError: it has none.
     """
-    try:
+    with _explained(side, where):
         return whiten(Z, Psi)
+
+
+@contextmanager
+def _explained(side: str, where: str) -> Iterator[None]:
+    try:
+        yield
     except (NanError, NotPSDError) as error:
         raise NonFiniteLossError(
             f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of "
             f"the directions Z_{side}, or raise noise_init."
         ) from error
+
+
+class _WhitenedDirections(torch.autograd.Function):
+    """``Q = L^-1 Z`` with its gradient in closed form: the factorisation is not differentiated.
+
+    With ``G`` the gradient of ``Q`` and ``R`` the symmetric matrix whose lower triangle is that of
+    ``G Q^T``, the gradient of ``Z`` is ``L^-T (G - R Q)`` and that of ``Psi`` is
+    ``-L^-T R L^-1 / 2``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, Z: Tensor, D: Tensor) -> Tensor:
+        L, Q = whiten(Z, inducing_covariance(Z, D))
+        ctx.save_for_backward(L, Q, D)
+        return Q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, Tensor]:
+        L, Q, D = ctx.saved_tensors
+        R = (G @ Q.mT).tril()
+        R = R + R.tril(-1).mT
+        eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+        return inverse.mT @ (G - R @ Q), -D * (inverse * (R @ inverse)).sum(-2)
+
+
+def whitened_directions(Z: Tensor, D: Tensor, side: str, where: str) -> Tensor:
+    """``Q = L^-1 Z`` with ``L L^T = Z Z^T + D^2``; as :func:`whiten`, with a cheaper gradient.
+
+    Args:
+        Z: inducing directions, ``(..., m, d)``.
+        D: their noise, ``(..., m)``, positive.
+        side: ``"r"`` or ``"c"``, for the error.
+        where: whose directions they are, for the error.
+
+    Returns:
+        ``(..., m, d)``; differentiable once.
+
+    Raises:
+        NonFiniteLossError: ``Psi`` has no Cholesky factor.
+
+    Example::
+
+        >>> whitened_directions(torch.ones(1, 3), torch.ones(1), "r", "an example")
+        tensor([[0.5000, 0.5000, 0.5000]])
+    """
+    with _explained(side, where):
+        return _WhitenedDirections.apply(Z, D)
 
 
 def lazy_covariance(Z: Tensor, D: Tensor) -> LinearOperator:

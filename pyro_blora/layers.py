@@ -7,6 +7,7 @@ network back exactly.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from pyro_blora.update import LayerUpdate
 __all__ = [
     "Adapter",
     "adapter_of",
+    "checkpointable",
+    "moved",
     "updates_in_place",
     "updates_kept_for_backward",
     "without_updates",
@@ -46,7 +49,12 @@ class Adapter:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The forward hook: ``output + dW x``."""
-        return output if self.update is None else self.update(args[0], output, self.rows)
+        if self.update is None:
+            return output
+        update = self.update
+        if update.A.device != output.device:  # a group's layers may lie on several devices
+            update = moved(update, output.device)
+        return update(args[0].to(output.device), output, self.rows)
 
     def remove(self) -> None:
         """Takes the hook off the layer."""
@@ -59,6 +67,25 @@ def adapter_of(module: nn.Module) -> Adapter | None:
         if isinstance(hook, Adapter):
             return hook
     return None
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``, those inside of dataclasses too.
+
+    Args:
+        value: a tensor, a dataclass such as an update or its noise, or anything else, which stays.
+        device: where to; gradients find their way back.
+
+    Example::
+
+        >>> moved(LayerUpdate(torch.ones(1, 4), torch.ones(3, 1)), torch.device("meta")).A.device
+        device(type='meta')
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
 
 
 @contextmanager
@@ -84,11 +111,16 @@ def without_updates(net: nn.Module) -> Iterator[None]:
         yield
 
 
+def checkpointable(net: nn.Module) -> tuple[Any, ...]:
+    """The modules of ``net`` that transformers may put under activation checkpointing."""
+    return tuple(m for m in net.modules() if hasattr(m, "gradient_checkpointing"))
+
+
 @contextmanager
 def updates_kept_for_backward(
-    net: nn.Module, adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
+    modules: Sequence[Any], adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
 ) -> Iterator[None]:
-    """Within, the blocks of ``net`` under activation checkpointing take ``updates`` along.
+    """Within, those of ``modules`` under activation checkpointing take ``updates`` along.
 
     Backward runs such a block a second time, when the updates are off the layers again, or are
     those of another pass; transformers runs it through ``_gradient_checkpointing_func``.
@@ -105,8 +137,8 @@ def updates_kept_for_backward(
         return run
 
     blocks: list[Any] = []
-    if net.training and torch.is_grad_enabled():
-        blocks = [m for m in net.modules() if getattr(m, "gradient_checkpointing", False)]
+    if torch.is_grad_enabled():
+        blocks = [m for m in modules if m.gradient_checkpointing and m.training]
     functions = [block._gradient_checkpointing_func for block in blocks]
     try:
         for block, function in zip(blocks, functions, strict=True):

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from pyro_blora.context import ELBO_PLATE
 from pyro_blora.errors import ConfigurationError, ParticleError
-from pyro_blora.layers import Adapter, updates_in_place, updates_kept_for_backward
+from pyro_blora.layers import (
+    Adapter,
+    checkpointable,
+    updates_in_place,
+    updates_kept_for_backward,
+)
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.targets import LayerGroup
@@ -78,6 +83,7 @@ class BayesianLoRAModel(PyroModule):
     ) -> None:
         super().__init__()
         self._net = (net,)
+        self._checkpointable = checkpointable(net)  # once: a network has thousands of modules
         self.groups = tuple(groups)
         self.likelihood = likelihood
         self.kl_weight = 1.0
@@ -122,13 +128,12 @@ class BayesianLoRAModel(PyroModule):
                 "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
             )
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
-        net = self._net[0]
         with (
             updates_in_place(self.adapters, layers),
-            updates_kept_for_backward(net, self.adapters, layers),
+            updates_kept_for_backward(self._checkpointable, self.adapters, layers),
             self._autocast(),
         ):
-            yield net
+            yield self.net
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

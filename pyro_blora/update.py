@@ -44,14 +44,32 @@ def particle_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dim() == 2:
         return functional.linear(x, weight)
-    particles = weight.shape[0]
+    shares = torch.bmm(_shares(x, weight.shape[0]), weight.mT)
+    return shares.reshape(*x.shape[:-1], weight.shape[-2])
+
+
+def _add_particle_linear(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``output + x @ weight^T`` as :func:`particle_linear` has it, without a pass for the sum.
+
+    Without gradients it is written over ``output``, which nobody else has seen yet.
+    """
+    if weight.dim() == 2:
+        sums, terms = output.flatten(0, -2), (x.flatten(0, -2), weight.mT)
+        added = sums.addmm(*terms) if torch.is_grad_enabled() else sums.addmm_(*terms)
+    else:
+        particles = weight.shape[0]
+        sums, terms = _shares(output, particles), (_shares(x, particles), weight.mT)
+        added = sums.baddbmm(*terms) if torch.is_grad_enabled() else sums.baddbmm_(*terms)
+    return added.view(output.shape)
+
+
+def _shares(x: Tensor, particles: int) -> Tensor:
     if x.shape[0] % particles:
         raise ParticleError(
             f"{x.shape[0]} rows cannot be shared out evenly among {particles} particles; choose a "
             "num_particles that divides the batch size."
         )
-    shares = x.reshape(particles, -1, x.shape[-1]) @ weight.mT
-    return shares.reshape(*x.shape[:-1], weight.shape[-2])
+    return x.reshape(particles, -1, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -82,12 +100,12 @@ class LayerUpdate:
         Returns:
             ``output + B C A x`` plus noise, shaped as ``output``.
         """
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        B = self.B.to(output.dtype)
         if rows is not None:
             B = B.index_select(-2, rows)
-        h = particle_linear(x, A)
-        g = h if self.core is None else particle_linear(h, self.core.to(x.dtype))
-        output = output + particle_linear(g, B)
+        h = particle_linear(x, self.A.to(x.dtype))
+        g = h if self.core is None else particle_linear(h, self.core.to(h.dtype))
+        output = _add_particle_linear(output, g.to(output.dtype), B)
         if self.noise is not None:
             shares = (self.particles, -1)
             x, h = x.reshape(*shares, x.shape[-1]), h.reshape(*shares, h.shape[-1])
@@ -141,8 +159,9 @@ class LowRankUpdate:
     @property
     def particle_shape(self) -> torch.Size:
         """The dimensions before those of the layers, broadcast over the factors."""
-        factors = [self.A, self.B] if self.core is None else [self.A, self.B, self.core]
-        return torch.broadcast_shapes(*(f.shape[:-3] for f in factors))
+        factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
+        shapes = {f.shape[:-3] for f in factors if f.dim() > 3}
+        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
 
     def without_noise(self) -> "LowRankUpdate":
         """The same updates without the noise of the conditional: their mean given the sites."""

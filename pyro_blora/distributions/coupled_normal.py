@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, constraints
 from torch.distributions.kl import register_kl
 
-from pyro_blora.distributions.factors import apply_factor, solve
+from pyro_blora.distributions.factors import multiply, solve
 from pyro_blora.distributions.reshaped import kl_from_moments
 
 __all__ = ["CoupledNormal"]
@@ -88,14 +88,14 @@ class CoupledNormal(TorchDistribution):
             device=self.loc.device,
         )
         flat = noise.flatten(-len(self.event_shape)) if self.event_shape else noise.unsqueeze(-1)
-        mixed = apply_factor(torch.matmul, self.layer_scale_tril, flat)
+        mixed = multiply(self.layer_scale_tril, flat)
         return self.loc + self.scale * mixed.reshape(noise.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``log q(X_l | X_<l)`` in nats, of the broadcast batch shape."""
         error = (value - self.loc) / self.scale
         flat = error.flatten(-len(self.event_shape)) if self.event_shape else error.unsqueeze(-1)
-        white = apply_factor(solve, self.layer_scale_tril, flat)
+        white = solve(self.layer_scale_tril, flat)
         return -0.5 * (white.square() + math.log(2 * math.pi)).sum(-1) - self._log_scale()
 
     def entropy(self) -> Tensor:

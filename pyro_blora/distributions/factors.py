@@ -1,35 +1,36 @@
-"""Products and solves with triangular factors that are shared along batch dimensions."""
+"""Products and solves with triangular factors that are shared along batch dimensions.
 
-from collections.abc import Callable
+Left to themselves, matmul and solve_triangular repeat a factor along every batch dimension that
+only the other operand has. Here those dimensions are moved into the columns: one wide matrix per
+given factor.
+"""
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply_factor", "solve"]
+__all__ = ["multiply", "solve"]
+
+
+def multiply(factor: Tensor, x: Tensor) -> Tensor:
+    """``factor x``, ``(..., m, m)`` and ``(..., m, k)``, whose batches broadcast."""
+    return torch.einsum("...ij,...jk->...ik", factor, x)
 
 
 def solve(factor: Tensor, x: Tensor) -> Tensor:
-    """Return ``factor^-1 x``; torch repeats ``factor`` where only ``x`` has a batch dimension."""
-    return torch.linalg.solve_triangular(factor, x, upper=False)
-
-
-def apply_factor(op: Callable[[Tensor, Tensor], Tensor], factor: Tensor, x: Tensor) -> Tensor:
-    """Apply ``op(factor, x)``, a product or a solve, column by column of ``x``.
-
-    Left to itself, torch repeats ``factor`` along every batch dimension that only ``x`` has. Those
-    dimensions are moved into the columns of ``x`` instead: one wide matrix per given factor.
-    """
-    batch = torch.broadcast_shapes(factor.shape[:-2], x.shape[:-2])
-    x = x.expand(batch + x.shape[-2:])
-    own = (1,) * (len(batch) + 2 - factor.dim()) + tuple(factor.shape[:-2])
+    """``factor^-1 x`` for a lower triangle, ``(..., m, m)`` and ``(..., m, k)``."""
+    given, batch = factor.shape[:-2], x.shape[:-2]
+    if given != batch:
+        batch = torch.broadcast_shapes(given, batch)
+        x = x.expand(batch + x.shape[-2:])
+    own = (1,) * (len(batch) - len(given)) + tuple(given)
     moved = [i for i in range(len(batch)) if own[i] != batch[i]]
     if not moved:
-        return op(factor, x)
+        return torch.linalg.solve_triangular(factor, x, upper=False)
     kept = [i for i in range(len(batch)) if own[i] == batch[i]]
     order = [*kept, len(batch), *moved, len(batch) + 1]
     x = x.permute(order)
     shape, kept_shape = x.shape, x.shape[: len(kept)]
-    columns = shape[len(kept) + 1 :].numel()
-    x = x.reshape((*kept_shape, shape[len(kept)], columns))
-    result = op(factor.reshape(kept_shape + factor.shape[-2:]), x).reshape(shape)
+    x = x.reshape((*kept_shape, shape[len(kept)], shape[len(kept) + 1 :].numel()))
+    factor = factor.reshape(kept_shape + factor.shape[-2:])
+    result = torch.linalg.solve_triangular(factor, x, upper=False).reshape(shape)
     return result.permute([order.index(i) for i in range(len(order))])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.kl import register_kl
 
-from pyro_blora.distributions.factors import apply_factor, solve
+from pyro_blora.distributions.factors import solve
 from pyro_blora.distributions.matrix_normal import (
     MatrixNormal,
     entry_variance,
@@ -60,8 +60,8 @@ def _collapse(x: Tensor) -> Tensor:
 
 def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     _check_events(p, q)
-    row = apply_factor(solve, q._unbroadcasted_row, p._unbroadcasted_row).square().sum((-2, -1))
-    col = apply_factor(solve, q._unbroadcasted_col, p._unbroadcasted_col).square().sum((-2, -1))
+    row = solve(q._unbroadcasted_row, p._unbroadcasted_row).square().sum((-2, -1))
+    col = solve(q._unbroadcasted_col, p._unbroadcasted_col).square().sum((-2, -1))
     distance = mahalanobis(q, p._unbroadcasted_loc - q._unbroadcasted_loc)
     kl = 0.5 * (row * col + distance - p.event_shape.numel()) + half_log_det(q) - half_log_det(p)
     return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))

@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions.factors import apply_factor, solve
+from pyro_blora.distributions.factors import multiply, solve
 
 __all__ = ["MatrixNormal", "entry_variance", "half_log_det", "mahalanobis"]
 
@@ -94,10 +94,10 @@ class MatrixNormal(TorchDistribution):
         Raises:
             RuntimeError: the batch shapes do not broadcast.
         """
-        batch_shape = torch.broadcast_shapes(
-            tuple(loc[:-2]), tuple(row_scale_tril[:-2]), tuple(col_scale_tril[:-2])
-        )
-        return batch_shape, torch.Size(loc[-2:])
+        first, *others = (tuple(shape[:-2]) for shape in (loc, row_scale_tril, col_scale_tril))
+        if any(other != first for other in others):
+            first = torch.broadcast_shapes(first, *others)
+        return torch.Size(first), torch.Size(loc[-2:])
 
     def expand(
         self, batch_shape: Sequence[int], _instance: "MatrixNormal | None" = None
@@ -186,9 +186,8 @@ class MatrixNormal(TorchDistribution):
         noise = torch.randn(
             self._extended_shape(torch.Size(sample_shape)), dtype=loc.dtype, device=loc.device
         )
-        noise = apply_factor(torch.matmul, self._unbroadcasted_row, noise)
-        noise = apply_factor(torch.matmul, self._unbroadcasted_col, noise.mT).mT
-        return loc + noise
+        noise = multiply(self._unbroadcasted_row, noise)
+        return loc + multiply(self._unbroadcasted_col, noise.mT).mT
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Evaluate the log density, in nats.
@@ -209,6 +208,8 @@ class MatrixNormal(TorchDistribution):
             - half_log_det(self)
             - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
         )
+        if log_prob.shape == self.batch_shape:
+            return log_prob
         return log_prob.expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-2]))
 
     def entropy(self) -> Tensor:
@@ -233,7 +234,7 @@ def _check_arguments(loc: Tensor, row: Tensor, col: Tensor) -> None:
             f"(..., {n}, {n}); got {given}."
         )
     try:
-        torch.broadcast_shapes(loc.shape[:-2], row.shape[:-2], col.shape[:-2])
+        MatrixNormal.infer_shapes(loc.shape, row.shape, col.shape)
     except RuntimeError as error:
         raise ValueError(
             f"The dimensions left of the last two must broadcast; got {given}."
@@ -269,8 +270,8 @@ def half_log_det(d: MatrixNormal) -> Tensor:
 
 def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
     """Return ``|L_r^-1 difference L_c^-T|^2``, batched as difference and factors are."""
-    whitened = apply_factor(solve, d._unbroadcasted_row, difference)
-    whitened = apply_factor(solve, d._unbroadcasted_col, whitened.mT)
+    whitened = solve(d._unbroadcasted_row, difference)
+    whitened = solve(d._unbroadcasted_col, whitened.mT)
     return whitened.square().sum((-2, -1))
 
 

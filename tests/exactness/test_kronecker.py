@@ -7,7 +7,14 @@ from linear_operator.operators import to_linear_operator
 from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 
-from pyro_blora.kronecker import inducing_covariance, kronecker_covariance, lazy_covariance, whiten
+from pyro_blora.errors import NonFiniteLossError
+from pyro_blora.kronecker import (
+    inducing_covariance,
+    kronecker_covariance,
+    lazy_covariance,
+    whiten,
+    whitened_directions,
+)
 
 BATCHES = [(), (3,), (2, 3)]
 
@@ -53,6 +60,33 @@ def test_whiten_refuses():
         whiten(Z, -torch.eye(3))
     with pytest.raises(NanError):
         whiten(Z, torch.full((3, 3), torch.nan))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_whitened_directions_have_the_gradient_of_whiten(batch):
+    Z, D = sides(*batch)
+    G = torch.randn_like(Z)
+
+    def slow(Z, D):
+        return whiten(Z, inducing_covariance(Z, D))[1]
+
+    def fast(Z, D):
+        return whitened_directions(Z, D, "r", "here")
+
+    found, expected = [], []
+    for function, grads in ((fast, found), (slow, expected)):
+        z, d = Z.clone().requires_grad_(), D.clone().requires_grad_()
+        Q = function(z, d)
+        grads += [Q.detach(), *torch.autograd.grad(Q, (z, d), G)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    torch.autograd.gradcheck(fast, (Z.requires_grad_(), D.requires_grad_()))
+
+
+def test_whitened_directions_say_whose_psi_has_no_factor():
+    Z, D = sides()
+    with pytest.raises(NonFiniteLossError, match=r"Psi_r of group 'q' .* noise_init"):
+        whitened_directions(Z * torch.nan, D, "r", "group 'q'")
 
 
 @pytest.mark.parametrize("batch", BATCHES)

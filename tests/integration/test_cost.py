@@ -7,6 +7,8 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_blora.guides import MeanField
+from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import KroneckerInducing
 
 
@@ -24,6 +26,53 @@ class Counter(TorchDispatchMode):
 
     def of(self, word):
         return sum(count for name, count in self.calls.items() if word in name)
+
+
+class Weights(TorchDispatchMode):
+    """Notes every tensor made with the shape of an adapted weight, either way up."""
+
+    def __init__(self, net, shapes):
+        super().__init__()
+        self.base = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        self.shapes = {tuple(s) for s in shapes} | {tuple(s)[::-1] for s in shapes}
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) not in self.shapes:
+                continue
+            if value.untyped_storage().data_ptr() not in self.base:
+                self.made.append((func.overloadpacket.__name__, tuple(value.shape)))
+        return out
+
+
+NOISY = {
+    f"{noise}, {conditional}": KroneckerInducing(rank=2, conditional=conditional, noise=noise)
+    for noise in ("marginal", "joint")
+    for conditional in ("exact", "scaled")
+}
+
+
+@pytest.mark.parametrize("prior", {**tiny.priors(), **NOISY})
+def test_no_tensor_has_the_shape_of_a_weight_but_the_weight(prior):
+    """In a training step, in a prediction by draws and in one that is linearised."""
+    # q_proj 40 x 40 and v_proj 20 x 40: sizes that nothing else has
+    net, guide = tiny.llama(hidden_size=40), MeanField()
+    blora = tiny.adapted(net, prior={**tiny.priors(), **NOISY}[prior], guide=guide)
+    shapes = [m.weight.shape for g in blora.model.groups for m in g.modules]
+    batch = tiny.sequences(3)
+    elbo = TraceMeanField_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    loss_of = elbo(blora.model, blora.guide)
+    with Weights(blora.net, shapes) as weights:
+        loss_of(batch).backward()
+        blora.predict(batch, 7)
+        if prior not in NOISY:
+            blora.predict(batch, 7, linearised=True)
+    assert weights.made == []
+    with weights:
+        blora.sample_updates(0)["q_proj"].layers()[0].weight()
+    assert weights.made  # it would have been seen
 
 
 def one_step(layers, **options):
@@ -51,6 +100,17 @@ def test_sites_and_choleskys_do_not_grow_with_the_depth(conditional):
     assert many.of("linalg_inv") == 0
     assert [g.n for g in large.model.groups] == [6, 6]
     assert many.of("mm") > few.of("mm")  # the network itself did grow: the counter counts
+
+
+def test_besides_the_network_no_operator_is_added_by_depth(monkeypatch):
+    monkeypatch.setattr(LabelTokens, "logits", lambda *_: torch.zeros(4, len(tiny.ANSWERS)))
+    (_, few, _), (_, many, large) = (one_step(n) for n in (2, 30))
+    assert few.of("mm") > 0
+    assert many.calls == few.calls
+    # nor are the network's modules searched in a step: Python would take longer than Pyro
+    large.net.modules = None
+    large.guide(tiny.sequences())
+    large.model(tiny.sequences())
 
 
 # Covariance factors of the prior; a low-rank guide has one more, of its directions.
