@@ -41,14 +41,14 @@ def _settled(net):
 
 def llama(layers=2, *, tied=False, **options):
     """``q_proj`` 16 x 16, ``v_proj`` 8 x 16, no biases."""
-    config = LlamaConfig(
+    options = {
         **_SIZES,
-        num_hidden_layers=layers,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": tied,
         **options,
-    )
-    return _settled(LlamaForCausalLM(config))
+    }
+    return _settled(LlamaForCausalLM(LlamaConfig(**options)))
 
 
 def qwen2(layers=2, *, tied=True):

@@ -1,20 +1,20 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
-import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guide import StructuredGuide, start_guide
 from pyro_blora.guides._post_hoc import PostHoc
-from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import (
     Collate,
@@ -23,6 +23,7 @@ from pyro_blora.inference.loop import (
     batches,
     training_loop,
 )
+from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, CausalLM
 from pyro_blora.model import to_device
 
@@ -78,6 +79,7 @@ def fit(
     validate_every: int = 50,
     validation_samples: int = 0,
     keep_best: bool = False,
+    cache_frozen_prefix: bool = False,
     seed: int | None = 0,
     progress: bool | None = None,
 ) -> FitResult:
@@ -118,6 +120,9 @@ def fit(
         validate_every: steps between validations.
         validation_samples: posterior draws for a validation; 0 takes the posterior mean.
         keep_best: whether to go back to the best validation at the end.
+        cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
+            adapted layer put out, and to run them in the first epoch alone. They run without
+            dropout. Takes the memory of one hidden state for each token of the training set.
         seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
@@ -144,11 +149,6 @@ def fit(
         seed=seed,
         progress=progress,
     )
-    if blora.likelihood.num_data is None:
-        raise ConfigurationError(
-            f"{type(blora.likelihood).__name__} was not told the size of the data set; build it "
-            "with num_data=len(train)."
-        )
     if validation is not None and collate is None:
         raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
     if seed is not None:
@@ -156,7 +156,13 @@ def fit(
     device = blora.model.groups[0].device
     stream = (to_device(b, device) for b in batches(train, collate, options, length))
     first = next(stream)
-    objective = _Objective(blora, elbo, num_particles, options, kl_warmup, kl_weight)
+    cache = PrefixCache(blora.net, blora.model.adapters) if cache_frozen_prefix else None
+    objective = Objective(blora, elbo, num_particles, num_steps, kl_warmup, kl_weight)
+
+    def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        with nullcontext() if cache is None else cache.in_place():
+            return objective(batch, step)
+
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
     given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction}
     rates = {**LEARNING_RATES, **blora.prior_family[0].learning_rates}
@@ -188,7 +194,7 @@ def fit(
     try:
         with pyro.validation_enabled(False):
             result = training_loop(
-                objective,
+                loss_of,
                 parameter_groups(both, rates),
                 _chain(first, stream),
                 options,
@@ -222,68 +228,3 @@ def _post_hoc_families(blora: BayesianLoRA) -> list[PostHoc]:
 def _chain(first: Batch, rest: Any) -> Any:
     yield first
     yield from rest
-
-
-class _Objective:
-    """The loss of a batch per example, with one ELBO for each number of particles."""
-
-    def __init__(
-        self,
-        blora: BayesianLoRA,
-        elbo: type[Trace_ELBO],
-        num_particles: int | None,
-        options: LoopOptions,
-        kl_warmup: float,
-        kl_weight: float,
-    ) -> None:
-        if num_particles is not None and num_particles < 1:
-            raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
-        if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
-            raise ConfigurationError(
-                f"elbo={elbo.__name__} does not average over particles, so they cannot share out "
-                "the examples; use Trace_ELBO or TraceMeanField_ELBO."
-            )
-        tempered = kl_weight != 1 or kl_warmup > 0
-        if tempered and not isinstance(blora.guide, StructuredGuide):
-            raise ConfigurationError(
-                "kl_weight and kl_warmup temper the guide's sites, and "
-                f"{type(blora.guide).__name__} makes its own; use a family of "
-                "pyro_blora.guides, or leave them at 1 and 0."
-            )
-        if not kl_weight > 0 or not 0 <= kl_warmup <= 1:
-            raise ConfigurationError(
-                f"kl_weight={kl_weight} must be positive and kl_warmup={kl_warmup} in [0, 1]."
-            )
-        self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
-        self.options, self.kl_warmup, self.kl_weight = options, kl_warmup, kl_weight
-        self._elbos: dict[int, nn.Module] = {}
-
-    def _module(self, particles: int) -> nn.Module:
-        if particles not in self._elbos:
-            elbo = self.elbo(
-                num_particles=particles,
-                vectorize_particles=True,
-                max_plate_nesting=self.blora.max_plate_nesting,
-            )
-            self._elbos[particles] = elbo(self.blora.model, self.blora.guide)
-        return self._elbos[particles]
-
-    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        blora, count = self.blora, self.blora.likelihood.num_data or 1
-        examples = blora.likelihood.examples(batch)
-        if examples > count:
-            raise BatchError(
-                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
-                "pass num_data=len(train) to the likelihood."
-            )
-        most = examples if self.num_particles is None else min(self.num_particles, examples)
-        particles = next(p for p in range(most, 0, -1) if examples % p == 0)
-        ramp = self.kl_warmup * self.options.num_steps
-        weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
-        blora.model.kl_weight = weight
-        loss = self._module(particles)(batch) / count
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise explain_non_finite(blora.model, blora.guide, batch, step)
-        nll = float(blora.model.nll) if blora.model.nll is not None else math.nan
-        return loss, {"loss": value, "nll": nll, "kl": (value - nll) * count / weight}

@@ -1,0 +1,103 @@
+"""The loss that training minimises: the negative ELBO of a batch, per example."""
+
+import math
+
+from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
+from torch import Tensor, nn
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guide import StructuredGuide
+from pyro_blora.inference.diagnosis import explain_non_finite
+from pyro_blora.likelihoods import Batch
+
+__all__ = ["Objective"]
+
+
+class Objective:
+    """The loss of a batch per example, with one ELBO for each number of particles.
+
+    Args:
+        blora: the adapter.
+        elbo: the class of the ELBO, which must average over particles.
+        num_particles: draws for a batch; the largest divisor of the batch that is no larger is
+            taken. Default: one for each example.
+        num_steps: optimizer steps of the whole training, for ``kl_warmup``.
+        kl_warmup: share of the steps in which the weight of the KL rises.
+        kl_weight: its weight then.
+
+    Raises:
+        ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
+    """
+
+    def __init__(
+        self,
+        blora: BayesianLoRA,
+        elbo: type[Trace_ELBO],
+        num_particles: int | None,
+        num_steps: int = 1,
+        kl_warmup: float = 0.0,
+        kl_weight: float = 1.0,
+    ) -> None:
+        if blora.likelihood.num_data is None:
+            raise ConfigurationError(
+                f"{type(blora.likelihood).__name__} was not told the size of the data set; build "
+                "it with num_data=len(train)."
+            )
+        if num_particles is not None and num_particles < 1:
+            raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
+        if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
+            raise ConfigurationError(
+                f"elbo={elbo.__name__} does not average over particles, so they cannot share out "
+                "the examples; use Trace_ELBO or TraceMeanField_ELBO."
+            )
+        tempered = kl_weight != 1 or kl_warmup > 0
+        if tempered and not isinstance(blora.guide, StructuredGuide):
+            raise ConfigurationError(
+                "kl_weight and kl_warmup temper the guide's sites, and "
+                f"{type(blora.guide).__name__} makes its own; use a family of "
+                "pyro_blora.guides, or leave them at 1 and 0."
+            )
+        if not kl_weight > 0 or not 0 <= kl_warmup <= 1:
+            raise ConfigurationError(
+                f"kl_weight={kl_weight} must be positive and kl_warmup={kl_warmup} in [0, 1]."
+            )
+        self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
+        self.num_steps, self.kl_warmup, self.kl_weight = num_steps, kl_warmup, kl_weight
+        self._elbos: dict[int, nn.Module] = {}
+
+    def _module(self, particles: int) -> nn.Module:
+        if particles not in self._elbos:
+            elbo = self.elbo(
+                num_particles=particles,
+                vectorize_particles=True,
+                max_plate_nesting=self.blora.max_plate_nesting,
+            )
+            self._elbos[particles] = elbo(self.blora.model, self.blora.guide)
+        return self._elbos[particles]
+
+    def __call__(self, batch: Batch, step: int = 0) -> tuple[Tensor, dict[str, float]]:
+        """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
+
+        Raises:
+            BatchError: the batch is larger than the data set.
+            NonFiniteLossError: the loss is NaN or infinite; the message names the sites.
+        """
+        blora, count = self.blora, self.blora.likelihood.num_data or 1
+        examples = blora.likelihood.examples(batch)
+        if examples > count:
+            raise BatchError(
+                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
+                "pass num_data=len(train) to the likelihood."
+            )
+        most = examples if self.num_particles is None else min(self.num_particles, examples)
+        particles = next(p for p in range(most, 0, -1) if examples % p == 0)
+        ramp = self.kl_warmup * self.num_steps
+        weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
+        blora.model.kl_weight = weight
+        loss = self._module(particles)(batch) / count
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise explain_non_finite(blora.model, blora.guide, batch, step)
+        nll = float(blora.model.nll) if blora.model.nll is not None else math.nan
+        return loss, {"loss": value, "nll": nll, "kl": (value - nll) * count / weight}

@@ -1,0 +1,108 @@
+"""``fit(cache_frozen_prefix=True)``: frozen blocks run in the first epoch alone, equal losses."""
+
+import pytest
+import tiny
+import torch
+from test_shared_prefix import CASES, adapted
+
+from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference import fit
+from pyro_blora.likelihoods import LabelTokens
+
+ROWS = 10
+
+
+def passes(blora):
+    """The rows that each block sees, block by block; a skipped one sees none."""
+    seen = {}
+    blocks = next(m for m in blora.net.modules() if isinstance(m, torch.nn.ModuleList))
+    for index, block in enumerate(blocks):
+        forward = block.forward
+
+        def counted(*args, index=index, forward=forward, **kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen[index] = seen.get(index, 0) + hidden.shape[0]
+            return forward(*args, **kwargs)
+
+        block.forward = counted
+    return seen
+
+
+def history(blora, rows, collate, **options):
+    options = {"num_steps": 9, "batch_size": 4, "progress": False, **options}
+    result = fit(blora, rows, collate=collate, **options)
+    return torch.tensor([step["loss"] for step in result.history])
+
+
+def of_rows(batch):
+    """The rows of a batch as examples, and what collates them again."""
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+    return rows, torch.utils.data.default_collate
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_losses(case):
+    torch.manual_seed(0)
+    blora, batch = adapted(case, 4, [2, 3])
+    rows, collate = of_rows(batch)
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, rows, collate)
+    blora.load_state_dict(start)
+    torch.testing.assert_close(
+        history(blora, rows, collate, cache_frozen_prefix=True), expected, atol=1e-4, rtol=1e-5
+    )
+    assert expected[0] != expected[-1]
+
+
+def test_rows_skip_the_frozen_blocks_from_the_second_epoch_on_whatever_their_padding():
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    rows = tiny.examples(ROWS)
+    expected = history(blora, rows, tiny.collate, num_steps=9)
+    blora.load_state_dict(start)
+    seen = passes(blora)
+    found = history(blora, rows, tiny.collate, num_steps=9, cache_frozen_prefix=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    epochs = 3
+    # a row is a new one where it comes without any mask, as the longest of its batch
+    assert ROWS <= seen[0] < 2 * ROWS
+    assert seen[2] == epochs * ROWS
+
+
+def test_without_padding_each_row_runs_once():
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    batch = tiny.sequences(8)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    rows, collate = of_rows(batch)
+    seen = passes(blora)
+    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
+    assert seen == {0: 8, 1: 8, 2: 40}
+
+
+def test_dropout_below_is_off_and_everything_is_put_back():
+    net = tiny.gpt2(3)
+    net.transformer.drop.p = 0.5
+    net.transformer.h[0].mlp.dropout.p = 0.5
+    likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=8)
+    blora = tiny.adapted(
+        net, target_modules=["c_attn"], layers_to_transform=[2], likelihood=likelihood
+    )
+    rows, collate = of_rows(tiny.sequences(8))
+    seen = passes(blora)
+    history(blora, rows, collate, num_steps=6, cache_frozen_prefix=True)
+    assert seen[0] == 8
+    assert seen[2] == 24
+    cache = PrefixCache(net, blora.model.adapters)
+    net.train()
+    forwards = [block.forward for block in net.transformer.h]
+    with cache.in_place():
+        assert not net.transformer.drop.training
+        assert net.transformer.h[2].training
+    assert all(module.training for module in net.modules())
+    assert [block.forward for block in net.transformer.h] == forwards
+
+
+def test_nothing_below_the_adapters_is_refused():
+    with pytest.raises(ConfigurationError, match="layers_to_transform"):
+        history(tiny.adapted(), tiny.examples(), tiny.collate, cache_frozen_prefix=True)
