@@ -99,10 +99,10 @@ class BayesianLoRA(PyroModule):
         self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
         warn_of_aliases(self.model)
         self.guide, self.max_plate_nesting = make_guide(self.guide_family[0], self.model)
-        self._frozen = tuple((p, p.requires_grad) for p in net.parameters())
+        # By name: sharding and offloading put other tensors in a parameter's place
+        self._frozen = {n: p.requires_grad for n, p in net.named_parameters(remove_duplicate=False)}
         self.model.attach()
-        for parameter, _ in self._frozen:
-            parameter.requires_grad_(False)
+        net.requires_grad_(False)
 
     @property
     def net(self) -> nn.Module:
@@ -123,8 +123,8 @@ class BayesianLoRA(PyroModule):
         """Takes the hooks off and gives the network back exactly as it was."""
         self.model.detach()
         leave_store({"model": self.model, "guide": self.guide})
-        for parameter, required_grad in self._frozen:
-            parameter.requires_grad_(required_grad)
+        for name, parameter in self.net.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self._frozen[name])
         return self.net
 
     def sample_updates(

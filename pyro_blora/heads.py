@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.layers import Adapter, adapter_of
+from pyro_blora.pretrained_weight import is_quantised_tensor
 
 __all__ = ["logits_at"]
 
@@ -79,14 +80,16 @@ def _narrowed(
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
+        columns = positions.to(hidden.device)
         if mask is None:
-            return (hidden[rows, positions],)
-        return (hidden[rows.expand_as(mask)[mask], positions[mask]].unsqueeze(0),)
+            return (hidden[rows, columns],)
+        real = mask.to(hidden.device)
+        return (hidden[rows.expand_as(real)[real], columns[real]].unsqueeze(0),)
 
     handle = head.register_forward_pre_hook(gather)
     narrow = False
     try:
-        if token_ids is not None and type(head) is nn.Linear and "forward" not in vars(head):
+        if token_ids is not None and type(head) is nn.Linear and _is_plain(head):
             narrow = True
             head.forward = partial(_some_rows, head, token_ids)  # type: ignore[method-assign]
             if adapter is not None:
@@ -98,6 +101,10 @@ def _narrowed(
             del head.forward
             if adapter is not None:
                 adapter.rows = None
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    return "forward" not in vars(head) and not is_quantised_tensor(head.weight)
 
 
 def _some_rows(head: nn.Linear, rows: Tensor, hidden: Tensor) -> Tensor:

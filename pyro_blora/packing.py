@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.layers import without_updates
+from pyro_blora.targets import device_of
 
 __all__ = ["Scored", "compact", "pack", "supports_packing", "unpacked", "wants_additive_mask"]
 
@@ -126,7 +127,7 @@ def supports_packing(net: nn.Module) -> bool:
     vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0))
     if vocabulary < 8:
         return False
-    device = next(net.parameters()).device
+    device = device_of(net.modules())
     ids = torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 7]]], device=device)
     scored = torch.zeros_like(ids).bool()
     scored[..., 4:] = True

@@ -6,28 +6,71 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.targets import LayerGroup, layer_shape
 
-__all__ = ["dense_weight", "top_singular"]
+__all__ = ["dense_weight", "is_quantised_tensor", "top_singular"]
+
+
+def is_quantised_tensor(weight: Tensor) -> bool:
+    """Whether ``weight`` is a tensor like those of torchao, which passes for one of its floats.
+
+    Such a tensor knows how to multiply and how to dequantise itself, and little else.
+    """
+    return type(weight).dequantize is not Tensor.dequantize
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in torch's default dtype.
 
+    Weights quantised by torchao or bitsandbytes are dequantised; the layer keeps its own.
+
     Raises:
-        ConfigurationError: the weight is quantised.
+        ConfigurationError: the weight is quantised in another way.
     """
-    weight = module.weight
+    weight = _dequantised(module)
     shape = layer_shape(module)
-    assert isinstance(weight, Tensor)
     assert shape is not None
-    if not weight.is_floating_point() or weight.dim() != 2 or weight.numel() != shape[0] * shape[1]:
+    conv = type(module).__name__ == "Conv1D"  # which stores its transpose
+    stored = shape[::-1] if conv else shape
+    if weight is None or not weight.is_floating_point() or weight.shape != stored:
+        kind = "no weight"
+        if weight is not None:
+            kind = f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
         raise ConfigurationError(
-            f"{name} has a weight of {weight.dtype} and shape {tuple(weight.shape)}, whose "
-            "singular directions cannot be read; take a prior that does not start from the "
-            "pretrained weight, or load the network unquantised."
+            f"{name} has {kind}, whose singular directions cannot be read; take a prior that does "
+            "not start from the pretrained weight, or load the network unquantised or quantised "
+            "by torchao or bitsandbytes."
         )
-    transposed = type(module).__name__ == "Conv1D"
-    weight = weight.detach().mT if transposed else weight.detach()
-    return weight.to(torch.get_default_dtype())
+    return (weight.mT if conv else weight).to(torch.get_default_dtype())
+
+
+def _dequantised(module: nn.Module) -> Tensor | None:
+    weight = _whole_weight(module)
+    if weight is None:
+        return None
+    state = getattr(weight, "quant_state", None)
+    # bitsandbytes packs weights anew for some processors, in an order that it cannot read itself
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        return weight.detach()
+    if state is not None or weight.dtype == torch.int8:
+        from transformers.integrations import bitsandbytes
+
+        weight = bitsandbytes.dequantize_bnb_weight(weight, getattr(module, "state", None))
+    elif is_quantised_tensor(weight):
+        weight = weight.dequantize()
+    return weight.detach()
+
+
+def _whole_weight(module: nn.Module) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if weight.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
+        from accelerate.utils import align_module_device  # it has put the weight away
+
+        with align_module_device(module):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+    whole = getattr(weight, "full_tensor", None)  # of a DTensor, which has a share of it
+    return weight if whole is None else whole()
 
 
 @torch.no_grad()

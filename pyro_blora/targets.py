@@ -8,7 +8,7 @@ site under one plate: the cost of Pyro does not grow with the depth of the netwo
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, NoTargetError
 
-__all__ = ["LayerGroup", "find_targets", "group_layers", "layer_shape"]
+__all__ = ["LayerGroup", "device_of", "find_targets", "group_layers", "layer_shape"]
 
 # Tried in order when target_modules is not given; the attention projections LoRA's authors adapt.
 _DEFAULT_TARGETS = (
@@ -57,12 +57,34 @@ class LayerGroup:
 
     @property
     def device(self) -> torch.device:
-        """Device of the layers; the CPU where the network has no storage (device ``meta``)."""
-        for module in self.modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.device.type != "meta":
-                    return tensor.device
-        return torch.device("cpu")
+        """Where the first of the layers computes; see :func:`device_of`."""
+        return device_of(self.modules)
+
+
+def device_of(modules: Iterable[nn.Module]) -> torch.device:
+    """Where the first of ``modules`` that tells computes.
+
+    Args:
+        modules: layers, or all modules of a network.
+
+    Returns:
+        The device at which Accelerate runs an offloaded module, or that of its tensors; the CPU
+        where nothing has storage (device ``meta``).
+
+    Example::
+
+        >>> device_of([nn.ReLU(), nn.Linear(2, 2)])
+        device(type='cpu')
+    """
+    for module in modules:
+        # Between passes an offloaded weight is on the meta device
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.device.type != "meta":
+                return tensor.device
+    return torch.device("cpu")
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -2,10 +2,14 @@
 
     accelerate launch --num_processes 2 tutorials/distributed.py         (graphics cards)
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tutorials/distributed.py --out out/ddp
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tutorials/distributed.py --shard
 
 Pyro's ``ELBO()(model, guide)`` is a torch module of the adapter's parameters alone, so Accelerate
-wraps it as it is. Every process holds the frozen network; gradients of the adapter are averaged.
-The mean of the processes' losses is an unbiased estimate of the ELBO on all of their examples.
+wraps it as it is. Every process holds the frozen network, or with ``--shard`` its share of each
+block (FSDP2), and the whole adapter, whose gradients are averaged. The mean of the processes'
+losses is an unbiased estimate of the ELBO on all of their examples.
+
+``--state FOLDER`` keeps the state of the training there and goes on from what it finds.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from pyro.infer import TraceMeanField_ELBO
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora import BayesianLoRA, guides, likelihoods, models
@@ -57,12 +62,21 @@ def main() -> None:
     parser.add_argument("--guide", default="MatrixNormal", help="a class of pyro_blora.guides")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step")
+    parser.add_argument("--shard", action="store_true", help="share the network out (FSDP2)")
+    parser.add_argument("--state", type=Path, help="folder of the training's state")
     parser.add_argument("--out", type=Path, help="folder for the adapter of each process")
     arguments = parser.parse_args()
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
     pyro.settings.set(module_local_params=True)  # parameters belong to the modules
+    net = network().to(accelerator.device)
+    if arguments.shard:
+        for block in net.model.layers:
+            fully_shard(block)
+        held = sum(p.to_local().numel() for p in net.model.layers.parameters())
+        total = sum(p.numel() for p in net.model.layers.parameters())
+        accelerator.print(f"holds {held} of the blocks' {total} weights")
     blora = BayesianLoRA(
-        network(),
+        net,
         target_modules=["q_proj", "v_proj"],
         prior=models.KroneckerInducing(rank=2),
         guide=getattr(guides, arguments.guide)(),
@@ -70,13 +84,19 @@ def main() -> None:
     )
     torch.manual_seed(1 + accelerator.process_index)  # its own draws
     rows = ROWS // (accelerator.num_processes * arguments.accumulate)
-    loader = torch.utils.data.DataLoader(data(), batch_size=rows)
+    # A loader draws a seed as it begins, which shall not come out of the posterior's draws
+    own = torch.Generator()
+    loader = torch.utils.data.DataLoader(data(), batch_size=rows, generator=own)
     elbo = TraceMeanField_ELBO(num_particles=rows, vectorize_particles=True, max_plate_nesting=1)
     loss_of = elbo(blora.model, blora.guide)
-    optimizer = torch.optim.SGD(loss_of.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(loss_of.parameters(), lr=1e-3, momentum=0.9)
     loss_of, optimizer, loader = accelerator.prepare(loss_of, optimizer, loader)
-    batches = iter(loader)
-    for step in range(arguments.steps * arguments.accumulate):
+    done = 0
+    if arguments.state and arguments.state.exists():
+        accelerator.load_state(arguments.state)
+        done = int((arguments.state / "batches").read_text())
+    batches = iter(accelerator.skip_first_batches(loader, done))
+    for step in range(done, done + arguments.steps * arguments.accumulate):
         with accelerator.accumulate(loss_of):
             loss = loss_of(next(batches))
             accelerator.backward(loss)
@@ -84,12 +104,18 @@ def main() -> None:
             optimizer.zero_grad()
         mean = accelerator.gather(loss.detach().reshape(1)).mean().item()
         accelerator.print(f"batch {step}: loss {mean:.3f}")
+    if arguments.state:
+        accelerator.save_state(arguments.state)
+        if accelerator.is_main_process:
+            (arguments.state / "batches").write_text(str(step + 1))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().clone() for name, t in blora.state_dict().items()}
         save_file(tensors, arguments.out / f"process-{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
-    accelerator.end_training()  # takes the process group down before the interpreter does
+    # The wrapper first: were it the last to hold the process group, its end could wait for ever.
+    loss_of, optimizer, loader = accelerator.free_memory(loss_of, optimizer, loader)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

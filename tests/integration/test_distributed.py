@@ -13,16 +13,17 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launched(folder, processes, *arguments):
-    """The adapters that the processes end with."""
+def launched(folder, processes, *arguments, program="distributed.py", says=""):
+    """The adapters that the processes end with; what they say has ``says`` in it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes)]
-    command += [str(ROOT / "tutorials" / "distributed.py"), *arguments, "--out", str(folder)]
+    command += [str(ROOT / "tutorials" / program), *arguments, "--out", str(folder)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert says in done.stdout
     return [load_file(folder / f"process-{i}.safetensors") for i in range(processes)]
 
 
@@ -40,9 +41,45 @@ def test_processes_end_equal_and_as_one_process_with_the_whole_batch(tmp_path):
     assert any(value.abs().max() > 1e-5 for name, value in alone.items() if ".loc" in name)
 
 
+def test_a_sharded_network_trains_as_a_whole_one(tmp_path):
+    half = "holds 2208 of the blocks' 4416 weights"
+    first, second = launched(tmp_path / "two", 2, "--guide", "Delta", "--shard", says=half)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (alone,) = launched(tmp_path / "one", 1, "--guide", "Delta")
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_resume_in_new_ones_where_they_stopped(tmp_path):
+    """The optimizer has momentum, and the draws of each process go on."""
+    whole = launched(tmp_path / "whole", 2, "--steps", "4")
+    half = ["--steps", "2", "--state", str(tmp_path / "state")]
+    stopped = launched(tmp_path / "stopped", 2, *half)
+    resumed = launched(tmp_path / "resumed", 2, *half)
+    for process in (0, 1):
+        for name, value in whole[process].items():
+            assert torch.equal(resumed[process][name], value), name
+    assert any(not torch.equal(stopped[0][name], whole[0][name]) for name in whole[0])
+
+
 def test_processes_draw_particles_of_their_own_and_stay_equal(tmp_path):
     first, second = launched(tmp_path / "two", 2)
     assert all(torch.equal(first[name], second[name]) for name in first)
     # one process with the first one's seed and the whole batch has other draws
     (alone,) = launched(tmp_path / "one", 1)
     assert any(not torch.allclose(first[name], alone[name]) for name in first)
+
+
+def test_the_trainer_on_two_processes_is_one_with_the_whole_batch(tmp_path):
+    first, second = launched(tmp_path / "two", 2, "--guide", "Delta", program="trainer.py")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (alone,) = launched(tmp_path / "one", 1, "--guide", "Delta", program="trainer.py")
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
+    # with draws, each process has its own
+    drawn = launched(tmp_path / "drawn", 2, program="trainer.py")
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    states = sorted((tmp_path / "drawn" / "checkpoint-2").glob("rng_state_*.pth"))
+    seeds = [torch.load(path, weights_only=False)["cpu"] for path in states]
+    assert len(seeds) == 2
+    assert not torch.equal(*seeds)

@@ -1,0 +1,195 @@
+"""The Hugging Face ``Trainer`` on the ELBO, with checkpoints of the adapter alone."""
+
+import math
+import os
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.checkpoints import read_pretrained
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import SiteGuide
+from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
+from pyro_blora.inference.objective import Objective
+from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.model import leave_store, to_device
+from pyro_blora.predictive import logits_of_draws
+from pyro_blora.targets import device_of
+
+__all__ = ["BayesianLoRATrainer"]
+
+
+class BayesianLoRATrainer(Trainer):
+    r"""A ``transformers.Trainer`` that maximises the ELBO of an adapter.
+
+    Training minimises :math:`-\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b) + \frac{1}{N}
+    \mathrm{KL}[q \| p]` as :func:`~pyro_blora.inference.fit` does, and logs the two parts as
+    ``nll`` and ``kl``. ``evaluate`` gives the negative log posterior predictive as ``eval_loss``;
+    ``predict``, and ``compute_metrics``, get its logarithm for each class.
+
+    A checkpoint has the adapter as ``save_pretrained`` writes it, and the ``Trainer``'s own state;
+    ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads it. Of the base nothing is written. A
+    post-hoc guide (``Laplace``) gets its width by :func:`~pyro_blora.inference.finish` afterwards.
+
+    Args:
+        model: the adapter.
+        args: as everywhere; but ``learning_rate`` is not read, for the parameters have roles, and
+            columns of the data set are never removed.
+        num_particles: draws of the posterior for a batch, as in ``fit``. Default: one for each
+            example.
+        elbo: the class of the ELBO, ``Trace_ELBO`` or ``TraceMeanField_ELBO``.
+        eval_samples: posterior draws for an evaluation; 0 takes the posterior mean.
+        learning_rates: rates by role, ``{"mean": ..., "scale": ..., "direction": ...}``, where
+            they shall not be ``fit``'s.
+        options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
+
+    Raises:
+        ConfigurationError: ``args.learning_rate`` was set, a role is unknown, the likelihood lacks
+            ``num_data``, or the guide is none of this library.
+
+    Example::
+
+        trainer = BayesianLoRATrainer(blora, TrainingArguments("out", num_train_epochs=3),
+                                      train_dataset=train, data_collator=collate)
+        trainer.train()
+        trainer.train(resume_from_checkpoint=True)  # in another process, another day
+    """
+
+    def __init__(
+        self,
+        model: BayesianLoRA,
+        args: TrainingArguments | None = None,
+        *,
+        num_particles: int | None = None,
+        elbo: type[Trace_ELBO] = TraceMeanField_ELBO,
+        eval_samples: int = 10,
+        learning_rates: dict[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        args = TrainingArguments("out") if args is None else args
+        if not isinstance(model.guide_family[0], SiteGuide):
+            raise ConfigurationError(
+                f"guide={model.guide_family[0]!r} cannot be written to a checkpoint; take a family "
+                "of pyro_blora.guides, or SVI with a loop of your own."
+            )
+        if args.learning_rate != TrainingArguments.learning_rate:
+            raise ConfigurationError(
+                f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
+                f"directions have their own; pass learning_rates= with some of {LEARNING_RATES}."
+            )
+        if unknown := set(learning_rates or {}) - set(LEARNING_RATES):
+            raise ConfigurationError(
+                f"learning_rates has {sorted(unknown)}; the roles are {list(LEARNING_RATES)}."
+            )
+        own = model.prior_family[0].learning_rates
+        self.learning_rates = {**LEARNING_RATES, **own, **(learning_rates or {})}
+        self.blora = model
+        args.remove_unused_columns = False  # the collator reads them, not forward's signature
+        args.label_names = args.label_names or ["labels"]
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy the adapter, not the network
+        loss = _Loss(model, Objective(model, elbo, num_particles), eval_samples)
+        super().__init__(model=loss, args=args, **options)
+        self.add_callback(_OwnDraws)
+
+    optimizer: torch.optim.Optimizer | None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that ``args`` names, with a rate for each role."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.blora, self.learning_rates)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            decay = self.args.weight_decay
+            self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of ``nll`` and ``kl`` since the last time to those of the loss."""
+        if "loss" in logs and self.model.figures:
+            parts = torch.tensor(self.model.figures, device=self.args.device).mean(0, keepdim=True)
+            self.model.figures = []
+            nll, kl = self.accelerator.gather(parts).mean(0).tolist()
+            logs = {**logs, "nll": nll, "kl": kl}
+        super().log(logs, start_time)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        net = self.blora.net
+        if getattr(net, "hf_device_map", None) is None and device_of(net.modules()) != device:
+            net.to(device)
+            self.blora.to(device)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self.blora.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
+    ) -> None:
+        blora = self.blora
+        (prior,), (guide,) = blora.prior_family, blora.guide_family
+        assert isinstance(guide, SiteGuide)
+        folder, likelihood = resume_from_checkpoint, blora.likelihood
+        saved = read_pretrained(blora.net, folder, prior=prior, guide=guide, likelihood=likelihood)
+        saved.load_into(blora)
+        leave_store({"model": blora.model, "guide": blora.guide})
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Loss(nn.Module):
+    """What the ``Trainer`` takes for its model: in training the ELBO, else the predictive."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over examples; the Trainer averages batches
+
+    def __init__(self, blora: BayesianLoRA, objective: Objective, num_samples: int) -> None:
+        super().__init__()
+        self.blora, self.objective, self.num_samples = blora, objective, num_samples
+        self.figures: list[tuple[float, float]] = []
+        if hasattr(blora.net, "hf_device_map"):
+            self.hf_device_map = blora.net.hf_device_map
+
+    def train(self, mode: bool = True) -> "_Loss":
+        self.blora.net.train(mode)
+        return super().train(mode)
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        batch = to_device(batch, self.blora.model.groups[0].device)
+        if not self.training:
+            return self._predictive(batch)
+        with pyro.validation_enabled(False):
+            loss, figures = self.objective(batch)
+        self.figures.append((figures["nll"], figures["kl"]))
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def _predictive(self, batch: Batch) -> dict[str, Tensor]:
+        likelihood = self.blora.likelihood
+        if type(likelihood).distribution is not Likelihood.distribution:  # no classes
+            return {"loss": -self.blora.log_predictive(batch, self.num_samples).mean()}
+        draws = torch.cat(list(logits_of_draws(self.blora, batch, self.num_samples, max_rows=256)))
+        logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
+        labels = likelihood.labels(batch)
+        if labels is None:
+            return {"logits": logp}
+        likelihood.check_labels(labels, logp)
+        return {"loss": nn.functional.nll_loss(logp, labels), "logits": logp}
+
+
+class _OwnDraws(TrainerCallback):
+    """Each process draws its own particles; the Trainer gives all of them one seed."""
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        if args.world_size > 1:
+            torch.manual_seed(args.seed + 1 + args.process_index)

@@ -1,0 +1,151 @@
+"""Networks whose layers lie on several devices, or elsewhere between passes."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from pyro_blora import guides, models
+from pyro_blora.conditional import JointNoise, MarginalNoise
+from pyro_blora.heads import logits_at
+from pyro_blora.inference import fit
+from pyro_blora.layers import Adapter, updates_in_place
+from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.packing import supports_packing
+from pyro_blora.pretrained_weight import dense_weight
+from pyro_blora.targets import device_of, group_layers
+from pyro_blora.update import LayerUpdate
+
+accelerate = pytest.importorskip("accelerate")
+# Two devices on any machine: with fake tensors, which have no storage
+CARDS = (torch.device("cpu", 0), torch.device("cpu", 1))
+
+
+def put(module, card):
+    """Moves ``module`` as ``device_map`` does: Accelerate's hook brings its input to it."""
+    for part in module.modules():
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                part._parameters[name] = nn.Parameter(tensor.detach().to(card))
+        for name, tensor in part._buffers.items():
+            part._buffers[name] = tensor.to(card)
+    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(card))
+
+
+def noises(card):
+    """A noise of each kind for two draws, with tensors of a 16 x 16 layer on ``card``."""
+    scale, Q = torch.ones(2, device=card), torch.ones(2, 16, device=card)
+    root = torch.eye(2, device=card)
+    return {
+        "none": None,
+        "marginal": MarginalNoise(scale),
+        "joint": JointNoise(scale, Q, root, root, Q, root, root),
+    }
+
+
+@pytest.mark.parametrize("kind", ["none", "marginal", "joint"])
+def test_the_layers_of_a_group_lie_on_two_cards(kind):
+    """Fake tensors refuse to meet across devices as those of two graphics cards do."""
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        net = tiny.llama()
+        base, first, second = net.model, *net.model.layers
+        for module in (base.embed_tokens, base.rotary_emb, first):
+            put(module, CARDS[0])
+        for module in (second, base.norm, net.lm_head):
+            put(module, CARDS[1])
+        layers = {f"{i}.q": b.self_attn.q_proj for i, b in enumerate(base.layers)}
+        layers["head"] = net.lm_head
+        group, head = group_layers(layers)
+        assert (group.device, head.device) == CARDS
+        adapters = [Adapter(name, layer) for name, layer in layers.items()]
+        factors = {"device": group.device, "requires_grad": True}
+        A, B, core = (torch.ones(s, **factors) for s in ((2, 16), (16, 2), (2, 2, 2)))
+        update = LayerUpdate(A, B, core, noises(group.device)[kind])
+        of_head = LayerUpdate(A.to(CARDS[1]), torch.ones(tiny.VOCABULARY, 2, device=CARDS[1]))
+        inputs = {"input_ids": torch.ones(4, 7, dtype=torch.long, device=CARDS[0])}
+        positions = torch.ones(4, 1, dtype=torch.long, device=CARDS[0])
+        seen = []
+        second.self_attn.q_proj.register_forward_hook(lambda m, a, y: seen.append(y.device))
+        with updates_in_place(adapters, [update, update, of_head]):
+            logits = logits_at(net, inputs, positions, positions.bool())
+        logits.sum().backward()
+        assert A.grad.device == B.grad.device == core.grad.device == CARDS[0]
+    assert seen == [CARDS[1]]
+
+
+def test_the_device_of_an_offloaded_module_is_where_it_runs():
+    layer = nn.Linear(4, 3, device="meta")
+    assert device_of([layer]) == torch.device("cpu")
+    layer._hf_hook = accelerate.hooks.AlignDevicesHook(CARDS[1], offload=True)
+    assert device_of([layer]) == CARDS[1]
+
+
+def offloaded(net, where, folder):
+    """``net`` with its weights put away between passes: all, or some of them on the disk."""
+    if where == "cpu":
+        return accelerate.cpu_offload(net)
+    blocks = {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    ends = {"model.embed_tokens": "cpu", "model.norm": "disk", "lm_head": "disk"}
+    device_map = {**blocks, **ends, "model.rotary_emb": "cpu"}
+    return accelerate.dispatch_model(net, device_map, offload_dir=str(folder))
+
+
+OPTIONS = {
+    "default": {},
+    "reads the weights": {"prior": models.KernelInducing(rank=2)},
+    "reads the embeddings": {"guide": guides.Amortized()},
+    "adapts the head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_offloaded_network_trains_and_predicts_as_any(where, options, tmp_path):
+    found = []
+    for put_away in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net = tiny.llama()
+        if put_away:
+            net = offloaded(net, where, tmp_path)
+            assert net.model.layers[0].self_attn.q_proj.weight.is_meta
+        torch.manual_seed(1)
+        blora = tiny.adapted(net, num_data=10, **options)
+        rows = tiny.examples(10)
+        fit(blora, rows, collate=tiny.collate, num_steps=3, batch_size=4, progress=False)
+        torch.manual_seed(2)
+        found.append((tiny.trained(blora), blora.predict(tiny.sequences(), 3).samples))
+        assert not any(p.requires_grad for p in net.parameters())
+        assert all(p.requires_grad for p in blora.unwrap().parameters())
+    (expected, samples), (tensors, drawn) = found
+    for name, value in expected.items():
+        torch.testing.assert_close(tensors[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    torch.testing.assert_close(drawn, samples, atol=1e-6, rtol=1e-5)
+
+
+def test_an_offloaded_network_is_asked_whether_it_packs():
+    net = accelerate.cpu_offload(tiny.llama())
+    assert supports_packing(net)
+    blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=3))
+    assert blora.predict(tiny.choices(), 2).probs.isfinite().all()
+
+
+def test_a_prior_reads_the_whole_of_a_shared_out_weight():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        layer = nn.Linear(4, 3)
+        weight = layer.weight.detach().clone()
+        fully_shard(layer)
+        assert isinstance(layer.weight, DTensor)
+        assert torch.equal(dense_weight(layer, "layer"), weight)
+        assert not isinstance(dense_weight(layer, "layer"), DTensor)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,185 @@
+"""Bases quantised by torchao and bitsandbytes: the layers stay what they are, the adapter trains.
+
+torchao's ``Int4WeightOnlyConfig`` has no kernel for the CPU (0.18): its test skips there. The same
+values, four bits for groups of weights, are those of ``IntxWeightOnlyConfig``, which runs anywhere
+and stores a byte for each. bitsandbytes has kernels for the CPU.
+"""
+
+import pytest
+import tiny
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pyro_blora import models
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference import fit
+from pyro_blora.pretrained_weight import top_singular
+from pyro_blora.targets import find_targets, group_layers
+
+ROWS = tiny.examples(8)
+BATCH = tiny.collate(ROWS)
+
+
+def network():
+    """The same random Llama at every call, with sides of a whole block of weights, 64."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def torchao(config, **options):
+    """A Llama whose linear layers, the head's too, hold quantised tensors."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    if config == "IntxWeightOnlyConfig":
+        options["granularity"] = quantization.PerGroup(8)
+    net = network()
+    try:
+        quantization.quantize_(net, getattr(quantization, config)(**options))
+    except (ImportError, NotImplementedError) as error:
+        pytest.skip(f"torchao has no {config} on this machine: {error}")
+    return net
+
+
+def bitsandbytes(kind, **options):
+    """A Llama whose linear layers but the head are those of bitsandbytes."""
+    layers = pytest.importorskip("bitsandbytes.nn", reason="needs bitsandbytes")
+    net = network()
+    for name, old in find_targets(net, "all-linear").items():
+        new = getattr(layers, kind)(old.in_features, old.out_features, bias=False, **options)
+        new.load_state_dict(old.state_dict())
+        # or it packs its weights anew when first evaluated, after which no gradient passes
+        new.support_avx512bf16_for_cpu = False
+        net.set_submodule(name, new.to("cpu"))  # which quantises it
+    return net.eval()
+
+
+QUANTISED = {
+    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao int4": lambda: torchao("Int4WeightOnlyConfig", group_size=32),
+    "torchao 4 bits": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "bitsandbytes 8 bits": lambda: bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+    "bitsandbytes nf4": lambda: bitsandbytes("Linear4bit", quant_type="nf4"),
+}
+
+
+@pytest.fixture(params=QUANTISED)
+def net(request):
+    return QUANTISED[request.param]()
+
+
+def logits(net):
+    with torch.no_grad():
+        return net(BATCH["input_ids"], BATCH["attention_mask"]).logits
+
+
+def stored(net):
+    """Every tensor that the network stores, those inside of quantised tensors too, copied."""
+    found = {}
+    for name, tensor in net.state_dict().items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            found |= {f"{name}.{part}": getattr(tensor, part).clone() for part in parts}
+        else:
+            found[name] = tensor.clone()
+    return found
+
+
+def unit_response(layer):
+    """The weight as the layer applies it, whatever it stores."""
+    with torch.no_grad():
+        return layer(torch.eye(layer.in_features)).mT
+
+
+def nll(blora):
+    probs = blora.predict(BATCH, 0).probs
+    return -probs.gather(-1, BATCH["labels"][:, None]).log().mean().item()
+
+
+def test_the_weights_are_quantised(net):
+    """Or the tests here would be of nothing."""
+    plain = find_targets(network(), "all-linear")
+    found = find_targets(net, "all-linear")
+    assert list(found) == list(plain)
+    for name, layer in found.items():
+        weight = plain[name].weight
+        error = (unit_response(layer) - weight).abs().max() / weight.abs().max()
+        assert 1e-4 < error < 0.2
+        assert type(layer.weight) is not nn.Parameter
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], "all-linear"])
+def test_every_parameter_of_the_adapter_gets_a_gradient(net, target_modules):
+    blora = tiny.adapted(net, target_modules=target_modules)
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    elbo(blora.model, blora.guide)(BATCH).backward()
+    for name, parameter in blora.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("prior", [models.KroneckerInducing, models.SpectralInducing])
+def test_training_fits_the_batch_and_leaves_the_base(net, prior):
+    output, before = logits(net), stored(net)
+    blora = tiny.adapted(net, prior=prior(rank=4), num_data=8)
+    assert not any(p.requires_grad for p in net.parameters())
+    start = nll(blora)
+    rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
+    result = fit(blora, ROWS, collate=tiny.collate, num_steps=60, progress=False, **rates)
+    assert all(torch.tensor(h["loss"]).isfinite() for h in result.history)
+    assert nll(blora) < 0.9 * start
+    prediction = blora.predict(BATCH, 4)
+    torch.testing.assert_close(prediction.samples.sum(-1), torch.ones(4, 8))
+    assert blora.unwrap() is net
+    assert torch.equal(logits(net), output)
+    after = stored(net)
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_answer_tokens_of_the_head_are_those_of_its_full_output(net):
+    """A quantised head computes all of its rows."""
+    blora = tiny.adapted(net, target_modules=["q_proj", "lm_head"])
+    with blora.posterior(0):
+        full = logits(net)
+    last = BATCH["attention_mask"].sum(-1) - 1
+    expected = full[torch.arange(8), last][:, list(tiny.ANSWERS)].softmax(-1)
+    torch.testing.assert_close(blora.predict(BATCH, 0).probs, expected)
+
+
+def test_singular_directions_are_those_of_the_weight_as_it_is_applied(net):
+    (group,) = group_layers(find_targets(net, ["q_proj"]))
+    left, right, values = top_singular(group, 3, 3)
+    for i, layer in enumerate(group.modules):
+        moved, expected = left[i] @ unit_response(layer), values[i, :3, None] * right[i]
+        torch.testing.assert_close(moved, expected, atol=1e-2 * float(values[i, 0]), rtol=0)
+
+
+def test_saved_and_read_again(net, tmp_path):
+    blora = tiny.adapted(net)
+    blora.save_pretrained(tmp_path)
+    expected = blora.predict(BATCH, 0).probs
+    again = type(blora).from_pretrained(blora.unwrap(), tmp_path)
+    assert torch.equal(again.predict(BATCH, 0).probs, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_weight_in_an_unknown_order_is_refused(packed):
+    net = QUANTISED["bitsandbytes nf4"]()
+    layer = net.model.layers[0].self_attn.q_proj
+    layer.weight.quant_state.packing_format_for_cpu = packed
+    if not packed:
+        assert top_singular(group_layers({"q": layer})[0], 2, 2)[0].shape == (1, 2, 64)
+        return
+    with pytest.raises(ConfigurationError, match=r"q has a weight of torch\.uint8.*cannot be read"):
+        top_singular(group_layers({"q": layer})[0], 2, 2)

@@ -1,0 +1,206 @@
+"""The Hugging Face ``Trainer`` on the ELBO."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate")
+from transformers import TrainingArguments
+
+from pyro_blora import BayesianLoRA, guides
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
+from pyro_blora.inference.trainer import BayesianLoRATrainer
+from pyro_blora.likelihoods import CausalLM
+
+ROWS = tiny.examples(12)
+
+
+def trainer(folder, blora=None, *, collate=tiny.collate, rows=ROWS, evaluate=None, **options):
+    """A trainer in ``folder``, silent and on the CPU; options are split by whom they belong to."""
+    own = {k: options.pop(k) for k in ("eval_samples", "learning_rates") if k in options}
+    own |= {k: options.pop(k) for k in ("num_particles", "compute_metrics") if k in options}
+    options = {"max_steps": 4, "save_strategy": "no", "logging_steps": 1, **options}
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **options
+    )
+    blora = tiny.adapted() if blora is None else blora
+    data = {"train_dataset": rows, "eval_dataset": evaluate, "data_collator": collate}
+    return BayesianLoRATrainer(blora, arguments, **data, **own)
+
+
+def test_the_loss_falls_and_its_parts_are_logged(tmp_path):
+    rates = {"mean": 0.1, "scale": 0.05}
+    run = trainer(tmp_path, max_steps=60, learning_rates=rates)
+    run.train()
+    history = [entry for entry in run.state.log_history if "loss" in entry]
+    nlls = [entry["nll"] for entry in history]
+    assert sum(nlls[-6:]) < 0.9 * sum(nlls[:6])
+    for entry in history:
+        assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
+    found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
+    assert found == {**rates, "direction": LEARNING_RATES["direction"]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
+    run = trainer(
+        tmp_path,
+        tiny.adapted(guide=guides.Delta()),
+        per_device_train_batch_size=len(ROWS) // accumulate,
+        gradient_accumulation_steps=accumulate,
+    )
+    run.train()
+    found = tiny.trained(run.blora)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    blora = tiny.adapted(guide=guides.Delta())
+    elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
+    loss_of = elbo(blora.model, blora.guide)
+    optimizer = torch.optim.AdamW(parameter_groups(blora, LEARNING_RATES), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = loss_of(tiny.collate(ROWS)) / len(ROWS)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(blora.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    for name, value in tiny.trained(blora).items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert run.state.log_history[3]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_a_checkpoint_has_the_adapter_alone(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    run.train()
+    folder = tmp_path / "checkpoint-4"
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    adapter = {"bayesian_lora.safetensors", "bayesian_lora_config.json"}
+    assert {path.name for path in folder.iterdir()} == state | adapter
+    saved = load_file(folder / "bayesian_lora.safetensors")
+    assert set(saved) == set(run.blora.state_dict())
+    weights = {tuple(p.shape) for p in run.blora.net.parameters()}
+    assert not weights & {tuple(t.shape) for t in saved.values()}
+    trained = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    assert len(trained) == len(tiny.trained(run.blora))
+    pyro.clear_param_store()
+    read = BayesianLoRA.from_pretrained(tiny.llama(), folder)
+    for name, value in read.state_dict().items():
+        assert torch.equal(value, run.blora.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("parameter_store")
+def test_it_resumes_where_it_stopped(tmp_path):
+    """Draws, momentum, rates and the order of the data go on; nothing is left of the old run."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(7)
+    net = tiny.llama()
+    net.load_state_dict(whole.blora.net.state_dict())
+    resumed = trainer(tmp_path, tiny.adapted(net), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    expected = tiny.trained(whole.blora)
+    for name, value in tiny.trained(resumed.blora).items():
+        assert torch.equal(value, expected[name]), name
+    losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
+    held = tiny.examples(10, seed=5)
+
+    def accuracy(found):
+        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+    run = trainer(tmp_path, evaluate=held, eval_samples=0, compute_metrics=accuracy)
+    run.train()
+    blora = run.blora
+    batch = tiny.collate(held)
+    metrics = run.evaluate()
+    expected = -float(blora.log_predictive(batch, 0).mean())
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    probs = blora.predict(batch, 0).probs
+    assert metrics["eval_accuracy"] == pytest.approx(
+        float((probs.argmax(-1) == batch["labels"]).float().mean())
+    )
+    found = torch.tensor(run.predict(held).predictions)
+    torch.testing.assert_close(found.exp(), probs, atol=1e-5, rtol=1e-4)
+    assert not blora.net.training
+
+
+def test_draws_are_averaged_in_an_evaluation(tmp_path):
+    blora = tiny.adapted(guide=guides.MeanField(init_scale=1.0))
+    run = trainer(tmp_path, blora, evaluate=ROWS, eval_samples=400)
+    run.blora.net.eval()
+    batch = tiny.collate(ROWS)
+    expected = blora.predict(batch, 4000).probs
+    found = torch.tensor(run.predict(ROWS).predictions).exp()
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(ROWS)))
+
+
+def test_it_ends_with_the_best_evaluation(tmp_path):
+    run = trainer(
+        tmp_path,
+        evaluate=tiny.examples(10, seed=5),
+        eval_samples=0,
+        learning_rates={"mean": 3.0},  # to get worse
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    losses = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
+    assert min(losses) < losses[-1]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_free_text(tmp_path):
+    texts = tiny.texts(6)
+    rows = [{key: value[i] for key, value in texts.items()} for i in range(6)]
+
+    def stack(rows):
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    blora = tiny.adapted(likelihood=CausalLM(num_data=6))
+    run = trainer(tmp_path, blora, collate=stack, rows=rows, evaluate=rows, eval_samples=0)
+    run.train()
+    expected = -float(blora.log_predictive(stack(rows), 0).mean())
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_particles_are_shared_out_as_in_fit(tmp_path):
+    """A last batch of four and two particles of three: both take what divides."""
+    pyro.set_rng_seed(3)
+    with pyro.validation_enabled(False):
+        run = trainer(tmp_path, num_particles=3, per_device_train_batch_size=8, max_steps=2)
+        sizes = []
+        module = run.model.objective._module
+        run.model.objective._module = lambda count: sizes.append(count) or module(count)
+        run.train()
+    assert sizes == [2, 2]
+    result = fit(run.blora, ROWS, collate=tiny.collate, num_steps=1, num_particles=3)
+    assert len(result.history) == 1
+
+
+def test_options_that_cannot_work(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"learning_rate=0\.1 is one rate"):
+        trainer(tmp_path, learning_rate=0.1)
+    pyro.clear_param_store()
+    with pytest.raises(ConfigurationError, match=r"learning_rates has \['width'\]"):
+        trainer(tmp_path, learning_rates={"width": 0.1})
+    pyro.clear_param_store()
+    with pytest.raises(ConfigurationError, match="cannot be written to a checkpoint"):
+        trainer(tmp_path, tiny.adapted(guide=pyro.infer.autoguide.AutoNormal))
+    pyro.clear_param_store()
+    with pytest.raises(ConfigurationError, match="num_data"):
+        trainer(tmp_path, tiny.adapted(likelihood=CausalLM()))
