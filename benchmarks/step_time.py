@@ -3,6 +3,7 @@
     python benchmarks/step_time.py                               # SmolLM2-135M's shape, fp32
     python benchmarks/step_time.py --size tiny --methods peft,bayesian-lora,blob
     python benchmarks/step_time.py --precision bfloat16 --json out/step_time.json
+    python benchmarks/step_time.py --published CHECKOUT --blob CHECKOUT     # other projects' layers
 
 Every method adapts q and v of all layers at rank 8 of a random network of one shape, with the
 same batches, likelihood, optimizer (AdamW) and gradient clipping. A ratio is that of two steps that
@@ -36,6 +37,7 @@ from pyro_blora.recipes import recipe
 from pyro_blora.results import versions
 
 SIZES: dict[str, dict[str, int]] = {
+    "least": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 30, "heads": 4},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "heads": 4},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9},
     "llama-1b": {
@@ -45,7 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
         "heads": 32,
     },
 }
-KEY_VALUE_HEADS = {"tiny": 4, "smollm2": 3, "llama-1b": 8}
+KEY_VALUE_HEADS = {"least": 4, "tiny": 4, "smollm2": 3, "llama-1b": 8}
 RANK, TARGETS, ANSWERS = 8, ["q_proj", "v_proj"], (5, 6, 7)
 RATES = {"mean": 1e-3, "scale": 1e-3, "direction": 1e-3}
 
@@ -118,8 +120,15 @@ def optimise(loss_of: Callable[[dict[str, Tensor]], Tensor], groups: list[dict[s
     return step
 
 
-def make(method: str, net: nn.Module, precision: str, rows: int) -> Step:
-    """The training step of one method."""
+def make(
+    method: str,
+    net: nn.Module,
+    precision: str,
+    particles: int,
+    rank: int = RANK,
+    checkouts: dict[str, Path] | None = None,
+) -> Step:
+    """The training step of one method; ``checkouts`` has the folders of other projects."""
     likelihood = LabelTokens(token_ids=ANSWERS, num_data=1000)
     autocast = precision == "bfloat16"
 
@@ -130,8 +139,20 @@ def make(method: str, net: nn.Module, precision: str, rows: int) -> Step:
 
     net.train()
     if method == "peft":
-        lora = PlainLoRA(net, TARGETS, likelihood, rank=RANK)
+        lora = PlainLoRA(net, TARGETS, likelihood, rank=rank)
         return optimise(nll, [{"params": list(lora.parameters.values()), "lr": 1e-3}])
+    if method in (checkouts or {}):
+        import published
+
+        layers_of = {"published": published.bayesian_lora, "published-blob": published.blob}
+        reset, kl = layers_of[method](net, TARGETS, rank, checkouts[method])
+        own = [p for p in net.parameters() if p.requires_grad]
+
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            reset()
+            return nll(batch) + kl() / 1000
+
+        return optimise(loss_of, [{"params": own, "lr": 1e-3}])
     if method == "hand-written":
         net.requires_grad_(False)
         names = [n for n, _ in net.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]
@@ -144,19 +165,23 @@ def make(method: str, net: nn.Module, precision: str, rows: int) -> Step:
             lambda batch: nll(batch) + sum(layer.kl() for layer in layers) / 1000,
             [{"params": own, "lr": 1e-3}],
         )
-    made = recipe(method)
+    name, _, conditional = method.partition(":")
+    made = recipe(name)
+    prior = made.prior(rank)
+    if conditional:
+        prior = type(prior)(**{**prior.options(), "conditional": conditional})
     pyro.clear_param_store()
     blora = BayesianLoRA(
         net,
         target_modules=TARGETS,
-        prior=made.prior(RANK),
+        prior=prior,
         guide=made.guide(),
         likelihood=likelihood,
     )
     blora.model.precision = precision
     nesting = blora.max_plate_nesting
     elbo = TraceMeanField_ELBO(
-        num_particles=rows, vectorize_particles=True, max_plate_nesting=nesting
+        num_particles=particles, vectorize_particles=True, max_plate_nesting=nesting
     )(blora.model, blora.guide)
     both = nn.ModuleList([blora.model, blora.guide])
     return optimise(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
@@ -169,6 +194,10 @@ def peak(arguments: argparse.Namespace, method: str) -> float:
     command += ["--length", str(arguments.length)]
     if arguments.layers is not None:
         command += ["--layers", str(arguments.layers)]
+    command += ["--compile"] if arguments.compile else []
+    command += ["--checkpoint"] if arguments.checkpoint else []
+    for option, folder in (("--published", arguments.published), ("--blob", arguments.blob)):
+        command += [] if folder is None else [option, str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
@@ -178,11 +207,17 @@ def timed(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[flo
     base = network(arguments.size, arguments.layers)
     data = batches(arguments.steps + arguments.warmup, arguments.rows, arguments.length)
     steps = {}
+    folders = {"published": arguments.published, "published-blob": arguments.blob}
+    checkouts = {name: folder for name, folder in folders.items() if folder is not None}
     # tensors of adapters belong to their modules, or the methods' names would meet in Pyro's store
     pyro.settings.set(module_local_params=True)
     for name in names:
         net = base if len(names) == 1 else copy.deepcopy(base)
-        steps[name] = make(name, net, arguments.precision, arguments.rows)
+        if arguments.checkpoint:
+            net.activation_checkpointing_enable({"use_reentrant": False})
+        if arguments.compile:
+            net.model.compile(dynamic=False)
+        steps[name] = make(name, net, arguments.precision, arguments.rows, checkouts=checkouts)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with pyro.validation_enabled(False):
         for index, batch in enumerate(data):
@@ -204,7 +239,8 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         default="peft,bayesian-lora,mean-field,blob,hand-written",
-        help="peft, hand-written, and any recipe or PRIOR+GUIDE",
+        help="peft, hand-written, any recipe or PRIOR+GUIDE, and bayesian-lora:scaled for the "
+        "prior's conditional noise",
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=8, help="examples in a batch")
@@ -212,6 +248,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each method")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network's body")
+    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
+    parser.add_argument("--published", type=Path, help="checkout of arXiv:2601.21003's code")
+    parser.add_argument("--blob", type=Path, help="checkout of BLoB's code, arXiv:2406.11675")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -223,6 +263,8 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
     names = arguments.methods.split(",")
+    names += ["published"] if arguments.published else []
+    names += ["published-blob"] if arguments.blob else []
     if names[0] != "peft":
         raise SystemExit("the first method must be peft, to which the others are compared")
     memory = {} if arguments.no_memory else {name: peak(arguments, name) for name in names}

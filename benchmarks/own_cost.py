@@ -1,0 +1,129 @@
+"""What a training step does besides running the network: counted, and timed.
+
+The network's forward is left out: the likelihood's logits are one number, made of the sampled
+factors, so that backward runs through the guide and the prior and stops there. What remains is the
+guide, the prior, the ELBO, the hand-over of an update to every layer and the optimizer.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from step_time import ANSWERS, RATES, TARGETS, batches, network, optimise
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.inference import parameter_groups
+from pyro_blora.likelihoods import Batch, LabelTokens
+from pyro_blora.recipes import recipe
+
+__all__ = ["own_costs"]
+
+ROWS = 8
+
+
+class NoNetwork(LabelTokens):
+    """Logits that cost nothing and have a gradient for every factor."""
+
+    total: Tensor
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The same number for each class but the first, ``(B, C)``."""
+        rows = torch.zeros(len(batch["labels"]), len(self.token_ids))
+        rows[:, 1:] = 1.0
+        return rows * self.total
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators, forward and backward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def python_calls(run: Callable[[], Any]) -> int:
+    """How many Python functions are called, in this thread."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def _prepared(method: str, layers: int, rank: int) -> tuple[BayesianLoRA, Callable[[], None]]:
+    """An adapter on a network of so many layers, and its training step without the network."""
+    made = recipe(method)
+    likelihood = NoNetwork(token_ids=ANSWERS, num_data=1000)
+    blora = BayesianLoRA(
+        network("least", layers).train(),
+        target_modules=TARGETS,
+        prior=made.prior(rank),
+        guide=made.guide(),
+        likelihood=likelihood,
+    )
+    sampled = blora.model.updates
+
+    def updates() -> Any:
+        found = sampled()
+        factors = [f for u in found.values() for f in (u.A, u.core, u.B) if f is not None]
+        likelihood.total = torch.stack([f.mean() for f in factors]).sum()
+        return found
+
+    vars(blora.model)["updates"] = updates
+    elbo = TraceMeanField_ELBO(
+        num_particles=ROWS, vectorize_particles=True, max_plate_nesting=blora.max_plate_nesting
+    )(blora.model, blora.guide)
+    both = nn.ModuleList([blora.model, blora.guide])
+    step = optimise(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
+    (batch,) = batches(1, ROWS, 8)
+    return blora, lambda: step(batch)
+
+
+def own_costs(
+    method: str, depths: Sequence[int], steps: int, rank: int = 1
+) -> list[dict[str, Any]]:
+    """Sites, torch operators, Python calls and processor seconds of a step without the network.
+
+    The network is so narrow that arithmetic costs next to nothing: what is timed is Python. Steps
+    of all depths take turns; a ratio is to the shallowest's step of the same turn.
+    """
+    prepared = [_prepared(method, layers, rank) for layers in depths]
+    rows = []
+    (batch,) = batches(1, ROWS, 8)
+    seconds: list[list[float]] = [[] for _ in depths]
+    with pyro.validation_enabled(False):
+        for layers, (blora, step) in zip(depths, prepared, strict=True):
+            for _ in range(3):
+                step()
+            with Operators() as operators:
+                step()
+            parts = (blora.guide, blora.model)
+            sites = sum(len(pyro.poutine.trace(part).get_trace(batch).nodes) for part in parts)
+            row = {"layers": layers, "sites": sites, "operators": operators.count}
+            rows.append(row | {"calls": python_calls(step)})
+        for _ in range(steps):
+            for own, (_, step) in zip(seconds, prepared, strict=True):
+                start = time.process_time()
+                step()
+                own.append(time.process_time() - start)
+    for row, own in zip(rows, seconds, strict=True):
+        row["seconds"] = statistics.median(own)
+        row["ratio"] = statistics.median(a / b for a, b in zip(own, seconds[0], strict=True))
+    return rows

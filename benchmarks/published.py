@@ -1,0 +1,77 @@
+"""The layers of other projects, run from a checkout of theirs beside ours in ``step_time.py``.
+
+Nothing of them is copied here: the functions import or execute what the checkout has.
+"""
+
+import ast
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+# What a step needs: called before it, and the KL of all layers in nats
+Published = tuple[Callable[[], None], Callable[[], Tensor]]
+
+
+def _with_lora(net: nn.Module, targets: list[str], rank: int) -> nn.Module:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0)
+    return get_peft_model(net, config)  # type: ignore[arg-type]
+
+
+def bayesian_lora(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> Published:
+    """The code published with arXiv:2601.21003 (needs ``nflows``), at its own settings."""
+    sys.path.insert(0, str(checkout))
+    sys.modules["bnn.nn.nets"] = ModuleType("bnn.nn.nets")  # its image networks need more packages
+    from bnn.bayesianize import bayesianize_  # type: ignore[import-not-found]
+
+    settings = yaml.safe_load((checkout / "configs/inducing/inducing8.yaml").read_text())
+    settings["key_layers"] = targets
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
+        bayesianize_(_with_lora(net, targets, rank), settings)
+    layers = [m for m in net.modules() if hasattr(m, "kl_divergence")]
+    if not layers:
+        raise SystemExit(f"{checkout} put no layer of its own into the network.")
+
+    def reset() -> None:
+        for layer in layers:
+            layer.reset_cache()
+
+    def kl() -> Tensor:
+        return torch.stack([layer.kl_divergence() for layer in layers]).sum()
+
+    return reset, kl
+
+
+def blob(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> Published:
+    """BLoB's layers (arXiv:2406.11675) from ``modelwrappers/blob.py``, at their own settings."""
+    path = checkout / "modelwrappers" / "blob.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wanted = {"blob_linear_forward", "div_posterior_prior"}
+    body: list[Any] = [n for n in tree.body if getattr(n, "name", "") in wanted]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "BLoB":
+            body += [n for n in node.body if getattr(n, "name", "") == "_wrap_lora_layer"]
+    # the file itself imports what its project's command line needs
+    space: dict[str, Any] = {"torch": torch, "nn": nn, "math": math, "Any": Any}
+    exec(compile(ast.Module(body, []), str(path), "exec"), space)
+    _with_lora(net, targets, rank)
+    layers = [m for m in net.modules() if isinstance(m, LoraLayer)]
+    settings = SimpleNamespace(blobconfig=SimpleNamespace(bayes_eps=0.05, bayes_beta=0.2))
+    for layer in layers:
+        space["_wrap_lora_layer"](settings, layer)
+        layer.forward = space["blob_linear_forward"].__get__(layer)  # type: ignore[method-assign]
+
+    def kl() -> Tensor:
+        return torch.stack([space["div_posterior_prior"](layer) for layer in layers]).sum()
+
+    return lambda: None, kl
