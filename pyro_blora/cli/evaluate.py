@@ -28,6 +28,14 @@ def run(
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,
     num_samples: o.NumSamples = 10,
+    linearised: Annotated[
+        bool,
+        typer.Option(
+            "--linearised",
+            help="Draw from the logits' first-order expansion at the posterior mean: one pass of "
+            "the network however many draws.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the posterior draws.")] = 0,
     precision: o.Precision = "bfloat16",
     out: Annotated[
@@ -47,7 +55,7 @@ def run(
     blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(data, collate))
     torch.manual_seed(seed)
     prediction, labels = predict_dataset(
-        lambda batch: blora.predict(batch, num_samples),
+        lambda batch: blora.predict(batch, num_samples, linearised=linearised),
         data.test,
         collate,
         length=item_length,

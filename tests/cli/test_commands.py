@@ -67,7 +67,15 @@ def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):
     )
     assert code == 0, err
     assert "21 test items" in text
-    assert json.loads((scores / "metrics.json").read_text())["n"] == 21
+    sampled = json.loads((scores / "metrics.json").read_text())
+    assert sampled["n"] == 21
+    pyro.clear_param_store()
+    one_pass = ["--linearised", "--num-samples", 64, "--out", scores]
+    code, text, err = run("evaluate", *common, "--adapter", out, *one_pass)
+    assert code == 0, err
+    linearised = json.loads((scores / "metrics.json").read_text())
+    assert linearised["nll"] != sampled["nll"]
+    assert linearised["nll"] == pytest.approx(sampled["nll"], rel=0.1)
 
 
 def test_info_counts_llama_2_7b_as_the_papers_do(run):
