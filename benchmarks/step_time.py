@@ -25,13 +25,12 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora.baselines import PlainLoRA
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.inference import parameter_groups
+from pyro_blora.inference import AnalyticELBO, parameter_groups
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.recipes import recipe
 from pyro_blora.results import versions
@@ -180,7 +179,7 @@ def make(
     )
     blora.model.precision = precision
     nesting = blora.max_plate_nesting
-    elbo = TraceMeanField_ELBO(
+    elbo = AnalyticELBO(
         num_particles=particles, vectorize_particles=True, max_plate_nesting=nesting
     )(blora.model, blora.guide)
     both = nn.ModuleList([blora.model, blora.guide])

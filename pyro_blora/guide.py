@@ -88,10 +88,14 @@ class StructuredGuide(PyroModule):
         super().__init__()
         self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
         self._site_guides: list[tuple[Site, str]] = []
+        self._plates: dict[str, pyro.plate] = {}  # made once: a new plate costs as much as a site
         size = context_size(model.net) if family.reads_context else 0
         for site in (replace(site, context_size=size) for site in sites):
             attribute = site.name.replace(".", "_")
             self._site_guides.append((site, attribute))
+            for frame in site.plates:
+                if frame.name not in self._plates:  # one plate for all the sites within
+                    self._plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
             setattr(self, attribute, family.bind(site))
         self.reads_context = family.reads_context
         self.nesting = max([1, *(-f.dim for site in sites for f in site.plates)])
@@ -109,7 +113,6 @@ class StructuredGuide(PyroModule):
         context = self._context(batch)
         self._see(None if context is None else context_of_particles(context, self.nesting))
         values: dict[str, Tensor] = {}
-        plates: dict[str, pyro.plate] = {}
         model = self._model[0]
         device = model.groups[0].device.type
         with torch.autocast(device, enabled=False), pyro.poutine.scale(scale=model.kl_weight):
@@ -117,9 +120,7 @@ class StructuredGuide(PyroModule):
                 q = getattr(self, attribute)()
                 with ExitStack() as stack:
                     for frame in site.plates:
-                        if frame.name not in plates:  # one plate for all the sites within
-                            plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
-                        stack.enter_context(plates[frame.name])
+                        stack.enter_context(self._plates[frame.name])
                     values[site.name] = pyro.sample(site.name, q)
         return values
 

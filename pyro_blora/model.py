@@ -156,7 +156,8 @@ class BayesianLoRAModel(PyroModule):
         """
         examples = self.likelihood.examples(batch)
         updates = self.updates()
-        particles = torch.broadcast_shapes(*(u.particle_shape for u in updates.values()))
+        shapes = {update.particle_shape for update in updates.values()}
+        particles = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
         count = particles.numel()
         if count > 1:
             if not _shares_rows():

@@ -36,6 +36,12 @@ def _check_events(p: Distribution, q: Distribution) -> None:
         )
 
 
+def _batch_shape(p: Distribution, q: Distribution) -> torch.Size:
+    if p.batch_shape == q.batch_shape:
+        return p.batch_shape
+    return torch.Size(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+
+
 def _normal_base(d: Independent[Normal]) -> tuple[Tensor, Tensor]:
     """Return ``loc`` and ``scale`` of a normal over matrices, without expanded dimensions.
 
@@ -64,7 +70,7 @@ def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     col = solve(q._unbroadcasted_col, p._unbroadcasted_col).square().sum((-2, -1))
     distance = mahalanobis(q, p._unbroadcasted_loc - q._unbroadcasted_loc)
     kl = 0.5 * (row * col + distance - p.event_shape.numel()) + half_log_det(q) - half_log_det(p)
-    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(_batch_shape(p, q))
 
 
 def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Tensor:
@@ -76,7 +82,7 @@ def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Te
         + scale.log().sum((-2, -1))
         - half_log_det(p)
     )
-    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(_batch_shape(p, q))
 
 
 def _kl_independent_matrix_normal(p: Independent[Normal], q: MatrixNormal) -> Tensor:
@@ -90,7 +96,7 @@ def _kl_independent_matrix_normal(p: Independent[Normal], q: MatrixNormal) -> Te
         + half_log_det(q)
         - scale.log().sum((-2, -1))
     )
-    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(_batch_shape(p, q))
 
 
 register_kl(MatrixNormal, MatrixNormal)(_kl_matrix_normal_matrix_normal)

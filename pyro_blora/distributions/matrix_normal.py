@@ -248,10 +248,8 @@ def _check_arguments(loc: Tensor, row: Tensor, col: Tensor) -> None:
 
 
 def _expands_to(shape: torch.Size, target: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(shape, target) == target
-    except RuntimeError:
-        return False
+    new = len(target) - len(shape)  # dimensions; broadcast_shapes is slow, for it is a reference
+    return new >= 0 and all(s in (1, t) for s, t in zip(shape, target[new:], strict=True))
 
 
 def _gram(factor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -15,6 +15,7 @@ from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guide import StructuredGuide, start_guide
 from pyro_blora.guides._post_hoc import PostHoc
+from pyro_blora.inference.elbo import AnalyticELBO
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import (
     Collate,
@@ -65,7 +66,7 @@ def fit(
     length: Callable[[Any], int] | None = None,
     validation: Sequence[Any] | None = None,
     num_particles: int | None = None,
-    elbo: type[Trace_ELBO] = TraceMeanField_ELBO,
+    elbo: type[Trace_ELBO] = AnalyticELBO,
     lr_mean: float | None = None,
     lr_scale: float | None = None,
     lr_direction: float | None = None,
@@ -102,7 +103,7 @@ def fit(
         num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
             one draw for all; where it does not divide a (last) batch, the largest divisor below it
             is taken. Default: one for each example.
-        elbo: the class of the ELBO, ``Trace_ELBO`` or ``TraceMeanField_ELBO``: an average over
+        elbo: the class of the ELBO, Pyro's or ``AnalyticELBO``, the default: an average over
             particles, each of which sees its own examples. Bounds that combine particles otherwise
             (Renyi, tail-adaptive) need every particle to see every example.
         lr_mean: learning rate of the guide's means. Default: the prior's own
