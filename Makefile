@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo   install into .venv, fine-tune SmolLM2-135M by each method, compare (about 10 minutes)"
+	@echo "make demo   install into .venv, fine-tune SmolLM2-135M by each method, compare (about 12 minutes)"
 	@echo "make test   install into .venv and run the tests, the linter and the type checker"
 	@echo "make clean  remove .venv and all that the commands above wrote"
 
@@ -24,7 +24,7 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 
 # The built-in commonsense set, small enough for two cores.
 demo: $(BIN)/.installed
-	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 200 \
+	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 300 \
 		--max-train 400 --max-validation 100 --max-test 300 --num-samples 8 --out out/demo
 
 test: $(BIN)/.installed-dev lint

@@ -13,10 +13,12 @@ is needed: a layer only shows the noise through its outputs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["JointNoise", "MarginalNoise", "conditional_kl", "factor_noise", "weight_noise"]
 
@@ -65,19 +67,45 @@ class MarginalNoise:
         Returns:
             ``(P, N, d_out)``.
         """
-        return self.variance(x, h, B).sqrt().to(x.dtype) * torch.randn(
-            *x.shape[:-1], B.shape[-2], dtype=x.dtype, device=x.device
-        )
+        noise: Tensor = _RootTimesNormal.apply(*self._terms(x, h, B))
+        return noise.to(x.dtype)
 
     def variance(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
         """``s^2 (|x|^2 - q_i |h|^2)``, ``(P, N, d_out)``, in at least single precision."""
+        a, b, q = self._terms(x, h, B)
+        return (a - b * q).clamp_min(0)
+
+    def _terms(self, x: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         scale = self.scale.reshape(-1, 1, 1)
         a = (scale * _norm(x.to(dtype))).square()
         b = (scale * _norm(h.to(dtype))).square()
-        q = B.to(dtype).square().sum(-1)
-        floor = torch.finfo(dtype).tiny  # sqrt has no gradient at zero
-        return torch.addcmul(a, b, q, value=-1).clamp_min(floor)
+        return a, b, B.to(dtype).square().sum(-1)
+
+
+class _RootTimesNormal(torch.autograd.Function):
+    """``(a - b q)^1/2 e`` with ``e`` standard normal: one tensor kept for backward, not four.
+
+    ``a`` and ``b`` are (P, N, 1), ``q`` is (d_out); where rounding makes the variance zero or less
+    there is neither noise nor gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, q: Tensor) -> Tensor:
+        root = torch.addcmul(a, b, q, value=-1).clamp_min_(0).sqrt_()
+        e = torch.randn(root.shape, dtype=root.dtype, device=root.device)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(torch.where(root > 0, e / root, 0), b, q)
+        return e.mul_(root)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ratio, b, q = ctx.saved_tensors
+        slope = grad * ratio  # twice the gradient of the variance
+        da, db = (slope @ torch.stack((q.new_full(q.shape, 0.5), -0.5 * q), -1)).split(1, -1)
+        dq = -0.5 * (b.reshape(1, -1) @ slope.reshape(-1, slope.shape[-1])).squeeze(0)
+        return da, db, dq
 
 
 @dataclass(frozen=True)

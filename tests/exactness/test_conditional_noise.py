@@ -18,7 +18,7 @@ from dense_algebra import (
 )
 from torch.distributions import kl_divergence
 
-from pyro_blora.conditional import conditional_kl, weight_noise
+from pyro_blora.conditional import MarginalNoise, conditional_kl, weight_noise
 from pyro_blora.models import KroneckerInducing
 
 RANK = (M_R, M_C)
@@ -186,6 +186,29 @@ def test_gradients_of_the_variance():
     for a, b in pairs:
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_the_draws_are_those_of_the_plain_formula():
+    x, h, B = (torch.randn(*s, requires_grad=True) for s in ((2, 3, D_IN), (2, 3, 2), (D_OUT, 2)))
+    scale = torch.rand(2, requires_grad=True)
+    noise = MarginalNoise(scale)
+    weights = torch.randn(2, 3, D_OUT)
+    grads = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        if plain:
+            drawn = noise.variance(x, 0.1 * h, B).sqrt() * torch.randn(2, 3, D_OUT)
+        else:
+            drawn = noise(x, 0.1 * h, B, None)
+        grads.append((drawn.detach(), *torch.autograd.grad(drawn, (x, h, B, scale), weights)))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_no_variance_gives_no_noise_and_no_gradient():
+    x, h = torch.zeros(1, 2, D_IN, requires_grad=True), torch.ones(1, 2, 1)
+    noise = MarginalNoise(torch.tensor(1.0))(x, h, torch.ones(D_OUT, 1), None)
+    assert noise.eq(0).all()
+    assert torch.autograd.grad(noise.sum(), x)[0].eq(0).all()
 
 
 @pytest.mark.parametrize("lam", [0.1, 1.0, 1.7])
