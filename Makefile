@@ -28,7 +28,7 @@ demo: $(BIN)/.installed
 		--max-train 400 --max-validation 100 --max-test 300 --num-samples 8 --out out/demo
 
 test: $(BIN)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
