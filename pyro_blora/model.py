@@ -27,6 +27,7 @@ from pyro_blora.layers import (
 )
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
+from pyro_blora.shapes import broadcast_shapes
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
 
@@ -156,8 +157,7 @@ class BayesianLoRAModel(PyroModule):
         """
         examples = self.likelihood.examples(batch)
         updates = self.updates()
-        shapes = {update.particle_shape for update in updates.values()}
-        particles = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+        particles = broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
         if count > 1:
             if not _shares_rows():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_blora.errors import ParticleError
+from pyro_blora.shapes import broadcast_shapes
 
 __all__ = ["LayerUpdate", "LowRankUpdate", "Noise", "particle_linear"]
 
@@ -164,8 +165,7 @@ class LowRankUpdate:
     def particle_shape(self) -> torch.Size:
         """The dimensions before those of the layers, broadcast over the factors."""
         factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
-        shapes = {f.shape[:-3] for f in factors if f.dim() > 3}
-        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*(factor.shape[:-3] for factor in factors))
 
     def without_noise(self) -> "LowRankUpdate":
         """The same updates without the noise of the conditional: their mean given the sites."""

@@ -18,6 +18,7 @@ from pyro_blora.distributions.matrix_normal import (
     half_log_det,
     mahalanobis,
 )
+from pyro_blora.shapes import broadcast_shapes
 
 __all__: list[str] = []
 
@@ -34,12 +35,6 @@ def _check_events(p: Distribution, q: Distribution) -> None:
             "The Kullback-Leibler divergence needs equal event shapes, got "
             f"{tuple(p.event_shape)} and {tuple(q.event_shape)}."
         )
-
-
-def _batch_shape(p: Distribution, q: Distribution) -> torch.Size:
-    if p.batch_shape == q.batch_shape:
-        return p.batch_shape
-    return torch.Size(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 def _normal_base(d: Independent[Normal]) -> tuple[Tensor, Tensor]:
@@ -70,7 +65,7 @@ def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     col = solve(q._unbroadcasted_col, p._unbroadcasted_col).square().sum((-2, -1))
     distance = mahalanobis(q, p._unbroadcasted_loc - q._unbroadcasted_loc)
     kl = 0.5 * (row * col + distance - p.event_shape.numel()) + half_log_det(q) - half_log_det(p)
-    return kl.expand(_batch_shape(p, q))
+    return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Tensor:
@@ -82,7 +77,7 @@ def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Te
         + scale.log().sum((-2, -1))
         - half_log_det(p)
     )
-    return kl.expand(_batch_shape(p, q))
+    return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 def _kl_independent_matrix_normal(p: Independent[Normal], q: MatrixNormal) -> Tensor:
@@ -96,7 +91,7 @@ def _kl_independent_matrix_normal(p: Independent[Normal], q: MatrixNormal) -> Te
         + half_log_det(q)
         - scale.log().sum((-2, -1))
     )
-    return kl.expand(_batch_shape(p, q))
+    return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 register_kl(MatrixNormal, MatrixNormal)(_kl_matrix_normal_matrix_normal)

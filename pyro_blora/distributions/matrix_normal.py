@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.distributions.factors import multiply, solve
+from pyro_blora.shapes import broadcast_shapes
 
 __all__ = ["MatrixNormal", "entry_variance", "half_log_det", "mahalanobis"]
 
@@ -94,10 +95,8 @@ class MatrixNormal(TorchDistribution):
         Raises:
             RuntimeError: the batch shapes do not broadcast.
         """
-        first, *others = (tuple(shape[:-2]) for shape in (loc, row_scale_tril, col_scale_tril))
-        if any(other != first for other in others):
-            first = torch.broadcast_shapes(first, *others)
-        return torch.Size(first), torch.Size(loc[-2:])
+        batch_shape = broadcast_shapes(loc[:-2], row_scale_tril[:-2], col_scale_tril[:-2])
+        return batch_shape, torch.Size(loc[-2:])
 
     def expand(
         self, batch_shape: Sequence[int], _instance: "MatrixNormal | None" = None
@@ -210,7 +209,7 @@ class MatrixNormal(TorchDistribution):
         )
         if log_prob.shape == self.batch_shape:
             return log_prob
-        return log_prob.expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-2]))
+        return log_prob.expand(broadcast_shapes(self.batch_shape, value.shape[:-2]))
 
     def entropy(self) -> Tensor:
         """Compute the differential entropy, in nats, of shape :attr:`batch_shape`."""
@@ -248,7 +247,7 @@ def _check_arguments(loc: Tensor, row: Tensor, col: Tensor) -> None:
 
 
 def _expands_to(shape: torch.Size, target: torch.Size) -> bool:
-    new = len(target) - len(shape)  # dimensions; broadcast_shapes is slow, for it is a reference
+    new = len(target) - len(shape)  # dimensions
     return new >= 0 and all(s in (1, t) for s, t in zip(shape, target[new:], strict=True))
 
 
