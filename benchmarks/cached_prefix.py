@@ -4,34 +4,26 @@
     python benchmarks/cached_prefix.py --top 10 --json out/cached_prefix.json
 
 Two adapters of one start see the same batches under the same seeds, one with
-``fit(cache_frozen_prefix=True)``'s cache, step by step in turn. The first epoch fills the cache and
-is not counted; losses are compared in all.
+``fit(cache_frozen_prefix=True)``'s cache, epoch by epoch in turn. The first epoch fills the cache
+and is not counted; losses are compared in all.
 """
 
 import argparse
 import copy
-import json
-import statistics
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from step_time import ANSWERS, RANK, RATES, SIZES, TARGETS, batches, network
-from torch import nn
+from ratios import rows_of, table, take_turns, write
+from step_time import ANSWERS, SIZES, Step, adapted, batches, bayesian_step, network
 
-from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cached_prefix import PrefixCache
-from pyro_blora.inference import AnalyticELBO, parameter_groups
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.recipes import recipe
-from pyro_blora.results import versions
 
 
 def main() -> None:
@@ -50,61 +42,33 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pyro.settings.set(module_local_params=True)
-    layers = SIZES[arguments.size]["num_hidden_layers"]
-    base, made = network(arguments.size, None), recipe("bayesian-lora")
+    base = network(arguments.size, None).train()
     data = batches(arguments.batches, arguments.rows, arguments.length)
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        blora = BayesianLoRA(
-            copy.deepcopy(base).train(),
-            target_modules=TARGETS,
-            prior=made.prior(RANK),
-            guide=made.guide(),
-            likelihood=LabelTokens(token_ids=ANSWERS, num_data=1000),
-            layers_to_transform=list(range(layers - arguments.top, layers)),
-        )
-        elbo = AnalyticELBO(
-            num_particles=arguments.rows, vectorize_particles=True, max_plate_nesting=1
-        )(blora.model, blora.guide)
-        both = nn.ModuleList([blora.model, blora.guide])
-        optimizer = torch.optim.AdamW(parameter_groups(both, RATES), weight_decay=0.0)
-        runs.append((blora, elbo, optimizer))
-    seconds: list[list[float]] = [[], []]
-    losses: list[list[float]] = [[], []]
+    losses: dict[str, list[float]] = {"without": [], "with": []}
+    runs = {}
     with ExitStack() as stack:
-        cached = runs[1][0]
-        stack.enter_context(PrefixCache(cached.net, cached.model.adapters).in_place())
         stack.enter_context(pyro.validation_enabled(False))
-        for epoch in range(arguments.epochs):
-            spent = [0.0, 0.0]
-            for index, batch in enumerate(data):
-                for which, (_, elbo, optimizer) in enumerate(runs):
-                    torch.manual_seed(1000 * epoch + index)
-                    start = time.perf_counter()
-                    optimizer.zero_grad()
-                    loss = elbo(batch) / 1000
-                    loss.backward()
-                    optimizer.step()
-                    spent[which] += time.perf_counter() - start
-                    losses[which].append(float(loss.detach()))
-            if epoch:
-                for which in range(2):
-                    seconds[which].append(spent[which])
-    ratios = [b / a for a, b in zip(*seconds, strict=True)]
-    apart = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
-    row: dict[str, Any] = {"ratio": statistics.median(ratios), "low": min(ratios)}
-    row |= {"high": max(ratios), "losses_apart": apart}
-    print(
-        f"top {arguments.top} of {layers} blocks: an epoch with the cache takes {row['ratio']:.3f} "
-        f"({row['low']:.3f} - {row['high']:.3f}) of one without; losses differ by at most "
-        f"{apart:.1e} of themselves"
-    )
-    if arguments.json:
-        document = {"versions": versions(), "arguments": vars(arguments), **row}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=2, default=str) + "\n"
-        arguments.json.write_text(text, encoding="utf-8")
+        for name, own in losses.items():
+            torch.manual_seed(0)
+            likelihood = LabelTokens(token_ids=ANSWERS, num_data=1000)
+            blora = adapted(copy.deepcopy(base), "bayesian-lora", likelihood, top=arguments.top)
+            if name == "with":
+                cache = PrefixCache(blora.net, blora.model.adapters)
+                stack.enter_context(cache.in_place())
+            step = bayesian_step(blora, arguments.rows)
+
+            def epoch(number: int, step: Step = step, own: list[float] = own) -> None:
+                torch.manual_seed(number)
+                for batch in data:
+                    own.append(step(batch))
+
+            runs[name] = epoch
+        seconds = take_turns(runs, arguments.epochs - 1)
+    rows = rows_of(seconds, ["without"])
+    apart = max(abs(a - b) / abs(a) for a, b in zip(*losses.values(), strict=True))
+    print(table("cache", rows, ["without"]))
+    print(f"Losses differ by at most {apart:.1e} of themselves.")
+    write(arguments.json, vars(arguments), [*rows, {"losses apart": apart}])
 
 
 if __name__ == "__main__":

@@ -134,11 +134,40 @@ class Task:
         """FLOPs of the frozen network, ``F``."""
         return self.linear(self.tokens) + self.attention(self.tokens)
 
+    def head(self) -> float:
+        """FLOPs of all logits, ``2 N v h``."""
+        return 2.0 * self.tokens * self.adapter.shape.v * self.adapter.shape.h
+
+    def plain(self) -> float:
+        """FLOPs of the network's own forward, with all logits."""
+        return self.forward() + self.head()
+
+    @property
+    def unread(self) -> float:
+        """FLOPs of ``F`` that the last block need not do, ``s = 2 (N - B) (2 h^2 + 3 h f)``."""
+        s = self.adapter.shape
+        return 2.0 * (self.tokens - self.B) * (2 * s.h**2 + 3 * s.h * s.f)
+
+    def updates(self, whole: bool = False) -> float:
+        """FLOPs of all updates forward, ``u``; that of the last block's q at what is read."""
+        r, unread = self.adapter.r, self.tokens - self.B
+        own = 2 * self.adapter.shape.h * r + (r * r if self.adapter.bayesian else 0)
+        return self.adapter.apply(self.tokens) - (0 if whole else 2.0 * unread * own)
+
     def step(self, checkpointing: bool = False) -> float:
-        """FLOPs of a training step, ``F + F_b`` and the adapter's own, thrice its forward's."""
-        again = self.adapter.share * self.forward() + self.adapter.apply(self.tokens)
-        own = 3 * self.adapter.apply(self.tokens) + 10 / 3 * self.adapter.whiten()
-        return self.forward() + self.backward() + own + (again if checkpointing else 0.0)
+        """FLOPs of a training step, ``F + F_b - 2 s`` and the adapter's, thrice its forward's.
+
+        Under activation checkpointing the last block is run whole.
+        """
+        own = 3 * self.updates(checkpointing) + 10 / 3 * self.adapter.whiten()
+        both = self.forward() + self.backward() + own
+        again = self.adapter.share * self.forward() + self.updates(True)
+        return both + (again if checkpointing else -2 * self.unread)
+
+    def whole_step(self) -> float:
+        """FLOPs of a step that computes the logits of all positions, as scripts do."""
+        own = 3 * self.updates(True) + 10 / 3 * self.adapter.whiten()
+        return self.plain() + self.backward() + self.head() + own
 
     def backward(self) -> float:
         """FLOPs of backward through the frozen network, ``F_b``.
@@ -158,19 +187,24 @@ class Task:
         """FLOPs of ``S`` draws: the blocks below the adapters run once for a pass."""
         a, r, p = self.adapter.share, self.adapter.r, self.passes(draws)
         sampling = 2 * self.adapter.layers * 4.0 * r**3 * draws
-        own = p * self.adapter.whiten() + draws * self.adapter.apply(self.tokens) + sampling
+        own = p * self.adapter.whiten() + draws * (self.updates() - self.unread) + sampling
         return (p * (1 - a) + draws * a) * self.forward() + own
 
     def linearised(self, classes: int) -> float:
         """FLOPs of the one-pass predictive: for each class but the first, backward to the cores."""
-        own = self.adapter.apply(self.tokens)
+        own = self.updates() - self.unread
         return self.forward() + own + (classes - 1) * (self.backward() + own)
 
     def activations(self, checkpointing: bool = False) -> float:
-        """Bytes kept for backward in a bfloat16 network, ``a L N (14 h + 4 k + 6 f)``."""
+        """Bytes kept for backward in a bfloat16 network, ``a L N (14 h + 4 k + 6 f)``.
+
+        Less ``6 f (N - B)`` in the last block, unless checkpointed.
+        """
         s, layers = self.adapter.shape, self.adapter.layers
         whole = self.tokens * (14 * s.h + 4 * s.k + 6 * s.f)
-        return layers * self.tokens * 2 * s.h + whole if checkpointing else layers * whole
+        if checkpointing:
+            return layers * self.tokens * 2 * s.h + whole
+        return layers * whole - 6.0 * s.f * (self.tokens - self.B)
 
     def training_bytes(self, kind: str, checkpointing: bool = False) -> float:
         """Memory of a training step: base, adapter, gradient, AdamW, factors, activations."""

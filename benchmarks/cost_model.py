@@ -162,13 +162,13 @@ def tables() -> str:
 
 
 def _measured_shape(arguments: dict[str, Any]) -> Shape:
-    from step_time import KEY_VALUE_HEADS, SIZES
+    from step_time import KEY_VALUE_HEADS, SIZES, VOCABULARY
 
     size = arguments["size"]
     own = SIZES[size]
     width = own["hidden_size"] * KEY_VALUE_HEADS[size] // own["heads"]
     layers = arguments.get("layers") or own["num_hidden_layers"]
-    return Shape(own["hidden_size"], own["intermediate_size"], width, layers, 4096)
+    return Shape(own["hidden_size"], own["intermediate_size"], width, layers, VOCABULARY[size])
 
 
 def allocated(arguments: dict[str, Any], layers: int) -> int:
@@ -198,8 +198,8 @@ def compare(document: dict[str, Any]) -> list[tuple[str, float, float, float, fl
     """Predicted and measured ratios of a document of step_time.py or predict_time.py.
 
     Returns:
-        Name, prediction, measured median, and the measured spread (quartiles of a step, least and
-        most of a prediction). The last row has the adapter's bytes, as the library allocates them.
+        Name, prediction, measured median, and quartiles. The last row has the adapter's bytes, as
+        the library allocates them.
     """
     from step_time import ANSWERS
     from step_time import RANK as rank
@@ -208,24 +208,23 @@ def compare(document: dict[str, Any]) -> list[tuple[str, float, float, float, fl
     shape = _measured_shape(arguments)
     adapter = Adapter(shape, rank, arguments.get("top") or shape.L)
     task = Task(adapter, int(arguments["rows"]), int(arguments["length"]))
-    predicted = {}
-    if "method" in rows[0]:
-        plain = Task(Adapter(shape, rank, shape.L, bayesian=False), task.B, task.T)
-        seconds = next(row["seconds"] for row in rows if row["method"] == "peft")
-        predicted["bayesian-lora"] = task.step() / plain.step() + OWN / seconds
-    else:
-        seconds = next(row["seconds"] for row in rows if row["name"] == "plain forward")
-        names = [row["name"] for row in rows]
-        for draws in (int(name[4:]) for name in names if name.startswith("S = ")):
-            own = task.passes(draws) * OWN_PASS / seconds
-            predicted[f"S = {draws}"] = task.prediction(draws) / task.forward() + own
-        predicted["linearised"] = task.linearised(len(ANSWERS)) / task.forward()
-    found = {row.get("method", row.get("name")): row for row in rows}
-    compared = [
-        (name, value, *(float(found[name][key]) for key in ("ratio", "low", "high")))
-        for name, value in predicted.items()
-        if name in found
-    ]
+    plain = Task(Adapter(shape, rank, shape.L, bayesian=False), task.B, task.T)
+    flops = {"bayesian-lora": task.step(), "peft": plain.whole_step(), "peft:read": plain.step()}
+    flops |= {"plain": plain.plain(), "plain:read": plain.forward() - plain.unread}
+    flops["linearised"] = task.linearised(int(arguments.get("classes") or len(ANSWERS)))
+    more = {"bayesian-lora": OWN}
+    for draws in (int(row["name"][4:]) for row in rows if row["name"].startswith("S = ")):
+        flops[f"S = {draws}"] = task.prediction(draws)
+        more[f"S = {draws}"] = task.passes(draws) * OWN_PASS
+    seconds = {row["name"]: float(row["seconds"]) for row in rows}
+    compared = []
+    for row in rows:
+        for key, found in row.items():
+            name, other = row["name"], key.removeprefix("to ")
+            if key != other and name != other and name in flops:
+                value = flops[name] / flops[other] + more.get(name, 0.0) / seconds[other]
+                measured = (float(found[k]) for k in ("ratio", "low", "high"))
+                compared.append((f"{name} to {other}", value, *measured))
     size = float(allocated(arguments, adapter.layers))
     return [*compared, ("adapter bytes", float(adapter.parameter_bytes), size, size, size)]
 
@@ -244,7 +243,7 @@ def main() -> None:
             for name, *values in compare(json.loads(path.read_text(encoding="utf-8"))):
                 numbers = [f"{v:,.0f}" if v > 1e3 else f"{v:.3f}" for v in values]
                 rows.append([path.name, name, *numbers[:2], f"{numbers[2]} - {numbers[3]}"])
-        print(_table(["file", "ratio", "predicted", "measured", "spread"], rows))
+        print(_table(["file", "ratio", "predicted", "measured", "quartiles"], rows))
     elif arguments.write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]

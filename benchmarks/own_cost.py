@@ -13,15 +13,13 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
-from step_time import ANSWERS, RATES, TARGETS, batches, network, optimise
+from ratios import ratio, take_turns
+from step_time import ANSWERS, adapted, batches, bayesian_step, network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Batch, LabelTokens
-from pyro_blora.recipes import recipe
 
 __all__ = ["own_costs"]
 
@@ -67,17 +65,10 @@ def python_calls(run: Callable[[], Any]) -> int:
     return count
 
 
-def _prepared(method: str, layers: int, rank: int) -> tuple[BayesianLoRA, Callable[[], None]]:
+def _prepared(method: str, layers: int, rank: int) -> tuple[BayesianLoRA, Callable[[], Any]]:
     """An adapter on a network of so many layers, and its training step without the network."""
-    made = recipe(method)
     likelihood = NoNetwork(token_ids=ANSWERS, num_data=1000)
-    blora = BayesianLoRA(
-        network("least", layers).train(),
-        target_modules=TARGETS,
-        prior=made.prior(rank),
-        guide=made.guide(),
-        likelihood=likelihood,
-    )
+    blora = adapted(network("least", layers).train(), method, likelihood, rank=rank)
     sampled = blora.model.updates
 
     def updates() -> Any:
@@ -87,11 +78,7 @@ def _prepared(method: str, layers: int, rank: int) -> tuple[BayesianLoRA, Callab
         return found
 
     vars(blora.model)["updates"] = updates
-    elbo = TraceMeanField_ELBO(
-        num_particles=ROWS, vectorize_particles=True, max_plate_nesting=blora.max_plate_nesting
-    )(blora.model, blora.guide)
-    both = nn.ModuleList([blora.model, blora.guide])
-    step = optimise(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
+    step = bayesian_step(blora, ROWS)
     (batch,) = batches(1, ROWS, 8)
     return blora, lambda: step(batch)
 
@@ -107,7 +94,6 @@ def own_costs(
     prepared = [_prepared(method, layers, rank) for layers in depths]
     rows = []
     (batch,) = batches(1, ROWS, 8)
-    seconds: list[list[float]] = [[] for _ in depths]
     with pyro.validation_enabled(False):
         for layers, (blora, step) in zip(depths, prepared, strict=True):
             for _ in range(3):
@@ -118,12 +104,11 @@ def own_costs(
             sites = sum(len(pyro.poutine.trace(part).get_trace(batch).nodes) for part in parts)
             row = {"layers": layers, "sites": sites, "operators": operators.count}
             rows.append(row | {"calls": python_calls(step)})
-        for _ in range(steps):
-            for own, (_, step) in zip(seconds, prepared, strict=True):
-                start = time.process_time()
-                step()
-                own.append(time.process_time() - start)
+        runs = {
+            str(layers): lambda _, step=step: step()
+            for layers, (_, step) in zip(depths, prepared, strict=True)
+        }
+        seconds = list(take_turns(runs, steps, clock=time.process_time).values())
     for row, own in zip(rows, seconds, strict=True):
-        row["seconds"] = statistics.median(own)
-        row["ratio"] = statistics.median(a / b for a, b in zip(own, seconds[0], strict=True))
+        row |= {"seconds": statistics.median(own), **ratio(own, seconds[0])}
     return rows

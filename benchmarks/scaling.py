@@ -4,16 +4,14 @@
     python benchmarks/scaling.py --axes rank,particles --points 2 --steps 3        # a quick look
 
 A random Llama, adapters on q and v; one quantity varies, the others stay at the values of `BASE`.
-Steps of plain LoRA (peft) and of the method take turns, and a ratio is that of two steps that
-follow one another. The second table has what the method does besides running the network, in
-processor time and in counts that no clock enters (`own_cost.py`).
+Steps of plain LoRA (`peft:read` of step_time.py) and of the method take turns, and a ratio is that
+of two steps that follow one another. The second table has what the method does besides running the
+network, in processor time and in counts that no clock enters (`own_cost.py`).
 """
 
 import argparse
 import copy
-import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ import matplotlib.pyplot as plt
 import pyro
 import torch
 from own_cost import own_costs
+from ratios import ratio, take_turns, write
 from step_time import SIZES, batches, make, network
-
-from pyro_blora.results import versions
 
 BASE = {"layers": 8, "rank": 8, "particles": 8, "rows": 8, "length": 64}
 AXES = {
@@ -46,20 +43,14 @@ def point(arguments: argparse.Namespace, axis: str, value: int) -> dict[str, Any
     base = network(arguments.size, at["layers"])
     steps = {
         name: make(name, copy.deepcopy(base), "float32", at["particles"], at["rank"])
-        for name in ("peft", arguments.method)
+        for name in ("peft:read", arguments.method)
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
     data = batches(arguments.warmup + arguments.steps, at["rows"], at["length"])
-    for index, batch in enumerate(data):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            if index >= arguments.warmup:
-                seconds[name].append(time.perf_counter() - start)
-    plain, own = seconds["peft"], seconds[arguments.method]
-    low, ratio, high = statistics.quantiles((a / b for a, b in zip(own, plain, strict=True)), n=4)
+    runs = {name: lambda index, step=step: step(data[index]) for name, step in steps.items()}
+    seconds = take_turns(runs, arguments.steps, arguments.warmup)
+    plain, own = seconds["peft:read"], seconds[arguments.method]
     row = {"axis": axis, "value": value, "peft": statistics.median(plain)}
-    return row | {"method": statistics.median(own), "ratio": ratio, "low": low, "high": high}
+    return row | {"method": statistics.median(own)} | ratio(own, plain)
 
 
 def draw(rows: list[dict[str, Any]], method: str, path: Path) -> None:
@@ -129,12 +120,7 @@ def main() -> None:
         print(f"| {counts} | {1000 * row['seconds']:.2f} | {row['ratio']:.2f} |")
     if arguments.out:
         draw(rows, arguments.method, arguments.out)
-    if arguments.json:
-        document = {"versions": versions(), "arguments": vars(arguments), "base": BASE}
-        document |= {"rows": rows, "own": own}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=2, default=str) + "\n"
-        arguments.json.write_text(text, encoding="utf-8")
+    write(arguments.json, vars(arguments), {"base": BASE, "points": rows, "own": own})
 
 
 if __name__ == "__main__":

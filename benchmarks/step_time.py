@@ -6,34 +6,36 @@
     python benchmarks/step_time.py --published CHECKOUT --blob CHECKOUT     # other projects' layers
 
 Every method adapts q and v of all layers at rank 8 of a random network of one shape, with the
-same batches, likelihood, optimizer (AdamW) and gradient clipping. A ratio is that of two steps that
-follow one another, `peft` being one; the table has its median and quartiles. Peak memory is that of
-a process of its own for each method.
+same batches, optimizer (AdamW) and gradient clipping. `peft` and other projects' layers run the
+network as their scripts do, `net(**batch).logits[:, -1, answers]`; `peft:read`, `published:read`
+and so on run the same layers as this library does, computing only what a likelihood reads. A ratio
+is that of two steps that follow one another; the table has its median and quartiles. Peak memory is
+that of a process of its own for each method.
 """
 
 import argparse
 import copy
-import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ratios import rows_of, table, take_turns, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora.baselines import PlainLoRA
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.inference import AnalyticELBO, parameter_groups
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import LabelTokens, Likelihood
 from pyro_blora.recipes import recipe
-from pyro_blora.results import versions
 
 SIZES: dict[str, dict[str, int]] = {
     "least": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 30, "heads": 4},
@@ -47,10 +49,11 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 KEY_VALUE_HEADS = {"least": 4, "tiny": 4, "smollm2": 3, "llama-1b": 8}
+VOCABULARY = {"least": 512, "tiny": 512, "smollm2": 49152, "llama-1b": 128256}
 RANK, TARGETS, ANSWERS = 8, ["q_proj", "v_proj"], (5, 6, 7)
 RATES = {"mean": 1e-3, "scale": 1e-3, "direction": 1e-3}
 
-Step = Callable[[dict[str, Tensor]], None]
+Step = Callable[[dict[str, Tensor]], float]
 
 
 def network(size: str, layers: int | None) -> nn.Module:
@@ -61,7 +64,8 @@ def network(size: str, layers: int | None) -> nn.Module:
     if layers is not None:
         options["num_hidden_layers"] = layers
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=VOCABULARY[size],
+        tie_word_embeddings=True,
         num_attention_heads=heads,
         num_key_value_heads=KEY_VALUE_HEADS[size],
         **options,
@@ -75,7 +79,7 @@ def batches(count: int, rows: int, length: int) -> list[dict[str, Tensor]]:
     shape = (rows, length)
     return [
         {
-            "input_ids": torch.randint(8, 4096, shape, generator=generator),
+            "input_ids": torch.randint(8, 512, shape, generator=generator),
             "attention_mask": torch.ones(shape, dtype=torch.long),
             "labels": torch.randint(len(ANSWERS), (rows,), generator=generator),
         }
@@ -106,17 +110,83 @@ class HandWritten(nn.Module):
 
 
 def optimise(loss_of: Callable[[dict[str, Tensor]], Tensor], groups: list[dict[str, Any]]) -> Step:
-    """A step of AdamW on a loss, its gradient clipped."""
+    """A step of AdamW on a loss, its gradient clipped; returns the loss."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
 
-    def step(batch: dict[str, Tensor]) -> None:
+    def step(batch: dict[str, Tensor]) -> float:
         optimizer.zero_grad()
-        loss_of(batch).backward()
+        loss = loss_of(batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        return float(loss.detach())
 
     return step
+
+
+def adapted(
+    net: nn.Module,
+    method: str,
+    likelihood: Likelihood,
+    *,
+    rank: int = RANK,
+    top: int | None = None,
+) -> BayesianLoRA:
+    """This library's adapter by a recipe's name, ``:scaled`` for its prior's conditional noise.
+
+    Args:
+        net: the network.
+        method: recipe or PRIOR+GUIDE.
+        likelihood: how its logits explain a batch.
+        rank: of the updates.
+        top: the top blocks alone, this many.
+    """
+    name, _, conditional = method.partition(":")
+    made = recipe(name)
+    prior = made.prior(rank)
+    if conditional:
+        prior = type(prior)(**{**prior.options(), "conditional": conditional})
+    depth = int(net.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    return BayesianLoRA(
+        net,
+        target_modules=TARGETS,
+        prior=prior,
+        guide=made.guide(),
+        likelihood=likelihood,
+        layers_to_transform=None if top is None else list(range(depth - top, depth)),
+    )
+
+
+def bayesian_step(blora: BayesianLoRA, particles: int) -> Step:
+    """The training step of :func:`pyro_blora.inference.fit`, without its loop."""
+    elbo = AnalyticELBO(
+        num_particles=particles,
+        vectorize_particles=True,
+        max_plate_nesting=blora.max_plate_nesting,
+    )(blora.model, blora.guide)
+    both = nn.ModuleList([blora.model, blora.guide])
+    return optimise(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
+
+
+def other_layers(
+    method: str, net: nn.Module, rank: int, checkouts: dict[str, Path]
+) -> tuple[Callable[[], None], Callable[[], Tensor | float]]:
+    """Puts the layers of ``method`` into the network; what to do before a step, and their KL."""
+    if method == "peft":
+        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=rank)
+        return lambda: None, lambda: 0.0
+    if method == "hand-written":
+        net.requires_grad_(False)
+        names = [n for n, _ in net.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]
+        layers = [HandWritten(net.get_submodule(name)) for name in names]  # type: ignore[arg-type]
+        for name, layer in zip(names, layers, strict=True):
+            net.set_submodule(name, layer)
+        return lambda: None, lambda: torch.stack([layer.kl() for layer in layers]).sum()
+    import published
+
+    layers_of = {"published": published.bayesian_lora, "published-blob": published.blob}
+    return layers_of[method](net, TARGETS, rank, checkouts[method])
 
 
 def make(
@@ -130,60 +200,27 @@ def make(
     """The training step of one method; ``checkouts`` has the folders of other projects."""
     likelihood = LabelTokens(token_ids=ANSWERS, num_data=1000)
     autocast = precision == "bfloat16"
-
-    def nll(batch: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = likelihood.logits(net, batch)
-        return nn.functional.cross_entropy(logits, batch["labels"])
-
     net.train()
-    if method == "peft":
-        lora = PlainLoRA(net, TARGETS, likelihood, rank=rank)
-        return optimise(nll, [{"params": list(lora.parameters.values()), "lr": 1e-3}])
-    if method in (checkouts or {}):
-        import published
+    layers, _, how = method.partition(":")
+    if layers not in {"peft", "hand-written", *(checkouts or {})}:
+        pyro.clear_param_store()
+        blora = adapted(net, method, likelihood, rank=rank)
+        blora.model.precision = precision
+        return bayesian_step(blora, particles)
+    before, kl = other_layers(layers, net, rank, checkouts or {})
 
-        layers_of = {"published": published.bayesian_lora, "published-blob": published.blob}
-        reset, kl = layers_of[method](net, TARGETS, rank, checkouts[method])
-        own = [p for p in net.parameters() if p.requires_grad]
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        before()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if how == "read":
+                logits = likelihood.logits(net, batch)
+            else:
+                inputs = {key: batch[key] for key in likelihood.keys}
+                logits = net(**inputs, use_cache=False).logits[:, -1, list(ANSWERS)]
+        return nn.functional.cross_entropy(logits.float(), batch["labels"]) + kl() / 1000
 
-        def loss_of(batch: dict[str, Tensor]) -> Tensor:
-            reset()
-            return nll(batch) + kl() / 1000
-
-        return optimise(loss_of, [{"params": own, "lr": 1e-3}])
-    if method == "hand-written":
-        net.requires_grad_(False)
-        names = [n for n, _ in net.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]
-        layers = [HandWritten(net.get_submodule(name)) for name in names]  # type: ignore[arg-type]
-        for name, layer in zip(names, layers, strict=True):
-            parent, _, child = name.rpartition(".")
-            setattr(net.get_submodule(parent), child, layer)
-        own = [p for p in net.parameters() if p.requires_grad]
-        return optimise(
-            lambda batch: nll(batch) + sum(layer.kl() for layer in layers) / 1000,
-            [{"params": own, "lr": 1e-3}],
-        )
-    name, _, conditional = method.partition(":")
-    made = recipe(name)
-    prior = made.prior(rank)
-    if conditional:
-        prior = type(prior)(**{**prior.options(), "conditional": conditional})
-    pyro.clear_param_store()
-    blora = BayesianLoRA(
-        net,
-        target_modules=TARGETS,
-        prior=prior,
-        guide=made.guide(),
-        likelihood=likelihood,
-    )
-    blora.model.precision = precision
-    nesting = blora.max_plate_nesting
-    elbo = AnalyticELBO(
-        num_particles=particles, vectorize_particles=True, max_plate_nesting=nesting
-    )(blora.model, blora.guide)
-    both = nn.ModuleList([blora.model, blora.guide])
-    return optimise(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return optimise(loss_of, [{"params": trained, "lr": 1e-3}])
 
 
 def peak(arguments: argparse.Namespace, method: str) -> float:
@@ -217,15 +254,9 @@ def timed(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[flo
         if arguments.compile:
             net.model.compile(dynamic=False)
         steps[name] = make(name, net, arguments.precision, arguments.rows, checkouts=checkouts)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    runs = {name: lambda index, step=step: step(data[index]) for name, step in steps.items()}
     with pyro.validation_enabled(False):
-        for index, batch in enumerate(data):
-            for name in names:
-                start = time.perf_counter()
-                steps[name](batch)
-                if index >= arguments.warmup:
-                    seconds[name].append(time.perf_counter() - start)
-    return seconds
+        return take_turns(runs, arguments.steps, arguments.warmup)
 
 
 def main() -> None:
@@ -237,9 +268,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="number of layers, in place of the shape's own")
     parser.add_argument(
         "--methods",
-        default="peft,bayesian-lora,mean-field,blob,hand-written",
-        help="peft, hand-written, any recipe or PRIOR+GUIDE, and bayesian-lora:scaled for the "
-        "prior's conditional noise",
+        default="peft,peft:read,bayesian-lora,mean-field,blob,hand-written:read",
+        help="peft and hand-written, and with :read; any recipe or PRIOR+GUIDE, and "
+        "bayesian-lora:scaled for the prior's conditional noise",
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=8, help="examples in a batch")
@@ -262,27 +293,19 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
     names = arguments.methods.split(",")
-    names += ["published"] if arguments.published else []
-    names += ["published-blob"] if arguments.blob else []
+    names += ["published", "published:read"] if arguments.published else []
+    names += ["published-blob", "published-blob:read"] if arguments.blob else []
     if names[0] != "peft":
         raise SystemExit("the first method must be peft, to which the others are compared")
     memory = {} if arguments.no_memory else {name: peak(arguments, name) for name in names}
     seconds = timed(arguments, names)
-    document: dict[str, Any] = {"versions": versions(), "arguments": vars(arguments), "rows": []}
-    print("| method | s a step | ratio to peft (quartiles) | peak memory GiB | ratio |")
-    print("|---" * 5 + "|")
-    for name in names:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["peft"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        row = {"method": name, "seconds": statistics.median(seconds[name]), "ratio": middle}
-        row |= {"low": low, "high": high, "peak_gib": memory.get(name)}
-        document["rows"].append(row)
-        gib = f"{memory[name]:.2f} | {memory[name] / memory['peft']:.3f}" if memory else " | "
-        print(f"| {name} | {row['seconds']:.3f} | {middle:.3f} ({low:.3f} - {high:.3f}) | {gib} |")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=2, default=str) + "\n"
-        arguments.json.write_text(text, encoding="utf-8")
+    others = [name for name in ("peft", "peft:read") if name in names]
+    rows = rows_of(seconds, others)
+    for row in rows if memory else []:
+        row |= {"peak GiB": memory[row["name"]]}
+        row |= {f"GiB to {other}": memory[row["name"]] / memory[other] for other in others}
+    print(table("method", rows, others))
+    write(arguments.json, vars(arguments), rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.layers import Adapter
-from pyro_blora.shared_prefix import frozen_blocks
+from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
 __all__ = ["PrefixCache"]
 
@@ -70,7 +70,8 @@ class PrefixCache:
         for index, block in enumerate(self.blocks):
             block.forward = partial(self._forward, index, block.forward)
         try:
-            yield
+            with whole_if_frozen(self.net, self.blocks):
+                yield
         finally:
             for block, forward in zip(self.blocks, replaced, strict=True):
                 del block.forward

@@ -2,7 +2,7 @@
 
 The output head of a language model is a large part of its cost, and a likelihood reads few of its
 rows. The network's own forward is run, so scalings and soft-caps after the head stay in place;
-only what enters the head, and which of its rows are computed, is narrowed.
+only what enters the head, and which of its rows are computed, is narrowed, and the last block.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.last_block import last_block_at
 from pyro_blora.layers import Adapter, adapter_of
 from pyro_blora.pretrained_weight import is_quantised_tensor
 
@@ -52,7 +53,11 @@ def logits_at(
         )
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
-    with _narrowed(head, adapter, positions, None if per_row else mask, token_ids) as narrow:
+    ids = inputs.get("input_ids")
+    with (
+        last_block_at(net, positions, mask, length=0 if ids is None else ids.shape[-1]),
+        _narrowed(head, adapter, positions, None if per_row else mask, token_ids) as narrow,
+    ):
         logits: Tensor = net(**inputs, use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if token_ids is not None and not narrow:

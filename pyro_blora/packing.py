@@ -7,13 +7,14 @@ prefix and itself: the same numbers for about half the tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.layers import without_updates
+from pyro_blora.probing import agree, answer, asked
 from pyro_blora.targets import device_of
 
 __all__ = ["Scored", "compact", "pack", "supports_packing", "unpacked", "wants_additive_mask"]
@@ -127,37 +128,25 @@ def supports_packing(net: nn.Module) -> bool:
     vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0))
     if vocabulary < 8:
         return False
+    attention = str(getattr(net.config, "_attn_implementation", ""))
+    if _ANSWERS.get(net, ("", False))[0] == attention:
+        return _ANSWERS[net][1]
     device = device_of(net.modules())
     ids = torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 7]]], device=device)
     scored = torch.zeros_like(ids).bool()
     scored[..., 4:] = True
     probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
     packed, plain = pack(probe, additive=wants_additive_mask(net)), unpacked(probe)
-    attention = str(getattr(net.config, "_attn_implementation", ""))
-    if _ANSWERS.get(net, ("", False))[0] == attention:
-        return _ANSWERS[net][1]
-    was_training = net.training
-    net.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), without_updates(net):
-            a = _probe_logits(net, packed).flatten(0, 1)
-            b = _probe_logits(net, plain).flatten(0, 1)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # the architecture refuses the mask or the position ids
-    finally:
-        net.train(was_training)
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 0.03 if half else 1e-4
-    _ANSWERS[net] = attention, bool((a - b).norm() <= tolerance * (b - b.mean()).norm())
+    with asked(net):
+        given, expected = (answer(partial(_probe_logits, net, rows)) for rows in (packed, plain))
+        _ANSWERS[net] = attention, agree(given, expected)
     return _ANSWERS[net][1]
 
 
 def _probe_logits(net: nn.Module, rows: Scored) -> Tensor:
     logits: Tensor = net(**rows.inputs, use_cache=False).logits.detach()
     index = torch.arange(len(logits), device=logits.device).unsqueeze(-1)
-    return logits[index, rows.positions]
+    return logits[index, rows.positions].flatten(0, 1)
 
 
 def wants_additive_mask(net: nn.Module) -> bool:

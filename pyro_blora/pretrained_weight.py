@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.targets import LayerGroup, layer_shape
 
-__all__ = ["dense_weight", "is_quantised_tensor", "top_singular"]
+__all__ = ["dense_weight", "is_quantised", "is_quantised_tensor", "top_singular"]
 
 
 def is_quantised_tensor(weight: Tensor) -> bool:
@@ -15,6 +15,15 @@ def is_quantised_tensor(weight: Tensor) -> bool:
     Such a tensor knows how to multiply and how to dequantise itself, and little else.
     """
     return type(weight).dequantize is not Tensor.dequantize
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the module is a layer whose own weight torchao or bitsandbytes has quantised."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return False
+    packed = hasattr(weight, "quant_state") or not weight.is_floating_point()
+    return packed or is_quantised_tensor(weight)
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:

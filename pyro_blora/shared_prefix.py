@@ -6,14 +6,15 @@ first copy alone; what the last of them puts out is repeated for the blocks abov
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_blora.last_block import whole_last_block
 from pyro_blora.layers import Adapter
 
-__all__ = ["frozen_blocks", "shared_prefix"]
+__all__ = ["frozen_blocks", "shared_prefix", "whole_if_frozen"]
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
@@ -43,6 +44,15 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     blocks = net.get_submodule(paths.pop())
     lowest = min(int(match.group(2)) for match in found if match is not None)
     return list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
+
+
+def whole_if_frozen(net: nn.Module, frozen: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Within, the last block is run at all positions if it is among the frozen ones.
+
+    Its output is then read again, by other draws or at other visits.
+    """
+    ends = any(m[-1] is frozen[-1] for m in net.modules() if isinstance(m, nn.ModuleList) and m)
+    return whole_last_block(net) if ends else nullcontext()
 
 
 @contextmanager
@@ -88,7 +98,8 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
     handles.append(frozen[-1].register_forward_hook(after))
     try:
-        yield
+        with whole_if_frozen(net, frozen):
+            yield
     finally:
         for handle in handles:
             handle.remove()

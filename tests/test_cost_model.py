@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora import models
+from pyro_blora.inference import AnalyticELBO
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -44,7 +44,8 @@ def adapted(adapter, dtype=torch.float32):
         "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long),
         "labels": torch.arange(ROWS) % len(tiny.ANSWERS),
     }
-    elbo = TraceMeanField_ELBO(num_particles=ROWS, vectorize_particles=True, max_plate_nesting=1)
+    tiny.asked(blora)
+    elbo = AnalyticELBO(num_particles=ROWS, vectorize_particles=True, max_plate_nesting=1)
     return blora, batch, elbo(blora.model, blora.guide)
 
 
@@ -149,16 +150,24 @@ def test_the_page_has_the_figures_of_the_formulae():
 
 def test_measured_documents_are_compared():
     arguments = {"size": "tiny", "layers": None, "rows": 8, "length": 64}
-    spread = {"seconds": 0.1, "ratio": 1.0, "low": 0.9, "high": 1.1}
-    rows = [{"method": name, **spread} for name in ("peft", "bayesian-lora", "blob")]
-    (step, counted) = cost_model.compare({"arguments": arguments, "rows": rows})
-    assert step[0] == "bayesian-lora"
-    assert 1.0 < step[1] < 1.2
-    assert step[2:] == (1.0, 0.9, 1.1)
-    assert counted[1] == counted[2]
-    rows = [{"name": name, **spread} for name in ("plain forward", "S = 10", "linearised")]
-    arguments = {"size": "tiny", "top": 1, "rows": 8, "length": 64}
-    (ten, one_pass, counted) = cost_model.compare({"arguments": arguments, "rows": rows})
-    assert ten[1] == pytest.approx(1 - 0.25 + 10 * 0.25, rel=0.05)
-    assert 1 < one_pass[1] < 2
-    assert counted[1] == counted[2]
+    spread = {"ratio": 1.0, "low": 0.9, "high": 1.1}
+    to = {"to peft": spread, "to peft:read": spread}
+    names = ("peft", "peft:read", "bayesian-lora", "blob")
+    rows = [{"name": name, "seconds": 0.1, **to} for name in names]
+    compared = {n: v for n, *v in cost_model.compare({"arguments": arguments, "rows": rows})}
+    assert 0.6 < compared["bayesian-lora to peft"][0] < 1 < compared["peft to peft:read"][0] < 1.7
+    assert 1.0 < compared["bayesian-lora to peft:read"][0] < 1.2
+    assert compared["bayesian-lora to peft:read"][1:] == [1.0, 0.9, 1.1]
+    assert not any(name.startswith("blob") for name in compared)
+    assert compared["adapter bytes"][0] == compared["adapter bytes"][1]
+
+    to = {"to plain": spread, "to plain:read": spread}
+    names = ("plain", "plain:read", "S = 10", "linearised")
+    rows = [{"name": name, "seconds": 0.1, **to} for name in names]
+    arguments = {"size": "tiny", "top": 1, "rows": 8, "length": 64, "classes": 2}
+    compared = {n: v for n, *v in cost_model.compare({"arguments": arguments, "rows": rows})}
+    # of three blocks and a tenth of the last, which is not run whole
+    assert 1 < compared["S = 10 to plain:read"][0] < 1 + 9 * 0.25
+    assert 1 < compared["linearised to plain:read"][0] < 1.5
+    assert compared["S = 10 to plain"][0] < compared["S = 10 to plain:read"][0]
+    assert compared["adapter bytes"][0] == compared["adapter bytes"][1]

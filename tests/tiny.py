@@ -159,6 +159,12 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
     )
 
 
+def asked(blora):
+    """The same, once its network was asked what it can do: its passes may now be counted."""
+    blora.predict(sequences(), 0)
+    return blora
+
+
 def priors():
     """Every prior of the library by name, as small as its options allow."""
     return _smallest(models, models.UpdateModel)

@@ -101,6 +101,7 @@ def test_only_what_is_read_is_computed():
     """Counted at the head: real positions in, answer tokens out."""
     blora, inputs = make("llama", "body")
     positions, mask = some()
+    logits_at(blora.net, inputs, positions, mask)  # asks the network about its last block
     shapes = []
     handle = blora.net.lm_head.register_forward_hook(
         lambda module, args, output: shapes.append((args[0].shape[:-1], output.shape[-1]))
@@ -115,6 +116,7 @@ def test_a_replaced_forward_is_kept():
     """As accelerate replaces it to move inputs between devices."""
     blora, inputs = make("llama", "both")
     head, (positions, mask), calls = blora.net.lm_head, some(), []
+    logits_at(blora.net, inputs, positions, mask)  # asks the network about its last block
     replaced = head.forward
 
     def forward(hidden):

@@ -74,7 +74,7 @@ def test_with_a_narrow_posterior_it_is_the_sampled_predictive(prior, family):
 
 def test_the_network_runs_once():
     net = tiny.llama()
-    blora, runs = tiny.adapted(net), []
+    blora, runs = tiny.asked(tiny.adapted(net)), []
     net.register_forward_pre_hook(lambda *_: runs.append(1))
     assert blora.predict(tiny.sequences(8), 500, linearised=True).samples.shape == (500, 8, 3)
     assert len(runs) == 1

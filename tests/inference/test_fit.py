@@ -123,7 +123,7 @@ def test_without_keep_best_the_last_state_stays(run):
 
 
 def test_validation_by_samples_leaves_training_mode(run):
-    blora = tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0))
+    blora = tiny.asked(tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0)))
     modes = []
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
     result = run(

@@ -89,7 +89,7 @@ def test_one_draw_is_held():
 @pytest.mark.parametrize("max_rows", [1, 4, 8, 11, 100])
 def test_max_rows_changes_neither_shape_nor_value(max_rows):
     """A collapsed posterior, so that every draw is the mean."""
-    blora, batch = moved(guide=MeanField(init_scale=1e-7)), tiny.sequences(4)
+    blora, batch = tiny.asked(moved(guide=MeanField(init_scale=1e-7))), tiny.sequences(4)
     sizes = []
     blora.net.register_forward_pre_hook(
         lambda net, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -115,7 +115,7 @@ def test_draws_are_independent_and_their_mean_is_reported():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_samples", [0, 2])
 def test_training_mode_is_left_as_it_was(training, num_samples):
-    blora, batch = tiny.adapted(), tiny.sequences()
+    blora, batch = tiny.asked(tiny.adapted()), tiny.sequences()
     blora.net.train(training)
     modes = []
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))

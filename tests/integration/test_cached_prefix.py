@@ -8,7 +8,7 @@ from test_shared_prefix import CASES, adapted
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import CausalLM, LabelTokens
 
 ROWS = 10
 
@@ -75,6 +75,7 @@ def test_without_padding_each_row_runs_once():
     batch = tiny.sequences(8)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     rows, collate = of_rows(batch)
+    tiny.asked(blora)
     seen = passes(blora)
     history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
     assert seen == {0: 8, 1: 8, 2: 40}
@@ -89,6 +90,7 @@ def test_dropout_below_is_off_and_everything_is_put_back():
         net, target_modules=["c_attn"], layers_to_transform=[2], likelihood=likelihood
     )
     rows, collate = of_rows(tiny.sequences(8))
+    tiny.asked(blora)
     seen = passes(blora)
     history(blora, rows, collate, num_steps=6, cache_frozen_prefix=True)
     assert seen[0] == 8
@@ -106,3 +108,18 @@ def test_dropout_below_is_off_and_everything_is_put_back():
 def test_nothing_below_the_adapters_is_refused():
     with pytest.raises(ConfigurationError, match="layers_to_transform"):
         history(tiny.adapted(), tiny.examples(), tiny.collate, cache_frozen_prefix=True)
+
+
+def test_a_network_frozen_to_its_last_block_keeps_all_positions():
+    """What another visit reads of it may be another position."""
+    net = tiny.llama(2)
+    blora = tiny.adapted(net, target_modules=["lm_head"], likelihood=CausalLM(num_data=4))
+    batch = tiny.texts(4, 12)
+    early, late = ({**batch, "labels": batch["labels"].clone()} for _ in range(2))
+    early["labels"][:, 4:] = -100
+    late["labels"][:, :8] = -100
+    with blora.model.applied(blora.sample_updates(0)):
+        expected = [blora.likelihood.logits(net, b) for b in (early, late)]
+        with PrefixCache(net, blora.model.adapters).in_place():
+            found = [blora.likelihood.logits(net, b) for b in (early, late)]
+    torch.testing.assert_close(found, expected)

@@ -131,7 +131,7 @@ def test_no_pair_takes_more_than_one_cholesky_for_each_factor(prior, family):
 
 def test_the_network_runs_once_for_all_particles():
     net, batch = tiny.llama(), tiny.sequences(8)
-    blora = tiny.adapted(net)
+    blora = tiny.asked(tiny.adapted(net))
     runs = []
     net.register_forward_pre_hook(lambda *_: runs.append(1))
     elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
@@ -143,7 +143,7 @@ def test_the_network_runs_once_for_all_particles():
 
 def test_only_the_rows_of_the_head_that_are_read_are_computed():
     net, batch = tiny.llama(), tiny.sequences(8)
-    blora = tiny.adapted(net)
+    blora = tiny.asked(tiny.adapted(net))
     shapes = []
     net.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape[-2:].numel()))
     blora.model(batch)

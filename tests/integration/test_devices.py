@@ -75,7 +75,7 @@ def test_the_layers_of_a_group_lie_on_two_cards(kind):
             logits = logits_at(net, inputs, positions, positions.bool())
         logits.sum().backward()
         assert A.grad.device == B.grad.device == core.grad.device == CARDS[0]
-    assert seen == [CARDS[1]]
+    assert set(seen) == {CARDS[1]}
 
 
 def test_the_device_of_an_offloaded_module_is_where_it_runs():
