@@ -110,7 +110,8 @@ class _WhitenedDirections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, Z: Tensor, D: Tensor) -> Tensor:
-        L, Q = whiten(Z, inducing_covariance(Z, D))
+        # products of exactly three dimensions: torch.matmul first makes views of its operands
+        L, Q = whiten(Z, torch.baddbmm(torch.diag_embed(D.square()), Z, Z.mT))
         ctx.save_for_backward(L, Q, D)
         return Q
 
@@ -118,11 +119,12 @@ class _WhitenedDirections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, Tensor]:
         L, Q, D = ctx.saved_tensors
-        R = (G @ Q.mT).tril()
+        R = torch.bmm(G, Q.mT).tril()
         R = R + R.tril(-1).mT
         eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
         inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
-        return inverse.mT @ (G - R @ Q), -D * (inverse * (R @ inverse)).sum(-2)
+        d_Z = torch.bmm(inverse.mT, torch.baddbmm(G, R, Q, alpha=-1))
+        return d_Z, -D * (inverse * torch.bmm(R, inverse)).sum(-2)
 
 
 def whitened_directions(Z: Tensor, D: Tensor, side: str, where: str) -> Tensor:
@@ -145,8 +147,12 @@ def whitened_directions(Z: Tensor, D: Tensor, side: str, where: str) -> Tensor:
         >>> whitened_directions(torch.ones(1, 3), torch.ones(1), "r", "an example")
         tensor([[0.5000, 0.5000, 0.5000]])
     """
+    if Z.dim() != 3:
+        flat = Z.reshape(-1, *Z.shape[-2:]), D.reshape(-1, D.shape[-1])
+        return whitened_directions(*flat, side, where).reshape(Z.shape)
     with _explained(side, where):
-        return _WhitenedDirections.apply(Z, D)
+        Q: Tensor = _WhitenedDirections.apply(Z, D)
+    return Q
 
 
 def lazy_covariance(Z: Tensor, D: Tensor) -> LinearOperator:

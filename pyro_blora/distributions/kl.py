@@ -6,6 +6,8 @@ estimate. A result is in nats and has the broadcast batch shape of its two argum
 done at the batch shape that the factors were given.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
@@ -14,7 +16,6 @@ from torch.distributions.kl import register_kl
 from pyro_blora.distributions.factors import solve
 from pyro_blora.distributions.matrix_normal import (
     MatrixNormal,
-    entry_variance,
     half_log_det,
     mahalanobis,
 )
@@ -59,6 +60,59 @@ def _collapse(x: Tensor) -> Tensor:
     return x
 
 
+class _ToNormal(torch.autograd.Function):
+    r"""The divergence from independent normals, with its gradient in closed form.
+
+    With :math:`v_{ij} = |L_{r,i}|^2 |L_{c,j}|^2` the variance of an entry and :math:`\delta` the
+    difference of the means it is
+
+    .. math::
+        \sum_{ij} \Bigl(\frac{v_{ij} + \delta_{ij}^2 - s_{ij}^2}{2 s_{ij}^2} + \log s_{ij}\Bigr)
+        - n \log\det L_r - m \log\det L_c
+
+    Its parts, each a node of the graph with a derivative of its own, would cost twice as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(delta, row, col, scale)
+        (m, n), r, c = delta.shape[-2:], _squared_norms(row), _squared_norms(col)
+        variance = scale.square()
+        ratio = torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2)) / variance
+        terms = (ratio + variance.log()).sum((-2, -1)) - m * n
+        return 0.5 * terms - n * _log_det(row) - m * _log_det(col)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        delta, row, col, scale = ctx.saved_tensors
+        (m, n), r, c = delta.shape[-2:], _squared_norms(row), _squared_norms(col)
+        weight = gradient[..., None, None] / scale.square()
+        d_delta = weight * delta
+        d_row = (weight * c.unsqueeze(-2)).sum(-1, keepdim=True) * row
+        d_col = (weight * r.unsqueeze(-1)).sum(-2).unsqueeze(-1) * col
+        d_row = d_row - _log_det_gradient(n * gradient, row)
+        d_col = d_col - _log_det_gradient(m * gradient, col)
+        d_scale = None
+        if ctx.needs_input_grad[3]:
+            second = torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2))
+            d_scale = (gradient[..., None, None] - weight * second) / scale
+        found = zip((d_delta, d_row, d_col, d_scale), ctx.saved_tensors, strict=True)
+        return tuple(d if d is None else d.sum_to_size(x.shape) for d, x in found)
+
+
+def _squared_norms(factor: Tensor) -> Tensor:
+    """Of the rows."""
+    return factor.square().sum(-1)
+
+
+def _log_det(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _log_det_gradient(weight: Tensor, factor: Tensor) -> Tensor:
+    return torch.diag_embed(weight.unsqueeze(-1) / factor.diagonal(dim1=-2, dim2=-1))
+
+
 def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     _check_events(p, q)
     row = solve(q._unbroadcasted_row, p._unbroadcasted_row).square().sum((-2, -1))
@@ -71,12 +125,8 @@ def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
 def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Tensor:
     loc, scale = _normal_base(q)
     _check_events(p, q)
-    second_moment = entry_variance(p) + (p._unbroadcasted_loc - loc).square()
-    kl = (
-        0.5 * ((second_moment / scale.square()).sum((-2, -1)) - p.event_shape.numel())
-        + scale.log().sum((-2, -1))
-        - half_log_det(p)
-    )
+    factors = p._unbroadcasted_row, p._unbroadcasted_col
+    kl: Tensor = _ToNormal.apply(p._unbroadcasted_loc - loc, *factors, scale)
     return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
 
 

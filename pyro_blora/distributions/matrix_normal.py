@@ -181,12 +181,17 @@ class MatrixNormal(TorchDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw with gradients, of shape ``sample_shape + batch_shape + (m, n)``."""
-        loc = self._unbroadcasted_loc
-        noise = torch.randn(
-            self._extended_shape(torch.Size(sample_shape)), dtype=loc.dtype, device=loc.device
-        )
-        noise = multiply(self._unbroadcasted_row, noise)
-        return loc + multiply(self._unbroadcasted_col, noise.mT).mT
+        loc, row, col = self._unbroadcasted_loc, self._unbroadcasted_row, self._unbroadcasted_col
+        shape = self._extended_shape(torch.Size(sample_shape))
+        given, (m, n) = loc.shape[:-2], self.event_shape
+        if len(given) != 1 or not given == row.shape[:-2] == col.shape[:-2] == shape[-3:-2]:
+            noise = multiply(row, torch.randn(shape, dtype=loc.dtype, device=loc.device))
+            return loc + multiply(col, noise.mT).mT
+        # every draw beside the others: one product for a factor, and no dimension to move about
+        (b,), draws = given, shape[:-3].numel()
+        noise = torch.bmm(row, torch.randn(b, m, draws * n, dtype=loc.dtype, device=loc.device))
+        noise = torch.bmm(noise.view(b, m * draws, n), col.mT).view(b, m, draws, n)
+        return (loc + noise.permute(2, 0, 1, 3)).reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Evaluate the log density, in nats.

@@ -57,9 +57,20 @@ class AnalyticELBO(TraceMeanField_ELBO):
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(*args, **kwargs)
         return prune_subsample_sites(p), prune_subsample_sites(q)
 
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Pyro's, which reads the loss off in order to check it; ``fit`` does so itself."""
+        if is_validation_enabled():
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+        traces = self._get_traces(model, guide, args, kwargs)
+        return -sum(self._elbo(*pair) for pair in traces) / self.num_particles
+
     def _differentiable_loss_particle(
         self, model_trace: Trace, guide_trace: Trace
     ) -> tuple[float, Tensor]:
+        elbo = self._elbo(model_trace, guide_trace)
+        return -torch_item(elbo), -elbo
+
+    def _elbo(self, model_trace: Trace, guide_trace: Trace) -> Any:
         kls: dict[str, Tensor] = {}
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name in model_trace.nodes:
@@ -76,4 +87,4 @@ class AnalyticELBO(TraceMeanField_ELBO):
             guide_trace.compute_score_parts()
         for name in rest:
             elbo = elbo - guide_trace.nodes[name]["score_parts"].entropy_term.sum()
-        return -torch_item(elbo), -elbo
+        return elbo

@@ -94,7 +94,7 @@ class Likelihood(Options):
                 f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
                 f"{tuple(logits.shape[:-1])} examples."
             )
-        low, high = int(labels.min()), int(labels.max())
+        low, high = (int(x) for x in labels.aminmax())
         if low < 0 or high >= logits.shape[-1]:
             raise BatchError(
                 f"labels range from {low} to {high}, but {type(self).__name__} has classes 0 to "
