@@ -3,9 +3,9 @@ import json
 
 import pyro
 import pytest
+import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError, ConfigurationError
@@ -15,15 +15,7 @@ from pyro_blora.models import KroneckerInducing
 
 def network(hidden=16):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=hidden,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny.llama(hidden_size=hidden)
 
 
 def batch():

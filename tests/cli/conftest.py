@@ -2,9 +2,10 @@ import json
 import sys
 
 import pytest
+import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pyro_blora import cli
 
@@ -37,16 +38,8 @@ def model_dir(tmp_path_factory):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": len(fast), "hidden_size": 32, "max_position_embeddings": 128}
+    tiny.llama(**sizes, initializer_range=0.02).save_pretrained(folder)
     return folder
 
 

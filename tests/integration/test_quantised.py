@@ -10,7 +10,6 @@ import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora import models
 from pyro_blora.errors import ConfigurationError
@@ -25,17 +24,7 @@ BATCH = tiny.collate(ROWS)
 def network():
     """The same random Llama at every call, with sides of a whole block of weights, 64."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny.llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
 
 
 def torchao(config, **options):
