@@ -28,6 +28,7 @@ __all__ = [
     "WEIGHTS",
     "Saved",
     "export_peft",
+    "read_config",
     "read_pretrained",
     "save_pretrained",
     "write_atomically",
@@ -143,7 +144,7 @@ def read_pretrained(
             or the prior or guide is not of this library and was not passed.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder)
     _check_base(net, config, folder)
     return Saved(
         target_modules="|".join(re.escape(name) for name in config["layers"]),
@@ -219,7 +220,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter's folder says of it, without reading its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt or of another format.
+    """
+    path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

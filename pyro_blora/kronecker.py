@@ -148,6 +148,7 @@ def whitened_directions(Z: Tensor, D: Tensor, side: str, where: str) -> Tensor:
         tensor([[0.5000, 0.5000, 0.5000]])
     """
     if Z.dim() != 3:
+        D = D.expand(Z.shape[:-1])
         flat = Z.reshape(-1, *Z.shape[-2:]), D.reshape(-1, D.shape[-1])
         return whitened_directions(*flat, side, where).reshape(Z.shape)
     with _explained(side, where):

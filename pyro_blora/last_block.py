@@ -3,15 +3,22 @@
 What the last block puts out at a position that no likelihood reads, nobody reads: only its keys
 and values, which the other positions attend to, are needed everywhere. Its MLP and its projections
 of queries and of attention's output see the positions that are read, and elsewhere put out zeros.
+
+Which parts of a block work position by position, the network is asked on a few tokens, in
+evaluation mode (one with batch normalisation, which mixes them in training, is left whole). A part
+that looks further back than those tokens, and no nearer, would be mistaken for one that does:
+:func:`whole_last_block` leaves such a network as it is.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.probing import agree, answer, asked
@@ -19,21 +26,44 @@ from pyro_blora.targets import device_of
 
 __all__ = ["last_block_at", "whole_last_block"]
 
+_TOKENS = 32  # of a question
 
-# What each network answered, by name: modules on the way to its last block, parts of the block
-_Found = tuple[dict[str, nn.Module], dict[str, nn.Module]]
-_FOUND: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _LastBlock:
+    """What a network answered.
+
+    Attributes:
+        block: the block's name; empty where it cannot be told.
+        parts: names of its parts that work position by position.
+        modules: those on the way to the block and in it, as they were.
+        setting: what else the answer depends on.
+    """
+
+    block: str
+    parts: tuple[str, ...]
+    modules: tuple[ReferenceType[nn.Module], ...]
+    setting: tuple[Any, ...]
+
+
+_FOUND: WeakKeyDictionary[nn.Module, _LastBlock] = WeakKeyDictionary()
 _WHOLE: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
 def whole_last_block(net: nn.Module) -> Iterator[None]:
-    """Within, :func:`last_block_at` does nothing: the last block's output is kept for later."""
+    """Within, the last block of ``net`` is run at all positions.
+
+    For one whose hidden states are read by others, or kept for later, and where
+    :func:`last_block_at` is mistaken about its parts.
+    """
+    added = net not in _WHOLE
     _WHOLE.add(net)
     try:
         yield
     finally:
-        _WHOLE.discard(net)
+        if added:
+            _WHOLE.discard(net)
 
 
 @contextmanager
@@ -42,8 +72,10 @@ def last_block_at(
 ) -> Iterator[None]:
     """Within, the last block's parts that work position by position do the read ones alone.
 
-    Which parts do, the network is asked once, on a few tokens. Nothing happens where more than half
-    of the positions are read, or where the block is compiled or checkpointed: neither could follow.
+    The block is left whole where more than half of the positions are read, where it or the network
+    is compiled, or checkpointed in this pass, and where the network's weights are shared out among
+    processes, which would have to be asked together. As with all hooks on a network, two threads
+    cannot run it at once.
 
     Args:
         net: a language model.
@@ -51,27 +83,55 @@ def last_block_at(
         mask: which of them are real, ``(R, S)``, boolean.
         length: positions in a row, ``T``.
     """
-    if 2 * positions.shape[-1] > length or net in _WHOLE:
+    if net in _WHOLE:
         yield
         return
-    if not _still_there(net):  # another library may have put its layers around the network's
-        _FOUND[net] = _ask(net)
-    way, parts = _FOUND[net]
-    if not parts or not _in_plain_sight([net, *way.values()]):
+    # First, whatever this batch reads: where processes run one network, all of them ask at once
+    found = _FOUND.get(net)
+    if found is None or not _holds(net, found):
+        found = _FOUND[net] = _ask(net)
+    if (
+        not found.parts
+        or 2 * positions.shape[-1] > length
+        or not _in_plain_sight([net, *_way(net, found.block)])
+    ):
         yield
         return
-    with _narrowed(list(parts.values()), _each_once(positions, mask, length)):
+    parts = [net.get_submodule(name) for name in found.parts]
+    with _narrowed(parts, _each_once(positions, mask, length)):
         yield
 
 
-def _still_there(net: nn.Module) -> bool:
-    if net not in _FOUND:
-        return False
-    way, parts = _FOUND[net]
+def _way(net: nn.Module, name: str) -> list[nn.Module]:
+    """The modules on the way from the network to one of its own, this one included."""
+    way: list[nn.Module] = []
+    for word in name.split(".") if name else []:
+        way.append(getattr(way[-1] if way else net, word))
+    return way
+
+
+def _modules(net: nn.Module, name: str) -> list[nn.Module]:
+    way = _way(net, name)
+    return [*way, *way[-1].modules()] if way else way
+
+
+def _setting(net: nn.Module) -> tuple[Any, ...]:
+    config = getattr(net, "config", None)
+    names = ("_attn_implementation", "_experts_implementation", "output_router_logits")
+    return tuple(getattr(config, name, None) for name in names)
+
+
+def _holds(net: nn.Module, found: _LastBlock) -> bool:
+    """Whether an answer is still that of this network: others may have put their layers into it."""
     try:
-        return all(net.get_submodule(name) is m for name, m in (*way.items(), *parts.items()))
+        modules = _modules(net, found.block)
     except AttributeError:
         return False
+    return (
+        len(modules) == len(found.modules)
+        and all(was() is m for was, m in zip(found.modules, modules, strict=True))
+        and found.setting == _setting(net)
+    )
 
 
 def _each_once(positions: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -133,24 +193,25 @@ def _in_plain_sight(way: list[nn.Module]) -> bool:
     return not again and not compiled
 
 
-def _ask(net: nn.Module) -> _Found:
-    """The way to the last block, and its parts whose output at other positions changes no logit.
+def _ask(net: nn.Module) -> _LastBlock:
+    """The last block, and its parts whose output at other positions changes no logit.
 
     A part passes if the logits read stay the same when it sees two positions alone and puts out NaN
     elsewhere; if it does not, its children are asked.
     """
+    config = getattr(net, "config", None)
+    vocabulary = int(getattr(config, "vocab_size", 0) or 0)
+    length = min(_TOKENS, int(getattr(config, "max_position_embeddings", None) or _TOKENS))
     lists: list[str] = []
     for name, module in net.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             lists += [] if lists and name.startswith(lists[-1] + ".") else [name]
-    vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0))
-    if len(lists) != 1 or vocabulary < 8:
-        return {}, {}
-    words = f"{lists[0]}.{len(net.get_submodule(lists[0])) - 1}".split(".")  # type: ignore[arg-type]
-    names = [".".join(words[:i]) for i in range(1, len(words) + 1)]
+    if len(lists) != 1 or vocabulary < 8 or length < 8:
+        return _LastBlock("", (), (), _setting(net))
+    block = f"{lists[0]}.{len(net.get_submodule(lists[0])) - 1}"  # type: ignore[arg-type]
     device = device_of(net.modules())
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 2], [7, 5, 3, 1, 2, 4, 6, 3]], device=device)
-    columns = torch.tensor([[2, 6], [5, 3]], device=device)
+    ids = (torch.arange(2 * length, device=device) * 5 % 7 + 1).reshape(2, length)
+    columns = torch.tensor([[2, length - 2], [length - 3, 3]], device=device)
     rows = torch.arange(2, device=device).unsqueeze(-1)
 
     def logits() -> Tensor:
@@ -162,18 +223,22 @@ def _ask(net: nn.Module) -> _Found:
         with _narrowed(parts, columns, torch.nan) as seen:
             return agree(answer(logits), expected) and len(seen) == len(parts)
 
-    def parts_of(name: str) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {}
+    def parts_of(name: str) -> list[str]:
+        found: list[str] = []
         for child, module in net.get_submodule(name).named_children():
             if any(p.dim() > 1 for p in module.parameters()):  # a norm alone is not worth it
                 full = f"{name}.{child}"
-                found |= {full: module} if passes([module]) else parts_of(full)
+                found += [full] if passes([module]) else parts_of(full)
         return found
 
-    with asked(net):
-        expected = answer(logits)
-        if type(expected) is not Tensor:  # no answer, or one without numbers or in shares
-            return {}, {}
-        parts = parts_of(names[-1])
-        way = {name: net.get_submodule(name) for name in names}
-        return way, parts if passes(list(parts.values())) else {}
+    parts: list[str] = []
+    shared_out = any(hasattr(p, "full_tensor") for p in net.parameters())  # DTensors
+    mixed_in_training = any(isinstance(m, _BatchNorm) for m in net.modules())
+    if not (shared_out or mixed_in_training):
+        with asked(net):
+            expected = answer(logits)
+            if type(expected) is Tensor:  # an answer, and one of numbers
+                parts = parts_of(block)
+                parts = parts if passes([net.get_submodule(name) for name in parts]) else []
+    modules = tuple(ref(module) for module in _modules(net, block))
+    return _LastBlock(block, tuple(parts), modules, _setting(net))

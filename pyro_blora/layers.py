@@ -52,6 +52,11 @@ class Adapter:
         if self.update is None:
             return output
         update = self.update
+        if not isinstance(output, Tensor):
+            raise ConfigurationError(
+                f"{self.name} puts out a {type(output).__name__}, to which no update can be added: "
+                "a router, perhaps. Leave it out with exclude_modules."
+            )
         if update.A.device != output.device:  # a group's layers may lie on several devices
             update = moved(update, output.device)
         return update(args[0].to(output.device), output, self.rows)

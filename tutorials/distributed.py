@@ -1,6 +1,6 @@
 """Data-parallel SVI with Accelerate: each process draws its own particles for its own examples.
 
-    accelerate launch --num_processes 2 tutorials/distributed.py         (graphics cards)
+    torchrun --nproc_per_node 2 tutorials/distributed.py                     (graphics cards)
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tutorials/distributed.py --out out/ddp
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tutorials/distributed.py --shard
 
@@ -13,6 +13,7 @@ losses is an unbiased estimate of the ELBO on all of their examples.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import pyro
@@ -67,6 +68,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the adapter of each process")
     arguments = parser.parse_args()
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"{launched} processes were launched, and each would train by itself: without graphics "
+            "cards, set ACCELERATE_USE_CPU=true and launch by torchrun."
+        )
+    accelerator.print(f"{launched} processes")
     pyro.settings.set(module_local_params=True)  # parameters belong to the modules
     net = network().to(accelerator.device)
     if arguments.shard:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints import write_atomically
+from pyro_blora.checkpoints import read_config, write_atomically
 from pyro_blora.cli import _options as o
 from pyro_blora.comparison import item_length, likelihood_for
 from pyro_blora.data import load_task
@@ -49,6 +49,7 @@ def run(
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     """
+    read_config(adapter)  # a folder that is none is said before the network is loaded
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)

@@ -73,14 +73,18 @@ class _ToNormal(torch.autograd.Function):
     Its parts, each a node of the graph with a derivative of its own, would cost twice as much.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(delta, row, col, scale)
+    def forward(delta: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> Tensor:
         (m, n), r, c = delta.shape[-2:], _squared_norms(row), _squared_norms(col)
-        variance = scale.square()
-        ratio = torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2)) / variance
-        terms = (ratio + variance.log()).sum((-2, -1)) - m * n
-        return 0.5 * terms - n * _log_det(row) - m * _log_det(col)
+        second = torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2))
+        terms = torch.add(scale.log(), second / scale.square(), alpha=0.5).sum((-2, -1))
+        return terms - 0.5 * m * n - n * _log_det(row) - m * _log_det(col)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,7 @@
 """The last block at the positions that are read gives the logits and gradients of the whole one."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pyro
@@ -7,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from pyro_blora.heads import logits_at
 from pyro_blora.inference import AnalyticELBO
@@ -201,3 +204,104 @@ def test_of_its_errors_no_hook_is_left():
         LABELS.logits(net, batch)
     parts = (net.model.layers[-1].mlp, net.model.layers[-1].self_attn.o_proj)
     assert not any(p._forward_pre_hooks or p._forward_hooks for p in parts)
+
+
+def agrees(net, batch=None):
+    """A step of an adapter is the one of the whole block."""
+    blora, batch = tiny.adapted(net), tiny.sequences(4, 12) if batch is None else batch
+    found = step(blora, batch)
+    with whole_last_block(net):
+        assert_same(found, step(blora, batch))
+
+
+def test_a_network_that_changed_is_asked_again():
+    net = tiny.llama()
+    mlp = net.model.layers[-1].mlp
+    LABELS.logits(net, tiny.sequences())
+    mlp.up_proj = Mixing(mlp.up_proj)
+    agrees(net)
+
+
+def test_a_setting_that_changed_is_asked_about_again():
+    """With its router's logits put out, the experts' output is of another kind."""
+    config = MixtralConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        experts_implementation="eager",
+    )
+    net = MixtralForCausalLM(config).eval()
+    LABELS.logits(net, tiny.sequences(4, 12))
+    net.config.output_router_logits = True
+    agrees(net)
+
+
+class Norm(nn.Module):
+    """Position by position in evaluation alone."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.norm = mlp, nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.mlp(self.norm(x.mT).mT)
+
+
+class Lag(Mixing):
+    """A look at nine positions before, and no nearer."""
+
+    def forward(self, x):
+        return self.mlp(x) + self.mlp(x.roll(9, 1) * (torch.arange(x.shape[1]) >= 9)[:, None])
+
+
+@pytest.mark.parametrize("kind", [Norm, Lag])
+def test_what_shows_neither_in_evaluation_nor_nearby(kind):
+    net = tiny.llama()
+    net.model.layers[-1].mlp = kind(net.model.layers[-1].mlp)
+    net.train()
+    agrees(net)
+
+
+class Asserting(Mixing):
+    """Refuses any length but that of the first call."""
+
+    length, error = None, AssertionError
+
+    def forward(self, x):
+        self.length = self.length or x.shape[1]
+        if x.shape[1] != self.length:
+            raise self.error("an unexpected length")
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, ValueError])
+def test_a_part_that_refuses_is_left_alone(error):
+    net = tiny.llama(max_position_embeddings=12)
+    net.model.layers[-1].mlp = Asserting(net.model.layers[-1].mlp)
+    net.model.layers[-1].mlp.error = error
+    agrees(net)
+
+
+def test_whole_within_whole():
+    net, batch = tiny.llama(), tiny.sequences()
+    with whole_last_block(net):
+        with whole_last_block(net):
+            pass
+        with seen_by(net.model.layers[-1]) as shapes:
+            LABELS.logits(net, batch)
+    assert {s[1] for s in shapes.values()} == {7}
+
+
+def test_an_answer_keeps_no_network():
+    net = tiny.llama()
+    LABELS.logits(net, tiny.sequences())
+    net.model.layers[-1].mlp.register_forward_hook(lambda *_, owner=net: None)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None

@@ -9,6 +9,7 @@ from tiny import adapted, gpt2, llama, qwen2
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError
+from pyro_blora.last_block import whole_last_block
 from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.packing import pack, supports_packing
 
@@ -64,8 +65,9 @@ def test_the_network_is_asked_whether_it_packs(name):
     net.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(out)))
     batch = batch_of(BATCHES["equal first tokens"])
     likelihood = MultipleChoice()
-    for _ in range(2):
-        likelihood.logits(net, batch)
+    with whole_last_block(net):  # which is asked about, too
+        for _ in range(2):
+            likelihood.logits(net, batch)
     # Asked once, packed (1 row) and not (2); then a row for each item.
     assert rows == [1, 2, len(batch["labels"]), len(batch["labels"])]
     assert likelihood.options()["pack"] is None

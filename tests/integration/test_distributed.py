@@ -83,3 +83,16 @@ def test_the_trainer_on_two_processes_is_one_with_the_whole_batch(tmp_path):
     seeds = [torch.load(path, weights_only=False)["cpu"] for path in states]
     assert len(seeds) == 2
     assert not torch.equal(*seeds)
+
+
+def test_processes_that_read_unequal_parts_run_a_sharded_network_alike(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(Path(__file__).with_name("uneven_shards.py")), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in "01":
+        losses = (tmp_path / rank).read_text().split()
+        assert len(losses) == 6
+        assert len(set(losses)) == 1

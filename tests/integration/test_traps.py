@@ -213,3 +213,19 @@ def test_tokens_outside_of_a_batch_are_not_confused_with_particles():
         blora.guide(batch)
     contexts = blora.guide.families()["q_proj.V"].context
     assert contexts.shape[0] == 1  # the mean over all examples
+
+
+class Router(torch.nn.Linear):
+    """A layer that puts out more than its product."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_a_layer_that_puts_out_no_tensor_is_named():
+    net = tiny.llama()
+    q = net.model.layers[0].self_attn.q_proj
+    q.__class__ = Router
+    blora = tiny.adapted(net)
+    with pytest.raises(ConfigurationError, match=r"layers\.0.*q_proj puts out a tuple"):
+        blora.model(tiny.sequences())
