@@ -25,7 +25,7 @@ BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 RANKS, DRAWS, KINDS = (8, 16, 64), (1, 4, 10, 32), ("bfloat16", "int8", "int4")
 RATE, BANDWIDTH, MEMORY = 400e12, 3e12, 80e9  # FLOP/s reached, bytes/s, bytes of a card
 ROWS, LENGTH, RANK, CLASSES, FILL = 8, 512, 16, 4, 0.9
-OWN, OWN_PASS = 4e-3, 1e-3  # seconds of a step, of a prediction's pass, besides the network
+OWN, OWN_PASS = 3e-3, 1e-3  # seconds of a step, of a prediction's pass, besides the network
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -174,7 +174,7 @@ class BayesianLoRA(PyroModule):
         batch: Batch,
         num_samples: int = 10,
         *,
-        max_rows: int = 256,
+        max_rows: int | None = None,
         linearised: bool = False,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
@@ -183,9 +183,9 @@ class BayesianLoRA(PyroModule):
             batch: as in training, on any device; labels are not needed.
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: 10.
             max_rows: as many draws share a pass of the network as keep draws times examples within
-                this, at least one; a limit on memory.
+                this, at least one; a limit on memory. Default: 256, less on a CPU.
             linearised: takes the draws from the logits' first-order expansion at the posterior
-                mean: one pass of the network however many draws (``predictive.py``).
+                mean: one pass however many draws (``predictive.py`` has this and the above).
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows
@@ -209,11 +209,10 @@ class BayesianLoRA(PyroModule):
         return Prediction(torch.cat([logits.softmax(-1) for logits in draws]))
 
     @torch.no_grad()
-    def log_predictive(self, batch: Batch, num_samples: int = 10, *, max_rows: int = 256) -> Tensor:
-        """The log posterior predictive of the labels in nats, ``(B,)``, for any likelihood.
-
-        Arguments and errors as in :meth:`predict`.
-        """
+    def log_predictive(
+        self, batch: Batch, num_samples: int = 10, *, max_rows: int | None = None
+    ) -> Tensor:
+        """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.model.groups[0].device)
         return log_predictive(self, batch, num_samples, max_rows)
 

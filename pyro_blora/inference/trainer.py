@@ -179,7 +179,7 @@ class _Loss(nn.Module):
         likelihood = self.blora.likelihood
         if type(likelihood).distribution is not Likelihood.distribution:  # no classes
             return {"loss": -self.blora.log_predictive(batch, self.num_samples).mean()}
-        draws = torch.cat(list(logits_of_draws(self.blora, batch, self.num_samples, max_rows=256)))
+        draws = torch.cat(list(logits_of_draws(self.blora, batch, self.num_samples)))
         logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
         labels = likelihood.labels(batch)
         if labels is None:

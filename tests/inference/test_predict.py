@@ -1,5 +1,6 @@
 """The posterior predictive of a batch."""
 
+import pyro
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ from pyro_blora.likelihoods import (
     SequenceClassification,
 )
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.predictive import rows_of_a_pass
 
 
 def moved(**options):
@@ -100,6 +102,20 @@ def test_max_rows_changes_neither_shape_nor_value(max_rows):
     torch.testing.assert_close(
         samples, blora.predict(batch, 0).samples.expand(5, -1, -1), atol=1e-5, rtol=0
     )
+
+
+def test_a_pass_on_a_cpu_is_small_unless_blocks_below_are_shared():
+    batch = tiny.sequences(4, 16)
+    assert rows_of_a_pass(tiny.adapted(layers_to_transform=[1]), batch) == 256
+    pyro.clear_param_store()
+    blora, sizes = tiny.asked(tiny.adapted()), []
+    assert rows_of_a_pass(blora, batch) == 64
+    assert rows_of_a_pass(blora, {**batch, "input_ids": torch.ones(1, 5000)}) == 1
+    blora.net.register_forward_pre_hook(
+        lambda net, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert blora.predict(batch, 20).samples.shape == (20, 4, 3)
+    assert sizes == [64, 16]
 
 
 def test_draws_are_independent_and_their_mean_is_reported():
