@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ratios import rows_of, table, take_turns, write
-from step_time import ANSWERS, SIZES, Step, adapted, batches, bayesian_step, network
+from setting import ANSWERS, SIZES, Step, adapted, batches, bayesian_step, network
 
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.likelihoods import LabelTokens

@@ -162,7 +162,7 @@ def tables() -> str:
 
 
 def _measured_shape(arguments: dict[str, Any]) -> Shape:
-    from step_time import KEY_VALUE_HEADS, SIZES, VOCABULARY
+    from setting import KEY_VALUE_HEADS, SIZES, VOCABULARY
 
     size = arguments["size"]
     own = SIZES[size]
@@ -175,8 +175,8 @@ def allocated(arguments: dict[str, Any], layers: int) -> int:
     """Bytes of the tensors that the library trains on a network of this size."""
     import pyro
     import torch
-    from step_time import RANK as rank
-    from step_time import TARGETS, network
+    from setting import RANK as rank
+    from setting import TARGETS, network
 
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.models import KroneckerInducing
@@ -201,8 +201,8 @@ def compare(document: dict[str, Any]) -> list[tuple[str, float, float, float, fl
         Name, prediction, measured median, and quartiles. The last row has the adapter's bytes, as
         the library allocates them.
     """
-    from step_time import ANSWERS
-    from step_time import RANK as rank
+    from setting import ANSWERS
+    from setting import RANK as rank
 
     arguments, rows = document["arguments"], document["rows"]
     shape = _measured_shape(arguments)

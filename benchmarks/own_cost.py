@@ -14,7 +14,7 @@ from typing import Any
 import pyro
 import torch
 from ratios import ratio, take_turns
-from step_time import ANSWERS, adapted, batches, bayesian_step, network
+from setting import ANSWERS, adapted, batches, bayesian_step, network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ratios import rows_of, table, take_turns, write
-from step_time import SIZES, adapted, batches, network
+from setting import SIZES, adapted, batches, network
 
 from pyro_blora.likelihoods import LabelTokens
 

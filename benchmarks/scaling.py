@@ -20,7 +20,8 @@ import pyro
 import torch
 from own_cost import own_costs
 from ratios import ratio, take_turns, write
-from step_time import SIZES, batches, make, network
+from setting import SIZES, batches, network
+from step_time import make
 
 BASE = {"layers": 8, "rank": 8, "particles": 8, "rows": 8, "length": 64}
 AXES = {

@@ -43,7 +43,8 @@ class PrefixCache:
 
     def __init__(self, net: nn.Module, adapters: Sequence[Adapter]) -> None:
         self.net = net
-        self.blocks = frozen_blocks(net, [adapter.name for adapter in adapters])
+        self._names = [adapter.name for adapter in adapters]
+        self.blocks = frozen_blocks(net, self._names)
         if not self.blocks:
             raise ConfigurationError(
                 "cache_frozen_prefix: no block of the network lies below its lowest adapted layer, "
@@ -70,7 +71,7 @@ class PrefixCache:
         for index, block in enumerate(self.blocks):
             block.forward = partial(self._forward, index, block.forward)
         try:
-            with whole_if_frozen(self.net, self.blocks):
+            with whole_if_frozen(self.net, self._names):
                 yield
         finally:
             for block, forward in zip(self.blocks, replaced, strict=True):

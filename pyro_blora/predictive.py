@@ -15,7 +15,6 @@ from pyro_blora.shared_prefix import frozen_blocks, shared_prefix
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
 
-
 _ROWS, _TOKENS_ON_CPU = 256, 1024
 
 
@@ -67,9 +66,9 @@ def logits_of_draws(
             with model.applied(blora.sample_updates(0, batch)) as net:
                 yield likelihood.logits(net, batch).unsqueeze(0)
             return
-        # An amortised posterior has a draw for each example, others one for all of them.
         if max_rows is None:
             max_rows = rows_of_a_pass(blora, batch)
+        # An amortised posterior has a draw for each example, others one for all of them.
         each = examples if getattr(blora.guide, "reads_context", False) else 1
         most = max(1, min(num_samples, max_rows // examples))
         for start in range(0, num_samples, most):

@@ -46,13 +46,13 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
 
 
-def whole_if_frozen(net: nn.Module, frozen: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Within, the last block is run at all positions if it is among the frozen ones.
+def whole_if_frozen(net: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
+    """Within, the last block is run at all positions if no layer of ``names`` is in a block.
 
-    Its output is then read again, by other draws or at other visits.
+    It is frozen then, too, and its output is read again, by other draws or at other visits.
     """
-    ends = any(m[-1] is frozen[-1] for m in net.modules() if isinstance(m, nn.ModuleList) and m)
-    return whole_last_block(net) if ends else nullcontext()
+    adapted = any(_BLOCK.match(name) for name in names)
+    return nullcontext() if adapted else whole_last_block(net)
 
 
 @contextmanager
@@ -65,7 +65,8 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
             can do) nothing is shared.
         copies: how often the whole batch is repeated, one repetition after the other.
     """
-    frozen = frozen_blocks(net, [a.name for a in adapters]) if copies > 1 else []
+    names = [adapter.name for adapter in adapters]
+    frozen = frozen_blocks(net, names) if copies > 1 else []
     if not frozen:
         yield
         return
@@ -98,7 +99,7 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
     handles.append(frozen[-1].register_forward_hook(after))
     try:
-        with whole_if_frozen(net, frozen):
+        with whole_if_frozen(net, names):
             yield
     finally:
         for handle in handles:

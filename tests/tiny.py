@@ -2,6 +2,7 @@
 
 import inspect
 
+import pyro
 import torch
 from transformers import (
     BertConfig,
@@ -10,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -75,6 +78,19 @@ def gpt2(layers=2):
         resid_pdrop=0.0,
     )
     return _settled(GPT2LMHeadModel(config))
+
+
+def mixtral(layers=2):
+    """Two experts, of which each token has one."""
+    config = MixtralConfig(
+        **_SIZES,
+        num_hidden_layers=layers,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        experts_implementation="eager",
+    )
+    return _settled(MixtralForCausalLM(config))
 
 
 def bert(layers=2):
@@ -163,6 +179,15 @@ def asked(blora):
     """The same, once its network was asked what it can do: its passes may now be counted."""
     blora.predict(sequences(), 0)
     return blora
+
+
+def gradients(blora, batch, elbo, *, seed=0):
+    """Loss and gradients of one step from a fixed seed."""
+    pyro.set_rng_seed(seed)
+    blora.zero_grad()
+    loss = elbo(blora.model, blora.guide)(batch)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in blora.named_parameters()}}
 
 
 def priors():

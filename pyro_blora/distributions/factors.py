@@ -8,7 +8,17 @@ given factor.
 import torch
 from torch import Tensor
 
-__all__ = ["multiply", "solve"]
+__all__ = ["log_det", "multiply", "row_squares", "solve"]
+
+
+def log_det(factor: Tensor) -> Tensor:
+    """``log det factor`` of a triangle with a positive diagonal, ``(..., m, m)`` to ``(...)``."""
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def row_squares(factor: Tensor) -> Tensor:
+    """``diag(factor factor^T)``, the squared norms of the rows, ``(..., m, k)`` to ``(..., m)``."""
+    return factor.square().sum(-1)
 
 
 def multiply(factor: Tensor, x: Tensor) -> Tensor:

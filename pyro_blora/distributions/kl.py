@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.kl import register_kl
 
-from pyro_blora.distributions.factors import solve
+from pyro_blora.distributions.factors import log_det, row_squares, solve
 from pyro_blora.distributions.matrix_normal import (
     MatrixNormal,
     half_log_det,
@@ -77,10 +77,10 @@ class _ToNormal(torch.autograd.Function):
 
     @staticmethod
     def forward(delta: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> Tensor:
-        (m, n), r, c = delta.shape[-2:], _squared_norms(row), _squared_norms(col)
-        second = torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2))
-        terms = torch.add(scale.log(), second / scale.square(), alpha=0.5).sum((-2, -1))
-        return terms - 0.5 * m * n - n * _log_det(row) - m * _log_det(col)
+        m, n = delta.shape[-2:]
+        ratio = _second_moment(delta, row, col) / scale.square()
+        terms = torch.add(scale.log(), ratio, alpha=0.5).sum((-2, -1))
+        return terms - 0.5 * m * n - n * log_det(row) - m * log_det(col)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -89,7 +89,7 @@ class _ToNormal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         delta, row, col, scale = ctx.saved_tensors
-        (m, n), r, c = delta.shape[-2:], _squared_norms(row), _squared_norms(col)
+        (m, n), r, c = delta.shape[-2:], row_squares(row), row_squares(col)
         weight = gradient[..., None, None] / scale.square()
         d_delta = weight * delta
         d_row = (weight * c.unsqueeze(-2)).sum(-1, keepdim=True) * row
@@ -98,19 +98,16 @@ class _ToNormal(torch.autograd.Function):
         d_col = d_col - _log_det_gradient(m * gradient, col)
         d_scale = None
         if ctx.needs_input_grad[3]:
-            second = torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2))
+            second = _second_moment(delta, row, col)
             d_scale = (gradient[..., None, None] - weight * second) / scale
         found = zip((d_delta, d_row, d_col, d_scale), ctx.saved_tensors, strict=True)
         return tuple(d if d is None else d.sum_to_size(x.shape) for d, x in found)
 
 
-def _squared_norms(factor: Tensor) -> Tensor:
-    """Of the rows."""
-    return factor.square().sum(-1)
-
-
-def _log_det(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+def _second_moment(delta: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """``v + delta^2`` of each entry."""
+    r, c = row_squares(row), row_squares(col)
+    return torch.addcmul(delta.square(), r.unsqueeze(-1), c.unsqueeze(-2))
 
 
 def _log_det_gradient(weight: Tensor, factor: Tensor) -> Tensor:

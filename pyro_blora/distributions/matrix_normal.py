@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions.factors import multiply, solve
+from pyro_blora.distributions.factors import log_det, multiply, row_squares, solve
 from pyro_blora.shapes import broadcast_shapes
 
 __all__ = ["MatrixNormal", "entry_variance", "half_log_det", "mahalanobis"]
@@ -263,11 +263,7 @@ def _gram(factor: Tensor) -> Tensor:
 def half_log_det(d: MatrixNormal) -> Tensor:
     """Return ``log det(L_r (x) L_c)``, at the factors' own batch shape."""
     m, n = d.event_shape
-    row, col = (
-        factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        for factor in (d._unbroadcasted_row, d._unbroadcasted_col)
-    )
-    return n * row + m * col
+    return n * log_det(d._unbroadcasted_row) + m * log_det(d._unbroadcasted_col)
 
 
 def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
@@ -279,6 +275,5 @@ def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
 
 def entry_variance(d: MatrixNormal) -> Tensor:
     """Return the variance of each entry, at the factors' own batch shape."""
-    row = d._unbroadcasted_row.square().sum(-1)
-    col = d._unbroadcasted_col.square().sum(-1)
+    row, col = row_squares(d._unbroadcasted_row), row_squares(d._unbroadcasted_col)
     return row.unsqueeze(-1) * col.unsqueeze(-2)

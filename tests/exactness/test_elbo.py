@@ -2,10 +2,10 @@
 
 import pyro
 import pytest
+import tiny
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 
-import tests.tiny as tiny
 from pyro_blora import guides, models
 from pyro_blora.inference import AnalyticELBO
 
@@ -20,11 +20,8 @@ PAIRS = {
 
 
 def loss_and_gradients(elbo, blora):
-    pyro.set_rng_seed(1)
-    blora.zero_grad()
-    loss = elbo(blora.model, blora.guide)(tiny.sequences())
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in blora.named_parameters()}
+    found = tiny.gradients(blora, tiny.sequences(), elbo, seed=1)
+    return found.pop("loss"), found
 
 
 @pytest.mark.parametrize("validate", [False, True])

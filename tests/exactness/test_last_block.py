@@ -4,12 +4,10 @@ import gc
 import weakref
 from contextlib import contextmanager
 
-import pyro
 import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from pyro_blora.heads import logits_at
 from pyro_blora.inference import AnalyticELBO
@@ -60,13 +58,9 @@ def seen_by(block):
         handle.remove()
 
 
-def step(blora, batch, particles=2):
-    pyro.set_rng_seed(0)
-    elbo = AnalyticELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
-    blora.zero_grad()
-    loss = elbo(blora.model, blora.guide)(batch)
-    loss.backward()
-    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in blora.named_parameters()}}
+def step(blora, batch):
+    elbo = AnalyticELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    return tiny.gradients(blora, batch, elbo)
 
 
 def assert_same(found, expected):
@@ -224,18 +218,7 @@ def test_a_network_that_changed_is_asked_again():
 
 def test_a_setting_that_changed_is_asked_about_again():
     """With its router's logits put out, the experts' output is of another kind."""
-    config = MixtralConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        experts_implementation="eager",
-    )
-    net = MixtralForCausalLM(config).eval()
+    net = tiny.mixtral()
     LABELS.logits(net, tiny.sequences(4, 12))
     net.config.output_router_logits = True
     agrees(net)

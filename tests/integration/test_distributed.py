@@ -13,17 +13,22 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launched(folder, processes, *arguments, program="distributed.py", says=""):
-    """The adapters that the processes end with; what they say has ``says`` in it."""
+def torchrun(processes, *command_line):
+    """What the processes of a program say; none of them may fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes)]
-    command += [str(ROOT / "tutorials" / program), *arguments, "--out", str(folder)]
+    command += ["--nproc_per_node", str(processes), *map(str, command_line)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert says in done.stdout
+    return done.stdout
+
+
+def launched(folder, processes, *arguments, program="distributed.py", says=""):
+    """The adapters that the processes end with; what they say has ``says`` in it."""
+    said = torchrun(processes, ROOT / "tutorials" / program, *arguments, "--out", folder)
+    assert says in said
     return [load_file(folder / f"process-{i}.safetensors") for i in range(processes)]
 
 
@@ -86,12 +91,7 @@ def test_the_trainer_on_two_processes_is_one_with_the_whole_batch(tmp_path):
 
 
 def test_processes_that_read_unequal_parts_run_a_sharded_network_alike(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(__file__).with_name("uneven_shards.py")), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, Path(__file__).with_name("uneven_shards.py"), tmp_path)
     for rank in "01":
         losses = (tmp_path / rank).read_text().split()
         assert len(losses) == 6

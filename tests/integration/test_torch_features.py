@@ -17,11 +17,7 @@ def gradients(blora, batch, *, particles=4, vectorized=True):
     elbo = TraceMeanField_ELBO(
         num_particles=particles, vectorize_particles=vectorized, max_plate_nesting=1
     )
-    blora.zero_grad()
-    pyro.set_rng_seed(0)
-    loss = elbo(blora.model, blora.guide)(batch)
-    loss.backward()
-    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in blora.named_parameters()}}
+    return tiny.gradients(blora, batch, elbo)
 
 
 @pytest.mark.parametrize("vectorized", [True, False])
