@@ -1,8 +1,9 @@
-"""What the frozen blocks below the lowest adapted layer put out, kept for each row across epochs.
+"""What the frozen blocks below the lowest adapted layer put out, kept for each row.
 
-They give a row the same hidden states at every visit, so that from the second epoch on a training
-step starts at the lowest adapted block. A row is known by what enters the first block, its mask and
-its positions, without its padding: it may come in another batch, padded to another length.
+They give a row the same hidden states at every visit, so that a training step starts at the lowest
+adapted block from the second epoch on, and a prediction's pass from its second on. A row is known
+by what enters the first block, its mask and its positions, without its padding: it may come in
+another batch, padded to another length.
 """
 
 import hashlib
@@ -15,10 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.last_block import in_plain_sight
 from pyro_blora.layers import Adapter
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
-__all__ = ["PrefixCache"]
+__all__ = ["PrefixCache", "can_keep"]
+
+
+def can_keep(net: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a :class:`PrefixCache` can stand in for frozen blocks, nobody having asked for one.
+
+    Not where they are compiled, where their input may have a gradient, and where the attention's
+    mask is no tensor.
+    """
+    attention = getattr(getattr(net, "config", None), "_attn_implementation", None)
+    return (
+        not torch.is_grad_enabled()
+        and in_plain_sight([net, *blocks])
+        and attention != "flex_attention"
+    )
 
 
 class PrefixCache:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from pyro_blora.probing import agree, answer, asked
 from pyro_blora.targets import device_of
 
-__all__ = ["last_block_at", "whole_last_block"]
+__all__ = ["in_plain_sight", "last_block_at", "whole_last_block"]
 
 _TOKENS = 32  # of a question
 
@@ -93,7 +93,7 @@ def last_block_at(
     if (
         not found.parts
         or 2 * positions.shape[-1] > length
-        or not _in_plain_sight([net, *_way(net, found.block)])
+        or not in_plain_sight([net, *_way(net, found.block)])
     ):
         yield
         return
@@ -182,7 +182,7 @@ def _narrowed(
             handle.remove()
 
 
-def _in_plain_sight(way: list[nn.Module]) -> bool:
+def in_plain_sight(way: list[nn.Module]) -> bool:
     """Whether the modules run now, as they stand, and not from a graph or a second time."""
     again = torch.is_grad_enabled() and any(
         module.training and getattr(module, "gradient_checkpointing", False) for module in way

@@ -1,11 +1,14 @@
 """Logits of the wrapped network under posterior draws."""
 
+import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_blora.adapted import Adapted
+from pyro_blora.cached_prefix import PrefixCache, can_keep
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide
 from pyro_blora.jacobian import logit_jacobian
@@ -22,16 +25,29 @@ def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
     """How many rows a pass has best: 256, or on a CPU as many as have about 1,024 tokens.
 
     A processor is at its best with so few already, and what a block puts out stays in its caches
-    (ten draws of 8 x 64 tokens took a tenth less time). Blocks below the adapters, where there are
-    some, run once a pass, and are shared by more draws in a larger one.
+    (ten draws of 8 x 64 tokens took a tenth less time). Where blocks below the adapters run once a
+    pass, because what they put out cannot be kept for the next one, a large pass shares them among
+    more draws.
     """
-    model = blora.model
-    if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
+    if blora.model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
-    if frozen_blocks(blora.net, [adapter.name for adapter in model.adapters]):
+    frozen = _frozen(blora)
+    if frozen and not can_keep(blora.net, frozen):
         return _ROWS
     tokens = int(batch["input_ids"].numel()) // len(batch["input_ids"])
     return max(1, min(_ROWS, _TOKENS_ON_CPU // tokens))
+
+
+def _frozen(blora: Adapted) -> list[nn.Module]:
+    return frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
+
+
+def _prefix_kept(blora: Adapted, passes: int) -> AbstractContextManager[None]:
+    """Within, the frozen blocks run in the first of the passes alone, where that can be done."""
+    frozen = _frozen(blora) if passes > 1 else []
+    if not frozen or not can_keep(blora.net, frozen):
+        return nullcontext()
+    return PrefixCache(blora.net, blora.model.adapters).in_place()
 
 
 def logits_of_draws(
@@ -71,12 +87,13 @@ def logits_of_draws(
         # An amortised posterior has a draw for each example, others one for all of them.
         each = examples if getattr(blora.guide, "reads_context", False) else 1
         most = max(1, min(num_samples, max_rows // examples))
-        for start in range(0, num_samples, most):
-            draws = min(most, num_samples - start)
-            updates = blora.sample_updates(draws * each, batch)
-            with model.applied(updates) as net, shared_prefix(net, model.adapters, draws):
-                logits = likelihood.logits(net, repeat_batch(batch, draws))
-            yield logits.unflatten(0, (draws, examples))
+        with _prefix_kept(blora, math.ceil(num_samples / most)):
+            for start in range(0, num_samples, most):
+                draws = min(most, num_samples - start)
+                updates = blora.sample_updates(draws * each, batch)
+                with model.applied(updates) as net, shared_prefix(net, model.adapters, draws):
+                    logits = likelihood.logits(net, repeat_batch(batch, draws))
+                yield logits.unflatten(0, (draws, examples))
     finally:
         blora.net.train(was_training)
 

@@ -104,9 +104,13 @@ def test_max_rows_changes_neither_shape_nor_value(max_rows):
     )
 
 
-def test_a_pass_on_a_cpu_is_small_unless_blocks_below_are_shared():
+def test_a_pass_on_a_cpu_is_small_unless_blocks_below_run_in_each():
     batch = tiny.sequences(4, 16)
-    assert rows_of_a_pass(tiny.adapted(layers_to_transform=[1]), batch) == 256
+    upper = tiny.adapted(layers_to_transform=[1])
+    with torch.no_grad():
+        assert rows_of_a_pass(upper, batch) == 64
+        upper.net.config._attn_implementation = "flex_attention"
+        assert rows_of_a_pass(upper, batch) == 256
     pyro.clear_param_store()
     blora, sizes = tiny.asked(tiny.adapted()), []
     assert rows_of_a_pass(blora, batch) == 64
