@@ -23,6 +23,7 @@ from ratios import rows_of, table, take_turns, write
 from setting import ANSWERS, SIZES, Step, adapted, batches, bayesian_step, network
 
 from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.inference.freed_memory import freed_memory_kept
 from pyro_blora.likelihoods import LabelTokens
 
 
@@ -48,6 +49,7 @@ def main() -> None:
     runs = {}
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(freed_memory_kept())  # as fit does
         for name, own in losses.items():
             torch.manual_seed(0)
             likelihood = LabelTokens(token_ids=ANSWERS, num_data=1000)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.inference.freed_memory import freed_memory_kept
 from pyro_blora.likelihoods import Batch
 
 __all__ = ["FitResult", "LoopOptions", "batches", "training_loop"]
@@ -156,6 +157,7 @@ def batches(
             raise BatchError("The data loader yields no batch; is the data set empty?")
 
 
+@freed_memory_kept()
 def training_loop(
     loss_of: StepLoss,
     groups: list[dict[str, Any]],
@@ -167,6 +169,9 @@ def training_loop(
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW over ``groups`` on the losses of a stream of batches.
+
+    Until the end the process keeps the memory that a step frees, see
+    :func:`~pyro_blora.inference.freed_memory.freed_memory_kept`.
 
     Args:
         loss_of: the loss of a batch, per example, with its figures.
