@@ -5,10 +5,12 @@ factors, so that backward runs through the guide and the prior and stops there. 
 guide, the prior, the ELBO, the hand-over of an update to every layer and the optimizer.
 """
 
+import cProfile
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -65,6 +67,26 @@ def python_calls(run: Callable[[], Any]) -> int:
     return count
 
 
+class PyroClock:
+    """Seconds spent in Pyro's own functions, without what these call, while :meth:`timed` runs."""
+
+    def __init__(self) -> None:
+        self.profile = cProfile.Profile()
+        self.folder = str(Path(pyro.__file__).parent)
+
+    def timed(self, step: Callable[[], Any]) -> Callable[[int], Any]:
+        """The step, watched."""
+        return lambda _: self.profile.runcall(step)
+
+    def __call__(self) -> float:
+        """So far."""
+        return sum(
+            entry.inlinetime
+            for entry in self.profile.getstats()
+            if getattr(entry.code, "co_filename", "").startswith(self.folder)
+        )
+
+
 def _prepared(method: str, layers: int, rank: int) -> tuple[BayesianLoRA, Callable[[], Any]]:
     """An adapter on a network of so many layers, and its training step without the network."""
     likelihood = NoNetwork(token_ids=ANSWERS, num_data=1000)
@@ -89,7 +111,8 @@ def own_costs(
     """Sites, torch operators, Python calls and processor seconds of a step without the network.
 
     The network is so narrow that arithmetic costs next to nothing: what is timed is Python. Steps
-    of all depths take turns; a ratio is to the shallowest's step of the same turn.
+    of all depths take turns; a ratio is to the shallowest's step of the same turn. ``pyro`` has
+    the same of Pyro's own time, which a profiler takes (and makes longer).
     """
     prepared = [_prepared(method, layers, rank) for layers in depths]
     rows = []
@@ -104,11 +127,13 @@ def own_costs(
             sites = sum(len(pyro.poutine.trace(part).get_trace(batch).nodes) for part in parts)
             row = {"layers": layers, "sites": sites, "operators": operators.count}
             rows.append(row | {"calls": python_calls(step)})
-        runs = {
-            str(layers): lambda _, step=step: step()
-            for layers, (_, step) in zip(depths, prepared, strict=True)
-        }
+        by_depth = {str(layers): step for layers, (_, step) in zip(depths, prepared, strict=True)}
+        runs = {layers: lambda _, step=step: step() for layers, step in by_depth.items()}
         seconds = list(take_turns(runs, steps, clock=time.process_time).values())
-    for row, own in zip(rows, seconds, strict=True):
+        clock = PyroClock()
+        watched = {layers: clock.timed(step) for layers, step in by_depth.items()}
+        in_pyro = list(take_turns(watched, steps, clock=clock).values())
+    for row, own, pyros in zip(rows, seconds, in_pyro, strict=True):
         row |= {"seconds": statistics.median(own), **ratio(own, seconds[0])}
+        row["pyro"] = {"seconds": statistics.median(pyros), **ratio(pyros, in_pyro[0])}
     return rows
