@@ -17,7 +17,11 @@ COLUMNS += (("brier", "Brier", 1, 3), ("train_seconds", "train s", 1, 0))
 
 def joined(folders: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
     """The rows of all runs, their common settings and versions."""
-    documents = [json.loads((Path(f) / "results.json").read_text("utf-8")) for f in folders]
+    files = [Path(folder) / "results.json" for folder in folders]
+    for file in files:
+        if not file.is_file():
+            raise SystemExit(f"{file} is not there; name the folders that `--out` named")
+    documents = [json.loads(file.read_text("utf-8")) for file in files]
     settings = [{k: v for k, v in d["settings"].items() if k != "seeds"} for d in documents]
     if any(s != settings[0] for s in settings) or any(
         d["versions"] != documents[0]["versions"] for d in documents

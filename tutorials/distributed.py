@@ -55,6 +55,16 @@ def data() -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def check_processes(together: int) -> None:
+    """Ends the program where fewer processes work together than were launched."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if together != launched:
+        raise SystemExit(
+            f"{launched} processes were launched, and each would train by itself: without graphics "
+            "cards, set ACCELERATE_USE_CPU=true and launch by torchrun."
+        )
+
+
 def main() -> None:
     """Trains for a few steps and writes the adapter of each process."""
     parser = argparse.ArgumentParser(
@@ -68,13 +78,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the adapter of each process")
     arguments = parser.parse_args()
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise SystemExit(
-            f"{launched} processes were launched, and each would train by itself: without graphics "
-            "cards, set ACCELERATE_USE_CPU=true and launch by torchrun."
-        )
-    accelerator.print(f"{launched} processes")
+    check_processes(accelerator.num_processes)
+    accelerator.print(f"{accelerator.num_processes} processes")
     pyro.settings.set(module_local_params=True)  # parameters belong to the modules
     net = network().to(accelerator.device)
     if arguments.shard:

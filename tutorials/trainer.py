@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import pyro
-from distributed import ANSWERS, NUM_DATA, ROWS, data, network
+from distributed import ANSWERS, NUM_DATA, ROWS, check_processes, data, network
 from safetensors.torch import save_file
 from transformers import TrainingArguments, default_data_collator
 
@@ -34,6 +34,7 @@ def main() -> None:
     options = TrainingArguments(
         str(arguments.out), max_steps=arguments.steps, save_steps=2, logging_steps=1, report_to=[]
     )
+    check_processes(options.world_size)
     options.per_device_train_batch_size = ROWS // options.world_size
     blora = BayesianLoRA(
         network(),

@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.checkpoints import CONFIG
 from pyro_blora.cli import _options as o
 from pyro_blora.comparison import item_length, likelihood_for
 from pyro_blora.data import DataError, load_task
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
 from pyro_blora.pretrained import load_pretrained
 from pyro_blora.recipes import RECIPES, recipe
@@ -36,6 +38,9 @@ def run(
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter that is in OUT already.")
+    ] = False,
 ) -> None:
     """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
 
@@ -44,6 +49,12 @@ def run(
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"--out {out} is a file; name a folder.")
+    if (out / CONFIG).exists() and not overwrite:
+        raise ConfigurationError(
+            f"--out {out} has an adapter already; name another folder, or add --overwrite."
+        )
     data = load_task(task, data_dir=data_dir, max_train=max_train, seed=seed)
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")

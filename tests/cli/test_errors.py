@@ -1,3 +1,4 @@
+import pyro
 import pytest
 
 
@@ -67,6 +68,25 @@ def test_a_missing_split_and_a_missing_adapter(run, model_dir, data_dir, tmp_pat
     )
     assert code == 2
     assert "bayesian_lora_config.json" in err
+
+
+def test_what_train_would_write_over_is_told_before_it_trains(run, model_dir, data_dir, tmp_path):
+    options = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--max-steps", 1]
+    options += ["--rank", 2, "--out"]
+    out, file = tmp_path / "out", tmp_path / "file"
+    file.write_text("mine")
+    code, _, err = run("train", *options, file)
+    assert code == 2
+    assert "is a file" in err
+    assert run("train", *options, out)[0] == 0
+    first = (out / "bayesian_lora.safetensors").read_bytes()
+    code, _, err = run("train", *options, out, "--seed", 1)
+    assert code == 2
+    assert "--overwrite" in err
+    assert (out / "bayesian_lora.safetensors").read_bytes() == first
+    pyro.clear_param_store()  # the next command is another process
+    assert run("train", *options, out, "--seed", 1, "--overwrite")[0] == 0
+    assert (out / "bayesian_lora.safetensors").read_bytes() != first
 
 
 def test_unknown_options_are_refused(run):

@@ -96,3 +96,15 @@ def test_processes_that_read_unequal_parts_run_a_sharded_network_alike(tmp_path)
         losses = (tmp_path / rank).read_text().split()
         assert len(losses) == 6
         assert len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("program", ["distributed.py", "trainer.py"])
+def test_a_tutorial_trains_no_two_processes_as_one(program, tmp_path):
+    command = [sys.executable, ROOT / "tutorials" / program, "--out", tmp_path / "out"]
+    environment = {**os.environ, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("RANK", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 1
+    assert "ACCELERATE_USE_CPU" in done.stderr
+    assert not (tmp_path / "out").exists()
