@@ -1,11 +1,14 @@
 """``pyro-blora info``: what an adapter would consist of, without weights."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cli import _options as o
@@ -41,7 +44,7 @@ def run(
     Example: pyro-blora info --model llama-2-7b --target-modules q_proj,v_proj,lm_head
     """
     if recipes:
-        Console().print(_listed())
+        Console().print(*_listed(), sep="\n")
         return
     made = recipe(method)
     net = shape_only(model)
@@ -66,12 +69,13 @@ def run(
     console.print(view)
 
 
-def _listed() -> Table:
-    view = Table(title="Recipes: a prior beside a guide")
-    for column in ("recipe", "prior", "guide", "what it is", "reference"):
-        view.add_column(column, overflow="fold")
-    for name, made in all_recipes().items():
-        view.add_row(name, repr(made.prior(8)), repr(made.guide()), made.summary, made.citation)
-    for name, (summary, citation) in WITHOUT_PAIR.items():
-        view.add_row(name, "", "", summary, citation)
-    return view
+def _listed() -> Iterator[RenderableType]:
+    """A paragraph for each recipe; no word of it is broken on a narrow terminal."""
+    yield Text("Recipes: a prior beside a guide", style="bold")
+    paragraphs: dict[str, tuple[str, ...]] = {
+        name: (made.summary, f"{made.prior(8)!r} + {made.guide()!r}", made.citation)
+        for name, made in all_recipes().items()
+    }
+    for name, lines in {**paragraphs, **WITHOUT_PAIR}.items():
+        yield Text(f"\n{name}", style="bold")
+        yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)

@@ -58,9 +58,9 @@ def data_dir(tmp_path):
 def run(monkeypatch, capsys):
     """Runs the command line; gives the exit code, stdout and stderr."""
 
-    def run(*arguments):
+    def run(*arguments, columns=160):
         monkeypatch.setattr(sys, "argv", ["pyro-blora", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("COLUMNS", str(columns))
         try:
             cli.main()
             code = 0

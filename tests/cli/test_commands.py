@@ -3,6 +3,8 @@ import json
 import pyro
 import pytest
 
+from pyro_blora.recipes import RECIPES
+
 ROW = {
     "method",
     "seed",
@@ -86,6 +88,15 @@ def test_info_counts_llama_2_7b_as_the_papers_do(run):
     assert "4,483,072" in text
     surplus = int(text.split("(0.0")[-2].split()[-1].replace(",", ""))
     assert 0 < surplus <= 20_000
+
+
+def test_info_lists_recipes_and_breaks_no_word_in_80_columns(run):
+    code, text, err = run("info", "--recipes", columns=80)
+    assert code == 0, err
+    assert max(map(len, text.splitlines())) <= 80
+    words = set(text.split())
+    for name, made in RECIPES.items():
+        assert {name, *made.summary.split(), *made.citation.split()} <= words
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "compare", "info"])
