@@ -1,40 +1,29 @@
-"""What the frozen blocks below the lowest adapted layer put out, kept for each row.
+"""What the frozen blocks below the lowest adapted layer put out, kept for each row across epochs.
 
-They give a row the same hidden states at every visit, so that a training step starts at the lowest
-adapted block from the second epoch on, and a prediction's pass from its second on. A row is known
-by what enters the first block, its mask and its positions, without its padding: it may come in
-another batch, padded to another length.
+They give a row the same hidden states at every visit, so that from the second epoch on a training
+step starts at the lowest adapted block. A row is known by all that enters the first block, without
+its padding: it may come in another batch, padded to another length.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.last_block import in_plain_sight
+from pyro_blora.kept_prefix import can_skip, forwards_replaced
 from pyro_blora.layers import Adapter
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
-__all__ = ["PrefixCache", "can_keep"]
+__all__ = ["PrefixCache"]
 
-
-def can_keep(net: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Whether a :class:`PrefixCache` can stand in for frozen blocks, nobody having asked for one.
-
-    Not where they are compiled, where their input may have a gradient, and where the attention's
-    mask is no tensor.
-    """
-    attention = getattr(getattr(net, "config", None), "_attn_implementation", None)
-    return (
-        not torch.is_grad_enabled()
-        and in_plain_sight([net, *blocks])
-        and attention != "flex_attention"
-    )
+# Arguments of a block whose first dimension in a row is that of the positions
+_POSITIONS = ("position_ids", "position_embeddings", "cache_position")
 
 
 class PrefixCache:
@@ -48,7 +37,8 @@ class PrefixCache:
         adapters: those on its layers.
 
     Raises:
-        ConfigurationError: no block lies below the lowest adapted layer.
+        ConfigurationError: no block lies below the lowest adapted layer, or others read more of
+            the blocks than what the last of them puts out.
 
     Example::
 
@@ -67,6 +57,12 @@ class PrefixCache:
                 "so there is nothing to keep. Adapt the upper layers alone, as with "
                 "BayesianLoRA(net, layers_to_transform=[22, 23, ...])."
             )
+        if not can_skip(net, self.blocks):
+            raise ConfigurationError(
+                f"cache_frozen_prefix: {type(net).__name__} gives other logits, or none, where its "
+                f"lowest {len(self.blocks)} blocks are skipped and the output of the last of them "
+                "is put in their place. Train without the cache."
+            )
         self._kept: dict[bytes, Tensor] = {}
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
@@ -83,17 +79,13 @@ class PrefixCache:
         prefix += [m for block in self.blocks for m in block.modules() if m.training]
         for module in prefix:
             module.training = False
-        replaced = [vars(block).get("forward") for block in self.blocks]  # another library's
-        for index, block in enumerate(self.blocks):
-            block.forward = partial(self._forward, index, block.forward)
         try:
-            with whole_if_frozen(self.net, self._names):
+            with (
+                forwards_replaced(self.blocks, self._forward),
+                whole_if_frozen(self.net, self._names),
+            ):
                 yield
         finally:
-            for block, forward in zip(self.blocks, replaced, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
             for module in prefix:
                 module.training = True
 
@@ -105,17 +97,17 @@ class PrefixCache:
             if not list(module.children()):
                 yield module
 
-    def _forward(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if index == 0:
-            self._keys, self._lengths = _keys(hidden, kwargs)
+            self._keys, self._lengths = _keys(hidden, _by_name(self.blocks[0], args, kwargs))
         known = all(key in self._kept for key in self._keys)
         last = index == len(self.blocks) - 1
         if known:
             value = self._assembled(hidden) if last else hidden
             return value if self._rest is None else (value, *self._rest)
         with torch.no_grad():
-            output = forward(*args, **kwargs)
+            output = own(*args, **kwargs)
         value = output[0] if isinstance(output, tuple) else output
         self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         if last:
@@ -131,10 +123,10 @@ class PrefixCache:
         return whole
 
 
-def _keys(hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
+def _keys(hidden: Tensor, others: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
     """A digest of each row without its padding, and its length without it."""
     rows, length = hidden.shape[:2]
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask = others.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigurationError(
             f"cache_frozen_prefix reads attention masks that are tensors, not a "
@@ -145,23 +137,44 @@ def _keys(hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[list[bytes], list[
     if seen is not None:
         columns = seen.any(-2) * torch.arange(1, length + 1, device=seen.device)
         lengths = columns.amax(-1).tolist()
+    rest = {name: value for name, value in others.items() if seen is None or value is not mask}
     keys = []
     for row, t in enumerate(lengths):
-        parts = [hidden[row, :t]]
-        parts += [] if seen is None else [seen[row, :t, :t]]
-        parts += [] if positions is None else [positions.expand(rows, -1)[row, :t]]
         digest = hashlib.blake2b(digest_size=16)
+        parts = [hidden[row, :t]] + ([] if seen is None else [seen[row, :t, :t]])
+        for name, value in rest.items():
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, Tensor):
+                    part = _of_row(tensor, row, rows)
+                    parts.append(part[:t] if name in _POSITIONS else part)
         for part in parts:
-            digest.update(part.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            raw = part.detach().contiguous().view(-1).view(torch.uint8)
+            digest.update(raw.cpu().numpy().tobytes())
         keys.append(digest.digest())
     return keys, lengths
 
 
+def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a block is given beside the hidden states."""
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: value for name, value in named.items() if name not in names[:1]}
+
+
+def _of_row(tensor: Tensor, row: int, rows: int) -> Tensor:
+    """What a row has of a tensor; all of it where it has no dimension of rows."""
+    if tensor.dim() > 1 and tensor.shape[0] in (1, rows):
+        return tensor[row if tensor.shape[0] == rows else 0]
+    return tensor
+
+
 def _seen(mask: Tensor | None, rows: int, length: int) -> Tensor | None:
-    """Which position each one attends to, ``(R, T, T)``; ``None`` where none is masked."""
+    """Which position each one attends to, ``(R, T, T)``; ``None`` where no mask tells."""
     if mask is None:
         return None
     if mask.is_floating_point():  # added to the scores: zero where a position is seen
+        if not bool(((mask == 0) | (mask < -1e4)).all()):
+            return None  # and a bias besides (ALiBi), which tells rows apart as it stands
         mask = mask == 0
     seen = mask.bool()
     seen = seen[:, 0] if seen.dim() == 4 else seen.unsqueeze(-2)

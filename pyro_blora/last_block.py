@@ -188,7 +188,10 @@ def in_plain_sight(way: list[nn.Module]) -> bool:
         module.training and getattr(module, "gradient_checkpointing", False) for module in way
     )
     compiled = any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in way
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in way
     )
     return not again and not compiled
 

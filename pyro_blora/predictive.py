@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from pyro_blora.adapted import Adapted
-from pyro_blora.cached_prefix import PrefixCache, can_keep
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide
 from pyro_blora.jacobian import logit_jacobian
+from pyro_blora.kept_prefix import KeptPrefix, can_keep
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
-from pyro_blora.shared_prefix import frozen_blocks, shared_prefix
+from pyro_blora.shared_prefix import frozen_blocks, shared_prefix, whole_if_frozen
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
 
@@ -42,12 +42,16 @@ def _frozen(blora: Adapted) -> list[nn.Module]:
     return frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
 
 
-def _prefix_kept(blora: Adapted, passes: int) -> AbstractContextManager[None]:
+@contextmanager
+def _prefix_kept(blora: Adapted, passes: int) -> Iterator[None]:
     """Within, the frozen blocks run in the first of the passes alone, where that can be done."""
     frozen = _frozen(blora) if passes > 1 else []
     if not frozen or not can_keep(blora.net, frozen):
-        return nullcontext()
-    return PrefixCache(blora.net, blora.model.adapters).in_place()
+        yield
+        return
+    names = [adapter.name for adapter in blora.model.adapters]
+    with KeptPrefix(frozen).in_place(), whole_if_frozen(blora.net, names):
+        yield
 
 
 def logits_of_draws(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_blora.kept_prefix import can_skip
 from pyro_blora.last_block import whole_last_block
 from pyro_blora.layers import Adapter
 
@@ -66,13 +67,16 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
         copies: how often the whole batch is repeated, one repetition after the other.
     """
     names = [adapter.name for adapter in adapters]
-    frozen = frozen_blocks(net, names) if copies > 1 else []
-    if not frozen:
+    frozen = frozen_blocks(net, names)
+    # Asked whatever this batch is: where processes run one network, all of them ask at once
+    if not frozen or can_skip(net, frozen) is False or copies == 1:
         yield
         return
     rows = 0
 
-    def cut(value: Any) -> Any:
+    def cut(value: Any, name: str = "") -> Any:
+        if name == "alibi" and isinstance(value, Tensor):  # some have rows x heads in one dimension
+            return value[: value.shape[0] // copies] if value.shape[0] % rows == 0 else value
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
             return value[: rows // copies]
         if isinstance(value, tuple):
@@ -91,7 +95,7 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
         if block is frozen[0]:
             hidden = args[0] if args else kwargs["hidden_states"]
             rows = hidden.shape[0]
-        return tuple(cut(a) for a in args), {k: cut(v) for k, v in kwargs.items()}
+        return tuple(cut(a) for a in args), {k: cut(v, k) for k, v in kwargs.items()}
 
     def after(block: nn.Module, args: Any, output: Any) -> Any:
         return None if adapters[0].update is None else repeat(output)

@@ -19,6 +19,7 @@ from transformers import (
 
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.predictive import rows_of_a_pass
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)
@@ -178,6 +179,8 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
 def asked(blora):
     """The same, once its network was asked what it can do: its passes may now be counted."""
     blora.predict(sequences(), 0)
+    with torch.no_grad():
+        rows_of_a_pass(blora, sequences())
     return blora
 
 

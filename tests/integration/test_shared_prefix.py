@@ -69,7 +69,7 @@ def test_it_changes_nothing_but_the_work(case, monkeypatch):
 
 def test_an_adapted_head_alone_shares_every_block():
     net = tiny.llama(3)
-    blora = tiny.adapted(net, target_modules=["lm_head"])
+    blora = tiny.asked(tiny.adapted(net, target_modules=["lm_head"]))
     rows = block_rows(blora)
     assert blora.predict(tiny.sequences(4), 6).samples.shape == (6, 4, 3)
     assert rows == [4, 4, 4]

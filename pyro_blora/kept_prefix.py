@@ -1,0 +1,142 @@
+"""What the frozen blocks put out, kept from pass to pass of one prediction.
+
+All passes are of one batch, and the blocks below the lowest adapted layer are the same in each. The
+first pass runs them; the others start where the last of them ends.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_blora.last_block import in_plain_sight, whole_last_block
+from pyro_blora.probing import agree, answer, asked
+from pyro_blora.targets import device_of
+
+__all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced"]
+
+_CALLS = 8  # of the network in a pass; more are run again
+# What each network answered, of which blocks
+_ANSWERS: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], bool | None]] = WeakKeyDictionary()
+
+
+@contextmanager
+def forwards_replaced(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``forward(index, own, *args, **kwargs)`` stands in for each block's own forward."""
+    before = [vars(block).get("forward") for block in blocks]  # another library's
+    for index, block in enumerate(blocks):
+        block.forward = partial(forward, index, block.forward)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
+class KeptPrefix:
+    """The outputs of frozen blocks; within :meth:`in_place` equal inputs get them again.
+
+    Every tensor that enters the first block is compared, whole, so that nothing else can be taken
+    for what was seen before. It holds as much as enters the first block and leaves the last.
+
+    Args:
+        blocks: the frozen blocks, in order; see :func:`can_skip`.
+
+    Attributes:
+        hits: how often they were skipped.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = blocks
+        self.hits = 0
+        self._kept: deque[tuple[list[Any], Any]] = deque(maxlen=_CALLS)
+        self._entering: list[Any] = []
+        self._found: Any = None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the blocks are skipped where their inputs were seen before."""
+        with forwards_replaced(self.blocks, self._forward):
+            yield
+
+    def _forward(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index == 0:
+            leaves = tree_leaves((args, kwargs))
+            self._found = next((out for seen, out in self._kept if _equal(seen, leaves)), None)
+            self.hits += self._found is not None
+            self._entering = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+        last = index == len(self.blocks) - 1
+        if self._found is not None:
+            return self._found if last else (args[0] if args else kwargs["hidden_states"])
+        output = own(*args, **kwargs)
+        if last:
+            self._kept.append((self._entering, output))
+        return output
+
+
+def _equal(seen: list[Any], given: list[Any]) -> bool:
+    return len(seen) == len(given) and all(map(_same, seen, given))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a is b or (isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b)
+
+
+def can_keep(net: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a :class:`KeptPrefix` may stand in for frozen blocks, nobody having asked for one.
+
+    Not where they are compiled, where their inputs may have gradients, where attention's mask is no
+    tensor, and where weights are shared out among processes, which would have to skip together.
+    """
+    attention = getattr(getattr(net, "config", None), "_attn_implementation", None)
+    return (
+        not torch.is_grad_enabled()
+        and attention != "flex_attention"
+        and in_plain_sight([net, *blocks])
+        and not any(hasattr(p, "full_tensor") for p in net.parameters())  # DTensors
+        and can_skip(net, blocks) is True
+    )
+
+
+def can_skip(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
+    """Whether all that others read of these blocks is the output of the last.
+
+    Asked of the network itself, on two rows of a few tokens: it must give the same logits where the
+    blocks are skipped. ``None`` where it does not say: it takes no tokens, or more than these.
+    """
+    about = WeakSet(blocks)
+    if net in _ANSWERS and _ANSWERS[net][0] == about:
+        return _ANSWERS[net][1]
+    vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0) or 0)
+    ids = torch.arange(16, device=device_of(net.modules())).reshape(2, 8) * 5 % 7 + 1
+    kept = KeptPrefix(blocks)
+
+    def logits(**options: bool) -> Tensor:
+        mask = torch.ones_like(ids)
+        found: Tensor = net(input_ids=ids, attention_mask=mask, **options).logits
+        return found
+
+    found = None
+    if vocabulary >= 8:
+        with asked(net), whole_last_block(net):
+            for options in ({"use_cache": False}, {}):  # an encoder may not know of caches
+                question = partial(logits, **options)
+                expected = answer(question)
+                if expected is None:
+                    continue
+                with kept.in_place():
+                    answer(question)
+                    found = agree(answer(question), expected) and kept.hits == 1
+                break
+    _ANSWERS[net] = about, found
+    return found

@@ -1,0 +1,218 @@
+"""Frozen blocks run in the first pass of a prediction alone, whatever the architecture reads."""
+
+import pytest
+import tiny
+import torch
+from test_cached_prefix import passes
+from test_shared_prefix import CASES, adapted
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMConfig,
+    XLMForSequenceClassification,
+)
+
+from pyro_blora import predictive
+from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import MatrixNormal
+from pyro_blora.kept_prefix import can_keep, can_skip
+from pyro_blora.likelihoods import LabelTokens, SequenceClassification
+from pyro_blora.models import KroneckerInducing
+from pyro_blora.shared_prefix import frozen_blocks
+
+
+class FirstOfDecoder(LabelTokens):
+    """The first token of a decoder answers what the encoder has read."""
+
+    def logits(self, net, batch):
+        start = torch.zeros(len(batch["input_ids"]), 1, dtype=torch.long)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        output = net(**inputs, decoder_input_ids=start, use_cache=False)
+        return output.logits[:, 0, list(self.token_ids)]
+
+
+SIZES = {"vocab_size": 32, "hidden_size": 16}
+TOKENS = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
+DECODED = FirstOfDecoder(token_ids=tiny.ANSWERS, num_data=12)
+
+
+def falcon():
+    return FalconForCausalLM(
+        FalconConfig(
+            **SIZES, num_hidden_layers=4, num_attention_heads=4, alibi=True, multi_query=False,
+            parallel_attn=False, bias=True,
+        )
+    )  # fmt: skip
+
+
+def bloom():
+    return BloomForCausalLM(BloomConfig(**SIZES, n_layer=4, n_head=4))
+
+
+def opt():
+    return OPTForCausalLM(
+        OPTConfig(
+            **SIZES, num_hidden_layers=4, ffn_dim=24, num_attention_heads=4, word_embed_proj_dim=16
+        )
+    )
+
+
+def xlm():
+    """Its blocks are lists of attentions, norms and feed-forwards, side by side."""
+    return XLMForSequenceClassification(
+        XLMConfig(vocab_size=32, emb_dim=16, n_layers=4, n_heads=4, num_labels=3)
+    )
+
+
+def bart():
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=4,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24,
+            decoder_ffn_dim=24, max_position_embeddings=32,
+        )
+    )  # fmt: skip
+
+
+def t5():
+    """A block hands its position bias on to the next."""
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=4,
+            num_heads=4, decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+
+
+# Architecture, adapted layers, likelihood, whether the blocks below can be skipped
+OTHERS = {
+    "falcon": (falcon, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
+    "bloom": (bloom, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
+    "opt": (opt, r".*layers\.[23]\.self_attn\.[qv]_proj", TOKENS, True),
+    "xlm": (xlm, r".*attentions\.[23]\.[qv]_lin", SequenceClassification(num_data=12), False),
+    "bart": (bart, r".*decoder\.layers\.[23]\.encoder_attn\.[qv]_proj", DECODED, True),
+    "t5": (t5, r"decoder\.block\.[23]\..*EncDecAttention\.[qv]", DECODED, None),
+}
+
+
+def of_architecture(name):
+    make, targets, likelihood, skipped = OTHERS[name]
+    torch.manual_seed(0)
+    net = make().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.8 * parameter.shape[-1] ** -0.5)
+    blora = tiny.adapted(
+        net,
+        target_modules=targets,
+        likelihood=likelihood,
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=MatrixNormal(init_scale=1.0),
+    )
+    return blora, skipped
+
+
+def of_draws(blora, batch):
+    torch.manual_seed(1)
+    return blora.predict(batch, 5, max_rows=2 * len(batch["input_ids"])).samples
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_blocks_run_in_the_first_pass_alone(case, monkeypatch):
+    torch.manual_seed(0)
+    blora, batch = adapted(case, 4, [2, 3])
+    blora.predict(batch, 1)  # the network is asked what it can do before passes are counted
+    seen = passes(blora)
+    found = of_draws(blora, batch)
+    rows = seen[3] // 5
+    assert seen == {0: rows, 1: rows, 2: 5 * rows, 3: 5 * rows}
+    monkeypatch.setattr(predictive, "can_keep", lambda *_: False)
+    seen.clear()
+    expected = of_draws(blora, batch)
+    assert seen == {0: 3 * rows, 1: 3 * rows, 2: 5 * rows, 3: 5 * rows}
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert expected.std(0).max() > 0.01
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_predict_the_same(name, monkeypatch):
+    blora, skipped = of_architecture(name)
+    batch = tiny.sequences(4)
+    found = of_draws(blora, batch)
+    blocks = frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
+    assert len(blocks) == 2
+    assert can_skip(blora.net, blocks) == skipped
+    monkeypatch.setattr(predictive, "can_keep", lambda *_: False)
+    expected = of_draws(blora, batch)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert expected.std(0).max() > 0.001
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_cache_across_epochs_gives_the_same_logits_or_is_refused(name):
+    """Of rows that come a second time, in another order and beside others."""
+    blora, skipped = of_architecture(name)
+    if not skipped:
+        with pytest.raises(ConfigurationError, match="without the cache"):
+            PrefixCache(blora.net, blora.model.adapters)
+        return
+    batch = tiny.sequences(6)
+    order = torch.tensor([5, 1, 2])
+    again = {key: value[order] for key, value in batch.items()}
+    logits = blora.likelihood.logits
+    with torch.no_grad(), blora.model.applied(blora.sample_updates(1)) as net:
+        expected = [logits(net, b) for b in (batch, again)]
+        with PrefixCache(net, blora.model.adapters).in_place():
+            found = [logits(net, b) for b in (batch, again)]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_another_input_is_never_taken_for_one_that_was_seen():
+    """One that differs in what the encoder has read alone, and enters the decoder's blocks."""
+    blora, _ = of_architecture("bart")
+    first, second = tiny.sequences(4), tiny.sequences(4, seed=5)
+    blocks = frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
+    logits = blora.likelihood.logits
+    with torch.no_grad():
+        expected = [logits(blora.net, b) for b in (first, second, first)]
+        kept = predictive.KeptPrefix(blocks)
+        with kept.in_place():
+            found = [logits(blora.net, b) for b in (first, second, first)]
+    assert kept.hits == 1
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+
+
+def test_compiled_blocks_and_inputs_with_gradients_run_in_every_pass():
+    net = tiny.llama(3)
+    blocks = list(net.model.layers)[:2]
+    assert not can_keep(net, blocks)
+    with torch.no_grad():
+        assert can_keep(net, blocks)
+        net.forward = torch.compile(net.forward, backend="eager")
+        assert not can_keep(net, blocks)
+        del net.forward
+        assert can_keep(net, blocks)
+        blocks[1].compile(backend="eager")
+        assert not can_keep(net, blocks)
+
+
+def test_blocks_that_were_replaced_are_asked_again():
+    net = tiny.llama(3)
+    assert can_skip(net, list(net.model.layers)[:2])
+    net.model.layers[0] = torch.nn.Identity()  # hands on no more than it is given
+    net.model.layers[0].forward = lambda hidden, **_: hidden
+    seen = []
+    net.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    can_skip(net, list(net.model.layers)[:2])
+    assert seen
