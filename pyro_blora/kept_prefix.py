@@ -9,21 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.last_block import in_plain_sight, whole_last_block
-from pyro_blora.probing import agree, answer, asked
-from pyro_blora.targets import device_of
+from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
 
 __all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced"]
 
 _CALLS = 8  # of the network in a pass; more are run again
-# What each network answered, of which blocks
-_ANSWERS: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], bool | None]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -71,15 +67,25 @@ class KeptPrefix:
         if index == 0:
             leaves = tree_leaves((args, kwargs))
             self._found = next((out for seen, out in self._kept if _equal(seen, leaves)), None)
-            self.hits += self._found is not None
-            self._entering = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+            if self._found is None:
+                self._entering = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+            else:
+                self.hits += 1
         last = index == len(self.blocks) - 1
         if self._found is not None:
-            return self._found if last else (args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return self._found if last else _in_place_of(self._found, hidden)
         output = own(*args, **kwargs)
         if last:
             self._kept.append((self._entering, output))
         return output
+
+
+def _in_place_of(output: Any, hidden: Tensor) -> Any:
+    """Hidden states as blocks put them out, alone or first of several."""
+    if isinstance(output, tuple | list):
+        return type(output)((hidden, *(None for _ in output[1:])))
+    return hidden
 
 
 def _equal(seen: list[Any], given: list[Any]) -> bool:
@@ -108,35 +114,21 @@ def can_keep(net: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     )
 
 
+@remembered
 def can_skip(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
     """Whether all that others read of these blocks is the output of the last.
 
-    Asked of the network itself, on two rows of a few tokens: it must give the same logits where the
-    blocks are skipped. ``None`` where it does not say: it takes no tokens, or more than these.
+    Asked of the network itself, on three rows of a few tokens: it must give the same logits where
+    the blocks are skipped. ``None`` where it does not say: it takes no tokens, or more than these.
     """
-    about = WeakSet(blocks)
-    if net in _ANSWERS and _ANSWERS[net][0] == about:
-        return _ANSWERS[net][1]
-    vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0) or 0)
-    ids = torch.arange(16, device=device_of(net.modules())).reshape(2, 8) * 5 % 7 + 1
+    ids = tokens_for(net, 3)
+    if ids is None:
+        return None
     kept = KeptPrefix(blocks)
-
-    def logits(**options: bool) -> Tensor:
-        mask = torch.ones_like(ids)
-        found: Tensor = net(input_ids=ids, attention_mask=mask, **options).logits
-        return found
-
-    found = None
-    if vocabulary >= 8:
-        with asked(net), whole_last_block(net):
-            for options in ({"use_cache": False}, {}):  # an encoder may not know of caches
-                question = partial(logits, **options)
-                expected = answer(question)
-                if expected is None:
-                    continue
-                with kept.in_place():
-                    answer(question)
-                    found = agree(answer(question), expected) and kept.hits == 1
-                break
-    _ANSWERS[net] = about, found
-    return found
+    with asked(net), whole_last_block(net):
+        expected = logits_for(net, ids)
+        if expected is None:
+            return None
+        with kept.in_place():
+            logits_for(net, ids)
+            return agree(logits_for(net, ids), expected) and kept.hits == 1

@@ -1,7 +1,9 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from pyro_blora.layers import without_updates
 from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.targets import device_of
 
-__all__ = ["agree", "answer", "asked"]
+__all__ = ["agree", "answer", "asked", "logits_for", "remembered", "tokens_for"]
+
+AboutBlocks = Callable[[nn.Module, Sequence[nn.Module]], bool | None]
 
 
 @contextmanager
@@ -53,3 +57,37 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
     half = expected.dtype in (torch.float16, torch.bfloat16)
     scale = (expected - expected.mean()).norm()
     return bool((given - expected).norm() <= (0.03 if half else 1e-4) * scale)
+
+
+def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
+    """A few rows of eight tokens; ``None`` where the network declares no vocabulary for them."""
+    if int(getattr(getattr(net, "config", None), "vocab_size", 0) or 0) < 8:
+        return None
+    ids = torch.arange(8 * rows, device=device_of(net.modules()))
+    return (ids * 5 % 7 + 1).reshape(rows, 8)
+
+
+def logits_for(net: nn.Module, ids: Tensor) -> Tensor | None:
+    """The network's logits of rows without padding; ``None`` where it refuses them."""
+
+    def question(**options: bool) -> Tensor:
+        found: Tensor = net(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
+        return found
+
+    found = answer(lambda: question(use_cache=False))
+    return answer(question) if found is None else found  # an encoder may not know of caches
+
+
+def remembered(ask: AboutBlocks) -> AboutBlocks:
+    """The same question of a network about its blocks, asked again where these are others."""
+    answers: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], bool | None]]
+    answers = WeakKeyDictionary()
+
+    @wraps(ask)
+    def known(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
+        about = WeakSet(blocks)
+        if net not in answers or answers[net][0] != about:
+            answers[net] = about, ask(net, blocks)
+        return answers[net][1]
+
+    return known

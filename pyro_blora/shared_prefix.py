@@ -5,15 +5,15 @@ first copy alone; what the last of them puts out is repeated for the blocks abov
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_blora.kept_prefix import can_skip
 from pyro_blora.last_block import whole_last_block
 from pyro_blora.layers import Adapter
+from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
 
 __all__ = ["frozen_blocks", "shared_prefix", "whole_if_frozen"]
 
@@ -69,28 +69,54 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
     names = [adapter.name for adapter in adapters]
     frozen = frozen_blocks(net, names)
     # Asked whatever this batch is: where processes run one network, all of them ask at once
-    if not frozen or can_skip(net, frozen) is False or copies == 1:
+    if not frozen or _cannot_share(net, frozen) or copies == 1:
         yield
         return
+    with (
+        _first_copy_alone(frozen, copies, lambda: adapters[0].update is not None),
+        whole_if_frozen(net, names),
+    ):
+        yield
+
+
+@remembered
+def _cannot_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
+    """Whether the network, asked for the logits of two copies of a few rows, gives other ones."""
+    ids = tokens_for(net, 3)
+    if ids is None:
+        return None
+    twice = ids.repeat(2, 1)
+    with asked(net), whole_last_block(net):
+        expected = logits_for(net, twice)
+        if expected is None:
+            return None
+        with _first_copy_alone(frozen, 2, lambda: True):
+            return not agree(logits_for(net, twice), expected)
+
+
+@contextmanager
+def _first_copy_alone(
+    frozen: Sequence[nn.Module], copies: int, active: Callable[[], bool]
+) -> Iterator[None]:
     rows = 0
 
     def cut(value: Any, name: str = "") -> Any:
-        if name == "alibi" and isinstance(value, Tensor):  # some have rows x heads in one dimension
-            return value[: value.shape[0] // copies] if value.shape[0] % rows == 0 else value
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
-            return value[: rows // copies]
         if isinstance(value, tuple):
             return tuple(cut(v) for v in value)
-        return value
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        # In some ALiBi has rows and heads in one dimension
+        of_rows = value.shape[0] % rows == 0 if name == "alibi" else value.shape[0] == rows
+        return value[: value.shape[0] // copies] if of_rows else value
 
     def repeat(value: Any) -> Any:
-        if isinstance(value, tuple):  # hidden states first, then what nothing above reads
-            return (repeat(value[0]), *value[1:])
+        if isinstance(value, tuple | list):  # hidden states first, then what nothing above reads
+            return type(value)((repeat(value[0]), *value[1:]))
         return value.repeat(copies, *(1,) * (value.dim() - 1))
 
     def before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         nonlocal rows
-        if adapters[0].update is None:
+        if not active():
             return None
         if block is frozen[0]:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -98,13 +124,12 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
         return tuple(cut(a) for a in args), {k: cut(v, k) for k, v in kwargs.items()}
 
     def after(block: nn.Module, args: Any, output: Any) -> Any:
-        return None if adapters[0].update is None else repeat(output)
+        return repeat(output) if active() else None
 
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
     handles.append(frozen[-1].register_forward_hook(after))
     try:
-        with whole_if_frozen(net, names):
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

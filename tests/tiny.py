@@ -20,6 +20,7 @@ from transformers import (
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.predictive import rows_of_a_pass
+from pyro_blora.shared_prefix import shared_prefix
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)
@@ -181,6 +182,8 @@ def asked(blora):
     blora.predict(sequences(), 0)
     with torch.no_grad():
         rows_of_a_pass(blora, sequences())
+        with shared_prefix(blora.net, blora.model.adapters, 1):
+            pass
     return blora
 
 

@@ -1,5 +1,7 @@
 """Frozen blocks run in the first pass of a prediction alone, whatever the architecture reads."""
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -18,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
     XLMConfig,
     XLMForSequenceClassification,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 from pyro_blora import predictive
@@ -93,12 +97,18 @@ def t5():
     )  # fmt: skip
 
 
+def xlstm():
+    """A block puts out its state beside the hidden states."""
+    return xLSTMForCausalLM(xLSTMConfig(vocab_size=32, hidden_size=16, num_blocks=4, num_heads=2))
+
+
 # Architecture, adapted layers, likelihood, whether the blocks below can be skipped
 OTHERS = {
     "falcon": (falcon, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
     "bloom": (bloom, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
     "opt": (opt, r".*layers\.[23]\.self_attn\.[qv]_proj", TOKENS, True),
     "xlm": (xlm, r".*attentions\.[23]\.[qv]_lin", SequenceClassification(num_data=12), False),
+    "xlstm": (xlstm, r".*blocks\.[23]\.mlstm_layer\.[qv]", TOKENS, True),
     "bart": (bart, r".*decoder\.layers\.[23]\.encoder_attn\.[qv]_proj", DECODED, True),
     "t5": (t5, r"decoder\.block\.[23]\..*EncDecAttention\.[qv]", DECODED, None),
 }
@@ -153,6 +163,7 @@ def test_other_architectures_predict_the_same(name, monkeypatch):
     assert len(blocks) == 2
     assert can_skip(blora.net, blocks) == skipped
     monkeypatch.setattr(predictive, "can_keep", lambda *_: False)
+    monkeypatch.setattr(predictive, "shared_prefix", lambda *_: nullcontext())
     expected = of_draws(blora, batch)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert expected.std(0).max() > 0.001
