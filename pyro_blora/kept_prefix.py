@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_blora.last_block import in_plain_sight, whole_last_block
+from pyro_blora.last_block import in_plain_sight, way_to, whole_last_block
 from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
 
 __all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced"]
@@ -105,10 +105,13 @@ def can_keep(net: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     tensor, and where weights are shared out among processes, which would have to skip together.
     """
     attention = getattr(getattr(net, "config", None), "_attn_implementation", None)
+    if not blocks:
+        return False
+    name = next(name for name, module in net.named_modules() if module is blocks[0])
     return (
         not torch.is_grad_enabled()
         and attention != "flex_attention"
-        and in_plain_sight([net, *blocks])
+        and in_plain_sight([net, *way_to(net, name), *blocks])
         and not any(hasattr(p, "full_tensor") for p in net.parameters())  # DTensors
         and can_skip(net, blocks) is True
     )

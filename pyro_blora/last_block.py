@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from pyro_blora.probing import agree, answer, asked
 from pyro_blora.targets import device_of
 
-__all__ = ["in_plain_sight", "last_block_at", "whole_last_block"]
+__all__ = ["in_plain_sight", "last_block_at", "way_to", "whole_last_block"]
 
 _TOKENS = 32  # of a question
 
@@ -93,7 +93,7 @@ def last_block_at(
     if (
         not found.parts
         or 2 * positions.shape[-1] > length
-        or not in_plain_sight([net, *_way(net, found.block)])
+        or not in_plain_sight([net, *way_to(net, found.block)])
     ):
         yield
         return
@@ -102,7 +102,7 @@ def last_block_at(
         yield
 
 
-def _way(net: nn.Module, name: str) -> list[nn.Module]:
+def way_to(net: nn.Module, name: str) -> list[nn.Module]:
     """The modules on the way from the network to one of its own, this one included."""
     way: list[nn.Module] = []
     for word in name.split(".") if name else []:
@@ -111,7 +111,7 @@ def _way(net: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _modules(net: nn.Module, name: str) -> list[nn.Module]:
-    way = _way(net, name)
+    way = way_to(net, name)
     return [*way, *way[-1].modules()] if way else way
 
 

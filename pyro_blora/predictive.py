@@ -1,8 +1,6 @@
 """Logits of the wrapped network under posterior draws."""
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +40,6 @@ def _frozen(blora: Adapted) -> list[nn.Module]:
     return frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
 
 
-@contextmanager
-def _prefix_kept(blora: Adapted, passes: int) -> Iterator[None]:
-    """Within, the frozen blocks run in the first of the passes alone, where that can be done."""
-    frozen = _frozen(blora) if passes > 1 else []
-    if not frozen or not can_keep(blora.net, frozen):
-        yield
-        return
-    names = [adapter.name for adapter in blora.model.adapters]
-    with KeptPrefix(frozen).in_place(), whole_if_frozen(blora.net, names):
-        yield
-
-
 def logits_of_draws(
     blora: Adapted, batch: Batch, num_samples: int, max_rows: int | None = None
 ) -> Iterator[Tensor]:
@@ -91,13 +77,19 @@ def logits_of_draws(
         # An amortised posterior has a draw for each example, others one for all of them.
         each = examples if getattr(blora.guide, "reads_context", False) else 1
         most = max(1, min(num_samples, max_rows // examples))
-        with _prefix_kept(blora, math.ceil(num_samples / most)):
-            for start in range(0, num_samples, most):
-                draws = min(most, num_samples - start)
-                updates = blora.sample_updates(draws * each, batch)
-                with model.applied(updates) as net, shared_prefix(net, model.adapters, draws):
-                    logits = likelihood.logits(net, repeat_batch(batch, draws))
-                yield logits.unflatten(0, (draws, examples))
+        frozen = _frozen(blora) if num_samples > most else []
+        kept = KeptPrefix(frozen if can_keep(blora.net, frozen) else [])
+        for start in range(0, num_samples, most):
+            draws = min(most, num_samples - start)
+            updates = blora.sample_updates(draws * each, batch)
+            with (
+                model.applied(updates) as net,
+                shared_prefix(net, model.adapters, draws),
+                kept.in_place(),
+                whole_if_frozen(net, [adapter.name for adapter in model.adapters]),
+            ):
+                logits = likelihood.logits(net, repeat_batch(batch, draws))
+            yield logits.unflatten(0, (draws, examples))
     finally:
         blora.net.train(was_training)
 

@@ -44,6 +44,17 @@ def test_what_is_freed_is_there_for_the_next_step_and_given_back_at_the_end():
     assert faults() > 10_000
 
 
+def test_one_within_another_ends_with_the_outer_one():
+    with freed_memory_kept():
+        with freed_memory_kept():
+            faults()
+        assert faults() < 1_000
+    with pytest.raises(RuntimeError), freed_memory_kept():
+        raise RuntimeError
+    faults()
+    assert faults() > 10_000
+
+
 def test_thresholds_in_the_environment_are_left_alone(monkeypatch):
     with freed_memory_kept():
         pass

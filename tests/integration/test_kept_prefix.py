@@ -218,6 +218,31 @@ def test_compiled_blocks_and_inputs_with_gradients_run_in_every_pass():
         assert not can_keep(net, blocks)
 
 
+def test_a_compiled_body_runs_in_every_pass():
+    net = tiny.llama(3)
+    net.model.compile(backend="eager")
+    with torch.no_grad():
+        assert not can_keep(net, list(net.model.layers)[:2])
+
+
+def test_the_network_is_itself_between_passes_and_two_predictions_may_take_turns():
+    blora, batch = adapted("llama", 4, [2, 3])
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = list(predictive.logits_of_draws(blora, batch, 4, 6))
+        plain = blora.net(input_ids=batch["input_ids"]).logits
+        torch.manual_seed(1)
+        first = predictive.logits_of_draws(blora, batch, 4, 6)
+        found = [next(first)]
+        second = predictive.logits_of_draws(blora, batch, 4, 6)
+        torch.testing.assert_close(blora.net(input_ids=batch["input_ids"]).logits, plain)
+        found += list(first)
+        next(second)
+        second.close()
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert all("forward" not in vars(block) for block in blora.net.model.layers)
+
+
 def test_blocks_that_were_replaced_are_asked_again():
     net = tiny.llama(3)
     assert can_skip(net, list(net.model.layers)[:2])
