@@ -32,7 +32,10 @@ def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
     frozen = _frozen(blora)
     if frozen and not can_keep(blora.net, frozen):
         return _ROWS
-    tokens = int(batch["input_ids"].numel()) // len(batch["input_ids"])
+    ids, scored = batch["input_ids"], batch.get("option_mask")
+    tokens = int(ids.numel()) // len(ids)
+    if scored is not None:  # packed, most often: what options share is run once
+        tokens = ids.shape[-1] + (ids.shape[1] - 1) * int(scored.sum(-1).max())
     return max(1, min(_ROWS, _TOKENS_ON_CPU // tokens))
 
 

@@ -122,6 +122,14 @@ def test_a_pass_on_a_cpu_is_small_unless_blocks_below_run_in_each():
     assert sizes == [64, 16]
 
 
+def test_a_pass_of_packed_options_is_counted_by_the_tokens_that_it_runs():
+    blora = tiny.adapted(likelihood=MultipleChoice(num_data=12))
+    batch = tiny.choices(3, 4, 16)
+    scored = int(batch["option_mask"].sum(-1).max())
+    assert rows_of_a_pass(blora, batch) == 1024 // (16 + 3 * scored)
+    assert blora.predict(batch, 40).samples.shape == (40, 3, 4)
+
+
 def test_draws_are_independent_and_their_mean_is_reported():
     blora, batch = moved(guide=MeanField(init_scale=1.0)), tiny.sequences(4)
     prediction = blora.predict(batch, 6, max_rows=8)
