@@ -55,6 +55,11 @@ def point(arguments: argparse.Namespace, axis: str, value: int) -> dict[str, Any
     return row | {"method": statistics.median(own)} | ratio(own, plain)
 
 
+def spread(row: dict[str, Any]) -> str:
+    """A ratio with its quartiles."""
+    return f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})"
+
+
 def draw(rows: list[dict[str, Any]], method: str, path: Path) -> None:
     """Seconds of a step above, the ratio below, a column for each quantity."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
@@ -111,9 +116,8 @@ def main() -> None:
             for value in AXES[axis][: arguments.points]:
                 row = point(arguments, axis, value)
                 rows.append(row)
-                spread = f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})"
                 times = f"{1000 * row['peft']:.1f} | {1000 * row['method']:.1f}"
-                print(f"| {axis} | {value} | {times} | {spread} |", flush=True)
+                print(f"| {axis} | {value} | {times} | {spread(row)} |", flush=True)
     counted = "layers | Pyro sites | torch operators | Python calls"
     print(f"\n| {counted} | CPU ms | ratio | Pyro's own ms | ratio (quartiles) |")
     print("|---" * 8 + "|")
@@ -121,9 +125,8 @@ def main() -> None:
     for row in own:
         counts = " | ".join(f"{row[key]:,}" for key in ("layers", "sites", "operators", "calls"))
         inside = row["pyro"]
-        spread = f"{inside['ratio']:.2f} ({inside['low']:.2f} - {inside['high']:.2f})"
         times = f"{1000 * row['seconds']:.2f} | {row['ratio']:.2f}"
-        print(f"| {counts} | {times} | {1000 * inside['seconds']:.2f} | {spread} |")
+        print(f"| {counts} | {times} | {1000 * inside['seconds']:.2f} | {spread(inside)} |")
     if arguments.out:
         draw(rows, arguments.method, arguments.out)
     write(arguments.json, vars(arguments), {"base": BASE, "points": rows, "own": own})

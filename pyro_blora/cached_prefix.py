@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.kept_prefix import can_skip, forwards_replaced
+from pyro_blora.kept_prefix import can_skip, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
@@ -66,7 +66,7 @@ class PrefixCache:
         self._kept: dict[bytes, Tensor] = {}
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
-        self._rest: tuple[Any, ...] | None = None  # what blocks return beside the hidden states
+        self._form: Any = None  # what blocks put out, its tensors left out
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -105,11 +105,11 @@ class PrefixCache:
         last = index == len(self.blocks) - 1
         if known:
             value = self._assembled(hidden) if last else hidden
-            return value if self._rest is None else (value, *self._rest)
+            return in_place_of(self._form, value)
         with torch.no_grad():
             output = own(*args, **kwargs)
-        value = output[0] if isinstance(output, tuple) else output
-        self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+        value = output[0] if isinstance(output, tuple | list) else output
+        self._form = in_place_of(output, None)
         if last:
             for key, length, row in zip(self._keys, self._lengths, value, strict=True):
                 self._kept[key] = row[:length].clone()
@@ -137,16 +137,20 @@ def _keys(hidden: Tensor, others: Mapping[str, Any]) -> tuple[list[bytes], list[
     if seen is not None:
         columns = seen.any(-2) * torch.arange(1, length + 1, device=seen.device)
         lengths = columns.amax(-1).tolist()
-    rest = {name: value for name, value in others.items() if seen is None or value is not mask}
+    rest = [
+        (tensor, name in _POSITIONS)
+        for name, value in others.items()
+        if seen is None or value is not mask
+        for tensor in tree_leaves(value)
+        if isinstance(tensor, Tensor)
+    ]
     keys = []
     for row, t in enumerate(lengths):
         digest = hashlib.blake2b(digest_size=16)
         parts = [hidden[row, :t]] + ([] if seen is None else [seen[row, :t, :t]])
-        for name, value in rest.items():
-            for tensor in tree_leaves(value):
-                if isinstance(tensor, Tensor):
-                    part = _of_row(tensor, row, rows)
-                    parts.append(part[:t] if name in _POSITIONS else part)
+        for tensor, has_positions in rest:
+            part = _of_row(tensor, row, rows)
+            parts.append(part[:t] if has_positions else part)
         for part in parts:
             raw = part.detach().contiguous().view(-1).view(torch.uint8)
             digest.update(raw.cpu().numpy().tobytes())

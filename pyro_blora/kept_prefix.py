@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_blora.last_block import in_plain_sight, way_to, whole_last_block
-from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
+from pyro_blora.last_block import whole_last_block
+from pyro_blora.probing import (
+    agree,
+    asked,
+    in_plain_sight,
+    logits_for,
+    remembered,
+    shared_out,
+    tokens_for,
+    way_to,
+)
 
-__all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced"]
+__all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced", "in_place_of"]
 
 _CALLS = 8  # of the network in a pass; more are run again
 
@@ -74,14 +83,14 @@ class KeptPrefix:
         last = index == len(self.blocks) - 1
         if self._found is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            return self._found if last else _in_place_of(self._found, hidden)
+            return self._found if last else in_place_of(self._found, hidden)
         output = own(*args, **kwargs)
         if last:
             self._kept.append((self._entering, output))
         return output
 
 
-def _in_place_of(output: Any, hidden: Tensor) -> Any:
+def in_place_of(output: Any, hidden: Tensor | None) -> Any:
     """Hidden states as blocks put them out, alone or first of several."""
     if isinstance(output, tuple | list):
         return type(output)((hidden, *(None for _ in output[1:])))
@@ -112,7 +121,7 @@ def can_keep(net: nn.Module, blocks: Sequence[nn.Module]) -> bool:
         not torch.is_grad_enabled()
         and attention != "flex_attention"
         and in_plain_sight([net, *way_to(net, name), *blocks])
-        and not any(hasattr(p, "full_tensor") for p in net.parameters())  # DTensors
+        and not shared_out(net)
         and can_skip(net, blocks) is True
     )
 

@@ -21,10 +21,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from pyro_blora.probing import agree, answer, asked
+from pyro_blora.probing import (
+    agree,
+    answer,
+    asked,
+    in_plain_sight,
+    shared_out,
+    vocabulary_of,
+    way_to,
+)
 from pyro_blora.targets import device_of
 
-__all__ = ["in_plain_sight", "last_block_at", "way_to", "whole_last_block"]
+__all__ = ["last_block_at", "whole_last_block"]
 
 _TOKENS = 32  # of a question
 
@@ -102,14 +110,6 @@ def last_block_at(
         yield
 
 
-def way_to(net: nn.Module, name: str) -> list[nn.Module]:
-    """The modules on the way from the network to one of its own, this one included."""
-    way: list[nn.Module] = []
-    for word in name.split(".") if name else []:
-        way.append(getattr(way[-1] if way else net, word))
-    return way
-
-
 def _modules(net: nn.Module, name: str) -> list[nn.Module]:
     way = way_to(net, name)
     return [*way, *way[-1].modules()] if way else way
@@ -182,20 +182,6 @@ def _narrowed(
             handle.remove()
 
 
-def in_plain_sight(way: list[nn.Module]) -> bool:
-    """Whether the modules run now, as they stand, and not from a graph or a second time."""
-    again = torch.is_grad_enabled() and any(
-        module.training and getattr(module, "gradient_checkpointing", False) for module in way
-    )
-    compiled = any(
-        module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in way
-    )
-    return not again and not compiled
-
-
 def _ask(net: nn.Module) -> _LastBlock:
     """The last block, and its parts whose output at other positions changes no logit.
 
@@ -203,13 +189,12 @@ def _ask(net: nn.Module) -> _LastBlock:
     elsewhere; if it does not, its children are asked.
     """
     config = getattr(net, "config", None)
-    vocabulary = int(getattr(config, "vocab_size", 0) or 0)
     length = min(_TOKENS, int(getattr(config, "max_position_embeddings", None) or _TOKENS))
     lists: list[str] = []
     for name, module in net.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             lists += [] if lists and name.startswith(lists[-1] + ".") else [name]
-    if len(lists) != 1 or vocabulary < 8 or length < 8:
+    if len(lists) != 1 or vocabulary_of(net) < 8 or length < 8:
         return _LastBlock("", (), (), _setting(net))
     block = f"{lists[0]}.{len(net.get_submodule(lists[0])) - 1}"  # type: ignore[arg-type]
     device = device_of(net.modules())
@@ -235,9 +220,8 @@ def _ask(net: nn.Module) -> _LastBlock:
         return found
 
     parts: list[str] = []
-    shared_out = any(hasattr(p, "full_tensor") for p in net.parameters())  # DTensors
     mixed_in_training = any(isinstance(m, _BatchNorm) for m in net.modules())
-    if not (shared_out or mixed_in_training):
+    if not (shared_out(net) or mixed_in_training):
         with asked(net):
             expected = answer(logits)
             if type(expected) is Tensor:  # an answer, and one of numbers

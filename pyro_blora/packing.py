@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.probing import agree, answer, asked
+from pyro_blora.probing import agree, answer, asked, vocabulary_of
 from pyro_blora.targets import device_of
 
 __all__ = ["Scored", "compact", "pack", "supports_packing", "unpacked", "wants_additive_mask"]
@@ -125,8 +125,7 @@ def supports_packing(net: nn.Module) -> bool:
     Asked of the network itself, by a question of four tokens with two options, because no
     declaration tells whether an architecture honours position ids and a mask of its own.
     """
-    vocabulary = int(getattr(getattr(net, "config", None), "vocab_size", 0))
-    if vocabulary < 8:
+    if vocabulary_of(net) < 8:
         return False
     attention = str(getattr(net.config, "_attn_implementation", ""))
     if _ANSWERS.get(net, ("", False))[0] == attention:

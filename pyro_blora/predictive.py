@@ -1,9 +1,10 @@
 """Logits of the wrapped network under posterior draws."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_blora.adapted import Adapted
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -29,7 +30,7 @@ def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
     """
     if blora.model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
-    frozen = _frozen(blora)
+    frozen = frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
     if frozen and not can_keep(blora.net, frozen):
         return _ROWS
     ids, scored = batch["input_ids"], batch.get("option_mask")
@@ -37,10 +38,6 @@ def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
     if scored is not None:  # packed, most often: what options share is run once
         tokens = ids.shape[-1] + (ids.shape[1] - 1) * int(scored.sum(-1).max())
     return max(1, min(_ROWS, _TOKENS_ON_CPU // tokens))
-
-
-def _frozen(blora: Adapted) -> list[nn.Module]:
-    return frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
 
 
 def logits_of_draws(
@@ -80,7 +77,8 @@ def logits_of_draws(
         # An amortised posterior has a draw for each example, others one for all of them.
         each = examples if getattr(blora.guide, "reads_context", False) else 1
         most = max(1, min(num_samples, max_rows // examples))
-        frozen = _frozen(blora) if num_samples > most else []
+        names = [adapter.name for adapter in model.adapters]
+        frozen = frozen_blocks(blora.net, names) if num_samples > most else []
         kept = KeptPrefix(frozen if can_keep(blora.net, frozen) else [])
         for start in range(0, num_samples, most):
             draws = min(most, num_samples - start)
@@ -89,7 +87,7 @@ def logits_of_draws(
                 model.applied(updates) as net,
                 shared_prefix(net, model.adapters, draws),
                 kept.in_place(),
-                whole_if_frozen(net, [adapter.name for adapter in model.adapters]),
+                whole_if_frozen(net, names) if kept.blocks else nullcontext(),
             ):
                 logits = likelihood.logits(net, repeat_batch(batch, draws))
             yield logits.unflatten(0, (draws, examples))

@@ -12,7 +12,18 @@ from pyro_blora.layers import without_updates
 from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.targets import device_of
 
-__all__ = ["agree", "answer", "asked", "logits_for", "remembered", "tokens_for"]
+__all__ = [
+    "agree",
+    "answer",
+    "asked",
+    "in_plain_sight",
+    "logits_for",
+    "remembered",
+    "shared_out",
+    "tokens_for",
+    "vocabulary_of",
+    "way_to",
+]
 
 AboutBlocks = Callable[[nn.Module, Sequence[nn.Module]], bool | None]
 
@@ -59,9 +70,41 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
     return bool((given - expected).norm() <= (0.03 if half else 1e-4) * scale)
 
 
+def vocabulary_of(net: nn.Module) -> int:
+    """How many tokens the network declares to know; 0 where it declares none."""
+    return int(getattr(getattr(net, "config", None), "vocab_size", 0) or 0)
+
+
+def shared_out(net: nn.Module) -> bool:
+    """Whether processes hold shares of the weights (DTensors)."""
+    return any(hasattr(p, "full_tensor") for p in net.parameters())
+
+
+def way_to(net: nn.Module, name: str) -> list[nn.Module]:
+    """The modules on the way from the network to one of its own, this one included."""
+    way: list[nn.Module] = []
+    for word in name.split(".") if name else []:
+        way.append(getattr(way[-1] if way else net, word))
+    return way
+
+
+def in_plain_sight(way: list[nn.Module]) -> bool:
+    """Whether the modules run now, as they stand, and not from a graph or a second time."""
+    again = torch.is_grad_enabled() and any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in way
+    )
+    compiled = any(
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in way
+    )
+    return not again and not compiled
+
+
 def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
     """A few rows of eight tokens; ``None`` where the network declares no vocabulary for them."""
-    if int(getattr(getattr(net, "config", None), "vocab_size", 0) or 0) < 8:
+    if vocabulary_of(net) < 8:
         return None
     ids = torch.arange(8 * rows, device=device_of(net.modules()))
     return (ids * 5 % 7 + 1).reshape(rows, 8)
