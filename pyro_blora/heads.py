@@ -8,6 +8,7 @@ only what enters the head, and which of its rows are computed, is narrowed, and 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def _narrowed(
 
     handle = head.register_forward_pre_hook(gather)
     narrow = False
+    before = vars(head).get("forward")
     try:
         if token_ids is not None and type(head) is nn.Linear and _is_plain(head):
             narrow = True
@@ -104,12 +106,15 @@ def _narrowed(
         handle.remove()
         if narrow:
             del head.forward
+            if before is not None:
+                head.forward = before
             if adapter is not None:
                 adapter.rows = None
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    return "forward" not in vars(head) and not is_quantised_tensor(head.weight)
+    own = MethodType(nn.Linear.forward, head)  # and no other library's in its place
+    return head.forward == own and not is_quantised_tensor(head.weight)
 
 
 def _some_rows(head: nn.Linear, rows: Tensor, hidden: Tensor) -> Tensor:

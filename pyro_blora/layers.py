@@ -46,6 +46,12 @@ class Adapter:
         self.update: LayerUpdate | None = None
         self.rows: Tensor | None = None
         self._handle: RemovableHandle = module.register_forward_hook(self)
+        # torch.compile does not see that a layer has got a hook, and would run the graph that it
+        # made of one without; that a layer has a forward of its own, it does see
+        self._module = module
+        self._forward = None if "forward" in vars(module) else module.forward
+        if self._forward is not None:
+            module.forward = self._forward
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The forward hook: ``output + dW x``."""
@@ -64,6 +70,8 @@ class Adapter:
     def remove(self) -> None:
         """Takes the hook off the layer."""
         self._handle.remove()
+        if self._forward is not None and vars(self._module).get("forward") == self._forward:
+            del self._module.forward
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:

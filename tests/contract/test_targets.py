@@ -161,4 +161,6 @@ def test_a_layer_is_adapted_once():
         tiny.adapted(net, target_modules=["q_proj", "v_proj"])
     # The refused one has left no hook on the layers before, so they can be adapted still
     first.unwrap()
-    assert not any(module._forward_hooks for module in net.modules())
+    for module in net.modules():
+        assert not module._forward_hooks
+        assert "forward" not in vars(module)

@@ -94,6 +94,21 @@ def test_compiled_in_place_it_trains():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_compiled_one_by_one_train():
+    """Blocks of one class share a graph, and one of a block without adapters adds no update."""
+    net, batch = tiny.llama(layers=4), tiny.sequences()
+    blora = tiny.adapted(net, layers_to_transform=[2, 3])
+    expected = gradients(blora, batch)
+    torch._dynamo.reset()
+    for block in net.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    found = gradients(blora, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
 def test_autocast_trains_in_bfloat16(conditional):
     blora = tiny.adapted(
