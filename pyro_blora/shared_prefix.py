@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyro_blora.last_block import whole_last_block
@@ -81,17 +82,42 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
 
 @remembered
 def _cannot_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
-    """Whether the network, asked for the logits of two copies of a few rows, gives other ones."""
+    """Whether the network, asked for the logits of two copies of a few rows, gives other ones.
+
+    The copies are made to differ above the frozen blocks, as draws do: a network that runs its
+    blocks in a loop comes back to the frozen ones with other hidden states for each.
+    """
     ids = tokens_for(net, 3)
     if ids is None:
         return None
     twice = ids.repeat(2, 1)
-    with asked(net), whole_last_block(net):
+    with asked(net), whole_last_block(net), _second_copy_apart(net, frozen):
         expected = logits_for(net, twice)
         if expected is None:
             return None
         with _first_copy_alone(frozen, 2, lambda: True):
             return not agree(logits_for(net, twice), expected)
+
+
+@contextmanager
+def _second_copy_apart(net: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, what the block above the frozen ones puts out is another in the second copy."""
+    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and frozen[0] in m]
+    above = list(lists[0])[len(frozen) :]
+
+    def other(hidden: Tensor) -> Tensor:
+        first, second = hidden.chunk(2)
+        return torch.cat([first, second.roll(1, -1)])
+
+    def after(block: nn.Module, args: Any, output: Any) -> Any:
+        return _changed(output, other)
+
+    handles = [block.register_forward_hook(after) for block in above[:1]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -109,10 +135,8 @@ def _first_copy_alone(
         of_rows = value.shape[0] % rows == 0 if name == "alibi" else value.shape[0] == rows
         return value[: value.shape[0] // copies] if of_rows else value
 
-    def repeat(value: Any) -> Any:
-        if isinstance(value, tuple | list):  # hidden states first, then what nothing above reads
-            return type(value)((repeat(value[0]), *value[1:]))
-        return value.repeat(copies, *(1,) * (value.dim() - 1))
+    def repeat(hidden: Tensor) -> Tensor:
+        return hidden.repeat(copies, *(1,) * (hidden.dim() - 1))
 
     def before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         nonlocal rows
@@ -124,7 +148,7 @@ def _first_copy_alone(
         return tuple(cut(a) for a in args), {k: cut(v, k) for k, v in kwargs.items()}
 
     def after(block: nn.Module, args: Any, output: Any) -> Any:
-        return repeat(output) if active() else None
+        return _changed(output, repeat) if active() else None
 
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
     handles.append(frozen[-1].register_forward_hook(after))
@@ -133,3 +157,10 @@ def _first_copy_alone(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a block puts out, its hidden states changed; what comes after them, nothing reads."""
+    if isinstance(output, tuple | list):
+        return type(output)((change(output[0]), *output[1:]))
+    return change(output)

@@ -67,6 +67,24 @@ def test_it_changes_nothing_but_the_work(case, monkeypatch):
     assert shared.std(0).max() > 0.01
 
 
+def test_blocks_that_run_in_a_loop_share_nothing(monkeypatch):
+    """The second time round, the frozen block is given what the adapted one put out."""
+    net = tiny.llama(4)
+    first, second = net.model.layers[:2]
+    net.model.layers = torch.nn.ModuleList([first, second, first, second])
+    blora = tiny.adapted(
+        net,
+        layers_to_transform=[1],
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=MatrixNormal(init_scale=1.0),
+    )
+    torch.manual_seed(0)
+    together = blora.predict(tiny.sequences(4), 5).samples
+    monkeypatch.setattr(predictive, "shared_prefix", lambda *_: pyro.poutine.scale(scale=1.0))
+    torch.manual_seed(0)
+    torch.testing.assert_close(blora.predict(tiny.sequences(4), 5).samples, together)
+
+
 def test_an_adapted_head_alone_shares_every_block():
     net = tiny.llama(3)
     blora = tiny.asked(tiny.adapted(net, target_modules=["lm_head"]))
