@@ -27,6 +27,7 @@ from pyro_blora.layers import (
 )
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
+from pyro_blora.probing import rows_come_first
 from pyro_blora.shapes import broadcast_shapes
 from pyro_blora.targets import LayerGroup
 from pyro_blora.update import LowRankUpdate
@@ -123,18 +124,34 @@ class BayesianLoRAModel(PyroModule):
 
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Within, the network's layers add ``updates``; yields the network."""
+        """Within, the network's layers add ``updates``; yields the network.
+
+        Raises:
+            ConfigurationError: the network has been unwrapped.
+            ParticleError: there are several particles, and rows are not what its layers' first
+                dimension is.
+        """
         if not self.adapters:
             raise ConfigurationError(
                 "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
             )
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
+        if any(update.particle_shape.numel() > 1 for update in updates.values()):
+            self._check_rows()
         with (
             updates_in_place(self.adapters, layers),
             updates_kept_for_backward(self._checkpointable, self.adapters, layers),
             self._autocast(),
         ):
             yield self.net
+
+    def _check_rows(self) -> None:
+        if rows_come_first(self.net, [group.modules[0] for group in self.groups]) is False:
+            raise ParticleError(
+                f"{type(self.net).__name__} has the rows of a batch in the second dimension of its "
+                "hidden states, so they cannot be shared out among several particles. Take one at "
+                "a time: num_particles=1 in training, max_rows=1 in a prediction."
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

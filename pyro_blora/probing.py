@@ -19,6 +19,7 @@ __all__ = [
     "in_plain_sight",
     "logits_for",
     "remembered",
+    "rows_come_first",
     "shared_out",
     "tokens_for",
     "vocabulary_of",
@@ -134,3 +135,28 @@ def remembered(ask: AboutBlocks) -> AboutBlocks:
         return answers[net][1]
 
     return known
+
+
+@remembered
+def rows_come_first(net: nn.Module, layers: Sequence[nn.Module]) -> bool | None:
+    """Whether the rows of a batch are the first dimension of what these layers are given.
+
+    They are the second one in XLNet. ``None`` where the network takes no tokens, and where its
+    weights are shared out among processes, of which some may have one particle and not ask.
+    """
+    ids = tokens_for(net, 3)
+    if ids is None or shared_out(net):
+        return None
+    leading: set[torch.Size] = set()
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        leading.add(args[0].shape[:2])
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with asked(net):
+            logits_for(net, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ids.mT.shape not in leading

@@ -180,6 +180,7 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
 def asked(blora):
     """The same, once its network was asked what it can do: its passes may now be counted."""
     blora.predict(sequences(), 0)
+    blora.predict(sequences(), 2)
     with torch.no_grad():
         rows_of_a_pass(blora, sequences())
         with shared_prefix(blora.net, blora.model.adapters, 1):

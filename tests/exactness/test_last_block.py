@@ -251,13 +251,12 @@ def test_what_shows_neither_in_evaluation_nor_nearby(kind):
 
 
 class Asserting(Mixing):
-    """Refuses any length but that of the first call."""
+    """Refuses any length but one."""
 
-    length, error = None, AssertionError
+    error = AssertionError
 
     def forward(self, x):
-        self.length = self.length or x.shape[1]
-        if x.shape[1] != self.length:
+        if x.shape[1] != 12:
             raise self.error("an unexpected length")
         return self.mlp(x)
 

@@ -80,6 +80,8 @@ def one_step(layers, **options):
     pyro.clear_param_store()
     blora = tiny.adapted(tiny.llama(layers), **options)
     batch = tiny.sequences()
+    with blora.model.applied(blora.sample_updates(2)):
+        pass  # the network is asked what it can do before operators are counted
     sites = list(pyro.poutine.trace(blora.model).get_trace(batch).nodes)
     elbo = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     loss_of = elbo(blora.model, blora.guide)

@@ -141,7 +141,7 @@ def of_draws(blora, batch):
 def test_frozen_blocks_run_in_the_first_pass_alone(case, monkeypatch):
     torch.manual_seed(0)
     blora, batch = adapted(case, 4, [2, 3])
-    blora.predict(batch, 1)  # the network is asked what it can do before passes are counted
+    blora.predict(batch, 2)  # the network is asked what it can do before passes are counted
     seen = passes(blora)
     found = of_draws(blora, batch)
     rows = seen[3] // 5
