@@ -125,15 +125,22 @@ def _first_copy_alone(
     frozen: Sequence[nn.Module], copies: int, active: Callable[[], bool]
 ) -> Iterator[None]:
     rows = 0
+    cut: dict[int, tuple[Tensor, Tensor]] = {}  # a block is mostly given what the last one was
 
-    def cut(value: Any, name: str = "") -> Any:
+    def first_copy(value: Any, name: str | int) -> Any:
         if isinstance(value, tuple):
-            return tuple(cut(v) for v in value)
+            return tuple(first_copy(v, name) for v in value)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         # In some ALiBi has rows and heads in one dimension
-        of_rows = value.shape[0] % rows == 0 if name == "alibi" else value.shape[0] == rows
-        return value[: value.shape[0] // copies] if of_rows else value
+        if value.shape[0] % rows if name == "alibi" else value.shape[0] != rows:
+            return value
+        if id(value) not in cut:
+            part = value[: value.shape[0] // copies]
+            is_hidden = name in (0, "hidden_states")
+            # With as many heads as rows, these may be heads
+            cut[id(value)] = value, part if is_hidden or _all_alike(value, copies) else value
+        return cut[id(value)][1]
 
     def repeat(hidden: Tensor) -> Tensor:
         return hidden.repeat(copies, *(1,) * (hidden.dim() - 1))
@@ -145,7 +152,9 @@ def _first_copy_alone(
         if block is frozen[0]:
             hidden = args[0] if args else kwargs["hidden_states"]
             rows = hidden.shape[0]
-        return tuple(cut(a) for a in args), {k: cut(v, k) for k, v in kwargs.items()}
+            cut.clear()
+        named = {name: first_copy(value, name) for name, value in kwargs.items()}
+        return tuple(first_copy(value, i) for i, value in enumerate(args)), named
 
     def after(block: nn.Module, args: Any, output: Any) -> Any:
         return _changed(output, repeat) if active() else None
@@ -157,6 +166,12 @@ def _first_copy_alone(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _all_alike(value: Tensor, copies: int) -> bool:
+    first, *others = value.chunk(copies)
+    tolerance = 0.05 if value.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return all(torch.allclose(first, other, tolerance, tolerance) for other in others)
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -14,6 +14,8 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -28,7 +30,7 @@ from pyro_blora import predictive
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.kept_prefix import can_keep, can_skip
+from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.shared_prefix import frozen_blocks
@@ -60,6 +62,13 @@ def falcon():
 
 def bloom():
     return BloomForCausalLM(BloomConfig(**SIZES, n_layer=4, n_head=4))
+
+
+def mpt():
+    """Its position bias has as many heads as two draws of four examples have rows."""
+    return MptForCausalLM(
+        MptConfig(vocab_size=32, d_model=16, n_heads=8, n_layers=4, max_seq_len=32)
+    )
 
 
 def opt():
@@ -106,6 +115,7 @@ def xlstm():
 OTHERS = {
     "falcon": (falcon, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
     "bloom": (bloom, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
+    "mpt": (mpt, r".*blocks\.[23]\.attn\.Wqkv", TOKENS, True),
     "opt": (opt, r".*layers\.[23]\.self_attn\.[qv]_proj", TOKENS, True),
     "xlm": (xlm, r".*attentions\.[23]\.[qv]_lin", SequenceClassification(num_data=12), False),
     "xlstm": (xlstm, r".*blocks\.[23]\.mlstm_layer\.[qv]", TOKENS, True),
@@ -241,6 +251,38 @@ def test_the_network_is_itself_between_passes_and_two_predictions_may_take_turns
         second.close()
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert all("forward" not in vars(block) for block in blora.net.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("seen", "given", "same"),
+    [
+        ([torch.ones(2), None, 3], [torch.ones(2), None, 3], True),
+        ([torch.ones(2), "a", 0.5], [torch.ones(2), "a", 0.5], True),
+        ([torch.ones(2)], [torch.ones(2), torch.zeros(2)], False),
+        ([torch.ones(2), None], [torch.ones(2)], False),
+        ([torch.ones(2)], [torch.ones(2, dtype=torch.float64)], False),
+        ([torch.ones(2)], [torch.ones(2, 1)], False),
+        ([True], [1], False),
+        ([object()], [object()], False),
+    ],
+)
+def test_what_counts_as_the_same_inputs(seen, given, same):
+    kept = KeptPrefix([torch.nn.Identity()])
+    kept.blocks[0].forward = lambda *args: args[0]
+    with kept.in_place():
+        kept.blocks[0](*seen)
+        kept.blocks[0](*given)
+    assert kept.hits == same
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "mpt", "opt"])
+def test_draws_share_frozen_blocks_whatever_their_mask_has_first(name):
+    blora, _ = of_architecture(name)
+    batch = tiny.sequences(4)
+    blora.predict(batch, 2)  # the network is asked before rows are counted
+    seen = passes(blora)
+    blora.predict(batch, 2)
+    assert seen == {0: 4, 1: 4, 2: 8, 3: 8}
 
 
 def test_blocks_that_were_replaced_are_asked_again():
