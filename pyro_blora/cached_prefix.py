@@ -161,6 +161,7 @@ def _keys(hidden: Tensor, others: Mapping[str, Any]) -> tuple[list[bytes], list[
 def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a block is given beside the hidden states."""
     names = list(inspect.signature(type(block).forward).parameters)[1:]
+    names += [f"argument {i}" for i in range(len(names), len(args))]  # of a block of ``*args``
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: value for name, value in named.items() if name not in names[:1]}
 

@@ -81,6 +81,44 @@ def test_without_padding_each_row_runs_once():
     assert seen == {0: 8, 1: 8, 2: 40}
 
 
+class Handed(torch.nn.Module):
+    """A block whose own names of its arguments are not told."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+
+def test_the_same_tokens_under_another_mask_are_another_row():
+    net = tiny.gpt2(4)
+    net.transformer.h = torch.nn.ModuleList([Handed(block) for block in net.transformer.h])
+    blora = tiny.adapted(net, target_modules=r".*h\.[23].*c_attn")
+    whole = {"input_ids": torch.arange(8, 20).reshape(2, 6), "attention_mask": torch.ones(2, 6)}
+    holed = {**whole, "attention_mask": whole["attention_mask"].clone()}
+    holed["attention_mask"][:, 2] = 0
+    expected = [net(**inputs).logits for inputs in (whole, holed)]
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    with PrefixCache(net, blora.model.adapters).in_place():
+        found = [net(**inputs).logits for inputs in (whole, holed, whole)]
+    torch.testing.assert_close(found, [*expected, expected[0]])
+
+
+def test_the_same_tokens_under_another_bias_are_another_row():
+    """A mask that is no mask alone does not tell what is seen."""
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    hidden = torch.full((6, 6), -torch.inf).triu(1)
+    ids = torch.arange(8, 20).reshape(2, 6)
+    masks = [(hidden - slope * torch.rand(6, 6)).expand(2, 1, -1, -1) for slope in (1.0, 5.0)]
+    expected = [blora.net(ids, attention_mask=mask).logits for mask in masks]
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    with PrefixCache(blora.net, blora.model.adapters).in_place():
+        found = [blora.net(ids, attention_mask=mask).logits for mask in masks]
+    torch.testing.assert_close(found, expected)
+
+
 def test_dropout_below_is_off_and_everything_is_put_back():
     net = tiny.gpt2(3)
     net.transformer.drop.p = 0.5
