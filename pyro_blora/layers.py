@@ -8,6 +8,7 @@ network back exactly.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,11 +48,10 @@ class Adapter:
         self.rows: Tensor | None = None
         self._handle: RemovableHandle = module.register_forward_hook(self)
         # torch.compile does not see that a layer has got a hook, and would run the graph that it
-        # made of one without; that a layer has a forward of its own, it does see
-        self._module = module
-        self._forward = None if "forward" in vars(module) else module.forward
-        if self._forward is not None:
-            module.forward = self._forward
+        # made of one without; that a layer has another forward of its own, it does see
+        self._module, self._before = module, vars(module).get("forward")
+        self._forward = module.forward if self._before is None else partial(self._before)
+        module.forward = self._forward
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The forward hook: ``output + dW x``."""
@@ -70,8 +70,10 @@ class Adapter:
     def remove(self) -> None:
         """Takes the hook off the layer."""
         self._handle.remove()
-        if self._forward is not None and vars(self._module).get("forward") == self._forward:
+        if vars(self._module).get("forward") is self._forward:  # and nobody's on top of it
             del self._module.forward
+            if self._before is not None:
+                self._module.forward = self._before
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:

@@ -1,5 +1,7 @@
 """Which layers are adapted, and how they are grouped."""
 
+from functools import partial
+
 import pyro
 import pytest
 import tiny
@@ -164,3 +166,16 @@ def test_a_layer_is_adapted_once():
     for module in net.modules():
         assert not module._forward_hooks
         assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_library_keeps_its_forward(when):
+    net = tiny.llama()
+    layer = net.model.layers[0].self_attn.v_proj
+    blora = tiny.adapted(net) if when == "after" else None
+    theirs = partial(layer.forward)
+    layer.forward = theirs
+    blora = blora or tiny.adapted(net)
+    assert (layer.forward is theirs) == (when == "after")
+    blora.unwrap()
+    assert layer.forward is theirs
