@@ -13,6 +13,7 @@ from pyro_blora.inference.predict import predict_dataset
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.metrics import evaluate
 from pyro_blora.model import to_device
+from pyro_blora.modes import modes_kept
 from pyro_blora.prediction import Prediction
 
 __all__ = ["PlainLoRA"]
@@ -125,7 +126,6 @@ class PlainLoRA:
             torch.manual_seed(options.seed)
         device = next(self.net.parameters()).device
         autocast = options.precision == "bfloat16"
-        was_training = self.net.training
 
         def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
             batch = to_device(batch, device)
@@ -150,18 +150,17 @@ class PlainLoRA:
             )
             return evaluate(prediction.probs, labels).nll
 
-        self.net.train()
-        result = training_loop(
-            loss_of,
-            [{"params": list(self.parameters.values()), "lr": lr}],
-            batches(train, collate, options, length),
-            options,
-            validate=None if validation is None else validate,
-            state=self.state_dict,
-            description="lora",
-        )
-        self.net.train(was_training)
-        return result
+        with modes_kept(self.net):
+            self.net.train()
+            return training_loop(
+                loss_of,
+                [{"params": list(self.parameters.values()), "lr": lr}],
+                batches(train, collate, options, length),
+                options,
+                validate=None if validation is None else validate,
+                state=self.state_dict,
+                description="lora",
+            )
 
     @torch.no_grad()
     def predict(self, batch: Batch, num_samples: int = 0) -> Prediction:
@@ -172,12 +171,11 @@ class PlainLoRA:
             num_samples: passes ``S`` with LoRA's own dropout on (Gal, Ghahramani 2016,
                 arXiv:1506.02142); 0 makes one pass without.
         """
-        was_training = self.net.training
-        self.net.eval()
-        for name, module in self.net.named_modules():
-            if num_samples and ".lora_dropout." in name:
-                module.train()
         batch = to_device(batch, next(self.net.parameters()).device)
-        passes = [self.likelihood.logits(self.net, batch) for _ in range(max(1, num_samples))]
-        self.net.train(was_training)
+        with modes_kept(self.net):
+            self.net.eval()
+            for name, module in self.net.named_modules():
+                if num_samples and ".lora_dropout." in name:
+                    module.train()
+            passes = [self.likelihood.logits(self.net, batch) for _ in range(max(1, num_samples))]
         return Prediction(torch.stack(passes).softmax(-1))

@@ -13,6 +13,7 @@ from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.kept_prefix import KeptPrefix, can_keep
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
+from pyro_blora.modes import modes_kept
 from pyro_blora.shared_prefix import frozen_blocks, shared_prefix, whole_if_frozen
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
@@ -65,23 +66,25 @@ def logits_of_draws(
         )
     likelihood, model = blora.likelihood, blora.model
     examples = likelihood.examples(batch)
-    was_training = blora.net.training
-    blora.net.eval()
-    try:
-        if num_samples == 0:
+    if num_samples == 0:
+        with modes_kept(blora.net):
+            blora.net.eval()
             with model.applied(blora.sample_updates(0, batch)) as net:
-                yield likelihood.logits(net, batch).unsqueeze(0)
-            return
-        if max_rows is None:
-            max_rows = rows_of_a_pass(blora, batch)
-        # An amortised posterior has a draw for each example, others one for all of them.
-        each = examples if getattr(blora.guide, "reads_context", False) else 1
-        most = max(1, min(num_samples, max_rows // examples))
-        names = [adapter.name for adapter in model.adapters]
-        frozen = frozen_blocks(blora.net, names) if num_samples > most else []
-        kept = KeptPrefix(frozen if can_keep(blora.net, frozen) else [])
-        for start in range(0, num_samples, most):
-            draws = min(most, num_samples - start)
+                logits = likelihood.logits(net, batch)
+        yield logits.unsqueeze(0)
+        return
+    if max_rows is None:
+        max_rows = rows_of_a_pass(blora, batch)
+    # An amortised posterior has a draw for each example, others one for all of them.
+    each = examples if getattr(blora.guide, "reads_context", False) else 1
+    most = max(1, min(num_samples, max_rows // examples))
+    names = [adapter.name for adapter in model.adapters]
+    frozen = frozen_blocks(blora.net, names) if num_samples > most else []
+    kept = KeptPrefix(frozen if can_keep(blora.net, frozen) else [])
+    for start in range(0, num_samples, most):
+        draws = min(most, num_samples - start)
+        with modes_kept(blora.net):  # between two passes the network is the caller's
+            blora.net.eval()
             updates = blora.sample_updates(draws * each, batch)
             with (
                 model.applied(updates) as net,
@@ -90,9 +93,7 @@ def logits_of_draws(
                 whole_if_frozen(net, names) if kept.blocks else nullcontext(),
             ):
                 logits = likelihood.logits(net, repeat_batch(batch, draws))
-            yield logits.unflatten(0, (draws, examples))
-    finally:
-        blora.net.train(was_training)
+        yield logits.unflatten(0, (draws, examples))
 
 
 @torch.no_grad()
@@ -125,12 +126,9 @@ def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
             "A linearisation has no place for the noise of a conditional; use num_samples draws, "
             "or a prior with conditional='deterministic'."
         )
-    was_training = blora.net.training
-    blora.net.eval()
-    try:
+    with modes_kept(blora.net):
+        blora.net.eval()
         logits, jacobian = logit_jacobian(blora, batch)
-    finally:
-        blora.net.train(was_training)
     assert isinstance(blora.guide, StructuredGuide)
     blora.guide.center(batch)  # an amortised family sees every example by itself again
     with torch.autocast(logits.device.type, enabled=False):

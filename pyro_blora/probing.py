@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.layers import without_updates
+from pyro_blora.modes import modes_kept
 from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.targets import device_of
 
@@ -36,17 +37,13 @@ def asked(net: nn.Module) -> Iterator[None]:
     Quantised layers stay in the mode they are in, for some are packed anew, once and for all, when
     first evaluated.
     """
-    modes = [(module, module.training) for module in net.modules()]
     device = device_of(net.modules())
-    try:
-        for module, _ in modes:
+    with modes_kept(net):
+        for module in net.modules():
             if not is_quantised(module):
                 module.training = False
         with torch.no_grad(), torch.autocast(device.type, enabled=False), without_updates(net):
             yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def answer(question: Callable[[], Tensor]) -> Tensor | None:

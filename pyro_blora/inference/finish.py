@@ -17,6 +17,7 @@ from pyro_blora.inference.loop import Collate
 from pyro_blora.inference.widest import fit_isotropic
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import to_device
+from pyro_blora.modes import modes_kept
 
 __all__ = ["finish", "is_post_hoc"]
 
@@ -73,16 +74,14 @@ def finish(
         for batch in tqdm(cut, desc="finish", disable=hide, unit="batch"):
             yield to_device(batch, device)
 
-    was_training, was_precision = blora.net.training, blora.model.precision
-    blora.net.eval()
-    blora.model.precision = precision
+    was_precision, blora.model.precision = blora.model.precision, precision
     try:
-        with pyro.validation_enabled(False):
+        with modes_kept(blora.net), pyro.validation_enabled(False):
+            blora.net.eval()
             if any(isinstance(f, Laplace) for f in blora.guide.families().values()):
                 return fit_laplace(blora, batches())
             return {"width": fit_isotropic(blora, list(batches()))}
     finally:
-        blora.net.train(was_training)
         blora.model.precision = was_precision
 
 

@@ -27,6 +27,7 @@ from pyro_blora.inference.loop import (
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, CausalLM
 from pyro_blora.model import to_device
+from pyro_blora.modes import modes_kept
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
@@ -189,11 +190,10 @@ def fit(
         )
     for family in _post_hoc_families(blora):
         family.reopen()
-    was_training, was_tempered = blora.net.training, blora.model.kl_weight
-    blora.net.train()
-    blora.model.precision = precision
+    was_tempered, blora.model.precision = blora.model.kl_weight, precision
     try:
-        with pyro.validation_enabled(False):
+        with modes_kept(blora.net), pyro.validation_enabled(False):
+            blora.net.train()
             result = training_loop(
                 loss_of,
                 parameter_groups(both, rates),
@@ -203,7 +203,6 @@ def fit(
                 state=blora.state_dict,
             )
     finally:
-        blora.net.train(was_training)
         blora.model.kl_weight, blora.model.precision = was_tempered, "float32"
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)

@@ -14,7 +14,7 @@ from pyro_blora.likelihoods import (
     SequenceClassification,
 )
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.predictive import rows_of_a_pass
+from pyro_blora.predictive import logits_of_draws, rows_of_a_pass
 
 
 def moved(**options):
@@ -153,6 +153,29 @@ def test_training_mode_is_left_as_it_was(training, num_samples):
     with pytest.raises(IndexError):
         blora.predict({**batch, "input_ids": batch["input_ids"] + 10**6}, num_samples)
     assert blora.net.training == training
+
+
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_each_part_is_left_in_its_own_mode(num_samples):
+    blora = tiny.adapted()
+    blora.net.train()
+    blora.net.model.layers[0].eval()
+    before = [module.training for module in blora.net.modules()]
+    blora.predict(tiny.sequences(), num_samples)
+    assert [module.training for module in blora.net.modules()] == before
+
+
+def test_between_two_passes_the_network_is_in_its_own_mode():
+    """Two predictions may take turns, and the one that ends first leaves the other as it was."""
+    blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []
+    blora.net.train()
+    blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
+    one, other = (logits_of_draws(blora, batch, n, max_rows=1) for n in (1, 3))
+    next(one), next(other)
+    assert blora.net.training
+    assert [len(list(draws)) for draws in (one, other)] == [0, 2]
+    assert modes == [False] * 4
+    assert blora.net.training
 
 
 def test_negative_num_samples():
