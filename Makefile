@@ -25,7 +25,7 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 # The built-in commonsense set, small enough for two cores.
 demo: $(BIN)/.installed
 	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 300 \
-		--max-train 400 --max-validation 100 --max-test 300 --num-samples 8 --out out/demo
+		--max-train 400 --max-validation 100 --max-test 300 --num-samples 8 --out out/demo --overwrite
 
 test: $(BIN)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

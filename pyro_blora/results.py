@@ -15,7 +15,9 @@ from torch import Tensor
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.plots import reliability_diagram, save_figure
 
-__all__ = ["Row", "table", "versions", "write"]
+__all__ = ["RESULTS", "Row", "table", "versions", "write"]
+
+RESULTS = "results.json"
 
 
 @dataclass
@@ -88,7 +90,7 @@ def write(rows: Sequence[Row], settings: dict[str, Any], folder: str | Path) -> 
         "settings": settings,
     }
     text = json.dumps(document, indent=2) + "\n"
-    write_atomically(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
     pooled = {}
     for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method]

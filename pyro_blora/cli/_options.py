@@ -1,5 +1,6 @@
 """Options that several sub-commands share, so that they read the same everywhere."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,12 @@ __all__ = [
     "MaxTrain",
     "Model",
     "NumSamples",
+    "Overwrite",
     "Precision",
     "Rank",
     "Targets",
     "TaskName",
+    "check_out",
     "listed",
     "seeds_of",
 ]
@@ -54,6 +57,21 @@ NumSamples = Annotated[
 Precision = Annotated[
     str, typer.Option(help="'float32', or 'bfloat16' (autocast of the frozen network).")
 ]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT already.")]
+
+
+def check_out(out: Path, file: str, overwrite: bool) -> None:
+    """Refuses a folder that has ``file`` already, or cannot be written to, before hours of work."""
+    if (out / file).exists() and not overwrite:
+        raise ConfigurationError(
+            f"--out {out} has a {file} already; name another folder, or add --overwrite."
+        )
+    lowest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not lowest.is_dir() or not os.access(lowest, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"--out {out} cannot be written to: {lowest} is no folder, or not yours to write in."
+        )
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:

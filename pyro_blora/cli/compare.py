@@ -13,7 +13,7 @@ from pyro_blora.data import load_task
 from pyro_blora.methods import BASELINES
 from pyro_blora.pretrained import load_pretrained
 from pyro_blora.recipes import RECIPES
-from pyro_blora.results import table, write
+from pyro_blora.results import RESULTS, table, write
 
 __all__ = ["run"]
 
@@ -46,6 +46,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for results.json and reliability.png.")] = Path(
         "out/compare"
     ),
+    overwrite: o.Overwrite = False,
 ) -> None:
     """Fine-tune a model by each method and compare accuracy and calibration on the test set.
 
@@ -74,6 +75,7 @@ def run(
         precision=precision,
     )
     load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
+    o.check_out(out, RESULTS, overwrite)
     net, tokenizer = load_pretrained(model)
     console = Console()
     rows = []
@@ -88,4 +90,4 @@ def run(
     count = len(settings.seeds)
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
     console.print(table(rows, title))
-    console.print(f"Written: {out / 'results.json'} and {out / 'reliability.png'}")
+    console.print(f"Written: {out / RESULTS} and {out / 'reliability.png'}")

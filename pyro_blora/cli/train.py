@@ -12,7 +12,6 @@ from pyro_blora.checkpoints import CONFIG
 from pyro_blora.cli import _options as o
 from pyro_blora.comparison import item_length, likelihood_for
 from pyro_blora.data import DataError, load_task
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
 from pyro_blora.pretrained import load_pretrained
 from pyro_blora.recipes import RECIPES, recipe
@@ -38,9 +37,7 @@ def run(
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the adapter that is in OUT already.")
-    ] = False,
+    overwrite: o.Overwrite = False,
 ) -> None:
     """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
 
@@ -49,16 +46,11 @@ def run(
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigurationError(f"--out {out} is a file; name a folder.")
-    if (out / CONFIG).exists() and not overwrite:
-        raise ConfigurationError(
-            f"--out {out} has an adapter already; name another folder, or add --overwrite."
-        )
     data = load_task(task, data_dir=data_dir, max_train=max_train, seed=seed)
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
     made = recipe(method)
+    o.check_out(out, CONFIG, overwrite)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)

@@ -75,9 +75,10 @@ def test_what_train_would_write_over_is_told_before_it_trains(run, model_dir, da
     options += ["--rank", 2, "--out"]
     out, file = tmp_path / "out", tmp_path / "file"
     file.write_text("mine")
-    code, _, err = run("train", *options, file)
-    assert code == 2
-    assert "is a file" in err
+    for place in (file, file / "below"):
+        code, _, err = run("train", *options, place)
+        assert code == 2
+        assert "cannot be written to: " in err
     assert run("train", *options, out)[0] == 0
     first = (out / "bayesian_lora.safetensors").read_bytes()
     code, _, err = run("train", *options, out, "--seed", 1)
@@ -87,6 +88,17 @@ def test_what_train_would_write_over_is_told_before_it_trains(run, model_dir, da
     pyro.clear_param_store()  # the next command is another process
     assert run("train", *options, out, "--seed", 1, "--overwrite")[0] == 0
     assert (out / "bayesian_lora.safetensors").read_bytes() != first
+
+
+def test_what_compare_would_write_over_is_told_before_it_trains(run, model_dir, data_dir, tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    code, _, err = compare(run, model_dir, data_dir, tmp_path)
+    assert code == 2
+    assert "has a results.json already" in err
+    assert (tmp_path / "results.json").read_text() == "mine"
+    code, _, err = compare(run, model_dir, data_dir, tmp_path / "results.json" / "below")
+    assert code == 2
+    assert "cannot be written to: " in err
 
 
 def test_unknown_options_are_refused(run):
