@@ -66,3 +66,18 @@ def test_the_prior_of_a_reader_takes_any_guide(tiny):
         assert loss.isfinite()
         blora.unwrap()
         pyro.clear_param_store()
+
+
+def test_the_programs_run_one_after_the_other(tiny, tmp_path):
+    """On one network, the adapter before taken off; a warning would be an error here."""
+    names: dict[str, object] = {}
+    exec(BLOCKS[0], names)
+    names["blora"].save_pretrained(tmp_path)
+    names["blora"].unwrap()
+    pyro_blora.BayesianLoRA.from_pretrained(tiny, tmp_path).unwrap()
+    exec(BLOCKS[1], names)
+    names["blora"].unwrap()
+    exec("import pyro.infer.autoguide", names)
+    for part in BLOCKS[2].split("# or, after blora.unwrap():\n"):
+        exec(part, names)
+        names["blora"].unwrap()
