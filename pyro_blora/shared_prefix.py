@@ -135,11 +135,11 @@ def _first_copy_alone(
         # In some ALiBi has rows and heads in one dimension
         if value.shape[0] % rows if name == "alibi" else value.shape[0] != rows:
             return value
-        if id(value) not in cut:
-            part = value[: value.shape[0] // copies]
-            is_hidden = name in (0, "hidden_states")
-            # With as many heads as rows, these may be heads
-            cut[id(value)] = value, part if is_hidden or _all_alike(value, copies) else value
+        part = value[: value.shape[0] // copies]
+        if name in (0, "hidden_states"):
+            return part
+        if id(value) not in cut:  # with as many heads as rows, these may be heads
+            cut[id(value)] = value, part if _all_alike(value, copies) else value
         return cut[id(value)][1]
 
     def repeat(hidden: Tensor) -> Tensor:
@@ -152,11 +152,11 @@ def _first_copy_alone(
         if block is frozen[0]:
             hidden = args[0] if args else kwargs["hidden_states"]
             rows = hidden.shape[0]
-            cut.clear()
         named = {name: first_copy(value, name) for name, value in kwargs.items()}
         return tuple(first_copy(value, i) for i, value in enumerate(args)), named
 
     def after(block: nn.Module, args: Any, output: Any) -> Any:
+        cut.clear()
         return _changed(output, repeat) if active() else None
 
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
@@ -164,14 +164,16 @@ def _first_copy_alone(
     try:
         yield
     finally:
+        cut.clear()  # a pass may have failed half-way, and only a collector would free it
         for handle in handles:
             handle.remove()
 
 
 def _all_alike(value: Tensor, copies: int) -> bool:
     first, *others = value.chunk(copies)
-    tolerance = 0.05 if value.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return all(torch.allclose(first, other, tolerance, tolerance) for other in others)
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    rtol, atol = (0.05, 0.02) if half else (1e-3, 1e-5)
+    return all(torch.allclose(first, other, rtol, atol, equal_nan=True) for other in others)
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,5 +1,8 @@
 """Blocks below the lowest adapted layer run once for all draws, and nothing else changes."""
 
+import gc
+import weakref
+
 import pyro
 import pytest
 import tiny
@@ -111,6 +114,21 @@ def test_no_hook_stays_behind():
     blora.predict(batch, 3)
     after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
     assert after == before == 1
+
+
+def test_a_pass_leaves_nothing_to_the_collector():
+    blora, batch = adapted("llama", 4, [2, 3])
+    blora.predict(batch, 5)
+    seen = []
+    first = blora.net.model.layers[0]
+    first.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])), prepend=True)
+    gc.collect()
+    gc.disable()
+    try:
+        blora.predict(batch, 5)
+        assert [hidden() for hidden in seen] == [None]
+    finally:
+        gc.enable()
 
 
 def test_joint_noise_still_has_a_weight_for_each_draw():
