@@ -13,7 +13,7 @@ from pyro_blora.inference.predict import predict_dataset
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.metrics import evaluate
 from pyro_blora.model import to_device
-from pyro_blora.modes import modes_kept
+from pyro_blora.modes import in_mode
 from pyro_blora.prediction import Prediction
 
 __all__ = ["PlainLoRA"]
@@ -150,8 +150,7 @@ class PlainLoRA:
             )
             return evaluate(prediction.probs, labels).nll
 
-        with modes_kept(self.net):
-            self.net.train()
+        with in_mode(self.net, training=True):
             return training_loop(
                 loss_of,
                 [{"params": list(self.parameters.values()), "lr": lr}],
@@ -172,8 +171,7 @@ class PlainLoRA:
                 arXiv:1506.02142); 0 makes one pass without.
         """
         batch = to_device(batch, next(self.net.parameters()).device)
-        with modes_kept(self.net):
-            self.net.eval()
+        with in_mode(self.net, training=False):
             for name, module in self.net.named_modules():
                 if num_samples and ".lora_dropout." in name:
                     module.train()

@@ -13,7 +13,7 @@ from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.kept_prefix import KeptPrefix, can_keep
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
-from pyro_blora.modes import modes_kept
+from pyro_blora.modes import in_mode
 from pyro_blora.shared_prefix import frozen_blocks, shared_prefix, whole_if_frozen
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
@@ -67,10 +67,11 @@ def logits_of_draws(
     likelihood, model = blora.likelihood, blora.model
     examples = likelihood.examples(batch)
     if num_samples == 0:
-        with modes_kept(blora.net):
-            blora.net.eval()
-            with model.applied(blora.sample_updates(0, batch)) as net:
-                logits = likelihood.logits(net, batch)
+        with (
+            in_mode(blora.net, training=False),
+            model.applied(blora.sample_updates(0, batch)) as net,
+        ):
+            logits = likelihood.logits(net, batch)
         yield logits.unsqueeze(0)
         return
     if max_rows is None:
@@ -83,8 +84,7 @@ def logits_of_draws(
     kept = KeptPrefix(frozen if can_keep(blora.net, frozen) else [])
     for start in range(0, num_samples, most):
         draws = min(most, num_samples - start)
-        with modes_kept(blora.net):  # between two passes the network is the caller's
-            blora.net.eval()
+        with in_mode(blora.net, training=False):  # between two passes the network is the caller's
             updates = blora.sample_updates(draws * each, batch)
             with (
                 model.applied(updates) as net,
@@ -126,8 +126,7 @@ def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
             "A linearisation has no place for the noise of a conditional; use num_samples draws, "
             "or a prior with conditional='deterministic'."
         )
-    with modes_kept(blora.net):
-        blora.net.eval()
+    with in_mode(blora.net, training=False):
         logits, jacobian = logit_jacobian(blora, batch)
     assert isinstance(blora.guide, StructuredGuide)
     blora.guide.center(batch)  # an amortised family sees every example by itself again

@@ -63,11 +63,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 
 def check_out(out: Path, file: str, overwrite: bool) -> None:
     """Refuses a folder that has ``file`` already, or cannot be written to, before hours of work."""
-    if (out / file).exists() and not overwrite:
+    if os.path.lexists(out / file) and not overwrite:
         raise ConfigurationError(
             f"--out {out} has a {file} already; name another folder, or add --overwrite."
         )
-    lowest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    lowest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not lowest.is_dir() or not os.access(lowest, os.W_OK | os.X_OK):
         raise ConfigurationError(
             f"--out {out} cannot be written to: {lowest} is no folder, or not yours to write in."

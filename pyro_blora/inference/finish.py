@@ -17,7 +17,7 @@ from pyro_blora.inference.loop import Collate
 from pyro_blora.inference.widest import fit_isotropic
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import to_device
-from pyro_blora.modes import modes_kept
+from pyro_blora.modes import in_mode
 
 __all__ = ["finish", "is_post_hoc"]
 
@@ -76,8 +76,7 @@ def finish(
 
     was_precision, blora.model.precision = blora.model.precision, precision
     try:
-        with modes_kept(blora.net), pyro.validation_enabled(False):
-            blora.net.eval()
+        with in_mode(blora.net, training=False), pyro.validation_enabled(False):
             if any(isinstance(f, Laplace) for f in blora.guide.families().values()):
                 return fit_laplace(blora, batches())
             return {"width": fit_isotropic(blora, list(batches()))}

@@ -27,7 +27,7 @@ from pyro_blora.inference.loop import (
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, CausalLM
 from pyro_blora.model import to_device
-from pyro_blora.modes import modes_kept
+from pyro_blora.modes import in_mode
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
@@ -192,8 +192,7 @@ def fit(
         family.reopen()
     was_tempered, blora.model.precision = blora.model.kl_weight, precision
     try:
-        with modes_kept(blora.net), pyro.validation_enabled(False):
-            blora.net.train()
+        with in_mode(blora.net, training=True), pyro.validation_enabled(False):
             result = training_loop(
                 loss_of,
                 parameter_groups(both, rates),

@@ -75,7 +75,9 @@ def test_what_train_would_write_over_is_told_before_it_trains(run, model_dir, da
     options += ["--rank", 2, "--out"]
     out, file = tmp_path / "out", tmp_path / "file"
     file.write_text("mine")
-    for place in (file, file / "below"):
+    gone = tmp_path / "link"
+    gone.symlink_to(tmp_path / "gone")
+    for place in (file, file / "below", gone, gone / "below"):
         code, _, err = run("train", *options, place)
         assert code == 2
         assert "cannot be written to: " in err
