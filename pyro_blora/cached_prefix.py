@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.kept_prefix import can_skip, forwards_replaced, in_place_of
+from pyro_blora.kept_prefix import can_skip, entering, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
@@ -98,7 +98,7 @@ class PrefixCache:
                 yield module
 
     def _forward(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = entering(args, kwargs)
         if index == 0:
             self._keys, self._lengths = _keys(hidden, _by_name(self.blocks[0], args, kwargs))
         known = all(key in self._kept for key in self._keys)

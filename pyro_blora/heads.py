@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.last_block import last_block_at
-from pyro_blora.layers import Adapter, adapter_of
+from pyro_blora.layers import Adapter, adapter_of, put_forward_back
 from pyro_blora.pretrained_weight import is_quantised_tensor
 
 __all__ = ["logits_at"]
@@ -105,9 +105,7 @@ def _narrowed(
     finally:
         handle.remove()
         if narrow:
-            del head.forward
-            if before is not None:
-                head.forward = before
+            put_forward_back(head, before)
             if adapter is not None:
                 adapter.rows = None
 

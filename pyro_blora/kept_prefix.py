@@ -5,7 +5,7 @@ first pass runs them; the others start where the last of them ends.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.last_block import whole_last_block
+from pyro_blora.layers import put_forward_back
 from pyro_blora.probing import (
     agree,
     asked,
@@ -26,7 +27,7 @@ from pyro_blora.probing import (
     way_to,
 )
 
-__all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced", "in_place_of"]
+__all__ = ["KeptPrefix", "can_keep", "can_skip", "entering", "forwards_replaced", "in_place_of"]
 
 _CALLS = 8  # of the network in a pass; more are run again
 
@@ -41,9 +42,7 @@ def forwards_replaced(blocks: Sequence[nn.Module], forward: Callable[..., Any]) 
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):
-            del block.forward
-            if own is not None:
-                block.forward = own
+            put_forward_back(block, own)
 
 
 class KeptPrefix:
@@ -82,12 +81,17 @@ class KeptPrefix:
                 self.hits += 1
         last = index == len(self.blocks) - 1
         if self._found is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return self._found if last else in_place_of(self._found, hidden)
+            return self._found if last else in_place_of(self._found, entering(args, kwargs))
         output = own(*args, **kwargs)
         if last:
             self._kept.append((self._entering, output))
         return output
+
+
+def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block is given."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 def in_place_of(output: Any, hidden: Tensor | None) -> Any:

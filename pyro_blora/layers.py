@@ -23,6 +23,7 @@ __all__ = [
     "adapter_of",
     "checkpointable",
     "moved",
+    "put_forward_back",
     "updates_in_place",
     "updates_kept_for_backward",
     "without_updates",
@@ -71,9 +72,7 @@ class Adapter:
         """Takes the hook off the layer."""
         self._handle.remove()
         if vars(self._module).get("forward") is self._forward:  # and nobody's on top of it
-            del self._module.forward
-            if self._before is not None:
-                self._module.forward = self._before
+            put_forward_back(self._module, self._before)
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
@@ -82,6 +81,13 @@ def adapter_of(module: nn.Module) -> Adapter | None:
         if isinstance(hook, Adapter):
             return hook
     return None
+
+
+def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> None:
+    """Takes off what replaced a module's forward; ``before`` is another library's, or ``None``."""
+    del module.forward
+    if before is not None:
+        module.forward = before
 
 
 def moved(value: Any, device: torch.device) -> Any:

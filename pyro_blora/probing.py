@@ -1,7 +1,7 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -149,11 +149,9 @@ def rows_come_first(net: nn.Module, layers: Sequence[nn.Module]) -> bool | None:
     def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         leading.add(args[0].shape[:2])
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
         with asked(net):
             logits_for(net, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return ids.mT.shape not in leading

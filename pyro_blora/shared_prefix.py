@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_blora.kept_prefix import entering
 from pyro_blora.last_block import whole_last_block
 from pyro_blora.layers import Adapter
 from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
@@ -112,12 +113,8 @@ def _second_copy_apart(net: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[
     def after(block: nn.Module, args: Any, output: Any) -> Any:
         return _changed(output, other)
 
-    handles = [block.register_forward_hook(after) for block in above[:1]]
-    try:
+    with above[0].register_forward_hook(after) if above else nullcontext():
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -150,8 +147,7 @@ def _first_copy_alone(
         if not active():
             return None
         if block is frozen[0]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            rows = hidden.shape[0]
+            rows = entering(args, kwargs).shape[0]
         named = {name: first_copy(value, name) for name, value in kwargs.items()}
         return tuple(first_copy(value, i) for i, value in enumerate(args)), named
 
