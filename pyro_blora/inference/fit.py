@@ -123,8 +123,9 @@ def fit(
         validation_samples: posterior draws for a validation; 0 takes the posterior mean.
         keep_best: whether to go back to the best validation at the end.
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
-            adapted layer put out, and to run them in the first epoch alone. They run without
-            dropout. Takes the memory of one hidden state for each token of the training set.
+            adapted layer put out, and to run them in the first epoch and the first validation
+            alone. They run without dropout. Takes the memory of one hidden state for each token of
+            the training set and of the validation set.
         seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
@@ -159,10 +160,11 @@ def fit(
     stream = (to_device(b, device) for b in batches(train, collate, options, length))
     first = next(stream)
     cache = PrefixCache(blora.net, blora.model.adapters) if cache_frozen_prefix else None
+    frozen_kept = nullcontext if cache is None else cache.in_place
     objective = Objective(blora, elbo, num_particles, num_steps, kl_warmup, kl_weight)
 
     def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        with nullcontext() if cache is None else cache.in_place():
+        with frozen_kept():
             return objective(batch, step)
 
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
@@ -177,10 +179,11 @@ def fit(
         assert validation is not None
         assert collate is not None
         held = list(validation) if length is None else sorted(validation, key=length)
-        parts = [
-            blora.log_predictive(collate(held[i : i + 2 * batch_size]), validation_samples)
-            for i in range(0, len(held), 2 * batch_size)
-        ]
+        with frozen_kept():
+            parts = [
+                blora.log_predictive(collate(held[i : i + 2 * batch_size]), validation_samples)
+                for i in range(0, len(held), 2 * batch_size)
+            ]
         return -float(torch.cat(parts).mean())
 
     if _post_hoc_families(blora) and isinstance(blora.likelihood, CausalLM):
@@ -206,15 +209,16 @@ def fit(
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if _post_hoc_families(blora):
-        finish(
-            blora,
-            train,
-            collate=collate,
-            length=length,
-            batch_size=batch_size,
-            precision=precision,
-            progress=progress,
-        )
+        with frozen_kept():
+            finish(
+                blora,
+                train,
+                collate=collate,
+                length=length,
+                batch_size=batch_size,
+                precision=precision,
+                progress=progress,
+            )
     return result
 
 

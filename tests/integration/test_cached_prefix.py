@@ -1,5 +1,6 @@
 """``fit(cache_frozen_prefix=True)``: frozen blocks run in the first epoch alone, equal losses."""
 
+import pyro
 import pytest
 import tiny
 import torch
@@ -7,6 +8,7 @@ from test_shared_prefix import CASES, adapted
 
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
 
@@ -79,6 +81,45 @@ def test_without_padding_each_row_runs_once():
     seen = passes(blora)
     history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
     assert seen == {0: 8, 1: 8, 2: 40}
+
+
+@pytest.mark.parametrize("draws", [0, 3])
+def test_validation_rows_run_once_and_count_the_same(draws):
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    rows, held = tiny.examples(12)[:ROWS], tiny.examples(12)[ROWS:]
+    options = {"validation": held, "validate_every": 2, "validation_samples": draws}
+    options |= {"num_steps": 8, "batch_size": 5, "progress": False, "collate": tiny.collate}
+    expected = fit(blora, rows, **options).validation
+    blora.load_state_dict(start)
+    seen = passes(tiny.asked(blora))
+    fit(blora, rows, cache_frozen_prefix=True, **{**options, "validation": None})
+    of_training = seen.pop(0)
+    blora.load_state_dict(start)
+    found = fit(blora, rows, cache_frozen_prefix=True, **options).validation
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    assert len(found) == 4
+    assert expected[0] != expected[-1]
+    assert seen[0] == of_training + len(held)
+
+
+@pytest.mark.parametrize("guide", [Laplace(), Isotropic()])
+def test_post_hoc_guides_find_the_same_width_and_run_no_frozen_block_for_it(guide):
+    widths = []
+    for cached in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2], guide=guide)
+        batch = tiny.sequences(8)
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        rows, collate = of_rows(batch)
+        seen = passes(tiny.asked(blora))
+        history(blora, rows, collate, cache_frozen_prefix=cached)
+        assert (seen[0] == 8) is cached
+        torch.manual_seed(0)
+        widths.append(blora.predict(batch, 4).samples.var(0))
+    torch.testing.assert_close(*widths, atol=1e-5, rtol=1e-3)
+    assert widths[0].amax() > 1e-4
 
 
 class Handed(torch.nn.Module):
