@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_blora.last_block import whole_last_block
 from pyro_blora.layers import put_forward_back
 from pyro_blora.probing import (
     agree,
@@ -141,7 +140,7 @@ def can_skip(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
     if ids is None:
         return None
     kept = KeptPrefix(blocks)
-    with asked(net), whole_last_block(net):
+    with asked(net):
         expected = logits_for(net, ids)
         if expected is None:
             return None

@@ -92,7 +92,7 @@ def _cannot_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
     if ids is None:
         return None
     twice = ids.repeat(2, 1)
-    with asked(net), whole_last_block(net), _second_copy_apart(net, frozen):
+    with asked(net), _second_copy_apart(net, frozen):
         expected = logits_for(net, twice)
         if expected is None:
             return None

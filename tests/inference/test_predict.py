@@ -165,6 +165,22 @@ def test_each_part_is_left_in_its_own_mode(num_samples):
     assert [module.training for module in blora.net.modules()] == before
 
 
+def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
+    class Merging(torch.nn.Linear):
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    blora = tiny.adapted()
+    blora.net.lm_head = Merging(blora.net.lm_head.in_features, blora.net.lm_head.out_features)
+    blora.net.train()
+    seen = []
+    blora.net.register_forward_pre_hook(lambda net, args: seen.append(net.lm_head.merged))
+    blora.predict(tiny.sequences(), 0)
+    assert seen[-1]
+    assert not blora.net.lm_head.merged
+
+
 def test_between_two_passes_the_network_is_in_its_own_mode():
     """Two predictions may take turns, and the one that ends first leaves the other as it was."""
     blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []

@@ -30,9 +30,10 @@ from pyro_blora import predictive
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip
+from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.probing import logits_for
 from pyro_blora.shared_prefix import frozen_blocks
 
 
@@ -233,6 +234,31 @@ def test_a_compiled_body_runs_in_every_pass():
     net.model.compile(backend="eager")
     with torch.no_grad():
         assert not can_keep(net, list(net.model.layers)[:2])
+
+
+def test_weights_that_are_shared_out_are_run_in_every_pass():
+    """Processes would have to skip together."""
+    net = tiny.llama(3)
+    net.lm_head.weight.full_tensor = lambda: net.lm_head.weight  # as a DTensor has it
+    with torch.no_grad():
+        assert not can_keep(net, list(net.model.layers)[:2])
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_blocks_may_put_out_lists(kind):
+    hidden, other = torch.ones(2, 3), torch.zeros(2, 3)
+    assert in_place_of(kind((hidden, 5)), other) == kind((other, None))
+    assert in_place_of(hidden, other) is other
+
+
+def test_a_network_that_knows_of_no_cache_is_asked_without_one():
+    net = tiny.llama(3)
+    ids = torch.arange(8, 16).reshape(1, 8)
+    with torch.no_grad():
+        expected = net(input_ids=ids).logits
+        own = net.forward
+        net.forward = lambda input_ids, attention_mask: own(input_ids, attention_mask)
+        torch.testing.assert_close(logits_for(net, ids), expected)
 
 
 def test_the_network_is_itself_between_passes_and_two_predictions_may_take_turns():

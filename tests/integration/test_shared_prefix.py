@@ -12,7 +12,7 @@ from pyro_blora import predictive
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.shared_prefix import frozen_blocks
+from pyro_blora.shared_prefix import _all_alike, frozen_blocks, shared_prefix
 
 CLASSES = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
 CASES = {
@@ -129,6 +129,21 @@ def test_a_pass_leaves_nothing_to_the_collector():
         assert [hidden() for hidden in seen] == [None]
     finally:
         gc.enable()
+
+
+def test_nothing_is_shared_without_an_update_in_place():
+    """While a network is asked what it can do, a batch is no repetition of anything."""
+    blora, batch = adapted("llama", 4, [2, 3])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad(), shared_prefix(blora.net, blora.model.adapters, 2):
+        found = blora.net(**inputs).logits
+    torch.testing.assert_close(found, blora.net(**inputs).logits)
+
+
+def test_not_a_number_in_both_copies_is_alike():
+    copies = torch.tensor([[0.5, torch.nan]]).repeat(2, 1)
+    assert _all_alike(copies, 2)
+    assert not _all_alike(copies + torch.tensor([[0.0], [1.0]]), 2)
 
 
 def test_joint_noise_still_has_a_weight_for_each_draw():
