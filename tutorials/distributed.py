@@ -14,6 +14,7 @@ losses is an unbiased estimate of the ELBO on all of their examples.
 
 import argparse
 import os
+from itertools import chain, repeat
 from pathlib import Path
 
 import pyro
@@ -108,7 +109,8 @@ def main() -> None:
     if arguments.state and arguments.state.exists():
         accelerator.load_state(arguments.state)
         done = int((arguments.state / "batches").read_text())
-    batches = iter(accelerator.skip_first_batches(loader, done))
+    rest_of_epoch = accelerator.skip_first_batches(loader, done % len(loader))
+    batches = chain(rest_of_epoch, chain.from_iterable(repeat(loader)))
     for step in range(done, done + arguments.steps * arguments.accumulate):
         with accelerator.accumulate(loss_of):
             loss = loss_of(next(batches))

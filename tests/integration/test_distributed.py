@@ -56,9 +56,9 @@ def test_a_sharded_network_trains_as_a_whole_one(tmp_path):
 
 
 def test_two_processes_resume_in_new_ones_where_they_stopped(tmp_path):
-    """The optimizer has momentum, and the draws of each process go on."""
-    whole = launched(tmp_path / "whole", 2, "--steps", "4")
-    half = ["--steps", "2", "--state", str(tmp_path / "state")]
+    """The optimizer has momentum, the draws of each process go on, and an epoch has eight steps."""
+    whole = launched(tmp_path / "whole", 2, "--steps", "10")
+    half = ["--steps", "5", "--state", str(tmp_path / "state")]
     stopped = launched(tmp_path / "stopped", 2, *half)
     resumed = launched(tmp_path / "resumed", 2, *half)
     for process in (0, 1):
