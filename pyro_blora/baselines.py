@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError, NonFiniteLossError
+from pyro_blora.frozen import Frozen
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
 from pyro_blora.inference.predict import predict_dataset
 from pyro_blora.likelihoods import Batch, Likelihood
@@ -59,9 +60,7 @@ class PlainLoRA:
             raise ConfigurationError(
                 "Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'."
             ) from error
-        self._before = [(p, p.requires_grad) for p in self.net.parameters()]
-        for parameter in self.net.parameters():
-            parameter.requires_grad_(False)
+        self._frozen = Frozen(self.net)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -86,8 +85,7 @@ class PlainLoRA:
                 setattr(self.net.get_submodule(parent), child, module.get_base_layer())
         if hasattr(self.net, "peft_config"):
             del self.net.peft_config
-        for parameter, required_grad in self._before:
-            parameter.requires_grad_(required_grad)
+        self._frozen.thaw()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors."""

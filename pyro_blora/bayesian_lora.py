@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_blora import checkpoints
 from pyro_blora.context import DRAWS_PLATE
 from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.frozen import Frozen
 from pyro_blora.guide import (
     GuideFactory,
     analytic_kl,
@@ -99,10 +100,8 @@ class BayesianLoRA(PyroModule):
         self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
         warn_of_aliases(self.model)
         self.guide, self.max_plate_nesting = make_guide(self.guide_family[0], self.model)
-        # By name: sharding and offloading put other tensors in a parameter's place
-        self._frozen = {n: p.requires_grad for n, p in net.named_parameters(remove_duplicate=False)}
         self.model.attach()
-        net.requires_grad_(False)
+        self._frozen = Frozen(net)
 
     @property
     def net(self) -> nn.Module:
@@ -123,8 +122,7 @@ class BayesianLoRA(PyroModule):
         """Takes the hooks off and gives the network back exactly as it was."""
         self.model.detach()
         leave_store({"model": self.model, "guide": self.guide})
-        for name, parameter in self.net.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(self._frozen[name])
+        self._frozen.thaw()
         return self.net
 
     def sample_updates(

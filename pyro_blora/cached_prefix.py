@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.kept_prefix import can_skip, entering, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
+from pyro_blora.modes import modes_kept
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
 __all__ = ["PrefixCache"]
@@ -75,19 +76,16 @@ class PrefixCache:
         All that runs before the lowest adapted block is in evaluation mode: dropout would make
         a row another one at each visit.
         """
-        prefix = [module for module in self._before_blocks() if module.training]
-        prefix += [m for block in self.blocks for m in block.modules() if m.training]
-        for module in prefix:
-            module.training = False
-        try:
-            with (
-                forwards_replaced(self.blocks, self._forward),
-                whole_if_frozen(self.net, self._names),
-            ):
-                yield
-        finally:
+        prefix = list(self._before_blocks())
+        prefix += [module for block in self.blocks for module in block.modules()]
+        with (
+            modes_kept(prefix),
+            forwards_replaced(self.blocks, self._forward),
+            whole_if_frozen(self.net, self._names),
+        ):
             for module in prefix:
-                module.training = True
+                module.training = False
+            yield
 
     def _before_blocks(self) -> Iterator[nn.Module]:
         """Leaves registered ahead of the blocks: embeddings and their dropout."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_blora.layers import put_forward_back
 from pyro_blora.probing import (
@@ -75,16 +75,23 @@ class KeptPrefix:
             leaves = tree_leaves((args, kwargs))
             self._found = next((out for seen, out in self._kept if _equal(seen, leaves)), None)
             if self._found is None:
-                self._entering = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+                self._entering = _copied(leaves)
             else:
                 self.hits += 1
         last = index == len(self.blocks) - 1
+        if self._found is not None and last:
+            return _copied(self._found)
         if self._found is not None:
-            return self._found if last else in_place_of(self._found, entering(args, kwargs))
+            return in_place_of(self._found, entering(args, kwargs))
         output = own(*args, **kwargs)
         if last:
-            self._kept.append((self._entering, output))
+            self._kept.append((self._entering, _copied(output)))
         return output
+
+
+def _copied(values: Any) -> Any:
+    """The same with tensors of its own, which hooks that write in place do not reach."""
+    return tree_map_only(Tensor, Tensor.clone, values)
 
 
 def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -1,6 +1,6 @@
 """The mode of each module of a network, training or evaluation, put back after use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -9,12 +9,9 @@ __all__ = ["in_mode", "modes_kept"]
 
 
 @contextmanager
-def modes_kept(net: nn.Module) -> Iterator[None]:
-    """Within, the modules of ``net`` may be put into any mode; afterwards each is in its own again.
-
-    ``net.train(net.training)`` would not do: a part may have been left in evaluation mode.
-    """
-    modes = [(module, module.training) for module in net.modules()]
+def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, these modules may be noted to be in any mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in modules]
     try:
         yield
     finally:
@@ -31,10 +28,23 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
         with in_mode(net, training=False):
             logits = net(**inputs).logits
     """
-    before = net.training
-    with modes_kept(net):
+    modes = {module: module.training for module in net.modules()}
+    try:
         net.train(training)
-        try:
-            yield
-        finally:
-            net.train(before)  # some modules do more in it than note the mode
+        yield
+    finally:
+        _put_back(net, modes)
+
+
+def _put_back(module: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """By ``train``, in which some do more than note the mode, where all parts are in one mode.
+
+    Otherwise part by part: one that was left in another mode than the whole may mind being told.
+    """
+    before = modes[module]
+    if all(modes.get(part, before) == before for part in module.modules()):
+        module.train(before)
+        return
+    module.training = before
+    for child in module.children():
+        _put_back(child, modes)

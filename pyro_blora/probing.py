@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -38,7 +39,7 @@ def asked(net: nn.Module) -> Iterator[None]:
     first evaluated.
     """
     device = device_of(net.modules())
-    with modes_kept(net):
+    with modes_kept(net.modules()):
         for module in net.modules():
             if not is_quantised(module):
                 module.training = False
@@ -70,7 +71,10 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
 
 def vocabulary_of(net: nn.Module) -> int:
     """How many tokens the network declares to know; 0 where it declares none."""
-    return int(getattr(getattr(net, "config", None), "vocab_size", 0) or 0)
+    config: Any = getattr(net, "config", None)
+    if hasattr(config, "get_text_config"):  # of a network of several modalities
+        config = config.get_text_config(decoder=True)
+    return int(getattr(config, "vocab_size", 0) or 0)
 
 
 def shared_out(net: nn.Module) -> bool:

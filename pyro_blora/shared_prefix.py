@@ -30,8 +30,8 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         names: full names of the adapted layers.
 
     Returns:
-        None where the blocks cannot be told: layers in two lists (an encoder and a decoder), or a
-        layer outside of them that is not the network's head.
+        None where the blocks cannot be told: layers in two lists (an encoder and a decoder), a
+        layer outside of them that is not the network's head, or a block that stands there twice.
     """
     found = [_BLOCK.match(name) for name in names]
     heads = {id(getattr(net, "get_output_embeddings", lambda: None)())}
@@ -46,7 +46,8 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         return []
     blocks = net.get_submodule(paths.pop())
     lowest = min(int(match.group(2)) for match in found if match is not None)
-    return list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
+    found_blocks = list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
+    return found_blocks if len(set(found_blocks)) == len(found_blocks) else []
 
 
 def whole_if_frozen(net: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
@@ -71,7 +72,7 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
     names = [adapter.name for adapter in adapters]
     frozen = frozen_blocks(net, names)
     # Asked whatever this batch is: where processes run one network, all of them ask at once
-    if not frozen or _cannot_share(net, frozen) or copies == 1:
+    if not frozen or not _can_share(net, frozen) or copies == 1:
         yield
         return
     with (
@@ -82,8 +83,8 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
 
 
 @remembered
-def _cannot_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
-    """Whether the network, asked for the logits of two copies of a few rows, gives other ones.
+def _can_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
+    """Whether the network, asked for the logits of two copies of a few rows, gives the same.
 
     The copies are made to differ above the frozen blocks, as draws do: a network that runs its
     blocks in a loop comes back to the frozen ones with other hidden states for each.
@@ -97,7 +98,7 @@ def _cannot_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
         if expected is None:
             return None
         with _first_copy_alone(frozen, 2, lambda: True):
-            return not agree(logits_for(net, twice), expected)
+            return agree(logits_for(net, twice), expected)
 
 
 @contextmanager
@@ -152,7 +153,6 @@ def _first_copy_alone(
         return tuple(first_copy(value, i) for i, value in enumerate(args)), named
 
     def after(block: nn.Module, args: Any, output: Any) -> Any:
-        cut.clear()
         return _changed(output, repeat) if active() else None
 
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]

@@ -193,7 +193,8 @@ def fit(
         )
     for family in _post_hoc_families(blora):
         family.reopen()
-    was_tempered, blora.model.precision = blora.model.kl_weight, precision
+    before = blora.model.kl_weight, blora.model.precision
+    blora.model.precision = precision
     try:
         with in_mode(blora.net, training=True), pyro.validation_enabled(False):
             result = training_loop(
@@ -205,7 +206,7 @@ def fit(
                 state=blora.state_dict,
             )
     finally:
-        blora.model.kl_weight, blora.model.precision = was_tempered, "float32"
+        blora.model.kl_weight, blora.model.precision = before
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if _post_hoc_families(blora):

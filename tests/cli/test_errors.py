@@ -98,6 +98,11 @@ def test_what_compare_would_write_over_is_told_before_it_trains(run, model_dir, 
     assert code == 2
     assert "has a results.json already" in err
     assert (tmp_path / "results.json").read_text() == "mine"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "results.json").symlink_to(tmp_path / "gone")
+    code, _, err = compare(run, model_dir, data_dir, tmp_path / "linked")
+    assert code == 2
+    assert "has a results.json already" in err
     code, _, err = compare(run, model_dir, data_dir, tmp_path / "results.json" / "below")
     assert code == 2
     assert "cannot be written to: " in err

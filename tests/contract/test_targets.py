@@ -5,6 +5,7 @@ from functools import partial
 import pyro
 import pytest
 import tiny
+import torch
 from torch import nn
 
 from pyro_blora import BayesianLoRA
@@ -166,6 +167,19 @@ def test_a_layer_is_adapted_once():
     for module in net.modules():
         assert not module._forward_hooks
         assert "forward" not in vars(module)
+
+
+def test_what_was_put_into_the_network_since_stays_as_it_is():
+    """The names of its parts may be others by then, and what came is not to be frozen or thawed."""
+    net = tiny.llama()
+    net.model.norm.requires_grad_(False)
+    blora = tiny.adapted(net)
+    net.value, net.frozen = nn.Linear(4, 1), nn.Linear(4, 1).requires_grad_(False)
+    net.model = torch.compile(net.model, backend="eager")
+    blora.unwrap()
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    left = {name for name, _ in net.named_parameters()} - trained
+    assert left == {"model._orig_mod.norm.weight", "frozen.weight", "frozen.bias"}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

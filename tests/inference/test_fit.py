@@ -122,6 +122,13 @@ def test_without_keep_best_the_last_state_stays(run):
     assert contrary_nll(blora) == pytest.approx(result.validation[-1][1], rel=1e-4)
 
 
+def test_the_precision_afterwards_is_the_one_before(run):
+    blora = tiny.adapted(num_data=10)
+    blora.model.precision = "bfloat16"
+    run(blora, num_steps=1, precision="float32")
+    assert blora.model.precision == "bfloat16"
+
+
 def test_validation_by_samples_leaves_training_mode(run):
     blora = tiny.asked(tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0)))
     modes = []

@@ -12,8 +12,12 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    CLIPVisionConfig,
     FalconConfig,
     FalconForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MptConfig,
     MptForCausalLM,
     OPTConfig,
@@ -30,7 +34,7 @@ from pyro_blora import predictive
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
+from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, entering, in_place_of
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.probing import logits_for
@@ -112,6 +116,16 @@ def xlstm():
     return xLSTMForCausalLM(xLSTMConfig(vocab_size=32, hidden_size=16, num_blocks=4, num_heads=2))
 
 
+def llava():
+    """Its vocabulary is that of a part; it is asked without a picture."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=8, patch_size=4)
+    text = LlamaConfig(**sizes, vocab_size=32, num_hidden_layers=4, num_key_value_heads=2)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
+    )
+
+
 # Architecture, adapted layers, likelihood, whether the blocks below can be skipped
 OTHERS = {
     "falcon": (falcon, r".*h\.[23]\.self_attention\.query_key_value", TOKENS, True),
@@ -120,6 +134,7 @@ OTHERS = {
     "opt": (opt, r".*layers\.[23]\.self_attn\.[qv]_proj", TOKENS, True),
     "xlm": (xlm, r".*attentions\.[23]\.[qv]_lin", SequenceClassification(num_data=12), False),
     "xlstm": (xlstm, r".*blocks\.[23]\.mlstm_layer\.[qv]", TOKENS, True),
+    "llava": (llava, r".*language_model.*layers\.[23]\.self_attn\.[qv]_proj", TOKENS, True),
     "bart": (bart, r".*decoder\.layers\.[23]\.encoder_attn\.[qv]_proj", DECODED, True),
     "t5": (t5, r"decoder\.block\.[23]\..*EncDecAttention\.[qv]", DECODED, None),
 }
@@ -277,6 +292,35 @@ def test_the_network_is_itself_between_passes_and_two_predictions_may_take_turns
         second.close()
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert all("forward" not in vars(block) for block in blora.net.model.layers)
+
+
+def test_hooks_that_write_in_place_reach_nothing_that_is_kept(monkeypatch):
+    """On the first of the frozen blocks, which is given it, and on the last, which puts it out."""
+    blora, batch = adapted("llama", 4, [2, 3])
+    below = blora.net.model.layers
+    unchanged = of_draws(blora, batch)
+    below[0].register_forward_pre_hook(lambda block, args: args[0].mul_(2))
+    below[1].register_forward_hook(lambda block, args, output: output.mul_(-1))
+    found = of_draws(blora, batch)
+    monkeypatch.setattr(predictive, "can_keep", lambda *_: False)
+    torch.testing.assert_close(found, of_draws(blora, batch), atol=2e-5, rtol=0)
+    assert not torch.allclose(found, unchanged, atol=1e-3)
+
+
+def test_blocks_that_write_over_what_they_are_given():
+    block = torch.nn.Identity()
+    block.forward = lambda hidden: hidden.mul_(2.0)
+    kept = KeptPrefix([block])
+    with kept.in_place():
+        found = [block(torch.ones(2)) for _ in range(3)]
+    assert kept.hits == 2
+    torch.testing.assert_close(found, [torch.full((2,), 2.0)] * 3)
+
+
+def test_hidden_states_may_enter_by_name():
+    hidden = torch.ones(2, 3)
+    assert entering((), {"attention_mask": None, "hidden_states": hidden}) is hidden
+    assert entering((hidden, None), {}) is hidden
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -88,6 +89,51 @@ def test_blocks_that_run_in_a_loop_share_nothing(monkeypatch):
     torch.testing.assert_close(blora.predict(tiny.sequences(4), 5).samples, together)
 
 
+class Plain(torch.nn.Module):
+    """A network of one's own, which declares nothing and runs its blocks twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(tiny.VOCABULARY, 8)
+        blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3)]
+        self.blocks = torch.nn.ModuleList(blocks)
+        self.head = torch.nn.Linear(8, len(tiny.ANSWERS))
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embed(input_ids)
+        for block in (*self.blocks, *self.blocks):
+            hidden = hidden + block(hidden)
+        return SimpleNamespace(logits=self.head(hidden.mean(1)))
+
+
+def test_a_network_that_cannot_be_asked_shares_nothing():
+    torch.manual_seed(0)
+    blora = tiny.adapted(
+        Plain(),
+        target_modules=["blocks.2.0"],
+        likelihood=SequenceClassification(num_data=12),
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=MatrixNormal(init_scale=1.0),
+    )
+    torch.manual_seed(0)
+    together = blora.predict(tiny.sequences(4), 5).samples
+    inputs = {k: v.repeat(5, 1) for k, v in tiny.sequences(4).items() if k != "labels"}
+    torch.manual_seed(0)
+    with torch.no_grad(), blora.model.applied(blora.sample_updates(5)) as net:
+        expected = net(**inputs).logits.softmax(-1).unflatten(0, (5, 4))
+    torch.testing.assert_close(together, expected)
+    assert expected.std(0).max() > 0.01
+
+
+def test_a_block_that_stands_twice_among_the_frozen_ones_is_not_shared():
+    net = tiny.llama(5)
+    first, second, *_, last = net.model.layers
+    net.model.layers = torch.nn.ModuleList([first, second, first, second, last])
+    blora = tiny.adapted(net, layers_to_transform=[4])
+    assert blora.predict(tiny.sequences(4), 5).samples.shape == (5, 4, 3)
+    assert not frozen_blocks(net, [adapter.name for adapter in blora.model.adapters])
+
+
 def test_an_adapted_head_alone_shares_every_block():
     net = tiny.llama(3)
     blora = tiny.asked(tiny.adapted(net, target_modules=["lm_head"]))
@@ -120,13 +166,16 @@ def test_a_pass_leaves_nothing_to_the_collector():
     blora, batch = adapted("llama", 4, [2, 3])
     blora.predict(batch, 5)
     seen = []
-    first = blora.net.model.layers[0]
-    first.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])), prepend=True)
+
+    def note(block, args, kwargs):
+        seen.extend(weakref.ref(x) for x in (args[0], kwargs["attention_mask"]))
+
+    blora.net.model.layers[0].register_forward_pre_hook(note, prepend=True, with_kwargs=True)
     gc.collect()
     gc.disable()
     try:
         blora.predict(batch, 5)
-        assert [hidden() for hidden in seen] == [None]
+        assert [tensor() for tensor in seen] == [None, None]
     finally:
         gc.enable()
 

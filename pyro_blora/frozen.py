@@ -1,0 +1,36 @@
+"""The network's own parameters: frozen while an adapter is on it, afterwards as they were."""
+
+from torch import nn
+
+__all__ = ["Frozen"]
+
+
+class Frozen:
+    """Freezes all of a network until :meth:`thaw`.
+
+    A parameter is known by its module and its name there: sharding and offloading put another
+    tensor in its place, and in a part that was compiled its full name is another.
+
+    Args:
+        net: the network.
+
+    Example::
+
+        frozen = Frozen(net)  # no parameter requires a gradient
+        frozen.thaw()  # those do that did before
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._before = [
+            (module, name, parameter.requires_grad)
+            for module in net.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        net.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """Each parameter requires a gradient as it did; those that came later stay as they are."""
+        for module, name, trained in self._before:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(trained)
