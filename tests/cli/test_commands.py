@@ -2,6 +2,8 @@ import json
 
 import pyro
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pyro_blora.recipes import RECIPES
 
@@ -50,6 +52,29 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert "bayesian-lora" in text
     assert "±" in text
+
+
+def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path):
+    common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+    options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1]
+    written = []
+    for more in ([], ["--cache-frozen-prefix"]):
+        pyro.clear_param_store()
+        out = tmp_path / f"adapter{len(written)}"
+        code, text, err = run("train", *common, *options, *more, "--out", out)
+        assert code == 0, err
+        config = (out / "bayesian_lora_config.json").read_text()
+        assert "layers.1." in config
+        assert "layers.0." not in config
+        written.append(load_file(out / "bayesian_lora.safetensors"))
+    for name, value in written[0].items():
+        torch.testing.assert_close(value, written[1][name], atol=2e-3, rtol=0)
+    pyro.clear_param_store()
+    code, text, err = run("evaluate", *common, "--adapter", out, "--num-samples", 2)
+    assert code == 0, err
+    code, _, err = run("train", *common, "--top", 99, "--out", tmp_path / "none")
+    assert code == 2
+    assert "--top 99 is more than the network's 2 blocks." in err
 
 
 def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):
