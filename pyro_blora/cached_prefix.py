@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.kept_prefix import can_skip, entering, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
 from pyro_blora.modes import modes_kept
+from pyro_blora.probing import agree, asked, logits_for, padding_of, remembered, tokens_for
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
 __all__ = ["PrefixCache"]
@@ -38,8 +40,8 @@ class PrefixCache:
         adapters: those on its layers.
 
     Raises:
-        ConfigurationError: no block lies below the lowest adapted layer, or others read more of
-            the blocks than what the last of them puts out.
+        ConfigurationError: no block lies below the lowest adapted layer, others read more of the
+            blocks than what the last of them puts out, or blocks read a row's padding.
 
     Example::
 
@@ -51,23 +53,25 @@ class PrefixCache:
     def __init__(self, net: nn.Module, adapters: Sequence[Adapter]) -> None:
         self.net = net
         self._names = [adapter.name for adapter in adapters]
-        self.blocks = frozen_blocks(net, self._names)
-        if not self.blocks:
+        blocks = frozen_blocks(net, self._names)
+        if not blocks:
             raise ConfigurationError(
                 "cache_frozen_prefix: no block of the network lies below its lowest adapted layer, "
                 "so there is nothing to keep. Adapt the upper layers alone, as with "
                 "BayesianLoRA(net, layers_to_transform=[22, 23, ...])."
             )
-        if not can_skip(net, self.blocks):
+        if not can_skip(net, blocks):
             raise ConfigurationError(
                 f"cache_frozen_prefix: {type(net).__name__} gives other logits, or none, where its "
-                f"lowest {len(self.blocks)} blocks are skipped and the output of the last of them "
-                "is put in their place. Train without the cache."
+                f"lowest {len(blocks)} blocks are skipped and the output of the last of them is "
+                "put in their place. Train without the cache."
             )
-        self._kept: dict[bytes, Tensor] = {}
-        self._keys: list[bytes] = []
-        self._lengths: list[int] = []
-        self._form: Any = None  # what blocks put out, its tensors left out
+        if not _alike_at_other_padding(net, blocks):
+            raise ConfigurationError(
+                f"cache_frozen_prefix: what {type(net).__name__} makes of a row depends on its "
+                "padding, which differs from visit to visit. Train without the cache."
+            )
+        self._rows = _Rows(net, blocks)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -76,13 +80,43 @@ class PrefixCache:
         All that runs before the lowest adapted block is in evaluation mode: dropout would make
         a row another one at each visit.
         """
+        with self._rows.in_place(), whole_if_frozen(self.net, self._names):
+            yield
+
+
+@remembered
+def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
+    """Whether rows that come again, padded to another length, give the logits that they give."""
+    ids = tokens_for(net, 3)
+    if ids is None:
+        return None
+    mask, none = torch.ones_like(ids), padding_of(net)
+    ids[1:, -3:], mask[1:, -3:] = none, 0
+    visits = [(ids, mask), (pad(ids, (0, 4), value=none), pad(mask, (0, 4)))]
+    with asked(net):
+        expected = [logits_for(net, *visit) for visit in visits]
+        with _Rows(net, blocks).in_place():
+            found = [logits_for(net, *visit) for visit in visits]
+    return all(map(agree, found, expected))
+
+
+class _Rows:
+    """What the last of ``blocks`` puts out for each row."""
+
+    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.net = net
+        self.blocks = blocks
+        self._kept: dict[bytes, Tensor] = {}
+        self._keys: list[bytes] = []
+        self._lengths: list[int] = []
+        self._form: Any = None  # what blocks put out, its tensors left out
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the blocks are skipped by rows that were seen, and nothing has dropout."""
         prefix = list(self._before_blocks())
         prefix += [module for block in self.blocks for module in block.modules()]
-        with (
-            modes_kept(prefix),
-            forwards_replaced(self.blocks, self._forward),
-            whole_if_frozen(self.net, self._names),
-        ):
+        with modes_kept(prefix), forwards_replaced(self.blocks, self._forward):
             for module in prefix:
                 module.training = False
             yield
@@ -95,7 +129,7 @@ class PrefixCache:
             if not list(module.children()):
                 yield module
 
-    def _forward(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         hidden = entering(args, kwargs)
         if index == 0:
             self._keys, self._lengths = _keys(hidden, _by_name(self.blocks[0], args, kwargs))

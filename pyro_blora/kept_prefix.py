@@ -33,7 +33,10 @@ _CALLS = 8  # of the network in a pass; more are run again
 
 @contextmanager
 def forwards_replaced(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within, ``forward(index, own, *args, **kwargs)`` stands in for each block's own forward."""
+    """Within, ``forward(index, own, *args, **kwargs)`` stands in for each block's own forward.
+
+    The first two by position alone: a block may be given anything else by any name.
+    """
     before = [vars(block).get("forward") for block in blocks]  # another library's
     for index, block in enumerate(blocks):
         block.forward = partial(forward, index, block.forward)
@@ -70,7 +73,7 @@ class KeptPrefix:
         with forwards_replaced(self.blocks, self._forward):
             yield
 
-    def _forward(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if index == 0:
             leaves = tree_leaves((args, kwargs))
             self._found = next((out for seen, out in self._kept if _equal(seen, leaves)), None)

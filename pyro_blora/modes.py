@@ -28,23 +28,24 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
         with in_mode(net, training=False):
             logits = net(**inputs).logits
     """
-    modes = {module: module.training for module in net.modules()}
+    before = {module: module.training for module in net.modules()}
     try:
-        net.train(training)
+        _put(net, dict.fromkeys(before, training))
         yield
     finally:
-        _put_back(net, modes)
+        _put(net, before)
 
 
-def _put_back(module: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
-    """By ``train``, in which some do more than note the mode, where all parts are in one mode.
+def _put(module: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """By ``train``, in which some do more than note the mode, where all parts go as one.
 
     Otherwise part by part: one that was left in another mode than the whole may mind being told.
     """
-    before = modes[module]
-    if all(modes.get(part, before) == before for part in module.modules()):
-        module.train(before)
+    ways = {(part.training, modes.get(part, part.training)) for part in module.modules()}
+    mode = modes.get(module, module.training)
+    if len(ways) == 1:
+        module.train(mode)
         return
-    module.training = before
+    module.training = mode
     for child in module.children():
-        _put_back(child, modes)
+        _put(child, modes)

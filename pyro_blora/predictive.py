@@ -14,7 +14,7 @@ from pyro_blora.kept_prefix import KeptPrefix, can_keep
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
 from pyro_blora.modes import in_mode
-from pyro_blora.shared_prefix import frozen_blocks, shared_prefix, whole_if_frozen
+from pyro_blora.shared_prefix import can_share, frozen_blocks, shared_prefix, whole_if_frozen
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
 
@@ -32,7 +32,7 @@ def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
     if blora.model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
     frozen = frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
-    if frozen and not can_keep(blora.net, frozen):
+    if frozen and not can_keep(blora.net, frozen) and can_share(blora.net, frozen):
         return _ROWS
     ids, scored = batch["input_ids"], batch.get("option_mask")
     tokens = int(ids.numel()) // len(ids)

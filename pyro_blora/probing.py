@@ -1,8 +1,8 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,6 +20,7 @@ __all__ = [
     "asked",
     "in_plain_sight",
     "logits_for",
+    "padding_of",
     "remembered",
     "rows_come_first",
     "shared_out",
@@ -71,10 +72,22 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
 
 def vocabulary_of(net: nn.Module) -> int:
     """How many tokens the network declares to know; 0 where it declares none."""
-    config: Any = getattr(net, "config", None)
-    if hasattr(config, "get_text_config"):  # of a network of several modalities
-        config = config.get_text_config(decoder=True)
-    return int(getattr(config, "vocab_size", 0) or 0)
+    return int(getattr(_text_config(net), "vocab_size", 0) or 0)
+
+
+def padding_of(net: nn.Module) -> int:
+    """The token that pads a row."""
+    return int(getattr(_text_config(net), "pad_token_id", 0) or 0)
+
+
+def _text_config(net: nn.Module) -> Any:
+    """What the network, or the first part that does, declares."""
+    configs = (getattr(module, "config", None) for module in net.modules())
+    config: Any = next(filter(None, configs), None)
+    if not hasattr(config, "vocab_size") and hasattr(config, "get_text_config"):
+        with suppress(TypeError, ValueError):  # of several modalities; or of several texts
+            return config.get_text_config()
+    return config
 
 
 def shared_out(net: nn.Module) -> bool:
@@ -112,15 +125,27 @@ def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
     return (ids * 5 % 7 + 1).reshape(rows, 8)
 
 
-def logits_for(net: nn.Module, ids: Tensor) -> Tensor | None:
-    """The network's logits of rows without padding; ``None`` where it refuses them."""
+def logits_for(net: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """The network's logits of real tokens, or of rows; ``None`` where it refuses the rows.
 
-    def question(**options: bool) -> Tensor:
-        found: Tensor = net(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
-        return found
+    Args:
+        net: the network.
+        ids: rows of tokens, ``(R, T)``.
+        mask: which of them are real; default: all.
+    """
+    real = torch.ones_like(ids) if mask is None else mask
 
-    found = answer(lambda: question(use_cache=False))
-    return answer(question) if found is None else found  # an encoder may not know of caches
+    def question(**options: Any) -> Tensor:
+        found: Tensor = net(input_ids=ids, attention_mask=real, **options).logits
+        return found[real.bool()] if found.dim() == 3 and found.shape[:2] == ids.shape else found
+
+    # an encoder may not know of caches, and a decoder beside one asks for tokens of its own
+    ways: list[dict[str, Any]] = [{"use_cache": False}, {}, {"decoder_input_ids": ids}]
+    for options in ways:
+        found = answer(partial(question, **options))
+        if found is not None:
+            return found
+    return None
 
 
 def remembered(ask: AboutBlocks) -> AboutBlocks:

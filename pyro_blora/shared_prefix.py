@@ -17,7 +17,7 @@ from pyro_blora.last_block import whole_last_block
 from pyro_blora.layers import Adapter
 from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
 
-__all__ = ["frozen_blocks", "shared_prefix", "whole_if_frozen"]
+__all__ = ["can_share", "frozen_blocks", "shared_prefix", "whole_if_frozen"]
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
@@ -30,7 +30,7 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         names: full names of the adapted layers.
 
     Returns:
-        None where the blocks cannot be told: layers in two lists (an encoder and a decoder), a
+        None of them where they cannot be told: layers in two lists (an encoder and a decoder), a
         layer outside of them that is not the network's head, or a block that stands there twice.
     """
     found = [_BLOCK.match(name) for name in names]
@@ -72,7 +72,7 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
     names = [adapter.name for adapter in adapters]
     frozen = frozen_blocks(net, names)
     # Asked whatever this batch is: where processes run one network, all of them ask at once
-    if not frozen or not _can_share(net, frozen) or copies == 1:
+    if not frozen or not can_share(net, frozen) or copies == 1:
         yield
         return
     with (
@@ -83,7 +83,7 @@ def shared_prefix(net: nn.Module, adapters: Sequence[Adapter], copies: int) -> I
 
 
 @remembered
-def _can_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
+def can_share(net: nn.Module, frozen: Sequence[nn.Module]) -> bool | None:
     """Whether the network, asked for the logits of two copies of a few rows, gives the same.
 
     The copies are made to differ above the frozen blocks, as draws do: a network that runs its

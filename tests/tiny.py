@@ -1,6 +1,7 @@
 """Transformers of a few thousand weights, made from their configurations, and batches for them."""
 
 import inspect
+from contextlib import suppress
 
 import pyro
 import torch
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from pyro_blora import BayesianLoRA, guides, models
+from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.predictive import rows_of_a_pass
 from pyro_blora.shared_prefix import shared_prefix
@@ -185,6 +188,8 @@ def asked(blora):
         rows_of_a_pass(blora, sequences())
         with shared_prefix(blora.net, blora.model.adapters, 1):
             pass
+    with suppress(ConfigurationError):
+        PrefixCache(blora.net, blora.model.adapters)
     return blora
 
 

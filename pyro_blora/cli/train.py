@@ -38,11 +38,11 @@ def run(
     top: Annotated[
         int | None, typer.Option(help="Adapt the top blocks alone, this many; default: all.", min=1)
     ] = None,
-    cache_frozen_prefix: Annotated[
+    cache_frozen: Annotated[
         bool,
         typer.Option(
-            "--cache-frozen-prefix",
-            help="Run the blocks below those once for each example (takes memory).",
+            "--cache-frozen",
+            help="Run the blocks below --top once for each example, without dropout; takes memory.",
         ),
     ] = False,
     precision: o.Precision = "bfloat16",
@@ -59,11 +59,13 @@ def run(
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
     Adapters in the upper blocks alone train and predict in a fraction of the
-    time: add --top 10 --cache-frozen-prefix.
+    time: add --top 10 --cache-frozen.
     """
     data = load_task(task, data_dir=data_dir, max_train=max_train, seed=seed)
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
+    if cache_frozen and top is None:
+        raise ConfigurationError("--cache-frozen needs --top: else no block is frozen.")
     made = recipe(method)
     o.check_out(out, CONFIG, overwrite)
     net, tokenizer = load_pretrained(model)
@@ -88,7 +90,7 @@ def run(
         num_steps=max_steps,
         batch_size=batch_size,
         precision=precision,
-        cache_frozen_prefix=cache_frozen_prefix,
+        cache_frozen_prefix=cache_frozen,
         seed=seed,
         **made.fit,
     )
@@ -100,7 +102,9 @@ def run(
 
 
 def _top_blocks(net: nn.Module, count: int) -> list[int]:
-    depth = int(net.config.get_text_config(decoder=True).num_hidden_layers)  # type: ignore[operator, union-attr]
-    if count > depth:
-        raise ConfigurationError(f"--top {count} is more than the network's {depth} blocks.")
+    depth = int(net.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
+    if count >= depth:
+        raise ConfigurationError(
+            f"--top {count} is not below the network's {depth} blocks; leave it out to adapt all."
+        )
     return list(range(depth - count, depth))

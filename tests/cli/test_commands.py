@@ -1,10 +1,13 @@
 import json
+import sys
 
 import pyro
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
+from pyro_blora.cli.train import _top_blocks
 from pyro_blora.recipes import RECIPES
 
 ROW = {
@@ -54,15 +57,19 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
     assert "±" in text
 
 
-def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path):
+def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypatch):
     common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
     options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1]
-    written = []
-    for more in ([], ["--cache-frozen-prefix"]):
+    written, kept = [], []
+    fitting = sys.modules["pyro_blora.inference.fit"]
+    made = fitting.PrefixCache
+    monkeypatch.setattr(fitting, "PrefixCache", lambda *args: kept.append(1) or made(*args))
+    for more in ([], ["--cache-frozen"]):
         pyro.clear_param_store()
         out = tmp_path / f"adapter{len(written)}"
-        code, text, err = run("train", *common, *options, *more, "--out", out)
+        code, _, err = run("train", *common, *options, *more, "--out", out)
         assert code == 0, err
+        assert len(kept) == len(written)
         config = (out / "bayesian_lora_config.json").read_text()
         assert "layers.1." in config
         assert "layers.0." not in config
@@ -70,11 +77,19 @@ def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path):
     for name, value in written[0].items():
         torch.testing.assert_close(value, written[1][name], atol=2e-3, rtol=0)
     pyro.clear_param_store()
-    code, text, err = run("evaluate", *common, "--adapter", out, "--num-samples", 2)
+    code, _, err = run("evaluate", *common, "--adapter", out, "--num-samples", 2)
     assert code == 0, err
-    code, _, err = run("train", *common, "--top", 99, "--out", tmp_path / "none")
+    code, _, err = run("train", *common, "--top", 2, "--out", tmp_path / "none")
     assert code == 2
-    assert "--top 99 is more than the network's 2 blocks." in err
+    assert "--top 2 is not below the network's 2 blocks" in err
+    code, _, err = run("train", *common, "--cache-frozen", "--out", tmp_path / "none")
+    assert code == 2
+    assert "--cache-frozen needs --top" in err
+
+
+def test_top_blocks_are_the_last_ones():
+    assert _top_blocks(tiny.llama(5), 2) == [3, 4]
+    assert _top_blocks(tiny.gpt2(3), 1) == [2]
 
 
 def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):

@@ -174,6 +174,8 @@ def test_what_was_put_into_the_network_since_stays_as_it_is():
     net = tiny.llama()
     net.model.norm.requires_grad_(False)
     blora = tiny.adapted(net)
+    net.model.norm.requires_grad_(True)  # by somebody else
+    net.model.embed_tokens.weight = None
     net.value, net.frozen = nn.Linear(4, 1), nn.Linear(4, 1).requires_grad_(False)
     net.model = torch.compile(net.model, backend="eager")
     blora.unwrap()

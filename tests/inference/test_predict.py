@@ -109,7 +109,7 @@ def test_a_pass_on_a_cpu_is_small_unless_blocks_below_run_in_each():
     upper = tiny.adapted(layers_to_transform=[1])
     with torch.no_grad():
         assert rows_of_a_pass(upper, batch) == 64
-        upper.net.config._attn_implementation = "flex_attention"
+        upper.net.model.layers[0].compile(backend="eager")
         assert rows_of_a_pass(upper, batch) == 256
     pyro.clear_param_store()
     blora, sizes = tiny.asked(tiny.adapted()), []
@@ -179,6 +179,35 @@ def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
     blora.predict(tiny.sequences(), 0)
     assert seen[-1]
     assert not blora.net.lm_head.merged
+
+
+def test_a_whole_of_two_modes_is_told_of_neither():
+    class Merging(torch.nn.Sequential):
+        merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            self.merged = not mode
+            return self
+
+    blora = tiny.adapted()
+    head = blora.net.lm_head
+    blora.net.lm_head = Merging(head, torch.nn.Identity())
+    blora.net.train()
+    late = []
+
+    def add(net, args):
+        net.late = torch.nn.Identity()
+        late.append(net.lm_head[0].training)
+
+    blora.net.register_forward_pre_hook(add)
+    blora.predict(tiny.sequences(), 0)
+    assert not any(late)
+    assert late
+    assert not blora.net.lm_head.merged
+    assert blora.net.lm_head.training
+    assert not blora.net.lm_head[1].training
 
 
 def test_a_part_left_in_evaluation_mode_is_told_of_no_other():

@@ -5,12 +5,13 @@ import pytest
 import tiny
 import torch
 from test_shared_prefix import CASES, adapted
+from transformers import ConvBertConfig, ConvBertForSequenceClassification
 
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
-from pyro_blora.likelihoods import CausalLM, LabelTokens
+from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
 
 ROWS = 10
 
@@ -133,6 +134,47 @@ class Handed(torch.nn.Module):
         return self.block(*args, **kwargs)
 
 
+def test_a_batch_may_have_any_names():
+    """BERT hands on to its blocks what it does not know."""
+    blora = tiny.adapted(
+        tiny.bert(3),
+        target_modules=["query"],
+        layers_to_transform=[2],
+        likelihood=SequenceClassification(num_data=ROWS),
+    )
+
+    def collate(rows):
+        batch = tiny.collate(rows)
+        return {**batch, "own": batch["index"]}
+
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, tiny.examples(ROWS), collate)
+    blora.load_state_dict(start)
+    found = history(blora, tiny.examples(ROWS), collate, cache_frozen_prefix=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert blora.predict(collate(tiny.examples(4)), 6, max_rows=8).samples.shape == (6, 4, 3)
+
+
+def test_blocks_that_read_padding_are_refused():
+    """A convolution looks at the positions beside a token, padded or not."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    net = ConvBertForSequenceClassification(
+        ConvBertConfig(**sizes, vocab_size=32, embedding_size=16, num_hidden_layers=3, num_labels=3)
+    ).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.5)
+    blora = tiny.adapted(
+        net,
+        target_modules=["query"],
+        layers_to_transform=[2],
+        likelihood=SequenceClassification(num_data=ROWS),
+    )
+    with pytest.raises(ConfigurationError, match="depends on its padding"):
+        PrefixCache(net, blora.model.adapters)
+
+
 def test_the_same_tokens_under_another_mask_are_another_row():
     net = tiny.gpt2(4)
     net.transformer.h = torch.nn.ModuleList([Handed(block) for block in net.transformer.h])
@@ -181,6 +223,7 @@ def test_dropout_below_is_off_and_everything_is_put_back():
     forwards = [block.forward for block in net.transformer.h]
     with cache.in_place():
         assert not net.transformer.drop.training
+        assert not net.transformer.h[0].mlp.dropout.training
         assert net.transformer.h[2].training
     assert all(module.training for module in net.modules())
     assert [block.forward for block in net.transformer.h] == forwards

@@ -125,6 +125,29 @@ def test_a_network_that_cannot_be_asked_shares_nothing():
     assert expected.std(0).max() > 0.01
 
 
+def test_a_network_is_asked_by_what_its_parts_declare():
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = tiny.bert(4)
+
+        def forward(self, input_ids, attention_mask):
+            return self.bert(input_ids=input_ids, attention_mask=attention_mask)
+
+    blora = tiny.adapted(
+        Around(),
+        target_modules=["query"],
+        layers_to_transform=[3],
+        likelihood=SequenceClassification(num_data=12),
+    )
+    blora.predict(tiny.sequences(4), 5)
+    rows = []
+    for layer in blora.net.bert.bert.encoder.layer:
+        layer.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    blora.predict(tiny.sequences(4), 5)
+    assert rows == [4, 4, 4, 20]
+
+
 def test_a_block_that_stands_twice_among_the_frozen_ones_is_not_shared():
     net = tiny.llama(5)
     first, second, *_, last = net.model.layers
