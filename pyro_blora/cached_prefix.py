@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
@@ -69,7 +68,8 @@ class PrefixCache:
         if not _alike_at_other_padding(net, blocks):
             raise ConfigurationError(
                 f"cache_frozen_prefix: what {type(net).__name__} makes of a row depends on its "
-                "padding, which differs from visit to visit. Train without the cache."
+                "padding, which differs from visit to visit, or it takes none. Train without the "
+                "cache."
             )
         self._rows = _Rows(net, blocks)
 
@@ -90,9 +90,9 @@ def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool
     ids = tokens_for(net, 3)
     if ids is None:
         return None
-    mask, none = torch.ones_like(ids), padding_of(net)
-    ids[1:, -3:], mask[1:, -3:] = none, 0
-    visits = [(ids, mask), (pad(ids, (0, 4), value=none), pad(mask, (0, 4)))]
+    mask = torch.ones_like(ids)
+    ids[:, -3:], mask[:, -3:] = padding_of(net), 0
+    visits = [(ids, mask), (ids[:, :-2], mask[:, :-2])]
     with asked(net):
         expected = [logits_for(net, *visit) for visit in visits]
         with _Rows(net, blocks).in_place():
@@ -181,7 +181,7 @@ def _keys(hidden: Tensor, others: Mapping[str, Any]) -> tuple[list[bytes], list[
         digest = hashlib.blake2b(digest_size=16)
         parts = [hidden[row, :t]] + ([] if seen is None else [seen[row, :t, :t]])
         for tensor, has_positions in rest:
-            part = _of_row(tensor, row, rows)
+            part = _of_row(tensor, row, rows, 2 if has_positions else 1)
             parts.append(part[:t] if has_positions else part)
         for part in parts:
             raw = part.detach().contiguous().view(-1).view(torch.uint8)
@@ -198,11 +198,11 @@ def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return {name: value for name, value in named.items() if name not in names[:1]}
 
 
-def _of_row(tensor: Tensor, row: int, rows: int) -> Tensor:
-    """What a row has of a tensor; all of it where it has no dimension of rows."""
-    if tensor.dim() > 1 and tensor.shape[0] in (1, rows):
-        return tensor[row if tensor.shape[0] == rows else 0]
-    return tensor
+def _of_row(tensor: Tensor, row: int, rows: int, least: int) -> Tensor:
+    """What a row has of a tensor of ``least`` dimensions; all of it where it has none of rows."""
+    if tensor.dim() >= least and tensor.shape[0] == rows:
+        return tensor[row]
+    return tensor[0] if tensor.dim() > 1 and tensor.shape[0] == 1 else tensor
 
 
 def _seen(mask: Tensor | None, rows: int, length: int) -> Tensor | None:

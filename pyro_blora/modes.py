@@ -30,22 +30,21 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     """
     before = {module: module.training for module in net.modules()}
     try:
-        _put(net, dict.fromkeys(before, training))
+        _put(net, before, dict.fromkeys(before, training))
         yield
     finally:
-        _put(net, before)
+        _put(net, {module: module.training for module in net.modules()}, before)
 
 
-def _put(module: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+def _put(net: nn.Module, now: Mapping[nn.Module, bool], then: Mapping[nn.Module, bool]) -> None:
     """By ``train``, in which some do more than note the mode, where all parts go as one.
 
     Otherwise part by part: one that was left in another mode than the whole may mind being told.
     """
-    ways = {(part.training, modes.get(part, part.training)) for part in module.modules()}
-    mode = modes.get(module, module.training)
-    if len(ways) == 1:
-        module.train(mode)
+    mode = then.get(net, now[net])
+    if len({(now[part], then.get(part, now[part])) for part in net.modules()}) == 1:
+        net.train(mode)
         return
-    module.training = mode
-    for child in module.children():
-        _put(child, modes)
+    net.training = mode
+    for child in net.children():
+        _put(child, now, then)

@@ -14,6 +14,7 @@ from pyro_blora.likelihoods import (
     SequenceClassification,
 )
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.modes import in_mode
 from pyro_blora.predictive import logits_of_draws, rows_of_a_pass
 
 
@@ -208,6 +209,26 @@ def test_a_whole_of_two_modes_is_told_of_neither():
     assert not blora.net.lm_head.merged
     assert blora.net.lm_head.training
     assert not blora.net.lm_head[1].training
+
+
+def test_a_part_of_two_wholes_keeps_neither_from_being_told():
+    class Merging(torch.nn.Sequential):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    net = torch.nn.Module()
+    shared = torch.nn.Identity()
+    net.first, net.second, net.other = Merging(shared), Merging(shared), torch.nn.Identity().eval()
+    with in_mode(net, training=False):
+        assert net.first.merged
+        assert net.second.merged
+    assert not net.first.merged
+    assert not net.second.merged
+    assert shared.training
+    assert not net.other.training
 
 
 def test_a_part_left_in_evaluation_mode_is_told_of_no_other():

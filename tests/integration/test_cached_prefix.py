@@ -5,7 +5,12 @@ import pytest
 import tiny
 import torch
 from test_shared_prefix import CASES, adapted
-from transformers import ConvBertConfig, ConvBertForSequenceClassification
+from transformers import (
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
@@ -150,9 +155,31 @@ def test_a_batch_may_have_any_names():
     start = {k: v.clone() for k, v in blora.state_dict().items()}
     expected = history(blora, tiny.examples(ROWS), collate)
     blora.load_state_dict(start)
+    tiny.asked(blora)
+    seen = []
+    within = blora.net.bert.encoder.layer[0].output
+    within.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     found = history(blora, tiny.examples(ROWS), collate, cache_frozen_prefix=True)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert ROWS <= sum(seen) < 2 * ROWS  # of what each row has one of, its key has its own
     assert blora.predict(collate(tiny.examples(4)), 6, max_rows=8).samples.shape == (6, 4, 3)
+
+
+@pytest.mark.parametrize("pad", [-1, 32, None])
+def test_a_padding_token_may_be_none_of_the_vocabulary(pad):
+    net = tiny.llama(3)
+    net.config.pad_token_id = pad
+    blora = tiny.adapted(net, layers_to_transform=[2])
+    with PrefixCache(net, blora.model.adapters).in_place():
+        assert net(tiny.sequences()["input_ids"]).logits.shape == (4, 7, 32)
+
+
+def test_a_network_of_few_positions_is_asked_within_them():
+    net = GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=4, n_positions=8)
+    ).eval()
+    blora = tiny.adapted(net, target_modules=["c_attn"], layers_to_transform=[2])
+    assert PrefixCache(net, blora.model.adapters)
 
 
 def test_blocks_that_read_padding_are_refused():

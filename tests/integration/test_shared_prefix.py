@@ -13,6 +13,8 @@ from pyro_blora import predictive
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.predictive import rows_of_a_pass
+from pyro_blora.probing import agree, vocabulary_of
 from pyro_blora.shared_prefix import _all_alike, frozen_blocks, shared_prefix
 
 CLASSES = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
@@ -123,6 +125,21 @@ def test_a_network_that_cannot_be_asked_shares_nothing():
         expected = net(**inputs).logits.softmax(-1).unflatten(0, (5, 4))
     torch.testing.assert_close(together, expected)
     assert expected.std(0).max() > 0.01
+    assert rows_of_a_pass(blora, tiny.sequences(4, 16)) == 64  # which no sharing is worth more than
+
+
+@pytest.mark.parametrize("config", [None, {"lr": 1}, torch.ones(2), SimpleNamespace(vocab_size=[])])
+def test_a_config_may_be_anything(config):
+    net = torch.nn.Module()
+    net.config, net.inner = config, tiny.llama()
+    assert vocabulary_of(net) == tiny.VOCABULARY
+    assert vocabulary_of(torch.nn.Linear(2, 2)) == 0
+
+
+def test_a_head_of_zeros_tells_nothing():
+    zeros = torch.zeros(4, 3)
+    assert not agree(zeros, zeros)
+    assert agree(zeros + torch.arange(3), zeros + torch.arange(3))
 
 
 def test_a_network_is_asked_by_what_its_parts_declare():
