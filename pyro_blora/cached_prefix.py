@@ -19,7 +19,15 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.kept_prefix import can_skip, entering, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
 from pyro_blora.modes import modes_kept
-from pyro_blora.probing import agree, asked, logits_for, padding_of, remembered, tokens_for
+from pyro_blora.probing import (
+    agree,
+    asked,
+    logits_for,
+    padding_of,
+    remembered,
+    rows_come_first,
+    tokens_for,
+)
 from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
 
 __all__ = ["PrefixCache"]
@@ -59,11 +67,12 @@ class PrefixCache:
                 "so there is nothing to keep. Adapt the upper layers alone, as with "
                 "BayesianLoRA(net, layers_to_transform=[22, 23, ...])."
             )
-        if not can_skip(net, blocks):
+        layers = [net.get_submodule(name) for name in self._names]
+        if not can_skip(net, blocks) or rows_come_first(net, layers) is False:
             raise ConfigurationError(
                 f"cache_frozen_prefix: {type(net).__name__} gives other logits, or none, where its "
                 f"lowest {len(blocks)} blocks are skipped and the output of the last of them is "
-                "put in their place. Train without the cache."
+                "put in their place, row by row. Train without the cache."
             )
         if not _alike_at_other_padding(net, blocks):
             raise ConfigurationError(
@@ -90,9 +99,9 @@ def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool
     ids = tokens_for(net, 3)
     if ids is None:
         return None
-    mask = torch.ones_like(ids)
-    ids[:, -3:], mask[:, -3:] = padding_of(net), 0
-    visits = [(ids, mask), (ids[:, :-2], mask[:, :-2])]
+    mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[5], [4], [4]])).long()
+    ids = ids.where(mask.bool(), padding_of(net))
+    visits = [(ids[:, :t], mask[:, :t]) for t in (8, 6, 5)]  # in the last a row has no padding
     with asked(net):
         expected = [logits_for(net, *visit) for visit in visits]
         with _Rows(net, blocks).in_place():
@@ -200,6 +209,8 @@ def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _of_row(tensor: Tensor, row: int, rows: int, least: int) -> Tensor:
     """What a row has of a tensor of ``least`` dimensions; all of it where it has none of rows."""
+    if tensor.dim() == 1 and tensor.is_floating_point():  # of heads, rather
+        return tensor
     if tensor.dim() >= least and tensor.shape[0] == rows:
         return tensor[row]
     return tensor[0] if tensor.dim() > 1 and tensor.shape[0] == 1 else tensor

@@ -29,11 +29,12 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
             logits = net(**inputs).logits
     """
     before = {module: module.training for module in net.modules()}
-    try:
-        _put(net, before, dict.fromkeys(before, training))
-        yield
-    finally:
-        _put(net, {module: module.training for module in net.modules()}, before)
+    with modes_kept(before):
+        try:
+            _put(net, before, dict.fromkeys(before, training))
+            yield
+        finally:
+            _put(net, {module: module.training for module in net.modules()}, before)
 
 
 def _put(net: nn.Module, now: Mapping[nn.Module, bool], then: Mapping[nn.Module, bool]) -> None:
@@ -41,8 +42,9 @@ def _put(net: nn.Module, now: Mapping[nn.Module, bool], then: Mapping[nn.Module,
 
     Otherwise part by part: one that was left in another mode than the whole may mind being told.
     """
-    mode = then.get(net, now[net])
-    if len({(now[part], then.get(part, now[part])) for part in net.modules()}) == 1:
+    mode = then.get(net, net.training)
+    ways = ((now.get(part), then.get(part)) for part in net.modules() if part in then)
+    if len(set(ways)) == 1:
         net.train(mode)
         return
     net.training = mode

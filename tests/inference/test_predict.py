@@ -231,6 +231,21 @@ def test_a_part_of_two_wholes_keeps_neither_from_being_told():
     assert not net.other.training
 
 
+def test_a_part_that_keeps_to_one_mode_is_left_in_the_other_where_it_was():
+    class Fixed(torch.nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    net = Fixed(torch.nn.BatchNorm1d(2)).train()
+    net[0].training = True  # by hand
+    with in_mode(net, training=False):
+        assert not net[0].training
+    assert net.training
+    assert net[0].training
+
+
 def test_a_part_left_in_evaluation_mode_is_told_of_no_other():
     class Packed(torch.nn.Linear):
         def train(self, mode=True):

@@ -10,9 +10,11 @@ from transformers import (
     ConvBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
-from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.cached_prefix import PrefixCache, _of_row
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
@@ -172,6 +174,38 @@ def test_a_padding_token_may_be_none_of_the_vocabulary(pad):
     blora = tiny.adapted(net, layers_to_transform=[2])
     with PrefixCache(net, blora.model.adapters).in_place():
         assert net(tiny.sequences()["input_ids"]).logits.shape == (4, 7, 32)
+
+
+def test_blocks_that_read_one_position_ahead_are_refused():
+    """What stands there is padding at one visit, and nothing at another."""
+
+    class Ahead(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv1d(16, 16, 3, padding=1)
+
+        def forward(self, hidden):
+            return self.convolution(hidden.mT).mT
+
+    torch.manual_seed(0)
+    net = tiny.llama(3)
+    net.model.layers[0].mlp = Ahead()
+    blora = tiny.adapted(net, layers_to_transform=[2])
+    with pytest.raises(ConfigurationError, match="depends on its padding"):
+        PrefixCache(net, blora.model.adapters)
+
+
+def test_rows_in_the_second_dimension_are_refused():
+    net = XLNetLMHeadModel(XLNetConfig(vocab_size=32, d_model=16, n_layer=3, n_head=4, d_inner=24))
+    blora = tiny.adapted(net.eval(), target_modules=["layer_1"], layers_to_transform=[2])
+    with pytest.raises(ConfigurationError, match="row by row"):
+        PrefixCache(net, blora.model.adapters)
+
+
+@pytest.mark.parametrize("value", [torch.arange(4), torch.arange(4.0)])
+def test_a_number_for_each_row_is_its_own_and_one_for_each_head_is_everybody_s(value):
+    found = _of_row(value, 1, 4, 1)
+    assert found.shape == (value.shape if value.is_floating_point() else ())
 
 
 def test_a_network_of_few_positions_is_asked_within_them():
