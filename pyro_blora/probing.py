@@ -1,5 +1,6 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
@@ -153,15 +154,18 @@ def logits_for(net: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tenso
 
 def remembered(ask: AboutBlocks) -> AboutBlocks:
     """The same question of a network about its blocks, asked again where these are others."""
-    answers: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], bool | None]]
+    answers: WeakKeyDictionary[nn.Module, deque[tuple[int, WeakSet[nn.Module], bool | None]]]
     answers = WeakKeyDictionary()
 
     @wraps(ask)
     def known(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
         about = WeakSet(blocks)
-        if net not in answers or answers[net][0] != about:
-            answers[net] = about, ask(net, blocks)
-        return answers[net][1]
+        held = answers.setdefault(net, deque(maxlen=4))
+        for count, modules, answered in held:
+            if count == len(about) and modules == about:
+                return answered
+        held.append((len(about), about, ask(net, blocks)))
+        return held[-1][2]
 
     return known
 
