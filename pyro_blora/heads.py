@@ -92,22 +92,20 @@ def _narrowed(
         real = mask.to(hidden.device)
         return (hidden[rows.expand_as(real)[real], columns[real]].unsqueeze(0),)
 
-    handle = head.register_forward_pre_hook(gather)
-    narrow = False
-    before = vars(head).get("forward")
-    try:
-        if token_ids is not None and type(head) is nn.Linear and _is_plain(head):
-            narrow = True
-            head.forward = partial(_some_rows, head, token_ids)  # type: ignore[method-assign]
-            if adapter is not None:
-                adapter.rows = token_ids
-        yield narrow
-    finally:
-        handle.remove()
-        if narrow:
-            put_forward_back(head, before)
-            if adapter is not None:
-                adapter.rows = None
+    before, narrow = vars(head).get("forward"), False
+    with head.register_forward_pre_hook(gather):
+        try:
+            if token_ids is not None and type(head) is nn.Linear and _is_plain(head):
+                narrow = True
+                head.forward = partial(_some_rows, head, token_ids)  # type: ignore[method-assign]
+                if adapter is not None:
+                    adapter.rows = token_ids
+            yield narrow
+        finally:
+            if narrow:
+                put_forward_back(head, before)
+                if adapter is not None:
+                    adapter.rows = None
 
 
 def _is_plain(head: nn.Linear) -> bool:

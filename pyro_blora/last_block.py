@@ -11,7 +11,7 @@ that looks further back than those tokens, and no nearer, would be mistaken for 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
@@ -19,7 +19,6 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.probing import (
     agree,
@@ -171,15 +170,11 @@ def _narrowed(
         full[rows, columns] = output
         return full
 
-    handles: list[RemovableHandle] = []
-    try:
+    with ExitStack() as hooks:
         for part in parts:  # after an adapter's own hook, which sees the same positions
-            handles.append(part.register_forward_pre_hook(gather))
-            handles.append(part.register_forward_hook(scatter))
+            hooks.enter_context(part.register_forward_pre_hook(gather))
+            hooks.enter_context(part.register_forward_hook(scatter))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _ask(net: nn.Module) -> _LastBlock:

@@ -6,7 +6,7 @@ first copy alone; what the last of them puts out is repeated for the blocks abov
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -155,14 +155,12 @@ def _first_copy_alone(
     def after(block: nn.Module, args: Any, output: Any) -> Any:
         return _changed(output, repeat) if active() else None
 
-    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in frozen]
-    handles.append(frozen[-1].register_forward_hook(after))
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(cut.clear)  # a pass may fail half-way, and only a collector would free it
+        for block in frozen:
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(frozen[-1].register_forward_hook(after))
         yield
-    finally:
-        cut.clear()  # a pass may have failed half-way, and only a collector would free it
-        for handle in handles:
-            handle.remove()
 
 
 def _all_alike(value: Tensor, copies: int) -> bool:
