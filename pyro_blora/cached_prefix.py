@@ -67,8 +67,7 @@ class PrefixCache:
                 "so there is nothing to keep. Adapt the upper layers alone, as with "
                 "BayesianLoRA(net, layers_to_transform=[22, 23, ...])."
             )
-        layers = [net.get_submodule(name) for name in self._names]
-        if not can_skip(net, blocks) or rows_come_first(net, layers) is False:
+        if not can_skip(net, blocks) or rows_come_first(net, blocks[:1]) is False:
             raise ConfigurationError(
                 f"cache_frozen_prefix: {type(net).__name__} gives other logits, or none, where its "
                 f"lowest {len(blocks)} blocks are skipped and the output of the last of them is "
@@ -86,8 +85,8 @@ class PrefixCache:
     def in_place(self) -> Iterator[None]:
         """Within, rows that were seen before skip the frozen blocks.
 
-        All that runs before the lowest adapted block is in evaluation mode: dropout would make
-        a row another one at each visit.
+        All that runs before the lowest adapted block is in evaluation mode, and so is the module
+        that runs the blocks: dropout would make a row another one at each visit.
         """
         with self._rows.in_place(), whole_if_frozen(self.net, self._names):
             yield
@@ -101,7 +100,7 @@ def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool
         return None
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[5], [4], [4]])).long()
     ids = ids.where(mask.bool(), padding_of(net))
-    visits = [(ids[:, :t], mask[:, :t]) for t in (8, 6, 5)]  # in the last a row has no padding
+    visits = [(ids[:, :t], mask[:, :t]) for t in (8, 5)]  # in the last a row has no padding
     with asked(net):
         expected = [logits_for(net, *visit) for visit in visits]
         with _Rows(net, blocks).in_place():
@@ -123,7 +122,7 @@ class _Rows:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the blocks are skipped by rows that were seen, and nothing has dropout."""
-        prefix = list(self._before_blocks())
+        prefix = [*self._around_blocks(), *self._before_blocks()]
         prefix += [module for block in self.blocks for module in block.modules()]
         with modes_kept(prefix), forwards_replaced(self.blocks, self._forward):
             for module in prefix:
@@ -138,26 +137,42 @@ class _Rows:
             if not list(module.children()):
                 yield module
 
+    def _around_blocks(self) -> Iterator[nn.Module]:
+        """What runs the blocks, and may itself drop something, or whole blocks, out; its leaves."""
+        lists = {m for m in self.net.modules() if self.blocks[0] in list(m.children())}
+        for module in self.net.modules():
+            if not lists.isdisjoint(module.children()):
+                yield module
+                yield from (leaf for leaf in module.children() if not list(leaf.children()))
+
     def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         hidden = entering(args, kwargs)
         if index == 0:
             self._keys, self._lengths = _keys(hidden, _by_name(self.blocks[0], args, kwargs))
+        elif not self._keys:
+            raise ConfigurationError(
+                f"cache_frozen_prefix: a pass came to block {index} without block 0, where rows are"
+                " known by what enters. Train without the cache."
+            )
         known = all(key in self._kept for key in self._keys)
         last = index == len(self.blocks) - 1
+        keys = self._keys
+        if last:
+            self._keys = []  # the next pass has others
         if known:
-            value = self._assembled(hidden) if last else hidden
+            value = self._assembled(keys, hidden) if last else hidden
             return in_place_of(self._form, value)
         with torch.no_grad():
             output = own(*args, **kwargs)
         value = output[0] if isinstance(output, tuple | list) else output
         self._form = in_place_of(output, None)
         if last:
-            for key, length, row in zip(self._keys, self._lengths, value, strict=True):
+            for key, length, row in zip(keys, self._lengths, value, strict=True):
                 self._kept[key] = row[:length].clone()
         return output
 
-    def _assembled(self, like: Tensor) -> Tensor:
-        kept = [self._kept[key] for key in self._keys]
+    def _assembled(self, keys: Sequence[bytes], like: Tensor) -> Tensor:
+        kept = [self._kept[key] for key in keys]
         whole = kept[0].new_zeros(*like.shape[:2], kept[0].shape[-1])
         for row, values in zip(whole, kept, strict=True):
             row[: len(values)] = values
@@ -209,8 +224,6 @@ def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _of_row(tensor: Tensor, row: int, rows: int, least: int) -> Tensor:
     """What a row has of a tensor of ``least`` dimensions; all of it where it has none of rows."""
-    if tensor.dim() == 1 and tensor.is_floating_point():  # of heads, rather
-        return tensor
     if tensor.dim() >= least and tensor.shape[0] == rows:
         return tensor[row]
     return tensor[0] if tensor.dim() > 1 and tensor.shape[0] == 1 else tensor
@@ -225,5 +238,5 @@ def _seen(mask: Tensor | None, rows: int, length: int) -> Tensor | None:
             return None  # and a bias besides (ALiBi), which tells rows apart as it stands
         mask = mask == 0
     seen = mask.bool()
-    seen = seen[:, 0] if seen.dim() == 4 else seen.unsqueeze(-2)
+    seen = seen[:, 0] if seen.dim() == 4 else seen.unsqueeze(-2) if seen.dim() == 2 else seen
     return seen.expand(rows, length, -1)

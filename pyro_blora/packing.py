@@ -97,7 +97,7 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     )
     own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
     seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
-    seen |= torch.eye(tokens.shape[-1], dtype=torch.bool, device=ids.device)  # no empty row
+    seen[..., 0] |= ~keep  # a softmax over nothing is NaN, and padding that is seen is no padding
     attention = seen.unsqueeze(1)
     if additive:
         attention = torch.where(attention, 0.0, torch.finfo(torch.float32).min)

@@ -36,7 +36,10 @@ def run(
     rank: o.Rank = 8,
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
-        int | None, typer.Option(help="Adapt the top blocks alone, this many; default: all.", min=1)
+        int | None,
+        typer.Option(
+            help="Adapt the top blocks alone, this many, and no head; default: all.", min=1
+        ),
     ] = None,
     cache_frozen: Annotated[
         bool,

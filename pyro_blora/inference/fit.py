@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cached_prefix import PrefixCache
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide, start_guide
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.inference.elbo import AnalyticELBO
@@ -134,7 +134,7 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
-        BatchError: the data set is empty.
+        BatchError: a data set is empty.
         ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
 
     Example::
@@ -154,6 +154,8 @@ def fit(
     )
     if validation is not None and collate is None:
         raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
+    if validation is not None and not len(validation):
+        raise BatchError("The validation set is empty; leave validation= out to train without.")
     if seed is not None:
         torch.manual_seed(seed)
     device = blora.model.groups[0].device

@@ -63,6 +63,11 @@ def test_an_empty_data_set(run, data):
         run(tiny.adapted(num_data=10), data)
 
 
+def test_an_empty_validation_set(run):
+    with pytest.raises(BatchError, match="validation set is empty"):
+        run(tiny.adapted(num_data=10), validation=[])
+
+
 def test_an_empty_data_set_to_predict():
     blora = tiny.adapted()
     with pytest.raises(BatchError, match="empty"):

@@ -4,21 +4,32 @@ import pyro
 import pytest
 import tiny
 import torch
+from choice_batches import batch_of
 from test_shared_prefix import CASES, adapted
 from transformers import (
     ConvBertConfig,
     ConvBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
     XLNetConfig,
     XLNetLMHeadModel,
 )
 
-from pyro_blora.cached_prefix import PrefixCache, _of_row
+from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
-from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    SequenceClassification,
+)
 
 ROWS = 10
 
@@ -91,6 +102,22 @@ def test_without_padding_each_row_runs_once():
     assert seen == {0: 8, 1: 8, 2: 40}
 
 
+def test_packed_items_run_once_whatever_their_padding():
+    items = [
+        (range(8, 10 + i % 5), [(5, 6), (7,), range(20, 21 + i % 3)], i % 3) for i in range(ROWS)
+    ]
+    likelihood = MultipleChoice(num_data=ROWS)
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2], likelihood=likelihood)
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, items, batch_of)
+    blora.load_state_dict(start)
+    PrefixCache(blora.net, blora.model.adapters)  # asks what was not yet asked
+    seen = passes(blora)
+    found = history(blora, items, batch_of, cache_frozen_prefix=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert seen == {0: ROWS, 1: ROWS, 2: 3 * ROWS}
+
+
 @pytest.mark.parametrize("draws", [0, 3])
 def test_validation_rows_run_once_and_count_the_same(draws):
     blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
@@ -152,7 +179,7 @@ def test_a_batch_may_have_any_names():
 
     def collate(rows):
         batch = tiny.collate(rows)
-        return {**batch, "own": batch["index"]}
+        return {**batch, "own": batch["index"], "weight": batch["index"] / 7}
 
     start = {k: v.clone() for k, v in blora.state_dict().items()}
     expected = history(blora, tiny.examples(ROWS), collate)
@@ -202,10 +229,56 @@ def test_rows_in_the_second_dimension_are_refused():
         PrefixCache(net, blora.model.adapters)
 
 
-@pytest.mark.parametrize("value", [torch.arange(4), torch.arange(4.0)])
-def test_a_number_for_each_row_is_its_own_and_one_for_each_head_is_everybody_s(value):
-    found = _of_row(value, 1, 4, 1)
-    assert found.shape == (value.shape if value.is_floating_point() else ())
+def test_they_are_where_the_adapted_head_has_them_first():
+    net = XLNetLMHeadModel(XLNetConfig(vocab_size=32, d_model=16, n_layer=3, n_head=4, d_inner=24))
+    blora = tiny.adapted(net.eval(), target_modules=["lm_loss"])
+    with pytest.raises(ConfigurationError, match="row by row"):
+        PrefixCache(net, blora.model.adapters)
+
+
+def test_a_head_of_zeros_tells_nothing():
+    net = tiny.llama(3)
+    torch.nn.init.zeros_(net.lm_head.weight)
+    blora = tiny.adapted(net, layers_to_transform=[2])
+    with pytest.raises(ConfigurationError, match="gives other logits, or none"):
+        PrefixCache(net, blora.model.adapters)
+
+
+def test_a_row_is_asked_with_the_padding_that_the_network_knows():
+    """It reads the class at the last token that is not that one."""
+    config = tiny.llama(3).config
+    config.pad_token_id, config.num_labels = 31, 3
+    torch.manual_seed(0)
+    net = LlamaForSequenceClassification(config).eval()
+    blora = tiny.adapted(
+        net, layers_to_transform=[2], likelihood=SequenceClassification(num_data=ROWS)
+    )
+    assert PrefixCache(net, blora.model.adapters)
+
+
+def test_what_is_kept_keeps_no_batch():
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    cache = PrefixCache(blora.net, blora.model.adapters)
+    with cache.in_place():
+        blora.net(**{k: v for k, v in tiny.sequences().items() if k != "labels"})
+    kept = list(cache._rows._kept.values())
+    assert len(kept) == 4
+    assert all(row.untyped_storage().nbytes() == row.nbytes for row in kept)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_body_that_is_compiled_is_asked_as_it_stands():
+    """Its graph of a fit without the cache would be run, or made anew at each question."""
+    torch._dynamo.reset()
+    net = tiny.llama(3)
+    net.model.compile(backend="eager")
+    blora = tiny.adapted(net, layers_to_transform=[2])
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, tiny.examples(ROWS), tiny.collate)
+    blora.load_state_dict(start)
+    found = history(blora, tiny.examples(ROWS), tiny.collate, cache_frozen_prefix=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_a_network_of_few_positions_is_asked_within_them():
@@ -236,9 +309,11 @@ def test_blocks_that_read_padding_are_refused():
         PrefixCache(net, blora.model.adapters)
 
 
-def test_the_same_tokens_under_another_mask_are_another_row():
+@pytest.mark.parametrize("named", [False, True])
+def test_the_same_tokens_under_another_mask_are_another_row(named):
     net = tiny.gpt2(4)
-    net.transformer.h = torch.nn.ModuleList([Handed(block) for block in net.transformer.h])
+    if not named:
+        net.transformer.h = torch.nn.ModuleList([Handed(block) for block in net.transformer.h])
     blora = tiny.adapted(net, target_modules=r".*h\.[23].*c_attn")
     whole = {"input_ids": torch.arange(8, 20).reshape(2, 6), "attention_mask": torch.ones(2, 6)}
     holed = {**whole, "attention_mask": whole["attention_mask"].clone()}
@@ -288,6 +363,54 @@ def test_dropout_below_is_off_and_everything_is_put_back():
         assert net.transformer.h[2].training
     assert all(module.training for module in net.modules())
     assert [block.forward for block in net.transformer.h] == forwards
+
+
+def xglm():
+    config = XGLMConfig(
+        vocab_size=32, d_model=16, ffn_dim=24, attention_heads=4, num_layers=3, dropout=0.5
+    )
+    return XGLMForCausalLM(config)
+
+
+def opt():
+    config = OPTConfig(
+        vocab_size=32,
+        hidden_size=16,
+        ffn_dim=24,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        word_embed_proj_dim=16,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        layerdrop=0.5,
+    )
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [xglm, opt])
+def test_what_runs_the_blocks_drops_nothing_out(make):
+    """Of what it embeds, in XGLM by a function; or whole blocks."""
+    net = make()
+    blora = tiny.adapted(net.eval(), layers_to_transform=[2])
+    batch = tiny.sequences(8)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    rows, collate = of_rows(batch)
+    tiny.asked(blora)
+    seen = passes(blora)
+    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
+    assert seen == {0: 8, 1: 8, 2: 40}
+
+
+def test_a_pass_that_leaves_the_first_block_out_is_an_error():
+    """Its rows would be taken for those of the pass before."""
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    ids = tiny.sequences()["input_ids"]
+    cache = PrefixCache(blora.net, blora.model.adapters)
+    with cache.in_place():
+        blora.net(ids)
+        blora.net.model.layers = blora.net.model.layers[1:]
+        with pytest.raises(ConfigurationError, match="came to block 1"):
+            blora.net(ids)
 
 
 def test_nothing_below_the_adapters_is_refused():

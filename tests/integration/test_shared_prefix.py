@@ -14,7 +14,7 @@ from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.predictive import rows_of_a_pass
-from pyro_blora.probing import vocabulary_of
+from pyro_blora.probing import agree, remembered, vocabulary_of
 from pyro_blora.shared_prefix import _all_alike, frozen_blocks, shared_prefix
 
 CLASSES = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
@@ -136,6 +136,37 @@ def test_a_config_may_be_anything(config):
     assert vocabulary_of(torch.nn.Linear(2, 2)) == 0
     net.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=9))
     assert vocabulary_of(net) == 9
+
+
+def test_a_head_of_zeros_tells_nothing():
+    zeros = torch.zeros(4, 3)
+    assert not agree(zeros, zeros)
+    assert agree(zeros + torch.arange(3), zeros + torch.arange(3))
+
+
+def test_answers_about_several_sets_of_blocks_are_kept_side_by_side():
+    questions = []
+
+    @remembered
+    def ask(net, blocks):
+        questions.append(len(blocks))
+        return len(blocks) == 1
+
+    net = tiny.llama(4)
+    for _ in range(2):
+        assert ask(net, net.model.layers[:1]) is True
+        assert ask(net, net.model.layers[:2]) is False
+    assert questions == [1, 2]
+
+
+def test_an_answer_about_a_block_that_is_gone_is_none_about_the_others():
+    ask = remembered(lambda net, blocks: len(blocks) == 1)
+    net, gone = tiny.llama(2), tiny.llama(1)
+    first = net.model.layers[0]
+    assert ask(net, [first, *gone.model.layers]) is False
+    del gone
+    gc.collect()
+    assert ask(net, [first]) is True
 
 
 def test_a_network_is_asked_by_what_its_parts_declare():
