@@ -138,10 +138,18 @@ class _Rows:
                 yield module
 
     def _around_blocks(self) -> Iterator[nn.Module]:
-        """What runs the blocks, and may itself drop something, or whole blocks, out; its leaves."""
-        lists = {m for m in self.net.modules() if self.blocks[0] in list(m.children())}
-        for module in self.net.modules():
-            if not lists.isdisjoint(module.children()):
+        """What runs the blocks, and may itself drop something, or whole blocks, out; its leaves.
+
+        Not where it checkpoints activations: in evaluation mode GPT-2 would keep keys and values,
+        which blocks that run twice append to twice.
+        """
+        inside = {self.blocks[0]}
+        for module in reversed(list(self.net.modules())):
+            if inside.isdisjoint(module.children()):
+                continue
+            if type(module).forward is nn.Module.forward:  # a list or a dictionary
+                inside.add(module)
+            elif not getattr(module, "gradient_checkpointing", False):
                 yield module
                 yield from (leaf for leaf in module.children() if not list(leaf.children()))
 

@@ -48,10 +48,26 @@ def asked(net: nn.Module) -> Iterator[None]:
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
+            _without_graphs(net),
             without_updates(net),
         ):
             yield
+
+
+@contextmanager
+def _without_graphs(net: nn.Module) -> Iterator[None]:
+    """Within, parts that ``compile()`` has given a graph run as they stand.
+
+    Module by module, for a stance of the compiler's would be that of all threads.
+    """
+    graphs = {m: m._compiled_call_impl for m in net.modules() if m._compiled_call_impl is not None}
+    try:
+        for module in graphs:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, graph in graphs.items():
+            module._compiled_call_impl = graph
 
 
 def answer(question: Callable[[], Tensor]) -> Tensor | None:

@@ -124,8 +124,8 @@ def fit(
         keep_best: whether to go back to the best validation at the end.
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
             adapted layer put out, and to run them in the first epoch and the first validation
-            alone. They run without dropout. Takes the memory of one hidden state for each token of
-            the training set and of the validation set.
+            alone. They, and the module that runs all blocks, are without dropout. Takes the memory
+            of one hidden state for each token of the training set and of the validation set.
         seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 

@@ -1,5 +1,7 @@
 """``fit(cache_frozen_prefix=True)``: frozen blocks run in the first epoch alone, equal losses."""
 
+from types import SimpleNamespace
+
 import pyro
 import pytest
 import tiny
@@ -10,10 +12,13 @@ from transformers import (
     ConvBertConfig,
     ConvBertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     XGLMConfig,
     XGLMForCausalLM,
     XLNetConfig,
@@ -276,8 +281,11 @@ def test_a_body_that_is_compiled_is_asked_as_it_stands():
     start = {k: v.clone() for k, v in blora.state_dict().items()}
     expected = history(blora, tiny.examples(ROWS), tiny.collate)
     blora.load_state_dict(start)
+    graph = net.model._compiled_call_impl
     found = history(blora, tiny.examples(ROWS), tiny.collate, cache_frozen_prefix=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert net.model._compiled_call_impl is graph
+    assert graph is not None
     torch._dynamo.reset()
 
 
@@ -387,11 +395,45 @@ def opt():
     return OPTForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [xglm, opt])
+def phi():
+    config = PhiConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        embd_pdrop=0.5,
+    )
+    return PhiForCausalLM(config)
+
+
+class InDictionary(torch.nn.Module):
+    """As nanoGPT has it: the blocks and the rest in a ``ModuleDict``, dropout by a function."""
+
+    def __init__(self):
+        super().__init__()
+        net = tiny.bert(3)
+        self.config = net.config
+        self.parts = torch.nn.ModuleDict(
+            {"tokens": net.bert.embeddings, "layers": net.bert.encoder.layer, "out": net.classifier}
+        )
+
+    def forward(self, input_ids, attention_mask, **options):
+        hidden = self.parts["tokens"](input_ids)
+        hidden = torch.nn.functional.dropout(hidden, 0.5, self.training)
+        for block in self.parts["layers"]:
+            hidden = block(hidden)
+        return SimpleNamespace(logits=self.parts["out"](hidden[:, 0]))
+
+
+@pytest.mark.parametrize("make", [xglm, opt, phi, InDictionary])
 def test_what_runs_the_blocks_drops_nothing_out(make):
-    """Of what it embeds, in XGLM by a function; or whole blocks."""
+    """Of what it embeds, in XGLM by a function, in Phi by a late leaf; or whole blocks."""
     net = make()
-    blora = tiny.adapted(net.eval(), layers_to_transform=[2])
+    options = {}
+    if make is InDictionary:
+        options["likelihood"] = SequenceClassification(num_data=8)
+    blora = tiny.adapted(net.eval(), target_modules=r".*layers\.2\..*(query|q_proj)", **options)
     batch = tiny.sequences(8)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     rows, collate = of_rows(batch)
@@ -399,6 +441,22 @@ def test_what_runs_the_blocks_drops_nothing_out(make):
     seen = passes(blora)
     history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
     assert seen == {0: 8, 1: 8, 2: 40}
+
+
+def test_activations_may_be_checkpointed():
+    """By the network's mode GPT-2 decides whether to keep keys and values, block by block."""
+    config = tiny.gpt2(3).config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(0)
+    net = GPT2ForSequenceClassification(config).eval()
+    net.activation_checkpointing_enable({"use_reentrant": False})
+    likelihood = SequenceClassification(num_data=ROWS)
+    blora = tiny.adapted(net, target_modules=r".*h\.2.*c_attn", likelihood=likelihood)
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, tiny.examples(ROWS), tiny.collate)
+    blora.load_state_dict(start)
+    found = history(blora, tiny.examples(ROWS), tiny.collate, cache_frozen_prefix=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pass_that_leaves_the_first_block_out_is_an_error():
