@@ -86,7 +86,8 @@ class PrefixCache:
         """Within, rows that were seen before skip the frozen blocks.
 
         All that runs before the lowest adapted block is in evaluation mode, and so is the module
-        that runs the blocks: dropout would make a row another one at each visit.
+        that runs the blocks, unless it checkpoints activations: dropout would make a row another
+        one at each visit.
         """
         with self._rows.in_place(), whole_if_frozen(self.net, self._names):
             yield
@@ -162,12 +163,10 @@ class _Rows:
                 f"cache_frozen_prefix: a pass came to block {index} without block 0, where rows are"
                 " known by what enters. Train without the cache."
             )
-        known = all(key in self._kept for key in self._keys)
-        last = index == len(self.blocks) - 1
-        keys = self._keys
+        keys, last = self._keys, index == len(self.blocks) - 1
         if last:
             self._keys = []  # the next pass has others
-        if known:
+        if all(key in self._kept for key in keys):
             value = self._assembled(keys, hidden) if last else hidden
             return in_place_of(self._form, value)
         with torch.no_grad():
@@ -246,5 +245,8 @@ def _seen(mask: Tensor | None, rows: int, length: int) -> Tensor | None:
             return None  # and a bias besides (ALiBi), which tells rows apart as it stands
         mask = mask == 0
     seen = mask.bool()
-    seen = seen[:, 0] if seen.dim() == 4 else seen.unsqueeze(-2) if seen.dim() == 2 else seen
+    if seen.dim() == 4:
+        seen = seen[:, 0]
+    elif seen.dim() == 2:
+        seen = seen.unsqueeze(-2)
     return seen.expand(rows, length, -1)
