@@ -68,6 +68,13 @@ def of_rows(batch):
     return rows, torch.utils.data.default_collate
 
 
+def unpadded():
+    """Eight rows of seven tokens, and what collates them."""
+    batch = tiny.sequences(8)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    return of_rows(batch)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_losses(case):
     torch.manual_seed(0)
@@ -99,9 +106,7 @@ def test_rows_skip_the_frozen_blocks_from_the_second_epoch_on_whatever_their_pad
 
 def test_without_padding_each_row_runs_once():
     blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
-    batch = tiny.sequences(8)
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    rows, collate = of_rows(batch)
+    rows, collate = unpadded()
     tiny.asked(blora)
     seen = passes(blora)
     history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
@@ -151,14 +156,12 @@ def test_post_hoc_guides_find_the_same_width_and_run_no_frozen_block_for_it(guid
         pyro.clear_param_store()
         torch.manual_seed(0)
         blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2], guide=guide)
-        batch = tiny.sequences(8)
-        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-        rows, collate = of_rows(batch)
+        rows, collate = unpadded()
         seen = passes(tiny.asked(blora))
         history(blora, rows, collate, cache_frozen_prefix=cached)
         assert (seen[0] == 8) is cached
         torch.manual_seed(0)
-        widths.append(blora.predict(batch, 4).samples.var(0))
+        widths.append(blora.predict(collate(rows), 4).samples.var(0))
     torch.testing.assert_close(*widths, atol=1e-5, rtol=1e-3)
     assert widths[0].amax() > 1e-4
 
@@ -349,9 +352,7 @@ def test_dropout_below_is_off_and_everything_is_put_back():
     blora = tiny.adapted(
         net, target_modules=["c_attn"], layers_to_transform=[2], likelihood=likelihood
     )
-    batch = tiny.sequences(8)
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    rows, collate = of_rows(batch)
+    rows, collate = unpadded()
     tiny.asked(blora)
     seen = passes(blora)
     history(blora, rows, collate, num_steps=6, cache_frozen_prefix=True)
@@ -411,9 +412,7 @@ def test_what_runs_the_blocks_drops_nothing_out(make):
     if make is InDictionary:
         options["likelihood"] = SequenceClassification(num_data=8)
     blora = tiny.adapted(net.eval(), target_modules=r".*layers\.2\..*(query|q_proj)", **options)
-    batch = tiny.sequences(8)
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    rows, collate = of_rows(batch)
+    rows, collate = unpadded()
     tiny.asked(blora)
     seen = passes(blora)
     history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
