@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.kept_prefix import can_skip, entering, forwards_replaced, in_place_of
+from pyro_blora.kept_prefix import can_skip, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
 from pyro_blora.modes import modes_kept
 from pyro_blora.probing import (
     agree,
     asked,
+    entering,
     logits_for,
     padding_of,
     remembered,
@@ -119,14 +120,14 @@ class _Rows:
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
         self._form: Any = None  # what blocks put out, its tensors left out
+        self._evaluated = [*self._around_blocks(), *self._before_blocks()]
+        self._evaluated += [module for block in blocks for module in block.modules()]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the blocks are skipped by rows that were seen, and nothing has dropout."""
-        prefix = [*self._around_blocks(), *self._before_blocks()]
-        prefix += [module for block in self.blocks for module in block.modules()]
-        with modes_kept(prefix), forwards_replaced(self.blocks, self._forward):
-            for module in prefix:
+        with modes_kept(self._evaluated), forwards_replaced(self.blocks, self._forward):
+            for module in self._evaluated:
                 module.training = False
             yield
 

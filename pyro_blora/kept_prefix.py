@@ -5,7 +5,7 @@ first pass runs them; the others start where the last of them ends.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from pyro_blora.layers import put_forward_back
 from pyro_blora.probing import (
     agree,
     asked,
+    entering,
     in_plain_sight,
     logits_for,
     remembered,
@@ -26,7 +27,7 @@ from pyro_blora.probing import (
     way_to,
 )
 
-__all__ = ["KeptPrefix", "can_keep", "can_skip", "entering", "forwards_replaced", "in_place_of"]
+__all__ = ["KeptPrefix", "can_keep", "can_skip", "forwards_replaced", "in_place_of"]
 
 _CALLS = 8  # of the network in a pass; more are run again
 
@@ -95,12 +96,6 @@ class KeptPrefix:
 def _copied(values: Any) -> Any:
     """The same with tensors of its own, which hooks that write in place do not reach."""
     return tree_map_only(Tensor, Tensor.clone, values)
-
-
-def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a block is given."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 def in_place_of(output: Any, hidden: Tensor | None) -> Any:

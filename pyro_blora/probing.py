@@ -1,7 +1,7 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = [
     "agree",
     "answer",
     "asked",
+    "entering",
     "in_plain_sight",
     "logits_for",
     "padding_of",
@@ -143,6 +144,12 @@ def in_plain_sight(way: list[nn.Module]) -> bool:
     return not again and not compiled
 
 
+def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block or a layer is given."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
 def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
     """A few rows of eight tokens; ``None`` where the network declares no vocabulary for them."""
     if vocabulary_of(net) < 8:
@@ -205,8 +212,7 @@ def rows_come_first(net: nn.Module, layers: Sequence[nn.Module]) -> bool | None:
     leading: set[torch.Size] = set()
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given: Tensor = args[0] if args else next(iter(kwargs.values()))
-        leading.add(given.shape[:2])
+        leading.add(entering(args, kwargs).shape[:2])
 
     with ExitStack() as hooks:
         for layer in layers:

@@ -75,18 +75,28 @@ def unpadded():
     return of_rows(batch)
 
 
+def assert_same_losses(blora, rows, collate, atol=1e-5):
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, rows, collate)
+    blora.load_state_dict(start)
+    found = history(blora, rows, collate, cache_frozen_prefix=True)
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-5)
+    assert expected[0] != expected[-1]
+
+
+def run_in_five_epochs(blora):
+    """The rows that each block sees of eight that have no padding."""
+    rows, collate = unpadded()
+    seen = passes(tiny.asked(blora))
+    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
+    return seen
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_losses(case):
     torch.manual_seed(0)
     blora, batch = adapted(case, 4, [2, 3])
-    rows, collate = of_rows(batch)
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    expected = history(blora, rows, collate)
-    blora.load_state_dict(start)
-    torch.testing.assert_close(
-        history(blora, rows, collate, cache_frozen_prefix=True), expected, atol=1e-4, rtol=1e-5
-    )
-    assert expected[0] != expected[-1]
+    assert_same_losses(blora, *of_rows(batch), atol=1e-4)
 
 
 def test_rows_skip_the_frozen_blocks_from_the_second_epoch_on_whatever_their_padding():
@@ -106,11 +116,7 @@ def test_rows_skip_the_frozen_blocks_from_the_second_epoch_on_whatever_their_pad
 
 def test_without_padding_each_row_runs_once():
     blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
-    rows, collate = unpadded()
-    tiny.asked(blora)
-    seen = passes(blora)
-    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
-    assert seen == {0: 8, 1: 8, 2: 40}
+    assert run_in_five_epochs(blora) == {0: 8, 1: 8, 2: 40}
 
 
 def test_packed_items_run_once_whatever_their_padding():
@@ -276,13 +282,9 @@ def test_a_body_that_is_compiled_is_asked_as_it_stands():
     torch._dynamo.reset()
     net = tiny.llama(3)
     net.model.compile(backend="eager")
-    blora = tiny.adapted(net, layers_to_transform=[2])
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    expected = history(blora, tiny.examples(ROWS), tiny.collate)
-    blora.load_state_dict(start)
     graph = net.model._compiled_call_impl
-    found = history(blora, tiny.examples(ROWS), tiny.collate, cache_frozen_prefix=True)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    blora = tiny.adapted(net, layers_to_transform=[2])
+    assert_same_losses(blora, tiny.examples(ROWS), tiny.collate)
     assert net.model._compiled_call_impl is graph
     assert graph is not None
     torch._dynamo.reset()
@@ -412,11 +414,7 @@ def test_what_runs_the_blocks_drops_nothing_out(make):
     if make is InDictionary:
         options["likelihood"] = SequenceClassification(num_data=8)
     blora = tiny.adapted(net.eval(), target_modules=r".*layers\.2\..*(query|q_proj)", **options)
-    rows, collate = unpadded()
-    tiny.asked(blora)
-    seen = passes(blora)
-    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)
-    assert seen == {0: 8, 1: 8, 2: 40}
+    assert run_in_five_epochs(blora) == {0: 8, 1: 8, 2: 40}
 
 
 def test_activations_may_be_checkpointed():
@@ -428,11 +426,7 @@ def test_activations_may_be_checkpointed():
     net.activation_checkpointing_enable({"use_reentrant": False})
     likelihood = SequenceClassification(num_data=ROWS)
     blora = tiny.adapted(net, target_modules=r".*h\.2.*c_attn", likelihood=likelihood)
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    expected = history(blora, tiny.examples(ROWS), tiny.collate)
-    blora.load_state_dict(start)
-    found = history(blora, tiny.examples(ROWS), tiny.collate, cache_frozen_prefix=True)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_same_losses(blora, tiny.examples(ROWS), tiny.collate)
 
 
 def test_a_pass_that_leaves_the_first_block_out_is_an_error():

@@ -34,10 +34,10 @@ from pyro_blora import predictive
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, entering, in_place_of
+from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.probing import logits_for
+from pyro_blora.probing import entering, logits_for
 from pyro_blora.shared_prefix import frozen_blocks
 
 
