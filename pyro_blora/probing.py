@@ -146,7 +146,8 @@ def in_plain_sight(way: list[nn.Module]) -> bool:
 
 def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states that a block or a layer is given."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "hidden_states")
+    hidden: Tensor = args[0] if args else kwargs[name]
     return hidden
 
 

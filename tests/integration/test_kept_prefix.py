@@ -321,6 +321,7 @@ def test_hidden_states_may_enter_by_name():
     hidden = torch.ones(2, 3)
     assert entering((), {"attention_mask": None, "hidden_states": hidden}) is hidden
     assert entering((hidden, None), {}) is hidden
+    assert entering((), {"input": hidden}) is hidden  # of a layer
 
 
 @pytest.mark.parametrize(
