@@ -4,6 +4,7 @@ One reads a few positions of its rows and the other most of them, so that whatev
 by what a batch reads, it does in one process alone.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def main() -> None:
             losses.append(f"{loss.item():.4f}")
     Path(sys.argv[1], str(rank)).write_text(" ".join(losses))
     dist.destroy_process_group()
+    # What DTensor remembers keeps the group's threads alive, and one that lets go of a tensor while
+    # the interpreter ends aborts the process (pytorch/pytorch#190489).
+    os._exit(0)
 
 
 if __name__ == "__main__":
