@@ -7,6 +7,7 @@ its padding: it may come in another batch, padded to another length.
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,6 +94,18 @@ class PrefixCache:
         with self._rows.in_place(), whole_if_frozen(self.net, self._names):
             yield
 
+    def warn_if_unused(self) -> None:
+        """Warns where fewer than a tenth of the rows had come before."""
+        visits, kept = self._rows.visits, len(self._rows.kept)
+        if kept > 0.9 * visits:
+            warnings.warn(
+                f"cache_frozen_prefix: of {visits} rows {kept} were new, and are kept for nothing. "
+                f"Either no example came twice, or {type(self.net).__name__} gives its blocks what "
+                "changes with the batch, such as position biases of its length. Train without the "
+                "cache.",
+                stacklevel=3,
+            )
+
 
 @remembered
 def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
@@ -111,12 +124,18 @@ def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool
 
 
 class _Rows:
-    """What the last of ``blocks`` puts out for each row."""
+    """What the last of ``blocks`` puts out for each row.
+
+    Attributes:
+        kept: it, by what enters the first of them.
+        visits: how many rows have come, each time that one did.
+    """
 
     def __init__(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.net = net
         self.blocks = blocks
-        self._kept: dict[bytes, Tensor] = {}
+        self.kept: dict[bytes, Tensor] = {}
+        self.visits = 0
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
         self._form: Any = None  # what blocks put out, its tensors left out
@@ -159,6 +178,7 @@ class _Rows:
         hidden = entering(args, kwargs)
         if index == 0:
             self._keys, self._lengths = _keys(hidden, _by_name(self.blocks[0], args, kwargs))
+            self.visits += len(self._keys)
         elif not self._keys:
             raise ConfigurationError(
                 f"cache_frozen_prefix: a pass came to block {index} without block 0, where rows are"
@@ -167,7 +187,7 @@ class _Rows:
         keys, last = self._keys, index == len(self.blocks) - 1
         if last:
             self._keys = []  # the next pass has others
-        if all(key in self._kept for key in keys):
+        if all(key in self.kept for key in keys):
             value = self._assembled(keys, hidden) if last else hidden
             return in_place_of(self._form, value)
         with torch.no_grad():
@@ -176,11 +196,11 @@ class _Rows:
         self._form = in_place_of(output, None)
         if last:
             for key, length, row in zip(keys, self._lengths, value, strict=True):
-                self._kept[key] = row[:length].clone()
+                self.kept[key] = row[:length].clone()
         return output
 
     def _assembled(self, keys: Sequence[bytes], like: Tensor) -> Tensor:
-        kept = [self._kept[key] for key in keys]
+        kept = [self.kept[key] for key in keys]
         whole = kept[0].new_zeros(*like.shape[:2], kept[0].shape[-1])
         for row, values in zip(whole, kept, strict=True):
             row[: len(values)] = values

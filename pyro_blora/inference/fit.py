@@ -125,7 +125,8 @@ def fit(
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
             adapted layer put out, and to run them in the first epoch and the first validation
             alone. They, and the module that runs all blocks, are without dropout. Takes the memory
-            of one hidden state for each token of the training set and of the validation set.
+            of one hidden state for each token of the training set and of the validation set; warns
+            where it was of no use.
         seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
@@ -222,6 +223,8 @@ def fit(
                 precision=precision,
                 progress=progress,
             )
+    if cache is not None:
+        cache.warn_if_unused()
     return result
 
 

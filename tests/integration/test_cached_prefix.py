@@ -9,6 +9,8 @@ import torch
 from choice_batches import batch_of
 from test_shared_prefix import CASES, adapted
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     ConvBertConfig,
     ConvBertForSequenceClassification,
     GPT2Config,
@@ -117,6 +119,20 @@ def test_rows_skip_the_frozen_blocks_from_the_second_epoch_on_whatever_their_pad
 def test_without_padding_each_row_runs_once():
     blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
     assert run_in_five_epochs(blora) == {0: 8, 1: 8, 2: 40}
+
+
+def test_a_cache_of_no_use_says_so():
+    """Fits of several epochs, as in the other tests, would fail if it said so there."""
+    blora = tiny.asked(tiny.adapted(tiny.llama(3), layers_to_transform=[2]))
+    rows, collate = unpadded()
+    with pytest.warns(UserWarning, match="of 8 rows 8 were new, and are kept for nothing"):
+        history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
+    # blocks that are given position biases as long as the batch
+    net = BloomForCausalLM(BloomConfig(**{**SIZES, "vocab_size": 64}))
+    layers = {"target_modules": ["query_key_value"], "layers_to_transform": [2]}
+    blora = tiny.asked(tiny.adapted(net, **layers))
+    with pytest.warns(UserWarning, match="or BloomForCausalLM gives its blocks what changes"):
+        history(blora, tiny.examples(16), tiny.collate, num_steps=16, cache_frozen_prefix=True)
 
 
 def test_packed_items_run_once_whatever_their_padding():
@@ -271,7 +287,7 @@ def test_what_is_kept_keeps_no_batch():
     cache = PrefixCache(blora.net, blora.model.adapters)
     with cache.in_place():
         blora.net(**{k: v for k, v in tiny.sequences().items() if k != "labels"})
-    kept = list(cache._rows._kept.values())
+    kept = list(cache._rows.kept.values())
     assert len(kept) == 4
     assert all(row.untyped_storage().nbytes() == row.nbytes for row in kept)
 
