@@ -73,13 +73,13 @@ class PrefixCache:
             raise ConfigurationError(
                 f"cache_frozen_prefix: {type(net).__name__} gives other logits, or none, where its "
                 f"lowest {len(blocks)} blocks are skipped and the output of the last of them is "
-                "put in their place, row by row. Train without the cache."
+                f"put in their place, row by row. {_remedy(net)}"
             )
         if not _alike_at_other_padding(net, blocks):
             raise ConfigurationError(
                 f"cache_frozen_prefix: what {type(net).__name__} makes of a row depends on its "
-                "padding, which differs from visit to visit, or it takes none. Train without the "
-                "cache."
+                "padding or on the rows beside it, which differ from visit to visit, or it takes "
+                f"no padding. {_remedy(net)}"
             )
         self._rows = _Rows(net, blocks)
 
@@ -121,6 +121,13 @@ def _alike_at_other_padding(net: nn.Module, blocks: Sequence[nn.Module]) -> bool
         with _Rows(net, blocks).in_place():
             found = [logits_for(net, *visit) for visit in visits]
     return all(map(agree, found, expected))
+
+
+def _remedy(net: nn.Module) -> str:
+    attention = getattr(getattr(net, "config", None), "_attn_implementation", None)
+    if attention in (None, "eager", "sdpa"):
+        return "Train without the cache."
+    return f"Train without the cache, or with attn_implementation='sdpa' instead of {attention!r}."
 
 
 class _Rows:

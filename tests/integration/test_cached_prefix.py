@@ -253,6 +253,15 @@ def test_blocks_that_read_one_position_ahead_are_refused():
         PrefixCache(net, blora.model.adapters)
 
 
+def test_a_refusal_names_the_attention_that_would_do():
+    net = tiny.llama(3)
+    net.set_attn_implementation("flex_attention")
+    blora = tiny.adapted(net, layers_to_transform=[2])
+    remedy = "attn_implementation='sdpa' instead of 'flex_attention'"
+    with pytest.raises(ConfigurationError, match=remedy):
+        PrefixCache(net, blora.model.adapters)
+
+
 @pytest.mark.parametrize("target", [r".*layer\.2\..*layer_1", "lm_loss"])
 def test_rows_in_the_second_dimension_are_refused(target):
     """They are where blocks begin, though the head has them first."""
