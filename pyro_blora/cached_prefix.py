@@ -101,8 +101,8 @@ class PrefixCache:
             warnings.warn(
                 f"cache_frozen_prefix: of {visits} rows {kept} were new, and are kept for nothing. "
                 f"Either no example came twice, or {type(self.net).__name__} gives its blocks what "
-                "changes with the batch, such as position biases of its length. Train without the "
-                "cache.",
+                "changes from visit to visit, such as position biases of a batch's length, or "
+                "dropout under activation checkpointing. Train without the cache.",
                 stacklevel=3,
             )
 

@@ -442,6 +442,15 @@ def test_what_runs_the_blocks_drops_nothing_out(make):
     assert run_in_five_epochs(blora) == {0: 8, 1: 8, 2: 40}
 
 
+def test_where_activations_are_checkpointed_what_drops_rows_out_is_told():
+    """What runs the blocks stays in training mode there, and XGLM drops out in it."""
+    net = xglm().eval()
+    net.activation_checkpointing_enable({"use_reentrant": False})
+    blora = tiny.adapted(net, target_modules=r".*layers\.2\..*q_proj")
+    with pytest.warns(UserWarning, match="or dropout under activation checkpointing"):
+        run_in_five_epochs(blora)
+
+
 def test_activations_may_be_checkpointed():
     """By the network's mode GPT-2 decides whether to keep keys and values, block by block."""
     config = tiny.gpt2(3).config
