@@ -20,6 +20,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.kept_prefix import can_skip, forwards_replaced, in_place_of
 from pyro_blora.layers import Adapter
 from pyro_blora.modes import modes_kept
+from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.probing import (
     agree,
     asked,
@@ -133,6 +134,8 @@ def _remedy(net: nn.Module) -> str:
 class _Rows:
     """What the last of ``blocks`` puts out for each row.
 
+    Quantised layers, which drop nothing out, stay in the mode they are in (see ``asked``).
+
     Attributes:
         kept: it, by what enters the first of them.
         visits: how many rows have come, each time that one did.
@@ -146,8 +149,9 @@ class _Rows:
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
         self._form: Any = None  # what blocks put out, its tensors left out
-        self._evaluated = [*self._around_blocks(), *self._before_blocks()]
-        self._evaluated += [module for block in blocks for module in block.modules()]
+        inside = (module for block in blocks for module in block.modules())
+        evaluated = (*self._around_blocks(), *self._before_blocks(), *inside)
+        self._evaluated = [module for module in evaluated if not is_quantised(module)]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.context import ELBO_PLATE
 from pyro_blora.errors import ConfigurationError, ParticleError
@@ -27,6 +28,7 @@ from pyro_blora.layers import (
 )
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
+from pyro_blora.packed_weight import watch_packed_layers
 from pyro_blora.probing import rows_come_first
 from pyro_blora.shapes import broadcast_shapes
 from pyro_blora.targets import LayerGroup
@@ -94,6 +96,7 @@ class BayesianLoRAModel(PyroModule):
         for group in groups:
             setattr(self, group.name, prior.bind(group))
         self.adapters: tuple[Adapter, ...] = ()
+        self._watches: list[RemovableHandle] = []
 
     @property
     def net(self) -> nn.Module:
@@ -106,6 +109,7 @@ class BayesianLoRAModel(PyroModule):
             for group in self.groups:
                 for name, module in zip(group.module_names, group.modules, strict=True):
                     self.adapters += (Adapter(name, module),)
+            self._watches = watch_packed_layers(self.net)
         except ConfigurationError:
             self.detach()
             raise
@@ -114,7 +118,9 @@ class BayesianLoRAModel(PyroModule):
         """Takes the hooks off again."""
         for adapter in self.adapters:
             adapter.remove()
-        self.adapters = ()
+        for watch in self._watches:
+            watch.remove()
+        self.adapters, self._watches = (), []
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """Samples the sites of every group, in single precision also under autocast."""

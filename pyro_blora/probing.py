@@ -38,14 +38,12 @@ AboutBlocks = Callable[[nn.Module, Sequence[nn.Module]], bool | None]
 def asked(net: nn.Module) -> Iterator[None]:
     """Within, ``net`` is as pretrained: no dropout, updates, gradients, autocast or compiled graph.
 
-    Quantised layers stay in the mode they are in, for some are packed anew, once and for all, when
-    first evaluated.
+    Quantised layers are in training mode: some are packed, once and for all, when first evaluated.
     """
     device = device_of(net.modules())
     with modes_kept(net.modules()):
         for module in net.modules():
-            if not is_quantised(module):
-                module.training = False
+            module.training = is_quantised(module)
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),

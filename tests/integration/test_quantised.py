@@ -117,6 +117,26 @@ def test_every_parameter_of_the_adapter_gets_a_gradient(net, target_modules):
         assert parameter.grad.any(), name
 
 
+def test_with_the_frozen_prefix_kept_the_losses_are_equal_and_no_layer_is_evaluated(net):
+    """bitsandbytes packs a layer for good when it is first evaluated, and no gradient passes."""
+    blora = tiny.adapted(net, layers_to_transform=[1])
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    modes, options = set(), {"num_steps": 6, "batch_size": 4, "progress": False}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: modes.add(layer.training))
+        for layer in find_targets(net, "all-linear").values()
+    ]
+    expected = fit(blora, ROWS, collate=tiny.collate, **options)
+    blora.load_state_dict(start)
+    found = fit(blora, ROWS, collate=tiny.collate, cache_frozen_prefix=True, **options)
+    for hook in hooks:
+        hook.remove()
+    assert modes == {True}
+    for a, b in zip(found.history, expected.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert expected.history[0]["loss"] != expected.history[-1]["loss"]
+
+
 @pytest.mark.parametrize("prior", [models.KroneckerInducing, models.SpectralInducing])
 def test_training_fits_the_batch_and_leaves_the_base(net, prior):
     output, before = logits(net), stored(net)
@@ -160,6 +180,63 @@ def test_saved_and_read_again(net, tmp_path):
     expected = blora.predict(BATCH, 0).probs
     again = type(blora).from_pretrained(blora.unwrap(), tmp_path)
     assert torch.equal(again.predict(BATCH, 0).probs, expected)
+
+
+def test_a_gradient_through_a_packed_layer_is_refused():
+    """Whichever processor runs this: the layer is only said to be packed."""
+    net = QUANTISED["bitsandbytes nf4"]()
+    first, last = (block.mlp.down_proj for block in net.model.layers)
+    last.weight.quant_state.packing_format_for_cpu = True
+    blora = tiny.adapted(net)
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ConfigurationError, match=r"packed .* of model.layers.1.mlp.down_proj for"):
+        elbo(blora.model, blora.guide)(BATCH)
+    assert len(last._forward_pre_hooks) == 1
+    assert not first._forward_pre_hooks  # it is told not to be
+    blora.unwrap()
+    assert not last._forward_pre_hooks
+
+
+@pytest.fixture
+def packing():
+    """A network whose layers this processor packs when they are evaluated."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    if not functional.has_avx512bf16():
+        pytest.skip("bitsandbytes packs 4-bit layers on processors with AVX512-BF16 alone")
+    net = QUANTISED["bitsandbytes nf4"]()
+    for layer in find_targets(net, "all-linear").values():
+        layer.support_avx512bf16_for_cpu = hasattr(layer.weight, "quant_state")
+    return net
+
+
+def are_packed(block):
+    states = [layer.weight.quant_state for layer in find_targets(block, "all-linear").values()]
+    return {getattr(state, "packing_format_for_cpu", False) for state in states}
+
+
+@pytest.mark.parametrize("options", [{"validation": ROWS, "validate_every": 1}, {}])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_fit_packs_no_layer(packing, options, cached):
+    blora = tiny.adapted(packing, layers_to_transform=[1])
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    options = {"num_steps": 6, "batch_size": 4, "progress": False, **options}
+    fit(blora, ROWS, collate=tiny.collate, cache_frozen_prefix=cached, **options)
+    assert are_packed(packing.model) == {False}
+    moved = [(v - start[k]).abs().max() for k, v in blora.state_dict().items() if ".loc" in k]
+    assert min(moved) > 1e-3
+
+
+def test_predictions_pack_a_network_in_evaluation_mode(packing):
+    """Which is faster, and draws need no gradient; the linearised predictive and training do."""
+    blora = tiny.adapted(packing)
+    blora.predict(BATCH, 2, linearised=True)
+    assert are_packed(packing.model.layers[1]) == {False}
+    blora.predict(BATCH, 2)
+    assert are_packed(packing.model.layers[1]) == {True}
+    with pytest.raises(ConfigurationError, match="Load the network anew"):
+        blora.predict(BATCH, 2, linearised=True)
+    with pytest.raises(ConfigurationError, match="Load the network anew"):
+        fit(blora, ROWS, collate=tiny.collate, num_steps=1, progress=False)
 
 
 @pytest.mark.parametrize("packed", [False, True])
