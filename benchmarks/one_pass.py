@@ -4,17 +4,15 @@
     python benchmarks/one_pass.py --adapter out/arc_easy --task arc_easy --data-dir DATA
     python benchmarks/one_pass.py --adapter out/facts --items 100 --num-samples 16   # a quick look
 
-`--draws FILE` keeps what draws predict for another run: they take nine times as long as all else.
 Both predict the same items, which come in random order, so that fewer of them are a random part. A
 half of the draws is a predictive of its own: how two of those differ is what the number of draws
-alone does. `from draws` is the total variation distance of an item's probabilities from the draws',
-of a half from the other half's. Items are resampled for what the choice of items does to the
-differences. The last line has the slope of the draws' mean logits on the one pass's: below 1, draws
-shrink them.
+alone does. Items are resampled for what the choice of items does to the differences. Then comes how
+far the probabilities of an item are from the draws' (total variation), beside what two sets of as
+many draws would be from each other, by the halves; and the slope of the draws' mean logits on the
+one pass's: below 1, draws shrink them.
 """
 
 import argparse
-import hashlib
 import time
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from ratios import write
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,35 +33,10 @@ DRAWS, ONE_PASS = "draws", "one pass"
 AT_ONCE, RESAMPLED = 48, 300
 
 
-def what_was_drawn(arguments: argparse.Namespace) -> dict[str, str]:
-    """What decides the draws' predictions, to be kept beside them."""
-    decisive = ("model", "task", "items", "num_samples", "seed", "precision")
-    adapter = b"".join(
-        path.read_bytes() for path in sorted(arguments.adapter.glob("bayesian_lora*"))
-    )
-    return {name: str(vars(arguments)[name]) for name in decisive} | {
-        "adapter": hashlib.sha256(adapter).hexdigest()
-    }
-
-
-def kept_draws(arguments: argparse.Namespace) -> tuple[Prediction, float] | None:
-    """The draws' predictions and seconds of an earlier run, if there is one."""
-    if arguments.draws is None or not arguments.draws.exists():
-        return None
-    with safe_open(arguments.draws, framework="pt") as file:
-        found, samples = file.metadata(), file.get_tensor("samples")
-    seconds = float(found.pop("seconds"))
-    asked = what_was_drawn(arguments)
-    if differing := {k: found.get(k) for k, v in asked.items() if found.get(k) != v}:
-        raise SystemExit(f"{arguments.draws} has other draws, of {differing}; name another file.")
-    return Prediction(samples), seconds
-
-
 def predicted(
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, Prediction], Tensor, dict[str, float]]:
     """What each of the two predicts, the labels, and the seconds that each took."""
-    kept = kept_draws(arguments)
     task = load_task(arguments.task, data_dir=arguments.data_dir)
     net, tokenizer = load_pretrained(arguments.model)
     collate = task.collator(tokenizer)
@@ -74,13 +45,9 @@ def predicted(
     order = np.random.default_rng(arguments.seed).permutation(len(task.test))[: arguments.items]
     parts: dict[str, list[Prediction]] = {ONE_PASS: [], DRAWS: []}
     labels, seconds = [], dict.fromkeys(parts, 0.0)
-    if kept is not None:
-        parts[DRAWS], seconds[DRAWS] = [kept[0]], kept[1]
-    for start in tqdm(range(0, len(order), AT_ONCE), desc="items", unit_scale=AT_ONCE):
+    for start in tqdm(range(0, len(order), AT_ONCE), desc=f"{len(order)} items", unit="part"):
         items = [task.test[int(index)] for index in order[start : start + AT_ONCE]]
         for name, found in parts.items():
-            if name == DRAWS and kept is not None:
-                continue
             torch.manual_seed(arguments.seed + start)
             since = time.perf_counter()
             prediction, classes = predict_dataset(
@@ -96,11 +63,7 @@ def predicted(
             seconds[name] += time.perf_counter() - since
             found.append(prediction)
         labels.append(classes)
-    predictions = {name: Prediction.cat(found) for name, found in parts.items()}
-    if arguments.draws is not None and kept is None:
-        about = what_was_drawn(arguments) | {"seconds": str(seconds[DRAWS])}
-        save_file({"samples": predictions[DRAWS].samples.contiguous()}, arguments.draws, about)
-    return predictions, torch.cat(labels), seconds
+    return {k: Prediction.cat(v) for k, v in parts.items()}, torch.cat(labels), seconds
 
 
 def differences(one_pass: Tensor, draws: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
@@ -147,26 +110,24 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=64, help="posterior draws of each")
     parser.add_argument("--seed", type=int, default=0, help="of the items' order and the draws")
     parser.add_argument("--precision", default="bfloat16", help="float32 or bfloat16")
-    parser.add_argument("--draws", type=Path, help="file that keeps the draws' predictions")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
+    if arguments.num_samples < 2 or arguments.items == 0:
+        raise SystemExit("--num-samples must be at least 2, for its halves, and --items at least 1")
     predictions, labels, seconds = predicted(arguments)
     half = arguments.num_samples // 2
     draws = predictions[DRAWS]
     halves = [Prediction(part) for part in draws.samples[: 2 * half].split(half)]
-    shown = {name: (prediction, draws) for name, prediction in predictions.items()}
-    shown[f"draws 1 to {half}"] = halves[0], halves[1]
-    shown[f"draws {half + 1} to {2 * half}"] = halves[1], halves[0]
-    print("| predictive | ACC % | ECE % | NLL | Brier | confidence % | from draws % | s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    shown = {**predictions, f"draws 1 to {half}": halves[0]}
+    shown[f"draws {half + 1} to {2 * half}"] = halves[1]
+    print("| predictive | ACC % | ECE % | NLL | Brier | confidence % | s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
-    for name, (prediction, beside) in shown.items():
+    for name, prediction in shown.items():
         row = evaluate(prediction.probs, labels).as_dict()
         row["confidence"] = float(prediction.confidence.mean())
-        row["from draws"] = total_variation(prediction.probs, beside.probs)
         cells = [f"{100 * row['acc']:.1f}", f"{100 * row['ece']:.2f}", f"{row['nll']:.4f}"]
         cells += [f"{row['brier']:.4f}", f"{100 * row['confidence']:.1f}"]
-        cells.append(f"{100 * row['from draws']:.2f}")
         cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
         print(f"| {' | '.join([name, *cells])} |")
         rows.append({"name": name, "seconds": seconds.get(name), **row})
@@ -176,12 +137,24 @@ def main() -> None:
         f"NLL {found['nll'][0]:+.4f} ± {found['nll'][1]:.4f}, "
         f"ECE {found['ece'][0]:+.2f} ± {found['ece'][1]:.2f} points"
     )
+    apart = total_variation(predictions[ONE_PASS].probs, draws.probs)
+    by_chance = total_variation(halves[0].probs, halves[1].probs) / 2**0.5  # of twice the draws
+    print(
+        f"an item's probabilities are {100 * apart:.2f} % from the draws'; those of two sets of "
+        f"{arguments.num_samples} draws would be {100 * by_chance:.2f} % apart"
+    )
     shrunk = slope(predictions[ONE_PASS], draws)
     print(f"the draws' mean logits are {shrunk:.3f} of the one pass's")
     write(
         arguments.json,
         vars(arguments),
-        {"rows": rows, "draws less one pass": found, "slope of mean logits": shrunk},
+        {
+            "rows": rows,
+            "draws less one pass": found,
+            "from draws": apart,
+            "by chance": by_chance,
+            "slope of mean logits": shrunk,
+        },
     )
 
 
