@@ -18,13 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.kept_prefix import can_skip, forwards_replaced, in_place_of
-from pyro_blora.layers import Adapter
+from pyro_blora.layers import Adapter, entering
 from pyro_blora.modes import modes_kept
 from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.probing import (
     agree,
     asked,
-    entering,
     logits_for,
     padding_of,
     remembered,
@@ -188,7 +187,7 @@ class _Rows:
     def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         hidden = entering(args, kwargs)
         if index == 0:
-            self._keys, self._lengths = _keys(hidden, _by_name(self.blocks[0], args, kwargs))
+            self._keys, self._lengths = _keys(hidden, _beside(hidden, self.blocks[0], args, kwargs))
             self.visits += len(self._keys)
         elif not self._keys:
             raise ConfigurationError(
@@ -222,11 +221,6 @@ def _keys(hidden: Tensor, others: Mapping[str, Any]) -> tuple[list[bytes], list[
     """A digest of each row without its padding, and its length without it."""
     rows, length = hidden.shape[:2]
     mask = others.get("attention_mask")
-    if mask is not None and not isinstance(mask, Tensor):
-        raise ConfigurationError(
-            f"cache_frozen_prefix reads attention masks that are tensors, not a "
-            f"{type(mask).__name__}; load the network with attn_implementation='sdpa'."
-        )
     lengths = [length] * rows
     seen = _seen(mask, rows, length)
     if seen is not None:
@@ -253,12 +247,14 @@ def _keys(hidden: Tensor, others: Mapping[str, Any]) -> tuple[list[bytes], list[
     return keys, lengths
 
 
-def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a block is given beside the hidden states."""
+def _beside(
+    hidden: Tensor, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What a block is given beside the hidden states, by name."""
     names = list(inspect.signature(type(block).forward).parameters)[1:]
     names += [f"argument {i}" for i in range(len(names), len(args))]  # of a block of ``*args``
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: value for name, value in named.items() if name not in names[:1]}
+    return {name: value for name, value in named.items() if value is not hidden}
 
 
 def _of_row(tensor: Tensor, row: int, rows: int, least: int) -> Tensor:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyro_blora.layers import put_forward_back
+from pyro_blora.layers import entering, put_forward_back
 from pyro_blora.probing import (
     agree,
     asked,
-    entering,
     in_plain_sight,
     logits_for,
     remembered,

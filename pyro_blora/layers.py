@@ -5,7 +5,7 @@ class (quantised or not) and its ties stay what they were, and taking the hook o
 network back exactly.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -22,12 +22,15 @@ __all__ = [
     "Adapter",
     "adapter_of",
     "checkpointable",
+    "entering",
     "moved",
     "put_forward_back",
     "updates_in_place",
     "updates_kept_for_backward",
     "without_updates",
 ]
+
+_INPUTS = ("hidden_states", "input", "x")  # names of what a block or a layer is given
 
 
 class Adapter:
@@ -47,14 +50,16 @@ class Adapter:
         self.name = name
         self.update: LayerUpdate | None = None
         self.rows: Tensor | None = None
-        self._handle: RemovableHandle = module.register_forward_hook(self)
+        self._handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
         # torch.compile does not see that a layer has got a hook, and would run the graph that it
         # made of one without; that a layer has another forward of its own, it does see
         self._module, self._before = module, vars(module).get("forward")
         self._forward = module.forward if self._before is None else partial(self._before)
         module.forward = self._forward
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         """The forward hook: ``output + dW x``."""
         if self.update is None:
             return output
@@ -66,13 +71,32 @@ class Adapter:
             )
         if update.A.device != output.device:  # a group's layers may lie on several devices
             update = moved(update, output.device)
-        return update(args[0].to(output.device), output, self.rows)
+        return update(entering(args, kwargs).to(output.device), output, self.rows)
 
     def remove(self) -> None:
         """Takes the hook off the layer."""
         self._handle.remove()
         if vars(self._module).get("forward") is self._forward:  # and nobody's on top of it
             put_forward_back(self._module, self._before)
+
+
+def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a layer or a block is given.
+
+    Args:
+        args: its arguments; they are the first, where there are any.
+        kwargs: its arguments by name.
+
+    Raises:
+        ConfigurationError: there are none by position, and none by a name that is known.
+    """
+    found: list[Tensor] = [args[0]] if args else [kwargs[n] for n in _INPUTS if n in kwargs]
+    if not found:
+        raise ConfigurationError(
+            f"A layer or a block of the network is given {', '.join(kwargs) or 'nothing'} by name; "
+            f"its input must come first, or be one of {', '.join(_INPUTS)}."
+        )
+    return found[0]
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:

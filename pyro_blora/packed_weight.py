@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,7 +36,7 @@ def _is_packed(module: nn.Module) -> bool:
 
 
 def _refuse(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.is_grad_enabled() and args and args[0].requires_grad and _is_packed(layer):
+    if args and args[0].requires_grad and _is_packed(layer):
         raise ConfigurationError(
             f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it does "
             "when a layer is first evaluated, and no gradient passes through it. Load the network "

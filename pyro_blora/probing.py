@@ -1,7 +1,7 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from typing import Any
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.layers import without_updates
+from pyro_blora.layers import entering, without_updates
 from pyro_blora.modes import modes_kept
 from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.targets import device_of
@@ -19,7 +19,6 @@ __all__ = [
     "agree",
     "answer",
     "asked",
-    "entering",
     "in_plain_sight",
     "logits_for",
     "padding_of",
@@ -140,13 +139,6 @@ def in_plain_sight(way: list[nn.Module]) -> bool:
         for module in way
     )
     return not again and not compiled
-
-
-def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a block or a layer is given."""
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "hidden_states")
-    hidden: Tensor = args[0] if args else kwargs[name]
-    return hidden
 
 
 def tokens_for(net: nn.Module, rows: int) -> Tensor | None:

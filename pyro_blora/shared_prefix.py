@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.last_block import whole_last_block
-from pyro_blora.layers import Adapter
-from pyro_blora.probing import agree, asked, entering, logits_for, remembered, tokens_for
+from pyro_blora.layers import Adapter, entering
+from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
 
 __all__ = ["can_share", "frozen_blocks", "shared_prefix", "whole_if_frozen"]
 

@@ -27,7 +27,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from pyro_blora.cached_prefix import PrefixCache
+from pyro_blora.cached_prefix import PrefixCache, _keys
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
@@ -291,6 +291,62 @@ def test_a_row_is_asked_with_the_padding_that_the_network_knows():
     assert PrefixCache(net, blora.model.adapters)
 
 
+class MaskFirst(torch.nn.Module):
+    """A block whose mask, of a token each, comes before its hidden states, both by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = torch.nn.Linear(16, 16)
+
+    def forward(self, attention_mask=None, hidden_states=None):
+        seen = attention_mask.unsqueeze(-1)
+        mean = (hidden_states * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+        return torch.where(seen, self.dense(hidden_states) + mean, hidden_states)
+
+
+class OfMaskFirst(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        net = tiny.bert(1)
+        self.config, self.embeddings, self.head = net.config, net.bert.embeddings, net.classifier
+        self.layers = torch.nn.ModuleList(MaskFirst() for _ in range(3))
+
+    def forward(self, input_ids, attention_mask, **options):
+        hidden = self.embeddings(input_ids)
+        for block in self.layers:
+            hidden = block(attention_mask=attention_mask.bool(), hidden_states=hidden)
+        return SimpleNamespace(logits=self.head(hidden[:, 0]))
+
+
+def test_a_row_under_another_mask_is_another_row():
+    torch.manual_seed(0)
+    net = OfMaskFirst().eval()
+    likelihood = SequenceClassification(num_data=4)
+    blora = tiny.adapted(net, target_modules=r"layers\.2\.dense", likelihood=likelihood)
+    ids, mask = tiny.sequences()["input_ids"], torch.ones(4, 7, dtype=torch.long)
+    masks = [mask, mask.clone(), mask.clone(), mask]
+    masks[1][:, 2], masks[2][:, 4:] = 0, 0
+    with torch.no_grad():
+        expected = [net(ids, mask).logits for mask in masks]
+        assert (expected[0] - expected[1]).abs().max() > 1e-3
+        cache = PrefixCache(net, blora.model.adapters)
+        with cache.in_place():
+            for mask, logits in zip(masks, expected, strict=True):
+                torch.testing.assert_close(net(ids, mask).logits, logits)
+    assert len(cache._rows.kept) == 12
+    assert cache._rows.visits == 16
+
+
+def test_positions_that_all_rows_share_are_no_rows():
+    """Of as many rows as positions."""
+    positions = torch.arange(4)
+    keys, lengths = _keys(torch.ones(4, 4, 2), {"cache_position": positions})
+    assert len(set(keys)) == 1
+    assert lengths == [4] * 4
+    others, _ = _keys(torch.ones(4, 4, 2), {"cache_position": positions + 1})
+    assert set(keys).isdisjoint(others)
+
+
 def test_what_is_kept_keeps_no_batch():
     blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
     cache = PrefixCache(blora.net, blora.model.adapters)
@@ -431,14 +487,23 @@ class InDictionary(torch.nn.Module):
         return SimpleNamespace(logits=self.parts["out"](hidden[:, 0]))
 
 
-@pytest.mark.parametrize("make", [xglm, opt, phi, InDictionary])
+def bert():
+    net = tiny.bert(3)
+    net.bert.embeddings.dropout.p = 0.5
+    return net
+
+
+@pytest.mark.parametrize("make", [xglm, opt, phi, bert, InDictionary])
 def test_what_runs_the_blocks_drops_nothing_out(make):
-    """Of what it embeds, in XGLM by a function, in Phi by a late leaf; or whole blocks."""
+    """Of what it embeds: in XGLM by a function, in Phi by a late leaf, in BERT by an early one.
+
+    Or whole blocks, in OPT.
+    """
     net = make()
     options = {}
-    if make is InDictionary:
+    if make in (bert, InDictionary):
         options["likelihood"] = SequenceClassification(num_data=8)
-    blora = tiny.adapted(net.eval(), target_modules=r".*layers\.2\..*(query|q_proj)", **options)
+    blora = tiny.adapted(net.eval(), target_modules=r".*layers?\.2\..*(query|q_proj)", **options)
     assert run_in_five_epochs(blora) == {0: 8, 1: 8, 2: 40}
 
 

@@ -37,7 +37,7 @@ from pyro_blora.guides import MatrixNormal
 from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.probing import entering, logits_for
+from pyro_blora.probing import logits_for
 from pyro_blora.shared_prefix import frozen_blocks
 
 
@@ -315,13 +315,6 @@ def test_blocks_that_write_over_what_they_are_given():
         found = [block(torch.ones(2)) for _ in range(3)]
     assert kept.hits == 2
     torch.testing.assert_close(found, [torch.full((2,), 2.0)] * 3)
-
-
-def test_hidden_states_may_enter_by_name():
-    hidden = torch.ones(2, 3)
-    assert entering((), {"attention_mask": None, "hidden_states": hidden}) is hidden
-    assert entering((hidden, None), {}) is hidden
-    assert entering((), {"input": hidden}) is hidden  # of a layer
 
 
 @pytest.mark.parametrize(

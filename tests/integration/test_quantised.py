@@ -226,6 +226,14 @@ def test_a_fit_packs_no_layer(packing, options, cached):
     assert min(moved) > 1e-3
 
 
+def test_a_packed_layer_below_the_adapters_is_no_hindrance(packing):
+    with torch.no_grad():
+        packing.model.layers[0].mlp.down_proj(torch.ones(1, 64))
+    assert True in are_packed(packing.model.layers[0])
+    blora = tiny.adapted(packing, layers_to_transform=[1])
+    fit(blora, ROWS, collate=tiny.collate, num_steps=1, progress=False)
+
+
 def test_predictions_pack_a_network_in_evaluation_mode(packing):
     """Which is faster, and draws need no gradient; the linearised predictive and training do."""
     blora = tiny.adapted(packing)

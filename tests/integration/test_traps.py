@@ -232,6 +232,46 @@ def test_a_layer_that_puts_out_no_tensor_is_named():
         blora.model(tiny.sequences())
 
 
+class CalledByName(torch.nn.Module):
+    """A layer of a block, called by the name of its input."""
+
+    def __init__(self, layer, name):
+        super().__init__()
+        self.q_proj, self.name = layer, name
+
+    def forward(self, hidden):
+        return self.q_proj(**{self.name: hidden})
+
+
+class Renamed(torch.nn.Linear):
+    def forward(self, features):
+        return super().forward(features)
+
+
+def test_a_layer_may_be_called_by_the_name_of_its_input():
+    net, batch = tiny.llama(), tiny.sequences()
+    expected = tiny.adapted(net, target_modules=["q_proj"])
+    torch.manual_seed(0)
+    probs = expected.predict(batch, 2).probs
+    update = expected.state_dict()
+    expected.unwrap()
+    for block in net.model.layers:
+        block.self_attn.q_proj = CalledByName(block.self_attn.q_proj, "input")
+    pyro.clear_param_store()
+    named = tiny.adapted(net, target_modules=["q_proj"])
+    named.load_state_dict(update)
+    torch.manual_seed(0)
+    torch.testing.assert_close(named.predict(batch, 2).probs, probs)
+
+
+def test_a_layer_whose_input_has_a_name_of_its_own_is_an_error():
+    net = tiny.llama()
+    net.model.layers[0].self_attn.q_proj = CalledByName(Renamed(16, 16), "features")
+    blora = tiny.adapted(net, target_modules=["q_proj"])
+    with pytest.raises(ConfigurationError, match="is given features by name; its input must"):
+        blora.predict(tiny.sequences(), 1)
+
+
 def test_rows_in_the_second_dimension_are_no_particles():
     """XLNet has its positions first, and where their number divides, draws were mixed silently."""
     config = XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=4, d_inner=24, num_labels=3)

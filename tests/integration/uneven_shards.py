@@ -49,7 +49,7 @@ def main() -> None:
     Path(sys.argv[1], str(rank)).write_text(" ".join(losses))
     dist.destroy_process_group()
     # What DTensor remembers keeps the group's threads alive, and one that lets go of a tensor while
-    # the interpreter ends aborts the process (pytorch/pytorch#190489).
+    # the interpreter ends aborts the process (pytorch/pytorch#179291).
     os._exit(0)
 
 
