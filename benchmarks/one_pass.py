@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16", help="float32 or bfloat16")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    if arguments.num_samples < 2 or arguments.items == 0:
+    if arguments.num_samples < 2 or (arguments.items is not None and arguments.items < 1):
         raise SystemExit("--num-samples must be at least 2, for its halves, and --items at least 1")
     predictions, labels, seconds = predicted(arguments)
     half = arguments.num_samples // 2
@@ -138,7 +138,8 @@ def main() -> None:
         f"ECE {found['ece'][0]:+.2f} ± {found['ece'][1]:.2f} points"
     )
     apart = total_variation(predictions[ONE_PASS].probs, draws.probs)
-    by_chance = total_variation(halves[0].probs, halves[1].probs) / 2**0.5  # of twice the draws
+    share = (half / arguments.num_samples) ** 0.5  # a half's noise is that much larger
+    by_chance = share * total_variation(halves[0].probs, halves[1].probs)
     print(
         f"an item's probabilities are {100 * apart:.2f} % from the draws'; those of two sets of "
         f"{arguments.num_samples} draws would be {100 * by_chance:.2f} % apart"

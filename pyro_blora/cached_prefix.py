@@ -24,6 +24,7 @@ from pyro_blora.pretrained_weight import is_quantised
 from pyro_blora.probing import (
     agree,
     asked,
+    is_asked,
     logits_for,
     padding_of,
     remembered,
@@ -95,14 +96,16 @@ class PrefixCache:
             yield
 
     def warn_if_unused(self) -> None:
-        """Warns where fewer than a tenth of the rows had come before."""
-        visits, kept = self._rows.visits, len(self._rows.kept)
-        if kept > 0.9 * visits:
+        """Warns where hardly a pass, fewer than one in ten by its rows, has skipped the blocks."""
+        visits, skipped = self._rows.visits, self._rows.skipped
+        if visits and skipped <= 0.1 * visits:
             warnings.warn(
-                f"cache_frozen_prefix: of {visits} rows {kept} were new, and are kept for nothing. "
-                f"Either no example came twice, or {type(self.net).__name__} gives its blocks what "
-                "changes from visit to visit, such as position biases of a batch's length, or "
-                "dropout under activation checkpointing. Train without the cache.",
+                f"cache_frozen_prefix: of {visits} rows {skipped} have skipped the frozen blocks, "
+                f"and {len(self._rows.kept)} are kept for nothing. Either examples came once; or "
+                "with other padding on their left at each visit, or with others that did; or "
+                f"{type(self.net).__name__} gives its blocks what changes from visit to visit, "
+                "such as position biases of a batch's length, or dropout under activation "
+                "checkpointing. Train without the cache.",
                 stacklevel=3,
             )
 
@@ -137,14 +140,15 @@ class _Rows:
 
     Attributes:
         kept: it, by what enters the first of them.
-        visits: how many rows have come, each time that one did.
+        visits: how many rows have come, each time that one did, but for those of questions.
+        skipped: how many of them have skipped the blocks.
     """
 
     def __init__(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.net = net
         self.blocks = blocks
         self.kept: dict[bytes, Tensor] = {}
-        self.visits = 0
+        self.visits = self.skipped = 0
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
         self._form: Any = None  # what blocks put out, its tensors left out
@@ -188,16 +192,19 @@ class _Rows:
         hidden = entering(args, kwargs)
         if index == 0:
             self._keys, self._lengths = _keys(hidden, _beside(hidden, self.blocks[0], args, kwargs))
-            self.visits += len(self._keys)
         elif not self._keys:
             raise ConfigurationError(
                 f"cache_frozen_prefix: a pass came to block {index} without block 0, where rows are"
                 " known by what enters. Train without the cache."
             )
         keys, last = self._keys, index == len(self.blocks) - 1
+        known = all(key in self.kept for key in keys)
         if last:
             self._keys = []  # the next pass has others
-        if all(key in self.kept for key in keys):
+        if last and not is_asked(self.net):
+            self.visits += len(keys)
+            self.skipped += len(keys) if known else 0
+        if known:
             value = self._assembled(keys, hidden) if last else hidden
             return in_place_of(self._form, value)
         with torch.no_grad():

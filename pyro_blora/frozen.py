@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from pyro_blora.packed_weight import Unpacked
+
 __all__ = ["Frozen"]
 
 
@@ -10,6 +12,8 @@ class Frozen:
 
     A parameter is known by its module and its name there: sharding and offloading put another
     tensor in its place, and in a part that was compiled its full name is another.
+
+    Its 4-bit layers stay as gradients need them (see :class:`~pyro_blora.packed_weight.Unpacked`).
 
     Args:
         net: the network.
@@ -27,6 +31,7 @@ class Frozen:
             for name, parameter in module.named_parameters(recurse=False)
         ]
         net.requires_grad_(False)
+        self._unpacked = Unpacked(net)
 
     def thaw(self) -> None:
         """Each parameter requires a gradient as it did; those that came later stay as they are."""
@@ -34,3 +39,4 @@ class Frozen:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(trained)
+        self._unpacked.release()

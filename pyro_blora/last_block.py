@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_blora.probing import (
     agree,
+    among,
     answer,
     asked,
     in_plain_sight,
@@ -64,13 +65,8 @@ def whole_last_block(net: nn.Module) -> Iterator[None]:
     For one whose hidden states are read by others, or kept for later, and where
     :func:`last_block_at` is mistaken about its parts.
     """
-    added = net not in _WHOLE
-    _WHOLE.add(net)
-    try:
+    with among(_WHOLE, net):
         yield
-    finally:
-        if added:
-            _WHOLE.discard(net)
 
 
 @contextmanager

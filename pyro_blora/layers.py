@@ -30,7 +30,12 @@ __all__ = [
     "without_updates",
 ]
 
-_INPUTS = ("hidden_states", "input", "x")  # names of what a block or a layer is given
+_INPUTS = (
+    "hidden_states",
+    "hidden_state",
+    "input",
+    "x",
+)  # names of what a block or a layer is given
 
 
 class Adapter:

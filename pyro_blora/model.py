@@ -16,7 +16,6 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.context import ELBO_PLATE
 from pyro_blora.errors import ConfigurationError, ParticleError
@@ -28,7 +27,6 @@ from pyro_blora.layers import (
 )
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
-from pyro_blora.packed_weight import watch_packed_layers
 from pyro_blora.probing import rows_come_first
 from pyro_blora.shapes import broadcast_shapes
 from pyro_blora.targets import LayerGroup
@@ -96,7 +94,6 @@ class BayesianLoRAModel(PyroModule):
         for group in groups:
             setattr(self, group.name, prior.bind(group))
         self.adapters: tuple[Adapter, ...] = ()
-        self._watches: list[RemovableHandle] = []
 
     @property
     def net(self) -> nn.Module:
@@ -109,7 +106,6 @@ class BayesianLoRAModel(PyroModule):
             for group in self.groups:
                 for name, module in zip(group.module_names, group.modules, strict=True):
                     self.adapters += (Adapter(name, module),)
-            self._watches = watch_packed_layers(self.net)
         except ConfigurationError:
             self.detach()
             raise
@@ -118,9 +114,7 @@ class BayesianLoRAModel(PyroModule):
         """Takes the hooks off again."""
         for adapter in self.adapters:
             adapter.remove()
-        for watch in self._watches:
-            watch.remove()
-        self.adapters, self._watches = (), []
+        self.adapters = ()
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """Samples the sites of every group, in single precision also under autocast."""

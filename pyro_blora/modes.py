@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from pyro_blora.pretrained_weight import is_quantised
-
 __all__ = ["in_mode", "modes_kept"]
 
 
@@ -25,19 +23,15 @@ def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     """Within, all of ``net`` is in training or evaluation mode; afterwards each part in its own.
 
-    Quantised layers in training mode stay in it: they drop nothing out, and bitsandbytes packs some
-    when first evaluated, after which no gradient passes through them.
-
     Example::
 
         with in_mode(net, training=False):
             logits = net(**inputs).logits
     """
     before = {module: module.training for module in net.modules()}
-    within = {module: training or (was and is_quantised(module)) for module, was in before.items()}
     with modes_kept(before):
         try:
-            _put(net, before, within)
+            _put(net, before, dict.fromkeys(before, training))
             yield
         finally:
             _put(net, {module: module.training for module in net.modules()}, before)

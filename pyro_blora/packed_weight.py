@@ -1,45 +1,53 @@
 """4-bit layers that bitsandbytes packs for a processor: no gradient passes through a packed one."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.layers import entering
 
-__all__ = ["watch_packed_layers"]
+__all__ = ["Unpacked"]
+
+_FLAG = "support_avx512bf16_for_cpu"
 
 
-def watch_packed_layers(net: nn.Module) -> list[RemovableHandle]:
-    """Hooks by which packed layers of ``net`` refuse an input that needs a gradient.
+class Unpacked:
+    """Keeps bitsandbytes from packing the 4-bit layers of a network, until :meth:`release`.
 
-    On a processor with AVX512-BF16, bitsandbytes packs a 4-bit layer for good where it first runs
-    without gradients in evaluation mode. It says nothing, and what lies below would not be trained.
-    Layers below the lowest adapted one may well be packed.
+    On a processor with AVX512-BF16 it packs a layer for good where that first runs in evaluation
+    mode, in a prediction say, and what lies below would not be trained any more. Layers that were
+    packed before refuse an input that needs a gradient.
+
+    Args:
+        net: the network.
     """
-    return [
-        module.register_forward_pre_hook(partial(_refuse, name))
-        for name, module in net.named_modules()
-        if _is_packed(module) or _may_be_packed(module)
-    ]
+
+    def __init__(self, net: nn.Module) -> None:
+        layers = [(name, layer) for name, layer in net.named_modules() if hasattr(layer, _FLAG)]
+        self._before = [(layer, getattr(layer, _FLAG)) for _, layer in layers]
+        self._watches = [
+            layer.register_forward_pre_hook(partial(_refuse, name), with_kwargs=True)
+            for name, layer in layers
+        ]
+        for _, layer in layers:
+            setattr(layer, _FLAG, False)
+
+    def release(self) -> None:
+        """Each layer may be packed as it might before."""
+        for layer, flag in self._before:
+            setattr(layer, _FLAG, flag)
+        for watch in self._watches:
+            watch.remove()
 
 
-def _may_be_packed(module: nn.Module) -> bool:
-    wanted = getattr(module, "support_avx512bf16_for_cpu", False)
-    return bool(wanted) and all(p.device.type == "cpu" for p in module.parameters(recurse=False))
-
-
-def _is_packed(module: nn.Module) -> bool:
-    state = getattr(module._parameters.get("weight"), "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
-
-def _refuse(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    if args and args[0].requires_grad and _is_packed(layer):
+def _refuse(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    state = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False) and entering(args, kwargs).requires_grad:
         raise ConfigurationError(
             f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it does "
-            "when a layer is first evaluated, and no gradient passes through it. Load the network "
-            "anew, and call net.train() before it first runs, or set support_avx512bf16_for_cpu = "
-            "False on each of its layers."
+            "when a layer first runs in evaluation mode, and no gradient passes through it. Load "
+            "the network anew, and wrap it before it runs."
         )

@@ -17,9 +17,11 @@ from pyro_blora.targets import device_of
 
 __all__ = [
     "agree",
+    "among",
     "answer",
     "asked",
     "in_plain_sight",
+    "is_asked",
     "logits_for",
     "padding_of",
     "remembered",
@@ -32,24 +34,46 @@ __all__ = [
 
 AboutBlocks = Callable[[nn.Module, Sequence[nn.Module]], bool | None]
 
+_ASKED: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def among(nets: WeakSet[nn.Module], net: nn.Module) -> Iterator[None]:
+    """Within, ``net`` is one of ``nets``."""
+    added = net not in nets
+    nets.add(net)
+    try:
+        yield
+    finally:
+        if added:
+            nets.discard(net)
+
 
 @contextmanager
 def asked(net: nn.Module) -> Iterator[None]:
     """Within, ``net`` is as pretrained: no dropout, updates, gradients, autocast or compiled graph.
 
-    Quantised layers are in training mode: some are packed, once and for all, when first evaluated.
+    Quantised layers, which drop nothing out, stay in the mode they are in: bitsandbytes' of 8 bits
+    multiply in another way in each.
     """
     device = device_of(net.modules())
     with modes_kept(net.modules()):
         for module in net.modules():
-            module.training = is_quantised(module)
+            if not is_quantised(module):
+                module.training = False
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
             _without_graphs(net),
             without_updates(net),
+            among(_ASKED, net),
         ):
             yield
+
+
+def is_asked(net: nn.Module) -> bool:
+    """Whether a pass of the network, now, is one of a question."""
+    return net in _ASKED
 
 
 @contextmanager

@@ -123,16 +123,38 @@ def test_without_padding_each_row_runs_once():
 
 def test_a_cache_of_no_use_says_so():
     """Fits of several epochs, as in the other tests, would fail if it said so there."""
-    blora = tiny.asked(tiny.adapted(tiny.llama(3), layers_to_transform=[2]))
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
     rows, collate = unpadded()
-    with pytest.warns(UserWarning, match="of 8 rows 8 were new, and are kept for nothing"):
+    # eight rows, for those of the network's first questions do not count
+    with pytest.warns(UserWarning, match="of 8 rows 0 have skipped the frozen blocks, and"):
         history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
-    # blocks that are given position biases as long as the batch
+
+
+def test_position_biases_as_long_as_a_batch_leave_the_cache_without_use():
     net = BloomForCausalLM(BloomConfig(**{**SIZES, "vocab_size": 64}))
     layers = {"target_modules": ["query_key_value"], "layers_to_transform": [2]}
-    blora = tiny.asked(tiny.adapted(net, **layers))
+    blora = tiny.adapted(net, **layers)
     with pytest.warns(UserWarning, match="or BloomForCausalLM gives its blocks what changes"):
         history(blora, tiny.examples(16), tiny.collate, num_steps=16, cache_frozen_prefix=True)
+
+
+def test_one_new_row_in_each_batch_leaves_the_cache_without_use():
+    """Most rows come again, and hardly a pass skips a block."""
+
+    def padded_on_the_left(rows):
+        batch = tiny.collate(rows)
+        for row, real in zip(*(batch[k] for k in ("input_ids", "attention_mask")), strict=True):
+            shift = int((real == 0).sum())
+            row.copy_(row.roll(shift))
+            real.copy_(real.roll(shift))
+        return batch
+
+    blora = tiny.adapted(tiny.llama(3), layers_to_transform=[2])
+    rows, options = tiny.examples(64), {"batch_size": 8, "num_steps": 40}
+    for index, row in enumerate(rows):
+        row["input_ids"] = row["input_ids"][0].repeat(3 + 7 * index % 23)
+    with pytest.warns(UserWarning, match="or with other padding on their left at each visit"):
+        history(blora, rows, padded_on_the_left, cache_frozen_prefix=True, **options)
 
 
 def test_packed_items_run_once_whatever_their_padding():

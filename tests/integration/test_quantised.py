@@ -5,15 +5,20 @@ values, four bits for groups of weights, are those of ``IntxWeightOnlyConfig``, 
 and stores a byte for each. bitsandbytes has kernels for the CPU.
 """
 
+import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_blora import models
+from pyro_blora.baselines import PlainLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
+from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.pretrained_weight import top_singular
 from pyro_blora.targets import find_targets, group_layers
 
@@ -117,21 +122,15 @@ def test_every_parameter_of_the_adapter_gets_a_gradient(net, target_modules):
         assert parameter.grad.any(), name
 
 
-def test_with_the_frozen_prefix_kept_the_losses_are_equal_and_no_layer_is_evaluated(net):
-    """bitsandbytes packs a layer for good when it is first evaluated, and no gradient passes."""
-    blora = tiny.adapted(net, layers_to_transform=[1])
+@pytest.mark.parametrize("training", [False, True])
+def test_with_the_frozen_prefix_kept_the_losses_are_equal(net, training):
+    """Whatever the mode that the network is in when it is asked."""
+    blora = tiny.adapted(net.train(training), layers_to_transform=[1])
     start = {k: v.clone() for k, v in blora.state_dict().items()}
-    modes, options = set(), {"num_steps": 6, "batch_size": 4, "progress": False}
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, _: modes.add(layer.training))
-        for layer in find_targets(net, "all-linear").values()
-    ]
+    options = {"num_steps": 6, "batch_size": 4, "progress": False}
     expected = fit(blora, ROWS, collate=tiny.collate, **options)
     blora.load_state_dict(start)
     found = fit(blora, ROWS, collate=tiny.collate, cache_frozen_prefix=True, **options)
-    for hook in hooks:
-        hook.remove()
-    assert modes == {True}
     for a, b in zip(found.history, expected.history, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert expected.history[0]["loss"] != expected.history[-1]["loss"]
@@ -182,19 +181,58 @@ def test_saved_and_read_again(net, tmp_path):
     assert torch.equal(again.predict(BATCH, 0).probs, expected)
 
 
-def test_a_gradient_through_a_packed_layer_is_refused():
-    """Whichever processor runs this: the layer is only said to be packed."""
+def nf4(flag):
+    """With what makes bitsandbytes pack layers in evaluation mode, where the processor is such."""
     net = QUANTISED["bitsandbytes nf4"]()
-    first, last = (block.mlp.down_proj for block in net.model.layers)
-    last.weight.quant_state.packing_format_for_cpu = True
+    for layer in quantised_layers(net):
+        layer.support_avx512bf16_for_cpu = flag
+    return net
+
+
+def quantised_layers(net):
+    return [m for m in net.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+
+
+def plain(net):
+    pytest.importorskip("peft")
+    return PlainLoRA(net, ["q_proj"], LabelTokens(token_ids=tiny.ANSWERS), rank=2).unload
+
+
+@pytest.mark.parametrize("adapt", [lambda net: tiny.adapted(net).unwrap, plain])
+@pytest.mark.parametrize("flag", [False, True])
+def test_an_adapted_network_asks_not_to_be_packed(adapt, flag):
+    net = nf4(flag)
+    take_off = adapt(net)
+    layers = quantised_layers(net)
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    take_off()
+    assert all(layer.support_avx512bf16_for_cpu is flag for layer in layers)
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_gradient_through_a_packed_layer_is_refused(named, flag):
+    """Whichever processor runs this: the layer is only said to be packed."""
+    net = nf4(flag)
+    block = net.model.layers[1]
+    block.mlp.down_proj.weight.quant_state.packing_format_for_cpu = True
+    if named:
+        block.mlp.down_proj = ByName(block.mlp.down_proj)
     blora = tiny.adapted(net)
     elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    with pytest.raises(ConfigurationError, match=r"packed .* of model.layers.1.mlp.down_proj for"):
+    with pytest.raises(ConfigurationError, match=r"packed .* of model.layers.1.mlp.down_proj"):
         elbo(blora.model, blora.guide)(BATCH)
-    assert len(last._forward_pre_hooks) == 1
-    assert not first._forward_pre_hooks  # it is told not to be
-    blora.unwrap()
-    assert not last._forward_pre_hooks
+
+
+class ByName(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden):
+        return self.layer(x=hidden)
 
 
 @pytest.fixture
@@ -203,47 +241,53 @@ def packing():
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     if not functional.has_avx512bf16():
         pytest.skip("bitsandbytes packs 4-bit layers on processors with AVX512-BF16 alone")
-    net = QUANTISED["bitsandbytes nf4"]()
-    for layer in find_targets(net, "all-linear").values():
-        layer.support_avx512bf16_for_cpu = hasattr(layer.weight, "quant_state")
-    return net
+    return nf4(True)
 
 
-def are_packed(block):
-    states = [layer.weight.quant_state for layer in find_targets(block, "all-linear").values()]
+def are_packed(net):
+    states = [layer.weight.quant_state for layer in quantised_layers(net)]
     return {getattr(state, "packing_format_for_cpu", False) for state in states}
 
 
-@pytest.mark.parametrize("options", [{"validation": ROWS, "validate_every": 1}, {}])
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_fit_packs_no_layer(packing, options, cached):
-    blora = tiny.adapted(packing, layers_to_transform=[1])
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    options = {"num_steps": 6, "batch_size": 4, "progress": False, **options}
-    fit(blora, ROWS, collate=tiny.collate, cache_frozen_prefix=cached, **options)
-    assert are_packed(packing.model) == {False}
-    moved = [(v - start[k]).abs().max() for k, v in blora.state_dict().items() if ".loc" in k]
-    assert min(moved) > 1e-3
-
-
-def test_a_packed_layer_below_the_adapters_is_no_hindrance(packing):
-    with torch.no_grad():
-        packing.model.layers[0].mlp.down_proj(torch.ones(1, 64))
-    assert True in are_packed(packing.model.layers[0])
-    blora = tiny.adapted(packing, layers_to_transform=[1])
-    fit(blora, ROWS, collate=tiny.collate, num_steps=1, progress=False)
-
-
-def test_predictions_pack_a_network_in_evaluation_mode(packing):
-    """Which is faster, and draws need no gradient; the linearised predictive and training do."""
-    blora = tiny.adapted(packing)
-    blora.predict(BATCH, 2, linearised=True)
-    assert are_packed(packing.model.layers[1]) == {False}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation": ROWS, "validate_every": 1},
+        {"cache_frozen_prefix": True},
+        {"guide": Isotropic()},
+        {"guide": Laplace()},
+        {"guide": AutoNormal, "elbo": Trace_ELBO},
+    ],
+)
+def test_neither_a_fit_nor_predictions_pack_a_layer(packing, options):
+    made = {"guide": options.pop("guide", None), "layers_to_transform": [1]}
+    blora = tiny.adapted(packing, **made)
+    fit(blora, ROWS, collate=tiny.collate, num_steps=6, batch_size=4, progress=False, **options)
     blora.predict(BATCH, 2)
-    assert are_packed(packing.model.layers[1]) == {True}
-    with pytest.raises(ConfigurationError, match="Load the network anew"):
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    fit(blora, ROWS, collate=tiny.collate, num_steps=6, batch_size=4, progress=False, **options)
+    assert are_packed(packing) == {False}
+    assert any((v - start[k]).abs().max() > 1e-3 for k, v in blora.state_dict().items())
+    blora.unwrap()
+    logits(packing)
+    assert are_packed(packing) == {True}
+
+
+def test_what_was_packed_before_is_refused_where_a_gradient_must_pass(packing):
+    below, above = (block.mlp.down_proj for block in packing.model.layers)
+    with torch.no_grad():
+        below(torch.ones(1, 64))
+    blora = tiny.adapted(packing, layers_to_transform=[1])
+    fit(blora, ROWS, collate=tiny.collate, num_steps=1, progress=False)  # none passes there
+    blora.unwrap()
+    pyro.clear_param_store()
+    with torch.no_grad():
+        above(torch.ones(1, 64))
+    blora = tiny.adapted(packing, layers_to_transform=[1])
+    blora.predict(BATCH, 2)
+    with pytest.raises(ConfigurationError, match="Load the network anew, and wrap it"):
         blora.predict(BATCH, 2, linearised=True)
-    with pytest.raises(ConfigurationError, match="Load the network anew"):
+    with pytest.raises(ConfigurationError, match="Load the network anew, and wrap it"):
         fit(blora, ROWS, collate=tiny.collate, num_steps=1, progress=False)
 
 
