@@ -59,7 +59,7 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
 
 def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypatch):
     common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
-    options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1]
+    options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1, "--max-train", 8]
     written, kept = [], []
     fitting = sys.modules["pyro_blora.inference.fit"]
     made = fitting.PrefixCache
