@@ -30,12 +30,8 @@ __all__ = [
     "without_updates",
 ]
 
-_INPUTS = (
-    "hidden_states",
-    "hidden_state",
-    "input",
-    "x",
-)  # names of what a block or a layer is given
+# Names of what a block or a layer is given
+_INPUTS = ("hidden_states", "hidden_state", "input", "x")
 
 
 class Adapter:
@@ -95,13 +91,17 @@ def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     Raises:
         ConfigurationError: there are none by position, and none by a name that is known.
     """
-    found: list[Tensor] = [args[0]] if args else [kwargs[n] for n in _INPUTS if n in kwargs]
-    if not found:
-        raise ConfigurationError(
-            f"A layer or a block of the network is given {', '.join(kwargs) or 'nothing'} by name; "
-            f"its input must come first, or be one of {', '.join(_INPUTS)}."
-        )
-    return found[0]
+    if args:  # in every layer of every pass
+        first: Tensor = args[0]
+        return first
+    for name in _INPUTS:
+        if name in kwargs:
+            named: Tensor = kwargs[name]
+            return named
+    raise ConfigurationError(
+        f"A layer or a block of the network is given {', '.join(kwargs) or 'nothing'} by name; "
+        f"its input must come first, or be one of {', '.join(_INPUTS)}."
+    )
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:

@@ -9,7 +9,7 @@ from torch import nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.layers import entering
 
-__all__ = ["Unpacked"]
+__all__ = ["Unpacked", "is_packed"]
 
 _FLAG = "support_avx512bf16_for_cpu"
 
@@ -43,9 +43,14 @@ class Unpacked:
             watch.remove()
 
 
+def is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes has packed this weight, in an order that it cannot read itself."""
+    state = getattr(weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def _refuse(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    state = getattr(layer.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False) and entering(args, kwargs).requires_grad:
+    if is_packed(layer.weight) and entering(args, kwargs).requires_grad:
         raise ConfigurationError(
             f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it does "
             "when a layer first runs in evaluation mode, and no gradient passes through it. Load "

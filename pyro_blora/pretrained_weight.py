@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.packed_weight import is_packed
 from pyro_blora.targets import LayerGroup, layer_shape
 
 __all__ = ["dense_weight", "is_quantised", "is_quantised_tensor", "top_singular"]
@@ -55,11 +56,9 @@ def _dequantised(module: nn.Module) -> Tensor | None:
     weight = _whole_weight(module)
     if weight is None:
         return None
-    state = getattr(weight, "quant_state", None)
-    # bitsandbytes packs weights anew for some processors, in an order that it cannot read itself
-    if state is not None and getattr(state, "packing_format_for_cpu", False):
+    if is_packed(weight):
         return weight.detach()
-    if state is not None or weight.dtype == torch.int8:
+    if getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8:
         from transformers.integrations import bitsandbytes
 
         weight = bitsandbytes.dequantize_bnb_weight(weight, getattr(module, "state", None))

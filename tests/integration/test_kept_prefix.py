@@ -35,6 +35,7 @@ from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
+from pyro_blora.layers import entering
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.probing import logits_for
@@ -315,6 +316,13 @@ def test_blocks_that_write_over_what_they_are_given():
         found = [block(torch.ones(2)) for _ in range(3)]
     assert kept.hits == 2
     torch.testing.assert_close(found, [torch.full((2,), 2.0)] * 3)
+
+
+def test_hidden_states_may_enter_by_name():
+    hidden = torch.ones(2, 3)
+    assert entering((hidden, None), {}) is hidden
+    for name in ("hidden_states", "hidden_state", "input", "x"):
+        assert entering((), {"attention_mask": None, name: hidden}) is hidden
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import tiny
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
+from test_cached_prefix import assert_same_losses
 from torch import nn
 
 from pyro_blora import models
@@ -126,14 +127,7 @@ def test_every_parameter_of_the_adapter_gets_a_gradient(net, target_modules):
 def test_with_the_frozen_prefix_kept_the_losses_are_equal(net, training):
     """Whatever the mode that the network is in when it is asked."""
     blora = tiny.adapted(net.train(training), layers_to_transform=[1])
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    options = {"num_steps": 6, "batch_size": 4, "progress": False}
-    expected = fit(blora, ROWS, collate=tiny.collate, **options)
-    blora.load_state_dict(start)
-    found = fit(blora, ROWS, collate=tiny.collate, cache_frozen_prefix=True, **options)
-    for a, b in zip(found.history, expected.history, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    assert expected.history[0]["loss"] != expected.history[-1]["loss"]
+    assert_same_losses(blora, ROWS, tiny.collate)
 
 
 @pytest.mark.parametrize("prior", [models.KroneckerInducing, models.SpectralInducing])
