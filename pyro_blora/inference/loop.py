@@ -103,7 +103,11 @@ class FitResult:
 
 
 class _Bucketed(Sampler[list[int]]):
-    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again."""
+    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
+
+    The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
+    random few of all, so that in expectation every example counts once.
+    """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int | None) -> None:
         self.lengths, self.batch_size = lengths, batch_size
@@ -113,7 +117,9 @@ class _Bucketed(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
         self.random.shuffle(order)
-        cut: list[list[int]] = []
+        whole = len(order) - len(order) % self.batch_size
+        cut = [order[whole:]] if order[whole:] else []
+        order = order[:whole]
         for start in range(0, len(order), self.window):
             near = sorted(order[start : start + self.window], key=self.lengths.__getitem__)
             cut += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]

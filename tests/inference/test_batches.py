@@ -43,6 +43,17 @@ def test_epochs_differ_and_seeds_reproduce(by_length):
     assert first != epochs(2, rows, by_length=by_length, seed=1)
 
 
+def test_every_example_counts_once_in_expectation():
+    """The weight of an example in a batch of b of N is N / b; the longest was always alone."""
+    rows = [{"input_ids": torch.zeros(n + 1, dtype=int), "label": 0, "index": n} for n in range(9)]
+    weights = torch.zeros(9, dtype=torch.float64)
+    for epoch in epochs(4000, rows):
+        for batch in epoch:
+            weights[batch] += 9 / len(batch) / len(epoch) / 4000
+    # alone with chance 1/9: a standard deviation of 0.04
+    torch.testing.assert_close(weights, torch.ones_like(weights), atol=0.12, rtol=0)
+
+
 def test_batches_of_like_lengths_waste_less_padding():
     rows = tiny.examples(64)
 
