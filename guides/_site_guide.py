@@ -12,6 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 from torch.distributions.transforms import IndependentTransform, Transform
 
 from pyro_blora.errors import ConfigurationError
@@ -72,14 +73,34 @@ class Site:
         return self.shape[len(self.batch_shape) :]
 
     @property
+    def support(self) -> Constraint:
+        """The prior's support; of a mixture that of its components."""
+        support = self.prior.support
+        is_mixture = isinstance(support, MixtureSameFamilyConstraint)
+        return support.base_constraint if is_mixture else support
+
+    @property
     def transform(self) -> Transform:
-        """From the real numbers to the support of the site."""
-        return biject_to(self.prior.support)
+        """From the real numbers to the support of the site.
+
+        Raises:
+            ConfigurationError: there is no such map.
+        """
+        try:
+            return biject_to(self.support)
+        except NotImplementedError as error:
+            raise ConfigurationError(
+                f"Site {self.name!r} is {type(self.prior).__name__}, whose support "
+                f"({self.support}) is not an image of the real numbers, and a guide family is "
+                "a law over these. Relax a discrete site (RelaxedBernoulli), or sum it out "
+                "(MixtureSameFamily); where a law of real numbers does not say so, give it "
+                "`support = constraints.real`."
+            ) from error
 
     @property
     def is_real(self) -> bool:
         """Whether the support is all of R^d, so that no transform is needed."""
-        support = self.prior.support
+        support = self.support
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
         return support is torch.distributions.constraints.real

@@ -12,6 +12,7 @@ from pyro.nn import PyroParam
 from pyro.optim import ClippedAdam
 from torch.distributions import constraints
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField, SiteGuide
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import UpdateModel
@@ -108,3 +109,37 @@ def test_a_positive_site_stays_positive():
 def test_own_likelihood():
     blora = tiny.adapted(likelihood=Weighted(token_ids=tiny.ANSWERS, num_data=12))
     assert (blora.predict(tiny.sequences(), 3).predictions == 2).all()
+
+
+class Sparse(Plain):
+    """The second factor under a law of the user's."""
+
+    law = None
+
+    def forward(self):
+        with self.plate():
+            B = pyro.sample(self.site("B"), type(self).law(self.group.d_out, self.rank))
+        return LowRankUpdate(A=self.A, B=B)
+
+
+def two_normals(*shape):
+    parts = dist.Normal(torch.zeros(2, *shape), torch.tensor([0.1, 1.0])[:, None, None])
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts.to_event(2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_of_real_laws_is_a_site(monkeypatch, family):
+    monkeypatch.setattr(Sparse, "law", staticmethod(two_normals))
+    blora = tiny.adapted(prior=Sparse(), guide=FAMILIES[family])
+    loss = TraceMeanField_ELBO(max_plate_nesting=1)(blora.model, blora.guide)(tiny.sequences(8))
+    loss.backward()
+    assert loss.isfinite()
+    assert blora.predict(tiny.sequences(8), 0).samples.shape == (1, 8, 3)
+
+
+@pytest.mark.parametrize("family", [MeanField(), Spread()], ids=repr)
+def test_a_discrete_site_is_an_error_that_says_what_to_do(monkeypatch, family):
+    law = staticmethod(lambda *shape: dist.Bernoulli(torch.full(shape, 0.5)).to_event(2))
+    monkeypatch.setattr(Sparse, "law", law)
+    with pytest.raises(ConfigurationError, match=r"'q_proj.B' is Independent.*RelaxedBernoulli"):
+        tiny.adapted(prior=Sparse(), guide=family)
