@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.inference import AnalyticELBO, parameter_groups
+from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.recipes import recipe
 
@@ -115,7 +116,7 @@ def adapted(
 
 def bayesian_step(blora: BayesianLoRA, particles: int) -> Step:
     """The training step of :func:`pyro_blora.inference.fit`, without its loop."""
-    elbo = AnalyticELBO(
+    elbo = TraceMeanField_ELBO(
         num_particles=particles,
         vectorize_particles=True,
         max_plate_nesting=blora.max_plate_nesting,

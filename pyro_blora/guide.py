@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -80,8 +81,7 @@ class StructuredGuide(PyroModule):
     Args:
         family: a guide family, copied for each site.
         sites: the latent sites of the prior.
-        model: the model, which has the weight of the KL, so that both are tempered from one
-            place.
+        model: the model.
     """
 
     def __init__(self, family: SiteGuide, sites: list[Site], model: BayesianLoRAModel) -> None:
@@ -113,9 +113,8 @@ class StructuredGuide(PyroModule):
         context = self._context(batch)
         self._see(None if context is None else context_of_particles(context, self.nesting))
         values: dict[str, Tensor] = {}
-        model = self._model[0]
-        device = model.groups[0].device.type
-        with torch.autocast(device, enabled=False), pyro.poutine.scale(scale=model.kl_weight):
+        device = self._model[0].groups[0].device.type
+        with torch.autocast(device, enabled=False):
             for site, attribute in self._site_guides:
                 q = getattr(self, attribute)()
                 with ExitStack() as stack:
@@ -217,8 +216,18 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tu
 
 
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
-    """Warns where draws are asked of a post-hoc family that has no width yet."""
-    if not num_samples or not isinstance(guide, StructuredGuide):
+    """Warns where draws are asked of a post-hoc guide that has no width yet."""
+    if not num_samples:
+        return
+    if isinstance(guide, AutoLaplaceApproximation):
+        warnings.warn(
+            "AutoLaplaceApproximation is still a point, so all draws are alike: once it is "
+            "trained, `blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, "
+            "by a Hessian over all latents together, which needs attn_implementation='eager'; the "
+            "family Laplace() is for many latents.",
+            stacklevel=3,
+        )
+    if not isinstance(guide, StructuredGuide):
         return
     for family in guide.families().values():
         if isinstance(family, PostHoc) and not family.finished:

@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
@@ -69,8 +70,9 @@ class BayesianLoRAModel(PyroModule):
     weights into parameters, and ``state_dict`` has the adapter alone.
 
     Attributes:
-        kl_weight: the weight of the KL against the log-likelihood; 1 is the ELBO. It scales the
-            prior's sites here and the guide's sites in the guide.
+        kl_weight: the weight ``w`` of the KL against the log-likelihood; 1 is the ELBO. The
+            likelihood is scaled by ``1 / w``, so that it holds for every guide: with any ELBO the
+            loss is ``-E[log p(y | U)] / w + KL``, a ``w``-th of the tempered one.
         precision: ``"float32"``, or ``"bfloat16"`` to run the network, and it alone, under
             autocast.
         nll: negative log-likelihood per example of the last batch, a tensor without gradient.
@@ -119,7 +121,7 @@ class BayesianLoRAModel(PyroModule):
     def updates(self) -> dict[str, LowRankUpdate]:
         """Samples the sites of every group, in single precision also under autocast."""
         device = self.groups[0].device.type
-        with torch.autocast(device, enabled=False), pyro.poutine.scale(scale=self.kl_weight):
+        with torch.autocast(device, enabled=False):
             return {group.name: getattr(self, group.name)() for group in self.groups}
 
     @contextmanager
@@ -171,13 +173,19 @@ class BayesianLoRAModel(PyroModule):
         Raises:
             ParticleError: the number of particles does not divide the batch.
             BatchError: the batch is not what the likelihood takes.
+            ConfigurationError: HMC or NUTS runs the model, and the conditional is noisy.
         """
         examples = self.likelihood.examples(batch)
         updates = self.updates()
+        if any(u.is_noisy for u in updates.values()) and _runs_under(EnumMessenger):
+            raise ConfigurationError(
+                "HMC and NUTS need the same density at every call of the model, and a conditional "
+                "that is not deterministic draws noise in each; use conditional='deterministic'."
+            )
         particles = broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
         if count > 1:
-            if not _shares_rows():
+            if not _runs_under(IndepMessenger, ELBO_PLATE):
                 batch = repeat_batch(batch, count)
             elif examples % count:
                 raise ParticleError(
@@ -185,13 +193,14 @@ class BayesianLoRAModel(PyroModule):
                     f"Choose num_particles from {_divisors(examples)}, drop the last incomplete "
                     "batch, or use pyro_blora.fit, which sees to it."
                 )
-        with self.applied(updates) as net:
+        with self.applied(updates) as net, pyro.poutine.scale(scale=1 / self.kl_weight):
             self.nll = self.likelihood.observe(net, batch, particles, examples)
         return updates
 
 
-def _shares_rows() -> bool:
-    return any(isinstance(m, IndepMessenger) and m.name == ELBO_PLATE for m in _PYRO_STACK)
+def _runs_under(kind: type, name: str | None = None) -> bool:
+    handlers = [handler for handler in _PYRO_STACK if isinstance(handler, kind)]
+    return any(name is None or getattr(handler, "name", None) == name for handler in handlers)
 
 
 def _divisors(n: int) -> list[int]:

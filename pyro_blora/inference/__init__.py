@@ -1,6 +1,5 @@
 """Training and prediction loops."""
 
-from pyro_blora.inference.elbo import AnalyticELBO
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
@@ -8,7 +7,6 @@ from pyro_blora.inference.predict import predict_dataset
 
 __all__ = [
     "LEARNING_RATES",
-    "AnalyticELBO",
     "FitResult",
     "LoopOptions",
     "finish",

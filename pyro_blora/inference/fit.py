@@ -15,7 +15,6 @@ from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide, start_guide
 from pyro_blora.guides._post_hoc import PostHoc
-from pyro_blora.inference.elbo import AnalyticELBO
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import (
     Collate,
@@ -46,6 +45,7 @@ def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[st
         One group for each role that occurs.
     """
     groups: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
+    seen: set[nn.Parameter] = set()  # a flow's parts are found by more than one path
     for path, owner in module.named_modules():
         roles = getattr(owner, "roles", {})
         for name, parameter in owner.named_parameters(recurse=False):
@@ -53,7 +53,8 @@ def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[st
             # AutoNormal keeps its scales under "scales", by the names of the sites
             is_scale = "scale" in plain or plain == "cov_factor" or "scales" in path.split(".")
             role = roles.get(plain, "scale" if is_scale else "mean")
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
                 groups[role].append(parameter)
     return [{"params": p, "lr": rates[role], "name": role} for role, p in groups.items() if p]
 
@@ -67,7 +68,7 @@ def fit(
     length: Callable[[Any], int] | None = None,
     validation: Sequence[Any] | None = None,
     num_particles: int | None = None,
-    elbo: type[Trace_ELBO] = AnalyticELBO,
+    elbo: type[Trace_ELBO] | None = None,
     lr_mean: float | None = None,
     lr_scale: float | None = None,
     lr_direction: float | None = None,
@@ -104,15 +105,16 @@ def fit(
         num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
             one draw for all; where it does not divide a (last) batch, the largest divisor below it
             is taken. Default: one for each example.
-        elbo: the class of the ELBO, Pyro's or ``AnalyticELBO``, the default: an average over
-            particles, each of which sees its own examples. Bounds that combine particles otherwise
-            (Renyi, tail-adaptive) need every particle to see every example.
+        elbo: the class of the ELBO, an average over particles, each of which sees its own examples.
+            Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
+            see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
+            be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
         lr_mean: learning rate of the guide's means. Default: the prior's own
             (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
         lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
-        kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
+        kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         batch_size: examples in a step; ignored where ``train`` is a ``DataLoader``.
         warmup: share of the steps in which the learning rates rise.
         decay: ``"linear"``, ``"cosine"`` or ``"constant"``.
@@ -135,7 +137,7 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
-        BatchError: a data set is empty.
+        BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
 
     Example::

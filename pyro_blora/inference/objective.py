@@ -2,12 +2,13 @@
 
 import math
 
-from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
+import pyro
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guide import StructuredGuide
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guide import StructuredGuide, analytic_kl
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.likelihoods import Batch
 
@@ -19,7 +20,9 @@ class Objective:
 
     Args:
         blora: the adapter.
-        elbo: the class of the ELBO, which must average over particles.
+        elbo: the class of the ELBO, which must average over particles. Default:
+            ``TraceMeanField_ELBO``, whose KL is analytic where it can be, for a family of this
+            library, ``Trace_ELBO`` for any other guide.
         num_particles: draws for a batch; the largest divisor of the batch that is no larger is
             taken. Default: one for each example.
         num_steps: optimizer steps of the whole training, for ``kl_warmup``.
@@ -27,13 +30,15 @@ class Objective:
         kl_weight: its weight then.
 
     Raises:
-        ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
+        ConfigurationError: an option is out of range, the likelihood lacks ``num_data``, or
+            ``TraceMeanField_ELBO`` is asked of a guide that is none of this library: it drops the
+            density of the Delta by which an AutoGuide makes a site of its own draw.
     """
 
     def __init__(
         self,
         blora: BayesianLoRA,
-        elbo: type[Trace_ELBO],
+        elbo: type[Trace_ELBO] | None,
         num_particles: int | None,
         num_steps: int = 1,
         kl_warmup: float = 0.0,
@@ -46,17 +51,19 @@ class Objective:
             )
         if num_particles is not None and num_particles < 1:
             raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
+        structured = isinstance(blora.guide, StructuredGuide)
+        if elbo is None:
+            elbo = TraceMeanField_ELBO if structured else Trace_ELBO
         if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
             raise ConfigurationError(
                 f"elbo={elbo.__name__} does not average over particles, so they cannot share out "
                 "the examples; use Trace_ELBO or TraceMeanField_ELBO."
             )
-        tempered = kl_weight != 1 or kl_warmup > 0
-        if tempered and not isinstance(blora.guide, StructuredGuide):
+        analytic = issubclass(elbo, TraceMeanField_ELBO)
+        if analytic and not structured:
             raise ConfigurationError(
-                "kl_weight and kl_warmup temper the guide's sites, and "
-                f"{type(blora.guide).__name__} makes its own; use a family of "
-                "pyro_blora.guides, or leave them at 1 and 0."
+                f"elbo={elbo.__name__} loses the density of the sites that "
+                f"{type(blora.guide).__name__} makes of its draws; use Trace_ELBO, the default."
             )
         if not kl_weight > 0 or not 0 <= kl_warmup <= 1:
             raise ConfigurationError(
@@ -65,6 +72,8 @@ class Objective:
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.num_steps, self.kl_warmup, self.kl_weight = num_steps, kl_warmup, kl_weight
         self._elbos: dict[int, nn.Module] = {}
+        with pyro.validation_enabled(False):  # what is not finite is explained by the first step
+            self._analytic = analytic and analytic_kl(blora.guide, blora.model) is not None
 
     def _module(self, particles: int) -> nn.Module:
         if particles not in self._elbos:
@@ -80,24 +89,26 @@ class Objective:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
 
         Raises:
-            BatchError: the batch is larger than the data set.
+            ConfigurationError: an analytic KL is negative.
             NonFiniteLossError: the loss is NaN or infinite; the message names the sites.
         """
         blora, count = self.blora, self.blora.likelihood.num_data or 1
         examples = blora.likelihood.examples(batch)
-        if examples > count:
-            raise BatchError(
-                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
-                "pass num_data=len(train) to the likelihood."
-            )
         most = examples if self.num_particles is None else min(self.num_particles, examples)
         particles = next(p for p in range(most, 0, -1) if examples % p == 0)
         ramp = self.kl_warmup * self.num_steps
         weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
         blora.model.kl_weight = weight
-        loss = self._module(particles)(batch) / count
+        loss = self._module(particles)(batch) * (weight / count)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise explain_non_finite(blora.model, blora.guide, batch, step)
         nll = float(blora.model.nll) if blora.model.nll is not None else math.nan
-        return loss, {"loss": value, "nll": nll, "kl": (value - nll) * count / weight}
+        kl = (value - nll) * count / weight
+        if self._analytic and kl < -1e-3 * (1 + abs(nll) * count / weight):  # beyond rounding
+            raise ConfigurationError(
+                f"KL[q || p] = {kl:.4g} nats at step {step}, and no KL is negative: the closed "
+                "form registered for the laws of a prior and a guide of yours is wrong. Correct it, or "
+                "pass elbo=Trace_ELBO, which needs none."
+            )
+        return loss, {"loss": value, "nll": nll, "kl": kl}

@@ -14,7 +14,6 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import SiteGuide
-from pyro_blora.inference.elbo import AnalyticELBO
 from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, Likelihood
@@ -43,7 +42,7 @@ class BayesianLoRATrainer(Trainer):
             columns of the data set are never removed.
         num_particles: draws of the posterior for a batch, as in ``fit``. Default: one for each
             example.
-        elbo: the class of the ELBO, Pyro's or ``AnalyticELBO``, the default.
+        elbo: the class of the ELBO, as in ``fit``.
         eval_samples: posterior draws for an evaluation; 0 takes the posterior mean.
         learning_rates: rates by role, ``{"mean": ..., "scale": ..., "direction": ...}``, where
             they shall not be ``fit``'s.
@@ -67,7 +66,7 @@ class BayesianLoRATrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         num_particles: int | None = None,
-        elbo: type[Trace_ELBO] = AnalyticELBO,
+        elbo: type[Trace_ELBO] | None = None,
         eval_samples: int = 10,
         learning_rates: dict[str, float] | None = None,
         **options: Any,

@@ -11,7 +11,6 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
-from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
 
@@ -108,13 +107,6 @@ def test_bad_options(run, options, message):
 def test_a_bound_whose_particles_do_not_share_out_the_examples(run, elbo):
     with pytest.raises(ConfigurationError, match=rf"elbo={elbo.__name__} does not average"):
         run(tiny.adapted(num_data=10), elbo=elbo)
-
-
-@pytest.mark.parametrize("options", [{"kl_weight": 0.5}, {"kl_warmup": 0.5}])
-def test_an_autoguide_cannot_be_tempered(run, options):
-    """It makes its sites itself, out of reach of the weight that scales the prior's."""
-    with pytest.raises(ConfigurationError, match="AutoNormal makes its own"):
-        run(tiny.adapted(num_data=10, guide=AutoNormal), **options)
 
 
 def test_a_batch_larger_than_the_data_set(run):

@@ -8,6 +8,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -15,7 +16,7 @@ from pyro.infer.autoguide import (
 from pyro.optim import ClippedAdam
 
 from pyro_blora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import MeanField
 from pyro_blora.inference import fit
 from pyro_blora.models import KroneckerInducing
@@ -202,3 +203,20 @@ def test_mean_field_elbo_is_analytic_for_the_structured_guide():
         loss = elbo(batch).item()
         rest.append(loss - 12 * blora.model.nll.item())
     assert rest == pytest.approx([blora.kl().item()] * 3, rel=1e-4)
+
+
+def test_autolaplace_is_a_point_until_it_is_finished():
+    net, batch = tiny.llama(attn_implementation="eager"), tiny.sequences(8)
+    blora = tiny.adapted(net, guide=AutoLaplaceApproximation)
+    train(blora, batch)
+    with pytest.warns(UserWarning, match=r"laplace_approximation\(batch\).*Laplace\(\)"):
+        assert blora.predict(batch, 4).samples.std(0).max() == 0
+    blora.guide = blora.guide.laplace_approximation(batch)
+    assert blora.predict(batch, 4).samples.std(0).max() > 1e-3
+    assert blora.predict(batch, 0).samples.shape == (1, 8, 3)
+
+
+def test_a_batch_larger_than_the_data_set_in_a_loop_of_ones_own():
+    blora = tiny.adapted(num_data=3)
+    with pytest.raises(BatchError, match=r"batch of 4 examples.*num_data=3"):
+        Trace_ELBO().loss(blora.model, blora.guide, tiny.sequences(4))
