@@ -108,7 +108,7 @@ class Objective:
         if self._analytic and kl < -1e-3 * (1 + abs(nll) * count / weight):  # beyond rounding
             raise ConfigurationError(
                 f"KL[q || p] = {kl:.4g} nats at step {step}, and no KL is negative: the closed "
-                "form registered for the laws of a prior and a guide of yours is wrong. Correct it, or "
-                "pass elbo=Trace_ELBO, which needs none."
+                "form registered for the laws of a prior and a guide of yours is wrong. Correct "
+                "it, or pass elbo=Trace_ELBO, which needs none."
             )
         return loss, {"loss": value, "nll": nll, "kl": kl}
