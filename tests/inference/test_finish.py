@@ -109,8 +109,11 @@ def test_a_part_of_the_data_is_scaled_to_the_whole():
     assert not torch.allclose(widths[0], widths[1], rtol=1e-2)
 
 
-def test_the_marginal_likelihood_is_highest_at_the_chosen_precision():
-    values, loc = torch.tensor([0.1, 3.0, 40.0, 700.0]), torch.tensor([0.2, -1.0, 0.5, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_the_marginal_likelihood_is_highest_at_the_chosen_precision(scale):
+    """Also where the curvature says next to nothing against the precision."""
+    values = scale * torch.tensor([0.1, 3.0, 40.0, 700.0]).double()
+    loc = torch.tensor([0.2, -1.0, 0.5, 2.0]).double() * scale**0.5
 
     def evidence(delta):
         logs = 4 * torch.tensor(delta).log() - (values + delta).log().sum()
@@ -118,6 +121,13 @@ def test_the_marginal_likelihood_is_highest_at_the_chosen_precision():
 
     best = best_precision(values, loc)
     assert evidence(best) > max(evidence(best * 1.05), evidence(best / 1.05))
+
+
+@pytest.mark.parametrize(("values", "size", "best"), [(1e-6, 1, 1e-3), (0, 1, 1e-6), (1, 0, 1e6)])
+def test_the_chosen_precision_is_a_root_or_an_end_of_the_range(values, size, best):
+    """For one number of estimate 1, ``delta (delta + lambda) = lambda``."""
+    found = best_precision(torch.tensor([float(values)]), torch.tensor([float(size)]))
+    assert found == pytest.approx(best, rel=1e-3)
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 1e-2])
