@@ -29,9 +29,9 @@ class Classes(Likelihood):
 class Logistic:
     """Multinomial logistic regression in V: ``logits = W0 x + sigma Q_r^T V Q_c x``."""
 
-    def __init__(self, guide, ranks=(2, 3), examples=7):
+    def __init__(self, guide, ranks=(2, 3), examples=7, **options):
         self.count, (self.m_r, self.m_c) = examples, ranks
-        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed")
+        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed", **options)
         net = nn.Sequential(nn.Linear(5, 4))
         self.blora = BayesianLoRA(
             net, target_modules=["0"], prior=prior, guide=guide, likelihood=Classes(num_data=7)
@@ -134,7 +134,7 @@ def test_the_chosen_precision_is_a_root_or_an_end_of_the_range(values, size, bes
 def test_the_isotropic_search_stops_at_the_threshold(threshold):
     toy = Logistic(Isotropic(threshold=threshold, iterations=20, num_samples=64, max_width=5.0))
     batch = toy.collate(toy.rows)
-    allowed = anchor_loss(toy.blora, [batch], 0) + threshold
+    allowed = anchor_loss(toy.blora, [batch], 64) + threshold  # of the point: it has no width yet
     found = finish(toy.blora, toy.rows, collate=toy.collate, batch_size=7)["width"]
     assert 0.005 < found < 5
     assert anchor_loss(toy.blora, [batch], 64) <= allowed
@@ -145,6 +145,20 @@ def test_the_isotropic_search_stops_at_the_threshold(threshold):
 def test_the_widest_is_taken_where_all_fit():
     toy = Logistic(Isotropic(threshold=100.0, max_width=0.5))
     assert finish(toy.blora, toy.rows, collate=toy.collate) == {"width": pytest.approx(0.5)}
+
+
+def test_the_width_is_no_matter_of_the_noise_that_the_point_has_too():
+    """Both losses are taken under the noise of the conditional, else no width would be allowed."""
+    toy = Logistic(Isotropic(threshold=0.01), conditional="scaled", lambda_init=0.5)
+    for _ in range(2):  # nor of a width that was found before
+        found = finish(toy.blora, toy.rows, collate=toy.collate)["width"]
+        assert 0.01 < found < 1
+    batch = toy.collate(toy.rows)
+    toy.family.reopen()
+    point = anchor_loss(toy.blora, [batch], 4)
+    with torch.no_grad(), toy.blora.posterior(0) as net:
+        silent = nn.functional.cross_entropy(net(batch["x"]), batch["labels"])
+    assert point > silent + 0.1
 
 
 @pytest.mark.parametrize("family", [Laplace(), Laplace(structure="diag"), Isotropic()], ids=repr)
