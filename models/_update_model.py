@@ -102,6 +102,27 @@ class UpdateModel(Options, PyroModule):
                 "leave the layer out with exclude_modules."
             )
 
+    def check_update(self, update: object) -> None:
+        """Raises ConfigurationError where what :meth:`forward` returned is no update of the group.
+
+        Asked once, when the adapter is made.
+        """
+        n, d_out, d_in = self.group.n, self.group.d_out, self.group.d_in
+        given = f"a {type(update).__name__}"
+        if isinstance(update, LowRankUpdate):
+            A, B = tuple(update.A.shape), tuple(update.B.shape)
+            core = None if update.core is None else tuple(update.core.shape)
+            r_c, r_r = A[-2:-1], B[-1:]
+            between = r_r == r_c if core is None else core[-3:] == (n, *r_r, *r_c)
+            if between and A[-3:] == (n, *r_c, d_in) and B[-3:] == (n, d_out, *r_r):
+                return
+            given = f"A {A}, B {B}, {'no core' if core is None else f'core {core}'}"
+        raise ConfigurationError(
+            f"group {self.group.name!r}: {type(self).__name__}.forward returned {given}; it must "
+            f"return a LowRankUpdate of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core "
+            f"(..., {n}, r, r) or None, the identity."
+        )
+
     def site(self, name: str) -> str:
         """The full name of a site of this group: ``"q_proj.V"``."""
         return f"{self.group.name}.{name}"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, cast
 import pyro
 import torch
 from linear_operator.operators import LinearOperator
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
@@ -206,7 +207,7 @@ class KroneckerInducing(UpdateModel):
             return (whitened_directions(Z, D, side, where),)
         L, Q = whiten_or_explain(Z, inducing_covariance(Z, D), side, where)
         F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
-        return Q, F, torch.linalg.cholesky(Q @ Q.mT)
+        return Q, F, psd_safe_cholesky(Q @ Q.mT)  # singular where directions are alike
 
     def _noise(self, sigma: Tensor, *sides: tuple[Tensor, ...]) -> tuple[Noise, ...]:
         scale = sigma * (self.lambda_ if self.conditional == "scaled" else 1.0)

@@ -191,7 +191,8 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tu
         model: the model, whose prior is traced for its sites.
 
     Raises:
-        ConfigurationError: ``family`` is neither, or is a class and not an object.
+        ConfigurationError: ``family`` is neither, or is a class and not an object; or the prior
+            returns no update of the layers' shapes.
     """
     if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
         raise ConfigurationError(
@@ -201,6 +202,8 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tu
         )
     with torch.no_grad():
         trace = pyro.poutine.trace(model.updates).get_trace()
+    for group in model.groups:
+        getattr(model, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
     # Plates of the prior; the particles' dimension stands just outside of them.
     frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
     nesting = max([1, *(-f.dim for f in frames if f.vectorized)])

@@ -13,10 +13,12 @@ from pyro_blora.adapted import Adapted
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guide import StructuredGuide
 from pyro_blora.likelihoods import Batch
+from pyro_blora.model import repeat_batch
 
 __all__ = ["logit_jacobian"]
 
 
+@torch.inference_mode(False)  # which forbids derivatives
 def logit_jacobian(blora: Adapted, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at the guide's centre, and their Jacobian in unconstrained coordinates.
 
@@ -39,6 +41,7 @@ def logit_jacobian(blora: Adapted, batch: Batch) -> tuple[Tensor, dict[str, Tens
             "linearisation needs; use num_samples draws."
         )
     examples = blora.likelihood.examples(batch)
+    batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
     families = guide.families()
     leaves: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}

@@ -83,7 +83,7 @@ class Curvature:
         return scale * values / trace[:, None, None], row_basis, col_basis
 
 
-def best_precision(values: Tensor, loc: Tensor, iterations: int = 200) -> float:
+def best_precision(values: Tensor, loc: Tensor) -> float:
     r"""The prior precision :math:`\delta` of the highest marginal likelihood.
 
     .. math::
@@ -91,13 +91,13 @@ def best_precision(values: Tensor, loc: Tensor, iterations: int = 200) -> float:
         \log Z(\delta) = -\tfrac{\delta}{2} |\hat U|^2 + \tfrac{k}{2} \log \delta
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
-    by MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2`,
-    :math:`\gamma = \sum_i \lambda_i / (\lambda_i + \delta)`.
+    whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
+    / (\lambda_i + \delta)`. That falls with :math:`\delta`, so bisection of the logarithm finds
+    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles).
 
     Args:
         values: the eigenvalues of the curvature.
         loc: the point estimate.
-        iterations: of the fixed point.
 
     Returns:
         ``delta``, between 1e-6 and 1e6.
@@ -108,11 +108,13 @@ def best_precision(values: Tensor, loc: Tensor, iterations: int = 200) -> float:
         1.0
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
-    delta = 1.0
-    for _ in range(iterations):
-        gamma = float((values / (values + delta)).sum())
-        delta = min(max(gamma / max(square, 1e-12), 1e-6), 1e6)
-    return delta
+    low, high = -6.0, 6.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        delta = 10.0**middle
+        rises = float((values / (values + delta)).sum()) > delta * square
+        low, high = (middle, high) if rises else (low, middle)
+    return float(10.0**low)
 
 
 def fit_laplace(blora: BayesianLoRA, batches: Iterable[Batch]) -> dict[str, float]:

@@ -20,7 +20,7 @@ def anchor_loss(blora: BayesianLoRA, batches: Sequence[Batch], num_samples: int)
     """Mean negative log-likelihood of draws in nats for each example, the same noise every time.
 
     Args:
-        blora: the adapter; ``num_samples = 0`` takes its point estimate.
+        blora: the adapter.
         batches: the anchor set, with labels.
         num_samples: draws, one for each example and repetition.
     """
@@ -29,14 +29,14 @@ def anchor_loss(blora: BayesianLoRA, batches: Sequence[Batch], num_samples: int)
         torch.manual_seed(0)
         for batch in batches:
             examples = blora.likelihood.examples(batch)
-            rows = repeat_batch(batch, max(1, num_samples))
+            rows = repeat_batch(batch, num_samples)
             updates = blora.sample_updates(num_samples * examples, batch)
             with blora.model.applied(updates) as net:
                 logits = blora.likelihood.logits(net, rows)
             labels = blora.likelihood.labels(rows)
             assert labels is not None
             q = blora.likelihood.distribution(logits, labels)
-            total -= float(q.log_prob(labels).sum()) / max(1, num_samples)
+            total -= float(q.log_prob(labels).sum()) / num_samples
             count += examples
     return total / count
 
@@ -55,12 +55,16 @@ def fit_isotropic(blora: BayesianLoRA, batches: Sequence[Batch]) -> float:
     assert isinstance(blora.guide, StructuredGuide)
     families = [f for f in blora.guide.families().values() if isinstance(f, Isotropic)]
     first = families[0]
-    allowed = anchor_loss(blora, batches, 0) + first.threshold
+
+    def loss(width: float) -> float:
+        for family in families:
+            family.finish(width)
+        return anchor_loss(blora, batches, first.num_samples)
+
+    allowed = loss(0.0) + first.threshold  # of the point, under the noise that all widths have
 
     def fits(log_width: float) -> bool:
-        for family in families:
-            family.finish(math.exp(log_width))
-        return anchor_loss(blora, batches, first.num_samples) <= allowed
+        return loss(math.exp(log_width)) <= allowed
 
     high = math.log(first.max_width)
     low = high - math.log(1000)

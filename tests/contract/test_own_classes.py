@@ -71,6 +71,18 @@ class Weighted(LabelTokens):
         return super().logits(net, batch) + torch.tensor([0.0, 0.0, 30.0])
 
 
+class Wrong(Plain):
+    """Returns what ``made`` makes of the right factors."""
+
+    def __init__(self, *, made) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self):
+        update = super().forward()
+        return self.made(update.A, update.B)
+
+
 FAMILIES = {**tiny.families(), "Spread": Spread()}
 
 
@@ -104,6 +116,25 @@ def test_a_positive_site_stays_positive():
     assert (values["q_proj.tau"] > 0).all()
     assert (blora.guide.center()["q_proj.tau"] > 0).all()
     assert values["q_proj.tau"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        (lambda A, B: None, "returned a NoneType"),
+        (lambda A, B: (A, B), "returned a tuple"),
+        (lambda A, B: LowRankUpdate(A=A.mT, B=B), r"A \(2, 16, 2\), B \(2, 16, 2\), no core"),
+        (lambda A, B: LowRankUpdate(A=A, B=B[..., :1]), r"B \(2, 16, 1\), no core"),
+        (lambda A, B: LowRankUpdate(A=A[:1], B=B), r"A \(1, 2, 16\)"),
+        (lambda A, B: LowRankUpdate(A=A, B=B, core=torch.ones(2, 3, 2)), r"core \(2, 3, 2\)"),
+        (lambda A, B: LowRankUpdate(A=A, B=B, core=torch.ones(2)), r"core \(2,\)"),
+    ],
+)
+def test_a_prior_that_returns_something_else_is_refused_at_once(made, given):
+    net = tiny.llama()
+    with pytest.raises(ConfigurationError, match=rf"group 'q_proj'.*{given}.*\(\.\.\., 2, 16, r"):
+        tiny.adapted(net, prior=Wrong(made=made))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
 def test_own_likelihood():

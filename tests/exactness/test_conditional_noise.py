@@ -93,6 +93,17 @@ def test_joint_covariance_is_exact(monkeypatch, positions):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::linear_operator.utils.warnings.NumericalWarning")
+@pytest.mark.parametrize("side", ["r", "c"])
+def test_joint_covariance_where_directions_are_alike(monkeypatch, side):
+    prior, _, _ = make("joint")
+    getattr(prior, f"Z_{side}")[:, 1] = getattr(prior, f"Z_{side}")[:, 0]
+    update, dense, x = prior().layers()[0], Dense(prior, 0, prior.lambda_[0]), torch.randn(3, D_IN)
+    covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None]))
+    torch.testing.assert_close(covariance, dense.output_covariance(x), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_joint_noise_of_some_outputs(monkeypatch):
     """Rows of the head: the same covariance, cut out."""
     _, update, dense = make("joint")

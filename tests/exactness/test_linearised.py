@@ -81,6 +81,18 @@ def test_the_network_runs_once():
     assert not any(p.grad is not None for p in blora.parameters())
 
 
+@pytest.mark.parametrize("family", [MatrixNormal(), Amortized()], ids=repr)
+def test_it_runs_under_inference_mode(family):
+    blora, found = tiny.adapted(guide=family), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.manual_seed(0)
+            batch = tiny.sequences()
+            found.append(blora.predict(batch, 3, linearised=True).samples.clone())
+    assert torch.equal(*found)
+    assert not found[0].requires_grad
+
+
 def test_it_serves_a_finished_laplace():
     """The predictive of Laplace-LoRA is the linearised one."""
     from pyro_blora import fit

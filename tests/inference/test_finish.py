@@ -29,9 +29,9 @@ class Classes(Likelihood):
 class Logistic:
     """Multinomial logistic regression in V: ``logits = W0 x + sigma Q_r^T V Q_c x``."""
 
-    def __init__(self, guide, ranks=(2, 3), examples=7):
+    def __init__(self, guide, ranks=(2, 3), examples=7, **options):
         self.count, (self.m_r, self.m_c) = examples, ranks
-        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed")
+        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed", **options)
         net = nn.Sequential(nn.Linear(5, 4))
         self.blora = BayesianLoRA(
             net, target_modules=["0"], prior=prior, guide=guide, likelihood=Classes(num_data=7)
@@ -109,8 +109,11 @@ def test_a_part_of_the_data_is_scaled_to_the_whole():
     assert not torch.allclose(widths[0], widths[1], rtol=1e-2)
 
 
-def test_the_marginal_likelihood_is_highest_at_the_chosen_precision():
-    values, loc = torch.tensor([0.1, 3.0, 40.0, 700.0]), torch.tensor([0.2, -1.0, 0.5, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_the_marginal_likelihood_is_highest_at_the_chosen_precision(scale):
+    """Also where the curvature says next to nothing against the precision."""
+    values = scale * torch.tensor([0.1, 3.0, 40.0, 700.0]).double()
+    loc = torch.tensor([0.2, -1.0, 0.5, 2.0]).double() * scale**0.5
 
     def evidence(delta):
         logs = 4 * torch.tensor(delta).log() - (values + delta).log().sum()
@@ -120,11 +123,18 @@ def test_the_marginal_likelihood_is_highest_at_the_chosen_precision():
     assert evidence(best) > max(evidence(best * 1.05), evidence(best / 1.05))
 
 
+@pytest.mark.parametrize(("values", "size", "best"), [(1e-6, 1, 1e-3), (0, 1, 1e-6), (1, 0, 1e6)])
+def test_the_chosen_precision_is_a_root_or_an_end_of_the_range(values, size, best):
+    """For one number of estimate 1, ``delta (delta + lambda) = lambda``."""
+    found = best_precision(torch.tensor([float(values)]), torch.tensor([float(size)]))
+    assert found == pytest.approx(best, rel=1e-3)
+
+
 @pytest.mark.parametrize("threshold", [1e-3, 1e-2])
 def test_the_isotropic_search_stops_at_the_threshold(threshold):
     toy = Logistic(Isotropic(threshold=threshold, iterations=20, num_samples=64, max_width=5.0))
     batch = toy.collate(toy.rows)
-    allowed = anchor_loss(toy.blora, [batch], 0) + threshold
+    allowed = anchor_loss(toy.blora, [batch], 64) + threshold  # of the point: it has no width yet
     found = finish(toy.blora, toy.rows, collate=toy.collate, batch_size=7)["width"]
     assert 0.005 < found < 5
     assert anchor_loss(toy.blora, [batch], 64) <= allowed
@@ -135,6 +145,20 @@ def test_the_isotropic_search_stops_at_the_threshold(threshold):
 def test_the_widest_is_taken_where_all_fit():
     toy = Logistic(Isotropic(threshold=100.0, max_width=0.5))
     assert finish(toy.blora, toy.rows, collate=toy.collate) == {"width": pytest.approx(0.5)}
+
+
+def test_the_width_is_no_matter_of_the_noise_that_the_point_has_too():
+    """Both losses are taken under the noise of the conditional, else no width would be allowed."""
+    toy = Logistic(Isotropic(threshold=0.01), conditional="scaled", lambda_init=0.5)
+    for _ in range(2):  # nor of a width that was found before
+        found = finish(toy.blora, toy.rows, collate=toy.collate)["width"]
+        assert 0.01 < found < 1
+    batch = toy.collate(toy.rows)
+    toy.family.reopen()
+    point = anchor_loss(toy.blora, [batch], 4)
+    with torch.no_grad(), toy.blora.posterior(0) as net:
+        silent = nn.functional.cross_entropy(net(batch["x"]), batch["labels"])
+    assert point > silent + 0.1
 
 
 @pytest.mark.parametrize("family", [Laplace(), Laplace(structure="diag"), Isotropic()], ids=repr)
