@@ -14,10 +14,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.probing import agree, answer, asked, vocabulary_of
+from pyro_blora.probing import agree, answer, asked, vocabulary_of, window_of
 from pyro_blora.targets import device_of
 
-__all__ = ["Scored", "compact", "pack", "supports_packing", "unpacked", "wants_additive_mask"]
+__all__ = [
+    "Scored",
+    "compact",
+    "in_rows",
+    "pack",
+    "supports_packing",
+    "unpacked",
+    "wants_additive_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,24 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     return Scored(inputs, positions, targets, option.clamp_min(0), mask)
 
 
+def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = None) -> Scored:
+    """The batch's rows, packed where it changes nothing.
+
+    A mask of one's own takes the place of a window's or a chunk's, and some windows count places
+    in the row: rows longer than one that the network declares are not packed.
+
+    Args:
+        net: the network.
+        batch: as for :func:`pack`.
+        packing: whether the network supports it; default: it is asked.
+    """
+    if supports_packing(net) if packing is None else packing:
+        rows, window = pack(batch, additive=wants_additive_mask(net)), window_of(net)
+        if window is None or rows.inputs["input_ids"].shape[-1] <= window:
+            return rows
+    return unpacked(batch)
+
+
 # What each network answered, with the attention implementation it was asked under.
 _ANSWERS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
 
@@ -123,7 +149,8 @@ def supports_packing(net: nn.Module) -> bool:
     """Whether packed and unpacked rows give this network the same hidden states.
 
     Asked of the network itself, by a question of four tokens with two options, because no
-    declaration tells whether an architecture honours position ids and a mask of its own.
+    declaration tells whether an architecture honours position ids and a mask of its own. So short
+    a question sees no window: see :func:`in_rows`.
     """
     if vocabulary_of(net) < 8:
         return False
