@@ -32,8 +32,8 @@ class MultipleChoice(Likelihood):
     score counts as absent: its probability is zero.
 
     Raises:
-        BatchError: the tensors' shapes disagree, a row's first token is to be scored, or the label
-            of an item is an absent option.
+        BatchError: the tensors' shapes disagree, a row's first token is to be scored, a row is
+            padded on the left, or the label of an item is an absent option.
 
     Example::
 
@@ -66,6 +66,12 @@ class MultipleChoice(Likelihood):
             raise BatchError(
                 "option_mask is true at the first token of a row, which nothing predicts; begin "
                 "each row with a question or the tokenizer's beginning-of-text token."
+            )
+        real = batch["attention_mask"].bool()
+        if bool((real[..., 1:] & ~real[..., :-1]).any()):
+            raise BatchError(
+                "attention_mask has padding before a real token, and MultipleChoice takes rows "
+                "padded on the right; set tokenizer.padding_side = 'right'."
             )
         rows = in_rows(net, {key: batch[key] for key in self.keys}, self.pack)
         logits = logits_at(net, rows.inputs, rows.positions, rows.mask)

@@ -1,4 +1,4 @@
-"""Networks whose layers see a window or a chunk of a row: what is packed or kept is still theirs."""
+"""Networks whose layers see a window or a chunk of a row: what is packed or kept is theirs."""
 
 from contextlib import nullcontext
 
