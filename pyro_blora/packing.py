@@ -14,6 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pyro_blora.conditional import MarginalNoise
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.layers import adapter_of
 from pyro_blora.probing import agree, answer, asked, vocabulary_of, window_of
 from pyro_blora.targets import device_of
 
@@ -133,11 +136,23 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
         net: the network.
         batch: as for :func:`pack`.
         packing: whether the network supports it; default: it is asked.
+
+    Raises:
+        ConfigurationError: the rows are not packed, and the noise of the updates is drawn at each
+            position by itself: options would not share that of their question.
     """
     if supports_packing(net) if packing is None else packing:
         rows, window = pack(batch, additive=wants_additive_mask(net)), window_of(net)
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
+    held = [a.update for a in map(adapter_of, net.modules()) if a is not None]
+    if any(update is not None and isinstance(update.noise, MarginalNoise) for update in held):
+        raise ConfigurationError(
+            "noise='marginal' is drawn at each position by itself, so the options of an item share "
+            "that of their question only in packed rows, and these are not packed (pack=False, a "
+            "network that does not support it, or a window of attention shorter than the rows); "
+            "use a prior with noise='joint' or conditional='deterministic'."
+        )
     return unpacked(batch)
 
 

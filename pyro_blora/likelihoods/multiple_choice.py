@@ -34,6 +34,8 @@ class MultipleChoice(Likelihood):
     Raises:
         BatchError: the tensors' shapes disagree, a row's first token is to be scored, a row is
             padded on the left, or the label of an item is an absent option.
+        ConfigurationError: the updates have marginal noise, and the rows cannot be packed (see
+            :class:`~pyro_blora.models.KroneckerInducing`).
 
     Example::
 
