@@ -66,7 +66,9 @@ class KroneckerInducing(UpdateModel):
         lambda_init: where a learned lambda starts. Default: 0.1.
         noise: ``"marginal"`` draws the conditional noise of each output at each position by
             itself, with the exact variance; ``"joint"`` draws it as one weight gives it to all
-            outputs at all positions of a particle. Default: marginal.
+            outputs at all positions of a particle. Marginal noise wants the options of a multiple
+            choice in packed rows, where they share that of their question; in rows of their own
+            they would not, unlike under one weight, and are refused. Default: marginal.
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape

@@ -34,7 +34,9 @@ def logits_at(
 
     Args:
         net: a language model with an output head (``get_output_embeddings``).
-        inputs: its keyword arguments, ``R`` rows.
+        inputs: its keyword arguments, ``R`` rows. Where some are padded on the left and there are
+            no ``position_ids``, they are counted from the first real token of each row, which
+            transformers leaves to the caller.
         positions: positions to read in each row, ``(R, S)``.
         mask: which of them are real, ``(R, S)``, boolean.
         token_ids: the vocabulary entries to compute, ``(C,)``; default all.
@@ -55,6 +57,8 @@ def logits_at(
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
     ids = inputs.get("input_ids")
+    if "position_ids" not in inputs:
+        inputs = {**inputs, **_positions(inputs.get("attention_mask"))}
     with (
         last_block_at(net, positions, mask, length=0 if ids is None else ids.shape[-1]),
         _narrowed(head, adapter, positions, None if per_row else mask, token_ids) as narrow,
@@ -64,6 +68,13 @@ def logits_at(
     if token_ids is not None and not narrow:
         logits = logits[..., token_ids]
     return logits[mask] if per_row else logits.squeeze(0)
+
+
+def _positions(mask: Tensor | None) -> dict[str, Tensor]:
+    """``position_ids`` for rows of which some are padded on the left."""
+    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
 
 
 @contextmanager

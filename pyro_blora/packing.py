@@ -14,10 +14,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.probing import agree, answer, asked, vocabulary_of
+from pyro_blora.conditional import MarginalNoise
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.layers import adapter_of
+from pyro_blora.probing import agree, answer, asked, vocabulary_of, window_of
 from pyro_blora.targets import device_of
 
-__all__ = ["Scored", "compact", "pack", "supports_packing", "unpacked", "wants_additive_mask"]
+__all__ = [
+    "Scored",
+    "compact",
+    "in_rows",
+    "pack",
+    "supports_packing",
+    "unpacked",
+    "wants_additive_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,36 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     return Scored(inputs, positions, targets, option.clamp_min(0), mask)
 
 
+def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = None) -> Scored:
+    """The batch's rows, packed where it changes nothing.
+
+    A mask of one's own takes the place of a window's or a chunk's, and some windows count places
+    in the row: rows longer than one that the network declares are not packed.
+
+    Args:
+        net: the network.
+        batch: as for :func:`pack`.
+        packing: whether the network supports it; default: it is asked.
+
+    Raises:
+        ConfigurationError: the rows are not packed, and the noise of the updates is drawn at each
+            position by itself: options would not share that of their question.
+    """
+    if supports_packing(net) if packing is None else packing:
+        rows, window = pack(batch, additive=wants_additive_mask(net)), window_of(net)
+        if window is None or rows.inputs["input_ids"].shape[-1] <= window:
+            return rows
+    held = [a.update for a in map(adapter_of, net.modules()) if a is not None]
+    if any(update is not None and isinstance(update.noise, MarginalNoise) for update in held):
+        raise ConfigurationError(
+            "noise='marginal' is drawn at each position by itself, so the options of an item share "
+            "that of their question only in packed rows, and these are not packed (pack=False, a "
+            "network that does not support it, or a window of attention shorter than the rows); "
+            "use a prior with noise='joint' or conditional='deterministic'."
+        )
+    return unpacked(batch)
+
+
 # What each network answered, with the attention implementation it was asked under.
 _ANSWERS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
 
@@ -123,7 +164,8 @@ def supports_packing(net: nn.Module) -> bool:
     """Whether packed and unpacked rows give this network the same hidden states.
 
     Asked of the network itself, by a question of four tokens with two options, because no
-    declaration tells whether an architecture honours position ids and a mask of its own.
+    declaration tells whether an architecture honours position ids and a mask of its own. So short
+    a question sees no window: see :func:`in_rows`.
     """
     if vocabulary_of(net) < 8:
         return False

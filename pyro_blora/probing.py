@@ -1,5 +1,6 @@
 """Asking a network what it can do, where no declaration of its architecture tells."""
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,10 +31,12 @@ __all__ = [
     "tokens_for",
     "vocabulary_of",
     "way_to",
+    "window_of",
 ]
 
 AboutBlocks = Callable[[nn.Module, Sequence[nn.Module]], bool | None]
 
+_WINDOW = re.compile(r"(window|chunk)(_size)?$")
 _ASKED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -124,6 +127,13 @@ def padding_of(net: nn.Module) -> int:
     """The token that pads a row; some declare one that is none of theirs, instead of which 0."""
     token = getattr(_text_config(net), "pad_token_id", 0)
     return token if isinstance(token, int) and 0 <= token < vocabulary_of(net) else 0
+
+
+def window_of(net: nn.Module) -> int | None:
+    """The fewest positions that a layer declares to attend to, in a window or a chunk of a row."""
+    declared = getattr(_text_config(net), "__dict__", {}).items()
+    windows = [v for name, v in declared if _WINDOW.search(name) and type(v) is int and v > 0]
+    return min(windows, default=None)
 
 
 def _text_config(net: nn.Module) -> Any:

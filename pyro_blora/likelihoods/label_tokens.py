@@ -46,8 +46,6 @@ class LabelTokens(Likelihood):
         inputs = {key: batch[key] for key in self.keys}
         mask = inputs["attention_mask"]
         index = torch.arange(mask.shape[-1], device=mask.device)
-        if bool((mask[:, 0] == 0).any()):  # left padding: say where each text begins
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
         real = torch.ones_like(last, dtype=torch.bool)
         tokens = torch.tensor(self.token_ids, device=mask.device)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.heads import logits_at
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.packing import pack, supports_packing, unpacked, wants_additive_mask
+from pyro_blora.packing import in_rows
 
 __all__ = ["MultipleChoice"]
 
@@ -25,14 +25,17 @@ class MultipleChoice(Likelihood):
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: where the network supports it (it is asked once).
+            Rows longer than a window or a chunk of attention that it declares are never packed.
 
     A batch has ``input_ids``, ``attention_mask`` and ``option_mask`` (true at the tokens to
     score), each ``B x K x T`` and right padded, and ``labels`` (``B``). An option with nothing to
     score counts as absent: its probability is zero.
 
     Raises:
-        BatchError: the tensors' shapes disagree, a row's first token is to be scored, or the label
-            of an item is an absent option.
+        BatchError: the tensors' shapes disagree, a row's first token is to be scored, a row is
+            padded on the left, or the label of an item is an absent option.
+        ConfigurationError: the updates have marginal noise, and the rows cannot be packed (see
+            :class:`~pyro_blora.models.KroneckerInducing`).
 
     Example::
 
@@ -66,15 +69,18 @@ class MultipleChoice(Likelihood):
                 "option_mask is true at the first token of a row, which nothing predicts; begin "
                 "each row with a question or the tokenizer's beginning-of-text token."
             )
-        packed = supports_packing(net) if self.pack is None else self.pack
-        tensors = {key: batch[key] for key in self.keys}
-        rows = pack(tensors, additive=wants_additive_mask(net)) if packed else unpacked(tensors)
+        real = batch["attention_mask"].bool()
+        if bool((real[..., 1:] & ~real[..., :-1]).any()):
+            raise BatchError(
+                "attention_mask has padding before a real token, and MultipleChoice takes rows "
+                "padded on the right; set tokenizer.padding_side = 'right'."
+            )
+        rows = in_rows(net, {key: batch[key] for key in self.keys}, self.pack)
         logits = logits_at(net, rows.inputs, rows.positions, rows.mask)
         logp = -functional.cross_entropy(logits, rows.targets[rows.mask], reduction="none")
         items, options, _ = shapes["input_ids"]
         item = torch.arange(items, device=logp.device).unsqueeze(-1)
-        if not packed:
-            item = item.expand(items, options).reshape(-1, 1)
+        item = item.repeat_interleave(len(rows.mask) // items, 0)  # of each row
         total = logp.new_zeros(items * options)
         total = total.index_add(0, (item * options + rows.options)[rows.mask], logp)
         count = batch["option_mask"].sum(-1)

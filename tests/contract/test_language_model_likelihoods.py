@@ -14,13 +14,12 @@ NETS = [tiny.llama, tiny.gpt2, tiny.qwen2]
 def on_the_left(batch):
     """The same rows, padded on the left."""
     moved = {}
-    for key in ("input_ids", "attention_mask"):
+    for key in ("input_ids", "attention_mask", "labels")[: 2 + (batch["labels"].dim() > 1)]:
         rows = [
             torch.roll(row, int((mask == 0).sum()))
             for row, mask in zip(batch[key], batch["attention_mask"], strict=True)
         ]
         moved[key] = torch.stack(rows)
-    # transformers leaves it to the caller to start counting at the first real token
     return {**batch, **moved}
 
 
@@ -38,10 +37,11 @@ def test_label_tokens_are_the_last_logits(build):
     torch.testing.assert_close(logits, expected)
 
 
-def test_label_tokens_pad_on_either_side():
-    """Llama's positions are relative, so a row does not depend on where its padding stands."""
-    net, batch = tiny.llama(), tiny.sequences()
-    likelihood = LabelTokens(token_ids=tiny.ANSWERS)
+@pytest.mark.parametrize("build", NETS)
+@pytest.mark.parametrize("likelihood", [LabelTokens(token_ids=tiny.ANSWERS), CausalLM()])
+def test_rows_are_padded_on_either_side(build, likelihood):
+    net = build()
+    batch = tiny.texts() if isinstance(likelihood, CausalLM) else tiny.sequences()
     left = on_the_left(batch)
     assert (left["attention_mask"] != batch["attention_mask"]).any()
     torch.testing.assert_close(
@@ -131,6 +131,15 @@ def test_an_absent_option_has_probability_zero(pack):
     assert trace.log_prob_sum().isfinite()
     with pytest.raises(BatchError, match=r"names an option with no token"):
         blora.model({**batch, "labels": torch.tensor([2, 0, 0])})
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_multiple_choice_pads_on_the_right(pack):
+    batch = tiny.choices()
+    left = {k: v.flip(-1) if v.dim() == 3 else v for k, v in batch.items()}
+    left["option_mask"] = left["option_mask"] & (torch.arange(8) > 0)
+    with pytest.raises(BatchError, match="padding_side"):
+        MultipleChoice(pack=pack).logits(tiny.llama(), left)
 
 
 def test_multiple_choice_wants_three_dimensions():

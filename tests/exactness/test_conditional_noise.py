@@ -3,7 +3,9 @@
 import pyro
 import pyro.distributions as dist
 import pytest
+import tiny
 import torch
+from choice_batches import batch_of
 from dense_algebra import (
     D_IN,
     D_OUT,
@@ -18,7 +20,11 @@ from dense_algebra import (
 )
 from torch.distributions import kl_divergence
 
+from pyro_blora import guides
 from pyro_blora.conditional import MarginalNoise, conditional_kl, weight_noise
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.model import repeat_batch
 from pyro_blora.models import KroneckerInducing
 
 RANK = (M_R, M_C)
@@ -243,3 +249,32 @@ def test_conditional_kl_enters_the_elbo_once(conditional):
         torch.testing.assert_close(rest, -kl)
     else:
         assert rest == 0
+
+
+def options_of_one_item(noise, pack):
+    """Mean and covariance of the scores of two options behind one question."""
+    prior = KroneckerInducing(rank=2, conditional="exact", noise=noise, sigma=0.2)
+    guide = guides.MatrixNormal(init_scale=1e-3)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    blora = tiny.adapted(tiny.llama(2), prior=prior, guide=guide, layers_to_transform=[0])
+    batch = repeat_batch(batch_of([((3, 9, 4, 8, 2), [(5,), (6,)], 0)]), 100)
+    draws = []
+    for _ in range(40):
+        with blora.model.applied(blora.sample_updates(100)) as net:
+            draws.append(MultipleChoice(pack=pack).logits(net, batch))
+    return torch.cat(draws).mean(0), torch.cat(draws).T.cov()
+
+
+@torch.no_grad()
+def test_options_share_the_noise_of_their_question():
+    """As under one weight, packed or not; marginal noise, which could not, is refused unpacked."""
+    mean, covariance = options_of_one_item("joint", False)
+    deviation = covariance.diagonal().mean().sqrt()
+    assert covariance[0, 1].abs() > 0.2 * deviation**2
+    for noise in ("joint", "marginal"):
+        found = options_of_one_item(noise, None)
+        assert (found[0] - mean).abs().max() < 0.1 * deviation
+        assert (found[1] - covariance).abs().max() < 0.12 * deviation**2
+    with pytest.raises(ConfigurationError, match="noise='joint'"):
+        options_of_one_item("marginal", False)
