@@ -3,13 +3,15 @@ import json
 
 import pyro
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal
+from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 
 
@@ -66,6 +68,53 @@ def test_round_trip_of_every_guide(name, tmp_path):
     assert again.state_dict().keys() == tensors.keys()
     assert all(torch.equal(v, tensors[k]) for k, v in again.state_dict().items())
     assert repr(again) == repr(blora)
+
+
+def llama_classifier():
+    return LlamaForSequenceClassification(tiny.llama(num_labels=3).config).eval()
+
+
+CLASSIFIERS = {"bert": tiny.bert, "roberta": tiny.roberta, "llama": llama_classifier}
+
+
+def classifier(net, **options):
+    options = {"target_modules": None, "likelihood": SequenceClassification(), **options}
+    blora = tiny.adapted(net, **options)
+    with torch.no_grad():
+        for parameter in blora.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return blora
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_round_trip_of_a_trained_head(name, tmp_path):
+    net = CLASSIFIERS[name]()
+    blora = classifier(net)
+    probs = blora.predict(batch(), 0).probs
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    pyro.clear_param_store()
+    assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
+
+
+def test_a_checkpoint_from_before_heads_were_trained(tmp_path):
+    net = tiny.bert()
+    blora = classifier(net, modules_to_save=())
+    blora.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
+    assert config.pop("modules_to_save") == []
+    (tmp_path / checkpoints.CONFIG).write_text(json.dumps(config))
+    probs = blora.predict(batch(), 0).probs
+    blora.unwrap()
+    pyro.clear_param_store()
+    assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
+
+
+def test_a_head_for_another_base_is_refused(tmp_path):
+    blora = classifier(llama_classifier())
+    blora.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
+        BayesianLoRA.from_pretrained(tiny.llama(), tmp_path)
 
 
 def test_only_the_adapter_is_saved(saved):
@@ -138,8 +187,6 @@ def test_a_tampered_config_is_refused(saved, change, told):
 
 def test_values_that_are_not_finite_are_refused(saved):
     net, folder, _ = saved
-    import safetensors.torch
-
     path = folder / checkpoints.WEIGHTS
     tensors = safetensors.torch.load_file(path)
     next(iter(tensors.values())).fill_(float("nan"))
