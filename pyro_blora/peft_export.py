@@ -1,6 +1,7 @@
 """The posterior mean as a plain PEFT LoRA adapter, for servers that speak PEFT."""
 
 import os
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from pyro_blora.adapted import Adapted
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.targets import head_names
 
 __all__ = ["export_peft"]
 
@@ -17,7 +20,8 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     """Writes the posterior mean as a LoRA, and the heads trained as points.
 
     ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``. The heads are
-    PEFT's ``modules_to_save``.
+    PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter is not written:
+    merge it into the base that PEFT shall load this one on.
 
     Args:
         blora: the adapter.
@@ -38,7 +42,7 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
         group = next(g for g in blora.model.groups if g.name == name)
         for layer, module_name in zip(update.layers(), group.module_names, strict=True):
             B = layer.B if layer.core is None else layer.B @ layer.core
-            prefix = f"base_model.model.{module_name}"
+            prefix = f"base_model.model.{_in_base(module_name)}"
             tensors[f"{prefix}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = B.detach().cpu().contiguous()
             ranks.add(layer.A.shape[0])
@@ -49,16 +53,14 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     rank = ranks.pop()
     heads = blora.model.trained_heads
     for name, tensor in heads.tensors().items():
-        tensors[f"base_model.model.{name}"] = tensor.detach().cpu().contiguous()
-    encoder_decoder = getattr(getattr(blora.net, "config", None), "is_encoder_decoder", False)
-    generates = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+        tensors[f"base_model.model.{_in_base(name)}"] = tensor.detach().cpu().contiguous()
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=[n for g in blora.model.groups for n in g.module_names],
-        modules_to_save=list(heads.names) or None,
+        target_modules=[_in_base(n) for g in blora.model.groups for n in g.module_names],
+        modules_to_save=[_in_base(name) for name in heads.names] or None,
         base_model_name_or_path=getattr(getattr(blora.net, "config", None), "_name_or_path", None),
-        task_type=generates if hasattr(blora.net, "get_output_embeddings") else None,
+        task_type=_task_type(blora),
         inference_mode=True,
     )
     folder = Path(folder)
@@ -67,3 +69,21 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
         lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
     )
     config.save_pretrained(str(folder))
+
+
+def _in_base(name: str) -> str:
+    """The name without what PEFT puts around a network and its heads."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
+
+
+def _task_type(blora: Adapted) -> str | None:
+    if isinstance(blora.likelihood, SequenceClassification):
+        # Under SEQ_CLS PEFT leaves a target alone that is the head: it would not be loaded
+        heads = tuple(f"{name}." for name in head_names(blora.net))
+        layers = [f"{name}." for group in blora.model.groups for name in group.module_names]
+        return None if any(name.startswith(heads) for name in layers) else "SEQ_CLS"
+    generates = getattr(blora.net, "can_generate", None)
+    if generates is None or not generates():
+        return None
+    encoder_decoder = getattr(getattr(blora.net, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"

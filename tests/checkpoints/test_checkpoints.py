@@ -1,5 +1,7 @@
 import copy
 import json
+import subprocess
+import sys
 
 import pyro
 import pytest
@@ -74,6 +76,11 @@ def llama_classifier():
     return LlamaForSequenceClassification(tiny.llama(num_labels=3).config).eval()
 
 
+def bert_body():
+    """An encoder without a head."""
+    return tiny.bert().bert
+
+
 CLASSIFIERS = {"bert": tiny.bert, "roberta": tiny.roberta, "llama": llama_classifier}
 
 
@@ -115,6 +122,52 @@ def test_a_head_for_another_base_is_refused(tmp_path):
     blora.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
         BayesianLoRA.from_pretrained(tiny.llama(), tmp_path)
+
+
+LOAD_IN_PEFT = """
+import pathlib, sys
+import peft, safetensors.torch, torch, transformers
+ids = torch.arange(24).reshape(4, 6)
+for case in pathlib.Path(sys.argv[1]).iterdir():
+    kind = transformers.AutoConfig.from_pretrained(case / "net").architectures[0]
+    net = getattr(transformers, kind).from_pretrained(case / "net")
+    model = peft.PeftModel.from_pretrained(net, str(case / "adapter")).eval()
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    expected = safetensors.torch.load_file(case / "expected.safetensors")["logits"]
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5, msg=str)
+    print(case.name, model.peft_config["default"].task_type)
+"""
+
+
+@pytest.mark.slow
+def test_exports_load_in_peft_in_another_process(tmp_path):
+    peft = pytest.importorskip("peft")
+    own = {"wrapped": tiny.bert, "target": tiny.bert, "causal": tiny.llama, "body": bert_body}
+    for name, build in {**CLASSIFIERS, **own}.items():
+        net = build()
+        net.save_pretrained(tmp_path / name / "net")
+        options = {"target_modules": ["query", "classifier"]} if name == "target" else {}
+        if name == "wrapped":
+            net = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS")).eval()
+        if name in ("causal", "body"):
+            options["likelihood"] = LabelTokens(token_ids=[5, 6])
+        blora = classifier(net, **options)
+        blora.export_peft(tmp_path / name / "adapter")
+        with torch.no_grad(), blora.posterior(0):
+            logits = {"logits": net(**batch())[0].contiguous()}
+        safetensors.torch.save_file(logits, tmp_path / name / "expected.safetensors")
+        pyro.clear_param_store()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOAD_IN_PEFT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = dict.fromkeys([*CLASSIFIERS, "wrapped"], "SEQ_CLS")
+    kinds |= {"causal": "CAUSAL_LM", "target": "None", "body": "None"}
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert {name: kind.removeprefix("TaskType.") for name, kind in found.items()} == kinds
 
 
 def test_only_the_adapter_is_saved(saved):
