@@ -25,11 +25,13 @@ from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.model import BayesianLoRAModel, leave_store, to_device, warn_of_aliases
 from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.peft_export import export_peft
 from pyro_blora.prediction import Prediction
 from pyro_blora.predictive import linearised_logits, log_predictive, logits_of_draws
 from pyro_blora.recipes import recipe
 from pyro_blora.summary import describe
 from pyro_blora.targets import find_targets, group_layers
+from pyro_blora.trained_heads import heads_to_train
 from pyro_blora.update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
@@ -38,25 +40,25 @@ __all__ = ["BayesianLoRA"]
 class BayesianLoRA(PyroModule):
     """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
 
-    The network is frozen and gets a hook on each target layer; nothing in it is rebuilt, and
-    :meth:`unwrap` gives it back exactly. :attr:`model` and :attr:`guide` are ordinary Pyro
-    callables of one argument, the batch.
+    The network is frozen and gets a hook on each target layer; :meth:`unwrap` gives it back
+    exactly. :attr:`model` and :attr:`guide` are ordinary Pyro callables of one argument, the batch.
 
     Args:
         net: a Hugging Face transformer, or any module with linear layers.
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
-            ``None`` for the architecture's usual attention projections. ``lm_head`` may be among
-            them, tied or not.
+            ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
         prior: what p(U) is and how the update follows. Default: ``KroneckerInducing()``.
         guide: what q(U) is: a guide family, or a callable that makes a guide from the model, such
             as any ``pyro.infer.autoguide`` class. Default: ``MatrixNormal()``.
         likelihood: how the logits explain a batch. Default: ``CausalLM()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
+        modules_to_save: heads to train whole, as points, as PEFT does. Default: under
+            ``SequenceClassification`` those that hold no target.
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large for a layer, or a layer is adapted already.
+        ConfigurationError: a rank is too large, a layer is adapted already, or a head is no head.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -82,6 +84,7 @@ class BayesianLoRA(PyroModule):
         likelihood: Likelihood | None = None,
         exclude_modules: str | Sequence[str] = (),
         layers_to_transform: int | Sequence[int] | None = None,
+        modules_to_save: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         targets = find_targets(
@@ -97,7 +100,8 @@ class BayesianLoRA(PyroModule):
         _check_kind("prior", self.prior_family[0], UpdateModel)
         likelihood = CausalLM() if likelihood is None else likelihood
         _check_kind("likelihood", likelihood, Likelihood)
-        self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood)
+        heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
+        self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood, heads)
         warn_of_aliases(self.model)
         self.guide, self.max_plate_nesting = make_guide(self.guide_family[0], self.model)
         self.model.attach()
@@ -115,7 +119,7 @@ class BayesianLoRA(PyroModule):
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained: those of the prior and of the guide."""
+        """How many numbers are trained: those of the prior, of the guide and of heads."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def unwrap(self) -> nn.Module:
@@ -156,9 +160,8 @@ class BayesianLoRA(PyroModule):
 
         Args:
             num_samples: 0 for the posterior mean, 1 for one draw of U, held fixed within; ``S``
-                draws share out the rows of whatever batch the network is given. The noise of a
-                conditional that is not deterministic is drawn anew at every call of a layer; the
-                mean has none.
+                draws share out the rows of whatever batch the network is given. Conditional noise
+                is drawn anew at every call of a layer; the mean has none.
 
         Yields:
             The network, for ``net.generate(...)`` and the like.
@@ -223,8 +226,8 @@ class BayesianLoRA(PyroModule):
         checkpoints.save_pretrained(self, folder)
 
     def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the posterior mean as a plain PEFT LoRA adapter."""
-        checkpoints.export_peft(self, folder)
+        """Writes the mean as a plain PEFT adapter; see :mod:`pyro_blora.peft_export`."""
+        export_peft(self, folder)
 
     @classmethod
     def from_recipe(
@@ -277,6 +280,7 @@ class BayesianLoRA(PyroModule):
             prior=saved.prior,
             guide=saved.guide,
             likelihood=saved.likelihood,
+            modules_to_save=saved.modules_to_save,
         )
         try:
             saved.load_into(blora)

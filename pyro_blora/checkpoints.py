@@ -27,7 +27,6 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "Saved",
-    "export_peft",
     "read_config",
     "read_pretrained",
     "save_pretrained",
@@ -65,6 +64,7 @@ def save_pretrained(blora: Adapted, folder: str | os.PathLike[str]) -> None:
             for group in blora.model.groups
             for name in group.module_names
         },
+        "modules_to_save": list(blora.model.trained_heads.names),
         "prior": {"name": type(prior).__name__, "options": prior.options()},
         "guide": {"name": type(guide).__name__, "options": guide.options()},
         "likelihood": {
@@ -94,6 +94,7 @@ class Saved:
         prior: the prior, rebuilt.
         guide: the guide family, rebuilt.
         likelihood: the likelihood, rebuilt.
+        modules_to_save: full names of the heads trained as points.
         tensors: the trained tensors by name.
         folder: where it was read.
     """
@@ -102,6 +103,7 @@ class Saved:
     prior: UpdateModel
     guide: SiteGuide
     likelihood: Likelihood
+    modules_to_save: list[str]
     tensors: dict[str, Tensor]
     folder: Path
 
@@ -117,7 +119,8 @@ class Saved:
             differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
             raise CheckpointError(
                 f"{self.folder / WEIGHTS}: the tensors do not fit {CONFIG}; they differ in "
-                f"{differ[:4]}. Both files must come from one save_pretrained."
+                f"{differ[:4]}. Both files must come from one save_pretrained, for a network of "
+                "as many classes."
             )
         blora.load_state_dict(self.tensors)
 
@@ -151,60 +154,10 @@ def read_pretrained(
         prior=prior or _rebuild(config, "prior", models),
         guide=guide or _rebuild(config, "guide", guides),
         likelihood=likelihood or _rebuild(config, "likelihood", likelihoods),
+        modules_to_save=config.get("modules_to_save", []),
         tensors=_read_tensors(folder / WEIGHTS),
         folder=folder,
     )
-
-
-def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
-    """Writes the posterior mean as a plain PEFT LoRA adapter, for servers that speak PEFT.
-
-    ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``.
-
-    Args:
-        blora: the adapter.
-        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-
-    Raises:
-        ConfigurationError: peft is not installed.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigurationError(
-            "export_peft needs PEFT: pip install 'pyro-blora[peft]'."
-        ) from error
-    tensors: dict[str, Tensor] = {}
-    ranks = set()
-    for name, update in blora.sample_updates(0).items():
-        group = next(g for g in blora.model.groups if g.name == name)
-        for layer, module_name in zip(update.layers(), group.module_names, strict=True):
-            B = layer.B if layer.core is None else layer.B @ layer.core
-            prefix = f"base_model.model.{module_name}"
-            tensors[f"{prefix}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
-            tensors[f"{prefix}.lora_B.weight"] = B.detach().cpu().contiguous()
-            ranks.add(layer.A.shape[0])
-    if len(ranks) > 1:
-        raise ConfigurationError(
-            f"The groups have different ranks, {sorted(ranks)}; export one each."
-        )
-    rank = ranks.pop()
-    encoder_decoder = getattr(getattr(blora.net, "config", None), "is_encoder_decoder", False)
-    generates = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=[n for g in blora.model.groups for n in g.module_names],
-        base_model_name_or_path=getattr(getattr(blora.net, "config", None), "_name_or_path", None),
-        task_type=generates if hasattr(blora.net, "get_output_embeddings") else None,
-        inference_mode=True,
-    )
-    folder = Path(folder)
-    write_atomically(
-        folder / "adapter_model.safetensors",
-        lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
-    )
-    config.save_pretrained(str(folder))
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -249,14 +202,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_base(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
     modules = dict(net.named_modules())
-    for name, shape in config["layers"].items():
+    wanted = dict.fromkeys(config.get("modules_to_save", ())) | config["layers"]
+    for name, shape in wanted.items():
         found = layer_shape(modules[name]) if name in modules else None
-        if found is None or list(found) != shape:
+        if name not in modules or (shape is not None and list(found or ()) != shape):
             what = "has no such layer" if found is None else f"has it as {found[0]} x {found[1]}"
             raise CheckpointError(
                 f"{folder} is an adapter for {config.get('base_model') or 'another network'!r} "
-                f"with {name} of {shape}; {type(net).__name__} {what}. Load the base it was made "
-                "for."
+                f"with {name} of {shape or 'its own'}; {type(net).__name__} {what}. Load the base "
+                "it was made for."
             )
 
 

@@ -6,7 +6,7 @@ is what lets activation checkpointing and compilation work.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.probing import rows_come_first
 from pyro_blora.shapes import broadcast_shapes
 from pyro_blora.targets import LayerGroup
+from pyro_blora.trained_heads import TrainedHeads
 from pyro_blora.update import LowRankUpdate
 
 __all__ = [
@@ -84,6 +85,7 @@ class BayesianLoRAModel(PyroModule):
         groups: list[LayerGroup],
         prior: UpdateModel,
         likelihood: Likelihood,
+        heads: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._net = (net,)
@@ -95,6 +97,7 @@ class BayesianLoRAModel(PyroModule):
         self.nll: Tensor | None = None
         for group in groups:
             setattr(self, group.name, prior.bind(group))
+        self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()
 
     @property
@@ -126,7 +129,7 @@ class BayesianLoRAModel(PyroModule):
 
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Within, the network's layers add ``updates``; yields the network.
+        """Within, the network's layers add ``updates`` and its heads are as trained; yields it.
 
         Raises:
             ConfigurationError: the network has been unwrapped.
@@ -141,6 +144,7 @@ class BayesianLoRAModel(PyroModule):
         if any(update.particle_shape.numel() > 1 for update in updates.values()):
             self._check_rows()
         with (
+            self.trained_heads.in_place(),
             updates_in_place(self.adapters, layers),
             updates_kept_for_backward(self._checkpointable, self.adapters, layers),
             self._autocast(),

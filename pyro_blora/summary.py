@@ -26,6 +26,8 @@ def describe(blora: Adapted) -> str:
             f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
             f"{count:,} parameters in the prior"
         )
+    for name in blora.model.trained_heads.names:
+        lines.append(f"  {name}: trained whole, as a point")
     frozen = sum(p.numel() for p in blora.net.parameters())
     trained = blora.trainable_parameters
     share = trained / (trained + frozen)

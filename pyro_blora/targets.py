@@ -16,7 +16,16 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, NoTargetError
 
-__all__ = ["LayerGroup", "device_of", "find_targets", "group_layers", "layer_shape"]
+__all__ = [
+    "LayerGroup",
+    "body_of",
+    "device_of",
+    "find_targets",
+    "group_layers",
+    "head_names",
+    "layer_shape",
+    "matches",
+]
 
 # Tried in order when target_modules is not given; the attention projections LoRA's authors adapt.
 _DEFAULT_TARGETS = (
@@ -28,7 +37,7 @@ _DEFAULT_TARGETS = (
     ("q", "v"),  # T5
 )
 
-# As in PEFT, "all-linear" leaves the heads of sequence classifiers alone.
+# Of networks that do not say what their body is
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
@@ -102,7 +111,8 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _matches(name: str, pattern: str | Sequence[str]) -> bool:
+def matches(name: str, pattern: str | Sequence[str]) -> bool:
+    """Whether a module's full name ends in one of ``pattern``, or is what a string describes."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == suffix or name.endswith("." + suffix) for suffix in pattern)
@@ -116,6 +126,32 @@ def _layer_index(name: str) -> int | None:
 def _output_head(net: nn.Module) -> nn.Module | None:
     getter = getattr(net, "get_output_embeddings", None)
     return getter() if callable(getter) else None
+
+
+def body_of(net: nn.Module) -> str | None:
+    """The name of the part of a transformer below its heads, or ``None`` where it has no such."""
+    getter = getattr(net, "get_base_model", None)  # PEFT's
+    body = getattr(getter() if callable(getter) else net, "base_model", None)
+    return next((name for name, module in net.named_modules() if name and module is body), None)
+
+
+def head_names(net: nn.Module) -> list[str]:
+    """Full names of a network's heads: what has parameters and stands beside its body.
+
+    Example::
+
+        >>> head_names(nn.ModuleDict({"h": nn.Linear(4, 4), "score": nn.Linear(4, 2)}))
+        ['score']
+    """
+    body = body_of(net)
+    if body is None:
+        return [name for name, _ in net.named_modules() if matches(name, _CLASSIFICATION_HEADS)]
+    parent = body.rpartition(".")[0]
+    return [
+        f"{parent}.{name}".removeprefix(".")
+        for name, module in net.get_submodule(parent).named_children()
+        if f"{parent}.{name}".removeprefix(".") != body and any(True for _ in module.parameters())
+    ]
 
 
 def find_targets(
@@ -151,7 +187,7 @@ def find_targets(
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     if target_modules is None:
         for candidate in _DEFAULT_TARGETS:
-            if all(any(_matches(name, [suffix]) for name in linear) for suffix in candidate):
+            if all(any(matches(name, [suffix]) for name in linear) for suffix in candidate):
                 target_modules = list(candidate)
                 break
         else:
@@ -160,17 +196,17 @@ def find_targets(
                 f"target_modules=, a list of some of {_suffixes(linear)} or 'all-linear'."
             )
     if isinstance(target_modules, str) and target_modules == "all-linear":
-        head = _output_head(net)
+        head, heads = _output_head(net), tuple(f"{name}." for name in head_names(net))
         chosen = {
             name: module
             for name, module in linear.items()
-            if module is not head and not _matches(name, _CLASSIFICATION_HEADS)
+            if module is not head and not f"{name}.".startswith(heads)
         }
     else:
-        chosen = {name: m for name, m in linear.items() if _matches(name, target_modules)}
+        chosen = {name: m for name, m in linear.items() if matches(name, target_modules)}
     named = dict(chosen)
     if exclude_modules:
-        chosen = {name: m for name, m in chosen.items() if not _matches(name, exclude_modules)}
+        chosen = {name: m for name, m in chosen.items() if not matches(name, exclude_modules)}
     if layers_to_transform is not None:
         wanted = (
             {layers_to_transform}

@@ -16,6 +16,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from pyro_blora import BayesianLoRA, guides, models
@@ -98,16 +100,15 @@ def mixtral(layers=2):
     return _settled(MixtralForCausalLM(config))
 
 
-def bert(layers=2):
+def bert(layers=2, *, config=BertConfig, kind=BertForSequenceClassification):
     """A sequence classifier of three classes."""
-    config = BertConfig(
-        **_SIZES,
-        num_hidden_layers=layers,
-        num_labels=len(ANSWERS),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return _settled(BertForSequenceClassification(config))
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **_SIZES}
+    return _settled(kind(config(**options, num_hidden_layers=layers, num_labels=len(ANSWERS))))
+
+
+def roberta(layers=2):
+    """The same with two layers in its head."""
+    return bert(layers, config=RobertaConfig, kind=RobertaForSequenceClassification)
 
 
 def sequences(rows=4, length=7, *, seed=0):

@@ -30,11 +30,11 @@ from pyro_blora.modes import in_mode
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
-LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 5e-3}
+LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 5e-3, "head": 1e-3}
 
 
 def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: means, scales and inducing directions, each with its rate.
+    """AdamW's parameter groups: means, scales, directions and heads, each with its rate.
 
     Args:
         module: a model, a guide or both; its parts declare ``roles``. A parameter of no declared
@@ -72,6 +72,7 @@ def fit(
     lr_mean: float | None = None,
     lr_scale: float | None = None,
     lr_direction: float | None = None,
+    lr_head: float | None = None,
     kl_warmup: float = 0.0,
     kl_weight: float = 1.0,
     batch_size: int = 8,
@@ -113,6 +114,7 @@ def fit(
             (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
         lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
+        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         batch_size: examples in a step; ignored where ``train`` is a ``DataLoader``.
@@ -173,7 +175,7 @@ def fit(
             return objective(batch, step)
 
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
-    given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction}
+    given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction, "head": lr_head}
     rates = {**LEARNING_RATES, **blora.prior_family[0].learning_rates}
     rates |= {role: rate for role, rate in given.items() if rate is not None}
     both = nn.ModuleList([blora.model, blora.guide])

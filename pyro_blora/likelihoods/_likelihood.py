@@ -34,6 +34,7 @@ class Likelihood(Options):
 
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
     row_dims: ClassVar[int] = 2  # of input_ids: B x T
+    new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
 
     def __init__(self, *, num_data: int | None = None) -> None:
         if num_data is not None and num_data < 1:

@@ -11,8 +11,9 @@ __all__ = ["SequenceClassification"]
 class SequenceClassification(Likelihood):
     """A softmax over the logits of an ``AutoModelForSequenceClassification``.
 
-    The network's own classification head is used as it is; where it starts from random numbers,
-    train it first, or adapt it too with a rank no larger than the number of classes.
+    The network's classification head may be new: :class:`~pyro_blora.BayesianLoRA` trains it as a
+    point beside the adapter, unless it is among ``target_modules`` or ``modules_to_save`` says
+    otherwise. A target of random numbers is trained by its update alone.
 
     Args:
         num_data: number of training examples.
@@ -25,6 +26,8 @@ class SequenceClassification(Likelihood):
         likelihood = SequenceClassification(num_data=len(train))
         likelihood.logits(net, batch).shape  # B x C
     """
+
+    new_head = True
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``."""

@@ -1,15 +1,19 @@
 import copy
 import json
+import subprocess
+import sys
 
 import pyro
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal
+from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 
 
@@ -66,6 +70,104 @@ def test_round_trip_of_every_guide(name, tmp_path):
     assert again.state_dict().keys() == tensors.keys()
     assert all(torch.equal(v, tensors[k]) for k, v in again.state_dict().items())
     assert repr(again) == repr(blora)
+
+
+def llama_classifier():
+    return LlamaForSequenceClassification(tiny.llama(num_labels=3).config).eval()
+
+
+def bert_body():
+    """An encoder without a head."""
+    return tiny.bert().bert
+
+
+CLASSIFIERS = {"bert": tiny.bert, "roberta": tiny.roberta, "llama": llama_classifier}
+
+
+def classifier(net, **options):
+    options = {"target_modules": None, "likelihood": SequenceClassification(), **options}
+    blora = tiny.adapted(net, **options)
+    with torch.no_grad():
+        for parameter in blora.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return blora
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_round_trip_of_a_trained_head(name, tmp_path):
+    net = CLASSIFIERS[name]()
+    blora = classifier(net)
+    probs = blora.predict(batch(), 0).probs
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    pyro.clear_param_store()
+    assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
+
+
+def test_a_checkpoint_from_before_heads_were_trained(tmp_path):
+    net = tiny.bert()
+    blora = classifier(net, modules_to_save=())
+    blora.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
+    assert config.pop("modules_to_save") == []
+    (tmp_path / checkpoints.CONFIG).write_text(json.dumps(config))
+    probs = blora.predict(batch(), 0).probs
+    blora.unwrap()
+    pyro.clear_param_store()
+    assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
+
+
+def test_a_head_for_another_base_is_refused(tmp_path):
+    blora = classifier(llama_classifier())
+    blora.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
+        BayesianLoRA.from_pretrained(tiny.llama(), tmp_path)
+
+
+LOAD_IN_PEFT = """
+import pathlib, sys
+import peft, safetensors.torch, torch, transformers
+ids = torch.arange(24).reshape(4, 6)
+for case in pathlib.Path(sys.argv[1]).iterdir():
+    kind = transformers.AutoConfig.from_pretrained(case / "net").architectures[0]
+    net = getattr(transformers, kind).from_pretrained(case / "net")
+    model = peft.PeftModel.from_pretrained(net, str(case / "adapter")).eval()
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    expected = safetensors.torch.load_file(case / "expected.safetensors")["logits"]
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5, msg=str)
+    print(case.name, model.peft_config["default"].task_type)
+"""
+
+
+@pytest.mark.slow
+def test_exports_load_in_peft_in_another_process(tmp_path):
+    peft = pytest.importorskip("peft")
+    own = {"wrapped": tiny.bert, "target": tiny.bert, "causal": tiny.llama, "body": bert_body}
+    for name, build in {**CLASSIFIERS, **own}.items():
+        net = build()
+        net.save_pretrained(tmp_path / name / "net")
+        options = {"target_modules": ["query", "classifier"]} if name == "target" else {}
+        if name == "wrapped":
+            net = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS")).eval()
+        if name in ("causal", "body"):
+            options["likelihood"] = LabelTokens(token_ids=[5, 6])
+        blora = classifier(net, **options)
+        blora.export_peft(tmp_path / name / "adapter")
+        with torch.no_grad(), blora.posterior(0):
+            logits = {"logits": net(**batch())[0].contiguous()}
+        safetensors.torch.save_file(logits, tmp_path / name / "expected.safetensors")
+        pyro.clear_param_store()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOAD_IN_PEFT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = dict.fromkeys([*CLASSIFIERS, "wrapped"], "SEQ_CLS")
+    kinds |= {"causal": "CAUSAL_LM", "target": "None", "body": "None"}
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert {name: kind.removeprefix("TaskType.") for name, kind in found.items()} == kinds
 
 
 def test_only_the_adapter_is_saved(saved):
@@ -138,8 +240,6 @@ def test_a_tampered_config_is_refused(saved, change, told):
 
 def test_values_that_are_not_finite_are_refused(saved):
     net, folder, _ = saved
-    import safetensors.torch
-
     path = folder / checkpoints.WEIGHTS
     tensors = safetensors.torch.load_file(path)
     next(iter(tensors.values())).fill_(float("nan"))

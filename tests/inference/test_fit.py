@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from pyro_blora.guides import MeanField
 from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
+from pyro_blora.likelihoods import SequenceClassification
 
 
 def test_history(run):
@@ -192,8 +193,13 @@ def test_training_again_goes_on(run):
         torch.testing.assert_close(value, state[name], atol=1e-6, rtol=0)
 
 
+def classifier(**options):
+    likelihood = SequenceClassification(num_data=10)
+    return tiny.adapted(tiny.bert(), target_modules=None, likelihood=likelihood, **options)
+
+
 def test_each_role_has_its_learning_rate():
-    blora = tiny.adapted()
+    blora = classifier()
     both = torch.nn.ModuleList([blora.model, blora.guide])
     groups = {g["name"]: g for g in parameter_groups(both, LEARNING_RATES)}
     assert {name: g["lr"] for name, g in groups.items()} == LEARNING_RATES
@@ -202,6 +208,7 @@ def test_each_role_has_its_learning_rate():
     assert found == {
         "mean": {"loc_unconstrained"},
         "direction": {"Z_r_unconstrained", "Z_c_unconstrained"},
+        "head": {"classifier_weight_unconstrained", "classifier_bias_unconstrained"},
         "scale": {
             *("D_r_unconstrained", "D_c_unconstrained", "sigma__unconstrained"),
             *("row_scale_tril_unconstrained", "col_scale_tril_unconstrained"),
@@ -229,12 +236,12 @@ def test_the_scales_of_an_autoguide_are_scales(kind, scales):
 
 @pytest.mark.parametrize("role", LEARNING_RATES)
 def test_a_rate_of_zero_holds_its_role_still(run, role):
-    blora = tiny.adapted(num_data=10)
+    blora = classifier()
     before = tiny.trained(blora)
     both = torch.nn.ModuleList([blora.model, blora.guide])
     groups = parameter_groups(both, LEARNING_RATES)
     still = {id(p) for group in groups if group["name"] == role for p in group["params"]}
-    run(blora, **{f"lr_{role}": 0.0})
+    run(blora, DataLoader([tiny.sequences()], batch_size=None), **{f"lr_{role}": 0.0})
     for name, parameter in blora.named_parameters():
         assert torch.equal(parameter, before[name]) == (id(parameter) in still), name
 

@@ -7,6 +7,7 @@ import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 
@@ -147,3 +148,58 @@ def test_a_new_classifier_head_is_trained_by_its_update():
     start = nll(blora)
     train_by_svi(blora, steps=150)
     assert nll(blora) < 0.8 * start
+
+
+def train_by_torch(blora):
+    """A torch optimizer on Pyro's ELBO as a module."""
+    loss_of = TraceMeanField_ELBO(max_plate_nesting=1)(blora.model, blora.guide)
+    optimizer = torch.optim.Adam(loss_of.parameters(), lr=5e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss_of(BATCH).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("train", [train_by_fit, train_by_svi, train_by_torch])
+def test_a_new_head_is_trained_as_a_point(train, local):
+    with pyro.settings.context(module_local_params=local):
+        net = tiny.roberta()
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        blora = adapted(net)
+        train(blora)
+    with blora.posterior(0):
+        inside = {name: p.clone() for name, p in net.named_parameters()}
+    heads = {f"classifier.{m}.{k}" for m in ("dense", "out_proj") for k in ("weight", "bias")}
+    assert {k for k, v in inside.items() if not torch.equal(v, before[k])} == heads
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(p.requires_grad for p in net.parameters())
+    assert "classifier: trained whole" in repr(blora)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"modules_to_save": []}, ()),
+        ({"target_modules": "all-linear"}, ("classifier",)),
+        ({"target_modules": ["query", "out_proj"]}, ()),
+        ({"modules_to_save": ["out_proj"]}, ("classifier.out_proj",)),
+    ],
+)
+def test_which_heads_are_trained(options, names):
+    assert adapted(tiny.roberta(), **options).model.trained_heads.names == names
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [
+        (["clasifier"], r"clasifier is no module .* of \['classifier'\]"),
+        (["value"], "value is part of the network's body"),
+        (["dense"], "dense is part of the network's body"),
+    ],
+)
+def test_what_is_no_head_is_refused(modules, told):
+    with pytest.raises(ConfigurationError, match=told):
+        adapted(tiny.roberta(), modules_to_save=modules)
+    with pytest.raises(ConfigurationError, match=r"classifier is adapted already"):
+        adapted(tiny.bert(), target_modules=["classifier"], modules_to_save=["classifier"])

@@ -1,0 +1,89 @@
+"""The posterior mean as a plain PEFT LoRA adapter, for servers that speak PEFT."""
+
+import os
+import re
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from pyro_blora.adapted import Adapted
+from pyro_blora.checkpoints import write_atomically
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.targets import head_names
+
+__all__ = ["export_peft"]
+
+
+def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
+    """Writes the posterior mean as a LoRA, and the heads trained as points.
+
+    ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``. The heads are
+    PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter is not written:
+    merge it into the base that PEFT shall load this one on.
+
+    Args:
+        blora: the adapter.
+        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+
+    Raises:
+        ConfigurationError: peft is not installed, or the groups have different ranks.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigurationError(
+            "export_peft needs PEFT: pip install 'pyro-blora[peft]'."
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    ranks = set()
+    for name, update in blora.sample_updates(0).items():
+        group = next(g for g in blora.model.groups if g.name == name)
+        for layer, module_name in zip(update.layers(), group.module_names, strict=True):
+            B = layer.B if layer.core is None else layer.B @ layer.core
+            prefix = f"base_model.model.{_in_base(module_name)}"
+            tensors[f"{prefix}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = B.detach().cpu().contiguous()
+            ranks.add(layer.A.shape[0])
+    if len(ranks) > 1:
+        raise ConfigurationError(
+            f"The groups have different ranks, {sorted(ranks)}; export one each."
+        )
+    rank = ranks.pop()
+    heads = blora.model.trained_heads
+    for name, tensor in heads.tensors().items():
+        tensors[f"base_model.model.{_in_base(name)}"] = tensor.detach().cpu().contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[_in_base(n) for g in blora.model.groups for n in g.module_names],
+        modules_to_save=[_in_base(name) for name in heads.names] or None,
+        base_model_name_or_path=getattr(getattr(blora.net, "config", None), "_name_or_path", None),
+        task_type=_task_type(blora),
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    write_atomically(
+        folder / "adapter_model.safetensors",
+        lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
+    )
+    config.save_pretrained(str(folder))
+
+
+def _in_base(name: str) -> str:
+    """The name without what PEFT puts around a network and its heads."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
+
+
+def _task_type(blora: Adapted) -> str | None:
+    if isinstance(blora.likelihood, SequenceClassification):
+        # Under SEQ_CLS PEFT leaves a target alone that is the head: it would not be loaded
+        heads = tuple(f"{name}." for name in head_names(blora.net))
+        layers = [f"{name}." for group in blora.model.groups for name in group.module_names]
+        return None if any(name.startswith(heads) for name in layers) else "SEQ_CLS"
+    generates = getattr(blora.net, "can_generate", None)
+    if generates is None or not generates():
+        return None
+    encoder_decoder = getattr(getattr(blora.net, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
