@@ -16,6 +16,7 @@ from pyro_blora.inference import FitResult, LoopOptions, fit, predict_dataset
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
 from pyro_blora.methods import check_method, trained_for
 from pyro_blora.metrics import evaluate
+from pyro_blora.precision import choose_precision
 from pyro_blora.prediction import Prediction
 from pyro_blora.recipes import recipe
 from pyro_blora.results import Row
@@ -48,7 +49,8 @@ class Settings:
         target_modules: suffixes of the adapted layers.
         num_samples: posterior draws for a prediction.
         lora_lr: plain LoRA's learning rate; ``None`` takes its usual one for the way of scoring.
-        precision: ``"float32"`` or ``"bfloat16"``, for every method.
+        precision: ``"float32"`` or ``"bfloat16"``, for every method; ``"auto"`` becomes, at once,
+            what is faster here, so that a record of the settings tells what was used.
     """
 
     model: str = "smollm2"
@@ -65,15 +67,12 @@ class Settings:
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     num_samples: int = 10
     lora_lr: float | None = None
-    precision: str = "bfloat16"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for method in self.methods:
             check_method(method)
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigurationError(
-                f"precision={self.precision!r} is not one of ('float32', 'bfloat16')."
-            )
+        object.__setattr__(self, "precision", choose_precision(self.precision))
         if not self.methods or not self.seeds:
             raise ConfigurationError("give at least one method and one seed.")
 

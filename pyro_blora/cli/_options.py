@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.precision import check_precision, choose_precision
 
 __all__ = [
     "BatchSize",
@@ -22,6 +24,7 @@ __all__ = [
     "Targets",
     "TaskName",
     "check_out",
+    "chosen",
     "listed",
     "seeds_of",
 ]
@@ -55,9 +58,13 @@ NumSamples = Annotated[
     int, typer.Option(help="Posterior draws for a prediction; 0: the posterior mean.", min=0)
 ]
 Precision = Annotated[
-    str, typer.Option(help="'float32', or 'bfloat16' (autocast of the frozen network).")
+    str,
+    typer.Option(
+        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': what is faster "
+        "here.",
+        callback=check_precision,
+    ),
 ]
-
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT already.")]
 
 
@@ -72,6 +79,14 @@ def check_out(out: Path, file: str, overwrite: bool) -> None:
         raise ConfigurationError(
             f"--out {out} cannot be written to: {lowest} is no folder, or not yours to write in."
         )
+
+
+def chosen(precision: str, console: Console) -> str:
+    """The precision that ``--precision`` stands for here; says which it is."""
+    found = choose_precision(precision)
+    reason = "bfloat16 is faster here" if found == "bfloat16" else "bfloat16 is no faster here"
+    console.print(f"precision: {found}" + (f" (auto: {reason})" if precision == "auto" else ""))
+    return found
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:

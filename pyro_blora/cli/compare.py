@@ -42,7 +42,7 @@ def run(
         float | None,
         typer.Option(help="Plain LoRA's learning rate; default 1e-3 (options), 5e-4 (labels)."),
     ] = None,
-    precision: o.Precision = "bfloat16",
+    precision: o.Precision = "auto",
     out: Annotated[Path, typer.Option(help="Folder for results.json and reliability.png.")] = Path(
         "out/compare"
     ),
@@ -57,6 +57,7 @@ def run(
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
+    console = Console()
     settings = Settings(
         model=model,
         task=task,
@@ -72,12 +73,11 @@ def run(
         target_modules=o.listed(target_modules, "--target-modules"),
         num_samples=num_samples,
         lora_lr=lora_lr,
-        precision=precision,
+        precision=o.chosen(precision, console),
     )
     load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
     o.check_out(out, RESULTS, overwrite)
     net, tokenizer = load_pretrained(model)
-    console = Console()
     rows = []
     for row in compare(settings, net, tokenizer):
         rows.append(row)

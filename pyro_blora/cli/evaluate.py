@@ -37,7 +37,7 @@ def run(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the posterior draws.")] = 0,
-    precision: o.Precision = "bfloat16",
+    precision: o.Precision = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")
     ] = None,
@@ -49,8 +49,10 @@ def run(
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     """
+    console = Console()
     read_config(adapter)  # a folder that is none is said before the network is loaded
     data = load_task(task, data_dir=data_dir, max_test=max_test)
+    precision = o.chosen(precision, console)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(data, collate))
@@ -64,7 +66,6 @@ def run(
         precision=precision,
     )
     scores = evaluate(prediction.probs, labels)
-    console = Console()
     console.print(f"{task}, {scores.n} test items: {scores}", highlight=False)
     console.print(
         f"entropy {float(prediction.entropy.mean()):.3f} nats, of which "

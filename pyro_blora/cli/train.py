@@ -48,7 +48,7 @@ def run(
             help="Run the blocks below --top once for each example, without dropout; takes memory.",
         ),
     ] = False,
-    precision: o.Precision = "bfloat16",
+    precision: o.Precision = "auto",
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
@@ -71,6 +71,8 @@ def run(
         raise ConfigurationError("--cache-frozen needs --top: else no block is frozen.")
     made = recipe(method)
     o.check_out(out, CONFIG, overwrite)
+    console = Console()
+    precision = o.chosen(precision, console)
     net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
@@ -82,7 +84,6 @@ def run(
         likelihood=likelihood_for(data, collate),
         layers_to_transform=None if top is None else _top_blocks(net, top),
     )
-    console = Console()
     console.print(blora, highlight=False)
     result = fit(
         blora,

@@ -7,6 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from pyro_blora import precision
 from pyro_blora.cli.train import _top_blocks
 from pyro_blora.recipes import RECIPES
 
@@ -55,6 +56,20 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert "bayesian-lora" in text
     assert "±" in text
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_the_precision_chosen_is_said_and_recorded(
+    run, model_dir, data_dir, tmp_path, monkeypatch, pays
+):
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
+    name = "bfloat16" if pays else "float32"
+    arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--seeds", 0]
+    arguments += ["--methods", "map", "--max-steps", 1, "--out", tmp_path / "out"]
+    code, text, err = run("compare", *arguments)
+    assert code == 0, err
+    assert f"precision: {name} (auto" in text
+    assert json.loads((tmp_path / "out/results.json").read_text())["settings"]["precision"] == name
 
 
 def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypatch):
