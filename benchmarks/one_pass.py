@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, help="test items; default: all")
     parser.add_argument("--num-samples", type=int, default=64, help="posterior draws of each")
     parser.add_argument("--seed", type=int, default=0, help="of the items' order and the draws")
-    parser.add_argument("--precision", default="bfloat16", help="float32 or bfloat16")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     if arguments.num_samples < 2 or (arguments.items is not None and arguments.items < 1):

@@ -4,14 +4,21 @@ Three nouns: a prior (``pyro_blora.models``), a guide (``pyro_blora.guides``) an
 (``pyro_blora.likelihoods``); each is swapped by passing another object to :class:`BayesianLoRA`.
 """
 
-from pyro_blora import guides, likelihoods, models
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from pyro_blora._version import __version__
-from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.data import load_task
-from pyro_blora.effective_rank import effective_ranks
-from pyro_blora.inference import fit, predict_dataset
-from pyro_blora.prediction import Prediction
-from pyro_blora.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from pyro_blora import guides, likelihoods, models
+    from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.data import load_task
+    from pyro_blora.effective_rank import effective_ranks
+    from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
+    from pyro_blora.inference.predict import predict_dataset
+    from pyro_blora.prediction import Prediction
+    from pyro_blora.pretrained import load_pretrained
 
 __all__ = [
     "BayesianLoRA",
@@ -26,3 +33,26 @@ __all__ = [
     "models",
     "predict_dataset",
 ]
+
+_HOMES = {
+    "BayesianLoRA": "bayesian_lora",
+    "Prediction": "prediction",
+    "effective_ranks": "effective_rank",
+    "fit": "inference",
+    "load_pretrained": "pretrained",
+    "load_task": "data",
+    "predict_dataset": "inference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use (PEP 562): torch takes seconds, and the commands start without it."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

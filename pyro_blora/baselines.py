@@ -15,6 +15,7 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.metrics import evaluate
 from pyro_blora.model import to_device
 from pyro_blora.modes import in_mode
+from pyro_blora.precision import choose_precision
 from pyro_blora.prediction import Prediction
 
 __all__ = ["PlainLoRA"]
@@ -123,7 +124,7 @@ class PlainLoRA:
         if options.seed is not None:
             torch.manual_seed(options.seed)
         device = next(self.net.parameters()).device
-        autocast = options.precision == "bfloat16"
+        autocast = choose_precision(options.precision, device) == "bfloat16"
 
         def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
             batch = to_device(batch, device)

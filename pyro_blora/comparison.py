@@ -1,6 +1,7 @@
 """Methods side by side on one task: the same data, budget, scoring and metrics for each."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyro_blora.inference import FitResult, LoopOptions, fit, predict_dataset
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
 from pyro_blora.methods import check_method, trained_for
 from pyro_blora.metrics import evaluate
+from pyro_blora.precision import choose_precision
 from pyro_blora.prediction import Prediction
 from pyro_blora.recipes import recipe
 from pyro_blora.results import Row
@@ -23,6 +25,7 @@ from pyro_blora.temperature import fit_temperature
 
 __all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 
+Phase = Callable[[str], AbstractContextManager[Any]]
 DROPOUT = 0.1  # of mc-dropout
 # Plain LoRA's usual learning rates: options are scored by their log-likelihood, labels by a token.
 LORA_RATES = {"options": 1e-3, "labels": 5e-4}
@@ -48,7 +51,8 @@ class Settings:
         target_modules: suffixes of the adapted layers.
         num_samples: posterior draws for a prediction.
         lora_lr: plain LoRA's learning rate; ``None`` takes its usual one for the way of scoring.
-        precision: ``"float32"`` or ``"bfloat16"``, for every method.
+        precision: ``"float32"`` or ``"bfloat16"``, for every method; ``"auto"`` becomes, at once,
+            what is faster here, so that a record of the settings tells what was used.
     """
 
     model: str = "smollm2"
@@ -65,15 +69,12 @@ class Settings:
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     num_samples: int = 10
     lora_lr: float | None = None
-    precision: str = "bfloat16"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for method in self.methods:
             check_method(method)
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigurationError(
-                f"precision={self.precision!r} is not one of ('float32', 'bfloat16')."
-            )
+        object.__setattr__(self, "precision", choose_precision(self.precision))
         if not self.methods or not self.seeds:
             raise ConfigurationError("give at least one method and one seed.")
 
@@ -95,9 +96,9 @@ class _Run:
     """All methods under one seed."""
 
     def __init__(
-        self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, progress: bool | None
+        self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, phase: Phase
     ) -> None:
-        self.settings, self.net, self.seed, self.progress = settings, net, seed, progress
+        self.settings, self.net, self.seed, self.phase = settings, net, seed, phase
         self.task = load_task(
             settings.task,
             data_dir=settings.data_dir,
@@ -119,13 +120,13 @@ class _Run:
             precision=settings.precision,
             validate_every=max(1, settings.max_steps // 3),
             seed=seed,
-            progress=progress,
         )
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, done: Collection[tuple[str, int]]) -> Iterator[Row]:
         shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
         for method in self.settings.methods:
-            shown.setdefault(trained_for(method), []).append(method)
+            if (method, self.seed) not in done:
+                shown.setdefault(trained_for(method), []).append(method)
         plain = {base: shown.pop(base) for base in ("lora", "lora-best") if base in shown}
         if plain:
             yield from self._plain(plain)
@@ -136,16 +137,16 @@ class _Run:
         self, predict: Callable[[Batch], Prediction], data: Sequence[Item], name: str
     ) -> tuple[Tensor, Tensor]:
         torch.manual_seed(self.seed)
-        prediction, labels = predict_dataset(
-            predict,
-            data,
-            self.collate,
-            length=item_length,
-            device=next(self.net.parameters()).device,
-            precision=self.settings.precision,
-            progress=self.progress,
-            description=f"{name}, seed {self.seed}",
-        )
+        with self.phase(f"predict {name}, seed {self.seed}"):
+            prediction, labels = predict_dataset(
+                predict,
+                data,
+                self.collate,
+                length=item_length,
+                device=next(self.net.parameters()).device,
+                precision=self.settings.precision,
+                description=f"{name}, seed {self.seed}",
+            )
         return prediction.probs, labels
 
     def _rows(
@@ -180,23 +181,24 @@ class _Run:
                 labels,
             )
 
-    def _fit_plain(self, lora: PlainLoRA, *, validate: bool) -> FitResult:
+    def _fit_plain(self, name: str, lora: PlainLoRA, *, validate: bool) -> FitResult:
         scoring = self.task.template.scoring
-        return lora.fit(
-            self.task.train,
-            self.collate,
-            self.options,
-            lr=self.settings.lora_lr or LORA_RATES[scoring],
-            length=item_length,
-            validation=self.task.validation if validate else None,
-        )
+        with self.phase(f"train {name}, seed {self.seed}"):
+            return lora.fit(
+                self.task.train,
+                self.collate,
+                self.options,
+                lr=self.settings.lora_lr or LORA_RATES[scoring],
+                length=item_length,
+                validation=self.task.validation if validate else None,
+            )
 
     def _plain(self, shown: Mapping[Any, list[str]]) -> Iterator[Row]:
         torch.manual_seed(self.seed)
         targets, rank = self.settings.target_modules, self.settings.rank
         lora = PlainLoRA(self.net, targets, self.likelihood, rank=rank, alpha=2.0 * rank)
         try:
-            fitted = self._fit_plain(lora, validate=True)
+            fitted = self._fit_plain("lora", lora, validate=True)
             for base, names in shown.items():  # the last step first
                 if base == "lora-best":
                     assert fitted.best_state is not None
@@ -218,7 +220,7 @@ class _Run:
             dropout=DROPOUT,
         )
         try:
-            fitted = self._fit_plain(lora, validate=False)
+            fitted = self._fit_plain("mc-dropout", lora, validate=False)
             yield from self._rows(
                 "mc-dropout",
                 shown,
@@ -241,18 +243,18 @@ class _Run:
             likelihood=self.likelihood,
         )
         try:
-            fitted = fit(
-                blora,
-                self.task.train,
-                collate=self.collate,
-                length=item_length,
-                num_steps=settings.max_steps,
-                batch_size=settings.batch_size,
-                precision=settings.precision,
-                seed=self.seed,
-                progress=self.progress,
-                **made.fit,
-            )
+            with self.phase(f"train {base}, seed {self.seed}"):
+                fitted = fit(
+                    blora,
+                    self.task.train,
+                    collate=self.collate,
+                    length=item_length,
+                    num_steps=settings.max_steps,
+                    batch_size=settings.batch_size,
+                    precision=settings.precision,
+                    seed=self.seed,
+                    **made.fit,
+                )
             draws = settings.num_samples if made.num_samples is None else made.num_samples
             yield from self._rows(
                 base,
@@ -266,7 +268,12 @@ class _Run:
 
 
 def compare(
-    settings: Settings, net: nn.Module, tokenizer: Any, *, progress: bool | None = None
+    settings: Settings,
+    net: nn.Module,
+    tokenizer: Any,
+    *,
+    done: Collection[tuple[str, int]] = (),
+    phase: Phase = nullcontext,
 ) -> Iterator[Row]:
     """Trains and evaluates every method under every seed.
 
@@ -274,7 +281,8 @@ def compare(
         settings: what to compare and how.
         net: the network; as it was when the iteration ends.
         tokenizer: its tokenizer.
-        progress: whether to show progress bars; ``None`` shows them on a terminal.
+        done: methods with a seed, whose rows are there already.
+        phase: makes a context of the name of what runs in it, such as ``"train lora, seed 0"``.
 
     Yields:
         A row as soon as it is there.
@@ -284,4 +292,5 @@ def compare(
         DataError: the data cannot be read.
     """
     for seed in settings.seeds:
-        yield from _Run(settings, net, tokenizer, seed, progress).rows()
+        if any((method, seed) not in done for method in settings.methods):
+            yield from _Run(settings, net, tokenizer, seed, phase).rows(done)

@@ -7,6 +7,7 @@ __all__ = [
     "BatchError",
     "CheckpointError",
     "ConfigurationError",
+    "DataError",
     "NoTargetError",
     "NonFiniteLossError",
     "ParticleError",
@@ -24,6 +25,10 @@ def near_miss(name: str, known: Iterable[str]) -> str:
 
 class ConfigurationError(ValueError):
     """An option has a value that cannot work."""
+
+
+class DataError(ValueError):
+    """Data or a request for data is wrong; the message is one line and ends with the fix."""
 
 
 class NoTargetError(ConfigurationError):

@@ -1,10 +1,25 @@
 """What a comparison may be asked for by name."""
 
+from importlib.metadata import entry_points
+
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.recipes import all_recipes, recipe
 
-__all__ = ["BASELINES", "check_method", "trained_for"]
+__all__ = ["BASELINES", "RECIPE_NAMES", "check_method", "trained_for"]
 
+# The keys of recipes.RECIPES, which imports torch: help and a slip of the pen need not wait for it.
+RECIPE_NAMES = (
+    "lora",
+    "map",
+    "bayesian-lora",
+    "bayesian-lora-factor",
+    "mean-field",
+    "blob",
+    "scalabl",
+    "b-lora-xs",
+    "laplace-lora",
+    "tfb",
+    "ensemble",
+)
 # Plain LoRA by PEFT: at its last step, at its best validation step, and with dropout left on.
 BASELINES = ("lora", "lora-best", "mc-dropout")
 _SCALED = "temperature:"
@@ -30,7 +45,13 @@ def check_method(name: str) -> None:
     base = trained_for(name)
     if base in BASELINES:
         return
-    if "+" not in base and base not in all_recipes():
-        known = (*BASELINES, "temperature", *all_recipes())
-        raise ConfigurationError(f"method {base!r} is unknown; {near_miss(base, known)}.")
-    recipe(base)
+    if "+" in base:
+        from pyro_blora.recipes import recipe  # here, for it imports torch
+
+        recipe(base)
+        return
+    plugins = (entry.name for entry in entry_points(group="pyro_blora.recipes"))
+    known = (*BASELINES, *RECIPE_NAMES, *plugins)
+    if base not in known:
+        near = near_miss(base, (*known, "temperature"))
+        raise ConfigurationError(f"method {base!r} is unknown; {near}.")

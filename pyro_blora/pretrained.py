@@ -68,6 +68,8 @@ def load_pretrained(
         folder, file = _smollm2()
         name = str(folder)
         tokenizer_options["gguf_file"] = options["gguf_file"] = file
+    else:
+        _check_reachable(name)
     auto = AutoModelForCausalLM
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
@@ -89,6 +91,27 @@ def load_pretrained(
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     return net.eval().to(device or "cpu"), tokenizer
+
+
+def _check_reachable(name: str) -> None:
+    """Asks the hub once for a model that is not here; transformers would retry for a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if Path(name).exists() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if try_to_load_from_cache(name, "config.json") is None:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError):
+        return  # the hub's own answer, or no hub id: transformers says it better, and at once
+    except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
+        if type(error).__name__ == "ReadTimeout":
+            return  # slow, not out of reach: that is what retries are for
+        raise ConfigurationError(
+            f"model {name!r} is no folder here, and the hub cannot be reached ({error}). Check the "
+            "name, give a folder with a config.json, or take 'smollm2', which needs no internet."
+        ) from error
 
 
 def _smollm2() -> tuple[Path, str]:
@@ -115,6 +138,8 @@ def shape_only(name: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if name not in SHAPES:
+        _check_reachable(name)
     try:
         if name in SHAPES:
             config = AutoConfig.for_model(**SHAPES[name])

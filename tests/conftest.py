@@ -1,10 +1,16 @@
 import pyro
 import pytest
 
+from pyro_blora import precision
+
 
 @pytest.fixture(autouse=True)
-def _clean_pyro():
-    """Each test starts from an empty parameter store, one seed, and Pyro's checks."""
+def _clean_pyro(monkeypatch):
+    """Each test starts from an empty parameter store, one seed, and Pyro's checks.
+
+    ``precision="auto"`` is float32 for it, so that no figure depends on the machine.
+    """
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: False)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     with pyro.validation_enabled(True):

@@ -1,13 +1,25 @@
-"""The command ``pyro-blora``: one file for each sub-command."""
+"""The command ``pyro-blora``: one file for each sub-command.
 
+What imports torch is imported by a command at work, so that help and a slip of the pen are answered
+at once.
+"""
+
+import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from pyro_blora._version import __version__
 from pyro_blora.cli import compare, evaluate, info, train
-from pyro_blora.data import DataError
-from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, NonFiniteLossError
+from pyro_blora.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    NonFiniteLossError,
+)
 
 __all__ = ["app", "main"]
 
@@ -17,16 +29,44 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"pyro-blora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("train")(train.run)
 app.command("evaluate")(evaluate.run)
 app.command("compare")(compare.run)
 app.command("info")(info.run)
 
 
+class _Without(logging.Filter):
+    """Lets a record pass unless its message has the text that is this filter's name."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.name not in record.getMessage()
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
-    # linear_operator still decorates with torch.jit.script; nothing a user can act on.
+    # Nothing a user can act on: linear_operator still decorates with torch.jit.script, and torchao,
+    # where it is installed, tells of its kernels for other machines and registers enums twice.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    for logger, idle in (("torchao", "Failed to load "), ("torch.utils._pytree", " Enum subclass")):
+        logging.getLogger(logger).addFilter(_Without(idle))
     try:
         app()
     except (
@@ -35,6 +75,7 @@ def main() -> None:
         ConfigurationError,
         DataError,
         NonFiniteLossError,
+        OSError,
     ) as error:
         print(f"pyro-blora: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

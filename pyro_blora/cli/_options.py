@@ -1,12 +1,18 @@
 """Options that several sub-commands share, so that they read the same everywhere."""
 
-import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.precision import check_precision, choose_precision
 
 __all__ = [
     "BatchSize",
@@ -14,6 +20,7 @@ __all__ = [
     "MaxSteps",
     "MaxTest",
     "MaxTrain",
+    "MaxValidation",
     "Model",
     "NumSamples",
     "Overwrite",
@@ -22,7 +29,9 @@ __all__ = [
     "Targets",
     "TaskName",
     "check_out",
+    "chosen",
     "listed",
+    "phase",
     "seeds_of",
 ]
 
@@ -48,6 +57,9 @@ Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,
 MaxSteps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Examples in a step.", min=1)]
 MaxTrain = Annotated[int | None, typer.Option(help="Training examples to use.", min=1)]
+MaxValidation = Annotated[
+    int, typer.Option(help="Validation examples, held out of the training file.", min=1)
+]
 MaxTest = Annotated[
     int | None, typer.Option(help="Test examples to use; default: the whole file.", min=1)
 ]
@@ -55,23 +67,47 @@ NumSamples = Annotated[
     int, typer.Option(help="Posterior draws for a prediction; 0: the posterior mean.", min=0)
 ]
 Precision = Annotated[
-    str, typer.Option(help="'float32', or 'bfloat16' (autocast of the frozen network).")
+    str,
+    typer.Option(
+        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': what is faster "
+        "here.",
+        callback=check_precision,
+    ),
 ]
-
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT already.")]
 
 
-def check_out(out: Path, file: str, overwrite: bool) -> None:
-    """Refuses a folder that has ``file`` already, or cannot be written to, before hours of work."""
-    if os.path.lexists(out / file) and not overwrite:
+def check_out(out: Path) -> None:
+    """Makes the folder, and a file in it for a moment: before hours of work, not after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out, prefix=".pyro-blora-") as file:
+            file.write(b"room for a file")
+            file.flush()
+    except OSError as error:
         raise ConfigurationError(
-            f"--out {out} has a {file} already; name another folder, or add --overwrite."
-        )
-    lowest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    if not lowest.is_dir() or not os.access(lowest, os.W_OK | os.X_OK):
-        raise ConfigurationError(
-            f"--out {out} cannot be written to: {lowest} is no folder, or not yours to write in."
-        )
+            f"folder {out} cannot be written to: {error.strerror}. Name another one."
+        ) from error
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Off a terminal, where no progress bar is, a line: what is being done and how long it took."""
+    shown = not sys.stderr.isatty()
+    start = time.perf_counter()
+    if shown:
+        print(f"{name} ...", end=" ", flush=True)
+    yield
+    if shown:
+        print(f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+def chosen(precision: str, console: Console) -> str:
+    """The precision that ``--precision`` stands for here; says which it is."""
+    found = choose_precision(precision)
+    reason = "bfloat16 is faster here" if found == "bfloat16" else "bfloat16 is no faster here"
+    console.print(f"precision: {found}" + (f" (auto: {reason})" if precision == "auto" else ""))
+    return found
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:

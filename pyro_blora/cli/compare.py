@@ -8,12 +8,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _options as o
-from pyro_blora.comparison import Settings, compare
-from pyro_blora.data import load_task
-from pyro_blora.methods import BASELINES
-from pyro_blora.pretrained import load_pretrained
-from pyro_blora.recipes import RECIPES
-from pyro_blora.results import RESULTS, table, write
+from pyro_blora.methods import BASELINES, RECIPE_NAMES, check_method
 
 __all__ = ["run"]
 
@@ -25,15 +20,15 @@ def run(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *RECIPES)))}; pairs such "
-            "as Subspace+FullRank; temperature:NAME for any of them ('temperature': of lora)."
+            help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *RECIPE_NAMES)))}; pairs "
+            "such as Subspace+FullRank; temperature:NAME for any of them ('temperature': of lora)."
         ),
     ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",
     max_steps: o.MaxSteps = 300,
     batch_size: o.BatchSize = 8,
     max_train: o.MaxTrain = 400,
-    max_validation: Annotated[int, typer.Option(help="Validation examples.", min=1)] = 200,
+    max_validation: o.MaxValidation = 200,
     max_test: o.MaxTest = None,
     rank: o.Rank = 8,
     target_modules: o.Targets = "q_proj,v_proj",
@@ -42,10 +37,10 @@ def run(
         float | None,
         typer.Option(help="Plain LoRA's learning rate; default 1e-3 (options), 5e-4 (labels)."),
     ] = None,
-    precision: o.Precision = "bfloat16",
-    out: Annotated[Path, typer.Option(help="Folder for results.json and reliability.png.")] = Path(
-        "out/compare"
-    ),
+    precision: o.Precision = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, predictions and a diagram.")
+    ] = Path("out/compare"),
     overwrite: o.Overwrite = False,
 ) -> None:
     """Fine-tune a model by each method and compare accuracy and calibration on the test set.
@@ -55,38 +50,65 @@ def run(
     `lora-best` at its best validation step, `temperature` is `lora` with its logits scaled on
     validation items; the others are priors and guides of this library (see `info --recipes`).
 
+    A row is kept as soon as it is there: after an interruption the same command goes on from there.
+
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
+    names, targets = o.listed(methods, "--methods"), o.listed(target_modules, "--target-modules")
+    for name in names:
+        check_method(name)
+    runs = o.seeds_of(seeds)
+    from pyro_blora.cli._shapes import check_method_on
+    from pyro_blora.comparison import Settings, compare
+    from pyro_blora.data import load_task
+    from pyro_blora.pretrained import load_pretrained, shape_only
+    from pyro_blora.results import RESULTS, draw, read, table, write
+
+    console = Console()
     settings = Settings(
         model=model,
         task=task,
         data_dir=None if data_dir is None else str(data_dir),
-        methods=o.listed(methods, "--methods"),
-        seeds=o.seeds_of(seeds),
+        methods=names,
+        seeds=runs,
         max_steps=max_steps,
         batch_size=batch_size,
         max_train=max_train,
         max_validation=max_validation,
         max_test=max_test,
         rank=rank,
-        target_modules=o.listed(target_modules, "--target-modules"),
+        target_modules=targets,
         num_samples=num_samples,
         lora_lr=lora_lr,
-        precision=precision,
+        precision=o.chosen(precision, console),
     )
+    rows = [] if overwrite else read(asdict(settings), out)
     load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
-    o.check_out(out, RESULTS, overwrite)
-    net, tokenizer = load_pretrained(model)
-    console = Console()
-    rows = []
-    for row in compare(settings, net, tokenizer):
-        rows.append(row)
-        console.print(
-            f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
-            f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items",
-            highlight=False,
-        )
-    write(rows, asdict(settings), out)
+    shapes = shape_only(model)
+    for name in names:
+        check_method_on(shapes, name, targets, rank)
+    o.check_out(out)
+    with o.phase("load"):
+        net, tokenizer = load_pretrained(model)
+    if overwrite:
+        (out / RESULTS).unlink(missing_ok=True)
+    done = [(row.method, row.seed) for row in rows]
+    if done:
+        console.print(f"{len(done)} rows are in {out} already")
+    try:
+        for row in compare(settings, net, tokenizer, done=done, phase=o.phase):
+            write([*rows, row], asdict(settings), out)
+            rows.append(row)
+            console.print(
+                f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
+                f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items",
+                highlight=False,
+            )
+    except (KeyboardInterrupt, OSError):
+        there = f"{len(rows)} of {len(names) * len(runs)}"
+        console.print(f"\nKept in {out}: {there} rows; the same command goes on from there.")
+        raise
+    draw(rows, out)
     count = len(settings.seeds)
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
     console.print(table(rows, title))

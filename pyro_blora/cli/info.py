@@ -3,19 +3,14 @@
 from collections.abc import Iterator
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cli import _options as o
-from pyro_blora.likelihoods import CausalLM
-from pyro_blora.pretrained import SHAPES, shape_only
-from pyro_blora.recipes import RECIPES, WITHOUT_PAIR, all_recipes, recipe
-from pyro_blora.summary import plain_lora_parameters
+from pyro_blora.methods import RECIPE_NAMES, check_method
 
 __all__ = ["run"]
 
@@ -24,13 +19,13 @@ def run(
     model: Annotated[
         str,
         typer.Option(
-            help=f"A known shape ({', '.join(SHAPES)}), a folder with a config.json, or a hub id."
+            help="A known shape (llama-2-7b, smollm2), a folder with a config.json, or a hub id."
         ),
     ] = "llama-2-7b",
     target_modules: o.Targets = "q_proj,v_proj,lm_head",
     rank: o.Rank = 8,
     method: Annotated[
-        str, typer.Option(help=f"A recipe ({', '.join(RECIPES)}) or a pair PRIOR+GUIDE.")
+        str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
     ] = "bayesian-lora",
     recipes: Annotated[
         bool, typer.Option("--recipes", help="List the recipes with their citations instead.")
@@ -46,16 +41,13 @@ def run(
     if recipes:
         Console().print(*_listed(), sep="\n")
         return
-    made = recipe(method)
-    net = shape_only(model)
-    with torch.random.fork_rng(devices=[]):
-        blora = BayesianLoRA(
-            net,
-            target_modules=o.listed(target_modules, "--target-modules"),
-            prior=made.prior(rank),
-            guide=made.guide(),
-            likelihood=CausalLM(),
-        )
+    targets = o.listed(target_modules, "--target-modules")
+    check_method(method)
+    from pyro_blora.cli._shapes import adapter_on
+    from pyro_blora.pretrained import shape_only
+    from pyro_blora.summary import plain_lora_parameters
+
+    blora = adapter_on(shape_only(model), method, targets, rank)
     console = Console()
     console.print(blora, highlight=False)
     plain = plain_lora_parameters(blora, rank)
@@ -71,6 +63,8 @@ def run(
 
 def _listed() -> Iterator[RenderableType]:
     """A paragraph for each recipe; no word of it is broken on a narrow terminal."""
+    from pyro_blora.recipes import WITHOUT_PAIR, all_recipes
+
     yield Text("Recipes: a prior beside a guide", style="bold")
     paragraphs: dict[str, tuple[str, ...]] = {
         name: (made.summary, f"{made.prior(8)!r} + {made.guide()!r}", made.citation)

@@ -1,22 +1,15 @@
 """``pyro-blora train``: fine-tune one Bayesian adapter and save it."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
-from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints import CONFIG
 from pyro_blora.cli import _options as o
-from pyro_blora.comparison import item_length, likelihood_for
-from pyro_blora.data import DataError, load_task
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference import fit
-from pyro_blora.pretrained import load_pretrained
-from pyro_blora.recipes import RECIPES, recipe
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.methods import RECIPE_NAMES, check_method
 
 __all__ = ["run"]
 
@@ -27,12 +20,13 @@ def run(
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     method: Annotated[
-        str, typer.Option(help=f"A recipe ({', '.join(RECIPES)}) or a pair PRIOR+GUIDE.")
+        str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
     ] = "bayesian-lora",
     seed: Annotated[int, typer.Option(help="Seed of the data's order and all draws.")] = 0,
     max_steps: o.MaxSteps = 300,
     batch_size: o.BatchSize = 8,
     max_train: o.MaxTrain = None,
+    max_validation: o.MaxValidation = 200,
     rank: o.Rank = 8,
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
@@ -48,7 +42,7 @@ def run(
             help="Run the blocks below --top once for each example, without dropout; takes memory.",
         ),
     ] = False,
-    precision: o.Precision = "bfloat16",
+    precision: o.Precision = "auto",
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
@@ -64,50 +58,71 @@ def run(
     Adapters in the upper blocks alone train and predict in a fraction of the
     time: add --top 10 --cache-frozen.
     """
-    data = load_task(task, data_dir=data_dir, max_train=max_train, seed=seed)
-    if not data.train:
-        raise DataError(f"task {task!r} has no train split; choose another")
     if cache_frozen and top is None:
         raise ConfigurationError("--cache-frozen needs --top: else no block is frozen.")
+    targets = o.listed(target_modules, "--target-modules")
+    check_method(method)
+    import torch
+
+    from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.checkpoints import CONFIG
+    from pyro_blora.cli._shapes import adapter_on, top_blocks
+    from pyro_blora.comparison import item_length, likelihood_for
+    from pyro_blora.data import load_task
+    from pyro_blora.inference import fit
+    from pyro_blora.pretrained import load_pretrained, shape_only
+    from pyro_blora.recipes import recipe
+
+    if os.path.lexists(out / CONFIG) and not overwrite:
+        raise ConfigurationError(
+            f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
+        )
     made = recipe(method)
-    o.check_out(out, CONFIG, overwrite)
-    net, tokenizer = load_pretrained(model)
+    data = load_task(
+        task, data_dir=data_dir, max_train=max_train, max_validation=max_validation, seed=seed
+    )
+    if not data.train:
+        raise DataError(f"task {task!r} has no train split; choose another")
+    shapes = shape_only(model)
+    layers = None if top is None else top_blocks(shapes, top)
+    adapter_on(shapes, method, targets, rank, layers)
+    o.check_out(out)
+    console = Console()
+    precision = o.chosen(precision, console)
+    with o.phase("load"):
+        net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
     blora = BayesianLoRA(
         net,
-        target_modules=o.listed(target_modules, "--target-modules"),
+        target_modules=targets,
         prior=made.prior(rank),
         guide=made.guide(),
         likelihood=likelihood_for(data, collate),
-        layers_to_transform=None if top is None else _top_blocks(net, top),
+        layers_to_transform=layers,
     )
-    console = Console()
     console.print(blora, highlight=False)
-    result = fit(
-        blora,
-        data.train,
-        collate=collate,
-        length=item_length,
-        validation=data.validation or None,
-        num_steps=max_steps,
-        batch_size=batch_size,
-        precision=precision,
-        cache_frozen_prefix=cache_frozen,
-        seed=seed,
-        **made.fit,
-    )
+    with o.phase(f"train {method}, seed {seed}"):
+        result = fit(
+            blora,
+            data.train,
+            collate=collate,
+            length=item_length,
+            validation=data.validation or None,
+            num_steps=max_steps,
+            batch_size=batch_size,
+            precision=precision,
+            cache_frozen_prefix=cache_frozen,
+            seed=seed,
+            **made.fit,
+        )
     console.print(result, highlight=False)
+    for step, nll in result.validation:
+        console.print(
+            f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items",
+            highlight=False,
+        )
     blora.save_pretrained(out)
     if peft:
         blora.export_peft(out / "peft")
     console.print(f"Written: {out}")
-
-
-def _top_blocks(net: nn.Module, count: int) -> list[int]:
-    depth = int(net.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
-    if count >= depth:
-        raise ConfigurationError(
-            f"--top {count} is not below the network's {depth} blocks; leave it out to adapt all."
-        )
-    return list(range(depth - count, depth))

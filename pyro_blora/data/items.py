@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyro_blora.errors import DataError
+
 __all__ = ["DataError", "Item"]
-
-
-class DataError(ValueError):
-    """Data or a request for data is wrong; the message is one line and ends with the fix."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pyro_blora.inference.widest import fit_isotropic
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import to_device
 from pyro_blora.modes import in_mode
+from pyro_blora.precision import choose_precision
 
 __all__ = ["finish", "is_post_hoc"]
 
@@ -36,7 +37,7 @@ def finish(
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
     batch_size: int = 8,
-    precision: str = "float32",
+    precision: str = "auto",
     progress: bool | None = None,
 ) -> dict[str, float]:
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
@@ -74,7 +75,8 @@ def finish(
         for batch in tqdm(cut, desc="finish", disable=hide, unit="batch"):
             yield to_device(batch, device)
 
-    was_precision, blora.model.precision = blora.model.precision, precision
+    was_precision = blora.model.precision
+    blora.model.precision = choose_precision(precision, device)
     try:
         with in_mode(blora.net, training=False), pyro.validation_enabled(False):
             if any(isinstance(f, Laplace) for f in blora.guide.families().values()):

@@ -27,6 +27,7 @@ from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, CausalLM
 from pyro_blora.model import to_device
 from pyro_blora.modes import in_mode
+from pyro_blora.precision import choose_precision
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
@@ -79,7 +80,7 @@ def fit(
     warmup: float = 0.06,
     decay: str = "linear",
     max_grad_norm: float | None = 1.0,
-    precision: str = "float32",
+    precision: str = "auto",
     validate_every: int = 50,
     validation_samples: int = 0,
     keep_best: bool = False,
@@ -121,8 +122,10 @@ def fit(
         warmup: share of the steps in which the learning rates rise.
         decay: ``"linear"``, ``"cosine"`` or ``"constant"``.
         max_grad_norm: where the gradient's norm, per example, is clipped.
-        precision: ``"float32"``, or ``"bfloat16"`` to run the frozen network under autocast; the
-            variational part stays in single precision.
+        precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
+            ``"auto"``: what is faster on its device
+            (:func:`~pyro_blora.precision.choose_precision`). The variational part stays in single
+            precision.
         validate_every: steps between validations.
         validation_samples: posterior draws for a validation; 0 takes the posterior mean.
         keep_best: whether to go back to the best validation at the end.
@@ -201,7 +204,7 @@ def fit(
     for family in _post_hoc_families(blora):
         family.reopen()
     before = blora.model.kl_weight, blora.model.precision
-    blora.model.precision = precision
+    blora.model.precision = precision = choose_precision(precision, device)
     try:
         with in_mode(blora.net, training=True), pyro.validation_enabled(False):
             result = training_loop(

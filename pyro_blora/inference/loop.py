@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.inference.freed_memory import freed_memory_kept
 from pyro_blora.likelihoods import Batch
+from pyro_blora.precision import check_precision
 
 __all__ = ["FitResult", "LoopOptions", "batches", "training_loop"]
 
@@ -34,7 +35,9 @@ class LoopOptions:
         warmup: share of the steps in which the learning rates rise from zero.
         decay: ``"linear"`` or ``"cosine"`` to zero after the warm-up, or ``"constant"``.
         max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
-        precision: ``"float32"``, or ``"bfloat16"`` to run the frozen network under autocast.
+        precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
+            ``"auto"``: what is faster on the network's device, see
+            :func:`~pyro_blora.precision.choose_precision`.
         validate_every: steps between validations, where there is validation data.
         seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
@@ -45,7 +48,7 @@ class LoopOptions:
     warmup: float = 0.06
     decay: str = "linear"
     max_grad_norm: float | None = 1.0
-    precision: str = "float32"
+    precision: str = "auto"
     validate_every: int = 50
     seed: int | None = 0
     progress: bool | None = None
@@ -56,14 +59,11 @@ class LoopOptions:
                 f"num_steps={self.num_steps}, batch_size={self.batch_size} and validate_every="
                 f"{self.validate_every} must be at least 1."
             )
-        for option, known in (
-            ("decay", ("linear", "cosine", "constant")),
-            ("precision", ("float32", "bfloat16")),
-        ):
-            if getattr(self, option) not in known:
-                raise ConfigurationError(
-                    f"{option}={getattr(self, option)!r} is not one of {known}."
-                )
+        if self.decay not in ("linear", "cosine", "constant"):
+            raise ConfigurationError(
+                f"decay={self.decay!r} is not one of ('linear', 'cosine', 'constant')."
+            )
+        check_precision(self.precision)
         if not 0 <= self.warmup < 1:
             raise ConfigurationError(f"warmup={self.warmup} must be a share in [0, 1).")
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError
 from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import to_device
+from pyro_blora.precision import choose_precision
 from pyro_blora.prediction import Prediction
 
 __all__ = ["predict_dataset"]
@@ -24,7 +25,7 @@ def predict_dataset(
     batch_size: int = 16,
     length: Callable[[Any], int] | None = None,
     device: torch.device | str = "cpu",
-    precision: str = "float32",
+    precision: str = "auto",
     progress: bool | None = None,
     description: str = "predict",
 ) -> tuple[Prediction, Tensor]:
@@ -37,7 +38,7 @@ def predict_dataset(
         batch_size: examples at once.
         length: the length of an example; batches of like lengths waste no padding.
         device: where the network is.
-        precision: ``"float32"`` or ``"bfloat16"`` (autocast).
+        precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``, as in ``fit``.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
         description: what the progress bar says.
 
@@ -48,8 +49,7 @@ def predict_dataset(
         BatchError: the data set is empty, or its batches have no labels.
         ConfigurationError: the precision is unknown.
     """
-    if precision not in ("float32", "bfloat16"):
-        raise ConfigurationError(f"precision={precision!r} is not one of ('float32', 'bfloat16').")
+    autocast = choose_precision(precision, device) == "bfloat16"
     if not len(data):
         raise BatchError("There is nothing to predict: the data set is empty.")
     order = list(range(len(data)))
@@ -67,9 +67,7 @@ def predict_dataset(
                 "predict_dataset needs labels in a batch; for data without them call "
                 "blora.predict(batch) yourself."
             )
-        with torch.autocast(
-            torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"
-        ):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
             predictions.append(predict(batch))
         labels.append(batch["labels"].cpu())
     back = torch.tensor(order).argsort()

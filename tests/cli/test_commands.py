@@ -1,4 +1,7 @@
+import csv
 import json
+import math
+import re
 import sys
 
 import pyro
@@ -7,7 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pyro_blora.cli.train import _top_blocks
+from pyro_blora import comparison, precision, results
+from pyro_blora.cli._shapes import top_blocks
 from pyro_blora.recipes import RECIPES
 
 ROW = {
@@ -57,6 +61,117 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
     assert "±" in text
 
 
+@pytest.mark.parametrize("pays", [False, True])
+def test_the_precision_chosen_is_said_and_recorded(
+    run, model_dir, data_dir, tmp_path, monkeypatch, pays
+):
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
+    name = "bfloat16" if pays else "float32"
+    arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--seeds", 0]
+    arguments += ["--methods", "map", "--max-steps", 1, "--out", tmp_path / "out"]
+    code, text, err = run("compare", *arguments)
+    assert code == 0, err
+    assert f"precision: {name} (auto" in text
+    assert json.loads((tmp_path / "out/results.json").read_text())["settings"]["precision"] == name
+
+
+@pytest.fixture
+def words(model_dir, data_dir):
+    return ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+
+
+def test_an_interrupted_comparison_goes_on_from_there(run, words, tmp_path, monkeypatch):
+    common = [*words, "--methods", "lora,temperature,map,tfb", "--seeds", 0, "--max-steps", 2]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run("compare", *common, "--out", whole)[0] == 0
+    fit, fitted = comparison.fit, []
+
+    def counted(*args, **options):
+        fitted.append(1)
+        return fit(*args, **options)
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "fit", stopped)  # while the first recipe is trained
+    code, text, _ = run("compare", *common, "--out", out)
+    assert code not in (0, 2)
+    assert "2 of 4 rows" in text
+    kept = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in kept] == ["lora", "temperature"]
+
+    monkeypatch.setattr(comparison, "fit", counted)
+    monkeypatch.setattr(comparison.PlainLoRA, "fit", stopped)  # is not trained again
+    code, text, err = run("compare", *common, "--out", out)
+    assert code == 0, err
+    assert len(fitted) == 2
+    for phase in ("load ...", "train map, seed 0 ...", "predict tfb, seed 0 ..."):
+        assert phase in text
+    rows = [json.loads((f / "results.json").read_text())["rows"] for f in (out, whole)]
+    assert rows[0][:2] == kept
+    for row, expected in zip(*rows, strict=True):
+        assert {**row, "train_seconds": 0} == {**expected, "train_seconds": 0}
+    names = [load_file(f / "predictions.safetensors") for f in (out, whole)]
+    torch.testing.assert_close(names[0], names[1], atol=0, rtol=0)
+
+    assert run("compare", *common, "--out", out)[0] == 0  # all there: nothing is trained
+    assert len(fitted) == 2
+    code, _, err = run("compare", *common, "--max-train", 20, "--out", out)
+    assert code == 2
+    assert "made with another max_train" in err
+    assert json.loads((out / "results.json").read_text())["rows"] == rows[0]
+
+
+def test_a_full_disk_keeps_the_rows_before(run, words, tmp_path, monkeypatch):
+    write, out = results.write, tmp_path / "out"
+
+    def full(rows, *args):
+        if len(rows) > 1:
+            raise OSError(28, "No space left on device", "predictions")
+        write(rows, *args)
+
+    monkeypatch.setattr(results, "write", full)
+    options = [*words, "--methods", "map,mean-field", "--seeds", 0, "--max-steps", 1]
+    code, text, err = run("compare", *options, "--out", out)
+    assert code == 2
+    assert "No space left on device" in err
+    assert len(err.splitlines()) == 1
+    assert "1 of 2 rows" in text
+    assert len(json.loads((out / "results.json").read_text())["rows"]) == 1
+
+
+def test_train_shows_its_validation(run, words, tmp_path):
+    options = ["--max-steps", 60, "--rank", 2, "--max-validation", 5, "--out", tmp_path / "out"]
+    code, text, err = run("train", *words, *options)
+    assert code == 0, err
+    for step in (50, 60):
+        assert re.search(rf"step {step}: NLL \d\.\d+ on 5 validation items", text)
+
+
+def test_evaluate_writes_a_line_for_each_item(run, words, tmp_path):
+    out = tmp_path / "adapter"
+    assert run("train", *words, "--out", out, "--max-steps", 2, "--rank", 2)[0] == 0
+    pyro.clear_param_store()
+    options = ["--adapter", out, "--num-samples", 4, "--csv", tmp_path / "new" / "items.csv"]
+    code, _, err = run("evaluate", *words, *options, "--out", tmp_path)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    with (tmp_path / "new" / "items.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["id"] for line in lines] == [str(i) for i in range(100, 121)]
+    right = sum(line["label"] == line["prediction"] for line in lines)
+    assert right / 21 == pytest.approx(metrics["acc"])
+    for line in lines:
+        probs = [float(line[f"p{k}"]) for k in range(3)]
+        assert sum(probs) == pytest.approx(1)
+        assert max(probs) == float(line["confidence"]) == probs[int(line["prediction"])]
+        entropy = -sum(p * math.log(p) for p in probs)
+        assert float(line["entropy"]) == pytest.approx(entropy, rel=1e-4)
+    for name in ("entropy", "mutual_information"):
+        mean = sum(float(line[name]) for line in lines) / 21
+        assert metrics[name] == pytest.approx(mean, rel=1e-4)
+
+
 def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypatch):
     common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
     options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1, "--max-train", 8]
@@ -87,9 +202,9 @@ def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypa
     assert "--cache-frozen needs --top" in err
 
 
-def test_top_blocks_are_the_last_ones():
-    assert _top_blocks(tiny.llama(5), 2) == [3, 4]
-    assert _top_blocks(tiny.gpt2(3), 1) == [2]
+def testtop_blocks_are_the_last_ones():
+    assert top_blocks(tiny.llama(5), 2) == [3, 4]
+    assert top_blocks(tiny.gpt2(3), 1) == [2]
 
 
 def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):

@@ -62,7 +62,7 @@ def changes(before, after):
     return found
 
 before = json.loads(json.dumps(state()))
-import pyro_blora
+from pyro_blora import *  # all of it: names are imported on first use
 top = changes(before, json.loads(json.dumps(state())))
 print(json.dumps({"top": top, "bare": [m for m in ("models", "guides") if m in sys.modules]}))
 """

@@ -1,0 +1,75 @@
+"""``precision="auto"``: bfloat16 where the machine is faster so, float32 elsewhere."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from pyro_blora import precision
+from pyro_blora.baselines import PlainLoRA
+from pyro_blora.comparison import Settings
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Isotropic
+from pyro_blora.inference import LoopOptions, finish, fit, predict_dataset
+
+
+def run_plain(net, **options):
+    blora = tiny.adapted(net)
+    blora.unwrap()
+    lora = PlainLoRA(net, ["q_proj"], blora.likelihood, rank=2)
+    lora.fit(tiny.examples(), tiny.collate, LoopOptions(1, progress=False, **options), lr=1e-3)
+
+
+def run_fit(net, **options):
+    fit(tiny.adapted(net), tiny.examples(), collate=tiny.collate, num_steps=1, **options)
+
+
+def run_finish(net, **options):
+    blora = tiny.adapted(net, guide=Isotropic())
+    finish(blora, tiny.examples(), collate=tiny.collate, **options)
+
+
+def run_predict(net, **options):
+    predict_dataset(tiny.adapted(net).predict, tiny.examples(), tiny.collate, **options)
+
+
+@pytest.mark.parametrize("run", [run_fit, run_finish, run_predict, run_plain])
+@pytest.mark.parametrize(
+    ("pays", "options", "expected"),
+    [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, False)],
+)
+def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expected):
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
+    net, seen = tiny.llama(), set()
+    net.model.layers[0].register_forward_pre_hook(
+        lambda *_: seen.add(torch.is_autocast_enabled("cpu"))
+    )
+    run(net, **options)
+    assert (True in seen) is expected
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_the_settings_of_a_comparison_tell_what_was_used(monkeypatch, pays):
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
+    assert Settings().precision == ("bfloat16" if pays else "float32")
+    assert Settings(precision="float32").precision == "float32"
+    with pytest.raises(ConfigurationError, match="'half' is not one of"):
+        Settings(precision="half")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limit is for x86")
+def test_a_processor_without_bfloat16_runs_float32():
+    """Held to the instructions of AVX2, which multiply in bfloat16 a hundred times slower."""
+    program = "from pyro_blora.precision import choose_precision as p; print(p('auto', 'cpu'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["float32"]
