@@ -140,19 +140,20 @@ def read_pretrained(
         folder: the adapter's folder.
         prior: an object like the saved one, where that is not of this library. Default: rebuilt.
         guide: the same for the guide.
-        likelihood: the same for the likelihood.
+        likelihood: the same for the likelihood, whose options may be others.
 
     Raises:
         CheckpointError: a file is missing, corrupt or of another format; ``net`` is another base;
-            or the prior or guide is not of this library and was not passed.
+            or the prior or guide is not of this library and was not passed, or passed with other
+            options than the saved ones.
     """
     folder = Path(folder)
     config = read_config(folder)
     _check_base(net, config, folder)
     return Saved(
         target_modules="|".join(re.escape(name) for name in config["layers"]),
-        prior=prior or _rebuild(config, "prior", models),
-        guide=guide or _rebuild(config, "guide", guides),
+        prior=_like_saved(prior, config, "prior", models),
+        guide=_like_saved(guide, config, "guide", guides),
         likelihood=likelihood or _rebuild(config, "likelihood", likelihoods),
         modules_to_save=config.get("modules_to_save", []),
         tensors=_read_tensors(folder / WEIGHTS),
@@ -183,6 +184,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if (path.parent / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path.parent} is a PEFT adapter, a point without a posterior; load it by "
+                "peft.PeftModel.from_pretrained, or give the folder that save_pretrained wrote."
+            ) from error
         raise CheckpointError(
             f"{path} does not exist; give the folder that save_pretrained wrote."
         ) from error
@@ -212,6 +218,21 @@ def _check_base(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
                 f"with {name} of {shape or 'its own'}; {type(net).__name__} {what}. Load the base "
                 "it was made for."
             )
+
+
+def _like_saved(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
+    """``given``, whose options must be the saved ones, or what they make."""
+    if given is None:
+        return _rebuild(config, part, package)
+    if type(given).__name__ == config[part].get("name"):
+        own = json.loads(json.dumps(given.options(), default=repr))
+        for option, value in config[part].get("options", {}).items():
+            if option in own and own[option] != value:
+                raise CheckpointError(
+                    f"{part}={given!r} has {option}={own[option]!r}, but the adapter was saved "
+                    f"with {option}={value!r}; pass {part}= with the saved options."
+                )
+    return given
 
 
 def _rebuild(config: dict[str, Any], part: str, package: Any) -> Any:

@@ -20,7 +20,28 @@ from pyro_blora.last_block import last_block_at
 from pyro_blora.layers import Adapter, adapter_of, put_forward_back
 from pyro_blora.pretrained_weight import is_quantised_tensor
 
-__all__ = ["logits_at"]
+__all__ = ["logits_at", "output_head"]
+
+
+def output_head(net: nn.Module) -> nn.Module:
+    """The head of a causal language model.
+
+    Raises:
+        ConfigurationError: the network has no output head, or reads the text by an encoder.
+    """
+    getter = getattr(net, "get_output_embeddings", None)
+    head: nn.Module | None = getter() if callable(getter) else None
+    if head is None:
+        raise ConfigurationError(
+            f"{type(net).__name__} has no language-model head; load it as a causal language model, "
+            "or use SequenceClassification."
+        )
+    if getattr(getattr(net, "config", None), "is_encoder_decoder", False):
+        raise ConfigurationError(
+            f"{type(net).__name__} is an encoder-decoder, which predicts no token from those "
+            "before it alone; take a causal language model, or its sequence classifier."
+        )
+    return head
 
 
 def logits_at(
@@ -45,15 +66,9 @@ def logits_at(
         ``(mask.sum(), C)`` in at least single precision: the real positions in row-major order.
 
     Raises:
-        ConfigurationError: the network has no output head.
+        ConfigurationError: the network has no output head, or is an encoder-decoder.
     """
-    getter = getattr(net, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head is None:
-        raise ConfigurationError(
-            f"{type(net).__name__} has no language-model head; load it as a causal language model, "
-            "or use SequenceClassification."
-        )
+    head = output_head(net)
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
     ids = inputs.get("input_ids")

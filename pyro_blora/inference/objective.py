@@ -7,7 +7,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guide import StructuredGuide, analytic_kl
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.likelihoods import Batch
@@ -89,11 +89,22 @@ class Objective:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
 
         Raises:
+            BatchError: the batch is larger than the data set, or has no labels.
             ConfigurationError: an analytic KL is negative.
             NonFiniteLossError: the loss is NaN or infinite; the message names the sites.
         """
         blora, count = self.blora, self.blora.likelihood.num_data or 1
         examples = blora.likelihood.examples(batch)
+        if examples > count:
+            raise BatchError(
+                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
+                "pass num_data=len(train) to the likelihood."
+            )
+        if batch.get("labels") is None and blora.likelihood.labels(batch) is None:
+            raise BatchError(
+                f"The batch has no labels to learn from, only {', '.join(map(str, batch))}; add "
+                "them, for a language model a copy of input_ids with -100 at the padding."
+            )
         most = examples if self.num_particles is None else min(self.num_particles, examples)
         particles = next(p for p in range(most, 0, -1) if examples % p == 0)
         ramp = self.kl_warmup * self.num_steps

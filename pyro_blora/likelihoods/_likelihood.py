@@ -82,9 +82,9 @@ class Likelihood(Options):
                 stacklevel=2,
             )
         size = self.num_data or num_data
-        if num_data > size and labels is not None:  # a prediction may be of any size
+        if share > size and labels is not None:  # a prediction may be of any size
             raise BatchError(
-                f"A batch of {num_data} examples is larger than the data set, num_data={size}; "
+                f"A batch of {share} examples is larger than the data set, num_data={size}; "
                 "pass num_data=len(train) to the likelihood."
             )
         q = self.distribution(logits, labels)

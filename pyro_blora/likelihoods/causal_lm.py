@@ -21,7 +21,8 @@ class CausalLM(Likelihood):
 
     A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``B x T`` and padded on
     either side; labels of -100 are not scored (prompts, padding), and each label stands at its own
-    token's position, as everywhere in transformers. Without labels every real token is predicted.
+    token's position, as everywhere in transformers. Without labels every real token is predicted,
+    and the model samples them; training needs labels.
 
     Example::
 
@@ -61,6 +62,12 @@ class CausalLM(Likelihood):
         labels = batch.get("labels")
         if labels is None:
             labels = batch["input_ids"].masked_fill(~real, -100)
+        if labels.shape != real.shape:
+            raise BatchError(
+                f"labels have shape {tuple(labels.shape)}, expected one for each of the "
+                f"{tuple(real.shape)} tokens; for one class a row use LabelTokens or "
+                "SequenceClassification."
+            )
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
         # A token is predicted from the one before it, so one without a predecessor is not scored.
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)

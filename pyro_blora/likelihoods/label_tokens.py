@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.heads import logits_at
+from pyro_blora.heads import logits_at, output_head
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.targets import layer_shape
 
 __all__ = ["LabelTokens"]
 
@@ -39,10 +40,18 @@ class LabelTokens(Likelihood):
             raise ConfigurationError(
                 f"token_ids={list(token_ids)} must be at least two different tokens, one a class."
             )
+        if min(token_ids) < 0:
+            raise ConfigurationError(f"token_ids={list(token_ids)} must not be negative.")
         self.token_ids = tuple(token_ids)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The answer tokens' logits after the prompt's last token, ``(B, C)``."""
+        vocabulary = layer_shape(output_head(net))
+        if vocabulary is not None and max(self.token_ids) >= vocabulary[0]:
+            raise ConfigurationError(
+                f"token_ids={list(self.token_ids)} is beyond the {vocabulary[0]} entries of the "
+                "head; take them from the network's own tokenizer."
+            )
         inputs = {key: batch[key] for key in self.keys}
         mask = inputs["attention_mask"]
         index = torch.arange(mask.shape[-1], device=mask.device)

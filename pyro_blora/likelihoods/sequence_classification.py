@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 
 __all__ = ["SequenceClassification"]
@@ -30,7 +31,17 @@ class SequenceClassification(Likelihood):
     new_head = True
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """The network's logits, ``(B, C)``."""
+        """The network's logits, ``(B, C)``.
+
+        Raises:
+            ConfigurationError: they are not, or of one class (a regression).
+        """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits: Tensor = net(**inputs).logits
+        if logits.dim() != 2 or logits.shape[-1] < 2:
+            raise ConfigurationError(
+                f"{type(net).__name__} gives logits of shape {tuple(logits.shape)}, expected two "
+                "or more classes for each row; load it by AutoModelForSequenceClassification with "
+                "num_labels=, or use LabelTokens or CausalLM with a language model."
+            )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

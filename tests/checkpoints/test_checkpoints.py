@@ -257,6 +257,39 @@ def test_missing_files_are_named(saved, tmp_path):
         BayesianLoRA.from_pretrained(net, folder)
 
 
+def test_a_peft_adapter_is_no_checkpoint(saved, tmp_path):
+    net, folder, _ = saved
+    blora = BayesianLoRA.from_pretrained(net, folder)
+    blora.export_peft(tmp_path / "peft")
+    blora.unwrap()
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
+        BayesianLoRA.from_pretrained(net, tmp_path / "peft")
+
+
+class Own(guides.MeanField):
+    """A guide of the user's own."""
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "right", "told"),
+    [
+        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing(rank=3), "sigma"),
+        ("guide", Own(), Own(init_scale=0.5), "init_scale"),
+    ],
+)
+def test_a_part_whose_options_are_not_the_saved_ones(part, wrong, right, told, tmp_path):
+    net = network()
+    blora = adapter(net, Own(init_scale=0.5))
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    pyro.clear_param_store()
+    parts = {"guide": Own(init_scale=0.5), part: wrong}
+    with pytest.raises(CheckpointError, match=rf"{told}=.*saved.*{part}="):
+        BayesianLoRA.from_pretrained(net, tmp_path, **parts)
+    likelihood = LabelTokens(token_ids=[5, 6, 7], num_data=99)
+    BayesianLoRA.from_pretrained(net, tmp_path, **{**parts, part: right}, likelihood=likelihood)
+
+
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     net, folder, _ = saved
     blora = BayesianLoRA.from_pretrained(net, folder)

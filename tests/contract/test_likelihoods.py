@@ -4,6 +4,12 @@ import pyro
 import pytest
 import tiny
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from pyro_blora import likelihoods
 from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
@@ -135,3 +141,68 @@ def test_answer_tokens_differ(tokens):
 def test_score_option():
     with pytest.raises(ConfigurationError, match="'median'"):
         MultipleChoice(score="median")
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **sizes)).eval()
+
+
+def regression():
+    return BertForSequenceClassification(
+        BertConfig(**tiny.bert().config.to_dict() | {"num_labels": 1})
+    )
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "build", "batch", "error", "told"),
+    [
+        (
+            CausalLM(),
+            tiny.llama,
+            tiny.sequences(7),
+            BatchError,
+            r"labels have shape \(7,\).*LabelT",
+        ),
+        (
+            CausalLM(),
+            tiny.llama,
+            tiny.sequences(4),
+            BatchError,
+            r"labels have shape \(4,\).*LabelT",
+        ),
+        (
+            SequenceClassification(),
+            tiny.llama,
+            tiny.sequences(),
+            ConfigurationError,
+            r"7, 32.*num_labels=",
+        ),
+        (SequenceClassification(), regression, tiny.sequences(), ConfigurationError, "num_labels="),
+        (CausalLM(), t5, tiny.texts(), ConfigurationError, "encoder-decoder"),
+        (MultipleChoice(), t5, tiny.choices(), ConfigurationError, "encoder-decoder"),
+        (
+            LabelTokens(token_ids=[5, 6]),
+            t5,
+            tiny.sequences(),
+            ConfigurationError,
+            "encoder-decoder",
+        ),
+        (
+            LabelTokens(token_ids=[5, 32]),
+            tiny.llama,
+            tiny.sequences(),
+            ConfigurationError,
+            "32 ent",
+        ),
+    ],
+)
+def test_a_network_or_labels_of_another_kind(likelihood, build, batch, error, told):
+    blora = tiny.adapted(build(), target_modules="all-linear", likelihood=likelihood)
+    with pytest.raises(error, match=told):
+        blora.log_predictive(batch)
+
+
+def test_answer_tokens_are_not_negative():
+    with pytest.raises(ConfigurationError, match=r"token_ids=\[-1, 5\]"):
+        LabelTokens(token_ids=[-1, 5])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.inference import fit, predict_dataset
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import CausalLM, LabelTokens
 
 # Pyro's ELBO also warns of the NaN that the error is about
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -71,6 +71,15 @@ def test_an_empty_data_set_to_predict():
     blora = tiny.adapted()
     with pytest.raises(BatchError, match="empty"):
         predict_dataset(blora.predict, [], tiny.collate)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [LabelTokens(token_ids=[5, 6], num_data=4), CausalLM(num_data=4)]
+)
+def test_a_batch_without_labels(run, likelihood):
+    unlabelled = {k: v for k, v in tiny.sequences().items() if k != "labels"}
+    with pytest.raises(BatchError, match="no labels to learn from"):
+        run(tiny.adapted(likelihood=likelihood), DataLoader([unlabelled], batch_size=None))
 
 
 def test_fit_needs_num_data(run):

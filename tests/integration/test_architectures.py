@@ -1,5 +1,7 @@
 """Llama, GPT-2, Qwen2 and BERT: training fits the batch, and leaves the network what it was."""
 
+import copy
+
 import pyro
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Delta
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 
@@ -203,3 +206,16 @@ def test_what_is_no_head_is_refused(modules, told):
         adapted(tiny.roberta(), modules_to_save=modules)
     with pytest.raises(ConfigurationError, match=r"classifier is adapted already"):
         adapted(tiny.bert(), target_modules=["classifier"], modules_to_save=["classifier"])
+
+
+def test_the_gradient_of_a_head_is_that_of_the_plain_network():
+    """Every row of the batch counts, whichever particle sees it."""
+    net = tiny.roberta()
+    plain = copy.deepcopy(net)
+    blora = adapted(net, guide=Delta())  # whose update starts at zero
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    elbo(blora.model, blora.guide)(BATCH).backward()
+    (8 * plain(**BATCH).loss).backward()
+    for name, own in plain.classifier.named_parameters(prefix="classifier"):
+        attribute = name.replace(".", "_") + "_unconstrained"
+        torch.testing.assert_close(getattr(blora.model.trained_heads, attribute).grad, own.grad)

@@ -12,10 +12,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyro_blora import guides, models
 from pyro_blora.conditional import JointNoise, MarginalNoise
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.heads import logits_at
 from pyro_blora.inference import fit
 from pyro_blora.layers import Adapter, updates_in_place
-from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.packing import supports_packing
 from pyro_blora.pretrained_weight import dense_weight
 from pyro_blora.targets import device_of, group_layers
@@ -127,6 +128,13 @@ def test_an_offloaded_network_trains_and_predicts_as_any(where, options, tmp_pat
     for name, value in expected.items():
         torch.testing.assert_close(tensors[name], value, atol=1e-6, rtol=1e-5, msg=name)
     torch.testing.assert_close(drawn, samples, atol=1e-6, rtol=1e-5)
+
+
+def test_a_new_head_that_is_offloaded_is_refused():
+    likelihood = SequenceClassification(num_data=4)
+    net = accelerate.cpu_offload(tiny.bert())
+    with pytest.raises(ConfigurationError, match=r"classifier is offloaded.*modules_to_save=\(\)"):
+        tiny.adapted(net, target_modules=None, likelihood=likelihood)
 
 
 def test_an_offloaded_network_is_asked_whether_it_packs():
