@@ -14,6 +14,7 @@ from pyro_blora.kept_prefix import KeptPrefix, can_keep
 from pyro_blora.likelihoods import Batch
 from pyro_blora.model import repeat_batch
 from pyro_blora.modes import in_mode
+from pyro_blora.probing import all_rows_seen
 from pyro_blora.shared_prefix import can_share, frozen_blocks, shared_prefix, whole_if_frozen
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
@@ -80,15 +81,18 @@ def logits_of_draws(
     each = examples if getattr(blora.guide, "reads_context", False) else 1
     most = max(1, min(num_samples, max_rows // examples))
     names = [adapter.name for adapter in model.adapters]
-    frozen = frozen_blocks(blora.net, names) if num_samples > most else []
-    kept = KeptPrefix(frozen if can_keep(blora.net, frozen) else [])
+    frozen = frozen_blocks(blora.net, names)
+    alone = all_rows_seen(blora.net, frozen, batch)
+    kept = KeptPrefix(
+        frozen if num_samples > most and not alone and can_keep(blora.net, frozen) else []
+    )
     for start in range(0, num_samples, most):
         draws = min(most, num_samples - start)
         with in_mode(blora.net, training=False):  # between two passes the network is the caller's
             updates = blora.sample_updates(draws * each, batch)
             with (
                 model.applied(updates) as net,
-                shared_prefix(net, model.adapters, draws),
+                nullcontext() if alone else shared_prefix(net, model.adapters, draws),
                 kept.in_place(),
                 whole_if_frozen(net, names) if kept.blocks else nullcontext(),
             ):

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from typing import Any
@@ -18,6 +18,7 @@ from pyro_blora.targets import device_of
 
 __all__ = [
     "agree",
+    "all_rows_seen",
     "among",
     "answer",
     "asked",
@@ -146,6 +147,24 @@ def _text_config(net: nn.Module) -> Any:
         if isinstance(getattr(config, "vocab_size", None), int):
             return config
     return None
+
+
+def all_rows_seen(net: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Any]) -> bool:
+    """Whether somebody looks at what blocks put out on their way, and so wants every row of it.
+
+    As hidden states or attentions, which the configuration or the batch asks for, or by hooks, but
+    for those of libraries, which transformers leaves behind where it was once asked.
+    """
+    configs = [getattr(net, "config", None), _text_config(net)]
+    names = ("output_hidden_states", "output_attentions")
+    if any(batch.get(name) or any(getattr(c, name, None) for c in configs) for name in names):
+        return True
+    modules = {module for block in blocks for module in block.modules()}
+    hooks = (
+        h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
+    homes = (str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks)
+    return any(home not in ("torch", "transformers", "pyro_blora") for home in homes)
 
 
 def shared_out(net: nn.Module) -> bool:

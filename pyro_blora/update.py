@@ -54,15 +54,13 @@ def particle_linear(x: Tensor, weight: Tensor) -> Tensor:
 def _add_particle_linear(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``output + x @ weight^T`` as :func:`particle_linear` has it, without a pass for the sum.
 
-    Without gradients it is written over ``output``, which nobody else has seen yet.
+    Never in place: an earlier hook of somebody else's may have kept ``output``.
     """
     if weight.dim() == 2:
-        sums, terms = output.flatten(0, -2), (x.flatten(0, -2), weight.mT)
-        added = sums.addmm(*terms) if torch.is_grad_enabled() else sums.addmm_(*terms)
+        added = output.flatten(0, -2).addmm(x.flatten(0, -2), weight.mT)
     else:
         particles = weight.shape[0]
-        sums, terms = _shares(output, particles), (_shares(x, particles), weight.mT)
-        added = sums.baddbmm(*terms) if torch.is_grad_enabled() else sums.baddbmm_(*terms)
+        added = _shares(output, particles).baddbmm(_shares(x, particles), weight.mT)
     return added.view(output.shape)
 
 

@@ -51,8 +51,18 @@ def block_rows(blora):
     rows = []
     blocks = next(m for m in blora.net.modules() if isinstance(m, torch.nn.ModuleList))
     for block in blocks:
-        block.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[0]))
+        block.forward = noting(block.forward, lambda args, kwargs: rows.append(len(args[0])))
     return rows
+
+
+def noting(forward, note):
+    """A forward that takes note of what it is given; hooks would have the block run every time."""
+
+    def noted(*args, **kwargs):
+        note(args, kwargs)
+        return forward(*args, **kwargs)
+
+    return noted
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,7 +197,7 @@ def test_a_network_is_asked_by_what_its_parts_declare():
     blora.predict(tiny.sequences(4), 5)
     rows = []
     for layer in blora.net.bert.bert.encoder.layer:
-        layer.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+        layer.forward = noting(layer.forward, lambda args, kwargs: rows.append(len(args[0])))
     blora.predict(tiny.sequences(4), 5)
     assert rows == [4, 4, 4, 20]
 
@@ -234,10 +244,11 @@ def test_a_pass_leaves_nothing_to_the_collector():
     blora.predict(batch, 5)
     seen = []
 
-    def note(block, args, kwargs):
+    def note(args, kwargs):
         seen.extend(weakref.ref(x) for x in (args[0], kwargs["attention_mask"]))
 
-    blora.net.model.layers[0].register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+    block = blora.net.model.layers[0]
+    block.forward = noting(block.forward, note)
     gc.collect()
     gc.disable()
     try:
@@ -245,6 +256,36 @@ def test_a_pass_leaves_nothing_to_the_collector():
         assert [tensor() for tensor in seen] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("asks", ["a hook", "a hook inside", "the configuration", "the batch"])
+def test_whoever_looks_at_frozen_blocks_sees_every_row(asks):
+    blora, batch = adapted("bert" if asks == "the batch" else "llama", 4, [2, 3])
+    net, seen = blora.net, []
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    if asks == "the batch":
+        inputs["output_hidden_states"] = batch["output_hidden_states"] = True
+    if asks.startswith("a hook"):
+        for block in net.model.layers[:2]:
+            module = block if asks == "a hook" else block.mlp
+            module.register_forward_hook(lambda m, args, out: seen.append(out))
+    else:
+        net.config.output_hidden_states = asks == "the configuration"
+        base = net.base_model
+        base.register_forward_hook(lambda m, a, out: seen.extend((out.hidden_states or ())[1:3]))
+    net(**inputs)
+    expected = [state.repeat(2, 1, 1) for state in seen]
+    blora.predict(batch, 4, max_rows=12)
+    torch.testing.assert_close(seen[-4:], expected * 2, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_hook_has_kept_stays_as_it_was():
+    net, kept = tiny.llama(), []
+    layer = net.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda m, args, out: kept.append((out, args[0] @ m.weight.T)))
+    tiny.adapted(net, prior=KroneckerInducing(rank=2, sigma=2.0)).predict(tiny.sequences(), 3)
+    for found, expected in kept:
+        torch.testing.assert_close(found, expected)
 
 
 def test_nothing_is_shared_without_an_update_in_place():
