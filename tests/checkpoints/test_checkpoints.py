@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal
+from safetensors.torch import load_file, save_file
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError, ConfigurationError
@@ -66,6 +67,19 @@ def test_round_trip_of_every_guide(name, tmp_path):
     assert again.state_dict().keys() == tensors.keys()
     assert all(torch.equal(v, tensors[k]) for k, v in again.state_dict().items())
     assert repr(again) == repr(blora)
+
+
+def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
+    """As it was before turns were saved."""
+    net, path = network(), tmp_path / checkpoints.WEIGHTS
+    blora = adapter(net, guides.Ensemble())
+    blora.save_pretrained(tmp_path)
+    tensors = {k: v for k, v in load_file(path).items() if not k.endswith(".turn")}
+    assert tensors.keys() == dict(blora.named_parameters()).keys()
+    save_file(tensors, path)
+    blora.unwrap()
+    again = BayesianLoRA.from_pretrained(net, tmp_path)
+    assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
 
 
 def test_only_the_adapter_is_saved(saved):
