@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
+from torch import Tensor
 
 from pyro_blora.distributions import Members
-from pyro_blora.distributions.members import Turn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
@@ -28,7 +28,8 @@ class Ensemble(SiteGuide):
         spread: how far members start from their common mean, which is the prior's, in units of the
             prior's standard deviation. Default: 0.1.
 
-    Parameters, for a site of batch shape ``(n,)``: ``points``, ``(K, n, *event_shape)``.
+    Parameters, for a site of batch shape ``(n,)``: ``points``, ``(K, n, *event_shape)``. Buffer:
+    ``turn``, the number of the member that is next.
 
     Reference:
         Lakshminarayanan, Pritzel, Blundell 2017, arXiv:1612.01474; for LoRA, Wang, Aitchison,
@@ -41,6 +42,7 @@ class Ensemble(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"points": "mean"}
+    turn: Tensor
 
     def __init__(self, *, members: int = 5, spread: float = 0.1) -> None:
         super().__init__()
@@ -50,14 +52,14 @@ class Ensemble(SiteGuide):
             )
         self.members = members
         self.spread = spread
-        self._turn = Turn()
 
     def setup(self, site: Site) -> None:
         """Registers ``points`` around the prior's mean."""
         loc, scale = site.start()
         noise = torch.randn(self.members, *loc.shape, device=loc.device)
         self.points = PyroParam(loc + self.spread * scale * (noise - noise.mean(0)))
+        self.register_buffer("turn", torch.zeros((), dtype=torch.long, device=loc.device))
 
     def distribution(self) -> TorchDistribution:
         """The members, beginning with the one whose turn it is."""
-        return Members(self.points, self.site.event_dim, self._turn)
+        return Members(self.points, self.site.event_dim, self.turn)

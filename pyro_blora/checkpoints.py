@@ -114,7 +114,10 @@ class Saved:
             CheckpointError: their names or shapes are not those of ``blora``.
         """
         expected = {name: tuple(t.shape) for name, t in blora.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in self.tensors.items()}
+        # An Ensemble's turn was not saved at first.
+        turns = {name: t for name, t in blora.state_dict().items() if name.endswith(".turn")}
+        tensors = {**turns, **self.tensors}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
         if expected != found:
             differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
             raise CheckpointError(
@@ -122,7 +125,7 @@ class Saved:
                 f"{differ[:4]}. Both files must come from one save_pretrained, for a network of "
                 "as many classes."
             )
-        blora.load_state_dict(self.tensors)
+        blora.load_state_dict(tensors)
 
 
 def read_pretrained(

@@ -1,8 +1,8 @@
 """The guide of a whole model: one bound guide family for each latent site."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_blora.context import context_of_particles, context_size, pooled_context
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
-from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.model import BayesianLoRAModel
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "StructuredGuide",
     "analytic_kl",
     "center",
+    "draws_apart",
     "latent_sites",
     "make_guide",
     "start_guide",
@@ -70,6 +71,27 @@ def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
         )
     with torch.no_grad():
         guide(batch)
+
+
+@contextmanager
+def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, draws are the same every time; afterwards all is as if there had been none.
+
+    Args:
+        guide: any guide; an ``Ensemble``'s turn is put back, too.
+        device: whose generator is seeded and put back, besides the CPU's.
+    """
+    turns = [turn for name, turn in guide.named_buffers() if name.split(".")[-1] == "turn"]
+    before = [turn.clone() for turn in turns]
+    with forked_rng(device):
+        torch.manual_seed(0)
+        for turn in turns:
+            turn.zero_()
+        try:
+            yield
+        finally:
+            for turn, value in zip(turns, before, strict=True):
+                turn.copy_(value)
 
 
 class StructuredGuide(PyroModule):

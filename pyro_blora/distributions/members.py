@@ -1,7 +1,6 @@
 """Draws from a list of points, each point in its turn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,19 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Members", "Turn"]
-
-
-@dataclass
-class Turn:
-    """Whose turn it is; one object serves all the distributions that take turns together."""
-
-    next: int = 0
-
-    def take(self, draws: int) -> int:
-        """The first of the next ``draws`` turns, which are then over."""
-        first, self.next = self.next, self.next + draws
-        return first
+__all__ = ["Members"]
 
 
 class Members(TorchDistribution):
@@ -36,7 +23,8 @@ class Members(TorchDistribution):
     Args:
         points: ``(K, *batch_shape, *event_shape)``.
         event_dim: number of dimensions of an event.
-        turn: whose turn it is; drawing moves it on.
+        turn: the number of the point that is next, a whole number; drawing moves it on in place, so
+            that the distributions which share it take turns together.
 
     Example::
 
@@ -50,8 +38,9 @@ class Members(TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
-    def __init__(self, points: Tensor, event_dim: int, turn: Turn | None = None) -> None:
-        self.points, self.turn = points, Turn() if turn is None else turn
+    def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:
+        self.points = points
+        self.turn = points.new_zeros((), dtype=torch.long) if turn is None else turn
         cut = points.dim() - event_dim
         super().__init__(points.shape[1:cut], points.shape[cut:], validate_args=False)
 
@@ -71,9 +60,9 @@ class Members(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         own = self.points.dim() - 1
         draws = shape[: len(shape) - own].numel()
+        index = (self.turn + torch.arange(draws, device=self.points.device)) % len(self.points)
         # Were the members to go round whole times, each would see the same places of every batch.
-        first = self.turn.take(draws + (draws % len(self.points) == 0))
-        index = (first + torch.arange(draws, device=self.points.device)) % len(self.points)
+        self.turn.add_(draws + (draws % len(self.points) == 0)).remainder_(len(self.points))
         return self.points[index].reshape(shape[: len(shape) - own] + self.points.shape[1:])
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, start_guide
+from pyro_blora.guide import StructuredGuide, draws_apart, start_guide
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import (
@@ -127,7 +127,8 @@ def fit(
             (:func:`~pyro_blora.precision.choose_precision`). The variational part stays in single
             precision.
         validate_every: steps between validations.
-        validation_samples: posterior draws for a validation; 0 takes the posterior mean.
+        validation_samples: posterior draws for a validation, the same random numbers every
+            time and none of the training's; 0 takes the posterior mean.
         keep_best: whether to go back to the best validation at the end.
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
             adapted layer put out, and to run them in the first epoch and the first validation
@@ -189,7 +190,7 @@ def fit(
         assert validation is not None
         assert collate is not None
         held = list(validation) if length is None else sorted(validation, key=length)
-        with frozen_kept():
+        with frozen_kept(), draws_apart(blora.guide, device):
             parts = [
                 blora.log_predictive(collate(held[i : i + 2 * batch_size]), validation_samples)
                 for i in range(0, len(held), 2 * batch_size)

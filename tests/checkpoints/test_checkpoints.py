@@ -9,6 +9,7 @@ import safetensors.torch
 import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
@@ -168,6 +169,19 @@ def test_exports_load_in_peft_in_another_process(tmp_path):
     kinds |= {"causal": "CAUSAL_LM", "target": "None", "body": "None"}
     found = dict(line.split() for line in done.stdout.splitlines())
     assert {name: kind.removeprefix("TaskType.") for name, kind in found.items()} == kinds
+
+
+def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
+    """As it was before turns were saved."""
+    net, path = network(), tmp_path / checkpoints.WEIGHTS
+    blora = adapter(net, guides.Ensemble())
+    blora.save_pretrained(tmp_path)
+    tensors = {k: v for k, v in load_file(path).items() if not k.endswith(".turn")}
+    assert tensors.keys() == dict(blora.named_parameters()).keys()
+    save_file(tensors, path)
+    blora.unwrap()
+    again = BayesianLoRA.from_pretrained(net, tmp_path)
+    assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
 
 
 def test_only_the_adapter_is_saved(saved):

@@ -10,7 +10,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
 from torch.utils.data import DataLoader
 
-from pyro_blora.guides import MeanField
+from pyro_blora.guides import Ensemble, MeanField
 from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
 from pyro_blora.likelihoods import SequenceClassification
@@ -140,6 +140,23 @@ def test_validation_by_samples_leaves_training_mode(run):
     assert len(result.validation) == 2
     assert modes == [True, False, True, False]  # dropout, where there is any, is for training
     assert not blora.net.training
+
+
+@pytest.mark.parametrize("family", [MeanField(), Ensemble()], ids=repr)
+def test_validation_leaves_no_trace_in_training(run, family):
+    """Neither in the draws, nor in whose turn it is, nor in the caller's random numbers."""
+    net, found = tiny.llama(), []
+    for options in ({}, *({"validation_samples": n, "validate_every": 1} for n in (0, 3))):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        blora = tiny.adapted(net, guide=family, num_data=10)
+        result = run(blora, validation=tiny.examples(9) if options else None, **options)
+        found.append(blora.state_dict() | {"next": torch.rand(2)})
+        losses = [loss for _, loss in result.validation]
+        assert len(losses) == len(set(losses)) == (6 if options else 0)
+        blora.unwrap()
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
 @pytest.mark.parametrize("by_length", [False, True])

@@ -94,16 +94,17 @@ def test_a_checkpoint_has_the_adapter_alone(tmp_path):
 
 
 @pytest.mark.usefixtures("parameter_store")
-def test_it_resumes_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("family", [guides.MatrixNormal(), guides.Ensemble()], ids=repr)
+def test_it_resumes_where_it_stopped(tmp_path, family):
     """Draws, momentum, rates and the order of the data go on; nothing is left of the old run."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer(tmp_path, **options)
+    whole = trainer(tmp_path, tiny.adapted(guide=family), **options)
     whole.train()
     pyro.clear_param_store()
     pyro.set_rng_seed(7)
     net = tiny.llama()
     net.load_state_dict(whole.blora.net.state_dict())
-    resumed = trainer(tmp_path, tiny.adapted(net), **options)
+    resumed = trainer(tmp_path, tiny.adapted(net, guide=family), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     expected = tiny.trained(whole.blora)
     for name, value in tiny.trained(resumed.blora).items():
