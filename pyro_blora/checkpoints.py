@@ -162,7 +162,7 @@ def read_pretrained(
 def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     """Writes the posterior mean as a plain PEFT LoRA adapter, for servers that speak PEFT.
 
-    ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``.
+    ``B = Q_r^T E[sigma V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``B A = E[dW]``.
 
     Args:
         blora: the adapter.
