@@ -219,6 +219,6 @@ class SiteGuide(Options, PyroModule):
         return TransformedDistribution(q, [transform])
 
     def center(self) -> Tensor:
-        """The value that stands for q where one is wanted: the image of q's mean."""
+        """The centre of q: the image of the mean of :meth:`distribution`."""
         q = self.distribution()
         return q.mean if self.site.is_real else self.site.transform(q.mean)

@@ -32,7 +32,9 @@ class UpdateModel(Options, PyroModule):
     ``repr`` can read it back.
 
     A site may say where guides start, if not at its prior's mean: ``pyro.sample(...,
-    infer={"start": value})``, as LoRA's random ``A`` needs.
+    infer={"start": value})``, as LoRA's random ``A`` needs. A real site in which the update is not
+    linear, such as a log scale, says ``infer={"nonlinear": True}``: the posterior mean is then
+    taken over draws of the update, as it is where a site is constrained.
 
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in

@@ -67,5 +67,6 @@ class Hierarchical(KroneckerInducing):
         like = torch.ones((), device=self.group.device)
         tau = pyro.sample(self.site("tau"), dist.HalfCauchy(self.sigma * like))
         with self.plate():
-            z = pyro.sample(self.site("z"), dist.Normal(0 * like, like))
+            standard = dist.Normal(0 * like, like)
+            z = pyro.sample(self.site("z"), standard, infer={"nonlinear": True})
         return tau * (self.spread * z).exp()

@@ -16,7 +16,6 @@ from pyro_blora.frozen import Frozen
 from pyro_blora.guide import (
     GuideFactory,
     analytic_kl,
-    center,
     make_guide,
     start_guide,
     warn_of_a_point,
@@ -26,6 +25,7 @@ from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.model import BayesianLoRAModel, leave_store, to_device, warn_of_aliases
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.peft_export import export_peft
+from pyro_blora.posterior_mean import mean_updates
 from pyro_blora.prediction import Prediction
 from pyro_blora.predictive import linearised_logits, log_predictive, logits_of_draws
 from pyro_blora.recipes import recipe
@@ -135,7 +135,8 @@ class BayesianLoRA(PyroModule):
         """Posterior draws of the updates by group, without gradient.
 
         Args:
-            num_samples: number of draws ``S``; 0 takes the posterior mean (an AutoGuide's median).
+            num_samples: number of draws ``S``; 0 takes the mean of the update, ``E_q[dW]``, see
+                :func:`~pyro_blora.posterior_mean.mean_updates`.
             batch: what the guide is called with, where it reads its argument.
 
         Returns:
@@ -145,14 +146,12 @@ class BayesianLoRA(PyroModule):
             ConfigurationError: an AutoGuide has not run yet, and ``batch`` has no labels.
         """
         start_guide(self.guide, batch)
-        with torch.no_grad():
-            if num_samples == 0:
-                values = center(self.guide, batch)
-                updates = pyro.poutine.condition(self.model.updates, data=values)()
-                return {name: update.without_noise() for name, update in updates.items()}
-            with pyro.plate(DRAWS_PLATE, num_samples, dim=-1 - self.max_plate_nesting):
-                trace = pyro.poutine.trace(self.guide).get_trace(batch)
-                return pyro.poutine.replay(self.model.updates, trace=trace)()
+        if num_samples == 0:
+            return mean_updates(self, batch)
+        draws = pyro.plate(DRAWS_PLATE, num_samples, dim=-1 - self.max_plate_nesting)
+        with torch.no_grad(), draws:
+            trace = pyro.poutine.trace(self.guide).get_trace(batch)
+            return pyro.poutine.replay(self.model.updates, trace=trace)()
 
     @contextmanager
     def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
@@ -185,8 +184,8 @@ class BayesianLoRA(PyroModule):
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: 10.
             max_rows: as many draws share a pass of the network as keep draws times examples within
                 this, at least one; a limit on memory. Default: 256, less on a CPU.
-            linearised: takes the draws from the logits' first-order expansion at the posterior
-                mean: one pass however many draws (``predictive.py`` has this and the above).
+            linearised: takes the draws from the logits' first-order expansion at the centre of
+                the guide: one pass however many draws (``predictive.py`` has this and the above).
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows

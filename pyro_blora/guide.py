@@ -23,7 +23,6 @@ __all__ = [
     "GuideFactory",
     "StructuredGuide",
     "analytic_kl",
-    "center",
     "draws_apart",
     "latent_sites",
     "make_guide",
@@ -146,7 +145,10 @@ class StructuredGuide(PyroModule):
         return values
 
     def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The value that stands for q at each site: the image of its mean.
+        """The centre of q at each site: the image of the mean of the unconstrained value.
+
+        That is no mean where the site is constrained; for that of the updates see
+        :func:`~pyro_blora.posterior_mean.mean_updates`.
 
         Of an amortised family the means for each example of ``batch``, ``(B, n, *event_shape)``.
         """
@@ -166,24 +168,6 @@ class StructuredGuide(PyroModule):
         if self.reads_context:
             for family in self.families().values():
                 family.context = context
-
-
-def center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """One value for each site: q's mean, or an AutoGuide's median.
-
-    Raises:
-        ConfigurationError: the guide has neither.
-    """
-    if isinstance(guide, StructuredGuide):
-        return guide.center(batch)
-    try:
-        values: dict[str, Tensor] = guide.median(batch)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError) as error:
-        raise ConfigurationError(
-            f"{type(guide).__name__} has no median to stand for the posterior mean; use "
-            "num_samples of 1 or more."
-        ) from error
-    return values
 
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:

@@ -1,4 +1,7 @@
-r"""The Jacobian of a batch's logits with respect to the core, at the posterior mean.
+r"""The Jacobian of a batch's logits with respect to the sites, at the centre of the guide.
+
+The centre is the mean of the unconstrained values. Where a scale is random the update there is not
+the mean update, but any point near the draws serves an expansion.
 
 With a particle for each example every example has its own copy of the core, so that one backward
 pass for a class gives that row of the Jacobian of *every* example. A softmax knows its logits up to

@@ -19,7 +19,7 @@ __all__ = ["export_peft"]
 def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     """Writes the posterior mean as a LoRA, and the heads trained as points.
 
-    ``B = sigma Q_r^T E[V]`` and ``A = Q_c`` with ``lora_alpha = r``, so ``dW = B A``. The heads are
+    ``B = Q_r^T E[sigma V]`` and ``A = Q_c`` with ``lora_alpha = r``: ``B A = E[dW]``. The heads are
     PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter is not written:
     merge it into the base that PEFT shall load this one on.
 

@@ -102,7 +102,7 @@ def logits_of_draws(
 
 @torch.no_grad()
 def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
-    r"""Draws of the logits by their first-order expansion in the core at the posterior mean.
+    r"""Draws of the logits by their first-order expansion in the sites at the guide's centre.
 
     .. math::
 

@@ -208,6 +208,19 @@ def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
     assert not torch.allclose(base, probs, atol=1e-3)
 
 
+def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
+    """With a random scale its median would be too little."""
+    pytest.importorskip("peft")
+    blora = adapter(network(), guides.MeanField(init_scale=0.8), scale="half-cauchy")
+    blora.export_peft(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    draws = blora.sample_updates(10_000)["q_proj"].layers()[0].weight()
+    name = f"base_model.model.{blora.model.groups[0].module_names[0]}"
+    found = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    error = draws.std(0) * (1 / len(draws) + 1 / 1024) ** 0.5
+    assert ((found - draws.mean(0)).abs() < 5 * error).all()
+
+
 def test_a_wrong_base_is_refused_and_left_as_it_was(saved):
     _, folder, _ = saved
     other = network(hidden=32)

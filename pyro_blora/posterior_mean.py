@@ -1,0 +1,94 @@
+r"""The posterior mean of the update, :math:`\mathbb{E}_q[\Delta W]`.
+
+The update at the centre of q is another one where a scale is random: the centre of a log-normal is
+its median, :math:`e^\mu`, and its mean :math:`e^{\mu + s^2/2}`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.adapted import Adapted
+from pyro_blora.guide import StructuredGuide, draws_apart
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.update import LowRankUpdate
+
+__all__ = ["mean_updates"]
+
+_PASSES, _DRAWS = 16, 64  # few at once, for the memory
+
+
+@torch.no_grad()
+def mean_updates(blora: Adapted, batch: Mapping[str, Any] | None) -> dict[str, LowRankUpdate]:
+    r"""The mean of each factor of the updates, without the noise of a conditional.
+
+    .. math::
+
+        \mathbb{E}_q[\Delta W] = \mathbb{E}_q[B]\, \mathbb{E}_q[C]\, \mathbb{E}_q[A]
+
+    where one factor alone is random, as with all inducing priors of one ``U``, or the factors are
+    uncorrelated under q. If the factors are linear in all sites, they are those at q's mean, to the
+    last digit. If a site has a constrained support, is marked ``infer={"nonlinear": True}``, or q
+    does not know its mean (``AutoIAFNormal``), they are averages over 1,024 draws, the same every
+    time, which leaves an error of a thirtieth of the posterior's own spread.
+
+    Args:
+        blora: the adapter, whose guide has its parameters.
+        batch: what the guide is called with. An amortised guide has a mean for each example.
+
+    Returns:
+        Updates by group, of factors ``(n, ...)``, or ``(B, n, ...)`` where they are amortised.
+    """
+    centre = _centre(blora.guide, batch)
+    if centre is not None:
+        at_centre = pyro.poutine.condition(blora.model.updates, data=centre)
+        nodes = pyro.poutine.trace(at_centre).get_trace().nodes
+        if all(_is_linear(name, nodes[name]) for name in centre if name in nodes):
+            updates: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
+            return {name: update.without_noise() for name, update in updates.items()}
+    lead: tuple[int, ...] = ()
+    if batch is not None and getattr(blora.guide, "reads_context", False):
+        lead = (blora.likelihood.examples(batch),)
+    means: dict[str, list[LowRankUpdate]] = {}
+    with draws_apart(blora.guide, blora.model.groups[0].device):
+        for _ in range(_PASSES):
+            for name, update in blora.sample_updates(_DRAWS * math.prod(lead), batch).items():
+                drawn = update.without_noise()
+                core = None if drawn.core is None else _mean(drawn.core, lead)
+                mean = LowRankUpdate(_mean(drawn.A, lead), _mean(drawn.B, lead), core)
+                means.setdefault(name, []).append(mean)
+    return {name: _average(passes) for name, passes in means.items()}
+
+
+def _centre(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor] | None:
+    """The value at the centre of q for each site, or ``None`` where q does not know it."""
+    if isinstance(guide, StructuredGuide):
+        return guide.center(batch)
+    try:
+        values: dict[str, Tensor] = guide.median(batch)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return values
+
+
+def _is_linear(name: str, node: dict[str, Any]) -> bool:
+    return Site(name, node["fn"], ()).is_real and not node["infer"].get("nonlinear")
+
+
+def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if factor.dim() == 3:  # the same in every draw
+        return factor
+    return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
+
+
+def _average(updates: list[LowRankUpdate]) -> LowRankUpdate:
+    cores = [update.core for update in updates if update.core is not None]
+    return LowRankUpdate(
+        A=torch.stack([update.A for update in updates]).mean(0),
+        B=torch.stack([update.B for update in updates]).mean(0),
+        core=torch.stack(cores).mean(0) if cores else None,
+    )
