@@ -25,9 +25,9 @@ from ratios import rows_of, table, take_turns, write
 from setting import ANSWERS, SIZES, adapted, batches, bayesian_step, network
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.inference.freed_memory import freed_memory_kept
 from pyro_blora.likelihoods import Batch, LabelTokens
+from pyro_blora.network.cached_prefix import PrefixCache
 
 
 def epoch_of(

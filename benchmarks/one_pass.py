@@ -24,10 +24,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_blora import BayesianLoRA, load_pretrained, load_task
-from pyro_blora.comparison import item_length, likelihood_for
+from pyro_blora.evaluation.comparison import item_length, likelihood_for
+from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.inference import predict_dataset
-from pyro_blora.metrics import evaluate
-from pyro_blora.prediction import Prediction
+from pyro_blora.posterior.prediction import Prediction
 
 DRAWS, ONE_PASS = "draws", "one pass"
 AT_ONCE, RESAMPLED = 48, 300

@@ -41,7 +41,7 @@ from setting import (
 )
 from torch import Tensor, nn
 
-from pyro_blora.baselines import PlainLoRA
+from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.likelihoods import LabelTokens
 
 

@@ -11,8 +11,8 @@ from pyro_blora.models.kernel_inducing import KernelInducing
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.models.spectral_inducing import SpectralInducing
 from pyro_blora.models.subspace import Subspace
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = [
     "FactorInducing",

@@ -9,9 +9,9 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.network.targets import LayerGroup
 from pyro_blora.options import Options
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["UpdateModel"]
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import normalize
 
-from pyro_blora.conditional import conditional_kl, factor_noise
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.kronecker import inducing_covariance, whiten_or_explain
 from pyro_blora.models._update_model import UpdateModel
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.updates.conditional_noise import conditional_kl, factor_noise
+from pyro_blora.updates.kronecker import inducing_covariance, whiten_or_explain
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["FactorInducing"]
 

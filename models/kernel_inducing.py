@@ -13,12 +13,12 @@ from torch.distributions import constraints
 from torch.func import functional_call
 
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.kronecker import kronecker_covariance, whiten_or_explain
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
-from pyro_blora.pretrained_weight import top_singular
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.updates.kronecker import kronecker_covariance, whiten_or_explain
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["KernelInducing"]
 

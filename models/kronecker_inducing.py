@@ -11,19 +11,19 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.conditional import JointNoise, MarginalNoise, conditional_kl
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.kronecker import (
+from pyro_blora.models._core_density import Core, check_core, sample_core
+from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, conditional_kl
+from pyro_blora.updates.kronecker import (
     inducing_covariance,
     kronecker_covariance,
     lazy_covariance,
     whiten_or_explain,
     whitened_directions,
 )
-from pyro_blora.models._core_density import Core, check_core, sample_core
-from pyro_blora.models._update_model import UpdateModel
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate, Noise
+from pyro_blora.updates.low_rank_update import LowRankUpdate, Noise
 
 __all__ = ["KroneckerInducing"]
 
@@ -86,7 +86,7 @@ class KroneckerInducing(UpdateModel):
     Example::
 
         >>> from torch import nn
-        >>> from pyro_blora.targets import group_layers
+        >>> from pyro_blora.network.targets import group_layers
         >>> layers = {f"{i}.q": nn.Linear(6, 5) for i in range(3)}
         >>> prior = KroneckerInducing(rank=2).bind(group_layers(layers)[0])
         >>> prior().core.shape  # n x m_r x m_c

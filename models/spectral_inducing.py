@@ -9,9 +9,9 @@ from torch.distributions import constraints
 
 from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
-from pyro_blora.pretrained_weight import top_singular
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["SpectralInducing"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
-from pyro_blora.pretrained_weight import top_singular
-from pyro_blora.targets import LayerGroup
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["Subspace"]
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from pyro_blora import guides, likelihoods, models
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
-    from pyro_blora.effective_rank import effective_ranks
+    from pyro_blora.evaluation.effective_rank import effective_ranks
+    from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
-    from pyro_blora.inference.predict import predict_dataset
-    from pyro_blora.prediction import Prediction
+    from pyro_blora.posterior.prediction import Prediction
     from pyro_blora.pretrained import load_pretrained
 
 __all__ = [
@@ -36,12 +36,12 @@ __all__ = [
 
 _HOMES = {
     "BayesianLoRA": "bayesian_lora",
-    "Prediction": "prediction",
-    "effective_ranks": "effective_rank",
+    "Prediction": "posterior.prediction",
+    "effective_ranks": "evaluation.effective_rank",
     "fit": "inference",
     "load_pretrained": "pretrained",
     "load_task": "data",
-    "predict_dataset": "inference",
+    "predict_dataset": "evaluation.predict_dataset",
 }
 
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from pyro_blora.likelihoods import Likelihood
-from pyro_blora.model import BayesianLoRAModel
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["Adapted"]
 

@@ -10,29 +10,34 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_blora import checkpoints
-from pyro_blora.context import DRAWS_PLATE
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.frozen import Frozen
-from pyro_blora.guide import (
+from pyro_blora.guides import MatrixNormal, SiteGuide
+from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
+from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.network.freezing import Frozen
+from pyro_blora.network.targets import find_targets, group_layers
+from pyro_blora.network.trained_heads import heads_to_train
+from pyro_blora.peft_export import export_peft
+from pyro_blora.posterior.amortised_context import DRAWS_PLATE
+from pyro_blora.posterior.bayesian_lora_model import (
+    BayesianLoRAModel,
+    leave_store,
+    to_device,
+    warn_of_aliases,
+)
+from pyro_blora.posterior.draws import linearised_logits, log_predictive, logits_of_draws
+from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.posterior.sample_updates import mean_updates
+from pyro_blora.posterior.structured_guide import (
     GuideFactory,
     analytic_kl,
     make_guide,
     start_guide,
     warn_of_a_point,
 )
-from pyro_blora.guides import MatrixNormal, SiteGuide
-from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
-from pyro_blora.model import BayesianLoRAModel, leave_store, to_device, warn_of_aliases
-from pyro_blora.models import KroneckerInducing, UpdateModel
-from pyro_blora.peft_export import export_peft
-from pyro_blora.posterior_mean import mean_updates
-from pyro_blora.prediction import Prediction
-from pyro_blora.predictive import linearised_logits, log_predictive, logits_of_draws
 from pyro_blora.recipes import recipe
 from pyro_blora.summary import describe
-from pyro_blora.targets import find_targets, group_layers
-from pyro_blora.trained_heads import heads_to_train
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
 
@@ -136,7 +141,7 @@ class BayesianLoRA(PyroModule):
 
         Args:
             num_samples: number of draws ``S``; 0 takes the mean of the update, ``E_q[dW]``, see
-                :func:`~pyro_blora.posterior_mean.mean_updates`.
+                :func:`~pyro_blora.posterior.sample_updates.mean_updates`.
             batch: what the guide is called with, where it reads its argument.
 
         Returns:

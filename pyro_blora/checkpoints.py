@@ -21,7 +21,7 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
-from pyro_blora.targets import layer_shape
+from pyro_blora.network.targets import layer_shape
 
 __all__ = [
     "CONFIG",

@@ -11,7 +11,7 @@ from pyro_blora.adapted import Adapted
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
-from pyro_blora.targets import head_names
+from pyro_blora.network.targets import head_names
 
 __all__ = ["export_peft"]
 

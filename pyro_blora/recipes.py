@@ -199,7 +199,7 @@ def recipe(name: str) -> Recipe:
     if name in WITHOUT_PAIR:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({WITHOUT_PAIR[name][0]}); `pyro-blora compare` "
-            "has it, and so do pyro_blora.baselines and pyro_blora.temperature."
+            "has it, and so have plain_lora and temperature in pyro_blora.evaluation."
         )
     if name not in known:
         raise ConfigurationError(

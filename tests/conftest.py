@@ -1,7 +1,7 @@
 import pyro
 import pytest
 
-from pyro_blora import precision
+from pyro_blora.network import precision
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_blora.metrics import Metrics, evaluate, reliability
+from pyro_blora.evaluation.metrics import Metrics, evaluate, reliability
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(

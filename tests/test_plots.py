@@ -8,8 +8,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from pyro_blora.metrics import evaluate, reliability
-from pyro_blora.plots import reliability_diagram, save_figure
+from pyro_blora.evaluation.metrics import evaluate, reliability
+from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 
 
 def results(methods):

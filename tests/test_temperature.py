@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_blora.temperature import fit_temperature
+from pyro_blora.evaluation.temperature import fit_temperature
 
 
 def synthetic(temperature, n=4000, k=4, seed=0):

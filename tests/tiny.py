@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from pyro_blora import BayesianLoRA, guides, models
-from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.predictive import rows_of_a_pass
-from pyro_blora.shared_prefix import shared_prefix
+from pyro_blora.network.cached_prefix import PrefixCache
+from pyro_blora.network.shared_prefix import shared_prefix
+from pyro_blora.posterior.draws import rows_of_a_pass
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)

@@ -8,8 +8,8 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.methods import BASELINES, trained_for
+from pyro_blora.network.targets import find_targets
 from pyro_blora.recipes import recipe
-from pyro_blora.targets import find_targets
 
 __all__ = ["adapter_on", "check_method_on", "top_blocks"]
 

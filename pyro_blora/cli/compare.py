@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pyro_blora.cli import _options as o
+from pyro_blora.cli import _arguments as o
 from pyro_blora.methods import BASELINES, RECIPE_NAMES, check_method
 
 __all__ = ["run"]
@@ -59,10 +59,10 @@ def run(
         check_method(name)
     runs = o.seeds_of(seeds)
     from pyro_blora.cli._shapes import check_method_on
-    from pyro_blora.comparison import Settings, compare
     from pyro_blora.data import load_task
+    from pyro_blora.evaluation.comparison import Settings, compare
+    from pyro_blora.evaluation.results import RESULTS, draw, read, table, write
     from pyro_blora.pretrained import load_pretrained, shape_only
-    from pyro_blora.results import RESULTS, draw, read, table, write
 
     console = Console()
     settings = Settings(

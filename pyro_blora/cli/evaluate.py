@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pyro_blora.cli import _options as o
+from pyro_blora.cli import _arguments as o
 
 if TYPE_CHECKING:
     from pyro_blora.data import Item
-    from pyro_blora.prediction import Prediction
+    from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["run"]
 
@@ -58,11 +58,11 @@ def run(
 
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_config, write_atomically
-    from pyro_blora.comparison import item_length, likelihood_for
     from pyro_blora.data import load_task
+    from pyro_blora.evaluation.comparison import item_length, likelihood_for
+    from pyro_blora.evaluation.metrics import evaluate
+    from pyro_blora.evaluation.plots import reliability_diagram, save_figure
     from pyro_blora.inference import predict_dataset
-    from pyro_blora.metrics import evaluate
-    from pyro_blora.plots import reliability_diagram, save_figure
     from pyro_blora.pretrained import load_pretrained
 
     console = Console()

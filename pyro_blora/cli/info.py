@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pyro_blora.cli import _options as o
+from pyro_blora.cli import _arguments as o
 from pyro_blora.methods import RECIPE_NAMES, check_method
 
 __all__ = ["run"]

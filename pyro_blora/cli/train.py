@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pyro_blora.cli import _options as o
+from pyro_blora.cli import _arguments as o
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.methods import RECIPE_NAMES, check_method
 
@@ -67,8 +67,8 @@ def run(
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import CONFIG
     from pyro_blora.cli._shapes import adapter_on, top_blocks
-    from pyro_blora.comparison import item_length, likelihood_for
     from pyro_blora.data import load_task
+    from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
     from pyro_blora.pretrained import load_pretrained, shape_only
     from pyro_blora.recipes import recipe

@@ -19,7 +19,7 @@ from pyro_blora.distributions.matrix_normal import (
     half_log_det,
     mahalanobis,
 )
-from pyro_blora.shapes import broadcast_shapes
+from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__: list[str] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.distributions.factors import log_det, multiply, row_squares, solve
-from pyro_blora.shapes import broadcast_shapes
+from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__ = ["MatrixNormal", "entry_variance", "half_log_det", "mahalanobis"]
 

@@ -1,9 +1,9 @@
 """Training and prediction loops."""
 
+from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
-from pyro_blora.inference.predict import predict_dataset
 
 __all__ = [
     "LEARNING_RATES",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.guide import StructuredGuide
 from pyro_blora.guides.laplace import Laplace
-from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.likelihoods import Batch
+from pyro_blora.posterior.linearised import logit_jacobian
+from pyro_blora.posterior.structured_guide import StructuredGuide
 
 __all__ = ["Curvature", "best_precision", "fit_laplace", "scores"]
 

@@ -9,16 +9,16 @@ from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guide import StructuredGuide
 from pyro_blora.guides.isotropic import Isotropic
 from pyro_blora.guides.laplace import Laplace
 from pyro_blora.inference.curvature import fit_laplace
 from pyro_blora.inference.loop import Collate
 from pyro_blora.inference.widest import fit_isotropic
 from pyro_blora.likelihoods import Batch
-from pyro_blora.model import to_device
-from pyro_blora.modes import in_mode
-from pyro_blora.precision import choose_precision
+from pyro_blora.network.modes import in_mode
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.structured_guide import StructuredGuide
 
 __all__ = ["finish", "is_post_hoc"]
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, draws_apart, start_guide
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import (
@@ -25,9 +23,11 @@ from pyro_blora.inference.loop import (
 )
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, CausalLM
-from pyro_blora.model import to_device
-from pyro_blora.modes import in_mode
-from pyro_blora.precision import choose_precision
+from pyro_blora.network.cached_prefix import PrefixCache
+from pyro_blora.network.modes import in_mode
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart, start_guide
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
@@ -124,8 +124,8 @@ def fit(
         max_grad_norm: where the gradient's norm, per example, is clipped.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``: what is faster on its device
-            (:func:`~pyro_blora.precision.choose_precision`). The variational part stays in single
-            precision.
+            (:func:`~pyro_blora.network.precision.choose_precision`). The variational part stays
+            in single precision.
         validate_every: steps between validations.
         validation_samples: posterior draws for a validation, the same random numbers every
             time and none of the training's; 0 takes the posterior mean.

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.inference.freed_memory import freed_memory_kept
 from pyro_blora.likelihoods import Batch
-from pyro_blora.precision import check_precision
+from pyro_blora.network.precision import check_precision
 
 __all__ = ["FitResult", "LoopOptions", "batches", "training_loop"]
 
@@ -37,7 +37,7 @@ class LoopOptions:
         max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``: what is faster on the network's device, see
-            :func:`~pyro_blora.precision.choose_precision`.
+            :func:`~pyro_blora.network.precision.choose_precision`.
         validate_every: steps between validations, where there is validation data.
         seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.

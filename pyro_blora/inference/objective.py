@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guide import StructuredGuide, analytic_kl
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.likelihoods import Batch
+from pyro_blora.posterior.structured_guide import StructuredGuide, analytic_kl
 
 __all__ = ["Objective"]
 

@@ -17,9 +17,9 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.model import leave_store, to_device
-from pyro_blora.predictive import logits_of_draws
-from pyro_blora.targets import device_of
+from pyro_blora.network.targets import device_of
+from pyro_blora.posterior.bayesian_lora_model import leave_store, to_device
+from pyro_blora.posterior.draws import logits_of_draws
 
 __all__ = ["BayesianLoRATrainer"]
 

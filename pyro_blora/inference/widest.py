@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.guide import StructuredGuide
 from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.guides.isotropic import Isotropic
 from pyro_blora.likelihoods import Batch
-from pyro_blora.model import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
+from pyro_blora.posterior.structured_guide import StructuredGuide
 
 __all__ = ["anchor_loss", "fit_isotropic"]
 

@@ -6,9 +6,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError
-from pyro_blora.heads import logits_at
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.packing import compact
+from pyro_blora.likelihoods.logits_at import logits_at
+from pyro_blora.likelihoods.packing import compact
 
 __all__ = ["CausalLM"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.heads import logits_at, output_head
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.targets import layer_shape
+from pyro_blora.likelihoods.logits_at import logits_at, output_head
+from pyro_blora.network.targets import layer_shape
 
 __all__ = ["LabelTokens"]
 

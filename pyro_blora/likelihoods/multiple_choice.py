@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.heads import logits_at
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.packing import in_rows
+from pyro_blora.likelihoods.logits_at import logits_at
+from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
 

@@ -10,8 +10,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pyro_blora import comparison, precision, results
 from pyro_blora.cli._shapes import top_blocks
+from pyro_blora.evaluation import comparison, results
+from pyro_blora.network import precision
 from pyro_blora.recipes import RECIPES
 
 ROW = {

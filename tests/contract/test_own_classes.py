@@ -16,7 +16,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField, SiteGuide
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import UpdateModel
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 
 class Plain(UpdateModel):

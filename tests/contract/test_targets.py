@@ -11,7 +11,7 @@ from torch import nn
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError, NoTargetError
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.targets import find_targets, group_layers, layer_shape
+from pyro_blora.network.targets import find_targets, group_layers, layer_shape
 
 
 def last_parts(net, *args, **options):

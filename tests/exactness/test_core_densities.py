@@ -9,13 +9,13 @@ from linear_gaussian import Observed
 from torch import nn
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.effective_rank import effective_rank, effective_ranks
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.effective_rank import effective_rank, effective_ranks
 from pyro_blora.guides import MeanField
 from pyro_blora.models import Hierarchical, KroneckerInducing, SpectralInducing
 from pyro_blora.models._core_density import CORES
-from pyro_blora.targets import group_layers
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.targets import group_layers
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 N = 2
 

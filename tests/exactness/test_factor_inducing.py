@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_blora import fit
-from pyro_blora.conditional import conditional_kl, factor_noise
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField
-from pyro_blora.kronecker import inducing_covariance, whiten
 from pyro_blora.models import FactorInducing
-from pyro_blora.targets import group_layers
+from pyro_blora.network.targets import group_layers
+from pyro_blora.updates.conditional_noise import conditional_kl, factor_noise
+from pyro_blora.updates.kronecker import inducing_covariance, whiten
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_factor.json").read_text("utf-8"))
 N = 3

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.models import KernelInducing, KroneckerInducing
-from pyro_blora.targets import group_layers
+from pyro_blora.network.targets import group_layers
 
 N, RANK = 3, (2, 3)
 

@@ -8,7 +8,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 
 from pyro_blora.errors import NonFiniteLossError
-from pyro_blora.kronecker import (
+from pyro_blora.updates.kronecker import (
     inducing_covariance,
     kronecker_covariance,
     lazy_covariance,

@@ -10,10 +10,10 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from pyro_blora.heads import logits_at
-from pyro_blora.last_block import whole_last_block
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
+from pyro_blora.likelihoods.logits_at import logits_at
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.last_block import whole_last_block
 
 LABELS = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "c_attn", "c_proj"]

@@ -8,7 +8,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyro_blora.guides import Delta, MatrixNormal, MeanField
-from pyro_blora.model import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
 
 # Settings whose posterior precision I + a (Q_r Q_r^T) (x) (sum h h^T) is a Kronecker product.
 KRONECKER = {

@@ -8,10 +8,10 @@ from linear_gaussian import Toy
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized, FullRank, Laplace, MatrixNormal, MeanField
-from pyro_blora.jacobian import logit_jacobian
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
-from pyro_blora.predictive import linearised_logits
+from pyro_blora.posterior.draws import linearised_logits
+from pyro_blora.posterior.linearised import logit_jacobian
 
 
 def test_the_jacobian_of_a_linear_network_is_its_design():

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import FullRank, MeanField
 from pyro_blora.models import GaussianFactors, SpectralInducing, Subspace
-from pyro_blora.pretrained_weight import top_singular
-from pyro_blora.targets import group_layers
+from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.targets import group_layers
 
 N = 2
 

@@ -9,9 +9,9 @@ from tiny import adapted, gpt2, llama, qwen2
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError
-from pyro_blora.last_block import whole_last_block
 from pyro_blora.likelihoods import MultipleChoice
-from pyro_blora.packing import pack, supports_packing
+from pyro_blora.likelihoods.packing import pack, supports_packing
+from pyro_blora.network.last_block import whole_last_block
 
 NETS = {
     "llama": lambda: llama(attn_implementation="sdpa"),

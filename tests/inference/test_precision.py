@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora import precision
-from pyro_blora.baselines import PlainLoRA
-from pyro_blora.comparison import Settings
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.comparison import Settings
+from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.guides import Isotropic
 from pyro_blora.inference import LoopOptions, finish, fit, predict_dataset
+from pyro_blora.network import precision
 
 
 def run_plain(net, **options):
@@ -64,7 +64,9 @@ def test_the_settings_of_a_comparison_tell_what_was_used(monkeypatch, pays):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limit is for x86")
 def test_a_processor_without_bfloat16_runs_float32():
     """Held to the instructions of AVX2, which multiply in bfloat16 a hundred times slower."""
-    program = "from pyro_blora.precision import choose_precision as p; print(p('auto', 'cpu'))"
+    program = (
+        "from pyro_blora.network.precision import choose_precision as p; print(p('auto', 'cpu'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},

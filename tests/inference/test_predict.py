@@ -14,8 +14,8 @@ from pyro_blora.likelihoods import (
     SequenceClassification,
 )
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.modes import in_mode
-from pyro_blora.predictive import logits_of_draws, rows_of_a_pass
+from pyro_blora.network.modes import in_mode
+from pyro_blora.posterior.draws import logits_of_draws, rows_of_a_pass
 
 
 def moved(**options):

@@ -28,7 +28,6 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from pyro_blora.cached_prefix import PrefixCache, _keys
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
@@ -38,6 +37,7 @@ from pyro_blora.likelihoods import (
     MultipleChoice,
     SequenceClassification,
 )
+from pyro_blora.network.cached_prefix import PrefixCache, _keys
 
 ROWS = 10
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3}

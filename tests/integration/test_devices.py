@@ -11,16 +11,16 @@ from torch.distributed.tensor import DTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyro_blora import guides, models
-from pyro_blora.conditional import JointNoise, MarginalNoise
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.heads import logits_at
 from pyro_blora.inference import fit
-from pyro_blora.layers import Adapter, updates_in_place
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
-from pyro_blora.packing import supports_packing
-from pyro_blora.pretrained_weight import dense_weight
-from pyro_blora.targets import device_of, group_layers
-from pyro_blora.update import LayerUpdate
+from pyro_blora.likelihoods.logits_at import logits_at
+from pyro_blora.likelihoods.packing import supports_packing
+from pyro_blora.network.adapter import Adapter, updates_in_place
+from pyro_blora.network.quantised import dense_weight
+from pyro_blora.network.targets import device_of, group_layers
+from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise
+from pyro_blora.updates.low_rank_update import LayerUpdate
 
 accelerate = pytest.importorskip("accelerate")
 # Two devices on any machine: with fake tensors, which have no storage

@@ -30,16 +30,16 @@ from transformers import (
     xLSTMForCausalLM,
 )
 
-from pyro_blora import predictive
-from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
-from pyro_blora.layers import entering
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.probing import logits_for
-from pyro_blora.shared_prefix import frozen_blocks
+from pyro_blora.network.adapter import entering
+from pyro_blora.network.cached_prefix import PrefixCache
+from pyro_blora.network.fast_path import logits_for
+from pyro_blora.network.kept_prefix import KeptPrefix, can_keep, can_skip, in_place_of
+from pyro_blora.network.shared_prefix import frozen_blocks
+from pyro_blora.posterior import draws as predictive
 
 
 class FirstOfDecoder(LabelTokens):

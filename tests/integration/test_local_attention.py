@@ -8,11 +8,11 @@ import torch
 import transformers
 from choice_batches import batch_of
 
-from pyro_blora import predictive
-from pyro_blora.cached_prefix import PrefixCache
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.cached_prefix import PrefixCache
+from pyro_blora.posterior import draws as predictive
 
 SIZES = {
     "vocab_size": 32,

@@ -15,13 +15,13 @@ from test_cached_prefix import assert_same_losses
 from torch import nn
 
 from pyro_blora import models
-from pyro_blora.baselines import PlainLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.pretrained_weight import top_singular
-from pyro_blora.targets import find_targets, group_layers
+from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.targets import find_targets, group_layers
 
 ROWS = tiny.examples(8)
 BATCH = tiny.collate(ROWS)

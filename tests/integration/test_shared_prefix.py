@@ -9,13 +9,13 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora import predictive
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.predictive import rows_of_a_pass
-from pyro_blora.probing import agree, remembered, vocabulary_of
-from pyro_blora.shared_prefix import _all_alike, frozen_blocks, shared_prefix
+from pyro_blora.network.fast_path import agree, remembered, vocabulary_of
+from pyro_blora.network.shared_prefix import _all_alike, frozen_blocks, shared_prefix
+from pyro_blora.posterior import draws as predictive
+from pyro_blora.posterior.draws import rows_of_a_pass
 
 CLASSES = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
 CASES = {

@@ -7,9 +7,9 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_blora.inference import fit
-from pyro_blora.last_block import whole_last_block
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.last_block import whole_last_block
 
 
 def gradients(blora, batch, *, particles=4, vectorized=True):

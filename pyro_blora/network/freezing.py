@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from pyro_blora.packed_weight import Unpacked
+from pyro_blora.network.packed_weight import Unpacked
 
 __all__ = ["Frozen"]
 
@@ -13,7 +13,7 @@ class Frozen:
     A parameter is known by its module and its name there: sharding and offloading put another
     tensor in its place, and in a part that was compiled its full name is another.
 
-    Its 4-bit layers stay as gradients need them (see :class:`~pyro_blora.packed_weight.Unpacked`).
+    Its 4-bit layers stay as gradients need them.
 
     Args:
         net: the network.

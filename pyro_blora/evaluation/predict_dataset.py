@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import BatchError
 from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Batch
-from pyro_blora.model import to_device
-from pyro_blora.precision import choose_precision
-from pyro_blora.prediction import Prediction
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["predict_dataset"]
 

@@ -13,11 +13,15 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_blora.context import context_of_particles, context_size, pooled_context
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
-from pyro_blora.model import BayesianLoRAModel
+from pyro_blora.posterior.amortised_context import (
+    context_of_particles,
+    context_size,
+    pooled_context,
+)
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
 __all__ = [
     "GuideFactory",
@@ -148,7 +152,7 @@ class StructuredGuide(PyroModule):
         """The centre of q at each site: the image of the mean of the unconstrained value.
 
         That is no mean where the site is constrained; for that of the updates see
-        :func:`~pyro_blora.posterior_mean.mean_updates`.
+        :func:`~pyro_blora.posterior.sample_updates.mean_updates`.
 
         Of an amortised family the means for each example of ``batch``, ``(B, n, *event_shape)``.
         """

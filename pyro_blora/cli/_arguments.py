@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.precision import check_precision, choose_precision
+from pyro_blora.network.precision import check_precision, choose_precision
 
 __all__ = [
     "BatchSize",

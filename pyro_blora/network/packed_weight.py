@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.layers import entering
+from pyro_blora.network.adapter import entering
 
 __all__ = ["Unpacked", "is_packed"]
 

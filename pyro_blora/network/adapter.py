@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.update import LayerUpdate
+from pyro_blora.updates.low_rank_update import LayerUpdate
 
 __all__ = [
     "Adapter",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.last_block import last_block_at
-from pyro_blora.layers import Adapter, adapter_of, put_forward_back
-from pyro_blora.pretrained_weight import is_quantised_tensor
+from pyro_blora.network.adapter import Adapter, adapter_of, put_forward_back
+from pyro_blora.network.last_block import last_block_at
+from pyro_blora.network.quantised import is_quantised_tensor
 
 __all__ = ["logits_at", "output_head"]
 

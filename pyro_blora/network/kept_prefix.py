@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyro_blora.layers import entering, put_forward_back
-from pyro_blora.probing import (
+from pyro_blora.network.adapter import entering, put_forward_back
+from pyro_blora.network.fast_path import (
     agree,
     asked,
     in_plain_sight,

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pyro_blora.metrics import ReliabilityBins, evaluate, reliability
+from pyro_blora.evaluation.metrics import ReliabilityBins, evaluate, reliability
 
 __all__ = ["reliability_diagram", "save_figure"]
 
@@ -31,8 +31,8 @@ def reliability_diagram(
 
     Above, the accuracy of each bin of confidence (bars), and the gap to the diagonal, on which a
     calibrated method lies: red where the method claims too much, green where it claims too little.
-    The title gives the scores of :func:`pyro_blora.metrics.evaluate`. Below, the share of the items
-    in each bin, with the mean confidence (dashed) and the accuracy (solid): the distance of the two
+    The title gives the scores of :func:`pyro_blora.evaluation.metrics.evaluate`. Below, the share
+    of the items in each bin, with the mean confidence (dashed) and the accuracy (solid): the distance of the two
     lines is the net over- or under-confidence.
 
     Args:
@@ -47,7 +47,7 @@ def reliability_diagram(
 
     Raises:
         ValueError: there is no method, ``axes`` has another shape, or ``probs`` and ``labels`` are
-            not what :func:`pyro_blora.metrics.evaluate` takes.
+            not what :func:`pyro_blora.evaluation.metrics.evaluate` takes.
 
     Reference:
         A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised

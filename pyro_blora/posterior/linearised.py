@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyro_blora.adapted import Adapted
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guide import StructuredGuide
 from pyro_blora.likelihoods import Batch
-from pyro_blora.model import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
+from pyro_blora.posterior.structured_guide import StructuredGuide
 
 __all__ = ["logit_jacobian"]
 

@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.conditional import MarginalNoise
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.layers import adapter_of
-from pyro_blora.probing import agree, answer, asked, vocabulary_of, window_of
-from pyro_blora.targets import device_of
+from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.fast_path import agree, answer, asked, vocabulary_of, window_of
+from pyro_blora.network.targets import device_of
+from pyro_blora.updates.conditional_noise import MarginalNoise
 
 __all__ = [
     "Scored",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_blora.probing import (
+from pyro_blora.network.fast_path import (
     agree,
     among,
     answer,
@@ -30,7 +30,7 @@ from pyro_blora.probing import (
     vocabulary_of,
     way_to,
 )
-from pyro_blora.targets import device_of
+from pyro_blora.network.targets import device_of
 
 __all__ = ["last_block_at", "whole_last_block"]
 

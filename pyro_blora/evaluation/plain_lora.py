@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError, NonFiniteLossError
-from pyro_blora.frozen import Frozen
+from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
-from pyro_blora.inference.predict import predict_dataset
 from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.metrics import evaluate
-from pyro_blora.model import to_device
-from pyro_blora.modes import in_mode
-from pyro_blora.precision import choose_precision
-from pyro_blora.prediction import Prediction
+from pyro_blora.network.freezing import Frozen
+from pyro_blora.network.modes import in_mode
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["PlainLoRA"]
 

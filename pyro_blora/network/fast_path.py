@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.layers import entering, without_updates
-from pyro_blora.modes import modes_kept
-from pyro_blora.pretrained_weight import is_quantised
-from pyro_blora.targets import device_of
+from pyro_blora.network.adapter import entering, without_updates
+from pyro_blora.network.modes import modes_kept
+from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.targets import device_of
 
 __all__ = [
     "agree",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_blora.errors import ParticleError
-from pyro_blora.shapes import broadcast_shapes
+from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__ = ["LayerUpdate", "LowRankUpdate", "Noise", "particle_linear"]
 

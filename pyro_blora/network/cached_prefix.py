@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.kept_prefix import can_skip, forwards_replaced, in_place_of
-from pyro_blora.layers import Adapter, entering
-from pyro_blora.modes import modes_kept
-from pyro_blora.pretrained_weight import is_quantised
-from pyro_blora.probing import (
+from pyro_blora.network.adapter import Adapter, entering
+from pyro_blora.network.fast_path import (
     agree,
     asked,
     is_asked,
@@ -31,7 +28,10 @@ from pyro_blora.probing import (
     rows_come_first,
     tokens_for,
 )
-from pyro_blora.shared_prefix import frozen_blocks, whole_if_frozen
+from pyro_blora.network.kept_prefix import can_skip, forwards_replaced, in_place_of
+from pyro_blora.network.modes import modes_kept
+from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.shared_prefix import frozen_blocks, whole_if_frozen
 
 __all__ = ["PrefixCache"]
 

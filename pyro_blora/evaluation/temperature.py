@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyro_blora.metrics import check_labels
+from pyro_blora.evaluation.metrics import check_labels
 
 __all__ = ["fit_temperature"]
 

@@ -9,8 +9,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.pretrained_weight import is_quantised
-from pyro_blora.targets import body_of, head_names, matches
+from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.targets import body_of, head_names, matches
 
 __all__ = ["TrainedHeads", "heads_to_train"]
 

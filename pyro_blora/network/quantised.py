@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.packed_weight import is_packed
-from pyro_blora.targets import LayerGroup, layer_shape
+from pyro_blora.network.packed_weight import is_packed
+from pyro_blora.network.targets import LayerGroup, layer_shape
 
 __all__ = ["dense_weight", "is_quantised", "is_quantised_tensor", "top_singular"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.last_block import whole_last_block
-from pyro_blora.layers import Adapter, entering
-from pyro_blora.probing import agree, asked, logits_for, remembered, tokens_for
+from pyro_blora.network.adapter import Adapter, entering
+from pyro_blora.network.fast_path import agree, asked, logits_for, remembered, tokens_for
+from pyro_blora.network.last_block import whole_last_block
 
 __all__ = ["can_share", "frozen_blocks", "shared_prefix", "whole_if_frozen"]
 

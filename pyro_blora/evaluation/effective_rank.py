@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyro_blora.adapted import Adapted
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["effective_rank", "effective_ranks"]
 

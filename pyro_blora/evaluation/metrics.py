@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
-from pyro_blora.prediction import check_probabilities
+from pyro_blora.posterior.prediction import check_probabilities
 
 __all__ = ["Metrics", "ReliabilityBins", "check_labels", "evaluate", "reliability"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.adapted import Adapted
-from pyro_blora.guide import StructuredGuide, draws_apart
 from pyro_blora.guides._site_guide import Site
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["mean_updates"]
 

@@ -18,21 +18,21 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-from pyro_blora.context import ELBO_PLATE
 from pyro_blora.errors import ConfigurationError, ParticleError
-from pyro_blora.layers import (
+from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.models import UpdateModel
+from pyro_blora.network.adapter import (
     Adapter,
     checkpointable,
     updates_in_place,
     updates_kept_for_backward,
 )
-from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.models import UpdateModel
-from pyro_blora.probing import rows_come_first
-from pyro_blora.shapes import broadcast_shapes
-from pyro_blora.targets import LayerGroup
-from pyro_blora.trained_heads import TrainedHeads
-from pyro_blora.update import LowRankUpdate
+from pyro_blora.network.fast_path import rows_come_first
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.network.trained_heads import TrainedHeads
+from pyro_blora.posterior.amortised_context import ELBO_PLATE
+from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__ = [
     "BayesianLoRAModel",

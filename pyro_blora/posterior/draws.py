@@ -8,14 +8,19 @@ from torch import Tensor
 
 from pyro_blora.adapted import Adapted
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guide import StructuredGuide
-from pyro_blora.jacobian import logit_jacobian
-from pyro_blora.kept_prefix import KeptPrefix, can_keep
 from pyro_blora.likelihoods import Batch
-from pyro_blora.model import repeat_batch
-from pyro_blora.modes import in_mode
-from pyro_blora.probing import all_rows_seen
-from pyro_blora.shared_prefix import can_share, frozen_blocks, shared_prefix, whole_if_frozen
+from pyro_blora.network.fast_path import all_rows_seen
+from pyro_blora.network.kept_prefix import KeptPrefix, can_keep
+from pyro_blora.network.modes import in_mode
+from pyro_blora.network.shared_prefix import (
+    can_share,
+    frozen_blocks,
+    shared_prefix,
+    whole_if_frozen,
+)
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
+from pyro_blora.posterior.linearised import logit_jacobian
+from pyro_blora.posterior.structured_guide import StructuredGuide
 
 __all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.plots import reliability_diagram, save_figure
+from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 
 __all__ = ["PREDICTIONS", "RESULTS", "Row", "draw", "read", "table", "versions", "write"]
 

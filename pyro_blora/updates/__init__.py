@@ -1,0 +1,1 @@
+"""The low-rank update that a prior returns, its Kronecker algebra and its conditional noise."""
