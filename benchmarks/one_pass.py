@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from pyro_blora import BayesianLoRA, load_pretrained, load_task
 from pyro_blora.evaluation.comparison import item_length, likelihood_for
 from pyro_blora.evaluation.metrics import evaluate
-from pyro_blora.inference import predict_dataset
+from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 
 DRAWS, ONE_PASS = "draws", "one pass"

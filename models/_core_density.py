@@ -89,8 +89,9 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
     ======================  ==========================================================
 
     The last two learn the rank (see
-    :func:`~pyro_blora.evaluation.effective_rank.effective_ranks`) between fixed directions, as ``SpectralInducing`` has them; learned directions are point estimates, and
-    no density of the core keeps them from fitting noise.
+    :func:`~pyro_blora.evaluation.effective_rank.effective_ranks`) between fixed directions, as
+    ``SpectralInducing`` has them; learned directions are point estimates, and no density of the
+    core keeps them from fitting noise.
 
     Args:
         model: the bound prior; its ``V`` site is sampled, and those named above.

@@ -32,8 +32,8 @@ def reliability_diagram(
     Above, the accuracy of each bin of confidence (bars), and the gap to the diagonal, on which a
     calibrated method lies: red where the method claims too much, green where it claims too little.
     The title gives the scores of :func:`pyro_blora.evaluation.metrics.evaluate`. Below, the share
-    of the items in each bin, with the mean confidence (dashed) and the accuracy (solid): the distance of the two
-    lines is the net over- or under-confidence.
+    of the items in each bin, with the mean confidence (dashed) and the accuracy (solid): the
+    distance of the two lines is the net over- or under-confidence.
 
     Args:
         results: ``{method: (probs, labels)}``, ``probs`` of shape ``(n, K)`` and ``labels`` of

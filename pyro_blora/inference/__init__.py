@@ -1,6 +1,5 @@
 """Training and prediction loops."""
 
-from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
@@ -12,5 +11,4 @@ __all__ = [
     "finish",
     "fit",
     "parameter_groups",
-    "predict_dataset",
 ]

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora.inference import predict_dataset
+from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference.loop import LoopOptions, batches
 
 

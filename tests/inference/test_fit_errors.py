@@ -15,7 +15,8 @@ from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
-from pyro_blora.inference import fit, predict_dataset
+from pyro_blora.evaluation.predict_dataset import predict_dataset
+from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
 
 # Pyro's ELBO also warns of the NaN that the error is about
