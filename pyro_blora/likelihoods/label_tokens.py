@@ -18,8 +18,8 @@ class LabelTokens(Likelihood):
 
     :math:`p(y = c \mid x) \propto \exp \ell_{a_c}(x)`, with :math:`\ell` the logits after the last
     token and :math:`a_c` the token that stands for class :math:`c`. This is the protocol of the
-    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA papers. Only the
-    rows of the head that belong to answer tokens are computed, at that one position.
+    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA papers. The head
+    is computed at that one position alone.
 
     Args:
         token_ids: the answer tokens, one for each class, in the order of the classes.
@@ -58,4 +58,4 @@ class LabelTokens(Likelihood):
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
         real = torch.ones_like(last, dtype=torch.bool)
         tokens = torch.tensor(self.token_ids, device=mask.device)
-        return logits_at(net, inputs, last, real, tokens)
+        return logits_at(net, inputs, last, real)[:, tokens]
