@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_blora.guides._site_guide import Site
@@ -65,9 +66,10 @@ def mean_updates(
 
     where one factor alone is random, as with all inducing priors of one ``U``, or the factors are
     uncorrelated under q. If the factors are linear in all sites, they are those at q's mean, to the
-    last digit. If a site has a constrained support, is marked ``infer={"nonlinear": True}``, or q
-    does not know its mean (``AutoIAFNormal``), they are averages over 1,024 draws, the same every
-    time, which leaves an error of a thirtieth of the posterior's own spread.
+    last digit. If a site has a constrained support or is marked ``infer={"nonlinear": True}``, they
+    are averages over 1,024 draws of it, the same every time, the other sites still at their means:
+    off by about a thirtieth of the spread of that scale. Where q may correlate the sites (any
+    AutoGuide, ``Ensemble``) or does not know its mean (``AutoIAFNormal``), all sites are drawn.
 
     Args:
         model: the model.
@@ -77,18 +79,26 @@ def mean_updates(
     Returns:
         Updates by group, of factors ``(n, ...)``, or ``(B, n, ...)`` where they are amortised.
     """
+    held = Trace()
+    lead: tuple[int, ...] = ()
+    if batch is not None and getattr(guide, "reads_context", False):
+        lead = (model.likelihood.examples(batch),)
     centre = _centre(guide, batch)
     if centre is not None:
         at_centre = pyro.poutine.condition(model.updates, data=centre)
         nodes = pyro.poutine.trace(at_centre).get_trace().nodes
-        if all(_is_linear(name, nodes[name]) for name in centre if name in nodes):
+        centre = {name: value for name, value in centre.items() if name in nodes}
+        linear = {name: nodes[name] for name in centre if _is_linear(name, nodes[name])}
+        if len(linear) == len(centre):
             updates: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
             return {name: update.without_noise() for name, update in updates.items()}
-    lead: tuple[int, ...] = ()
-    if batch is not None and getattr(guide, "reads_context", False):
-        lead = (model.likelihood.examples(batch),)
+        if isinstance(guide, StructuredGuide) and not guide.couples_sites:
+            for name, node in linear.items():  # independent of what is drawn
+                value = centre[name]
+                value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1)) if lead else value
+                held.add_node(name, **{**node, "value": value, "is_observed": False})
     means: dict[str, list[LowRankUpdate]] = {}
-    with draws_apart(guide, model.groups[0].device):
+    with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
         for _ in range(_PASSES):
             drawn_updates = sample_updates(model, guide, _DRAWS * math.prod(lead), batch)
             for name, update in drawn_updates.items():

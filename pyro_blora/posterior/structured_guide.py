@@ -104,7 +104,7 @@ class StructuredGuide(PyroModule):
                 if frame.name not in self._plates:  # one plate for all the sites within
                     self._plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
             setattr(self, attribute, family.bind(site))
-        self.reads_context = family.reads_context
+        self.reads_context, self.couples_sites = family.reads_context, family.couples_sites
         self.nesting = model.max_plate_nesting
 
     def families(self) -> dict[str, SiteGuide]:
