@@ -256,8 +256,10 @@ class BayesianLoRA(PyroModule):
             ConfigurationError: there is no such recipe; the message lists near misses.
         """
         made = recipe(name)
-        nouns = {"prior": made.prior(rank), "guide": made.guide(), "likelihood": likelihood}
-        return cls(net, target_modules=target_modules, **nouns)
+        prior, guide = made.prior(rank), made.guide()
+        return cls(
+            net, target_modules=target_modules, prior=prior, guide=guide, likelihood=likelihood
+        )
 
     @classmethod
     def from_pretrained(

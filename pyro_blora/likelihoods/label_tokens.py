@@ -58,4 +58,4 @@ class LabelTokens(Likelihood):
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
         real = torch.ones_like(last, dtype=torch.bool)
         tokens = torch.tensor(self.token_ids, device=mask.device)
-        return logits_at(net, inputs, last, real)[:, tokens]
+        return logits_at(net, inputs, last, real, tokens)

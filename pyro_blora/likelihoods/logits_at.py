@@ -40,7 +40,13 @@ def output_head(net: nn.Module) -> nn.Module:
     return head
 
 
-def logits_at(net: nn.Module, inputs: Mapping[str, Any], positions: Tensor, mask: Tensor) -> Tensor:
+def logits_at(
+    net: nn.Module,
+    inputs: Mapping[str, Any],
+    positions: Tensor,
+    mask: Tensor,
+    token_ids: Tensor | None = None,
+) -> Tensor:
     """The network's logits at some positions of each row.
 
     Args:
@@ -50,9 +56,10 @@ def logits_at(net: nn.Module, inputs: Mapping[str, Any], positions: Tensor, mask
             transformers leaves to the caller.
         positions: positions to read in each row, ``(R, S)``.
         mask: which of them are real, ``(R, S)``, boolean.
+        token_ids: the vocabulary entries to return, ``(C,)``; default all.
 
     Returns:
-        ``(mask.sum(), V)`` in at least single precision: the real positions in row-major order.
+        ``(mask.sum(), C)`` in at least single precision: the real positions in row-major order.
 
     Raises:
         ConfigurationError: the network has no output head, or is an encoder-decoder.
@@ -69,6 +76,7 @@ def logits_at(net: nn.Module, inputs: Mapping[str, Any], positions: Tensor, mask
     else:
         logits = net(**inputs, use_cache=False).logits
         logits = _gather(logits, positions, mask).squeeze(0)
+    logits = logits if token_ids is None else logits[..., token_ids]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -8,7 +8,7 @@ setting of the network, and where the logits differ the plain path is taken.
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -81,7 +81,7 @@ def holds(net: nn.Module, shortcut: str, question: Callable[[], bool], *about: n
 
 @contextmanager
 def asked(net: nn.Module) -> Iterator[None]:
-    """Within, ``net`` is as pretrained: no dropout, no updates, no gradients, no autocast.
+    """Within, ``net`` is as pretrained: no dropout, updates, gradients, autocast or graphs.
 
     Quantised layers, which drop nothing out, stay in the mode they are in: bitsandbytes' of 8 bits
     multiply in another way in each.
@@ -91,10 +91,12 @@ def asked(net: nn.Module) -> Iterator[None]:
         for module in net.modules():
             if not is_quantised(module):
                 module.training = False
+        eager = runs_eagerly(net.modules())
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
             without_updates(net),
+            nullcontext() if eager else torch.compiler.set_stance("force_eager"),
         ):
             yield
 

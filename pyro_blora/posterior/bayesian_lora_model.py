@@ -8,6 +8,7 @@ is what lets activation checkpointing and compilation work.
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -82,11 +83,6 @@ class BayesianLoRAModel(PyroModule):
             autocast.
         nll: negative log-likelihood per example of the last batch, a tensor without gradient.
         layer_names: full names of the adapted layers.
-        sites: the latent sites of the prior.
-        max_plate_nesting: how many dimensions the plates of the prior take.
-
-    Raises:
-        ConfigurationError: the prior returns no update of the layers' shapes.
     """
 
     def __init__(
@@ -116,14 +112,6 @@ class BayesianLoRAModel(PyroModule):
             for name, module in net.named_modules()
             if hasattr(getattr(module, "weight", None), "quant_state") and module not in frozen
         ]
-        with torch.no_grad():
-            trace = pyro.poutine.trace(self.updates).get_trace()
-        for group in groups:
-            getattr(self, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
-        self.sites = latent_sites(trace)
-        # Plates of the prior; the particles' dimension stands just outside of them.
-        frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        self.max_plate_nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
 
     @property
     def net(self) -> nn.Module:
@@ -134,6 +122,30 @@ class BayesianLoRAModel(PyroModule):
     def prior(self) -> UpdateModel:
         """The prior as it was given, before it knew the layers."""
         return self._prior[0]
+
+    @cached_property
+    def _traced(self) -> tuple[list[Site], int]:
+        """Sites and nesting; not before Pyro knows whose part this module is."""
+        with torch.no_grad():
+            trace = pyro.poutine.trace(self.updates).get_trace()
+        for group in self.groups:
+            getattr(self, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
+        frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+        return latent_sites(trace), max([1, *(-f.dim for f in frames if f.vectorized)])
+
+    @property
+    def sites(self) -> list[Site]:
+        """The latent sites of the prior.
+
+        Raises:
+            ConfigurationError: the prior returns no update of the layers' shapes.
+        """
+        return self._traced[0]
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """How many dimensions the prior's plates take; the particles' stands just outside."""
+        return self._traced[1]
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""

@@ -87,12 +87,12 @@ class StructuredGuide(PyroModule):
 
     Args:
         family: a guide family, copied for each site.
-        model: the model, whose latent sites they are.
+        sites: the latent sites of the prior.
+        model: the model.
     """
 
-    def __init__(self, family: SiteGuide, model: BayesianLoRAModel) -> None:
+    def __init__(self, family: SiteGuide, sites: list[Site], model: BayesianLoRAModel) -> None:
         super().__init__()
-        sites = model.sites
         self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
         self._site_guides: list[tuple[Site, str]] = []
         self._plates: dict[str, pyro.plate] = {}  # made once: a new plate costs as much as a site
@@ -191,8 +191,9 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> nn
             "makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide family "
             "is passed as an object, MatrixNormal(), not as the class."
         )
+    sites = model.sites  # which also checks the prior's update
     if isinstance(family, SiteGuide):
-        return StructuredGuide(family, model)
+        return StructuredGuide(family, sites, model)
     guide = family(model)
     if not isinstance(guide, nn.Module):
         raise ConfigurationError(

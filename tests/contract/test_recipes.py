@@ -103,4 +103,4 @@ def test_packages_may_ship_recipes(monkeypatch):
     monkeypatch.setattr("pyro_blora.recipes.entry_points", entries)
     assert recipe("own") is own
     assert all_recipes()["blob"] is RECIPES["blob"]
-    assert isinstance(made("own").guide_family[0], guides.Delta)
+    assert isinstance(made("own").guide_family, guides.Delta)
