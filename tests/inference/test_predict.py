@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from pyro_blora.network.modes import in_mode
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import MeanField
@@ -14,6 +13,7 @@ from pyro_blora.likelihoods import (
     SequenceClassification,
 )
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.freezing import in_mode
 from pyro_blora.posterior.draws import logits_of_draws, rows_of_a_pass
 
 
