@@ -24,6 +24,7 @@ __all__ = [
     "agree",
     "asked",
     "holds",
+    "is_asked",
     "is_observed",
     "is_on",
     "is_sharded",
@@ -37,6 +38,7 @@ __all__ = [
 
 _WINDOW = re.compile(r"(window|chunk)(_size)?$")
 _OFF: WeakSet[nn.Module] = WeakSet()
+_ASKED: WeakSet[nn.Module] = WeakSet()
 _ANSWERS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
@@ -98,7 +100,16 @@ def asked(net: nn.Module) -> Iterator[None]:
             without_updates(net),
             nullcontext() if eager else torch.compiler.set_stance("force_eager"),
         ):
-            yield
+            _ASKED.add(net)
+            try:
+                yield
+            finally:
+                _ASKED.discard(net)
+
+
+def is_asked(net: nn.Module) -> bool:
+    """Whether a pass of the network, now, is one of a question, which no shortcut may answer."""
+    return net in _ASKED
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:

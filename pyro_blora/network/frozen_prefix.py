@@ -82,8 +82,8 @@ class FrozenPrefix:
 
     Args:
         net: the network.
-        blocks: its frozen blocks, see :func:`skippable_blocks`; where there are none, it does
-            nothing.
+        blocks: its frozen blocks, see :func:`skippable_blocks`.
+        asked: whether it is what the network is asked about; other questions see all blocks run.
 
     Example::
 
@@ -93,8 +93,8 @@ class FrozenPrefix:
                 loss = elbo(batch)
     """
 
-    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        self.net, self.blocks = net, blocks
+    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module], *, asked: bool = False) -> None:
+        self.net, self.blocks, self._asked = net, blocks, asked
         self._kept: dict[Hashable, Tensor] = {}
         self._forms: list[Callable[[Tensor], Any]] = [_alone] * len(blocks)
         self._keys: list[Hashable] = []
@@ -136,6 +136,8 @@ class FrozenPrefix:
             yield module
 
     def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if fast_path.is_asked(self.net) != self._asked:
+            return own(*args, **kwargs)
         hidden = layer_input(args, kwargs)
         last = index == len(self.blocks) - 1
         rows = hidden.shape[0] // (self._copies * len(self._keys))
@@ -175,7 +177,7 @@ def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[5], [4], [4]])).long()
     ids = ids * mask
     visits = [(ids[:, :5], mask[:, :5], 1), (ids[:, :5], mask[:, :5], 2), (ids, mask, 1)]
-    prefix = FrozenPrefix(net, blocks)
+    prefix = FrozenPrefix(net, blocks, asked=True)
     for ids, mask, copies in visits:
         rows = {"input_ids": ids.repeat(copies, 1), "attention_mask": mask.repeat(copies, 1)}
         expected = fast_path.logits_of(net, **rows)

@@ -183,9 +183,7 @@ def test_fit_finishes_and_the_width_travels(family):
 
 
 def test_what_cannot_be_finished_is_refused():
-    with pytest.raises(
-        ConfigurationError, match=r"\(Laplace, Isotropic\), not for Mean"
-    ):
+    with pytest.raises(ConfigurationError, match=r"\(Laplace, Isotropic\), not for Mean"):
         finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
     pyro.clear_param_store()
     blora = tiny.adapted(guide=Laplace())

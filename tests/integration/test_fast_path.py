@@ -465,3 +465,14 @@ def test_a_failing_pass_leaves_no_forward_behind():
         blora.predict(batch, 3)
     assert [vars(block).get("forward") for block in blocks_of(blora.net)] == before
     pyro.clear_param_store()
+
+
+def test_a_question_asked_in_between_sees_the_whole_network():
+    """Options are packed, or not, by a question of its own, asked when blocks may be skipped."""
+    blora, batch = adapted("llama, options")
+    rows, collate = of_rows(batch)
+    seen = []
+    forward = blora.net.forward
+    blora.net.forward = lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs)
+    history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
+    assert sorted(seen[-2:]) == [2, 4]  # a row an item
