@@ -212,3 +212,13 @@ def _smallest(package, contract):
 def trained(blora):
     """The adapter's unconstrained tensors, copied."""
     return {name: value.detach().clone() for name, value in blora.named_parameters()}
+
+
+def contract(module, base, name, *, make=None, parts=None, **members):
+    """Puts ``Test<name>``, a subclass of a contract with these parts, into a module."""
+    if make is not None:
+        members["make"] = lambda self: make
+    if parts is not None:
+        members["parts"] = lambda self: parts
+    name = f"Test{name}"
+    module[name] = type(name, (base,), {"__module__": module["__name__"], **members})

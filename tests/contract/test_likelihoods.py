@@ -14,6 +14,7 @@ from transformers import (
 from pyro_blora import likelihoods
 from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.testing import LikelihoodContract
 
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
@@ -35,6 +36,17 @@ def case(request):
     return make, blora, batch(4)
 
 
+for name, (make, net, batch) in CASES.items():
+    tiny.contract(
+        globals(),
+        LikelihoodContract,
+        name,
+        make=make(num_data=12),
+        net=lambda self, net=net: net(),
+        batch=lambda self, rows, batch=batch: batch(rows),
+    )
+
+
 def test_every_likelihood_is_tested():
     assert {*CASES, "Batch", "Likelihood"} == set(likelihoods.__all__)
 
@@ -53,15 +65,6 @@ def test_empty_batch(case):
     _, blora, batch = case
     with pytest.raises(BatchError, match="empty"):
         blora.log_predictive({key: value[:0] for key, value in batch.items()})
-
-
-@pytest.mark.parametrize("wrong", [99, -3])
-def test_label_out_of_range(case, wrong):
-    _, blora, batch = case
-    labels = batch["labels"].clone()
-    labels[0, ...] = wrong
-    with pytest.raises(BatchError, match=rf"{wrong}|-100"):
-        blora.model({**batch, "labels": labels})
 
 
 def test_labels_of_wrong_shape():
@@ -85,18 +88,6 @@ def test_a_likelihood_without_num_data_warns(case):
     with pytest.warns(UserWarning, match=r"not told num_data.*batch of 4.*num_data=len\(train\)"):
         trace = pyro.poutine.trace(blora.model).get_trace(batch)
     assert trace.nodes["labels"]["scale"] == 1
-
-
-@pytest.mark.parametrize("particles", [1, 2, 4])
-def test_the_data_is_scaled_to_num_data(case, particles):
-    """Each particle sees B / P examples, and stands for all N of them."""
-    _, blora, batch = case
-    with pyro.plate("num_particles_vectorized", particles, dim=-2):
-        trace = pyro.poutine.trace(blora.model).get_trace(batch)
-    labels = trace.nodes["labels"]
-    assert labels["scale"] == pytest.approx(12 / (4 / particles))
-    assert labels["fn"].batch_shape[-1] == 4 // particles
-    assert trace.nodes["data"]["fn"].size == 12
 
 
 def test_particles_must_divide_the_batch(case):

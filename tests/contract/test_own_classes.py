@@ -1,67 +1,20 @@
-"""A prior, a guide family and a likelihood of the user's own, as the documentation has them."""
-
-from typing import ClassVar
+"""A prior, a guide family and a likelihood of the user's own."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import tiny
 import torch
-from pyro.infer import SVI, TraceMeanField_ELBO
-from pyro.nn import PyroParam
-from pyro.optim import ClippedAdam
-from torch.distributions import constraints
+from own_classes import Plain, Scaled, Spread
+from pyro.infer import TraceMeanField_ELBO
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import MeanField, SiteGuide
+from pyro_blora.guides import MeanField
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.models import UpdateModel
+from pyro_blora.testing import GuideContract, LikelihoodContract, PairContract, PriorContract
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-
-class Plain(UpdateModel):
-    """The example of ``UpdateModel``: A is learned, B is random."""
-
-    roles: ClassVar[dict[str, str]] = {"A": "direction"}
-
-    def __init__(self, *, rank: int = 2) -> None:
-        super().__init__()
-        self.rank = rank
-
-    def setup(self, group):
-        self.A = PyroParam(self.randn(group.n, self.rank, group.d_in) / group.d_in**0.5)
-
-    def forward(self):
-        with self.plate():
-            B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
-        return LowRankUpdate(A=self.A, B=B)
-
-
-class Scaled(Plain):
-    """With a positive random scale for each layer, and both factors random."""
-
-    def forward(self):
-        with self.plate():
-            tau = pyro.sample(self.site("tau"), dist.HalfNormal(torch.tensor(0.5)))
-            A = pyro.sample(self.site("A"), self.normal(self.rank, self.group.d_in))
-            B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
-        return LowRankUpdate(A=A + self.A, B=tau[..., None, None] * B)
-
-
-class Spread(SiteGuide):
-    """The example of ``SiteGuide``: one standard deviation for each layer."""
-
-    roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale": "scale"}
-
-    def setup(self, site):
-        loc, scale = site.start()
-        self.loc = PyroParam(loc)
-        flat = scale.flatten(-site.event_dim).mean(-1) if site.event_dim else scale
-        self.scale = PyroParam(self.init_scale * flat, constraints.positive)
-
-    def distribution(self):
-        scale = self.scale.reshape(self.scale.shape + (1,) * self.site.event_dim)
-        return dist.Normal(self.loc, scale).to_event(self.site.event_dim)
+FAMILIES = {**tiny.families(), "Spread": Spread()}
 
 
 class Weighted(LabelTokens):
@@ -69,6 +22,36 @@ class Weighted(LabelTokens):
 
     def logits(self, net, batch):
         return super().logits(net, batch) + torch.tensor([0.0, 0.0, 30.0])
+
+
+class TestPlain(PriorContract):
+    """The library's families meet it where they are checked themselves."""
+
+    def parts(self):
+        return {"prior": Plain(), "guide": Spread()}
+
+
+class TestScaled(PriorContract):
+    def make(self):
+        return Scaled()
+
+
+class TestSpread(GuideContract):
+    def parts(self):
+        return {"prior": Scaled(), "guide": self.make()}
+
+    def make(self):
+        return Spread()
+
+
+for family in sorted(FAMILIES.keys() - {"MeanField", "Spread"}):
+    pair = {"prior": Scaled(), "guide": FAMILIES[family]}
+    tiny.contract(globals(), PairContract, f"Scaled{family}", parts=pair)
+
+
+class TestWeighted(LikelihoodContract):
+    def make(self):
+        return Weighted(token_ids=tiny.ANSWERS, num_data=12)
 
 
 class Wrong(Plain):
@@ -81,23 +64,6 @@ class Wrong(Plain):
     def forward(self):
         update = super().forward()
         return self.made(update.A, update.B)
-
-
-FAMILIES = {**tiny.families(), "Spread": Spread()}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("prior", [Plain(), Scaled()], ids=repr)
-def test_own_prior(prior, family):
-    blora, batch = tiny.adapted(prior=prior, guide=FAMILIES[family]), tiny.sequences(8)
-    before = tiny.trained(blora)
-    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
-    svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 1e-2}), elbo)
-    losses = [svi.step(batch) for _ in range(3)]
-    assert all(loss == loss and abs(loss) < float("inf") for loss in losses)
-    assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
-    assert blora.predict(batch, 4).samples.shape == (4, 8, 3)
-    assert blora.predict(batch, 0).samples.shape == (1, 8, 3)
 
 
 @pytest.mark.parametrize(("prior", "analytic"), [(Plain(), True), (Scaled(), False)])

@@ -24,7 +24,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "priors_and_guides.md").read_text("utf-8")
-PRIOR, GUIDE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PRIOR, GUIDE, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 spec = importlib.util.spec_from_file_location("matrix", ROOT / "benchmarks" / "matrix.py")
 matrix = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(matrix)
@@ -81,6 +81,21 @@ def test_the_guide_of_the_page_takes_any_prior(prior):
     fit(blora, tiny.examples(10), collate=tiny.collate, **options)
     assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
     assert blora.predict(tiny.collate(tiny.examples(4)), 3).samples.shape == (3, 4, 3)
+
+
+def checks():
+    names = {"SpikeAndSlab": made(PRIOR, "SpikeAndSlab"), "HeavyTails": made(GUIDE, "HeavyTails")}
+    exec(CHECK, names)
+    for kind in (names["TestSpikeAndSlab"], names["TestHeavyTails"]):
+        for name in dir(kind):
+            if name.startswith("test_"):
+                yield pytest.param(kind, name, id=f"{kind.__name__}-{name}")
+
+
+@pytest.mark.parametrize(("kind", "name"), checks())
+def test_the_classes_of_the_page_keep_the_contract_of_the_page(kind, name):
+    assert own_lines(CHECK) <= 8
+    getattr(kind(), name)()
 
 
 def test_every_class_and_every_recipe_is_on_the_page():

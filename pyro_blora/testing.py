@@ -1,0 +1,300 @@
+"""Contracts for priors, guide families and likelihoods of your own, to subclass in a test file.
+
+Mixins of test methods for pytest, or for unittest beside ``TestCase``, on a tiny transformer::
+
+    class TestMyPrior(PriorContract):
+        def make(self):
+            return MyPrior(rank=2)
+"""
+
+import copy
+import tempfile
+from contextlib import suppress
+from itertools import product
+from math import inf, isclose, prod
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from pyro.optim import ClippedAdam
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import BatchError
+from pyro_blora.guides import MeanField, Site
+from pyro_blora.inference import LEARNING_RATES
+from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.models import Hierarchical
+
+__all__ = ["GuideContract", "LikelihoodContract", "PairContract", "PriorContract"]
+
+_PARAMS = "setup() must register what is learned as a PyroParam, and other tensors as buffers"
+
+
+class _Contract:
+    noun: ClassVar[str]  # which option of BayesianLoRA is checked
+
+    def make(self) -> Any:
+        """The object to check."""
+        raise NotImplementedError(f"{type(self).__name__} must define make().")
+
+    def parts(self) -> dict[str, Any]:
+        """Options of :class:`~pyro_blora.BayesianLoRA` that are not the contract's own."""
+        return {self.noun: self.make()}
+
+    def net(self) -> nn.Module:
+        """The network: a Llama, ``q_proj`` 16 x 16 and ``v_proj`` 8 x 16 in two blocks."""
+        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).eval()
+
+    def batch(self, rows: int) -> dict[str, Any]:
+        """A batch: right-padded rows of differing lengths, with one of three classes each."""
+        ids = torch.randint(8, 32, (rows, 7), generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(7) < 7 - torch.arange(rows).unsqueeze(-1) % 4).long()
+        return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.arange(rows) % 3}
+
+    def adapted(self, net: nn.Module | None = None, **parts: Any) -> BayesianLoRA:
+        """An adapter on ``net``, or from a fixed seed on a network of its own."""
+        pyro.clear_param_store()
+        if net is None:
+            pyro.set_rng_seed(0)
+            net = self.net()
+        likelihood = LabelTokens(token_ids=(5, 6, 7), num_data=12)
+        own = {"prior": Hierarchical(rank=2), "guide": MeanField(), "likelihood": likelihood}
+        return BayesianLoRA(net, **{**own, **self.parts(), **parts})
+
+    def test_repr_says_how_to_build_it_again(self) -> None:
+        """The constructor keeps each argument under its own name."""
+        for made in self.parts().values():
+            again = repr(type(made)(**made.options()))
+            assert again == repr(made), f"{made!r}, built again from its options(), is {again}."
+
+
+class PairContract(_Contract):
+    """What any prior does with any guide family; override ``parts()``."""
+
+    def test_both_loops_train_every_parameter_in_both_stores(self) -> None:
+        """By SVI, and by ``ELBO()(model, guide)``, which gives each parameter a gradient."""
+        for svi, local in product((True, False), (False, True)):
+            with pyro.settings.context(module_local_params=local):
+                blora, batch = self.adapted(), self.batch(8)
+                start = {name: p.detach().clone() for name, p in blora.named_parameters()}
+                before, loss = blora.predict(batch, 0).samples, _train(blora, batch, svi=svi)
+                still = [n for n, p in blora.named_parameters() if torch.equal(p, start[n])]
+                mean, drawn = (blora.predict(batch, draws).samples for draws in (0, 5))
+            assert -inf < loss < inf, f"The loss is {loss}."
+            assert not still, f"{still} stay at module_local_params={local}: {_PARAMS}."
+            assert not torch.equal(mean, before), f"The predictions stay as they were: {_PARAMS}."
+            assert drawn.shape == (5, 8, 3), f"5 draws of 8 x 3 are {tuple(drawn.shape)}."
+
+    def test_the_loss_falls(self) -> None:
+        """Twenty steps of SVI lower the loss, measured under the same draws."""
+        blora, batch, losses = self.adapted(), self.batch(8), []
+        elbo = TraceMeanField_ELBO(8, blora.max_plate_nesting, vectorize_particles=True)
+        for steps in (20, 1):
+            torch.manual_seed(0)
+            losses += [sum(elbo.loss(blora.model, blora.guide, batch) for _ in range(8)) / 8]
+            _train(blora, batch, steps, svi=True)
+        assert -inf < losses[1] < losses[0], f"The loss goes from {losses[0]} to {losses[1]}."
+
+    def test_guide_and_particles_follow_the_model(self) -> None:
+        """Sites agree; each particle has an update of its own and its share of the rows."""
+        blora, batch = self.adapted(), self.batch(8)
+        with pyro.plate("num_particles_vectorized", 4, dim=-1 - blora.max_plate_nesting):
+            q = poutine.trace(blora.guide).get_trace(batch)
+            p = poutine.trace(poutine.replay(blora.model, trace=q)).get_trace(batch)
+            updates = poutine.replay(blora.model.updates, trace=q)()
+        assert _latents(q) == _latents(p), f"The guide has {_latents(q)}, the model {_latents(p)}."
+        for name, centre in blora.guide.center(batch).items():  # type: ignore[operator]
+            sites = q.nodes[name], p.nodes[name]
+            ours, theirs = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in sites)
+            assert ours == theirs, f"{name} is {ours} in the guide, {theirs} in the model."
+            _check_support(name, p.nodes[name]["fn"], p.nodes[name]["value"], centre)
+        for name, update in updates.items():
+            assert prod(update.particle_shape) == 4, f"{name} is {update.particle_shape} updates."
+        assert p.nodes["labels"]["fn"].batch_shape[-1] == 2, "4 particles share the 8 rows out."
+
+    def test_every_parameter_is_a_pyro_param_with_a_role(self) -> None:
+        """Only then do both parameter stores see it, and ``fit`` knows its learning rate."""
+        for module in self.adapted().modules():
+            own = {n.removesuffix("_unconstrained") for n, _ in module.named_parameters("", False)}
+            known = set(module._pyro_params) if isinstance(module, PyroModule) else set()
+            assert own == known, f"{module!r}: make each of {own ^ known} a PyroParam."
+            wrong = {name for name in own if module.roles.get(name) not in LEARNING_RATES}
+            assert not wrong, f"{module!r}: roles must give {wrong} one of {list(LEARNING_RATES)}."
+
+    def test_a_trained_adapter_travels(self) -> None:
+        """Its state dict, and the folder that it saves, each make an equal one."""
+        batch, parts = self.batch(8), self.parts()
+        with pyro.settings.context(module_local_params=True), tempfile.TemporaryDirectory() as path:
+            blora = self.adapted(**parts)
+            for part in parts.values():
+                assert repr(part) in repr(blora), f"{part!r} is missing in {blora!r}."
+                assert not list(part.parameters()), f"{part!r} has parameters before setup()."
+            _train(blora, batch, svi=False)
+            expected, state = blora.predict(batch, 0).samples, copy.deepcopy(blora.state_dict())
+            blora.save_pretrained(path)
+            fresh = self.adapted(blora.unwrap())
+            assert not torch.equal(fresh.predict(batch, 0).samples, expected)
+            fresh.load_state_dict(state)
+            loaded = fresh.predict(batch, 0).samples
+            read = BayesianLoRA.from_pretrained(fresh.unwrap(), path, **parts).predict(batch, 0)
+        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {_PARAMS}."
+        assert torch.equal(read.samples, expected), f"from_pretrained reads another: {_PARAMS}."
+
+
+class PriorContract(PairContract):
+    """What a prior does, by itself and with a mean-field guide; override ``make()``."""
+
+    noun = "prior"
+    starts_at_zero: ClassVar[bool] = True  # whether the update does in the mean, as LoRA's
+
+    def test_sites_and_updates_have_their_shapes(self) -> None:
+        """Sites are sampled within plates, before the network runs; factors fit the layers."""
+        blora = self.adapted()
+        p = poutine.trace(blora.model.updates).get_trace()
+        late = _latents(poutine.trace(blora.model).get_trace(self.batch(4)))[len(_latents(p)) :]
+        assert not late, f"{late} are sampled by a layer; sample all sites in forward()."
+        for name in _latents(p):
+            shape, frames = p.nodes[name]["fn"].batch_shape, p.nodes[name]["cond_indep_stack"]
+            free = {i for i in range(-len(shape), 0) if shape[i] > 1} - {f.dim for f in frames}
+            assert not free, f"{name}: no plate has dimension {free}; sample it in self.plate()."
+        for draws in (0, 1, 3):
+            for group, update in blora.sample_updates(draws).items():
+                getattr(blora.model, group).check_update(update)
+
+    @torch.no_grad()
+    def test_the_mean_update_is_zero_at_the_start(self) -> None:
+        """The posterior mean is the network itself, and a draw is not."""
+        blora, ids, found = self.adapted(), self.batch(4)["input_ids"], []
+        outside = blora.net(ids).logits
+        for draws in (0, 1):
+            with blora.posterior(draws) as adapted:
+                found.append(adapted(ids).logits)
+            for factor in blora.model.parameters():  # a zero one, as LoRA's B, would hide a draw
+                factor.add_(0.1 * torch.randn_like(factor) * (not factor.any()))
+        zero = torch.allclose(found[0], outside, atol=1e-6, rtol=0)
+        assert zero or not self.starts_at_zero, "The mean is not zero; is starts_at_zero=False?"
+        assert not torch.allclose(found[1], found[0], atol=1e-6), "The update ignores its sites."
+        assert torch.equal(blora.unwrap()(ids).logits, outside), "The network itself has changed."
+
+
+class GuideContract(PairContract):
+    """What a guide family does, by itself and with a hierarchical prior; override ``make()``."""
+
+    noun = "guide"
+    starts_at_prior: ClassVar[bool] = True  # whether q = p at init_scale=1, where p is normal
+
+    def test_the_law_has_the_shapes_and_the_support_of_the_site(self) -> None:
+        """For ``n`` layers and any event, in a draw as in the centre."""
+        for event in ((), (4,), (2, 3)):
+            one = torch.ones(3, *event)
+            for law in (dist.Normal(one, one), dist.HalfNormal(one), dist.Beta(one, one)):
+                p = law.to_event(len(event))
+                q = self.make().bind(Site("g.s", p, (), context_size=4))
+                drawn = q.forward().expand(torch.Size([5, 3]))
+                value, centre = drawn(), q.center()
+                given = tuple(drawn.log_prob(value).shape), tuple(value.shape), tuple(centre.shape)
+                assert given == ((5, 3), (5, 3, *event), (3, *event)), f"For {event}: {given}."
+                _check_support(type(q).__name__, p, value, centre)
+
+    @torch.no_grad()
+    def test_the_kl_is_that_of_draws(self) -> None:
+        """At any parameters, where it is registered; and q starts at a normal prior."""
+        torch.manual_seed(0)
+        options, p = self.make().options(), dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
+        starts = {"init_scale": 1.0} if self.starts_at_prior and "init_scale" in options else {}
+        q = type(self.make())(**options | starts).bind(Site("g.V", p, (), context_size=4))
+        parameters = list(q.parameters())
+        assert parameters, f"The family has no parameters: {_PARAMS}."
+        for spread in (0.0, 0.3):
+            for parameter in parameters:
+                parameter.add_(spread * torch.randn_like(parameter))
+            drawn = q.distribution().expand(torch.Size([20_000, 3]))
+            value = drawn()
+            ratio = (drawn.log_prob(value) - p.log_prob(value)).sum(-1)
+            mean, error = float(ratio.mean()), 5 * float(ratio.std()) / len(ratio) ** 0.5
+            if starts and not spread:
+                assert ratio.abs().max() < 1e-3, f"At init_scale=1 q is not the prior: KL {mean}."
+            with suppress(NotImplementedError):  # then Pyro takes that of the draws
+                kl = float(torch.distributions.kl_divergence(q.distribution(), p).sum())
+                assert isclose(kl, mean, abs_tol=error + 1e-3), f"The KL is {kl}, of draws {mean}."
+
+
+class LikelihoodContract(_Contract):
+    """What a likelihood does; ``make()`` gives it ``num_data=12``; override ``batch()`` with it."""
+
+    noun = "likelihood"
+
+    def test_labels_are_checked_and_absent_ones_sampled(self) -> None:
+        """A label that names no class is an error; a batch for prediction has none."""
+        blora, batch = self.adapted(), self.batch(4)
+        for wrong in (99, -3):
+            labels, said = batch["labels"].clone(), ""
+            labels[0, ...] = wrong
+            try:
+                blora.model({**batch, "labels": labels})
+            except BatchError as error:
+                said = str(error)
+            assert str(wrong) in said or "-100" in said, f"Label {wrong}: no BatchError, {said!r}."
+        unlabelled = {key: batch[key] for key in blora.likelihood.keys}
+        site = poutine.trace(blora.model).get_trace(unlabelled).nodes["labels"]
+        assert not site["is_observed"], "labels() must be None where the batch has none."
+        _check_support("labels", site["fn"], site["value"])
+
+    def test_the_data_is_scaled_to_num_data(self) -> None:
+        """Each of ``P`` particles sees ``B / P`` examples, and stands for all ``N`` of them."""
+        blora, batch = self.adapted(), self.batch(4)
+        for particles in (1, 2, 4):
+            with pyro.plate("num_particles_vectorized", particles, dim=-2):
+                nodes = poutine.trace(blora.model).get_trace(batch).nodes
+            fn, scale = nodes["labels"]["fn"], nodes["labels"]["scale"]
+            given = fn.batch_shape[-1], scale, nodes["data"]["fn"].size
+            assert given == (4 // particles, 3 * particles, 12), f"{particles=}: {given}."
+
+    def test_each_row_has_its_own_label(self) -> None:
+        """Rows do not see each other, labels matter, and gradients reach the update."""
+        blora, batch = self.adapted(), self.batch(4)
+        pairs = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
+        found, *apart = (blora.log_predictive(rows, 0) for rows in (batch, *pairs))
+        assert found.shape == (4,), f"log_prob of 4 examples is {tuple(found.shape)}: use to_event."
+        assert torch.allclose(found, torch.cat(apart), atol=1e-5), f"{found}, in pairs {apart}."
+        other = blora.log_predictive({**batch, "labels": batch["labels"].roll(1, 0)}, 0)
+        assert not torch.allclose(found, other), "Other labels have the same probabilities."
+        site = poutine.trace(blora.model).get_trace(batch).nodes["labels"]
+        score = site["fn"].log_prob(site["value"])
+        assert score.requires_grad, "No gradient reaches the update; does logits() detach?"
+
+
+def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: bool) -> float:
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
+    if svi:
+        loop = SVI(blora.model, blora.guide, ClippedAdam({"lr": 1e-2}), elbo)
+        return [float(loop.step(batch)) for _ in range(steps)][-1]
+    loss_of = elbo(blora.model, blora.guide)
+    optimizer = torch.optim.Adam(loss_of.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+    norms = {n: p.grad.norm() if p.grad is not None else 0 for n, p in blora.named_parameters()}
+    wrong = {name: float(norm) for name, norm in norms.items() if not 0 < norm < inf}
+    assert not wrong, f"After {steps} steps gradients have the norms {wrong}: {_PARAMS}."
+    return float(loss.detach())
+
+
+def _latents(trace: poutine.Trace) -> list[str]:
+    return list(prune_subsample_sites(trace).stochastic_nodes)
+
+
+def _check_support(name: str, law: Any, *values: Tensor) -> None:
+    for value in values:
+        assert Site(name, law, ()).support.check(value).all(), f"{name}: {law} excludes {value}."

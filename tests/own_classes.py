@@ -1,0 +1,58 @@
+"""A prior and a guide family of the user's own, as the documentation has them."""
+
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroParam
+from torch.distributions import constraints
+
+from pyro_blora.guides import SiteGuide
+from pyro_blora.models import UpdateModel
+from pyro_blora.updates.low_rank_update import LowRankUpdate
+
+
+class Plain(UpdateModel):
+    """The example of ``UpdateModel``: A is learned, B is random."""
+
+    roles: ClassVar[dict[str, str]] = {"A": "direction"}
+
+    def __init__(self, *, rank: int = 2) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def setup(self, group):
+        self.A = PyroParam(self.randn(group.n, self.rank, group.d_in) / group.d_in**0.5)
+
+    def forward(self):
+        with self.plate():
+            B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
+        return LowRankUpdate(A=self.A, B=B)
+
+
+class Scaled(Plain):
+    """With a positive random scale for each layer, and both factors random."""
+
+    def forward(self):
+        with self.plate():
+            tau = pyro.sample(self.site("tau"), dist.HalfNormal(torch.tensor(0.5)))
+            A = pyro.sample(self.site("A"), self.normal(self.rank, self.group.d_in))
+            B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
+        return LowRankUpdate(A=A + self.A, B=tau[..., None, None] * B)
+
+
+class Spread(SiteGuide):
+    """The example of ``SiteGuide``: one standard deviation for each layer."""
+
+    roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale": "scale"}
+
+    def setup(self, site):
+        loc, scale = site.start()
+        self.loc = PyroParam(loc)
+        flat = scale.flatten(-site.event_dim).mean(-1) if site.event_dim else scale
+        self.scale = PyroParam(self.init_scale * flat, constraints.positive)
+
+    def distribution(self):
+        scale = self.scale.reshape(self.scale.shape + (1,) * self.site.event_dim)
+        return dist.Normal(self.loc, scale).to_event(self.site.event_dim)
