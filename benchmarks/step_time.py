@@ -68,11 +68,11 @@ class HandWritten(nn.Module):
 
 
 def other_layers(
-    method: str, net: nn.Module, rank: int, checkouts: dict[str, Path]
+    method: str, net: nn.Module, checkouts: dict[str, Path]
 ) -> tuple[Callable[[], None], Callable[[], Tensor | float]]:
     """Puts the layers of ``method`` into the network; what to do before a step, and their KL."""
     if method == "peft":
-        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=rank)
+        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=RANK)
         return lambda: None, lambda: 0.0
     if method == "hand-written":
         net.requires_grad_(False)
@@ -84,7 +84,7 @@ def other_layers(
     import published
 
     layers_of = {"published": published.bayesian_lora, "published-blob": published.blob}
-    return layers_of[method](net, TARGETS, rank, checkouts[method])
+    return layers_of[method](net, TARGETS, RANK, checkouts[method])
 
 
 def make(
@@ -92,7 +92,6 @@ def make(
     net: nn.Module,
     precision: str,
     particles: int,
-    rank: int = RANK,
     checkouts: dict[str, Path] | None = None,
 ) -> Step:
     """The training step of one method; ``checkouts`` has the folders of other projects."""
@@ -102,10 +101,10 @@ def make(
     layers, _, how = method.partition(":")
     if layers not in {"peft", "hand-written", *(checkouts or {})}:
         pyro.clear_param_store()
-        blora = adapted(net, method, likelihood, rank=rank)
+        blora = adapted(net, method, likelihood)
         blora.model.precision = precision
         return bayesian_step(blora, particles)
-    before, kl = other_layers(layers, net, rank, checkouts or {})
+    before, kl = other_layers(layers, net, checkouts or {})
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         before()
