@@ -72,11 +72,11 @@ class HandWritten(nn.Module):
 
 
 def other_layers(
-    method: str, net: nn.Module, rank: int, checkouts: dict[str, Path]
+    method: str, net: nn.Module, checkouts: dict[str, Path]
 ) -> tuple[Callable[[], None], Callable[[], Tensor | float]]:
     """Puts the layers of ``method`` into the network; what to do before a step, and their KL."""
     if method == "peft":
-        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=rank)
+        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=RANK)
         return lambda: None, lambda: 0.0
     if method == "hand-written":
         net.requires_grad_(False)
@@ -88,7 +88,7 @@ def other_layers(
     import published
 
     layers_of = {"published": published.bayesian_lora, "published-blob": published.blob}
-    return layers_of[method](net, TARGETS, rank, checkouts[method])
+    return layers_of[method](net, TARGETS, RANK, checkouts[method])
 
 
 def make(
@@ -96,7 +96,6 @@ def make(
     net: nn.Module,
     precision: str,
     particles: int,
-    rank: int = RANK,
     checkouts: dict[str, Path] | None = None,
     top: int | None = None,
 ) -> Step:
@@ -107,11 +106,11 @@ def make(
     layers, _, how = method.partition(":")
     if layers not in {"peft", "hand-written", *(checkouts or {})}:
         pyro.clear_param_store()
-        blora = adapted(net, method.removesuffix(":cached"), likelihood, rank=rank, top=top)
+        blora = adapted(net, method.removesuffix(":cached"), likelihood, top=top)
         blora.model.precision = precision
         step = bayesian_step(blora, particles)
         return cached(step, blora) if how == "cached" else step
-    before, kl = other_layers(layers, net, rank, checkouts or {})
+    before, kl = other_layers(layers, net, checkouts or {})
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         before()
