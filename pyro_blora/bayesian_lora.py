@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro.nn import PyroModule
@@ -17,14 +18,11 @@ from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
 from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.network.trained_heads import heads_to_train
-from pyro_blora.posterior.bayesian_lora_model import (
-    BayesianLoRAModel,
-    leave_store,
-    to_device,
-    warn_of_aliases,
-)
+from pyro_blora.options import check_kind
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.linearised import linearised_logits
+from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
@@ -69,12 +67,9 @@ class BayesianLoRA(PyroModule):
 
     Example::
 
-        blora = BayesianLoRA(net, target_modules=["q_proj", "v_proj"],
-                             prior=KroneckerInducing(rank=8), guide=MatrixNormal(),
+        blora = BayesianLoRA(net, prior=KroneckerInducing(rank=8), guide=MatrixNormal(),
                              likelihood=MultipleChoice(num_data=len(train)))
-        svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 5e-3}), TraceMeanField_ELBO())
-        for batch in loader:
-            svi.step(batch)
+        fit(blora, train, collate=collate, num_steps=300)
         blora.predict(batch, num_samples=10).probs  # B x K
     """
 
@@ -102,9 +97,9 @@ class BayesianLoRA(PyroModule):
         family = MatrixNormal() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
         groups = group_layers(targets)
-        _check_kind("prior", prior, UpdateModel)
+        check_kind("prior", prior, UpdateModel)
         likelihood = CausalLM() if likelihood is None else likelihood
-        _check_kind("likelihood", likelihood, Likelihood)
+        check_kind("likelihood", likelihood, Likelihood)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
         warn_of_aliases(self.model)
@@ -154,10 +149,7 @@ class BayesianLoRA(PyroModule):
     def sample_updates(
         self, num_samples: int, batch: Batch | None = None
     ) -> dict[str, LowRankUpdate]:
-        """Posterior draws of the updates by group, or for 0 their mean.
-
-        See :func:`~pyro_blora.posterior.sample_updates.sample_updates`.
-        """
+        """Posterior draws of the updates by group, or for 0 their mean, ``E_q[dW]``."""
         return sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager
@@ -195,8 +187,7 @@ class BayesianLoRA(PyroModule):
                 the guide: one pass however many draws.
 
         Returns:
-            Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows
-            from them.
+            Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).
 
         Raises:
             ConfigurationError: ``num_samples`` is negative, or the likelihood has no classes
@@ -212,11 +203,10 @@ class BayesianLoRA(PyroModule):
         batch = to_device(batch, self.model.groups[0].device)
         warn_of_a_point(self.guide, num_samples)
         if linearised:
-            return Prediction(
-                linearised_logits(self.model, self.guide, batch, num_samples).softmax(-1)
-            )
-        draws = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows)
-        return Prediction(torch.cat([logits.softmax(-1) for logits in draws]))
+            draws = linearised_logits(self.model, self.guide, batch, num_samples)
+            return Prediction(draws.softmax(-1))
+        passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows)
+        return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     @torch.no_grad()
     def log_predictive(
@@ -256,10 +246,8 @@ class BayesianLoRA(PyroModule):
             ConfigurationError: there is no such recipe; the message lists near misses.
         """
         made = recipe(name)
-        prior, guide = made.prior(rank), made.guide()
-        return cls(
-            net, target_modules=target_modules, prior=prior, guide=guide, likelihood=likelihood
-        )
+        options: dict[str, Any] = {"target_modules": target_modules, "likelihood": likelihood}
+        return cls(net, prior=made.prior(rank), guide=made.guide(), **options)
 
     @classmethod
     def from_pretrained(
@@ -272,9 +260,8 @@ class BayesianLoRA(PyroModule):
         likelihood: Likelihood | None = None,
     ) -> "BayesianLoRA":
         """An adapter from its folder; see :func:`pyro_blora.checkpoints.read_pretrained`."""
-        saved = checkpoints.read_pretrained(
-            net, folder, prior=prior, guide=guide, likelihood=likelihood
-        )
+        given: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
+        saved = checkpoints.read_pretrained(net, folder, **given)
         blora = cls(
             net,
             target_modules=saved.target_modules,
@@ -311,9 +298,3 @@ class BayesianLoRA(PyroModule):
         share = trained / (trained + frozen)
         lines.append(f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})")
         return "\n".join(lines)
-
-
-def _check_kind(option: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        made = " Pass an object, not the class." if isinstance(value, type) else ""
-        raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")

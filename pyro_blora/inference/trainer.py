@@ -18,8 +18,9 @@ from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import device_of
-from pyro_blora.posterior.bayesian_lora_model import leave_store, to_device
+from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import logits_of_draws
+from pyro_blora.posterior.param_store import leave_store
 
 __all__ = ["BayesianLoRATrainer"]
 

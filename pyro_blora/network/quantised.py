@@ -1,18 +1,31 @@
 """What priors read of the pretrained weights of a group."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup, layer_shape
 
-__all__ = ["dense_weight", "is_packed", "is_quantised", "top_singular"]
+__all__ = ["dense_weight", "is_packed", "is_quantised", "refuse_packed", "top_singular"]
 
 
 def is_packed(weight: object) -> bool:
     """Whether bitsandbytes has packed this weight, through which no gradient passes then."""
     state = getattr(weight, "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def refuse_packed(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raises ConfigurationError where one of these layers, named, has a packed weight."""
+    for name, layer in layers:
+        if is_packed(layer.weight):
+            raise ConfigurationError(
+                f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it "
+                "does when a layer first runs in evaluation mode, and no gradient passes through "
+                "it. Load the network anew, and wrap it before it runs."
+            )
 
 
 def _is_quantised_tensor(weight: Tensor) -> bool:

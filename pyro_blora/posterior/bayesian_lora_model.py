@@ -5,7 +5,6 @@ their factors, the transformer runs, the likelihood scores the labels. Sampling 
 is what lets activation checkpointing and compilation work.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -32,7 +31,7 @@ from pyro_blora.network.adapter import (
 )
 from pyro_blora.network.fast_path import rows_come_first
 from pyro_blora.network.frozen_prefix import frozen_blocks
-from pyro_blora.network.quantised import is_packed
+from pyro_blora.network.quantised import refuse_packed
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.network.trained_heads import TrainedHeads
 from pyro_blora.posterior.amortised_context import ELBO_PLATE
@@ -41,10 +40,8 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 __all__ = [
     "BayesianLoRAModel",
     "latent_sites",
-    "leave_store",
     "repeat_batch",
     "to_device",
-    "warn_of_aliases",
 ]
 
 
@@ -183,7 +180,7 @@ class BayesianLoRAModel(PyroModule):
                 "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
             )
         if torch.is_grad_enabled():
-            _refuse_packed(self._four_bit)
+            refuse_packed(self._four_bit)
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         if any(update.particle_shape.numel() > 1 for update in updates.values()):
             self._check_rows()
@@ -251,16 +248,6 @@ def _runs_under(kind: type, name: str | None = None) -> bool:
     return any(name is None or getattr(handler, "name", None) == name for handler in handlers)
 
 
-def _refuse_packed(layers: Sequence[tuple[str, nn.Module]]) -> None:
-    for name, layer in layers:
-        if is_packed(layer.weight):
-            raise ConfigurationError(
-                f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it "
-                "does when a layer first runs in evaluation mode, and no gradient passes through "
-                "it. Load the network anew, and wrap it before it runs."
-            )
-
-
 def latent_sites(trace: Trace) -> list[Site]:
     """The latent sites of a trace of the prior, in order."""
     return [
@@ -279,36 +266,3 @@ def latent_sites(trace: Trace) -> list[Site]:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def leave_store(parts: Mapping[str, nn.Module]) -> None:
-    """Takes the tensors of ``parts`` out of Pyro's global store; the modules keep them.
-
-    A name that stays there would win over what is loaded into a module, and over the start of the
-    next adapter of that name.
-
-    Args:
-        parts: modules by the name under which the store knows them.
-    """
-    store = pyro.get_param_store()
-    for prefix, part in parts.items():
-        for name, _ in part.named_parameters():
-            full = f"{prefix}.{name}".removesuffix("_unconstrained")
-            if full in store:
-                del store[full]
-
-
-def warn_of_aliases(model: BayesianLoRAModel) -> None:
-    """Pyro's global parameter store identifies tensors by name: two adapters would share them."""
-    if pyro.settings.get("module_local_params"):
-        return
-    names = {f"model.{name}".removesuffix("_unconstrained") for name, _ in model.named_parameters()}
-    taken = sorted(names & set(pyro.get_param_store().keys()))
-    if taken:
-        warnings.warn(
-            f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
-            "adapter's names; the new adapter shares an older one's tensors. Call "
-            "pyro.clear_param_store() first if the older one is not used any more, or "
-            "pyro.settings.set(module_local_params=True) before both are made.",
-            stacklevel=3,
-        )
