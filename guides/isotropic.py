@@ -70,6 +70,11 @@ class Isotropic(PostHoc):
         for option, value in (("threshold", threshold), ("max_width", max_width)):
             if not value > 0:
                 raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
+        if iterations < 1 or num_samples < 1:
+            raise ConfigurationError(
+                f"Isotropic: iterations={iterations} and num_samples={num_samples} must be at "
+                "least 1."
+            )
         self.threshold = threshold
         self.max_width = max_width
         self.iterations = iterations

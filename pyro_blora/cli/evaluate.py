@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
+from pyro_blora.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pyro_blora.data import Item
@@ -68,6 +69,8 @@ def run(
     console = Console()
     read_config(adapter)  # a folder that is none is said before the network is loaded
     data = load_task(task, data_dir=data_dir, max_test=max_test)
+    if csv_file is not None and csv_file.is_dir():
+        raise ConfigurationError(f"--csv {csv_file} is a folder; name a file in it.")
     for folder in ([] if out is None else [out]) + ([] if csv_file is None else [csv_file.parent]):
         o.check_out(folder)
     precision = o.chosen(precision, console)

@@ -1,12 +1,16 @@
 """The loss that training minimises: the negative ELBO of a batch, per example."""
 
 import math
+from typing import Any
 
 import pyro
+import torch
+from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.distributions.members import Members
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.inference.diagnosis import explain_non_finite
 from pyro_blora.likelihoods import Batch
@@ -31,8 +35,8 @@ class Objective:
 
     Raises:
         ConfigurationError: an option is out of range, the likelihood lacks ``num_data``, or
-            ``TraceMeanField_ELBO`` is asked of a guide that is none of this library: it drops the
-            density of the Delta by which an AutoGuide makes a site of its own draw.
+            ``TraceMeanField_ELBO`` is asked of a guide that is none of this library, or that has a
+            Delta with a density: it drops that density, by which an AutoGuide makes its sites.
     """
 
     def __init__(
@@ -51,7 +55,10 @@ class Objective:
             )
         if num_particles is not None and num_particles < 1:
             raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
-        structured = isinstance(blora.guide, StructuredGuide)
+        laws = _laws(blora.guide)
+        points = [law for law in laws if isinstance(law, Delta | Members)]
+        dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
+        structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:
             elbo = TraceMeanField_ELBO if structured else Trace_ELBO
         if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
@@ -73,7 +80,8 @@ class Objective:
         self.num_steps, self.kl_warmup, self.kl_weight = num_steps, kl_warmup, kl_weight
         self._elbos: dict[int, nn.Module] = {}
         with pyro.validation_enabled(False):  # what is not finite is explained by the first step
-            self._analytic = analytic and analytic_kl(blora.guide, blora.model) is not None
+            known = analytic_kl(blora.guide, blora.model) is not None
+        self._analytic = analytic and known and not points  # -log p of a point may be negative
 
     def _module(self, particles: int) -> nn.Module:
         if particles not in self._elbos:
@@ -123,3 +131,15 @@ class Objective:
                 "it, or pass elbo=Trace_ELBO, which needs none."
             )
         return loss, {"loss": value, "nll": nll, "kl": kl}
+
+
+def _laws(guide: nn.Module) -> list[Any]:
+    """Q of each site of a family of this library, without what makes dimensions an event."""
+    laws: list[Any] = []
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for family in guide.families().values() if isinstance(guide, StructuredGuide) else ():
+            law = family.distribution()
+            while isinstance(law, torch.distributions.Independent):
+                law = law.base_dist
+            laws.append(law)
+    return laws

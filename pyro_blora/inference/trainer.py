@@ -8,7 +8,9 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
@@ -21,6 +23,7 @@ from pyro_blora.network.targets import device_of
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import logits_of_draws
 from pyro_blora.posterior.param_store import leave_store
+from pyro_blora.posterior.structured_guide import draws_apart
 
 __all__ = ["BayesianLoRATrainer"]
 
@@ -119,6 +122,20 @@ class BayesianLoRATrainer(Trainer):
             nll, kl = self.accelerator.gather(parts).mean(0).tolist()
             logs = {**logs, "nll": nll, "kl": kl}
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As everywhere, with random numbers of its own, so that training goes on as without."""
+        with draws_apart(self.blora.guide, self.blora.model.groups[0].device):
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         net = self.blora.net

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods.left_padding import positions_of
 from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import adapter_of
 
@@ -52,8 +53,7 @@ def logits_at(
     Args:
         net: a language model with an output head (``get_output_embeddings``).
         inputs: its keyword arguments, ``R`` rows. Where some are padded on the left and there are
-            no ``position_ids``, they are counted from the first real token of each row, which
-            transformers leaves to the caller.
+            no ``position_ids``, see :func:`~pyro_blora.likelihoods.left_padding.positions_of`.
         positions: positions to read in each row, ``(R, S)``.
         mask: which of them are real, ``(R, S)``, boolean.
         token_ids: the vocabulary entries to return, ``(C,)``; default all.
@@ -63,12 +63,13 @@ def logits_at(
 
     Raises:
         ConfigurationError: the network has no output head, or is an encoder-decoder.
+        BatchError: rows are padded on the left, and the network gives other logits then.
     """
     head = output_head(net)
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
     if "position_ids" not in inputs:
-        inputs = {**inputs, **_positions(inputs.get("attention_mask"))}
+        inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
     if fast_path.is_on(net) and not fast_path.is_observed(net, (net, head)):
         with _narrowed(head, positions, None if per_row else mask):
             logits: Tensor = net(**inputs, use_cache=False).logits
@@ -78,13 +79,6 @@ def logits_at(
         logits = _gather(logits, positions, mask).squeeze(0)
     logits = logits if token_ids is None else logits[..., token_ids]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _positions(mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` for rows of which some are padded on the left."""
-    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
-        return {}
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
 
 
 @contextmanager

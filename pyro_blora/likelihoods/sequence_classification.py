@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.likelihoods.left_padding import positions_of
 
 __all__ = ["SequenceClassification"]
 
@@ -35,8 +36,11 @@ class SequenceClassification(Likelihood):
 
         Raises:
             ConfigurationError: they are not, or of one class (a regression).
+            BatchError: rows are padded on the left, and the network gives other logits then.
         """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if "position_ids" not in inputs:
+            inputs.update(positions_of(net, inputs.get("attention_mask")))
         logits: Tensor = net(**inputs).logits
         if logits.dim() != 2 or logits.shape[-1] < 2:
             raise ConfigurationError(

@@ -29,6 +29,7 @@ __all__ = [
     "is_on",
     "is_sharded",
     "logits_of",
+    "padding_of",
     "put",
     "rows_come_first",
     "runs_eagerly",
@@ -36,7 +37,7 @@ __all__ = [
     "window_of",
 ]
 
-_WINDOW = re.compile(r"(window|chunk)(_size)?$")
+_WINDOW = re.compile(r"((window|chunk)(_size)?|index_topk)$")
 _OFF: WeakSet[nn.Module] = WeakSet()
 _ASKED: WeakSet[nn.Module] = WeakSet()
 _ANSWERS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
@@ -52,7 +53,13 @@ def is_on(net: nn.Module) -> bool:
     return net not in _OFF
 
 
-def holds(net: nn.Module, shortcut: str, question: Callable[[], bool], *about: nn.Module) -> bool:
+def holds(
+    net: nn.Module,
+    shortcut: str,
+    question: Callable[[], bool],
+    *about: nn.Module,
+    key: Hashable = None,
+) -> bool:
     """Whether a shortcut gives the plain path's logits; asked once for each setting.
 
     Args:
@@ -60,6 +67,7 @@ def holds(net: nn.Module, shortcut: str, question: Callable[[], bool], *about: n
         shortcut: what the warning calls it; empty: there is none.
         question: asks the network, as pretrained (see :func:`asked`).
         about: modules that the question is about.
+        key: what else tells it from others.
 
     Returns:
         The answer, kept for as long as attention's implementation and all modules are the same.
@@ -67,7 +75,7 @@ def holds(net: nn.Module, shortcut: str, question: Callable[[], bool], *about: n
     """
     config = getattr(net, "config", None)
     settings = (getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts"))
-    key = (shortcut, *settings, *map(id, about), *map(id, net.modules()))
+    key = (shortcut, key, *settings, *map(id, about), *map(id, net.modules()))
     answers = _ANSWERS.setdefault(net, {})
     if key not in answers:
         with asked(net):
@@ -131,7 +139,15 @@ def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
     if config is None or config.vocab_size < 8:
         return None
     ids = torch.arange(8 * rows, device=device_of(net.modules()))
-    return (ids * 5 % 7 + 1).reshape(rows, 8)
+    ids = (ids * 5 % 7 + 1).reshape(rows, 8)
+    return ids.masked_fill(ids == padding_of(net), 0)  # real tokens alone
+
+
+def padding_of(net: nn.Module) -> int:
+    """The token that pads a row; some declare one that is none of theirs, instead of which 0."""
+    config = _text_config(net)
+    token = getattr(config, "pad_token_id", 0)
+    return token if isinstance(token, int) and 0 <= token < config.vocab_size else 0
 
 
 def logits_of(net: nn.Module, **inputs: Tensor) -> Tensor | None:
@@ -146,7 +162,7 @@ def logits_of(net: nn.Module, **inputs: Tensor) -> Tensor | None:
 
 
 def window_of(net: nn.Module) -> int | None:
-    """The fewest positions that a layer declares to attend to, in a window or a chunk of a row."""
+    """The fewest positions that a layer declares to attend to: a window, a chunk, the top few."""
     declared = getattr(_text_config(net), "__dict__", {}).items()
     windows = [v for name, v in declared if _WINDOW.search(name) and type(v) is int and v > 0]
     return min(windows, default=None)

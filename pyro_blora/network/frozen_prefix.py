@@ -175,7 +175,7 @@ def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
     if ids is None:
         return False
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[5], [4], [4]])).long()
-    ids = ids * mask
+    ids = ids.where(mask.bool(), fast_path.padding_of(net))
     visits = [(ids[:, :5], mask[:, :5], 1), (ids[:, :5], mask[:, :5], 2), (ids, mask, 1)]
     prefix = FrozenPrefix(net, blocks, asked=True)
     for ids, mask, copies in visits:

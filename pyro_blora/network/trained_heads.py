@@ -1,5 +1,6 @@
 """Heads of the network that are trained whole, as points: PEFT's ``modules_to_save``."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,16 @@ def heads_to_train(
     targets = tuple(targets)
     if modules_to_save is None:
         heads = head_names(net) if new_head else []
-        return [head for head in heads if not any(_within(t, head) for t in targets)]
+        adapted = [head for head in heads if any(_within(t, head) for t in targets)]
+        parts = [head for head in adapted if head not in targets]
+        if parts:
+            warnings.warn(
+                f"target_modules adapts layers of {', '.join(parts)}, a head of the network, so "
+                "nothing trains the rest of it: if it is new, leave those layers out with "
+                "exclude_modules, and the head is trained whole.",
+                stacklevel=4,
+            )
+        return [head for head in heads if head not in adapted]
     found = [name for name, _ in net.named_modules() if name and matches(name, modules_to_save)]
     body = body_of(net)
     for name in modules_to_save:

@@ -224,8 +224,9 @@ class BayesianLoRAModel(PyroModule):
         updates = self.updates()
         if any(u.is_noisy for u in updates.values()) and _runs_under(EnumMessenger):
             raise ConfigurationError(
-                "HMC and NUTS need the same density at every call of the model, and a conditional "
-                "that is not deterministic draws noise in each; use conditional='deterministic'."
+                "HMC, NUTS and enumeration need the same density at every call of the model, and a "
+                "conditional that is not deterministic draws noise in each; use "
+                "conditional='deterministic'."
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()

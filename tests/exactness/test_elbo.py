@@ -135,6 +135,38 @@ def test_a_negative_kl_is_an_error():
         Objective(blora, None, None)(BATCH)
 
 
+@pytest.mark.parametrize("family", [guides.Delta(), guides.Laplace(), guides.Ensemble()])
+def test_minus_the_density_of_a_point_may_be_negative(family):
+    """It is what Pyro takes for the KL of a point."""
+    blora = adapted(prior=models.GaussianFactors(rank=2), guide=family)
+    assert Objective(blora, None, None)(BATCH)[1]["kl"] < -1
+
+
+class Sharpened(guides.MeanField):
+    """The same normal, each draw a Delta that tells its density, as AutoGuides make theirs."""
+
+    def distribution(self):
+        q = super().distribution()
+        value = q.rsample()
+        return pyro.distributions.Delta(value, q.log_prob(value), event_dim=2)
+
+
+def test_a_delta_with_a_density_is_no_point():
+    """Against the same law written as a normal, whose KL has a closed form."""
+    found = {}
+    for family in (Sharpened, guides.MeanField):
+        pyro.clear_param_store()
+        blora = adapted(guide=family())
+        objective = Objective(blora, None, 1)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            found[family] = torch.tensor([objective(BATCH)[1]["kl"] for _ in range(400)])
+    mean, error = found[Sharpened].mean(), found[Sharpened].std() / 20
+    assert abs(mean - found[guides.MeanField].mean()) < 4 * error < 1
+    pyro.clear_param_store()
+    with pytest.raises(ConfigurationError, match="use Trace_ELBO"):
+        Objective(adapted(guide=Sharpened()), TraceMeanField_ELBO, None)
+
+
 @pytest.mark.parametrize("kind", [autoguide.AutoNormal, guides.MatrixNormal()])
 def test_the_weight_of_the_kl_holds_for_every_guide(kind):
     """Gradients are linear in the weight."""

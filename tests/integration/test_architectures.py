@@ -185,12 +185,17 @@ def test_a_new_head_is_trained_as_a_point(train, local):
     [
         ({"modules_to_save": []}, ()),
         ({"target_modules": "all-linear"}, ("classifier",)),
-        ({"target_modules": ["query", "out_proj"]}, ()),
         ({"modules_to_save": ["out_proj"]}, ("classifier.out_proj",)),
     ],
 )
 def test_which_heads_are_trained(options, names):
     assert adapted(tiny.roberta(), **options).model.trained_heads.names == names
+
+
+def test_a_head_of_which_a_part_is_adapted_warns_of_the_rest():
+    with pytest.warns(UserWarning, match=r"layers of classifier.*exclude_modules"):
+        blora = adapted(tiny.roberta(), target_modules=["query", "out_proj"])
+    assert blora.model.trained_heads.names == ()
 
 
 @pytest.mark.parametrize(

@@ -205,3 +205,16 @@ def test_options_that_cannot_work(tmp_path):
     pyro.clear_param_store()
     with pytest.raises(ConfigurationError, match="num_data"):
         trainer(tmp_path, tiny.adapted(likelihood=CausalLM()))
+
+
+@pytest.mark.parametrize("family", [guides.MeanField(), guides.Ensemble()], ids=repr)
+def test_evaluation_leaves_no_trace_in_training(tmp_path, family):
+    net, found = tiny.llama(), []
+    for options in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        blora = tiny.adapted(net, guide=family)
+        trainer(tmp_path, blora, evaluate=ROWS[:5], **options).train()
+        found.append({k: v.clone() for k, v in blora.state_dict().items()})
+        blora.unwrap()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

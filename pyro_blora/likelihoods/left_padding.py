@@ -1,0 +1,56 @@
+"""Rows padded on the left: some networks count positions from the first real token, others not."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError
+from pyro_blora.network import fast_path
+
+__all__ = ["positions_of"]
+
+
+def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
+    """The ``position_ids`` that a network wants with rows of which some are padded on the left.
+
+    It is asked, once, by a row that is padded and the same row that is not: whether it gives the
+    same logits by itself, as RoBERTa does, or with positions that are counted for it, as GPT-2.
+
+    Args:
+        net: the network.
+        mask: the rows' attention mask, ``(R, T)``; others have no padding to be seen.
+
+    Returns:
+        ``position_ids``, ``(R, T)``, or nothing.
+
+    Raises:
+        BatchError: it gives other logits either way (its positions, windows or state are the
+            row's own places).
+    """
+    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
+        return {}
+    counted = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    if fast_path.is_sharded(net) or fast_path.tokens_for(net, 1) is None:
+        return counted  # it cannot be asked
+    for given in ({}, counted):
+        question = partial(_ask, net, bool(given))
+        if fast_path.holds(net, "", question, key=("left padding", bool(given))):
+            return given
+    raise BatchError(
+        f"Rows are padded on the left, and {type(net).__name__} gives other logits then than "
+        "without padding; set tokenizer.padding_side = 'right'."
+    )
+
+
+def _ask(net: nn.Module, counts: bool) -> bool:
+    ids = fast_path.tokens_for(net, 1)
+    assert ids is not None
+    ids = ids[:, :5]
+    padding = torch.full_like(ids[:, :3], fast_path.padding_of(net))
+    padded = torch.cat([padding, ids], -1)
+    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], -1)
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if counts else {}
+    expected = fast_path.logits_of(net, input_ids=ids, attention_mask=torch.ones_like(ids))
+    found = fast_path.logits_of(net, input_ids=padded, attention_mask=mask, **positions)
+    return fast_path.agree(found, expected)

@@ -1,0 +1,101 @@
+"""Rows padded on the left give the logits of rows that are not, or an error says so."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    OPTConfig,
+    RobertaConfig,
+    RwkvConfig,
+)
+
+from pyro_blora.errors import BatchError
+from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
+
+BASE = {"vocab_size": 32, "pad_token_id": 0, "num_labels": 3}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT = {**BASE, **WIDE, "intermediate_size": 24, "max_position_embeddings": 32}
+BART = {
+    **BASE, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+}  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2Config(**BASE, n_embd=16, n_layer=2, n_head=4, n_positions=32),
+    "gpt-neo": GPTNeoConfig(
+        **BASE, hidden_size=16, num_layers=2, num_heads=4, window_size=4,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=32,
+    ),
+    "llama": LlamaConfig(**BASE, **WIDE, intermediate_size=24),
+    "bloom": BloomConfig(**BASE, hidden_size=16, n_layer=2, n_head=4),
+    "opt": OPTConfig(**BASE, **WIDE, ffn_dim=24, word_embed_proj_dim=16),
+    "roberta": RobertaConfig(**{**BERT, "pad_token_id": 1}, is_decoder=True),
+    "bert": BertConfig(**BERT, is_decoder=True),
+    "rwkv": RwkvConfig(**BASE, hidden_size=16, num_hidden_layers=2),
+    "bart": BartConfig(**BART, is_decoder=True),
+}  # fmt: skip
+# A state runs over the padding; positions are places in the row; the first place is read
+REFUSED = {("tokens", "rwkv"), ("text", "rwkv"), ("tokens", "bart"), ("text", "bart")}
+REFUSED |= {("classes", "bert"), ("classes", "roberta")}
+
+
+def network(name, auto):
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    for kind in ("resid_pdrop", "attn_pdrop", "embd_pdrop", "dropout"):
+        if hasattr(config, kind):
+            setattr(config, kind, 0.0)
+    config.is_decoder = auto is AutoModelForCausalLM
+    net = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return net
+
+
+def rows(net, side):
+    """Three rows of 4 to 6 tokens, padded on a side."""
+    pad = net.config.pad_token_id
+    ids = torch.randint(8, 32, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(6) < torch.tensor([[6], [5], [4]])).long()
+    ids = ids.where(mask.bool(), pad)
+    if side == "left":
+        shift = 6 - mask.sum(-1)
+        order = (torch.arange(6) - shift[:, None]) % 6
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+LIKELIHOODS = {
+    "tokens": (AutoModelForCausalLM, LabelTokens(token_ids=tiny.ANSWERS)),
+    "text": (AutoModelForCausalLM, CausalLM()),
+    "classes": (AutoModelForSequenceClassification, SequenceClassification()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_left_is_right(name, kind):
+    auto, likelihood = LIKELIHOODS[kind]
+    if kind == "classes" and name in ("rwkv", "bart"):
+        pytest.skip(f"{name} has no classifier that reads the end of a row")
+    net = network(name, auto)
+    padded = rows(net, "left")
+    if (kind, name) in REFUSED:
+        with pytest.raises(BatchError, match=r"gives other logits then.*padding_side = 'right'"):
+            likelihood.logits(net, padded)
+        return
+    found = likelihood.logits(net, padded)
+    expected = likelihood.logits(net, rows(net, "right"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert expected.std() > 0.01
+    pyro.clear_param_store()
