@@ -16,7 +16,6 @@ def take_turns(
     runs: Mapping[str, Callable[[int], Any]],
     rounds: int,
     warmup: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each run in each round, all of them in every round, one after the other.
 
@@ -24,15 +23,14 @@ def take_turns(
         runs: what to time by name; called with the number of the round.
         rounds: timed rounds.
         warmup: rounds before the clock starts.
-        clock: seconds, of the wall or of the processor.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(warmup + rounds):
         for name, run in runs.items():
-            start = clock()
+            start = time.perf_counter()
             run(index)
             if index >= warmup:
-                seconds[name].append(clock() - start)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""What all benchmarks run: a random Llama of some shape, its batches, an adapter and its step."""
+"""What the benchmarks run: a random Llama of some shape, its batches, an adapter, its step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,6 @@ from pyro_blora.recipes import recipe
 __all__ = ["adapted", "batches", "bayesian_step", "network", "optimise"]
 
 SIZES: dict[str, dict[str, int]] = {
-    "least": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 30, "heads": 4},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "heads": 4},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9},
     "llama-1b": {
@@ -26,8 +25,8 @@ SIZES: dict[str, dict[str, int]] = {
         "heads": 32,
     },
 }
-KEY_VALUE_HEADS = {"least": 4, "tiny": 4, "smollm2": 3, "llama-1b": 8}
-VOCABULARY = {"least": 512, "tiny": 512, "smollm2": 49152, "llama-1b": 128256}
+KEY_VALUE_HEADS = {"tiny": 4, "smollm2": 3, "llama-1b": 8}
+VOCABULARY = {"tiny": 512, "smollm2": 49152, "llama-1b": 128256}
 RANK, TARGETS, ANSWERS = 8, ["q_proj", "v_proj"], (5, 6, 7)
 RATES = {"mean": 1e-3, "scale": 1e-3, "direction": 1e-3}
 
@@ -86,7 +85,6 @@ def adapted(
     method: str,
     likelihood: Likelihood,
     *,
-    rank: int = RANK,
     top: int | None = None,
 ) -> BayesianLoRA:
     """This library's adapter by a recipe's name, ``:scaled`` for its prior's conditional noise.
@@ -95,12 +93,11 @@ def adapted(
         net: the network.
         method: recipe or PRIOR+GUIDE.
         likelihood: how its logits explain a batch.
-        rank: of the updates.
         top: the top blocks alone, this many.
     """
     name, _, conditional = method.partition(":")
     made = recipe(name)
-    prior = made.prior(rank)
+    prior = made.prior(RANK)
     if conditional:
         prior = type(prior)(**{**prior.options(), "conditional": conditional})
     depth = int(net.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]

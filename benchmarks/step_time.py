@@ -4,13 +4,15 @@
     python benchmarks/step_time.py --size tiny --methods peft,bayesian-lora,blob
     python benchmarks/step_time.py --precision bfloat16 --json out/step_time.json
     python benchmarks/step_time.py --published CHECKOUT --blob CHECKOUT     # other projects' layers
+    python benchmarks/step_time.py --top 10 --methods peft,bayesian-lora,bayesian-lora:cached
 
-Every method adapts q and v of all layers at rank 8 of a random network of one shape, with the
-same batches, optimizer (AdamW) and gradient clipping. `peft` and other projects' layers run the
-network as their scripts do, `net(**batch).logits[:, -1, answers]`; `peft:read`, `published:read`
-and so on run the same layers as this library does, computing only what a likelihood reads. A ratio
-is that of two steps that follow one another; the table has its median and quartiles. Peak memory is
-that of a process of its own for each method.
+Every method adapts q and v of all layers (or of the top ones) at rank 8 of a random network of one
+shape, with the same batches, optimizer (AdamW) and gradient clipping. `peft` and other projects'
+layers run the network as their scripts do, `net(**batch).logits[:, -1, answers]`; `peft:read`,
+`published:read` and so on run the same layers as this library does, computing only what a
+likelihood reads. `:cached` is a step of a later epoch, which skips the blocks below the top ones
+(`fit(cache_frozen_prefix=True)`). A ratio is that of two steps that follow one another; the table
+has its median and quartiles. Peak memory is that of a process of its own for each method.
 """
 
 import argparse
@@ -41,8 +43,10 @@ from setting import (
 )
 from torch import Tensor, nn
 
+from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.network.frozen_prefix import FrozenPrefix, skippable_blocks
 
 
 class HandWritten(nn.Module):
@@ -68,11 +72,11 @@ class HandWritten(nn.Module):
 
 
 def other_layers(
-    method: str, net: nn.Module, rank: int, checkouts: dict[str, Path]
+    method: str, net: nn.Module, checkouts: dict[str, Path]
 ) -> tuple[Callable[[], None], Callable[[], Tensor | float]]:
     """Puts the layers of ``method`` into the network; what to do before a step, and their KL."""
     if method == "peft":
-        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=rank)
+        PlainLoRA(net, TARGETS, LabelTokens(token_ids=ANSWERS), rank=RANK)
         return lambda: None, lambda: 0.0
     if method == "hand-written":
         net.requires_grad_(False)
@@ -84,7 +88,7 @@ def other_layers(
     import published
 
     layers_of = {"published": published.bayesian_lora, "published-blob": published.blob}
-    return layers_of[method](net, TARGETS, rank, checkouts[method])
+    return layers_of[method](net, TARGETS, RANK, checkouts[method])
 
 
 def make(
@@ -92,8 +96,8 @@ def make(
     net: nn.Module,
     precision: str,
     particles: int,
-    rank: int = RANK,
     checkouts: dict[str, Path] | None = None,
+    top: int | None = None,
 ) -> Step:
     """The training step of one method; ``checkouts`` has the folders of other projects."""
     likelihood = LabelTokens(token_ids=ANSWERS, num_data=1000)
@@ -102,10 +106,11 @@ def make(
     layers, _, how = method.partition(":")
     if layers not in {"peft", "hand-written", *(checkouts or {})}:
         pyro.clear_param_store()
-        blora = adapted(net, method, likelihood, rank=rank)
+        blora = adapted(net, method.removesuffix(":cached"), likelihood, top=top)
         blora.model.precision = precision
-        return bayesian_step(blora, particles)
-    before, kl = other_layers(layers, net, rank, checkouts or {})
+        step = bayesian_step(blora, particles)
+        return cached(step, blora) if how == "cached" else step
+    before, kl = other_layers(layers, net, checkouts or {})
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         before()
@@ -121,13 +126,27 @@ def make(
     return optimise(loss_of, [{"params": trained, "lr": 1e-3}])
 
 
+def cached(step: Step, blora: BayesianLoRA) -> Step:
+    """The same step, of a batch that has been seen before."""
+    prefix = FrozenPrefix(blora.net, skippable_blocks(blora.net, blora.model.layer_names))
+    if not prefix.blocks:
+        raise SystemExit(":cached needs --top, below which blocks are frozen")
+
+    def later(batch: dict[str, Tensor]) -> float:
+        with prefix.examples([(id(batch), row) for row in range(len(batch["labels"]))]):
+            return step(batch)
+
+    return later
+
+
 def peak(arguments: argparse.Namespace, method: str) -> float:
     """Peak memory in GiB of three steps of a method, in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", method, "--size", arguments.size]
     command += ["--precision", arguments.precision, "--rows", str(arguments.rows)]
     command += ["--length", str(arguments.length)]
-    if arguments.layers is not None:
-        command += ["--layers", str(arguments.layers)]
+    for option in ("layers", "top"):
+        value = getattr(arguments, option)
+        command += [] if value is None else [f"--{option}", str(value)]
     command += ["--compile"] if arguments.compile else []
     command += ["--checkpoint"] if arguments.checkpoint else []
     for option, folder in (("--published", arguments.published), ("--blob", arguments.blob)):
@@ -139,7 +158,7 @@ def peak(arguments: argparse.Namespace, method: str) -> float:
 def timed(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
     """Seconds of each step of each method, in turn."""
     base = network(arguments.size, arguments.layers)
-    data = batches(arguments.steps + arguments.warmup, arguments.rows, arguments.length)
+    epoch = batches(arguments.warmup, arguments.rows, arguments.length)
     steps = {}
     folders = {"published": arguments.published, "published-blob": arguments.blob}
     checkouts = {name: folder for name, folder in folders.items() if folder is not None}
@@ -151,8 +170,10 @@ def timed(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[flo
             net.activation_checkpointing_enable({"use_reentrant": False})
         if arguments.compile:
             net.model.compile(dynamic=False)
-        steps[name] = make(name, net, arguments.precision, arguments.rows, checkouts=checkouts)
-    runs = {name: lambda index, step=step: step(data[index]) for name, step in steps.items()}
+        steps[name] = make(
+            name, net, arguments.precision, arguments.rows, checkouts=checkouts, top=arguments.top
+        )
+    runs = {n: lambda i, step=s: step(epoch[i % len(epoch)]) for n, s in steps.items()}
     with pyro.validation_enabled(False):
         return take_turns(runs, arguments.steps, arguments.warmup)
 
@@ -170,6 +191,7 @@ def main() -> None:
         help="peft and hand-written, and with :read; any recipe or PRIOR+GUIDE, and "
         "bayesian-lora:scaled for the prior's conditional noise",
     )
+    parser.add_argument("--top", type=int, help="adapt the top blocks alone, this many")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=8, help="examples in a batch")
     parser.add_argument("--length", type=int, default=64, help="tokens in an example")
@@ -186,7 +208,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
-        arguments.steps, arguments.warmup = 3, 0
+        arguments.steps, arguments.warmup = 2, 1
         timed(arguments, [arguments.peak_of])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return

@@ -1,6 +1,8 @@
 """What guide families share that widen a point estimate after training."""
 
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -10,13 +12,32 @@ from torch import Tensor
 
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["PostHoc"]
+__all__ = ["Evidence", "PostHoc"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""What the data says about the posterior around the trained point; read as it is needed.
+
+    Attributes:
+        scores: runs over the data and gives for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}}
+            (J_{bc} - \sum_k p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J``
+            of the logits in unconstrained coordinates; ``sum g g^T`` is the Gauss-Newton matrix.
+        loss: the mean negative log-likelihood of so many draws for each example, in nats, with the
+            widths as they are now and the same noise every time.
+        num_data: number of training examples ``N``, or ``None``.
+    """
+
+    scores: Callable[[], Iterator[dict[str, Tensor]]]
+    loss: Callable[[int], float]
+    num_data: int | None = None
 
 
 class PostHoc(SiteGuide):
     """A point mass while it trains; :func:`pyro_blora.inference.finish` then gives it a width.
 
-    ``fit`` calls ``finish`` by itself when the training is over.
+    ``fit`` calls ``finish`` by itself when the training is over. A subclass writes :meth:`widened`
+    and :meth:`finish`.
 
     Attributes:
         finished: whether the width is there.
@@ -44,6 +65,23 @@ class PostHoc(SiteGuide):
         if self.finished:
             return self.widened()
         return dist.Delta(self.loc, event_dim=self.site.event_dim)
+
+    @classmethod
+    def finish(cls, families: Mapping[str, Any], evidence: Evidence) -> dict[str, float]:
+        """Gives the families of all sites their width.
+
+        Args:
+            families: the bound family of each site by the site's name.
+            evidence: what the data says.
+
+        Returns:
+            Figures to show, by name.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define finish(families, evidence).")
+
+    def settle(self) -> None:
+        """Notes that the width is there."""
+        self._finished.fill_(True)
 
     def widened(self) -> TorchDistribution:
         """The law around ``loc`` once it is finished."""

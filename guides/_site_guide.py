@@ -149,6 +149,7 @@ class SiteGuide(Options, PyroModule):
         roles: for each parameter, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
         reads_context: whether q depends on the examples; :attr:`context` then has theirs.
+        couples_sites: whether draws of two sites belong together; else they are independent.
         context: ``(P, 1, ..., 1, d)`` for ``P`` particles, set before each draw, or ``None``.
 
     Example::
@@ -169,6 +170,7 @@ class SiteGuide(Options, PyroModule):
 
     roles: ClassVar[dict[str, str]] = {}
     reads_context: ClassVar[bool] = False
+    couples_sites: ClassVar[bool] = False
     context: Tensor | None = None
     site: Site
 

@@ -42,6 +42,7 @@ class Ensemble(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"points": "mean"}
+    couples_sites: ClassVar[bool] = True  # a draw is one member in all of them
     turn: Tensor
 
     def __init__(self, *, members: int = 5, spread: float = 0.1) -> None:

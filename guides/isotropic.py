@@ -1,5 +1,7 @@
 """One width for everything, the largest that the loss on an anchor set allows."""
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -8,7 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides._post_hoc import PostHoc
+from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import Site
 
 __all__ = ["Isotropic"]
@@ -79,10 +81,35 @@ class Isotropic(PostHoc):
         self.register_buffer("unit", site.start()[1])
         self.register_buffer("width", torch.ones((), device=self.loc.device))
 
-    def finish(self, width: float) -> None:
-        """Takes the width ``s``."""
-        self.width.fill_(width)
-        self._finished.fill_(True)
+    @classmethod
+    def finish(cls, families: Mapping[str, "Isotropic"], evidence: Evidence) -> dict[str, float]:
+        """Finds the width by bisection of its logarithm.
+
+        Returns:
+            ``width``; the loss at it exceeds that of the point by at most the threshold, but where
+            even a thousandth of ``max_width`` exceeds it: then it is that.
+        """
+        first = next(iter(families.values()))
+
+        def loss(width: float) -> float:
+            for family in families.values():
+                family.width.fill_(width)
+                family.settle()
+            return evidence.loss(first.num_samples)
+
+        allowed = loss(0.0) + first.threshold  # of the point, under the noise that all widths have
+        high = math.log(first.max_width)
+        low = high - math.log(1000)
+        if loss(math.exp(high)) <= allowed:
+            low = high
+        else:
+            for _ in range(first.iterations):
+                middle = (low + high) / 2
+                fits = loss(math.exp(middle)) <= allowed
+                low, high = (middle, high) if fits else (low, middle)
+        for family in families.values():
+            family.width.fill_(math.exp(low))
+        return {"width": math.exp(low)}
 
     def widened(self) -> TorchDistribution:
         """The normal around ``loc``."""

@@ -1,6 +1,6 @@
 """Laplace's approximation around a point estimate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pyro.distributions as dist
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides._post_hoc import PostHoc
+from pyro_blora.guides._curvature import Curvature, best_precision
+from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import Site
 
 __all__ = ["Laplace"]
@@ -79,13 +80,29 @@ class Laplace(PostHoc):
                 eye = torch.eye(size, device=self.loc.device)
                 self.register_buffer(name, eye.repeat(*site.batch_shape, 1, 1))
 
-    def finish(self, width: Tensor, row_basis: Tensor | None, col_basis: Tensor | None) -> None:
-        """Takes the standard deviations, ``(n, *event_shape)``, and their basis."""
-        self.width.copy_(width)
-        if row_basis is not None and col_basis is not None:
-            self.row_basis.copy_(row_basis)
-            self.col_basis.copy_(col_basis)
-        self._finished.fill_(True)
+    @classmethod
+    def finish(cls, families: Mapping[str, "Laplace"], evidence: Evidence) -> dict[str, float]:
+        """Adds up the curvature, scaled to ``num_data``, and chooses the prior precision.
+
+        Returns:
+            The prior precision of each site.
+        """
+        curvature = {name: Curvature(family.is_kron) for name, family in families.items()}
+        seen = 0
+        for batch in evidence.scores():
+            for name, g in batch.items():
+                curvature[name].add(g)
+            seen += len(next(iter(batch.values())))
+        chosen = {}
+        for name, family in families.items():
+            values, *bases = curvature[name].eigen((evidence.num_data or seen) / seen)
+            chosen[name] = delta = best_precision(values, family.loc)
+            family.width.copy_((values + delta).rsqrt())
+            if family.is_kron:
+                family.row_basis.copy_(bases[0])
+                family.col_basis.copy_(bases[1])
+            family.settle()
+        return chosen
 
     def widened(self) -> TorchDistribution:
         """The normal around ``loc``."""

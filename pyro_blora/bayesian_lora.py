@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -14,29 +14,24 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
 from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.network.trained_heads import heads_to_train
-from pyro_blora.peft_export import export_peft
-from pyro_blora.posterior.amortised_context import DRAWS_PLATE
-from pyro_blora.posterior.bayesian_lora_model import (
-    BayesianLoRAModel,
-    leave_store,
-    to_device,
-    warn_of_aliases,
-)
-from pyro_blora.posterior.draws import linearised_logits, log_predictive, logits_of_draws
+from pyro_blora.options import check_kind
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
+from pyro_blora.posterior.draws import log_predictive, logits_of_draws
+from pyro_blora.posterior.linearised import linearised_logits
+from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.sample_updates import mean_updates
+from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
     GuideFactory,
     analytic_kl,
     make_guide,
-    start_guide,
     warn_of_a_point,
 )
 from pyro_blora.recipes import recipe
-from pyro_blora.summary import describe
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
@@ -60,6 +55,8 @@ class BayesianLoRA(PyroModule):
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train whole, as points, as PEFT does. Default: under
             ``SequenceClassification`` those that hold no target.
+        fast: whether to take the shortcuts that give the network's own logits: logits at the
+            positions read, options packed behind one question, frozen blocks run once.
 
     Raises:
         NoTargetError: no layer matches.
@@ -70,12 +67,9 @@ class BayesianLoRA(PyroModule):
 
     Example::
 
-        blora = BayesianLoRA(net, target_modules=["q_proj", "v_proj"],
-                             prior=KroneckerInducing(rank=8), guide=MatrixNormal(),
+        blora = BayesianLoRA(net, prior=KroneckerInducing(rank=8), guide=MatrixNormal(),
                              likelihood=MultipleChoice(num_data=len(train)))
-        svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 5e-3}), TraceMeanField_ELBO())
-        for batch in loader:
-            svi.step(batch)
+        fit(blora, train, collate=collate, num_steps=300)
         blora.predict(batch, num_samples=10).probs  # B x K
     """
 
@@ -90,6 +84,7 @@ class BayesianLoRA(PyroModule):
         exclude_modules: str | Sequence[str] = (),
         layers_to_transform: int | Sequence[int] | None = None,
         modules_to_save: Sequence[str] | None = None,
+        fast: bool = True,
     ) -> None:
         super().__init__()
         targets = find_targets(
@@ -98,24 +93,40 @@ class BayesianLoRA(PyroModule):
             exclude_modules=exclude_modules,
             layers_to_transform=layers_to_transform,
         )
-        self.prior_family = (KroneckerInducing() if prior is None else prior,)
-        self.guide_family = (MatrixNormal() if guide is None else guide,)
-        self._net = (net,)
+        prior = KroneckerInducing() if prior is None else prior
+        family = MatrixNormal() if guide is None else guide
+        self._given = (net, family)  # in a tuple, so that they are no children
         groups = group_layers(targets)
-        _check_kind("prior", self.prior_family[0], UpdateModel)
+        check_kind("prior", prior, UpdateModel)
         likelihood = CausalLM() if likelihood is None else likelihood
-        _check_kind("likelihood", likelihood, Likelihood)
+        check_kind("likelihood", likelihood, Likelihood)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
-        self.model = BayesianLoRAModel(net, groups, self.prior_family[0], likelihood, heads)
+        self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
         warn_of_aliases(self.model)
-        self.guide, self.max_plate_nesting = make_guide(self.guide_family[0], self.model)
+        self.guide = make_guide(family, self.model)
         self.model.attach()
         self._frozen = Frozen(net)
+        fast_path.put(net, on=fast)
 
     @property
     def net(self) -> nn.Module:
         """The wrapped network."""
-        return self._net[0]
+        return self._given[0]
+
+    @property
+    def prior(self) -> UpdateModel:
+        """The prior as it was given."""
+        return self.model.prior
+
+    @property
+    def guide_family(self) -> SiteGuide | GuideFactory:
+        """The guide family, or what made the guide, as it was given."""
+        return self._given[1]
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """How many dimensions the plates of the prior take, for an ELBO of vectorised particles."""
+        return self.model.max_plate_nesting
 
     @property
     def likelihood(self) -> Likelihood:
@@ -132,31 +143,14 @@ class BayesianLoRA(PyroModule):
         self.model.detach()
         leave_store({"model": self.model, "guide": self.guide})
         self._frozen.thaw()
+        fast_path.put(self.net, on=True)
         return self.net
 
     def sample_updates(
         self, num_samples: int, batch: Batch | None = None
     ) -> dict[str, LowRankUpdate]:
-        """Posterior draws of the updates by group, without gradient.
-
-        Args:
-            num_samples: number of draws ``S``; 0 takes the mean of the update, ``E_q[dW]``, see
-                :func:`~pyro_blora.posterior.sample_updates.mean_updates`.
-            batch: what the guide is called with, where it reads its argument.
-
-        Returns:
-            Updates whose factors have a leading dimension ``S``, or none for ``S = 0``.
-
-        Raises:
-            ConfigurationError: an AutoGuide has not run yet, and ``batch`` has no labels.
-        """
-        start_guide(self.guide, batch)
-        if num_samples == 0:
-            return mean_updates(self, batch)
-        draws = pyro.plate(DRAWS_PLATE, num_samples, dim=-1 - self.max_plate_nesting)
-        with torch.no_grad(), draws:
-            trace = pyro.poutine.trace(self.guide).get_trace(batch)
-            return pyro.poutine.replay(self.model.updates, trace=trace)()
+        """Posterior draws of the updates by group, or for 0 their mean, ``E_q[dW]``."""
+        return sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager
     def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
@@ -190,28 +184,29 @@ class BayesianLoRA(PyroModule):
             max_rows: as many draws share a pass of the network as keep draws times examples within
                 this, at least one; a limit on memory. Default: 256, less on a CPU.
             linearised: takes the draws from the logits' first-order expansion at the centre of
-                the guide: one pass however many draws (``predictive.py`` has this and the above).
+                the guide: one pass however many draws.
 
         Returns:
-            Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean), and what follows
-            from them.
+            Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).
 
         Raises:
             ConfigurationError: ``num_samples`` is negative, or the likelihood has no classes
                 (``CausalLM``; use :meth:`log_predictive`).
             BatchError: the batch is not what the likelihood takes.
         """
-        if isinstance(self.likelihood, CausalLM):
+        if not self.likelihood.has_classes:
             raise ConfigurationError(
-                "predict gives one distribution over classes for each example, and CausalLM has "
-                "none; use log_predictive(batch), or `with blora.posterior(): net.generate(...)`."
+                "predict gives one distribution over classes for each example, and "
+                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or `with "
+                "blora.posterior(): net.generate(...)`."
             )
         batch = to_device(batch, self.model.groups[0].device)
         warn_of_a_point(self.guide, num_samples)
         if linearised:
-            return Prediction(linearised_logits(self, batch, num_samples).softmax(-1))
-        draws = logits_of_draws(self, batch, num_samples, max_rows)
-        return Prediction(torch.cat([logits.softmax(-1) for logits in draws]))
+            draws = linearised_logits(self.model, self.guide, batch, num_samples)
+            return Prediction(draws.softmax(-1))
+        passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows)
+        return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     @torch.no_grad()
     def log_predictive(
@@ -219,7 +214,7 @@ class BayesianLoRA(PyroModule):
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.model.groups[0].device)
-        return log_predictive(self, batch, num_samples, max_rows)
+        return log_predictive(self.model, self.guide, batch, num_samples, max_rows)
 
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
@@ -227,11 +222,11 @@ class BayesianLoRA(PyroModule):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
-        checkpoints.save_pretrained(self, folder)
+        checkpoints.save_pretrained(self, self.model, self.guide_family, folder)
 
     def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the mean as a plain PEFT adapter; see :mod:`pyro_blora.peft_export`."""
-        export_peft(self, folder)
+        """Writes E[dW] as a PEFT adapter; see :func:`pyro_blora.checkpoints.export_peft`."""
+        checkpoints.export_peft(self.model, self.guide, folder)
 
     @classmethod
     def from_recipe(
@@ -243,26 +238,16 @@ class BayesianLoRA(PyroModule):
         target_modules: str | Sequence[str] | None = None,
         likelihood: Likelihood | None = None,
     ) -> "BayesianLoRA":
-        """An adapter by the name of a published method; see :mod:`pyro_blora.recipes`.
+        """An adapter by the name of a published method, or of a pair ``"Subspace+FullRank"``.
 
-        Args:
-            net: the network.
-            name: a recipe such as ``"blob"``, or a pair such as ``"Subspace+FullRank"``.
-            rank: of the update.
-            target_modules: as in the constructor.
-            likelihood: as in the constructor.
+        See :mod:`pyro_blora.recipes`; other arguments are the constructor's.
 
         Raises:
             ConfigurationError: there is no such recipe; the message lists near misses.
         """
         made = recipe(name)
-        return cls(
-            net,
-            target_modules=target_modules,
-            prior=made.prior(rank),
-            guide=made.guide(),
-            likelihood=likelihood,
-        )
+        options: dict[str, Any] = {"target_modules": target_modules, "likelihood": likelihood}
+        return cls(net, prior=made.prior(rank), guide=made.guide(), **options)
 
     @classmethod
     def from_pretrained(
@@ -275,9 +260,8 @@ class BayesianLoRA(PyroModule):
         likelihood: Likelihood | None = None,
     ) -> "BayesianLoRA":
         """An adapter from its folder; see :func:`pyro_blora.checkpoints.read_pretrained`."""
-        saved = checkpoints.read_pretrained(
-            net, folder, prior=prior, guide=guide, likelihood=likelihood
-        )
+        given: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
+        saved = checkpoints.read_pretrained(net, folder, **given)
         blora = cls(
             net,
             target_modules=saved.target_modules,
@@ -295,10 +279,22 @@ class BayesianLoRA(PyroModule):
         return blora
 
     def __repr__(self) -> str:
-        return describe(self)
-
-
-def _check_kind(option: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        made = " Pass an object, not the class." if isinstance(value, type) else ""
-        raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")
+        family = self.guide_family
+        lines = [
+            f"BayesianLoRA({type(self.net).__name__})",
+            f"  prior:      {self.prior!r}",
+            f"  guide:      {getattr(family, '__name__', repr(family))}",
+            f"  likelihood: {self.likelihood!r}",
+        ]
+        for group in self.model.groups:
+            count = sum(p.numel() for p in getattr(self.model, group.name).parameters())
+            lines.append(
+                f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
+                f"{count:,} parameters in the prior"
+            )
+        lines += [f"  {n}: trained whole, as a point" for n in self.model.trained_heads.names]
+        frozen = sum(p.numel() for p in self.net.parameters())
+        trained = self.trainable_parameters
+        share = trained / (trained + frozen)
+        lines.append(f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})")
+        return "\n".join(lines)

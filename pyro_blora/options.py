@@ -3,7 +3,9 @@
 import inspect
 from typing import Any
 
-__all__ = ["Options"]
+from pyro_blora.errors import ConfigurationError
+
+__all__ = ["Options", "check_kind"]
 
 
 class Options:
@@ -21,3 +23,10 @@ class Options:
             if value is not parameters[name].default and value != parameters[name].default
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def check_kind(option: str, value: object, kind: type) -> None:
+    """Raises ConfigurationError where an option is none of its kind, or is a class of it."""
+    if not isinstance(value, kind):
+        made = " Pass an object, not the class." if isinstance(value, type) else ""
+        raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")

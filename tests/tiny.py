@@ -1,7 +1,6 @@
 """Transformers of a few thousand weights, made from their configurations, and batches for them."""
 
 import inspect
-from contextlib import suppress
 
 import pyro
 import torch
@@ -21,11 +20,7 @@ from transformers import (
 )
 
 from pyro_blora import BayesianLoRA, guides, models
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.network.cached_prefix import PrefixCache
-from pyro_blora.network.shared_prefix import shared_prefix
-from pyro_blora.posterior.draws import rows_of_a_pass
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)
@@ -183,14 +178,8 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
 
 def asked(blora):
     """The same, once its network was asked what it can do: its passes may now be counted."""
-    blora.predict(sequences(), 0)
-    blora.predict(sequences(), 2)
-    with torch.no_grad():
-        rows_of_a_pass(blora, sequences())
-        with shared_prefix(blora.net, blora.model.adapters, 1):
-            pass
-    with suppress(ConfigurationError):
-        PrefixCache(blora.net, blora.model.adapters)
+    for num_samples in (0, 2):
+        blora.predict(sequences(), num_samples)
     return blora
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.methods import BASELINES, trained_for
 from pyro_blora.likelihoods import CausalLM
-from pyro_blora.methods import BASELINES, trained_for
 from pyro_blora.network.targets import find_targets
 from pyro_blora.recipes import recipe
 

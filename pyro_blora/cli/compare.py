@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.methods import BASELINES, RECIPE_NAMES, check_method
+from pyro_blora.evaluation.methods import BASELINES, RECIPE_NAMES, check_method
 
 __all__ = ["run"]
 

@@ -62,7 +62,7 @@ def run(
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.evaluation.metrics import evaluate
     from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-    from pyro_blora.inference import predict_dataset
+    from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.pretrained import load_pretrained
 
     console = Console()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.methods import RECIPE_NAMES, check_method
+from pyro_blora.evaluation.methods import RECIPE_NAMES, check_method
 
 __all__ = ["run"]
 
@@ -45,12 +45,11 @@ def run(
     check_method(method)
     from pyro_blora.cli._shapes import adapter_on
     from pyro_blora.pretrained import shape_only
-    from pyro_blora.summary import plain_lora_parameters
 
     blora = adapter_on(shape_only(model), method, targets, rank)
     console = Console()
     console.print(blora, highlight=False)
-    plain = plain_lora_parameters(blora, rank)
+    plain = sum(g.n * rank * (g.d_out + g.d_in) for g in blora.model.groups)
     view = Table(title=f"{model}, rank {rank}")
     view.add_column("adapter")
     view.add_column("trainable parameters", justify="right")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.methods import RECIPE_NAMES, check_method
+from pyro_blora.evaluation.methods import RECIPE_NAMES, check_method
 
 __all__ = ["run"]
 

@@ -19,7 +19,6 @@ from pyro_blora.distributions.matrix_normal import (
     half_log_det,
     mahalanobis,
 )
-from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__: list[str] = []
 
@@ -120,7 +119,7 @@ def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     col = solve(q._unbroadcasted_col, p._unbroadcasted_col).square().sum((-2, -1))
     distance = mahalanobis(q, p._unbroadcasted_loc - q._unbroadcasted_loc)
     kl = 0.5 * (row * col + distance - p.event_shape.numel()) + half_log_det(q) - half_log_det(p)
-    return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Tensor:
@@ -128,7 +127,7 @@ def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Te
     _check_events(p, q)
     factors = p._unbroadcasted_row, p._unbroadcasted_col
     kl: Tensor = _ToNormal.apply(p._unbroadcasted_loc - loc, *factors, scale)
-    return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 def _kl_independent_matrix_normal(p: Independent[Normal], q: MatrixNormal) -> Tensor:
@@ -142,7 +141,7 @@ def _kl_independent_matrix_normal(p: Independent[Normal], q: MatrixNormal) -> Te
         + half_log_det(q)
         - scale.log().sum((-2, -1))
     )
-    return kl.expand(broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
 register_kl(MatrixNormal, MatrixNormal)(_kl_matrix_normal_matrix_normal)

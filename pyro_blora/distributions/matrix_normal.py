@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.distributions.factors import log_det, multiply, row_squares, solve
-from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__ = ["MatrixNormal", "entry_variance", "half_log_det", "mahalanobis"]
 
@@ -95,7 +94,7 @@ class MatrixNormal(TorchDistribution):
         Raises:
             RuntimeError: the batch shapes do not broadcast.
         """
-        batch_shape = broadcast_shapes(loc[:-2], row_scale_tril[:-2], col_scale_tril[:-2])
+        batch_shape = torch.broadcast_shapes(loc[:-2], row_scale_tril[:-2], col_scale_tril[:-2])
         return batch_shape, torch.Size(loc[-2:])
 
     def expand(
@@ -214,7 +213,7 @@ class MatrixNormal(TorchDistribution):
         )
         if log_prob.shape == self.batch_shape:
             return log_prob
-        return log_prob.expand(broadcast_shapes(self.batch_shape, value.shape[:-2]))
+        return log_prob.expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-2]))
 
     def entropy(self) -> Tensor:
         """Compute the differential entropy, in nats, of shape :attr:`batch_shape`."""

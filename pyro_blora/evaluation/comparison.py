@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.methods import check_method, trained_for
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.evaluation.predict_dataset import predict_dataset
@@ -19,7 +20,6 @@ from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
 from pyro_blora.inference import FitResult, LoopOptions, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
-from pyro_blora.methods import check_method, trained_for
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.recipes import recipe

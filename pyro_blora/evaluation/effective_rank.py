@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyro_blora.adapted import Adapted
+from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["effective_rank", "effective_ranks"]
@@ -45,7 +45,7 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
 
 
 @torch.no_grad()
-def effective_ranks(blora: Adapted) -> dict[str, float]:
+def effective_ranks(blora: BayesianLoRA) -> dict[str, float]:
     """The effective rank of every adapted layer's posterior mean, by the layer's full name.
 
     Args:

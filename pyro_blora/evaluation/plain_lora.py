@@ -12,8 +12,7 @@ from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.network.freezing import Frozen
-from pyro_blora.network.modes import in_mode
+from pyro_blora.network.freezing import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.prediction import Prediction
@@ -126,7 +125,7 @@ class PlainLoRA:
         device = next(self.net.parameters()).device
         autocast = choose_precision(options.precision, device) == "bfloat16"
 
-        def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        def loss_of(_: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
             batch = to_device(batch, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = self.likelihood.logits(self.net, batch)

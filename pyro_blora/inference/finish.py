@@ -4,30 +4,31 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides.isotropic import Isotropic
-from pyro_blora.guides.laplace import Laplace
-from pyro_blora.inference.curvature import fit_laplace
+from pyro_blora.guides._post_hoc import Evidence, PostHoc
+from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import Collate
-from pyro_blora.inference.widest import fit_isotropic
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.modes import in_mode
+from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
+from pyro_blora.posterior.linearised import logit_jacobian
 from pyro_blora.posterior.structured_guide import StructuredGuide
 
-__all__ = ["finish", "is_post_hoc"]
+__all__ = ["anchor_loss", "finish", "post_hoc_families", "scores"]
 
 
-def is_post_hoc(guide: object) -> bool:
-    """Whether the guide finds its width after training (``Laplace``, ``Isotropic``)."""
+def post_hoc_families(guide: object) -> dict[str, PostHoc]:
+    """The families that find their width after training (``Laplace``, ``Isotropic``), by site."""
     if not isinstance(guide, StructuredGuide):
-        return False
-    return any(isinstance(f, Laplace | Isotropic) for f in guide.families().values())
+        return {}
+    return {name: f for name, f in guide.families().items() if isinstance(f, PostHoc)}
 
 
 def finish(
@@ -54,36 +55,91 @@ def finish(
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
-        For ``Laplace`` the prior precision of each site, for ``Isotropic`` the width.
+        What the family says of its width: ``Laplace`` the prior precision of each site,
+        ``Isotropic`` the width.
 
     Raises:
         ConfigurationError: the guide is not one of these, or ``collate`` is missing.
         BatchError: there is no data.
     """
-    if not is_post_hoc(blora.guide):
+    families = post_hoc_families(blora.guide)
+    if not families:
         raise ConfigurationError(
-            f"finish is for the guides Laplace and Isotropic, not for {blora.guide_family[0]!r}."
+            "finish is for guides that find their width after training (Laplace, Isotropic), not "
+            f"for {blora.guide_family!r}."
         )
     if not isinstance(data, DataLoader) and not len(data):
         raise BatchError("There is nothing to finish with: the data set is empty.")
-    assert isinstance(blora.guide, StructuredGuide)
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress
     cut = data if isinstance(data, DataLoader) else _cut(data, collate, length, batch_size)
+    held: list[Batch] = []
 
-    def batches() -> Iterator[Batch]:
+    def all_scores() -> Iterator[dict[str, Tensor]]:
         for batch in tqdm(cut, desc="finish", disable=hide, unit="batch"):
-            yield to_device(batch, device)
+            yield scores(blora, to_device(batch, device))
+
+    def loss(num_samples: int) -> float:
+        if not held:
+            held.extend(to_device(batch, device) for batch in cut)
+        return anchor_loss(blora, held, num_samples)
 
     was_precision = blora.model.precision
     blora.model.precision = choose_precision(precision, device)
     try:
         with in_mode(blora.net, training=False), pyro.validation_enabled(False):
-            if any(isinstance(f, Laplace) for f in blora.guide.families().values()):
-                return fit_laplace(blora, batches())
-            return {"width": fit_isotropic(blora, list(batches()))}
+            evidence = Evidence(all_scores, loss, blora.likelihood.num_data)
+            return type(next(iter(families.values()))).finish(families, evidence)
     finally:
         blora.model.precision = was_precision
+
+
+def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
+    """The scores of a batch at the guide's centre.
+
+    Args:
+        blora: the trained adapter, with a guide family of this library.
+        batch: ``B`` examples.
+
+    Returns:
+        For each site ``g_bc``, ``(B, C, n, *event_shape)``, in unconstrained coordinates.
+
+    Raises:
+        ConfigurationError: the likelihood has more than one choice for each example.
+    """
+    logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)
+    p = logits.softmax(-1)
+    found = {}
+    for name, J in jacobian.items():
+        weight = p.reshape(*p.shape, *(1,) * (J.dim() - 2))
+        found[name] = weight.sqrt() * (J - (weight * J).sum(1, keepdim=True))
+    return found
+
+
+@torch.no_grad()
+def anchor_loss(blora: BayesianLoRA, batches: Sequence[Batch], num_samples: int) -> float:
+    """Mean negative log-likelihood of draws in nats for each example, the same noise every time.
+
+    Args:
+        blora: the adapter.
+        batches: the anchor set, with labels.
+        num_samples: draws, one for each example and repetition.
+    """
+    total, count = 0.0, 0
+    with forked_rng(blora.model.groups[0].device):
+        torch.manual_seed(0)
+        for batch in batches:
+            examples = blora.likelihood.examples(batch)
+            rows = repeat_batch(batch, num_samples)
+            updates = blora.sample_updates(num_samples * examples, batch)
+            with blora.model.applied(updates) as net:
+                logits = blora.likelihood.logits(net, rows)
+            labels = blora.likelihood.labels(rows)
+            assert labels is not None
+            q = blora.likelihood.distribution(logits, labels)
+            total -= float(q.log_prob(labels).sum()) / num_samples
+            count += examples
+    return total / count
 
 
 def _cut(

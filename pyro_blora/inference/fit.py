@@ -1,7 +1,8 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -12,22 +13,16 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides._post_hoc import PostHoc
-from pyro_blora.inference.finish import finish
-from pyro_blora.inference.loop import (
-    Collate,
-    FitResult,
-    LoopOptions,
-    batches,
-    training_loop,
-)
+from pyro_blora.inference.finish import finish, post_hoc_families
+from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
 from pyro_blora.inference.objective import Objective
-from pyro_blora.likelihoods import Batch, CausalLM
-from pyro_blora.network.cached_prefix import PrefixCache
-from pyro_blora.network.modes import in_mode
+from pyro_blora.likelihoods import Batch
+from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.frozen_prefix import FrozenPrefix, skippable_blocks
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart, start_guide
+from pyro_blora.posterior.draws import log_predictive
+from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
 __all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
 
@@ -133,8 +128,7 @@ def fit(
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
             adapted layer put out, and to run them in the first epoch and the first validation
             alone. They, and the module that runs all blocks, are without dropout. Takes the memory
-            of one hidden state for each token of the training set and of the validation set; warns
-            where it was of no use.
+            of one hidden state for each token of the training set and of the validation set.
         seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
@@ -161,87 +155,127 @@ def fit(
         seed=seed,
         progress=progress,
     )
-    if validation is not None and collate is None:
-        raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
-    if validation is not None and not len(validation):
-        raise BatchError("The validation set is empty; leave validation= out to train without.")
     if seed is not None:
         torch.manual_seed(seed)
     device = blora.model.groups[0].device
-    stream = (to_device(b, device) for b in batches(train, collate, options, length))
+    stream = ((keys, to_device(b, device)) for keys, b in batches(train, collate, options, length))
     first = next(stream)
-    cache = PrefixCache(blora.net, blora.model.adapters) if cache_frozen_prefix else None
-    frozen_kept = nullcontext if cache is None else cache.in_place
+    prefix = _prefix(blora, train) if cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(blora, elbo, num_particles, num_steps, kl_warmup, kl_weight)
+    given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction, "head": lr_head}
+    groups = _parameters(blora, first[1], {r: lr for r, lr in given.items() if lr is not None})
+    validate = _validation(blora, validation, collate, length, options, validation_samples, prefix)
+    _reopen(blora)
 
-    def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        with frozen_kept():
+    def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        with _kept(prefix, keys, batch):
             return objective(batch, step)
 
-    start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
-    given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction, "head": lr_head}
-    rates = {**LEARNING_RATES, **blora.prior_family[0].learning_rates}
-    rates |= {role: rate for role, rate in given.items() if rate is not None}
-    both = nn.ModuleList([blora.model, blora.guide])
-    if not any(p.requires_grad for p in both.parameters()):
-        raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-
-    def validate() -> float:
-        assert validation is not None
-        assert collate is not None
-        held = list(validation) if length is None else sorted(validation, key=length)
-        with frozen_kept(), draws_apart(blora.guide, device):
-            parts = [
-                blora.log_predictive(collate(held[i : i + 2 * batch_size]), validation_samples)
-                for i in range(0, len(held), 2 * batch_size)
-            ]
-        return -float(torch.cat(parts).mean())
-
-    if _post_hoc_families(blora) and isinstance(blora.likelihood, CausalLM):
-        raise ConfigurationError(
-            f"{blora.guide_family[0]!r} needs one choice among a few classes for each example, and "
-            "CausalLM has none; take a guide that is trained, such as MatrixNormal()."
-        )
-    for family in _post_hoc_families(blora):
-        family.reopen()
     before = blora.model.kl_weight, blora.model.precision
     blora.model.precision = precision = choose_precision(precision, device)
     try:
         with in_mode(blora.net, training=True), pyro.validation_enabled(False):
             result = training_loop(
                 loss_of,
-                parameter_groups(both, rates),
-                _chain(first, stream),
+                groups,
+                chain([first], stream),
                 options,
-                validate=None if validation is None else validate,
+                validate=validate,
                 state=blora.state_dict,
             )
     finally:
         blora.model.kl_weight, blora.model.precision = before
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
-    if _post_hoc_families(blora):
-        with frozen_kept():
-            finish(
-                blora,
-                train,
-                collate=collate,
-                length=length,
-                batch_size=batch_size,
-                precision=precision,
-                progress=progress,
-            )
-    if cache is not None:
-        cache.warn_if_unused()
+    if post_hoc_families(blora.guide):
+        finish(
+            blora,
+            train,
+            collate=collate,
+            length=length,
+            batch_size=batch_size,
+            precision=precision,
+            progress=progress,
+        )
     return result
 
 
-def _post_hoc_families(blora: BayesianLoRA) -> list[PostHoc]:
-    if not isinstance(blora.guide, StructuredGuide):
-        return []
-    return [f for f in blora.guide.families().values() if isinstance(f, PostHoc)]
+def _parameters(blora: BayesianLoRA, batch: Batch, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """The optimizer's groups; ``rates`` win over the prior's, and these over the usual ones."""
+    start_guide(blora.guide, batch)  # its parameters must exist before the optimizer does
+    both = nn.ModuleList([blora.model, blora.guide])
+    if not any(p.requires_grad for p in both.parameters()):
+        raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
+    return parameter_groups(both, {**LEARNING_RATES, **blora.prior.learning_rates, **rates})
 
 
-def _chain(first: Batch, rest: Any) -> Any:
-    yield first
-    yield from rest
+def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:
+    blocks = skippable_blocks(blora.net, blora.model.layer_names)
+    if isinstance(train, DataLoader):
+        raise ConfigurationError(
+            "cache_frozen_prefix=True knows examples by their index, and a DataLoader does not "
+            "tell it; pass the examples themselves, with collate=."
+        )
+    if not blocks:
+        raise ConfigurationError(
+            f"cache_frozen_prefix=True: {type(blora.net).__name__} has no block below its lowest "
+            "adapted layer that could be skipped (adapt the upper ones alone, as with "
+            "BayesianLoRA(net, layers_to_transform=[22, 23, ...])), or must run them each time: "
+            "it is compiled, sharded, looked into by hooks, or gives other logits without them. "
+            "Train without the cache."
+        )
+    return FrozenPrefix(blora.net, blocks)
+
+
+def _kept(prefix: FrozenPrefix, keys: Sequence[Any], batch: Batch) -> AbstractContextManager[None]:
+    """Rows padded on the left stand elsewhere in each batch, and run as they are."""
+    mask = batch.get("attention_mask")
+    left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
+    return nullcontext() if left or not prefix.blocks else prefix.examples(keys)
+
+
+def _validation(
+    blora: BayesianLoRA,
+    data: Sequence[Any] | None,
+    collate: Collate | None,
+    length: Callable[[Any], int] | None,
+    options: LoopOptions,
+    num_samples: int,
+    prefix: FrozenPrefix,
+) -> Callable[[], float] | None:
+    """What gives the mean negative log predictive of the validation set; it draws apart."""
+    if data is None:
+        return None
+    if collate is None:
+        raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
+    if not len(data):
+        raise BatchError("The validation set is empty; leave validation= out to train without.")
+    device = blora.model.groups[0].device
+    order = list(range(len(data)))
+    if length is not None:
+        order.sort(key=lambda i: length(data[i]))
+    size = 2 * options.batch_size
+
+    def validate() -> float:
+        parts = []
+        with draws_apart(blora.guide, device), torch.no_grad():
+            for start in range(0, len(order), size):
+                indices = order[start : start + size]
+                batch = to_device(collate([data[i] for i in indices]), device)
+                with _kept(prefix, [("validation", i) for i in indices], batch):
+                    parts.append(log_predictive(blora.model, blora.guide, batch, num_samples))
+        return -float(torch.cat(parts).mean())
+
+    return validate
+
+
+def _reopen(blora: BayesianLoRA) -> None:
+    families = post_hoc_families(blora.guide)
+    if families and not blora.likelihood.has_classes:
+        raise ConfigurationError(
+            f"{blora.guide_family!r} needs one choice among a few classes for each example, and "
+            f"{type(blora.likelihood).__name__} has none; take a guide that is trained, such as "
+            "MatrixNormal()."
+        )
+    for family in families.values():
+        family.reopen()

@@ -4,25 +4,25 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.inference.freed_memory import freed_memory_kept
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.precision import check_precision
 
 __all__ = ["FitResult", "LoopOptions", "batches", "training_loop"]
 
 Collate = Callable[[list[Any]], Batch]
-# (batch, step) -> loss with gradient, figures to show
-StepLoss = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
+# (indices of the examples, batch, step) -> loss with gradient, figures to show
+StepLoss = Callable[[list[int], Batch, int], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,27 @@ class _Bucketed(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / self.batch_size)
 
 
+def _numbered(collate: Collate | None, rows: list[tuple[int, Any]]) -> tuple[list[int], Batch]:
+    examples = [row for _, row in rows]
+    return [index for index, _ in rows], (collate or default_collate)(examples)
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """Batches whose examples nobody has numbered."""
+
+    batches: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[tuple[list[int], Batch]]:
+        return (([], batch) for batch in self.batches)
+
+
 def batches(
     data: Sequence[Any] | DataLoader[Any],
     collate: Collate | None,
     options: LoopOptions,
     length: Callable[[Any], int] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[tuple[list[int], Batch]]:
     """Batches without end, each epoch in a new order, no example dropped.
 
     Args:
@@ -144,30 +159,34 @@ def batches(
         options: batch size and seed.
         length: the length of an example; batches are then made of like lengths.
 
+    Yields:
+        The indices of the examples in ``data``, none where that is a ``DataLoader``; their batch.
+
     Raises:
         BatchError: the data set is empty.
     """
-    loader = data
+    loader: Iterable[tuple[list[int], Batch]] = _Unknown(data)
     if not isinstance(data, DataLoader):
         if not len(data):
             raise BatchError("The training set is empty; check the file, the split or max_train.")
         lengths = [0] * len(data) if length is None else [length(x) for x in data]
         sampler = _Bucketed(lengths, options.batch_size, options.seed)
-        loader = DataLoader(list(data), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+        numbered = list(enumerate(data))
+        made = partial(_numbered, collate)
+        loader = DataLoader(numbered, batch_sampler=sampler, collate_fn=made)  # type: ignore[arg-type]
     while True:
         empty = True
-        for batch in loader:
+        for drawn in loader:
             empty = False
-            yield batch
+            yield drawn
         if empty:
             raise BatchError("The data loader yields no batch; is the data set empty?")
 
 
-@freed_memory_kept()
 def training_loop(
     loss_of: StepLoss,
     groups: list[dict[str, Any]],
-    stream: Iterator[Batch],
+    stream: Iterator[tuple[list[int], Batch]],
     options: LoopOptions,
     *,
     validate: Callable[[], float] | None = None,
@@ -176,13 +195,10 @@ def training_loop(
 ) -> FitResult:
     """Runs AdamW over ``groups`` on the losses of a stream of batches.
 
-    Until the end the process keeps the memory that a step frees, see
-    :func:`~pyro_blora.inference.freed_memory.freed_memory_kept`.
-
     Args:
         loss_of: the loss of a batch, per example, with its figures.
         groups: parameter groups of AdamW with their learning rates.
-        stream: batches without end.
+        stream: batches without end, with the indices of their examples.
         options: how to train.
         validate: the validation loss now.
         state: the trained tensors now; copied at the best validation.
@@ -200,10 +216,10 @@ def training_loop(
     for step in bar:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * options.rate(step)
-        batch = next(stream)
+        indices, batch = next(stream)
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss, figures = loss_of(batch, step)
+        loss, figures = loss_of(indices, batch, step)
         loss.backward()
         if options.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)

@@ -16,10 +16,11 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.objective import Objective
-from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import device_of
-from pyro_blora.posterior.bayesian_lora_model import leave_store, to_device
+from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import logits_of_draws
+from pyro_blora.posterior.param_store import leave_store
 
 __all__ = ["BayesianLoRATrainer"]
 
@@ -72,9 +73,9 @@ class BayesianLoRATrainer(Trainer):
         **options: Any,
     ) -> None:
         args = TrainingArguments("out") if args is None else args
-        if not isinstance(model.guide_family[0], SiteGuide):
+        if not isinstance(model.guide_family, SiteGuide):
             raise ConfigurationError(
-                f"guide={model.guide_family[0]!r} cannot be written to a checkpoint; take a family "
+                f"guide={model.guide_family!r} cannot be written to a checkpoint; take a family "
                 "of pyro_blora.guides, or SVI with a loop of your own."
             )
         if args.learning_rate != TrainingArguments.learning_rate:
@@ -86,7 +87,7 @@ class BayesianLoRATrainer(Trainer):
             raise ConfigurationError(
                 f"learning_rates has {sorted(unknown)}; the roles are {list(LEARNING_RATES)}."
             )
-        own = model.prior_family[0].learning_rates
+        own = model.prior.learning_rates
         self.learning_rates = {**LEARNING_RATES, **own, **(learning_rates or {})}
         self.blora = model
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
@@ -137,7 +138,7 @@ class BayesianLoRATrainer(Trainer):
         self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
     ) -> None:
         blora = self.blora
-        (prior,), (guide,) = blora.prior_family, blora.guide_family
+        prior, guide = blora.prior, blora.guide_family
         assert isinstance(guide, SiteGuide)
         folder, likelihood = resume_from_checkpoint, blora.likelihood
         saved = read_pretrained(blora.net, folder, prior=prior, guide=guide, likelihood=likelihood)
@@ -176,9 +177,11 @@ class _Loss(nn.Module):
     @torch.no_grad()
     def _predictive(self, batch: Batch) -> dict[str, Tensor]:
         likelihood = self.blora.likelihood
-        if type(likelihood).distribution is not Likelihood.distribution:  # no classes
+        if not likelihood.has_classes:
             return {"loss": -self.blora.log_predictive(batch, self.num_samples).mean()}
-        draws = torch.cat(list(logits_of_draws(self.blora, batch, self.num_samples)))
+        draws = torch.cat(
+            list(logits_of_draws(self.blora.model, self.blora.guide, batch, self.num_samples))
+        )
         logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
         labels = likelihood.labels(batch)
         if labels is None:

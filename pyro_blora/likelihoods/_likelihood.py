@@ -44,6 +44,11 @@ class Likelihood(Options):
             )
         self.num_data = num_data
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the labels are one class for each example."""
+        return type(self).distribution is Likelihood.distribution
+
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Unnormalised log-probabilities of the classes, ``(B, ..., C)``."""
         raise NotImplementedError(f"{type(self).__name__} must define logits(net, batch).")

@@ -18,8 +18,8 @@ class LabelTokens(Likelihood):
 
     :math:`p(y = c \mid x) \propto \exp \ell_{a_c}(x)`, with :math:`\ell` the logits after the last
     token and :math:`a_c` the token that stands for class :math:`c`. This is the protocol of the
-    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA papers. Only the
-    rows of the head that belong to answer tokens are computed, at that one position.
+    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA papers. The head
+    is computed at that one position alone.
 
     Args:
         token_ids: the answer tokens, one for each class, in the order of the classes.

@@ -1,24 +1,20 @@
-"""Logits at the positions and tokens that are read, and at no others.
+"""Logits at the positions that are read, and at no others.
 
 The output head of a language model is a large part of its cost, and a likelihood reads few of its
 rows. The network's own forward is run, so scalings and soft-caps after the head stay in place;
-only what enters the head, and which of its rows are computed, is narrowed, and the last block.
+only what enters the head is narrowed.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.network.adapter import Adapter, adapter_of, put_forward_back
-from pyro_blora.network.last_block import last_block_at
-from pyro_blora.network.quantised import is_quantised_tensor
+from pyro_blora.network import fast_path
+from pyro_blora.network.adapter import adapter_of
 
 __all__ = ["logits_at", "output_head"]
 
@@ -60,7 +56,7 @@ def logits_at(
             transformers leaves to the caller.
         positions: positions to read in each row, ``(R, S)``.
         mask: which of them are real, ``(R, S)``, boolean.
-        token_ids: the vocabulary entries to compute, ``(C,)``; default all.
+        token_ids: the vocabulary entries to return, ``(C,)``; default all.
 
     Returns:
         ``(mask.sum(), C)`` in at least single precision: the real positions in row-major order.
@@ -71,18 +67,17 @@ def logits_at(
     head = output_head(net)
     adapter = adapter_of(head)
     per_row = adapter is not None and adapter.update is not None
-    ids = inputs.get("input_ids")
     if "position_ids" not in inputs:
         inputs = {**inputs, **_positions(inputs.get("attention_mask"))}
-    with (
-        last_block_at(net, positions, mask, length=0 if ids is None else ids.shape[-1]),
-        _narrowed(head, adapter, positions, None if per_row else mask, token_ids) as narrow,
-    ):
-        logits: Tensor = net(**inputs, use_cache=False).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if token_ids is not None and not narrow:
-        logits = logits[..., token_ids]
-    return logits[mask] if per_row else logits.squeeze(0)
+    if fast_path.is_on(net) and not fast_path.is_observed(net, (net, head)):
+        with _narrowed(head, positions, None if per_row else mask):
+            logits: Tensor = net(**inputs, use_cache=False).logits
+        logits = logits[mask] if per_row else logits.squeeze(0)
+    else:
+        logits = net(**inputs, use_cache=False).logits
+        logits = _gather(logits, positions, mask).squeeze(0)
+    logits = logits if token_ids is None else logits[..., token_ids]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _positions(mask: Tensor | None) -> dict[str, Tensor]:
@@ -93,52 +88,24 @@ def _positions(mask: Tensor | None) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _narrowed(
-    head: nn.Module,
-    adapter: Adapter | None,
-    positions: Tensor,
-    mask: Tensor | None,
-    token_ids: Tensor | None,
-) -> Iterator[bool]:
-    """Within, ``head`` sees only ``positions`` and computes only ``token_ids``.
-
-    Yields whether it picks the tokens; a quantised head, or one whose ``forward`` another library
-    has replaced, computes them all.
-
-    Without a mask the head's input keeps its rows, ``(R, S, d)``, as the particles' shares need;
-    with one it is the flat list of real positions, ``(1, mask.sum(), d)``.
-    """
+def _narrowed(head: nn.Module, positions: Tensor, mask: Tensor | None) -> Iterator[None]:
+    """Within, ``head`` sees only ``positions``."""
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
-        columns = positions.to(hidden.device)
-        if mask is None:
-            return (hidden[rows, columns],)
-        real = mask.to(hidden.device)
-        return (hidden[rows.expand_as(real)[real], columns[real]].unsqueeze(0),)
+        return (_gather(args[0], positions, mask),)
 
-    before, narrow = vars(head).get("forward"), False
     with head.register_forward_pre_hook(gather):
-        try:
-            if token_ids is not None and type(head) is nn.Linear and _is_plain(head):
-                narrow = True
-                head.forward = partial(_some_rows, head, token_ids)  # type: ignore[method-assign]
-                if adapter is not None:
-                    adapter.rows = token_ids
-            yield narrow
-        finally:
-            if narrow:
-                put_forward_back(head, before)
-                if adapter is not None:
-                    adapter.rows = None
+        yield
 
 
-def _is_plain(head: nn.Linear) -> bool:
-    own = MethodType(nn.Linear.forward, head)  # and no other library's in its place
-    return head.forward == own and not is_quantised_tensor(head.weight)
+def _gather(values: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    """``(R, S, d)`` of ``(R, T, d)``, as the particles' shares of the rows need them.
 
-
-def _some_rows(head: nn.Linear, rows: Tensor, hidden: Tensor) -> Tensor:
-    bias = None if head.bias is None else head.bias[rows]
-    return functional.linear(hidden, head.weight[rows], bias)
+    With a mask, the flat list of real positions, ``(1, mask.sum(), d)``.
+    """
+    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
+    columns = positions.to(values.device)
+    if mask is None:
+        return values[rows, columns]
+    real = mask.to(values.device)
+    return values[rows.expand_as(real)[real], columns[real]].unsqueeze(0)

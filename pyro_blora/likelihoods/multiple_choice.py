@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import logits_at
+from pyro_blora.likelihoods.logits_at import logits_at, output_head
 from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
@@ -61,6 +61,7 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
+        output_head(net)  # refuses a network without one before anything is asked of it
         shapes = {key: tuple(batch[key].shape) for key in self.keys}
         if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 3:
             raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")

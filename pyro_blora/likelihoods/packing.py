@@ -6,17 +6,17 @@ prefix and itself: the same numbers for about half the tokens.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import adapter_of
-from pyro_blora.network.fast_path import agree, answer, asked, vocabulary_of, window_of
 from pyro_blora.network.targets import device_of
 from pyro_blora.updates.conditional_noise import MarginalNoise
 
@@ -142,7 +142,7 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
             position by itself: options would not share that of their question.
     """
     if supports_packing(net) if packing is None else packing:
-        rows, window = pack(batch, additive=wants_additive_mask(net)), window_of(net)
+        rows, window = pack(batch, additive=wants_additive_mask(net)), fast_path.window_of(net)
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
     held = [a.update for a in map(adapter_of, net.modules()) if a is not None]
@@ -156,10 +156,6 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
     return unpacked(batch)
 
 
-# What each network answered, with the attention implementation it was asked under.
-_ANSWERS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
-
-
 def supports_packing(net: nn.Module) -> bool:
     """Whether packed and unpacked rows give this network the same hidden states.
 
@@ -167,27 +163,27 @@ def supports_packing(net: nn.Module) -> bool:
     declaration tells whether an architecture honours position ids and a mask of its own. So short
     a question sees no window: see :func:`in_rows`.
     """
-    if vocabulary_of(net) < 8:
+    if not fast_path.is_on(net) or fast_path.tokens_for(net, 1) is None:
         return False
-    attention = str(getattr(net.config, "_attn_implementation", ""))
-    if _ANSWERS.get(net, ("", False))[0] == attention:
-        return _ANSWERS[net][1]
+    return fast_path.holds(net, "options packed behind one question", partial(_ask, net))
+
+
+def _ask(net: nn.Module) -> bool:
     device = device_of(net.modules())
     ids = torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 7]]], device=device)
     scored = torch.zeros_like(ids).bool()
     scored[..., 4:] = True
-    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
-    packed, plain = pack(probe, additive=wants_additive_mask(net)), unpacked(probe)
-    with asked(net):
-        given, expected = (answer(partial(_probe_logits, net, rows)) for rows in (packed, plain))
-        _ANSWERS[net] = attention, agree(given, expected)
-    return _ANSWERS[net][1]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
+    rows = (pack(batch, additive=wants_additive_mask(net)), unpacked(batch))
+    return fast_path.agree(*(_logits_of(net, each) for each in rows))
 
 
-def _probe_logits(net: nn.Module, rows: Scored) -> Tensor:
-    logits: Tensor = net(**rows.inputs, use_cache=False).logits.detach()
-    index = torch.arange(len(logits), device=logits.device).unsqueeze(-1)
-    return logits[index, rows.positions].flatten(0, 1)
+def _logits_of(net: nn.Module, rows: Scored) -> Tensor | None:
+    with suppress(Exception):  # in whatever way it refuses the input
+        logits: Tensor = net(**rows.inputs, use_cache=False).logits
+        index = torch.arange(len(logits), device=logits.device).unsqueeze(-1)
+        return logits[index, rows.positions].flatten(0, 1)
+    return None
 
 
 def wants_additive_mask(net: nn.Module) -> bool:

@@ -22,9 +22,9 @@ __all__ = [
     "Adapter",
     "adapter_of",
     "checkpointable",
-    "entering",
-    "moved",
+    "layer_input",
     "put_forward_back",
+    "to_device",
     "updates_in_place",
     "updates_kept_for_backward",
     "without_updates",
@@ -40,7 +40,6 @@ class Adapter:
     Attributes:
         name: the layer's full name.
         update: what is added, or ``None``.
-        rows: the output features that the layer computes, where not all (see ``heads.py``).
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -50,7 +49,6 @@ class Adapter:
             )
         self.name = name
         self.update: LayerUpdate | None = None
-        self.rows: Tensor | None = None
         self._handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
         # torch.compile does not see that a layer has got a hook, and would run the graph that it
         # made of one without; that a layer has another forward of its own, it does see
@@ -71,8 +69,8 @@ class Adapter:
                 "a router, perhaps. Leave it out with exclude_modules."
             )
         if update.A.device != output.device:  # a group's layers may lie on several devices
-            update = moved(update, output.device)
-        return update(entering(args, kwargs).to(output.device), output, self.rows)
+            update = to_device(update, output.device)
+        return update(layer_input(args, kwargs).to(output.device), output)
 
     def remove(self) -> None:
         """Takes the hook off the layer."""
@@ -81,7 +79,7 @@ class Adapter:
             put_forward_back(self._module, self._before)
 
 
-def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states that a layer or a block is given.
 
     Args:
@@ -119,7 +117,7 @@ def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> No
         module.forward = before
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors on ``device``, those inside of dataclasses too.
 
     Args:
@@ -128,14 +126,17 @@ def moved(value: Any, device: torch.device) -> Any:
 
     Example::
 
-        >>> moved(LayerUpdate(torch.ones(1, 4), torch.ones(3, 1)), torch.device("meta")).A.device
+        >>> update = LayerUpdate(torch.ones(1, 4), torch.ones(3, 1))
+        >>> to_device(update, torch.device("meta")).A.device
         device(type='meta')
     """
     if isinstance(value, Tensor):
         return value.to(device)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return replace(
+        value, **{f.name: to_device(getattr(value, f.name), device) for f in fields(value)}
+    )
 
 
 @contextmanager

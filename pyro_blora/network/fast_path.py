@@ -1,61 +1,89 @@
-"""Asking a network what it can do, where no declaration of its architecture tells."""
+"""Whether a shortcut holds: the one question that is asked of a network, and its answer kept.
+
+No declaration tells whether an architecture honours a mask of its own, or reads more of a block
+than what it puts out. So a shortcut is tried on a few tokens against the plain path, once for each
+setting of the network, and where the logits differ the plain path is taken.
+"""
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial, wraps
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.network.adapter import entering, without_updates
-from pyro_blora.network.modes import modes_kept
+from pyro_blora.network.adapter import layer_input, without_updates
+from pyro_blora.network.freezing import modes_kept
 from pyro_blora.network.quantised import is_quantised
 from pyro_blora.network.targets import device_of
 
 __all__ = [
     "agree",
-    "all_rows_seen",
-    "among",
-    "answer",
     "asked",
-    "in_plain_sight",
+    "holds",
     "is_asked",
-    "logits_for",
-    "padding_of",
-    "remembered",
+    "is_observed",
+    "is_on",
+    "is_sharded",
+    "logits_of",
+    "put",
     "rows_come_first",
-    "shared_out",
+    "runs_eagerly",
     "tokens_for",
-    "vocabulary_of",
-    "way_to",
     "window_of",
 ]
 
-AboutBlocks = Callable[[nn.Module, Sequence[nn.Module]], bool | None]
-
 _WINDOW = re.compile(r"(window|chunk)(_size)?$")
+_OFF: WeakSet[nn.Module] = WeakSet()
 _ASKED: WeakSet[nn.Module] = WeakSet()
+_ANSWERS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
-@contextmanager
-def among(nets: WeakSet[nn.Module], net: nn.Module) -> Iterator[None]:
-    """Within, ``net`` is one of ``nets``."""
-    added = net not in nets
-    nets.add(net)
-    try:
-        yield
-    finally:
-        if added:
-            nets.discard(net)
+def put(net: nn.Module, *, on: bool) -> None:
+    """Turns every shortcut of a network on or off."""
+    (_OFF.discard if on else _OFF.add)(net)
+
+
+def is_on(net: nn.Module) -> bool:
+    """Whether shortcuts may be taken at all."""
+    return net not in _OFF
+
+
+def holds(net: nn.Module, shortcut: str, question: Callable[[], bool], *about: nn.Module) -> bool:
+    """Whether a shortcut gives the plain path's logits; asked once for each setting.
+
+    Args:
+        net: the network.
+        shortcut: what the warning calls it; empty: there is none.
+        question: asks the network, as pretrained (see :func:`asked`).
+        about: modules that the question is about.
+
+    Returns:
+        The answer, kept for as long as attention's implementation and all modules are the same.
+        A warning says where it is no.
+    """
+    config = getattr(net, "config", None)
+    settings = (getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts"))
+    key = (shortcut, *settings, *map(id, about), *map(id, net.modules()))
+    answers = _ANSWERS.setdefault(net, {})
+    if key not in answers:
+        with asked(net):
+            answers[key] = question()
+        if shortcut and not answers[key]:
+            warnings.warn(
+                f"{type(net).__name__} does not give the same logits with {shortcut}; it runs "
+                "without, which is right and slower. BayesianLoRA(net, fast=False) asks nothing.",
+                stacklevel=2,
+            )
+    return answers[key]
 
 
 @contextmanager
 def asked(net: nn.Module) -> Iterator[None]:
-    """Within, ``net`` is as pretrained: no dropout, updates, gradients, autocast or compiled graph.
+    """Within, ``net`` is as pretrained: no dropout, updates, gradients, autocast or graphs.
 
     Quantised layers, which drop nothing out, stay in the mode they are in: bitsandbytes' of 8 bits
     multiply in another way in each.
@@ -65,45 +93,23 @@ def asked(net: nn.Module) -> Iterator[None]:
         for module in net.modules():
             if not is_quantised(module):
                 module.training = False
+        eager = runs_eagerly(net.modules())
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            _without_graphs(net),
             without_updates(net),
-            among(_ASKED, net),
+            nullcontext() if eager else torch.compiler.set_stance("force_eager"),
         ):
-            yield
+            _ASKED.add(net)
+            try:
+                yield
+            finally:
+                _ASKED.discard(net)
 
 
 def is_asked(net: nn.Module) -> bool:
-    """Whether a pass of the network, now, is one of a question."""
+    """Whether a pass of the network, now, is one of a question, which no shortcut may answer."""
     return net in _ASKED
-
-
-@contextmanager
-def _without_graphs(net: nn.Module) -> Iterator[None]:
-    """Within, parts that ``compile()`` has given a graph run as they stand.
-
-    Module by module, for a stance of the compiler's would be that of all threads.
-    """
-    graphs = {m: m._compiled_call_impl for m in net.modules() if m._compiled_call_impl is not None}
-    try:
-        for module in graphs:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, graph in graphs.items():
-            module._compiled_call_impl = graph
-
-
-def answer(question: Callable[[], Tensor]) -> Tensor | None:
-    """What the network answers; ``None`` where it refuses the input, in whatever way."""
-    try:
-        return question()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return None
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:
@@ -112,22 +118,31 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
     Relative to what varies in ``expected``: 1e-4, and 0.03 in half precision. Where nothing varies
     (a head of zeros) they tell nothing.
     """
-    if given is None or expected is None:
+    if given is None or expected is None or given.shape != expected.shape:
         return False
     half = expected.dtype in (torch.float16, torch.bfloat16)
     scale = (expected - expected.mean()).norm()
     return bool((given - expected).norm() < (0.03 if half else 1e-4) * scale)
 
 
-def vocabulary_of(net: nn.Module) -> int:
-    """How many tokens the network declares to know; 0 where it declares none."""
-    return int(getattr(_text_config(net), "vocab_size", 0))
+def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
+    """A few rows of eight tokens; ``None`` where the network declares no vocabulary for them."""
+    config = _text_config(net)
+    if config is None or config.vocab_size < 8:
+        return None
+    ids = torch.arange(8 * rows, device=device_of(net.modules()))
+    return (ids * 5 % 7 + 1).reshape(rows, 8)
 
 
-def padding_of(net: nn.Module) -> int:
-    """The token that pads a row; some declare one that is none of theirs, instead of which 0."""
-    token = getattr(_text_config(net), "pad_token_id", 0)
-    return token if isinstance(token, int) and 0 <= token < vocabulary_of(net) else 0
+def logits_of(net: nn.Module, **inputs: Tensor) -> Tensor | None:
+    """The network's logits, at real tokens alone; ``None`` where it refuses the input."""
+    mask = inputs["attention_mask"]
+    for options in ({"use_cache": False}, {}):  # an encoder may not know of caches
+        with suppress(Exception):  # in whatever way it refuses
+            logits: Tensor = net(**inputs, **options).logits
+            per_token = logits.dim() == 3 and logits.shape[:2] == mask.shape
+            return logits[mask.bool()] if per_token else logits
+    return None
 
 
 def window_of(net: nn.Module) -> int | None:
@@ -135,6 +150,62 @@ def window_of(net: nn.Module) -> int | None:
     declared = getattr(_text_config(net), "__dict__", {}).items()
     windows = [v for name, v in declared if _WINDOW.search(name) and type(v) is int and v > 0]
     return min(windows, default=None)
+
+
+def rows_come_first(net: nn.Module, layer: nn.Module) -> bool:
+    """Whether the rows of a batch are the first dimension of what ``layer`` is given.
+
+    They are the second one in XLNet. Not asked where the network takes no tokens, and where its
+    weights are sharded among processes, of which some may have one particle and not ask.
+    """
+    ids = tokens_for(net, 3)
+    if ids is None or is_sharded(net):
+        return True
+    return holds(net, "", lambda: _first_dimensions(net, layer, ids) != ids.mT.shape, layer)
+
+
+def _first_dimensions(net: nn.Module, layer: nn.Module, ids: Tensor) -> torch.Size | None:
+    found: list[torch.Size] = []
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(layer_input(args, kwargs).shape[:2])
+
+    with layer.register_forward_pre_hook(note, with_kwargs=True):
+        logits_of(net, input_ids=ids, attention_mask=torch.ones_like(ids))
+    return found[0] if found else None
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether processes hold shares of the weights (DTensors)."""
+    return any(hasattr(p, "full_tensor") for p in net.parameters())
+
+
+def runs_eagerly(modules: Iterable[nn.Module]) -> bool:
+    """Whether the modules run as they stand, and not from a compiled graph."""
+    return not any(
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in modules
+    )
+
+
+def is_observed(net: nn.Module, modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody looks at what ``modules`` are given or put out, and so wants all of it.
+
+    By the configuration's ``output_hidden_states`` or ``output_attentions``, or by hooks, but for
+    those of torch, of this library and of transformers, which leaves its own behind.
+    """
+    configs = (getattr(net, "config", None), _text_config(net))
+    names = ("output_hidden_states", "output_attentions")
+    if any(getattr(config, name, None) for config in configs for name in names):
+        return True
+    homes = {
+        str(getattr(hook, "__module__", "")).split(".")[0]
+        for module in modules
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    }
+    return bool(homes - {"torch", "transformers", "pyro_blora"})
 
 
 def _text_config(net: nn.Module) -> Any:
@@ -147,120 +218,3 @@ def _text_config(net: nn.Module) -> Any:
         if isinstance(getattr(config, "vocab_size", None), int):
             return config
     return None
-
-
-def all_rows_seen(net: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Any]) -> bool:
-    """Whether somebody looks at what blocks put out on their way, and so wants every row of it.
-
-    As hidden states or attentions, which the configuration or the batch asks for, or by hooks, but
-    for those of libraries, which transformers leaves behind where it was once asked.
-    """
-    configs = [getattr(net, "config", None), _text_config(net)]
-    names = ("output_hidden_states", "output_attentions")
-    if any(batch.get(name) or any(getattr(c, name, None) for c in configs) for name in names):
-        return True
-    modules = {module for block in blocks for module in block.modules()}
-    hooks = (
-        h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-    )
-    homes = (str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks)
-    return any(home not in ("torch", "transformers", "pyro_blora") for home in homes)
-
-
-def shared_out(net: nn.Module) -> bool:
-    """Whether processes hold shares of the weights (DTensors)."""
-    return any(hasattr(p, "full_tensor") for p in net.parameters())
-
-
-def way_to(net: nn.Module, name: str) -> list[nn.Module]:
-    """The modules on the way from the network to one of its own, this one included."""
-    way: list[nn.Module] = []
-    for word in name.split(".") if name else []:
-        way.append(getattr(way[-1] if way else net, word))
-    return way
-
-
-def in_plain_sight(way: list[nn.Module]) -> bool:
-    """Whether the modules run now, as they stand, and not from a graph or a second time."""
-    again = torch.is_grad_enabled() and any(
-        module.training and getattr(module, "gradient_checkpointing", False) for module in way
-    )
-    compiled = any(
-        module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in way
-    )
-    return not again and not compiled
-
-
-def tokens_for(net: nn.Module, rows: int) -> Tensor | None:
-    """A few rows of eight tokens; ``None`` where the network declares no vocabulary for them."""
-    if vocabulary_of(net) < 8:
-        return None
-    ids = torch.arange(8 * rows, device=device_of(net.modules()))
-    return (ids * 5 % 7 + 1).reshape(rows, 8)
-
-
-def logits_for(net: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
-    """The network's logits of real tokens, or of rows; ``None`` where it refuses the rows.
-
-    Args:
-        net: the network.
-        ids: rows of tokens, ``(R, T)``.
-        mask: which of them are real; default: all.
-    """
-    real = torch.ones_like(ids) if mask is None else mask
-
-    def question(**options: Any) -> Tensor:
-        found: Tensor = net(input_ids=ids, attention_mask=real, **options).logits
-        return found[real.bool()] if found.dim() == 3 and found.shape[:2] == ids.shape else found
-
-    # an encoder may not know of caches, and a decoder beside one asks for tokens of its own
-    ways: list[dict[str, Any]] = [{"use_cache": False}, {}, {"decoder_input_ids": ids}]
-    for options in ways:
-        found = answer(partial(question, **options))
-        if found is not None:
-            return found
-    return None
-
-
-def remembered(ask: AboutBlocks) -> AboutBlocks:
-    """The same question of a network about its blocks, asked again where these are others."""
-    answers: WeakKeyDictionary[nn.Module, deque[tuple[int, WeakSet[nn.Module], bool | None]]]
-    answers = WeakKeyDictionary()
-
-    @wraps(ask)
-    def known(net: nn.Module, blocks: Sequence[nn.Module]) -> bool | None:
-        about = WeakSet(blocks)
-        held = answers.setdefault(net, deque(maxlen=4))
-        for count, modules, answered in held:
-            if count == len(about) and modules == about:
-                return answered
-        held.append((len(about), about, ask(net, blocks)))
-        return held[-1][2]
-
-    return known
-
-
-@remembered
-def rows_come_first(net: nn.Module, layers: Sequence[nn.Module]) -> bool | None:
-    """Whether the rows of a batch are the first dimension of what these layers are given.
-
-    They are the second one in XLNet. ``None`` where the network takes no tokens, and where its
-    weights are shared out among processes, of which some may have one particle and not ask.
-    """
-    ids = tokens_for(net, 3)
-    if ids is None or shared_out(net):
-        return None
-    leading: set[torch.Size] = set()
-
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leading.add(entering(args, kwargs).shape[:2])
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
-        with asked(net):
-            logits_for(net, ids)
-    return ids.mT.shape not in leading

@@ -1,16 +1,34 @@
 """What priors read of the pretrained weights of a group."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.network.packed_weight import is_packed
 from pyro_blora.network.targets import LayerGroup, layer_shape
 
-__all__ = ["dense_weight", "is_quantised", "is_quantised_tensor", "top_singular"]
+__all__ = ["dense_weight", "is_packed", "is_quantised", "refuse_packed", "top_singular"]
 
 
-def is_quantised_tensor(weight: Tensor) -> bool:
+def is_packed(weight: object) -> bool:
+    """Whether bitsandbytes has packed this weight, through which no gradient passes then."""
+    state = getattr(weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def refuse_packed(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raises ConfigurationError where one of these layers, named, has a packed weight."""
+    for name, layer in layers:
+        if is_packed(layer.weight):
+            raise ConfigurationError(
+                f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it "
+                "does when a layer first runs in evaluation mode, and no gradient passes through "
+                "it. Load the network anew, and wrap it before it runs."
+            )
+
+
+def _is_quantised_tensor(weight: Tensor) -> bool:
     """Whether ``weight`` is a tensor like those of torchao, which passes for one of its floats.
 
     Such a tensor knows how to multiply and how to dequantise itself, and little else.
@@ -24,7 +42,7 @@ def is_quantised(module: nn.Module) -> bool:
     if weight is None:
         return False
     packed = hasattr(weight, "quant_state") or not weight.is_floating_point()
-    return packed or is_quantised_tensor(weight)
+    return packed or _is_quantised_tensor(weight)
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
@@ -62,7 +80,7 @@ def _dequantised(module: nn.Module) -> Tensor | None:
         from transformers.integrations import bitsandbytes
 
         weight = bitsandbytes.dequantize_bnb_weight(weight, getattr(module, "state", None))
-    elif is_quantised_tensor(weight):
+    elif _is_quantised_tensor(weight):
         weight = weight.dequantize()
     return weight.detach()
 

@@ -5,20 +5,22 @@ their factors, the transformer runs, the likelihood scores the labels. Sampling 
 is what lets activation checkpointing and compilation work.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError, ParticleError
+from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
@@ -28,18 +30,18 @@ from pyro_blora.network.adapter import (
     updates_kept_for_backward,
 )
 from pyro_blora.network.fast_path import rows_come_first
+from pyro_blora.network.frozen_prefix import frozen_blocks
+from pyro_blora.network.quantised import refuse_packed
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.network.trained_heads import TrainedHeads
 from pyro_blora.posterior.amortised_context import ELBO_PLATE
 from pyro_blora.updates.low_rank_update import LowRankUpdate
-from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__ = [
     "BayesianLoRAModel",
-    "leave_store",
+    "latent_sites",
     "repeat_batch",
     "to_device",
-    "warn_of_aliases",
 ]
 
 
@@ -77,6 +79,7 @@ class BayesianLoRAModel(PyroModule):
         precision: ``"float32"``, or ``"bfloat16"`` to run the network, and it alone, under
             autocast.
         nll: negative log-likelihood per example of the last batch, a tensor without gradient.
+        layer_names: full names of the adapted layers.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class BayesianLoRAModel(PyroModule):
         heads: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._net = (net,)
+        self._net, self._prior = (net,), (prior,)  # in tuples, so that they are no children
         self._checkpointable = checkpointable(net)  # once: a network has thousands of modules
         self.groups = tuple(groups)
         self.likelihood = likelihood
@@ -99,11 +102,47 @@ class BayesianLoRAModel(PyroModule):
             setattr(self, group.name, prior.bind(group))
         self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()
+        self.layer_names = [name for group in groups for name in group.module_names]
+        frozen = {m for block in frozen_blocks(net, self.layer_names) for m in block.modules()}
+        self._four_bit = [
+            (name, module)
+            for name, module in net.named_modules()
+            if hasattr(getattr(module, "weight", None), "quant_state") and module not in frozen
+        ]
 
     @property
     def net(self) -> nn.Module:
         """The wrapped network."""
         return self._net[0]
+
+    @property
+    def prior(self) -> UpdateModel:
+        """The prior as it was given, before it knew the layers."""
+        return self._prior[0]
+
+    @cached_property
+    def _traced(self) -> tuple[list[Site], int]:
+        """Sites and nesting; not before Pyro knows whose part this module is."""
+        with torch.no_grad():
+            trace = pyro.poutine.trace(self.updates).get_trace()
+        for group in self.groups:
+            getattr(self, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
+        frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+        return latent_sites(trace), max([1, *(-f.dim for f in frames if f.vectorized)])
+
+    @property
+    def sites(self) -> list[Site]:
+        """The latent sites of the prior.
+
+        Raises:
+            ConfigurationError: the prior returns no update of the layers' shapes.
+        """
+        return self._traced[0]
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """How many dimensions the prior's plates take; the particles' stands just outside."""
+        return self._traced[1]
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""
@@ -140,6 +179,8 @@ class BayesianLoRAModel(PyroModule):
             raise ConfigurationError(
                 "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
             )
+        if torch.is_grad_enabled():
+            refuse_packed(self._four_bit)
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         if any(update.particle_shape.numel() > 1 for update in updates.values()):
             self._check_rows()
@@ -152,7 +193,7 @@ class BayesianLoRAModel(PyroModule):
             yield self.net
 
     def _check_rows(self) -> None:
-        if rows_come_first(self.net, [group.modules[0] for group in self.groups]) is False:
+        if not rows_come_first(self.net, self.groups[0].modules[0]):
             raise ParticleError(
                 f"{type(self.net).__name__} has the rows of a batch in the second dimension of its "
                 "hidden states, so they cannot be shared out among several particles. Take one at "
@@ -186,7 +227,7 @@ class BayesianLoRAModel(PyroModule):
                 "HMC and NUTS need the same density at every call of the model, and a conditional "
                 "that is not deterministic draws noise in each; use conditional='deterministic'."
             )
-        particles = broadcast_shapes(*(update.particle_shape for update in updates.values()))
+        particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
         if count > 1:
             if not _runs_under(IndepMessenger, ELBO_PLATE):
@@ -207,38 +248,21 @@ def _runs_under(kind: type, name: str | None = None) -> bool:
     return any(name is None or getattr(handler, "name", None) == name for handler in handlers)
 
 
+def latent_sites(trace: Trace) -> list[Site]:
+    """The latent sites of a trace of the prior, in order."""
+    return [
+        Site(
+            name,
+            node["fn"],
+            tuple(f for f in node["cond_indep_stack"] if f.vectorized),
+            suggested=node["infer"].get("start"),
+        )
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not node["is_observed"]
+        and type(node["fn"]).__name__ != "_Subsample"
+    ]
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def leave_store(parts: Mapping[str, nn.Module]) -> None:
-    """Takes the tensors of ``parts`` out of Pyro's global store; the modules keep them.
-
-    A name that stays there would win over what is loaded into a module, and over the start of the
-    next adapter of that name.
-
-    Args:
-        parts: modules by the name under which the store knows them.
-    """
-    store = pyro.get_param_store()
-    for prefix, part in parts.items():
-        for name, _ in part.named_parameters():
-            full = f"{prefix}.{name}".removesuffix("_unconstrained")
-            if full in store:
-                del store[full]
-
-
-def warn_of_aliases(model: BayesianLoRAModel) -> None:
-    """Pyro's global parameter store identifies tensors by name: two adapters would share them."""
-    if pyro.settings.get("module_local_params"):
-        return
-    names = {f"model.{name}".removesuffix("_unconstrained") for name, _ in model.named_parameters()}
-    taken = sorted(names & set(pyro.get_param_store().keys()))
-    if taken:
-        warnings.warn(
-            f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
-            "adapter's names; the new adapter shares an older one's tensors. Call "
-            "pyro.clear_param_store() first if the older one is not used any more, or "
-            "pyro.settings.set(module_local_params=True) before both are made.",
-            stacklevel=3,
-        )

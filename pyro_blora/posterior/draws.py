@@ -1,44 +1,30 @@
-"""Logits of the wrapped network under posterior draws."""
+"""Logits of the adapted network under posterior draws."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_blora.adapted import Adapted
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.fast_path import all_rows_seen
-from pyro_blora.network.kept_prefix import KeptPrefix, can_keep
-from pyro_blora.network.modes import in_mode
-from pyro_blora.network.shared_prefix import (
-    can_share,
-    frozen_blocks,
-    shared_prefix,
-    whole_if_frozen,
-)
-from pyro_blora.posterior.bayesian_lora_model import repeat_batch
-from pyro_blora.posterior.linearised import logit_jacobian
-from pyro_blora.posterior.structured_guide import StructuredGuide
+from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.frozen_prefix import FrozenPrefix, skippable_blocks
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
+from pyro_blora.posterior.sample_updates import sample_updates
 
-__all__ = ["linearised_logits", "log_predictive", "logits_of_draws", "rows_of_a_pass"]
+__all__ = ["log_predictive", "logits_of_draws", "rows_of_a_pass"]
 
 _ROWS, _TOKENS_ON_CPU = 256, 1024
 
 
-def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
+def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:
     """How many rows a pass has best: 256, or on a CPU as many as have about 1,024 tokens.
 
     A processor is at its best with so few already, and what a block puts out stays in its caches
-    (ten draws of 8 x 64 tokens took a tenth less time). Where blocks below the adapters run once a
-    pass, because what they put out cannot be kept for the next one, a large pass shares them among
-    more draws.
+    (ten draws of 8 x 64 tokens took a tenth less time).
     """
-    if blora.model.groups[0].device.type != "cpu" or "input_ids" not in batch:
-        return _ROWS
-    frozen = frozen_blocks(blora.net, [adapter.name for adapter in blora.model.adapters])
-    if frozen and not can_keep(blora.net, frozen) and can_share(blora.net, frozen):
+    if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
     ids, scored = batch["input_ids"], batch.get("option_mask")
     tokens = int(ids.numel()) // len(ids)
@@ -48,12 +34,17 @@ def rows_of_a_pass(blora: Adapted, batch: Batch) -> int:
 
 
 def logits_of_draws(
-    blora: Adapted, batch: Batch, num_samples: int, max_rows: int | None = None
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    batch: Batch,
+    num_samples: int,
+    max_rows: int | None = None,
 ) -> Iterator[Tensor]:
     """The logits of a batch under each posterior draw, several draws in one pass.
 
     Args:
-        blora: the adapted network; evaluated with dropout off, left in the mode it was in.
+        model: the adapted network; evaluated with dropout off, left in the mode it was in.
+        guide: its guide.
         batch: what the likelihood takes.
         num_samples: number of draws ``S``; 0 for the posterior mean, without conditional noise.
         max_rows: as many draws share a pass as keep ``draws x B`` within this, at least one.
@@ -70,111 +61,51 @@ def logits_of_draws(
         raise ConfigurationError(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
         )
-    likelihood, model = blora.likelihood, blora.model
-    examples = likelihood.examples(batch)
-    if num_samples == 0:
-        with (
-            in_mode(blora.net, training=False),
-            model.applied(blora.sample_updates(0, batch)) as net,
-        ):
-            logits = likelihood.logits(net, batch)
-        yield logits.unsqueeze(0)
-        return
+    examples = model.likelihood.examples(batch)
     if max_rows is None:
-        max_rows = rows_of_a_pass(blora, batch)
+        max_rows = rows_of_a_pass(model, batch)
+    shows = batch.get("output_hidden_states") or batch.get("output_attentions")
+    plain = num_samples < 2 or shows or torch.is_grad_enabled()
+    blocks = [] if plain else skippable_blocks(model.net, model.layer_names)
+    prefix = FrozenPrefix(model.net, blocks)
     # An amortised posterior has a draw for each example, others one for all of them.
-    each = examples if getattr(blora.guide, "reads_context", False) else 1
+    each = examples if getattr(guide, "reads_context", False) else 1
     most = max(1, min(num_samples, max_rows // examples))
-    names = [adapter.name for adapter in model.adapters]
-    frozen = frozen_blocks(blora.net, names)
-    alone = all_rows_seen(blora.net, frozen, batch)
-    kept = KeptPrefix(
-        frozen if num_samples > most and not alone and can_keep(blora.net, frozen) else []
-    )
-    for start in range(0, num_samples, most):
-        draws = min(most, num_samples - start)
-        with in_mode(blora.net, training=False):  # between two passes the network is the caller's
-            updates = blora.sample_updates(draws * each, batch)
-            with (
-                model.applied(updates) as net,
-                nullcontext() if alone else shared_prefix(net, model.adapters, draws),
-                kept.in_place(),
-                whole_if_frozen(net, names) if kept.blocks else nullcontext(),
-            ):
-                logits = likelihood.logits(net, repeat_batch(batch, draws))
+    done = 0
+    while done < max(1, num_samples):
+        # what the frozen blocks put out is recorded from one draw alone
+        first = bool(blocks) and not done
+        draws = 1 if first or not num_samples else min(most, num_samples - done)
+        with in_mode(model.net, training=False):  # between two passes the network is the caller's
+            updates = sample_updates(model, guide, min(draws, num_samples) * each, batch)
+            skipped = prefix.examples(range(examples), draws) if blocks else nullcontext()
+            with skipped, model.applied(updates) as net:
+                logits = model.likelihood.logits(net, repeat_batch(batch, draws))
         yield logits.unflatten(0, (draws, examples))
-
-
-@torch.no_grad()
-def linearised_logits(blora: Adapted, batch: Batch, num_samples: int) -> Tensor:
-    r"""Draws of the logits by their first-order expansion in the sites at the guide's centre.
-
-    .. math::
-
-        f(U_s) \approx f(\bar U) + J (U_s - \bar U), \qquad U_s \sim q,
-
-    for any guide family, in unconstrained coordinates. The network runs forward once and backward
-    once for each class but the first; a draw costs one product with :math:`J`.
-
-    Args:
-        blora: the adapted network; evaluated with dropout off, left in the mode it was in.
-        batch: what the likelihood takes.
-        num_samples: number of draws ``S``.
-
-    Returns:
-        ``(S, B, C)``.
-
-    Raises:
-        ConfigurationError: ``num_samples`` is below 1, the guide is none of this library, or the
-            likelihood has more than one choice for each example.
-    """
-    if num_samples < 1:
-        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
-    if any(update.is_noisy for update in blora.sample_updates(1, batch).values()):
-        raise ConfigurationError(
-            "A linearisation has no place for the noise of a conditional; use num_samples draws, "
-            "or a prior with conditional='deterministic'."
-        )
-    with in_mode(blora.net, training=False):
-        logits, jacobian = logit_jacobian(blora, batch)
-    assert isinstance(blora.guide, StructuredGuide)
-    blora.guide.center(batch)  # an amortised family sees every example by itself again
-    with torch.autocast(logits.device.type, enabled=False):
-        return logits + _shift(blora.guide, logits, jacobian, num_samples)
-
-
-def _shift(
-    guide: StructuredGuide, logits: Tensor, jacobian: dict[str, Tensor], num_samples: int
-) -> Tensor:
-    shift = torch.zeros(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
-    for name, family in guide.families().items():
-        site, law = family.site, family.distribution()
-        centre = family.center()
-        centre = centre if site.is_real else site.transform.inv(centre)
-        # draws x [B or one for all] x numbers
-        moved = law.sample(torch.Size([num_samples])) - centre
-        size = site.shape.numel()
-        J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
-        moved = moved.reshape(num_samples, -1, size).expand(-1, len(logits), -1)
-        shift += torch.einsum("bck,sbk->sbc", J, moved)
-    return shift
+        done += draws
 
 
 def log_predictive(
-    blora: Adapted, batch: Batch, num_samples: int, max_rows: int | None = None
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    batch: Batch,
+    num_samples: int,
+    max_rows: int | None = None,
 ) -> Tensor:
     r"""``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``.
+
+    Arguments are those of :func:`logits_of_draws`.
 
     Raises:
         BatchError: the batch has no labels.
     """
-    likelihood = blora.likelihood
+    likelihood = model.likelihood
     likelihood.examples(batch)
     labels = likelihood.labels(batch)
     if labels is None:
         raise BatchError("The batch has no labels to take the probability of.")
     parts = []
-    for logits in logits_of_draws(blora, batch, num_samples, max_rows):
+    for logits in logits_of_draws(model, guide, batch, num_samples, max_rows):
         observed = labels.expand(len(logits), *labels.shape)
         likelihood.check_labels(observed, logits)
         parts.append(likelihood.distribution(logits, observed).log_prob(observed))

@@ -10,23 +10,27 @@ a common shift, so class 0 stands still and ``C - 1`` passes do.
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_blora.adapted import Adapted
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.posterior.bayesian_lora_model import repeat_batch
+from pyro_blora.network.freezing import in_mode
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
+from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import StructuredGuide
 
-__all__ = ["logit_jacobian"]
+__all__ = ["linearised_logits", "logit_jacobian"]
 
 
 @torch.inference_mode(False)  # which forbids derivatives
-def logit_jacobian(blora: Adapted, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def logit_jacobian(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at the guide's centre, and their Jacobian in unconstrained coordinates.
 
     Args:
-        blora: the adapter, with a guide family of this library; evaluated in the mode it is in.
+        model: the adapted network, evaluated in the mode it is in.
+        guide: its guide, of a family of this library.
         batch: ``B`` examples.
 
     Returns:
@@ -37,13 +41,12 @@ def logit_jacobian(blora: Adapted, batch: Batch) -> tuple[Tensor, dict[str, Tens
         ConfigurationError: the guide is not of this library, or the likelihood has more than one
             choice for each example.
     """
-    guide = blora.guide
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(
             f"{type(guide).__name__} is not a family of pyro_blora.guides, whose centre a "
             "linearisation needs; use num_samples draws."
         )
-    examples = blora.likelihood.examples(batch)
+    examples = model.likelihood.examples(batch)
     batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
     families = guide.families()
     leaves: dict[str, Tensor] = {}
@@ -61,15 +64,15 @@ def logit_jacobian(blora: Adapted, batch: Batch) -> tuple[Tensor, dict[str, Tens
         for name, leaf in leaves.items():
             site = families[name].site
             values[name] = leaf if site.is_real else site.transform(leaf)
-        updates = pyro.poutine.condition(blora.model.updates, data=values)()
+        updates = pyro.poutine.condition(model.updates, data=values)()
         updates = {name: update.without_noise() for name, update in updates.items()}
-        with blora.model.applied(updates) as net:
-            logits = blora.likelihood.logits(net, batch)
+        with model.applied(updates) as net:
+            logits = model.likelihood.logits(net, batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.dim() != 2:
             raise ConfigurationError(
                 "A linearisation needs one choice among a few classes for each example, (B, C) "
-                f"logits; {type(blora.likelihood).__name__} has {tuple(logits.shape)}."
+                f"logits; {type(model.likelihood).__name__} has {tuple(logits.shape)}."
             )
         rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]
         for c in range(1, logits.shape[-1]):
@@ -81,3 +84,61 @@ def logit_jacobian(blora: Adapted, batch: Batch) -> tuple[Tensor, dict[str, Tens
         stacked = torch.stack(site_rows, 1)
         jacobian[name] = stacked.reshape(*stacked.shape[:2], *families[name].site.shape)
     return logits.detach(), jacobian
+
+
+@torch.no_grad()
+def linearised_logits(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Batch, num_samples: int
+) -> Tensor:
+    r"""Draws of the logits by their first-order expansion in the sites at the guide's centre.
+
+    .. math::
+
+        f(U_s) \approx f(\bar U) + J (U_s - \bar U), \qquad U_s \sim q,
+
+    for any guide family, in unconstrained coordinates. The network runs forward once and backward
+    once for each class but the first; a draw costs one product with :math:`J`.
+
+    Args:
+        model: the adapted network; evaluated with dropout off, left in the mode it was in.
+        guide: its guide.
+        batch: what the likelihood takes.
+        num_samples: number of draws ``S``.
+
+    Returns:
+        ``(S, B, C)``.
+
+    Raises:
+        ConfigurationError: ``num_samples`` is below 1, the guide is none of this library, or the
+            likelihood has more than one choice for each example.
+    """
+    if num_samples < 1:
+        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
+    if any(update.is_noisy for update in sample_updates(model, guide, 1, batch).values()):
+        raise ConfigurationError(
+            "A linearisation has no place for the noise of a conditional; use num_samples draws, "
+            "or a prior with conditional='deterministic'."
+        )
+    with in_mode(model.net, training=False):
+        logits, jacobian = logit_jacobian(model, guide, batch)
+    assert isinstance(guide, StructuredGuide)
+    guide.center(batch)  # an amortised family sees every example by itself again
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits + _shift(guide, logits, jacobian, num_samples)
+
+
+def _shift(
+    guide: StructuredGuide, logits: Tensor, jacobian: dict[str, Tensor], num_samples: int
+) -> Tensor:
+    shift = torch.zeros(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
+    for name, family in guide.families().items():
+        site, law = family.site, family.distribution()
+        centre = family.center()
+        centre = centre if site.is_real else site.transform.inv(centre)
+        # draws x [B or one for all] x numbers
+        moved = law.sample(torch.Size([num_samples])) - centre
+        size = site.shape.numel()
+        J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
+        moved = moved.reshape(num_samples, -1, size).expand(-1, len(logits), -1)
+        shift += torch.einsum("bck,sbk->sbc", J, moved)
+    return shift

@@ -10,7 +10,6 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.nn import PyroModule
-from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
@@ -28,7 +27,6 @@ __all__ = [
     "StructuredGuide",
     "analytic_kl",
     "draws_apart",
-    "latent_sites",
     "make_guide",
     "start_guide",
     "warn_of_a_point",
@@ -36,22 +34,6 @@ __all__ = [
 
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
-
-
-def latent_sites(trace: Trace) -> list[Site]:
-    """The latent sites of a trace of the prior, in order."""
-    return [
-        Site(
-            name,
-            node["fn"],
-            tuple(f for f in node["cond_indep_stack"] if f.vectorized),
-            suggested=node["infer"].get("start"),
-        )
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not node["is_observed"]
-        and type(node["fn"]).__name__ != "_Subsample"
-    ]
 
 
 def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
@@ -122,8 +104,8 @@ class StructuredGuide(PyroModule):
                 if frame.name not in self._plates:  # one plate for all the sites within
                     self._plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
             setattr(self, attribute, family.bind(site))
-        self.reads_context = family.reads_context
-        self.nesting = max([1, *(-f.dim for site in sites for f in site.plates)])
+        self.reads_context, self.couples_sites = family.reads_context, family.couples_sites
+        self.nesting = model.max_plate_nesting
 
     def families(self) -> dict[str, SiteGuide]:
         """The bound family of each site."""
@@ -184,25 +166,24 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
             pyro.poutine.replay(model.updates, trace=guide_trace)
         ).get_trace()
         total = torch.zeros(())
-        for site in latent_sites(model_trace):
-            q = guide_trace.nodes[site.name]["fn"]
+        for site in model.sites:
+            q, p = (trace.nodes[site.name]["fn"] for trace in (guide_trace, model_trace))
             try:
-                total = total + torch.distributions.kl_divergence(q, site.prior).sum().cpu()
+                total = total + torch.distributions.kl_divergence(q, p).sum().cpu()
             except NotImplementedError:
                 return None
         return total
 
 
-def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tuple[nn.Module, int]:
-    """The guide of a model, and how many dimensions the plates of its prior take.
+def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> nn.Module:
+    """The guide of a model.
 
     Args:
         family: a guide family, or a callable that makes a guide from the model.
-        model: the model, whose prior is traced for its sites.
+        model: the model.
 
     Raises:
-        ConfigurationError: ``family`` is neither, or is a class and not an object; or the prior
-            returns no update of the layers' shapes.
+        ConfigurationError: ``family`` is neither, or is a class and not an object.
     """
     if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
         raise ConfigurationError(
@@ -210,22 +191,16 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> tu
             "makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide family "
             "is passed as an object, MatrixNormal(), not as the class."
         )
-    with torch.no_grad():
-        trace = pyro.poutine.trace(model.updates).get_trace()
-    for group in model.groups:
-        getattr(model, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
-    # Plates of the prior; the particles' dimension stands just outside of them.
-    frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-    nesting = max([1, *(-f.dim for f in frames if f.vectorized)])
+    sites = model.sites  # which also checks the prior's update
     if isinstance(family, SiteGuide):
-        return StructuredGuide(family, latent_sites(trace), model), nesting
+        return StructuredGuide(family, sites, model)
     guide = family(model)
     if not isinstance(guide, nn.Module):
         raise ConfigurationError(
             f"guide={family!r} made a {type(guide).__name__} of the model, which is no guide. Pass "
             "the class of an AutoGuide, guide=AutoNormal, or a function that makes a guide."
         )
-    return guide, nesting
+    return guide
 
 
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:

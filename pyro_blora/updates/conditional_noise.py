@@ -55,14 +55,13 @@ class MarginalNoise:
 
     scale: Tensor
 
-    def __call__(self, x: Tensor, h: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
         """Draws the noise.
 
         Args:
             x: inputs, ``(P, N, d_in)``.
             h: ``Q_c x``, ``(P, N, m_c)``.
-            B: ``Q_r^T``, ``(d_out, m_r)``, or the rows of it that are computed.
-            rows: unused here: ``B`` has them.
+            B: ``Q_r^T``, ``(d_out, m_r)``.
 
         Returns:
             ``(P, N, d_out)``.
@@ -137,12 +136,12 @@ class JointNoise:
     F_c: Tensor
     C_c: Tensor
 
-    def __call__(self, x: Tensor, h: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
         """Draws the noise; arguments and result as in :meth:`MarginalNoise.__call__`."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._draw(x, h, rows)
+            return self._draw(x, h)
 
-    def _draw(self, x: Tensor, h: Tensor, rows: Tensor | None) -> Tensor:
+    def _draw(self, x: Tensor, h: Tensor) -> Tensor:
         dtype = self.Q_r.dtype
         x, h, out = x.to(dtype), h.to(dtype), x.dtype
         particles, d_out = x.shape[0], self.Q_r.shape[-1]
@@ -159,8 +158,6 @@ class JointNoise:
         root = torch.linalg.cholesky(gram + jitter[:, None, None] * eye).to(dtype)
         outside = root @ _randn(x, particles, x.shape[1], d_out)
         noise = inside + outside - (h @ U.mT) @ self.Q_r
-        if rows is not None:
-            noise = noise.index_select(-1, rows)
         return (self.scale.reshape(-1, 1, 1) * noise).to(out)
 
     def _matheron(self, e: Tensor) -> Tensor:

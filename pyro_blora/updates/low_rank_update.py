@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_blora.errors import ParticleError
-from pyro_blora.updates.shapes import broadcast_shapes
 
 __all__ = ["LayerUpdate", "LowRankUpdate", "Noise", "particle_linear"]
 
-# (x: P x N x d_in, h = A x, B, rows) -> noise to add to the layer's output, P x N x d_out
-Noise = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (x: P x N x d_in, h = A x, B) -> noise to add to the layer's output, P x N x d_out
+Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def particle_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -83,8 +82,8 @@ class LayerUpdate:
         A: ``([P,] r_c, d_in)``.
         B: ``([P,] d_out, r_r)``.
         core: ``C``, ``([P,] r_r, r_c)``, or ``None`` for the identity.
-        noise: a function of ``(x, A x, B, rows)`` that gives the noise of the conditional
-            p(W | U) at the layer's output (see ``conditional.py``), or ``None``.
+        noise: a function of ``(x, A x, B)`` that gives the noise of the conditional p(W | U) at the
+            layer's output (see ``conditional_noise.py``), or ``None``.
     """
 
     A: Tensor
@@ -92,27 +91,24 @@ class LayerUpdate:
     core: Tensor | None = None
     noise: Noise | None = None
 
-    def __call__(self, x: Tensor, output: Tensor, rows: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
         """Adds the update to the layer's output.
 
         Args:
             x: the layer's input, ``(R, ..., d_in)``.
             output: the layer's own output, ``(R, ..., d_out)``.
-            rows: indices of the output features that are computed, where not all are.
 
         Returns:
             ``output + B C A x`` plus noise, shaped as ``output``.
         """
         B = self.B.to(output.dtype)
-        if rows is not None:
-            B = B.index_select(-2, rows)
         h = particle_linear(x, self.A.to(x.dtype))
         g = h if self.core is None else particle_linear(h, self.core.to(h.dtype))
         output = _add_particle_linear(output, g.to(output.dtype), B)
         if self.noise is not None:
             shares = (self.particles, -1)
             x, h = x.reshape(*shares, x.shape[-1]), h.reshape(*shares, h.shape[-1])
-            noise = self.noise(x, h, B, rows).reshape(output.shape)
+            noise = self.noise(x, h, B).reshape(output.shape)
             output = output + noise.to(output.dtype)  # x may be wider, under autocast
         return output
 
@@ -163,7 +159,7 @@ class LowRankUpdate:
     def particle_shape(self) -> torch.Size:
         """The dimensions before those of the layers, broadcast over the factors."""
         factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
-        return broadcast_shapes(*(factor.shape[:-3] for factor in factors))
+        return torch.broadcast_shapes(*(factor.shape[:-3] for factor in factors))
 
     def without_noise(self) -> "LowRankUpdate":
         """The same updates without the noise of the conditional: their mean given the sites."""

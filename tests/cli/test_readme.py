@@ -1,3 +1,5 @@
+"""The programs of the README and of docs/programs.md run as they stand."""
+
 import re
 from pathlib import Path
 
@@ -7,10 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyro_blora
-from pyro_blora.guides import MeanField
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
+FIRST, LOOP, OWN_PRIOR = blocks("README.md")
+PROGRAMS = blocks("docs/programs.md")
 
 
 @pytest.fixture
@@ -22,36 +30,36 @@ def tiny(monkeypatch, model_dir):
     return net
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+    assert len([line for line in FIRST.splitlines() if line.strip()]) <= 10
+    assert len([line for line in OWN_PRIOR.split("\n\nblora")[0].splitlines() if line]) <= 15
+
+
 @pytest.mark.parametrize("local", [False, True])
-def test_the_first_program_runs_as_it_stands(tiny, local):
-    lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
-    assert len(lines) <= 15
+def test_the_first_program_runs_and_the_loop_goes_on_from_it(tiny, local, capsys):
     names: dict[str, object] = {}
     with pyro.settings.context(module_local_params=local):
-        exec(BLOCKS[0], names)
-        blora, batch = names["blora"], names["batch"]
+        exec(FIRST, names)
+        printed = capsys.readouterr().out.strip().splitlines()
+        assert len(printed) == 4
+        assert all(re.search(r": [01]\.\d\d, mutual information \d\.\d{3}$", p) for p in printed)
+        blora = names["blora"]
+        locs = [getattr(blora.guide, f"{group.name}_V").loc for group in blora.model.groups]
+        assert all(loc.abs().sum() > 0 for loc in locs)  # started at zero
+        before = [loc.detach().clone() for loc in locs]
+        exec(LOOP, names)
+        batch = names["batch"]
+        locs = [getattr(blora.guide, f"{group.name}_V").loc for group in blora.model.groups]
+        assert not any(torch.equal(a, b) for a, b in zip(before, locs, strict=True))
         prediction = blora.predict(batch, num_samples=10)
     assert prediction.samples.shape == (10, *batch["option_mask"].shape[:2])
-    assert prediction.mutual_information.shape == batch["labels"].shape
-    before = torch.zeros(())
-    for group in blora.model.groups:
-        guide = getattr(blora.guide, f"{group.name}_V")
-        before = before + guide.loc.abs().sum()
-    assert before > 0  # started at zero
-
-
-def test_free_text_and_generation(tiny, model_dir):
-    names: dict[str, object] = {"net": tiny}
-    names["tokenizer"] = AutoTokenizer.from_pretrained(model_dir)
-    exec(BLOCKS[1], names)
-    names["blora"].unwrap()
 
 
 def test_the_prior_of_a_reader_takes_any_guide(tiny):
-    names: dict[str, object] = {"net": tiny, "MeanField": MeanField}
-    exec("import pyro.infer.autoguide\nfrom pyro_blora import BayesianLoRA\n", names)
-    source, uses = BLOCKS[2].split("\n\nblora", 1)
-    assert len([line for line in source.splitlines() if line.strip()]) <= 15
+    names: dict[str, object] = {"net": tiny}
+    exec("import pyro.infer.autoguide", names)
+    source, uses = OWN_PRIOR.split("\n\nblora", 1)
     exec(source, names)
     for use in ("blora" + uses).strip().splitlines():
         if use.startswith("#"):
@@ -68,16 +76,16 @@ def test_the_prior_of_a_reader_takes_any_guide(tiny):
         pyro.clear_param_store()
 
 
-def test_the_programs_run_one_after_the_other(tiny, tmp_path):
+def test_all_programs_run_one_after_the_other(tiny, tmp_path, monkeypatch):
     """On one network, the adapter before taken off; a warning would be an error here."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(BLOCKS[0], names)
-    names["blora"].save_pretrained(tmp_path)
-    names["blora"].unwrap()
-    pyro_blora.BayesianLoRA.from_pretrained(tiny, tmp_path).unwrap()
-    exec(BLOCKS[1], names)
-    names["blora"].unwrap()
+    exec(FIRST, names)
+    for program in PROGRAMS:
+        exec(program, names)
+        names["blora"].unwrap()
+    assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").exists()
     exec("import pyro.infer.autoguide", names)
-    for part in BLOCKS[2].split("# or, after blora.unwrap():\n"):
+    for part in OWN_PRIOR.split("# or, after blora.unwrap():\n"):
         exec(part, names)
         names["blora"].unwrap()

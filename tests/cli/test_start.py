@@ -8,7 +8,7 @@ import pytest
 from pyro_blora import cli, pretrained
 from pyro_blora._version import __version__
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.methods import RECIPE_NAMES
+from pyro_blora.evaluation.methods import RECIPE_NAMES
 from pyro_blora.recipes import RECIPES
 
 HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
@@ -53,7 +53,7 @@ def test_every_name_of_the_package_is_found():
 from pyro_blora import *
 import pyro_blora
 assert set(pyro_blora.__all__) <= set(dir(pyro_blora)) & {*globals(), "__version__"}
-assert pyro_blora.inference.fit is fit and pyro_blora.network.last_block.whole_last_block
+assert pyro_blora.inference.fit is fit and pyro_blora.network.fast_path.holds
 assert not hasattr(pyro_blora, "nothing")
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -76,7 +76,7 @@ def test_pairs_are_recipes_too():
         ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
         ("Subspace+Deltas", "guide 'Deltas' is unknown; .*Delta"),
         ("temperature", "no prior beside a guide .*compare"),
-        ("mc-dropout", "no prior beside a guide .*baselines"),
+        ("mc-dropout", "no prior beside a guide .*plain_lora"),
         ("UpdateModel+Delta", "prior 'UpdateModel' is unknown"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],
@@ -103,4 +103,4 @@ def test_packages_may_ship_recipes(monkeypatch):
     monkeypatch.setattr("pyro_blora.recipes.entry_points", entries)
     assert recipe("own") is own
     assert all_recipes()["blob"] is RECIPES["blob"]
-    assert isinstance(made("own").guide_family[0], guides.Delta)
+    assert isinstance(made("own").guide_family, guides.Delta)

@@ -45,10 +45,9 @@ def make(noise, conditional="scaled"):
 
 
 @torch.no_grad()
-def draw(update, x, rows=None):
+def draw(update, x):
     """The noise alone at inputs ``x`` (P x N x d_in)."""
-    B = update.B if rows is None else update.B[rows]
-    return update.noise(x, x @ update.A.mT, B, rows)
+    return update.noise(x, x @ update.A.mT, update.B)
 
 
 def test_the_weight_s_covariance_is_exact(monkeypatch):
@@ -107,17 +106,6 @@ def test_joint_covariance_where_directions_are_alike(monkeypatch, side):
     update, dense, x = prior().layers()[0], Dense(prior, 0, prior.lambda_[0]), torch.randn(3, D_IN)
     covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None]))
     torch.testing.assert_close(covariance, dense.output_covariance(x), rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_joint_noise_of_some_outputs(monkeypatch):
-    """Rows of the head: the same covariance, cut out."""
-    _, update, dense = make("joint")
-    x, rows = torch.randn(2, D_IN), torch.tensor([3, 0])
-    covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None], rows))
-    full = dense.output_covariance(x).reshape(2, D_OUT, 2, D_OUT)
-    expected = full[:, rows][:, :, :, rows].reshape(4, 4)
-    torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-8)
 
 
 @torch.no_grad()
@@ -216,14 +204,14 @@ def test_gradients_of_the_draws_are_those_of_the_plain_formula():
         if plain:
             drawn = noise.variance(x, 0.1 * h, B).sqrt() * torch.randn(2, 3, D_OUT)
         else:
-            drawn = noise(x, 0.1 * h, B, None)
+            drawn = noise(x, 0.1 * h, B)
         grads.append((drawn.detach(), *torch.autograd.grad(drawn, (x, h, B, scale), weights)))
     torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_no_variance_gives_no_noise_and_no_gradient():
     x, h = torch.zeros(1, 2, D_IN, requires_grad=True), torch.ones(1, 2, 1)
-    noise = MarginalNoise(torch.tensor(1.0))(x, h, torch.ones(D_OUT, 1), None)
+    noise = MarginalNoise(torch.tensor(1.0))(x, h, torch.ones(D_OUT, 1))
     assert noise.eq(0).all()
     assert torch.autograd.grad(noise.sum(), x)[0].eq(0).all()
 

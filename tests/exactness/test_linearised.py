@@ -10,13 +10,12 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized, FullRank, Laplace, MatrixNormal, MeanField
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
-from pyro_blora.posterior.draws import linearised_logits
-from pyro_blora.posterior.linearised import logit_jacobian
+from pyro_blora.posterior.linearised import linearised_logits, logit_jacobian
 
 
 def test_the_jacobian_of_a_linear_network_is_its_design():
     toy = Toy(MatrixNormal(), ranks=(2, 3))
-    logits, jacobian = logit_jacobian(toy.blora, toy.batch)
+    logits, jacobian = logit_jacobian(toy.blora.model, toy.blora.guide, toy.batch)
     (J,) = jacobian.values()
     rows = toy.design.reshape(5, 3, 6)
     expected = rows - rows[:, :1]  # class 0 stands still
@@ -29,7 +28,7 @@ def test_the_jacobian_of_a_linear_network_is_its_design():
 
 def test_where_the_network_is_linear_it_has_the_exact_law():
     toy = Toy(FullRank(), ranks=(2, 3)).fit()
-    draws = linearised_logits(toy.blora, toy.batch, 100_000)
+    draws = linearised_logits(toy.blora.model, toy.blora.guide, toy.batch, 100_000)
     mean, covariance = toy.moments()
     relative = draws - draws[..., :1]
     rows = toy.design.reshape(5, 3, 6) - toy.design.reshape(5, 3, 6)[:, :1]
@@ -119,4 +118,4 @@ def test_what_cannot_be_linearised_is_refused():
     pyro.clear_param_store()
     blora = tiny.adapted(net, likelihood=CausalLM(num_data=4))
     with pytest.raises(ConfigurationError, match="CausalLM has"):
-        linearised_logits(blora, tiny.texts(), 5)
+        linearised_logits(blora.model, blora.guide, tiny.texts(), 5)

@@ -49,8 +49,6 @@ def test_a_layer_adds_the_dense_weight(shape, options):
             torch.testing.assert_close(layer(x, base), expected)
             assert torch.equal(base, before)  # or in a hook
             torch.testing.assert_close(layer(x, base.mT.contiguous().mT), expected)
-        rows = torch.tensor([2, 0])
-        torch.testing.assert_close(layer(x, base[..., rows], rows), expected[..., rows])
 
 
 def test_rows_that_do_not_divide_are_refused():

@@ -19,7 +19,10 @@ def epochs(count, rows, *, by_length=True, seed=0):
     options = LoopOptions(num_steps=1, batch_size=4, seed=seed)
     stream = batches(rows, tiny.collate, options, length if by_length else None)
     per_epoch = -(-len(rows) // 4)
-    drawn = [b["index"].tolist() for b in itertools.islice(stream, count * per_epoch)]
+    drawn = []
+    for indices, batch in itertools.islice(stream, count * per_epoch):
+        assert batch["index"].tolist() == [rows[i]["index"] for i in indices]
+        drawn.append(batch["index"].tolist())
     return [drawn[i : i + per_epoch] for i in range(0, len(drawn), per_epoch)]
 
 

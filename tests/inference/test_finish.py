@@ -10,9 +10,9 @@ from torch import nn
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace, MeanField
+from pyro_blora.guides._curvature import best_precision
 from pyro_blora.inference import finish
-from pyro_blora.inference.curvature import best_precision, scores
-from pyro_blora.inference.widest import anchor_loss
+from pyro_blora.inference.finish import anchor_loss, scores
 from pyro_blora.likelihoods import CausalLM, Likelihood
 from pyro_blora.models import KroneckerInducing
 
@@ -138,7 +138,7 @@ def test_the_isotropic_search_stops_at_the_threshold(threshold):
     found = finish(toy.blora, toy.rows, collate=toy.collate, batch_size=7)["width"]
     assert 0.005 < found < 5
     assert anchor_loss(toy.blora, [batch], 64) <= allowed
-    toy.family.finish(found * 1.01)
+    toy.family.width.fill_(found * 1.01)
     assert anchor_loss(toy.blora, [batch], 64) > allowed
 
 
@@ -183,9 +183,7 @@ def test_fit_finishes_and_the_width_travels(family):
 
 
 def test_what_cannot_be_finished_is_refused():
-    with pytest.raises(
-        ConfigurationError, match=r"for the guides Laplace and Isotropic, not for Mean"
-    ):
+    with pytest.raises(ConfigurationError, match=r"\(Laplace, Isotropic\), not for Mean"):
         finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
     pyro.clear_param_store()
     blora = tiny.adapted(guide=Laplace())

@@ -1,10 +1,8 @@
-"""Saving and loading adapters: safetensors for numbers, JSON for the rest, nothing is unpickled."""
+"""What a folder says of an adapter: written, read, and checked against its base."""
 
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from torch import Tensor, nn
 
 from pyro_blora import guides, likelihoods, models
 from pyro_blora._version import __version__
-from pyro_blora.adapted import Adapted
+from pyro_blora.checkpoints.atomic import write_atomically
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.targets import layer_shape
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
 __all__ = [
     "CONFIG",
@@ -30,7 +29,6 @@ __all__ = [
     "read_config",
     "read_pretrained",
     "save_pretrained",
-    "write_atomically",
 ]
 
 CONFIG = "bayesian_lora_config.json"
@@ -38,18 +36,25 @@ WEIGHTS = "bayesian_lora.safetensors"
 FORMAT = 1
 
 
-def save_pretrained(blora: Adapted, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    adapter: nn.Module,
+    model: BayesianLoRAModel,
+    family: object,
+    folder: str | os.PathLike[str],
+) -> None:
     """Writes the trained tensors and how to rebuild the adapter; the base network is not saved.
 
     Args:
-        blora: the adapter.
+        adapter: holds the trained tensors, as ``BayesianLoRA`` does.
+        model: its model.
+        family: its guide family.
         folder: where to write; made if it is missing. Each file appears whole or not at all.
 
     Raises:
         ConfigurationError: the guide is no guide family (an AutoGuide), or a prior has an option
             that JSON cannot hold.
     """
-    prior, guide = blora.prior_family[0], blora.guide_family[0]
+    prior, guide, likelihood = model.prior, family, model.likelihood
     if not isinstance(guide, SiteGuide):
         raise ConfigurationError(
             f"{guide!r} is not a guide family, so it cannot be rebuilt from a file; save "
@@ -58,19 +63,14 @@ def save_pretrained(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     config = {
         "format": FORMAT,
         "pyro_blora": __version__,
-        "base_model": getattr(getattr(blora.net, "config", None), "_name_or_path", "") or "",
+        "base_model": getattr(getattr(model.net, "config", None), "_name_or_path", "") or "",
         "layers": {
-            name: [group.d_out, group.d_in]
-            for group in blora.model.groups
-            for name in group.module_names
+            name: [group.d_out, group.d_in] for group in model.groups for name in group.module_names
         },
-        "modules_to_save": list(blora.model.trained_heads.names),
+        "modules_to_save": list(model.trained_heads.names),
         "prior": {"name": type(prior).__name__, "options": prior.options()},
         "guide": {"name": type(guide).__name__, "options": guide.options()},
-        "likelihood": {
-            "name": type(blora.likelihood).__name__,
-            "options": blora.likelihood.options(),
-        },
+        "likelihood": {"name": type(likelihood).__name__, "options": likelihood.options()},
     }
     try:
         text = json.dumps(config, indent=2)
@@ -79,7 +79,7 @@ def save_pretrained(blora: Adapted, folder: str | os.PathLike[str]) -> None:
             f"{prior!r} or {guide!r} has an option that JSON cannot hold ({error}); save "
             "blora.state_dict() yourself with safetensors."
         ) from error
-    tensors = {name: t.detach().cpu().contiguous() for name, t in blora.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.state_dict().items()}
     folder = Path(folder)
     write_atomically(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
     write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
@@ -107,15 +107,15 @@ class Saved:
     tensors: dict[str, Tensor]
     folder: Path
 
-    def load_into(self, blora: Adapted) -> None:
-        """Puts the tensors into ``blora``.
+    def load_into(self, adapter: nn.Module) -> None:
+        """Puts the tensors into ``adapter``.
 
         Raises:
-            CheckpointError: their names or shapes are not those of ``blora``.
+            CheckpointError: their names or shapes are not those of ``adapter``.
         """
-        expected = {name: tuple(t.shape) for name, t in blora.state_dict().items()}
+        expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
         # An Ensemble's turn was not saved at first.
-        turns = {name: t for name, t in blora.state_dict().items() if name.endswith(".turn")}
+        turns = {name: t for name, t in adapter.state_dict().items() if name.endswith(".turn")}
         tensors = {**turns, **self.tensors}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if expected != found:
@@ -125,7 +125,7 @@ class Saved:
                 f"{differ[:4]}. Both files must come from one save_pretrained, for a network of "
                 "as many classes."
             )
-        blora.load_state_dict(tensors)
+        adapter.load_state_dict(tensors)
 
 
 def read_pretrained(
@@ -162,19 +162,6 @@ def read_pretrained(
         tensors=_read_tensors(folder / WEIGHTS),
         folder=folder,
     )
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside ``path`` and moves into place, so that no half-written file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

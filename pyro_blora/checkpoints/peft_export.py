@@ -5,18 +5,19 @@ import re
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_blora.adapted import Adapted
-from pyro_blora.checkpoints import write_atomically
+from pyro_blora.checkpoints.atomic import write_atomically
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.targets import head_names
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.sample_updates import mean_updates
 
 __all__ = ["export_peft"]
 
 
-def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
+def export_peft(model: BayesianLoRAModel, guide: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes the posterior mean as a LoRA, and the heads trained as points.
 
     ``B = Q_r^T E[sigma V]`` and ``A = Q_c`` with ``lora_alpha = r``: ``B A = E[dW]``. The heads are
@@ -24,7 +25,8 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
     merge it into the base that PEFT shall load this one on.
 
     Args:
-        blora: the adapter.
+        model: the model.
+        guide: its guide.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
 
     Raises:
@@ -38,8 +40,8 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
         ) from error
     tensors: dict[str, Tensor] = {}
     ranks = set()
-    for name, update in blora.sample_updates(0).items():
-        group = next(g for g in blora.model.groups if g.name == name)
+    for name, update in mean_updates(model, guide).items():
+        group = next(g for g in model.groups if g.name == name)
         for layer, module_name in zip(update.layers(), group.module_names, strict=True):
             B = layer.B if layer.core is None else layer.B @ layer.core
             prefix = f"base_model.model.{_in_base(module_name)}"
@@ -51,16 +53,16 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str]) -> None:
             f"The groups have different ranks, {sorted(ranks)}; export one each."
         )
     rank = ranks.pop()
-    heads = blora.model.trained_heads
+    heads = model.trained_heads
     for name, tensor in heads.tensors().items():
         tensors[f"base_model.model.{_in_base(name)}"] = tensor.detach().cpu().contiguous()
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=[_in_base(n) for g in blora.model.groups for n in g.module_names],
+        target_modules=[_in_base(n) for g in model.groups for n in g.module_names],
         modules_to_save=[_in_base(name) for name in heads.names] or None,
-        base_model_name_or_path=getattr(getattr(blora.net, "config", None), "_name_or_path", None),
-        task_type=_task_type(blora),
+        base_model_name_or_path=getattr(getattr(model.net, "config", None), "_name_or_path", None),
+        task_type=_task_type(model),
         inference_mode=True,
     )
     folder = Path(folder)
@@ -76,14 +78,14 @@ def _in_base(name: str) -> str:
     return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
 
 
-def _task_type(blora: Adapted) -> str | None:
-    if isinstance(blora.likelihood, SequenceClassification):
+def _task_type(model: BayesianLoRAModel) -> str | None:
+    if isinstance(model.likelihood, SequenceClassification):
         # Under SEQ_CLS PEFT leaves a target alone that is the head: it would not be loaded
-        heads = tuple(f"{name}." for name in head_names(blora.net))
-        layers = [f"{name}." for group in blora.model.groups for name in group.module_names]
+        heads = tuple(f"{name}." for name in head_names(model.net))
+        layers = [f"{name}." for group in model.groups for name in group.module_names]
         return None if any(name.startswith(heads) for name in layers) else "SEQ_CLS"
-    generates = getattr(blora.net, "can_generate", None)
+    generates = getattr(model.net, "can_generate", None)
     if generates is None or not generates():
         return None
-    encoder_decoder = getattr(getattr(blora.net, "config", None), "is_encoder_decoder", False)
+    encoder_decoder = getattr(getattr(model.net, "config", None), "is_encoder_decoder", False)
     return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"

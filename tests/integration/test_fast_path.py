@@ -1,0 +1,478 @@
+"""Every shortcut gives what the plain path gives: logits, gradients, hidden states, generation."""
+
+from types import SimpleNamespace
+
+import pyro
+import pytest
+import tiny
+import torch
+from torch.utils.data import DataLoader, default_collate
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+from pyro_blora.errors import ConfigurationError, ParticleError
+from pyro_blora.guides import Isotropic, Laplace, MatrixNormal
+from pyro_blora.inference import fit
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    SequenceClassification,
+)
+from pyro_blora.models import KroneckerInducing
+from pyro_blora.network import fast_path
+from pyro_blora.network.frozen_prefix import FrozenPrefix, frozen_blocks, skippable_blocks
+
+TOKENS = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
+CLASSES = SequenceClassification(num_data=12)
+SIZES = {"vocab_size": 32, "hidden_size": 16}
+HEADS = {"num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def made(kind, config, **options):
+    """A network that a prediction tells apart: its weights are large."""
+
+    def make():
+        torch.manual_seed(0)
+        net = kind(config(**options)).eval()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.8 * parameter.shape[-1] ** -0.5)
+        return net
+
+    return make
+
+
+WIDE = {**SIZES, **HEADS, "intermediate_size": 24}
+MISTRAL = {**WIDE, "num_key_value_heads": 2, "sliding_window": 4}
+OPT = {**SIZES, **HEADS, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
+FALCON = {**SIZES, **HEADS, "alibi": True, "multi_query": False, "parallel_attn": False}
+MPT = {"vocab_size": 32, "d_model": 16, "n_heads": 8, "n_layers": 4, "max_seq_len": 32}
+ATTENTION = ["q_proj", "v_proj"]
+
+# network, adapted layers, likelihood, a batch, whether its frozen blocks may be skipped
+CASES = {
+    "llama": (lambda: tiny.llama(4), ATTENTION, TOKENS, tiny.sequences, True),
+    "llama, eager": (
+        lambda: tiny.llama(4, attn_implementation="eager"), ATTENTION, TOKENS, tiny.sequences, True,
+    ),
+    "llama, text": (lambda: tiny.llama(4), ATTENTION, CausalLM(num_data=12), tiny.texts, True),
+    "llama, options": (
+        lambda: tiny.llama(4), ATTENTION, MultipleChoice(num_data=12), tiny.choices, True,
+    ),
+    "llama, unpacked": (
+        lambda: tiny.llama(4), ATTENTION, MultipleChoice(num_data=12, pack=False), tiny.choices,
+        True,
+    ),
+    "qwen2": (lambda: tiny.qwen2(4), ATTENTION, TOKENS, tiny.sequences, True),
+    "gpt2": (lambda: tiny.gpt2(4), ["c_attn"], TOKENS, tiny.sequences, True),
+    "mixtral": (lambda: tiny.mixtral(4), ATTENTION, TOKENS, tiny.sequences, True),
+    "bert": (lambda: tiny.bert(4), ["query", "value"], CLASSES, tiny.sequences, True),
+    "mistral, window": (
+        made(MistralForCausalLM, MistralConfig, **MISTRAL), ATTENTION, TOKENS, tiny.sequences, True,
+    ),
+    "falcon, alibi": (
+        made(FalconForCausalLM, FalconConfig, **FALCON), ["query_key_value"], TOKENS,
+        tiny.sequences, True,
+    ),
+    "bloom": (
+        made(BloomForCausalLM, BloomConfig, n_layer=4, n_head=4, **SIZES), ["query_key_value"],
+        TOKENS, tiny.sequences, True,
+    ),
+    "mpt": (made(MptForCausalLM, MptConfig, **MPT), ["Wqkv"], TOKENS, tiny.sequences, True),
+    "opt": (made(OPTForCausalLM, OPTConfig, **OPT), ATTENTION, TOKENS, tiny.sequences, True),
+    "phi": (made(PhiForCausalLM, PhiConfig, **WIDE), ATTENTION, TOKENS, tiny.sequences, True),
+    "convbert, which reads padding": (
+        made(ConvBertForSequenceClassification, ConvBertConfig, **WIDE, num_labels=3),
+        ["query"], CLASSES, tiny.sequences, False,
+    ),
+}  # fmt: skip
+
+
+def adapted(case, *, layers=(2, 3), **options):
+    make, targets, likelihood, batch, _ = CASES[case]
+    blora = tiny.adapted(
+        make(),
+        target_modules=targets,
+        likelihood=likelihood,
+        layers_to_transform=list(layers),
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=options.pop("guide", MatrixNormal(init_scale=1.0)),
+        **options,
+    )
+    return blora, batch(6)
+
+
+def blocks_of(net):
+    return next(m for m in net.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def rows_run(net):
+    """How many rows each block has run; by its forward, for a hook would have it run every time."""
+    seen = dict.fromkeys(range(len(blocks_of(net))), 0)
+
+    def counting(index, forward):
+        def counted(*args, **kwargs):
+            seen[index] += (args[0] if args else kwargs["hidden_states"]).shape[0]
+            return forward(*args, **kwargs)
+
+        return counted
+
+    for index, block in enumerate(blocks_of(net)):
+        block.forward = counting(index, block.forward)
+    return seen
+
+
+def on(net, value):
+    fast_path.put(net, on=value)
+
+
+def scores(blora, batch, draws=5):
+    """Of one draw after another, so that the order of the random numbers is that of no pass."""
+    torch.manual_seed(1)
+    if isinstance(blora.likelihood, CausalLM):
+        return blora.log_predictive(batch, draws, max_rows=1)
+    return blora.predict(batch, draws, max_rows=1).samples
+
+
+@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
+@pytest.mark.parametrize("case", CASES)
+def test_predictions(case):
+    blora, batch = adapted(case)
+    found = scores(blora, batch)
+    blocks = frozen_blocks(blora.net, blora.model.layer_names)
+    assert len(blocks) == 2
+    assert bool(skippable_blocks(blora.net, blora.model.layer_names)) == CASES[case][-1]
+    on(blora.net, False)
+    expected = scores(blora, batch)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert expected.std(0).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_several_draws_in_a_pass_against_the_network_itself(case):
+    """Logits by transformers alone, of the whole batch for every draw."""
+    blora, batch = adapted(case)
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "option_mask")}
+    if CASES[case][3] is tiny.choices:
+        inputs = {k: v.flatten(0, 1) for k, v in inputs.items()}
+    prefix = FrozenPrefix(blora.net, skippable_blocks(blora.net, blora.model.layer_names))
+    rows, draws = len(inputs["input_ids"]), 3
+    real = inputs["attention_mask"].bool()
+    updates = blora.sample_updates(draws)
+    twice = {k: v.repeat(draws, 1) for k, v in inputs.items()}
+    with blora.model.applied(updates) as net:
+        expected = net(**twice).logits
+        net(**inputs)
+        if prefix.blocks:
+            with blora.model.applied(blora.sample_updates(0)), prefix.examples(range(rows)):
+                net(**inputs)
+            with prefix.examples(range(rows), draws):
+                found = net(**twice).logits
+            if expected.dim() == 3:
+                found, expected = (x[real.repeat(draws, 1)] for x in (found, expected))
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def history(blora, rows, collate, **options):
+    options = {"num_steps": 9, "batch_size": 4, "progress": False, **options}
+    result = fit(blora, rows, collate=collate, **options)
+    return torch.tensor([step["loss"] for step in result.history])
+
+
+def of_rows(batch):
+    """The rows of a batch as examples, and what collates them again."""
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+    return rows, default_collate
+
+
+def assert_same_training(blora, rows, collate, **options):
+    """Losses, and the state that all the gradients lead to."""
+    start = {k: v.clone() for k, v in blora.state_dict().items()}
+    expected = history(blora, rows, collate, **options)
+    end = {k: v.clone() for k, v in blora.state_dict().items()}
+    blora.load_state_dict(start)
+    found = history(blora, rows, collate, cache_frozen_prefix=True, **options)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    for name, value in blora.state_dict().items():
+        torch.testing.assert_close(value, end[name], atol=2e-3, rtol=1e-3, msg=name)
+    assert expected[0] != expected[-1]
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[-1]])
+def test_cached_epochs(case):
+    blora, batch = adapted(case)
+    assert_same_training(blora, *of_rows(batch))
+
+
+def test_cached_epochs_whatever_the_padding():
+    """Rows of several lengths, which come in other batches, to other lengths, in each epoch."""
+    blora, _ = adapted("llama")
+    assert_same_training(blora, tiny.examples(10), tiny.collate)
+    options = {"validation": tiny.examples(7), "validate_every": 3, "validation_samples": 2}
+    assert_same_training(blora, tiny.examples(10), tiny.collate, **options)
+
+
+def test_cached_rows_padded_on_the_left_run_as_they_are():
+    def collate(rows):
+        batch = tiny.collate(rows)
+        return {**batch, **{k: batch[k].flip(1) for k in ("input_ids", "attention_mask")}}
+
+    blora, _ = adapted("llama")
+    assert_same_training(blora, tiny.examples(10), collate)
+
+
+@pytest.mark.parametrize("guide", [Laplace(), Isotropic()])
+def test_cached_epochs_of_a_guide_that_is_finished_afterwards(guide):
+    blora, batch = adapted("llama", guide=guide)
+    assert_same_training(blora, *of_rows(batch))
+
+
+def test_cached_epochs_under_activation_checkpointing():
+    blora, batch = adapted("llama")
+    blora.net.activation_checkpointing_enable()
+    assert_same_training(blora, *of_rows(batch))
+
+
+def test_cached_blocks_are_without_dropout_and_the_others_with():
+    config = GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=3, n_head=4, n_positions=32, resid_pdrop=0.5,
+        pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    net = GPT2ForSequenceClassification(config).eval()
+    blora = tiny.adapted(
+        net, target_modules=["c_attn"], layers_to_transform=[2], likelihood=CLASSES
+    )
+    modes = []
+    for block in net.transformer.h:
+        forward = block.forward
+
+        def noted(*args, block=block, forward=forward, **kwargs):
+            modes.append((block.training, block.attn.resid_dropout.training))
+            return forward(*args, **kwargs)
+
+        block.forward = noted
+    rows, collate = of_rows(tiny.sequences(8))
+    blora.predict(collate(rows), 3)  # asks
+    modes.clear()
+    history(blora, rows, collate, num_steps=1, cache_frozen_prefix=True)
+    assert modes == [(False, False), (False, False), (True, True)]
+    assert not net.training
+
+
+def test_blocks_run_once_for_a_prediction_and_once_for_an_example():
+    blora, batch = adapted("llama")
+    blora.predict(batch, 3)  # asks
+    seen = rows_run(blora.net)
+    blora.predict(batch, 5, max_rows=100)
+    assert seen == {0: 6, 1: 6, 2: 30, 3: 30}
+    rows, collate = of_rows(tiny.sequences(8))
+    seen.update(dict.fromkeys(seen, 0))
+    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)  # five epochs
+    assert seen == {0: 8, 1: 8, 2: 40, 3: 40}
+
+
+@pytest.mark.parametrize("where", ["on a block", "inside of a block", "configuration", "batch"])
+def test_who_looks_at_hidden_states_sees_those_of_every_draw(where):
+    blora, batch = adapted("llama")
+    blora.predict(batch, 3)
+    kept, block = [], blora.net.model.layers[1]
+    if where == "on a block":
+        block.register_forward_hook(lambda m, args, out: kept.append(out))
+    elif where == "inside of a block":
+        block.mlp.register_forward_hook(lambda m, args, out: kept.append(out))
+    else:  # the hidden states after the second block
+        blora.net.config.output_hidden_states = where == "configuration"
+        forward = blora.net.forward
+
+        def noting(*args, **kwargs):
+            shown = {"output_hidden_states": True} if where == "batch" else {}
+            output = forward(*args, **{**kwargs, **shown})
+            kept.append(output.hidden_states[2])
+            return output
+
+        blora.net.forward = noting
+    if where == "batch":
+        batch["output_hidden_states"] = True
+    found = blora.predict(batch, 3, max_rows=100).samples
+    assert found.isfinite().all()
+    assert [len(hidden) for hidden in kept] == [18]
+    for other in kept[0].chunk(3)[1:]:  # frozen, so alike in all draws
+        torch.testing.assert_close(other, kept[0][:6])
+    assert kept[0].std() > 0.01
+
+
+def test_a_hook_on_the_head_sees_all_positions():
+    blora, batch = adapted("llama")
+    shapes = []
+    with torch.no_grad():
+        expected = blora.model.likelihood.logits(blora.net, batch)
+        handle = blora.net.lm_head.register_forward_hook(lambda m, a, out: shapes.append(out.shape))
+        found = blora.model.likelihood.logits(blora.net, batch)
+        handle.remove()
+    assert shapes == [torch.Size([6, 7, tiny.VOCABULARY])]
+    torch.testing.assert_close(found, expected)
+
+
+def test_generation_is_that_of_the_plain_path():
+    blora, batch = adapted("llama")
+    blora.predict(batch, 3)
+    texts = []
+    for value in (True, False):
+        on(blora.net, value)
+        torch.manual_seed(2)
+        with blora.posterior(1) as net:
+            texts.append(net.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False))
+    assert torch.equal(*texts)
+
+
+def test_blocks_that_run_in_a_loop_are_run():
+    """The second time round, a frozen block is given what the adapted one put out."""
+    net = tiny.llama(4)
+    first, second = net.model.layers[:2]
+    net.model.layers = torch.nn.ModuleList([first, second, first, second])
+    blora = tiny.adapted(
+        net,
+        layers_to_transform=[1],
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=MatrixNormal(init_scale=1.0),
+    )
+    with pytest.warns(UserWarning, match="LlamaForCausalLM does not give the same logits with its"):
+        found = scores(blora, tiny.sequences(4))
+    on(net, False)
+    torch.testing.assert_close(scores(blora, tiny.sequences(4)), found)
+
+
+class Plain(torch.nn.Module):
+    """A network of one's own, which declares nothing and runs its blocks twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(tiny.VOCABULARY, 8)
+        blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3)]
+        self.blocks = torch.nn.ModuleList(blocks)
+        self.head = torch.nn.Linear(8, len(tiny.ANSWERS))
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embed(input_ids)
+        for block in (*self.blocks, *self.blocks):
+            hidden = hidden + block(hidden)
+        return SimpleNamespace(logits=self.head(hidden.mean(1)))
+
+
+@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
+def test_a_network_that_cannot_be_asked_runs_plainly():
+    blora = tiny.adapted(Plain(), target_modules=["blocks.2.0"], likelihood=CLASSES)
+    assert skippable_blocks(blora.net, blora.model.layer_names) == []
+    assert blora.predict(tiny.sequences(4), 5).samples.shape == (5, 4, 3)
+
+
+def test_xlnet_has_its_rows_in_the_second_dimension():
+    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=3, n_head=4, d_inner=24, d_head=4)
+    net = XLNetLMHeadModel(config).eval()
+    blora = tiny.adapted(net, target_modules=r".*layer\.2\.ff\.layer_[12]", likelihood=TOKENS)
+    with pytest.raises(ParticleError, match="second dimension"):
+        blora.predict(tiny.sequences(4), 3)
+
+
+@pytest.mark.parametrize("net", [tiny.llama(3), tiny.gpt2(3)], ids=["llama", "gpt2"])
+def test_without_shortcuts_nothing_is_asked_and_all_is_run(net):
+    blora = tiny.adapted(net, target_modules=None, layers_to_transform=[2], fast=False)
+    blora.predict(tiny.sequences(4), 3)  # tells where the rows of a batch are
+    seen, calls = rows_run(net), []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    blora.predict(tiny.sequences(4), 4, max_rows=100)
+    assert seen == {0: 16, 1: 16, 2: 16}
+    assert len(calls) == 1
+    blora.unwrap()
+    assert fast_path.is_on(net)
+
+
+def test_a_changed_network_is_asked_again():
+    blora, batch = adapted("llama")
+    calls = []
+    blora.net.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def passes():
+        calls.clear()
+        blora.predict(batch, 2, max_rows=100)
+        return len(calls)
+
+    asked, again = passes(), passes()
+    assert again == 2 < asked
+    blora.net.set_attn_implementation("eager")
+    assert passes() == asked
+    blora.net.model.layers[3] = tiny.llama(4).model.layers[3]
+    assert passes() > again
+
+
+@pytest.mark.parametrize(
+    ("layers", "change", "message"),
+    [
+        ([0, 3], lambda net: None, "no block below"),
+        ([2, 3], lambda net: net.model.layers[0].compile(backend="eager"), "compiled"),
+        ([2, 3], lambda net: net.model.layers[0].register_forward_hook(lambda *_: None), "hooks"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_an_error(layers, change, message):
+    blora, batch = adapted("llama", layers=layers)
+    change(blora.net)
+    with pytest.raises(ConfigurationError, match=rf"cache_frozen_prefix=True.*{message}"):
+        history(blora, *of_rows(batch), cache_frozen_prefix=True)
+
+
+def test_a_cache_needs_to_know_the_examples():
+    blora, batch = adapted("llama")
+    loader = DataLoader(of_rows(batch)[0], batch_size=4, collate_fn=default_collate)
+    with pytest.raises(ConfigurationError, match="a DataLoader does not tell"):
+        fit(blora, loader, num_steps=1, cache_frozen_prefix=True, progress=False)
+
+
+def test_a_classifier_on_a_causal_body():
+    net = LlamaForSequenceClassification(tiny.llama(3, num_labels=3).config).eval()
+    blora = tiny.adapted(net, layers_to_transform=[2], likelihood=CLASSES)
+    assert_same_training(blora, *of_rows(tiny.sequences(6)))
+
+
+def test_a_failing_pass_leaves_no_forward_behind():
+    blora, batch = adapted("llama")
+    blora.predict(batch, 2)
+    before = [vars(block).get("forward") for block in blocks_of(blora.net)]
+    batch["input_ids"][0, 0] = tiny.VOCABULARY + 5
+    with pytest.raises(IndexError):
+        blora.predict(batch, 3)
+    assert [vars(block).get("forward") for block in blocks_of(blora.net)] == before
+    pyro.clear_param_store()
+
+
+def test_a_question_asked_in_between_sees_the_whole_network():
+    """Options are packed, or not, by a question of its own, asked when blocks may be skipped."""
+    blora, batch = adapted("llama, options")
+    rows, collate = of_rows(batch)
+    seen = []
+    forward = blora.net.forward
+    blora.net.forward = lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs)
+    history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
+    assert sorted(seen[-2:]) == [2, 4]  # a row an item
