@@ -95,12 +95,12 @@ class PairContract(_Contract):
             assert drawn.shape == (5, 8, 3), f"5 draws of 8 x 3 are {tuple(drawn.shape)}."
 
     def test_the_loss_falls(self) -> None:
-        """Twenty steps of SVI lower the loss, measured under the same draws."""
+        """Twenty steps of SVI lower its median over eight passes, under the same draws."""
         blora, batch, losses = self.adapted(), self.batch(8), []
         elbo = TraceMeanField_ELBO(8, blora.max_plate_nesting, vectorize_particles=True)
         for steps in (20, 1):
             torch.manual_seed(0)
-            losses += [sum(elbo.loss(blora.model, blora.guide, batch) for _ in range(8)) / 8]
+            losses += [sorted(elbo.loss(blora.model, blora.guide, batch) for _ in range(8))[4]]
             _train(blora, batch, steps, svi=True)
         assert -inf < losses[1] < losses[0], f"The loss goes from {losses[0]} to {losses[1]}."
 
