@@ -92,15 +92,16 @@ class PairContract(_Contract):
             assert -inf < loss < inf, f"The loss is {loss}."
             assert not still, f"{still} stay at module_local_params={local}: {_PARAMS}."
             assert not torch.equal(mean, before), f"The predictions stay as they were: {_PARAMS}."
-            assert drawn.shape == (5, 8, 3), f"5 draws of 8 x 3 are {tuple(drawn.shape)}."
+            given = mean.shape, drawn.shape
+            assert given == ((1, 8, 3), (5, 8, 3)), f"The mean and 5 draws of 8 x 3 are {given}."
 
     def test_the_loss_falls(self) -> None:
-        """Twenty steps of SVI lower the loss, measured under the same draws."""
+        """Twenty steps of SVI lower its median over eight passes, under the same draws."""
         blora, batch, losses = self.adapted(), self.batch(8), []
         elbo = TraceMeanField_ELBO(8, blora.max_plate_nesting, vectorize_particles=True)
         for steps in (20, 1):
             torch.manual_seed(0)
-            losses += [sum(elbo.loss(blora.model, blora.guide, batch) for _ in range(8)) / 8]
+            losses += [sorted(elbo.loss(blora.model, blora.guide, batch) for _ in range(8))[4]]
             _train(blora, batch, steps, svi=True)
         assert -inf < losses[1] < losses[0], f"The loss goes from {losses[0]} to {losses[1]}."
 
@@ -113,10 +114,10 @@ class PairContract(_Contract):
             updates = poutine.replay(blora.model.updates, trace=q)()
         assert _latents(q) == _latents(p), f"The guide has {_latents(q)}, the model {_latents(p)}."
         for name, centre in blora.guide.center(batch).items():  # type: ignore[operator]
-            sites = q.nodes[name], p.nodes[name]
-            ours, theirs = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in sites)
-            assert ours == theirs, f"{name} is {ours} in the guide, {theirs} in the model."
-            _check_support(name, p.nodes[name]["fn"], p.nodes[name]["value"], centre)
+            ours, site = q.nodes[name], p.nodes[name]
+            shape, wanted = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in (ours, site))
+            assert shape == wanted, f"{name} is {shape} in the guide, {wanted} in the model."
+            _check_support(name, site["fn"], site["value"], centre)
         for name, update in updates.items():
             assert prod(update.particle_shape) == 4, f"{name} is {update.particle_shape} updates."
         assert p.nodes["labels"]["fn"].batch_shape[-1] == 2, "4 particles share the 8 rows out."
@@ -212,10 +213,9 @@ class GuideContract(PairContract):
         options, p = self.make().options(), dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
         starts = {"init_scale": 1.0} if self.starts_at_prior and "init_scale" in options else {}
         q = type(self.make())(**options | starts).bind(Site("g.V", p, (), context_size=4))
-        parameters = list(q.parameters())
-        assert parameters, f"The family has no parameters: {_PARAMS}."
+        assert list(q.parameters()), f"The family has no parameters: {_PARAMS}."
         for spread in (0.0, 0.3):
-            for parameter in parameters:
+            for parameter in q.parameters():
                 parameter.add_(spread * torch.randn_like(parameter))
             drawn = q.distribution().expand(torch.Size([20_000, 3]))
             value = drawn()

@@ -3,9 +3,12 @@
 The classes are read from ``__all__``, so a new one is held to the contract by being exported.
 """
 
+import pickle
+
 import pyro
 import pytest
 import tiny
+import torch
 from own_classes import Plain, Spread
 
 from pyro_blora import guides, models
@@ -55,6 +58,8 @@ def test_the_state_is_that_of_the_adapter_alone(prior):
     state = tiny.adapted(prior=PRIORS[prior]).model.state_dict()
     assert {name.split(".")[0] for name in state} == {"q_proj", "v_proj"}
     assert sum(tensor.numel() for tensor in state.values()) < 1500
+    again = pickle.loads(pickle.dumps(state))
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
 def test_each_class_goes_by_its_own_name():

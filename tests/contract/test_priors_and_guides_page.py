@@ -92,7 +92,7 @@ def checks():
                 yield pytest.param(kind, name, id=f"{kind.__name__}-{name}")
 
 
-@pytest.mark.parametrize(("kind", "name"), checks())
+@pytest.mark.parametrize(("kind", "name"), list(checks()))
 def test_the_classes_of_the_page_keep_the_contract_of_the_page(kind, name):
     assert own_lines(CHECK) <= 8
     getattr(kind(), name)()

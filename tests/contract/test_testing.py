@@ -87,7 +87,8 @@ class Unmoved(Spread):
 
 class WrongShape(Spread):
     def distribution(self):
-        return dist.Normal(self.loc.mT, 1.0).to_event(self.site.event_dim)
+        loc = self.loc.mT if self.site.event_dim > 1 else self.loc
+        return dist.Normal(loc, 1.0).to_event(self.site.event_dim)
 
 
 class LeavesTheSupport(Spread):
