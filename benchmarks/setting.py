@@ -1,4 +1,4 @@
-"""What the timed benchmarks run: a random Llama of some shape, its batches, an adapter and its step."""
+"""What the timed benchmarks run: a random Llama of some shape, its batches and an adapter."""
 
 from collections.abc import Callable
 from typing import Any
