@@ -21,7 +21,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import UpdateModel
-from pyro_blora.pretrained import shape_only
+from pyro_blora.network.pretrained import shape_only
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "priors_and_guides.md"
 BEGIN, END = "<!-- sizes: begin -->\n", "<!-- sizes: end -->\n"

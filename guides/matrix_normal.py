@@ -8,7 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch.distributions import constraints
 
-from pyro_blora import distributions
+import pyro_blora.distributions as distributions
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 __all__ = ["MatrixNormal"]

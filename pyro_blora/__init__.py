@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pyro_blora.evaluation.effective_rank import effective_ranks
     from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
+    from pyro_blora.network.pretrained import load_pretrained
     from pyro_blora.posterior.prediction import Prediction
-    from pyro_blora.pretrained import load_pretrained
 
 __all__ = [
     "BayesianLoRA",
@@ -39,7 +39,7 @@ _HOMES = {
     "Prediction": "posterior.prediction",
     "effective_ranks": "evaluation.effective_rank",
     "fit": "inference",
-    "load_pretrained": "pretrained",
+    "load_pretrained": "network.pretrained",
     "load_task": "data",
     "predict_dataset": "evaluation.predict_dataset",
 }

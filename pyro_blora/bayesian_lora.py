@@ -9,7 +9,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_blora import checkpoints
+import pyro_blora.checkpoints as checkpoints
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
-from pyro_blora import guides, models
+import pyro_blora.guides as guides
+import pyro_blora.models as models
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides import (
     Delta,

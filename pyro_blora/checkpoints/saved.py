@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_blora import guides, likelihoods, models
+import pyro_blora.guides as guides
+import pyro_blora.likelihoods as likelihoods
+import pyro_blora.models as models
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.atomic import write_atomically
 from pyro_blora.errors import CheckpointError, ConfigurationError

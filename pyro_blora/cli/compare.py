@@ -62,7 +62,7 @@ def run(
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
     from pyro_blora.evaluation.results import RESULTS, draw, read, table, write
-    from pyro_blora.pretrained import load_pretrained, shape_only
+    from pyro_blora.network.pretrained import load_pretrained, shape_only
 
     console = Console()
     settings = Settings(

@@ -64,7 +64,7 @@ def run(
     from pyro_blora.evaluation.metrics import evaluate
     from pyro_blora.evaluation.plots import reliability_diagram, save_figure
     from pyro_blora.evaluation.predict_dataset import predict_dataset
-    from pyro_blora.pretrained import load_pretrained
+    from pyro_blora.network.pretrained import load_pretrained
 
     console = Console()
     read_config(adapter)  # a folder that is none is said before the network is loaded

@@ -44,7 +44,7 @@ def run(
     targets = o.listed(target_modules, "--target-modules")
     check_method(method)
     from pyro_blora.cli._shapes import adapter_on
-    from pyro_blora.pretrained import shape_only
+    from pyro_blora.network.pretrained import shape_only
 
     blora = adapter_on(shape_only(model), method, targets, rank)
     console = Console()

@@ -70,7 +70,7 @@ def run(
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
-    from pyro_blora.pretrained import load_pretrained, shape_only
+    from pyro_blora.network.pretrained import load_pretrained, shape_only
     from pyro_blora.recipes import recipe
 
     if os.path.lexists(out / CONFIG) and not overwrite:

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from pyro_blora import cli, pretrained
+from pyro_blora import cli
 from pyro_blora._version import __version__
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.methods import RECIPE_NAMES
+from pyro_blora.network import pretrained
 from pyro_blora.recipes import RECIPES
 
 HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")

@@ -17,8 +17,8 @@ from pyro_blora import fit
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Delta, MeanField, Site, SiteGuide
 from pyro_blora.models import UpdateModel
+from pyro_blora.network.pretrained import shape_only
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.pretrained import shape_only
 from pyro_blora.recipes import RECIPES, recipe
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
