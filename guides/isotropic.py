@@ -102,16 +102,22 @@ class Isotropic(PostHoc):
                 family.settle()
             return evidence.loss(first.num_samples)
 
-        allowed = loss(0.0) + first.threshold  # of the point, under the noise that all widths have
-        high = math.log(first.max_width)
-        low = high - math.log(1000)
-        if loss(math.exp(high)) <= allowed:
-            low = high
-        else:
-            for _ in range(first.iterations):
-                middle = (low + high) / 2
-                fits = loss(math.exp(middle)) <= allowed
-                low, high = (middle, high) if fits else (low, middle)
+        try:
+            # of the point, under the noise that all widths have
+            allowed = loss(0.0) + first.threshold
+            high = math.log(first.max_width)
+            low = high - math.log(1000)
+            if loss(math.exp(high)) <= allowed:
+                low = high
+            else:
+                for _ in range(first.iterations):
+                    middle = (low + high) / 2
+                    fits = loss(math.exp(middle)) <= allowed
+                    low, high = (middle, high) if fits else (low, middle)
+        except BaseException:  # a width that was only tried is none
+            for family in families.values():
+                family.reopen()
+            raise
         for family in families.values():
             family.width.fill_(math.exp(low))
         return {"width": math.exp(low)}

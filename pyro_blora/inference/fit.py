@@ -18,7 +18,7 @@ from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, 
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix, skippable_blocks
+from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
@@ -210,12 +210,12 @@ def _parameters(blora: BayesianLoRA, batch: Batch, rates: dict[str, float]) -> l
 
 
 def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:
-    blocks = skippable_blocks(blora.net, blora.model.layer_names)
     if isinstance(train, DataLoader):
         raise ConfigurationError(
             "cache_frozen_prefix=True knows examples by their index, and a DataLoader does not "
             "tell it; pass the examples themselves, with collate=."
         )
+    blocks = blora.model.skippable_blocks()
     if not blocks:
         raise ConfigurationError(
             f"cache_frozen_prefix=True: {type(blora.net).__name__} has no block below its lowest "

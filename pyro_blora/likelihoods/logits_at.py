@@ -71,8 +71,10 @@ def logits_at(
     if "position_ids" not in inputs:
         inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
     if fast_path.is_on(net) and not fast_path.is_observed(net, (net, head)):
-        with _narrowed(head, positions, None if per_row else mask):
+        with _narrowed(head, positions, None if per_row else mask) as narrow:
             logits: Tensor = net(**inputs, use_cache=False).logits
+        if not narrow:  # the head's weight was used, and not the head
+            logits = _gather(logits, positions, None if per_row else mask)
         logits = logits[mask] if per_row else logits.squeeze(0)
     else:
         logits = net(**inputs, use_cache=False).logits
@@ -82,14 +84,16 @@ def logits_at(
 
 
 @contextmanager
-def _narrowed(head: nn.Module, positions: Tensor, mask: Tensor | None) -> Iterator[None]:
-    """Within, ``head`` sees only ``positions``."""
+def _narrowed(head: nn.Module, positions: Tensor, mask: Tensor | None) -> Iterator[list[bool]]:
+    """Within, ``head`` sees only ``positions``; yields what is filled each time that it did."""
+    seen: list[bool] = []
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(True)
         return (_gather(args[0], positions, mask),)
 
     with head.register_forward_pre_hook(gather):
-        yield
+        yield seen
 
 
 def _gather(values: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ def holds(
         if shortcut and not answers[key]:
             warnings.warn(
                 f"{type(net).__name__} does not give the same logits with {shortcut}; it runs "
-                "without, which is right and slower. BayesianLoRA(net, fast=False) asks nothing.",
+                "without, which is right and slower, as all does with fast=False.",
                 stacklevel=2,
             )
     return answers[key]

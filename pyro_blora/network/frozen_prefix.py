@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -54,19 +55,30 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return below if len(set(below)) == len(below) else []
 
 
-def skippable_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+def skippable_blocks(
+    net: nn.Module, names: Sequence[str], trained: Sequence[str] = ()
+) -> list[nn.Module]:
     """The frozen blocks, where the network gives the same logits without running them again.
 
-    None of them where it is to run plainly: they are compiled or sharded, a hook or the
-    configuration looks at what they put out, or ``fast=False``; or where the network, asked, gives
-    other logits (see :func:`~pyro_blora.network.fast_path.holds`).
+    Args:
+        net: the network.
+        names: full names of the adapted layers.
+        trained: those of modules that are trained whole.
+
+
+    Returns:
+        None of them where the network is to run plainly: they, or what runs them, are compiled or
+        sharded, a hook or the configuration looks at what they put out, a trained module stands
+        before them, or ``fast=False``; or where the network, asked, gives other logits (see
+        :func:`~pyro_blora.network.fast_path.holds`).
     """
     blocks = frozen_blocks(net, names)
     inside = [module for block in blocks for module in block.modules()]
     usable = (
         bool(blocks)
         and fast_path.is_on(net)
-        and fast_path.runs_eagerly([net, *inside])
+        and not _come_first(net, trained, blocks[0])
+        and fast_path.runs_eagerly([*_ancestors(net, blocks[0]), *inside])
         and not fast_path.is_sharded(net)
         and not fast_path.is_observed(net, inside)
         and fast_path.holds(net, _SHORTCUT, partial(_ask, net, blocks), *blocks)
@@ -99,6 +111,8 @@ class FrozenPrefix:
         self._forms: list[Callable[[Tensor], Any]] = [_alone] * len(blocks)
         self._keys: list[Hashable] = []
         self._copies = 1
+        self._passes = 0
+        self._plain = False
 
     @contextmanager
     def examples(self, keys: Sequence[Hashable], copies: int = 1) -> Iterator[None]:
@@ -111,7 +125,7 @@ class FrozenPrefix:
             keys: what tells each example from all others, in the order of the batch.
             copies: repetitions of the whole batch, one after the other.
         """
-        self._keys, self._copies = list(keys), copies
+        self._keys, self._copies, self._passes = list(keys), copies, 0
         before = [vars(block).get("forward") for block in self.blocks]  # another library's
         below = [module for module in self._below() if not is_quantised(module)]
         with modes_kept(below):
@@ -126,21 +140,31 @@ class FrozenPrefix:
                     put_forward_back(block, own)
 
     def _below(self) -> Iterator[nn.Module]:
-        """The modules registered before the first block that is not frozen, ancestors included."""
-        inside = {module for block in self.blocks for module in block.modules()}
-        left = set(inside)
-        for module in self.net.modules():
-            if not left and module not in inside:
-                return
-            left.discard(module)
-            yield module
+        """What may run before the first block that is not frozen, ancestors included.
+
+        By where it is registered: ahead of that block, or beside the blocks. An ancestor that
+        checkpoints activations stays in its mode, or it would keep keys and values, too.
+        """
+        ancestors = _ancestors(self.net, self.blocks[0])
+        runner = next(m for m in reversed(ancestors) if not isinstance(m, nn.ModuleList))
+        others = (block for block in ancestors[-1].children() if block not in self.blocks)
+        below = set(runner.modules()) - {m for block in others for m in block.modules()}
+        below.update(takewhile(lambda module: module is not self.blocks[0], self.net.modules()))
+        keep = {m for m in ancestors if getattr(m, "gradient_checkpointing", False)}
+        yield from below - keep
 
     def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if fast_path.is_asked(self.net) != self._asked:
             return own(*args, **kwargs)
         hidden = layer_input(args, kwargs)
         last = index == len(self.blocks) - 1
-        rows = hidden.shape[0] // (self._copies * len(self._keys))
+        count = self._copies * len(self._keys)
+        if index == 0:  # what comes second, or row by row, is another input of the same examples
+            self._passes += 1
+            self._plain = self._passes > 1 or hidden.shape[0] % count > 0
+        if self._plain:
+            return own(*args, **kwargs)
+        rows = hidden.shape[0] // count
         keys = [(key, rows) for key in self._keys]  # options may be packed, or rows each
         if all(key in self._kept for key in keys):
             return self._forms[index](self._assembled(keys, hidden.shape[1]) if last else hidden)
@@ -185,3 +209,14 @@ def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
             if not fast_path.agree(fast_path.logits_of(net, **rows), expected):
                 return False
     return bool(prefix._kept)
+
+
+def _ancestors(net: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """The modules that hold a block, from the network down."""
+    words = next(name for name, module in net.named_modules() if module is block).split(".")
+    return [net, *(net.get_submodule(".".join(words[:i])) for i in range(1, len(words)))]
+
+
+def _come_first(net: nn.Module, names: Sequence[str], block: nn.Module) -> bool:
+    order = {module: place for place, module in enumerate(net.modules())}
+    return any(order[net.get_submodule(name)] < order[block] for name in names)

@@ -30,7 +30,7 @@ from pyro_blora.network.adapter import (
     updates_kept_for_backward,
 )
 from pyro_blora.network.fast_path import rows_come_first
-from pyro_blora.network.frozen_prefix import frozen_blocks
+from pyro_blora.network.frozen_prefix import frozen_blocks, skippable_blocks
 from pyro_blora.network.quantised import refuse_packed
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.network.trained_heads import TrainedHeads
@@ -143,6 +143,10 @@ class BayesianLoRAModel(PyroModule):
     def max_plate_nesting(self) -> int:
         """How many dimensions the prior's plates take; the particles' stands just outside."""
         return self._traced[1]
+
+    def skippable_blocks(self) -> list[nn.Module]:
+        """The frozen blocks that need not run twice for an example."""
+        return skippable_blocks(self.net, self.layer_names, self.trained_heads.names)
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""

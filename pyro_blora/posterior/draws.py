@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix, skippable_blocks
+from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
 from pyro_blora.posterior.sample_updates import sample_updates
 
@@ -66,7 +66,7 @@ def logits_of_draws(
         max_rows = rows_of_a_pass(model, batch)
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
     plain = num_samples < 2 or shows or torch.is_grad_enabled()
-    blocks = [] if plain else skippable_blocks(model.net, model.layer_names)
+    blocks = [] if plain else model.skippable_blocks()
     prefix = FrozenPrefix(model.net, blocks)
     # An amortised posterior has a draw for each example, others one for all of them.
     each = examples if getattr(guide, "reads_context", False) else 1

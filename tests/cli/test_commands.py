@@ -178,8 +178,8 @@ def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypa
     options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1, "--max-train", 8]
     written, kept = [], []
     fitting = sys.modules["pyro_blora.inference.fit"]
-    made = fitting.skippable_blocks
-    monkeypatch.setattr(fitting, "skippable_blocks", lambda *args: kept.append(1) or made(*args))
+    made = fitting._prefix
+    monkeypatch.setattr(fitting, "_prefix", lambda *args: kept.append(1) or made(*args))
     for more in ([], ["--cache-frozen"]):
         pyro.clear_param_store()
         out = tmp_path / f"adapter{len(written)}"

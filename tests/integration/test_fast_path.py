@@ -114,7 +114,7 @@ def adapted(case, *, layers=(2, 3), **options):
     blora = tiny.adapted(
         make(),
         target_modules=targets,
-        likelihood=likelihood,
+        likelihood=options.pop("likelihood", likelihood),
         layers_to_transform=list(layers),
         prior=KroneckerInducing(rank=2, sigma=2.0),
         guide=options.pop("guide", MatrixNormal(init_scale=1.0)),
@@ -359,8 +359,7 @@ def test_blocks_that_run_in_a_loop_are_run():
         prior=KroneckerInducing(rank=2, sigma=2.0),
         guide=MatrixNormal(init_scale=1.0),
     )
-    with pytest.warns(UserWarning, match="LlamaForCausalLM does not give the same logits with its"):
-        found = scores(blora, tiny.sequences(4))
+    found = scores(blora, tiny.sequences(4))
     on(net, False)
     torch.testing.assert_close(scores(blora, tiny.sequences(4)), found)
 
@@ -389,6 +388,7 @@ def test_a_network_that_cannot_be_asked_runs_plainly():
     assert blora.predict(tiny.sequences(4), 5).samples.shape == (5, 4, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
 def test_xlnet_has_its_rows_in_the_second_dimension():
     config = XLNetConfig(vocab_size=32, d_model=16, n_layer=3, n_head=4, d_inner=24, d_head=4)
     net = XLNetLMHeadModel(config).eval()
@@ -476,3 +476,78 @@ def test_a_question_asked_in_between_sees_the_whole_network():
     blora.net.forward = lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs)
     history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
     assert sorted(seen[-2:]) == [2, 4]  # a row an item
+
+
+class Twice(LabelTokens):
+    """Reads the rows, and the rows with their tokens turned round, or each row by itself."""
+
+    row_by_row = False
+
+    def logits(self, net, batch):
+        if self.row_by_row:
+            rows = [
+                {k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))
+            ]
+            return torch.cat([super(Twice, self).logits(net, row) for row in rows])
+        other = {**batch, "input_ids": batch["input_ids"].where(batch["input_ids"] == 0, 9)}
+        return super().logits(net, batch) - super().logits(net, other)
+
+
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_a_likelihood_that_runs_the_network_several_times(row_by_row):
+    likelihood = Twice(token_ids=tiny.ANSWERS, num_data=12)
+    likelihood.row_by_row = row_by_row
+    blora, batch = adapted("llama", likelihood=likelihood)
+    found = scores(blora, batch)
+    on(blora.net, False)
+    torch.testing.assert_close(found, scores(blora, batch), atol=2e-5, rtol=0)
+    on(blora.net, True)
+    if not row_by_row:
+        assert_same_training(blora, *of_rows(batch))
+
+
+def test_a_head_whose_weight_is_used_without_it():
+    """As where it is tied by hand: no hook of the head is run."""
+    blora, batch = adapted("llama, text")
+    expected = scores(blora, batch)
+    net = blora.net
+    net.forward = lambda input_ids, attention_mask, use_cache=False, **other: SimpleNamespace(
+        logits=torch.nn.functional.linear(
+            net.model(input_ids, attention_mask=attention_mask, **other).last_hidden_state,
+            net.lm_head.weight,
+        )
+    )
+    torch.testing.assert_close(scores(blora, batch), expected)
+
+
+def test_dropout_beside_the_blocks_is_off_for_what_is_kept():
+    """Phi registers that of its embeddings behind the blocks."""
+    config = PhiConfig(**WIDE, embd_pdrop=0.5)
+    blora = tiny.adapted(PhiForCausalLM(config).eval(), layers_to_transform=[2, 3])
+    modes = []
+    dropout = blora.net.model.embed_dropout
+    forward = dropout.forward
+    dropout.forward = lambda x: modes.append(dropout.training) or forward(x)
+    rows, collate = of_rows(tiny.sequences(8))
+    history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
+    assert not any(modes)
+
+
+def test_a_module_trained_below_the_blocks_has_them_run():
+    net = Plain()
+    options = {"target_modules": ["blocks.2.0"], "modules_to_save": ["embed"]}
+    blora = tiny.adapted(net, likelihood=CLASSES, **options)
+    assert blora.model.skippable_blocks() == []
+
+
+def test_cached_epochs_of_a_checkpointed_classifier_with_padding():
+    config = GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=3, n_head=4, n_positions=32, pad_token_id=0,
+        num_labels=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    net = GPT2ForSequenceClassification(config).eval()
+    blora = tiny.adapted(
+        net, target_modules=["c_attn"], layers_to_transform=[2], likelihood=CLASSES
+    )
+    net.activation_checkpointing_enable()
+    assert_same_training(blora, tiny.examples(10), tiny.collate)
