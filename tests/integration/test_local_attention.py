@@ -117,3 +117,11 @@ def test_frozen_blocks_keep_their_windows(name):
     assert skippable_blocks(blora.net, blora.model.layer_names)
     fast_path.put(blora.net, on=False)
     torch.testing.assert_close(found(), skipped, atol=1e-4, rtol=0)
+
+
+def test_attention_to_the_top_few_is_a_window_too():
+    """Of sparse attention, whose choice a mask of one's own would not have."""
+    net = tiny.llama()
+    assert fast_path.window_of(net) is None
+    net.config.index_topk = 8
+    assert fast_path.window_of(net) == 8
