@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.network.frozen_prefix import FrozenPrefix, skippable_blocks
+from pyro_blora.network.frozen_prefix import FrozenPrefix
 
 
 class HandWritten(nn.Module):
@@ -128,7 +128,7 @@ def make(
 
 def cached(step: Step, blora: BayesianLoRA) -> Step:
     """The same step, of a batch that has been seen before."""
-    prefix = FrozenPrefix(blora.net, skippable_blocks(blora.net, blora.model.layer_names))
+    prefix = FrozenPrefix(blora.net, blora.model.skippable_blocks())
     if not prefix.blocks:
         raise SystemExit(":cached needs --top, below which blocks are frozen")
 

@@ -229,9 +229,11 @@ def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> Froz
 
 def _kept(prefix: FrozenPrefix, keys: Sequence[Any], batch: Batch) -> AbstractContextManager[None]:
     """Rows padded on the left stand elsewhere in each batch, and run as they are."""
+    if not prefix.blocks:
+        return nullcontext()
     mask = batch.get("attention_mask")
     left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
-    return nullcontext() if left or not prefix.blocks else prefix.examples(keys)
+    return nullcontext() if left else prefix.examples(keys)
 
 
 def _validation(

@@ -79,9 +79,10 @@ class Objective:
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.num_steps, self.kl_warmup, self.kl_weight = num_steps, kl_warmup, kl_weight
         self._elbos: dict[int, nn.Module] = {}
-        with pyro.validation_enabled(False):  # what is not finite is explained by the first step
-            known = analytic_kl(blora.guide, blora.model) is not None
-        self._analytic = analytic and known and not points  # -log p of a point may be negative
+        self._analytic = False
+        if analytic and not points:  # -log p of a point may be negative
+            with pyro.validation_enabled(False):  # the first step explains what is not finite
+                self._analytic = analytic_kl(blora.guide, blora.model) is not None
 
     def _module(self, particles: int) -> nn.Module:
         if particles not in self._elbos:

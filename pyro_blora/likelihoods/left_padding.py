@@ -30,7 +30,7 @@ def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
     """
     if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
         return {}
-    counted = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    counted = _counted(mask)
     if fast_path.is_sharded(net) or fast_path.tokens_for(net, 1) is None:
         return counted  # it cannot be asked
     for given in ({}, counted):
@@ -43,6 +43,10 @@ def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
     )
 
 
+def _counted(mask: Tensor) -> dict[str, Tensor]:
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
 def _ask(net: nn.Module, counts: bool) -> bool:
     ids = fast_path.tokens_for(net, 1)
     assert ids is not None
@@ -50,7 +54,7 @@ def _ask(net: nn.Module, counts: bool) -> bool:
     padding = torch.full_like(ids[:, :3], fast_path.padding_of(net))
     padded = torch.cat([padding, ids], -1)
     mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], -1)
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if counts else {}
+    positions = _counted(mask) if counts else {}
     expected = fast_path.logits_of(net, input_ids=ids, attention_mask=torch.ones_like(ids))
     found = fast_path.logits_of(net, input_ids=padded, attention_mask=mask, **positions)
     return fast_path.agree(found, expected)

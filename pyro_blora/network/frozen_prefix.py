@@ -65,7 +65,6 @@ def skippable_blocks(
         names: full names of the adapted layers.
         trained: those of modules that are trained whole.
 
-
     Returns:
         None of them where the network is to run plainly: they, or what runs them, are compiled or
         sharded, a hook or the configuration looks at what they put out, a trained module stands
@@ -113,6 +112,8 @@ class FrozenPrefix:
         self._copies = 1
         self._passes = 0
         self._plain = False
+        below = self._below() if blocks else ()
+        self._evaluated = [module for module in below if not is_quantised(module)]
 
     @contextmanager
     def examples(self, keys: Sequence[Hashable], copies: int = 1) -> Iterator[None]:
@@ -127,9 +128,8 @@ class FrozenPrefix:
         """
         self._keys, self._copies, self._passes = list(keys), copies, 0
         before = [vars(block).get("forward") for block in self.blocks]  # another library's
-        below = [module for module in self._below() if not is_quantised(module)]
-        with modes_kept(below):
-            for module in below:
+        with modes_kept(self._evaluated):
+            for module in self._evaluated:
                 module.training = False
             for index, block in enumerate(self.blocks):
                 block.forward = partial(self._forward, index, block.forward)
