@@ -1,24 +1,72 @@
 """Batches of token ids, made from lists of items."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.data.encoding import cut_left, pad, pad_id, prompt_ids, text_ids
-from pyro_blora.data.items import DataError, Item
-from pyro_blora.data.templates import Template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pyro_blora.data.items import Item
+from pyro_blora.data.templates import Scoring, Template
+from pyro_blora.errors import DataError
 
 __all__ = ["LabelTokensCollator", "MultipleChoiceCollator"]
 
 
-class MultipleChoiceCollator:
+class _Collator:
+    """From texts to token ids, and from rows of ids to padded tensors."""
+
+    scoring: Scoring
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
+    ) -> None:
+        if template.scoring != self.scoring:
+            raise DataError(
+                f"{type(self).__name__} needs a template that scores {self.scoring!r}, got "
+                f"{template.scoring!r}: Task.collator chooses the right one"
+            )
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+
+    def ids(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text alone, or with the tokenizer's special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def prompt(self, item: Item, answer: int = 0) -> list[int]:
+        """The ids of an item's prompt, cut to leave room for ``answer`` more.
+
+        The tokenizer's leading special tokens (such as BOS) are kept. Special tokens that it puts
+        after the text (such as EOS or SEP) are not: the answer goes there.
+        """
+        text = self.template.format(item)
+        plain, full = self.ids(text), self.ids(text, special=True)
+        starts = range(len(full) - len(plain) + 1) if plain else ()
+        found = [k for k in starts if full[k : k + len(plain)] == plain]
+        if not found:
+            raise DataError(
+                f"item {item.id!r}: the tokenizer makes no tokens of the prompt, or others beside "
+                "special tokens: use the model's tokenizer"
+            )
+        special = full[: found[0]]
+        room = self.max_length - len(special) - answer
+        if room < 1:
+            raise DataError(
+                f"item {item.id!r}: {len(special)} special tokens and an option of {answer} leave "
+                f"no room for the question at max_length={self.max_length}: raise max_length"
+            )
+        return special + plain[-room:]
+
+    def pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask, ``(rows, T)``, padded on the right by any token there is."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        value = next(token for token in known if isinstance(token, int))
+        tensors = [torch.tensor(row) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=value)
+        return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+
+
+class MultipleChoiceCollator(_Collator):
     """Lay out every option of every item as a row of its own, question first.
 
     A row is the ids of the prompt followed by the ids of ``" " + choice``, padded on the right.
@@ -40,8 +88,8 @@ class MultipleChoiceCollator:
     - ``labels``, long, shape (B,).
 
     Raises:
-        DataError: the template scores labels, ``max_length < 2``, or (when called) the list of
-            items is empty or an option alone is too long.
+        DataError: the template scores labels, or (when called) an option has no tokens or leaves
+            no room for one of the question.
 
     Example::
 
@@ -49,31 +97,22 @@ class MultipleChoiceCollator:
         batch = collate(items[:8])          # input_ids: (8, 4, T)
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
-    ) -> None:
-        if template.scoring != "options":
-            raise DataError(
-                f"the template scores {template.scoring!r}: "
-                "use LabelTokensCollator, or a template with scoring='options'"
-            )
-        self.tokenizer = tokenizer
-        self.template = template
-        self.max_length = _checked_length(max_length)
+    scoring = "options"
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Return the batch of a list of items."""
-        _check_not_empty(items)
+        """The batch of a list of items."""
         num_options = max(len(item.choices) for item in items)
         rows: list[list[int]] = []
         starts: list[int] = []  # where a row's option begins
         for item in items:
-            prompt, options = self._encode(item)
+            options = [self.ids(" " + choice) for choice in item.choices]
+            if not all(options):
+                raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
+            prompt = self.prompt(item, answer=max(map(len, options)))
             fillers: list[list[int]] = [[]] * (num_options - len(options))
-            for option in options + fillers:
-                rows.append(prompt + option)
-                starts.append(len(prompt))
-        input_ids, attention_mask = pad(rows, pad_id(self.tokenizer))
+            rows += [prompt + option for option in options + fillers]
+            starts += [len(prompt)] * num_options
+        input_ids, attention_mask = self.pad(rows)
         positions = torch.arange(input_ids.shape[-1])
         option_mask = (positions >= torch.tensor(starts)[:, None]) & attention_mask.bool()
         shape = (len(items), num_options, -1)
@@ -84,23 +123,8 @@ class MultipleChoiceCollator:
             "labels": torch.tensor([item.label for item in items]),
         }
 
-    def _encode(self, item: Item) -> tuple[list[int], list[list[int]]]:
-        """Return the ids of an item's prompt, cut to fit, and those of its options."""
-        prompt, num_special = prompt_ids(self.tokenizer, self.template.format(item))
-        options = [text_ids(self.tokenizer, " " + choice) for choice in item.choices]
-        for choice, option in zip(item.choices, options, strict=True):
-            room = self.max_length - num_special - 1  # an option follows at least one token
-            if not 1 <= len(option) <= room:
-                raise DataError(
-                    f"item {item.id!r}: the option {choice[:40]!r} has {len(option)} tokens, "
-                    f"expected 1 to {room} at max_length={self.max_length}: "
-                    + ("raise max_length, or shorten the option" if option else "write it as text")
-                )
-        budget = self.max_length - max(len(option) for option in options)
-        return cut_left(prompt, num_special, budget), options
 
-
-class LabelTokensCollator:
+class LabelTokensCollator(_Collator):
     """Lay out every item as its prompt; the answer is read off at the last token.
 
     Args:
@@ -119,9 +143,9 @@ class LabelTokensCollator:
     - ``labels``, long, shape (B,).
 
     Raises:
-        DataError: the template scores options, ``max_length < 2``, a label word is not exactly one
-            token or two share one, or (when called) the list of items is empty or an item has
-            another number of choices than the template has label words.
+        DataError: the template scores options, a label word is not exactly one token or two share
+            one, or (when called) an item has another number of choices than the template has label
+            words.
 
     Example::
 
@@ -130,65 +154,32 @@ class LabelTokensCollator:
         collate.token_ids                   # (id of " negative", id of " positive")
     """
 
+    scoring = "labels"
+
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
     ) -> None:
-        if template.scoring != "labels":
+        super().__init__(tokenizer, template, max_length)
+        words = {word: self.ids(word) for word in template.label_words}
+        self.token_ids: tuple[int, ...] = tuple(ids[0] for ids in words.values() if len(ids) == 1)
+        if len(set(self.token_ids)) < len(template.label_words):
             raise DataError(
-                f"the template scores {template.scoring!r}: "
-                "use MultipleChoiceCollator, or a template with scoring='labels'"
-            )
-        self.tokenizer = tokenizer
-        self.template = template
-        self.max_length = _checked_length(max_length)
-        self.token_ids: tuple[int, ...] = tuple(
-            self._single_token(word) for word in template.label_words
-        )
-        if len(set(self.token_ids)) < len(self.token_ids):
-            raise DataError(
-                f"the label words {template.label_words!r} have the tokens {self.token_ids}, "
-                "expected one of its own each: choose other label words"
+                f"the label words have the tokens {words}, expected exactly one of its own each: "
+                "choose other label words, or scoring='options'"
             )
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Return the batch of a list of items."""
-        _check_not_empty(items)
-        rows = []
+        """The batch of a list of items."""
         for item in items:
             if len(item.choices) != len(self.token_ids):
                 raise DataError(
                     f"item {item.id!r} has {len(item.choices)} choices, expected one for each of "
                     f"the label words {self.template.label_words!r}: use another template"
                 )
-            prompt, num_special = prompt_ids(self.tokenizer, self.template.format(item))
-            rows.append(cut_left(prompt, num_special, self.max_length))
-        input_ids, attention_mask = pad(rows, pad_id(self.tokenizer))
+        rows = [self.prompt(item) for item in items]
+        input_ids, attention_mask = self.pad(rows)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": torch.tensor([item.label for item in items]),
         }
-
-    def _single_token(self, word: str) -> int:
-        """Return the one token of a label word."""
-        ids = text_ids(self.tokenizer, word)
-        if len(ids) != 1:
-            tokens = self.tokenizer.convert_ids_to_tokens(ids)
-            raise DataError(
-                f"the label word {word!r} is {len(ids)} tokens, {tokens}, expected exactly one: "
-                "choose another label word, or scoring='options'"
-            )
-        return ids[0]
-
-
-def _checked_length(max_length: int) -> int:
-    """Return a row length that has room for one token of prompt and one of answer."""
-    if max_length < 2:
-        raise DataError(f"max_length is {max_length}, expected at least 2: the default is 512")
-    return max_length
-
-
-def _check_not_empty(items: Sequence[Item]) -> None:
-    """Refuse an empty batch."""
-    if not items:
-        raise DataError("the batch has no items, expected at least one: pass a list of Item")

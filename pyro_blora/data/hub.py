@@ -1,85 +1,130 @@
 """Items from the Hugging Face hub, by the name of a task."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
-from pyro_blora.data import records
-from pyro_blora.data.items import DataError, Item
+from pyro_blora.data.items import Item
+from pyro_blora.errors import DataError, near_miss
 
 __all__ = ["hub_splits", "hub_tasks", "read_hub"]
 
+_Record = Mapping[str, Any]
+_Parts = tuple[str, tuple[str, ...], int]  # question, choices and label, as Item has them
+
 _PARQUET = "refs/convert/parquet"  # the hub's own copy of a set that has a loading script
+_ALL = {"train": "train", "validation": "validation", "test": "test"}
+_TEST_IS_VALIDATION = {"train": "train", "test": "validation"}  # the hub's test has no labels
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a task is on the hub.
+    """Where a task is on the hub, and how to read a record of it.
 
-    ``splits`` maps our split names to the hub's; a labelled validation split serves as the test
-    split where the hub's own test split has no labels.
+    ``splits`` maps our split names to the hub's. ``convert`` raises ``KeyError``, ``TypeError`` or
+    ``ValueError`` where a record has another form.
     """
 
     path: str
-    convert: Callable[[Mapping[str, Any]], records.Parts]
+    convert: Callable[[_Record], _Parts]
+    splits: Mapping[str, str]
     configs: tuple[str | None, ...] = (None,)
-    splits: Mapping[str, str] = field(
-        default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
-    )
     revision: str | None = None
 
 
-_TEST_IS_VALIDATION = {"train": "train", "test": "validation"}
-_TEST_ONLY = {"dev": "dev", "test": "test"}
+def _lettered(record: _Record, question: str) -> _Parts:
+    """The answer key is a letter or a digit among the labels of the choices."""
+    choices = record["choices"]
+    return question, tuple(choices["text"]), list(choices["label"]).index(record["answerKey"])
+
+
+def _arc(config: str) -> _Source:
+    return _Source(
+        "allenai/ai2_arc", lambda r: _lettered(r, r["question"]), _ALL, configs=(config,)
+    )
 
 
 def _winogrande(size: str) -> _Source:
+    """``_`` in the sentence is the blank; the answer is ``"1"`` or ``"2"``."""
     return _Source(
-        "allenai/winogrande", records.winogrande, (f"winogrande_{size}",), _TEST_IS_VALIDATION
+        "allenai/winogrande",
+        lambda r: (r["sentence"], (r["option1"], r["option2"]), int(r["answer"]) - 1),
+        _TEST_IS_VALIDATION,
+        configs=(f"winogrande_{size}",),
     )
 
 
 def _mmlu(subject: str) -> _Source:
-    configs = (f"college_{subject}", f"high_school_{subject}")
-    return _Source("cais/mmlu", records.mmlu, configs, _TEST_ONLY)
+    return _Source(
+        "cais/mmlu",
+        lambda r: (r["question"], tuple(r["choices"]), int(r["answer"])),
+        {"dev": "dev", "test": "test"},
+        configs=(f"college_{subject}", f"high_school_{subject}"),
+    )
 
 
 _SOURCES = {
-    "arc_easy": _Source("allenai/ai2_arc", records.arc, ("ARC-Easy",)),
-    "arc_challenge": _Source("allenai/ai2_arc", records.arc, ("ARC-Challenge",)),
-    "openbookqa": _Source("allenai/openbookqa", records.openbookqa, ("main",)),
-    "boolq": _Source("google/boolq", records.boolq, splits=_TEST_IS_VALIDATION),
+    "arc_easy": _arc("ARC-Easy"),
+    "arc_challenge": _arc("ARC-Challenge"),
+    "openbookqa": _Source(
+        "allenai/openbookqa", lambda r: _lettered(r, r["question_stem"]), _ALL, configs=("main",)
+    ),
+    "boolq": _Source(  # the question alone, with one question mark; the passage is left out
+        "google/boolq",
+        lambda r: (f"{r['question'].strip().rstrip('?')}?", ("false", "true"), int(r["answer"])),
+        _TEST_IS_VALIDATION,
+    ),
     "winogrande_xs": _winogrande("xs"),
     "winogrande_s": _winogrande("s"),
     "winogrande_m": _winogrande("m"),
-    "piqa": _Source("ybisk/piqa", records.piqa, splits=_TEST_IS_VALIDATION, revision=_PARQUET),
-    "social_iqa": _Source(
-        "allenai/social_i_qa", records.social_iqa, splits=_TEST_IS_VALIDATION, revision=_PARQUET
+    "piqa": _Source(
+        "ybisk/piqa",
+        lambda r: (r["goal"], (r["sol1"], r["sol2"]), int(r["label"])),
+        _TEST_IS_VALIDATION,
+        revision=_PARQUET,
+    ),
+    "social_iqa": _Source(  # the label is "1" to "3"
+        "allenai/social_i_qa",
+        lambda r: (
+            f"{r['context'].strip()} {r['question'].strip()}",
+            (r["answerA"], r["answerB"], r["answerC"]),
+            int(r["label"]) - 1,
+        ),
+        _TEST_IS_VALIDATION,
+        revision=_PARQUET,
     ),
     "mmlu_chemistry": _mmlu("chemistry"),
     "mmlu_physics": _mmlu("physics"),
-    "sst2": _Source("stanfordnlp/sst2", records.sst2, splits=_TEST_IS_VALIDATION),
+    "sst2": _Source(
+        "stanfordnlp/sst2",
+        lambda r: (r["sentence"].strip(), ("negative", "positive"), int(r["label"])),
+        _TEST_IS_VALIDATION,
+    ),
     "ag_news": _Source(
-        "fancyzhx/ag_news", records.ag_news, splits={"train": "train", "test": "test"}
+        "fancyzhx/ag_news",
+        lambda r: (r["text"].strip(), ("World", "Sports", "Business", "Sci/Tech"), int(r["label"])),
+        {"train": "train", "test": "test"},
     ),
 }
 
 
 def hub_tasks() -> tuple[str, ...]:
-    """Return the names that :func:`read_hub` knows, sorted."""
+    """The names that :func:`read_hub` knows, sorted."""
     return tuple(sorted(_SOURCES))
 
 
 def hub_splits(task: str) -> tuple[str, ...]:
-    """Return the splits that a task has on the hub, such as ``("test", "train")``.
+    """The splits that a task has on the hub, such as ``("test", "train")``.
 
     Raises:
         DataError: the task is unknown.
     """
-    return tuple(sorted(_source(task).splits))
+    if task not in _SOURCES:
+        raise DataError(
+            f"no task {task!r} on the hub; {near_miss(task, _SOURCES)} ('facts' is built in, "
+            "and --data-dir names a folder of your own JSON lines)"
+        )
+    return tuple(sorted(_SOURCES[task].splits))
 
 
 def read_hub(task: str, split: str) -> list[Item]:
@@ -104,55 +149,41 @@ def read_hub(task: str, split: str) -> list[Item]:
 
         items = read_hub("arc_easy", "train")
     """
-    source = _source(task)
-    if split not in source.splits:
-        near = get_close_matches(split, source.splits, n=1)
-        fix = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(
-            f"{task} has no split {split!r} on the hub: {fix}choose one of "
-            f"{', '.join(sorted(source.splits))}"
-        )
+    splits = hub_splits(task)
+    if split not in splits:
+        raise DataError(f"{task} has no split {split!r} on the hub; {near_miss(split, splits)}")
+    source = _SOURCES[task]
     items: list[Item] = []
-    for config in source.configs:
-        for record in _load(source, config, source.splits[split]):
-            name = f"{task}-{split}-{len(items)}"
-            try:
-                question, choices, label = source.convert(record)
-                items.append(Item(name, question, choices, label))
-            except (KeyError, TypeError, ValueError) as error:
-                problem = f"no key {error}" if isinstance(error, KeyError) else error
-                raise DataError(
-                    f"record {name} of {source.path} is not as expected ({problem}): "
-                    "write the set as JSON lines and pass --data-dir"
-                ) from error
+    for record in _records(source, source.splits[split]):
+        name = f"{task}-{split}-{len(items)}"
+        try:
+            items.append(Item(name, *source.convert(record)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"record {name} of {source.path} is not as expected ({error!r}): write the set as "
+                "JSON lines and pass --data-dir"
+            ) from error
     return items
 
 
-def _source(task: str) -> _Source:
-    """Return where a task is."""
-    if task not in _SOURCES:
-        near = get_close_matches(task, _SOURCES, n=3)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(_SOURCES)}"
-        raise DataError(
-            f"no task {task!r} on the hub; {fix} (own JSON lines are read with --data-dir)"
-        )
-    return _SOURCES[task]
-
-
-def _load(source: _Source, config: str | None, split: str) -> Any:
-    """Return the records of one configuration."""
+def _records(source: _Source, split: str) -> list[_Record]:
+    """The records of all configurations."""
+    fix = "pass --data-dir with JSON lines"
     try:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
-            f"reading {source.path} from the hub needs the package datasets: "
-            "pip install 'pyro-blora[datasets]', or pass --data-dir with JSON lines"
+            f"{source.path} is on the hub: pip install 'pyro-blora[datasets]', or {fix}"
         ) from None
     try:
-        return load_dataset(source.path, config, split=split, revision=source.revision)
+        return [
+            record
+            for config in source.configs
+            for record in load_dataset(source.path, config, split=split, revision=source.revision)
+        ]
     except Exception as error:  # datasets and its transport raise many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = (str(error) or repr(error)).splitlines()[0][:160]
         raise DataError(
-            f"{source.path} could not be fetched from the hub ({reason[:160]}): "
-            "check the network, or pass --data-dir with JSON lines"
+            f"{source.path} could not be fetched from the hub ({reason}): check the network, or "
+            f"{fix}"
         ) from error

@@ -1,12 +1,11 @@
 """One question with its candidate answers, the unit every part of this package works on."""
 
-from __future__ import annotations
-
+import reprlib
 from dataclasses import dataclass
 
 from pyro_blora.errors import DataError
 
-__all__ = ["DataError", "Item"]
+__all__ = ["Item"]
 
 
 @dataclass(frozen=True)
@@ -35,39 +34,21 @@ class Item:
     label: int
 
     def __post_init__(self) -> None:
-        for name in ("id", "question"):
-            text = getattr(self, name)
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{name} is {text!r}, expected a non-empty string: give the text")
         if not isinstance(self.choices, tuple) or len(self.choices) < 2:
+            given = reprlib.repr(self.choices)
+            raise DataError(f"choices is {given}: give a list of at least 2 answers")
+        texts = {f"choices[{k}]": choice for k, choice in enumerate(self.choices)}
+        for name, text in {"id": self.id, "question": self.question, **texts}.items():
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{name} is {reprlib.repr(text)}: give a text that is not empty")
+        last = len(self.choices) - 1
+        if type(self.label) is not int or not 0 <= self.label <= last:
             raise DataError(
-                f"choices is {_short(self.choices)}, expected at least 2 answers: "
-                "give a list of two or more strings"
-            )
-        for index, choice in enumerate(self.choices):
-            if not isinstance(choice, str) or not choice.strip():
-                raise DataError(
-                    f"choices[{index}] is {_short(choice)}, expected a non-empty string: "
-                    "write every answer as text"
-                )
-        if not isinstance(self.label, int) or isinstance(self.label, bool):
-            raise DataError(
-                f"label is {_short(self.label)}, expected an integer: "
-                "give the index of the right answer, counted from 0"
-            )
-        if not 0 <= self.label < len(self.choices):
-            raise DataError(
-                f"label {self.label} is out of range for {len(self.choices)} choices: "
-                f"give an index from 0 to {len(self.choices) - 1}"
+                f"label is {reprlib.repr(self.label)}: give the right answer's index, an integer "
+                f"from 0 to {last}"
             )
 
     @property
     def answer(self) -> str:
         """The text of the right answer."""
         return self.choices[self.label]
-
-
-def _short(value: object) -> str:
-    """Return the ``repr`` of a value, cut to one readable length."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

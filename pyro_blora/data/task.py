@@ -1,25 +1,22 @@
 """A data set ready for training: three splits and a template."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
-from pyro_blora.data.facts import facts_items
-from pyro_blora.data.hub import hub_splits, hub_tasks, read_hub
-from pyro_blora.data.items import DataError, Item
+from pyro_blora.data.hub import hub_splits, read_hub
+from pyro_blora.data.items import Item
 from pyro_blora.data.json_lines import read_json_lines, splits_in
 from pyro_blora.data.templates import Template, template_for
+from pyro_blora.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+__all__ = ["Task", "load_task"]
 
-__all__ = ["Task", "load_task", "task_names"]
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,14 @@ class Task:
     def collator(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512
     ) -> MultipleChoiceCollator | LabelTokensCollator:
-        """Return what turns a list of this task's items into a batch.
+        """What turns a list of this task's items into a batch of rows of at most ``max_length``.
 
         Raises:
             DataError: a label word of the template is not one token.
         """
-        if self.template.scoring == "labels":
-            return LabelTokensCollator(tokenizer, self.template, max_length)
-        return MultipleChoiceCollator(tokenizer, self.template, max_length)
+        labels = self.template.scoring == "labels"
+        kind = LabelTokensCollator if labels else MultipleChoiceCollator
+        return kind(tokenizer, self.template, max_length)
 
 
 def load_task(
@@ -83,7 +80,7 @@ def load_task(
     test splits keep their order, and test items serve no other purpose.
 
     Args:
-        name: the name of a task, see :func:`~pyro_blora.data.task_names`.
+        name: ``"facts"``, a folder in ``data_dir``, or one of :func:`~pyro_blora.data.hub_tasks`.
         data_dir: a folder of JSON lines. Default: the hub.
         max_train: the most training items. Default: all.
         max_validation: the most validation items.
@@ -100,15 +97,9 @@ def load_task(
         >>> len(task.train), len(task.validation)
         (100, 50)
     """
-    limits = {"max_train": max_train, "max_validation": max_validation, "max_test": max_test}
-    for limit, value in limits.items():
-        if value is not None and value < 0:
-            raise DataError(f"{limit} is {value}, expected at least 0: leave it out for all items")
-    splits = {
-        split: _read(name, split, data_dir)
-        for split in _splits(name, data_dir)
-        if split in ("train", "validation", "test")
-    }
+    if min(max_train or 0, max_validation, max_test or 0) < 0:
+        raise DataError("a limit is negative: leave it out for all items")
+    splits = _splits(name, data_dir)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)
     if "validation" in splits or not train:
@@ -120,57 +111,22 @@ def load_task(
     return Task(name, tuple(train), tuple(validation), tuple(test), template_for(name))
 
 
-def task_names(data_dir: str | PathLike[str] | None = None) -> tuple[str, ...]:
-    """Return the names that :func:`load_task` knows, sorted.
-
-    Args:
-        data_dir: a folder of JSON lines. Default: the tasks on the hub.
-
-    Example::
-
-        >>> "facts" in task_names()
-        True
-    """
+def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[Item]]:
+    """The items of each split that there is; of ``"test"`` always."""
+    if name == "facts":
+        data_dir = Path(__file__).parent
     if data_dir is None:
-        return tuple(sorted({"facts", *hub_tasks()}))
-    folder = Path(data_dir)
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}: give the folder that holds TASK/SPLIT.jsonl")
-    return tuple(sorted({"facts", *(task.name for task in folder.iterdir() if splits_in(task))}))
+        return {s: read_hub(name, s) for s in hub_splits(name) if s in _SPLITS}
+    folder = Path(data_dir) / name
+    there = {"test", *splits_in(folder)}
+    return {s: read_json_lines(folder / f"{s}.jsonl") for s in _SPLITS if s in there}
 
 
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int
 ) -> tuple[list[Item], list[Item]]:
-    """Return train and validation items out of shuffled train items."""
+    """Train and validation items out of shuffled train items."""
     if max_train is not None and max_train + max_validation <= len(items):
         return items[:max_train], items[max_train : max_train + max_validation]
     cut = len(items) - min(max_validation, len(items) // 5)
     return items[:cut][:max_train], items[cut:]
-
-
-def _splits(name: str, data_dir: str | PathLike[str] | None) -> tuple[str, ...]:
-    """Return the splits of a task, which include ``"test"``."""
-    if name == "facts":
-        return ("train", "validation", "test")
-    if data_dir is None:
-        if name not in hub_tasks():
-            near = get_close_matches(name, task_names(), n=3) or task_names()
-            raise DataError(
-                f"no task {name!r}: choose one of {', '.join(near)}, or pass a data_dir that has it"
-            )
-        return hub_splits(name)
-    folder = Path(data_dir) / name
-    splits = splits_in(folder)
-    if "test" not in splits:
-        read_json_lines(folder / "test.jsonl")  # raises, naming what is there
-    return tuple(splits)
-
-
-def _read(name: str, split: str, data_dir: str | PathLike[str] | None) -> list[Item]:
-    """Return the items of one split."""
-    if name == "facts":
-        return facts_items(split)
-    if data_dir is None:
-        return read_hub(name, split)
-    return read_json_lines(Path(data_dir) / name / f"{split}.jsonl")

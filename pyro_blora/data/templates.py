@@ -1,11 +1,10 @@
 """How a question becomes a prompt, and how its answers are scored."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
-from pyro_blora.data.items import DataError, Item
+from pyro_blora.data.items import Item
+from pyro_blora.errors import DataError
 
 __all__ = ["Scoring", "Template", "template_for"]
 
@@ -45,19 +44,15 @@ class Template:
             raise DataError(f"the prompt {self.prompt!r} has no {{q}}: say where the question goes")
         if self.scoring not in ("options", "labels"):
             raise DataError(f"scoring is {self.scoring!r}: choose 'options' or 'labels'")
-        if self.scoring == "labels" and len(self.label_words) < 2:
+        fits = len(self.label_words) >= 2 if self.scoring == "labels" else not self.label_words
+        if not fits:
             raise DataError(
                 f"label_words is {self.label_words!r}: scoring 'labels' needs one word a class, "
-                "such as (' no', ' yes')"
-            )
-        if self.scoring == "options" and self.label_words:
-            raise DataError(
-                f"label_words is {self.label_words!r}, but scoring 'options' reads none: "
-                "leave it out, or use scoring='labels'"
+                "such as (' no', ' yes'), and scoring 'options' has none"
             )
 
     def format(self, item: Item) -> str:
-        """Return the prompt of one item, without an answer."""
+        """The prompt of one item, without an answer."""
         return self.prompt.replace("{q}", item.question)
 
 
@@ -78,7 +73,7 @@ _TEMPLATES = {
 
 
 def template_for(task: str) -> Template:
-    """Return the template of a task.
+    """The template of a task.
 
     ``sst2``, ``ag_news`` and ``boolq`` are scored by label words. Every other task, known or
     not, is scored by the log-likelihood of its options.

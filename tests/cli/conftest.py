@@ -4,8 +4,7 @@ import sys
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from own_tokenizer import build_tokenizer
 
 from pyro_blora import cli
 
@@ -28,17 +27,11 @@ def items(count, start):
 def model_dir(tmp_path_factory):
     """A tiny random Llama and its tokenizer, saved as a hub folder is."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     texts = [f"Question: {item['question']}\nAnswer: {' '.join(WORDS)}" for item in items(30, 0)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
-    fast.save_pretrained(folder)
+    tokenizer = build_tokenizer(texts, eos="</s>")
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(fast), "hidden_size": 32, "max_position_embeddings": 128}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 128}
     tiny.llama(**sizes, initializer_range=0.02).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,7 @@
+from functools import partial
+
 import pytest
+from own_tokenizer import build_tokenizer
 
 SENTENCES = [
     "Question: What do people use a key for?\nAnswer: opening a lock",
@@ -8,45 +11,19 @@ SENTENCES = [
 ] * 4
 
 
-def build_tokenizer(bos=None, eos=None, pad=None):
-    """A byte-level BPE tokenizer that puts ``bos`` before and ``eos`` after a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token in (pad, bos, eos) if token is not None]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    ends = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
-    if ends:
-        layout = " ".join(filter(None, (bos, "$A", eos)))
-        tokenizer.post_processor = processors.TemplateProcessing(single=layout, special_tokens=ends)
-    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **{name: token for name, token in names.items() if token}
-    )
-
-
 @pytest.fixture(scope="session")
 def build():
     """The function that builds a tokenizer."""
-    return build_tokenizer
+    return partial(build_tokenizer, SENTENCES)
 
 
 @pytest.fixture(scope="session")
-def plain():
+def plain(build):
     """No special tokens at all."""
-    return build_tokenizer()
+    return build()
 
 
 @pytest.fixture(scope="session")
-def wrapped():
+def wrapped(build):
     """``<s> text </s>``, with a pad token."""
-    return build_tokenizer(bos="<s>", eos="</s>", pad="<pad>")
+    return build(bos="<s>", eos="</s>", pad="<pad>")

@@ -46,22 +46,15 @@ class TestMultipleChoice:
         assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
         assert batch["option_mask"].dtype == torch.bool
 
-    def test_is_as_long_as_the_longest_row(self, plain):
-        batch = MultipleChoiceCollator(plain, OPTIONS)([KEY, COLOR])
-        assert batch["attention_mask"].sum(-1).max() == batch["input_ids"].shape[-1]
-
-    def test_no_pad_and_no_eos_token(self, plain):
-        assert plain.pad_token_id is None
-        batch = MultipleChoiceCollator(plain, OPTIONS)([KEY, COLOR])
-        assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
-
-    def test_no_pad_but_eos_token(self, build):
-        tokenizer = build(eos="</s>")
+    @pytest.mark.parametrize("eos", [None, "</s>"])
+    def test_without_a_pad_token(self, build, eos):
+        tokenizer = build(eos=eos)
         batch = MultipleChoiceCollator(tokenizer, OPTIONS)([KEY, COLOR])
         padding = batch["input_ids"][batch["attention_mask"] == 0]
-        assert (padding == tokenizer.eos_token_id).all()
+        assert len(padding)
+        assert (padding == (tokenizer.eos_token_id or 0)).all()
         real = batch["input_ids"][batch["attention_mask"] == 1]
-        assert (real != tokenizer.eos_token_id).all()
+        assert tokenizer.eos_token_id not in real.tolist()
 
     def test_cuts_the_question_from_the_left_for_all_options_alike(self, wrapped):
         prompt = ids(wrapped, OPTIONS.format(KEY))
@@ -81,9 +74,8 @@ class TestMultipleChoice:
         batch = MultipleChoiceCollator(wrapped, OPTIONS, max_length=2 + longest)([KEY])
         assert not batch["option_mask"][..., :2].any()
         assert batch["option_mask"][..., 2].all()
-        with pytest.raises(DataError, match="item 'key': the option") as error:
+        with pytest.raises(DataError, match=r"item 'key': .*raise max_length"):
             MultipleChoiceCollator(wrapped, OPTIONS, max_length=1 + longest)([KEY])
-        assert "raise max_length" in str(error.value)
 
     def test_text_like_a_special_token_leaves_the_layout(self, wrapped):
         item = Item("special", "<s> </s>?", ("<s>", "</s>"), 0)
@@ -91,17 +83,11 @@ class TestMultipleChoice:
         option = batch["input_ids"][0, 1][batch["option_mask"][0, 1]]
         assert option.tolist() == ids(wrapped, " </s>")
 
-    @pytest.mark.parametrize(
-        ("fields", "message"),
-        [((LABELS,), "LabelTokensCollator"), ((OPTIONS, 1), "max_length is 1")],
-    )
-    def test_errors(self, plain, fields, message):
-        with pytest.raises(DataError, match=message):
-            MultipleChoiceCollator(plain, *fields)
-
-    def test_an_empty_batch(self, plain):
-        with pytest.raises(DataError, match="no items"):
-            MultipleChoiceCollator(plain, OPTIONS)([])
+    def test_an_option_without_tokens(self, plain, monkeypatch):
+        collate = MultipleChoiceCollator(plain, OPTIONS)
+        monkeypatch.setattr(collate, "ids", lambda text, special=False: [])
+        with pytest.raises(DataError, match="item 'key': an option has no tokens"):
+            collate([KEY])
 
     def test_can_be_pickled(self, plain):
         collate = MultipleChoiceCollator(plain, OPTIONS)
@@ -141,23 +127,20 @@ class TestLabelTokens:
         with pytest.raises(DataError, match="raise max_length"):
             LabelTokensCollator(tokenizer, LABELS, max_length=2)([FILM])
 
-    def test_a_word_of_several_tokens(self, plain):
-        template = Template("{q}", "labels", (" positive", " unheard"))
-        with pytest.raises(DataError, match=r"' unheard' is .* tokens, .*expected exactly one"):
+    @pytest.mark.parametrize("second", [" unheard", " positive"])
+    def test_a_word_of_several_tokens_or_of_another_s(self, plain, second):
+        template = Template("{q}", "labels", (" positive", second))
+        with pytest.raises(DataError, match="expected exactly one of its own each"):
             LabelTokensCollator(plain, template)
-
-    def test_two_words_with_one_token(self, plain):
-        with pytest.raises(DataError, match="one of its own each"):
-            LabelTokensCollator(plain, Template("{q}", "labels", (" positive", " positive")))
 
     def test_another_number_of_choices(self, plain):
         with pytest.raises(DataError, match="item 'color' has 3 choices"):
             LabelTokensCollator(plain, LABELS)([COLOR])
 
-    def test_errors(self, plain):
-        with pytest.raises(DataError, match="MultipleChoiceCollator"):
-            LabelTokensCollator(plain, OPTIONS)
-        with pytest.raises(DataError, match="max_length is 0"):
-            LabelTokensCollator(plain, LABELS, max_length=0)
-        with pytest.raises(DataError, match="no items"):
-            LabelTokensCollator(plain, LABELS)([])
+
+@pytest.mark.parametrize(
+    ("kind", "template"), [(MultipleChoiceCollator, LABELS), (LabelTokensCollator, OPTIONS)]
+)
+def test_a_template_of_the_other_kind(plain, kind, template):
+    with pytest.raises(DataError, match=f"{kind.__name__} needs a template that scores"):
+        kind(plain, template)

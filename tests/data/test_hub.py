@@ -73,19 +73,14 @@ CASES = {
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for ``datasets``, whose ``load_dataset`` returns ``hub.records``."""
+    stand_in = ModuleType("datasets")
+    stand_in.records, stand_in.calls = [], []
 
-    class Hub(ModuleType):
-        def __init__(self):
-            super().__init__("datasets")
-            self.records, self.calls, self.failure = [], [], None
+    def load_dataset(path, config, *, split, revision):
+        stand_in.calls.append((path, config, split, revision))
+        return stand_in.records
 
-        def load_dataset(self, path, config, *, split, revision):
-            self.calls.append((path, config, split, revision))
-            if self.failure is not None:
-                raise self.failure
-            return self.records
-
-    stand_in = Hub()
+    stand_in.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     return stand_in
 
@@ -148,15 +143,10 @@ def test_every_task_is_known(hub):
         read_hub(task, "test")
 
 
-def test_an_unknown_task(hub):
-    with pytest.raises(DataError, match="did you mean arc_easy"):
+def test_an_unknown_task_or_split(hub):
+    with pytest.raises(DataError, match=r"did you mean 'arc_easy'.* Known: .*, sst2"):
         read_hub("arc_eazy", "test")
-    with pytest.raises(DataError, match=r"known are .*, sst2"):
-        read_hub("qqqq", "test")
-
-
-def test_an_unknown_split(hub):
-    with pytest.raises(DataError, match=r"did you mean 'test'\? choose one of test, train"):
+    with pytest.raises(DataError, match=r"did you mean 'test'\? Known: test, train"):
         read_hub("sst2", "tset")
     with pytest.raises(DataError, match="sst2 has no split 'validation'"):
         read_hub("sst2", "validation")
@@ -165,14 +155,15 @@ def test_an_unknown_split(hub):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        DataError, match=r"pip install 'pyro-blora\[datasets\]', or pass --data-dir"
-    ):
+    with pytest.raises(DataError, match=r"pip install 'pyro-blora\[datasets\]', or .* --data-dir"):
         read_hub("sst2", "test")
 
 
 def test_without_a_network(hub):
-    hub.failure = ConnectionError("no route to host\nsecond line")
+    def unreachable(*args, **options):
+        raise ConnectionError("no route to host\nsecond line")
+
+    hub.load_dataset = unreachable
     with pytest.raises(DataError, match=r"could not be fetched.*no route.*--data-dir") as error:
         read_hub("sst2", "test")
     assert "\n" not in str(error.value)
@@ -181,8 +172,8 @@ def test_without_a_network(hub):
 @pytest.mark.parametrize(
     ("record", "part"),
     [
-        ({"sentence": "a film"}, "no key 'label'"),
-        ({"sentence": "a film", "label": -1}, "out of range"),
+        ({"sentence": "a film"}, "KeyError('label')"),
+        ({"sentence": "a film", "label": -1}, "from 0 to 1"),
         ({"sentence": "a film", "label": None}, "not as expected"),
     ],
 )

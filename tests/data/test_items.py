@@ -1,19 +1,10 @@
-import dataclasses
-
 import pytest
 
 from pyro_blora.data import DataError, Item
 
 
-def test_answer():
-    assert Item("a", "2 + 2?", ("3", "4"), 1).answer == "4"
-
-
-def test_is_frozen_and_hashable():
-    item = Item("a", "2 + 2?", ("3", "4"), 1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        item.label = 0
-    assert len({item, Item("a", "2 + 2?", ("3", "4"), 1)}) == 1
+def test_is_hashable():
+    assert len({Item("a", "2 + 2?", ("3", "4"), 1), Item("a", "2 + 2?", ("3", "4"), 1)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -23,14 +14,14 @@ def test_is_frozen_and_hashable():
         ({"id": 3}, "id is 3"),
         ({"question": "  "}, "question is"),
         ({"choices": ("one",)}, "at least 2"),
-        ({"choices": ["a", "b"]}, "at least 2"),
+        ({"choices": "ab"}, "choices is 'ab'"),
         ({"choices": ("a", 2)}, r"choices\[1\] is 2"),
         ({"choices": ("a", " ")}, r"choices\[1\]"),
-        ({"label": 2}, "from 0 to 1"),
+        ({"label": 2}, "label is 2.* from 0 to 1"),
         ({"label": -1}, "from 0 to 1"),
-        ({"label": "1"}, "expected an integer"),
-        ({"label": True}, "expected an integer"),
-        ({"label": 1.0}, "expected an integer"),
+        ({"label": "1"}, "label is '1'.* an integer"),
+        ({"label": True}, "an integer"),
+        ({"label": 1.0}, "an integer"),
     ],
 )
 def test_errors(change, message):
@@ -38,7 +29,3 @@ def test_errors(change, message):
     with pytest.raises(DataError, match=message) as error:
         Item(**fields)
     assert "\n" not in str(error.value)
-
-
-def test_a_data_error_is_a_value_error():
-    assert issubclass(DataError, ValueError)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pyro_blora.data import load_task, read_json_lines, task_names
+from pyro_blora.data import load_task, read_json_lines
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "commonsense"
 
@@ -34,10 +34,6 @@ SIZES = {
 @pytest.mark.parametrize(("task", "split"), SIZES)
 def test_every_item_is_read(task, split):
     assert len(read_json_lines(FOLDER / task / f"{split}.jsonl")) == SIZES[task, split]
-
-
-def test_names():
-    assert {task for task, _ in SIZES} < set(task_names(FOLDER))
 
 
 def test_a_small_train_file_is_divided():

@@ -6,29 +6,10 @@ ITEM = Item("a", "Is {this} a %s?", ("false", "true"), 1)
 
 
 @pytest.mark.parametrize(
-    "task",
-    [
-        "arc_easy",
-        "arc_challenge",
-        "openbookqa",
-        "winogrande_xs",
-        "piqa",
-        "social_iqa",
-        "mmlu_physics",
-        "facts",
-        "my own task",
-    ],
-)
-def test_options(task):
-    template = template_for(task)
-    assert template.scoring == "options"
-    assert template.label_words == ()
-    assert template.format(ITEM) == "Question: Is {this} a %s?\nAnswer:"
-
-
-@pytest.mark.parametrize(
     ("task", "prompt", "words"),
     [
+        ("arc_easy", "Question: Is {this} a %s?\nAnswer:", ()),
+        ("my own task", "Question: Is {this} a %s?\nAnswer:", ()),
         (
             "sst2",
             "Review: Is {this} a %s?\nSentiment (negative or positive):",
@@ -42,9 +23,9 @@ def test_options(task):
         ("boolq", "Question: Is {this} a %s?\nAnswer (yes or no):", (" no", " yes")),
     ],
 )
-def test_labels(task, prompt, words):
+def test_the_template_of_a_task(task, prompt, words):
     template = template_for(task)
-    assert template.scoring == "labels"
+    assert template.scoring == ("labels" if words else "options")
     assert template.label_words == words
     assert template.format(ITEM) == prompt
 
@@ -56,7 +37,7 @@ def test_labels(task, prompt, words):
         (("{q}", "letters"), "choose 'options' or 'labels'"),
         (("{q}", "labels"), "one word a class"),
         (("{q}", "labels", (" yes",)), "one word a class"),
-        (("{q}", "options", (" no", " yes")), "reads none"),
+        (("{q}", "options", (" no", " yes")), "'options' has none"),
     ],
 )
 def test_errors(fields, message):
