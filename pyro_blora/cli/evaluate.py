@@ -1,8 +1,8 @@
 """``pyro-blora evaluate``: a saved adapter on a test set."""
 
 import csv
-import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,42 +90,32 @@ def run(
         )
     scores = evaluate(prediction.probs, labels)
     console.print(f"{task}, {scores.n} test items: {scores}", highlight=False)
-    means = {
-        "entropy": float(prediction.entropy.mean()),
-        "mutual_information": float(prediction.mutual_information.mean()),
-    }
+    own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
+    means = {name: float(values.mean()) for name, values in own.items()}
     console.print(
         f"entropy {means['entropy']:.3f} nats, of which {means['mutual_information']:.4f} from the "
         "posterior",
         highlight=False,
     )
     if csv_file is not None:
-        rows = _csv(data.test, prediction)
-        write_atomically(csv_file, lambda p: p.write_text(rows, encoding="utf-8", newline=""))
+        write_atomically(csv_file, lambda path: _write_csv(path, data.test, prediction))
         console.print(f"Written: {csv_file}")
     if out is not None:
         document = {"task": task, "num_samples": num_samples, "precision": precision}
-        text = json.dumps({**document, **scores.as_dict(), **means}, indent=2)
+        text = json.dumps({**document, **asdict(scores), **means}, indent=2)
         write_atomically(out / "metrics.json", lambda p: p.write_text(text + "\n", "utf-8"))
         figure = reliability_diagram({task: (prediction.probs, labels)})
         save_figure(figure, out / "reliability.png")
         console.print(f"Written: {out / 'metrics.json'} and {out / 'reliability.png'}")
 
 
-def _csv(items: "tuple[Item, ...]", prediction: "Prediction") -> str:
+def _write_csv(path: Path, items: "tuple[Item, ...]", prediction: "Prediction") -> None:
     """A line for each item; a choice that an item does not have is empty."""
-    text = io.StringIO()
-    lines = csv.writer(text)
-    probs = prediction.probs.tolist()
-    columns = ("id", "label", "prediction", "confidence", "entropy", "mutual_information")
-    lines.writerow([*columns, *(f"p{k}" for k in range(prediction.probs.shape[1]))])
-    figures = zip(
-        prediction.predictions.tolist(),
-        prediction.confidence.tolist(),
-        prediction.entropy.tolist(),
-        prediction.mutual_information.tolist(),
-        strict=True,
-    )
-    for item, own, row in zip(items, figures, probs, strict=True):
-        lines.writerow([item.id, item.label, *own, *row[: len(item.choices)]])
-    return text.getvalue()
+    names = ("predictions", "confidence", "entropy", "mutual_information")
+    columns = [getattr(prediction, name).tolist() for name in names]
+    choices = range(prediction.probs.shape[1])
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["id", "label", "prediction", *names[1:], *(f"p{k}" for k in choices)])
+        for item, probs, *own in zip(items, prediction.probs.tolist(), *columns, strict=True):
+            lines.writerow([item.id, item.label, *own, *probs[: len(item.choices)]])

@@ -27,6 +27,7 @@ from pyro_blora.recipes import recipe
 __all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 
 Phase = Callable[[str], AbstractContextManager[Any]]
+Predict = Callable[[Batch], Prediction]
 DROPOUT = 0.1  # of mc-dropout
 # Plain LoRA's usual learning rates: options are scored by their log-likelihood, labels by a token.
 LORA_RATES = {"options": 1e-3, "labels": 5e-4}
@@ -34,26 +35,10 @@ LORA_RATES = {"options": 1e-3, "labels": 5e-4}
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison is made with; ``results.json`` has it as it is.
+    """What a comparison is made with: the options of ``pyro-blora compare``, which explains them.
 
-    Attributes:
-        model: the network's name.
-        task: the data set's name.
-        data_dir: folder of data sets, or ``None``.
-        methods: baselines, recipes, ``PRIOR+GUIDE`` pairs (see ``methods.py``).
-        seeds: one run of every method for each; a seed sets the training subset, the order of the
-            batches and all draws.
-        max_steps: optimizer steps.
-        batch_size: examples in a step.
-        max_train: training examples.
-        max_validation: validation examples, held out of the training file.
-        max_test: test examples; ``None`` takes the whole file.
-        rank: of the update.
-        target_modules: suffixes of the adapted layers.
-        num_samples: posterior draws for a prediction.
-        lora_lr: plain LoRA's learning rate; ``None`` takes its usual one for the way of scoring.
-        precision: ``"float32"`` or ``"bfloat16"``, for every method; ``"auto"`` becomes, at once,
-            what is faster here, so that a record of the settings tells what was used.
+    A seed sets the training subset, the order of the batches and all draws. The precision
+    ``"auto"`` becomes, at once, what is faster here: a record of the settings tells what was used.
     """
 
     model: str = "smollm2"
@@ -76,8 +61,6 @@ class Settings:
         for method in self.methods:
             check_method(method)
         object.__setattr__(self, "precision", choose_precision(self.precision))
-        if not self.methods or not self.seeds:
-            raise ConfigurationError("give at least one method and one seed.")
 
 
 def item_length(item: Item) -> int:
@@ -125,18 +108,19 @@ class _Run:
 
     def rows(self, done: Collection[tuple[str, int]]) -> Iterator[Row]:
         shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
-        for method in self.settings.methods:
+        for method in dict.fromkeys(self.settings.methods):
             if (method, self.seed) not in done:
                 shown.setdefault(trained_for(method), []).append(method)
-        plain = {base: shown.pop(base) for base in ("lora", "lora-best") if base in shown}
+        plain = {b: shown.pop(b) for b in sorted(shown) if b in ("lora", "lora-best")}
         if plain:
             yield from self._plain(plain)
         for base, names in shown.items():
-            yield from self._dropout(names) if base == "mc-dropout" else self._recipe(base, names)
+            if base == "mc-dropout":
+                yield from self._plain({base: names}, DROPOUT, self.settings.num_samples)
+            else:
+                yield from self._recipe(base, names)
 
-    def _predict(
-        self, predict: Callable[[Batch], Prediction], data: Sequence[Item], name: str
-    ) -> tuple[Tensor, Tensor]:
+    def _predict(self, predict: Predict, data: Sequence[Item], name: str) -> tuple[Tensor, Tensor]:
         torch.manual_seed(self.seed)
         with self.phase(f"predict {name}, seed {self.seed}"):
             prediction, labels = predict_dataset(
@@ -151,88 +135,60 @@ class _Run:
         return prediction.probs, labels
 
     def _rows(
-        self,
-        base: str,
-        shown: Sequence[str],
-        predict: Callable[[Batch], Prediction],
-        fitted: FitResult,
-        count: int,
+        self, base: str, shown: Sequence[str], predict: Predict, fitted: FitResult, count: int
     ) -> Iterator[Row]:
-        """The rows of one trained method: as it is, and with its temperature, as they are asked."""
-        probs, labels = self._predict(predict, self.task.test, base)
-        plain, own = probs, count
-        for name in sorted(set(shown), key=lambda name: name != base):
-            probs, count = plain, own
+        """The rows of one trained method: as it is, or with its temperature, as they are asked."""
+        plain, labels = self._predict(predict, self.task.test, base)
+        for name in shown:
+            probs, numbers = plain, count
             if name != base:
                 held, held_labels = self._predict(predict, self.task.validation, name)
                 scale = fit_temperature(held.log(), held_labels)
-                probs, count = (plain.log() / scale).softmax(-1), own + 1
-            scores = evaluate(probs, labels)
-            yield Row(
-                name,
-                self.seed,
-                scores.acc,
-                scores.ece,
-                scores.nll,
-                scores.brier,
-                scores.n,
-                fitted.seconds,
-                count,
-                probs,
-                labels,
-            )
+                probs, numbers = (plain.log() / scale).softmax(-1), count + 1
+            s = evaluate(probs, labels)
+            scores = (s.acc, s.ece, s.nll, s.brier, s.n)
+            yield Row(name, self.seed, *scores, fitted.seconds, numbers, probs, labels)
 
-    def _fit_plain(self, name: str, lora: PlainLoRA, *, validate: bool) -> FitResult:
-        scoring = self.task.template.scoring
-        with self.phase(f"train {name}, seed {self.seed}"):
-            return lora.fit(
-                self.task.train,
-                self.collate,
-                self.options,
-                lr=self.settings.lora_lr or LORA_RATES[scoring],
-                length=item_length,
-                validation=self.task.validation if validate else None,
-            )
-
-    def _plain(self, shown: Mapping[Any, list[str]]) -> Iterator[Row]:
+    def _plain(
+        self, shown: Mapping[str, list[str]], dropout: float = 0.0, num_samples: int = 0
+    ) -> Iterator[Row]:
+        """Plain LoRA, trained once: at its last step, then at its best; or with dropout."""
         torch.manual_seed(self.seed)
-        targets, rank = self.settings.target_modules, self.settings.rank
-        lora = PlainLoRA(self.net, targets, self.likelihood, rank=rank, alpha=2.0 * rank)
-        try:
-            fitted = self._fit_plain("lora", lora, validate=True)
-            for base, names in shown.items():  # the last step first
-                if base == "lora-best":
-                    assert fitted.best_state is not None
-                    lora.load_state_dict(fitted.best_state)
-                count = lora.trainable_parameters
-                yield from self._rows(base, names, lora.predict, fitted, count)
-        finally:
-            lora.unload()
-
-    def _dropout(self, shown: Sequence[str]) -> Iterator[Row]:
-        torch.manual_seed(self.seed)
-        settings, draws = self.settings, self.settings.num_samples
+        rank, scoring = self.settings.rank, self.task.template.scoring
         lora = PlainLoRA(
             self.net,
-            settings.target_modules,
+            self.settings.target_modules,
             self.likelihood,
-            rank=settings.rank,
-            alpha=2.0 * settings.rank,
-            dropout=DROPOUT,
+            rank=rank,
+            alpha=2.0 * rank,
+            dropout=dropout,
         )
         try:
-            fitted = self._fit_plain("mc-dropout", lora, validate=False)
-            yield from self._rows(
-                "mc-dropout",
-                shown,
-                lambda batch: lora.predict(batch, draws),
-                fitted,
-                lora.trainable_parameters,
-            )
+            with self.phase(f"train {'mc-dropout' if dropout else 'lora'}, seed {self.seed}"):
+                fitted = lora.fit(
+                    self.task.train,
+                    self.collate,
+                    self.options,
+                    lr=self.settings.lora_lr or LORA_RATES[scoring],
+                    length=item_length,
+                    validation=None if dropout else self.task.validation,
+                )
+            for base, names in shown.items():
+                if base == "lora-best":
+                    assert fitted.best_state is not None
+                    self.net.load_state_dict(fitted.best_state, strict=False)
+                yield from self._rows(
+                    base,
+                    names,
+                    lambda batch: lora.predict(batch, num_samples),
+                    fitted,
+                    lora.trainable_parameters,
+                )
         finally:
             lora.unload()
 
     def _recipe(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
+        """A recipe or a pair, trained to its last step."""
         settings, made = self.settings, recipe(base)
         pyro.clear_param_store()  # the store would hand this run the tensors of the last
         torch.manual_seed(self.seed)

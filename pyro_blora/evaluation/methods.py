@@ -43,8 +43,6 @@ def check_method(name: str) -> None:
     ``temperature`` is ``temperature:lora``.
     """
     base = trained_for(name)
-    if base in BASELINES:
-        return
     if "+" in base:
         from pyro_blora.recipes import recipe  # here, for it imports torch
 

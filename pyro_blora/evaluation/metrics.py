@@ -1,6 +1,6 @@
 """Accuracy, calibration and proper scores of class probabilities."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,10 +11,7 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.posterior.prediction import check_probabilities
 
-__all__ = ["Metrics", "ReliabilityBins", "check_labels", "evaluate", "reliability"]
-
-# The largest float32 below 1
-_BELOW_ONE = 1 - 2**-24
+__all__ = ["Metrics", "check_labels", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -40,32 +37,11 @@ class Metrics:
     brier: float
     n: int
 
-    def as_dict(self) -> dict[str, float]:
-        """Return the fields by name, in the units above."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return (
             f"ACC {100 * self.acc:.1f}  ECE {100 * self.ece:.1f}  "
             f"NLL {self.nll:.3f}  Brier {self.brier:.3f}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class ReliabilityBins:
-    """Accuracy against confidence in bins of equal width; see :func:`reliability`.
-
-    Attributes:
-        edges: edges of the bins, of shape ``(num_bins + 1,)``, from 0 to 1.
-        count: number of items in each bin, int64 of shape ``(num_bins,)``.
-        confidence: mean confidence in each bin, of shape ``(num_bins,)``; NaN in an empty bin.
-        accuracy: accuracy in each bin, of shape ``(num_bins,)``; NaN in an empty bin.
-    """
-
-    edges: Tensor
-    count: Tensor
-    confidence: Tensor
-    accuracy: Tensor
 
 
 def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
@@ -101,89 +77,44 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         >>> print(metrics)
         ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
     """
-    _check(probs, labels, num_bins)
-    top = _for_top_class(probs)
-    probs = probs.double()
-    one_hot = torch.nn.functional.one_hot(labels.long(), probs.shape[1])
-    log_probs = probs.clamp(min=torch.finfo(torch.float32).tiny).log()
+    check_labels(labels, probs)
+    check_probabilities(probs, name="probs")
+    if probs.shape[1] < 2 or num_bins < 1:
+        raise ValueError(
+            f"Expected two classes and one bin at least, got {probs.shape[1]} and {num_bins}."
+        )
+    # torchmetrics takes anything above 1, if by rounding, for logits, and has a bin of its own for
+    # a confidence of exactly 1
+    top = probs.float().clamp(0, 1 - torch.finfo(torch.float32).eps / 2)
     k = probs.shape[1]
+    probs, labels = probs.double(), labels.long()
+    log_probs = probs.clamp(min=torch.finfo(torch.float32).tiny).log()
+    one_hot = torch.nn.functional.one_hot(labels, k)
     return Metrics(
         acc=float(multiclass_accuracy(top, labels, num_classes=k, average="micro")),
         ece=float(multiclass_calibration_error(top, labels, num_classes=k, n_bins=num_bins)),
-        nll=float(torch.nn.functional.nll_loss(log_probs, labels.long())),
+        nll=float(torch.nn.functional.nll_loss(log_probs, labels)),
         brier=float((probs - one_hot).square().sum(-1).mean()),
         n=len(labels),
     )
 
 
-def reliability(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> ReliabilityBins:
-    r"""Compute what a reliability diagram shows, in the bins of :func:`evaluate`'s ECE.
-
-    Args:
-        probs: probabilities of shape ``(n, K)``.
-        labels: classes of shape ``(n,)``.
-        num_bins: number of bins.
-
-    Returns:
-        The bins, on the CPU and in float64, with
-        ``ECE = sum(count / n * abs(accuracy - confidence))`` over the bins that are not empty.
+def check_labels(labels: Tensor, scores: Tensor) -> None:
+    """Check that ``labels``, of shape ``(n,)``, are classes of ``scores``, of shape ``(n, K)``.
 
     Raises:
-        ValueError: as :func:`evaluate` does.
-
-    Example::
-
-        >>> bins = reliability(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]))
-        >>> bins.edges.shape, bins.count.shape
-        (torch.Size([16]), torch.Size([15]))
+        ValueError: they are not, or there are none.
     """
-    _check(probs, labels, num_bins)
-    confidence, predicted = _for_top_class(probs).cpu().max(-1)
-    correct = predicted == labels.cpu()
-    edges = torch.linspace(0, 1, num_bins + 1)
-    index = torch.bucketize(confidence, edges, right=True) - 1
-    count = torch.bincount(index, minlength=num_bins)
-    # 0 / 0 marks an empty bin
-    return ReliabilityBins(
-        edges=edges.double(),
-        count=count,
-        confidence=torch.bincount(index, confidence.double(), num_bins) / count,
-        accuracy=torch.bincount(index, correct.double(), num_bins) / count,
-    )
-
-
-def _for_top_class(probs: Tensor) -> Tensor:
-    """Return ``probs`` as torchmetrics needs them.
-
-    It takes anything above 1, if by rounding, for logits; and it has a bin of its own for a
-    confidence of exactly 1.
-    """
-    return probs.float().clamp(0, _BELOW_ONE)
-
-
-def _check(probs: Tensor, labels: Tensor, num_bins: int) -> None:
-    given = f"probs {tuple(probs.shape)}, labels {tuple(labels.shape)}"
-    if probs.dim() != 2 or labels.dim() != 1 or len(probs) != len(labels):
-        raise ValueError(f"Expected probs of shape (n, K) and labels of shape (n,), got {given}.")
-    if not len(labels) or probs.shape[1] < 2:
-        raise ValueError(f"Expected one item and two classes at least, got {given}.")
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be 1 or more, got {num_bins}.")
-    check_probabilities(probs, name="probs")
-    check_labels(labels, probs.shape[1])
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Check that ``labels``, of any shape, are integers from 0 to ``num_classes - 1``.
-
-    Raises:
-        ValueError: they are not.
-    """
+    if scores.dim() != 2 or labels.shape != scores.shape[:1] or not len(labels):
+        raise ValueError(
+            f"Expected the shapes (n, K) and (n,) with n >= 1, got {tuple(scores.shape)} and "
+            f"labels {tuple(labels.shape)}."
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}: convert with .long().")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
+    if low < 0 or high >= scores.shape[1]:
         raise ValueError(
-            f"labels must lie between 0 and {num_classes - 1}, they span {low} to {high}: drop "
+            f"labels must lie between 0 and {scores.shape[1] - 1}, they span {low} to {high}: drop "
             "unlabelled items (-100) first."
         )

@@ -55,7 +55,7 @@ class PlainLoRA:
 
     def __post_init__(self) -> None:
         try:
-            from peft import LoraConfig, inject_adapter_in_model
+            from peft import LoraConfig, LoraModel
         except ImportError as error:
             raise ConfigurationError(
                 "Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'."
@@ -67,7 +67,7 @@ class PlainLoRA:
             target_modules=list(self.target_modules),
             lora_dropout=self.dropout,
         )
-        inject_adapter_in_model(config, self.net)
+        self._lora = LoraModel(self.net, config, "default")
         self.parameters = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
 
     @property
@@ -76,26 +76,10 @@ class PlainLoRA:
         return sum(p.numel() for p in self.parameters.values())
 
     def unload(self) -> None:
-        """Takes PEFT's layers out of the network again and unfreezes what it froze."""
-        from peft.tuners.lora import LoraLayer
-
-        for name, module in list(self.net.named_modules()):
-            if isinstance(module, LoraLayer):
-                parent, _, child = name.rpartition(".")
-                setattr(self.net.get_submodule(parent), child, module.get_base_layer())
-        if hasattr(self.net, "peft_config"):
-            del self.net.peft_config
+        """Gives the network back as it was."""
+        self._lora.unload()
+        vars(self.net).pop("peft_config", None)  # of an older PEFT
         self._frozen.thaw()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors."""
-        return {name: p.detach() for name, p in self.parameters.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Puts tensors from :meth:`state_dict` back."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
 
     def fit(
         self,
@@ -107,15 +91,7 @@ class PlainLoRA:
         length: Callable[[Any], int] | None = None,
         validation: Sequence[Any] | None = None,
     ) -> FitResult:
-        """Minimises the negative log-likelihood.
-
-        Args:
-            train: examples.
-            collate: makes a batch of a list of examples.
-            options: how to train.
-            lr: learning rate of A and B.
-            length: the length of an example; batches of like lengths waste no padding.
-            validation: examples whose NLL is watched.
+        """Minimises the negative log-likelihood; arguments as those of :func:`pyro_blora.fit`.
 
         Raises:
             NonFiniteLossError: the loss became NaN or infinite.
@@ -155,7 +131,7 @@ class PlainLoRA:
                 batches(train, collate, options, length),
                 options,
                 validate=None if validation is None else validate,
-                state=self.state_dict,
+                state=lambda: {name: p.detach() for name, p in self.parameters.items()},
                 description="lora",
             )
 

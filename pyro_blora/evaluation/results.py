@@ -4,9 +4,10 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ __all__ = ["PREDICTIONS", "RESULTS", "Row", "draw", "read", "table", "versions",
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
+_PREDICTED = ("probs", "labels")  # the columns of this file
 
 
 @dataclass
 class Row:
-    """One method under one seed; the columns of ``results.json``."""
+    """One method under one seed: the columns of ``results.json``, and the predictions."""
 
     method: str
     seed: int
@@ -38,38 +40,38 @@ class Row:
     n_test: int
     train_seconds: float
     trainable_parameters: int
-    probs: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row without its predictions."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("probs", "labels")}
+    probs: Tensor
+    labels: Tensor
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """Mean and standard deviation over seeds, a line for each method."""
+    columns = {
+        "ACC %": ("acc", 100, 1),
+        "ECE %": ("ece", 100, 1),
+        "NLL": ("nll", 1, 3),
+        "Brier": ("brier", 1, 3),
+        "train s": ("train_seconds", 1, 0),
+    }
     view = Table(title=title)
     view.add_column("method", overflow="fold")
-    for name in ("ACC %", "ECE %", "NLL", "Brier", "train s", "parameters"):
+    for name in (*columns, "parameters"):
         view.add_column(name, justify="right")
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-
-        def cell(values: list[float], digits: int) -> str:
-            numbers = torch.tensor(values, dtype=torch.float64)
-            spread = f" ± {float(numbers.std()):.{digits}f}" if len(values) > 1 else ""
-            return f"{float(numbers.mean()):.{digits}f}{spread}"
-
-        view.add_row(
-            method,
-            cell([100 * row.acc for row in own], 1),
-            cell([100 * row.ece for row in own], 1),
-            cell([row.nll for row in own], 3),
-            cell([row.brier for row in own], 3),
-            cell([row.train_seconds for row in own], 0),
-            f"{own[0].trainable_parameters:,}",
-        )
+    for method, own in _by_method(rows).items():
+        cells = []
+        for key, factor, digits in columns.values():
+            values = [factor * getattr(row, key) for row in own]
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{digits}f}{spread}")
+        view.add_row(method, *cells, f"{own[0].trainable_parameters:,}")
     return view
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.method, []).append(row)
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -86,17 +88,14 @@ def versions() -> dict[str, str]:
 def write(rows: Sequence[Row], settings: dict[str, Any], folder: str | Path) -> None:
     """Writes ``results.json`` and the rows' predictions, each file whole or not at all."""
     folder = Path(folder)
-    document = {
-        "rows": [row.as_dict() for row in rows],
-        "versions": versions(),
-        "settings": settings,
-    }
-    text = json.dumps(document, indent=2) + "\n"
+    written: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for row in rows:
-        name = f"{row.method}, seed {row.seed}"
-        tensors |= {f"{name}: probs": row.probs, f"{name}: labels": row.labels}
-    data = save({name: tensor.clone() for name, tensor in tensors.items()})
+        columns = dict(vars(row))
+        tensors |= {_entry(columns, key): columns.pop(key).clone() for key in _PREDICTED}
+        written.append(columns)
+    document = {"rows": written, "versions": versions(), "settings": settings}
+    text, data = json.dumps(document, indent=2) + "\n", save(tensors)
     # The predictions first, so that no row in results.json is without
     write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
     write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
@@ -128,19 +127,21 @@ def read(settings: dict[str, Any], folder: str | Path) -> list[Row]:
         tensors = load_file(Path(folder) / PREDICTIONS)
     except (OSError, SafetensorError):
         return []
-    rows = []
-    for row in document["rows"]:
-        name = f"{row['method']}, seed {row['seed']}"
-        if f"{name}: probs" in tensors:
-            probs, labels = tensors[f"{name}: probs"], tensors[f"{name}: labels"]
-            rows.append(Row(**row, probs=probs, labels=labels))
-    return rows
+    return [
+        Row(**{**row, **{key: tensors[_entry(row, key)] for key in _PREDICTED}})
+        for row in document["rows"]
+        if _entry(row, "probs") in tensors
+    ]
+
+
+def _entry(row: dict[str, Any], key: str) -> str:
+    return f"{row['method']}, seed {row['seed']}: {key}"
 
 
 def draw(rows: Sequence[Row], folder: str | Path) -> None:
     """Draws ``reliability.png``, which pools the predictions of all seeds."""
-    pooled = {}
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        pooled[method] = (torch.cat([r.probs for r in own]), torch.cat([r.labels for r in own]))
+    pooled = {
+        method: (torch.cat([row.probs for row in own]), torch.cat([row.labels for row in own]))
+        for method, own in _by_method(rows).items()
+    }
     save_figure(reliability_diagram(pooled), Path(folder) / "reliability.png")

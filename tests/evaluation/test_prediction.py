@@ -18,15 +18,11 @@ def random(samples=5, items=7, choices=4):
 def test_by_hand():
     samples = torch.tensor([[[1, 0], [0.5, 0.5]], [[0, 1], [0.5, 0.5]]], dtype=torch.float64)
     p = Prediction(samples)
-    half, log2 = torch.full((2, 2), 0.5).double(), math.log(2)
-    torch.testing.assert_close(p.probs, half)
-    torch.testing.assert_close(p.entropy, torch.tensor([log2, log2]).double(), atol=1e-7, rtol=0)
-    torch.testing.assert_close(
-        p.expected_entropy, torch.tensor([0, log2]).double(), atol=1e-7, rtol=0
-    )
-    torch.testing.assert_close(
-        p.mutual_information, torch.tensor([log2, 0]).double(), atol=1e-7, rtol=0
-    )
+    log2 = math.log(2)
+    assert p.probs.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert p.entropy.tolist() == pytest.approx([log2, log2])
+    assert p.expected_entropy.tolist() == pytest.approx([0, log2])
+    assert p.mutual_information.tolist() == pytest.approx([log2, 0])
     assert p.confidence.tolist() == [0.5, 0.5]
     assert (p.num_samples, len(p)) == (2, 2)
 

@@ -49,30 +49,22 @@ def test_absent_choices():
     )
 
 
-def test_works_without_grad():
-    logits, labels = synthetic(3.0, n=50)
-    with torch.no_grad():
-        inside = fit_temperature(logits.requires_grad_(), labels)
-    assert inside == fit_temperature(logits, labels)
-    assert logits.grad is None
-
-
 def test_bounds():
     logits, labels = torch.eye(3), torch.arange(3)
-    assert fit_temperature(logits, labels) == 0.01
-    assert fit_temperature(-logits, labels) == 100.0
+    assert fit_temperature(logits, labels) == pytest.approx(0.01)
+    assert fit_temperature(-logits, labels) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
     ("logits", "labels", "match"),
     [
         (torch.zeros(0, 2), torch.zeros(0).long(), "n >= 1"),
-        (torch.zeros(3), torch.zeros(3).long(), "shape"),
-        (torch.zeros(3, 2), torch.zeros(2).long(), "shape"),
+        (torch.zeros(3), torch.zeros(3).long(), "the shapes"),
+        (torch.zeros(3, 2), torch.zeros(2).long(), "the shapes"),
         (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "between 0 and 1"),
         (torch.full((3, 2), math.nan), torch.zeros(3).long(), "NaN"),
-        (torch.full((3, 2), math.inf), torch.zeros(3).long(), "NaN or"),
-        (torch.full((3, 2), -math.inf), torch.zeros(3).long(), r"\[0, 1, 2\] are -inf"),
+        (torch.full((3, 2), math.inf), torch.zeros(3).long(), "-inf at an"),
+        (torch.full((3, 2), -math.inf), torch.zeros(3).long(), "no label"),
     ],
 )
 def test_rejects(logits, labels, match):
