@@ -53,11 +53,8 @@ app.command("compare")(compare.run)
 app.command("info")(info.run)
 
 
-class _Without(logging.Filter):
-    """Lets a record pass unless its message has the text that is this filter's name."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self.name not in record.getMessage()
+def _hide(logger: str, text: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: text not in record.getMessage())
 
 
 def main() -> None:
@@ -65,8 +62,8 @@ def main() -> None:
     # Nothing a user can act on: linear_operator still decorates with torch.jit.script, and torchao,
     # where it is installed, tells of its kernels for other machines and registers enums twice.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-    for logger, idle in (("torchao", "Failed to load "), ("torch.utils._pytree", " Enum subclass")):
-        logging.getLogger(logger).addFilter(_Without(idle))
+    _hide("torchao", "Failed to load ")
+    _hide("torch.utils._pytree", " Enum subclass")
     try:
         app()
     except (
@@ -79,7 +76,3 @@ def main() -> None:
     ) as error:
         print(f"pyro-blora: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

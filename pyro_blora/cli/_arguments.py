@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.methods import RECIPE_NAMES
 from pyro_blora.network.precision import check_precision, choose_precision
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MaxTest",
     "MaxTrain",
     "MaxValidation",
+    "Method",
     "Model",
     "NumSamples",
     "Overwrite",
@@ -51,6 +53,9 @@ TaskName = Annotated[
 DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl; default: the hub."),
+]
+Method = Annotated[
+    str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the updates.", min=1)]
 Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")]

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.evaluation.methods import BASELINES, RECIPE_NAMES, check_method
+from pyro_blora.evaluation.methods import BASELINES, RECIPE_NAMES, check_method, trained_for
 
 __all__ = ["run"]
 
@@ -58,13 +58,14 @@ def run(
     for name in names:
         check_method(name)
     runs = o.seeds_of(seeds)
-    from pyro_blora.cli._shapes import check_method_on
+    from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
     from pyro_blora.evaluation.results import RESULTS, draw, read, table, write
     from pyro_blora.network.pretrained import load_pretrained, shape_only
+    from pyro_blora.network.targets import find_targets
 
-    console = Console()
+    console = Console(highlight=False)
     settings = Settings(
         model=model,
         task=task,
@@ -85,8 +86,11 @@ def run(
     rows = [] if overwrite else read(asdict(settings), out)
     load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
     shapes = shape_only(model)
-    for name in names:
-        check_method_on(shapes, name, targets, rank)
+    for base in map(trained_for, names):
+        if base in BASELINES:
+            find_targets(shapes, targets)
+        else:
+            BayesianLoRA.from_recipe(shapes, base, rank=rank, target_modules=targets).unwrap()
     o.check_out(out)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model)
@@ -101,8 +105,7 @@ def run(
             rows.append(row)
             console.print(
                 f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
-                f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items",
-                highlight=False,
+                f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
             )
     except (KeyboardInterrupt, OSError):
         there = f"{len(rows)} of {len(names) * len(runs)}"

@@ -66,13 +66,14 @@ def run(
     from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.network.pretrained import load_pretrained
 
-    console = Console()
+    console = Console(highlight=False)
     read_config(adapter)  # a folder that is none is said before the network is loaded
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     if csv_file is not None and csv_file.is_dir():
         raise ConfigurationError(f"--csv {csv_file} is a folder; name a file in it.")
-    for folder in ([] if out is None else [out]) + ([] if csv_file is None else [csv_file.parent]):
-        o.check_out(folder)
+    for folder in (out, csv_file and csv_file.parent):
+        if folder is not None:
+            o.check_out(folder)
     precision = o.chosen(precision, console)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model)
@@ -89,13 +90,12 @@ def run(
             precision=precision,
         )
     scores = evaluate(prediction.probs, labels)
-    console.print(f"{task}, {scores.n} test items: {scores}", highlight=False)
+    console.print(f"{task}, {scores.n} test items: {scores}")
     own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
     means = {name: float(values.mean()) for name, values in own.items()}
     console.print(
         f"entropy {means['entropy']:.3f} nats, of which {means['mutual_information']:.4f} from the "
-        "posterior",
-        highlight=False,
+        "posterior"
     )
     if csv_file is not None:
         write_atomically(csv_file, lambda path: _write_csv(path, data.test, prediction))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.evaluation.methods import RECIPE_NAMES, check_method
+from pyro_blora.evaluation.methods import check_method
 
 __all__ = ["run"]
 
@@ -24,9 +24,7 @@ def run(
     ] = "llama-2-7b",
     target_modules: o.Targets = "q_proj,v_proj,lm_head",
     rank: o.Rank = 8,
-    method: Annotated[
-        str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
-    ] = "bayesian-lora",
+    method: o.Method = "bayesian-lora",
     recipes: Annotated[
         bool, typer.Option("--recipes", help="List the recipes with their citations instead.")
     ] = False,
@@ -43,12 +41,13 @@ def run(
         return
     targets = o.listed(target_modules, "--target-modules")
     check_method(method)
-    from pyro_blora.cli._shapes import adapter_on
+    from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.network.pretrained import shape_only
 
-    blora = adapter_on(shape_only(model), method, targets, rank)
-    console = Console()
-    console.print(blora, highlight=False)
+    net = shape_only(model)
+    blora = BayesianLoRA.from_recipe(net, method, rank=rank, target_modules=targets)
+    console = Console(highlight=False)
+    console.print(blora)
     plain = sum(g.n * rank * (g.d_out + g.d_in) for g in blora.model.groups)
     view = Table(title=f"{model}, rank {rank}")
     view.add_column("adapter")

@@ -1,6 +1,7 @@
 """``pyro-blora train``: fine-tune one Bayesian adapter and save it."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.evaluation.methods import RECIPE_NAMES, check_method
+from pyro_blora.evaluation.methods import check_method
 
 __all__ = ["run"]
 
@@ -19,9 +20,7 @@ def run(
     model: o.Model = "smollm2",
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
-    method: Annotated[
-        str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
-    ] = "bayesian-lora",
+    method: o.Method = "bayesian-lora",
     seed: Annotated[int, typer.Option(help="Seed of the data's order and all draws.")] = 0,
     max_steps: o.MaxSteps = 300,
     batch_size: o.BatchSize = 8,
@@ -66,7 +65,6 @@ def run(
 
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import CONFIG
-    from pyro_blora.cli._shapes import adapter_on, top_blocks
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
@@ -77,31 +75,30 @@ def run(
         raise ConfigurationError(
             f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
         )
-    made = recipe(method)
     data = load_task(
         task, data_dir=data_dir, max_train=max_train, max_validation=max_validation, seed=seed
     )
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
-    shapes = shape_only(model)
-    layers = None if top is None else top_blocks(shapes, top)
-    adapter_on(shapes, method, targets, rank, layers)
+    shapes, made = shape_only(model), recipe(method)
+    depth = int(shapes.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
+    if top is not None and top >= depth:
+        raise ConfigurationError(
+            f"--top {top} is not below the network's {depth} blocks; leave it out to adapt all."
+        )
+    layers = None if top is None else range(depth - top, depth)
+    adapted = partial(BayesianLoRA, target_modules=targets, layers_to_transform=layers)
+    adapted(shapes, prior=made.prior(rank), guide=made.guide()).unwrap()  # or it is refused
     o.check_out(out)
-    console = Console()
+    console = Console(highlight=False)
     precision = o.chosen(precision, console)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
-    blora = BayesianLoRA(
-        net,
-        target_modules=targets,
-        prior=made.prior(rank),
-        guide=made.guide(),
-        likelihood=likelihood_for(data, collate),
-        layers_to_transform=layers,
-    )
-    console.print(blora, highlight=False)
+    likelihood = likelihood_for(data, collate)
+    blora = adapted(net, prior=made.prior(rank), guide=made.guide(), likelihood=likelihood)
+    console.print(blora)
     with o.phase(f"train {method}, seed {seed}"):
         result = fit(
             blora,
@@ -116,12 +113,9 @@ def run(
             seed=seed,
             **made.fit,
         )
-    console.print(result, highlight=False)
+    console.print(result)
     for step, nll in result.validation:
-        console.print(
-            f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items",
-            highlight=False,
-        )
+        console.print(f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items")
     blora.save_pretrained(out)
     if peft:
         blora.export_peft(out / "peft")

@@ -73,13 +73,10 @@ _TEMPLATES = {
 
 
 def template_for(task: str) -> Template:
-    """The template of a task.
-
-    ``sst2``, ``ag_news`` and ``boolq`` are scored by label words. Every other task, known or
-    not, is scored by the log-likelihood of its options.
+    """The template of a task: label words for ``sst2``, ``ag_news`` and ``boolq``, else options.
 
     Args:
-        task: the name of a task, such as ``"arc_easy"``.
+        task: the name of a task, known or not.
 
     Example::
 

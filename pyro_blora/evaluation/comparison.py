@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -154,22 +155,17 @@ class _Run:
     ) -> Iterator[Row]:
         """Plain LoRA, trained once: at its last step, then at its best; or with dropout."""
         torch.manual_seed(self.seed)
-        rank, scoring = self.settings.rank, self.task.template.scoring
-        lora = PlainLoRA(
-            self.net,
-            self.settings.target_modules,
-            self.likelihood,
-            rank=rank,
-            alpha=2.0 * rank,
-            dropout=dropout,
-        )
+        settings, scoring = self.settings, self.task.template.scoring
+        options: dict[str, Any] = {"rank": settings.rank, "dropout": dropout}
+        lora = PlainLoRA(self.net, settings.target_modules, self.likelihood, **options)
+        predict = partial(lora.predict, num_samples=num_samples)
         try:
             with self.phase(f"train {'mc-dropout' if dropout else 'lora'}, seed {self.seed}"):
                 fitted = lora.fit(
                     self.task.train,
                     self.collate,
                     self.options,
-                    lr=self.settings.lora_lr or LORA_RATES[scoring],
+                    lr=settings.lora_lr or LORA_RATES[scoring],
                     length=item_length,
                     validation=None if dropout else self.task.validation,
                 )
@@ -177,13 +173,7 @@ class _Run:
                 if base == "lora-best":
                     assert fitted.best_state is not None
                     self.net.load_state_dict(fitted.best_state, strict=False)
-                yield from self._rows(
-                    base,
-                    names,
-                    lambda batch: lora.predict(batch, num_samples),
-                    fitted,
-                    lora.trainable_parameters,
-                )
+                yield from self._rows(base, names, predict, fitted, lora.trainable_parameters)
         finally:
             lora.unload()
 
@@ -192,11 +182,11 @@ class _Run:
         settings, made = self.settings, recipe(base)
         pyro.clear_param_store()  # the store would hand this run the tensors of the last
         torch.manual_seed(self.seed)
-        blora = BayesianLoRA(
+        blora = BayesianLoRA.from_recipe(
             self.net,
+            base,
+            rank=settings.rank,
             target_modules=settings.target_modules,
-            prior=made.prior(settings.rank),
-            guide=made.guide(),
             likelihood=self.likelihood,
         )
         try:
@@ -213,13 +203,8 @@ class _Run:
                     **made.fit,
                 )
             draws = settings.num_samples if made.num_samples is None else made.num_samples
-            yield from self._rows(
-                base,
-                shown,
-                lambda batch: blora.predict(batch, draws, linearised=made.linearised),
-                fitted,
-                blora.trainable_parameters,
-            )
+            predict = partial(blora.predict, num_samples=draws, linearised=made.linearised)
+            yield from self._rows(base, shown, predict, fitted, blora.trainable_parameters)
         finally:
             blora.unwrap()
 
@@ -249,5 +234,4 @@ def compare(
         DataError: the data cannot be read.
     """
     for seed in settings.seeds:
-        if any((method, seed) not in done for method in settings.methods):
-            yield from _Run(settings, net, tokenizer, seed, phase).rows(done)
+        yield from _Run(settings, net, tokenizer, seed, phase).rows(done)

@@ -18,12 +18,8 @@ __all__ = ["Metrics", "check_labels", "evaluate"]
 class Metrics:
     """Scores of a classifier on ``n`` items; see :func:`evaluate`.
 
-    Attributes:
-        acc: accuracy of the most probable class, a fraction.
-        ece: expected calibration error, a fraction.
-        nll: mean negative log-likelihood of the labels, in nats.
-        brier: Brier score, between 0 and 2.
-        n: number of items.
+    Accuracy and expected calibration error are fractions, the mean negative log-likelihood is in
+    nats, and the Brier score between 0 and 2.
 
     Example::
 

@@ -28,8 +28,7 @@ class PlainLoRA:
         net: the network; PEFT injects its layers in place, :meth:`unload` takes them out.
         target_modules: suffixes of the layers to adapt.
         likelihood: how logits explain a batch.
-        rank: ``r``.
-        alpha: PEFT's ``lora_alpha``; the update is ``alpha / r B A``.
+        rank: ``r``; PEFT's ``lora_alpha`` is twice that, so that the update is ``2 B A``.
         dropout: probability of dropping an input of ``A``, in training and in the draws of
             :meth:`predict`.
 
@@ -50,7 +49,6 @@ class PlainLoRA:
     target_modules: Sequence[str]
     likelihood: Likelihood
     rank: int = 8
-    alpha: float = 16.0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -63,7 +61,7 @@ class PlainLoRA:
         self._frozen = Frozen(self.net)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=2 * self.rank,
             target_modules=list(self.target_modules),
             lora_dropout=self.dropout,
         )

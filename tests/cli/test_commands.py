@@ -6,11 +6,9 @@ import sys
 
 import pyro
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
-from pyro_blora.cli._shapes import top_blocks
 from pyro_blora.evaluation import comparison, results
 from pyro_blora.network import precision
 from pyro_blora.recipes import RECIPES
@@ -201,11 +199,6 @@ def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypa
     code, _, err = run("train", *common, "--cache-frozen", "--out", tmp_path / "none")
     assert code == 2
     assert "--cache-frozen needs --top" in err
-
-
-def testtop_blocks_are_the_last_ones():
-    assert top_blocks(tiny.llama(5), 2) == [3, 4]
-    assert top_blocks(tiny.gpt2(3), 1) == [2]
 
 
 def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):

@@ -68,29 +68,6 @@ def test_nothing_but_the_result_is_said():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize(
-    ("option", "value", "told"),
-    [
-        ("--precision", "fp16", "fp16"),
-        ("--rank", "64", "rank=64"),
-        ("--target-modules", "q_prj", "q_prj"),
-        ("--out", "/proc/nowhere", "cannot be written to"),
-    ],
-)
-def test_options_are_checked_before_a_model_is_read(
-    run, model_dir, data_dir, tmp_path, monkeypatch, command, option, value, told
-):
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("it was read"))
-    options = {"--model": model_dir, "--task": "words", "--data-dir": data_dir}
-    options |= {"--out": tmp_path / "out", option: value}
-    code, _, err = run(command, *[part for pair in options.items() for part in pair])
-    assert code == 2
-    assert len(err.splitlines()) == 1
-    assert told in err
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("load", [pretrained.load_pretrained, pretrained.shape_only])
 def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
     import huggingface_hub
