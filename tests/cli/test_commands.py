@@ -13,26 +13,23 @@ from pyro_blora.evaluation import comparison, results
 from pyro_blora.network import precision
 from pyro_blora.recipes import RECIPES
 
-ROW = {
-    "method",
-    "seed",
-    "acc",
-    "ece",
-    "nll",
-    "brier",
-    "n_test",
-    "train_seconds",
-    "trainable_parameters",
-}
+ROW = {"method", "seed", "acc", "ece", "nll", "brier", "n_test", "train_seconds"}
+ROW |= {"trainable_parameters"}
 
 
-def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir, tmp_path):
+@pytest.fixture
+def words(model_dir, data_dir):
+    return ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+
+
+def test_compare_writes_rows_for_every_method_and_seed(run, words, tmp_path):
     out = tmp_path / "out"
     methods = "lora,lora-best,temperature,temperature:lora,mc-dropout,bayesian-lora,blob"
     methods += ",temperature:bayesian-lora"
-    arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
-    arguments += ["--methods", methods, "--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
-    code, text, err = run("compare", *arguments, "--num-samples", 3, "--rank", 4, "--out", out)
+    options = ["--methods", methods, "--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
+    code, text, err = run(
+        "compare", *words, *options, "--num-samples", 3, "--rank", 4, "--out", out
+    )
     assert code == 0, err
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {"rows", "versions", "settings"}
@@ -61,22 +58,14 @@ def test_compare_writes_rows_for_every_method_and_seed(run, model_dir, data_dir,
 
 
 @pytest.mark.parametrize("pays", [False, True])
-def test_the_precision_chosen_is_said_and_recorded(
-    run, model_dir, data_dir, tmp_path, monkeypatch, pays
-):
+def test_the_precision_chosen_is_said_and_recorded(run, words, tmp_path, monkeypatch, pays):
     monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
     name = "bfloat16" if pays else "float32"
-    arguments = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--seeds", 0]
-    arguments += ["--methods", "map", "--max-steps", 1, "--out", tmp_path / "out"]
-    code, text, err = run("compare", *arguments)
+    options = ["--seeds", 0, "--methods", "map", "--max-steps", 1, "--out", tmp_path / "out"]
+    code, text, err = run("compare", *words, *options)
     assert code == 0, err
     assert f"precision: {name} (auto" in text
     assert json.loads((tmp_path / "out/results.json").read_text())["settings"]["precision"] == name
-
-
-@pytest.fixture
-def words(model_dir, data_dir):
-    return ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
 
 
 def test_an_interrupted_comparison_goes_on_from_there(run, words, tmp_path, monkeypatch):
@@ -147,19 +136,27 @@ def test_train_shows_its_validation(run, words, tmp_path):
         assert re.search(rf"step {step}: NLL \d\.\d+ on 5 validation items", text)
 
 
-def test_evaluate_writes_a_line_for_each_item(run, words, tmp_path):
+def test_train_then_evaluate(run, words, tmp_path):
     out = tmp_path / "adapter"
-    assert run("train", *words, "--out", out, "--max-steps", 2, "--rank", 2)[0] == 0
-    pyro.clear_param_store()
-    options = ["--adapter", out, "--num-samples", 4, "--csv", tmp_path / "new" / "items.csv"]
-    code, _, err = run("evaluate", *words, *options, "--out", tmp_path)
+    code, text, err = run("train", *words, "--out", out, "--max-steps", 4, "--rank", 2, "--peft")
     assert code == 0, err
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "trainable" in text
+    assert {p.name for p in (out / "peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    evaluate = ["evaluate", *words, "--adapter", out, "--out", tmp_path]
+    pyro.clear_param_store()  # the second command is another process
+    code, text, err = run(*evaluate, "--num-samples", 4, "--csv", tmp_path / "new" / "items.csv")
+    assert code == 0, err
+    assert "21 test items" in text
+    sampled = json.loads((tmp_path / "metrics.json").read_text())
+    assert sampled["n"] == 21
     with (tmp_path / "new" / "items.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["id"] for line in lines] == [str(i) for i in range(100, 121)]
     right = sum(line["label"] == line["prediction"] for line in lines)
-    assert right / 21 == pytest.approx(metrics["acc"])
+    assert right / 21 == pytest.approx(sampled["acc"])
     for line in lines:
         probs = [float(line[f"p{k}"]) for k in range(3)]
         assert sum(probs) == pytest.approx(1)
@@ -168,11 +165,16 @@ def test_evaluate_writes_a_line_for_each_item(run, words, tmp_path):
         assert float(line["entropy"]) == pytest.approx(entropy, rel=1e-4)
     for name in ("entropy", "mutual_information"):
         mean = sum(float(line[name]) for line in lines) / 21
-        assert metrics[name] == pytest.approx(mean, rel=1e-4)
+        assert sampled[name] == pytest.approx(mean, rel=1e-4)
+    pyro.clear_param_store()
+    code, text, err = run(*evaluate, "--linearised", "--num-samples", 64)
+    assert code == 0, err
+    linearised = json.loads((tmp_path / "metrics.json").read_text())
+    assert linearised["nll"] != sampled["nll"]
+    assert linearised["nll"] == pytest.approx(sampled["nll"], rel=0.1)
 
 
-def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypatch):
-    common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+def test_train_the_top_blocks_alone(run, words, tmp_path, monkeypatch):
     options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1, "--max-train", 8]
     written, kept = [], []
     fitting = sys.modules["pyro_blora.inference.fit"]
@@ -181,7 +183,7 @@ def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypa
     for more in ([], ["--cache-frozen"]):
         pyro.clear_param_store()
         out = tmp_path / f"adapter{len(written)}"
-        code, _, err = run("train", *common, *options, *more, "--out", out)
+        code, _, err = run("train", *words, *options, *more, "--out", out)
         assert code == 0, err
         assert len(kept) == len(written)
         config = (out / "bayesian_lora_config.json").read_text()
@@ -191,42 +193,15 @@ def test_train_the_top_blocks_alone(run, model_dir, data_dir, tmp_path, monkeypa
     for name, value in written[0].items():
         torch.testing.assert_close(value, written[1][name], atol=2e-3, rtol=0)
     pyro.clear_param_store()
-    code, _, err = run("evaluate", *common, "--adapter", out, "--num-samples", 2)
+    code, _, err = run("evaluate", *words, "--adapter", out, "--num-samples", 2)
     assert code == 0, err
-    code, _, err = run("train", *common, "--top", 2, "--out", tmp_path / "none")
-    assert code == 2
-    assert "--top 2 is not below the network's 2 blocks" in err
-    code, _, err = run("train", *common, "--cache-frozen", "--out", tmp_path / "none")
-    assert code == 2
-    assert "--cache-frozen needs --top" in err
-
-
-def test_train_then_evaluate(run, model_dir, data_dir, tmp_path):
-    common = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
-    out = tmp_path / "adapter"
-    code, text, err = run("train", *common, "--out", out, "--max-steps", 4, "--rank", 2, "--peft")
-    assert code == 0, err
-    assert "trainable" in text
-    assert sorted(p.name for p in (out / "peft").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    pyro.clear_param_store()  # the second command is another process
-    scores = tmp_path / "scores"
-    code, text, err = run(
-        "evaluate", *common, "--adapter", out, "--num-samples", 2, "--out", scores
-    )
-    assert code == 0, err
-    assert "21 test items" in text
-    sampled = json.loads((scores / "metrics.json").read_text())
-    assert sampled["n"] == 21
-    pyro.clear_param_store()
-    one_pass = ["--linearised", "--num-samples", 64, "--out", scores]
-    code, text, err = run("evaluate", *common, "--adapter", out, *one_pass)
-    assert code == 0, err
-    linearised = json.loads((scores / "metrics.json").read_text())
-    assert linearised["nll"] != sampled["nll"]
-    assert linearised["nll"] == pytest.approx(sampled["nll"], rel=0.1)
+    for mistake, told in (
+        (["--top", 2], "--top 2 is not below the network's 2 blocks"),
+        (["--cache-frozen"], "--cache-frozen needs --top"),
+    ):
+        code, _, err = run("train", *words, *mistake, "--out", tmp_path / "none")
+        assert code == 2
+        assert told in err
 
 
 def test_info_counts_llama_2_7b_as_the_papers_do(run):

@@ -5,68 +5,31 @@ import pytest
 
 from pyro_blora.data import DataError, Item, hub_tasks, read_hub
 
-ARC = {
-    "id": "x",
-    "question": "Which is heaviest?",
-    "choices": {"text": ["a feather", "a stone", "a leaf"], "label": ["1", "2", "3"]},
-    "answerKey": "2",
+CHOICES = {"text": ["a feather", "a stone", "a leaf"], "label": ["1", "2", "3"]}
+CUP = "The cup fits in the box as _ is big."
+KIM = {"context": "Kim lost a key.", "question": "How does Kim feel?", "label": "1"}
+BOTH = ["college_chemistry", "high_school_chemistry"]
+RECORDS = {
+    "arc_easy": {"question": "Heaviest?", "choices": CHOICES, "answerKey": "2"},
+    "openbookqa": {"question_stem": "Ice is", "choices": CHOICES, "answerKey": "3"},
+    "boolq": {"question": "is ice cold??", "answer": True, "passage": "Ice ..."},
+    "winogrande_s": {"sentence": CUP, "option1": "the cup", "option2": "the box", "answer": "2"},
+    "piqa": {"goal": "Cool soup.", "sol1": "Blow on it.", "sol2": "Heat it.", "label": 0},
+    "social_iqa": {**KIM, "answerA": "worried", "answerB": "glad", "answerC": "proud"},
+    "mmlu_physics": {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0},
+    "sst2": {"idx": 0, "sentence": "a fine film ", "label": 1},
+    "ag_news": {"text": "Stocks rise.", "label": 2},
 }
-CASES = {
-    "arc_easy": (ARC, "Which is heaviest?", ("a feather", "a stone", "a leaf"), 1),
-    "openbookqa": (
-        {
-            "question_stem": "Ice is",
-            "choices": {"text": ["hot", "cold"], "label": ["A", "B"]},
-            "answerKey": "B",
-        },
-        "Ice is",
-        ("hot", "cold"),
-        1,
-    ),
-    "boolq": (
-        {"question": "is ice cold", "answer": True, "passage": "Ice ..."},
-        "is ice cold?",
-        ("false", "true"),
-        1,
-    ),
-    "winogrande_s": (
-        {"sentence": "The cup fits in the box as _ is big.", "option1": "the cup"}
-        | {"option2": "the box", "answer": "2"},
-        "The cup fits in the box as _ is big.",
-        ("the cup", "the box"),
-        1,
-    ),
-    "piqa": (
-        {"goal": "Cool soup.", "sol1": "Blow on it.", "sol2": "Heat it.", "label": 0},
-        "Cool soup.",
-        ("Blow on it.", "Heat it."),
-        0,
-    ),
-    "social_iqa": (
-        {"context": "Kim lost a key.", "question": "How does Kim feel?", "answerA": "worried"}
-        | {"answerB": "glad", "answerC": "proud", "label": "1"},
-        "Kim lost a key. How does Kim feel?",
-        ("worried", "glad", "proud"),
-        0,
-    ),
-    "mmlu_physics": (
-        {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0},
-        "Unit of force?",
-        ("N", "J", "W", "V"),
-        0,
-    ),
-    "sst2": (
-        {"idx": 0, "sentence": "a fine film ", "label": 1},
-        "a fine film",
-        ("negative", "positive"),
-        1,
-    ),
-    "ag_news": (
-        {"text": "Stocks rise.", "label": 2},
-        "Stocks rise.",
-        ("World", "Sports", "Business", "Sci/Tech"),
-        2,
-    ),
+ITEMS = {
+    "arc_easy": ("Heaviest?", ("a feather", "a stone", "a leaf"), 1),
+    "openbookqa": ("Ice is", ("a feather", "a stone", "a leaf"), 2),
+    "boolq": ("is ice cold?", ("false", "true"), 1),
+    "winogrande_s": (CUP, ("the cup", "the box"), 1),
+    "piqa": ("Cool soup.", ("Blow on it.", "Heat it."), 0),
+    "social_iqa": ("Kim lost a key. How does Kim feel?", ("worried", "glad", "proud"), 0),
+    "mmlu_physics": ("Unit of force?", ("N", "J", "W", "V"), 0),
+    "sst2": ("a fine film", ("negative", "positive"), 1),
+    "ag_news": ("Stocks rise.", ("World", "Sports", "Business", "Sci/Tech"), 2),
 }
 
 
@@ -85,59 +48,42 @@ def hub(monkeypatch):
     return stand_in
 
 
-@pytest.mark.parametrize("task", sorted(CASES))
+@pytest.mark.parametrize("task", ITEMS)
 def test_converters(hub, task):
-    record, question, choices, label = CASES[task]
-    hub.records = [record]
-    items = read_hub(task, "test")
-    assert items[0] == Item(f"{task}-test-0", question, choices, label)
+    hub.records = [RECORDS[task]]
+    assert read_hub(task, "test")[0] == Item(f"{task}-test-0", *ITEMS[task])
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "calls"),
+    ("task", "split", "path", "configs", "theirs"),
     [
-        ("arc_easy", "validation", [("allenai/ai2_arc", "ARC-Easy", "validation", None)]),
-        ("arc_challenge", "train", [("allenai/ai2_arc", "ARC-Challenge", "train", None)]),
-        ("openbookqa", "test", [("allenai/openbookqa", "main", "test", None)]),
-        ("boolq", "test", [("google/boolq", None, "validation", None)]),
-        ("winogrande_m", "test", [("allenai/winogrande", "winogrande_m", "validation", None)]),
-        ("winogrande_xs", "train", [("allenai/winogrande", "winogrande_xs", "train", None)]),
-        ("piqa", "test", [("ybisk/piqa", None, "validation", "refs/convert/parquet")]),
-        (
-            "social_iqa",
-            "test",
-            [("allenai/social_i_qa", None, "validation", "refs/convert/parquet")],
-        ),
-        (
-            "mmlu_chemistry",
-            "test",
-            [
-                ("cais/mmlu", "college_chemistry", "test", None),
-                ("cais/mmlu", "high_school_chemistry", "test", None),
-            ],
-        ),
-        ("sst2", "train", [("stanfordnlp/sst2", None, "train", None)]),
-        ("ag_news", "test", [("fancyzhx/ag_news", None, "test", None)]),
+        ("arc_easy", "validation", "allenai/ai2_arc", ["ARC-Easy"], "validation"),
+        ("arc_challenge", "train", "allenai/ai2_arc", ["ARC-Challenge"], "train"),
+        ("openbookqa", "test", "allenai/openbookqa", ["main"], "test"),
+        ("boolq", "test", "google/boolq", [None], "validation"),
+        ("winogrande_m", "test", "allenai/winogrande", ["winogrande_m"], "validation"),
+        ("winogrande_xs", "train", "allenai/winogrande", ["winogrande_xs"], "train"),
+        ("piqa", "test", "ybisk/piqa", [None], "validation"),
+        ("social_iqa", "test", "allenai/social_i_qa", [None], "validation"),
+        ("mmlu_chemistry", "test", "cais/mmlu", BOTH, "test"),
+        ("sst2", "train", "stanfordnlp/sst2", [None], "train"),
+        ("ag_news", "test", "fancyzhx/ag_news", [None], "test"),
     ],
 )
-def test_sources(hub, task, split, calls):
+def test_sources(hub, task, split, path, configs, theirs):
     assert read_hub(task, split) == []
-    assert hub.calls == calls
+    revision = "refs/convert/parquet" if task in ("piqa", "social_iqa") else None
+    assert hub.calls == [(path, config, theirs, revision) for config in configs]
 
 
 def test_configurations_are_joined_and_numbered_on(hub):
-    hub.records = [CASES["mmlu_physics"][0]] * 2
+    hub.records = [RECORDS["mmlu_physics"]] * 2
     ids = [item.id for item in read_hub("mmlu_physics", "dev")]
     assert ids == [f"mmlu_physics-dev-{index}" for index in range(4)]
 
 
-def test_a_question_mark_is_not_doubled(hub):
-    hub.records = [{"question": "is ice cold?", "answer": False}]
-    assert read_hub("boolq", "test")[0].question == "is ice cold?"
-
-
 def test_every_task_is_known(hub):
-    assert set(CASES) < set(hub_tasks())
+    assert set(ITEMS) < set(hub_tasks())
     assert len(hub_tasks()) == 13
     for task in hub_tasks():
         read_hub(task, "test")
