@@ -29,18 +29,18 @@ class _Collator:
             )
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
 
-    def ids(self, text: str, special: bool = False) -> list[int]:
+    def _ids(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text alone, or with the tokenizer's special tokens."""
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def prompt(self, item: Item, answer: int = 0) -> list[int]:
+    def _prompt(self, item: Item, answer: int = 0) -> list[int]:
         """The ids of an item's prompt, cut to leave room for ``answer`` more.
 
         The tokenizer's leading special tokens (such as BOS) are kept. Special tokens that it puts
         after the text (such as EOS or SEP) are not: the answer goes there.
         """
         text = self.template.format(item)
-        plain, full = self.ids(text), self.ids(text, special=True)
+        plain, full = self._ids(text), self._ids(text, special=True)
         starts = range(len(full) - len(plain) + 1) if plain else ()
         found = [k for k in starts if full[k : k + len(plain)] == plain]
         if not found:
@@ -57,7 +57,7 @@ class _Collator:
             )
         return special + plain[-room:]
 
-    def pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask, ``(rows, T)``, padded on the right by any token there is."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         value = next(token for token in known if isinstance(token, int))
@@ -105,14 +105,14 @@ class MultipleChoiceCollator(_Collator):
         rows: list[list[int]] = []
         starts: list[int] = []  # where a row's option begins
         for item in items:
-            options = [self.ids(" " + choice) for choice in item.choices]
+            options = [self._ids(" " + choice) for choice in item.choices]
             if not all(options):
                 raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
-            prompt = self.prompt(item, answer=max(map(len, options)))
+            prompt = self._prompt(item, answer=max(map(len, options)))
             fillers: list[list[int]] = [[]] * (num_options - len(options))
             rows += [prompt + option for option in options + fillers]
             starts += [len(prompt)] * num_options
-        input_ids, attention_mask = self.pad(rows)
+        input_ids, attention_mask = self._pad(rows)
         positions = torch.arange(input_ids.shape[-1])
         option_mask = (positions >= torch.tensor(starts)[:, None]) & attention_mask.bool()
         shape = (len(items), num_options, -1)
@@ -160,7 +160,7 @@ class LabelTokensCollator(_Collator):
         self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
     ) -> None:
         super().__init__(tokenizer, template, max_length)
-        words = {word: self.ids(word) for word in template.label_words}
+        words = {word: self._ids(word) for word in template.label_words}
         self.token_ids: tuple[int, ...] = tuple(ids[0] for ids in words.values() if len(ids) == 1)
         if len(set(self.token_ids)) < len(template.label_words):
             raise DataError(
@@ -176,8 +176,8 @@ class LabelTokensCollator(_Collator):
                     f"item {item.id!r} has {len(item.choices)} choices, expected one for each of "
                     f"the label words {self.template.label_words!r}: use another template"
                 )
-        rows = [self.prompt(item) for item in items]
-        input_ids, attention_mask = self.pad(rows)
+        rows = [self._prompt(item) for item in items]
+        input_ids, attention_mask = self._pad(rows)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -22,7 +22,6 @@ RECIPE_NAMES = (
 )
 # Plain LoRA by PEFT: at its last step, at its best validation step, and with dropout left on.
 BASELINES = ("lora", "lora-best", "mc-dropout")
-_SCALED = "temperature:"
 
 
 def trained_for(name: str) -> str:
@@ -33,7 +32,7 @@ def trained_for(name: str) -> str:
         >>> trained_for("temperature:blob"), trained_for("temperature"), trained_for("map")
         ('blob', 'lora', 'map')
     """
-    return "lora" if name == "temperature" else name.removeprefix(_SCALED)
+    return "lora" if name == "temperature" else name.removeprefix("temperature:")
 
 
 def check_method(name: str) -> None:

@@ -85,7 +85,7 @@ class TestMultipleChoice:
 
     def test_an_option_without_tokens(self, plain, monkeypatch):
         collate = MultipleChoiceCollator(plain, OPTIONS)
-        monkeypatch.setattr(collate, "ids", lambda text, special=False: [])
+        monkeypatch.setattr(collate, "_ids", lambda text, special=False: [])
         with pytest.raises(DataError, match="item 'key': an option has no tokens"):
             collate([KEY])
 
