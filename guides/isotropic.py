@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -41,8 +40,7 @@ class Isotropic(PostHoc):
             ``s``. Default: 4.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers:
-    ``unit``,
-    :math:`\tau`, and ``width``, :math:`s`.
+    ``unit``, :math:`\tau`, and ``width``, :math:`s`.
 
     Reference:
         Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
@@ -54,7 +52,6 @@ class Isotropic(PostHoc):
         fit(blora, train, collate=collate, num_steps=300)  # finishes by itself, on the training set
     """
 
-    roles: ClassVar[dict[str, str]] = {"loc": "mean"}
     unit: Tensor
     width: Tensor
 
