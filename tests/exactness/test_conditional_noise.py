@@ -50,17 +50,22 @@ def draw(update, x):
     return update.noise(x, x @ update.A.mT, update.B)
 
 
+def weight(noise):
+    """A draw of ``W - E[W | U]``, which ``noise`` shows through its outputs."""
+    return noise.scale * weight_noise(torch.Size(), noise.rows, noise.cols)
+
+
 def test_the_weight_s_covariance_is_exact(monkeypatch):
     _, update, dense = make("joint")
     with torch.no_grad():
-        covariance = noise_covariance(monkeypatch, lambda: weight_noise(update.noise))
+        covariance = noise_covariance(monkeypatch, lambda: weight(update.noise))
         torch.testing.assert_close(covariance, dense.covariance())
 
 
 @torch.no_grad()
 def test_the_weight_s_covariance_by_monte_carlo():
     _, update, dense = make("joint")
-    draws = torch.stack([weight_noise(update.noise).flatten() for _ in range(4000)])
+    draws = torch.stack([weight(update.noise).flatten() for _ in range(4000)])
     assert_mean(draws, 0)
     assert_covariance(draws, dense.covariance())
 
@@ -171,7 +176,7 @@ def test_marginal_prior_of_the_weight_is_isotropic(monkeypatch):
         update = pyro.poutine.condition(prior, data={prior.site("V"): V})().layers()[0]
         columns.append(update.weight().flatten())
     root = torch.stack(columns, -1)
-    noise = noise_covariance(monkeypatch, lambda: weight_noise(update.noise))
+    noise = noise_covariance(monkeypatch, lambda: weight(update.noise))
     sigma = prior.layer_scale()[0]
     assert (root @ root.mT).diagonal().max() > 0.01 * sigma**2
     torch.testing.assert_close(root @ root.mT + noise, sigma**2 * torch.eye(D_OUT * D_IN))

@@ -18,7 +18,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField
 from pyro_blora.models import FactorInducing
 from pyro_blora.network.targets import group_layers
-from pyro_blora.updates.conditional_noise import conditional_kl, factor_noise
+from pyro_blora.updates.conditional_noise import Side, conditional_kl, weight_noise
 from pyro_blora.updates.kronecker import inducing_covariance, whiten
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_factor.json").read_text("utf-8"))
@@ -36,6 +36,10 @@ def published(name):
         for k, v in PUBLISHED[name].items()
         if not isinstance(v, str)
     }
+
+
+def side_of(Z, D):
+    return Side.of(*whiten(Z, inducing_covariance(Z, D)), D)
 
 
 def as_published():
@@ -66,15 +70,12 @@ def test_the_conditional_mean_is_the_published_one():
 def test_the_conditional_covariance_is_the_published_one(name):
     """Of 200,000 draws, and in closed form."""
     given = published(name)
-    (L_r, Q_r), (L_c, Q_c) = (
-        whiten(given[f"Z_{s}"], inducing_covariance(given[f"Z_{s}"], given[f"D_{s}"])) for s in "rc"
-    )
+    rows, cols = (side_of(given[f"Z_{s}"], given[f"D_{s}"]) for s in "rc")
     scale = (given["sigma"] * given["lambda_"]).square()
     eye = torch.eye(len(given["covariance"]), dtype=torch.float64)
-    closed = scale * (eye - torch.kron(Q_r.mT @ Q_r, Q_c.mT @ Q_c))
+    closed = scale * (eye - torch.kron(rows.Q.mT @ rows.Q, cols.Q.mT @ cols.Q))
     torch.testing.assert_close(closed, given["covariance"])
-    sides = (L_r, Q_r, given["D_r"], L_c, Q_c, given["D_c"])
-    noise = factor_noise(torch.Size([200_000]), *(x[None] for x in sides))
+    noise = weight_noise(torch.Size([200_000]), rows, cols)
     drawn = scale * noise.flatten(1).mT.cov()
     torch.testing.assert_close(drawn, given["covariance"], rtol=0.02, atol=0.01 * scale.item())
 
@@ -121,11 +122,10 @@ class TestCorrectedDefects:
         """The published cache took chol(Z Z^T + D^2) for chol(Z Z^T): draws were too wide."""
         prior = bind(FactorInducing(rank=2, noise_init=1.0))
         Z, D = prior.Z_r_A, prior.D_r_A
-        Z = nn.functional.normalize(Z, dim=-1)
-        L, Q = whiten(Z, inducing_covariance(Z, D))
-        noise = factor_noise(torch.Size([100_000, N]), L, Q, D, L, Q, D)
+        side = side_of(nn.functional.normalize(Z, dim=-1), D)
+        noise = weight_noise(torch.Size([100_000, N]), side, side)
         for i in range(N):
-            R = Q[i].mT @ Q[i]
+            R = side.Q[i].mT @ side.Q[i]
             exact = torch.eye(4) - torch.kron(R, R)
             torch.testing.assert_close(noise[:, i].flatten(1).mT.cov(), exact, atol=0.03, rtol=0)
 
