@@ -49,13 +49,12 @@ class Site:
     @property
     def shape(self) -> torch.Size:
         """Batch shape, then event shape, of the *unconstrained* value."""
-        transform = self.transform
-        return torch.Size(transform.inverse_shape(self.prior.shape()))
+        return torch.Size(self.transform.inverse_shape(self.prior.shape()))
 
     @property
     def event_dim(self) -> int:
         """Number of trailing dimensions that one draw spans, unconstrained."""
-        return len(self.shape) - len(self.prior.batch_shape)
+        return len(self.event_shape)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -63,14 +62,14 @@ class Site:
         return torch.Size(self.prior.batch_shape)
 
     @property
-    def size(self) -> int:
-        """How many unconstrained numbers one draw has."""
-        return self.shape[len(self.batch_shape) :].numel()
-
-    @property
     def event_shape(self) -> torch.Size:
         """Shape of one draw, unconstrained."""
         return self.shape[len(self.batch_shape) :]
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained numbers one draw has."""
+        return self.event_shape.numel()
 
     @property
     def support(self) -> Constraint:
@@ -91,10 +90,9 @@ class Site:
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"Site {self.name!r} is {type(self.prior).__name__}, whose support "
-                f"({self.support}) is not an image of the real numbers, and a guide family is "
-                "a law over these. Relax a discrete site (RelaxedBernoulli), or sum it out "
-                "(MixtureSameFamily); where a law of real numbers does not say so, give it "
-                "`support = constraints.real`."
+                f"({self.support}) is no image of the real numbers. Relax a discrete site "
+                "(RelaxedBernoulli), or sum it out (MixtureSameFamily); where a law of real "
+                "numbers does not say so, give it `support = constraints.real`."
             ) from error
 
     @property

@@ -64,18 +64,13 @@ class Isotropic(PostHoc):
         num_samples: int = 4,
     ) -> None:
         super().__init__()
-        for option, value in (("threshold", threshold), ("max_width", max_width)):
-            if not value > 0:
-                raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
-        if iterations < 1 or num_samples < 1:
-            raise ConfigurationError(
-                f"Isotropic: iterations={iterations} and num_samples={num_samples} must be at "
-                "least 1."
-            )
         self.threshold = threshold
         self.max_width = max_width
         self.iterations = iterations
         self.num_samples = num_samples
+        for option, value in self.options().items():
+            if not value > 0:
+                raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` and room for the width."""
