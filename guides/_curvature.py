@@ -48,14 +48,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
 
     whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
     / (\lambda_i + \delta)`. That falls with :math:`\delta`, so bisection of the logarithm finds
-    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles).
-
-    Args:
-        values: the eigenvalues of the curvature.
-        loc: the point estimate.
-
-    Returns:
-        ``delta``, between 1e-6 and 1e6.
+    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles),
+    between 1e-6 and 1e6.
 
     Example::
 

@@ -61,11 +61,7 @@ class PostHoc(Delta):
 
     @classmethod
     def finish(cls, families: Mapping[str, Any], evidence: Evidence) -> dict[str, float]:
-        """Gives the families of all sites their width.
-
-        Args:
-            families: the bound family of each site by the site's name.
-            evidence: what the data says.
+        """Gives the families of all sites, by the sites' names, their width.
 
         Returns:
             Figures to show, by name.

@@ -13,7 +13,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
-from torch.distributions.transforms import IndependentTransform, Transform
+from torch.distributions.transforms import Transform
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
@@ -110,22 +110,18 @@ class Site:
         prior's own mean and standard deviation where the support is real and they are finite;
         otherwise the median and the spread of 1,000 draws, made without touching the global seed.
         """
-        loc, scale = self._spread()
+        loc = scale = torch.tensor(torch.nan)
+        if self.is_real:
+            loc, scale = self.prior.mean, self.prior.variance.sqrt()
+        if not (loc.isfinite().all() and scale.isfinite().all()):
+            with forked_rng(self.prior.sample().device):
+                torch.manual_seed(0)
+                draws = self.transform.inv(self.prior.sample(torch.Size([1000]))).detach()
+            low, loc, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), dim=0)
+            scale = (high - low) / 2
         if self.suggested is not None:
             loc = self.transform.inv(self.suggested)
         return loc.detach().clone(), scale.detach().clone()
-
-    def _spread(self) -> tuple[Tensor, Tensor]:
-        if self.is_real:
-            loc, scale = self.prior.mean, self.prior.variance.sqrt()
-            if bool(loc.isfinite().all()) and bool(scale.isfinite().all()):
-                return loc, scale
-        device = self.prior.sample().device
-        with forked_rng(device):
-            torch.manual_seed(0)
-            draws = self.transform.inv(self.prior.sample(torch.Size([1000]))).detach()
-        low, middle, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), dim=0)
-        return middle, (high - low) / 2
 
 
 class SiteGuide(Options, PyroModule):
@@ -181,13 +177,14 @@ class SiteGuide(Options, PyroModule):
             )
         self.init_scale = init_scale
 
-    def check_size(self, site: Site, option: str, size: int, advice: str) -> None:
+    def check_size(self, site: Site, option: str, size: int) -> None:
         """Raises ConfigurationError where ``size``, of a layer of ``site``, exceeds ``option``."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(
                 f"{type(self).__name__}: site {site.name!r} is {tuple(site.event_shape)} in each "
-                f"layer, and {size:,} is more than {option}={most}; {advice}, or raise {option}."
+                f"layer, and {size:,} is more than {option}={most}; use MeanField or LowRank, or "
+                f"raise {option}."
             )
 
     def bind(self: Self, site: Site) -> Self:
@@ -211,12 +208,8 @@ class SiteGuide(Options, PyroModule):
         q = self.distribution()
         if self.site.is_real:
             return q
-        transform = self.site.transform
-        reinterpreted = self.site.event_dim - transform.domain.event_dim
-        if reinterpreted > 0:
-            transform = IndependentTransform(transform, reinterpreted)
-        transform = transform.with_cache()  # a flow scores none but the value it has just made
-        return TransformedDistribution(q, [transform])
+        # with a cache, as a flow scores none but the value it has just made
+        return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def center(self) -> Tensor:
         """The centre of q: the image of the mean of :meth:`distribution`."""

@@ -70,7 +70,7 @@ class Flow(MeanField):
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and the transforms' parameters."""
-        self.check_size(site, "max_size", site.size, "use MeanField or LowRank")
+        self.check_size(site, "max_size", site.size)
         super().setup(site)
         if site.size == 1 or len(site.batch_shape) != 1:
             return

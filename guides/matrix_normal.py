@@ -54,7 +54,7 @@ class MatrixNormal(MeanField):
             return
         loc, scale = site.start()
         self.loc = PyroParam(loc)
-        self.check_size(site, "max_side", max(site.event_shape), "use MeanField or LowRank")
+        self.check_size(site, "max_side", max(site.event_shape))
         # The best product of a row and a column profile for the prior's standard deviations.
         root = (self.init_scale * scale).log()
         row = root.mean(-1) - root.mean((-1, -2)).unsqueeze(-1) / 2

@@ -72,7 +72,7 @@ def check_core(core: Core) -> None:
 
 
 def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tensor:
-    r"""Samples a core inside the plate of ``model``.
+    r"""Samples a core of shape ``(m_r, m_c)`` for each layer of ``model``, inside of its plate.
 
     ======================  ==========================================================
     name                    density of the entries
@@ -91,14 +91,6 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
     :func:`~pyro_blora.evaluation.effective_rank.effective_ranks`) between fixed directions, as
     ``SpectralInducing`` has them; learned directions are point estimates, and no density of the
     core keeps them from fitting noise.
-
-    Args:
-        model: the bound prior; its ``V`` site is sampled, and those named above.
-        core: a name, or a function from a shape to a distribution of that event shape.
-        shape: ``(m_r, m_c)``.
-
-    Returns:
-        ``(..., n, m_r, m_c)``.
     """
     if isinstance(core, str):
         return CORES[core](model, shape)

@@ -130,8 +130,7 @@ class FactorInducing(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples both ``U``; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
-        sigma = torch.full((self.group.n,), self.sigma, device=self.group.device)
-        scale = (self.sigma_ if self.scale == "learned" else sigma)[..., None, None]
+        scale = self.sigma_[:, None, None] if self.scale == "learned" else self.sigma
         mean_A, A = self._factor("A", {"start": self._start[0]})
         mean_B, B = self._factor("B", {})
         mean = LowRankUpdate(A=mean_A, B=scale * mean_B)
@@ -145,7 +144,6 @@ class FactorInducing(UpdateModel):
     def _factor(self, factor: str, infer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The factor's conditional mean, and a draw around it."""
         (L_r, Q_r), (L_c, Q_c) = self._whitened("r", factor), self._whitened("c", factor)
-        lam = torch.ones(self.group.n, device=self.group.device)
         with self.plate():
             prior = self.normal(self.size, self.size)
             V = pyro.sample(self.site(f"U_{factor}"), prior, infer=infer)
@@ -158,7 +156,10 @@ class FactorInducing(UpdateModel):
             return mean, mean
         rows = Side.of(L_r, Q_r, getattr(self, f"D_r_{factor}"))
         cols = Side.of(L_c, Q_c, getattr(self, f"D_c_{factor}"))
-        return mean, mean + lam[..., None, None] * weight_noise(V.shape[:-2], rows, cols)
+        noise = weight_noise(V.shape[:-2], rows, cols)
+        if self.conditional == "scaled":
+            noise = lam[:, None, None] * noise
+        return mean, mean + noise
 
     def _whitened(self, side: str, factor: str) -> tuple[Tensor, Tensor]:
         Z = normalize(getattr(self, f"Z_{side}_{factor}"), dim=-1)

@@ -81,6 +81,9 @@ class KernelInducing(KroneckerInducing):
         "E_c": "direction",
     }
 
+    row_kernel: str | Kernel
+    col_kernel: str | Kernel
+
     def __init__(
         self,
         *,
@@ -94,8 +97,8 @@ class KernelInducing(KroneckerInducing):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__(rank=rank, sigma=sigma, core=core, noise_init=noise_init)
-        # In a dictionary, so that the module does not track their parameters
-        self._kernels = {"r": row_kernel, "c": col_kernel}
+        # Past the module, which would track their parameters
+        self.__dict__.update(row_kernel=row_kernel, col_kernel=col_kernel)
         self.embedding = embedding
         self.embedding_size = embedding_size
         self.check_choice("embedding", ("learned", "one-hot"))
@@ -107,23 +110,13 @@ class KernelInducing(KroneckerInducing):
                     "GPyTorch kernel."
                 )
 
-    @property
-    def row_kernel(self) -> str | Kernel:
-        """The kernel of the rows, as it was given."""
-        return self._kernels["r"]
-
-    @property
-    def col_kernel(self) -> str | Kernel:
-        """The kernel of the columns, as it was given."""
-        return self._kernels["c"]
-
     def setup(self, group: LayerGroup) -> None:
         """Registers ``E`` (n x d x k), ``Z`` (n x m x k), ``D`` (n x m), sigma, the kernels'."""
         self.roles = dict(type(self).roles)  # type: ignore[misc]
         self._parts: dict[str, tuple[_Covariances, dict[str, str]]] = {}
         super().setup(group)
-        for side, kernel in self._kernels.items():
-            self._set_kernel(side, kernel)
+        self._set_kernel("r", self.row_kernel)
+        self._set_kernel("c", self.col_kernel)
 
     def _directions(self, side: str, m: int, d: int) -> Tensor:
         """Registers the embedding, and chooses inducing points among it."""

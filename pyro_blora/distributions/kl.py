@@ -84,15 +84,12 @@ def _normals(p: Any, other: Distribution) -> tuple[Tensor, Tensor]:
         # Pyro answers this with a Monte Carlo estimate, as for every pair without a closed form
         raise NotImplementedError(f"No closed form is known of a KL with {p}.")
     _check_events(p, other)
-    batch_dim = len(p.batch_shape)
-    return _collapse(normal.loc, batch_dim), _collapse(normal.scale, batch_dim)
+    cut = len(p.batch_shape)
+    return _collapse(normal.loc, cut), _collapse(normal.scale, cut)
 
 
-def _collapse(x: Tensor, batch_dim: int) -> Tensor:
-    for dim in range(batch_dim):
-        if x.stride(dim) == 0 and x.shape[dim] > 1:
-            x = x.narrow(dim, 0, 1)
-    return x
+def _collapse(x: Tensor, cut: int) -> Tensor:
+    return x[tuple(slice(None if stride else 1) for stride in x.stride()[:cut])]
 
 
 for law in (CoupledNormal, MatrixNormal, Reshaped):

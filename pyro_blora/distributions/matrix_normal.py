@@ -133,13 +133,7 @@ class MatrixNormal(RealLaw):
         return loc + multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Evaluate the log density, in nats.
-
-        Args:
-            value: of shape ``(..., m, n)``, broadcastable with :attr:`batch_shape`.
-
-        Returns:
-            Of the broadcast shape of :attr:`batch_shape` and ``value.shape[:-2]``.
+        """The log density in nats, of the broadcast batch shape.
 
         Raises:
             ValueError: when validating, ``value`` has another shape or is NaN somewhere.
@@ -154,7 +148,7 @@ class MatrixNormal(RealLaw):
         return log_prob.expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-2]))
 
     def entropy(self) -> Tensor:
-        """Compute the differential entropy, in nats, of shape :attr:`batch_shape`."""
+        """In nats, of shape :attr:`batch_shape`."""
         entropy = half_log_det(self) + 0.5 * self.event_shape.numel() * (1 + math.log(2 * math.pi))
         return entropy.expand(self.batch_shape)
 

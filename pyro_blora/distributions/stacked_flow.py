@@ -30,11 +30,7 @@ FLOWS: dict[str, Factory] = {
 
 
 class Chain(nn.Module):
-    """Transforms one after the other, with the log-determinant of the whole.
-
-    Args:
-        parts: what :mod:`pyro.distributions.transforms` makes.
-    """
+    """Pyro's transforms one after the other, with the log-determinant of the whole."""
 
     def __init__(self, parts: Sequence[Transform]) -> None:
         super().__init__()
@@ -141,14 +137,10 @@ def _check_log_det(chain: Chain, x: Tensor) -> None:
 
 
 class StackedFlow(Transform):
-    """A chain for each layer, ``(..., n, k)`` to ``(..., n, k)``.
+    """A chain for each layer, with another ``state``, ``(..., n, k)`` to ``(..., n, k)``.
 
     It scores the values it has just made; inverting others is left out, as not every transform has
     an inverse.
-
-    Args:
-        stack: the chains.
-        state: stands for that of ``stack``.
     """
 
     domain = codomain = constraints.real_vector

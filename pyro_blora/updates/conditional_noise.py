@@ -27,15 +27,7 @@ def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
     r"""``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
 
     The two conditionals share their mean and differ by the factor ``lambda^2`` in covariance, so
-    the KL does not depend on ``U``.
-
-    Args:
-        lam: lambda, any shape, positive.
-        d_out: number of output features.
-        d_in: number of input features.
-
-    Returns:
-        The KL, shaped as ``lam``; zero at lambda = 1.
+    the KL does not depend on ``U``. It is shaped as ``lam``, and zero at lambda = 1.
 
     Example::
 
@@ -56,15 +48,9 @@ class MarginalNoise:
     scale: Tensor
 
     def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Draws the noise.
+        """The noise, ``(P, N, d_out)``.
 
-        Args:
-            x: inputs, ``(P, N, d_in)``.
-            h: ``Q_c x``, ``(P, N, m_c)``.
-            B: ``Q_r^T``, ``(d_out, m_r)``.
-
-        Returns:
-            ``(P, N, d_out)``.
+        Of inputs ``x`` (P x N x d_in), ``h = Q_c x`` (P x N x m_c) and ``B = Q_r^T`` (d_out x m_r).
         """
         noise: Tensor = _RootTimesNormal.apply(*self._terms(x, h, B))
         return noise.to(x.dtype)
@@ -154,7 +140,7 @@ class JointNoise:
     cols: Side
 
     def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Draws the noise; arguments and result as in :meth:`MarginalNoise.__call__`."""
+        """The noise, as :class:`MarginalNoise` has it."""
         with torch.autocast(x.device.type, enabled=False):
             return self._draw(x, h)
 
@@ -182,13 +168,8 @@ class JointNoise:
 def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
     """Draws of ``E - T_r U T_c``, the noise of a weight small enough to be drawn itself.
 
-    Args:
-        batch: shape of the draws, ending in that of the sides, ``(..., n)``.
-        rows: ``d_r`` wide.
-        cols: ``d_c`` wide.
-
-    Returns:
-        ``(*batch, d_r, d_c)``, of covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
+    They are ``(*batch, d_r, d_c)``, where ``batch`` ends in the shape of the sides, and of
+    covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
     """
     E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
     return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q

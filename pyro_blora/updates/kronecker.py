@@ -20,14 +20,7 @@ __all__ = ["inducing_covariance", "whiten", "whiten_or_explain"]
 
 
 def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
-    """``Psi = Z Z^T + D^2``.
-
-    Args:
-        Z: inducing directions, ``(..., m, d)``.
-        D: their noise, ``(..., m)``, positive.
-
-    Returns:
-        ``(..., m, m)``, positive definite.
+    """``Psi = Z Z^T + D^2``, ``(..., m, m)``, of ``Z``, ``(..., m, d)``, and ``D``, ``(..., m)``.
 
     Example::
 
@@ -38,14 +31,7 @@ def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
 
 
 def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of ``Psi`` and the whitened directions.
-
-    Args:
-        Z: ``(..., m, d)``.
-        Psi: ``(..., m, m)``, positive definite.
-
-    Returns:
-        ``L`` with ``L L^T = Psi``, ``(..., m, m)``, and ``Q = L^-1 Z``, ``(..., m, d)``.
+    """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``.
 
     Raises:
         linear_operator.utils.errors.NotPSDError: ``Psi`` is not positive definite even with jitter.

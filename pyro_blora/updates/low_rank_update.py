@@ -71,15 +71,7 @@ class LayerUpdate:
     noise: Noise | None = None
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
-        """Adds the update to the layer's output.
-
-        Args:
-            x: the layer's input, ``(R, ..., d_in)``.
-            output: the layer's own output, ``(R, ..., d_out)``.
-
-        Returns:
-            ``output + B C A x`` plus noise, shaped as ``output``.
-        """
+        """``output + B C A x`` plus noise, of the layer's ``x``, (R, ..., d_in), and ``output``."""
         B = self.B.to(output.dtype)
         h = _particle_linear(x, self.A.to(x.dtype))
         g = h if self.core is None else _particle_linear(h, self.core.to(h.dtype))
