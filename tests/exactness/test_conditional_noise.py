@@ -63,14 +63,6 @@ def test_the_weight_s_covariance_is_exact(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_weight_s_covariance_by_monte_carlo():
-    _, update, dense = make("joint")
-    draws = torch.stack([weight(update.noise).flatten() for _ in range(4000)])
-    assert_mean(draws, 0)
-    assert_covariance(draws, dense.covariance())
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("conditional", ["exact", "scaled"])
 def test_marginal_variance_is_exact(conditional):
     _, update, dense = make("marginal", conditional)
@@ -78,16 +70,6 @@ def test_marginal_variance_is_exact(conditional):
     variance = update.noise.variance(x[None], x[None] @ update.A.mT, update.B)
     expected = dense.output_covariance(x).diagonal().reshape(1, 3, D_OUT)
     torch.testing.assert_close(variance, expected)
-
-
-@torch.no_grad()
-def test_marginal_draws():
-    """The exact variances, and nothing between outputs or positions."""
-    _, update, dense = make("marginal")
-    x = torch.randn(3, D_IN)
-    draws = draw(update, x.expand(DRAWS, 3, D_IN)).flatten(1)
-    assert_mean(draws, 0)
-    assert_covariance(draws, dense.output_covariance(x).diagonal().diag())
 
 
 @torch.no_grad()
@@ -111,15 +93,6 @@ def test_joint_covariance_where_directions_are_alike(monkeypatch, side):
     update, dense, x = prior().layers()[0], Dense(prior, 0, prior.lambda_[0]), torch.randn(3, D_IN)
     covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None]))
     torch.testing.assert_close(covariance, dense.output_covariance(x), rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_joint_draws():
-    _, update, dense = make("joint")
-    x = torch.randn(3, D_IN)
-    draws = draw(update, x.expand(DRAWS, 3, D_IN))
-    assert_mean(draws.flatten(1), 0)
-    assert_covariance(draws.flatten(1), dense.output_covariance(x))
 
 
 @torch.no_grad()

@@ -6,21 +6,15 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
+from dense_algebra import N
+from dense_algebra import at_start as bind
 from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.priors import GammaPrior
 from pyro.infer import SVI, TraceMeanField_ELBO
-from torch import nn
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.models import KernelInducing, KroneckerInducing
-from pyro_blora.network.targets import group_layers
 
-N, RANK = 3, (2, 3)
-
-
-def bind(prior):
-    layers = {f"{i}.q": nn.Linear(5, 4) for i in range(N)}
-    return prior.bind(group_layers(layers)[0])
+RANK = (2, 3)
 
 
 def weights(prior, V):
@@ -122,18 +116,3 @@ def test_a_kernel_object_is_not_changed():
         svi.step(tiny.sequences())
     assert kernel.lengthscale.item() == before
     assert isinstance(kernel, gpytorch.Module)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"row_kernel": "rbg"}, "kernel 'rbg' is unknown; .*rbf"),
-        ({"embedding": "none"}, "embedding='none' is not one of"),
-        ({"embedding_size": 0}, "must be positive"),
-        ({"sigma": -1.0}, "must be positive"),
-        ({"core": "cauchy"}, "core='cauchy' is unknown"),
-    ],
-)
-def test_options_are_checked(options, match):
-    with pytest.raises(ConfigurationError, match=match):
-        KernelInducing(**options)
