@@ -62,9 +62,8 @@ class MarginalNoise:
 
     def _terms(self, x: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        scale = self.scale.reshape(-1, 1, 1)
-        a = (scale * _norm(x.to(dtype))).square()
-        b = (scale * _norm(h.to(dtype))).square()
+        lengths = (torch.linalg.vector_norm(v.to(dtype), dim=-1, keepdim=True) for v in (x, h))
+        a, b = ((self.scale.reshape(-1, 1, 1) * length).square() for length in lengths)
         return a, b, B.to(dtype).square().sum(-1)
 
 
@@ -181,10 +180,6 @@ def _matheron(e: Tensor, rows: Side, cols: Side) -> Tensor:
     E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
     noise = rows.C @ E2 @ cols.F.mT + rows.F @ E3 @ cols.C.mT + rows.F @ E4 @ cols.F.mT
     return rows.Q @ e + noise
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _randn(like: Tensor, *shape: int) -> Tensor:
