@@ -10,43 +10,30 @@ class Curvature:
     """The sum over the data of the outer products of a site's scores, in one structure.
 
     Args:
-        is_kron: whether it is a Kronecker product of a row and a column factor.
-
-    Attributes:
-        diagonal: ``(n, *event_shape)``, or ``None`` for a Kronecker structure.
-        row: ``sum g g^T``, ``(n, m_r, m_r)``.
-        col: ``sum g^T g``, ``(n, m_c, m_c)``.
+        is_kron: whether it is a Kronecker product of a row and a column factor, not a diagonal.
     """
 
     def __init__(self, is_kron: bool) -> None:
         self.is_kron = is_kron
-        self.diagonal: Tensor | None = None
-        self.row: Tensor | None = None
-        self.col: Tensor | None = None
+        self.sums: list[Tensor] = []
 
     def add(self, g: Tensor) -> None:
         """Adds scores, ``(B, C, n, *event_shape)``."""
         if self.is_kron:
-            row = torch.einsum("bcnij,bcnkj->nik", g, g)
-            col = torch.einsum("bcnij,bcnik->njk", g, g)
-            self.row = row if self.row is None else self.row + row
-            self.col = col if self.col is None else self.col + col
+            found = [torch.einsum("bcnij,bcnkj->nik", g, g), torch.einsum("bcnij,bcnik->njk", g, g)]
         else:
-            square = g.square().sum((0, 1))
-            self.diagonal = square if self.diagonal is None else self.diagonal + square
+            found = [g.square().sum((0, 1))]
+        self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
 
     def eigen(self, scale: float) -> tuple[Tensor, ...]:
         """Eigenvalues of ``scale H``, ``(n, *event_shape)``, and the bases of a Kronecker product.
 
         The Kronecker structure is ``H = R (x) C / tr R``, exact where ``H`` is such a product.
         """
-        if self.diagonal is not None:
-            return (scale * self.diagonal,)
-        assert self.row is not None
-        assert self.col is not None
-        trace = self.row.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
-        rows, row_basis = torch.linalg.eigh(self.row)
-        cols, col_basis = torch.linalg.eigh(self.col)
+        if not self.is_kron:
+            return (scale * self.sums[0],)
+        trace = self.sums[0].diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
+        (rows, row_basis), (cols, col_basis) = map(torch.linalg.eigh, self.sums)
         values = rows.clamp_min(0).unsqueeze(-1) * cols.clamp_min(0).unsqueeze(-2)
         return scale * values / trace[:, None, None], row_basis, col_basis
 
@@ -61,14 +48,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
 
     whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
     / (\lambda_i + \delta)`. That falls with :math:`\delta`, so bisection of the logarithm finds
-    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles).
-
-    Args:
-        values: the eigenvalues of the curvature.
-        loc: the point estimate.
-
-    Returns:
-        ``delta``, between 1e-6 and 1e6.
+    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles),
+    between 1e-6 and 1e6.
 
     Example::
 

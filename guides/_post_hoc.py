@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
-from pyro.nn import PyroParam
 from torch import Tensor
 
-from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.guides.delta import Delta
 
 __all__ = ["Evidence", "PostHoc"]
 
@@ -33,22 +32,18 @@ class Evidence:
     num_data: int | None = None
 
 
-class PostHoc(SiteGuide):
+class PostHoc(Delta):
     """A point mass while it trains; :func:`pyro_blora.inference.finish` then gives it a width.
 
     ``fit`` calls ``finish`` by itself when the training is over. A subclass writes :meth:`widened`
     and :meth:`finish`.
-
-    Attributes:
-        finished: whether the width is there.
     """
 
-    roles: ClassVar[dict[str, str]] = {"loc": "mean"}
     _finished: Tensor
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean."""
-        self.loc = PyroParam(site.start()[0])
+        super().setup(site)
         self.register_buffer("_finished", torch.zeros((), dtype=torch.bool, device=self.loc.device))
 
     @property
@@ -62,17 +57,11 @@ class PostHoc(SiteGuide):
 
     def distribution(self) -> TorchDistribution:
         """The point mass at ``loc``, or what :meth:`widened` says."""
-        if self.finished:
-            return self.widened()
-        return dist.Delta(self.loc, event_dim=self.site.event_dim)
+        return self.widened() if self.finished else super().distribution()
 
     @classmethod
     def finish(cls, families: Mapping[str, Any], evidence: Evidence) -> dict[str, float]:
-        """Gives the families of all sites their width.
-
-        Args:
-            families: the bound family of each site by the site's name.
-            evidence: what the data says.
+        """Gives the families of all sites, by the sites' names, their width.
 
         Returns:
             Figures to show, by name.

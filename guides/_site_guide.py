@@ -13,7 +13,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
-from torch.distributions.transforms import IndependentTransform, Transform
+from torch.distributions.transforms import Transform
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
@@ -49,13 +49,12 @@ class Site:
     @property
     def shape(self) -> torch.Size:
         """Batch shape, then event shape, of the *unconstrained* value."""
-        transform = self.transform
-        return torch.Size(transform.inverse_shape(self.prior.shape()))
+        return torch.Size(self.transform.inverse_shape(self.prior.shape()))
 
     @property
     def event_dim(self) -> int:
         """Number of trailing dimensions that one draw spans, unconstrained."""
-        return len(self.shape) - len(self.prior.batch_shape)
+        return len(self.event_shape)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -63,14 +62,14 @@ class Site:
         return torch.Size(self.prior.batch_shape)
 
     @property
-    def size(self) -> int:
-        """How many unconstrained numbers one draw has."""
-        return self.shape[len(self.batch_shape) :].numel()
-
-    @property
     def event_shape(self) -> torch.Size:
         """Shape of one draw, unconstrained."""
         return self.shape[len(self.batch_shape) :]
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained numbers one draw has."""
+        return self.event_shape.numel()
 
     @property
     def support(self) -> Constraint:
@@ -91,10 +90,9 @@ class Site:
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"Site {self.name!r} is {type(self.prior).__name__}, whose support "
-                f"({self.support}) is not an image of the real numbers, and a guide family is "
-                "a law over these. Relax a discrete site (RelaxedBernoulli), or sum it out "
-                "(MixtureSameFamily); where a law of real numbers does not say so, give it "
-                "`support = constraints.real`."
+                f"({self.support}) is no image of the real numbers. Relax a discrete site "
+                "(RelaxedBernoulli), or sum it out (MixtureSameFamily); where a law of real "
+                "numbers does not say so, give it `support = constraints.real`."
             ) from error
 
     @property
@@ -112,22 +110,18 @@ class Site:
         prior's own mean and standard deviation where the support is real and they are finite;
         otherwise the median and the spread of 1,000 draws, made without touching the global seed.
         """
-        loc, scale = self._spread()
+        loc = scale = torch.tensor(torch.nan)
+        if self.is_real:
+            loc, scale = self.prior.mean, self.prior.variance.sqrt()
+        if not (loc.isfinite().all() and scale.isfinite().all()):
+            with forked_rng(self.prior.sample().device):
+                torch.manual_seed(0)
+                draws = self.transform.inv(self.prior.sample(torch.Size([1000]))).detach()
+            low, loc, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), dim=0)
+            scale = (high - low) / 2
         if self.suggested is not None:
             loc = self.transform.inv(self.suggested)
         return loc.detach().clone(), scale.detach().clone()
-
-    def _spread(self) -> tuple[Tensor, Tensor]:
-        if self.is_real:
-            loc, scale = self.prior.mean, self.prior.variance.sqrt()
-            if bool(loc.isfinite().all()) and bool(scale.isfinite().all()):
-                return loc, scale
-        device = self.prior.sample().device
-        with forked_rng(device):
-            torch.manual_seed(0)
-            draws = self.transform.inv(self.prior.sample(torch.Size([1000]))).detach()
-        low, middle, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), dim=0)
-        return middle, (high - low) / 2
 
 
 class SiteGuide(Options, PyroModule):
@@ -183,13 +177,14 @@ class SiteGuide(Options, PyroModule):
             )
         self.init_scale = init_scale
 
-    def check_size(self, site: Site, option: str, size: int, advice: str) -> None:
+    def check_size(self, site: Site, option: str, size: int) -> None:
         """Raises ConfigurationError where ``size``, of a layer of ``site``, exceeds ``option``."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(
                 f"{type(self).__name__}: site {site.name!r} is {tuple(site.event_shape)} in each "
-                f"layer, and {size:,} is more than {option}={most}; {advice}, or raise {option}."
+                f"layer, and {size:,} is more than {option}={most}; use MeanField or LowRank, or "
+                f"raise {option}."
             )
 
     def bind(self: Self, site: Site) -> Self:
@@ -213,12 +208,8 @@ class SiteGuide(Options, PyroModule):
         q = self.distribution()
         if self.site.is_real:
             return q
-        transform = self.site.transform
-        reinterpreted = self.site.event_dim - transform.domain.event_dim
-        if reinterpreted > 0:
-            transform = IndependentTransform(transform, reinterpreted)
-        transform = transform.with_cache()  # a flow scores none but the value it has just made
-        return TransformedDistribution(q, [transform])
+        # with a cache, as a flow scores none but the value it has just made
+        return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def center(self) -> Tensor:
         """The centre of q: the image of the mean of :meth:`distribution`."""

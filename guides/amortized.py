@@ -7,15 +7,15 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.guides.mean_field import MeanField
 
 __all__ = ["Amortized"]
 
 
-class Amortized(SiteGuide):
+class Amortized(MeanField):
     r"""Mean-field normals whose means and scales are shifted by the input.
 
     .. math::
@@ -56,8 +56,7 @@ class Amortized(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {
-        "loc": "mean",
-        "scale": "scale",
+        **MeanField.roles,
         "hidden_weight": "direction",
         "hidden_bias": "direction",
         "loc_weight": "direction",
@@ -74,19 +73,18 @@ class Amortized(SiteGuide):
 
     def setup(self, site: Site) -> None:
         """Registers the normals and the network of the shifts."""
-        loc, scale = site.start()
-        self.loc = PyroParam(loc)
-        self.scale = PyroParam(self.init_scale * scale, constraints.positive)
+        super().setup(site)
         size = self.context_size or site.context_size
         if size < 1:
             raise ConfigurationError(
                 "Amortized: the network has no input embeddings; give batches a 'context' (B x d) "
                 "and pass context_size=d."
             )
-        weight = torch.randn(self.hidden, size, device=loc.device)
+        device = self.loc.device
+        weight = torch.randn(self.hidden, size, device=device)
         self.hidden_weight = PyroParam(weight * size**-0.5)
-        self.hidden_bias = PyroParam(torch.zeros(self.hidden, device=loc.device))
-        zeros = torch.zeros(*loc.shape, self.hidden, device=loc.device)
+        self.hidden_bias = PyroParam(torch.zeros(self.hidden, device=device))
+        zeros = torch.zeros(*self.loc.shape, self.hidden, device=device)
         self.loc_weight = PyroParam(zeros)
         self.scale_weight = PyroParam(zeros.clone())
 
@@ -104,8 +102,3 @@ class Amortized(SiteGuide):
         flat = h.reshape(-1, self.hidden) @ weight.reshape(-1, self.hidden).mT
         outside = (1,) * (h.dim() - 2 - len(self.site.batch_shape))
         return flat.reshape(-1, *outside, *self.site.shape)
-
-    def center(self) -> Tensor:
-        """The image of the mean, for each context there is."""
-        mean = self.distribution().mean
-        return mean if self.site.is_real else self.site.transform(mean)

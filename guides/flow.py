@@ -1,28 +1,21 @@
 """A normalizing flow for each layer: any chain of Pyro's transforms."""
 
-from typing import ClassVar
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions.transforms import AffineTransform, ReshapeTransform
 
-from pyro_blora.distributions.stacked_flow import (
-    FLOWS,
-    Factory,
-    Stack,
-    StackedFlow,
-    make_chain,
-)
+from pyro_blora.distributions.stacked_flow import FLOWS, Factory, Stack, StackedFlow, make_chain
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
+from pyro_blora.guides._site_guide import Site, forked_rng
+from pyro_blora.guides.mean_field import MeanField
 
 __all__ = ["Flow"]
 
 
-class Flow(SiteGuide):
+class Flow(MeanField):
     r"""Noise through a chain of transforms, :math:`U = \mu + s \odot f(\epsilon)`.
 
     Each layer has parameters of its own in :math:`f`; all layers run in one call, but for splines
@@ -58,8 +51,6 @@ class Flow(SiteGuide):
         blora = BayesianLoRA(net, guide=Flow(flows=("householder", "spline")))
     """
 
-    roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale": "scale"}
-
     def __init__(
         self,
         *,
@@ -75,51 +66,41 @@ class Flow(SiteGuide):
                 raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
         self.flows = flows
         self.max_size = max_size
-        self._names: dict[str, str] = {}
-        self._buffer_names: dict[str, str] = {}
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the site is a number, or stands outside of the layers' plate."""
-        return self.site.size == 1 or len(self.site.batch_shape) != 1
+        self._stack: tuple[Stack, dict[str, str]] | None = None  # with the names of its state here
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and the transforms' parameters."""
-        self.check_size(site, "max_size", site.size, "use MeanField or LowRank")
-        loc, scale = site.start()
-        self.loc = PyroParam(loc)
-        self.scale = PyroParam(self.init_scale * scale, constraints.positive)
-        if self._plain:
+        self.check_size(site, "max_size", site.size)
+        super().setup(site)
+        if site.size == 1 or len(site.batch_shape) != 1:
             return
-        chains = [make_chain(self.flows, site.size) for _ in range(site.batch_shape.numel())]
-        self._stack = (Stack.of(chains, site.size),)
-        self.roles = dict(type(self).roles)  # type: ignore[misc]
-        for name, tensor in self._stack[0].parameters.items():
-            attribute = "flow_" + name.replace(".", "_")
-            self._names[name] = attribute
-            self.roles[attribute] = "scale"
-            setattr(self, attribute, PyroParam(tensor.to(loc.device).clone()))
-        for name, tensor in self._stack[0].buffers.items():  # masks are drawn anew at every setup
-            attribute = "flow_" + name.replace(".", "_")
-            self._buffer_names[name] = attribute
-            self.register_buffer(attribute, tensor.to(loc.device).clone())
+        stack = Stack.of([make_chain(self.flows, site.size) for _ in self.loc], site.size)
+        names = {name: "flow_" + name.replace(".", "_") for name in stack.state}
+        trained = dict(stack.chain.named_parameters())
+        self.roles = {**self.roles, **{names[name]: "scale" for name in trained}}  # type: ignore[misc]
+        for name, attribute in names.items():
+            tensor = stack.state[name].to(self.loc.device).clone()
+            if name in trained:
+                setattr(self, attribute, PyroParam(tensor))
+            else:  # masks, which are drawn anew at every setup
+                self.register_buffer(attribute, tensor)
+        self._stack = stack, names
 
     def distribution(self) -> TorchDistribution:
         """The law of ``U``; only values that it has just drawn can be scored."""
-        site = self.site
-        if self._plain:
-            return dist.Normal(self.loc, self.scale).to_event(site.event_dim)
-        flat = (*site.batch_shape, site.size)
-        flow = StackedFlow(
-            self._stack[0],
-            {name: getattr(self, attribute) for name, attribute in self._names.items()},
-            {name: getattr(self, attribute) for name, attribute in self._buffer_names.items()},
-            self.loc.reshape(flat),
-            self.scale.reshape(flat),
-            site.event_shape,
-        )
-        noise = torch.zeros(flat, device=self.loc.device)
-        return dist.TransformedDistribution(dist.Normal(noise, 1.0).to_event(1), [flow])
+        if self._stack is None:
+            return super().distribution()
+        stack, names = self._stack
+        flat = (*self.site.batch_shape, self.site.size)
+        flow = StackedFlow(stack, {name: getattr(self, names[name]) for name in names})
+        loc, scale = self.loc.reshape(flat), self.scale.reshape(flat)
+        transforms = [
+            flow,
+            AffineTransform(loc, scale, event_dim=1, cache_size=1),
+            ReshapeTransform(torch.Size(flat[-1:]), self.site.event_shape, cache_size=1),
+        ]
+        noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
+        return dist.TransformedDistribution(noise, transforms)
 
     def center(self) -> Tensor:
         """The mean of a thousand draws, made without touching the global seed."""

@@ -46,7 +46,7 @@ class FullRank(SiteGuide):
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and ``scale_tril``, diagonal."""
-        self.check_size(site, "max_size", site.size, "use MeanField or LowRank")
+        self.check_size(site, "max_size", site.size)
         loc, scale = site.start()
         flat = (self.init_scale * scale).reshape(*site.batch_shape, site.size)
         self.loc = PyroParam(loc)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -41,8 +40,7 @@ class Isotropic(PostHoc):
             ``s``. Default: 4.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers:
-    ``unit``,
-    :math:`\tau`, and ``width``, :math:`s`.
+    ``unit``, :math:`\tau`, and ``width``, :math:`s`.
 
     Reference:
         Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
@@ -54,7 +52,6 @@ class Isotropic(PostHoc):
         fit(blora, train, collate=collate, num_steps=300)  # finishes by itself, on the training set
     """
 
-    roles: ClassVar[dict[str, str]] = {"loc": "mean"}
     unit: Tensor
     width: Tensor
 
@@ -67,18 +64,13 @@ class Isotropic(PostHoc):
         num_samples: int = 4,
     ) -> None:
         super().__init__()
-        for option, value in (("threshold", threshold), ("max_width", max_width)):
-            if not value > 0:
-                raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
-        if iterations < 1 or num_samples < 1:
-            raise ConfigurationError(
-                f"Isotropic: iterations={iterations} and num_samples={num_samples} must be at "
-                "least 1."
-            )
         self.threshold = threshold
         self.max_width = max_width
         self.iterations = iterations
         self.num_samples = num_samples
+        for option, value in self.options().items():
+            if not value > 0:
+                raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` and room for the width."""

@@ -1,7 +1,7 @@
 """Laplace's approximation around a point estimate."""
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import pyro.distributions as dist
 import torch
@@ -52,7 +52,6 @@ class Laplace(PostHoc):
         fit(blora, train, collate=collate, num_steps=300)  # finishes by itself
     """
 
-    roles: ClassVar[dict[str, str]] = {"loc": "mean"}
     row_basis: Tensor
     col_basis: Tensor
     width: Tensor
@@ -132,9 +131,3 @@ class _Rotation(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return x.new_zeros(x.shape[:-2])
-
-    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        return torch.Size(torch.broadcast_shapes(torch.Size(shape), self.loc.shape))
-
-    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        return torch.Size(shape)

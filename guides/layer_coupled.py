@@ -2,19 +2,19 @@
 
 from typing import ClassVar
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import CoupledNormal
-from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.guides.mean_field import MeanField
 
 __all__ = ["LayerCoupled"]
 
 
-class LayerCoupled(SiteGuide):
+class LayerCoupled(MeanField):
     r"""A normal over all layers of a group at once, with a Kronecker factor over layers.
 
     .. math::
@@ -38,31 +38,22 @@ class LayerCoupled(SiteGuide):
         blora = BayesianLoRA(net, guide=LayerCoupled())
     """
 
-    roles: ClassVar[dict[str, str]] = {
-        "loc": "mean",
-        "scale": "scale",
-        "layer_scale_tril": "scale",
-    }
+    roles: ClassVar[dict[str, str]] = {**MeanField.roles, "layer_scale_tril": "scale"}
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and a diagonal ``layer_scale_tril``."""
-        loc, scale = site.start()
-        scale = self.init_scale * scale
-        self.loc = PyroParam(loc)
+        super().setup(site)
         if len(site.batch_shape) != 1:
-            self.scale = PyroParam(scale, constraints.positive)
             return
         # The best product of a profile over layers and one within a layer for the prior's scales.
-        root = scale.log()
+        root = self.scale.detach().log()
         layers = root.reshape(len(root), -1).mean(-1)
-        within = root.mean(0)
-        self.scale = PyroParam((within - layers.mean()).exp(), constraints.positive)
-        self.layer_scale_tril = PyroParam(
-            torch.diag_embed(layers.exp()), constraints.lower_cholesky
-        )
+        self.scale = PyroParam((root.mean(0) - layers.mean()).exp(), constraints.positive)
+        factor = torch.diag_embed(layers.exp())
+        self.layer_scale_tril = PyroParam(factor, constraints.lower_cholesky)
 
     def distribution(self) -> TorchDistribution:
         """The normal; its batch dimension is that of the layers."""
         if len(self.site.batch_shape) != 1:
-            return dist.Normal(self.loc, self.scale).to_event(self.site.event_dim)
+            return super().distribution()
         return CoupledNormal(self.loc, self.scale, self.layer_scale_tril)

@@ -2,19 +2,19 @@
 
 from typing import ClassVar
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 import pyro_blora.distributions as distributions
-from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.guides.mean_field import MeanField
 
 __all__ = ["MatrixNormal"]
 
 
-class MatrixNormal(SiteGuide):
+class MatrixNormal(MeanField):
     r"""A matrix normal, :math:`q(U) = \mathcal{MN}(M, L_r L_r^\top, L_c L_c^\top)`.
 
     Rows share one covariance and columns another, ``m_r^2 + m_c^2`` numbers in place of
@@ -38,10 +38,9 @@ class MatrixNormal(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {
-        "loc": "mean",
+        **MeanField.roles,
         "row_scale_tril": "scale",
         "col_scale_tril": "scale",
-        "scale": "scale",
     }
 
     def __init__(self, *, init_scale: float = 0.3, max_side: int = 1024) -> None:
@@ -50,12 +49,12 @@ class MatrixNormal(SiteGuide):
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and both factors, diagonal."""
+        if site.event_dim != 2:
+            super().setup(site)
+            return
         loc, scale = site.start()
         self.loc = PyroParam(loc)
-        if site.event_dim != 2:
-            self.scale = PyroParam(self.init_scale * scale, constraints.positive)
-            return
-        self.check_size(site, "max_side", max(site.event_shape), "use MeanField or LowRank")
+        self.check_size(site, "max_side", max(site.event_shape))
         # The best product of a row and a column profile for the prior's standard deviations.
         root = (self.init_scale * scale).log()
         row = root.mean(-1) - root.mean((-1, -2)).unsqueeze(-1) / 2
@@ -67,5 +66,5 @@ class MatrixNormal(SiteGuide):
     def distribution(self) -> TorchDistribution:
         """The matrix normal; no Cholesky is taken, the factors are the parameters."""
         if self.site.event_dim != 2:
-            return dist.Normal(self.loc, self.scale).to_event(self.site.event_dim)
+            return super().distribution()
         return distributions.MatrixNormal(self.loc, self.row_scale_tril, self.col_scale_tril)

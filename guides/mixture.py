@@ -7,7 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch.distributions import constraints
 
-from pyro_blora.distributions import NormalMixture
+from pyro_blora.distributions.normal_mixture import normal_mixture
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
@@ -66,4 +66,4 @@ class Mixture(SiteGuide):
 
     def distribution(self) -> TorchDistribution:
         """The mixture, of batch shape ``(n,)``."""
-        return NormalMixture(self.locs, self.scales, self.site.event_dim)
+        return normal_mixture(self.locs, self.scales, self.site.event_dim)

@@ -16,41 +16,40 @@ __all__ = ["CORES", "Core", "check_core", "sample_core"]
 # A name in CORES, or shape -> distribution of batch shape () and that event shape
 Core = str | Callable[[tuple[int, ...]], TorchDistribution]
 
+# Of independent entries of scale one, from a tensor of ones
+Law = Callable[[Tensor], TorchDistribution]
+
 _STUDENT_DF = 4.0  # heavy tails, and yet a variance
 _SLAB = 2.0  # standard deviation of the entries that the horseshoe leaves alone
 
 
-def _zeros(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape, device=model.group.device)
-
-
 def _normal(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    return _draw(model, "V", dist.Normal(_zeros(model, shape), 1.0))
+    return _draw(model, "V", shape, lambda one: dist.Normal(0 * one, 1.0))
 
 
 def _student_t(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     scale = ((_STUDENT_DF - 2) / _STUDENT_DF) ** 0.5  # unit variance
-    return _draw(model, "V", dist.StudentT(_STUDENT_DF, _zeros(model, shape), scale))
+    return _draw(model, "V", shape, lambda one: dist.StudentT(_STUDENT_DF, 0 * one, scale))
 
 
 def _laplace(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    return _draw(model, "V", dist.Laplace(_zeros(model, shape), 0.5**0.5))  # unit variance
+    return _draw(model, "V", shape, lambda one: dist.Laplace(0 * one, 0.5**0.5))  # unit variance
 
 
 def _horseshoe(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    tau = _draw(model, "tau", dist.HalfCauchy(_zeros(model, ()) + 1.0))[..., None, None]
-    local = _draw(model, "local", dist.HalfCauchy(_zeros(model, shape) + 1.0))
-    width = tau * local
+    tau = _draw(model, "tau", (), dist.HalfCauchy)[..., None, None]
+    width = tau * _draw(model, "local", shape, dist.HalfCauchy)
     return _normal(model, shape) * _SLAB * width / (_SLAB**2 + width.square()).sqrt()
 
 
 def _ard(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    columns = _draw(model, "columns", dist.HalfCauchy(_zeros(model, shape[-1:]) + 1.0))
+    columns = _draw(model, "columns", shape[-1:], dist.HalfCauchy)
     return _normal(model, shape) * columns.unsqueeze(-2)
 
 
-def _draw(model: UpdateModel, name: str, fn: TorchDistribution) -> Tensor:
-    value: Tensor = pyro.sample(model.site(name), fn.to_event(len(fn.batch_shape)))
+def _draw(model: UpdateModel, name: str, shape: tuple[int, ...], law: Law) -> Tensor:
+    fn = law(torch.ones(shape, device=model.group.device))
+    value: Tensor = pyro.sample(model.site(name), fn.to_event(len(shape)))
     return value
 
 
@@ -73,7 +72,7 @@ def check_core(core: Core) -> None:
 
 
 def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tensor:
-    r"""Samples a core inside the plate of ``model``.
+    r"""Samples a core of shape ``(m_r, m_c)`` for each layer of ``model``, inside of its plate.
 
     ======================  ==========================================================
     name                    density of the entries
@@ -92,14 +91,6 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
     :func:`~pyro_blora.evaluation.effective_rank.effective_ranks`) between fixed directions, as
     ``SpectralInducing`` has them; learned directions are point estimates, and no density of the
     core keeps them from fitting noise.
-
-    Args:
-        model: the bound prior; its ``V`` site is sampled, and those named above.
-        core: a name, or a function from a shape to a distribution of that event shape.
-        shape: ``(m_r, m_c)``.
-
-    Returns:
-        ``(..., n, m_r, m_c)``.
     """
     if isinstance(core, str):
         return CORES[core](model, shape)

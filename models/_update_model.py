@@ -1,6 +1,7 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
+import math
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -63,9 +64,6 @@ class UpdateModel(Options, PyroModule):
 
     _plate: tuple[pyro.plate] | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def __call__(self, *args: Any, **kwargs: Any) -> LowRankUpdate:
         """Runs :meth:`forward` with a plate of its own: a second one would repeat its site."""
         self._plate = None
@@ -93,6 +91,14 @@ class UpdateModel(Options, PyroModule):
         """Raises ConfigurationError where an option is none of its known values."""
         if getattr(self, option) not in known:
             raise ConfigurationError(f"{option}={getattr(self, option)!r} is not one of {known}.")
+
+    def check_positive(self, *options: str) -> None:
+        """Raises ConfigurationError where an option, or a part of it, is not positive."""
+        for option in options:
+            value = getattr(self, option)
+            parts = value if isinstance(value, tuple) else (value,)
+            if not all(0 < part < math.inf for part in parts):
+                raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
 
     def check_rank(self, rank: int | tuple[int, int], group: LayerGroup) -> None:
         """Raises ConfigurationError where a rank exceeds the size of the group's layers."""
@@ -138,6 +144,11 @@ class UpdateModel(Options, PyroModule):
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers on the group's device, to start a parameter with."""
         return torch.randn(*shape, device=self.group.device)
+
+    def lora_start(self, rank: int) -> Tensor:
+        """Where LoRA starts ``A``: uniform with variance ``1 / (3 d_in)``, ``(n, r, d_in)``."""
+        uniform = 2 * torch.rand(self.group.n, rank, self.group.d_in) - 1
+        return self.group.d_in**-0.5 * uniform.to(self.group.device)
 
     def normal(self, *event_shape: int, scale: Tensor | float = 1.0) -> pyro.distributions.Normal:
         """Independent normals of mean zero and the given scale, as one event."""

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.conditional_noise import conditional_kl, factor_noise
+from pyro_blora.updates.conditional_noise import Side, conditional_kl, weight_noise
 from pyro_blora.updates.kronecker import inducing_covariance, whiten_or_explain
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
@@ -102,11 +102,9 @@ class FactorInducing(UpdateModel):
             raise ConfigurationError(
                 f"lambda_init={lambda_init!r} must be between 0 and lambda_max={lambda_max!r}."
             )
-        if not 1 <= self.size <= rank or not sigma > 0 or not noise_init > 0:
-            raise ConfigurationError(
-                f"inducing={self.size!r} must be between 1 and rank={rank!r}, sigma={sigma!r} and "
-                f"noise_init={noise_init!r} positive."
-            )
+        self.check_positive("rank", "sigma", "noise_init")
+        if not 1 <= self.size <= rank:
+            raise ConfigurationError(f"inducing={inducing!r} must be between 1 and rank={rank!r}.")
 
     @property
     def size(self) -> int:
@@ -132,8 +130,7 @@ class FactorInducing(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples both ``U``; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
-        sigma = torch.full((self.group.n,), self.sigma, device=self.group.device)
-        scale = (self.sigma_ if self.scale == "learned" else sigma)[..., None, None]
+        scale = self.sigma_[:, None, None] if self.scale == "learned" else self.sigma
         mean_A, A = self._factor("A", {"start": self._start[0]})
         mean_B, B = self._factor("B", {})
         mean = LowRankUpdate(A=mean_A, B=scale * mean_B)
@@ -146,8 +143,7 @@ class FactorInducing(UpdateModel):
 
     def _factor(self, factor: str, infer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The factor's conditional mean, and a draw around it."""
-        (L_r, Q_r, D_r), (L_c, Q_c, D_c) = self._side("r", factor), self._side("c", factor)
-        lam = torch.ones(self.group.n, device=self.group.device)
+        (L_r, Q_r), (L_c, Q_c) = self._whitened("r", factor), self._whitened("c", factor)
         with self.plate():
             prior = self.normal(self.size, self.size)
             V = pyro.sample(self.site(f"U_{factor}"), prior, infer=infer)
@@ -158,13 +154,14 @@ class FactorInducing(UpdateModel):
         mean: Tensor = Q_r.mT @ V @ Q_c
         if self.conditional == "deterministic":
             return mean, mean
-        noise = factor_noise(V.shape[:-2], L_r, Q_r, D_r, L_c, Q_c, D_c)
-        return mean, mean + lam[..., None, None] * noise
+        rows = Side.of(L_r, Q_r, getattr(self, f"D_r_{factor}"))
+        cols = Side.of(L_c, Q_c, getattr(self, f"D_c_{factor}"))
+        noise = weight_noise(V.shape[:-2], rows, cols)
+        if self.conditional == "scaled":
+            noise = lam[:, None, None] * noise
+        return mean, mean + noise
 
-    def _side(self, side: str, factor: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _whitened(self, side: str, factor: str) -> tuple[Tensor, Tensor]:
         Z = normalize(getattr(self, f"Z_{side}_{factor}"), dim=-1)
-        D = getattr(self, f"D_{side}_{factor}")
-        L, Q = whiten_or_explain(
-            Z, inducing_covariance(Z, D), side, f"{factor} in {self.group.name!r}"
-        )
-        return L, Q, D
+        Psi = inducing_covariance(Z, getattr(self, f"D_{side}_{factor}"))
+        return whiten_or_explain(Z, Psi, side, f"{factor} in {self.group.name!r}")

@@ -7,7 +7,6 @@ import torch
 from pyro.nn import PyroParam
 from torch import Tensor
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -68,16 +67,12 @@ class GaussianFactors(UpdateModel):
         self.sigma = sigma
         self.alpha = alpha
         self.check_choice("random", ("A", "B", "both"))
-        if rank < 1 or not sigma > 0:
-            raise ConfigurationError(f"rank={rank!r} and sigma={sigma!r} must be positive.")
-        if alpha is not None and not alpha > 0:
-            raise ConfigurationError(f"alpha={alpha!r} must be positive, or None for the rank.")
+        self.check_positive("rank", "sigma", *(() if alpha is None else ("alpha",)))
 
     def setup(self, group: LayerGroup) -> None:
         """Registers the factor that is not random; remembers where ``A`` starts."""
         self.check_rank(self.rank, group)
-        bound = group.d_in**-0.5
-        start = bound * (2 * torch.rand(group.n, self.rank, group.d_in) - 1).to(group.device)
+        start = self.lora_start(self.rank)
         if self.random == "B":
             self.A = PyroParam(start)
         else:

@@ -1,13 +1,10 @@
 """Layer scales drawn from a common hyperprior."""
 
-from typing import ClassVar
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 
@@ -46,8 +43,6 @@ class Hierarchical(KroneckerInducing):
         blora = BayesianLoRA(net, prior=Hierarchical(rank=8, spread=1.0))
     """
 
-    roles: ClassVar[dict[str, str]] = KroneckerInducing.roles
-
     def __init__(
         self,
         *,
@@ -59,8 +54,7 @@ class Hierarchical(KroneckerInducing):
     ) -> None:
         super().__init__(rank=rank, sigma=sigma, scale="fixed", core=core, noise_init=noise_init)
         self.spread = spread
-        if not spread > 0:
-            raise ConfigurationError(f"Hierarchical: spread={spread!r} must be positive.")
+        self.check_positive("spread")
 
     def layer_scale(self) -> Tensor:
         """Samples the scales, ``(..., n)``."""

@@ -1,24 +1,21 @@
 """Row and column covariances by any GPyTorch kernels over embeddings of the neurons."""
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import gpytorch
 import pyro
 import torch
 from gpytorch.kernels import Kernel
-from linear_operator.operators import LinearOperator, to_linear_operator
 from pyro.nn import PyroParam
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.func import functional_call
 
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.models._core_density import Core, check_core, sample_core
-from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.models._core_density import Core
+from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.quantised import top_singular
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.kronecker import kronecker_covariance, whiten_or_explain
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates.kronecker import whiten_or_explain
 
 __all__ = ["KernelInducing"]
 
@@ -29,7 +26,7 @@ KERNELS: dict[str, Any] = {
 }
 
 
-class KernelInducing(UpdateModel):
+class KernelInducing(KroneckerInducing):
     r"""A sparse Gaussian process over the weight update, with kernels between neurons.
 
     .. math::
@@ -41,7 +38,7 @@ class KernelInducing(UpdateModel):
     Q_c`, the Nystroem approximation of :math:`\sigma^2\, k_r \otimes k_c` from the inducing points,
     with an embedding :math:`e` of every output and input neuron and ``m`` inducing points ``Z``
     among them. The conditional is deterministic. With linear kernels over one-hot embeddings this
-    is :class:`KroneckerInducing`.
+    is a plain :class:`KroneckerInducing`.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 8.
@@ -79,14 +76,13 @@ class KernelInducing(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {
+        **KroneckerInducing.roles,
         "E_r": "direction",
         "E_c": "direction",
-        "Z_r": "direction",
-        "Z_c": "direction",
-        "D_r": "scale",
-        "D_c": "scale",
-        "sigma_": "scale",
     }
+
+    row_kernel: str | Kernel
+    col_kernel: str | Kernel
 
     def __init__(
         self,
@@ -100,81 +96,53 @@ class KernelInducing(UpdateModel):
         core: Core = "normal",
         noise_init: float = 0.1,
     ) -> None:
-        super().__init__()
-        self.rank = rank
-        # In a dictionary, so that the module does not track their parameters
-        self._kernels = {"r": row_kernel, "c": col_kernel}
+        super().__init__(rank=rank, sigma=sigma, core=core, noise_init=noise_init)
+        # Past the module, which would track their parameters
+        self.__dict__.update(row_kernel=row_kernel, col_kernel=col_kernel)
         self.embedding = embedding
         self.embedding_size = embedding_size
-        self.sigma = sigma
-        self.core = core
-        self.noise_init = noise_init
         self.check_choice("embedding", ("learned", "one-hot"))
-        check_core(core)
+        self.check_positive("embedding_size")
         for kernel in (row_kernel, col_kernel):
             if isinstance(kernel, str) and kernel not in KERNELS:
                 raise ConfigurationError(
                     f"kernel {kernel!r} is unknown; {near_miss(kernel, KERNELS)}. Or give a "
                     "GPyTorch kernel."
                 )
-        if min(self.ranks) < 1 or embedding_size < 1 or not sigma > 0 or not noise_init > 0:
-            raise ConfigurationError(
-                f"rank={rank!r}, embedding_size={embedding_size!r}, sigma={sigma!r} and "
-                f"noise_init={noise_init!r} must be positive."
-            )
-
-    @property
-    def row_kernel(self) -> str | Kernel:
-        """The kernel of the rows, as it was given."""
-        return self._kernels["r"]
-
-    @property
-    def col_kernel(self) -> str | Kernel:
-        """The kernel of the columns, as it was given."""
-        return self._kernels["c"]
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """``(m_r, m_c)``."""
-        return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``E`` (n x d x k), ``Z`` (n x m x k), ``D`` (n x m), sigma, the kernels'."""
-        self.check_rank(self.rank, group)
-        ones = torch.ones(group.n, device=group.device)
         self.roles = dict(type(self).roles)  # type: ignore[misc]
         self._parts: dict[str, tuple[_Covariances, dict[str, str]]] = {}
-        for side, m, d in zip("rc", self.ranks, (group.d_out, group.d_in), strict=True):
-            if self.embedding == "learned":
-                E = self._embedding(group, side, d)
-                chosen = torch.stack([torch.randperm(d)[:m] for _ in range(group.n)])
-                Z = E[torch.arange(group.n)[:, None], chosen]
-                setattr(self, f"E_{side}", PyroParam(E.to(group.device)))
-            else:
-                Z = torch.randn(group.n, m, d) * d**-0.5
-            D = self.noise_init * ones.unsqueeze(-1).expand(-1, m)
-            setattr(self, f"Z_{side}", PyroParam(Z.to(group.device).clone()))
-            setattr(self, f"D_{side}", PyroParam(D.clone(), constraints.positive))
-            self._set_kernel(side, group)
-        self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
+        super().setup(group)
+        self._set_kernel("r", self.row_kernel)
+        self._set_kernel("c", self.col_kernel)
 
-    def _embedding(self, group: LayerGroup, side: str, d: int) -> Tensor:
-        k = self.embedding_size
+    def _directions(self, side: str, m: int, d: int) -> Tensor:
+        """Registers the embedding, and chooses inducing points among it."""
+        n, device = self.group.n, self.group.device
+        if self.embedding == "one-hot":
+            return super()._directions(side, m, d)
+        E = self._embedding(side, d)
+        setattr(self, f"E_{side}", PyroParam(E.to(device)))
+        chosen = torch.stack([torch.randperm(d)[:m] for _ in range(n)])
+        return E[torch.arange(n)[:, None], chosen].to(device)
+
+    def _embedding(self, side: str, d: int) -> Tensor:
+        k, n = self.embedding_size, self.group.n
         try:
-            left, right, _ = top_singular(group, min(k, d), min(k, d))
+            left, right, _ = top_singular(self.group, min(k, d), min(k, d))
         except ConfigurationError:  # a quantised weight
-            return torch.randn(group.n, d, k) * k**-0.5
+            return torch.randn(n, d, k) * k**-0.5
         # Neighbours at a distance of about one, as GPyTorch's kernels start with lengthscale 0.7
         scale = k**-0.5
         E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
-        rest = scale * torch.randn(group.n, d, k - E.shape[-1])
-        return torch.cat([E, rest], -1)
+        return torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)
 
-    def _set_kernel(self, side: str, group: LayerGroup) -> None:
-        kernel = self._kernels[side]
+    def _set_kernel(self, side: str, kernel: str | Kernel) -> None:
         if isinstance(kernel, str):
-            kernel = KERNELS[kernel](batch_shape=torch.Size([group.n]))
-        covariances = _Covariances(kernel).to(group.device)
+            kernel = KERNELS[kernel](batch_shape=torch.Size([self.group.n]))
+        covariances = _Covariances(kernel).to(self.group.device)
         names = {}
         for name, parameter in covariances.named_parameters():
             names[name] = f"kernel_{side}_" + name.replace(".", "_")
@@ -182,15 +150,7 @@ class KernelInducing(UpdateModel):
             setattr(self, names[name], PyroParam(parameter.detach().clone()))
         self._parts[side] = (covariances, names)
 
-    def forward(self) -> LowRankUpdate:
-        """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
-        Q_r, Q_c = self._whitened("r"), self._whitened("c")
-        with self.plate():
-            V = sample_core(self, self.core, self.ranks)
-        sigma = cast(Tensor, self.sigma_)
-        return LowRankUpdate(A=Q_c, core=sigma[:, None, None] * V, B=Q_r.mT)
-
-    def _evaluate(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _covariances(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
         """``k(Z, Z) + D^2``, ``k(Z, e)`` and the log density of the kernel's hyperparameters."""
         covariances, names = self._parts[side]
         Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
@@ -202,23 +162,11 @@ class KernelInducing(UpdateModel):
         K_zz, K_ze, log_prior = functional_call(covariances, state, (Z, E))
         return K_zz + torch.diag_embed(D.square()), K_ze, log_prior
 
-    def _whitened(self, side: str) -> Tensor:
-        Psi, K_ze, log_prior = self._evaluate(side)
+    def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
+        Psi, K_ze, log_prior = self._covariances(side)
         if self._parts[side][0].has_prior:
             pyro.factor(self.site(f"hyperprior_{side}"), log_prior)
-        return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")[1]
-
-    def row_covariance(self) -> LinearOperator:
-        """``Psi_r = k(Z_r, Z_r) + D_r^2`` as a linear operator, ``(n, m_r, m_r)``."""
-        return to_linear_operator(self._evaluate("r")[0])
-
-    def col_covariance(self) -> LinearOperator:
-        """``Psi_c`` as a linear operator, ``(n, m_c, m_c)``."""
-        return to_linear_operator(self._evaluate("c")[0])
-
-    def lazy_covariance_matrix(self) -> LinearOperator:
-        """``Psi_r (x) Psi_c``, the prior covariance of row-major ``vec U``."""
-        return kronecker_covariance(self.row_covariance(), self.col_covariance())
+        return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")
 
 
 class _Covariances(nn.Module):

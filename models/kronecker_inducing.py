@@ -1,28 +1,18 @@
 """The paper's prior in the product reading: one inducing matrix for each adapted weight."""
 
-import math
 from typing import ClassVar, Literal, cast
 
 import pyro
 import torch
-from linear_operator.operators import LinearOperator
-from linear_operator.utils.cholesky import psd_safe_cholesky
 from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, conditional_kl
-from pyro_blora.updates.kronecker import (
-    inducing_covariance,
-    kronecker_covariance,
-    lazy_covariance,
-    whiten_or_explain,
-    whitened_directions,
-)
+from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side, conditional_kl
+from pyro_blora.updates.kronecker import inducing_covariance, whiten_or_explain
 from pyro_blora.updates.low_rank_update import LowRankUpdate, Noise
 
 __all__ = ["KroneckerInducing"]
@@ -123,19 +113,11 @@ class KroneckerInducing(UpdateModel):
         self.lambda_init = lambda_init
         self.noise = noise
         self.noise_init = noise_init
-        self._check()
-
-    def _check(self) -> None:
         self.check_choice("conditional", ("deterministic", "exact", "scaled"))
         self.check_choice("noise", ("marginal", "joint"))
         self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
-        for option in ("sigma", "lambda_init", "noise_init"):
-            value = getattr(self, option)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
-        if min(self.ranks) < 1:
-            raise ConfigurationError(f"rank={self.rank!r} must be at least 1.")
-        check_core(self.core)
+        self.check_positive("rank", "sigma", "lambda_init", "noise_init")
+        check_core(core)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -146,9 +128,8 @@ class KroneckerInducing(UpdateModel):
         """Registers ``Z_r, Z_c`` (n x m x d), ``D_r, D_c`` (n x m), sigma and lambda (n)."""
         m_r, m_c = self.ranks
         self.check_rank(self.rank, group)
-        # Rows of norm one: Z Z^T is near the identity, and D sets how far Q is from orthonormal.
-        self.Z_r = PyroParam(self.randn(group.n, m_r, group.d_out) * group.d_out**-0.5)
-        self.Z_c = PyroParam(self.randn(group.n, m_c, group.d_in) * group.d_in**-0.5)
+        self.Z_r = PyroParam(self._directions("r", m_r, group.d_out))
+        self.Z_c = PyroParam(self._directions("c", m_c, group.d_in))
         ones = torch.ones(group.n, device=group.device)
         D = self.noise_init * ones.unsqueeze(-1)
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
@@ -158,10 +139,13 @@ class KroneckerInducing(UpdateModel):
         if self.conditional == "scaled":
             self.lambda_ = PyroParam(self.lambda_init * ones, constraints.positive)
 
+    def _directions(self, side: str, m: int, d: int) -> Tensor:
+        # Rows of norm one: Z Z^T is near the identity, and D sets how far Q is from orthonormal.
+        return self.randn(self.group.n, m, d) * d**-0.5
+
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
-        sides = self._whitened("r"), self._whitened("c")
-        (Q_r, *_), (Q_c, *_) = sides
+        (L_r, Q_r), (L_c, Q_c) = self._whitened("r"), self._whitened("c")
         sigma = self.layer_scale()
         with self.plate():
             V = sample_core(self, self.core, self.ranks)
@@ -170,7 +154,12 @@ class KroneckerInducing(UpdateModel):
                 pyro.factor(self.site("conditional_kl"), -kl)
         noise: tuple[Noise, ...] | None = None
         if self.conditional != "deterministic":
-            noise = self._noise(sigma, *sides)
+            scales = (sigma * (self.lambda_ if self.conditional == "scaled" else 1.0)).unbind(-1)
+            noise = tuple(MarginalNoise(s) for s in scales)
+            if self.noise == "joint":
+                rows, cols = Side.of(L_r, Q_r, self.D_r), Side.of(L_c, Q_c, self.D_c)
+                layers = zip(scales, rows.unbind(), cols.unbind(), strict=True)
+                noise = tuple(JointNoise(*layer) for layer in layers)
         return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
     def layer_scale(self) -> Tensor:
@@ -183,37 +172,8 @@ class KroneckerInducing(UpdateModel):
                 sigma = pyro.sample(self.site("sigma"), pyro.distributions.HalfCauchy(sigma))
         return sigma
 
-    def row_covariance(self) -> LinearOperator:
-        """``Psi_r`` as a linear operator, ``(n, m_r, m_r)``."""
-        return lazy_covariance(*self._side("r"))
-
-    def col_covariance(self) -> LinearOperator:
-        """``Psi_c`` as a linear operator, ``(n, m_c, m_c)``."""
-        return lazy_covariance(*self._side("c"))
-
-    def lazy_covariance_matrix(self) -> LinearOperator:
-        """``Psi_r (x) Psi_c``, the prior covariance of row-major ``vec U``."""
-        return kronecker_covariance(self.row_covariance(), self.col_covariance())
-
-    def _side(self, side: str) -> tuple[Tensor, Tensor]:
-        return getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
-
-    def _whitened(self, side: str) -> tuple[Tensor, ...]:
-        """``Q`` of one side, by one batched Cholesky for all layers.
-
-        For joint noise also ``F = L^-1 D`` and ``C`` with ``C C^T = Q Q^T``.
-        """
-        Z, D = self._side(side)
-        where = f"group {self.group.name!r}"
-        if self.conditional == "deterministic" or self.noise == "marginal":
-            return (whitened_directions(Z, D, side, where),)
-        L, Q = whiten_or_explain(Z, inducing_covariance(Z, D), side, where)
-        F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
-        return Q, F, psd_safe_cholesky(Q @ Q.mT)  # singular where directions are alike
-
-    def _noise(self, sigma: Tensor, *sides: tuple[Tensor, ...]) -> tuple[Noise, ...]:
-        scale = sigma * (self.lambda_ if self.conditional == "scaled" else 1.0)
-        if self.noise == "marginal":
-            return tuple(MarginalNoise(s) for s in scale.unbind(-1))
-        layers = zip(*(factor.unbind(0) for side in sides for factor in side), strict=True)
-        return tuple(JointNoise(s, *each) for s, each in zip(scale.unbind(-1), layers, strict=True))
+    def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
+        """``L`` and ``Q = L^-1 Z`` of one side, by one batched Cholesky for all layers."""
+        Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
+        Psi = inducing_covariance(Z, D)
+        return whiten_or_explain(Z, Psi, side, f"group {self.group.name!r}")

@@ -1,11 +1,10 @@
 """Inducing directions along the pretrained weight's own singular directions."""
 
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
-from pyro.nn import PyroParam
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
@@ -57,8 +56,6 @@ class SpectralInducing(KroneckerInducing):
         blora = BayesianLoRA(net, prior=SpectralInducing(rank=16), guide=FullRank())
     """
 
-    roles: ClassVar[dict[str, str]] = KroneckerInducing.roles
-
     def __init__(
         self,
         *,
@@ -80,16 +77,11 @@ class SpectralInducing(KroneckerInducing):
         super().setup(group)
         m_r, m_c = self.ranks
         Z_r, Z_c, values = top_singular(group, m_r, m_c)
-        tensors = {"Z_r": Z_r, "Z_c": Z_c}
-        for name in ("Z_r", "Z_c", "D_r", "D_c"):
-            value = tensors.get(name, getattr(self, name).detach()).to(group.device)
+        self.Z_r, self.Z_c = Z_r.to(group.device), Z_c.to(group.device)
+        for name in () if self.learn_directions else ("Z_r", "Z_c", "D_r", "D_c"):
+            value = getattr(self, name).detach()
             delattr(self, name)
-            if not self.learn_directions:
-                self.register_buffer(name, value)
-            elif name in tensors:
-                setattr(self, name, PyroParam(value))
-            else:
-                setattr(self, name, PyroParam(value, constraints.positive))
+            self.register_buffer(name, value)
         weights = torch.ones(group.n, m_r)
         if self.weighting == "singular":
             first = values[:, :m_r] / values[:, :1]
@@ -100,8 +92,4 @@ class SpectralInducing(KroneckerInducing):
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; its rows are weighed on the way to ``B``."""
         update = super().forward()
-        return LowRankUpdate(A=update.A, core=self._weigh(update.core), B=update.B)
-
-    def _weigh(self, core: Tensor | None) -> Tensor:
-        assert core is not None
-        return self.weights.unsqueeze(-1) * core
+        return replace(update, core=self.weights.unsqueeze(-1) * cast(Tensor, update.core))

@@ -7,7 +7,6 @@ import torch
 from pyro.nn import PyroParam
 from torch import Tensor
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.quantised import top_singular
 from pyro_blora.network.targets import LayerGroup
@@ -63,8 +62,7 @@ class Subspace(UpdateModel):
         self.sigma = sigma
         self.factors = factors
         self.check_choice("factors", ("learned", "spectral"))
-        if rank < 1 or not sigma > 0:
-            raise ConfigurationError(f"rank={rank!r} and sigma={sigma!r} must be positive.")
+        self.check_positive("rank", "sigma")
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``A`` (n x r x d_in) and ``B`` (n x d_out x r)."""
@@ -74,9 +72,7 @@ class Subspace(UpdateModel):
             self.register_buffer("A", right.to(group.device))
             self.register_buffer("B", left.mT.contiguous().to(group.device))
             return
-        bound = group.d_in**-0.5
-        start = bound * (2 * torch.rand(group.n, self.rank, group.d_in) - 1)
-        self.A = PyroParam(start.to(group.device))
+        self.A = PyroParam(self.lora_start(self.rank))
         self.B = PyroParam(torch.zeros(group.n, group.d_out, self.rank, device=group.device))
 
     def forward(self) -> LowRankUpdate:

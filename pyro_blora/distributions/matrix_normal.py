@@ -9,16 +9,15 @@ from linear_operator.operators import (
     KroneckerProductLinearOperator,
     TriangularLinearOperator,
 )
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions.factors import log_det, multiply, row_squares, solve
+from pyro_blora.distributions._real_law import RealLaw
 
-__all__ = ["MatrixNormal", "entry_variance", "half_log_det", "mahalanobis"]
+__all__ = ["MatrixNormal", "half_log_det", "inverse", "mahalanobis", "multiply"]
 
 
-class MatrixNormal(TorchDistribution):
+class MatrixNormal(RealLaw):
     r"""Matrix normal distribution, parametrised by Cholesky factors.
 
     .. math::
@@ -32,7 +31,7 @@ class MatrixNormal(TorchDistribution):
     Every method works with the triangular factors alone: no Cholesky factorisation, no ``mn x mn``
     matrix (but for :attr:`covariance_matrix`). Factors keep the batch shape they were given:
     :meth:`expand` neither copies nor repeats them, and a factor shared by several samples or batch
-    elements enters one wide product or solve.
+    elements enters one wide product.
 
     Args:
         loc: the mean :math:`M`, of shape ``(..., m, n)``.
@@ -46,6 +45,7 @@ class MatrixNormal(TorchDistribution):
     Raises:
         ValueError: the shapes do not fit, dtypes or devices differ, or, when validating, ``loc`` is
             NaN somewhere or a factor is not a lower Cholesky factor.
+        RuntimeError: the batch shapes do not broadcast.
 
     Reference:
         A. K. Gupta, D. K. Nagar (1999), "Matrix Variate Distributions", chapter 2.
@@ -66,8 +66,6 @@ class MatrixNormal(TorchDistribution):
         "row_scale_tril": constraints.lower_cholesky,
         "col_scale_tril": constraints.lower_cholesky,
     }
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = True
 
     def __init__(
         self,
@@ -76,52 +74,13 @@ class MatrixNormal(TorchDistribution):
         col_scale_tril: Tensor,
         validate_args: bool | None = None,
     ) -> None:
-        _check_arguments(loc, row_scale_tril, col_scale_tril)
         self._unbroadcasted_loc = loc
         self._unbroadcasted_row = row_scale_tril
         self._unbroadcasted_col = col_scale_tril
-        batch_shape, event_shape = self.infer_shapes(
-            loc.shape, row_scale_tril.shape, col_scale_tril.shape
-        )
-        super().__init__(batch_shape, event_shape, validate_args=validate_args)
-
-    @staticmethod
-    def infer_shapes(
-        loc: Sequence[int], row_scale_tril: Sequence[int], col_scale_tril: Sequence[int]
-    ) -> tuple[torch.Size, torch.Size]:
-        """Infer ``(batch_shape, event_shape)`` from the shapes of the arguments.
-
-        Raises:
-            RuntimeError: the batch shapes do not broadcast.
-        """
-        batch_shape = torch.broadcast_shapes(loc[:-2], row_scale_tril[:-2], col_scale_tril[:-2])
-        return batch_shape, torch.Size(loc[-2:])
-
-    def expand(
-        self, batch_shape: Sequence[int], _instance: "MatrixNormal | None" = None
-    ) -> "MatrixNormal":
-        """Expand to ``batch_shape``; the result shares the storage of the arguments.
-
-        Raises:
-            ValueError: :attr:`batch_shape` does not expand to ``batch_shape``.
-        """
-        new = self._get_checked_instance(MatrixNormal, _instance)
-        batch_shape = torch.Size(batch_shape)
-        if not _expands_to(self.batch_shape, batch_shape):
-            raise ValueError(
-                f"Cannot expand a MatrixNormal of batch_shape {tuple(self.batch_shape)} to "
-                f"{tuple(batch_shape)}: only sizes of 1 expand, and new dimensions go to the left."
-            )
-        new._unbroadcasted_loc = self._unbroadcasted_loc
-        new._unbroadcasted_row = self._unbroadcasted_row
-        new._unbroadcasted_col = self._unbroadcasted_col
-        super(MatrixNormal, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def __repr__(self) -> str:
-        batch, event = tuple(self.batch_shape), tuple(self.event_shape)
-        return f"{type(self).__name__}(batch_shape={batch}, event_shape={event})"
+        given = loc, row_scale_tril, col_scale_tril
+        _check_arguments(*given)
+        batch_shape = torch.broadcast_shapes(*(x.shape[:-2] for x in given))
+        super().__init__(batch_shape, loc.shape[-2:], validate_args)
 
     @property
     def loc(self) -> Tensor:
@@ -139,16 +98,6 @@ class MatrixNormal(TorchDistribution):
         return self._unbroadcasted_col.expand(*self.batch_shape, -1, -1)
 
     @property
-    def row_covariance(self) -> Tensor:
-        """``L_r L_r^T``, of shape ``batch_shape + (m, m)``."""
-        return _gram(self._unbroadcasted_row).expand(*self.batch_shape, -1, -1)
-
-    @property
-    def col_covariance(self) -> Tensor:
-        """``L_c L_c^T``, of shape ``batch_shape + (n, n)``."""
-        return _gram(self._unbroadcasted_col).expand(*self.batch_shape, -1, -1)
-
-    @property
     def mean(self) -> Tensor:
         """The mean, of shape ``batch_shape + (m, n)``."""
         return self.loc
@@ -161,14 +110,8 @@ class MatrixNormal(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """The variance of each entry, of shape ``batch_shape + (m, n)``."""
-        return entry_variance(self).expand(self.batch_shape + self.event_shape)
-
-    @property
-    def covariance_matrix(self) -> Tensor:
-        """The dense covariance of ``X.flatten(-2)``, of shape ``batch_shape + (mn, mn)``."""
-        row, col = _gram(self._unbroadcasted_row), _gram(self._unbroadcasted_col)
-        dense = row[..., :, None, :, None] * col[..., None, :, None, :]
-        return dense.flatten(-4, -3).flatten(-2, -1).expand(*self.batch_shape, -1, -1)
+        row, col = (x.square().sum(-1) for x in (self._unbroadcasted_row, self._unbroadcasted_col))
+        return (row.unsqueeze(-1) * col.unsqueeze(-2)).expand(self.batch_shape + self.event_shape)
 
     @property
     def lazy_covariance_matrix(self) -> KroneckerProductLinearOperator:
@@ -178,28 +121,19 @@ class MatrixNormal(TorchDistribution):
             *(CholLinearOperator(TriangularLinearOperator(factor)) for factor in factors)
         )
 
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """The dense covariance of ``X.flatten(-2)``, of shape ``batch_shape + (mn, mn)``."""
+        return self.lazy_covariance_matrix.to_dense()
+
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw with gradients, of shape ``sample_shape + batch_shape + (m, n)``."""
-        loc, row, col = self._unbroadcasted_loc, self._unbroadcasted_row, self._unbroadcasted_col
-        shape = self._extended_shape(torch.Size(sample_shape))
-        given, (m, n) = loc.shape[:-2], self.event_shape
-        if len(given) != 1 or not given == row.shape[:-2] == col.shape[:-2] == shape[-3:-2]:
-            noise = multiply(row, torch.randn(shape, dtype=loc.dtype, device=loc.device))
-            return loc + multiply(col, noise.mT).mT
-        # every draw beside the others: one product for a factor, and no dimension to move about
-        (b,), draws = given, shape[:-3].numel()
-        noise = torch.bmm(row, torch.randn(b, m, draws * n, dtype=loc.dtype, device=loc.device))
-        noise = torch.bmm(noise.view(b, m * draws, n), col.mT).view(b, m, draws, n)
-        return (loc + noise.permute(2, 0, 1, 3)).reshape(shape)
+        loc, shape = self._unbroadcasted_loc, self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=loc.dtype, device=loc.device)
+        return loc + multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Evaluate the log density, in nats.
-
-        Args:
-            value: of shape ``(..., m, n)``, broadcastable with :attr:`batch_shape`.
-
-        Returns:
-            Of the broadcast shape of :attr:`batch_shape` and ``value.shape[:-2]``.
+        """The log density in nats, of the broadcast batch shape.
 
         Raises:
             ValueError: when validating, ``value`` has another shape or is NaN somewhere.
@@ -211,68 +145,44 @@ class MatrixNormal(TorchDistribution):
             - half_log_det(self)
             - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
         )
-        if log_prob.shape == self.batch_shape:
-            return log_prob
         return log_prob.expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-2]))
 
     def entropy(self) -> Tensor:
-        """Compute the differential entropy, in nats, of shape :attr:`batch_shape`."""
+        """In nats, of shape :attr:`batch_shape`."""
         entropy = half_log_det(self) + 0.5 * self.event_shape.numel() * (1 + math.log(2 * math.pi))
         return entropy.expand(self.batch_shape)
 
 
-def _check_arguments(loc: Tensor, row: Tensor, col: Tensor) -> None:
-    given = (
-        f"loc {tuple(loc.shape)}, row_scale_tril {tuple(row.shape)}, "
-        f"col_scale_tril {tuple(col.shape)}"
-    )
-    if min(loc.dim(), row.dim(), col.dim()) < 2:
+def _check_arguments(*given: Tensor) -> None:
+    loc, row, col = (x.shape[-2:] for x in given)
+    kinds = {(x.dtype, x.device) for x in given}
+    if (row, col) != (loc[:-1] * 2, loc[-1:] * 2) or len(kinds) > 1:
+        found = ", ".join(f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in given)
         raise ValueError(
-            f"MatrixNormal needs at least two dimensions in each argument, got {given}."
-        )
-    m, n = loc.shape[-2:]
-    if row.shape[-2:] != (m, m) or col.shape[-2:] != (n, n):
-        raise ValueError(
-            f"For a loc of {m} x {n}, row_scale_tril must be (..., {m}, {m}) and col_scale_tril "
-            f"(..., {n}, {n}); got {given}."
-        )
-    try:
-        MatrixNormal.infer_shapes(loc.shape, row.shape, col.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"The dimensions left of the last two must broadcast; got {given}."
-        ) from error
-    if len({(x.dtype, x.device) for x in (loc, row, col)}) > 1:
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (loc, row, col))
-        raise ValueError(
-            "loc, row_scale_tril and col_scale_tril must agree in dtype and device; got "
-            f"{kinds}. Convert them with .to()."
+            "MatrixNormal needs loc (..., m, n), row_scale_tril (..., m, m) and col_scale_tril "
+            f"(..., n, n), of one dtype on one device; got {found}."
         )
 
 
-def _expands_to(shape: torch.Size, target: torch.Size) -> bool:
-    new = len(target) - len(shape)  # dimensions
-    return new >= 0 and all(s in (1, t) for s, t in zip(shape, target[new:], strict=True))
+def multiply(row: Tensor, x: Tensor, col: Tensor) -> Tensor:
+    """``row x col^T``; matmul would repeat a factor along each batch dimension that it lacks."""
+    return torch.einsum("...ij,...kj->...ik", torch.einsum("...ij,...jk->...ik", row, x), col)
 
 
-def _gram(factor: Tensor) -> Tensor:
-    return factor @ factor.mT
+def inverse(factor: Tensor) -> Tensor:
+    """The inverse of a lower triangle, at its own batch shape."""
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, eye, upper=False)
 
 
 def half_log_det(d: MatrixNormal) -> Tensor:
-    """Return ``log det(L_r (x) L_c)``, at the factors' own batch shape."""
-    m, n = d.event_shape
-    return n * log_det(d._unbroadcasted_row) + m * log_det(d._unbroadcasted_col)
+    """``log det(L_r (x) L_c)``, at the factors' own batch shape."""
+    (m, n), row, col = d.event_shape, d._unbroadcasted_row, d._unbroadcasted_col
+    row, col = (x.diagonal(dim1=-2, dim2=-1).log().sum(-1) for x in (row, col))
+    return n * row + m * col
 
 
 def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
-    """Return ``|L_r^-1 difference L_c^-T|^2``, batched as difference and factors are."""
-    whitened = solve(d._unbroadcasted_row, difference)
-    whitened = solve(d._unbroadcasted_col, whitened.mT)
-    return whitened.square().sum((-2, -1))
-
-
-def entry_variance(d: MatrixNormal) -> Tensor:
-    """Return the variance of each entry, at the factors' own batch shape."""
-    row, col = row_squares(d._unbroadcasted_row), row_squares(d._unbroadcasted_col)
-    return row.unsqueeze(-1) * col.unsqueeze(-2)
+    """``|L_r^-1 difference L_c^-T|^2``, batched as difference and factors are."""
+    row, col = inverse(d._unbroadcasted_row), inverse(d._unbroadcasted_col)
+    return multiply(row, difference, col).square().sum((-2, -1))

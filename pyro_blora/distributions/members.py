@@ -1,24 +1,23 @@
 """Draws from a list of points, each point in its turn."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+
+from pyro_blora.distributions._real_law import RealLaw
 
 __all__ = ["Members"]
 
 
-class Members(TorchDistribution):
+class Members(RealLaw):
     r"""``K`` points for each batch element, of which each draw takes the next, over and over.
 
     Draws are stratified, not independent: any ``K`` in a row have every point once, and all
     batch elements (the layers of a group) take the same point, so that a draw is one member of an
-    ensemble through and through. :meth:`log_prob` is zero, as that of
-    :class:`pyro.distributions.Delta`: point masses have no density, and the entropy is left out of
-    the ELBO.
+    ensemble through and through. New dimensions on the left are further draws. :meth:`log_prob` is
+    zero, as that of :class:`pyro.distributions.Delta`: point masses have no density, and the
+    entropy is left out of the ELBO.
 
     Args:
         points: ``(K, *batch_shape, *event_shape)``.
@@ -35,35 +34,20 @@ class Members(TorchDistribution):
                 [0., 0.]])
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:
         self.points = points
         self.turn = points.new_zeros((), dtype=torch.long) if turn is None else turn
         cut = points.dim() - event_dim
-        super().__init__(points.shape[1:cut], points.shape[cut:], validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real arrays of the event shape."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape: Sequence[int], _instance: "Members | None" = None) -> "Members":
-        """New dimensions on the left are further draws."""
-        new = Members(self.points, len(self.event_shape), self.turn)
-        new._batch_shape = torch.Size(batch_shape)
-        return new
+        super().__init__(points.shape[1:cut], points.shape[cut:])
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """The points that are next in turn, ``sample_shape + batch_shape + event_shape``."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        own = self.points.dim() - 1
-        draws = shape[: len(shape) - own].numel()
+        draws = shape[: len(shape) - self.points.dim() + 1].numel()
         index = (self.turn + torch.arange(draws, device=self.points.device)) % len(self.points)
         # Were the members to go round whole times, each would see the same places of every batch.
         self.turn.add_(draws + (draws % len(self.points) == 0)).remainder_(len(self.points))
-        return self.points[index].reshape(shape[: len(shape) - own] + self.points.shape[1:])
+        return self.points[index].reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Zero, of the broadcast batch shape."""

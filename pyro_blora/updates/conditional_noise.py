@@ -9,7 +9,7 @@ is needed: a layer only shows the noise through its outputs.
   diagonal, of order ``m / d_out``) and between positions are left out.
 * :class:`JointNoise` draws what one weight gives to all outputs at all positions of a particle:
   a shared draw in the span of ``Q_c`` plus the rest through the Gram matrix of the inputs.
-* :func:`weight_noise` draws the weight itself, to test the two others against.
+* :func:`weight_noise` draws the weight itself: LoRA's small factors, and to test the others.
 """
 
 from dataclasses import dataclass
@@ -20,22 +20,14 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["JointNoise", "MarginalNoise", "conditional_kl", "factor_noise", "weight_noise"]
+__all__ = ["JointNoise", "MarginalNoise", "Side", "conditional_kl", "weight_noise"]
 
 
 def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
     r"""``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
 
     The two conditionals share their mean and differ by the factor ``lambda^2`` in covariance, so
-    the KL does not depend on ``U``.
-
-    Args:
-        lam: lambda, any shape, positive.
-        d_out: number of output features.
-        d_in: number of input features.
-
-    Returns:
-        The KL, shaped as ``lam``; zero at lambda = 1.
+    the KL does not depend on ``U``. It is shaped as ``lam``, and zero at lambda = 1.
 
     Example::
 
@@ -56,15 +48,9 @@ class MarginalNoise:
     scale: Tensor
 
     def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Draws the noise.
+        """The noise, ``(P, N, d_out)``.
 
-        Args:
-            x: inputs, ``(P, N, d_in)``.
-            h: ``Q_c x``, ``(P, N, m_c)``.
-            B: ``Q_r^T``, ``(d_out, m_r)``.
-
-        Returns:
-            ``(P, N, d_out)``.
+        Of inputs ``x`` (P x N x d_in), ``h = Q_c x`` (P x N x m_c) and ``B = Q_r^T`` (d_out x m_r).
         """
         noise: Tensor = _RootTimesNormal.apply(*self._terms(x, h, B))
         return noise.to(x.dtype)
@@ -76,9 +62,8 @@ class MarginalNoise:
 
     def _terms(self, x: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        scale = self.scale.reshape(-1, 1, 1)
-        a = (scale * _norm(x.to(dtype))).square()
-        b = (scale * _norm(h.to(dtype))).square()
+        lengths = (torch.linalg.vector_norm(v.to(dtype), dim=-1, keepdim=True) for v in (x, h))
+        a, b = ((self.scale.reshape(-1, 1, 1) * length).square() for length in lengths)
         return a, b, B.to(dtype).square().sum(-1)
 
 
@@ -108,111 +93,93 @@ class _RootTimesNormal(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Side:
+    """One side of the prior, of as many layers as there are dimensions in front.
+
+    Attributes:
+        Q: ``L^-1 Z``, ``(..., m, d)``.
+        F: ``L^-1 D``, ``(..., m, m)``; ``Q Q^T = I - F F^T``.
+        C: ``C C^T = Q Q^T``, ``(..., m, m)``.
+    """
+
+    Q: Tensor
+    F: Tensor
+    C: Tensor
+
+    @classmethod
+    def of(cls, L: Tensor, Q: Tensor, D: Tensor) -> "Side":
+        """From the factor ``L`` of ``Psi``, the whitened directions and their noise ``D``."""
+        F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
+        return cls(Q, F, psd_safe_cholesky(Q @ Q.mT))  # singular where directions are alike
+
+    def unbind(self) -> list["Side"]:
+        """The sides of the layers in the first dimension."""
+        factors = (self.Q.unbind(0), self.F.unbind(0), self.C.unbind(0))
+        return [Side(*each) for each in zip(*factors, strict=True)]
+
+
+@dataclass(frozen=True)
 class JointNoise:
     """Noise as one weight gives it to all outputs at all positions of a particle.
 
-    With ``F = L^-1 D``, ``G = Q Q^T = I - F F^T`` and ``C C^T = G`` on either side, the extended
-    Matheron rule for ``W`` needs only what ``E`` (d_out x d_in, standard normal) does in the span
-    of ``Q_c`` (``e = E Q_c^T``) and to the inputs outside of that span.
+    The extended Matheron rule for ``W`` needs only what ``E`` (d_out x d_in, standard normal) does
+    in the span of ``Q_c`` (``e = E Q_c^T``) and to the inputs outside of that span.
 
     Attributes:
         scale: ``s = sigma lambda``, a scalar or ``(P,)``.
-        Q_r: ``(m_r, d_out)``.
-        F_r: ``(m_r, m_r)``.
-        C_r: ``(m_r, m_r)``.
-        Q_c: ``(m_c, d_in)``.
-        F_c: ``(m_c, m_c)``.
-        C_c: ``(m_c, m_c)``.
+        rows: of one layer.
+        cols: of one layer.
 
     Reference:
         Ritter et al. 2021, arXiv:2105.14594, section 3.3.
     """
 
     scale: Tensor
-    Q_r: Tensor
-    F_r: Tensor
-    C_r: Tensor
-    Q_c: Tensor
-    F_c: Tensor
-    C_c: Tensor
+    rows: Side
+    cols: Side
 
     def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Draws the noise; arguments and result as in :meth:`MarginalNoise.__call__`."""
+        """The noise, as :class:`MarginalNoise` has it."""
         with torch.autocast(x.device.type, enabled=False):
             return self._draw(x, h)
 
     def _draw(self, x: Tensor, h: Tensor) -> Tensor:
-        dtype = self.Q_r.dtype
-        x, h, out = x.to(dtype), h.to(dtype), x.dtype
-        particles, d_out = x.shape[0], self.Q_r.shape[-1]
-        e = _randn(x, particles, d_out, self.C_c.shape[-1]) @ self.C_c.mT  # E Q_c^T
-        U = self._matheron(e)
-        g = torch.cholesky_solve(h.mT, self.C_c)  # G_c^-1 h, P x m_c x N
+        Q_r, Q_c, C_c = self.rows.Q, self.cols.Q, self.cols.C
+        dtype, out = Q_r.dtype, x.dtype
+        x, h = x.to(dtype), h.to(dtype)
+        particles, d_out = x.shape[0], Q_r.shape[-1]
+        e = _randn(x, particles, d_out, C_c.shape[-1]) @ C_c.mT  # E Q_c^T
+        U = _matheron(e, self.rows, self.cols)
+        g = torch.cholesky_solve(h.mT, C_c)  # G_c^-1 h, P x m_c x N, with G_c = Q_c Q_c^T
         inside = g.mT @ e.mT
         # More positions than free directions leave the Gram matrix singular, hence the double
         # precision and the jitter.
-        outer = x.double() - g.mT.double() @ self.Q_c.double()
+        outer = x.double() - g.mT.double() @ Q_c.double()
         gram = outer @ outer.mT
         jitter = 1e-12 + 1e-10 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=x.device)
         root = torch.linalg.cholesky(gram + jitter[:, None, None] * eye).to(dtype)
         outside = root @ _randn(x, particles, x.shape[1], d_out)
-        noise = inside + outside - (h @ U.mT) @ self.Q_r
+        noise = inside + outside - (h @ U.mT) @ Q_r
         return (self.scale.reshape(-1, 1, 1) * noise).to(out)
 
-    def _matheron(self, e: Tensor) -> Tensor:
-        """A draw of the whitened ``U`` that belongs to ``E``, ``(P, m_r, m_c)``."""
-        shape = (e.shape[0], self.F_r.shape[-1], self.F_c.shape[-1])
-        E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
-        return (
-            self.Q_r @ e
-            + self.C_r @ E2 @ self.F_c.mT
-            + self.F_r @ E3 @ self.C_c.mT
-            + self.F_r @ E4 @ self.F_c.mT
-        )
 
-
-def weight_noise(noise: JointNoise) -> Tensor:
-    """One draw of ``W - E[W | U]`` as a dense weight, ``(d_out, d_in)``; for tests only."""
-    E = _randn(noise.Q_c, noise.Q_r.shape[-1], noise.Q_c.shape[-1])
-    U = noise._matheron((E @ noise.Q_c.mT).unsqueeze(0))[0]
-    return noise.scale * (E - noise.Q_r.mT @ U @ noise.Q_c)
-
-
-def factor_noise(
-    batch: torch.Size,
-    L_r: Tensor,
-    Q_r: Tensor,
-    D_r: Tensor,
-    L_c: Tensor,
-    Q_c: Tensor,
-    D_c: Tensor,
-) -> Tensor:
+def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
     """Draws of ``E - T_r U T_c``, the noise of a weight small enough to be drawn itself.
 
-    Args:
-        batch: shape of the draws, ending in the layers, ``(..., n)``.
-        L_r: Cholesky factors of ``Psi_r``, ``(n, m_r, m_r)``.
-        Q_r: ``L_r^-1 Z_r``, ``(n, m_r, d_r)``.
-        D_r: ``(n, m_r)``.
-        L_c: the same for the columns.
-        Q_c: the same for the columns.
-        D_c: the same for the columns.
-
-    Returns:
-        ``(*batch, d_r, d_c)``, of covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
+    They are ``(*batch, d_r, d_c)``, where ``batch`` ends in the shape of the sides, and of
+    covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
     """
-    F_r = torch.linalg.solve_triangular(L_r, torch.diag_embed(D_r), upper=False)
-    F_c = torch.linalg.solve_triangular(L_c, torch.diag_embed(D_c), upper=False)
-    C_r, C_c = psd_safe_cholesky(Q_r @ Q_r.mT), psd_safe_cholesky(Q_c @ Q_c.mT)
-    E = _randn(Q_r, *batch, Q_r.shape[-1], Q_c.shape[-1])
-    E2, E3, E4 = (_randn(Q_r, *batch, Q_r.shape[-2], Q_c.shape[-2]) for _ in range(3))
-    U = Q_r @ E @ Q_c.mT + C_r @ E2 @ F_c.mT + F_r @ E3 @ C_c.mT + F_r @ E4 @ F_c.mT
-    return E - Q_r.mT @ U @ Q_c
+    E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
+    return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+def _matheron(e: Tensor, rows: Side, cols: Side) -> Tensor:
+    """A draw of the whitened ``U`` that belongs to ``e = E Q_c^T``, ``(..., m_r, m_c)``."""
+    shape = (*e.shape[:-2], rows.F.shape[-1], cols.F.shape[-1])
+    E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
+    noise = rows.C @ E2 @ cols.F.mT + rows.F @ E3 @ cols.C.mT + rows.F @ E4 @ cols.F.mT
+    return rows.Q @ e + noise
 
 
 def _randn(like: Tensor, *shape: int) -> Tensor:

@@ -17,41 +17,22 @@ from torch.nn import functional
 
 from pyro_blora.errors import ParticleError
 
-__all__ = ["LayerUpdate", "LowRankUpdate", "Noise", "particle_linear"]
+__all__ = ["LayerUpdate", "LowRankUpdate", "Noise"]
 
 # (x: P x N x d_in, h = A x, B) -> noise to add to the layer's output, P x N x d_out
 Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def particle_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight^T``, each particle's weight applied to its own share of the rows.
-
-    Args:
-        x: ``(R, ..., d_in)``; with ``P`` particles, rows ``p R/P`` to ``(p+1) R/P`` are the
-            ``p``-th particle's.
-        weight: ``(d_out, d_in)``, shared by all rows, or ``(P, d_out, d_in)``.
-
-    Returns:
-        ``(R, ..., d_out)``.
-
-    Raises:
-        ParticleError: ``R`` is not a multiple of ``P``.
-
-    Example::
-
-        >>> particle_linear(torch.ones(4, 5, 3), torch.ones(2, 7, 3)).shape
-        torch.Size([4, 5, 7])
-    """
+def _particle_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``, each particle's weight applied to its own share of the rows."""
     if weight.dim() == 2:
         return functional.linear(x, weight)
     shares = torch.bmm(_shares(x, weight.shape[0]), weight.mT)
-    if shares.shape[:-1] == x.shape[:-1]:  # a view is a node of the graph, too
-        return shares
     return shares.reshape(*x.shape[:-1], weight.shape[-2])
 
 
 def _add_particle_linear(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``output + x @ weight^T`` as :func:`particle_linear` has it, without a pass for the sum.
+    """``output + x @ weight^T`` likewise, without a pass for the sum.
 
     Never in place: an earlier hook of somebody else's may have kept ``output``.
     """
@@ -69,8 +50,6 @@ def _shares(x: Tensor, particles: int) -> Tensor:
             f"{x.shape[0]} rows cannot be shared out evenly among {particles} particles; choose a "
             "num_particles that divides the batch size."
         )
-    if x.dim() == 3 and x.shape[0] == particles:
-        return x
     return x.reshape(particles, -1, x.shape[-1])
 
 
@@ -92,18 +71,10 @@ class LayerUpdate:
     noise: Noise | None = None
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
-        """Adds the update to the layer's output.
-
-        Args:
-            x: the layer's input, ``(R, ..., d_in)``.
-            output: the layer's own output, ``(R, ..., d_out)``.
-
-        Returns:
-            ``output + B C A x`` plus noise, shaped as ``output``.
-        """
+        """``output + B C A x`` plus noise, of the layer's ``x``, (R, ..., d_in), and ``output``."""
         B = self.B.to(output.dtype)
-        h = particle_linear(x, self.A.to(x.dtype))
-        g = h if self.core is None else particle_linear(h, self.core.to(h.dtype))
+        h = _particle_linear(x, self.A.to(x.dtype))
+        g = h if self.core is None else _particle_linear(h, self.core.to(h.dtype))
         output = _add_particle_linear(output, g.to(output.dtype), B)
         if self.noise is not None:
             shares = (self.particles, -1)

@@ -9,14 +9,23 @@ from pyro_blora.updates import conditional_noise as conditional
 N, D_OUT, D_IN, M_R, M_C = 2, 4, 5, 2, 3
 
 
-def bind(prior, n=N, d_out=D_OUT, d_in=D_IN):
-    """``prior`` for ``n`` equal layers, every trainable tensor moved off its start."""
-    layers = {f"{i}.layer": nn.Linear(d_in, d_out) for i in range(n)}
-    bound = prior.bind(group_layers(layers)[0])
+def at_start(prior, n=N, d_out=D_OUT, d_in=D_IN):
+    """``prior`` for a group ``q`` of ``n`` equal layers."""
+    layers = {f"{i}.q": nn.Linear(d_in, d_out) for i in range(n)}
+    return prior.bind(group_layers(layers)[0])
+
+
+def bind(prior):
+    """The same with every trainable tensor moved off its start."""
+    return shaken(at_start(prior), 0.4)
+
+
+def shaken(module, size):
+    """``module`` with normal noise on each of its parameters."""
     with torch.no_grad():
-        for parameter in bound.parameters():
-            parameter.add_(0.4 * torch.randn(parameter.shape))
-    return bound
+        for parameter in module.parameters():
+            parameter.add_(size * torch.randn(parameter.shape))
+    return module
 
 
 def psi(Z, D):

@@ -2,6 +2,7 @@
 
 import pyro
 import torch
+from dense_algebra import shaken
 from tiny import ANSWERS, adapted, choices, llama, sequences
 from torch.distributions import kl_divergence
 from torch.nn import functional
@@ -20,22 +21,24 @@ def likelihood_of(name):
     return MultipleChoice(num_data=NUM_DATA)
 
 
-def make(likelihood):
-    """The adapted network and a batch of six; the weights are large, so that the draws matter."""
-    net = llama(1)
+def loud(net):
+    """Larger weights, so that a token misplaced shows."""
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
+    return net
+
+
+def make(likelihood):
+    """The adapted network and a batch of six; the weights are large, so that the draws matter."""
     blora = adapted(
-        net,
+        loud(llama(1)),
         prior=KroneckerInducing(rank=2, sigma=1.0),
         guide=MatrixNormal(init_scale=0.4),
         likelihood=likelihood_of(likelihood),
     )
-    with torch.no_grad():
-        for parameter in blora.guide.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+    shaken(blora.guide, 0.2)
     return blora, sequences(B) if likelihood == "LabelTokens" else choices(B)
 
 

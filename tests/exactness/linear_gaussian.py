@@ -105,19 +105,34 @@ class Toy:
 
     def fit(self):
         """The guide's best, by L-BFGS on the exact ELBO."""
-        optimizer = torch.optim.LBFGS(
-            self.blora.guide.parameters(),
-            max_iter=500,
-            tolerance_grad=1e-10,
-            tolerance_change=1e-14,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure():
-            optimizer.zero_grad()
-            loss = -self.elbo()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        maximise(self.elbo, self.blora.guide.parameters())
         return self
+
+    def assert_reached(self, tolerance, of_elbo):
+        """The guide is the posterior, and its ELBO the log evidence."""
+        mean, covariance = self.moments()
+        given = {"rtol": 0, "atol": tolerance}
+        torch.testing.assert_close(mean, self.posterior.mean, **given)
+        torch.testing.assert_close(covariance, self.posterior.covariance_matrix, **given)
+        torch.testing.assert_close(self.elbo(), self.log_evidence, rtol=0, atol=of_elbo)
+
+
+def maximise(objective, parameters):
+    """L-BFGS to the last digits."""
+    options = {"tolerance_grad": 1e-10, "tolerance_change": 1e-14}
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=500, line_search_fn="strong_wolfe", **options
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -objective()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def divergence(toy):
+    """KL from the guide to the posterior."""
+    return kl_divergence(dist.MultivariateNormal(*toy.moments()), toy.posterior)

@@ -3,6 +3,7 @@
 import pyro
 import pytest
 import torch
+from dense_algebra import shaken
 from tiny import VOCABULARY, adapted, bert, gpt2, llama, qwen2, sequences
 
 from pyro_blora.errors import ConfigurationError
@@ -26,9 +27,7 @@ def make(name, targets, net=None):
         target_modules=TARGETS[targets],
         guide=MatrixNormal(init_scale=0.5),
     )
-    with torch.no_grad():
-        for parameter in blora.guide.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+    shaken(blora.guide, 0.3)
     batch = sequences(6)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     return blora, inputs

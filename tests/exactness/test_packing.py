@@ -4,6 +4,8 @@ import pyro
 import pytest
 import torch
 from choice_batches import BATCHES, LONG, Q, batch_of, premises
+from dense_algebra import shaken
+from elbo_estimates import loud
 from pyro.infer import TraceMeanField_ELBO
 from tiny import adapted, gpt2, llama, qwen2
 from torch.nn import functional
@@ -31,15 +33,6 @@ def scores_by_hand(net, batch, score):
         logp = logp[scored - 1, ids[scored]]
         result[i, k] = logp.mean() if score == "mean" else logp.sum()
     return result
-
-
-def loud(net):
-    """Larger weights, so that a token misplaced shows."""
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return net
 
 
 @torch.no_grad()
@@ -125,9 +118,7 @@ def test_adapters_particles_and_gradients(name, particles, head):
         target_modules=targets if head else targets[:-1],
         likelihood=MultipleChoice(num_data=6),
     )
-    with torch.no_grad():
-        for parameter in blora.guide.parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape))
+    shaken(blora.guide, 0.5)
     elbo = TraceMeanField_ELBO(
         num_particles=particles, vectorize_particles=True, max_plate_nesting=1
     )

@@ -6,7 +6,7 @@ import math
 import pyro
 import pytest
 import torch
-from dense_algebra import psi
+from dense_algebra import psi, shaken
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from tiny import ANSWERS, adapted, llama, sequences
 from torch.nn import functional
@@ -25,10 +25,7 @@ def pair():
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
     lora = peft.inject_adapter_in_model(config, copy.deepcopy(net)).eval()
     blora = adapted(net, num_data=NUM_DATA, rank=RANK, guide=Delta())
-    with torch.no_grad():
-        for parameter in blora.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    return blora, lora
+    return shaken(blora, 0.3), lora
 
 
 def lora_weights(blora, leaves):

@@ -19,7 +19,7 @@ from pyro_blora.likelihoods.packing import supports_packing
 from pyro_blora.network.adapter import Adapter, updates_in_place
 from pyro_blora.network.quantised import dense_weight
 from pyro_blora.network.targets import device_of, group_layers
-from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise
+from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side
 from pyro_blora.updates.low_rank_update import LayerUpdate
 
 accelerate = pytest.importorskip("accelerate")
@@ -45,7 +45,7 @@ def noises(card):
     return {
         "none": None,
         "marginal": MarginalNoise(scale),
-        "joint": JointNoise(scale, Q, root, root, Q, root, root),
+        "joint": JointNoise(scale, *[Side(Q, root, root)] * 2),
     }
 
 
