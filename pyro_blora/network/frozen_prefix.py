@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import layer_input, put_forward_back
-from pyro_blora.network.freezing import modes_kept
+from pyro_blora.network.freezing import evaluated
 from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.targets import head_of
 
 __all__ = ["FrozenPrefix", "frozen_blocks", "skippable_blocks"]
 
@@ -28,30 +29,23 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The blocks that come before every adapted layer, in order.
+    """The blocks that come before every adapted layer (named in full), in order.
 
-    Args:
-        net: the network, whose blocks stand in one ``ModuleList``.
-        names: full names of the adapted layers.
-
-    Returns:
-        None of them where they cannot be told: layers in two lists (an encoder and a decoder), a
-        layer outside of them that is not the network's head, or a block that stands there twice.
+    None of them where they cannot be told: layers in two lists (an encoder and a decoder), a layer
+    outside of them that is not the network's head, or a block that stands there twice.
     """
-    found = [_BLOCK.match(name) for name in names]
-    head = getattr(net, "get_output_embeddings", lambda: None)()
-    for name, match in zip(names, found, strict=True):
-        if match is None and net.get_submodule(name) is not head:
-            return []
-    paths = {match.group(1) for match in found if match is not None}
-    if not paths:
+    found = {name: _BLOCK.match(name) for name in names}
+    head = head_of(net)
+    if any(match is None and net.get_submodule(name) is not head for name, match in found.items()):
+        return []
+    inside = [match for match in found.values() if match is not None]
+    if not inside:  # the head alone is adapted
         lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         return list(lists[0]) if len(lists) == 1 else []
-    if len(paths) > 1:
+    blocks = net.get_submodule(inside[0][1])
+    if not isinstance(blocks, nn.ModuleList) or len({match[1] for match in inside}) > 1:
         return []
-    blocks = net.get_submodule(paths.pop())
-    lowest = min(int(match.group(2)) for match in found if match is not None)
-    below = list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
+    below = list(blocks)[: min(int(match[2]) for match in inside)]
     return below if len(set(below)) == len(below) else []
 
 
@@ -60,23 +54,19 @@ def skippable_blocks(
 ) -> list[nn.Module]:
     """The frozen blocks, where the network gives the same logits without running them again.
 
-    Args:
-        net: the network.
-        names: full names of the adapted layers.
-        trained: those of modules that are trained whole.
-
-    Returns:
-        None of them where the network is to run plainly: they, or what runs them, are compiled or
-        sharded, a hook or the configuration looks at what they put out, a trained module stands
-        before them, or ``fast=False``; or where the network, asked, gives other logits (see
-        :func:`~pyro_blora.network.fast_path.holds`).
+    None of them where the network is to run plainly: they, or what runs them, are compiled or
+    sharded, a hook or the configuration looks at what they put out, a module that is ``trained``
+    whole stands before them, or ``fast=False``; or where it, asked, gives other logits (see
+    :func:`~pyro_blora.network.fast_path.holds`).
     """
     blocks = frozen_blocks(net, names)
+    if not blocks:
+        return []
     inside = [module for block in blocks for module in block.modules()]
+    before = set(takewhile(lambda module: module is not blocks[0], net.modules()))
     usable = (
-        bool(blocks)
-        and fast_path.is_on(net)
-        and not _come_first(net, trained, blocks[0])
+        fast_path.is_on(net)
+        and not any(net.get_submodule(name) in before for name in trained)
         and fast_path.runs_eagerly([*_ancestors(net, blocks[0]), *inside])
         and not fast_path.is_sharded(net)
         and not fast_path.is_observed(net, inside)
@@ -98,7 +88,7 @@ class FrozenPrefix:
 
     Example::
 
-        prefix = FrozenPrefix(net, skippable_blocks(net, blora.model.layer_names))
+        prefix = FrozenPrefix(net, blora.model.skippable_blocks())
         for indices, batch in loader:
             with prefix.examples(indices):  # from the second epoch on the blocks are skipped
                 loss = elbo(batch)
@@ -128,9 +118,7 @@ class FrozenPrefix:
         """
         self._keys, self._copies, self._passes = list(keys), copies, 0
         before = [vars(block).get("forward") for block in self.blocks]  # another library's
-        with modes_kept(self._evaluated):
-            for module in self._evaluated:
-                module.training = False
+        with evaluated(self._evaluated):
             for index, block in enumerate(self.blocks):
                 block.forward = partial(self._forward, index, block.forward)
             try:
@@ -139,7 +127,7 @@ class FrozenPrefix:
                 for block, own in zip(self.blocks, before, strict=True):
                     put_forward_back(block, own)
 
-    def _below(self) -> Iterator[nn.Module]:
+    def _below(self) -> set[nn.Module]:
         """What may run before the first block that is not frozen, ancestors included.
 
         By where it is registered: ahead of that block, or beside the blocks. An ancestor that
@@ -151,7 +139,7 @@ class FrozenPrefix:
         below = set(runner.modules()) - {m for block in others for m in block.modules()}
         below.update(takewhile(lambda module: module is not self.blocks[0], self.net.modules()))
         keep = {m for m in ancestors if getattr(m, "gradient_checkpointing", False)}
-        yield from below - keep
+        return below - keep
 
     def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if fast_path.is_asked(self.net) != self._asked:
@@ -179,9 +167,9 @@ class FrozenPrefix:
         return output
 
     def _assembled(self, keys: Sequence[Hashable], length: int) -> Tensor:
-        kept = [self._kept[key][:, :length] for key in keys]
-        padded = [functional.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in kept]
-        return torch.cat(padded).repeat(self._copies, 1, 1)
+        kept = (self._kept[key] for key in keys)
+        cut_or_padded = [functional.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in kept]
+        return torch.cat(cut_or_padded).repeat(self._copies, 1, 1)
 
 
 def _alone(hidden: Tensor) -> Tensor:
@@ -215,8 +203,3 @@ def _ancestors(net: nn.Module, block: nn.Module) -> list[nn.Module]:
     """The modules that hold a block, from the network down."""
     words = next(name for name, module in net.named_modules() if module is block).split(".")
     return [net, *(net.get_submodule(".".join(words[:i])) for i in range(1, len(words)))]
-
-
-def _come_first(net: nn.Module, names: Sequence[str], block: nn.Module) -> bool:
-    order = {module: place for place, module in enumerate(net.modules())}
-    return any(order[net.get_submodule(name)] < order[block] for name in names)

@@ -1,5 +1,6 @@
 """Logits of the adapted network under posterior draws."""
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -92,13 +93,7 @@ def log_predictive(
     num_samples: int,
     max_rows: int | None = None,
 ) -> Tensor:
-    r"""``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``.
-
-    Arguments are those of :func:`logits_of_draws`.
-
-    Raises:
-        BatchError: the batch has no labels.
-    """
+    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
     likelihood = model.likelihood
     likelihood.examples(batch)
     labels = likelihood.labels(batch)
@@ -110,4 +105,4 @@ def log_predictive(
         likelihood.check_labels(observed, logits)
         parts.append(likelihood.distribution(logits, observed).log_prob(observed))
     joined = torch.cat(parts)
-    return joined.logsumexp(0) - torch.tensor(float(len(joined))).log()
+    return joined.logsumexp(0) - math.log(len(joined))
