@@ -192,6 +192,14 @@ def gradients(blora, batch, elbo, *, seed=0):
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in blora.named_parameters()}}
 
 
+def scored(run, *args):
+    """What ``run`` returns, and the negative log-likelihood per example of the labels in it."""
+    with pyro.poutine.trace() as seen, pyro.poutine.block(expose=["labels"]):
+        result = run(*args)
+    site = seen.trace.nodes["labels"]
+    return result, -site["fn"].log_prob(site["value"]).mean().detach()
+
+
 def priors():
     """Every prior of the library by name, as small as its options allow."""
     return _smallest(models, models.UpdateModel)

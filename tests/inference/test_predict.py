@@ -239,21 +239,6 @@ def test_a_part_that_keeps_to_one_mode_is_left_in_the_other_where_it_was():
     assert net[0].training
 
 
-def test_a_part_left_in_evaluation_mode_is_told_of_no_other():
-    class Packed(torch.nn.Linear):
-        def train(self, mode=True):
-            assert not mode, "packed once and for all"
-            return super().train(mode)
-
-    blora = tiny.adapted()
-    blora.net.train()
-    head = blora.net.lm_head
-    blora.net.lm_head = Packed(head.in_features, head.out_features).eval()
-    blora.predict(tiny.sequences(), 0)
-    assert blora.net.training
-    assert not blora.net.lm_head.training
-
-
 def test_between_two_passes_the_network_is_in_its_own_mode():
     """Two predictions may take turns, and the one that ends first leaves the other as it was."""
     blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []
