@@ -58,9 +58,9 @@ class Adapter:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         """The forward hook: ``output + dW x``."""
-        if self.update is None:
-            return output
         update = self.update
+        if update is None:
+            return output
         if not isinstance(output, Tensor):
             raise ConfigurationError(
                 f"{self.name} puts out a {type(output).__name__}, to which no update can be added: "

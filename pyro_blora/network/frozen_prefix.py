@@ -84,7 +84,6 @@ class FrozenPrefix:
     Args:
         net: the network.
         blocks: its frozen blocks, see :func:`skippable_blocks`.
-        asked: whether it is what the network is asked about; other questions see all blocks run.
 
     Example::
 
@@ -94,14 +93,13 @@ class FrozenPrefix:
                 loss = elbo(batch)
     """
 
-    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module], *, asked: bool = False) -> None:
-        self.net, self.blocks, self._asked = net, blocks, asked
+    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.net, self.blocks = net, blocks
         self._kept: dict[Hashable, Tensor] = {}
-        self._forms: list[Callable[[Tensor], Any]] = [_alone] * len(blocks)
+        self._tuples: dict[int, tuple[type, int]] = {}  # of blocks that put out several things
         self._keys: list[Hashable] = []
-        self._copies = 1
-        self._passes = 0
-        self._plain = False
+        self._copies, self._passes = 1, 0
+        self._asked = self._plain = False
         below = self._below() if blocks else ()
         self._evaluated = [module for module in below if not is_quantised(module)]
 
@@ -117,6 +115,7 @@ class FrozenPrefix:
             copies: repetitions of the whole batch, one after the other.
         """
         self._keys, self._copies, self._passes = list(keys), copies, 0
+        self._asked = fast_path.is_asked(self.net)  # other questions see all blocks run
         before = [vars(block).get("forward") for block in self.blocks]  # another library's
         with evaluated(self._evaluated):
             for index, block in enumerate(self.blocks):
@@ -155,30 +154,24 @@ class FrozenPrefix:
         rows = hidden.shape[0] // count
         keys = [(key, rows) for key in self._keys]  # options may be packed, or rows each
         if all(key in self._kept for key in keys):
-            return self._forms[index](self._assembled(keys, hidden.shape[1]) if last else hidden)
+            hidden = self._assembled(keys, hidden.shape[1]) if last else hidden
+            if index not in self._tuples:
+                return hidden
+            kind, count = self._tuples[index]
+            return kind((hidden, *[None] * (count - 1)))
         with torch.no_grad():
-            output = own(*args, **kwargs)
-        several = isinstance(output, tuple | list)
-        self._forms[index] = partial(_first, type(output), len(output)) if several else _alone
+            output = value = own(*args, **kwargs)
+        if isinstance(output, tuple | list):
+            self._tuples[index], value = (type(output), len(output)), output[0]
         if last:
-            value = (output[0] if several else output).detach()
-            for i, key in enumerate(keys):
-                self._kept[key] = value[i * rows : (i + 1) * rows].clone()
+            for key, own_rows in zip(keys, value.detach().split(rows), strict=False):
+                self._kept[key] = own_rows.clone()  # the first copy's
         return output
 
     def _assembled(self, keys: Sequence[Hashable], length: int) -> Tensor:
         kept = (self._kept[key] for key in keys)
         cut_or_padded = [functional.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in kept]
         return torch.cat(cut_or_padded).repeat(self._copies, 1, 1)
-
-
-def _alone(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def _first(kind: type, count: int, hidden: Tensor) -> Any:
-    """Hidden states as a block puts them out, first of several."""
-    return kind((hidden, *(None for _ in range(count - 1))))
 
 
 def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
@@ -189,7 +182,7 @@ def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[5], [4], [4]])).long()
     ids = ids.where(mask.bool(), fast_path.padding_of(net))
     visits = [(ids[:, :5], mask[:, :5], 1), (ids[:, :5], mask[:, :5], 2), (ids, mask, 1)]
-    prefix = FrozenPrefix(net, blocks, asked=True)
+    prefix = FrozenPrefix(net, blocks)
     for ids, mask, copies in visits:
         rows = {"input_ids": ids.repeat(copies, 1), "attention_mask": mask.repeat(copies, 1)}
         expected = fast_path.logits_of(net, **rows)

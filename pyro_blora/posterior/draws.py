@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +74,10 @@ def logits_of_draws(
     done = 0
     while done < max(1, num_samples):
         # what the frozen blocks put out is recorded from one draw alone
-        first = bool(blocks) and not done
-        draws = 1 if first or not num_samples else min(most, num_samples - done)
+        draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
         with in_mode(model.net, training=False):  # between two passes the network is the caller's
             updates = sample_updates(model, guide, min(draws, num_samples) * each, batch)
-            skipped = prefix.examples(range(examples), draws) if blocks else nullcontext()
-            with skipped, model.applied(updates) as net:
+            with prefix.examples(range(examples), draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))
         yield logits.unflatten(0, (draws, examples))
         done += draws

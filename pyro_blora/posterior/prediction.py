@@ -133,18 +133,15 @@ def check_probabilities(probs: Tensor, *, name: str) -> None:
     """
     if not probs.is_floating_point():
         raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")
-    if not bool(probs.isfinite().all()):
-        bad = int((~probs.isfinite()).sum())
-        raise ValueError(
-            f"{name} must be finite, got {bad} entries of {probs.numel()} that are not: look for "
-            "NaN in the logits."
-        )
+    bad = int((~probs.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite; {bad} entries of {probs.numel()} are not.")
     error = (probs.sum(-1, dtype=torch.float64) - 1).abs()
     if probs.numel() and (float(probs.min()) < 0 or float(error.max()) > _TOLERANCE):
         raise ValueError(
             f"The rows of {name} must be probabilities that sum to 1; got a smallest entry of "
-            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. If you "
-            "passed logits, apply softmax first, in float32."
+            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. Of "
+            "logits, take the softmax first, in float32."
         )
 
 
