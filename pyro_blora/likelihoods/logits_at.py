@@ -22,11 +22,7 @@ __all__ = ["logits_at", "output_head"]
 
 
 def output_head(net: nn.Module) -> nn.Module:
-    """The head of a causal language model.
-
-    Raises:
-        ConfigurationError: the network has no output head, or reads the text by an encoder.
-    """
+    """The head of a causal language model; an error where the network is none."""
     head = head_of(net)
     if head is None:
         raise ConfigurationError(

@@ -24,21 +24,13 @@ __all__ = ["Scored", "compact", "in_rows", "pack", "supports_packing", "unpacked
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows for the network, and which tokens of them are scored for which option.
+    """Rows for the network, and which tokens of them are scored for which option."""
 
-    Attributes:
-        inputs: keyword arguments of the network, ``R`` rows.
-        positions: where each scored token is predicted, ``(R, S)``: its predecessor.
-        targets: the scored tokens, ``(R, S)``.
-        options: the option each belongs to, ``(R, S)``.
-        mask: which entries are real, ``(R, S)``.
-    """
-
-    inputs: dict[str, Tensor]
-    positions: Tensor
-    targets: Tensor
-    options: Tensor
-    mask: Tensor
+    inputs: dict[str, Tensor]  # keyword arguments of the network, R rows
+    positions: Tensor  # where each scored token is predicted, R x S: its predecessor
+    targets: Tensor  # the scored tokens, R x S
+    options: Tensor  # the option each belongs to, R x S
+    mask: Tensor  # which of these entries are real, R x S
 
 
 def compact(keep: Tensor, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:

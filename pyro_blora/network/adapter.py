@@ -25,7 +25,6 @@ __all__ = [
     "put_forward_back",
     "updates_in_place",
     "updates_kept_for_backward",
-    "without_updates",
 ]
 
 # Names of what a block or a layer is given
@@ -124,14 +123,6 @@ def updates_in_place(
     finally:
         for adapter, update in zip(adapters, before, strict=True):
             adapter.update = update
-
-
-@contextmanager
-def without_updates(net: nn.Module) -> Iterator[None]:
-    """Within, the layers of ``net`` are as pretrained, whatever update they hold."""
-    held = [a for a in map(adapter_of, net.modules()) if a is not None]
-    with updates_in_place(held, [None] * len(held)):
-        yield
 
 
 @contextmanager

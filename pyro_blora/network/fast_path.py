@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.network.adapter import layer_input, without_updates
+from pyro_blora.network.adapter import adapter_of, layer_input, updates_in_place
 from pyro_blora.network.freezing import evaluated
 from pyro_blora.network.quantised import is_quantised
 from pyro_blora.network.targets import device_of
@@ -88,12 +88,13 @@ def _asked(net: nn.Module) -> Iterator[None]:
     Quantised layers, which drop nothing out, stay in the mode they are in: bitsandbytes' of 8 bits
     multiply in another way in each.
     """
+    adapters = [a for a in map(adapter_of, net.modules()) if a is not None]
     eager = runs_eagerly(net.modules())
     with (
         evaluated(module for module in net.modules() if not is_quantised(module)),
         torch.no_grad(),
         torch.autocast(device_of(net.modules()).type, enabled=False),
-        without_updates(net),
+        updates_in_place(adapters, [None] * len(adapters)),
         nullcontext() if eager else torch.compiler.set_stance("force_eager"),
     ):
         _ASKED.add(net)

@@ -105,14 +105,10 @@ class FrozenPrefix:
 
     @contextmanager
     def examples(self, keys: Sequence[Hashable], copies: int = 1) -> Iterator[None]:
-        """Within, the network's batch is the examples ``keys``, ``copies`` times over.
+        """Within, the network's batch is the examples ``keys``, in order, ``copies`` times over.
 
         Rows are padded on the right, to any length. All that is registered before the lowest
         adapted block is in evaluation mode: dropout would make an example another one each time.
-
-        Args:
-            keys: what tells each example from all others, in the order of the batch.
-            copies: repetitions of the whole batch, one after the other.
         """
         self._keys, self._copies, self._passes = list(keys), copies, 0
         self._asked = fast_path.is_asked(self.net)  # other questions see all blocks run

@@ -121,13 +121,7 @@ def body_of(net: nn.Module) -> str | None:
 
 
 def head_names(net: nn.Module) -> list[str]:
-    """Full names of a network's heads: what has parameters and stands beside its body.
-
-    Example::
-
-        >>> head_names(nn.ModuleDict({"h": nn.Linear(4, 4), "score": nn.Linear(4, 2)}))
-        ['score']
-    """
+    """Full names of a network's heads: what has parameters and stands beside its body."""
     body = body_of(net)
     if body is None:
         return [name for name, _ in net.named_modules() if matches(name, _CLASSIFICATION_HEADS)]
@@ -146,19 +140,11 @@ def find_targets(
     exclude_modules: str | Sequence[str] = (),
     layers_to_transform: int | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
-    """The linear layers of ``net`` that ``target_modules`` names, in the network's order.
+    """The linear layers of ``net`` that ``target_modules`` names in full, in the network's order.
 
-    Args:
-        net: the network.
-        target_modules: a list of suffixes (``["q_proj", "lm_head"]``), a regular expression that
-            must match the whole name, ``"all-linear"`` (all but output and classification heads),
-            or ``None`` for the attention projections usual for the architecture.
-        exclude_modules: suffixes or a regular expression to leave out.
-        layers_to_transform: indices of the blocks to adapt; a layer outside any block, such as
-            ``lm_head``, is then left out, as in PEFT. Default: all.
-
-    Returns:
-        A mapping from full name to layer.
+    Options are those of :class:`~pyro_blora.BayesianLoRA`. A regular expression must match the
+    whole name, ``"all-linear"`` leaves output and classification heads out, and
+    ``layers_to_transform`` what is outside of any block, such as ``lm_head``, as in PEFT.
 
     Raises:
         NoTargetError: nothing matches; the message lists near misses.
@@ -222,9 +208,6 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 
     A group is named after its layers' last name parts, joined by ``_`` (``"k_proj_v_proj"``), with
     the shape added where two groups would be called alike.
-
-    Args:
-        targets: full names and layers, as :func:`find_targets` returns them.
 
     Raises:
         ConfigurationError: ``targets`` is empty, or holds what is no linear layer.

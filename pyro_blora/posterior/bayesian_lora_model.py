@@ -114,11 +114,7 @@ class BayesianLoRAModel(PyroModule):
 
     @property
     def sites(self) -> list[Site]:
-        """The latent sites of the prior.
-
-        Raises:
-            ConfigurationError: the prior returns no update of the layers' shapes.
-        """
+        """The latent sites of the prior, whose update is checked on the way."""
         return self._traced[0]
 
     @property
@@ -132,10 +128,10 @@ class BayesianLoRAModel(PyroModule):
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""
+        modules = [module for group in self.groups for module in group.modules]
         try:
-            for group in self.groups:
-                for name, module in zip(group.module_names, group.modules, strict=True):
-                    self.adapters += (Adapter(name, module),)
+            for name, module in zip(self.layer_names, modules, strict=True):
+                self.adapters += (Adapter(name, module),)
         except ConfigurationError:
             self.detach()
             raise
@@ -154,14 +150,7 @@ class BayesianLoRAModel(PyroModule):
 
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Within, the network's layers add ``updates`` and its heads are as trained; yields it.
-
-        Raises:
-            ConfigurationError: the network has been unwrapped, or bitsandbytes has packed a layer
-                of it through which a gradient is to pass.
-            ParticleError: there are several particles, and rows are not what its layers' first
-                dimension is.
-        """
+        """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
         if not self.adapters:
             raise ConfigurationError(
                 "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
@@ -195,9 +184,6 @@ class BayesianLoRAModel(PyroModule):
         The examples are shared out evenly among the vectorised particles of an ELBO, in order.
         Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
         sees the whole batch.
-
-        Returns:
-            The sampled updates by group.
 
         Raises:
             ParticleError: the number of particles does not divide the batch.

@@ -42,20 +42,11 @@ def logits_of_draws(
 ) -> Iterator[Tensor]:
     """The logits of a batch under each posterior draw, several draws in one pass.
 
-    Args:
-        model: the adapted network; evaluated with dropout off, left in the mode it was in.
-        guide: its guide.
-        batch: what the likelihood takes.
-        num_samples: number of draws ``S``; 0 for the posterior mean, without conditional noise.
-        max_rows: as many draws share a pass as keep ``draws x B`` within this, at least one.
-            Default: see :func:`rows_of_a_pass`.
+    The network is evaluated with dropout off, and left in the mode it was in. Arguments are those
+    of :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
 
     Yields:
         ``(draws, B, ..., C)``.
-
-    Raises:
-        ConfigurationError: ``num_samples`` is negative.
-        BatchError: the batch is not what the likelihood takes.
     """
     if num_samples < 0:
         raise ConfigurationError(
