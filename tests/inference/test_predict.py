@@ -175,35 +175,6 @@ def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
     assert not blora.net.lm_head.merged
 
 
-def test_a_whole_of_two_modes_is_told_of_neither():
-    class Merging(torch.nn.Sequential):
-        merged = False
-
-        def train(self, mode=True):
-            super().train(mode)
-            self[1].eval()
-            self.merged = not mode
-            return self
-
-    blora = tiny.adapted()
-    head = blora.net.lm_head
-    blora.net.lm_head = Merging(head, torch.nn.Identity())
-    blora.net.train()
-    late = []
-
-    def add(net, args):
-        net.late = torch.nn.Identity()
-        late.append(net.lm_head[0].training)
-
-    blora.net.register_forward_pre_hook(add)
-    blora.predict(tiny.sequences(), 0)
-    assert not any(late)
-    assert late
-    assert not blora.net.lm_head.merged
-    assert blora.net.lm_head.training
-    assert not blora.net.lm_head[1].training
-
-
 def test_a_part_of_two_wholes_keeps_neither_from_being_told():
     class Merging(torch.nn.Sequential):
         merged = False
