@@ -140,7 +140,7 @@ def find_targets(
     exclude_modules: str | Sequence[str] = (),
     layers_to_transform: int | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
-    """The linear layers of ``net`` that ``target_modules`` names in full, in the network's order.
+    """The linear layers of ``net`` that ``target_modules`` names, by full name, in order.
 
     Options are those of :class:`~pyro_blora.BayesianLoRA`. A regular expression must match the
     whole name, ``"all-linear"`` leaves output and classification heads out, and
