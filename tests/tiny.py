@@ -192,6 +192,27 @@ def gradients(blora, batch, elbo, *, seed=0):
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in blora.named_parameters()}}
 
 
+def equal(found, expected):
+    """Whether two state dicts hold equal tensors by the same names."""
+    return set(found) == set(expected) and all(
+        torch.equal(found[k], v) for k, v in expected.items()
+    )
+
+
+def answers(logits, batch):
+    """The answer tokens' logits after each row's last token, of those at all positions."""
+    last = batch["attention_mask"].sum(-1) - 1
+    return logits[torch.arange(len(last)), last][:, list(ANSWERS)]
+
+
+def scored(run, *args):
+    """What ``run`` returns, and the negative log-likelihood per example of the labels in it."""
+    with pyro.poutine.trace() as seen, pyro.poutine.block(expose=["labels"]):
+        result = run(*args)
+    site = seen.trace.nodes["labels"]
+    return result, -site["fn"].log_prob(site["value"]).mean().detach()
+
+
 def priors():
     """Every prior of the library by name, as small as its options allow."""
     return _smallest(models, models.UpdateModel)

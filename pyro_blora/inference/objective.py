@@ -119,11 +119,14 @@ class Objective:
         ramp = self.kl_warmup * self.num_steps
         weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
         blora.model.kl_weight = weight
-        loss = self._module(particles)(batch) * (weight / count)
+        with pyro.poutine.trace() as seen, pyro.poutine.block(expose=["labels"]):
+            loss = self._module(particles)(batch) * (weight / count)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise explain_non_finite(blora.model, blora.guide, batch, step)
-        nll = float(blora.model.nll) if blora.model.nll is not None else math.nan
+        labels = seen.trace.nodes["labels"]
+        with torch.no_grad():
+            nll = -float(labels["fn"].log_prob(labels["value"]).mean())
         kl = (value - nll) * count / weight
         if self._analytic and kl < -1e-3 * (1 + abs(nll) * count / weight):  # beyond rounding
             raise ConfigurationError(

@@ -61,17 +61,14 @@ class Likelihood(Options):
         """The distribution of the labels given the logits."""
         return pyro.distributions.Categorical(logits=logits)
 
-    def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> Tensor:
-        """Scores the labels under the data plate.
+    def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
+        """Scores the labels, the site ``"labels"``, under the data plate.
 
         Args:
             net: the network, its updates in place.
             batch: the rows of all particles, in order.
             particles: shape of the particles; their product divides the number of examples.
             num_data: ``N`` where the likelihood was not told.
-
-        Returns:
-            The negative log-likelihood per example, averaged over the batch; no gradient.
         """
         logits = self.logits(net, batch)
         labels = self.labels(batch)
@@ -95,8 +92,6 @@ class Likelihood(Options):
         q = self.distribution(logits, labels)
         with pyro.plate("data", size, subsample=torch.arange(share, device=logits.device), dim=-1):
             pyro.sample("labels", q, obs=labels)
-        with torch.no_grad():
-            return logits.new_zeros(()) if labels is None else -q.log_prob(labels).mean()
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """Raises BatchError where a label names no class; one look at the data a batch."""
@@ -118,14 +113,13 @@ class Likelihood(Options):
         Raises:
             BatchError: a key is missing, or the batch is empty.
         """
-        for key in self.keys:
-            if key not in batch:
-                raise BatchError(
-                    f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "
-                    f"{', '.join(map(str, batch))}."
-                )
-        ids = batch.get("input_ids")
-        if "input_ids" in self.keys and ids is not None and ids.dim() != self.row_dims:
+        if not set(self.keys) <= set(batch):
+            raise BatchError(
+                f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "
+                f"{', '.join(map(str, batch))}."
+            )
+        ids = batch["input_ids"] if "input_ids" in self.keys else None
+        if ids is not None and ids.dim() != self.row_dims:
             kinds = {2: "B x T", 3: "B x K x T, multiple choice"}
             raise BatchError(
                 f"{type(self).__name__} takes input_ids of {kinds[self.row_dims]}; these have "

@@ -53,8 +53,8 @@ class CausalLM(Likelihood):
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """As for classes, with -100 allowed."""
-        super().check_labels(labels.clamp_min(0).masked_fill(labels == -100, 0), logits)
-        if int(labels.min()) < -100 or bool(((labels < 0) & (labels != -100)).any()):
+        super().check_labels(labels.clamp_min(0), logits)
+        if bool(((labels < 0) & (labels != -100)).any()):
             raise BatchError("labels must be token ids, or -100 where a token is not scored.")
 
     def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

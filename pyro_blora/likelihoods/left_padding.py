@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pyro_blora.errors import BatchError
 from pyro_blora.network import fast_path
@@ -30,12 +31,12 @@ def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
     """
     if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
         return {}
-    counted = _counted(mask)
-    if fast_path.is_sharded(net) or fast_path.tokens_for(net, 1) is None:
-        return counted  # it cannot be asked
-    for given in ({}, counted):
-        question = partial(_ask, net, bool(given))
-        if fast_path.holds(net, "", question, key=("left padding", bool(given))):
+    ids = fast_path.tokens_for(net, 1)
+    if fast_path.is_sharded(net) or ids is None:
+        return _counted(mask)  # it cannot be asked
+    for given in ({}, _counted(mask)):
+        question = partial(_ask, net, ids[:, :5], bool(given))
+        if fast_path.holds(net, "", question, "left padding", bool(given)):
             return given
     raise BatchError(
         f"Rows are padded on the left, and {type(net).__name__} gives other logits then than "
@@ -47,14 +48,11 @@ def _counted(mask: Tensor) -> dict[str, Tensor]:
     return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
 
 
-def _ask(net: nn.Module, counts: bool) -> bool:
-    ids = fast_path.tokens_for(net, 1)
-    assert ids is not None
-    ids = ids[:, :5]
-    padding = torch.full_like(ids[:, :3], fast_path.padding_of(net))
-    padded = torch.cat([padding, ids], -1)
-    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], -1)
+def _ask(net: nn.Module, ids: Tensor, counts: bool) -> bool:
+    real = torch.ones_like(ids)
+    padded = functional.pad(ids, (3, 0), value=fast_path.padding_of(net))
+    mask = functional.pad(real, (3, 0))
     positions = _counted(mask) if counts else {}
-    expected = fast_path.logits_of(net, input_ids=ids, attention_mask=torch.ones_like(ids))
+    expected = fast_path.logits_of(net, input_ids=ids, attention_mask=real)
     found = fast_path.logits_of(net, input_ids=padded, attention_mask=mask, **positions)
     return fast_path.agree(found, expected)

@@ -5,8 +5,8 @@ rows. The network's own forward is run, so scalings and soft-caps after the head
 only what enters the head is narrowed.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,18 +16,14 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods.left_padding import positions_of
 from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.targets import head_of
 
 __all__ = ["logits_at", "output_head"]
 
 
 def output_head(net: nn.Module) -> nn.Module:
-    """The head of a causal language model.
-
-    Raises:
-        ConfigurationError: the network has no output head, or reads the text by an encoder.
-    """
-    getter = getattr(net, "get_output_embeddings", None)
-    head: nn.Module | None = getter() if callable(getter) else None
+    """The head of a causal language model; an error where the network is none."""
+    head = head_of(net)
     if head is None:
         raise ConfigurationError(
             f"{type(net).__name__} has no language-model head; load it as a causal language model, "
@@ -67,43 +63,27 @@ def logits_at(
     """
     head = output_head(net)
     adapter = adapter_of(head)
-    per_row = adapter is not None and adapter.update is not None
+    per_row = adapter is not None and adapter.update is not None  # particles share out the rows
     if "position_ids" not in inputs:
         inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
-    if fast_path.is_on(net) and not fast_path.is_observed(net, (net, head)):
-        with _narrowed(head, positions, None if per_row else mask) as narrow:
-            logits: Tensor = net(**inputs, use_cache=False).logits
-        if not narrow:  # the head's weight was used, and not the head
-            logits = _gather(logits, positions, None if per_row else mask)
-        logits = logits[mask] if per_row else logits.squeeze(0)
-    else:
-        logits = net(**inputs, use_cache=False).logits
-        logits = _gather(logits, positions, mask).squeeze(0)
-    logits = logits if token_ids is None else logits[..., token_ids]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    narrow: list[bool] = []  # whether the head, and not its weight alone, was used
 
-
-@contextmanager
-def _narrowed(head: nn.Module, positions: Tensor, mask: Tensor | None) -> Iterator[list[bool]]:
-    """Within, ``head`` sees only ``positions``; yields what is filled each time that it did."""
-    seen: list[bool] = []
+    def gathered(values: Tensor) -> Tensor:
+        """``(R, S, d)`` of ``(R, T, d)``, or the flat list of real positions, ``(1, N, d)``."""
+        rows = torch.arange(len(values), device=values.device).unsqueeze(-1)
+        columns, real = positions.to(values.device), mask.to(values.device)
+        if per_row:
+            return values[rows, columns]
+        return values[rows.expand_as(real)[real], columns[real]].unsqueeze(0)
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(True)
-        return (_gather(args[0], positions, mask),)
+        narrow.append(True)
+        return (gathered(args[0]),)
 
-    with head.register_forward_pre_hook(gather):
-        yield seen
-
-
-def _gather(values: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-    """``(R, S, d)`` of ``(R, T, d)``, as the particles' shares of the rows need them.
-
-    With a mask, the flat list of real positions, ``(1, mask.sum(), d)``.
-    """
-    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
-    columns = positions.to(values.device)
-    if mask is None:
-        return values[rows, columns]
-    real = mask.to(values.device)
-    return values[rows.expand_as(real)[real], columns[real]].unsqueeze(0)
+    narrows = fast_path.is_on(net) and not fast_path.is_observed(net, (net, head))
+    with head.register_forward_pre_hook(gather) if narrows else nullcontext():
+        logits: Tensor = net(**inputs, use_cache=False).logits
+    logits = logits if narrow else gathered(logits)
+    logits = logits[mask] if per_row else logits.squeeze(0)
+    logits = logits if token_ids is None else logits[..., token_ids]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

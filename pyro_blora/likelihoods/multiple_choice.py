@@ -82,10 +82,9 @@ class MultipleChoice(Likelihood):
         items, options, _ = shapes["input_ids"]
         item = torch.arange(items, device=logp.device).unsqueeze(-1)
         item = item.repeat_interleave(len(rows.mask) // items, 0)  # of each row
-        total = logp.new_zeros(items * options)
-        total = total.index_add(0, (item * options + rows.options)[rows.mask], logp)
+        index = (item * options + rows.options)[rows.mask]
+        total = logp.new_zeros(items * options).index_add(0, index, logp).reshape(items, options)
         count = batch["option_mask"].sum(-1)
-        total = total.reshape(items, options)
         if self.score == "mean":
             total = total / count.clamp_min(1)
         return total.masked_fill(count == 0, -torch.inf)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +19,18 @@ from pyro_blora.network.adapter import adapter_of
 from pyro_blora.network.targets import device_of
 from pyro_blora.updates.conditional_noise import MarginalNoise
 
-__all__ = [
-    "Scored",
-    "compact",
-    "in_rows",
-    "pack",
-    "supports_packing",
-    "unpacked",
-    "wants_additive_mask",
-]
+__all__ = ["Scored", "compact", "in_rows", "pack", "supports_packing", "unpacked"]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows for the network, and which tokens of them are scored for which option.
+    """Rows for the network, and which tokens of them are scored for which option."""
 
-    Attributes:
-        inputs: keyword arguments of the network, ``R`` rows.
-        positions: where each scored token is predicted, ``(R, S)``: its predecessor.
-        targets: the scored tokens, ``(R, S)``.
-        options: the option each belongs to, ``(R, S)``.
-        mask: which entries are real, ``(R, S)``.
-    """
-
-    inputs: dict[str, Tensor]
-    positions: Tensor
-    targets: Tensor
-    options: Tensor
-    mask: Tensor
+    inputs: dict[str, Tensor]  # keyword arguments of the network, R rows
+    positions: Tensor  # where each scored token is predicted, R x S: its predecessor
+    targets: Tensor  # the scored tokens, R x S
+    options: Tensor  # the option each belongs to, R x S
+    mask: Tensor  # which of these entries are real, R x S
 
 
 def compact(keep: Tensor, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -73,16 +56,13 @@ def unpacked(batch: Mapping[str, Tensor]) -> Scored:
 
 
 def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
-    """One row for each item: ``R = B``.
+    """One row for each item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
 
     Args:
         batch: ``input_ids``, ``attention_mask`` and ``option_mask`` of shape ``B x K x T``, right
             padded.
         additive: whether the network wants its mask as numbers to add to the attention scores
             (``attn_implementation="eager"``) rather than as booleans.
-
-    Returns:
-        The packed rows; position ids and a ``B x 1 x L x L`` attention mask are among the inputs.
     """
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     scored = batch["option_mask"].bool()
@@ -130,23 +110,19 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
     """The batch's rows, packed where it changes nothing.
 
     A mask of one's own takes the place of a window's or a chunk's, and some windows count places
-    in the row: rows longer than one that the network declares are not packed.
-
-    Args:
-        net: the network.
-        batch: as for :func:`pack`.
-        packing: whether the network supports it; default: it is asked.
+    in the row: rows longer than one that the network declares are not packed. The network is asked
+    whether it supports ``packing``, unless that is told.
 
     Raises:
         ConfigurationError: the rows are not packed, and the noise of the updates is drawn at each
             position by itself: options would not share that of their question.
     """
     if supports_packing(net) if packing is None else packing:
-        rows, window = pack(batch, additive=wants_additive_mask(net)), fast_path.window_of(net)
+        rows, window = pack(batch, additive=_adds_its_mask(net)), fast_path.window_of(net)
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
-    held = [a.update for a in map(adapter_of, net.modules()) if a is not None]
-    if any(update is not None and isinstance(update.noise, MarginalNoise) for update in held):
+    updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
+    if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
             "noise='marginal' is drawn at each position by itself, so the options of an item share "
             "that of their question only in packed rows, and these are not packed (pack=False, a "
@@ -157,11 +133,10 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
 
 
 def supports_packing(net: nn.Module) -> bool:
-    """Whether packed and unpacked rows give this network the same hidden states.
+    """Whether packed and unpacked rows give this network the same logits.
 
-    Asked of the network itself, by a question of four tokens with two options, because no
-    declaration tells whether an architecture honours position ids and a mask of its own. So short
-    a question sees no window: see :func:`in_rows`.
+    It is asked by a question of four tokens with two options; so short a one sees no window, for
+    which see :func:`in_rows`.
     """
     if not fast_path.is_on(net) or fast_path.tokens_for(net, 1) is None:
         return False
@@ -174,7 +149,7 @@ def _ask(net: nn.Module) -> bool:
     scored = torch.zeros_like(ids).bool()
     scored[..., 4:] = True
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
-    rows = (pack(batch, additive=wants_additive_mask(net)), unpacked(batch))
+    rows = (pack(batch, additive=_adds_its_mask(net)), unpacked(batch))
     return fast_path.agree(*(_logits_of(net, each) for each in rows))
 
 
@@ -186,7 +161,6 @@ def _logits_of(net: nn.Module, rows: Scored) -> Tensor | None:
     return None
 
 
-def wants_additive_mask(net: nn.Module) -> bool:
+def _adds_its_mask(net: nn.Module) -> bool:
     """Whether the network's attention adds its mask (eager) rather than selecting by it."""
-    config: Any = getattr(net, "config", None)
-    return getattr(config, "_attn_implementation", "eager") == "eager"
+    return getattr(getattr(net, "config", None), "_attn_implementation", "eager") == "eager"

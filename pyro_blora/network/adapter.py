@@ -21,13 +21,10 @@ from pyro_blora.updates.low_rank_update import LayerUpdate
 __all__ = [
     "Adapter",
     "adapter_of",
-    "checkpointable",
     "layer_input",
     "put_forward_back",
-    "to_device",
     "updates_in_place",
     "updates_kept_for_backward",
-    "without_updates",
 ]
 
 # Names of what a block or a layer is given
@@ -60,16 +57,16 @@ class Adapter:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         """The forward hook: ``output + dW x``."""
-        if self.update is None:
-            return output
         update = self.update
+        if update is None:
+            return output
         if not isinstance(output, Tensor):
             raise ConfigurationError(
                 f"{self.name} puts out a {type(output).__name__}, to which no update can be added: "
                 "a router, perhaps. Leave it out with exclude_modules."
             )
         if update.A.device != output.device:  # a group's layers may lie on several devices
-            update = to_device(update, output.device)
+            update = _moved(update, output.device)
         return update(layer_input(args, kwargs).to(output.device), output)
 
     def remove(self) -> None:
@@ -79,23 +76,22 @@ class Adapter:
             put_forward_back(self._module, self._before)
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    """An update or its noise with all tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+
+
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer or a block is given.
-
-    Args:
-        args: its arguments; they are the first, where there are any.
-        kwargs: its arguments by name.
-
-    Raises:
-        ConfigurationError: there are none by position, and none by a name that is known.
-    """
+    """The hidden states that a layer or a block is given: first, or by a name that is known."""
     if args:  # in every layer of every pass
-        first: Tensor = args[0]
-        return first
+        return args[0]
     for name in _INPUTS:
         if name in kwargs:
-            named: Tensor = kwargs[name]
-            return named
+            return kwargs[name]
     raise ConfigurationError(
         f"A layer or a block of the network is given {', '.join(kwargs) or 'nothing'} by name; "
         f"its input must come first, or be one of {', '.join(_INPUTS)}."
@@ -104,10 +100,7 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter on ``module``, or ``None``."""
-    for hook in module._forward_hooks.values():
-        if isinstance(hook, Adapter):
-            return hook
-    return None
+    return next((h for h in module._forward_hooks.values() if isinstance(h, Adapter)), None)
 
 
 def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> None:
@@ -115,28 +108,6 @@ def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> No
     del module.forward
     if before is not None:
         module.forward = before
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``, those inside of dataclasses too.
-
-    Args:
-        value: a tensor, a dataclass such as an update or its noise, or anything else, which stays.
-        device: where to; gradients find their way back.
-
-    Example::
-
-        >>> update = LayerUpdate(torch.ones(1, 4), torch.ones(3, 1))
-        >>> to_device(update, torch.device("meta")).A.device
-        device(type='meta')
-    """
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    return replace(
-        value, **{f.name: to_device(getattr(value, f.name), device) for f in fields(value)}
-    )
 
 
 @contextmanager
@@ -155,19 +126,6 @@ def updates_in_place(
 
 
 @contextmanager
-def without_updates(net: nn.Module) -> Iterator[None]:
-    """Within, the layers of ``net`` are as pretrained, whatever update they hold."""
-    held = [a for a in map(adapter_of, net.modules()) if a is not None]
-    with updates_in_place(held, [None] * len(held)):
-        yield
-
-
-def checkpointable(net: nn.Module) -> tuple[Any, ...]:
-    """The modules of ``net`` that transformers may put under activation checkpointing."""
-    return tuple(m for m in net.modules() if hasattr(m, "gradient_checkpointing"))
-
-
-@contextmanager
 def updates_kept_for_backward(
     modules: Sequence[Any], adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
 ) -> Iterator[None]:
@@ -179,22 +137,17 @@ def updates_kept_for_backward(
 
     def taking_along(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def updated_block(*args: Any, **kwargs: Any) -> Any:
-                with updates_in_place(adapters, updates):
-                    return block(*args, **kwargs)
-
-            return checkpoint(updated_block, *args, **kwargs)
+            return checkpoint(updates_in_place(adapters, updates)(block), *args, **kwargs)
 
         return run
 
-    blocks: list[Any] = []
-    if torch.is_grad_enabled():
-        blocks = [m for m in modules if m.gradient_checkpointing and m.training]
-    functions = [block._gradient_checkpointing_func for block in blocks]
+    blocks = modules if torch.is_grad_enabled() else ()
+    checkpointed = [block for block in blocks if block.gradient_checkpointing and block.training]
+    before = {block: block._gradient_checkpointing_func for block in checkpointed}
     try:
-        for block, function in zip(blocks, functions, strict=True):
-            block._gradient_checkpointing_func = taking_along(function)
+        for block, checkpoint in before.items():
+            block._gradient_checkpointing_func = taking_along(checkpoint)
         yield
     finally:
-        for block, function in zip(blocks, functions, strict=True):
-            block._gradient_checkpointing_func = function
+        for block, checkpoint in before.items():
+            block._gradient_checkpointing_func = checkpoint

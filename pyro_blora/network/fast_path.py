@@ -10,19 +10,18 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.network.adapter import layer_input, without_updates
-from pyro_blora.network.freezing import modes_kept
+from pyro_blora.network.adapter import adapter_of, layer_input, updates_in_place
+from pyro_blora.network.freezing import evaluated
 from pyro_blora.network.quantised import is_quantised
 from pyro_blora.network.targets import device_of
 
 __all__ = [
     "agree",
-    "asked",
     "holds",
     "is_asked",
     "is_observed",
@@ -53,32 +52,25 @@ def is_on(net: nn.Module) -> bool:
     return net not in _OFF
 
 
-def holds(
-    net: nn.Module,
-    shortcut: str,
-    question: Callable[[], bool],
-    *about: nn.Module,
-    key: Hashable = None,
-) -> bool:
+def holds(net: nn.Module, shortcut: str, question: Callable[[], bool], *about: Hashable) -> bool:
     """Whether a shortcut gives the plain path's logits; asked once for each setting.
 
     Args:
         net: the network.
-        shortcut: what the warning calls it; empty: there is none.
-        question: asks the network, as pretrained (see :func:`asked`).
-        about: modules that the question is about.
-        key: what else tells it from others.
+        shortcut: what a warning calls it where the answer is no; empty: there is none.
+        question: asks the network, as pretrained (see :func:`_asked`).
+        about: what else tells the question from others; modules are held weakly.
 
     Returns:
         The answer, kept for as long as attention's implementation and all modules are the same.
-        A warning says where it is no.
     """
     config = getattr(net, "config", None)
     settings = (getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts"))
-    key = (shortcut, key, *settings, *map(id, about), *map(id, net.modules()))
+    about = tuple(ref(each) if isinstance(each, nn.Module) else each for each in about)
+    key = (shortcut, about, *settings, *map(ref, net.modules()))
     answers = _ANSWERS.setdefault(net, {})
     if key not in answers:
-        with asked(net):
+        with _asked(net):
             answers[key] = question()
         if shortcut and not answers[key]:
             warnings.warn(
@@ -90,29 +82,26 @@ def holds(
 
 
 @contextmanager
-def asked(net: nn.Module) -> Iterator[None]:
+def _asked(net: nn.Module) -> Iterator[None]:
     """Within, ``net`` is as pretrained: no dropout, updates, gradients, autocast or graphs.
 
     Quantised layers, which drop nothing out, stay in the mode they are in: bitsandbytes' of 8 bits
     multiply in another way in each.
     """
-    device = device_of(net.modules())
-    with modes_kept(net.modules()):
-        for module in net.modules():
-            if not is_quantised(module):
-                module.training = False
-        eager = runs_eagerly(net.modules())
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            without_updates(net),
-            nullcontext() if eager else torch.compiler.set_stance("force_eager"),
-        ):
-            _ASKED.add(net)
-            try:
-                yield
-            finally:
-                _ASKED.discard(net)
+    adapters = [a for a in map(adapter_of, net.modules()) if a is not None]
+    eager = runs_eagerly(net.modules())
+    with (
+        evaluated(module for module in net.modules() if not is_quantised(module)),
+        torch.no_grad(),
+        torch.autocast(device_of(net.modules()).type, enabled=False),
+        updates_in_place(adapters, [None] * len(adapters)),
+        nullcontext() if eager else torch.compiler.set_stance("force_eager"),
+    ):
+        _ASKED.add(net)
+        try:
+            yield
+        finally:
+            _ASKED.discard(net)
 
 
 def is_asked(net: nn.Module) -> bool:
@@ -177,18 +166,18 @@ def rows_come_first(net: nn.Module, layer: nn.Module) -> bool:
     ids = tokens_for(net, 3)
     if ids is None or is_sharded(net):
         return True
-    return holds(net, "", lambda: _first_dimensions(net, layer, ids) != ids.mT.shape, layer)
 
+    def question() -> bool:
+        found: list[torch.Size] = []
 
-def _first_dimensions(net: nn.Module, layer: nn.Module, ids: Tensor) -> torch.Size | None:
-    found: list[torch.Size] = []
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(layer_input(args, kwargs).shape[:2])
 
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(layer_input(args, kwargs).shape[:2])
+        with layer.register_forward_pre_hook(note, with_kwargs=True):
+            logits_of(net, input_ids=ids, attention_mask=torch.ones_like(ids))
+        return found[:1] != [ids.mT.shape]
 
-    with layer.register_forward_pre_hook(note, with_kwargs=True):
-        logits_of(net, input_ids=ids, attention_mask=torch.ones_like(ids))
-    return found[0] if found else None
+    return holds(net, "", question, layer)
 
 
 def is_sharded(net: nn.Module) -> bool:

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import layer_input, put_forward_back
-from pyro_blora.network.freezing import modes_kept
+from pyro_blora.network.freezing import evaluated
 from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.targets import head_of
 
 __all__ = ["FrozenPrefix", "frozen_blocks", "skippable_blocks"]
 
@@ -28,30 +29,23 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The blocks that come before every adapted layer, in order.
+    """The blocks that come before every adapted layer (named in full), in order.
 
-    Args:
-        net: the network, whose blocks stand in one ``ModuleList``.
-        names: full names of the adapted layers.
-
-    Returns:
-        None of them where they cannot be told: layers in two lists (an encoder and a decoder), a
-        layer outside of them that is not the network's head, or a block that stands there twice.
+    None of them where they cannot be told: layers in two lists (an encoder and a decoder), a layer
+    outside of them that is not the network's head, or a block that stands there twice.
     """
-    found = [_BLOCK.match(name) for name in names]
-    head = getattr(net, "get_output_embeddings", lambda: None)()
-    for name, match in zip(names, found, strict=True):
-        if match is None and net.get_submodule(name) is not head:
-            return []
-    paths = {match.group(1) for match in found if match is not None}
-    if not paths:
+    found = {name: _BLOCK.match(name) for name in names}
+    head = head_of(net)
+    if any(match is None and net.get_submodule(name) is not head for name, match in found.items()):
+        return []
+    inside = [match for match in found.values() if match is not None]
+    if not inside:  # the head alone is adapted
         lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         return list(lists[0]) if len(lists) == 1 else []
-    if len(paths) > 1:
+    blocks = net.get_submodule(inside[0][1])
+    if not isinstance(blocks, nn.ModuleList) or len({match[1] for match in inside}) > 1:
         return []
-    blocks = net.get_submodule(paths.pop())
-    lowest = min(int(match.group(2)) for match in found if match is not None)
-    below = list(blocks)[:lowest] if isinstance(blocks, nn.ModuleList) else []
+    below = list(blocks)[: min(int(match[2]) for match in inside)]
     return below if len(set(below)) == len(below) else []
 
 
@@ -60,23 +54,19 @@ def skippable_blocks(
 ) -> list[nn.Module]:
     """The frozen blocks, where the network gives the same logits without running them again.
 
-    Args:
-        net: the network.
-        names: full names of the adapted layers.
-        trained: those of modules that are trained whole.
-
-    Returns:
-        None of them where the network is to run plainly: they, or what runs them, are compiled or
-        sharded, a hook or the configuration looks at what they put out, a trained module stands
-        before them, or ``fast=False``; or where the network, asked, gives other logits (see
-        :func:`~pyro_blora.network.fast_path.holds`).
+    None of them where the network is to run plainly: they, or what runs them, are compiled or
+    sharded, a hook or the configuration looks at what they put out, a module that is ``trained``
+    whole stands before them, or ``fast=False``; or where it, asked, gives other logits (see
+    :func:`~pyro_blora.network.fast_path.holds`).
     """
     blocks = frozen_blocks(net, names)
+    if not blocks:
+        return []
     inside = [module for block in blocks for module in block.modules()]
+    before = set(takewhile(lambda module: module is not blocks[0], net.modules()))
     usable = (
-        bool(blocks)
-        and fast_path.is_on(net)
-        and not _come_first(net, trained, blocks[0])
+        fast_path.is_on(net)
+        and not any(net.get_submodule(name) in before for name in trained)
         and fast_path.runs_eagerly([*_ancestors(net, blocks[0]), *inside])
         and not fast_path.is_sharded(net)
         and not fast_path.is_observed(net, inside)
@@ -94,43 +84,36 @@ class FrozenPrefix:
     Args:
         net: the network.
         blocks: its frozen blocks, see :func:`skippable_blocks`.
-        asked: whether it is what the network is asked about; other questions see all blocks run.
 
     Example::
 
-        prefix = FrozenPrefix(net, skippable_blocks(net, blora.model.layer_names))
+        prefix = FrozenPrefix(net, blora.model.skippable_blocks())
         for indices, batch in loader:
             with prefix.examples(indices):  # from the second epoch on the blocks are skipped
                 loss = elbo(batch)
     """
 
-    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module], *, asked: bool = False) -> None:
-        self.net, self.blocks, self._asked = net, blocks, asked
+    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.net, self.blocks = net, blocks
         self._kept: dict[Hashable, Tensor] = {}
-        self._forms: list[Callable[[Tensor], Any]] = [_alone] * len(blocks)
+        self._tuples: dict[int, tuple[type, int]] = {}  # of blocks that put out several things
         self._keys: list[Hashable] = []
-        self._copies = 1
-        self._passes = 0
-        self._plain = False
+        self._copies, self._passes = 1, 0
+        self._asked = self._plain = False
         below = self._below() if blocks else ()
         self._evaluated = [module for module in below if not is_quantised(module)]
 
     @contextmanager
     def examples(self, keys: Sequence[Hashable], copies: int = 1) -> Iterator[None]:
-        """Within, the network's batch is the examples ``keys``, ``copies`` times over.
+        """Within, the network's batch is the examples ``keys``, in order, ``copies`` times over.
 
         Rows are padded on the right, to any length. All that is registered before the lowest
         adapted block is in evaluation mode: dropout would make an example another one each time.
-
-        Args:
-            keys: what tells each example from all others, in the order of the batch.
-            copies: repetitions of the whole batch, one after the other.
         """
         self._keys, self._copies, self._passes = list(keys), copies, 0
+        self._asked = fast_path.is_asked(self.net)  # other questions see all blocks run
         before = [vars(block).get("forward") for block in self.blocks]  # another library's
-        with modes_kept(self._evaluated):
-            for module in self._evaluated:
-                module.training = False
+        with evaluated(self._evaluated):
             for index, block in enumerate(self.blocks):
                 block.forward = partial(self._forward, index, block.forward)
             try:
@@ -139,7 +122,7 @@ class FrozenPrefix:
                 for block, own in zip(self.blocks, before, strict=True):
                     put_forward_back(block, own)
 
-    def _below(self) -> Iterator[nn.Module]:
+    def _below(self) -> set[nn.Module]:
         """What may run before the first block that is not frozen, ancestors included.
 
         By where it is registered: ahead of that block, or beside the blocks. An ancestor that
@@ -151,7 +134,7 @@ class FrozenPrefix:
         below = set(runner.modules()) - {m for block in others for m in block.modules()}
         below.update(takewhile(lambda module: module is not self.blocks[0], self.net.modules()))
         keep = {m for m in ancestors if getattr(m, "gradient_checkpointing", False)}
-        yield from below - keep
+        return below - keep
 
     def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if fast_path.is_asked(self.net) != self._asked:
@@ -167,30 +150,24 @@ class FrozenPrefix:
         rows = hidden.shape[0] // count
         keys = [(key, rows) for key in self._keys]  # options may be packed, or rows each
         if all(key in self._kept for key in keys):
-            return self._forms[index](self._assembled(keys, hidden.shape[1]) if last else hidden)
+            hidden = self._assembled(keys, hidden.shape[1]) if last else hidden
+            if index not in self._tuples:
+                return hidden
+            kind, count = self._tuples[index]
+            return kind((hidden, *[None] * (count - 1)))
         with torch.no_grad():
-            output = own(*args, **kwargs)
-        several = isinstance(output, tuple | list)
-        self._forms[index] = partial(_first, type(output), len(output)) if several else _alone
+            output = value = own(*args, **kwargs)
+        if isinstance(output, tuple | list):
+            self._tuples[index], value = (type(output), len(output)), output[0]
         if last:
-            value = (output[0] if several else output).detach()
-            for i, key in enumerate(keys):
-                self._kept[key] = value[i * rows : (i + 1) * rows].clone()
+            for key, own_rows in zip(keys, value.detach().split(rows), strict=False):
+                self._kept[key] = own_rows.clone()  # the first copy's
         return output
 
     def _assembled(self, keys: Sequence[Hashable], length: int) -> Tensor:
-        kept = [self._kept[key][:, :length] for key in keys]
-        padded = [functional.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in kept]
-        return torch.cat(padded).repeat(self._copies, 1, 1)
-
-
-def _alone(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def _first(kind: type, count: int, hidden: Tensor) -> Any:
-    """Hidden states as a block puts them out, first of several."""
-    return kind((hidden, *(None for _ in range(count - 1))))
+        kept = (self._kept[key] for key in keys)
+        cut_or_padded = [functional.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in kept]
+        return torch.cat(cut_or_padded).repeat(self._copies, 1, 1)
 
 
 def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
@@ -201,7 +178,7 @@ def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[5], [4], [4]])).long()
     ids = ids.where(mask.bool(), fast_path.padding_of(net))
     visits = [(ids[:, :5], mask[:, :5], 1), (ids[:, :5], mask[:, :5], 2), (ids, mask, 1)]
-    prefix = FrozenPrefix(net, blocks, asked=True)
+    prefix = FrozenPrefix(net, blocks)
     for ids, mask, copies in visits:
         rows = {"input_ids": ids.repeat(copies, 1), "attention_mask": mask.repeat(copies, 1)}
         expected = fast_path.logits_of(net, **rows)
@@ -215,8 +192,3 @@ def _ancestors(net: nn.Module, block: nn.Module) -> list[nn.Module]:
     """The modules that hold a block, from the network down."""
     words = next(name for name, module in net.named_modules() if module is block).split(".")
     return [net, *(net.get_submodule(".".join(words[:i])) for i in range(1, len(words)))]
-
-
-def _come_first(net: nn.Module, names: Sequence[str], block: nn.Module) -> bool:
-    order = {module: place for place, module in enumerate(net.modules())}
-    return any(order[net.get_submodule(name)] < order[block] for name in names)

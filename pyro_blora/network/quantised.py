@@ -1,6 +1,4 @@
-"""What priors read of the pretrained weights of a group."""
-
-from collections.abc import Sequence
+"""Quantised layers, and what priors read of the pretrained weights of a group."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +6,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup, layer_shape
 
-__all__ = ["dense_weight", "is_packed", "is_quantised", "refuse_packed", "top_singular"]
+__all__ = ["dense_weight", "is_packed", "is_quantised", "top_singular"]
 
 
 def is_packed(weight: object) -> bool:
@@ -17,22 +15,8 @@ def is_packed(weight: object) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def refuse_packed(layers: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raises ConfigurationError where one of these layers, named, has a packed weight."""
-    for name, layer in layers:
-        if is_packed(layer.weight):
-            raise ConfigurationError(
-                f"bitsandbytes has packed the 4-bit weight of {name} for this processor, as it "
-                "does when a layer first runs in evaluation mode, and no gradient passes through "
-                "it. Load the network anew, and wrap it before it runs."
-            )
-
-
-def _is_quantised_tensor(weight: Tensor) -> bool:
-    """Whether ``weight`` is a tensor like those of torchao, which passes for one of its floats.
-
-    Such a tensor knows how to multiply and how to dequantise itself, and little else.
-    """
+def _is_of_torchao(weight: Tensor) -> bool:
+    """Whether it knows how to multiply and to dequantise itself, and passes for one of floats."""
     return type(weight).dequantize is not Tensor.dequantize
 
 
@@ -41,8 +25,8 @@ def is_quantised(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is None:
         return False
-    packed = hasattr(weight, "quant_state") or not weight.is_floating_point()
-    return packed or _is_quantised_tensor(weight)
+    of_bitsandbytes = hasattr(weight, "quant_state") or not weight.is_floating_point()
+    return of_bitsandbytes or _is_of_torchao(weight)
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
@@ -54,11 +38,10 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
         ConfigurationError: the weight is quantised in another way.
     """
     weight = _dequantised(module)
-    shape = layer_shape(module)
-    assert shape is not None
-    conv = type(module).__name__ == "Conv1D"  # which stores its transpose
-    stored = shape[::-1] if conv else shape
-    if weight is None or not weight.is_floating_point() or weight.shape != stored:
+    transposed = type(module).__name__ == "Conv1D"
+    if weight is not None and transposed:
+        weight = weight.mT
+    if weight is None or not weight.is_floating_point() or weight.shape != layer_shape(module):
         kind = "no weight"
         if weight is not None:
             kind = f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
@@ -67,25 +50,10 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
             "not start from the pretrained weight, or load the network unquantised or quantised "
             "by torchao or bitsandbytes."
         )
-    return (weight.mT if conv else weight).to(torch.get_default_dtype())
+    return weight.to(torch.get_default_dtype())
 
 
 def _dequantised(module: nn.Module) -> Tensor | None:
-    weight = _whole_weight(module)
-    if weight is None:
-        return None
-    if is_packed(weight):
-        return weight.detach()
-    if getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8:
-        from transformers.integrations import bitsandbytes
-
-        weight = bitsandbytes.dequantize_bnb_weight(weight, getattr(module, "state", None))
-    elif _is_quantised_tensor(weight):
-        weight = weight.dequantize()
-    return weight.detach()
-
-
-def _whole_weight(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
@@ -95,18 +63,22 @@ def _whole_weight(module: nn.Module) -> Tensor | None:
         with align_module_device(module):
             weight = module.weight
             assert isinstance(weight, Tensor)
-    whole = getattr(weight, "full_tensor", None)  # of a DTensor, which has a share of it
-    return weight if whole is None else whole()
+    if hasattr(weight, "full_tensor"):  # a DTensor, which has a share of it
+        weight = weight.full_tensor()
+    if is_packed(weight):  # in an order that bitsandbytes alone knows
+        return weight.detach()
+    if getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8:
+        from transformers.integrations import bitsandbytes
+
+        weight = bitsandbytes.dequantize_bnb_weight(weight, getattr(module, "state", None))
+    elif _is_of_torchao(weight):
+        weight = weight.dequantize()
+    return weight.detach()
 
 
 @torch.no_grad()
 def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first singular directions of each pretrained weight of a group.
-
-    Args:
-        group: the layers.
-        left: how many left ones.
-        right: how many right ones.
+    """The first ``left`` and ``right`` singular directions of each pretrained weight of a group.
 
     Returns:
         ``(n, left, d_out)`` and ``(n, right, d_in)``, orthonormal rows of falling singular value,
@@ -125,4 +97,4 @@ def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tens
         lefts.append(U.mT[:left])
         rights.append(Vh[:right])
         values.append(S)
-    return (torch.stack(lefts).contiguous(), torch.stack(rights).contiguous(), torch.stack(values))
+    return torch.stack(lefts), torch.stack(rights), torch.stack(values)

@@ -8,7 +8,7 @@ site under one plate: the cost of Pyro does not grow with the depth of the netwo
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "find_targets",
     "group_layers",
     "head_names",
+    "head_of",
     "layer_shape",
     "matches",
 ]
@@ -71,19 +72,9 @@ class LayerGroup:
 
 
 def device_of(modules: Iterable[nn.Module]) -> torch.device:
-    """Where the first of ``modules`` that tells computes.
+    """Where the first of ``modules`` that tells computes; the CPU where none has storage.
 
-    Args:
-        modules: layers, or all modules of a network.
-
-    Returns:
-        The device at which Accelerate runs an offloaded module, or that of its tensors; the CPU
-        where nothing has storage (device ``meta``).
-
-    Example::
-
-        >>> device_of([nn.ReLU(), nn.Linear(2, 2)])
-        device(type='cpu')
+    That is where Accelerate runs an offloaded module, or the device of a module's own tensors.
     """
     for module in modules:
         # Between passes an offloaded weight is on the meta device
@@ -102,12 +93,10 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     Linear layers are recognised by their declared features, never by their weight, so quantised
     layers count; transformers' ``Conv1D`` (GPT-2), which stores the weight transposed, counts too.
     """
-    out_features, in_features = (getattr(module, k, None) for k in ("out_features", "in_features"))
-    if isinstance(out_features, int) and isinstance(in_features, int):
-        return out_features, in_features
-    nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
-    if type(module).__name__ == "Conv1D" and isinstance(nf, int) and isinstance(nx, int):
-        return nf, nx
+    for names in (("out_features", "in_features"), ("nf", "nx")):
+        d_out, d_in = (getattr(module, name, None) for name in names)
+        if isinstance(d_out, int) and isinstance(d_in, int):
+            return d_out, d_in
     return None
 
 
@@ -115,15 +104,11 @@ def matches(name: str, pattern: str | Sequence[str]) -> bool:
     """Whether a module's full name ends in one of ``pattern``, or is what a string describes."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == suffix or name.endswith("." + suffix) for suffix in pattern)
+    return any(f".{name}".endswith(f".{suffix}") for suffix in pattern)
 
 
-def _layer_index(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
-
-
-def _output_head(net: nn.Module) -> nn.Module | None:
+def head_of(net: nn.Module) -> nn.Module | None:
+    """The output head of a language model, or ``None``."""
     getter = getattr(net, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
@@ -136,22 +121,16 @@ def body_of(net: nn.Module) -> str | None:
 
 
 def head_names(net: nn.Module) -> list[str]:
-    """Full names of a network's heads: what has parameters and stands beside its body.
-
-    Example::
-
-        >>> head_names(nn.ModuleDict({"h": nn.Linear(4, 4), "score": nn.Linear(4, 2)}))
-        ['score']
-    """
+    """Full names of a network's heads: what has parameters and stands beside its body."""
     body = body_of(net)
     if body is None:
         return [name for name, _ in net.named_modules() if matches(name, _CLASSIFICATION_HEADS)]
     parent = body.rpartition(".")[0]
-    return [
-        f"{parent}.{name}".removeprefix(".")
+    beside = {
+        f"{parent}.{name}".removeprefix("."): module
         for name, module in net.get_submodule(parent).named_children()
-        if f"{parent}.{name}".removeprefix(".") != body and any(True for _ in module.parameters())
-    ]
+    }
+    return [name for name, m in beside.items() if name != body and list(m.parameters())]
 
 
 def find_targets(
@@ -161,19 +140,11 @@ def find_targets(
     exclude_modules: str | Sequence[str] = (),
     layers_to_transform: int | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
-    """The linear layers of ``net`` that ``target_modules`` names, in the network's order.
+    """The linear layers of ``net`` that ``target_modules`` names, by full name, in order.
 
-    Args:
-        net: the network.
-        target_modules: a list of suffixes (``["q_proj", "lm_head"]``), a regular expression that
-            must match the whole name, ``"all-linear"`` (all but output and classification heads),
-            or ``None`` for the attention projections usual for the architecture.
-        exclude_modules: suffixes or a regular expression to leave out.
-        layers_to_transform: indices of the blocks to adapt; a layer outside any block, such as
-            ``lm_head``, is then left out, as in PEFT. Default: all.
-
-    Returns:
-        A mapping from full name to layer.
+    Options are those of :class:`~pyro_blora.BayesianLoRA`. A regular expression must match the
+    whole name, ``"all-linear"`` leaves output and classification heads out, and
+    ``layers_to_transform`` what is outside of any block, such as ``lm_head``, as in PEFT.
 
     Raises:
         NoTargetError: nothing matches; the message lists near misses.
@@ -186,77 +157,60 @@ def find_targets(
     """
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     if target_modules is None:
-        for candidate in _DEFAULT_TARGETS:
-            if all(any(matches(name, [suffix]) for name in linear) for suffix in candidate):
-                target_modules = list(candidate)
-                break
-        else:
-            raise NoTargetError(
-                f"{type(net).__name__} has none of the usual attention projections; pass "
-                f"target_modules=, a list of some of {_suffixes(linear)} or 'all-linear'."
-            )
-    if isinstance(target_modules, str) and target_modules == "all-linear":
-        head, heads = _output_head(net), tuple(f"{name}." for name in head_names(net))
-        chosen = {
-            name: module
-            for name, module in linear.items()
-            if module is not head and not f"{name}.".startswith(heads)
-        }
+        target_modules = _usual_targets(net, linear)
+    if target_modules == "all-linear":
+        head, heads = head_of(net), tuple(f"{name}." for name in head_names(net))
+        named = [n for n, m in linear.items() if m is not head and not f"{n}.".startswith(heads)]
     else:
-        chosen = {name: m for name, m in linear.items() if matches(name, target_modules)}
-    named = dict(chosen)
-    if exclude_modules:
-        chosen = {name: m for name, m in chosen.items() if not matches(name, exclude_modules)}
+        named = [name for name in linear if matches(name, target_modules)]
+    chosen = [name for name in named if not matches(name, exclude_modules)]
     if layers_to_transform is not None:
-        wanted = (
-            {layers_to_transform}
-            if isinstance(layers_to_transform, int)
-            else set(layers_to_transform)
-        )
-        chosen = {name: m for name, m in chosen.items() if _layer_index(name) in wanted}
-    if not chosen:
-        raise NoTargetError(_no_target(target_modules, named, linear, layers_to_transform))
-    return chosen
-
-
-def _suffixes(linear: dict[str, nn.Module]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in linear})
-
-
-def _no_target(
-    target_modules: str | Sequence[str],
-    named: dict[str, nn.Module],
-    linear: dict[str, nn.Module],
-    layers_to_transform: int | Sequence[int] | None,
-) -> str:
+        if isinstance(layers_to_transform, int):
+            layers_to_transform = [layers_to_transform]
+        blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
+        chosen = [
+            n for n, block in blocks.items() if block and int(block[1]) in layers_to_transform
+        ]
+    if chosen:
+        return {name: linear[name] for name in chosen}
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
-        return (
+        raise NoTargetError(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
-            f"none of them; loosen it. Matched: {', '.join(list(named)[:4])}."
+            f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
     available = _suffixes(linear)
-    asked = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    asked = [target_modules] if isinstance(target_modules, str) else target_modules
     near = sorted({m for a in asked for m in difflib.get_close_matches(a, available, cutoff=0.5)})
-    hint = f" Did you mean {near}?" if near else ""
-    return (
-        f"target_modules={target_modules!r} matches no linear layer.{hint} "
-        f"The network's linear layers end in {available}."
+    raise NoTargetError(
+        f"target_modules={target_modules!r} matches no linear layer."
+        f"{f' Did you mean {near}?' if near else ''} The network's linear layers end in "
+        f"{available}."
     )
 
 
-def group_layers(targets: dict[str, nn.Module]) -> list[LayerGroup]:
+def _usual_targets(net: nn.Module, linear: Iterable[str]) -> Sequence[str]:
+    for usual in _DEFAULT_TARGETS:
+        if all(any(matches(name, [suffix]) for name in linear) for suffix in usual):
+            return usual
+    raise NoTargetError(
+        f"{type(net).__name__} has none of the usual attention projections; pass "
+        f"target_modules=, a list of some of {_suffixes(linear)} or 'all-linear'."
+    )
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
     """Groups layers of equal shape, in the order of their first member.
 
-    Args:
-        targets: full names and layers, as :func:`find_targets` returns them.
-
-    Returns:
-        One group for each shape. A group is named after its layers' last name parts, joined by
-        ``_`` (``"k_proj_v_proj"``), with the shape added where two groups would be called alike.
+    A group is named after its layers' last name parts, joined by ``_`` (``"k_proj_v_proj"``), with
+    the shape added where two groups would be called alike.
 
     Raises:
-        ConfigurationError: ``targets`` is empty.
+        ConfigurationError: ``targets`` is empty, or holds what is no linear layer.
 
     Example::
 

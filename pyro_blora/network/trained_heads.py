@@ -19,14 +19,10 @@ __all__ = ["TrainedHeads", "heads_to_train"]
 def heads_to_train(
     net: nn.Module, modules_to_save: Sequence[str] | None, targets: Iterable[str], new_head: bool
 ) -> list[str]:
-    """Full names of the modules to train as points.
+    """Full names of the modules to train as points: those that ``modules_to_save`` ends.
 
-    Args:
-        net: the network.
-        modules_to_save: name suffixes, or ``None`` for the heads that hold no target, where the
-            likelihood reads a head that may be new.
-        targets: full names of the adapted layers.
-        new_head: whether the likelihood does.
+    Where it is ``None`` and the likelihood reads a head that may be new (``new_head``), the heads
+    that hold none of the adapted layers, ``targets``.
 
     Raises:
         ConfigurationError: a name is no module's, or is that of a part of the network's body or of
@@ -72,12 +68,8 @@ class TrainedHeads(PyroModule):
     Within :meth:`in_place` they stand for the network's own, which stay frozen and as they were.
     One value serves every row of a batch, whichever particle sees it.
 
-    Args:
-        net: the network.
-        names: full names of the modules.
-
     Raises:
-        ConfigurationError: a module is quantised or offloaded.
+        ConfigurationError: a module, of those of these full ``names``, is quantised or offloaded.
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
@@ -89,22 +81,18 @@ class TrainedHeads(PyroModule):
             for path, owner in net.get_submodule(head).named_modules(prefix=head):
                 if "original_module" in path.split("."):  # PEFT's wrapper keeps the untrained one
                     continue
-                offloaded = any(p.is_meta for p in owner.parameters()) and hasattr(
-                    owner, "_hf_hook"
-                )
-                if is_quantised(owner) or offloaded:
+                away = hasattr(owner, "_hf_hook") and any(p.is_meta for p in owner.parameters())
+                if is_quantised(owner) or away:
                     raise ConfigurationError(
-                        f"{path} is {'offloaded' if offloaded else 'quantised'} and cannot be "
+                        f"{path} is {'offloaded' if away else 'quantised'} and cannot be "
                         "trained; load the network with it whole, or pass modules_to_save=()."
                     )
                 for name, own in owner.named_parameters(recurse=False):
                     attribute = f"{path}.{name}".replace(".", "_")
                     self._owners[attribute] = f"{path}.{name}", owner, name
                     self.roles[attribute] = "head"
-                    start = own.detach().to(
-                        torch.promote_types(own.dtype, torch.float32), copy=True
-                    )
-                    setattr(self, attribute, PyroParam(start))
+                    dtype = torch.promote_types(own.dtype, torch.float32)
+                    setattr(self, attribute, PyroParam(own.detach().to(dtype, copy=True)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors by their full names in the network."""
@@ -112,22 +100,18 @@ class TrainedHeads(PyroModule):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the network computes with the trained tensors.
-
-        Raises:
-            ConfigurationError: the network's own are sharded.
-        """
+        """Within, the network computes with the trained tensors; its own must not be sharded."""
         before: list[tuple[dict[str, Any], str, Tensor]] = []
+        for full, owner, name in self._owners.values():
+            parameters: dict[str, Any] = owner._parameters
+            before.append((parameters, name, parameters[name]))
+            if hasattr(parameters[name], "full_tensor"):
+                raise ConfigurationError(
+                    f"{full} is sharded and cannot be trained: call fully_shard on the blocks of "
+                    "the network, not on all of it, or pass modules_to_save=()."
+                )
         try:
-            for attribute, (full, owner, name) in self._owners.items():
-                parameters: dict[str, Any] = owner._parameters
-                own = parameters[name]
-                if hasattr(own, "full_tensor"):
-                    raise ConfigurationError(
-                        f"{full} is sharded and cannot be trained: call fully_shard on the blocks "
-                        "of the network, not on all of it, or pass modules_to_save=()."
-                    )
-                before.append((parameters, name, own))
+            for attribute, (parameters, name, own) in zip(self._owners, before, strict=True):
                 parameters[name] = getattr(self, attribute).to(own.device, own.dtype)
             yield
         finally:

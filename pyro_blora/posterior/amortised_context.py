@@ -1,6 +1,7 @@
 """What an amortised guide sees of a batch."""
 
-import pyro
+import math
+
 import torch
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
 
-__all__ = ["DRAWS_PLATE", "ELBO_PLATE", "context_of_particles", "context_size", "pooled_context"]
+__all__ = [
+    "DRAWS_PLATE",
+    "ELBO_PLATE",
+    "context_of_particles",
+    "context_size",
+    "open_plates",
+    "pooled_context",
+]
 
 # The name that Pyro's ELBO gives to the plate of vectorised particles.
 ELBO_PLATE = "num_particles_vectorized"
@@ -25,18 +33,13 @@ def context_size(net: nn.Module) -> int:
 
 @torch.no_grad()
 def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
-    """One vector for each example: the mean of its tokens' input embeddings, of length ``sqrt(d)``.
+    """A vector for each example, ``(B, d)``: the batch's own ``context``, where it has one.
 
-    Args:
-        net: the network.
-        batch: ``input_ids`` (B x ... x T) and, where there is padding, ``attention_mask``; or
-            ``context``, which is returned as it is.
-
-    Returns:
-        ``(B, d)``.
+    Otherwise the mean of the input embeddings of its tokens, ``input_ids`` (B x ... x T), made
+    ``sqrt(d)`` long.
 
     Raises:
-        BatchError: the batch has neither ``context`` nor ``input_ids``.
+        BatchError: the batch has neither.
     """
     if "context" in batch:
         return batch["context"]
@@ -56,31 +59,23 @@ def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.normalize(mean, dim=-1) * float(mean.shape[-1]) ** 0.5
 
 
-def context_of_particles(context: Tensor, nesting: int) -> Tensor:
-    """The context of each particle of the plates that are open, ``(P, 1, ..., 1, d)``.
+def open_plates() -> dict[str, int]:
+    """The names and sizes of the plates within which Pyro is running now."""
+    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
+    return {plate.name: getattr(plate, "subsample_size", plate.size) for plate in plates}
+
+
+def context_of_particles(context: Tensor) -> Tensor:
+    """The context of each particle of the plates that are open, ``(P, d)`` of ``(B, d)``.
 
     Vectorised particles of an ELBO share out the examples, and each sees the mean over its own. A
     multiple of ``B`` draws for a prediction belongs to the examples one by one, over and over.
-    Every other draw sees the mean over all examples.
-
-    Args:
-        context: of each example, ``(B, d)``.
-        nesting: how many dimensions the plates of the prior take.
-
-    Returns:
-        With ``nesting`` dimensions of size one between ``P`` and ``d``; without ``P`` where no
-        plate is open.
+    Every other draw sees the mean over all examples, and there is but one.
     """
-    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
-    particles = 1
-    for plate in plates:
-        particles *= plate.size if not isinstance(plate, pyro.plate) else plate.subsample_size
-    shares = any(plate.name == ELBO_PLATE for plate in plates)
-    examples = context.shape[0]
-    if shares and examples % particles == 0:
-        context = context.reshape(particles, -1, context.shape[-1]).mean(1)
-    elif any(plate.name == DRAWS_PLATE for plate in plates) and particles % examples == 0:
-        context = context.repeat(particles // examples, 1)
-    else:
-        context = context.mean(0, keepdim=True)
-    return context.reshape(context.shape[0], *(1,) * nesting, context.shape[-1])
+    plates, examples = open_plates(), context.shape[0]
+    particles = math.prod(plates.values())
+    if ELBO_PLATE in plates and examples % particles == 0:
+        return context.reshape(particles, -1, context.shape[-1]).mean(1)
+    if DRAWS_PLATE in plates and particles % examples == 0:
+        return context.repeat(particles // examples, 1)
+    return context.mean(0, keepdim=True)

@@ -1,7 +1,7 @@
 """Logits of the adapted network under posterior draws."""
 
+import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +42,11 @@ def logits_of_draws(
 ) -> Iterator[Tensor]:
     """The logits of a batch under each posterior draw, several draws in one pass.
 
-    Args:
-        model: the adapted network; evaluated with dropout off, left in the mode it was in.
-        guide: its guide.
-        batch: what the likelihood takes.
-        num_samples: number of draws ``S``; 0 for the posterior mean, without conditional noise.
-        max_rows: as many draws share a pass as keep ``draws x B`` within this, at least one.
-            Default: see :func:`rows_of_a_pass`.
+    The network is evaluated with dropout off, and left in the mode it was in. Arguments are those
+    of :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
 
     Yields:
         ``(draws, B, ..., C)``.
-
-    Raises:
-        ConfigurationError: ``num_samples`` is negative.
-        BatchError: the batch is not what the likelihood takes.
     """
     if num_samples < 0:
         raise ConfigurationError(
@@ -74,12 +65,10 @@ def logits_of_draws(
     done = 0
     while done < max(1, num_samples):
         # what the frozen blocks put out is recorded from one draw alone
-        first = bool(blocks) and not done
-        draws = 1 if first or not num_samples else min(most, num_samples - done)
+        draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
         with in_mode(model.net, training=False):  # between two passes the network is the caller's
             updates = sample_updates(model, guide, min(draws, num_samples) * each, batch)
-            skipped = prefix.examples(range(examples), draws) if blocks else nullcontext()
-            with skipped, model.applied(updates) as net:
+            with prefix.examples(range(examples), draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))
         yield logits.unflatten(0, (draws, examples))
         done += draws
@@ -92,13 +81,7 @@ def log_predictive(
     num_samples: int,
     max_rows: int | None = None,
 ) -> Tensor:
-    r"""``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``.
-
-    Arguments are those of :func:`logits_of_draws`.
-
-    Raises:
-        BatchError: the batch has no labels.
-    """
+    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
     likelihood = model.likelihood
     likelihood.examples(batch)
     labels = likelihood.labels(batch)
@@ -110,4 +93,4 @@ def log_predictive(
         likelihood.check_labels(observed, logits)
         parts.append(likelihood.distribution(logits, observed).log_prob(observed))
     joined = torch.cat(parts)
-    return joined.logsumexp(0) - torch.tensor(float(len(joined))).log()
+    return joined.logsumexp(0) - math.log(len(joined))

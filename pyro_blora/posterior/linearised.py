@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Site
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
@@ -28,10 +29,7 @@ def logit_jacobian(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at the guide's centre, and their Jacobian in unconstrained coordinates.
 
-    Args:
-        model: the adapted network, evaluated in the mode it is in.
-        guide: its guide, of a family of this library.
-        batch: ``B`` examples.
+    The network is evaluated in the mode it is in.
 
     Returns:
         The logits, ``(B, C)``, without gradient, and for each site ``d(logit_c - logit_0)``,
@@ -48,22 +46,17 @@ def logit_jacobian(
         )
     examples = model.likelihood.examples(batch)
     batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
-    families = guide.families()
+    sites = {name: family.site for name, family in guide.families().items()}
     leaves: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
     with torch.no_grad():
         centre = guide.center(batch)
-    for name, family in families.items():
-        site = family.site
-        point = centre[name] if site.is_real else site.transform.inv(centre[name])
+    for name, site in sites.items():
+        point = _unconstrained(site, centre[name])
         outside = (1,) * (guide.nesting - len(site.batch_shape))
         point = point.reshape(-1, *outside, *site.shape)  # of each example, or one for all
-        leaf = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
-        leaves[name] = leaf
+        leaves[name] = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
     with torch.enable_grad():
-        for name, leaf in leaves.items():
-            site = families[name].site
-            values[name] = leaf if site.is_real else site.transform(leaf)
+        values = {n: x if sites[n].is_real else sites[n].transform(x) for n, x in leaves.items()}
         updates = pyro.poutine.condition(model.updates, data=values)()
         updates = {name: update.without_noise() for name, update in updates.items()}
         with model.applied(updates) as net:
@@ -79,11 +72,15 @@ def logit_jacobian(
             total = (logits[:, c] - logits[:, 0]).sum()
             keep = c + 1 < logits.shape[-1]
             rows.append(list(torch.autograd.grad(total, list(leaves.values()), retain_graph=keep)))
-    jacobian = {}
-    for name, site_rows in zip(leaves, zip(*rows, strict=True), strict=True):
-        stacked = torch.stack(site_rows, 1)
-        jacobian[name] = stacked.reshape(*stacked.shape[:2], *families[name].site.shape)
-    return logits.detach(), jacobian
+    stacked = (torch.stack(site_rows, 1) for site_rows in zip(*rows, strict=True))
+    return logits.detach(), {
+        name: J.reshape(*J.shape[:2], *site.shape)
+        for (name, site), J in zip(sites.items(), stacked, strict=True)
+    }
+
+
+def _unconstrained(site: Site, value: Tensor) -> Tensor:
+    return value if site.is_real else site.transform.inv(value)
 
 
 @torch.no_grad()
@@ -97,13 +94,7 @@ def linearised_logits(
         f(U_s) \approx f(\bar U) + J (U_s - \bar U), \qquad U_s \sim q,
 
     for any guide family, in unconstrained coordinates. The network runs forward once and backward
-    once for each class but the first; a draw costs one product with :math:`J`.
-
-    Args:
-        model: the adapted network; evaluated with dropout off, left in the mode it was in.
-        guide: its guide.
-        batch: what the likelihood takes.
-        num_samples: number of draws ``S``.
+    once for each class but the first, with dropout off; a draw costs one product with :math:`J`.
 
     Returns:
         ``(S, B, C)``.
@@ -123,22 +114,13 @@ def linearised_logits(
         logits, jacobian = logit_jacobian(model, guide, batch)
     assert isinstance(guide, StructuredGuide)
     guide.center(batch)  # an amortised family sees every example by itself again
+    drawn = logits.repeat(num_samples, 1, 1)
     with torch.autocast(logits.device.type, enabled=False):
-        return logits + _shift(guide, logits, jacobian, num_samples)
-
-
-def _shift(
-    guide: StructuredGuide, logits: Tensor, jacobian: dict[str, Tensor], num_samples: int
-) -> Tensor:
-    shift = torch.zeros(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
-    for name, family in guide.families().items():
-        site, law = family.site, family.distribution()
-        centre = family.center()
-        centre = centre if site.is_real else site.transform.inv(centre)
-        # draws x [B or one for all] x numbers
-        moved = law.sample(torch.Size([num_samples])) - centre
-        size = site.shape.numel()
-        J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
-        moved = moved.reshape(num_samples, -1, size).expand(-1, len(logits), -1)
-        shift += torch.einsum("bck,sbk->sbc", J, moved)
-    return shift
+        for name, family in guide.families().items():
+            centre = _unconstrained(family.site, family.center())
+            moved = family.distribution().sample(torch.Size([num_samples])) - centre
+            size = family.site.shape.numel()
+            moved = moved.reshape(num_samples, -1, size)  # the second is B, or one for all
+            J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
+            drawn += torch.einsum("bck,sbk->sbc", J, moved.expand(-1, len(logits), -1))
+    return drawn

@@ -12,13 +12,10 @@ __all__ = ["leave_store", "warn_of_aliases"]
 
 
 def leave_store(parts: Mapping[str, nn.Module]) -> None:
-    """Takes the tensors of ``parts`` out of Pyro's global store; the modules keep them.
+    """Takes the tensors of modules, named as in Pyro's global store, out of it; they keep them.
 
     A name that stays there would win over what is loaded into a module, and over the start of the
     next adapter of that name.
-
-    Args:
-        parts: modules by the name under which the store knows them.
     """
     store = pyro.get_param_store()
     for prefix, part in parts.items():

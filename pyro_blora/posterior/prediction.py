@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["Prediction", "check_probabilities"]
 
@@ -99,17 +100,10 @@ class Prediction:
 
     @classmethod
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
-        """Concatenate over items.
-
-        Args:
-            predictions: one or more, of equal :attr:`num_samples`. Where the numbers of choices
-                differ, the missing ones get probability 0.
-
-        Returns:
-            A prediction of ``sum(len(p) for p in predictions)`` items, in order.
+        """Concatenate over items; where the numbers of choices differ, missing ones get 0.
 
         Raises:
-            ValueError: there is none, or the numbers of samples differ.
+            ValueError: there is no prediction, or the numbers of samples differ.
         """
         if not predictions:
             raise ValueError("Prediction.cat needs one prediction or more, got none.")
@@ -120,10 +114,7 @@ class Prediction:
                 "with the same num_samples."
             )
         choices = max(p.samples.shape[2] for p in predictions)
-        padded = [
-            torch.nn.functional.pad(p.samples, (0, choices - p.samples.shape[2]))
-            for p in predictions
-        ]
+        padded = [pad(p.samples, (0, choices - p.samples.shape[2])) for p in predictions]
         return cls(torch.cat(padded, dim=1))
 
     def __repr__(self) -> str:
@@ -135,30 +126,22 @@ class Prediction:
 
 
 def check_probabilities(probs: Tensor, *, name: str) -> None:
-    """Check that the last dimension of ``probs`` holds probability vectors.
-
-    Args:
-        probs: of shape ``(..., K)``.
-        name: what the message calls it.
+    """Check that the last dimension of ``probs``, which a message calls ``name``, sums to 1.
 
     Raises:
-        ValueError: ``probs`` is not floating, not finite, negative somewhere, or rows do not sum to
-            1 within 1e-3.
+        ValueError: it is not floating, not finite, negative somewhere, or off by more than 1e-3.
     """
     if not probs.is_floating_point():
         raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")
-    if not bool(probs.isfinite().all()):
-        bad = int((~probs.isfinite()).sum())
-        raise ValueError(
-            f"{name} must be finite, got {bad} entries of {probs.numel()} that are not: look for "
-            "NaN in the logits."
-        )
+    bad = int((~probs.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite; {bad} entries of {probs.numel()} are not.")
     error = (probs.sum(-1, dtype=torch.float64) - 1).abs()
     if probs.numel() and (float(probs.min()) < 0 or float(error.max()) > _TOLERANCE):
         raise ValueError(
             f"The rows of {name} must be probabilities that sum to 1; got a smallest entry of "
-            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. If you "
-            "passed logits, apply softmax first, in float32."
+            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. Of "
+            "logits, take the softmax first, in float32."
         )
 
 

@@ -5,6 +5,7 @@ its median, :math:`e^\mu`, and its mean :math:`e^{\mu + s^2/2}`.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,18 +33,9 @@ def sample_updates(
 ) -> dict[str, LowRankUpdate]:
     """Posterior draws of the updates by group, without gradient.
 
-    Args:
-        model: the model.
-        guide: its guide.
-        num_samples: number of draws ``S``; 0 takes the mean of the update, see
-            :func:`mean_updates`.
-        batch: what the guide is called with, where it reads its argument.
-
-    Returns:
-        Updates whose factors have a leading dimension ``S``, or none for ``S = 0``.
-
-    Raises:
-        ConfigurationError: an AutoGuide has not run yet, and ``batch`` has no labels.
+    Their factors have a leading dimension ``S = num_samples``, or none for ``S = 0``, which takes
+    :func:`mean_updates`. The guide is called with ``batch``, which an AutoGuide that has not run
+    yet needs, with labels.
     """
     start_guide(guide, batch)
     if num_samples == 0:
@@ -71,13 +63,7 @@ def mean_updates(
     off by about a thirtieth of the spread of that scale. Where q may correlate the sites (any
     AutoGuide, ``Ensemble``) or does not know its mean (``AutoIAFNormal``), all sites are drawn.
 
-    Args:
-        model: the model.
-        guide: its guide, which has its parameters.
-        batch: what the guide is called with. An amortised guide has a mean for each example.
-
-    Returns:
-        Updates by group, of factors ``(n, ...)``, or ``(B, n, ...)`` where they are amortised.
+    Factors are ``(n, ...)``, or ``(B, n, ...)`` of an amortised guide and the examples of a batch.
     """
     held = Trace()
     lead: tuple[int, ...] = ()
@@ -90,23 +76,24 @@ def mean_updates(
         centre = {name: value for name, value in centre.items() if name in nodes}
         linear = {name: nodes[name] for name in centre if _is_linear(name, nodes[name])}
         if len(linear) == len(centre):
-            updates: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
-            return {name: update.without_noise() for name, update in updates.items()}
+            at_mean: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
+            return {name: update.without_noise() for name, update in at_mean.items()}
         if isinstance(guide, StructuredGuide) and not guide.couples_sites:
             for name, node in linear.items():  # independent of what is drawn
                 value = centre[name]
                 value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1)) if lead else value
                 held.add_node(name, **{**node, "value": value, "is_observed": False})
-    means: dict[str, list[LowRankUpdate]] = {}
+    means: dict[str, list[list[Tensor]]] = defaultdict(list)
     with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
         for _ in range(_PASSES):
-            drawn_updates = sample_updates(model, guide, _DRAWS * math.prod(lead), batch)
-            for name, update in drawn_updates.items():
-                drawn = update.without_noise()
-                core = None if drawn.core is None else _mean(drawn.core, lead)
-                mean = LowRankUpdate(_mean(drawn.A, lead), _mean(drawn.B, lead), core)
-                means.setdefault(name, []).append(mean)
-    return {name: _average(passes) for name, passes in means.items()}
+            drawn = sample_updates(model, guide, _DRAWS * math.prod(lead), batch)
+            for name, update in drawn.items():
+                means[name].append([_mean(factor, lead) for factor in _factors(update)])
+    updates = {}
+    for name, passes in means.items():
+        A, B, *core = (torch.stack(factor).mean(0) for factor in zip(*passes, strict=True))
+        updates[name] = LowRankUpdate(A, B, core[0] if core else None)
+    return updates
 
 
 def _centre(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor] | None:
@@ -130,10 +117,6 @@ def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
     return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
 
 
-def _average(updates: list[LowRankUpdate]) -> LowRankUpdate:
-    cores = [update.core for update in updates if update.core is not None]
-    return LowRankUpdate(
-        A=torch.stack([update.A for update in updates]).mean(0),
-        B=torch.stack([update.B for update in updates]).mean(0),
-        core=torch.stack(cores).mean(0) if cores else None,
-    )
+def _factors(update: LowRankUpdate) -> list[Tensor]:
+    mean = update.without_noise()
+    return [factor for factor in (mean.A, mean.B, mean.core) if factor is not None]

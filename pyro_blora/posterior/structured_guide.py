@@ -39,10 +39,6 @@ GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
     """Runs a guide that reads the model at its first call, as AutoGuides do; others it leaves be.
 
-    Args:
-        guide: any guide.
-        batch: a batch with labels.
-
     Raises:
         ConfigurationError: the guide has no parameters yet and there are no labels, without which
             it would take them for latent.
@@ -62,9 +58,7 @@ def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
 def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, draws are the same every time; afterwards all is as if there had been none.
 
-    Args:
-        guide: any guide; an ``Ensemble``'s turn is put back, too.
-        device: whose generator is seeded and put back, besides the CPU's.
+    The seeds of the CPU and of ``device``, and the turn of an ``Ensemble``.
     """
     turns = [turn for name, turn in guide.named_buffers() if name.split(".")[-1] == "turn"]
     before = [turn.clone() for turn in turns]
@@ -83,51 +77,38 @@ class StructuredGuide(PyroModule):
     """q over all sites: the product of one :class:`SiteGuide` for each.
 
     Its sites have the names, plates and order of the model's, as
-    :class:`~pyro.infer.TraceMeanField_ELBO` requires.
-
-    Args:
-        family: a guide family, copied for each site.
-        sites: the latent sites of the prior.
-        model: the model.
+    :class:`~pyro.infer.TraceMeanField_ELBO` requires. The family is copied for each.
     """
 
     def __init__(self, family: SiteGuide, sites: list[Site], model: BayesianLoRAModel) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
-        self._site_guides: list[tuple[Site, str]] = []
-        self._plates: dict[str, pyro.plate] = {}  # made once: a new plate costs as much as a site
+        self._attributes = {site.name: site.name.replace(".", "_") for site in sites}
+        frames = {frame.name: frame for site in sites for frame in site.plates}
+        # made once, for all the sites within: a new plate costs as much as a site
+        self._plates = {n: pyro.plate(n, frame.size, dim=frame.dim) for n, frame in frames.items()}
         size = context_size(model.net) if family.reads_context else 0
-        for site in (replace(site, context_size=size) for site in sites):
-            attribute = site.name.replace(".", "_")
-            self._site_guides.append((site, attribute))
-            for frame in site.plates:
-                if frame.name not in self._plates:  # one plate for all the sites within
-                    self._plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
-            setattr(self, attribute, family.bind(site))
+        for site in sites:
+            bound = family.bind(replace(site, context_size=size))
+            setattr(self, self._attributes[site.name], bound)
         self.reads_context, self.couples_sites = family.reads_context, family.couples_sites
         self.nesting = model.max_plate_nesting
 
     def families(self) -> dict[str, SiteGuide]:
         """The bound family of each site."""
-        return {site.name: getattr(self, attribute) for site, attribute in self._site_guides}
+        return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """Samples every site; ``batch`` is read by amortised families alone.
-
-        Returns:
-            The sampled values by site name.
-        """
-        context = self._context(batch)
-        self._see(None if context is None else context_of_particles(context, self.nesting))
+        """Samples every site; ``batch`` is read by amortised families alone."""
+        self._see(batch, context_of_particles)
         values: dict[str, Tensor] = {}
-        device = self._model[0].groups[0].device.type
-        with torch.autocast(device, enabled=False):
-            for site, attribute in self._site_guides:
-                q = getattr(self, attribute)()
+        with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
+            for name, family in self.families().items():
+                q = family()
                 with ExitStack() as stack:
-                    for frame in site.plates:
+                    for frame in family.site.plates:
                         stack.enter_context(self._plates[frame.name])
-                    values[site.name] = pyro.sample(site.name, q)
+                    values[name] = pyro.sample(name, q)
         return values
 
     def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -138,22 +119,20 @@ class StructuredGuide(PyroModule):
 
         Of an amortised family the means for each example of ``batch``, ``(B, n, *event_shape)``.
         """
-        context = self._context(batch)
-        if context is not None:
-            context = context.reshape(len(context), *(1,) * self.nesting, context.shape[-1])
-        self._see(context)
+        self._see(batch, lambda context: context)
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
             return {name: family.center() for name, family in self.families().items()}
 
-    def _context(self, batch: Mapping[str, Any] | None) -> Tensor | None:
-        if batch is None or not self.reads_context:
-            return None
-        return pooled_context(self._model[0].net, batch)
-
-    def _see(self, context: Tensor | None) -> None:
-        if self.reads_context:
-            for family in self.families().values():
-                family.context = context
+    def _see(self, batch: Mapping[str, Any] | None, arrange: Callable[[Tensor], Tensor]) -> None:
+        """Shows amortised families the examples' contexts, arranged, outside of all plates."""
+        if not self.reads_context:
+            return
+        context = None
+        if batch is not None:
+            context = arrange(pooled_context(self._model[0].net, batch))
+            context = context.reshape(len(context), *(1,) * self.nesting, context.shape[-1])
+        for family in self.families().values():
+            family.context = context
 
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
@@ -161,26 +140,20 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     if not isinstance(guide, StructuredGuide):
         return None
     with torch.no_grad():
-        guide_trace = pyro.poutine.trace(guide).get_trace()
-        model_trace = pyro.poutine.trace(
-            pyro.poutine.replay(model.updates, trace=guide_trace)
-        ).get_trace()
+        q = pyro.poutine.trace(guide).get_trace()
+        p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
         total = torch.zeros(())
         for site in model.sites:
-            q, p = (trace.nodes[site.name]["fn"] for trace in (guide_trace, model_trace))
+            laws = (trace.nodes[site.name]["fn"] for trace in (q, p))
             try:
-                total = total + torch.distributions.kl_divergence(q, p).sum().cpu()
+                total = total + torch.distributions.kl_divergence(*laws).sum().cpu()
             except NotImplementedError:
                 return None
         return total
 
 
 def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> nn.Module:
-    """The guide of a model.
-
-    Args:
-        family: a guide family, or a callable that makes a guide from the model.
-        model: the model.
+    """The guide of a model, of a family or by a callable that makes a guide from the model.
 
     Raises:
         ConfigurationError: ``family`` is neither, or is a class and not an object.
@@ -215,14 +188,11 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             "family Laplace() is for many latents.",
             stacklevel=3,
         )
-    if not isinstance(guide, StructuredGuide):
-        return
-    for family in guide.families().values():
-        if isinstance(family, PostHoc) and not family.finished:
-            warnings.warn(
-                f"{type(family).__name__} is still a point, so all draws are alike: train with "
-                "pyro_blora.fit, or call pyro_blora.inference.finish(blora, train, collate=...) "
-                "after a loop of your own.",
-                stacklevel=3,
-            )
-            return
+    families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
+    points = {type(f).__name__ for f in families if isinstance(f, PostHoc) and not f.finished}
+    for name in points:
+        warnings.warn(
+            f"{name} is still a point, so all draws are alike: train with pyro_blora.fit, or call "
+            "pyro_blora.inference.finish(blora, train, collate=...) after a loop of your own.",
+            stacklevel=3,
+        )

@@ -175,35 +175,6 @@ def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
     assert not blora.net.lm_head.merged
 
 
-def test_a_whole_of_two_modes_is_told_of_neither():
-    class Merging(torch.nn.Sequential):
-        merged = False
-
-        def train(self, mode=True):
-            super().train(mode)
-            self[1].eval()
-            self.merged = not mode
-            return self
-
-    blora = tiny.adapted()
-    head = blora.net.lm_head
-    blora.net.lm_head = Merging(head, torch.nn.Identity())
-    blora.net.train()
-    late = []
-
-    def add(net, args):
-        net.late = torch.nn.Identity()
-        late.append(net.lm_head[0].training)
-
-    blora.net.register_forward_pre_hook(add)
-    blora.predict(tiny.sequences(), 0)
-    assert not any(late)
-    assert late
-    assert not blora.net.lm_head.merged
-    assert blora.net.lm_head.training
-    assert not blora.net.lm_head[1].training
-
-
 def test_a_part_of_two_wholes_keeps_neither_from_being_told():
     class Merging(torch.nn.Sequential):
         merged = False
@@ -237,21 +208,6 @@ def test_a_part_that_keeps_to_one_mode_is_left_in_the_other_where_it_was():
         assert not net[0].training
     assert net.training
     assert net[0].training
-
-
-def test_a_part_left_in_evaluation_mode_is_told_of_no_other():
-    class Packed(torch.nn.Linear):
-        def train(self, mode=True):
-            assert not mode, "packed once and for all"
-            return super().train(mode)
-
-    blora = tiny.adapted()
-    blora.net.train()
-    head = blora.net.lm_head
-    blora.net.lm_head = Packed(head.in_features, head.out_features).eval()
-    blora.predict(tiny.sequences(), 0)
-    assert blora.net.training
-    assert not blora.net.lm_head.training
 
 
 def test_between_two_passes_the_network_is_in_its_own_mode():

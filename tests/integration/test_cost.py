@@ -90,20 +90,6 @@ def one_step(layers, **options):
     return sites, counter, blora
 
 
-@pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
-def test_sites_and_choleskys_do_not_grow_with_the_depth(conditional):
-    prior = KroneckerInducing(rank=2, conditional=conditional)
-    (shallow, few, small), (deep, many, large) = (one_step(n, prior=prior) for n in (2, 6))
-    assert deep == shallow
-    assert many.of("cholesky") == few.of("cholesky")
-    # one batched factorisation for each side of each group, and no matrix is inverted
-    assert few.of("cholesky") == 2 * len(small.model.groups)
-    assert many.of("inverse") == 0
-    assert many.of("linalg_inv") == 0
-    assert [g.n for g in large.model.groups] == [6, 6]
-    assert many.of("mm") > few.of("mm")  # the network itself did grow: the counter counts
-
-
 def test_besides_the_network_no_operator_is_added_by_depth(monkeypatch):
     monkeypatch.setattr(LabelTokens, "logits", lambda *_: torch.zeros(4, len(tiny.ANSWERS)))
     (_, few, _), (_, many, large) = (one_step(n) for n in (2, 30))
@@ -117,18 +103,22 @@ def test_besides_the_network_no_operator_is_added_by_depth(monkeypatch):
 
 # Covariance factors of the prior; a low-rank guide has one more, of its directions.
 FACTORS = {"FactorInducing": 4, "GaussianFactors": 0, "Subspace": 0}
+PRIORS = {**tiny.priors(), "scaled": KroneckerInducing(rank=2, conditional="scaled")}
 
 
-@pytest.mark.parametrize("prior", tiny.priors())
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("family", tiny.families())
-def test_no_pair_takes_more_than_one_cholesky_for_each_factor(prior, family):
-    """In a group of thirty layers as in a group of two, forward and backward."""
-    pair = {"prior": tiny.priors()[prior], "guide": tiny.families()[family]}
-    (_, few, small), (_, many, large) = (one_step(n, **pair) for n in (2, 30))
+def test_sites_and_factorisations_do_not_grow_with_the_depth(prior, family):
+    """One for each factor, in a group of thirty layers as in one of two; nothing is inverted."""
+    pair = {"prior": PRIORS[prior], "guide": tiny.families()[family]}
+    (shallow, few, small), (deep, many, large) = (one_step(n, **pair) for n in (2, 30))
     assert [g.n for g in large.model.groups] == [30, 30]
+    assert deep == shallow
     assert many.of("cholesky") == few.of("cholesky")
     sites = len(small.guide.families()) if family == "LowRank" else 0
     assert few.of("cholesky") <= FACTORS.get(prior, 2) * len(small.model.groups) + sites
+    assert many.of("inverse") == many.of("linalg_inv") == 0
+    assert many.of("mm") > few.of("mm")  # the network itself did grow: the counter counts
 
 
 def test_the_network_runs_once_for_all_particles():

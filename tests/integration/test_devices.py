@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from pyro_blora import guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
-from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.likelihoods.logits_at import logits_at
 from pyro_blora.likelihoods.packing import supports_packing
 from pyro_blora.network.adapter import Adapter, updates_in_place
@@ -138,10 +138,7 @@ def test_a_new_head_that_is_offloaded_is_refused():
 
 
 def test_an_offloaded_network_is_asked_whether_it_packs():
-    net = accelerate.cpu_offload(tiny.llama())
-    assert supports_packing(net)
-    blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=3))
-    assert blora.predict(tiny.choices(), 2).probs.isfinite().all()
+    assert supports_packing(accelerate.cpu_offload(tiny.llama()))
 
 
 def test_a_prior_reads_the_whole_of_a_shared_out_weight():

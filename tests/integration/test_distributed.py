@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ["distributed.py", "trainer.py"]
 
 
 def torchrun(processes, *command_line):
@@ -32,27 +34,34 @@ def launched(folder, processes, *arguments, program="distributed.py", says=""):
     return [load_file(folder / f"process-{i}.safetensors") for i in range(processes)]
 
 
-def test_processes_end_equal_and_as_one_process_with_the_whole_batch(tmp_path):
-    """A point guide draws nothing, so that two half batches are one whole batch exactly."""
-    first, second = launched(tmp_path / "two", 2, "--guide", "Delta")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    (alone,) = launched(tmp_path / "one", 1, "--guide", "Delta")
-    assert set(alone) == set(first)
-    for name, value in alone.items():
-        torch.testing.assert_close(first[name], value, atol=1e-6, rtol=1e-5)
-    (accumulated,) = launched(tmp_path / "half", 1, "--guide", "Delta", "--accumulate", "2")
-    for name, value in alone.items():
-        torch.testing.assert_close(accumulated[name], value, atol=1e-6, rtol=1e-5)
-    assert any(value.abs().max() > 1e-5 for name, value in alone.items() if ".loc" in name)
+POINT = ("--guide", "Delta")  # draws nothing, so that two half batches are one whole batch exactly
+HALF = "holds 2208 of the blocks' 4416 weights"
 
 
-def test_a_sharded_network_trains_as_a_whole_one(tmp_path):
-    half = "holds 2208 of the blocks' 4416 weights"
-    first, second = launched(tmp_path / "two", 2, "--guide", "Delta", "--shard", says=half)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    (alone,) = launched(tmp_path / "one", 1, "--guide", "Delta")
-    for name, value in alone.items():
-        torch.testing.assert_close(first[name], value, atol=1e-6, rtol=1e-5)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process with the whole batch ends with, by each program."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {p: launched(folder / p, 1, *POINT, program=p)[0] for p in PROGRAMS}
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "program", "says"),
+    [
+        (2, (), "distributed.py", ""),
+        (1, ("--accumulate", "2"), "distributed.py", ""),
+        (2, ("--shard",), "distributed.py", HALF),
+        (2, (), "trainer.py", ""),
+    ],
+)
+def test_they_end_as_one_with_the_whole_batch(tmp_path, alone, processes, arguments, program, says):
+    ends = launched(tmp_path, processes, *POINT, *arguments, program=program, says=says)
+    assert all(tiny.equal(end, ends[0]) for end in ends)
+    expected, near = alone[program], {"distributed.py": 1e-6, "trainer.py": 1e-5}[program]
+    assert set(ends[0]) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(ends[0][name], value, atol=near, rtol=10 * near)
+    assert any(value.abs().max() > 1e-5 for name, value in expected.items() if ".loc" in name)
 
 
 def test_two_processes_resume_in_new_ones_where_they_stopped(tmp_path):
@@ -61,30 +70,22 @@ def test_two_processes_resume_in_new_ones_where_they_stopped(tmp_path):
     half = ["--steps", "5", "--state", str(tmp_path / "state")]
     stopped = launched(tmp_path / "stopped", 2, *half)
     resumed = launched(tmp_path / "resumed", 2, *half)
-    for process in (0, 1):
-        for name, value in whole[process].items():
-            assert torch.equal(resumed[process][name], value), name
-    assert any(not torch.equal(stopped[0][name], whole[0][name]) for name in whole[0])
+    assert all(map(tiny.equal, resumed, whole))
+    assert not tiny.equal(stopped[0], whole[0])
 
 
 def test_processes_draw_particles_of_their_own_and_stay_equal(tmp_path):
     first, second = launched(tmp_path / "two", 2)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert tiny.equal(first, second)
     # one process with the first one's seed and the whole batch has other draws
     (alone,) = launched(tmp_path / "one", 1)
     assert any(not torch.allclose(first[name], alone[name]) for name in first)
 
 
-def test_the_trainer_on_two_processes_is_one_with_the_whole_batch(tmp_path):
-    first, second = launched(tmp_path / "two", 2, "--guide", "Delta", program="trainer.py")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    (alone,) = launched(tmp_path / "one", 1, "--guide", "Delta", program="trainer.py")
-    for name, value in alone.items():
-        torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
-    # with draws, each process has its own
-    drawn = launched(tmp_path / "drawn", 2, program="trainer.py")
-    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
-    states = sorted((tmp_path / "drawn" / "checkpoint-2").glob("rng_state_*.pth"))
+def test_the_trainer_s_processes_draw_by_themselves_and_stay_equal(tmp_path):
+    first, second = launched(tmp_path, 2, program="trainer.py")
+    assert tiny.equal(first, second)
+    states = sorted((tmp_path / "checkpoint-2").glob("rng_state_*.pth"))
     seeds = [torch.load(path, weights_only=False)["cpu"] for path in states]
     assert len(seeds) == 2
     assert not torch.equal(*seeds)
@@ -98,7 +99,7 @@ def test_processes_that_read_unequal_parts_run_a_sharded_network_alike(tmp_path)
         assert len(set(losses)) == 1
 
 
-@pytest.mark.parametrize("program", ["distributed.py", "trainer.py"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_tutorial_trains_no_two_processes_as_one(program, tmp_path):
     command = [sys.executable, ROOT / "tutorials" / program, "--out", tmp_path / "out"]
     environment = {**os.environ, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}

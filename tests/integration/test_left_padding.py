@@ -4,44 +4,29 @@ import pyro
 import pytest
 import tiny
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BertConfig,
-    BloomConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    LlamaConfig,
-    OPTConfig,
-    RobertaConfig,
-    RwkvConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
 
 BASE = {"vocab_size": 32, "pad_token_id": 0, "num_labels": 3}
-WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-BERT = {**BASE, **WIDE, "intermediate_size": 24, "max_position_embeddings": 32}
-BART = {
-    **BASE, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-}  # fmt: skip
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32, **HEADS}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+GPT_NEO = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 24}
+BART = {f"{side}_{kind}": n for side in ("encoder", "decoder") for kind, n in SIDE.items()}
 CONFIGS = {
-    "gpt2": GPT2Config(**BASE, n_embd=16, n_layer=2, n_head=4, n_positions=32),
-    "gpt-neo": GPTNeoConfig(
-        **BASE, hidden_size=16, num_layers=2, num_heads=4, window_size=4,
-        attention_types=[[["global", "local"], 1]], max_position_embeddings=32,
-    ),
-    "llama": LlamaConfig(**BASE, **WIDE, intermediate_size=24),
-    "bloom": BloomConfig(**BASE, hidden_size=16, n_layer=2, n_head=4),
-    "opt": OPTConfig(**BASE, **WIDE, ffn_dim=24, word_embed_proj_dim=16),
-    "roberta": RobertaConfig(**{**BERT, "pad_token_id": 1}, is_decoder=True),
-    "bert": BertConfig(**BERT, is_decoder=True),
-    "rwkv": RwkvConfig(**BASE, hidden_size=16, num_hidden_layers=2),
-    "bart": BartConfig(**BART, is_decoder=True),
-}  # fmt: skip
+    "gpt2": GPT2,
+    "gpt_neo": {"hidden_size": 16, "window_size": 4, "max_position_embeddings": 32, **GPT_NEO},
+    "llama": WIDE,
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 4},
+    "opt": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, **HEADS},
+    "roberta": {**WIDE, "pad_token_id": 1},
+    "bert": WIDE,
+    "rwkv": {"hidden_size": 16, "num_hidden_layers": 2},
+    "bart": {"d_model": 16, **BART},
+}
 # A state runs over the padding; positions are places in the row; the first place is read
 REFUSED = {("tokens", "rwkv"), ("text", "rwkv"), ("tokens", "bart"), ("text", "bart")}
 REFUSED |= {("classes", "bert"), ("classes", "roberta")}
@@ -49,12 +34,8 @@ REFUSED |= {("classes", "bert"), ("classes", "roberta")}
 
 def network(name, auto):
     torch.manual_seed(0)
-    config = CONFIGS[name]
-    for kind in ("resid_pdrop", "attn_pdrop", "embd_pdrop", "dropout"):
-        if hasattr(config, kind):
-            setattr(config, kind, 0.0)
-    config.is_decoder = auto is AutoModelForCausalLM
-    net = auto.from_config(config).eval()
+    options = {**BASE, **CONFIGS[name], "is_decoder": auto is AutoModelForCausalLM}
+    net = auto.from_config(AutoConfig.for_model(name, **options)).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
