@@ -13,14 +13,7 @@ __all__ = ["explain_non_finite"]
 def explain_non_finite(
     model: nn.Module, guide: nn.Module, batch: Batch, step: int
 ) -> NonFiniteLossError:
-    """The error to raise for a NaN or infinite loss, which names the parameters or sites at fault.
-
-    Args:
-        model: the Pyro model.
-        guide: its guide.
-        batch: the batch of the step.
-        step: which step it was.
-    """
+    """The error to raise for a NaN or infinite loss, which names the parameters or sites at fault."""
     bad = [
         name.removesuffix("_unconstrained")
         for module in (model, guide)

@@ -122,13 +122,7 @@ def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def anchor_loss(blora: BayesianLoRA, batches: Iterable[Batch], num_samples: int) -> float:
-    """Mean negative log-likelihood of draws in nats for each example, the same noise every time.
-
-    Args:
-        blora: the adapter.
-        batches: the anchor set, with labels.
-        num_samples: draws, one for each example and repetition.
-    """
+    """Mean negative log-likelihood of draws in nats for each example, the same noise every time."""
     total, count = 0.0, 0
     with forked_rng(blora.model.groups[0].device):
         torch.manual_seed(0)

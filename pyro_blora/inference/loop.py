@@ -146,28 +146,21 @@ def batches(
     Raises:
         BatchError: the data set is empty.
     """
-    loader = data if isinstance(data, DataLoader) else _numbered(data, collate, options, length)
+    loader = data
+    if not isinstance(data, DataLoader):
+        lengths = [0] * len(data) if length is None else [length(x) for x in data]
+        order = _Bucketed(lengths, options.batch_size, random.Random(options.seed))
+
+        def made(indices: list[int]) -> tuple[list[int], Batch]:
+            return indices, (collate or default_collate)([data[i] for i in indices])
+
+        loader = DataLoader(range(len(data)), batch_sampler=order, collate_fn=made)  # type: ignore[arg-type]
     while True:
         count = 0
         for count, drawn in enumerate(loader, start=1):  # noqa: B007
             yield ([], drawn) if loader is data else drawn
         if not count:
             raise BatchError("The training set is empty; check the file, the split or max_train.")
-
-
-def _numbered(
-    data: Sequence[Any],
-    collate: Collate | None,
-    options: LoopOptions,
-    length: Callable[[Any], int] | None,
-) -> DataLoader[tuple[list[int], Batch]]:
-    lengths = [0] * len(data) if length is None else [length(x) for x in data]
-    order = _Bucketed(lengths, options.batch_size, random.Random(options.seed))
-
-    def made(indices: list[int]) -> tuple[list[int], Batch]:
-        return indices, (collate or default_collate)([data[i] for i in indices])
-
-    return DataLoader(range(len(data)), batch_sampler=order, collate_fn=made)  # type: ignore[arg-type]
 
 
 def by_length(
