@@ -13,7 +13,7 @@ __all__ = ["explain_non_finite"]
 def explain_non_finite(
     model: nn.Module, guide: nn.Module, batch: Batch, step: int
 ) -> NonFiniteLossError:
-    """The error to raise for a NaN or infinite loss, which names the parameters or sites at fault."""
+    """The error to raise for a NaN or infinite loss: which parameter or site is at fault."""
     bad = [
         name.removesuffix("_unconstrained")
         for module in (model, guide)
