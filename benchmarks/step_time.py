@@ -139,18 +139,9 @@ def cached(step: Step, blora: BayesianLoRA) -> Step:
     return later
 
 
-def peak(arguments: argparse.Namespace, method: str) -> float:
-    """Peak memory in GiB of three steps of a method, in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", method, "--size", arguments.size]
-    command += ["--precision", arguments.precision, "--rows", str(arguments.rows)]
-    command += ["--length", str(arguments.length)]
-    for option in ("layers", "top"):
-        value = getattr(arguments, option)
-        command += [] if value is None else [f"--{option}", str(value)]
-    command += ["--compile"] if arguments.compile else []
-    command += ["--checkpoint"] if arguments.checkpoint else []
-    for option, folder in (("--published", arguments.published), ("--blob", arguments.blob)):
-        command += [] if folder is None else [option, str(folder)]
+def peak(method: str) -> float:
+    """Peak memory in GiB of three steps of a method, in a process with the same options."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", method]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
@@ -217,7 +208,7 @@ def main() -> None:
     names += ["published-blob", "published-blob:read"] if arguments.blob else []
     if names[0] != "peft":
         raise SystemExit("the first method must be peft, to which the others are compared")
-    memory = {} if arguments.no_memory else {name: peak(arguments, name) for name in names}
+    memory = {} if arguments.no_memory else {name: peak(name) for name in names}
     seconds = timed(arguments, names)
     others = [name for name in ("peft", "peft:read") if name in names]
     rows = rows_of(seconds, others)

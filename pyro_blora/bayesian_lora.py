@@ -230,23 +230,16 @@ class BayesianLoRA(PyroModule):
 
     @classmethod
     def from_recipe(
-        cls,
-        net: nn.Module,
-        name: str,
-        *,
-        rank: int = 8,
-        target_modules: str | Sequence[str] | None = None,
-        likelihood: Likelihood | None = None,
+        cls, net: nn.Module, name: str, *, rank: int = 8, **options: Any
     ) -> "BayesianLoRA":
         """An adapter by the name of a published method, or of a pair ``"Subspace+FullRank"``.
 
-        See :mod:`pyro_blora.recipes`; other arguments are the constructor's.
+        See :mod:`pyro_blora.recipes`; ``options`` are the constructor's other arguments.
 
         Raises:
             ConfigurationError: there is no such recipe; the message lists near misses.
         """
         made = recipe(name)
-        options: dict[str, Any] = {"target_modules": target_modules, "likelihood": likelihood}
         return cls(net, prior=made.prior(rank), guide=made.guide(), **options)
 
     @classmethod
@@ -258,21 +251,17 @@ class BayesianLoRA(PyroModule):
         prior: UpdateModel | None = None,
         guide: SiteGuide | None = None,
         likelihood: Likelihood | None = None,
+        fast: bool = True,
     ) -> "BayesianLoRA":
-        """An adapter from its folder; see :func:`pyro_blora.checkpoints.read_pretrained`."""
-        given: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        saved = checkpoints.read_pretrained(net, folder, **given)
-        blora = cls(
-            net,
-            target_modules=saved.target_modules,
-            prior=saved.prior,
-            guide=saved.guide,
-            likelihood=saved.likelihood,
-            modules_to_save=saved.modules_to_save,
-        )
+        """An adapter from its folder; see :func:`pyro_blora.checkpoints.read_pretrained`.
+
+        ``fast`` is the constructor's.
+        """
+        parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
+        saved = checkpoints.read_pretrained(net, folder, **parts)
+        blora = cls(net, **saved.options, fast=fast)
         try:
             saved.load_into(blora)
-            leave_store({"model": blora.model, "guide": blora.guide})
         except CheckpointError:
             blora.unwrap()
             raise

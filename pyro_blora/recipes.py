@@ -14,24 +14,8 @@ from typing import Any
 import pyro_blora.guides as guides
 import pyro_blora.models as models
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.guides import (
-    Delta,
-    Ensemble,
-    FullRank,
-    Isotropic,
-    Laplace,
-    MatrixNormal,
-    MeanField,
-    SiteGuide,
-)
-from pyro_blora.models import (
-    FactorInducing,
-    GaussianFactors,
-    KroneckerInducing,
-    SpectralInducing,
-    Subspace,
-    UpdateModel,
-)
+from pyro_blora.guides import Delta, Ensemble, MeanField, SiteGuide
+from pyro_blora.models import GaussianFactors, KroneckerInducing, UpdateModel
 
 __all__ = ["RECIPES", "WITHOUT_PAIR", "Recipe", "all_recipes", "recipe"]
 
@@ -81,13 +65,13 @@ _KNOWN = (
     Recipe(
         "bayesian-lora",
         lambda rank: KroneckerInducing(rank=rank),
-        MatrixNormal,
+        guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
         "one inducing matrix for each weight, matrix normal posterior",
     ),
     Recipe(
         "bayesian-lora-factor",
-        lambda rank: FactorInducing(rank=rank, conditional="scaled"),
+        lambda rank: models.FactorInducing(rank=rank, conditional="scaled"),
         MeanField,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (as its code reads it)",
         "an inducing matrix for each LoRA factor, conditional noise with a capped lambda",
@@ -108,22 +92,22 @@ _KNOWN = (
     ),
     Recipe(
         "scalabl",
-        lambda rank: Subspace(rank=rank),
+        lambda rank: models.Subspace(rank=rank),
         MeanField,
         "Samplawski et al. 2025, ScalaBL, arXiv:2506.21408",
         "r random numbers for each weight between learned factors",
     ),
     Recipe(
         "b-lora-xs",
-        lambda rank: SpectralInducing(rank=rank),
-        FullRank,
+        lambda rank: models.SpectralInducing(rank=rank),
+        guides.FullRank,
         "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
         "a random core between the weight's singular directions, full covariance (paper: SWAG)",
     ),
     Recipe(
         "laplace-lora",
         lambda rank: GaussianFactors(rank=rank, random="both", sigma=1.0, alpha=2.0 * rank),
-        Laplace,
+        guides.Laplace,
         "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
         "curvature around a trained LoRA, prior precision by the marginal likelihood",
         linearised=True,
@@ -131,7 +115,7 @@ _KNOWN = (
     Recipe(
         "tfb",
         lambda rank: GaussianFactors(rank=rank, random="A", sigma=1.0, alpha=2.0 * rank),
-        Isotropic,
+        guides.Isotropic,
         "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
         "the widest isotropic noise that the loss of a trained LoRA allows (paper: after an SVD)",
     ),
@@ -183,6 +167,9 @@ def recipe(name: str) -> Recipe:
         >>> recipe("Subspace+FullRank").prior(4)
         Subspace(rank=4)
     """
+    known = all_recipes()
+    if name in known:
+        return known[name]
     if "+" in name:
         left, _, right = name.partition("+")
         prior = _class(left, models, UpdateModel, "prior")
@@ -196,23 +183,20 @@ def recipe(name: str) -> Recipe:
             f"{left} with {right}",
             num_samples=0 if guide is Delta else None,
         )
-    known = all_recipes()
     if name in WITHOUT_PAIR:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({WITHOUT_PAIR[name][0]}); `pyro-blora compare` "
             "has it, and so have plain_lora and temperature in pyro_blora.evaluation."
         )
-    if name not in known:
-        raise ConfigurationError(
-            f"recipe {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "
-            "KroneckerInducing+MeanField."
-        )
-    return known[name]
+    raise ConfigurationError(
+        f"recipe {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "
+        "KroneckerInducing+MeanField."
+    )
 
 
 def _class(name: str, package: Any, contract: type, kind: str) -> Callable[..., Any]:
-    names = [n for n in package.__all__ if n != contract.__name__]
-    names = [n for n in names if issubclass(getattr(package, n), contract)]
-    if name not in names:
-        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(name, names)}.")
-    return getattr(package, name)
+    found = {n: getattr(package, n) for n in package.__all__ if n != contract.__name__}
+    found = {n: made for n, made in found.items() if issubclass(made, contract)}
+    if name not in found:
+        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(name, found)}.")
+    return found[name]

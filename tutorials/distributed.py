@@ -13,7 +13,9 @@ losses is an unbiased estimate of the ELBO on all of their examples.
 """
 
 import argparse
+import gc
 import os
+import sys
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -66,6 +68,18 @@ def check_processes(together: int) -> None:
         )
 
 
+def end() -> None:
+    """Takes the process group down before the interpreter does, and first what still holds it.
+
+    Were DistributedDataParallel the last to hold it, that would end the group under Python's lock
+    and wait for the group's threads, one of which may wait for the lock to let a tensor go.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     """Trains for a few steps and writes the adapter of each process."""
     parser = argparse.ArgumentParser(
@@ -78,6 +92,17 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="folder of the training's state")
     parser.add_argument("--out", type=Path, help="folder for the adapter of each process")
     arguments = parser.parse_args()
+    train(arguments)
+    end()
+    if arguments.shard:
+        # What DTensor remembers keeps the group's threads alive, and one that lets go of a tensor
+        # while the interpreter ends aborts the process (pytorch/pytorch#179291).
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """What ``main`` says; all that it makes is gone when it returns."""
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
     check_processes(accelerator.num_processes)
     accelerator.print(f"{accelerator.num_processes} processes")
@@ -127,10 +152,6 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().clone() for name, t in blora.state_dict().items()}
         save_file(tensors, arguments.out / f"process-{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    # The wrapper first: were it the last to hold the process group, its end could wait for ever.
-    loss_of, optimizer, loader = accelerator.free_memory(loss_of, optimizer, loader)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import pyro
-from distributed import ANSWERS, NUM_DATA, ROWS, check_processes, data, network
+from distributed import ANSWERS, NUM_DATA, ROWS, check_processes, data, end, network
 from safetensors.torch import save_file
 from transformers import TrainingArguments, default_data_collator
 
@@ -29,7 +29,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--out", type=Path, default=Path("out/trainer"), help="folder")
-    arguments = parser.parse_args()
+    train(parser.parse_args())
+    end()
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """What ``main`` says; all that it makes is gone when it returns."""
     pyro.settings.set(module_local_params=True)  # parameters belong to the modules
     options = TrainingArguments(
         str(arguments.out), max_steps=arguments.steps, save_steps=2, logging_steps=1, report_to=[]
@@ -54,8 +59,6 @@ def main() -> None:
     trainer.evaluate()
     tensors = {name: t.detach().cpu().clone() for name, t in blora.state_dict().items()}
     save_file(tensors, arguments.out / f"process-{options.process_index}.safetensors")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # takes the process group down before the interpreter does
 
 
 if __name__ == "__main__":

@@ -44,18 +44,16 @@ def export_peft(model: BayesianLoRAModel, guide: nn.Module, folder: str | os.Pat
         group = next(g for g in model.groups if g.name == name)
         for layer, module_name in zip(update.layers(), group.module_names, strict=True):
             B = layer.B if layer.core is None else layer.B @ layer.core
-            prefix = f"base_model.model.{_in_base(module_name)}"
-            tensors[f"{prefix}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
-            tensors[f"{prefix}.lora_B.weight"] = B.detach().cpu().contiguous()
+            tensors[f"{_in_base(module_name)}.lora_A.weight"] = layer.A
+            tensors[f"{_in_base(module_name)}.lora_B.weight"] = B
             ranks.add(layer.A.shape[0])
     if len(ranks) > 1:
         raise ConfigurationError(
             f"The groups have different ranks, {sorted(ranks)}; export one each."
         )
-    rank = ranks.pop()
-    heads = model.trained_heads
-    for name, tensor in heads.tensors().items():
-        tensors[f"base_model.model.{_in_base(name)}"] = tensor.detach().cpu().contiguous()
+    rank, heads = ranks.pop(), model.trained_heads
+    tensors |= {_in_base(name): tensor for name, tensor in heads.tensors().items()}
+    tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.targets import layer_shape
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.param_store import leave_store
 
 __all__ = [
     "CONFIG",
@@ -36,6 +36,10 @@ __all__ = [
 CONFIG = "bayesian_lora_config.json"
 WEIGHTS = "bayesian_lora.safetensors"
 FORMAT = 1
+_BY_HAND = (
+    "so the adapter cannot be rebuilt from a file; save blora.state_dict() yourself with "
+    "safetensors."
+)
 
 
 def save_pretrained(
@@ -56,31 +60,22 @@ def save_pretrained(
         ConfigurationError: the guide is no guide family (an AutoGuide), or a prior has an option
             that JSON cannot hold.
     """
-    prior, guide, likelihood = model.prior, family, model.likelihood
-    if not isinstance(guide, SiteGuide):
-        raise ConfigurationError(
-            f"{guide!r} is not a guide family, so it cannot be rebuilt from a file; save "
-            "blora.state_dict() yourself with safetensors."
-        )
+    if not isinstance(family, SiteGuide):
+        raise ConfigurationError(f"{family!r} is not a guide family, {_BY_HAND}")
     config = {
         "format": FORMAT,
         "pyro_blora": __version__,
         "base_model": getattr(getattr(model.net, "config", None), "_name_or_path", "") or "",
-        "layers": {
-            name: [group.d_out, group.d_in] for group in model.groups for name in group.module_names
-        },
+        "layers": {name: [g.d_out, g.d_in] for g in model.groups for name in g.module_names},
         "modules_to_save": list(model.trained_heads.names),
-        "prior": {"name": type(prior).__name__, "options": prior.options()},
-        "guide": {"name": type(guide).__name__, "options": guide.options()},
-        "likelihood": {"name": type(likelihood).__name__, "options": likelihood.options()},
     }
+    parts = {"prior": model.prior, "guide": family, "likelihood": model.likelihood}
+    for part, made in parts.items():
+        config[part] = {"name": type(made).__name__, "options": made.options()}
     try:
         text = json.dumps(config, indent=2)
     except TypeError as error:
-        raise ConfigurationError(
-            f"{prior!r} or {guide!r} has an option that JSON cannot hold ({error}); save "
-            "blora.state_dict() yourself with safetensors."
-        ) from error
+        raise ConfigurationError(f"JSON cannot hold an option ({error}), {_BY_HAND}") from error
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.state_dict().items()}
     folder = Path(folder)
     write_atomically(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
@@ -92,34 +87,26 @@ class Saved:
     """What a folder says of an adapter.
 
     Attributes:
-        target_modules: a regular expression that matches exactly the saved layers.
-        prior: the prior, rebuilt.
-        guide: the guide family, rebuilt.
-        likelihood: the likelihood, rebuilt.
-        modules_to_save: full names of the heads trained as points.
+        options: the arguments of ``BayesianLoRA`` that make it again on its base.
         tensors: the trained tensors by name.
         folder: where it was read.
     """
 
-    target_modules: str
-    prior: UpdateModel
-    guide: SiteGuide
-    likelihood: Likelihood
-    modules_to_save: list[str]
+    options: dict[str, Any]
     tensors: dict[str, Tensor]
     folder: Path
 
     def load_into(self, adapter: nn.Module) -> None:
-        """Puts the tensors into ``adapter``.
+        """Puts the tensors into ``adapter``, a ``BayesianLoRA``.
 
         Raises:
             CheckpointError: their names or shapes are not those of ``adapter``.
         """
-        expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
+        own = adapter.state_dict()
         # An Ensemble's turn was not saved at first.
-        turns = {name: t for name, t in adapter.state_dict().items() if name.endswith(".turn")}
+        turns = {name: tensor for name, tensor in own.items() if name.endswith(".turn")}
         tensors = {**turns, **self.tensors}
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        expected, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
         if expected != found:
             differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
             raise CheckpointError(
@@ -128,6 +115,7 @@ class Saved:
                 "as many classes."
             )
         adapter.load_state_dict(tensors)
+        leave_store(dict(adapter.named_children()))
 
 
 def read_pretrained(
@@ -155,15 +143,14 @@ def read_pretrained(
     folder = Path(folder)
     config = read_config(folder)
     _check_base(net, config, folder)
-    return Saved(
-        target_modules="|".join(re.escape(name) for name in config["layers"]),
-        prior=_like_saved(prior, config, "prior", models),
-        guide=_like_saved(guide, config, "guide", guides),
-        likelihood=likelihood or _rebuild(config, "likelihood", likelihoods),
-        modules_to_save=config.get("modules_to_save", []),
-        tensors=_read_tensors(folder / WEIGHTS),
-        folder=folder,
-    )
+    options = {
+        "target_modules": "|".join(re.escape(name) for name in config["layers"]),
+        "prior": _part(prior, config, "prior", models),
+        "guide": _part(guide, config, "guide", guides),
+        "likelihood": likelihood or _part(None, config, "likelihood", likelihoods),
+        "modules_to_save": config.get("modules_to_save", []),
+    }
+    return Saved(options, _read_tensors(folder / WEIGHTS), folder)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -176,15 +163,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        what = f"{path} does not exist"
         if (path.parent / "adapter_config.json").exists():
-            raise CheckpointError(
+            what = (
                 f"{path.parent} is a PEFT adapter, a point without a posterior; load it by "
-                "peft.PeftModel.from_pretrained, or give the folder that save_pretrained wrote."
-            ) from error
-        raise CheckpointError(
-            f"{path} does not exist; give the folder that save_pretrained wrote."
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                "peft.PeftModel.from_pretrained"
+            )
+        raise CheckpointError(f"{what}, or give a folder that save_pretrained wrote.") from error
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); save it again.") from error
     parts = {"format": int, "layers": dict, "prior": dict, "guide": dict, "likelihood": dict}
     for key, kind in parts.items():
@@ -212,24 +198,21 @@ def _check_base(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _like_saved(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
-    """``given``, whose options must be the saved ones, or what they make."""
-    if given is None:
-        return _rebuild(config, part, package)
-    if type(given).__name__ == config[part].get("name"):
+def _part(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
+    """``given``, whose options must be the saved ones; or an object made by the saved name.
+
+    Of the package's public names alone: a file cannot run code.
+    """
+    name, options = config[part].get("name"), config[part].get("options", {})
+    if given is not None:
         own = json.loads(json.dumps(given.options(), default=repr))
-        for option, value in config[part].get("options", {}).items():
-            if option in own and own[option] != value:
+        for option in own if type(given).__name__ == name else ():
+            if own[option] != options.get(option, own[option]):
                 raise CheckpointError(
                     f"{part}={given!r} has {option}={own[option]!r}, but the adapter was saved "
-                    f"with {option}={value!r}; pass {part}= with the saved options."
+                    f"with {option}={options[option]!r}; pass {part}= with the saved options."
                 )
-    return given
-
-
-def _rebuild(config: dict[str, Any], part: str, package: Any) -> Any:
-    """Makes an object by name, of the package's public names alone: a file cannot run code."""
-    name, options = config[part].get("name"), config[part].get("options", {})
+        return given
     if name not in package.__all__:
         raise CheckpointError(
             f"The {part} {name!r} is not in {package.__name__}; pass {part}= with an object like "
@@ -254,6 +237,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is corrupt or incomplete ({error}); save it again."
         ) from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {name} has values that are not finite.")
     return tensors

@@ -1,11 +1,12 @@
 """Training and prediction loops."""
 
 from pyro_blora.inference.finish import finish
-from pyro_blora.inference.fit import LEARNING_RATES, fit, parameter_groups
+from pyro_blora.inference.fit import LEARNING_RATES, FitOptions, fit, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
 
 __all__ = [
     "LEARNING_RATES",
+    "FitOptions",
     "FitResult",
     "LoopOptions",
     "finish",

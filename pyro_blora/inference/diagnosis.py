@@ -13,17 +13,7 @@ __all__ = ["explain_non_finite"]
 def explain_non_finite(
     model: nn.Module, guide: nn.Module, batch: Batch, step: int
 ) -> NonFiniteLossError:
-    """The error to raise for a NaN or infinite loss: which parameter, which site.
-
-    Args:
-        model: the Pyro model.
-        guide: its guide.
-        batch: the batch of the step.
-        step: which step it was.
-
-    Returns:
-        An exception whose message names the sites at fault.
-    """
+    """The error to raise for a NaN or infinite loss: which parameter or site is at fault."""
     bad = [
         name.removesuffix("_unconstrained")
         for module in (model, guide)
@@ -37,11 +27,9 @@ def explain_non_finite(
         )
     sites: list[str] = []
     with torch.no_grad(), pyro.validation_enabled(False):
-        guide_trace = pyro.poutine.trace(guide).get_trace(batch)
-        model_trace = pyro.poutine.trace(pyro.poutine.replay(model, trace=guide_trace)).get_trace(
-            batch
-        )
-        for label, trace in (("guide", guide_trace), ("model", model_trace)):
+        q = pyro.poutine.trace(guide).get_trace(batch)
+        p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(batch)
+        for label, trace in (("guide", q), ("model", p)):
             trace.compute_log_prob()
             for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
                 node = trace.nodes[name]

@@ -1,6 +1,7 @@
 """What follows training for the guides that find their width afterwards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import forked_rng
-from pyro_blora.inference.loop import Collate
+from pyro_blora.inference.loop import Collate, by_length
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.precision import choose_precision
@@ -21,7 +22,7 @@ from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
 from pyro_blora.posterior.linearised import logit_jacobian
 from pyro_blora.posterior.structured_guide import StructuredGuide
 
-__all__ = ["anchor_loss", "finish", "post_hoc_families", "scores"]
+__all__ = ["anchor_loss", "finish", "post_hoc_families", "running", "scores"]
 
 
 def post_hoc_families(guide: object) -> dict[str, PostHoc]:
@@ -29,6 +30,19 @@ def post_hoc_families(guide: object) -> dict[str, PostHoc]:
     if not isinstance(guide, StructuredGuide):
         return {}
     return {name: f for name, f in guide.families().items() if isinstance(f, PostHoc)}
+
+
+@contextmanager
+def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
+    """Within, the network is in this precision and mode; afterwards all is as before."""
+    model = blora.model
+    before = model.kl_weight, model.precision
+    model.precision = choose_precision(precision, model.groups[0].device)
+    try:
+        with in_mode(blora.net, training=training), pyro.validation_enabled(False):
+            yield
+    finally:
+        model.kl_weight, model.precision = before
 
 
 def finish(
@@ -46,8 +60,7 @@ def finish(
     Args:
         blora: the trained adapter.
         data: the training set for ``Laplace``, whose curvature is scaled to ``num_data``; the
-            anchor set for ``Isotropic``.
-            Or a ``DataLoader`` of batches.
+            anchor set for ``Isotropic``. Or a ``DataLoader`` of batches.
         collate: makes a batch of a list of examples.
         length: the length of an example; batches of like lengths waste no padding.
         batch_size: examples at once.
@@ -68,41 +81,32 @@ def finish(
             "finish is for guides that find their width after training (Laplace, Isotropic), not "
             f"for {blora.guide_family!r}."
         )
-    if not isinstance(data, DataLoader) and not len(data):
+    if isinstance(data, DataLoader):
+        batches = list(data)
+    elif collate is None:
+        raise ConfigurationError("finish needs collate=, which makes batches of examples.")
+    else:
+        cuts = by_length(data, length, batch_size)
+        batches = [collate([data[i] for i in cut]) for cut in cuts]
+    if not batches:
         raise BatchError("There is nothing to finish with: the data set is empty.")
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress
-    cut = data if isinstance(data, DataLoader) else _cut(data, collate, length, batch_size)
-    held: list[Batch] = []
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
-        for batch in tqdm(cut, desc="finish", disable=hide, unit="batch"):
+        for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
             yield scores(blora, to_device(batch, device))
 
     def loss(num_samples: int) -> float:
-        if not held:
-            held.extend(to_device(batch, device) for batch in cut)
-        return anchor_loss(blora, held, num_samples)
+        return anchor_loss(blora, (to_device(batch, device) for batch in batches), num_samples)
 
-    was_precision = blora.model.precision
-    blora.model.precision = choose_precision(precision, device)
-    try:
-        with in_mode(blora.net, training=False), pyro.validation_enabled(False):
-            evidence = Evidence(all_scores, loss, blora.likelihood.num_data)
-            return type(next(iter(families.values()))).finish(families, evidence)
-    finally:
-        blora.model.precision = was_precision
+    with running(blora, precision, training=False):
+        evidence = Evidence(all_scores, loss, blora.likelihood.num_data)
+        return type(next(iter(families.values()))).finish(families, evidence)
 
 
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
-    """The scores of a batch at the guide's centre.
-
-    Args:
-        blora: the trained adapter, with a guide family of this library.
-        batch: ``B`` examples.
-
-    Returns:
-        For each site ``g_bc``, ``(B, C, n, *event_shape)``, in unconstrained coordinates.
+    """``g_bc`` of :class:`~pyro_blora.guides._post_hoc.Evidence` at the guide's centre, by site.
 
     Raises:
         ConfigurationError: the likelihood has more than one choice for each example.
@@ -117,14 +121,8 @@ def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def anchor_loss(blora: BayesianLoRA, batches: Sequence[Batch], num_samples: int) -> float:
-    """Mean negative log-likelihood of draws in nats for each example, the same noise every time.
-
-    Args:
-        blora: the adapter.
-        batches: the anchor set, with labels.
-        num_samples: draws, one for each example and repetition.
-    """
+def anchor_loss(blora: BayesianLoRA, batches: Iterable[Batch], num_samples: int) -> float:
+    """Mean negative log-likelihood of draws in nats for each example, the same noise every time."""
     total, count = 0.0, 0
     with forked_rng(blora.model.groups[0].device):
         torch.manual_seed(0)
@@ -140,16 +138,3 @@ def anchor_loss(blora: BayesianLoRA, batches: Sequence[Batch], num_samples: int)
             total -= float(q.log_prob(labels).sum()) / num_samples
             count += examples
     return total / count
-
-
-def _cut(
-    data: Sequence[Any],
-    collate: Collate | None,
-    length: Callable[[Any], int] | None,
-    batch_size: int,
-) -> list[Batch]:
-    if collate is None:
-        raise ConfigurationError("finish needs collate=, which makes batches of examples.")
-    ordered = list(data) if length is None else sorted(data, key=length)
-    starts = range(0, len(ordered), batch_size)
-    return [collate(ordered[start : start + batch_size]) for start in starts]

@@ -2,31 +2,77 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.inference.finish import finish, post_hoc_families
-from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
+from pyro_blora.errors import BatchError, ConfigurationError, near_miss
+from pyro_blora.inference.finish import finish, post_hoc_families, running
+from pyro_blora.inference.loop import (
+    Collate,
+    FitResult,
+    LoopOptions,
+    batches,
+    by_length,
+    training_loop,
+)
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.frozen_prefix import FrozenPrefix
-from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
 from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
-__all__ = ["LEARNING_RATES", "fit", "parameter_groups"]
+__all__ = ["LEARNING_RATES", "FitOptions", "fit", "parameter_groups"]
 
 LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 5e-3, "head": 1e-3}
+
+
+@dataclass(frozen=True)
+class FitOptions(LoopOptions):
+    """What :func:`fit` takes by name: these, and those of :class:`LoopOptions`.
+
+    Attributes:
+        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
+            one draw for all; where it does not divide a (last) batch, the largest divisor below it
+            is taken. Default: one for each example.
+        elbo: the class of the ELBO, an average over particles, each of which sees its own examples.
+            Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
+            see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
+            be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
+        lr_mean: learning rate of the guide's means. Default: the prior's own
+            (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
+        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
+        lr_direction: that of the inducing directions. Default: likewise, 5e-3.
+        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
+        kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
+        kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
+        validation_samples: posterior draws for a validation, the same random numbers every
+            time and none of the training's; 0 takes the posterior mean.
+        keep_best: whether to go back to the best validation at the end.
+        cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
+            adapted layer put out, and to run them in the first epoch and the first validation
+            alone. They, and the module that runs all blocks, are without dropout. Takes the memory
+            of one hidden state for each token of the training set and of the validation set.
+    """
+
+    num_particles: int | None = None
+    elbo: type[Trace_ELBO] | None = None
+    lr_mean: float | None = None
+    lr_scale: float | None = None
+    lr_direction: float | None = None
+    lr_head: float | None = None
+    kl_warmup: float = 0.0
+    kl_weight: float = 1.0
+    validation_samples: int = 0
+    keep_best: bool = False
+    cache_frozen_prefix: bool = False
 
 
 def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -41,17 +87,13 @@ def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[st
         One group for each role that occurs.
     """
     groups: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-    seen: set[nn.Parameter] = set()  # a flow's parts are found by more than one path
-    for path, owner in module.named_modules():
-        roles = getattr(owner, "roles", {})
-        for name, parameter in owner.named_parameters(recurse=False):
-            plain = name.removesuffix("_unconstrained")
-            # AutoNormal keeps its scales under "scales", by the names of the sites
-            is_scale = "scale" in plain or plain == "cov_factor" or "scales" in path.split(".")
-            role = roles.get(plain, "scale" if is_scale else "mean")
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                groups[role].append(parameter)
+    for path, parameter in module.named_parameters():
+        *parents, name = path.removesuffix("_unconstrained").split(".")
+        # AutoNormal keeps its scales under "scales", by the names of the sites
+        is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
+        roles = getattr(module.get_submodule(".".join(parents)), "roles", {})
+        if parameter.requires_grad:
+            groups[roles.get(name, "scale" if is_scale else "mean")].append(parameter)
     return [{"params": p, "lr": rates[role], "name": role} for role, p in groups.items() if p]
 
 
@@ -63,25 +105,7 @@ def fit(
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
     validation: Sequence[Any] | None = None,
-    num_particles: int | None = None,
-    elbo: type[Trace_ELBO] | None = None,
-    lr_mean: float | None = None,
-    lr_scale: float | None = None,
-    lr_direction: float | None = None,
-    lr_head: float | None = None,
-    kl_warmup: float = 0.0,
-    kl_weight: float = 1.0,
-    batch_size: int = 8,
-    warmup: float = 0.06,
-    decay: str = "linear",
-    max_grad_norm: float | None = 1.0,
-    precision: str = "auto",
-    validate_every: int = 50,
-    validation_samples: int = 0,
-    keep_best: bool = False,
-    cache_frozen_prefix: bool = False,
-    seed: int | None = 0,
-    progress: bool | None = None,
+    **options: Any,
 ) -> FitResult:
     r"""Maximises the ELBO by AdamW, a particle for each example.
 
@@ -99,38 +123,8 @@ def fit(
         collate: makes a batch of a list of examples.
         length: the length of an example; batches of like lengths waste no padding.
         validation: examples whose predictive NLL is watched.
-        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
-            one draw for all; where it does not divide a (last) batch, the largest divisor below it
-            is taken. Default: one for each example.
-        elbo: the class of the ELBO, an average over particles, each of which sees its own examples.
-            Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
-            see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
-            be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
-        lr_mean: learning rate of the guide's means. Default: the prior's own
-            (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
-        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
-        lr_direction: that of the inducing directions. Default: likewise, 5e-3.
-        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
-        kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
-        kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
-        batch_size: examples in a step; ignored where ``train`` is a ``DataLoader``.
-        warmup: share of the steps in which the learning rates rise.
-        decay: ``"linear"``, ``"cosine"`` or ``"constant"``.
-        max_grad_norm: where the gradient's norm, per example, is clipped.
-        precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
-            ``"auto"``: what is faster on its device
-            (:func:`~pyro_blora.network.precision.choose_precision`). The variational part stays
-            in single precision.
-        validate_every: steps between validations.
-        validation_samples: posterior draws for a validation, the same random numbers every
-            time and none of the training's; 0 takes the posterior mean.
-        keep_best: whether to go back to the best validation at the end.
-        cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
-            adapted layer put out, and to run them in the first epoch and the first validation
-            alone. They, and the module that runs all blocks, are without dropout. Takes the memory
-            of one hidden state for each token of the training set and of the validation set.
-        seed: seed of the data's order and of the draws; ``None`` leaves torch's generator alone.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+        options: how to train, by the names of :class:`FitOptions` and :class:`LoopOptions`:
+            ``batch_size``, ``lr_mean``, ``keep_best``, ....
 
     Returns:
         The history, with the loss per example, its KL and NLL.
@@ -139,74 +133,58 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
+        TypeError: there is no such option; the message lists near misses.
 
     Example::
 
         fit(blora, train, collate=collate, num_steps=300, validation=held_out, keep_best=True)
     """
-    options = LoopOptions(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        warmup=warmup,
-        decay=decay,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        validate_every=validate_every,
-        seed=seed,
-        progress=progress,
-    )
-    if seed is not None:
-        torch.manual_seed(seed)
+    known = [option.name for option in fields(FitOptions)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"fit has no option {name!r}; {near_miss(name, known)}.")
+    how = FitOptions(num_steps, **options)
+    if how.seed is not None:
+        torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    stream = ((keys, to_device(b, device)) for keys, b in batches(train, collate, options, length))
+    stream = ((keys, to_device(b, device)) for keys, b in batches(train, collate, how, length))
     first = next(stream)
-    prefix = _prefix(blora, train) if cache_frozen_prefix else FrozenPrefix(blora.net, [])
-    objective = Objective(blora, elbo, num_particles, num_steps, kl_warmup, kl_weight)
-    given = {"mean": lr_mean, "scale": lr_scale, "direction": lr_direction, "head": lr_head}
-    groups = _parameters(blora, first[1], {r: lr for r, lr in given.items() if lr is not None})
-    validate = _validation(blora, validation, collate, length, options, validation_samples, prefix)
+    prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
+    objective = Objective(
+        blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
+    )
+    groups = _parameters(blora, first[1], how)
+    validate = None
+    if validation is not None:
+        validate = _validation(blora, validation, collate, length, how, prefix)
     _reopen(blora)
 
     def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         with _kept(prefix, keys, batch):
             return objective(batch, step)
 
-    before = blora.model.kl_weight, blora.model.precision
-    blora.model.precision = precision = choose_precision(precision, device)
-    try:
-        with in_mode(blora.net, training=True), pyro.validation_enabled(False):
-            result = training_loop(
-                loss_of,
-                groups,
-                chain([first], stream),
-                options,
-                validate=validate,
-                state=blora.state_dict,
-            )
-    finally:
-        blora.model.kl_weight, blora.model.precision = before
-    if keep_best and result.best_state is not None:
+    with running(blora, how.precision, training=True):
+        result = training_loop(
+            loss_of, groups, chain([first], stream), how, validate=validate, state=blora.state_dict
+        )
+    if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora.guide):
-        finish(
-            blora,
-            train,
-            collate=collate,
-            length=length,
-            batch_size=batch_size,
-            precision=precision,
-            progress=progress,
-        )
+        data: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
+        finish(blora, train, **data, precision=how.precision, progress=how.progress)
     return result
 
 
-def _parameters(blora: BayesianLoRA, batch: Batch, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """The optimizer's groups; ``rates`` win over the prior's, and these over the usual ones."""
+def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict[str, Any]]:
+    """The optimizer's groups; rates given win over the prior's, and these over the usual ones."""
     start_guide(blora.guide, batch)  # its parameters must exist before the optimizer does
+    given = {role: getattr(how, f"lr_{role}") for role in LEARNING_RATES}
+    given = {role: rate for role, rate in given.items() if rate is not None}
     both = nn.ModuleList([blora.model, blora.guide])
-    if not any(p.requires_grad for p in both.parameters()):
+    groups = parameter_groups(both, {**LEARNING_RATES, **blora.prior.learning_rates, **given})
+    if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-    return parameter_groups(both, {**LEARNING_RATES, **blora.prior.learning_rates, **rates})
+    return groups
 
 
 def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:
@@ -229,43 +207,35 @@ def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> Froz
 
 def _kept(prefix: FrozenPrefix, keys: Sequence[Any], batch: Batch) -> AbstractContextManager[None]:
     """Rows padded on the left stand elsewhere in each batch, and run as they are."""
-    if not prefix.blocks:
-        return nullcontext()
-    mask = batch.get("attention_mask")
+    mask = batch.get("attention_mask") if prefix.blocks else None
     left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
-    return nullcontext() if left else prefix.examples(keys)
+    return prefix.examples(keys) if prefix.blocks and not left else nullcontext()
 
 
 def _validation(
     blora: BayesianLoRA,
-    data: Sequence[Any] | None,
+    data: Sequence[Any],
     collate: Collate | None,
     length: Callable[[Any], int] | None,
-    options: LoopOptions,
-    num_samples: int,
+    how: FitOptions,
     prefix: FrozenPrefix,
-) -> Callable[[], float] | None:
+) -> Callable[[], float]:
     """What gives the mean negative log predictive of the validation set; it draws apart."""
-    if data is None:
-        return None
     if collate is None:
         raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
     if not len(data):
         raise BatchError("The validation set is empty; leave validation= out to train without.")
     device = blora.model.groups[0].device
-    order = list(range(len(data)))
-    if length is not None:
-        order.sort(key=lambda i: length(data[i]))
-    size = 2 * options.batch_size
+    cuts = by_length(data, length, 2 * how.batch_size)
 
     def validate() -> float:
         parts = []
         with draws_apart(blora.guide, device), torch.no_grad():
-            for start in range(0, len(order), size):
-                indices = order[start : start + size]
+            for indices in cuts:
                 batch = to_device(collate([data[i] for i in indices]), device)
                 with _kept(prefix, [("validation", i) for i in indices], batch):
-                    parts.append(log_predictive(blora.model, blora.guide, batch, num_samples))
+                    found = log_predictive(blora.model, blora.guide, batch, how.validation_samples)
+                parts.append(found)
         return -float(torch.cat(parts).mean())
 
     return validate

@@ -4,21 +4,20 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.precision import check_precision
 
-__all__ = ["FitResult", "LoopOptions", "batches", "training_loop"]
+__all__ = ["FitResult", "LoopOptions", "batches", "by_length", "training_loop"]
 
 Collate = Callable[[list[Any]], Batch]
 # (indices of the examples, batch, step) -> loss with gradient, figures to show
@@ -37,10 +36,14 @@ class LoopOptions:
         max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``: what is faster on the network's device, see
-            :func:`~pyro_blora.network.precision.choose_precision`.
+            :func:`~pyro_blora.network.precision.choose_precision`. The variational part stays in
+            single precision.
         validate_every: steps between validations, where there is validation data.
         seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
+
+    Raises:
+        ConfigurationError: an option is out of range.
     """
 
     num_steps: int
@@ -54,15 +57,11 @@ class LoopOptions:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.batch_size < 1 or self.validate_every < 1:
-            raise ConfigurationError(
-                f"num_steps={self.num_steps}, batch_size={self.batch_size} and validate_every="
-                f"{self.validate_every} must be at least 1."
-            )
+        for name in ("num_steps", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.decay not in ("linear", "cosine", "constant"):
-            raise ConfigurationError(
-                f"decay={self.decay!r} is not one of ('linear', 'cosine', 'constant')."
-            )
+            raise ConfigurationError(f"decay={self.decay!r} is not linear, cosine or constant.")
         check_precision(self.precision)
         if not 0 <= self.warmup < 1:
             raise ConfigurationError(f"warmup={self.warmup} must be a share in [0, 1).")
@@ -102,47 +101,29 @@ class FitResult:
         return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
 
 
-class _Bucketed(Sampler[list[int]]):
+@dataclass
+class _Bucketed:
     """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
 
     The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
     random few of all, so that in expectation every example counts once.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int | None) -> None:
-        self.lengths, self.batch_size = lengths, batch_size
-        self.random = random.Random(seed)
-        self.window = 8 * batch_size
+    lengths: list[int]
+    size: int
+    random: random.Random
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
         self.random.shuffle(order)
-        whole = len(order) - len(order) % self.batch_size
+        whole = len(order) - len(order) % self.size
         cut = [order[whole:]] if order[whole:] else []
-        order = order[:whole]
-        for start in range(0, len(order), self.window):
-            near = sorted(order[start : start + self.window], key=self.lengths.__getitem__)
-            cut += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+        for start in range(0, whole, 8 * self.size):
+            near = order[start : min(start + 8 * self.size, whole)]
+            near.sort(key=self.lengths.__getitem__)
+            cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
         self.random.shuffle(cut)
         return iter(cut)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-
-def _numbered(collate: Collate | None, rows: list[tuple[int, Any]]) -> tuple[list[int], Batch]:
-    examples = [row for _, row in rows]
-    return [index for index, _ in rows], (collate or default_collate)(examples)
-
-
-@dataclass(frozen=True)
-class _Unknown:
-    """Batches whose examples nobody has numbered."""
-
-    batches: Iterable[Batch]
-
-    def __iter__(self) -> Iterator[tuple[list[int], Batch]]:
-        return (([], batch) for batch in self.batches)
 
 
 def batches(
@@ -155,7 +136,7 @@ def batches(
 
     Args:
         data: examples, or a ``DataLoader``, which is taken as it is.
-        collate: makes a batch of a list of examples.
+        collate: makes a batch of a list of examples. Default: torch's.
         options: batch size and seed.
         length: the length of an example; batches are then made of like lengths.
 
@@ -165,22 +146,31 @@ def batches(
     Raises:
         BatchError: the data set is empty.
     """
-    loader: Iterable[tuple[list[int], Batch]] = _Unknown(data)
+    loader = data
     if not isinstance(data, DataLoader):
-        if not len(data):
-            raise BatchError("The training set is empty; check the file, the split or max_train.")
         lengths = [0] * len(data) if length is None else [length(x) for x in data]
-        sampler = _Bucketed(lengths, options.batch_size, options.seed)
-        numbered = list(enumerate(data))
-        made = partial(_numbered, collate)
-        loader = DataLoader(numbered, batch_sampler=sampler, collate_fn=made)  # type: ignore[arg-type]
+        order = _Bucketed(lengths, options.batch_size, random.Random(options.seed))
+
+        def made(indices: list[int]) -> tuple[list[int], Batch]:
+            return indices, (collate or default_collate)([data[i] for i in indices])
+
+        loader = DataLoader(range(len(data)), batch_sampler=order, collate_fn=made)  # type: ignore[arg-type]
     while True:
-        empty = True
-        for drawn in loader:
-            empty = False
-            yield drawn
-        if empty:
-            raise BatchError("The data loader yields no batch; is the data set empty?")
+        count = 0
+        for count, drawn in enumerate(loader, start=1):  # noqa: B007
+            yield ([], drawn) if loader is data else drawn
+        if not count:
+            raise BatchError("The training set is empty; check the file, the split or max_train.")
+
+
+def by_length(
+    data: Sequence[Any], length: Callable[[Any], int] | None, size: int
+) -> list[list[int]]:
+    """The indices of all examples, cut into batches of like lengths, or as they come."""
+    order = list(range(len(data)))
+    if length is not None:
+        order.sort(key=lambda i: length(data[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def training_loop(
@@ -189,41 +179,37 @@ def training_loop(
     stream: Iterator[tuple[list[int], Batch]],
     options: LoopOptions,
     *,
-    validate: Callable[[], float] | None = None,
-    state: Callable[[], dict[str, Tensor]] | None = None,
+    validate: Callable[[], float] | None,
+    state: Callable[[], dict[str, Tensor]],
     description: str = "fit",
 ) -> FitResult:
-    """Runs AdamW over ``groups`` on the losses of a stream of batches.
+    """Runs AdamW on the losses of a stream of batches.
 
     Args:
         loss_of: the loss of a batch, per example, with its figures.
         groups: parameter groups of AdamW with their learning rates.
-        stream: batches without end, with the indices of their examples.
+        stream: what :func:`batches` yields.
         options: how to train.
         validate: the validation loss now.
         state: the trained tensors now; copied at the best validation.
         description: what the progress bar says.
-
-    Returns:
-        The history.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate)
+    parameters = [p for group in groups for p in group["params"]]
     result = FitResult()
     hide = None if options.progress is None else not options.progress
     bar = tqdm(range(options.num_steps), desc=description, disable=hide, unit="step")
     for step in bar:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * options.rate(step)
         indices, batch = next(stream)
         start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss, figures = loss_of(indices, batch, step)
         loss.backward()
         if options.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
         optimizer.step()
+        schedule.step()
         elapsed = time.perf_counter() - start
         result.seconds += elapsed
         result.history.append(figures)
@@ -231,12 +217,9 @@ def training_loop(
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
         bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
         done = step + 1
-        if validate is not None and (
-            done % options.validate_every == 0 or done == options.num_steps
-        ):
+        if validate and (done % options.validate_every == 0 or done == options.num_steps):
             loss_now = validate()
-            if not result.validation or loss_now < min(v for _, v in result.validation):
-                result.best_step = done
-                result.best_state = copy.deepcopy(state()) if state is not None else None
+            if all(loss_now < before for _, before in result.validation):
+                result.best_step, result.best_state = done, copy.deepcopy(state())
             result.validation.append((done, loss_now))
     return result

@@ -22,16 +22,7 @@ __all__ = ["Objective"]
 class Objective:
     """The loss of a batch per example, with one ELBO for each number of particles.
 
-    Args:
-        blora: the adapter.
-        elbo: the class of the ELBO, which must average over particles. Default:
-            ``TraceMeanField_ELBO``, whose KL is analytic where it can be, for a family of this
-            library, ``Trace_ELBO`` for any other guide.
-        num_particles: draws for a batch; the largest divisor of the batch that is no larger is
-            taken. Default: one for each example.
-        num_steps: optimizer steps of the whole training, for ``kl_warmup``.
-        kl_warmup: share of the steps in which the weight of the KL rises.
-        kl_weight: its weight then.
+    Args are those of :func:`~pyro_blora.fit`.
 
     Raises:
         ConfigurationError: an option is out of range, the likelihood lacks ``num_data``, or

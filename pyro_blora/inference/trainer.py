@@ -8,7 +8,6 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -22,7 +21,6 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import device_of
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import logits_of_draws
-from pyro_blora.posterior.param_store import leave_store
 from pyro_blora.posterior.structured_guide import draws_apart
 
 __all__ = ["BayesianLoRATrainer"]
@@ -90,8 +88,8 @@ class BayesianLoRATrainer(Trainer):
             raise ConfigurationError(
                 f"learning_rates has {sorted(unknown)}; the roles are {list(LEARNING_RATES)}."
             )
-        own = model.prior.learning_rates
-        self.learning_rates = {**LEARNING_RATES, **own, **(learning_rates or {})}
+        usual = {**LEARNING_RATES, **model.prior.learning_rates}
+        self.learning_rates = {**usual, **(learning_rates or {})}
         self.blora = model
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
         args.label_names = args.label_names or ["labels"]
@@ -123,19 +121,10 @@ class BayesianLoRATrainer(Trainer):
             logs = {**logs, "nll": nll, "kl": kl}
         super().log(logs, start_time)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """As everywhere, with random numbers of its own, so that training goes on as without."""
         with draws_apart(self.blora.guide, self.blora.model.groups[0].device):
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            return super().evaluation_loop(*arguments, **options)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         net = self.blora.net
@@ -155,12 +144,9 @@ class BayesianLoRATrainer(Trainer):
         self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
     ) -> None:
         blora = self.blora
-        prior, guide = blora.prior, blora.guide_family
-        assert isinstance(guide, SiteGuide)
-        folder, likelihood = resume_from_checkpoint, blora.likelihood
-        saved = read_pretrained(blora.net, folder, prior=prior, guide=guide, likelihood=likelihood)
-        saved.load_into(blora)
-        leave_store({"model": blora.model, "guide": blora.guide})
+        parts: dict[str, Any] = {"prior": blora.prior, "guide": blora.guide_family}
+        parts["likelihood"] = blora.likelihood
+        read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

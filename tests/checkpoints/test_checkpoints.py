@@ -5,7 +5,6 @@ import sys
 
 import pyro
 import pytest
-import safetensors.torch
 import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal
@@ -16,6 +15,7 @@ from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network import fast_path
 
 
 def network(hidden=16):
@@ -42,35 +42,38 @@ def adapter(net, guide=None, **prior):
     return blora
 
 
+def reread(net, blora, folder, **options):
+    """The adapter that is read from where ``blora`` is saved, and put on its network."""
+    blora.save_pretrained(folder)
+    blora.unwrap()
+    pyro.clear_param_store()
+    return BayesianLoRA.from_pretrained(net, folder, **options)
+
+
 @pytest.fixture
 def saved(tmp_path):
     net = network()
     blora = adapter(net)
-    probs = blora.predict(batch(), 0).probs
     blora.save_pretrained(tmp_path / "a")
     blora.unwrap()
     pyro.clear_param_store()
-    return net, tmp_path / "a", probs
+    return net, tmp_path / "a"
 
 
-FAMILIES = sorted(set(guides.__all__) - {"Site", "SiteGuide"})  # the contract is no guide
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_round_trip_of_every_guide(name, tmp_path):
-    family = getattr(guides, name)
+def test_what_is_read_is_what_was_saved(tmp_path):
+    """The contract of priors and guides has a round trip of every pair."""
     net = network()
-    blora = adapter(net, family(), conditional="scaled", sigma=0.2)
-    probs = blora.predict(batch(), 0).probs
-    blora.save_pretrained(tmp_path)
-    tensors = {k: v.clone() for k, v in blora.state_dict().items()}
-    blora.unwrap()
-    pyro.clear_param_store()
-    again = BayesianLoRA.from_pretrained(net, tmp_path)
+    blora = adapter(net, conditional="scaled", sigma=0.2)
+    probs, state = blora.predict(batch(), 0).probs, copy.deepcopy(blora.state_dict())
+    again = reread(net, blora, tmp_path, fast=False)
+    assert not fast_path.is_on(net)
     assert torch.equal(again.predict(batch(), 0).probs, probs)
-    assert again.state_dict().keys() == tensors.keys()
-    assert all(torch.equal(v, tensors[k]) for k, v in again.state_dict().items())
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
     assert repr(again) == repr(blora)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoints.WEIGHTS, checkpoints.CONFIG]
+    size = (tmp_path / checkpoints.WEIGHTS).stat().st_size
+    assert size < 4 * sum(p.numel() for p in net.parameters())
 
 
 def llama_classifier():
@@ -99,20 +102,17 @@ def test_round_trip_of_a_trained_head(name, tmp_path):
     net = CLASSIFIERS[name]()
     blora = classifier(net)
     probs = blora.predict(batch(), 0).probs
-    blora.save_pretrained(tmp_path)
-    blora.unwrap()
-    pyro.clear_param_store()
-    assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
+    assert torch.equal(reread(net, blora, tmp_path).predict(batch(), 0).probs, probs)
 
 
 def test_a_checkpoint_from_before_heads_were_trained(tmp_path):
     net = tiny.bert()
     blora = classifier(net, modules_to_save=())
+    probs = blora.predict(batch(), 0).probs
     blora.save_pretrained(tmp_path)
     config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
     assert config.pop("modules_to_save") == []
     (tmp_path / checkpoints.CONFIG).write_text(json.dumps(config))
-    probs = blora.predict(batch(), 0).probs
     blora.unwrap()
     pyro.clear_param_store()
     assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
@@ -156,7 +156,7 @@ def test_exports_load_in_peft_in_another_process(tmp_path):
         blora.export_peft(tmp_path / name / "adapter")
         with torch.no_grad(), blora.posterior(0):
             logits = {"logits": net(**batch())[0].contiguous()}
-        safetensors.torch.save_file(logits, tmp_path / name / "expected.safetensors")
+        save_file(logits, tmp_path / name / "expected.safetensors")
         pyro.clear_param_store()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOAD_IN_PEFT, str(tmp_path)],
@@ -184,22 +184,15 @@ def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
     assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
 
 
-def test_only_the_adapter_is_saved(saved):
-    net, folder, _ = saved
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [checkpoints.CONFIG, checkpoints.WEIGHTS]
-    )
-    size = (folder / checkpoints.WEIGHTS).stat().st_size
-    assert size < 4 * sum(p.numel() for p in net.parameters())
-
-
 def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
     peft = pytest.importorskip("peft")
-    net, folder, probs = saved
+    net, folder = saved
     blora = BayesianLoRA.from_pretrained(net, folder)
     blora.export_peft(tmp_path / "peft")
-    likelihood = blora.likelihood
+    likelihood, probs = blora.likelihood, blora.predict(batch(), 0).probs
     blora.unwrap()
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
+        BayesianLoRA.from_pretrained(net, tmp_path / "peft")
     model = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "peft"))
     logits = likelihood.logits(model.base_model.model, batch())
     # The head's own rows are computed whole there: PEFT's layer is no plain nn.Linear.
@@ -223,76 +216,63 @@ def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
     assert ((found - draws.mean(0)).abs() < 5 * error).all()
 
 
-def test_a_wrong_base_is_refused_and_left_as_it_was(saved):
-    _, folder, _ = saved
-    other = network(hidden=32)
-    with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):
-        BayesianLoRA.from_pretrained(other, folder)
-    assert not any(m._forward_hooks for m in other.modules())
+def cut(size):
+    def spoil(folder):
+        path = folder / checkpoints.WEIGHTS
+        path.write_bytes(path.read_bytes()[:size])
+
+    return spoil
 
 
-@pytest.mark.parametrize("cut", [0, 5, 100, -1])
-def test_a_truncated_file_is_refused(saved, cut):
-    net, folder, _ = saved
+def poison(folder):
     path = folder / checkpoints.WEIGHTS
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="corrupt or incomplete"):
-        BayesianLoRA.from_pretrained(net, folder)
+    tensors = load_file(path)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, path)
 
 
-def test_a_pickle_is_not_read(saved):
-    net, folder, _ = saved
-    torch.save({"x": torch.ones(1)}, folder / checkpoints.WEIGHTS)
-    with pytest.raises(CheckpointError, match="corrupt"):
-        BayesianLoRA.from_pretrained(net, folder)
+def changed(**parts):
+    def spoil(folder):
+        path = folder / checkpoints.CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+    return spoil
+
+
+def named(name, **options):
+    return {"name": name, "options": options}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("spoil", "told"),
     [
-        ({"format": 99}, "format 99"),
-        ({"prior": {"name": "os.system", "options": {"command": "true"}}}, "pass prior="),
-        ({"prior": {"name": "UpdateModel", "options": {"x": 1}}}, "cannot be made"),
-        ({"prior": {"name": "KroneckerInducing", "options": {"rank": 2}}}, "do not fit"),
-        ({"guide": {"name": "MatrixNormal", "options": {"init_scale": -1}}}, "cannot be made"),
-        ({"layers": None}, "lacks 'layers'"),
+        *((cut(size), "corrupt or incomplete") for size in (0, 5, 100, -1)),
+        (lambda folder: torch.save({}, folder / checkpoints.WEIGHTS), "corrupt"),
+        (poison, "not finite"),
+        (lambda folder: (folder / checkpoints.WEIGHTS).unlink(), checkpoints.WEIGHTS),
+        (lambda folder: (folder / checkpoints.CONFIG).unlink(), "does not exist"),
+        (lambda folder: (folder / checkpoints.CONFIG).write_text("{"), "not readable JSON"),
+        (changed(format=99), "format 99"),
+        (changed(layers=None), "lacks 'layers'"),
+        (changed(prior=named("os.system", command="true")), "pass prior="),
+        (changed(prior=named("UpdateModel", x=1)), "cannot be made"),
+        (changed(prior=named("KroneckerInducing", rank=2)), "do not fit"),
+        (changed(guide=named("MatrixNormal", init_scale=-1)), "cannot be made"),
     ],
 )
-def test_a_tampered_config_is_refused(saved, change, told):
-    net, folder, _ = saved
-    path = folder / checkpoints.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_a_spoiled_folder_is_refused(saved, spoil, told):
+    net, folder = saved
+    spoil(folder)
     with pytest.raises(CheckpointError, match=told):
         BayesianLoRA.from_pretrained(net, folder)
     assert not any(m._forward_hooks for m in net.modules())
 
 
-def test_values_that_are_not_finite_are_refused(saved):
-    net, folder, _ = saved
-    path = folder / checkpoints.WEIGHTS
-    tensors = safetensors.torch.load_file(path)
-    next(iter(tensors.values())).fill_(float("nan"))
-    safetensors.torch.save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="not finite"):
-        BayesianLoRA.from_pretrained(net, folder)
-
-
-def test_missing_files_are_named(saved, tmp_path):
-    net, folder, _ = saved
-    with pytest.raises(CheckpointError, match="does not exist"):
-        BayesianLoRA.from_pretrained(net, tmp_path / "nothing")
-    (folder / checkpoints.WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=checkpoints.WEIGHTS):
-        BayesianLoRA.from_pretrained(net, folder)
-
-
-def test_a_peft_adapter_is_no_checkpoint(saved, tmp_path):
-    net, folder, _ = saved
-    blora = BayesianLoRA.from_pretrained(net, folder)
-    blora.export_peft(tmp_path / "peft")
-    blora.unwrap()
-    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
-        BayesianLoRA.from_pretrained(net, tmp_path / "peft")
+def test_a_wrong_base_is_refused_and_left_as_it_was(saved):
+    other = network(hidden=32)
+    with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):
+        BayesianLoRA.from_pretrained(other, saved[1])
+    assert not any(m._forward_hooks for m in other.modules())
 
 
 class Own(guides.MeanField):
@@ -307,20 +287,17 @@ class Own(guides.MeanField):
     ],
 )
 def test_a_part_whose_options_are_not_the_saved_ones(part, wrong, right, told, tmp_path):
-    net = network()
-    blora = adapter(net, Own(init_scale=0.5))
-    blora.save_pretrained(tmp_path)
-    blora.unwrap()
-    pyro.clear_param_store()
-    parts = {"guide": Own(init_scale=0.5), part: wrong}
-    with pytest.raises(CheckpointError, match=rf"{told}=.*saved.*{part}="):
-        BayesianLoRA.from_pretrained(net, tmp_path, **parts)
+    net, own = network(), Own(init_scale=0.5)
     likelihood = LabelTokens(token_ids=[5, 6, 7], num_data=99)
-    BayesianLoRA.from_pretrained(net, tmp_path, **{**parts, part: right}, likelihood=likelihood)
+    right = {"guide": own, part: right}
+    reread(net, adapter(net, own), tmp_path, **right, likelihood=likelihood).unwrap()
+    pyro.clear_param_store()
+    with pytest.raises(CheckpointError, match=rf"{told}=.*saved.*{part}="):
+        BayesianLoRA.from_pretrained(net, tmp_path, **{**right, part: wrong})
 
 
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
-    net, folder, _ = saved
+    net, folder = saved
     blora = BayesianLoRA.from_pretrained(net, folder)
     before = (folder / checkpoints.WEIGHTS).read_bytes()
 

@@ -68,28 +68,14 @@ print(json.dumps({"top": top, "bare": [m for m in ("models", "guides") if m in s
 """
 
 
-@pytest.fixture(scope="module")
-def probe():
+def test_importing_changes_no_global_state_and_makes_no_second_copy():
     done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        check=False,
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
     # A warning at import would be one that every user sees
     assert "Warning" not in done.stderr.replace("torch.jit.script", ""), done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_importing_changes_no_global_state(probe):
-    assert probe["top"] == []
-
-
-def test_importing_makes_no_second_copy(probe):
-    assert probe["bare"] == []
+    assert json.loads(done.stdout.splitlines()[-1]) == {"top": [], "bare": []}
 
 
 def imported(path):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 
 NETS = [tiny.llama, tiny.gpt2, tiny.qwen2]
@@ -142,9 +142,3 @@ def test_multiple_choice_wants_three_dimensions():
         blora.predict({**batch, "option_mask": batch["option_mask"].any(-1)}, 0)
     with pytest.raises(BatchError, match="B x K x T"):
         blora.predict({key: value[0] for key, value in batch.items()})
-
-
-@pytest.mark.parametrize("likelihood", [CausalLM(), LabelTokens(token_ids=tiny.ANSWERS)])
-def test_a_network_without_a_head(likelihood):
-    with pytest.raises(ConfigurationError, match=r"BertFor.*no language-model head"):
-        likelihood.logits(tiny.bert(), tiny.texts())

@@ -76,14 +76,6 @@ def test_kl_is_a_number_or_none(prior, analytic):
         assert kl.item() == pytest.approx(0.0, abs=1e-5)  # it starts at the prior itself
 
 
-def test_a_positive_site_stays_positive():
-    blora = tiny.adapted(prior=Scaled(), guide=MeanField(init_scale=2.0))
-    values = blora.guide(None)
-    assert (values["q_proj.tau"] > 0).all()
-    assert (blora.guide.center()["q_proj.tau"] > 0).all()
-    assert values["q_proj.tau"].shape == (2,)
-
-
 @pytest.mark.parametrize(
     ("made", "given"),
     [

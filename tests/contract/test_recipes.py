@@ -1,5 +1,7 @@
 """Named methods: each trains, predicts and says where it comes from."""
 
+from types import SimpleNamespace
+
 import pyro
 import pytest
 import tiny
@@ -8,32 +10,21 @@ import torch
 from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.network import fast_path
 from pyro_blora.recipes import RECIPES, Recipe, all_recipes, recipe
 
 
-def made(name, net=None):
-    return BayesianLoRA.from_recipe(
-        tiny.llama() if net is None else net,
-        name,
-        rank=2,
-        target_modules=["q_proj", "v_proj"],
-        likelihood=LabelTokens(token_ids=tiny.ANSWERS, num_data=10),
-    )
+def made(name, **options):
+    likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=10)
+    return BayesianLoRA.from_recipe(tiny.llama(), name, rank=2, likelihood=likelihood, **options)
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "Hierarchical+Flow"])
 def test_a_recipe_trains_and_predicts(name):
     blora = made(name)
-    result = fit(
-        blora,
-        tiny.examples(10),
-        collate=tiny.collate,
-        num_steps=12,
-        progress=False,
-        **recipe(name).fit,
-    )
-    nll = torch.tensor([step["nll"] for step in result.history])
-    assert nll.isfinite().all()
+    options = {"collate": tiny.collate, "num_steps": 12, "progress": False, **recipe(name).fit}
+    result = fit(blora, tiny.examples(10), **options)
+    assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
     prediction = blora.predict(tiny.collate(tiny.examples(4)), recipe(name).num_samples or 4)
     assert prediction.samples.isfinite().all()
     assert prediction.samples.shape[1:] == (4, 3)
@@ -90,17 +81,13 @@ def test_packages_may_ship_recipes(monkeypatch):
     """Through an entry point; the library's own names cannot be taken."""
     own = Recipe("own", lambda rank: models.Subspace(rank=rank), guides.Delta, "", "a test's")
 
-    class Entry:
-        def __init__(self, name):
-            self.name = name
-
-        def load(self):
-            return own
-
     def entries(group):
-        return [Entry("own"), Entry("blob")] if group == "pyro_blora.recipes" else []
+        assert group == "pyro_blora.recipes"
+        return [SimpleNamespace(name=name, load=lambda: own) for name in ("own", "blob")]
 
     monkeypatch.setattr("pyro_blora.recipes.entry_points", entries)
     assert recipe("own") is own
     assert all_recipes()["blob"] is RECIPES["blob"]
-    assert isinstance(made("own").guide_family, guides.Delta)
+    blora = made("own", fast=False)
+    assert isinstance(blora.guide_family, guides.Delta)
+    assert not fast_path.is_on(blora.net)

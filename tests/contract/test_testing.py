@@ -31,10 +31,22 @@ class NoRole(Plain):
     roles = {}  # noqa: RUF012
 
 
-class Transposed(Plain):
+def changed(name, made):
+    """A prior whose factors are what ``made`` makes of the right ones."""
+
     def forward(self):
-        update = super().forward()
-        return LowRankUpdate(A=update.A.mT, B=update.B.mT)
+        update = Plain.forward(self)
+        return LowRankUpdate(**made(update.A, update.B))
+
+    return type(name, (Plain,), {"forward": forward})
+
+
+Transposed = changed("Transposed", lambda A, B: {"A": A.mT, "B": B.mT})
+Deaf = changed("Deaf", lambda A, B: {"A": A, "B": 0 * B})
+AwayFromZero = changed("AwayFromZero", lambda A, B: {"A": A, "B": 1 + B})
+OneForAllParticles = changed(
+    "OneForAllParticles", lambda A, B: {"A": A, "B": B.reshape(-1, *B.shape[-3:])[0]}
+)
 
 
 class OutsideThePlate(Plain):
@@ -42,25 +54,6 @@ class OutsideThePlate(Plain):
         scale = torch.ones(self.group.n, self.group.d_out, self.rank)
         B = pyro.sample(self.site("B"), dist.Normal(0 * scale, scale).to_event(2))
         return LowRankUpdate(A=self.A, B=B)
-
-
-class Deaf(Plain):
-    def forward(self):
-        update = super().forward()
-        return LowRankUpdate(A=update.A, B=0 * update.B)
-
-
-class OneForAllParticles(Plain):
-    def forward(self):
-        update = super().forward()
-        n, d_out, r = self.group.n, self.group.d_out, self.rank
-        return LowRankUpdate(A=update.A, B=update.B.reshape(-1, n, d_out, r)[0])
-
-
-class AwayFromZero(Plain):
-    def forward(self):
-        update = super().forward()
-        return LowRankUpdate(A=update.A, B=1 + update.B)
 
 
 class Late(Plain):

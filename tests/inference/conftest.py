@@ -9,8 +9,7 @@ def run():
     """``fit`` on ten rows of differing lengths in batches of four, so that the last holds two."""
 
     def train(blora, rows=None, **options):
-        options = {"num_steps": 6, "batch_size": 4, "progress": False, **options}
-        rows = tiny.examples(10) if rows is None else rows
-        return fit(blora, rows, collate=tiny.collate, **options)
+        usual = {"collate": tiny.collate, "num_steps": 6, "batch_size": 4, "progress": False}
+        return fit(blora, tiny.examples(10) if rows is None else rows, **{**usual, **options})
 
     return train
