@@ -144,6 +144,8 @@ class SiteGuide(Options, PyroModule):
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
         reads_context: whether q depends on the examples; :attr:`context` then has theirs.
         couples_sites: whether draws of two sites belong together; else they are independent.
+        symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
+            pairs of mirror images, of which fewer tell as much.
         context: ``(P, 1, ..., 1, d)`` for ``P`` particles, set before each draw, or ``None``.
 
     Example::
@@ -165,6 +167,7 @@ class SiteGuide(Options, PyroModule):
     roles: ClassVar[dict[str, str]] = {}
     reads_context: ClassVar[bool] = False
     couples_sites: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = False
     context: Tensor | None = None
     site: Site
 

@@ -1,5 +1,7 @@
 """A normalizing flow for each layer: any chain of Pyro's transforms."""
 
+from typing import ClassVar
+
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -50,6 +52,8 @@ class Flow(MeanField):
 
         blora = BayesianLoRA(net, guide=Flow(flows=("householder", "spline")))
     """
+
+    symmetric: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class FullRank(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale_tril": "scale"}
+    symmetric: ClassVar[bool] = True
 
     def __init__(self, *, init_scale: float = 0.3, max_size: int = 1024) -> None:
         super().__init__(init_scale=init_scale)

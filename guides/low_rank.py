@@ -40,6 +40,7 @@ class LowRank(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale": "scale", "factor": "scale"}
+    symmetric: ClassVar[bool] = True
 
     def __init__(self, *, rank: int = 4, init_scale: float = 0.3) -> None:
         super().__init__(init_scale=init_scale)

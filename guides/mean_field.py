@@ -28,6 +28,7 @@ class MeanField(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale": "scale"}
+    symmetric: ClassVar[bool] = True
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and ``scale`` at ``init_scale`` of its own."""

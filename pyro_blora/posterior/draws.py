@@ -11,7 +11,7 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
-from pyro_blora.posterior.sample_updates import sample_updates
+from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
 
 __all__ = ["log_predictive", "logits_of_draws", "rows_of_a_pass"]
 
@@ -40,7 +40,7 @@ def logits_of_draws(
     num_samples: int,
     max_rows: int | None = None,
 ) -> Iterator[Tensor]:
-    """The logits of a batch under each posterior draw, several draws in one pass.
+    """The logits of a batch under each posterior draw, in pairs, several draws in one pass.
 
     The network is evaluated with dropout off, and left in the mode it was in. Arguments are those
     of :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
@@ -62,12 +62,13 @@ def logits_of_draws(
     # An amortised posterior has a draw for each example, others one for all of them.
     each = examples if getattr(guide, "reads_context", False) else 1
     most = max(1, min(num_samples, max_rows // examples))
+    draw = draws_in_pairs(model, guide, batch, each)
     done = 0
     while done < max(1, num_samples):
         # what the frozen blocks put out is recorded from one draw alone
         draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
         with in_mode(model.net, training=False):  # between two passes the network is the caller's
-            updates = sample_updates(model, guide, min(draws, num_samples) * each, batch)
+            updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
             with prefix.examples(range(examples), draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))
         yield logits.unflatten(0, (draws, examples))

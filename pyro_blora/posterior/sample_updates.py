@@ -6,7 +6,7 @@ its median, :math:`e^\mu`, and its mean :math:`e^{\mu + s^2/2}`.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -20,7 +20,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart, start_guide
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["mean_updates", "sample_updates"]
+__all__ = ["draws_in_pairs", "mean_updates", "sample_updates"]
 
 _PASSES, _DRAWS = 16, 64  # few at once, for the memory
 
@@ -40,10 +40,63 @@ def sample_updates(
     start_guide(guide, batch)
     if num_samples == 0:
         return mean_updates(model, guide, batch)
-    draws = pyro.plate(DRAWS_PLATE, num_samples, dim=-1 - model.max_plate_nesting)
-    with torch.no_grad(), draws:
+    with torch.no_grad(), _plate(model, num_samples):
         trace = pyro.poutine.trace(guide).get_trace(batch)
         return pyro.poutine.replay(model.updates, trace=trace)()
+
+
+def draws_in_pairs(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any], each: int = 1
+) -> Callable[[int], dict[str, LowRankUpdate]]:
+    """What gives the next few posterior draws of the updates, antithetic where that can be.
+
+    Every second draw is the mirror image of the one before it, ``2 E[U] - U`` in unconstrained
+    coordinates. It has the same law where q is symmetric (:attr:`SiteGuide.symmetric`), and what is
+    linear in ``U`` cancels from the error of an average.
+
+    Args:
+        model: the model.
+        guide: its guide.
+        batch: what the guide is called with.
+        each: draws that belong together: one for each example of an amortised guide.
+
+    Returns:
+        A function of a number of draws ``S``, which gives updates of ``S each`` leading draws.
+    """
+    if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
+        return lambda count: sample_updates(model, guide, count * each, batch)
+    waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
+
+    def mirrored(fresh: int) -> dict[str, Tensor]:
+        """Draws, each followed by its mirror image: ``(2 fresh, each, ...)``."""
+        with _plate(model, fresh * each):
+            values = guide(batch)
+        pairs = {}
+        for name, family in guide.families().items():
+            value, transform = values[name], family.site.transform
+            image = transform(2 * transform.inv(family.center()) - transform.inv(value))
+            both = (v.unflatten(0, (fresh, each)) for v in (value, image))
+            pairs[name] = torch.stack(list(both), 1).flatten(0, 1)
+        return pairs
+
+    @torch.no_grad()
+    def draw(count: int) -> dict[str, LowRankUpdate]:
+        nonlocal waiting
+        found = [waiting] if waiting else []
+        if missing := count - len(found):
+            found.append(mirrored(math.ceil(missing / 2)))
+        values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        waiting = {name: v[count:] for name, v in values.items() if len(v) > count}
+        data = {name: v[:count].flatten(0, 1) for name, v in values.items()}
+        with _plate(model, count * each):
+            updates: dict[str, LowRankUpdate] = pyro.poutine.condition(model.updates, data)()
+        return updates
+
+    return draw
+
+
+def _plate(model: BayesianLoRAModel, size: int) -> pyro.plate:
+    return pyro.plate(DRAWS_PLATE, size, dim=-1 - model.max_plate_nesting)
 
 
 @torch.no_grad()

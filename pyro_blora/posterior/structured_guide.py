@@ -92,6 +92,7 @@ class StructuredGuide(PyroModule):
             bound = family.bind(replace(site, context_size=size))
             setattr(self, self._attributes[site.name], bound)
         self.reads_context, self.couples_sites = family.reads_context, family.couples_sites
+        self.is_symmetric = family.symmetric
         self.nesting = model.max_plate_nesting
 
     def families(self) -> dict[str, SiteGuide]:

@@ -1,0 +1,93 @@
+"""Draws in pairs: the same law, the mean of a pair exact, and less spread of an average."""
+
+import pyro
+import pytest
+import tiny
+import torch
+
+from pyro_blora import guides, models
+from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
+
+FAMILIES = {
+    "MatrixNormal": guides.MatrixNormal(),
+    "MeanField": guides.MeanField(),
+    "FullRank": guides.FullRank(),
+    "LowRank": guides.LowRank(),
+    "LayerCoupled": guides.LayerCoupled(),
+}
+
+
+def adapted(guide, **prior):
+    torch.manual_seed(0)
+    blora = tiny.adapted(guide=guide, prior=models.KroneckerInducing(rank=2, **prior))
+    with torch.no_grad():
+        for parameter in blora.guide.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return blora
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pair_has_the_mean_of_q_and_each_of_it_the_law_of_q(name):
+    blora = adapted(FAMILIES[name])
+    draw = draws_in_pairs(blora.model, blora.guide, tiny.sequences())
+    cores = torch.cat([draw(count)["q_proj"].core for count in (1, 4, 3, 2, 3990)])
+    mean = sample_updates(blora.model, blora.guide, 0)["q_proj"].core
+    pairs = cores.unflatten(0, (2000, 2))
+    torch.testing.assert_close(pairs.mean(1), mean.expand(2000, *mean.shape))
+    alone = sample_updates(blora.model, blora.guide, 4000)["q_proj"].core
+    for ours in (pairs[:, 0], pairs[:, 1]):
+        torch.testing.assert_close(ours.std(0), alone.std(0), rtol=0.12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "guide", [guides.Flow(), guides.Mixture(), guides.Ensemble(), guides.Delta()], ids=repr
+)
+def test_what_is_not_symmetric_is_drawn_as_it_is(guide):
+    blora = adapted(guide)
+    torch.manual_seed(1)
+    expected = sample_updates(blora.model, blora.guide, 5)["q_proj"].core
+    if isinstance(guide, guides.Ensemble):
+        blora.guide.q_proj_V.turn.zero_()
+        blora.guide.v_proj_V.turn.zero_()
+    torch.manual_seed(1)
+    found = draws_in_pairs(blora.model, blora.guide, tiny.sequences())(5)["q_proj"].core
+    assert torch.equal(found, expected)
+
+
+def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):
+    blora = adapted(guides.MeanField(), scale="half-cauchy")
+    updates, seen = type(blora.model).updates, {}
+
+    def watched(model):
+        trace = pyro.poutine.trace(updates).get_trace(model)
+        seen.update({k: node["value"] for k, node in trace.nodes.items() if "value" in node})
+        return seen["_RETURN"]
+
+    monkeypatch.setattr(type(blora.model), "updates", watched)
+    draws_in_pairs(blora.model, blora.guide, tiny.sequences())(2)
+    centre = blora.guide.families()["q_proj.sigma"].center()
+    torch.testing.assert_close(seen["q_proj.sigma"].log().mean(0), centre.log())
+
+
+def test_each_example_of_an_amortised_guide_has_a_mirror_image_of_its_own():
+    blora = adapted(guides.Amortized())
+    batch = tiny.sequences(3)
+    core = draws_in_pairs(blora.model, blora.guide, batch, 3)(2)["q_proj"].core
+    mean = sample_updates(blora.model, blora.guide, 0, batch)["q_proj"].core
+    torch.testing.assert_close(core.unflatten(0, (2, 3)).mean(0), mean)
+
+
+def test_an_average_of_four_has_less_spread_than_of_four_alone():
+    blora = adapted(guides.MatrixNormal())
+    batch = tiny.sequences(2)
+    model = blora.model
+
+    def spread(run):
+        return torch.stack([run().mean(0) for _ in range(60)]).var(0).mean()
+
+    def alone():
+        with torch.no_grad(), model.applied(blora.sample_updates(4)) as net:
+            rows = {key: value.repeat(4, 1) for key, value in batch.items() if key != "labels"}
+            return blora.likelihood.logits(net, rows).unflatten(0, (4, 2)).softmax(-1)
+
+    assert spread(lambda: blora.predict(batch, 4).samples) < 0.5 * spread(alone)
