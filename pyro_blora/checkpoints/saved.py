@@ -36,6 +36,7 @@ __all__ = [
 CONFIG = "bayesian_lora_config.json"
 WEIGHTS = "bayesian_lora.safetensors"
 FORMAT = 1
+_LATER = (".turn", ".likelihood.")
 _BY_HAND = (
     "so the adapter cannot be rebuilt from a file; save blora.state_dict() yourself with "
     "safetensors."
@@ -103,9 +104,10 @@ class Saved:
             CheckpointError: their names or shapes are not those of ``adapter``.
         """
         own = adapter.state_dict()
-        # An Ensemble's turn was not saved at first.
-        turns = {name: tensor for name, tensor in own.items() if name.endswith(".turn")}
-        tensors = {**turns, **self.tensors}
+        # At first an Ensemble's turn was not saved, and no likelihood had parameters.
+        later = (".turn",) if any(".likelihood." in name for name in self.tensors) else _LATER
+        kept = {name: own[name] for name in own if any(part in name for part in later)}
+        tensors = {**kept, **self.tensors}
         expected, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
         if expected != found:
             differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
@@ -150,7 +152,10 @@ def read_pretrained(
         "likelihood": likelihood or _part(None, config, "likelihood", likelihoods),
         "modules_to_save": config.get("modules_to_save", []),
     }
-    return Saved(options, _read_tensors(folder / WEIGHTS), folder)
+    tensors = _read_tensors(folder / WEIGHTS)
+    if likelihood is not None and type(likelihood).__name__ != config["likelihood"].get("name"):
+        tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
+    return Saved(options, tensors, folder)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The contract of a likelihood: how the wrapped network's logits explain a batch."""
 
+import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pyro
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -15,14 +17,17 @@ from pyro_blora.options import Options
 __all__ = ["Batch", "Likelihood"]
 
 Batch = Mapping[str, Any]
+Self = TypeVar("Self", bound="Likelihood")
 
 
-class Likelihood(Options):
+class Likelihood(Options, PyroModule):
     """p(labels | network, batch).
 
     A subclass writes :meth:`logits` and, where the labels are not one class for each example,
     :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
-    set by ``pyro.plate("data", num_data, ...)``.
+    set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
+    :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
+    prior's do. They are trained and saved with the adapter, each adapter its own.
 
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
@@ -35,14 +40,21 @@ class Likelihood(Options):
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
     row_dims: ClassVar[int] = 2  # of input_ids: B x T
     new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
+    roles: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *, num_data: int | None = None) -> None:
+        super().__init__()
         if num_data is not None and num_data < 1:
             raise ConfigurationError(
                 f"num_data={num_data} must be the number of training examples, at least 1; is the "
                 "data set empty?"
             )
         self.num_data = num_data
+
+    def bind(self: Self) -> Self:
+        """This likelihood for one adapter: made anew where it has parameters, else itself."""
+        trained = any(True for _ in self.parameters())
+        return type(self)(**copy.deepcopy(self.options())) if trained else self
 
     @property
     def has_classes(self) -> bool:

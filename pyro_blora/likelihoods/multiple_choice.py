@@ -1,9 +1,11 @@
 """Multiple choice by the log-likelihood of each option after the question."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from pyro.nn import PyroParam
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -18,11 +20,20 @@ class MultipleChoice(Likelihood):
     r"""A softmax over the options' scores under a causal language model.
 
     The score of option :math:`k` with tokens :math:`t_1 \dots t_n` after question :math:`q` is
-    :math:`\frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j})`, or the sum.
+
+    .. math::
+
+        s_k = c\, n^{b} \, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
+
+    with ``score="sum"`` without the :math:`\frac1n`. Nothing says that a mean log-probability is
+    the log-odds of an answer: its scale :math:`c` and how it depends on the length are unknowns
+    like others, and two numbers that training finds.
 
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
+        scale: ``"learned"``: ``c`` and ``b`` are parameters, which start at 1 and 0; ``"fixed"``:
+            they stay there. Default: learned.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: where the network supports it (it is asked once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
@@ -44,6 +55,7 @@ class MultipleChoice(Likelihood):
     """
 
     keys = ("input_ids", "attention_mask", "option_mask")
+    roles: ClassVar[dict[str, str]] = {"score_scale": "scale", "length_exponent": "scale"}
     row_dims = 3
 
     def __init__(
@@ -51,12 +63,19 @@ class MultipleChoice(Likelihood):
         *,
         num_data: int | None = None,
         score: Literal["mean", "sum"] = "mean",
+        scale: Literal["learned", "fixed"] = "learned",
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
         if score not in ("mean", "sum"):
             raise ConfigurationError(f"score={score!r} is not one of ('mean', 'sum').")
+        if scale not in ("learned", "fixed"):
+            raise ConfigurationError(f"scale={scale!r} is not one of ('learned', 'fixed').")
         self.score = score
+        self.scale = scale
+        if scale == "learned":
+            self.score_scale = PyroParam(torch.ones(()), constraints.positive)
+            self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
@@ -87,6 +106,8 @@ class MultipleChoice(Likelihood):
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
+        if self.scale == "learned":
+            total = total * self.score_scale * count.clamp_min(1) ** self.length_exponent
         return total.masked_fill(count == 0, -torch.inf)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
