@@ -5,6 +5,7 @@ Pass one as ``BayesianLoRA(net, prior=...)``; write one by subclassing :class:`U
 
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.models.factor_inducing import FactorInducing
+from pyro_blora.models.fisher_inducing import FisherInducing
 from pyro_blora.models.gaussian_factors import GaussianFactors
 from pyro_blora.models.hierarchical import Hierarchical
 from pyro_blora.models.kernel_inducing import KernelInducing
@@ -16,6 +17,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = [
     "FactorInducing",
+    "FisherInducing",
     "GaussianFactors",
     "Hierarchical",
     "KernelInducing",

@@ -79,6 +79,23 @@ class UpdateModel(Options, PyroModule):
         bound.setup(group)
         return bound
 
+    @property
+    def gradient_ranks(self) -> tuple[int, int] | None:
+        """How many directions of its gradients a prior asks for before training, if any.
+
+        They come by :meth:`inform`, from :func:`~pyro_blora.inference.inform`; a buffer
+        ``informed`` says whether they have.
+        """
+        return None
+
+    def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
+        """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.
+
+        Each is an eigenvector of their second moment, as long as its eigenvalue's root; the mean
+        square of a side's lengths is one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for gradients; define inform().")
+
     def setup(self, group: LayerGroup) -> None:
         """Registers the trainable tensors of this prior for ``group``."""
         raise NotImplementedError(f"{type(self).__name__} must define setup(group).")

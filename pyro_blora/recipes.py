@@ -33,6 +33,8 @@ class Recipe:
         fit: options of :func:`pyro_blora.fit` that belong to it.
         num_samples: draws for a prediction, where the method fixes them.
         linearised: whether its predictive is the linearised one.
+        learned_scale: whether the scale of an option's score is learned, too.
+        rank: what suits it where none is given.
     """
 
     name: str
@@ -43,9 +45,24 @@ class Recipe:
     fit: dict[str, Any] = field(default_factory=dict)
     num_samples: int | None = None
     linearised: bool = False
+    learned_scale: bool = False
+    rank: int = 8
+
+    def prior_of(self, rank: int | None) -> UpdateModel:
+        """The prior of a rank, or of the rank that suits the method."""
+        return self.prior(self.rank if rank is None else rank)
 
 
 _KNOWN = (
+    Recipe(
+        "fisher",
+        lambda rank: models.FisherInducing(rank=rank),
+        lambda: guides.MatrixNormal(init_scale=1.0),
+        "this library's default; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
+        "a core between the top directions of the network's own gradients, from the prior on",
+        learned_scale=True,
+        rank=32,
+    ),
     Recipe(
         "lora",
         lambda rank: GaussianFactors(rank=rank, random="both", sigma=1e4, alpha=2.0 * rank),

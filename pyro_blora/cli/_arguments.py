@@ -57,7 +57,9 @@ DataDir = Annotated[
 Method = Annotated[
     str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
 ]
-Rank = Annotated[int, typer.Option(help="Rank of the updates.", min=1)]
+Rank = Annotated[
+    int | None, typer.Option(help="Rank of the updates; default: the method's own, or 8.", min=1)
+]
 Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")]
 MaxSteps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Examples in a step.", min=1)]

@@ -30,7 +30,7 @@ def run(
     max_train: o.MaxTrain = 400,
     max_validation: o.MaxValidation = 200,
     max_test: o.MaxTest = None,
-    rank: o.Rank = 8,
+    rank: o.Rank = None,
     target_modules: o.Targets = "q_proj,v_proj",
     num_samples: o.NumSamples = 10,
     lora_lr: Annotated[

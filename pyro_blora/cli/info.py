@@ -23,7 +23,7 @@ def run(
         ),
     ] = "llama-2-7b",
     target_modules: o.Targets = "q_proj,v_proj,lm_head",
-    rank: o.Rank = 8,
+    rank: o.Rank = None,
     method: o.Method = "bayesian-lora",
     recipes: Annotated[
         bool, typer.Option("--recipes", help="List the recipes with their citations instead.")
@@ -48,8 +48,8 @@ def run(
     blora = BayesianLoRA.from_recipe(net, method, rank=rank, target_modules=targets)
     console = Console(highlight=False)
     console.print(blora)
-    plain = sum(g.n * rank * (g.d_out + g.d_in) for g in blora.model.groups)
-    view = Table(title=f"{model}, rank {rank}")
+    plain = sum(g.n * (rank or 8) * (g.d_out + g.d_in) for g in blora.model.groups)
+    view = Table(title=f"{model}, LoRA of rank {rank or 8}")
     view.add_column("adapter")
     view.add_column("trainable parameters", justify="right")
     view.add_column("more than plain LoRA", justify="right")

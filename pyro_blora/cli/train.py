@@ -26,7 +26,7 @@ def run(
     batch_size: o.BatchSize = 8,
     max_train: o.MaxTrain = None,
     max_validation: o.MaxValidation = 200,
-    rank: o.Rank = 8,
+    rank: o.Rank = None,
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
         int | None,
@@ -88,7 +88,7 @@ def run(
         )
     layers = None if top is None else range(depth - top, depth)
     adapted = partial(BayesianLoRA, target_modules=targets, layers_to_transform=layers)
-    adapted(shapes, prior=made.prior(rank), guide=made.guide()).unwrap()  # or it is refused
+    adapted(shapes, prior=made.prior_of(rank), guide=made.guide()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)
     precision = o.chosen(precision, console)
@@ -96,8 +96,8 @@ def run(
         net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
-    likelihood = likelihood_for(data, collate)
-    blora = adapted(net, prior=made.prior(rank), guide=made.guide(), likelihood=likelihood)
+    likelihood = likelihood_for(data, collate, learned_scale=made.learned_scale)
+    blora = adapted(net, prior=made.prior_of(rank), guide=made.guide(), likelihood=likelihood)
     console.print(blora)
     with o.phase(f"train {method}, seed {seed}"):
         result = fit(

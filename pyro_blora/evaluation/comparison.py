@@ -52,7 +52,7 @@ class Settings:
     max_train: int | None = 400
     max_validation: int = 200
     max_test: int | None = None
-    rank: int = 8
+    rank: int | None = None  # a method's own
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     num_samples: int = 10
     lora_lr: float | None = None
@@ -69,12 +69,19 @@ def item_length(item: Item) -> int:
     return len(item.question) + sum(map(len, item.choices))
 
 
-def likelihood_for(task: Task, collate: Any) -> Likelihood:
-    """The likelihood that a task's template asks for."""
+def likelihood_for(task: Task, collate: Any, *, learned_scale: bool = True) -> Likelihood:
+    """The likelihood that a task's template asks for.
+
+    Args:
+        task: the task.
+        collate: its collator.
+        learned_scale: whether the scale of an option's score is learned; by published methods it
+            is not.
+    """
     count = len(task.train) or None
     if task.template.scoring == "labels":
         return LabelTokens(token_ids=collate.token_ids, num_data=count)
-    return MultipleChoice(num_data=count)
+    return MultipleChoice(num_data=count, scale="learned" if learned_scale else "fixed")
 
 
 class _Run:
@@ -98,7 +105,7 @@ class _Run:
                 f"{len(self.task.validation)} validation items; choose a task with a train split."
             )
         self.collate = self.task.collator(tokenizer)
-        self.likelihood = likelihood_for(self.task, self.collate)
+        self.likelihood = likelihood_for(self.task, self.collate, learned_scale=False)
         self.options = LoopOptions(
             num_steps=settings.max_steps,
             batch_size=settings.batch_size,
@@ -156,7 +163,7 @@ class _Run:
         """Plain LoRA, trained once: at its last step, then at its best; or with dropout."""
         torch.manual_seed(self.seed)
         settings, scoring = self.settings, self.task.template.scoring
-        options: dict[str, Any] = {"rank": settings.rank, "dropout": dropout}
+        options: dict[str, Any] = {"rank": settings.rank or 8, "dropout": dropout}
         lora = PlainLoRA(self.net, settings.target_modules, self.likelihood, **options)
         predict = partial(lora.predict, num_samples=num_samples)
         try:
@@ -187,7 +194,7 @@ class _Run:
             base,
             rank=settings.rank,
             target_modules=settings.target_modules,
-            likelihood=self.likelihood,
+            likelihood=likelihood_for(self.task, self.collate, learned_scale=made.learned_scale),
         )
         try:
             with self.phase(f"train {base}, seed {self.seed}"):

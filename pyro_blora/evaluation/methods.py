@@ -8,6 +8,7 @@ __all__ = ["BASELINES", "RECIPE_NAMES", "check_method", "trained_for"]
 
 # The keys of recipes.RECIPES, which imports torch: help and a slip of the pen need not wait for it.
 RECIPE_NAMES = (
+    "fisher",
     "lora",
     "map",
     "bayesian-lora",

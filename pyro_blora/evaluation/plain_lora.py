@@ -31,6 +31,7 @@ class PlainLoRA:
         rank: ``r``; PEFT's ``lora_alpha`` is twice that, so that the update is ``2 B A``.
         dropout: probability of dropping an input of ``A``, in training and in the draws of
             :meth:`predict`.
+        layers_to_transform: indices of the blocks to adapt. Default: all.
 
     Raises:
         ConfigurationError: peft is not installed.
@@ -50,6 +51,7 @@ class PlainLoRA:
     likelihood: Likelihood
     rank: int = 8
     dropout: float = 0.0
+    layers_to_transform: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -64,6 +66,7 @@ class PlainLoRA:
             lora_alpha=2 * self.rank,
             target_modules=list(self.target_modules),
             lora_dropout=self.dropout,
+            layers_to_transform=self.layers_to_transform,
         )
         self._lora = LoraModel(self.net, config, "default")
         self.parameters = {n: p for n, p in self.net.named_parameters() if p.requires_grad}

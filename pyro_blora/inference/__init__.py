@@ -2,6 +2,7 @@
 
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import LEARNING_RATES, FitOptions, fit, parameter_groups
+from pyro_blora.inference.inform import inform
 from pyro_blora.inference.loop import FitResult, LoopOptions
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "LoopOptions",
     "finish",
     "fit",
+    "inform",
     "parameter_groups",
 ]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError, near_miss
 from pyro_blora.inference.finish import finish, post_hoc_families, running
+from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.loop import (
     Collate,
     FitResult,
@@ -60,6 +61,7 @@ class FitOptions(LoopOptions):
             adapted layer put out, and to run them in the first epoch and the first validation
             alone. They, and the module that runs all blocks, are without dropout. Takes the memory
             of one hidden state for each token of the training set and of the validation set.
+        callback: called after each step with the number of steps done.
     """
 
     num_particles: int | None = None
@@ -73,6 +75,7 @@ class FitOptions(LoopOptions):
     validation_samples: int = 0
     keep_best: bool = False
     cache_frozen_prefix: bool = False
+    callback: Callable[[int], None] | None = None
 
 
 def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -154,6 +157,9 @@ def fit(
         blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
     )
     groups = _parameters(blora, first[1], how)
+    if wants_informing(blora):
+        data: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
+        inform(blora, train, **data, precision=how.precision, prefix=prefix, progress=how.progress)
     validate = None
     if validation is not None:
         validate = _validation(blora, validation, collate, length, how, prefix)
@@ -165,13 +171,26 @@ def fit(
 
     with running(blora, how.precision, training=True):
         result = training_loop(
-            loss_of, groups, chain([first], stream), how, validate=validate, state=blora.state_dict
+            loss_of,
+            groups,
+            chain([first], stream),
+            how,
+            validate=validate,
+            state=blora.state_dict,
+            callback=how.callback,
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora.guide):
-        data: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
-        finish(blora, train, **data, precision=how.precision, progress=how.progress)
+        finish(
+            blora,
+            train,
+            collate=collate,
+            length=length,
+            batch_size=how.batch_size,
+            precision=how.precision,
+            progress=how.progress,
+        )
     return result
 
 

@@ -181,6 +181,7 @@ def training_loop(
     *,
     validate: Callable[[], float] | None,
     state: Callable[[], dict[str, Tensor]],
+    callback: Callable[[int], None] | None = None,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches.
@@ -192,6 +193,7 @@ def training_loop(
         options: how to train.
         validate: the validation loss now.
         state: the trained tensors now; copied at the best validation.
+        callback: called after each step with the number of steps done.
         description: what the progress bar says.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -217,6 +219,8 @@ def training_loop(
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
         bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
         done = step + 1
+        if callback is not None:
+            callback(done)
         if validate and (done % options.validate_every == 0 or done == options.num_steps):
             loss_now = validate()
             if all(loss_now < before for _, before in result.validation):

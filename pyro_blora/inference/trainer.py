@@ -16,6 +16,7 @@ from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
+from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import device_of
@@ -111,6 +112,13 @@ class BayesianLoRATrainer(Trainer):
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
         return self.optimizer
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As everywhere, after the prior has its directions, the same in every process."""
+        if wants_informing(self.blora):
+            size = self.args.per_device_train_batch_size
+            inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
+        return super().train(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of ``nll`` and ``kl`` since the last time to those of the loss."""

@@ -1,0 +1,220 @@
+r"""Directions for a prior from the network's own gradients, before any training.
+
+A low-rank update can only act within its directions. Learned by maximum likelihood they are half a
+million numbers that no KL pays for; drawn at random they miss what matters. The gradients at the
+pretrained weights know: with :math:`G_i = \nabla_W \log p(y_i \mid x_i)` for labels that the
+network itself draws (so that no label of the data is seen), the top eigenvectors of
+
+.. math::
+
+    C_r = \tfrac1N \sum_i G_i G_i^\top, \qquad C_c = \tfrac1N \sum_i G_i^\top G_i
+
+are the directions in which a layer's outputs and inputs can change the prediction.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides._site_guide import forked_rng
+from pyro_blora.inference.loop import Collate
+from pyro_blora.likelihoods import Batch
+from pyro_blora.network.adapter import updates_in_place
+from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.network.targets import LayerGroup
+from pyro_blora.posterior.bayesian_lora_model import to_device
+
+__all__ = ["inform", "wants_informing"]
+
+_OVERSAMPLED = 8  # columns of a sketch beyond the rank
+
+
+def wants_informing(blora: BayesianLoRA) -> bool:
+    """Whether a prior takes its directions from gradients and has none yet."""
+    priors = [getattr(blora.model, group.name) for group in blora.model.groups]
+    return any(p.gradient_ranks is not None and not p.informed for p in priors)
+
+
+def inform(
+    blora: BayesianLoRA,
+    data: Sequence[Any] | DataLoader[Any],
+    *,
+    collate: Collate | None = None,
+    length: Callable[[Any], int] | None = None,
+    num_examples: int = 256,
+    batch_size: int = 8,
+    precision: str = "auto",
+    prefix: FrozenPrefix | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> None:
+    """Gives a prior that asks for directions of its gradients (``FisherInducing``) what it needs.
+
+    :func:`~pyro_blora.inference.fit` calls it; before a loop of your own, call it yourself. It is
+    one pass forward and backward over ``num_examples`` examples. Each second moment is
+    sketched by its products with ``m + 8`` random columns (a Nystroem approximation), so that no
+    ``d x d`` matrix is made.
+
+    Args:
+        blora: the adapter, before training.
+        data: training examples, or a ``DataLoader`` of batches; their labels are not used.
+        collate: makes a batch of a list of examples.
+        length: the length of an example; batches of like lengths waste no padding.
+        num_examples: how many of them, at random; of a ``DataLoader`` the first batches. Default:
+            256.
+        batch_size: examples at once.
+        precision: of the network, as in ``fit``.
+        prefix: where the frozen blocks' output is kept, by the index of an example.
+        seed: of the choice of examples, of the labels and of the sketches.
+        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+
+    Raises:
+        BatchError: there is no data.
+        ConfigurationError: the rows of a layer's input cannot be told apart by example.
+
+    Reference:
+        Halko, Martinsson, Tropp 2011, "Finding structure with randomness", arXiv:0909.4061,
+        algorithm 5.5; gradients' directions for a point are those of Wang et al. 2024, "LoRA-GA",
+        arXiv:2407.05000.
+
+    Example::
+
+        inform(blora, train, collate=collate)
+        svi = SVI(blora.model, blora.guide, ...)  # a loop of your own
+    """
+    device = blora.model.groups[0].device
+    generator = torch.Generator().manual_seed(seed)
+    sketches = {
+        name: _Sketch(getattr(blora.model, group.name).gradient_ranks, group, generator)
+        for group in blora.model.groups
+        for name in group.module_names
+    }
+    probes = [_Probe(device) for _ in sketches]
+    low = choose_precision(precision, device) == "bfloat16"
+    hide = None if progress is None else not progress
+    bar = tqdm(total=min(num_examples, _size(data)), desc="inform", disable=hide, unit="example")
+    with bar, forked_rng(device), in_mode(blora.net, training=False), torch.enable_grad():
+        torch.manual_seed(seed)
+        for indices, batch in _batches(data, collate, length, num_examples, batch_size, seed):
+            batch, count = to_device(batch, device), blora.likelihood.examples(batch)
+            skipped = prefix.examples(indices) if prefix is not None and indices else nullcontext()
+            watched = updates_in_place(blora.model.adapters, cast(Any, probes))
+            with skipped, watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
+                logits = blora.likelihood.logits(blora.net, batch)
+            law = blora.likelihood.distribution(logits, blora.likelihood.labels(batch))
+            gradients = torch.autograd.grad(
+                law.log_prob(law.sample()).sum(), [probe.output for probe in probes]
+            )
+            for sketch, probe, gradient in zip(sketches.values(), probes, gradients, strict=True):
+                sketch.add(_by_example(gradient, count), _by_example(probe.input, count))
+            bar.update(count)
+    for group in blora.model.groups:
+        factors = [sketches[name].factors() for name in group.module_names]
+        rows, columns = (torch.stack(side) for side in zip(*factors, strict=True))
+        getattr(blora.model, group.name).inform(rows, columns)
+
+
+def _size(data: Sequence[Any] | DataLoader[Any]) -> int:
+    return len(data.dataset) if isinstance(data, DataLoader) else len(data)  # type: ignore[arg-type]
+
+
+def _batches(
+    data: Sequence[Any] | DataLoader[Any],
+    collate: Collate | None,
+    length: Callable[[Any], int] | None,
+    num_examples: int,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of some examples, with their indices where these are known."""
+    if not _size(data):
+        raise BatchError("There is nothing to inform the prior with: the data set is empty.")
+    if isinstance(data, DataLoader):
+        for _, batch in zip(range(0, num_examples, data.batch_size or batch_size), data):  # noqa: B905
+            yield [], batch
+        return
+    if collate is None:
+        raise ConfigurationError("inform needs collate=, which makes batches of examples.")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:num_examples].tolist()
+    if length is not None:
+        chosen.sort(key=lambda i: length(data[i]))
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[start : start + batch_size]
+        yield indices, collate([data[i] for i in indices])
+
+
+class _Probe:
+    """Stands where a layer's update stands: sees its input, and its output's gradient."""
+
+    input: Tensor
+    output: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        self.A = torch.empty(0, device=device)  # where an adapter looks for an update's device
+
+    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
+        self.input, self.output = x.detach(), torch.zeros_like(output, requires_grad=True)
+        return output + self.output
+
+
+class _Sketch:
+    """The top eigenvectors of both second moments of one layer's gradients, in one pass."""
+
+    def __init__(
+        self, ranks: tuple[int, int], group: LayerGroup, generator: torch.Generator
+    ) -> None:
+        self.ranks = ranks
+        sides = zip((group.d_out, group.d_in), ranks, strict=True)
+        self.random = [
+            torch.randn(d, min(d, m + _OVERSAMPLED), generator=generator).to(group.device)
+            for d, m in sides
+        ]
+        self.products = [torch.zeros_like(columns) for columns in self.random]
+
+    def add(self, gradient: Tensor, x: Tensor) -> None:
+        """Adds ``B`` examples: ``G = gradient^T x`` with ``(B, T, d_out)`` and ``(B, T, d_in)``."""
+        left, right = self.random
+        self.products[0] += (gradient.mT @ (x @ (x.mT @ (gradient @ left)))).sum(0)
+        self.products[1] += (x.mT @ (gradient @ (gradient.mT @ (x @ right)))).sum(0)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``Z_r`` (m_r x d_out) and ``Z_c``: eigenvectors, each as long as its eigenvalue's root.
+
+        The mean square of a side's lengths is one.
+        """
+        sides = zip(self.products, self.random, self.ranks, strict=True)
+        rows, columns = (_top(product, random)[:, :m].mT for product, random, m in sides)
+        return _of_unit_size(rows), _of_unit_size(columns)
+
+
+def _top(product: Tensor, random: Tensor) -> Tensor:
+    """``U sqrt(lambda)`` of the Nystroem approximation of ``C``; ``product`` is ``C random``."""
+    Y, wide = product.double(), random.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ Y)
+    least = len(values) * torch.finfo(product.dtype).eps * values[-1]
+    inverse = values.clamp_min(least).rsqrt() * (values > least)  # what is rounding counts as none
+    left, lengths, _ = torch.linalg.svd(Y @ vectors * inverse, full_matrices=False)
+    return (left * lengths).to(product.dtype)
+
+
+def _of_unit_size(Z: Tensor) -> Tensor:
+    return Z / Z.square().sum(-1).mean().sqrt()
+
+
+def _by_example(x: Tensor, count: int) -> Tensor:
+    if x[..., 0].numel() % count:
+        raise ConfigurationError(
+            f"A layer is given {tuple(x.shape)} for {count} examples, which cannot be told apart "
+            "(a router's, perhaps). Take another prior."
+        )
+    return x.reshape(count, -1, x.shape[-1]).to(torch.get_default_dtype())
