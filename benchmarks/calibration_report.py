@@ -1,0 +1,229 @@
+"""Tables and pictures of the calibration benchmark, from the probabilities that its cells left."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.evaluation.plots import reliability_diagram, save_figure
+from pyro_blora.evaluation.temperature import fit_temperature
+
+__all__ = ["scores", "trials_table", "write_report"]
+
+COLUMNS = {  # title, factor, digits
+    "acc": ("ACC %", 100, 1),
+    "nll": ("NLL", 1, 3),
+    "ece": ("ECE %", 100, 1),
+    "adaptive_ece": ("adaptive ECE %", 100, 1),
+    "brier": ("Brier", 1, 3),
+    "auroc": ("AUROC %", 100, 1),
+    "aurc": ("AURC %", 100, 1),
+}
+Lines = Sequence[Mapping[str, Any]]
+Pair = tuple[Tensor, Tensor]  # probabilities, labels
+Run = dict[str, Pair]  # by data set
+Key = tuple[str, int, str]  # task, steps, training items
+
+
+def adaptive_ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
+    """The ECE of the most probable class with bins of equal count (Nguyen, O'Connor 2015)."""
+    confidence, predicted = probs.max(-1)
+    order = confidence.argsort(stable=True)
+    gap = (confidence - (predicted == labels).to(confidence))[order]
+    return sum(abs(float(part.sum())) for part in gap.tensor_split(num_bins)) / len(labels)
+
+
+def risk_coverage(probs: Tensor, labels: Tensor) -> Tensor:
+    """The error among the most confident 1, 2, ..., N items, ``(N,)``."""
+    confidence, predicted = probs.max(-1)
+    wrong = (predicted != labels).double()[confidence.argsort(descending=True, stable=True)]
+    return wrong.cumsum(0) / torch.arange(1, len(labels) + 1)
+
+
+def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """All metrics of one set of predictions."""
+    confidence, predicted = probs.max(-1)
+    return {
+        **asdict(evaluate(probs, labels)),
+        "adaptive_ece": adaptive_ece(probs, labels),
+        "auroc": float(binary_auroc(confidence, (predicted == labels).long())),
+        "aurc": float(risk_coverage(probs, labels).mean()),
+    }
+
+
+def read_runs(
+    lines: Sequence[Mapping[str, Any]], out: Path
+) -> dict[Key, dict[str, dict[int, Run]]]:
+    """Predictions by task, method and seed; each method also with its temperature."""
+    runs: dict[Key, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        data = "all" if line["max_train"] is None else str(line["max_train"])
+        name = f"{line['task']}-{data}-{line['steps']}-{line['method']}-{line['seed']}"
+        with np.load(out / "probabilities" / f"{name}.npz") as arrays:
+            found = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        sets = {key.split("/")[0] for key in found}
+        run = {s: (found[f"{s}/probs"], found[f"{s}/labels"]) for s in sets}
+        key = line["task"], line["steps"], data
+        runs[key][line["method"]][line["seed"]] = run
+        held, labels = run["validation"]
+        scale = fit_temperature(held.log(), labels)
+        runs[key][f"temperature:{line['method']}"][line["seed"]] = {
+            name: ((probs.log() / scale).softmax(-1), labels)
+            for name, (probs, labels) in run.items()
+        }
+    return runs
+
+
+def table(methods: Mapping[str, Mapping[int, Run]], data: str) -> list[str]:
+    """One data set: mean and standard error over seeds, a line for each method."""
+    rows = ["| method | seeds | " + " | ".join(t for t, _, _ in COLUMNS.values()) + " |"]
+    rows.append("|---" * (len(COLUMNS) + 2) + "|")
+    found = {
+        name: [scores(*run[data]) for run in seeds.values() if data in run]
+        for name, seeds in methods.items()
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    for name in sorted(found, key=lambda name: mean_of(found[name], "nll")):
+        cells = []
+        for key, (_, factor, digits) in COLUMNS.items():
+            values = factor * torch.tensor([run[key] for run in found[name]], dtype=torch.float64)
+            error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+            spread = "" if error is None else f" ± {error:.{digits}f}"
+            cells.append(f"{float(values.mean()):.{digits}f}{spread}")
+        rows.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def trials_table(trials: Lines) -> list[str]:
+    """What was tried, on validation items: a line a trial, the lowest mean NLL first."""
+    tasks = sorted({line["task"] for line in trials})
+    rows = ["| method | " + " | ".join(f"{t}: NLL | ECE % | ACC %" for t in tasks) + " | trained |"]
+    rows.append("|---" * (3 * len(tasks) + 2) + "|")
+    tried: dict[tuple[str, int], dict[str, list[Mapping[str, Any]]]] = defaultdict(dict)
+    for line in trials:
+        tried[line["method"], line["trial"]].setdefault(line["task"], []).append(line)
+    order = sorted(tried, key=lambda key: mean_of([*chain(*tried[key].values())], "nll"))
+    for method, trial in order:
+        found = tried[method, trial]
+        cells = []
+        for task in tasks:
+            own = found.get(task, [])
+            for key, factor, digits in (("nll", 1, 3), ("ece", 100, 1), ("acc", 100, 1)):
+                cells.append(f"{factor * mean_of(own, key):.{digits}f}" if own else "")
+        several = len({t for m, t in tried if m == method}) > 1
+        name = f"{method}, trial {trial}" if several else method
+        numbers = next(iter(found.values()))[0]["parameters"]
+        rows.append(f"| {name} | " + " | ".join(cells) + f" | {numbers:,} |")
+    return rows
+
+
+def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
+    return sum(run[key] for run in runs) / len(runs)
+
+
+def paired(methods: Mapping[str, Mapping[int, Run]], data: str, ours: str) -> list[str]:
+    """The difference of an item's NLL and Brier score to the best other method's.
+
+    Its error is of the mean over items, each item's differences averaged over seeds first.
+    """
+
+    def items(name: str, seed: int) -> Tensor:
+        probs, labels = (
+            x.double() if x.is_floating_point() else x for x in methods[name][seed][data]
+        )
+        nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
+        one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
+        return torch.stack([nll, (probs - one_hot).square().sum(1)])
+
+    seeds = [seed for seed, run in methods.get(ours, {}).items() if data in run]
+    others = [n for n, found in methods.items() if ours not in n and set(seeds) <= set(found)]
+    if not seeds or not others:
+        return []
+    each = {n: torch.stack([items(n, seed) for seed in seeds]).mean(0) for n in [ours, *others]}
+    rows = []
+    for index, title in enumerate(("NLL", "Brier")):
+        best = min(others, key=lambda name: float(each[name][index].mean()))
+        gap = each[ours][index] - each[best][index]
+        error = float(gap.std() / len(gap) ** 0.5)
+        rows.append(
+            f"{title} of `{ours}` less that of `{best}`: {float(gap.mean()):+.4f} ± {error:.4f}."
+        )
+    return rows
+
+
+def write_report(lines: Lines, out: Path, ours: str = "default") -> None:
+    """Writes ``report.md`` and a picture of each kind for each task."""
+    text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
+    for (task, steps, count), methods in sorted(read_runs(lines, out).items()):
+        title = f"{task}, {count} training items, {steps} steps"
+        some = next(iter(next(iter(methods.values())).values()))
+        sets = sorted(some, key=lambda name: (name != "test", name))
+        for data in (name for name in sets if name != "validation"):
+            count_of = len(some[data][1])
+            text += [f"## {title}" + ("" if data == "test" else f": {data}"), ""]
+            text += [f"{count_of} items.", "", *table(methods, data), ""]
+            text += [*paired(methods, data, ours), ""]
+        name = f"{task}-{count}-{steps}"
+        pooled = {
+            method: tuple(
+                torch.cat(parts) for parts in zip(*(r["test"] for r in runs.values()), strict=True)
+            )
+            for method, runs in methods.items()
+            if "test" in next(iter(runs.values()))
+        }
+        draw(pooled, out / "figures", name, ours)
+        text += [f"![{kind}](figures/{name}-{kind}.png)" for kind in ("reliability", "nll", "risk")]
+        text += [""]
+    versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
+    text += ["Versions: " + "; ".join(sorted(versions)), ""]
+    (out / "report.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def draw(pooled: Mapping[str, Any], folder: Path, name: str, ours: str) -> None:
+    """Reliability, accuracy beside NLL, and risk beside coverage, all seeds together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [
+        m
+        for m in ("lora", "temperature:lora-best", "lora-best", "bayesian-lora", ours)
+        if m in pooled
+    ]
+    save_figure(
+        reliability_diagram({m: pooled[m] for m in shown}), folder / f"{name}-reliability.png"
+    )
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method, (probs, labels) in pooled.items():
+        if method.startswith("temperature:"):
+            continue
+        found = evaluate(probs, labels)
+        axes.scatter(found.nll, 100 * found.acc, color="#d9484a" if method == ours else "#2f5f94")
+        axes.annotate(
+            method,
+            (found.nll, 100 * found.acc),
+            fontsize=7,
+            xytext=(3, 3),
+            textcoords="offset points",
+        )
+    axes.set(xlabel="NLL (lower is better)", ylabel="accuracy %")
+    save_figure(figure, folder / f"{name}-nll.png")
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in shown:
+        risk = 100 * risk_coverage(*pooled[method])
+        coverage = torch.linspace(100 / len(risk), 100, len(risk))
+        axes.plot(coverage, risk, label=method, linewidth=2 if method == ours else 1)
+    axes.set(xlabel="items answered, the most confident first, %", ylabel="error among them, %")
+    axes.legend(frameon=False)
+    save_figure(figure, folder / f"{name}-risk.png")

@@ -1,0 +1,74 @@
+"""The calibration benchmark: small, by its own command, broken off and gone on with."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from own_tokenizer import build_tokenizer
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("zero-shot", "lora", "lora-best", "swa", "dropout", "laplace-lora", "default")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration import app
+
+    def run(command, out, *arguments):
+        done = CliRunner().invoke(app, [command, "--out", str(out), *arguments])
+        assert done.exit_code == 0, done.exception
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The benchmark's own settings, on a network of a few thousand weights and the embedded set."""
+    net = tiny.llama(vocab_size=400, max_position_embeddings=256)
+    net.save_pretrained(tmp_path / "net")
+    build_tokenizer(["a few words"], eos="<e>", pad="<p>").save_pretrained(tmp_path / "net")
+    settings = yaml.safe_load((ROOT / "benchmarks" / "calibration.yaml").read_text())
+    settings |= {"model": str(tmp_path / "net"), "blocks": 1, "rank": 2, "best_every": 2}
+    settings["methods"] = {name: settings["methods"][name] for name in METHODS}
+    settings["sweeps"] = {"table": {"tasks": ["facts"], "steps": [300], "seeds": [0, 1]}}
+    settings["development"] = {"tasks": ["facts"], "seeds": [0], "steps": 300}
+    settings["out_of_distribution"] = {"facts": ["facts"]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_path):
+    small = ["--config", str(config), "--smoke"]
+    out = tmp_path / "results"
+    run("tune", out, *small, "--only", "lora")
+    assert len((out / "trials.jsonl").read_text().splitlines()) == 3
+    run("run", out, *small, "--only", "default")
+    file = out / "cells.jsonl"
+    first = file.read_text()
+    with file.open("a") as cells:
+        cells.write('{"task": "facts", "meth')  # a kill in the middle of a line
+    assert "14 cells, 2 of them there" in run("run", out, *small)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert file.read_text().startswith(first)
+    assert len({(line["method"], line["seed"]) for line in lines}) == len(lines) == 14
+    assert {line["trial"] for line in lines if line["method"] == "lora-best"} <= {0, 1, 2}
+    assert "0 trainings to go" in run("run", out, *small)
+    for line in lines:
+        name = f"facts-16-4-{line['method']}-{line['seed']}.npz"
+        with np.load(out / "probabilities" / name) as found:
+            probs, labels = found["test/probs"], found["test/labels"]
+        nll = -np.log(probs[np.arange(len(labels)), labels]).mean()
+        assert nll == pytest.approx(line["metrics"]["test"]["nll"], rel=1e-4)
+    assert "| lora, trial 2 | " in run("report", out)
+    report = (out / "report.md").read_text()
+    for method in (*METHODS, "temperature:lora-best"):
+        assert f"| {method} | 2 |" in report
+    assert "NLL of `default` less that of" in report
+    assert len(list((out / "figures").glob("*.png"))) == 3
