@@ -1,17 +1,28 @@
 """Informed directions against the eigenvectors of dense gradients, one example at a time."""
 
 import sys
+import warnings
 
+import pyro
 import pytest
 import tiny
 import torch
+from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
+from pyro_blora import BayesianLoRA
 from pyro_blora.errors import BatchError
 from pyro_blora.inference import fit, inform
+from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import FisherInducing
 
 RANK = 3
+
+
+@pytest.fixture(autouse=True)
+def _own_parameters():
+    with pyro.settings.context(module_local_params=True):
+        yield
 
 
 def dense_moments(net, likelihood, names, batch, labels):
@@ -82,6 +93,43 @@ def test_informing_draws_apart_and_leaves_the_network_as_it_was():
     assert net.training
     assert all(p.grad is None for p in net.parameters())
     assert all(adapter.update is None for adapter in blora.model.adapters)
+
+
+def test_a_data_loader_informs_with_its_first_batches():
+    rows = tiny.examples()
+    ours, theirs = informed(tiny.llama()), informed(tiny.llama())
+    theirs.net.load_state_dict(ours.net.state_dict())
+    loader = DataLoader(rows, 5, collate_fn=tiny.collate)
+    inform(ours, loader)
+    in_order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).argsort()
+    inform(theirs, [rows[i] for i in in_order], collate=tiny.collate, batch_size=5)
+    torch.testing.assert_close(ours.model.q_proj.Z_c, theirs.model.q_proj.Z_c)
+    inform(theirs, loader, num_examples=5)
+    assert not torch.allclose(ours.model.q_proj.Z_c, theirs.model.q_proj.Z_c)
+
+
+def test_a_loop_of_ones_own_is_told_once_of_random_directions():
+    blora, batch = informed(tiny.llama()), tiny.sequences()
+    with pytest.warns(UserWarning, match=r"call pyro_blora.inference.inform") as told:
+        blora.model(batch)
+    assert len(told) == len(blora.model.groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blora.model(batch)
+    other = informed(tiny.llama())
+    inform(other, tiny.examples(), collate=tiny.collate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.model(batch)
+
+
+def test_the_default_adapter_is_informed_by_fit():
+    blora = BayesianLoRA(tiny.llama(), likelihood=LabelTokens(token_ids=[5, 6], num_data=10))
+    assert isinstance(blora.prior, FisherInducing)
+    assert blora.guide_family.init_scale == 1.0
+    rows = [{**row, "label": row["label"] % 2} for row in tiny.examples()]
+    fit(blora, rows, collate=tiny.collate, num_steps=1)
+    assert all(getattr(blora.model, group.name).informed for group in blora.model.groups)
 
 
 def test_there_must_be_data():

@@ -30,6 +30,12 @@ def test_history(run):
     assert re.match(r"FitResult\(6 steps in \d+ s: loss=", repr(result))
 
 
+def test_the_callback_is_told_of_every_step(run):
+    done = []
+    run(tiny.adapted(), num_steps=3, callback=done.append)
+    assert done == [1, 2, 3]
+
+
 def test_the_last_incomplete_batch_is_trained_on(run):
     blora = tiny.adapted(num_data=10)
     sizes, scales = [], []

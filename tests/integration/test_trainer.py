@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 pytest.importorskip("accelerate")
 from transformers import TrainingArguments
 
-from pyro_blora import BayesianLoRA, guides
+from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.trainer import BayesianLoRATrainer
@@ -45,6 +45,16 @@ def test_the_loss_falls_and_its_parts_are_logged(tmp_path):
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
     assert found == {**rates, "direction": LEARNING_RATES["direction"]}
+
+
+def test_it_informs_a_prior_that_asks_for_it_once(tmp_path):
+    run = trainer(tmp_path, tiny.adapted(prior=models.FisherInducing(rank=2)), max_steps=1)
+    run.train()
+    prior = run.blora.model.q_proj
+    assert prior.informed
+    before = prior.Z_r.clone()
+    run.train()
+    assert torch.equal(prior.Z_r, before)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
