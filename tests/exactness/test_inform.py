@@ -99,7 +99,7 @@ def test_a_data_loader_informs_with_its_first_batches():
     rows = tiny.examples()
     ours, theirs = informed(tiny.llama()), informed(tiny.llama())
     theirs.net.load_state_dict(ours.net.state_dict())
-    loader = DataLoader(rows, 5, collate_fn=tiny.collate)
+    loader = DataLoader(rows, 5, collate_fn=tiny.collate, generator=torch.Generator())
     inform(ours, loader)
     in_order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).argsort()
     inform(theirs, [rows[i] for i in in_order], collate=tiny.collate, batch_size=5)
