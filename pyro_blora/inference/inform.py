@@ -184,6 +184,7 @@ class _Sketch:
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """Adds ``B`` examples: ``G = gradient^T x`` with ``(B, T, d_out)`` and ``(B, T, d_in)``."""
         left, right = self.random
+        gradient, x = gradient.to(left.device), x.to(left.device)  # a group may lie on several
         self.products[0] += (gradient.mT @ (x @ (x.mT @ (gradient @ left)))).sum(0)
         self.products[1] += (x.mT @ (gradient @ (gradient.mT @ (x @ right)))).sum(0)
 
