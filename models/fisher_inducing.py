@@ -35,9 +35,8 @@ class FisherInducing(UpdateModel):
         \text{so that } \Delta W \sim \mathcal{MN}(0, \sigma^2 C_r, C_c)
 
     cut at rank :math:`m`: an update is expected where the prediction can change. The directions are
-    fixed, so that the ELBO pays for all that is fitted to the labels, and no number of steps
-    over-fits. They come by :func:`~pyro_blora.inference.inform`, which ``fit`` calls; until then
-    they are random.
+    fixed, so that the KL pays for all that is fitted to the labels but sigma. They come by
+    :func:`~pyro_blora.inference.inform`, which ``fit`` calls; until then they are random.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``; a smaller layer has all its directions. Default: 32.
