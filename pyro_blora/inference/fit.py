@@ -32,7 +32,13 @@ from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
 __all__ = ["LEARNING_RATES", "FitOptions", "fit", "parameter_groups"]
 
-LEARNING_RATES = {"mean": 2e-2, "scale": 1e-2, "direction": 5e-3, "head": 1e-3}
+LEARNING_RATES = {
+    "mean": 2e-2,
+    "scale": 1e-2,
+    "direction": 5e-3,
+    "likelihood": 5e-2,
+    "head": 1e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class FitOptions(LoopOptions):
             (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
         lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
+        lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
@@ -69,6 +76,7 @@ class FitOptions(LoopOptions):
     lr_mean: float | None = None
     lr_scale: float | None = None
     lr_direction: float | None = None
+    lr_likelihood: float | None = None
     lr_head: float | None = None
     kl_warmup: float = 0.0
     kl_weight: float = 1.0

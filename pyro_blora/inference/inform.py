@@ -50,7 +50,7 @@ def inform(
     *,
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
-    num_examples: int = 256,
+    num_examples: int = 512,
     batch_size: int = 8,
     precision: str = "auto",
     prefix: FrozenPrefix | None = None,
@@ -70,7 +70,7 @@ def inform(
         collate: makes a batch of a list of examples.
         length: the length of an example; batches of like lengths waste no padding.
         num_examples: how many of them, at random; of a ``DataLoader`` the first batches. Default:
-            256.
+            512.
         batch_size: examples at once.
         precision: of the network, as in ``fit``.
         prefix: where the frozen blocks' output is kept, by the index of an example.

@@ -55,7 +55,10 @@ class MultipleChoice(Likelihood):
     """
 
     keys = ("input_ids", "attention_mask", "option_mask")
-    roles: ClassVar[dict[str, str]] = {"score_scale": "scale", "length_exponent": "scale"}
+    roles: ClassVar[dict[str, str]] = {
+        "score_scale": "likelihood",
+        "length_exponent": "likelihood",
+    }
     row_dims = 3
 
     def __init__(
