@@ -113,7 +113,7 @@ class UpdateModel(Options, PyroModule):
         """Raises ConfigurationError where an option, or a part of it, is not positive."""
         for option in options:
             value = getattr(self, option)
-            parts = value if isinstance(value, tuple) else (value,)
+            parts = value if isinstance(value, tuple | list) else (value,)
             if not all(0 < part < math.inf for part in parts):
                 raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
 

@@ -168,13 +168,13 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        what = f"{path} does not exist"
+        what = f"{path} does not exist; give"
         if (path.parent / "adapter_config.json").exists():
             what = (
                 f"{path.parent} is a PEFT adapter, a point without a posterior; load it by "
-                "peft.PeftModel.from_pretrained"
+                "peft.PeftModel.from_pretrained, or give"
             )
-        raise CheckpointError(f"{what}, or give a folder that save_pretrained wrote.") from error
+        raise CheckpointError(f"{what} a folder that save_pretrained wrote.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); save it again.") from error
     parts = {"format": int, "layers": dict, "prior": dict, "guide": dict, "likelihood": dict}

@@ -61,6 +61,7 @@ def run(
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
+    from pyro_blora.evaluation.plain_lora import check_installed
     from pyro_blora.evaluation.results import RESULTS, draw, read, table, write
     from pyro_blora.network.pretrained import load_pretrained, shape_only
     from pyro_blora.network.targets import find_targets
@@ -88,6 +89,7 @@ def run(
     shapes = shape_only(model)
     for base in map(trained_for, names):
         if base in BASELINES:
+            check_installed()
             find_targets(shapes, targets)
         else:
             BayesianLoRA.from_recipe(shapes, base, rank=rank, target_modules=targets).unwrap()

@@ -121,8 +121,8 @@ def hub_splits(task: str) -> tuple[str, ...]:
     """
     if task not in _SOURCES:
         raise DataError(
-            f"no task {task!r} on the hub; {near_miss(task, _SOURCES)} ('facts' is built in, "
-            "and --data-dir names a folder of your own JSON lines)"
+            f"no task {task!r} on the hub; {near_miss(task, [*_SOURCES, 'facts'])} ('facts' is "
+            "built in, and --data-dir names a folder of your own JSON lines)"
         )
     return tuple(sorted(_SOURCES[task].splits))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["PlainLoRA"]
+__all__ = ["PlainLoRA", "check_installed"]
+
+
+def check_installed() -> None:
+    """Raises ConfigurationError where PEFT is not there, before anything is loaded."""
+    if find_spec("peft") is None:
+        raise ConfigurationError("Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'.")
 
 
 @dataclass
@@ -54,12 +61,9 @@ class PlainLoRA:
     layers_to_transform: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        try:
-            from peft import LoraConfig, LoraModel
-        except ImportError as error:
-            raise ConfigurationError(
-                "Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'."
-            ) from error
+        check_installed()
+        from peft import LoraConfig, LoraModel
+
         self._frozen = Frozen(self.net)
         config = LoraConfig(
             r=self.rank,

@@ -160,7 +160,9 @@ def batches(
         for count, drawn in enumerate(loader, start=1):  # noqa: B007
             yield ([], drawn) if loader is data else drawn
         if not count:
-            raise BatchError("The training set is empty; check the file, the split or max_train.")
+            raise BatchError(
+                "The training set is empty; check the DataLoader, the file, the split or max_train."
+            )
 
 
 def by_length(

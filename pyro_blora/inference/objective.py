@@ -115,7 +115,12 @@ class Objective:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise explain_non_finite(blora.model, blora.guide, batch, step)
-        labels = seen.trace.nodes["labels"]
+        labels = seen.trace.nodes.get("labels")
+        if labels is None:
+            raise ConfigurationError(
+                f"{type(blora.likelihood).__name__} observed no site called 'labels', of which the "
+                "loss is told apart from the KL; name it so in its observe()."
+            )
         with torch.no_grad():
             nll = -float(labels["fn"].log_prob(labels["value"]).mean())
         kl = (value - nll) * count / weight

@@ -57,14 +57,18 @@ def evaluated(modules: Iterable[nn.Module]) -> Iterator[None]:
 def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     """Within, all of ``net`` is in training or evaluation mode; afterwards each part in its own.
 
-    By ``train``, in which some modules do more than note the mode.
+    By ``train``, in which some modules do more than note the mode; afterwards a whole of one mode
+    is told of it, and a whole of two only its parts.
     """
     before = {module: module.training for module in net.modules()}
     try:
         net.train(training)
         yield
     finally:
-        net.train(before[net])
         for module, mode in before.items():  # from the whole to its parts
-            if module.training != mode:
+            if module.training == mode:
+                continue
+            if all(before.get(part, mode) == mode for part in module.modules()):
                 module.train(mode)
+            else:
+                module.training = mode

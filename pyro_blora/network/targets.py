@@ -163,14 +163,13 @@ def find_targets(
         named = [n for n, m in linear.items() if m is not head and not f"{n}.".startswith(heads)]
     else:
         named = [name for name in linear if matches(name, target_modules)]
-    chosen = [name for name in named if not matches(name, exclude_modules)]
+    chosen = [name for name in named if not matches(name, exclude_modules or ())]
     if layers_to_transform is not None:
         if isinstance(layers_to_transform, int):
             layers_to_transform = [layers_to_transform]
+        wanted = set(layers_to_transform)
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
-        chosen = [
-            n for n, block in blocks.items() if block and int(block[1]) in layers_to_transform
-        ]
+        chosen = [name for name, block in blocks.items() if block and int(block[1]) in wanted]
     if chosen:
         return {name: linear[name] for name in chosen}
     if named:

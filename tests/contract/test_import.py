@@ -1,6 +1,7 @@
 """Importing the library changes nothing outside of it, and its tree keeps to the house rules."""
 
 import ast
+import configparser
 import json
 import subprocess
 import sys
@@ -117,3 +118,15 @@ def test_a_file_is_short_and_declares_its_names(path):
     kinds = (ast.FunctionDef, ast.ClassDef)
     defined = [n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")]
     assert declared or not defined
+
+
+def test_every_package_is_installed():
+    """An editable install, and the tests, would not miss one."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    found = {
+        ".".join(folder.relative_to(ROOT).parts)
+        for folder in {path.parent for path in SOURCES if path.name == "__init__.py"}
+    }
+    found = {f"pyro_blora.{name}" if name in ("models", "guides") else name for name in found}
+    assert set(setup["options"]["packages"].split()) == found

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pyro_blora.guides import Ensemble, MeanField
 from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 
 
 def test_history(run):
@@ -192,7 +192,9 @@ def test_each_role_has_its_learning_rate():
     blora = classifier()
     both = torch.nn.ModuleList([blora.model, blora.guide])
     groups = {g["name"]: g for g in parameter_groups(both, LEARNING_RATES)}
-    assert {name: g["lr"] for name, g in groups.items()} == LEARNING_RATES
+    assert {name: g["lr"] for name, g in groups.items()} == {
+        role: rate for role, rate in LEARNING_RATES.items() if role != "likelihood"
+    }
     names = {id(p): name.rsplit(".", 1)[-1] for name, p in both.named_parameters()}
     found = {role: {names[id(p)] for p in g["params"]} for role, g in groups.items()}
     assert found == {
@@ -205,6 +207,14 @@ def test_each_role_has_its_learning_rate():
         },
     }
     assert sum(len(g["params"]) for g in groups.values()) == len(list(both.parameters()))
+
+
+def test_a_likelihoods_parameters_have_a_rate_of_their_own():
+    blora = tiny.adapted(likelihood=MultipleChoice(num_data=10))
+    groups = parameter_groups(blora.model, {**LEARNING_RATES, "likelihood": 0.5})
+    (own,) = (g for g in groups if g["name"] == "likelihood")
+    assert own["lr"] == 0.5
+    assert {*map(id, own["params"])} == {*map(id, blora.likelihood.parameters())}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.evaluation.predict_dataset import predict_dataset
+from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
 
 # Pyro's ELBO also warns of the NaN that the error is about
@@ -85,6 +86,19 @@ def test_what_fit_refuses(run, likelihood, rows, options, told):
     with pytest.raises((BatchError, ConfigurationError, TypeError), match=told):
         run(blora, rows, **options)
     assert all(torch.equal(value, before[name]) for name, value in tiny.trained(blora).items())
+
+
+class Renamed(LabelTokens):
+    def observe(self, net, batch, particles, num_data):
+        logits = self.logits(net, batch)
+        with pyro.plate("data", len(logits)):
+            pyro.sample("y", self.distribution(logits, None), obs=batch["labels"])
+
+
+def test_the_observed_site_must_have_its_name():
+    blora = tiny.adapted(likelihood=Renamed(token_ids=tiny.ANSWERS, num_data=10))
+    with pytest.raises(ConfigurationError, match="no site called 'labels'"):
+        fit(blora, tiny.examples(), collate=tiny.collate, num_steps=1, num_particles=1)
 
 
 def test_an_empty_data_set_to_predict():

@@ -190,6 +190,17 @@ def test_a_part_that_keeps_to_one_mode_is_left_in_the_other_where_it_was():
     assert net[0].training
 
 
+def test_a_part_left_in_evaluation_mode_is_told_of_no_other():
+    net = nn.Sequential(nn.Identity(), Merging()).train()
+    net[1].eval()
+    told = []
+    net[1].train = told.append  # packed once and for all
+    with in_mode(net, training=False):
+        pass
+    assert True not in told
+    assert [net.training, net[0].training, net[1].training] == [True, True, False]
+
+
 def test_between_two_passes_the_network_is_in_its_own_mode():
     """Two predictions may take turns, and the one that ends first leaves the other as it was."""
     blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []
