@@ -39,6 +39,7 @@ DataDir = Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl; d
 Out = Annotated[Path, typer.Option(help="Where results are, and are added.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, to see that it runs.")]
 Only = Annotated[list[str] | None, typer.Option(help="Methods, tasks or sweeps to run alone.")]
+Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
 Ray = Annotated[bool, typer.Option("--ray", help="Spread cells over a Ray cluster (pip: ray).")]
 
 DEFAULT_CONFIG = HERE / "calibration.yaml"
@@ -229,12 +230,12 @@ def run(
 
 
 @app.command()
-def report(out: Out = DEFAULT_OUT) -> None:
+def report(out: Out = DEFAULT_OUT, ours: Ours = "fisher") -> None:
     """Prints the trials; writes report.md and the pictures of the cells that are there."""
     if trials := lines(out / "trials.jsonl"):
         print("\n".join(trials_table(trials)))
     if cells := lines(out / "cells.jsonl"):
-        write_report(cells, out)
+        write_report(cells, out, ours)
 
 
 if __name__ == "__main__":

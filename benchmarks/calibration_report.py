@@ -161,7 +161,7 @@ def paired(methods: Mapping[str, Mapping[int, Run]], data: str, ours: str) -> li
     return rows
 
 
-def write_report(lines: Lines, out: Path, ours: str = "default") -> None:
+def write_report(lines: Lines, out: Path, ours: str) -> None:
     """Writes ``report.md`` and a picture of each kind for each task."""
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     for (task, steps, count), methods in sorted(read_runs(lines, out).items()):

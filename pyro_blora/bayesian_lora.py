@@ -13,7 +13,7 @@ import pyro_blora.checkpoints as checkpoints
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
-from pyro_blora.models import UpdateModel
+from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
 from pyro_blora.network.targets import find_targets, group_layers
@@ -47,11 +47,9 @@ class BayesianLoRA(PyroModule):
         net: a Hugging Face transformer, or any module with linear layers.
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
-        prior: what p(U) is and how the update follows. Default:
-            ``FisherInducing()``, that of the recipe ``"fisher"``.
+        prior: what p(U) is and how the update follows. Default: ``KroneckerInducing()``.
         guide: what q(U) is: a guide family, or a callable that makes a guide from the model, such
-            as any ``pyro.infer.autoguide`` class. Default:
-            ``MatrixNormal()``, which with the default prior starts at the prior itself.
+            as any ``pyro.infer.autoguide`` class. Default: ``MatrixNormal()``.
         likelihood: how the logits explain a batch. Default: ``CausalLM()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
@@ -95,9 +93,8 @@ class BayesianLoRA(PyroModule):
             exclude_modules=exclude_modules,
             layers_to_transform=layers_to_transform,
         )
-        default = recipe("fisher")
-        family = guide or (default.guide() if prior is None else MatrixNormal())
-        prior = prior or default.prior_of(None)
+        prior = prior or KroneckerInducing()
+        family = guide or MatrixNormal()
         self._given = (net, family)  # in a tuple, so that they are no children
         groups = group_layers(targets)
         check_kind("prior", prior, UpdateModel)

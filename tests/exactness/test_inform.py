@@ -10,10 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from pyro_blora import BayesianLoRA
 from pyro_blora.errors import BatchError
 from pyro_blora.inference import fit, inform
-from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import FisherInducing
 
 RANK = 3
@@ -121,15 +119,6 @@ def test_a_loop_of_ones_own_is_told_once_of_random_directions():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.model(batch)
-
-
-def test_the_default_adapter_is_informed_by_fit():
-    blora = BayesianLoRA(tiny.llama(), likelihood=LabelTokens(token_ids=[5, 6], num_data=10))
-    assert isinstance(blora.prior, FisherInducing)
-    assert blora.guide_family.init_scale == 1.0
-    rows = [{**row, "label": row["label"] % 2} for row in tiny.examples()]
-    fit(blora, rows, collate=tiny.collate, num_steps=1)
-    assert all(getattr(blora.model, group.name).informed for group in blora.model.groups)
 
 
 def test_there_must_be_data():
