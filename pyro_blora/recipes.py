@@ -57,7 +57,7 @@ _KNOWN = (
     Recipe(
         "fisher",
         lambda rank: models.FisherInducing(rank=rank),
-        lambda: guides.MatrixNormal(init_scale=1.0),
+        lambda: guides.MatrixNormal(init_scale=0.1),
         "this library; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
         "a core between the top directions of the network's own gradients, from the prior on",
         learned_scale=True,
