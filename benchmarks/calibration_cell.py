@@ -174,7 +174,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
         )
 
     try:
-        if method:
+        if "prior" in method:
             result = fit(
                 blora,
                 data.task.train,
@@ -191,7 +191,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
             )
             seconds = result.seconds
         yield "last", found
-        if method and draws == 0:
+        if "prior" in method and draws == 0:
             assert result.best_state is not None
             blora.load_state_dict(result.best_state)
             yield "best", found

@@ -146,7 +146,11 @@ def paired(methods: Mapping[str, Mapping[int, Run]], data: str, ours: str) -> li
         return torch.stack([nll, (probs - one_hot).square().sum(1)])
 
     seeds = [seed for seed, run in methods.get(ours, {}).items() if data in run]
-    others = [n for n, found in methods.items() if ours not in n and set(seeds) <= set(found)]
+    others = [
+        n
+        for n, found in methods.items()
+        if n.removeprefix("temperature:") != ours and set(seeds) <= set(found)
+    ]
     if not seeds or not others:
         return []
     each = {n: torch.stack([items(n, seed) for seed in seeds]).mean(0) for n in [ours, *others]}

@@ -36,7 +36,6 @@ __all__ = [
 CONFIG = "bayesian_lora_config.json"
 WEIGHTS = "bayesian_lora.safetensors"
 FORMAT = 1
-_LATER = (".turn", ".likelihood.")
 _BY_HAND = (
     "so the adapter cannot be rebuilt from a file; save blora.state_dict() yourself with "
     "safetensors."
@@ -105,8 +104,9 @@ class Saved:
         """
         own = adapter.state_dict()
         # At first an Ensemble's turn was not saved, and no likelihood had parameters.
-        later = (".turn",) if any(".likelihood." in name for name in self.tensors) else _LATER
-        kept = {name: own[name] for name in own if any(part in name for part in later)}
+        scaled = any(".likelihood." in name for name in self.tensors)
+        later = [n for n in own if n.endswith(".turn") or (".likelihood." in n and not scaled)]
+        kept = {name: own[name] for name in later}
         tensors = {**kept, **self.tensors}
         expected, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
         if expected != found:

@@ -1,7 +1,6 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -25,7 +24,7 @@ from pyro_blora.inference.loop import (
 )
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
 from pyro_blora.posterior.structured_guide import draws_apart, start_guide
@@ -174,7 +173,7 @@ def fit(
     _reopen(blora)
 
     def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        with _kept(prefix, keys, batch):
+        with kept(prefix, keys, batch):
             return objective(batch, step)
 
     with running(blora, how.precision, training=True):
@@ -232,13 +231,6 @@ def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> Froz
     return FrozenPrefix(blora.net, blocks)
 
 
-def _kept(prefix: FrozenPrefix, keys: Sequence[Any], batch: Batch) -> AbstractContextManager[None]:
-    """Rows padded on the left stand elsewhere in each batch, and run as they are."""
-    mask = batch.get("attention_mask") if prefix.blocks else None
-    left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
-    return prefix.examples(keys) if prefix.blocks and not left else nullcontext()
-
-
 def _validation(
     blora: BayesianLoRA,
     data: Sequence[Any],
@@ -260,7 +252,7 @@ def _validation(
         with draws_apart(blora.guide, device), torch.no_grad():
             for indices in cuts:
                 batch = to_device(collate([data[i] for i in indices]), device)
-                with _kept(prefix, [("validation", i) for i in indices], batch):
+                with kept(prefix, [("validation", i) for i in indices], batch):
                     found = log_predictive(blora.model, blora.guide, batch, how.validation_samples)
                 parts.append(found)
         return -float(torch.cat(parts).mean())

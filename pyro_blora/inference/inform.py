@@ -28,7 +28,7 @@ from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import updates_in_place
 from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.posterior.bayesian_lora_model import to_device
@@ -106,7 +106,7 @@ def inform(
         torch.manual_seed(seed)
         for indices, batch in _batches(data, collate, length, num_examples, batch_size, seed):
             batch, count = to_device(batch, device), blora.likelihood.examples(batch)
-            skipped = prefix.examples(indices) if prefix is not None and indices else nullcontext()
+            skipped = kept(prefix, indices, batch) if prefix and indices else nullcontext()
             watched = updates_in_place(blora.model.adapters, cast(Any, probes))
             with skipped, watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = blora.likelihood.logits(blora.net, batch)

@@ -27,7 +27,9 @@ class Likelihood(Options, PyroModule):
     :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
     set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
-    prior's do. They are trained and saved with the adapter, each adapter its own.
+    prior's do. They are trained and saved with the adapter, each adapter its own:
+    ``blora.likelihood`` is then made anew of the options, which the constructor keeps under their
+    own names.
 
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
@@ -51,10 +53,12 @@ class Likelihood(Options, PyroModule):
             )
         self.num_data = num_data
 
-    def bind(self: Self) -> Self:
-        """This likelihood for one adapter: made anew where it has parameters, else itself."""
-        trained = any(True for _ in self.parameters())
-        return type(self)(**copy.deepcopy(self.options())) if trained else self
+    def bind(self: Self, device: torch.device) -> Self:
+        """This likelihood for one adapter: where it has parameters another one, on ``device``."""
+        if not any(True for _ in self.parameters()):
+            return self
+        # Built anew, not copied: a copy would keep the parameter-store mode of its original
+        return type(self)(**copy.deepcopy(self.options())).to(device)
 
     @property
     def has_classes(self) -> bool:

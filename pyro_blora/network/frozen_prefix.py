@@ -6,8 +6,8 @@ last one gives the record back, repeated for as many draws as share the pass.
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -22,7 +22,7 @@ from pyro_blora.network.freezing import evaluated
 from pyro_blora.network.quantised import is_quantised
 from pyro_blora.network.targets import head_of
 
-__all__ = ["FrozenPrefix", "frozen_blocks", "skippable_blocks"]
+__all__ = ["FrozenPrefix", "frozen_blocks", "kept", "skippable_blocks"]
 
 _SHORTCUT = "its frozen blocks skipped"
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
@@ -168,6 +168,15 @@ class FrozenPrefix:
         kept = (self._kept[key] for key in keys)
         cut_or_padded = [functional.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in kept]
         return torch.cat(cut_or_padded).repeat(self._copies, 1, 1)
+
+
+def kept(
+    prefix: FrozenPrefix, keys: Sequence[Hashable], batch: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """``prefix.examples(keys)``; rows padded on the left, which stand elsewhere, run plainly."""
+    mask = batch.get("attention_mask") if prefix.blocks else None
+    left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
+    return prefix.examples(keys) if prefix.blocks and not left else nullcontext()
 
 
 def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:

@@ -75,7 +75,7 @@ class BayesianLoRAModel(PyroModule):
         # once: a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
         self.groups = tuple(groups)
-        self.likelihood = likelihood.bind()
+        self.likelihood = likelihood.bind(self.groups[0].device)
         self.kl_weight = 1.0
         self.precision = "float32"
         for group in groups:
