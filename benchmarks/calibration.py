@@ -126,6 +126,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: Path) -> None:
     """Writes a cell's probabilities, and then its line, without which they are nothing."""
     arrays = {}
@@ -138,7 +143,7 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
             np.savez_compressed(file, **arrays)
 
     write_atomically(out / "probabilities" / f"{outcome.cell}.npz", save)
-    line = {
+    line: dict[str, Any] = {
         **vars(outcome.cell),
         "trial": trial,
         "metrics": {
@@ -150,8 +155,8 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
         "settings": settings["methods"][outcome.cell.method],
         "versions": {**versions(), "threads": torch.get_num_threads()},
     }
-    with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append(out / "cells.jsonl", line)
+    print(f"{outcome.cell}: {line['metrics']['test']}")
 
 
 @app.command()
@@ -183,8 +188,7 @@ def tune(
                 line |= {"steps": steps, **asdict(found), "parameters": outcome.parameters}
                 line |= {"settings": tried["methods"][method], "versions": versions()}
                 print(f"{method}, trial {trial}, {task}, seed {seed}: {found}")
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(out, line)
 
 
 def chosen_trials(out: Path) -> dict[str, int]:
@@ -226,7 +230,6 @@ def run(
     for outcome in results(groups, settings, ray):
         base = settings["methods"][outcome.cell.method].get("of", outcome.cell.method)
         keep(outcome, settings, trials.get(base), out)
-        print(f"{outcome.cell}: {lines(out / 'cells.jsonl')[-1]['metrics']['test']}")
 
 
 @app.command()
