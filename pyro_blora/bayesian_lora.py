@@ -1,16 +1,14 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-import pyro_blora.checkpoints as checkpoints
-from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.checkpoints.keeping import Keeping
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.models import KroneckerInducing, UpdateModel
@@ -37,7 +35,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 __all__ = ["BayesianLoRA"]
 
 
-class BayesianLoRA(PyroModule):
+class BayesianLoRA(Keeping):
     """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
 
     The network is frozen and gets a hook on each target layer; :meth:`unwrap` gives it back
@@ -220,14 +218,6 @@ class BayesianLoRA(PyroModule):
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
         return analytic_kl(self.guide, self.model)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
-        checkpoints.save_pretrained(self, self.model, self.guide_family, folder)
-
-    def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Writes E[dW] as a PEFT adapter; see :func:`pyro_blora.checkpoints.export_peft`."""
-        checkpoints.export_peft(self.model, self.guide, folder)
-
     @classmethod
     def from_recipe(
         cls, net: nn.Module, name: str, *, rank: int | None = None, **options: Any
@@ -241,31 +231,6 @@ class BayesianLoRA(PyroModule):
         """
         made = recipe(name)
         return cls(net, prior=made.prior_of(rank), guide=made.guide(), **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        net: nn.Module,
-        folder: str | os.PathLike[str],
-        *,
-        prior: UpdateModel | None = None,
-        guide: SiteGuide | None = None,
-        likelihood: Likelihood | None = None,
-        fast: bool = True,
-    ) -> "BayesianLoRA":
-        """An adapter from its folder; see :func:`pyro_blora.checkpoints.read_pretrained`.
-
-        ``fast`` is the constructor's.
-        """
-        parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        saved = checkpoints.read_pretrained(net, folder, **parts)
-        blora = cls(net, **saved.options, fast=fast)
-        try:
-            saved.load_into(blora)
-        except CheckpointError:
-            blora.unwrap()
-            raise
-        return blora
 
     def __repr__(self) -> str:
         family = self.guide_family

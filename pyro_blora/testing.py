@@ -113,7 +113,7 @@ class PairContract(_Contract):
             p = poutine.trace(poutine.replay(blora.model, trace=q)).get_trace(batch)
             updates = poutine.replay(blora.model.updates, trace=q)()
         assert _latents(q) == _latents(p), f"The guide has {_latents(q)}, the model {_latents(p)}."
-        for name, centre in blora.guide.center(batch).items():  # type: ignore[operator]
+        for name, centre in blora.guide.center(batch).items():
             ours, site = q.nodes[name], p.nodes[name]
             shape, wanted = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in (ours, site))
             assert shape == wanted, f"{name} is {shape} in the guide, {wanted} in the model."
