@@ -42,6 +42,7 @@ Only = Annotated[list[str] | None, typer.Option(help="Methods, tasks or sweeps t
 Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
 Ray = Annotated[bool, typer.Option("--ray", help="Spread cells over a Ray cluster (pip: ray).")]
 
+SMOKE_STEPS = 4
 DEFAULT_CONFIG = HERE / "calibration.yaml"
 DEFAULT_OUT = HERE / "results" / "calibration"
 
@@ -53,7 +54,13 @@ def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, 
     if smoke:
         settings |= {"max_train": 16, "max_validation": 8, "max_test": 8, "num_samples": 2}
         settings["smoke"] = True
+        settings["development"]["steps"] = SMOKE_STEPS
     return settings
+
+
+def base_of(method: str, settings: Mapping[str, Any]) -> str:
+    """The method whose training ``method`` reads."""
+    return str(settings["methods"][method].get("of", method))
 
 
 def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Cell]:
@@ -65,7 +72,8 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
                 for steps in spec["steps"]:
                     for method in spec.get("methods", settings["methods"]):
                         count = spec.get("max_train", settings["max_train"])
-                        steps = 4 if settings.get("smoke") else steps
+                        if settings.get("smoke"):
+                            steps, count = SMOKE_STEPS, settings["max_train"]
                         named = {sweep, task, method}
                         if not only or named & set(only):
                             found[Cell(task, method, steps, seed, count)] = None
@@ -85,33 +93,40 @@ def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, An
     return settings
 
 
-def shared(cells: Sequence[Cell], settings: Mapping[str, Any]) -> list[list[Cell]]:
-    """Cells in groups that share one training."""
+Group = tuple[list[Cell], dict[str, Any]]  # cells of one training, and its settings
+
+
+def shared(
+    cells: Sequence[Cell], settings: dict[str, Any], trials: Mapping[str, int]
+) -> list[Group]:
+    """Cells in groups that share one training: one task, seed, method and trial of it."""
 
     def training(cell: Cell) -> tuple[Any, ...]:
-        base = settings["methods"][cell.method].get("of", cell.method)
-        return (cell.seed, cell.task, cell.steps, str(cell.max_train), base)
+        base, trial = base_of(cell.method, settings), trials.get(cell.method, -1)
+        return (cell.seed, cell.task, cell.steps, str(cell.max_train), base, trial)
 
-    return [list(group) for _, group in groupby(sorted(cells, key=training), key=training)]
+    groups = []
+    for (*_, base, trial), group in groupby(sorted(cells, key=training), key=training):
+        groups.append((list(group), changed(settings, {base: trial} if trial >= 0 else {})))
+    return groups
 
 
-def results(
-    groups: Sequence[Sequence[Cell]], settings: dict[str, Any], ray: bool
-) -> Iterator[Outcome]:
+def results(groups: Sequence[Group], ray: bool) -> Iterator[tuple[Outcome, dict[str, Any]]]:
     """The outcomes of all groups, here or on a cluster, each as soon as it is there."""
     if not ray:
-        net, tokenizer = load_pretrained(settings["model"])
-        for group in groups:
-            yield from outcomes(group, settings, net, tokenizer)
+        net, tokenizer = load_pretrained(groups[0][1]["model"]) if groups else (None, None)
+        for group, settings in groups:
+            for outcome in outcomes(group, settings, net, tokenizer):
+                yield outcome, settings
         return
     import ray as cluster
 
     @cluster.remote  # type: ignore[untyped-decorator]
-    def work(group: Sequence[Cell]) -> list[Outcome]:
+    def work(group: Sequence[Cell], settings: dict[str, Any]) -> list[tuple[Outcome, Any]]:
         net, tokenizer = load_pretrained(settings["model"])
-        return list(outcomes(group, settings, net, tokenizer))
+        return [(outcome, settings) for outcome in outcomes(group, settings, net, tokenizer)]
 
-    waiting = [work.remote(group) for group in groups]
+    waiting = [work.remote(*group) for group in groups]
     while waiting:
         (ready, *_), waiting = cluster.wait(waiting)
         yield from cluster.get(ready)
@@ -152,11 +167,11 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
         },
         "parameters": outcome.parameters,
         "seconds": round(outcome.seconds, 1),
-        "settings": settings["methods"][outcome.cell.method],
+        "settings": settings["methods"][base_of(outcome.cell.method, settings)],
         "versions": {**versions(), "threads": torch.get_num_threads()},
     }
     append(out / "cells.jsonl", line)
-    print(f"{outcome.cell}: {line['metrics']['test']}")
+    print(f"{outcome.cell}: {line['metrics']['test']}", flush=True)
 
 
 @app.command()
@@ -171,39 +186,55 @@ def tune(
     settings = read_settings(config, data_dir, smoke) | {"tune": True}
     where, out = settings["development"], out / "trials.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = {(t["method"], t["trial"], t["task"], t["seed"]) for t in lines(out)}
+    done = {trial_key(line) for line in lines(out)}
     net, tokenizer = load_pretrained(settings["model"])
-    steps = 4 if smoke else where["steps"]
-    for method, spec in settings["methods"].items():
+    for base, spec in settings["methods"].items():
+        family = [name for name in settings["methods"] if base_of(name, settings) == base]
         for trial in range(len(spec.get("trials", []))):
+            tried = changed(settings, {base: trial})
             for task, seed in ((t, s) for t in where["tasks"] for s in where["seeds"]):
-                chosen = not only or {method, task} & set(only)
-                if (method, trial, task, seed) in done or not chosen:
-                    continue
-                cell = Cell(task, method, steps, seed, settings["max_train"])
-                tried = changed(settings, {method: trial})
-                (outcome,) = outcomes([cell], tried, net, tokenizer)
-                found = evaluate(outcome.probs["validation"], outcome.labels["validation"])
-                line = {"method": method, "trial": trial, "task": task, "seed": seed}
-                line |= {"steps": steps, **asdict(found), "parameters": outcome.parameters}
-                line |= {"settings": tried["methods"][method], "versions": versions()}
-                print(f"{method}, trial {trial}, {task}, seed {seed}: {found}")
-                append(out, line)
+                cells = []
+                for name in family if not only or {base, task} & set(only) else []:
+                    line = {"method": name, "trial": trial, "task": task, "seed": seed}
+                    line |= {"steps": where["steps"], "settings": tried["methods"][base]}
+                    if trial_key(line) not in done:
+                        cells.append(Cell(task, name, where["steps"], seed, settings["max_train"]))
+                for outcome in outcomes(cells, tried, net, tokenizer) if cells else ():
+                    cell = outcome.cell
+                    found = evaluate(outcome.probs["validation"], outcome.labels["validation"])
+                    line = {"method": cell.method, "trial": trial, "task": task, "seed": seed}
+                    line |= {"steps": cell.steps, **asdict(found), "parameters": outcome.parameters}
+                    line |= {"settings": tried["methods"][base], "versions": versions()}
+                    print(f"{cell.method}, trial {trial}, {task}, seed {seed}: {found}", flush=True)
+                    append(out, line)
 
 
-def chosen_trials(out: Path) -> dict[str, int]:
-    """The trial of each method with the lowest mean NLL on the development tasks."""
-    tried: dict[str, dict[int, list[float]]] = {}
-    for line in lines(out / "trials.jsonl"):
-        tried.setdefault(line["method"], {}).setdefault(line["trial"], []).append(line["nll"])
-    most = {method: max(map(len, trials.values())) for method, trials in tried.items()}
-    return {
-        method: min(
-            (trial for trial, nlls in trials.items() if len(nlls) == most[method]),
-            key=lambda trial: sum(trials[trial]) / len(trials[trial]),
-        )
-        for method, trials in tried.items()
-    }
+def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a trial's line is of: a change of steps or settings makes it another."""
+    kinds = ("method", "trial", "task", "seed", "steps", "settings")
+    return tuple(json.dumps(line[kind], sort_keys=True) for kind in kinds)
+
+
+def chosen_trials(settings: dict[str, Any], out: Path) -> dict[str, int]:
+    """The trial of each method with the lowest mean NLL on the development tasks.
+
+    Trials that have not run on every development task and seed are no candidates.
+    """
+    where = settings["development"]
+    tried = {trial_key(line): line["nll"] for line in lines(out / "trials.jsonl")}
+    runs = [{"task": task, "seed": s} for task in where["tasks"] for s in where["seeds"]]
+    chosen = {}
+    for method in settings["methods"]:
+        base, means = base_of(method, settings), {}
+        for trial in range(len(settings["methods"][base].get("trials", []))):
+            line = {"method": method, "trial": trial, "steps": where["steps"]}
+            line["settings"] = changed(settings, {base: trial})["methods"][base]
+            found = [tried.get(trial_key({**line, **run})) for run in runs]
+            if all(nll is not None for nll in found):
+                means[trial] = sum(nll for nll in found if nll is not None)
+        if means:
+            chosen[method] = min(means, key=means.__getitem__)
+    return chosen
 
 
 @app.command()
@@ -217,19 +248,18 @@ def run(
 ) -> None:
     """Runs the cells that are not there yet, with each method's chosen trial."""
     out.mkdir(parents=True, exist_ok=True)
-    trials = chosen_trials(out)
-    settings = changed(read_settings(config, data_dir, smoke), trials)
+    settings = read_settings(config, data_dir, smoke)
+    trials = chosen_trials(settings, out)
     cells = cells_of(settings, only)
     done = {
         Cell(*(line[k] for k in Cell.__dataclass_fields__)) for line in lines(out / "cells.jsonl")
     }
-    groups = shared([cell for cell in cells if cell not in done], settings)
+    groups = shared([cell for cell in cells if cell not in done], settings, trials)
     print(
         f"{len(cells)} cells, {len(done & set(cells))} of them there, {len(groups)} trainings to go"
     )
-    for outcome in results(groups, settings, ray):
-        base = settings["methods"][outcome.cell.method].get("of", outcome.cell.method)
-        keep(outcome, settings, trials.get(base), out)
+    for outcome, used in results(groups, ray):
+        keep(outcome, used, trials.get(outcome.cell.method), out)
 
 
 @app.command()

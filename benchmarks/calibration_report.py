@@ -84,15 +84,55 @@ def read_runs(
     return runs
 
 
-def table(methods: Mapping[str, Mapping[int, Run]], data: str) -> list[str]:
-    """One data set: mean and standard error over seeds, a line for each method."""
+def summary(runs: Mapping[Key, Mapping[str, Mapping[int, Run]]], ours: str) -> list[str]:
+    """Means over the tasks of each number of steps, of the methods that have run on all of them."""
+    text = []
+    for steps, count in sorted({(steps, count) for _, steps, count in runs}):
+        tasks = {task: found for (task, *rest), found in runs.items() if rest == [steps, count]}
+        if len(tasks) < 2:
+            continue
+        pooled: dict[str, dict[int, Run]] = {}
+        for method in set.intersection(*(set(found) for found in tasks.values())):
+            seeds = set.intersection(*(set(found[method]) for found in tasks.values()))
+            pooled[method] = {
+                seed: {task: found[method][seed]["test"] for task, found in tasks.items()}
+                for seed in seeds
+            }
+        text += [f"## Mean over {', '.join(sorted(tasks))}: {count} training items, {steps} steps"]
+        text += ["", *table(pooled, *tasks), ""]
+        if ours in pooled and "lora" in pooled:
+            text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
+            text[-1] += "."
+        text += [*paired(pooled, ours, *tasks), ""]
+    return text
+
+
+def shares(
+    methods: Mapping[str, Mapping[int, Run]], ours: str, other: str, *data: str
+) -> list[str]:
+    """How much lower a method's mean NLL, ECE and Brier score are than another's."""
+    text = []
+    for key in ("nll", "ece", "brier"):
+        means = [
+            mean_of([scores(*run[d]) for run in methods[name].values() for d in data], key)
+            for name in (ours, other)
+        ]
+        text.append(
+            f"{COLUMNS[key][0].removesuffix(' %')} {100 * (means[0] / means[1] - 1):+.0f} %"
+        )
+    return text
+
+
+def table(methods: Mapping[str, Mapping[int, Run]], *data: str) -> list[str]:
+    """Mean over data sets, and mean and standard error over seeds, a line for each method."""
     rows = ["| method | seeds | " + " | ".join(t for t, _, _ in COLUMNS.values()) + " |"]
     rows.append("|---" * (len(COLUMNS) + 2) + "|")
-    found = {
-        name: [scores(*run[data]) for run in seeds.values() if data in run]
-        for name, seeds in methods.items()
-    }
-    found = {name: runs for name, runs in found.items() if runs}
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, seeds in methods.items():
+        for run in seeds.values():
+            if all(d in run for d in data):
+                each = [scores(*run[d]) for d in data]
+                found.setdefault(name, []).append({key: mean_of(each, key) for key in COLUMNS})
     for name in sorted(found, key=lambda name: mean_of(found[name], "nll")):
         cells = []
         for key, (_, factor, digits) in COLUMNS.items():
@@ -131,21 +171,20 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
-def paired(methods: Mapping[str, Mapping[int, Run]], data: str, ours: str) -> list[str]:
-    """The difference of an item's NLL and Brier score to the best other method's.
+def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> list[str]:
+    """The difference of NLL and Brier score to the best other method's, mean over data sets.
 
     Its error is of the mean over items, each item's differences averaged over seeds first.
     """
 
-    def items(name: str, seed: int) -> Tensor:
-        probs, labels = (
-            x.double() if x.is_floating_point() else x for x in methods[name][seed][data]
-        )
+    def items(name: str, seed: int, data: str) -> Tensor:
+        probs, labels = methods[name][seed][data]
+        probs = probs.double()
         nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
         one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
         return torch.stack([nll, (probs - one_hot).square().sum(1)])
 
-    seeds = [seed for seed, run in methods.get(ours, {}).items() if data in run]
+    seeds = [seed for seed, run in methods.get(ours, {}).items() if all(d in run for d in data)]
     others = [
         n
         for n, found in methods.items()
@@ -153,22 +192,30 @@ def paired(methods: Mapping[str, Mapping[int, Run]], data: str, ours: str) -> li
     ]
     if not seeds or not others:
         return []
-    each = {n: torch.stack([items(n, seed) for seed in seeds]).mean(0) for n in [ours, *others]}
+    each = {
+        n: [torch.stack([items(n, seed, d) for seed in seeds]).mean(0) for d in data]
+        for n in [ours, *others]
+    }
     rows = []
     for index, title in enumerate(("NLL", "Brier")):
-        best = min(others, key=lambda name: float(each[name][index].mean()))
-        gap = each[ours][index] - each[best][index]
-        error = float(gap.std() / len(gap) ** 0.5)
-        rows.append(
-            f"{title} of `{ours}` less that of `{best}`: {float(gap.mean()):+.4f} ± {error:.4f}."
-        )
+
+        def mean(name: str, index: int = index) -> float:
+            return sum(float(scores[index].mean()) for scores in each[name]) / len(data)
+
+        best = min(others, key=mean)
+        gaps = [a[index] - b[index] for a, b in zip(each[ours], each[best], strict=True)]
+        error = sum(float(gap.var()) / len(gap) for gap in gaps) ** 0.5 / len(data)
+        gap = mean(ours) - mean(best)
+        rows.append(f"{title} of `{ours}` less that of `{best}`: {gap:+.4f} ± {error:.4f}.")
     return rows
 
 
 def write_report(lines: Lines, out: Path, ours: str) -> None:
     """Writes ``report.md`` and a picture of each kind for each task."""
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
-    for (task, steps, count), methods in sorted(read_runs(lines, out).items()):
+    runs = read_runs(lines, out)
+    text += summary(runs, ours)
+    for (task, steps, count), methods in sorted(runs.items()):
         title = f"{task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
         sets = sorted(some, key=lambda name: (name != "test", name))
@@ -176,7 +223,7 @@ def write_report(lines: Lines, out: Path, ours: str) -> None:
             count_of = len(some[data][1])
             text += [f"## {title}" + ("" if data == "test" else f": {data}"), ""]
             text += [f"{count_of} items.", "", *table(methods, data), ""]
-            text += [*paired(methods, data, ours), ""]
+            text += [*paired(methods, ours, data), ""]
         name = f"{task}-{count}-{steps}"
         pooled = {
             method: tuple(

@@ -48,7 +48,9 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     small = ["--config", str(config), "--smoke"]
     out = tmp_path / "results"
     run("tune", out, *small, "--only", "lora")
-    assert len((out / "trials.jsonl").read_text().splitlines()) == 3
+    assert (
+        len((out / "trials.jsonl").read_text().splitlines()) == 9
+    )  # three trials of last, best, swa
     run("run", out, *small, "--only", "fisher")
     file = out / "cells.jsonl"
     first = file.read_text()
