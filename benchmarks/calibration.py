@@ -64,8 +64,13 @@ def base_of(method: str, settings: Mapping[str, Any]) -> str:
 
 
 def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Cell]:
-    """The cells of all sweeps, in order, each once."""
+    """The cells of all sweeps, in order, each once; ``only`` narrows what it names a kind of."""
     found = {}
+    sweeps = settings["sweeps"]
+    kinds = (set(sweeps), {t for s in sweeps.values() for t in s["tasks"]}, settings["methods"])
+    asked = [set(only or ()) & set(kind) for kind in kinds]
+    if unknown := set(only or ()) - set().union(*asked):
+        raise typer.BadParameter(f"--only: {sorted(unknown)} are no methods, tasks or sweeps.")
     for sweep, spec in settings["sweeps"].items():
         for task in spec["tasks"]:
             for seed in spec["seeds"]:
@@ -74,8 +79,8 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
                         count = spec.get("max_train", settings["max_train"])
                         if settings.get("smoke"):
                             steps, count = SMOKE_STEPS, settings["max_train"]
-                        named = {sweep, task, method}
-                        if not only or named & set(only):
+                        named = (sweep, task, method)
+                        if all(not a or n in a for n, a in zip(named, asked, strict=True)):
                             found[Cell(task, method, steps, seed, count)] = None
     return list(found)
 
@@ -263,7 +268,7 @@ def run(
 
 
 @app.command()
-def report(out: Out = DEFAULT_OUT, ours: Ours = "fisher") -> None:
+def report(out: Out = DEFAULT_OUT, ours: Ours = "default") -> None:
     """Prints the trials; writes report.md and the pictures of the cells that are there."""
     if trials := lines(out / "trials.jsonl"):
         print("\n".join(trials_table(trials)))

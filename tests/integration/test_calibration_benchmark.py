@@ -11,7 +11,7 @@ from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("zero-shot", "lora", "lora-best", "swa", "dropout", "laplace-lora", "fisher")
+METHODS = ("zero-shot", "lora", "lora-best", "swa", "dropout", "laplace-lora", "default")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     assert (
         len((out / "trials.jsonl").read_text().splitlines()) == 9
     )  # three trials of last, best, swa
-    run("run", out, *small, "--only", "fisher")
+    run("run", out, *small, "--only", "default")
     file = out / "cells.jsonl"
     first = file.read_text()
     with file.open("a") as cells:
@@ -72,5 +72,5 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     report = (out / "report.md").read_text()
     for method in (*METHODS, "temperature:lora-best"):
         assert f"| {method} | 2 |" in report
-    assert "NLL of `fisher` less that of" in report
+    assert "NLL of `default` less that of" in report
     assert len(list((out / "figures").glob("*.png"))) == 3
