@@ -39,6 +39,7 @@ DataDir = Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl; d
 Out = Annotated[Path, typer.Option(help="Where results are, and are added.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, to see that it runs.")]
 Only = Annotated[list[str] | None, typer.Option(help="Methods, tasks or sweeps to run alone.")]
+Seed = Annotated[list[int] | None, typer.Option(help="Seeds to run alone.")]
 Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
 Ray = Annotated[bool, typer.Option("--ray", help="Spread cells over a Ray cluster (pip: ray).")]
 
@@ -249,13 +250,14 @@ def run(
     out: Out = DEFAULT_OUT,
     only: Only = None,
     smoke: Smoke = False,
+    seed: Seed = None,
     ray: Ray = False,
 ) -> None:
     """Runs the cells that are not there yet, with each method's chosen trial."""
     out.mkdir(parents=True, exist_ok=True)
     settings = read_settings(config, data_dir, smoke)
     trials = chosen_trials(settings, out)
-    cells = cells_of(settings, only)
+    cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
     done = {
         Cell(*(line[k] for k in Cell.__dataclass_fields__)) for line in lines(out / "cells.jsonl")
     }
