@@ -37,7 +37,7 @@ def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -
     if not families:
         size = _size(guide) + size_to_come(guide, made_by, model)
         yield (
-            f"  guide: {size:,} parameters" if size else "  guide: has parameters once it is called"
+            f"  guide: {size:,} parameters" if size else "  guide: no parameters yet"
         )
 
 
