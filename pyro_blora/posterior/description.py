@@ -36,9 +36,7 @@ def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -
     yield from (line(site)[2:] for site in model.sites if site.group not in names)
     if not families:
         size = _size(guide) + size_to_come(guide, made_by, model)
-        yield (
-            f"  guide: {size:,} parameters" if size else "  guide: no parameters yet"
-        )
+        yield (f"  guide: {size:,} parameters" if size else "  guide: no parameters yet")
 
 
 def size_to_come(guide: nn.Module, made_by: Any, model: BayesianLoRAModel) -> int:
