@@ -1,7 +1,9 @@
 """Names of groups and sites, and a prior and a guide for each group."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import pyro
 import pytest
@@ -299,3 +301,12 @@ def test_names_on_other_networks(build, names):
         warnings.simplefilter("error")
         data = {f"{name}.V": torch.zeros(2, 2, 2) for name in names[:1]}
         pyro.condition(blora.model.updates, data=data)()
+
+
+def test_the_page_runs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "names.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"net": tiny.llama()}
+    exec(program, names)
+    found = {name: type(q) for name, q in names["blora"].guide.families().items()}
+    assert found == {"q_proj.s": FullRank, "v_proj.V": MatrixNormal}
