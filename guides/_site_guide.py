@@ -47,6 +47,11 @@ class Site:
     context_size: int = 0
 
     @property
+    def group(self) -> str:
+        """The name of the group of layers it belongs to: what stands before the first dot."""
+        return self.name.partition(".")[0]
+
+    @property
     def shape(self) -> torch.Size:
         """Batch shape, then event shape, of the *unconstrained* value."""
         return torch.Size(self.transform.inverse_shape(self.prior.shape()))

@@ -1,6 +1,6 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
+from pyro_blora.posterior.description import described_groups, size_to_come
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.linearised import linearised_logits
 from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
@@ -45,9 +46,12 @@ class BayesianLoRA(Keeping):
         net: a Hugging Face transformer, or any module with linear layers.
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
-        prior: what p(U) is and how the update follows. Default: ``KroneckerInducing()``.
-        guide: what q(U) is: a guide family, or a callable that makes a guide from the model, such
-            as any ``pyro.infer.autoguide`` class. Default: ``MatrixNormal()``.
+        prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
+            of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.
+            Default: ``KroneckerInducing()``.
+        guide: what q(U) is: a guide family or a mapping of them likewise, or a callable that makes
+            a guide from the model, such as any ``pyro.infer.autoguide`` class. Default:
+            ``MatrixNormal()``.
         likelihood: how the logits explain a batch. Default: ``CausalLM()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
@@ -58,7 +62,8 @@ class BayesianLoRA(Keeping):
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large, a layer is adapted already, or a head is no head.
+        ConfigurationError: a rank is too large, a layer is adapted already, a head is no head, or a
+            group of layers and the keys of a mapping do not match.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -76,8 +81,8 @@ class BayesianLoRA(Keeping):
         net: nn.Module,
         *,
         target_modules: str | Sequence[str] | None = None,
-        prior: UpdateModel | None = None,
-        guide: SiteGuide | GuideFactory | None = None,
+        prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
+        guide: SiteGuide | Mapping[str, SiteGuide] | GuideFactory | None = None,
         likelihood: Likelihood | None = None,
         exclude_modules: str | Sequence[str] = (),
         layers_to_transform: int | Sequence[int] | None = None,
@@ -91,11 +96,10 @@ class BayesianLoRA(Keeping):
             exclude_modules=exclude_modules,
             layers_to_transform=layers_to_transform,
         )
-        prior = prior or KroneckerInducing()
-        family = guide or MatrixNormal()
+        prior = KroneckerInducing() if prior is None else prior
+        family = MatrixNormal() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
         groups = group_layers(targets)
-        check_kind("prior", prior, UpdateModel)
         likelihood = CausalLM() if likelihood is None else likelihood
         check_kind("likelihood", likelihood, Likelihood)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
@@ -112,13 +116,13 @@ class BayesianLoRA(Keeping):
         return self._given[0]
 
     @property
-    def prior(self) -> UpdateModel:
-        """The prior as it was given."""
+    def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
+        """The prior, or those by group, as given."""
         return self.model.prior
 
     @property
-    def guide_family(self) -> SiteGuide | GuideFactory:
-        """The guide family, or what made the guide, as it was given."""
+    def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
+        """The guide family, those by group, or what made the guide, as given."""
         return self._given[1]
 
     @property
@@ -133,8 +137,12 @@ class BayesianLoRA(Keeping):
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained: those of the prior, of the guide and of heads."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        """How many numbers are trained: those of the prior, of the guide and of heads.
+
+        An AutoGuide that was not called yet will have those that are counted here.
+        """
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained + size_to_come(self.guide, self.guide_family, self.model)
 
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
@@ -239,13 +247,8 @@ class BayesianLoRA(Keeping):
             f"  prior:      {self.prior!r}",
             f"  guide:      {getattr(family, '__name__', repr(family))}",
             f"  likelihood: {self.likelihood!r}",
+            *described_groups(self.model, self.guide, family),
         ]
-        for group in self.model.groups:
-            count = sum(p.numel() for p in getattr(self.model, group.name).parameters())
-            lines.append(
-                f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
-                f"{count:,} parameters in the prior"
-            )
         lines += [f"  {n}: trained whole, as a point" for n in self.model.trained_heads.names]
         frozen = sum(p.numel() for p in self.net.parameters())
         trained = self.trainable_parameters

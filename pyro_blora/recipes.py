@@ -1,10 +1,12 @@
 """Named pairs of a prior and a guide: published methods, each with its citation.
 
-A method is named by a recipe (``"blob"``) or by a pair of class names (``"Subspace+FullRank"``), in
-``BayesianLoRA.from_recipe`` and in every command. Packages may add recipes through the entry-point
-group ``pyro_blora.recipes``; each entry is a :class:`Recipe`.
+A method is named by a recipe (``"blob"``) or by a pair of class names (``"Subspace+FullRank"``,
+``"my_module:MyPrior+MeanField"``), in ``BayesianLoRA.from_recipe`` and in every command. Packages
+may add recipes through the entry-point group ``pyro_blora.recipes``; each entry is a
+:class:`Recipe`.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -172,10 +174,12 @@ def recipe(name: str) -> Recipe:
 
     Args:
         name: a key of :func:`all_recipes`, or ``"PRIOR+GUIDE"`` with names of
-            ``pyro_blora.models`` and ``pyro_blora.guides``.
+            ``pyro_blora.models`` and ``pyro_blora.guides``, or with a class of your own as
+            ``module:Class``.
 
     Raises:
         ConfigurationError: there is no such recipe, prior or guide; the message lists near misses.
+            Or a module cannot be imported, or a class has arguments without default.
 
     Example::
 
@@ -212,8 +216,26 @@ def recipe(name: str) -> Recipe:
 
 
 def _class(name: str, package: Any, contract: type, kind: str) -> Callable[..., Any]:
-    found = {n: getattr(package, n) for n in package.__all__ if n != contract.__name__}
-    found = {n: made for n, made in found.items() if issubclass(made, contract)}
-    if name not in found:
-        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(name, found)}.")
-    return found[name]
+    path, _, last = name.rpartition(":")
+    if path:
+        try:
+            package = importlib.import_module(path)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{kind} {name!r}: module {path!r} cannot be imported ({error}); it must lie in "
+                "the current folder or be installed."
+            ) from error
+    found = {n: made for n, made in vars(package).items() if _is_made_of(made, contract)}
+    if last not in found:
+        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(last, found)}.")
+    parameters = inspect.signature(found[last]).parameters.values()
+    bare = [p.name for p in parameters if p.default is p.empty and p.name != "rank"]
+    if bare:
+        raise ConfigurationError(
+            f"{kind} {name!r} has arguments without a default, {', '.join(bare)}; give them one."
+        )
+    return found[last]
+
+
+def _is_made_of(made: Any, contract: type) -> bool:
+    return isinstance(made, type) and issubclass(made, contract) and made is not contract

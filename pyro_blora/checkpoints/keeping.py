@@ -1,6 +1,7 @@
 """How an adapter is written, exported and read again: what ``BayesianLoRA`` inherits."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from pyro.nn import PyroModule
@@ -47,8 +48,8 @@ class Keeping(PyroModule):
         net: nn.Module,
         folder: str | os.PathLike[str],
         *,
-        prior: UpdateModel | None = None,
-        guide: SiteGuide | None = None,
+        prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
+        guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
         likelihood: Likelihood | None = None,
         fast: bool = True,
     ) -> Self:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.atomic import write_atomically
+from pyro_blora.checkpoints.old_groups import from_old_groups
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
@@ -53,14 +55,14 @@ def save_pretrained(
     Args:
         adapter: holds the trained tensors, as ``BayesianLoRA`` does.
         model: its model.
-        family: its guide family.
+        family: its guide family, or those by group.
         folder: where to write; made if it is missing. Each file appears whole or not at all.
 
     Raises:
         ConfigurationError: the guide is no guide family (an AutoGuide), or a prior has an option
             that JSON cannot hold.
     """
-    if not isinstance(family, SiteGuide):
+    if not isinstance(family, SiteGuide | Mapping):
         raise ConfigurationError(f"{family!r} is not a guide family, {_BY_HAND}")
     config = {
         "format": FORMAT,
@@ -71,7 +73,7 @@ def save_pretrained(
     }
     parts = {"prior": model.prior, "guide": family, "likelihood": model.likelihood}
     for part, made in parts.items():
-        config[part] = {"name": type(made).__name__, "options": made.options()}
+        config[part] = _described(made)
     try:
         text = json.dumps(config, indent=2)
     except TypeError as error:
@@ -80,6 +82,12 @@ def save_pretrained(
     folder = Path(folder)
     write_atomically(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
     write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def _described(made: Any) -> dict[str, Any]:
+    if isinstance(made, Mapping):
+        return {"by_group": {key: _described(each) for key, each in made.items()}}
+    return {"name": type(made).__name__, "options": made.options()}
 
 
 @dataclass(frozen=True)
@@ -103,14 +111,15 @@ class Saved:
             CheckpointError: their names or shapes are not those of ``adapter``.
         """
         own = adapter.state_dict()
+        found = from_old_groups(self.tensors, own, adapter.get_submodule("model"))
         # At first an Ensemble's turn was not saved, and no likelihood had parameters.
-        scaled = any(".likelihood." in name for name in self.tensors)
+        scaled = any(".likelihood." in name for name in found)
         later = [n for n in own if n.endswith(".turn") or (".likelihood." in n and not scaled)]
         kept = {name: own[name] for name in later}
-        tensors = {**kept, **self.tensors}
-        expected, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
-        if expected != found:
-            differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+        tensors = {**kept, **found}
+        expected, given = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
+        if expected != given:
+            differ = sorted(k for k in expected | given if expected.get(k) != given.get(k))
             raise CheckpointError(
                 f"{self.folder / WEIGHTS}: the tensors do not fit {CONFIG}; they differ in "
                 f"{differ[:4]}. Both files must come from one save_pretrained, for a network of "
@@ -124,8 +133,8 @@ def read_pretrained(
     net: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    prior: UpdateModel | None = None,
-    guide: SiteGuide | None = None,
+    prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
+    guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
     likelihood: Likelihood | None = None,
 ) -> Saved:
     """Reads what :func:`save_pretrained` wrote and checks it against ``net``.
@@ -133,7 +142,8 @@ def read_pretrained(
     Args:
         net: the base network the adapter was made for.
         folder: the adapter's folder.
-        prior: an object like the saved one, where that is not of this library. Default: rebuilt.
+        prior: an object like the saved one, where that is not of this library; where there are
+            several by group, a mapping with some of their keys. Default: rebuilt.
         guide: the same for the guide.
         likelihood: the same for the likelihood, whose options may be others.
 
@@ -147,8 +157,8 @@ def read_pretrained(
     _check_base(net, config, folder)
     options = {
         "target_modules": "|".join(re.escape(name) for name in config["layers"]),
-        "prior": _part(prior, config, "prior", models),
-        "guide": _part(guide, config, "guide", guides),
+        "prior": _by_group(prior, config, "prior", models),
+        "guide": _by_group(guide, config, "guide", guides),
         "likelihood": likelihood or _part(None, config, "likelihood", likelihoods),
         "modules_to_save": config.get("modules_to_save", []),
     }
@@ -201,6 +211,18 @@ def _check_base(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
                 f"with {name} of {shape or 'its own'}; {type(net).__name__} {what}. Load the base "
                 "it was made for."
             )
+
+
+def _by_group(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
+    """What :func:`_part` says, or a mapping of it where one was saved."""
+    saved = config[part].get("by_group")
+    if saved is None and not isinstance(given, Mapping):
+        return _part(given, config, part, package)
+    given = {} if given is None else given
+    if saved is None or not isinstance(given, Mapping) or not given.keys() <= saved.keys():
+        keys = "one for all groups" if saved is None else f"those of {list(saved)}"
+        raise CheckpointError(f"{part}={given!r}, but the adapter was saved with {keys}.")
+    return {key: _part(given.get(key), {part: each}, part, package) for key, each in saved.items()}
 
 
 def _part(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:

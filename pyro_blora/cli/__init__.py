@@ -62,6 +62,8 @@ def main() -> None:
     # Nothing a user can act on: linear_operator still decorates with torch.jit.script, and torchao,
     # where it is installed, tells of its kernels for other machines and registers enums twice.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    if "" not in sys.path:  # the current folder, for classes of a user's own; last, to hide nothing
+        sys.path.append("")
     _hide("torchao", "Failed to load ")
     _hide("torch.utils._pytree", " Enum subclass")
     try:

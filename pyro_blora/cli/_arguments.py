@@ -55,7 +55,11 @@ DataDir = Annotated[
     typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl; default: the hub."),
 ]
 Method = Annotated[
-    str, typer.Option(help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE.")
+    str,
+    typer.Option(
+        help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE; a class of your own is "
+        "my_module:MyPrior."
+    ),
 ]
 Rank = Annotated[
     int | None, typer.Option(help="Rank of the updates; default: the method's own, or 8.", min=1)

@@ -21,7 +21,8 @@ def run(
         str,
         typer.Option(
             help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *RECIPE_NAMES)))}; pairs "
-            "such as Subspace+FullRank; temperature:NAME for any of them ('temperature': of lora)."
+            "such as Subspace+FullRank or my_module:MyPrior+MeanField; temperature:NAME for any of "
+            "them ('temperature': of lora)."
         ),
     ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",

@@ -1,8 +1,9 @@
 """Training and prediction loops."""
 
 from pyro_blora.inference.finish import finish
-from pyro_blora.inference.fit import LEARNING_RATES, FitOptions, fit, parameter_groups
+from pyro_blora.inference.fit import FitOptions, fit
 from pyro_blora.inference.inform import inform
+from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
 
 __all__ = [

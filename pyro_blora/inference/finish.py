@@ -95,7 +95,8 @@ def finish(
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
         for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
-            yield scores(blora, to_device(batch, device))
+            found = scores(blora, to_device(batch, device))
+            yield {name: found[name] for name in families}
 
     def loss(num_samples: int) -> float:
         return anchor_loss(blora, (to_device(batch, device) for batch in batches), num_samples)

@@ -14,6 +14,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError, near_miss
 from pyro_blora.inference.finish import finish, post_hoc_families, running
 from pyro_blora.inference.inform import inform, wants_informing
+from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
 from pyro_blora.inference.loop import (
     Collate,
     FitResult,
@@ -29,15 +30,7 @@ from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
 from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
-__all__ = ["LEARNING_RATES", "FitOptions", "fit", "parameter_groups"]
-
-LEARNING_RATES = {
-    "mean": 2e-2,
-    "scale": 1e-2,
-    "direction": 5e-3,
-    "likelihood": 5e-2,
-    "head": 1e-3,
-}
+__all__ = ["FitOptions", "fit"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class FitOptions(LoopOptions):
             see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
             be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
         lr_mean: learning rate of the guide's means. Default: the prior's own
-            (``prior.learning_rates``), or else ``LEARNING_RATES``, 2e-2.
+            (``learning_rates``), in each group of layers, or else ``LEARNING_RATES``, 2e-2.
         lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
@@ -83,28 +76,6 @@ class FitOptions(LoopOptions):
     keep_best: bool = False
     cache_frozen_prefix: bool = False
     callback: Callable[[int], None] | None = None
-
-
-def parameter_groups(module: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: means, scales, directions and heads, each with its rate.
-
-    Args:
-        module: a model, a guide or both; its parts declare ``roles``. A parameter of no declared
-            role (an AutoGuide's) is a scale if its name says so, and a mean otherwise.
-        rates: learning rates by role.
-
-    Returns:
-        One group for each role that occurs.
-    """
-    groups: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-    for path, parameter in module.named_parameters():
-        *parents, name = path.removesuffix("_unconstrained").split(".")
-        # AutoNormal keeps its scales under "scales", by the names of the sites
-        is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
-        roles = getattr(module.get_submodule(".".join(parents)), "roles", {})
-        if parameter.requires_grad:
-            groups[roles.get(name, "scale" if is_scale else "mean")].append(parameter)
-    return [{"params": p, "lr": rates[role], "name": role} for role, p in groups.items() if p]
 
 
 def fit(
@@ -207,7 +178,7 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
     given = {role: getattr(how, f"lr_{role}") for role in LEARNING_RATES}
     given = {role: rate for role, rate in given.items() if rate is not None}
     both = nn.ModuleList([blora.model, blora.guide])
-    groups = parameter_groups(both, {**LEARNING_RATES, **blora.prior.learning_rates, **given})
+    groups = parameter_groups(both, *rates_by_group(blora.model, given))
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     return groups

@@ -40,8 +40,13 @@ _OVERSAMPLED = 8  # columns of a sketch beyond the rank
 
 def wants_informing(blora: BayesianLoRA) -> bool:
     """Whether a prior takes its directions from gradients and has none yet."""
+    return any(not prior.informed for prior in _asking(blora))
+
+
+def _asking(blora: BayesianLoRA) -> list[Any]:
+    """The priors, of their groups, that take their directions from gradients."""
     priors = [getattr(blora.model, group.name) for group in blora.model.groups]
-    return any(p.gradient_ranks is not None and not p.informed for p in priors)
+    return [prior for prior in priors if prior.gradient_ranks is not None]
 
 
 def inform(
@@ -94,11 +99,12 @@ def inform(
     device = blora.model.groups[0].device
     generator = torch.Generator().manual_seed(seed)
     sketches = {
-        name: _Sketch(getattr(blora.model, group.name).gradient_ranks, group, generator)
-        for group in blora.model.groups
-        for name in group.module_names
+        name: _Sketch(prior.gradient_ranks, prior.group, generator)
+        for prior in _asking(blora)
+        for name in prior.group.module_names
     }
-    probes = [_Probe(device) for _ in sketches]
+    probes = {name: _Probe(device) for name in sketches}
+    updates = cast(Any, [probes.get(adapter.name) for adapter in blora.model.adapters])
     low = choose_precision(precision, device) == "bfloat16"
     hide = None if progress is None else not progress
     bar = tqdm(total=min(num_examples, _size(data)), desc="inform", disable=hide, unit="example")
@@ -107,20 +113,20 @@ def inform(
         for indices, batch in _batches(data, collate, length, num_examples, batch_size, seed):
             batch, count = to_device(batch, device), blora.likelihood.examples(batch)
             skipped = kept(prefix, indices, batch) if prefix and indices else nullcontext()
-            watched = updates_in_place(blora.model.adapters, cast(Any, probes))
+            watched = updates_in_place(blora.model.adapters, updates)
             with skipped, watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = blora.likelihood.logits(blora.net, batch)
             law = blora.likelihood.distribution(logits, blora.likelihood.labels(batch))
             gradients = torch.autograd.grad(
-                law.log_prob(law.sample()).sum(), [probe.output for probe in probes]
+                law.log_prob(law.sample()).sum(), [probe.output for probe in probes.values()]
             )
-            for sketch, probe, gradient in zip(sketches.values(), probes, gradients, strict=True):
-                sketch.add(_by_example(gradient, count), _by_example(probe.input, count))
+            for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
+                sketches[name].add(_by_example(gradient, count), _by_example(probe.input, count))
             bar.update(count)
-    for group in blora.model.groups:
-        factors = [sketches[name].factors() for name in group.module_names]
+    for prior in _asking(blora):
+        factors = [sketches[name].factors() for name in prior.group.module_names]
         rows, columns = (torch.stack(side) for side in zip(*factors, strict=True))
-        getattr(blora.model, group.name).inform(rows, columns)
+        prior.inform(rows, columns)
 
 
 def _size(data: Sequence[Any] | DataLoader[Any]) -> int:

@@ -14,15 +14,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import SiteGuide
-from pyro_blora.inference.fit import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.inform import inform, wants_informing
+from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import device_of
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import logits_of_draws
-from pyro_blora.posterior.structured_guide import draws_apart
+from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart
 
 __all__ = ["BayesianLoRATrainer"]
 
@@ -75,7 +74,7 @@ class BayesianLoRATrainer(Trainer):
         **options: Any,
     ) -> None:
         args = TrainingArguments("out") if args is None else args
-        if not isinstance(model.guide_family, SiteGuide):
+        if not isinstance(model.guide, StructuredGuide):
             raise ConfigurationError(
                 f"guide={model.guide_family!r} cannot be written to a checkpoint; take a family "
                 "of pyro_blora.guides, or SVI with a loop of your own."
@@ -89,8 +88,7 @@ class BayesianLoRATrainer(Trainer):
             raise ConfigurationError(
                 f"learning_rates has {sorted(unknown)}; the roles are {list(LEARNING_RATES)}."
             )
-        usual = {**LEARNING_RATES, **model.prior.learning_rates}
-        self.learning_rates = {**usual, **(learning_rates or {})}
+        self.learning_rates = learning_rates or {}
         self.blora = model
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
         args.label_names = args.label_names or ["labels"]
@@ -107,7 +105,8 @@ class BayesianLoRATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
-            groups = parameter_groups(self.blora, self.learning_rates)
+            rates = rates_by_group(self.blora.model, self.learning_rates)
+            groups = parameter_groups(self.blora, *rates)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)

@@ -1,13 +1,13 @@
 """Which layers of a network are adapted, and how they are grouped.
 
 Targets are named as PEFT names them: a list of name suffixes, one regular expression, or
-``"all-linear"``. Layers of equal shape form one :class:`LayerGroup`, and one group is one sample
-site under one plate: the cost of Pyro does not grow with the depth of the network.
+``"all-linear"``. Layers of equal name ending and shape form one :class:`LayerGroup`, and one group
+is one sample site under one plate: the cost of Pyro does not grow with the depth of the network.
 """
 
 import difflib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ _CLASSIFICATION_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """``n`` layers of one shape, adapted by one stacked update.
+    """``n`` layers of one kind and shape, adapted by one stacked update.
 
     Attributes:
         name: what the group is called in site and parameter names, e.g. ``"q_proj"``.
@@ -203,10 +203,10 @@ def _suffixes(names: Iterable[str]) -> list[str]:
 
 
 def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
-    """Groups layers of equal shape, in the order of their first member.
+    """Groups layers of equal name ending and shape, in the order of their first member.
 
-    A group is named after its layers' last name parts, joined by ``_`` (``"k_proj_v_proj"``), with
-    the shape added where two groups would be called alike.
+    A group is called by the ending, ``"q_proj"``, or ``"layer"`` where that is a number; where
+    layers of one ending differ in shape, theirs is added: ``"q_proj_16x32"``.
 
     Raises:
         ConfigurationError: ``targets`` is empty, or holds what is no linear layer.
@@ -219,19 +219,16 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
     """
     if not targets:
         raise ConfigurationError("There are no layers to group; pass at least one.")
-    by_shape: dict[tuple[int, int], dict[str, nn.Module]] = defaultdict(dict)
+    kinds: dict[tuple[str, tuple[int, int]], dict[str, nn.Module]] = defaultdict(dict)
     for name, module in targets.items():
         shape = layer_shape(module)
         if shape is None:
             raise ConfigurationError(f"{name} is a {type(module).__name__}, not a linear layer.")
-        by_shape[shape][name] = module
-    names = {s: "_".join(_suffixes(members)) for s, members in by_shape.items()}
+        ending = name.rsplit(".", 1)[-1]
+        kinds["layer" if ending.isdigit() else ending, shape][name] = module
+    shapes = Counter(ending for ending, _ in kinds)
     groups = []
-    for (d_out, d_in), members in by_shape.items():
-        name = names[d_out, d_in]
-        if list(names.values()).count(name) > 1 or name.isdigit():
-            name = f"{name}_{d_out}x{d_in}"
-        if name[0].isdigit():
-            name = f"layer_{name}"
+    for (ending, (d_out, d_in)), members in kinds.items():
+        name = ending if shapes[ending] == 1 else f"{ending}_{d_out}x{d_in}"
         groups.append(LayerGroup(name, tuple(members), d_out, d_in, tuple(members.values())))
     return groups

@@ -23,12 +23,15 @@ from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Adapter, updates_in_place, updates_kept_for_backward
+from pyro_blora.network.by_group import by_group
 from pyro_blora.network.fast_path import rows_come_first
 from pyro_blora.network.frozen_prefix import frozen_blocks, skippable_blocks
 from pyro_blora.network.quantised import is_packed
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.network.trained_heads import TrainedHeads
+from pyro_blora.options import check_kind
 from pyro_blora.posterior.amortised_context import ELBO_PLATE, open_plates
+from pyro_blora.posterior.unknown_sites import warns_of_unknown_sites
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
@@ -50,6 +53,10 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 class BayesianLoRAModel(PyroModule):
     """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
 
+    Its latent sites are those of each group's prior, ``"<group>.<site>"``, such as ``"q_proj.V"``;
+    what is observed is called ``"labels"``. Conditioning on a name that is none of its sites, or
+    replaying one, gives a warning.
+
     The frozen network is held where module tracking does not see it, so that Pyro cannot turn its
     weights into parameters, and ``state_dict`` has the adapter alone.
 
@@ -66,11 +73,14 @@ class BayesianLoRAModel(PyroModule):
         self,
         net: nn.Module,
         groups: list[LayerGroup],
-        prior: UpdateModel,
+        prior: UpdateModel | Mapping[str, UpdateModel],
         likelihood: Likelihood,
         heads: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
+        for each in priors.values():
+            check_kind("prior", each, UpdateModel)
         self._net, self._prior = (net,), (prior,)  # in tuples, so that they are no children
         # once: a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
@@ -79,7 +89,12 @@ class BayesianLoRAModel(PyroModule):
         self.kl_weight = 1.0
         self.precision = "float32"
         for group in groups:
-            setattr(self, group.name, prior.bind(group))
+            if hasattr(self, group.name):
+                raise ConfigurationError(
+                    f"Layers called {group.name!r} have the name of a part of the model; leave "
+                    "them out with exclude_modules, or call them otherwise in the network."
+                )
+            setattr(self, group.name, priors[group.name].bind(group))
         self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
@@ -94,8 +109,8 @@ class BayesianLoRAModel(PyroModule):
         return self._net[0]
 
     @property
-    def prior(self) -> UpdateModel:
-        """The prior as it was given, before it knew the layers."""
+    def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
+        """The prior, or those by group, as given, before they knew the layers."""
         return self._prior[0]
 
     @cached_property
@@ -178,8 +193,8 @@ class BayesianLoRAModel(PyroModule):
         ):
             yield self.net
 
-    def forward(self, batch: Batch) -> dict[str, LowRankUpdate]:
-        """Samples the updates and scores the labels of ``batch``.
+    def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+        """Samples the updates and scores the labels of ``batch``; without one, samples alone.
 
         The examples are shared out evenly among the vectorised particles of an ELBO, in order.
         Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
@@ -190,6 +205,12 @@ class BayesianLoRAModel(PyroModule):
             BatchError: the batch is not what the likelihood takes.
             ConfigurationError: HMC or NUTS runs the model, and the conditional is noisy.
         """
+        with warns_of_unknown_sites({site.name for site in self.sites}):
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch | None) -> dict[str, LowRankUpdate]:
+        if batch is None:
+            return self.updates()
         examples = self.likelihood.examples(batch)
         updates = self.updates()
         enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)

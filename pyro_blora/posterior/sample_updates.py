@@ -134,7 +134,8 @@ def mean_updates(
         if isinstance(guide, StructuredGuide) and not guide.couples_sites:
             for name, node in linear.items():  # independent of what is drawn
                 value = centre[name]
-                value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1)) if lead else value
+                if guide.families()[name].reads_context:  # it has one for each example
+                    value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1))
                 held.add_node(name, **{**node, "value": value, "is_observed": False})
     means: dict[str, list[list[Tensor]]] = defaultdict(list)
     with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):

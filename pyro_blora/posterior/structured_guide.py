@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
+from pyro_blora.network.by_group import by_group
 from pyro_blora.posterior.amortised_context import (
     context_of_particles,
     context_size,
@@ -77,22 +78,32 @@ class StructuredGuide(PyroModule):
     """q over all sites: the product of one :class:`SiteGuide` for each.
 
     Its sites have the names, plates and order of the model's, as
-    :class:`~pyro.infer.TraceMeanField_ELBO` requires. The family is copied for each.
+    :class:`~pyro.infer.TraceMeanField_ELBO` requires. The family, or that of the site's group, is
+    copied for each.
     """
 
-    def __init__(self, family: SiteGuide, sites: list[Site], model: BayesianLoRAModel) -> None:
+    def __init__(
+        self,
+        family: SiteGuide | Mapping[str, SiteGuide],
+        sites: list[Site],
+        model: BayesianLoRAModel,
+    ) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
         self._attributes = {site.name: site.name.replace(".", "_") for site in sites}
         frames = {frame.name: frame for site in sites for frame in site.plates}
         # made once, for all the sites within: a new plate costs as much as a site
         self._plates = {n: pyro.plate(n, frame.size, dim=frame.dim) for n, frame in frames.items()}
-        size = context_size(model.net) if family.reads_context else 0
+        chosen: dict[str, SiteGuide] = by_group("guide", family, model.groups)
+        families = list(chosen.values())
+        self.reads_context = any(each.reads_context for each in families)
+        self.couples_sites = any(each.couples_sites for each in families)
+        self.is_symmetric = all(each.symmetric for each in families)
+        size = context_size(model.net) if self.reads_context else 0
         for site in sites:
-            bound = family.bind(replace(site, context_size=size))
+            own = chosen[site.group] if isinstance(family, Mapping) else family
+            bound = own.bind(replace(site, context_size=size))
             setattr(self, self._attributes[site.name], bound)
-        self.reads_context, self.couples_sites = family.reads_context, family.couples_sites
-        self.is_symmetric = family.symmetric
         self.nesting = model.max_plate_nesting
 
     def families(self) -> dict[str, SiteGuide]:
@@ -133,7 +144,7 @@ class StructuredGuide(PyroModule):
             context = arrange(pooled_context(self._model[0].net, batch))
             context = context.reshape(len(context), *(1,) * self.nesting, context.shape[-1])
         for family in self.families().values():
-            family.context = context
+            family.context = context if family.reads_context else None
 
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
@@ -153,12 +164,17 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
         return total
 
 
-def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> nn.Module:
-    """The guide of a model, of a family or by a callable that makes a guide from the model.
+def make_guide(
+    family: SiteGuide | Mapping[str, SiteGuide] | GuideFactory, model: BayesianLoRAModel
+) -> nn.Module:
+    """The guide of a model, of families or by a callable that makes a guide from the model.
 
     Raises:
         ConfigurationError: ``family`` is neither, or is a class and not an object.
     """
+    if isinstance(family, Mapping):
+        _check_families(family)
+        return StructuredGuide(family, model.sites, model)
     if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
         raise ConfigurationError(
             f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable that "
@@ -175,6 +191,21 @@ def make_guide(family: SiteGuide | GuideFactory, model: BayesianLoRAModel) -> nn
             "the class of an AutoGuide, guide=AutoNormal, or a function that makes a guide."
         )
     return guide
+
+
+def _check_families(families: Mapping[str, SiteGuide]) -> None:
+    for key, family in families.items():
+        if not isinstance(family, SiteGuide):
+            raise ConfigurationError(
+                f"guide: {key!r} has {family!r}, and for a group of layers it must be a family of "
+                "pyro_blora.guides, as an object; an AutoGuide is one for the whole model."
+            )
+    found = sorted({repr(family) for family in families.values() if isinstance(family, PostHoc)})
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"guide: {' and '.join(found)} both find their width after training, each around the "
+            "point of all others; take one of them, beside guides that are trained."
+        )
 
 
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:

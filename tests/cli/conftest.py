@@ -63,3 +63,22 @@ def run(monkeypatch, capsys):
         return code or 0, out, err
 
     return run
+
+
+OWN = """
+from own_classes import Plain, Spread
+
+class Needs(Plain):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """The current folder has a module ``mine`` with a prior and a guide."""
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("mine", None)

@@ -128,6 +128,24 @@ def test_a_full_disk_keeps_the_rows_before(run, words, tmp_path, monkeypatch):
     assert len(json.loads((out / "results.json").read_text())["rows"]) == 1
 
 
+def test_classes_of_ones_own_by_their_path(run, words, tmp_path, own_module):
+    pair, out = "mine:Plain+MeanField", tmp_path / "out"
+    methods = f"{pair},temperature:Subspace+mine:Spread"
+    options = ["--seeds", 0, "--max-steps", 2, "--rank", 3]
+    code, text, err = run("compare", *words, "--methods", methods, *options, "--out", out)
+    assert code == 0, err
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == methods.split(",")
+    assert pair in text
+    pyro.clear_param_store()
+    more = ["--max-steps", 2, "--rank", 3, "--out", tmp_path / "adapter"]
+    code, text, err = run("train", *words, "--method", pair, *more)
+    assert code == 0, err
+    assert "Plain(rank=3)" in text
+    config = json.loads((tmp_path / "adapter" / "bayesian_lora_config.json").read_text())
+    assert config["prior"]["name"] == "Plain"
+
+
 def test_train_shows_its_validation(run, words, tmp_path):
     options = ["--max-steps", 60, "--rank", 2, "--max-validation", 5, "--out", tmp_path / "out"]
     code, text, err = run("train", *words, *options)

@@ -118,3 +118,17 @@ def test_unknown_options_are_refused(run):
     code, _, err = run("compare", "--sseeds", "1")
     assert code == 2
     assert "--sseeds" in err
+
+
+@pytest.mark.parametrize(
+    ("methods", "told"),
+    [
+        ("nowhere:Prior+MeanField", ["'nowhere'", "current folder"]),
+        ("mine:Plan+MeanField", ["mine:Plan", "'Plain'"]),
+        ("mine:Plain+mine:Sprad", ["mine:Sprad", "'Spread'"]),
+        ("mine:Spread+MeanField", ["prior 'mine:Spread'", "Plain"]),
+        ("temperature:mine:Needs+MeanField", ["without a default, what"]),
+    ],
+)
+def test_a_mistake_in_the_path_of_a_class(refused, own_module, methods, told):
+    refused(*told, methods=methods)

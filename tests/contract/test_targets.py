@@ -108,12 +108,14 @@ def test_shapes():
     assert layer_shape(c_attn) == (48, 16)
 
 
-def test_one_group_for_each_shape():
+def test_one_group_for_each_kind_of_layer():
     targets = find_targets(tiny.llama(), ["q_proj", "k_proj", "v_proj", "o_proj"])
     groups = group_layers(targets)
     assert [(g.name, g.n, g.d_out, g.d_in) for g in groups] == [
-        ("o_proj_q_proj", 4, 16, 16),
-        ("k_proj_v_proj", 4, 8, 16),
+        ("q_proj", 2, 16, 16),
+        ("k_proj", 2, 8, 16),
+        ("v_proj", 2, 8, 16),
+        ("o_proj", 2, 16, 16),
     ]
     for group in groups:
         assert all(targets[n] is m for n, m in zip(group.module_names, group.modules, strict=True))
@@ -128,9 +130,14 @@ def test_two_shapes_of_one_name():
     ]
 
 
-def test_a_group_name_is_an_identifier():
-    names = [g.name for g in group_layers({"0": nn.Linear(4, 3), "2": nn.Linear(3, 2)})]
-    assert names == ["layer_0_3x4", "layer_2_2x3"]
+def test_layers_that_have_numbers_for_names():
+    layers = {"0": nn.Linear(4, 3), "2": nn.Linear(3, 2), "5": nn.Linear(4, 3)}
+    groups = group_layers(layers)
+    assert [(g.name, g.module_names) for g in groups] == [
+        ("layer_3x4", ("0", "5")),
+        ("layer_2x3", ("2",)),
+    ]
+    assert group_layers({"0": nn.Linear(4, 3)})[0].name == "layer"
 
 
 def test_groups_need_linear_layers():

@@ -1,0 +1,59 @@
+"""The groups, the sites and the sizes of an adapter, for people to read."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGaussian, AutoGuide, AutoStructured
+from torch import nn
+
+from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.structured_guide import StructuredGuide
+
+__all__ = ["described_groups", "size_to_come"]
+
+
+def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -> Iterator[str]:
+    """A line for each group of layers and for each of its sites, with their parameters."""
+    families = guide.families() if isinstance(guide, StructuredGuide) else {}
+
+    def line(site: Site) -> str:
+        shape = " x ".join(map(str, site.prior.shape())) or "one number"
+        family = families.get(site.name)
+        size = "" if family is None else f", {_size(family):,} parameters in the guide"
+        return f"    {site.name}: {shape}{size}"
+
+    for group in model.groups:
+        size = _size(getattr(model, group.name))
+        yield (
+            f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
+            f"{size:,} parameters in the prior"
+        )
+        yield from (line(site) for site in model.sites if site.group == group.name)
+    names = [group.name for group in model.groups]
+    yield from (line(site)[2:] for site in model.sites if site.group not in names)
+    if not families:
+        size = _size(guide) + size_to_come(guide, made_by, model)
+        yield (f"  guide: {size:,} parameters" if size else "  guide: no parameters yet")
+
+
+def size_to_come(guide: nn.Module, made_by: Any, model: BayesianLoRAModel) -> int:
+    """How many parameters an AutoGuide makes at its first call, where that lies ahead; else none.
+
+    Another one that ``made_by`` makes is called without a batch, so that the network does not run.
+    """
+    if not isinstance(guide, AutoGuide) or any(True for _ in guide.parameters()):
+        return 0
+    exchanged = isinstance(made_by, SiteGuide | Mapping)
+    if exchanged or isinstance(guide, AutoGaussian | AutoStructured):  # which read what is observed
+        return 0
+    twin = made_by(model)
+    with torch.no_grad(), forked_rng(model.groups[0].device), pyro.get_param_store().scope():
+        twin()
+    return _size(twin)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,312 @@
+"""Names of groups and sites, and a prior and a guide for each group."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pyro
+import pytest
+import tiny
+import torch
+from own_classes import Plain, Spread
+from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import (
+    AutoGaussian,
+    AutoLowRankMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
+from transformers import TrainingArguments
+
+from pyro_blora import BayesianLoRA, checkpoints, fit
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.guides import (
+    Amortized,
+    Delta,
+    Ensemble,
+    FullRank,
+    Isotropic,
+    Laplace,
+    MatrixNormal,
+    MeanField,
+)
+from pyro_blora.inference.trainer import BayesianLoRATrainer
+from pyro_blora.models import FisherInducing, Hierarchical, KroneckerInducing, Subspace
+
+PRIORS = {".*": KroneckerInducing(rank=2), "v_proj": Subspace(rank=3)}
+GUIDES = {"q.*": MatrixNormal(), ".*": FullRank()}
+
+
+def trained(blora, steps=1, **options):
+    rows = tiny.examples(12)
+    options = {"collate": tiny.collate, "batch_size": 12, "progress": False, **options}
+    fit(blora, rows, num_steps=steps, **options)
+    return blora
+
+
+def test_each_group_has_its_own():
+    blora = tiny.adapted(prior=PRIORS, guide=GUIDES)
+    assert {site.name: tuple(site.prior.shape()) for site in blora.model.sites} == {
+        "q_proj.V": (2, 2, 2),
+        "v_proj.s": (2, 3),
+    }
+    kinds = {name: type(family) for name, family in blora.guide.families().items()}
+    assert kinds == {"q_proj.V": MatrixNormal, "v_proj.s": FullRank}
+    assert blora.prior is PRIORS
+    assert blora.guide_family is GUIDES
+    before = tiny.trained(blora)
+    trained(blora, steps=2)
+    assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
+    assert blora.predict(tiny.sequences(), 4).samples.isfinite().all()
+
+
+def test_the_posterior_is_that_of_two_adapters_side_by_side():
+    """The KL is a sum over groups, and the mean update of each group is that group's alone."""
+    torch.manual_seed(0)
+    both = tiny.adapted(prior=PRIORS, guide=GUIDES)
+    with torch.no_grad():
+        for parameter in both.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    state, kl, updates = both.state_dict(), both.kl(), both.sample_updates(0)
+    both.unwrap()
+    alone = {"q_proj": (PRIORS[".*"], GUIDES["q.*"]), "v_proj": (PRIORS["v_proj"], GUIDES[".*"])}
+    total = 0.0
+    for name, (prior, guide) in alone.items():
+        pyro.clear_param_store()
+        blora = tiny.adapted(both.net, target_modules=[name], prior=prior, guide=guide)
+        blora.load_state_dict({k: v for k, v in state.items() if k.split(".")[1].startswith(name)})
+        total += blora.kl()
+        found = blora.sample_updates(0)[name].layers()
+        for one, other in zip(found, updates[name].layers(), strict=True):
+            assert torch.equal(one.weight(), other.weight())
+        blora.unwrap()
+    torch.testing.assert_close(kl, total)
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "told"),
+    [
+        ("prior", {"q_prj": Subspace(), ".*": Subspace()}, r"'q_prj' matches no.*mean 'q_proj'"),
+        ("prior", {"q_proj": Subspace(rank=2)}, r"no key of \['q_proj'\].*'v_proj'.*'\.\*'"),
+        ("prior", {}, "group 'q_proj'"),
+        ("prior", {"q_proj": Subspace, ".*": Subspace(rank=2)}, "not the class"),
+        ("prior", {"(": Subspace()}, "nor a regular expression"),
+        ("prior", {0: Subspace()}, "nor a regular expression"),
+        ("guide", {"proj": Delta()}, "'proj' matches no group"),
+        ("guide", {"v_proj": Delta()}, "group 'q_proj'"),
+        ("guide", {".*": AutoNormal}, "AutoGuide is one for the whole"),
+        ("guide", {".*": MeanField}, "as an object"),
+        ("guide", {"q.*": Laplace(), ".*": Isotropic()}, r"Isotropic\(\) and Laplace\(\) both"),
+    ],
+)
+def test_what_matches_no_group(option, given, told):
+    net = tiny.llama()
+    with pytest.raises(ConfigurationError, match=told):
+        tiny.adapted(net, **{option: given})
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_layer_that_has_the_name_of_a_part_of_the_model():
+    net = torch.nn.Sequential()
+    net.likelihood = torch.nn.Linear(4, 4)
+    with pytest.raises(ConfigurationError, match=r"called 'likelihood'.*exclude_modules"):
+        tiny.adapted(net, target_modules=["likelihood"])
+
+
+RATES = {"q_proj": FisherInducing(rank=2), "v_proj": KroneckerInducing(rank=2)}  # means: 5e-2, 2e-2
+
+
+def first_steps(before, blora):
+    """How far AdamW's first step, of the length of its rate, went in each group."""
+    moved = {n: (v - before[n]).abs().max().item() for n, v in tiny.trained(blora).items()}
+    return moved["guide.q_proj_V.loc_unconstrained"] / moved["guide.v_proj_V.loc_unconstrained"]
+
+
+@pytest.mark.parametrize(("given", "ratio"), [({}, 2.5), ({"lr_mean": 1e-2}, 1.0)])
+def test_rates_of_each_group_in_fit(given, ratio):
+    blora = tiny.adapted(prior=RATES)
+    before = tiny.trained(blora)
+    trained(blora, **given)
+    assert first_steps(before, blora) == pytest.approx(ratio, rel=1e-3)
+    informed = {name: getattr(blora.model, name) for name in RATES}
+    assert informed["q_proj"].informed
+    assert not hasattr(informed["v_proj"], "informed")
+
+
+def test_rates_of_each_group_and_checkpoints_in_the_trainer(tmp_path):
+    blora = tiny.adapted(prior=RATES, guide=GUIDES, num_data=12)
+    before = tiny.trained(blora)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=12, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_steps=1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    BayesianLoRATrainer(
+        blora, args, train_dataset=tiny.examples(12), data_collator=tiny.collate
+    ).train()
+    assert first_steps(before, blora) == pytest.approx(2.5, rel=1e-3)
+    blora.unwrap()
+    again = BayesianLoRA.from_pretrained(blora.net, tmp_path / "checkpoint-1")
+    assert tiny.equal(again.state_dict(), blora.state_dict())
+
+
+@pytest.mark.parametrize("prior", [KroneckerInducing(rank=2), Hierarchical(rank=2)], ids=repr)
+def test_a_guide_that_reads_the_input_beside_one_that_does_not(prior):
+    blora, batch = (
+        tiny.adapted(prior=prior, guide={"q.*": Amortized(), ".*": MeanField()}),
+        tiny.sequences(8),
+    )
+    with torch.no_grad():
+        for parameter in blora.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    elbo = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    loss = elbo(blora.model, blora.guide)(batch)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in blora.parameters())
+    whole = blora.predict(batch, 0).probs
+    one = {key: value[2:3] for key, value in batch.items()}
+    own = blora.predict(one, 0).probs[0]  # the same whatever else is in the batch
+    exact = isinstance(prior, KroneckerInducing) and type(prior) is KroneckerInducing
+    torch.testing.assert_close(whole[2], own, atol=1e-6 if exact else 0.05, rtol=0)
+    assert blora.predict(batch, 3).samples.shape == (3, 8, 3)
+
+
+def test_a_post_hoc_guide_beside_one_that_is_trained():
+    blora = trained(tiny.adapted(prior=PRIORS, guide={"q.*": Laplace(), ".*": MeanField()}), 3)
+    q, v = blora.guide.families().values()
+    assert q.finished
+    assert (q.width > 0).all()
+    assert (v.distribution().variance > 0).all()
+
+
+OWN = {"q_proj": Plain(), ".*": KroneckerInducing(rank=2)}
+
+
+def test_own_classes_for_some_groups_are_read_back(tmp_path):
+    blora = tiny.adapted(prior=OWN, guide={".*": Ensemble(members=2), "v_proj": Spread()})
+    expected = blora.state_dict()
+    blora.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
+    assert list(config["prior"]["by_group"]) == ["q_proj", ".*"]
+    net = blora.unwrap()
+    parts = {"prior": {"q_proj": Plain()}, "guide": {"v_proj": Spread()}}
+    again = BayesianLoRA.from_pretrained(net, tmp_path, **parts)
+    assert tiny.equal(again.state_dict(), expected)
+    assert repr(again) == repr(blora)
+    again.unwrap()
+    for wrong, told in (
+        ({}, "'Plain' is not in"),
+        ({**parts, "prior": {"q_proj": Plain(rank=3)}}, "rank=3"),
+        ({**parts, "prior": {"q": Plain()}}, r"those of \['q_proj', '\.\*'\]"),
+        ({**parts, "prior": Plain()}, r"those of \['q_proj', '\.\*'\]"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            BayesianLoRA.from_pretrained(net, tmp_path, **wrong)
+
+
+def test_one_prior_was_saved_and_several_are_given(tmp_path):
+    blora = tiny.adapted()
+    blora.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="saved with one for all groups"):
+        BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, prior=PRIORS)
+
+
+def given(model, names):
+    return pyro.condition(model, data={name: torch.zeros(2, 2, 2) for name in names})
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        given,
+        lambda model, names: pyro.do(model, data={name: torch.zeros(2, 2, 2) for name in names}),
+        lambda model, names: pyro.poutine.replay(
+            model,
+            trace=pyro.poutine.trace(
+                lambda: [pyro.sample(n, pyro.distributions.Normal(0, 1)) for n in names]
+            ).get_trace(),
+        ),
+    ],
+    ids=["condition", "do", "replay"],
+)
+def test_a_value_for_an_unknown_site_is_told(put):
+    blora, batch = tiny.adapted(), tiny.sequences()
+    with pytest.warns(UserWarning, match=r"'q_proj_v_proj.V', which is no site.*'q_proj.V'"):
+        put(blora.model, ["q_proj_v_proj.V"])(batch)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_no_warning_where_all_is_well(parallel):
+    """Warnings are errors here: auxiliary sites of AutoGuides, data, and a batch of labels."""
+    blora, batch = tiny.adapted(guide=AutoLowRankMultivariateNormal), tiny.sequences(4)
+    given(blora.model, ["q_proj.V"])(batch)
+    pyro.condition(blora.model, data={"labels": batch["labels"]})(batch)
+    blora.guide(batch)
+    assert Trace_ELBO(max_plate_nesting=1).loss(blora.model, blora.guide, batch) > 0
+    options = {"num_samples": 2, "parallel": parallel, "return_sites": ["labels"]}
+    assert len(Predictive(blora.model, guide=blora.guide, **options)(batch)["labels"]) == 2
+
+
+def test_without_a_batch_the_model_is_the_prior():
+    trace = pyro.poutine.trace(tiny.adapted().model).get_trace()
+    names = [name for name in trace.stochastic_nodes if not name.endswith(".layers")]
+    assert names == ["q_proj.V", "v_proj.V"]
+    assert not trace.observation_nodes
+
+
+def test_print_shows_groups_and_sites():
+    text = repr(tiny.adapted(prior=PRIORS, guide=GUIDES))
+    for line in (
+        "prior:      {'.*': KroneckerInducing(rank=2), 'v_proj': Subspace(rank=3)}",
+        "q_proj: 2 layers of 16 x 16, 138 parameters in the prior",
+        "q_proj.V: 2 x 2 x 2, 24 parameters in the guide",
+        "v_proj: 2 layers of 8 x 16, 144 parameters in the prior",
+        "v_proj.s: 2 x 3, 24 parameters in the guide",
+        "trainable: 330 beside",
+    ):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    "kind", [AutoNormal, lambda model: AutoLowRankMultivariateNormal(model, rank=3)]
+)
+def test_print_counts_an_autoguide_before_its_first_call(kind):
+    blora, batch = tiny.adapted(guide=kind), tiny.sequences()
+    state = torch.get_rng_state()
+    before, count = repr(blora), blora.trainable_parameters
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not list(blora.guide.parameters())
+    blora.guide(batch)
+    guide = sum(parameter.numel() for parameter in blora.guide.parameters())
+    assert f"guide: {guide:,} parameters" in before
+    assert count == sum(parameter.numel() for parameter in blora.parameters())
+    assert repr(blora) == before
+
+
+@pytest.mark.parametrize("kind", [AutoGaussian, AutoStructured])
+def test_print_makes_up_no_count(kind):
+    """How many these have depends on what is observed."""
+    assert "guide: no parameters yet" in repr(tiny.adapted(guide=kind))
+
+
+@pytest.mark.parametrize(
+    ("build", "names"), [(tiny.gpt2, ["c_attn"]), (tiny.bert, ["query", "value"])]
+)
+def test_names_on_other_networks(build, names):
+    net = build()
+    blora = tiny.adapted(net, target_modules=None)
+    assert [group.name for group in blora.model.groups] == names
+    assert [site.name for site in blora.model.sites] == [f"{name}.V" for name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = {f"{name}.V": torch.zeros(2, 2, 2) for name in names[:1]}
+        pyro.condition(blora.model.updates, data=data)()
+
+
+def test_the_page_runs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "names.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"net": tiny.llama()}
+    exec(program, names)
+    found = {name: type(q) for name, q in names["blora"].guide.families().items()}
+    assert found == {"q_proj.s": FullRank, "v_proj.V": MatrixNormal}
