@@ -178,8 +178,8 @@ class BayesianLoRAModel(PyroModule):
         ):
             yield self.net
 
-    def forward(self, batch: Batch) -> dict[str, LowRankUpdate]:
-        """Samples the updates and scores the labels of ``batch``.
+    def forward(self, batch: Batch | None) -> dict[str, LowRankUpdate]:
+        """Samples the updates and scores the labels of ``batch``; of ``None`` the prior alone.
 
         The examples are shared out evenly among the vectorised particles of an ELBO, in order.
         Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
@@ -190,6 +190,8 @@ class BayesianLoRAModel(PyroModule):
             BatchError: the batch is not what the likelihood takes.
             ConfigurationError: HMC or NUTS runs the model, and the conditional is noisy.
         """
+        if batch is None:
+            return self.updates()
         examples = self.likelihood.examples(batch)
         updates = self.updates()
         enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
