@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pyro_blora.checkpoints.atomic import written
-from pyro_blora.errors import CheckpointError
+from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.network.pretrained import ADAPTER
 
 __all__ = ["CONFIG", "FORMAT", "OF_BASE", "WEIGHTS", "as_files", "read_config", "read_tensors"]
@@ -48,7 +48,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(_no_adapter(path)) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); save it again.") from error
+        raise CheckpointError(
+            f"{path} is not readable JSON ({first_line(error)}); save it again."
+        ) from error
     parts = {"format": int, "layers": dict, "prior": dict, "guide": dict, "likelihood": dict}
     for key, kind in parts.items():
         if not isinstance(config, dict) or not isinstance(config.get(key), kind):
@@ -91,7 +93,7 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is corrupt or incomplete ({error}); save it again."
+            f"{path} is corrupt or incomplete ({first_line(error)}); save it again."
         ) from error
     for name, tensor in tensors.items():
         own = tensor.is_floating_point() and not name.startswith(OF_BASE)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from pyro_blora.errors import CheckpointError
+from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.network.pretrained import ADAPTER
 
 __all__ = ["fetched", "pushed"]
@@ -26,7 +26,7 @@ def fetched(folder: str | os.PathLike[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(str(folder), allow_patterns=_FILES))
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
         raise CheckpointError(
-            f"{folder} does not exist here, and the hub does not give it ({_first_line(error)}). "
+            f"{folder} does not exist here, and the hub does not give it ({first_line(error)}). "
             f"Give a folder with a {ADAPTER}, which save_pretrained wrote, or the id of a "
             "repository with one."
         ) from error
@@ -44,12 +44,8 @@ def pushed(folder: Path, repo_id: str, *, private: bool | None, message: str) ->
         done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
     except Exception as error:  # as above
         raise CheckpointError(
-            f"{repo_id} was not pushed ({_first_line(error)}). Log in by `hf auth login` with a "
+            f"{repo_id} was not pushed ({first_line(error)}). Log in by `hf auth login` with a "
             "token that may write, give an id 'user/name', and see that the hub can be reached; "
             "save_pretrained keeps the adapter in a folder."
         ) from error
     return str(done.commit_url)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

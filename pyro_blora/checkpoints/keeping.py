@@ -14,7 +14,7 @@ from pyro_blora.checkpoints.card import Result
 from pyro_blora.checkpoints.hub import pushed
 from pyro_blora.checkpoints.peft_export import export_peft
 from pyro_blora.checkpoints.saved import read_pretrained, save_pretrained
-from pyro_blora.errors import CheckpointError
+from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
@@ -123,7 +123,7 @@ class Keeping(PyroModule):
             blora: Self = cls(saved.net, **saved.options, fast=fast)
         except Exception as error:  # what a spoiled option leads to may raise anything
             raise CheckpointError(
-                f"{folder} cannot be put on {type(saved.net).__name__}: {error}"
+                f"{folder} cannot be put on {type(saved.net).__name__}: {first_line(error)}"
             ) from error
         try:
             saved.load_into(blora)

