@@ -5,10 +5,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import ModelCardData
 
-from pyro_blora.checkpoints.parts import describe_guide
-from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import SequenceClassification
-from pyro_blora.network.pretrained import name_of
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
 __all__ = ["CARD", "MARK", "Result", "model_card"]
@@ -26,9 +23,9 @@ class Result(Protocol):
 
 
 def model_card(
+    config: Mapping[str, Any],
     model: BayesianLoRAModel,
     family: Any,
-    guide: Any,
     *,
     result: Result | None = None,
     notes: Mapping[str, object] | None = None,
@@ -37,14 +34,14 @@ def model_card(
     """The text of ``README.md``, with the hub's header.
 
     Args:
+        config: what the JSON file says.
         model: the model.
         family: the guide family, or what made the guide.
-        guide: the guide.
         result: what ``fit`` returned: steps, ELBO and validation go into the card.
         notes: more lines for the card, by their names.
         place: what to load: the repository's id, on the hub.
     """
-    base, kind = name_of(model.net), type(model.net).__name__
+    base, kind = config["base_model"], config["base"]["class"]
     on_hub = "/" in base
     classifies = isinstance(model.likelihood, SequenceClassification)
     header = ModelCardData(
@@ -53,15 +50,15 @@ def model_card(
         pipeline_tag="text-classification" if classifies else None,
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
-    made = describe_guide(family, guide)["name"]
     layers = ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups)
     data = model.likelihood.num_data
+    own = type(family).__qualname__ == config["guide"]["name"]
     rows = {
         "base": f"{base or 'a network that has no name on the hub'} ({kind})",
         "layers": layers,
-        "heads trained as points": ", ".join(model.trained_heads.names),
+        "heads trained as points": ", ".join(config["modules_to_save"]),
         "prior": repr(model.prior),
-        "guide": repr(family) if isinstance(family, SiteGuide) else made,
+        "guide": repr(family) if own else config["guide"]["name"],
         "likelihood": repr(model.likelihood),
         "training examples": "" if data is None else f"{data:,}",
         **(_figures(result, data) if result is not None else {}),
@@ -69,7 +66,7 @@ def model_card(
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v != "")
     net = "" if base else "net, "
-    own = "" if base else f"net = ...  # the {kind} that it was trained on\n"
+    wrap = "" if base else f"net = ...  # the {kind} that it was trained on\n"
     return f"""---
 {header.to_yaml()}
 ---
@@ -86,7 +83,7 @@ its posterior.
 ```python
 from pyro_blora import BayesianLoRA
 
-{own}blora = BayesianLoRA.from_pretrained({net}"{place}")
+{wrap}blora = BayesianLoRA.from_pretrained({net}"{place}")
 prediction = blora.predict(batch, num_samples=10)  # .probs, .entropy, .mutual_information
 ```
 

@@ -111,7 +111,7 @@ class Keeping(PyroModule):
         """
         if folder is None and not isinstance(net, nn.Module):
             net, folder = None, net
-        if folder is None or not isinstance(net, nn.Module | None):
+        if not isinstance(folder, str | os.PathLike) or not isinstance(net, nn.Module | None):
             raise CheckpointError(
                 "from_pretrained takes a folder or a hub id, or a network and one of these: "
                 f"from_pretrained('out') or from_pretrained(net, 'out'), not {net!r:.60} and "

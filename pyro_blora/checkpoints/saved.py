@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import transform_to
 
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.atomic import write_together, written
@@ -77,12 +78,12 @@ def save_pretrained(
         "likelihood": describe(model.likelihood),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.state_dict().items()}
-    prints = fingerprint(model.net, layers, heads)
+    prints = fingerprint(model.net, heads)
     files = as_files(config, tensors | {OF_BASE + name: t for name, t in prints.items()})
     card = written(folder, CARD)
     if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
-        about = {"result": result, "notes": notes, "place": place}
-        files[CARD] = model_card(model, family, adapter.guide, **about).encode()  # type: ignore[arg-type]
+        about: dict[str, Any] = {"result": result, "notes": notes, "place": place}
+        files[CARD] = model_card(config, model, family, **about).encode()
     write_together(folder, files)
 
 
@@ -115,6 +116,11 @@ class Saved:
         later = [n for n in own if n.endswith(".turn") or (".likelihood." in n and not scaled)]
         kept = {name: own[name] for name in later}
         tensors = {**kept, **self.tensors}
+        # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
+        for name in [n for n in self.tensors if f"{n}_unconstrained" in own]:
+            parent, _, last = name.rpartition(".")
+            constraint, _ = adapter.get_submodule(parent)._pyro_params[last]
+            tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
         if expected != found:
             differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))

@@ -1,6 +1,6 @@
 """Whether a network has the weights that an adapter was trained on: a few numbers tell."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,30 +10,27 @@ from pyro_blora.network.targets import name_in_base
 
 __all__ = ["altered", "fingerprint"]
 
-_TENSORS, _NUMBERS = 8, 4  # of the adapted layers, and as many of the rest; of each tensor
+_TENSORS, _NUMBERS = 512, 4  # at most, and of each
 _EXACT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PEFTS_OWN = ("lora_", "modules_to_save.")
 
 
-def fingerprint(
-    net: nn.Module, layers: Collection[str], heads: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """Four numbers of each of up to sixteen tensors, in their own dtype, on the CPU.
+def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Four numbers of each tensor, in its own dtype and on the CPU, by its name in the base.
 
-    Half of the tensors are of the adapted layers, where a merged adapter would show, half of the
-    rest, both spread evenly. Quantised weights, and those that are elsewhere (sharded, offloaded),
-    are left out.
+    Of a network of more than 512 tensors, of so many, evenly spread. Quantised weights, and those
+    that are elsewhere (sharded, offloaded), are left out. A change of other numbers of a tensor
+    than these four, as pruning may make, is not seen.
 
     Args:
         net: the network.
-        layers: the adapted layers' names in the base.
         heads: names in the base of heads that are trained, and so no part of it.
     """
     within = tuple(f"{head}." for head in heads)
     found = {name: t for name, t in _tensors(net) if not name.startswith(within)}
-    adapted = [name for name in found if name.rpartition(".")[0] in layers]
-    others = [name for name in found if name not in set(adapted)]
-    return {name: _numbers(found[name]) for name in (*_spread(adapted), *_spread(others))}
+    names, count = list(found), min(_TENSORS, len(found))
+    chosen = [names[k * len(names) // count] for k in range(count)]
+    return {name: _numbers(found[name]) for name in chosen}
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
@@ -66,11 +63,6 @@ def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 base = name_in_base(name)
                 if base == name or not any(own in name for own in _PEFTS_OWN):
                     yield base, tensor
-
-
-def _spread(names: Sequence[str]) -> list[str]:
-    count = min(_TENSORS, len(names))
-    return [names[(2 * k + 1) * len(names) // (2 * count)] for k in range(count)]
 
 
 def _numbers(tensor: Tensor) -> Tensor:
