@@ -11,6 +11,7 @@ __all__ = [
     "NoTargetError",
     "NonFiniteLossError",
     "ParticleError",
+    "first_line",
     "near_miss",
 ]
 
@@ -21,6 +22,11 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}Known: {', '.join(known)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class ConfigurationError(ValueError):

@@ -1,15 +1,9 @@
 """Saving and loading adapters: safetensors for numbers, JSON for the rest, nothing is unpickled."""
 
-from pyro_blora.checkpoints.atomic import write_atomically
+from pyro_blora.checkpoints.atomic import write_atomically, write_together, written
+from pyro_blora.checkpoints.files import CONFIG, WEIGHTS, read_config
 from pyro_blora.checkpoints.peft_export import export_peft
-from pyro_blora.checkpoints.saved import (
-    CONFIG,
-    WEIGHTS,
-    Saved,
-    read_config,
-    read_pretrained,
-    save_pretrained,
-)
+from pyro_blora.checkpoints.saved import Saved, read_pretrained, save_pretrained
 
 __all__ = [
     "CONFIG",
@@ -20,4 +14,6 @@ __all__ = [
     "read_pretrained",
     "save_pretrained",
     "write_atomically",
+    "write_together",
+    "written",
 ]

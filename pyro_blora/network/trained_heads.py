@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.quantised import is_quantised
-from pyro_blora.network.targets import body_of, head_names, matches
+from pyro_blora.network.targets import body_of, head_names, matches, name_in_base
 
 __all__ = ["TrainedHeads", "heads_to_train"]
 
@@ -88,7 +88,7 @@ class TrainedHeads(PyroModule):
                         "trained; load the network with it whole, or pass modules_to_save=()."
                     )
                 for name, own in owner.named_parameters(recurse=False):
-                    attribute = f"{path}.{name}".replace(".", "_")
+                    attribute = name_in_base(f"{path}.{name}").replace(".", "_")
                     self._owners[attribute] = f"{path}.{name}", owner, name
                     self.roles[attribute] = "head"
                     dtype = torch.promote_types(own.dtype, torch.float32)

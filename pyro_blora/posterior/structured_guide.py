@@ -30,6 +30,7 @@ __all__ = [
     "draws_apart",
     "make_guide",
     "start_guide",
+    "start_guide_alone",
     "warn_of_a_point",
 ]
 
@@ -53,6 +54,13 @@ def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
         )
     with torch.no_grad():
         guide(batch)
+
+
+def start_guide_alone(guide: nn.Module) -> None:
+    """The same without a batch, to be loaded into: the guide reads the prior alone."""
+    if not any(True for _ in guide.parameters()):
+        with torch.no_grad():
+            guide(None)
 
 
 @contextmanager

@@ -7,12 +7,11 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
-from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.errors import CheckpointError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network import fast_path
@@ -71,7 +70,8 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     assert again.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
     assert repr(again) == repr(blora)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoints.WEIGHTS, checkpoints.CONFIG]
+    names = ["README.md", checkpoints.WEIGHTS, checkpoints.CONFIG]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     size = (tmp_path / checkpoints.WEIGHTS).stat().st_size
     assert size < 4 * sum(p.numel() for p in net.parameters())
 
@@ -112,6 +112,7 @@ def test_a_checkpoint_from_before_heads_were_trained(tmp_path):
     blora.save_pretrained(tmp_path)
     config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
     assert config.pop("modules_to_save") == []
+    del config["sha256"]
     (tmp_path / checkpoints.CONFIG).write_text(json.dumps(config))
     blora.unwrap()
     pyro.clear_param_store()
@@ -177,8 +178,10 @@ def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
     blora = adapter(net, guides.Ensemble())
     blora.save_pretrained(tmp_path)
     tensors = {k: v for k, v in load_file(path).items() if not k.endswith(".turn")}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("base.")}
     assert tensors.keys() == dict(blora.named_parameters()).keys()
     save_file(tensors, path)
+    changed()(tmp_path)
     blora.unwrap()
     again = BayesianLoRA.from_pretrained(net, tmp_path)
     assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
@@ -227,14 +230,16 @@ def cut(size):
 def poison(folder):
     path = folder / checkpoints.WEIGHTS
     tensors = load_file(path)
-    next(iter(tensors.values())).fill_(float("nan"))
+    tensors["guide.q_proj_V.loc_unconstrained"].fill_(float("nan"))
     save_file(tensors, path)
 
 
 def changed(**parts):
+    """By hand, as it is when the line with the checksum is taken out."""
+
     def spoil(folder):
         path = folder / checkpoints.CONFIG
-        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": ""} | parts))
 
     return spoil
 
@@ -249,6 +254,7 @@ def named(name, **options):
         *((cut(size), "corrupt or incomplete") for size in (0, 5, 100, -1)),
         (lambda folder: torch.save({}, folder / checkpoints.WEIGHTS), "corrupt"),
         (poison, "not finite"),
+        (changed(sha256="0"), "not as it was saved"),
         (lambda folder: (folder / checkpoints.WEIGHTS).unlink(), checkpoints.WEIGHTS),
         (lambda folder: (folder / checkpoints.CONFIG).unlink(), "does not exist"),
         (lambda folder: (folder / checkpoints.CONFIG).write_text("{"), "not readable JSON"),
@@ -282,18 +288,24 @@ class Own(guides.MeanField):
 @pytest.mark.parametrize(
     ("part", "wrong", "right", "told"),
     [
-        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing(rank=3), "sigma"),
-        ("guide", Own(), Own(init_scale=0.5), "init_scale"),
+        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing, "sigma=0.3 for 9.0"),
+        ("guide", Own(), Own, "init_scale=0.5 for 0.3"),
     ],
 )
-def test_a_part_whose_options_are_not_the_saved_ones(part, wrong, right, told, tmp_path):
+def test_the_saved_options_of_a_part_are_taken(part, wrong, right, told, tmp_path):
+    """Of its class without a word; of an object that has others with a warning."""
     net, own = network(), Own(init_scale=0.5)
     likelihood = LabelTokens(token_ids=[5, 6, 7], num_data=99)
-    right = {"guide": own, part: right}
-    reread(net, adapter(net, own), tmp_path, **right, likelihood=likelihood).unwrap()
+    blora = adapter(net, own)
+    expected = repr(blora).replace("num_data=10", "num_data=99")
+    right = {"guide": own, part: right, "likelihood": likelihood}
+    read = reread(net, blora, tmp_path, **right)
+    assert repr(read) == expected
+    read.unwrap()
     pyro.clear_param_store()
-    with pytest.raises(CheckpointError, match=rf"{told}=.*saved.*{part}="):
-        BayesianLoRA.from_pretrained(net, tmp_path, **{**right, part: wrong})
+    with pytest.warns(UserWarning, match=rf"{part}=.*saved options are taken, {told}"):
+        read = BayesianLoRA.from_pretrained(net, tmp_path, **{**right, part: wrong})
+    assert repr(read) == expected
 
 
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
@@ -301,19 +313,11 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     blora = BayesianLoRA.from_pretrained(net, folder)
     before = (folder / checkpoints.WEIGHTS).read_bytes()
 
-    def fail(tensors, path):
-        path.write_bytes(b"half")
+    def fail(file):
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         blora.save_pretrained(folder)
     assert (folder / checkpoints.WEIGHTS).read_bytes() == before
-    assert len(list(folder.iterdir())) == 2
-
-
-def test_guides_that_cannot_be_rebuilt_are_refused(tmp_path):
-    blora = BayesianLoRA(network(), prior=KroneckerInducing(rank=2), guide=AutoNormal)
-    with pytest.raises(ConfigurationError, match="not a guide family"):
-        blora.save_pretrained(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    assert len(list(folder.iterdir())) == 3

@@ -1,0 +1,116 @@
+"""The model card of an adapter: what it is, what it was trained on, and how to load it."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from huggingface_hub import ModelCardData
+
+from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+
+__all__ = ["CARD", "MARK", "Result", "model_card"]
+
+CARD = "README.md"
+MARK = "<!-- save_pretrained writes this file anew; without this line it leaves it alone. -->"
+
+
+class Result(Protocol):
+    """What a card reads of what ``fit`` returns."""
+
+    history: list[dict[str, float]]
+    validation: list[tuple[int, float]]
+    best_step: int | None
+
+
+def model_card(
+    config: Mapping[str, Any],
+    model: BayesianLoRAModel,
+    family: Any,
+    *,
+    result: Result | None = None,
+    notes: Mapping[str, object] | None = None,
+    place: str = "path/to/this/folder",
+) -> str:
+    """The text of ``README.md``, with the hub's header.
+
+    Args:
+        config: what the JSON file says.
+        model: the model.
+        family: the guide family, or what made the guide.
+        result: what ``fit`` returned: steps, ELBO and validation go into the card.
+        notes: more lines for the card, by their names.
+        place: what to load: the repository's id, on the hub.
+    """
+    base, kind = config["base_model"], config["base"]["class"]
+    on_hub = "/" in base
+    classifies = isinstance(model.likelihood, SequenceClassification)
+    header = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="pyro_blora",
+        pipeline_tag="text-classification" if classifies else None,
+        tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
+    )
+    layers = ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups)
+    data = model.likelihood.num_data
+    own = type(family).__qualname__ == config["guide"]["name"]
+    rows = {
+        "base": f"{base or 'a network that has no name on the hub'} ({kind})",
+        "layers": layers,
+        "heads trained as points": ", ".join(config["modules_to_save"]),
+        "prior": repr(model.prior),
+        "guide": repr(family) if own else config["guide"]["name"],
+        "likelihood": repr(model.likelihood),
+        "training examples": "" if data is None else f"{data:,}",
+        **(_figures(result, data) if result is not None else {}),
+        **(notes or {}),
+    }
+    table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v != "")
+    net = "" if base else "net, "
+    wrap = "" if base else f"net = ...  # the {kind} that it was trained on\n"
+    return f"""---
+{header.to_yaml()}
+---
+
+# A Bayesian LoRA adapter
+
+Its low-rank updates are random, so that it says how sure it is: `predict` averages over draws of
+its posterior.
+
+| | |
+|---|---|
+{table}
+
+```python
+from pyro_blora import BayesianLoRA
+
+{wrap}blora = BayesianLoRA.from_pretrained({net}"{place}")
+prediction = blora.predict(batch, num_samples=10)  # .probs, .entropy, .mutual_information
+```
+
+`bayesian_lora_config.json` says how to rebuild it, `bayesian_lora.safetensors` has its tensors;
+nothing is unpickled.
+
+{MARK}
+"""
+
+
+def _figures(result: Result, data: int | None) -> dict[str, str]:
+    rows = {"steps": f"{len(result.history):,}"}
+    last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
+    if last and data:
+        nll, kl = (sum(f[key] for f in last) / len(last) for key in ("nll", "kl"))
+        rows["ELBO"] = (
+            f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "
+            f"nats), the mean of the last {len(last)} steps"
+        )
+    if result.validation:
+        told = ", ".join(f"{nll:.4g} at step {step}" for step, nll in result.validation[-1:])
+        best = dict(result.validation).get(result.best_step or 0)
+        rows["validation NLL"] = told + (
+            "" if best is None else f"; lowest {best:.4g} at step {result.best_step}"
+        )
+    return rows
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,175 @@
+"""The base by its name, the model card, and the hub, for which a folder stands in."""
+
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pyro
+import pytest
+import tiny
+import torch
+
+from pyro_blora import BayesianLoRA, checkpoints, fit
+from pyro_blora.checkpoints import base
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.likelihoods import SequenceClassification
+
+CARD = "README.md"
+
+
+def net(kind=tiny.llama, name="me/my-base"):
+    torch.manual_seed(0)
+    made = kind(1)
+    made.config.name_or_path = name
+    return made
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What ``load_pretrained`` is asked for; the base comes by its name."""
+    asked = []
+
+    def load(name, *, num_labels, dtype):
+        asked.append((name, num_labels, dtype))
+        if name != "me/my-base":
+            raise ConfigurationError(f"model {name!r} cannot be loaded.")
+        return net(tiny.llama if num_labels is None else tiny.bert).to(dtype), None
+
+    monkeypatch.setattr(base, "load_pretrained", load)
+    return asked
+
+
+class Hub:
+    """Keeps repositories in a folder."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert exist_ok
+        if repo_id.startswith("other/"):
+            raise OSError("403 Forbidden\nmore lines")
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, self.root / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/0")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    root = tmp_path / "hub"
+
+    def download(repo_id, *, allow_patterns):
+        if not (root / repo_id).exists():
+            raise OSError("404 Not Found\nmore lines")
+        return str(root / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(root))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return root
+
+
+def test_the_base_is_loaded_by_its_name(loads, tmp_path):
+    blora = tiny.adapted(net())
+    expected = blora.predict(tiny.sequences(), 0).probs
+    blora.save_pretrained(tmp_path)
+    pyro.clear_param_store()
+    for how in ({"folder": tmp_path}, {"net": str(tmp_path)}):
+        read = BayesianLoRA.from_pretrained(**how)
+        assert torch.equal(read.predict(tiny.sequences(), 0).probs, expected)
+        pyro.clear_param_store()
+    assert loads == 2 * [("me/my-base", None, torch.float32)]
+
+
+def test_a_classifier_in_half_precision_is_loaded_as_one(loads, tmp_path):
+    likelihood = SequenceClassification(num_data=12)
+    blora = tiny.adapted(net(tiny.bert).bfloat16(), target_modules=["query"], likelihood=likelihood)
+    blora.save_pretrained(tmp_path)
+    pyro.clear_param_store()
+    read = BayesianLoRA.from_pretrained(tmp_path)
+    assert loads == [("me/my-base", 3, torch.bfloat16)]
+    assert type(read.net) is type(blora.net)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        (tiny.llama, "/home/user/base", r"no name on the hub; load it yourself.*\(net, "),
+        (tiny.llama, "me/none", "its base does not load: model 'me/none' cannot"),
+        (tiny.gpt2, "me/my-base", "is a GPT2LMHeadModel, and 'me/my-base' loads as a Llama"),
+    ],
+)
+def test_a_base_that_does_not_come_by_its_name(loads, kind, name, told, tmp_path):
+    tiny.adapted(net(kind, name), target_modules=None).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=told):
+        BayesianLoRA.from_pretrained(tmp_path)
+
+
+def test_pushed_and_read_by_its_id(loads, hub):
+    blora = tiny.adapted(net())
+    expected = blora.predict(tiny.sequences(), 0).probs
+    url = blora.push_to_hub("my-adapter", private=True, notes={"accuracy": 0.5})
+    assert url == "https://hub/me/my-adapter/commit/0"
+    names = {CARD, checkpoints.CONFIG, checkpoints.WEIGHTS}
+    assert {path.name for path in (hub / "me" / "my-adapter").iterdir()} == names
+    pyro.clear_param_store()
+    read = BayesianLoRA.from_pretrained("me/my-adapter")
+    assert torch.equal(read.predict(tiny.sequences(), 0).probs, expected)
+    card = (hub / "me" / "my-adapter" / CARD).read_text()
+    assert 'from_pretrained("my-adapter")' in card
+    assert "| accuracy | 0.5 |" in card
+
+
+def test_a_hub_that_refuses_is_told_in_one_line(hub):
+    blora = tiny.adapted(net())
+    with pytest.raises(CheckpointError, match=r"^other/a was not pushed \(403 Forbidden\)[^\n]*$"):
+        blora.push_to_hub("other/a")
+    with pytest.raises(CheckpointError, match=r"^me/none does not exist here[^\n]*404 Not Found"):
+        BayesianLoRA.from_pretrained("me/none")
+    with pytest.raises(CheckpointError, match="does not exist; give"):
+        BayesianLoRA.from_pretrained("/no/such/folder")
+
+
+def test_without_a_network_it_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    blora = tiny.adapted(net())
+    with pytest.raises(CheckpointError, match=r"^me/none does not exist here[^\n]*$"):
+        BayesianLoRA.from_pretrained("me/none")
+    with pytest.raises(CheckpointError, match=r"^me/none was not pushed[^\n]*$"):
+        blora.push_to_hub("me/none")
+
+
+def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
+    blora = tiny.adapted(net(), num_data=10)
+    data = tiny.examples(10)
+    result = fit(
+        blora, data, collate=tiny.collate, num_steps=4, validation=data[:4], validate_every=2
+    )
+    blora.save_pretrained(tmp_path, result=result, notes={"task": "a | b"})
+    text = (tmp_path / CARD).read_text()
+    header = huggingface_hub.ModelCard(text).data.to_dict()
+    assert header["base_model"] == "me/my-base"
+    assert header["library_name"] == "pyro_blora"
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = {line[0]: line[1] for line in lines if len(line) > 1}
+    assert rows["base"] == "me/my-base (LlamaForCausalLM)"
+    assert rows["prior"] == repr(blora.prior)
+    assert rows["guide"] == "MatrixNormal()"
+    assert (rows["training examples"], rows["steps"]) == ("10", "4")
+    elbo = -sum(10 * f["nll"] + f["kl"] for f in result.history) / 4
+    assert rows["ELBO"].startswith(f"{elbo:.4g} nats")
+    assert f"{result.validation[-1][1]:.4g} at step 4" in rows["validation NLL"]
+    assert "a \\| b" in text
+    assert 'BayesianLoRA.from_pretrained("path/to/this/folder")' in text
+
+
+def test_a_page_of_the_users_own_stays(tmp_path):
+    blora = tiny.adapted(net())
+    (tmp_path / CARD).write_text("mine")
+    blora.save_pretrained(tmp_path)
+    assert (tmp_path / CARD).read_text() == "mine"
+    (tmp_path / CARD).unlink()
+    blora.save_pretrained(tmp_path, notes={"mark": 1})
+    blora.save_pretrained(tmp_path, notes={"mark": 2})
+    assert "| mark | 2 |" in (tmp_path / CARD).read_text()
