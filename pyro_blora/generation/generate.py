@@ -6,6 +6,7 @@ come out are averaged to one row again. To ``generate`` it is one network. So gr
 beams, streamers, processors and stopping criteria are transformers' own, unchanged.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -87,9 +88,11 @@ def generate(
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
-    options = to_device({"input_ids": input_ids, **options}, device)
-    options = {name: value for name, value in options.items() if value is not None}
-    prompt = {k: v for k, v in options.items() if k in ("input_ids", "attention_mask")}
+    if input_ids is not None:
+        options["input_ids"] = input_ids
+    options = to_device(options, device)
+    names = ("input_ids", "attention_mask")
+    prompt = {name: options[name] for name in names if options.get(name) is not None}
     if num_samples:
         # An amortised posterior has a draw for each prompt, others one for all of them.
         each = len(prompt["input_ids"]) if getattr(guide, "reads_context", False) else 1
@@ -98,19 +101,27 @@ def generate(
         updates = sample_updates(model, guide, 0, prompt)
     average = _Average(max(1, num_samples))
     if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):
-        names = inspect.signature(type(net).forward).parameters
-        name = "cache" if "cache" in names else "past_key_values"  # before transformers 5.24
+        known = inspect.signature(type(net).forward).parameters
+        name = "cache" if "cache" in known else "past_key_values"  # of older transformers
         options[name] = _CacheOfDraws(average.draws, net.config)
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    config = copy.deepcopy(options.get("generation_config"))
+    options |= wanted if config is None else {"generation_config": config}
+    if config is not None:
+        config.update(**wanted)
     with ExitStack() as stack:
         stack.enter_context(in_mode(model.net, training=False))
         stack.enter_context(model.applied(updates))
         if not fast_path.runs_eagerly(model.net.modules()):  # a graph made before has no hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(average.of(net))
-        wanted = {"return_dict_in_generate": True, "output_logits": True}
-        out = net.generate(**{**options, **wanted})
-    ends = torch.as_tensor(_setting(net, options, "eos_token_id", []), device=device)
-    return _measured(out, average.steps, ends, abstain_above)
+        out = net.generate(**options)
+    new = out.sequences[:, -len(out.logits) :]
+    rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
+    if rows is None:
+        here = torch.arange(len(new), device=new.device).unsqueeze(-1)
+        rows = here.where(_written(net, options, new), -1)
+    return _measured(out, average.steps, rows, abstain_above)
 
 
 class _Average:
@@ -141,6 +152,8 @@ class _Average:
         rows = next(len(value) for value in given if value is not None)
 
         def repeated(value: Any) -> Any:
+            if isinstance(value, dict):  # masks of several kinds of attention
+                return {kind: repeated(mask) for kind, mask in value.items()}
             if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != rows:
                 return value
             return value.repeat(self.draws, *(1,) * (value.dim() - 1))
@@ -207,35 +220,39 @@ def _check(
 
 
 def _setting(net: Any, options: Mapping[str, Any], name: str, default: Any) -> Any:
-    """An option's value as ``generate`` finds it."""
+    """An option's value as ``generate`` finds it, or ``default`` for none."""
     configs = (options.get("generation_config"), net.generation_config)
-    found = [options.get(name), *(getattr(config, name, None) for config in configs)]
+    found = [getattr(config, name, None) for config in configs]
+    found = [options[name]] if name in options else found
     return next((value for value in found if value is not None), default)
 
 
+def _written(net: Any, options: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """Which of the new tokens were picked, ``(N, T)``, and do not fill a row that has ended."""
+    ends = tokens.new_tensor(_setting(net, options, "eos_token_id", []))
+    padding = tokens.new_tensor(_setting(net, options, "pad_token_id", -1))
+    ended = torch.isin(tokens, ends).long()
+    picked = ended.cumsum(-1) == ended  # up to the first end, and the end itself
+    if any(options.get(name) for name in ("stop_strings", "stopping_criteria")):
+        fills = torch.isin(tokens, padding) & ~torch.isin(tokens, ends)
+        picked &= (~fills).flip(-1).cumsum(-1).flip(-1) > 0  # up to what is no padding
+    return picked
+
+
 def _measured(
-    out: Any, steps: list[Tensor], ends: Tensor, abstain_above: float | None
+    out: Any, steps: list[Tensor], rows: Tensor, abstain_above: float | None
 ) -> Generation:
-    """The uncertainty of each new token, from what was noted where it was picked."""
-    rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
-    length = len(out.logits) if rows is None else rows.shape[1]
+    """The uncertainty of each new token, from what was noted in the row it was picked from."""
+    picked, rows = rows >= 0, rows.clamp_min(0)
+    length = rows.shape[1]
     tokens = out.sequences[:, -length:]
-    if rows is None:
-        ended = torch.isin(tokens, ends).long()
-        real = ended.cumsum(-1) == ended  # up to the first end, and the end itself
-        rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1).expand_as(tokens)
-    else:
-        real, rows = rows >= 0, rows.clamp_min(0)
     log_probs = [
         step.log_softmax(-1)[row, token]
         for step, row, token in zip(out.logits, rows.unbind(-1), tokens.unbind(-1), strict=False)
     ]
     noted = torch.stack(steps)[torch.arange(length, device=rows.device), :, rows]  # N x T x 3
     values = torch.cat([torch.stack(log_probs, -1).unsqueeze(-1), noted], -1)
-    values = values.masked_fill(~real.unsqueeze(-1), math.nan)
-    means = values.nanmean(1)
-    epistemic = means[:, 2]
-    threshold = math.inf if abstain_above is None else abstain_above
-    return Generation(
-        out.sequences, *values.unbind(-1), means[:, 0], epistemic, epistemic > threshold
-    )
+    values = values.masked_fill(~picked.unsqueeze(-1), math.nan)
+    mean_log_prob, _, epistemic, _ = values.nanmean(1).unbind(-1)
+    abstained = epistemic > (math.inf if abstain_above is None else abstain_above)
+    return Generation(out.sequences, *values.unbind(-1), mean_log_prob, epistemic, abstained)

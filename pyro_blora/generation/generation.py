@@ -1,11 +1,14 @@
 """What generation gives: the tokens, and how sure the posterior is of each."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 __all__ = ["Generation"]
+
+_GIVEN: Any = None  # the default that ModelOutput wants of every field but the first
 
 
 @dataclass
@@ -46,11 +49,11 @@ class Generation(ModelOutput):
         # (1, 1 + 5), (1, 5), (1,)
     """
 
-    sequences: Tensor | None = None
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    mutual_information: Tensor | None = None
-    disagreement: Tensor | None = None
-    mean_log_prob: Tensor | None = None
-    epistemic: Tensor | None = None
-    abstained: Tensor | None = None
+    sequences: Tensor
+    log_probs: Tensor = _GIVEN
+    entropy: Tensor = _GIVEN
+    mutual_information: Tensor = _GIVEN
+    disagreement: Tensor = _GIVEN
+    mean_log_prob: Tensor = _GIVEN
+    epistemic: Tensor = _GIVEN
+    abstained: Tensor = _GIVEN
