@@ -196,8 +196,8 @@ class BayesianLoRA(Keeping):
         if not self.likelihood.has_classes:
             raise ConfigurationError(
                 "predict gives one distribution over classes for each example, and "
-                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or `with "
-                "blora.posterior(): net.generate(...)`."
+                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or "
+                "blora.generate(...)."
             )
         batch = to_device(batch, self.model.groups[0].device)
         warn_of_a_point(self.guide, num_samples)

@@ -1,6 +1,5 @@
 """``pyro-blora generate``: text from a saved adapter, coloured by what it does not know."""
 
-import math
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -33,16 +32,18 @@ def run(
     ] = False,
     temperature: Annotated[
         float,
-        typer.Option(help="Of sampling, from the average of the draws; 0: the likeliest token."),
+        typer.Option(
+            help="Of sampling, from the average of the draws; 0: the likeliest token.", min=0
+        ),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of so much mass.", max=1)
+        float, typer.Option(help="Sample from the likeliest tokens of so much mass.", min=0, max=1)
     ] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beams of a beam search.", min=1)] = 1,
     by: Annotated[By, typer.Option(help="What to colour by.")] = By.mutual_information,
     abstain_above: Annotated[
         float | None,
-        typer.Option(help="Abstain where the mutual information is above, in nats a token."),
+        typer.Option(help="Abstain where the mutual information is above, in nats a token.", min=0),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws and of sampling.")] = 0,
     html: Annotated[
@@ -56,8 +57,11 @@ def run(
 
     Example: pyro-blora generate "Copper is" --adapter out/facts --html answer.html
     """
-    if temperature < 0 or not math.isfinite(temperature):
-        raise ConfigurationError(f"--temperature {temperature} must be 0 or more.")
+    if abstain_above is not None and num_samples < 2:
+        raise ConfigurationError(
+            f"--abstain-above needs draws that can disagree: --num-samples {num_samples} must be 2 "
+            "or more."
+        )
     if not all(text.strip() for text in prompt):
         raise ConfigurationError("a prompt is empty; give some text to go on from.")
     if html is not None and html.is_dir():
@@ -105,9 +109,10 @@ def run(
             f"score {answer.epistemic:.4f} nats a token"
         )
     if html is not None:
-        how = f"temperature {temperature:g}" if temperature else f"{num_beams} beam(s)"
-        draws = f"{num_samples} draws" if num_samples else "the posterior mean"
-        shown = page(found, subtitle=f"{model}, {adapter}: {draws}, {how}", by=by.value)
+        how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
+        draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
+        about = f"{model}, {adapter}: {draws}, {how}, seed {seed}"
+        shown = page(found, subtitle=about, by=by.value)
         write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
         console.print(f"\nWritten: {html}")
 

@@ -104,18 +104,13 @@ def generate(
         known = inspect.signature(type(net).forward).parameters
         name = "cache" if "cache" in known else "past_key_values"  # of older transformers
         options[name] = _CacheOfDraws(average.draws, net.config)
-    wanted = {"return_dict_in_generate": True, "output_logits": True}
-    config = copy.deepcopy(options.get("generation_config"))
-    options |= wanted if config is None else {"generation_config": config}
-    if config is not None:
-        config.update(**wanted)
     with ExitStack() as stack:
         stack.enter_context(in_mode(model.net, training=False))
         stack.enter_context(model.applied(updates))
         if not fast_path.runs_eagerly(model.net.modules()):  # a graph made before has no hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(average.of(net))
-        out = net.generate(**options)
+        out = net.generate(**_telling_all(options))
     new = out.sequences[:, -len(out.logits) :]
     rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
     if rows is None:
@@ -225,6 +220,16 @@ def _setting(net: Any, options: Mapping[str, Any], name: str, default: Any) -> A
     found = [getattr(config, name, None) for config in configs]
     found = [options[name]] if name in options else found
     return next((value for value in found if value is not None), default)
+
+
+def _telling_all(options: dict[str, Any]) -> dict[str, Any]:
+    """So that what was averaged is returned with the tokens, and the row that each came from."""
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    if options.get("generation_config") is None:
+        return {**options, **wanted}
+    config = copy.deepcopy(options["generation_config"])  # transformers wants all in one place
+    config.update(**wanted)
+    return {**options, "generation_config": config}
 
 
 def _written(net: Any, options: Mapping[str, Any], tokens: Tensor) -> Tensor:

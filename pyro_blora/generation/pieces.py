@@ -75,6 +75,12 @@ class Piece:
     mutual_information: float
     disagreement: float
 
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The spaces before a word, which are not coloured, and the word."""
+        word = self.text.lstrip(" ") or self.text
+        return self.text[: len(self.text) - len(word)], word
+
     def level(self, measure: str) -> int:
         """The level, 0 to 4, by one of ``MEASURES``."""
         return MEASURES[measure].level(getattr(self, measure))

@@ -17,8 +17,11 @@ __all__ = ["Answer", "answers", "coloured", "legend", "page"]
 # Of one hue, from nothing to much, so that they are told apart by lightness alone
 _LIGHT = ("transparent", "#fdf0cd", "#fbd58a", "#f4a95b", "#e5773f")
 _DARK = ("transparent", "#3d3215", "#654a12", "#8f4f14", "#b4461c")
-_IN_A_TERMINAL = ("", *(f"#1d1c1a on {colour}" for colour in _LIGHT[1:]))
-_UNDERLINED = 3  # from this level on, for terminals without colours
+_IN_A_TERMINAL = (
+    "",
+    *(f"#1d1c1a on {colour}" for colour in _LIGHT[1:3]),
+    *(f"underline #1d1c1a on {colour}" for colour in _LIGHT[3:]),  # seen without colours, too
+)
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,9 @@ def coloured(answer: Answer, by: str = "mutual_information") -> Text:
     """An answer's text for a terminal, coloured by one of ``MEASURES``."""
     text = Text()
     for piece in answer.pieces:
-        level = piece.level(by)
-        text.append(
-            piece.text, " ".join([_IN_A_TERMINAL[level], *["underline"] * (level >= _UNDERLINED)])
-        )
+        space, word = piece.parts
+        text.append(space)
+        text.append(word, _IN_A_TERMINAL[piece.level(by)])
     return text
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from average_net import AverageNet, merged
-from transformers import StoppingCriteria, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
 from pyro_blora import guides, likelihoods
 from pyro_blora.errors import ConfigurationError
@@ -60,6 +60,7 @@ DECODING = {
     "sampling": {"do_sample": True},
     "several": {"do_sample": True, "num_return_sequences": 3},
     "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.8},
+    "a configuration": {"generation_config": GenerationConfig(do_sample=True, top_k=4)},
     "processed": {"repetition_penalty": 1.4, "min_new_tokens": 3, "no_repeat_ngram_size": 2},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "beams, no cache": {"num_beams": 2, "use_cache": False},
