@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicCache
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation.generation import Generation
@@ -181,6 +181,8 @@ class _CacheOfDraws(DynamicCache):
 
 def _generator(net: nn.Module) -> Any:
     """The module that generates: ``net``, or what it wraps (PEFT, a compiled module)."""
+    from transformers import GenerationMixin  # whose import sets filters of warnings
+
     for module in net.modules():
         if isinstance(module, GenerationMixin) and module.can_generate():
             if module.config.is_encoder_decoder:
