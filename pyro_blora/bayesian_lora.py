@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_blora.checkpoints.keeping import Keeping
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
 from pyro_blora.models import KroneckerInducing, UpdateModel
@@ -203,8 +204,8 @@ class BayesianLoRA(Keeping):
         if not self.likelihood.has_classes:
             raise ConfigurationError(
                 "predict gives one distribution over classes for each example, and "
-                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or `with "
-                "blora.posterior(): net.generate(...)`."
+                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or "
+                "blora.generate(...)."
             )
         batch = to_device(batch, self.model.groups[0].device)
         warn_of_a_point(self.guide, num_samples)
@@ -221,6 +222,20 @@ class BayesianLoRA(Keeping):
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.model.groups[0].device)
         return log_predictive(self.model, self.guide, batch, num_samples, max_rows)
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        num_samples: int = 10,
+        abstain_above: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Text from the average of posterior draws, with the uncertainty of each token.
+
+        See :func:`pyro_blora.generation.generate`; ``options`` are those of the network's own.
+        """
+        return generate(self.model, self.guide, input_ids, num_samples, abstain_above, **options)
 
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""

@@ -1,0 +1,126 @@
+"""``pyro-blora generate``: text from a saved adapter, coloured by what it does not know."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pyro_blora.cli import _arguments as o
+from pyro_blora.errors import ConfigurationError
+
+__all__ = ["By", "run"]
+
+
+class By(str, Enum):
+    """What text is coloured by."""
+
+    mutual_information = "mutual_information"
+    entropy = "entropy"
+    disagreement = "disagreement"
+
+
+def run(
+    prompt: Annotated[list[str], typer.Argument(help="What to go on from; one or several.")],
+    adapter: Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")],
+    model: o.Model = "smollm2",
+    num_samples: o.NumSamples = 10,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 60,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt as a user's turn, by the chat template.")
+    ] = False,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Of sampling, from the average of the draws; 0: the likeliest token.", min=0
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of so much mass.", min=0, max=1)
+    ] = 1.0,
+    num_beams: Annotated[int, typer.Option(help="Beams of a beam search.", min=1)] = 1,
+    by: Annotated[By, typer.Option(help="What to colour by.")] = By.mutual_information,
+    abstain_above: Annotated[
+        float | None,
+        typer.Option(help="Abstain where the mutual information is above, in nats a token.", min=0),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws and of sampling.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option(help="File for a page with a legend and numbers on hover.")
+    ] = None,
+) -> None:
+    """Write text from the average of posterior draws, coloured by what they do not agree on.
+
+    The mutual information is the part of a token's uncertainty that comes from the posterior of
+    the weights: high where more training data would help.
+
+    Example: pyro-blora generate "Copper is" --adapter out/facts --html answer.html
+    """
+    if abstain_above is not None and num_samples < 2:
+        raise ConfigurationError(
+            f"--abstain-above needs draws that can disagree: --num-samples {num_samples} must be 2 "
+            "or more."
+        )
+    if not all(text.strip() for text in prompt):
+        raise ConfigurationError("a prompt is empty; give some text to go on from.")
+    if html is not None and html.is_dir():
+        raise ConfigurationError(f"--html {html} is a folder; name a file in it.")
+    import torch
+
+    from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.generation.show import answers, coloured, legend, page
+    from pyro_blora.network.pretrained import load_pretrained
+
+    read_config(adapter)  # a folder that is none is said before the network is loaded
+    if html is not None:
+        o.check_out(html.parent)
+    with o.phase("load"):
+        net, tokenizer = load_pretrained(model)
+    blora = BayesianLoRA.from_pretrained(net, adapter)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    texts = [_turn(tokenizer, text) for text in prompt] if chat else prompt
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    torch.manual_seed(seed)
+    with o.phase("generate"):
+        generation = blora.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            num_samples=num_samples,
+            abstain_above=abstain_above,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            pad_token_id=tokenizer.pad_token_id,
+            **(sampling if temperature else {"do_sample": False}),
+        )
+    console = Console(highlight=False)
+    found = answers(generation, tokenizer, prompt)
+    console.print(legend(by.value))
+    for answer in found:
+        console.print(f"\n{answer.prompt}", style="dim", markup=False)
+        console.print(coloured(answer, by.value))
+        if answer.abstained:
+            console.print(answer.notice, style="bold")
+        console.print(
+            f"{answer.length} tokens, mean log-probability {answer.mean_log_prob:.3f}, epistemic "
+            f"score {answer.epistemic:.4f} nats a token"
+        )
+    if html is not None:
+        how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
+        draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
+        about = f"{model}, {adapter}: {draws}, {how}, seed {seed}"
+        shown = page(found, subtitle=about, by=by.value)
+        write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
+        console.print(f"\nWritten: {html}")
+
+
+def _turn(tokenizer, text: str) -> str:  # type: ignore[no-untyped-def]
+    if not tokenizer.chat_template:
+        raise ConfigurationError(
+            "--chat: this model's tokenizer has no chat template; leave it out."
+        )
+    turn = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))

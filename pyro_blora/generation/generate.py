@@ -1,0 +1,265 @@
+"""Generation under the posterior: transformers' ``generate``, on the average of S sampled models.
+
+The network itself is made to be that average, by two hooks: what goes into a pass is repeated, so
+that each draw has rows of its own (and with them a key-value cache of its own), and the logits that
+come out are averaged to one row again. To ``generate`` it is one network. So greedy, sampling,
+beams, streamers, processors and stopping criteria are transformers' own, unchanged.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.generation.generation import Generation
+from pyro_blora.network import fast_path
+from pyro_blora.network.freezing import in_mode
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
+from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
+from pyro_blora.posterior.structured_guide import warn_of_a_point
+
+__all__ = ["generate"]
+
+_SEVERAL_PASSES = "it runs the network other than once for each token"
+_NO_FIELD = "a Generation has no field for it"
+_REFUSED = {
+    "assistant_model": _SEVERAL_PASSES,
+    "prompt_lookup_num_tokens": _SEVERAL_PASSES,
+    "custom_generate": _SEVERAL_PASSES,
+    "guidance_scale": _SEVERAL_PASSES,
+    "prefill_chunk_size": _SEVERAL_PASSES,
+    "output_scores": _NO_FIELD,
+    "output_attentions": _NO_FIELD,
+    "output_hidden_states": _NO_FIELD,
+    "cache": "each call draws models of its own, which need caches of their own",
+    "past_key_values": "each call draws models of its own, which need caches of their own",
+}
+
+
+@torch.no_grad()
+def generate(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    input_ids: Tensor | None = None,
+    num_samples: int = 10,
+    abstain_above: float | None = None,
+    **options: Any,
+) -> Generation:
+    r"""Text whose next token comes from the average of ``S`` posterior draws.
+
+    .. math:: \bar p(y_t \mid y_{<t}) = \tfrac1S \textstyle\sum_s p(y_t \mid y_{<t}, U_s)
+
+    The draws are held fixed for the whole text. Temperature, ``top_p``, penalties and the like act
+    on the average, given as logits at the mean level of the draws' own
+    (:math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}`): if all draws are alike, as the
+    network's own logits. The network is evaluated with dropout off, and left in the mode it was in.
+
+    Memory: ``S`` key-value caches, and ``\bar p`` of every token. Conditional noise, where a prior
+    has it, is drawn anew in each pass.
+
+    Args:
+        model: the model.
+        guide: its guide.
+        input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of several lengths are
+            padded on the left and come with their ``attention_mask``.
+        num_samples: number of draws ``S``; 0 is the posterior mean. Default: 10.
+        abstain_above: a sequence of a greater ``epistemic`` score, in nats a token, has
+            ``abstained``. Default: none abstains.
+        options: those of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
+            ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
+
+    Returns:
+        The tokens and the uncertainty of each, see :class:`Generation`.
+
+    Raises:
+        ConfigurationError: the network generates no text or is an encoder-decoder; ``num_samples``
+            is negative; ``abstain_above`` is no number, or there are no two draws to disagree; or
+            an option needs other passes of the network than one for each token.
+    """
+    net = _generator(model.net)
+    _check(net, num_samples, abstain_above, options)
+    warn_of_a_point(guide, num_samples)
+    device = model.groups[0].device
+    if input_ids is not None:
+        options["input_ids"] = input_ids
+    options = to_device(options, device)
+    names = ("input_ids", "attention_mask")
+    prompt = {name: options[name] for name in names if options.get(name) is not None}
+    if num_samples:
+        # An amortised posterior has a draw for each prompt, others one for all of them.
+        each = len(prompt["input_ids"]) if getattr(guide, "reads_context", False) else 1
+        updates = draws_in_pairs(model, guide, prompt, each)(num_samples)
+    else:
+        updates = sample_updates(model, guide, 0, prompt)
+    average = _Average(max(1, num_samples))
+    if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):
+        known = inspect.signature(type(net).forward).parameters
+        name = "cache" if "cache" in known else "past_key_values"  # of older transformers
+        options[name] = _CacheOfDraws(average.draws, net.config)
+    with ExitStack() as stack:
+        stack.enter_context(in_mode(model.net, training=False))
+        stack.enter_context(model.applied(updates))
+        if not fast_path.runs_eagerly(model.net.modules()):  # a graph made before has no hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(average.of(net))
+        out = net.generate(**_telling_all(options))
+    new = out.sequences[:, -len(out.logits) :]
+    rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
+    if rows is None:
+        here = torch.arange(len(new), device=new.device).unsqueeze(-1)
+        rows = here.where(_written(net, options, new), -1)
+    return _measured(out, average.steps, rows, abstain_above)
+
+
+class _Average:
+    """Makes a network the average of ``draws`` sampled ones, and notes how they differ.
+
+    Attributes:
+        steps: of each pass entropy, mutual information and disagreement, ``(3, R)``.
+    """
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self.steps: list[Tensor] = []
+
+    @contextmanager
+    def of(self, net: nn.Module) -> Iterator[None]:
+        """Within, ``net`` takes one row and gives one, and runs one for each draw."""
+        with (
+            net.register_forward_pre_hook(self._repeated, with_kwargs=True),
+            net.register_forward_hook(self._averaged),
+        ):
+            yield
+
+    def _repeated(
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All rows of the first draw, then all of the second, as updates share them out."""
+        given = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+        rows = next(len(value) for value in given if value is not None)
+
+        def repeated(value: Any) -> Any:
+            if isinstance(value, dict):  # masks of several kinds of attention
+                return {kind: repeated(mask) for kind, mask in value.items()}
+            if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != rows:
+                return value
+            return value.repeat(self.draws, *(1,) * (value.dim() - 1))
+
+        return args, {name: repeated(value) for name, value in kwargs.items()}
+
+    def _averaged(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        logits = output.logits[:, -1].float().unflatten(0, (self.draws, -1))  # S x R x V
+        log_probs = logits.log_softmax(-1)
+        level = logits.logsumexp(-1, keepdim=True).mean(0)
+        output.logits = (log_probs.logsumexp(0) - math.log(self.draws) + level).unsqueeze(1)
+        now = Prediction(log_probs.exp())
+        differ = (now.samples.argmax(-1) != now.predictions).float().mean(0)
+        self.steps.append(torch.stack([now.entropy, now.mutual_information, differ]))
+        return output
+
+
+class _CacheOfDraws(DynamicCache):
+    """A cache whose rows are the beams of the first draw, then of the second, and so on."""
+
+    def __init__(self, draws: int, config: Any) -> None:
+        super().__init__(config=config.get_text_config(decoder=True))
+        self.draws = draws
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Each draw's rows take the places of their beams."""
+        starts = torch.arange(self.draws, device=beam_idx.device) * len(beam_idx)
+        super().reorder_cache((starts.unsqueeze(-1) + beam_idx).flatten())
+
+
+def _generator(net: nn.Module) -> Any:
+    """The module that generates: ``net``, or what it wraps (PEFT, a compiled module)."""
+    from transformers import GenerationMixin  # whose import sets filters of warnings
+
+    for module in net.modules():
+        if isinstance(module, GenerationMixin) and module.can_generate():
+            if module.config.is_encoder_decoder:
+                break  # its encoder runs outside of its forward
+            return module
+    raise ConfigurationError(
+        f"{type(net).__name__} is no causal language model, which generate needs; load it with "
+        "AutoModelForCausalLM."
+    )
+
+
+def _check(
+    net: Any, num_samples: int, abstain_above: float | None, options: Mapping[str, Any]
+) -> None:
+    if num_samples < 0:
+        raise ConfigurationError(
+            f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
+        )
+    if abstain_above is not None and not abstain_above >= 0:
+        raise ConfigurationError(
+            f"abstain_above={abstain_above} must be a number of nats a token, 0 or more."
+        )
+    if abstain_above is not None and num_samples < 2:
+        raise ConfigurationError(
+            f"abstain_above={abstain_above} needs draws that can disagree: num_samples must be 2 "
+            f"or more, and is {num_samples}."
+        )
+    for name, reason in _REFUSED.items():
+        value = _setting(net, options, name, None)
+        if value is not None and value is not False:
+            raise ConfigurationError(f"generate takes no {name}: {reason}. Leave it out.")
+
+
+def _setting(net: Any, options: Mapping[str, Any], name: str, default: Any) -> Any:
+    """An option's value as ``generate`` finds it, or ``default`` for none."""
+    configs = (options.get("generation_config"), net.generation_config)
+    found = [getattr(config, name, None) for config in configs]
+    found = [options[name]] if name in options else found
+    return next((value for value in found if value is not None), default)
+
+
+def _telling_all(options: dict[str, Any]) -> dict[str, Any]:
+    """So that what was averaged is returned with the tokens, and the row that each came from."""
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    if options.get("generation_config") is None:
+        return {**options, **wanted}
+    config = copy.deepcopy(options["generation_config"])  # transformers wants all in one place
+    config.update(**wanted)
+    return {**options, "generation_config": config}
+
+
+def _written(net: Any, options: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """Which of the new tokens were picked, ``(N, T)``, and do not fill a row that has ended."""
+    ends = tokens.new_tensor(_setting(net, options, "eos_token_id", []))
+    padding = tokens.new_tensor(_setting(net, options, "pad_token_id", -1))
+    ended = torch.isin(tokens, ends).long()
+    picked = ended.cumsum(-1) == ended  # up to the first end, and the end itself
+    if any(options.get(name) for name in ("stop_strings", "stopping_criteria")):
+        fills = torch.isin(tokens, padding) & ~torch.isin(tokens, ends)
+        picked &= (~fills).flip(-1).cumsum(-1).flip(-1) > 0  # up to what is no padding
+    return picked
+
+
+def _measured(
+    out: Any, steps: list[Tensor], rows: Tensor, abstain_above: float | None
+) -> Generation:
+    """The uncertainty of each new token, from what was noted in the row it was picked from."""
+    picked, rows = rows >= 0, rows.clamp_min(0)
+    length = rows.shape[1]
+    tokens = out.sequences[:, -length:]
+    log_probs = [
+        step.log_softmax(-1)[row, token]
+        for step, row, token in zip(out.logits, rows.unbind(-1), tokens.unbind(-1), strict=False)
+    ]
+    noted = torch.stack(steps)[torch.arange(length, device=rows.device), :, rows]  # N x T x 3
+    values = torch.cat([torch.stack(log_probs, -1).unsqueeze(-1), noted], -1)
+    values = values.masked_fill(~picked.unsqueeze(-1), math.nan)
+    mean_log_prob, _, epistemic, _ = values.nanmean(1).unbind(-1)
+    abstained = epistemic > (math.inf if abstain_above is None else abstain_above)
+    return Generation(out.sequences, *values.unbind(-1), mean_log_prob, epistemic, abstained)

@@ -1,0 +1,332 @@
+"""Generation under the posterior against plain full passes of merged networks (average_net.py)."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from average_net import AverageNet, merged
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+
+from pyro_blora import guides, likelihoods
+from pyro_blora.errors import ConfigurationError
+
+S, NEW = 3, 5
+NETS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "qwen2": tiny.qwen2}
+
+
+def adapter(net=None, width=0.4, **options):
+    """With draws that differ."""
+    options.setdefault("likelihood", likelihoods.CausalLM(num_data=3))
+    blora = tiny.adapted(tiny.llama() if net is None else net, target_modules=None, **options)
+    with torch.no_grad():
+        for parameter in blora.guide.parameters():
+            parameter.add_(torch.randn_like(parameter) * width)
+    return blora
+
+
+@pytest.fixture(scope="module", params=NETS)
+def blora(request):
+    torch.manual_seed(0)
+    return adapter(NETS[request.param]())
+
+
+def prompts(rows=2, padded=0):
+    ids = torch.randint(3, tiny.VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def both(blora, batch, **options):
+    """What is generated, and what the judge generates from the same seed."""
+    options = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 2, **options}
+    torch.manual_seed(3)
+    judge = AverageNet(merged(blora, S, batch))
+    torch.manual_seed(3)
+    found = blora.generate(**batch, num_samples=S, **options)
+    # the draws are the same from the same seed; so are those of sampling that follow them
+    torch.manual_seed(3)
+    merged(blora, S, batch)
+    options.pop("cache_implementation", None)
+    expected = judge.generate(**batch, **{**options, "use_cache": False})
+    return found, expected, judge
+
+
+DECODING = {
+    "greedy": {},
+    "no cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+    "sampling": {"do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.8},
+    "a configuration": {"generation_config": GenerationConfig(do_sample=True, top_k=4)},
+    "processed": {"repetition_penalty": 1.4, "min_new_tokens": 3, "no_repeat_ngram_size": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beams, no cache": {"num_beams": 2, "use_cache": False},
+    "sampled beams": {"num_beams": 2, "do_sample": True, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+def test_tokens_are_those_of_the_average(blora, decoding):
+    """The first prompt is padded on the left."""
+    found, expected, _ = both(blora, prompts(padded=2), **DECODING[decoding])
+    assert torch.equal(found.sequences, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_numbers_are_those_of_a_loop_by_hand(blora, use_cache):
+    batch = prompts(padded=2)
+    torch.manual_seed(5)
+    nets = merged(blora, S, batch)
+    torch.manual_seed(5)
+    found = blora.generate(
+        **batch, num_samples=S, max_new_tokens=NEW, use_cache=use_cache, eos_token_id=None
+    )
+    for row, ids in enumerate(batch["input_ids"]):
+        ids = ids[batch["attention_mask"][row].bool()]
+        numbers = []
+        for _ in range(NEW):
+            p = torch.stack([net(ids[None], use_cache=False).logits[0, -1] for net in nets])
+            p = p.softmax(-1)
+            mean = p.mean(0)
+            token = mean.argmax()
+            own = -(p * p.log()).sum(-1).mean()
+            entropy = -(mean * mean.log()).sum()
+            differ = (p.argmax(-1) != token).double().mean()
+            numbers.append([mean[token].log(), entropy, entropy - own, differ])
+            ids = torch.cat([ids, token[None]])
+        assert torch.equal(found.sequences[row, 6:], ids[-NEW:])
+        names = ("log_probs", "entropy", "mutual_information", "disagreement")
+        given = torch.stack([found[name][row] for name in names], -1)
+        expected = torch.tensor(numbers).to(given)
+        torch.testing.assert_close(given, expected, atol=2e-5, rtol=1e-4)
+        assert given[:, 2].max() > 1e-4  # the draws do differ
+        torch.testing.assert_close(found.mean_log_prob[row], expected[:, 0].mean())
+        torch.testing.assert_close(
+            found.epistemic[row], expected[:, 2].mean(), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_of_beams_each_token_has_the_numbers_of_its_own_row(blora):
+    """Those of the final sequence, run again from its start."""
+    batch = prompts()
+    found, _, judge = both(blora, batch, num_beams=3, num_return_sequences=2, eos_token_id=None)
+    judge.seen.clear()
+    for end in range(6, 6 + NEW):
+        judge(found.sequences[:, :end])
+    p = torch.stack(judge.seen, 2)  # S x N x T x V
+    tokens = found.sequences[:, 6:, None]
+    torch.testing.assert_close(
+        found.log_probs.double(), p.mean(0).gather(-1, tokens)[..., 0].log(), atol=2e-5, rtol=1e-4
+    )
+    total = -torch.special.xlogy(p.mean(0), p.mean(0)).sum(-1)
+    own = -torch.special.xlogy(p, p).sum(-1).mean(0)
+    torch.testing.assert_close(found.entropy.double(), total, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(found.mutual_information.double(), total - own, atol=2e-5, rtol=0)
+
+
+def test_sampled_pairs_have_the_probabilities_of_the_average():
+    """All 16 pairs of tokens of a vocabulary of four: chi squared of 15 degrees of freedom."""
+    blora = adapter(tiny.llama(vocab_size=4, pad_token_id=None), width=1.0)
+    ids = torch.tensor([[1, 3, 2]])
+    torch.manual_seed(2)
+    nets = merged(blora, S, {"input_ids": ids})
+    torch.manual_seed(2)
+    count = 4000
+    options = {"do_sample": True, "num_return_sequences": count, "temperature": 0.8}
+    out = blora.generate(ids, num_samples=S, max_new_tokens=2, eos_token_id=None, **options)
+    pairs = out.sequences[:, 3:]
+    observed = torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16).double()
+
+    def average(rows):
+        p = torch.stack([net(rows, use_cache=False).logits[:, -1].softmax(-1) for net in nets])
+        return p.mean(0).pow(1 / 0.8) / p.mean(0).pow(1 / 0.8).sum(-1, keepdim=True)
+
+    second = average(torch.cat([ids.expand(4, -1), torch.arange(4)[:, None]], 1))
+    expected = count * (average(ids)[0][:, None] * second).flatten()
+    assert ((observed - expected) ** 2 / expected).sum() < 37.7  # one in a thousand
+
+
+def test_draws_that_are_alike_generate_as_the_network_itself():
+    blora = adapter(guide=guides.Delta())
+    batch = prompts(padded=2)
+    for options in ({}, {"do_sample": True, "repetition_penalty": 1.3}, {"num_beams": 3}):
+        with blora.posterior() as net:
+            torch.manual_seed(4)
+            expected = net.generate(**batch, max_new_tokens=NEW, **options)
+        for num_samples in (0, 1, 4):
+            with torch.random.fork_rng():
+                out = _from(4, blora, batch, num_samples, options)
+            assert torch.equal(out.sequences, expected)
+            assert out.mutual_information.nan_to_num().max() < 1e-5
+            assert not out.disagreement.nan_to_num().any()
+
+
+def _from(seed, blora, batch, num_samples, options):
+    """A point draws nothing, so sampling starts from the seed."""
+    torch.manual_seed(seed)
+    return blora.generate(**batch, num_samples=num_samples, max_new_tokens=NEW, **options)
+
+
+def test_the_mean_is_the_networks_own_under_the_posterior_mean(blora):
+    batch = prompts(padded=2)
+    with blora.posterior() as net:
+        expected = net.generate(**batch, max_new_tokens=NEW)
+    out = blora.generate(**batch, num_samples=0, max_new_tokens=NEW)
+    assert torch.equal(out.sequences, expected)
+
+
+def test_an_amortised_guide_has_draws_for_each_prompt():
+    """Alone or beside another, a prompt's mean is the same; its draws see its own context."""
+    blora = adapter(guide=guides.Amortized())
+    batch = prompts(3)
+    whole = blora.generate(**batch, num_samples=0, max_new_tokens=NEW, num_return_sequences=1)
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        alone = blora.generate(**one, num_samples=0, max_new_tokens=NEW)
+        torch.testing.assert_close(alone.entropy[0], whole.entropy[row])
+    out = blora.generate(**batch, num_samples=S, max_new_tokens=NEW, num_beams=2)
+    assert out.entropy.shape == (3, NEW)
+
+
+class Second(StoppingCriteria):
+    """The first row ends after two tokens."""
+
+    def __call__(self, input_ids, scores, **options):
+        return torch.arange(len(input_ids)).eq(0) & (input_ids.shape[1] >= 8)
+
+
+def test_a_row_that_has_ended_has_no_numbers():
+    blora = adapter()
+    free = blora.generate(**prompts(), num_samples=0, max_new_tokens=NEW, eos_token_id=None)
+    assert not free.entropy.isnan().any()
+    end = int(free.sequences[0, 7])
+    for pad in (0, end):
+        out = blora.generate(
+            **prompts(), num_samples=0, max_new_tokens=NEW, eos_token_id=end, pad_token_id=pad
+        )
+        length = 1 + out.sequences[0, 6:].tolist().index(end)
+        assert out.log_probs[0].isnan().tolist() == [
+            t >= length for t in range(out.log_probs.shape[1])
+        ]
+        torch.testing.assert_close(out.mean_log_prob[0], free.log_probs[0, :length].mean())
+    out = blora.generate(
+        **prompts(),
+        num_samples=0,
+        max_new_tokens=NEW,
+        eos_token_id=31,
+        pad_token_id=0,
+        stopping_criteria=[Second()],
+    )
+    assert out.entropy[0].isnan().tolist() == [False, False, True, True, True]
+
+
+class Words:
+    """What a TextStreamer needs of a tokenizer."""
+
+    def decode(self, ids, **options):
+        return "".join(f"{int(i)} " for i in ids)
+
+
+def test_a_streamer_sees_one_row(capsys):
+    blora = adapter()
+    ids = prompts(1)["input_ids"]
+    out = blora.generate(ids, num_samples=S, max_new_tokens=NEW, streamer=TextStreamer(Words()))
+    assert capsys.readouterr().out.split() == [str(i) for i in out.sequences[0].tolist()]
+
+
+def test_a_sequence_abstains_above_the_threshold():
+    blora = adapter(width=1.0)
+    out = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW)
+    assert not out.abstained.any()
+    low, high = sorted(out.epistemic.tolist())
+    assert low < high
+    torch.manual_seed(0)
+    free = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW)
+    torch.manual_seed(0)
+    between = float(free.epistemic.mean())
+    out = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW, abstain_above=between)
+    assert torch.equal(out.abstained, free.epistemic > between)
+    assert out.abstained.sum() == 1
+    assert torch.equal(out.sequences, free.sequences)
+
+
+def test_the_network_is_left_as_it_was(blora):
+    net = blora.net.train()
+    before = [copy.copy(h) for h in (net._forward_hooks, net._forward_pre_hooks)]
+    blora.generate(**prompts(), num_samples=S, max_new_tokens=1)
+    with pytest.raises(ValueError, match="no_such_option"):
+        blora.generate(**prompts(), num_samples=S, no_such_option=1)
+    assert [net._forward_hooks, net._forward_pre_hooks] == before
+    assert net.training
+    assert all(adapter.update is None for adapter in blora.model.adapters)
+
+
+def test_a_compiled_network_gives_the_same():
+    torch.manual_seed(1)
+    blora = adapter()
+    out = _from(2, blora, prompts(), S, {})
+    blora.net.compile(backend="eager")
+    with blora.posterior() as net:
+        net(prompts()["input_ids"][:, :1])  # a graph of it, without hooks
+    again = _from(2, blora, prompts(), S, {})
+    assert torch.equal(again.sequences, out.sequences)
+
+
+def test_under_peft(monkeypatch):
+    """The network may be wrapped: what generates is found inside."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    net = tiny.llama()
+    wrapped = peft.get_peft_model(net, peft.LoraConfig(target_modules=["o_proj"]))
+    blora = adapter(wrapped)
+    out = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW)
+    assert out.sequences.shape == (2, 6 + NEW)
+
+
+REFUSED = {
+    "num_samples=-1": {"num_samples": -1},
+    "abstain_above=-1": {"abstain_above": -1.0},
+    "abstain_above=nan": {"abstain_above": float("nan")},
+    "2 or more": {"abstain_above": 0.1, "num_samples": 1},
+    "no prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
+    "no guidance_scale": {"guidance_scale": 2.0},
+    "no output_scores": {"output_scores": True},
+    "no custom_generate": {"custom_generate": lambda: None},
+    "no cache": {"cache": ()},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_is_refused(message):
+    blora = adapter()
+    with pytest.raises(ConfigurationError, match=message) as error:
+        blora.generate(**prompts(), **REFUSED[message])
+    assert "\n" not in str(error.value)
+
+
+def test_a_classifier_generates_nothing():
+    blora = tiny.adapted(
+        tiny.bert(), target_modules=None, likelihood=likelihoods.SequenceClassification(num_data=3)
+    )
+    with pytest.raises(ConfigurationError, match="BertForSequenceClassification is no causal"):
+        blora.generate(**prompts())
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=16,
+        d_model=8,
+        d_kv=4,
+        d_ff=8,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    blora = tiny.adapted(T5ForConditionalGeneration(config), target_modules=None)
+    with pytest.raises(ConfigurationError, match="T5ForConditionalGeneration is no causal"):
+        blora.generate(**prompts())
