@@ -1,6 +1,6 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.checkpoints.keeping import Keeping
+from pyro_blora.checkpoints.peft_habits import PeftHabits
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
@@ -35,7 +36,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 __all__ = ["BayesianLoRA"]
 
 
-class BayesianLoRA(Keeping):
+class BayesianLoRA(Keeping, PeftHabits):
     """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
 
     The network is frozen and gets a hook on each target layer; :meth:`unwrap` gives it back
@@ -53,6 +54,9 @@ class BayesianLoRA(Keeping):
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train whole, as points, as PEFT does. Default: under
             ``SequenceClassification`` those that hold no target.
+        start: where the posterior mean begins: LoRA's ``(B, A)`` for each adapted layer by its full
+            name, ``dW = B A``, of any ranks up to the prior's; :meth:`from_peft` gives those of a
+            trained adapter. Default: where the prior says, mostly at ``dW = 0``.
         fast: whether to take the shortcuts that give the network's own logits: logits at the
             positions read, options packed behind one question, frozen blocks run once.
 
@@ -82,6 +86,7 @@ class BayesianLoRA(Keeping):
         exclude_modules: str | Sequence[str] = (),
         layers_to_transform: int | Sequence[int] | None = None,
         modules_to_save: Sequence[str] | None = None,
+        start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         fast: bool = True,
     ) -> None:
         super().__init__()
@@ -101,6 +106,8 @@ class BayesianLoRA(Keeping):
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
         warn_of_aliases(self.model)
+        if start is not None:
+            self.model.start_at(start)
         self.guide = make_guide(family, self.model)
         self.model.attach()
         self._frozen = Frozen(net)

@@ -2,6 +2,7 @@
 
 from pyro_blora.checkpoints.atomic import write_atomically
 from pyro_blora.checkpoints.peft_export import export_peft
+from pyro_blora.checkpoints.peft_import import PeftAdapter, read_peft
 from pyro_blora.checkpoints.saved import (
     CONFIG,
     WEIGHTS,
@@ -14,9 +15,11 @@ from pyro_blora.checkpoints.saved import (
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "PeftAdapter",
     "Saved",
     "export_peft",
     "read_config",
+    "read_peft",
     "read_pretrained",
     "save_pretrained",
     "write_atomically",

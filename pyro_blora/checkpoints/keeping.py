@@ -7,7 +7,6 @@ from pyro.nn import PyroModule
 from torch import nn
 from typing_extensions import Self
 
-from pyro_blora.checkpoints.peft_export import export_peft
 from pyro_blora.checkpoints.saved import read_pretrained, save_pretrained
 from pyro_blora.errors import CheckpointError
 from pyro_blora.guides import SiteGuide
@@ -36,10 +35,6 @@ class Keeping(PyroModule):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
         save_pretrained(self, self.model, self.guide_family, folder)
-
-    def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Writes E[dW] as a PEFT adapter; see :func:`pyro_blora.checkpoints.export_peft`."""
-        export_peft(self.model, self.guide, folder)
 
     @classmethod
     def from_pretrained(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import pyro_blora.guides as guides
@@ -16,6 +15,7 @@ import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.atomic import write_atomically
+from pyro_blora.checkpoints.tensors import read_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
@@ -152,7 +152,7 @@ def read_pretrained(
         "likelihood": likelihood or _part(None, config, "likelihood", likelihoods),
         "modules_to_save": config.get("modules_to_save", []),
     }
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS)
     if likelihood is not None and type(likelihood).__name__ != config["likelihood"].get("name"):
         tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
     return Saved(options, tensors, folder)
@@ -230,18 +230,3 @@ def _part(given: Any, config: dict[str, Any], part: str, package: Any) -> Any:
         raise CheckpointError(
             f"The {part} {name} cannot be made from its saved options ({error})."
         ) from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is corrupt or incomplete ({error}); save it again."
-        ) from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} has values that are not finite.")
-    return tensors
