@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.keeping import Keeping
 from pyro_blora.checkpoints.peft_habits import PeftHabits
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
@@ -21,7 +20,7 @@ from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
+from pyro_blora.posterior.param_store import warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
@@ -36,7 +35,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 __all__ = ["BayesianLoRA"]
 
 
-class BayesianLoRA(Keeping, PeftHabits):
+class BayesianLoRA(PeftHabits):
     """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
 
     The network is frozen and gets a hook on each target layer; :meth:`unwrap` gives it back
@@ -103,6 +102,7 @@ class BayesianLoRA(Keeping, PeftHabits):
         check_kind("prior", prior, UpdateModel)
         likelihood = CausalLM() if likelihood is None else likelihood
         check_kind("likelihood", likelihood, Likelihood)
+        likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
         warn_of_aliases(self.model)
@@ -145,8 +145,8 @@ class BayesianLoRA(Keeping, PeftHabits):
 
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
-        self.model.detach()
-        leave_store({"model": self.model, "guide": self.guide})
+        for each in self._on_net().values():
+            each._step_aside()
         self._frozen.thaw()
         fast_path.put(self.net, on=True)
         return self.net

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from pyro_blora.checkpoints.atomic import write_atomically

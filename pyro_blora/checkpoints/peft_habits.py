@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from pyro.nn import PyroModule
 from torch import nn
 from typing_extensions import Self
 
+from pyro_blora.checkpoints.keeping import Keeping
 from pyro_blora.checkpoints.peft_export import export_peft, lora, merged
 from pyro_blora.checkpoints.peft_import import read_peft
 from pyro_blora.checkpoints.peft_source import unloaded
@@ -18,30 +18,36 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.network.freezing import Frozen
 from pyro_blora.posterior.param_store import leave_store
 from pyro_blora.posterior.sample_updates import mean_updates
 
 __all__ = ["PeftHabits"]
 
-_PARTS = ("model", "guide", "_given")  # what makes one adapter of a network another
 # What transformers asks of a network besides, a pipeline for one
-_OF_NETWORK = ("dtype", "generation_config", "can_generate", "input_modalities", "output_modalities")
+_OF_NETWORK = (
+    "dtype",
+    "generation_config",
+    "can_generate",
+    "input_modalities",
+    "output_modalities",
+)
 
 
-class PeftHabits(PyroModule):
+class PeftHabits(Keeping):
     """The part of ``BayesianLoRA`` that has PEFT's names."""
 
-    model: BayesianLoRAModel
-    guide: Any
-    net: nn.Module
-    posterior: Callable[..., Any]
-    unwrap: Callable[[], nn.Module]
+    _frozen: Frozen
+    _shared: dict[str, Self]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._active = "default"
-        self._others: dict[str, dict[str, Any]] = {}
+    @property
+    def net(self) -> nn.Module:
+        """The wrapped network."""
+        raise NotImplementedError
+
+    def posterior(self, num_samples: int = 0) -> Any:
+        """Within, the network runs under the mean or under draws."""
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name) if name in _OF_NETWORK else super().__getattr__(name)
@@ -83,13 +89,18 @@ class PeftHabits(PyroModule):
 
         Example::
 
-            blora = BayesianLoRA.from_peft("my_lora", likelihood=MultipleChoice(num_data=len(train)))
+            likelihood = MultipleChoice(num_data=len(train))
+            blora = BayesianLoRA.from_peft("my_lora", likelihood=likelihood)
             fit(blora, train, collate=collate, num_steps=100)
         """
-        adapter, in_memory = read_peft(source), isinstance(source, nn.Module)
-        if in_memory and net is not None:
+        adapter = read_peft(source)
+        if not isinstance(source, nn.Module):
+            place: AbstractContextManager[nn.Module] = nullcontext(net or adapter.load_base())
+        elif net is None:
+            place = unloaded(source)
+        else:
             raise ConfigurationError("A PeftModel has its base in it; leave net out.")
-        with unloaded(source) if in_memory else nullcontext(net or adapter.load_base()) as base:
+        with place as base:
             blora = cls(base, **adapter.options(base, prior, guide, likelihood), fast=fast)
             try:
                 adapter.load_into(blora.model, blora.guide)
@@ -131,62 +142,64 @@ class PeftHabits(PyroModule):
         )
 
     @property
-    def active_adapter(self) -> str:
-        """The name of the adapter that trains, predicts and is saved; at first ``"default"``."""
-        return self._active
+    def active_adapter(self) -> str | None:
+        """Which adapter the network has on; ``None`` where :meth:`unwrap` took it off."""
+        return next((name for name, each in self._on_net().items() if each.model.adapters), None)
 
-    def add_adapter(self, name: str, **options: Any) -> None:
-        """Puts a second adapter on the network, which :meth:`set_adapter` makes the active one.
+    def add_adapter(self, name: str, **options: Any) -> Self:
+        """A second adapter for the same network, which :meth:`set_adapter` puts on in turn.
 
         Args:
-            name: what it is called.
+            name: what it is called; the one that was there first is ``"default"``.
             options: the constructor's.
+
+        Returns:
+            The second one, with a prior, a guide and files of its own. Until it is set, this one
+            stays on the network.
 
         Raises:
             ConfigurationError: the name is taken, or an option is wrong; nothing is changed then.
 
         Example::
 
-            blora.add_adapter("other", prior=Subspace(rank=4), likelihood=likelihood)
+            other = blora.add_adapter("other", prior=Subspace(rank=4), likelihood=likelihood)
             blora.set_adapter("other")
-            fit(blora, train, collate=collate, num_steps=100)
-            blora.set_adapter("default")  # the first one again
+            fit(other, train, collate=collate, num_steps=100)
+            blora.set_adapter("default")  # and blora predicts again
         """
-        self._add(name, lambda: type(self)(self.net, **options))
+        return self._add(name, lambda: type(self)(self.net, **options))
 
-    def load_adapter(self, folder: str | os.PathLike[str], name: str, **options: Any) -> None:
+    def load_adapter(self, folder: str | os.PathLike[str], name: str, **options: Any) -> Self:
         """As :meth:`add_adapter`, of a saved one; ``options`` are those of ``from_pretrained``."""
-        self._add(name, lambda: type(self).from_pretrained(self.net, folder, **options))  # type: ignore[attr-defined]
+        return self._add(name, lambda: type(self).from_pretrained(self.net, folder, **options))
 
-    def set_adapter(self, name: str) -> None:
-        """Makes an adapter of that name the active one: ``blora.model`` and ``blora.guide``.
+    def set_adapter(self, name: str) -> Self:
+        """Puts the adapter of that name on the network, and the one that is there off.
+
+        Returns:
+            It; the other one cannot be asked until it is set again.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: there is none of that name.
         """
-        if name == self._active:
-            return
-        self._check_known(name)
-        self._step_aside()
-        parts, self._others[self._active] = self._others.pop(name), self._parts()
-        for part, value in parts.items():
-            setattr(self, part, value)
-        self._active = name
-        self.model.attach()
+        chosen = self._known(name)
+        for each in self._on_net().values():
+            each._step_aside()
+        chosen.model.attach()
+        return chosen
 
     def delete_adapter(self, name: str) -> None:
-        """Forgets an adapter that is not active.
+        """Forgets an adapter that is not on the network.
 
         Raises:
             ConfigurationError: there is none of that name, or it is active.
         """
-        if name == self._active:
+        if self._known(name).model.adapters:
             raise ConfigurationError(
                 f"adapter {name!r} is active; make another one so first, set_adapter(...), or "
-                "take all off by unwrap()."
+                "take it off by unwrap()."
             )
-        self._check_known(name)
-        del self._others[name]
+        del self._on_net()[name]
 
     @property
     def config(self) -> Any:
@@ -208,27 +221,36 @@ class PeftHabits(PyroModule):
         with self.posterior() as net:
             return net.generate(*args, **kwargs)
 
-    def _parts(self) -> dict[str, Any]:
-        return {part: getattr(self, part) for part in _PARTS}
+    def _on_net(self) -> dict[str, Self]:
+        """All adapters for the network by name, shared by them; this one alone at first."""
+        if "_shared" not in vars(self):
+            self._shared = {"default": self}
+        return self._shared
+
+    def _known(self, name: str) -> Self:
+        known = self._on_net()
+        if name not in known:
+            raise ConfigurationError(f"adapter {name!r} is unknown; {near_miss(name, known)}.")
+        return known[name]
 
     def _step_aside(self) -> None:
         self.model.detach()
         leave_store({"model": self.model, "guide": self.guide})
 
-    def _add(self, name: str, make: Callable[[], "PeftHabits"]) -> None:
-        if name in (self._active, *self._others):
+    def _add(self, name: str, make: Callable[[], Self]) -> Self:
+        known, active = self._on_net(), self.active_adapter
+        if active is None:
+            raise ConfigurationError("The network has been unwrapped; wrap it anew to go on.")
+        if name in known:
             raise ConfigurationError(f"adapter {name!r} is there already; choose another name.")
         fast = fast_path.is_on(self.net)
-        self._step_aside()
+        known[active]._step_aside()
         try:
             other = make()
             other._step_aside()
-            self._others[name] = other._parts()
         finally:
             fast_path.put(self.net, on=fast)
-            self.model.attach()
-
-    def _check_known(self, name: str) -> None:
-        if name not in self._others:
-            known = near_miss(name, [self._active, *self._others])
-            raise ConfigurationError(f"adapter {name!r} is unknown; {known}.")
+            known[active].model.attach()
+        # what the network was before any of them
+        other._frozen, other._shared, known[name] = self._frozen, known, other
+        return other

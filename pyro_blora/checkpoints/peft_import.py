@@ -24,6 +24,7 @@ __all__ = ["PeftAdapter", "read_peft"]
 
 _PREFIX = "base_model.model."
 
+
 @dataclass(frozen=True)
 class PeftAdapter:
     """A plain LoRA, as PEFT keeps it.
@@ -142,19 +143,19 @@ class PeftAdapter:
                     f"{name} of {wanted[0]} x {wanted[1]}; {type(net).__name__} {what}. Load the "
                     "base it was trained on."
                 )
-        heads, own = tuple(f"{head}." for head in self._heads(net)), net.state_dict()
+        own, heads = net.state_dict(), tuple(f"{head}." for head in self._heads(net))
         for name, tensor in self.others.items():
-            there = own.get(name.replace(".base_layer.", "."))
-            if name.startswith(heads) and there is not None and there.shape == tensor.shape:
-                continue
-            # PEFT writes the embeddings along where a target is one of them; they are the base's
-            same = there is not None and there.shape == tensor.shape
-            if not same or not torch.equal(there.cpu().to(tensor.dtype), tensor.cpu()):
-                shape = None if there is None else tuple(there.shape)
+            there = own.get(name.replace(".base_layer.", "."), torch.empty(0))
+            fits = there.shape == tensor.shape
+            if not name.startswith(heads):
+                # PEFT writes embeddings along where a target is one of them; they are the base's
+                fits = fits and (there.is_meta or torch.equal(there.cpu().to(tensor), tensor.cpu()))
+            if not fits:
                 raise CheckpointError(
-                    f"{self.where} has {name} of {tuple(tensor.shape)} besides its LoRA, and "
-                    f"{type(net).__name__} has {shape or 'no such tensor'}, or other values: a "
-                    "resized vocabulary, or other classes. Give the base it was trained on."
+                    f"{self.where} has {name} of {tuple(tensor.shape)} beside its LoRA, and "
+                    f"{type(net).__name__} has it as {tuple(there.shape)}, or of other values: a "
+                    "resized vocabulary, perhaps, or other classes. Give the base it was trained "
+                    "on."
                 )
 
 

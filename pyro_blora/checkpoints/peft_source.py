@@ -70,7 +70,7 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _of_model(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+def _of_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     name = type(model).__name__
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise ConfigurationError(
@@ -79,36 +79,34 @@ def _of_model(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], str]
         )
     from peft import get_peft_model_state_dict
 
-    active = list(model.active_adapters)  # type: ignore[arg-type]
+    active = list(model.active_adapters)
     if len(active) != 1:
         raise ConfigurationError(
             f"{name} has the active adapters {active}; activate one, model.set_adapter(name)."
         )
-    config = model.peft_config[active[0]].to_dict()  # type: ignore[union-attr, operator, index]
+    config = model.peft_config[active[0]].to_dict()
     _check_plain(config, name)
-    merged = model.get_model_status().merged_adapters  # type: ignore[operator]
+    merged = model.get_model_status().merged_adapters
     if merged:
         raise ConfigurationError(
             f"{name} has {merged} merged into its base; call model.unmerge_adapter() first."
         )
-    tensors = get_peft_model_state_dict(
-        model, adapter_name=active[0], save_embedding_layers=False
-    )
+    tensors = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
     return config, tensors, name
 
 
 @contextmanager
-def unloaded(model: nn.Module) -> Iterator[nn.Module]:
+def unloaded(model: Any) -> Iterator[nn.Module]:
     """The network that a ``PeftModel`` has wrapped, by PEFT's ``unload``, and its heads untrained.
 
     Where what is done within fails, the ``PeftModel`` is as it was; else it is done with.
     """
-    wrapped: Any = model.get_base_model()  # type: ignore[operator]
+    wrapped: Any = model.get_base_model()
     config, layers = wrapped.peft_config, {}
     for name, module in wrapped.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "original_module"):
             layers[name] = module
-    net: Any = model.unload()  # type: ignore[operator]
+    net: Any = model.unload()
     for name, module in layers.items():
         if hasattr(module, "original_module"):  # PEFT leaves the trained one
             net.set_submodule(name, module.original_module)
@@ -149,7 +147,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not readable JSON ({error}); save it again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not what PEFT writes, a JSON object.")
-    kinds = {"lora_alpha": (int, float), "alpha_pattern": dict, "modules_to_save": list}
+    kinds: dict[str, Any] = {
+        "lora_alpha": (int, float),
+        "alpha_pattern": dict,
+        "modules_to_save": list,
+    }
     for key, kind in kinds.items():
         if config.get(key) is not None and not isinstance(config[key], kind):
             raise CheckpointError(f"{path}: {key}={config[key]!r} is not what PEFT writes.")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pyro_blora._version import __version__
-from pyro_blora.cli import compare, evaluate, info, train
+from pyro_blora.cli import compare, evaluate, info, laplace, train
 from pyro_blora.errors import (
     BatchError,
     CheckpointError,
@@ -50,6 +50,7 @@ def _root(
 app.command("train")(train.run)
 app.command("evaluate")(evaluate.run)
 app.command("compare")(compare.run)
+app.command("laplace")(laplace.run)
 app.command("info")(info.run)
 
 

@@ -4,12 +4,14 @@ from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import LEARNING_RATES, FitOptions, fit, parameter_groups
 from pyro_blora.inference.inform import inform
 from pyro_blora.inference.loop import FitResult, LoopOptions
+from pyro_blora.inference.post_hoc import bayesianize
 
 __all__ = [
     "LEARNING_RATES",
     "FitOptions",
     "FitResult",
     "LoopOptions",
+    "bayesianize",
     "finish",
     "fit",
     "inform",

@@ -178,7 +178,8 @@ class BayesianLoRAModel(PyroModule):
         """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
         if not self.adapters:
             raise ConfigurationError(
-                "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
+                "The network has been unwrapped, or has another adapter on: wrap it in a new "
+                "BayesianLoRA to go on, or call set_adapter with this one's name."
             )
         if self._packed and torch.is_grad_enabled():
             raise ConfigurationError(

@@ -62,9 +62,7 @@ def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Te
         ) from error
 
 
-def between_orthonormal(
-    B: Tensor, A: Tensor, m_r: int, m_c: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def between_orthonormal(B: Tensor, A: Tensor, m_r: int, m_c: int) -> tuple[Tensor, Tensor, Tensor]:
     """``B A = Q_r^T C Q_c`` with orthonormal rows in both ``Q``, by a QR of each factor.
 
     Args:
