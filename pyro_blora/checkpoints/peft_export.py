@@ -131,7 +131,8 @@ def lora(
         target_modules=list(ranks),
         modules_to_save=[_in_base(name) for name in heads.names] or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
-        base_model_name_or_path=getattr(getattr(model.net, "config", None), "_name_or_path", None),
+        base_model_name_or_path=getattr(getattr(model.net, "config", None), "_name_or_path", None)
+        or None,
         task_type=_task_type(model),
         inference_mode=True,
     )
