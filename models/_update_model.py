@@ -8,6 +8,7 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup
@@ -31,6 +32,8 @@ class UpdateModel(Options, PyroModule):
 
     Its constructor keeps each argument under the argument's own name, so that checkpoints and
     ``repr`` can read it back.
+
+    One that can take up an adapter that is trained already writes :meth:`start_at`, too.
 
     A site may say where guides start, if not at its prior's mean: ``pyro.sample(...,
     infer={"start": value})``, as LoRA's random ``A`` needs. A real site in which the update is not
@@ -103,6 +106,51 @@ class UpdateModel(Options, PyroModule):
     def forward(self) -> LowRankUpdate:
         """Samples the sites and returns the update. Factors are ``(..., n, rows, columns)``."""
         raise NotImplementedError(f"{type(self).__name__} must define forward().")
+
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        r"""Turns to updates that are there already, such as a trained LoRA's.
+
+        :class:`~pyro_blora.BayesianLoRA` calls it, before the guide is made, where it is given a
+        ``start``.
+
+        Args:
+            B: ``(n, d_out, r)``; of a layer with a smaller rank the last columns are zero.
+            A: ``(n, r, d_in)``; there the last rows are.
+
+        Returns:
+            The value of each site, by its full name, at which :math:`\Delta W = B A`. Guides start
+            there; a site that is not named starts as ever.
+
+        Raises:
+            ConfigurationError: this prior cannot, or its rank is less than ``r``.
+        """
+        raise self.cannot_start("it does not define start_at(B, A)")
+
+    def cannot_start(self, why: str) -> ConfigurationError:
+        """The error of a prior that cannot start at a given adapter."""
+        return ConfigurationError(
+            f"{self!r} cannot start at a given adapter: {why}. Take KroneckerInducing, "
+            "FactorInducing, GaussianFactors or Subspace, with learned or fixed scales."
+        )
+
+    def widened(self, B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """``B A`` by factors of a rank that is as large or larger.
+
+        New rows of ``A``, and those of zeros, start as LoRA's do, and ``B`` is zero there: else
+        neither would ever learn.
+
+        Raises:
+            ConfigurationError: ``rank`` is less than that of the factors.
+        """
+        more = rank - A.shape[-2]
+        if more < 0:
+            raise ConfigurationError(
+                f"group {self.group.name!r}: the adapter to start at has rank {A.shape[-2]}, and "
+                f"{self!r} holds {rank}; give it rank={A.shape[-2]} or more."
+            )
+        A, B = pad(A, (0, 0, 0, more)), pad(B, (0, more))
+        used = A.any(-1, keepdim=True)
+        return B * used.mT, torch.where(used, A, self.lora_start(rank).to(A.dtype))
 
     def check_choice(self, option: str, known: tuple[str, ...]) -> None:
         """Raises ConfigurationError where an option is none of its known values."""

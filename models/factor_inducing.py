@@ -13,7 +13,11 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.conditional_noise import Side, conditional_kl, weight_noise
-from pyro_blora.updates.kronecker import inducing_covariance, whiten_or_explain
+from pyro_blora.updates.kronecker import (
+    between_orthonormal,
+    inducing_covariance,
+    whiten_or_explain,
+)
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["FactorInducing"]
@@ -137,6 +141,29 @@ class FactorInducing(UpdateModel):
         if self.conditional == "deterministic":
             return mean
         return LowRankUpdate(A=A, B=scale * B, mean=mean)
+
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Orthonormal directions for each factor, with ``U_A`` of unit size."""
+        B, A = self.widened(B, A, self.size)
+        eye = torch.eye(self.rank, self.size, dtype=A.dtype, device=A.device).expand(len(A), -1, -1)
+        cores = {}
+        for factor, sides in {"A": (eye, A), "B": (B, eye.mT)}.items():
+            Z_r, core, Z_c = between_orthonormal(*sides, self.size, self.size)
+            setattr(self, f"Z_r_{factor}", Z_r)
+            setattr(self, f"Z_c_{factor}", Z_c)
+            # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
+            rows, cols = (1 + getattr(self, f"D_{s}_{factor}").square() for s in "rc")
+            cores[factor] = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
+        size_A, size_B = (c.square().mean((-1, -2), keepdim=True).sqrt() for c in cores.values())
+        sigma = torch.where(size_B > 0, size_A * size_B, self.sigma)
+        if self.scale == "learned":
+            self.sigma_ = sigma[:, 0, 0]
+        else:
+            sigma = torch.full_like(sigma, self.sigma)
+        return {
+            self.site("U_A"): cores["A"] / size_A,
+            self.site("U_B"): cores["B"] * size_A / sigma,
+        }
 
     def _shapes(self, group: LayerGroup) -> dict[str, tuple[int, int]]:
         return {"A": (self.rank, group.d_in), "B": (group.d_out, self.rank)}

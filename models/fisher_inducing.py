@@ -110,6 +110,10 @@ class FisherInducing(UpdateModel):
         self.Z_c.copy_(Z_c)
         self.informed.fill_(True)
 
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Raises ConfigurationError: it cannot."""
+        raise self.cannot_start("its directions are those of the network's gradients")
+
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Z_c``, ``core = sigma V``, ``B = Z_r^T``."""
         if torch.is_grad_enabled() and not self._asked:

@@ -83,9 +83,24 @@ class GaussianFactors(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples what is random; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
-        group, scale = self.group, (self.rank if self.alpha is None else self.alpha) / self.rank
+        group, scale = self.group, self._scale
         A, B = self._factor("A", self.rank, group.d_in), self._factor("B", group.d_out, self.rank)
         return LowRankUpdate(A=A, B=B if scale == 1 else scale * B)
+
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """The factors as they are, but for alpha."""
+        B, A = self.widened(B, A, self.rank)
+        starts = {}
+        for name, value in {"A": A, "B": B / self._scale}.items():
+            if self.random in (name, "both"):
+                starts[self.site(name)] = value
+            else:
+                setattr(self, name, value)
+        return starts
+
+    @property
+    def _scale(self) -> float:
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
 
     def _factor(self, name: str, rows: int, columns: int) -> Tensor:
         if self.random not in (name, "both"):

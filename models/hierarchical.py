@@ -56,6 +56,10 @@ class Hierarchical(KroneckerInducing):
         self.spread = spread
         self.check_positive("spread")
 
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Raises ConfigurationError: it cannot."""
+        raise self.cannot_start("its scales are random")
+
     def layer_scale(self) -> Tensor:
         """Samples the scales, ``(..., n)``."""
         like = torch.ones((), device=self.group.device)

@@ -118,6 +118,10 @@ class KernelInducing(KroneckerInducing):
         self._set_kernel("r", self.row_kernel)
         self._set_kernel("c", self.col_kernel)
 
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Raises ConfigurationError: it cannot."""
+        raise self.cannot_start("its directions are those that kernels give")
+
     def _directions(self, side: str, m: int, d: int) -> Tensor:
         """Registers the embedding, and chooses inducing points among it."""
         n, device = self.group.n, self.group.device

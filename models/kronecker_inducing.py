@@ -12,7 +12,11 @@ from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side, conditional_kl
-from pyro_blora.updates.kronecker import inducing_covariance, whiten_or_explain
+from pyro_blora.updates.kronecker import (
+    between_orthonormal,
+    inducing_covariance,
+    whiten_or_explain,
+)
 from pyro_blora.updates.low_rank_update import LowRankUpdate, Noise
 
 __all__ = ["KroneckerInducing"]
@@ -163,6 +167,20 @@ class KroneckerInducing(UpdateModel):
                 layers = zip(scales, rows.unbind(), cols.unbind(), strict=True)
                 noise = tuple(JointNoise(*layer) for layer in layers)
         return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
+
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Orthonormal directions and a core; a learned sigma is the core's root mean square."""
+        if self.scale == "half-cauchy" or self.core in ("horseshoe", "ard"):
+            raise self.cannot_start("with a random scale the mean of the update is known by draws")
+        B, A = self.widened(B, A, min(self.ranks))
+        self.Z_r, core, self.Z_c = between_orthonormal(B, A, *self.ranks)
+        # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
+        rows, cols = (1 + D.square() for D in (self.D_r, self.D_c))
+        core = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
+        if self.scale == "learned":
+            size = core.square().mean((-1, -2)).sqrt()
+            self.sigma_ = torch.where(size > 0, size, self.sigma)
+        return {self.site("V"): core / self.layer_scale()[:, None, None]}
 
     def layer_scale(self) -> Tensor:
         """The prior scale sigma of each layer, ``(..., n)``; sampled where it is random."""

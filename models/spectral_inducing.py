@@ -89,6 +89,10 @@ class SpectralInducing(KroneckerInducing):
         self.weights: Tensor
         self.register_buffer("weights", weights.to(group.device))
 
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Raises ConfigurationError: it cannot."""
+        raise self.cannot_start("its directions are those of the pretrained weight")
+
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; its rows are weighed on the way to ``B``."""
         update = super().forward()

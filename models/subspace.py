@@ -75,6 +75,14 @@ class Subspace(UpdateModel):
         self.A = PyroParam(self.lora_start(self.rank))
         self.B = PyroParam(torch.zeros(group.n, group.d_out, self.rank, device=group.device))
 
+    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """The factors as they are, with ``s`` at ``sigma``."""
+        if self.factors == "spectral":
+            raise self.cannot_start("its directions are those of the pretrained weight")
+        B, self.A = self.widened(B, A, self.rank)
+        self.B = B / self.sigma
+        return {self.site("s"): torch.full_like(B[:, 0], self.sigma)}
+
     def forward(self) -> LowRankUpdate:
         """Samples ``s``; the core is its diagonal matrix."""
         prior = self.normal(self.rank, scale=self.sigma)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.effective_rank import effective_ranks
     from pyro_blora.evaluation.predict_dataset import predict_dataset
+    from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
     from pyro_blora.network.pretrained import load_pretrained
     from pyro_blora.posterior.prediction import Prediction
@@ -24,6 +25,7 @@ __all__ = [
     "BayesianLoRA",
     "Prediction",
     "__version__",
+    "bayesianize",
     "effective_ranks",
     "fit",
     "guides",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "BayesianLoRA": "bayesian_lora",
     "Prediction": "posterior.prediction",
+    "bayesianize": "inference",
     "effective_ranks": "evaluation.effective_rank",
     "fit": "inference",
     "load_pretrained": "network.pretrained",

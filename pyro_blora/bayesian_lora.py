@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.keeping import Keeping
+from pyro_blora.checkpoints.peft_habits import PeftHabits
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import MatrixNormal, SiteGuide
@@ -22,7 +22,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_devic
 from pyro_blora.posterior.description import described_groups, size_to_come
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
+from pyro_blora.posterior.param_store import warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
@@ -37,7 +37,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 __all__ = ["BayesianLoRA"]
 
 
-class BayesianLoRA(Keeping):
+class BayesianLoRA(PeftHabits):
     """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
 
     The network is frozen and gets a hook on each target layer; :meth:`unwrap` gives it back
@@ -58,6 +58,9 @@ class BayesianLoRA(Keeping):
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train whole, as points, as PEFT does. Default: under
             ``SequenceClassification`` those that hold no target.
+        start: where the posterior mean begins: LoRA's ``(B, A)`` for each adapted layer by its full
+            name, ``dW = B A``, of any ranks up to the prior's; :meth:`from_peft` gives those of a
+            trained adapter. Default: where the prior says, mostly at ``dW = 0``.
         fast: whether to take the shortcuts that give the network's own logits: logits at the
             positions read, options packed behind one question, frozen blocks run once.
 
@@ -88,6 +91,7 @@ class BayesianLoRA(Keeping):
         exclude_modules: str | Sequence[str] = (),
         layers_to_transform: int | Sequence[int] | None = None,
         modules_to_save: Sequence[str] | None = None,
+        start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         fast: bool = True,
     ) -> None:
         super().__init__()
@@ -103,9 +107,12 @@ class BayesianLoRA(Keeping):
         groups = group_layers(targets)
         likelihood = CausalLM() if likelihood is None else likelihood
         check_kind("likelihood", likelihood, Likelihood)
+        likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
         warn_of_aliases(self.model)
+        if start is not None:
+            self.model.start_at(start)
         self.guide = make_guide(family, self.model)
         self.model.attach()
         self._frozen = Frozen(net)
@@ -147,8 +154,8 @@ class BayesianLoRA(Keeping):
 
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
-        self.model.detach()
-        leave_store({"model": self.model, "guide": self.guide})
+        for each in self._on_net().values():
+            each._step_aside()
         self._frozen.thaw()
         fast_path.put(self.net, on=True)
         return self.net

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pyro_blora.checkpoints.atomic import written
+from pyro_blora.checkpoints.tensors import read_tensors
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.network.pretrained import ADAPTER
 
-__all__ = ["CONFIG", "FORMAT", "OF_BASE", "WEIGHTS", "as_files", "read_config", "read_tensors"]
+__all__ = ["CONFIG", "FORMAT", "OF_BASE", "WEIGHTS", "as_files", "read_config", "read_weights"]
 
 CONFIG = ADAPTER
 WEIGHTS = "bayesian_lora.safetensors"
@@ -78,28 +78,16 @@ def _no_adapter(path: Path) -> str:
     return f"{what} a folder that save_pretrained wrote."
 
 
-def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the file, those of the base's fingerprint among them.
+def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the adapter, those of the base's fingerprint among them.
 
     Raises:
         CheckpointError: the file is missing or corrupt, a number is not finite, or one of the two
             files was changed after it was saved.
     """
     path = written(folder, WEIGHTS)
-    try:
-        content = path.read_bytes()
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is corrupt or incomplete ({first_line(error)}); save it again."
-        ) from error
-    for name, tensor in tensors.items():
-        own = tensor.is_floating_point() and not name.startswith(OF_BASE)
-        if own and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} has values that are not finite.")
-    if config.get("sha256", "") not in ("", _digest(config, content)):
+    tensors = read_tensors(path, of_others=OF_BASE)
+    if config.get("sha256", "") not in ("", _digest(config, path.read_bytes())):
         raise CheckpointError(
             f"{folder}: {CONFIG} or {WEIGHTS} is not as it was saved: their sha256 differs. Save "
             f'the adapter again; to change {CONFIG} by hand, take its line "sha256" out.'

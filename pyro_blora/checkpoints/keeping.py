@@ -12,7 +12,6 @@ from typing_extensions import Self
 
 from pyro_blora.checkpoints.card import Result
 from pyro_blora.checkpoints.hub import pushed
-from pyro_blora.checkpoints.peft_export import export_peft
 from pyro_blora.checkpoints.saved import read_pretrained, save_pretrained
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
@@ -78,10 +77,6 @@ class Keeping(PyroModule):
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(self, self.model, self.guide_family, folder, **about)
             return pushed(Path(folder), repo_id, private=private, message=commit_message)
-
-    def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Writes E[dW] as a PEFT adapter; see :func:`pyro_blora.checkpoints.export_peft`."""
-        export_peft(self.model, self.guide, folder)
 
     @classmethod
     def from_pretrained(

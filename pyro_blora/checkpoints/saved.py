@@ -22,7 +22,7 @@ from pyro_blora.checkpoints.files import (
     WEIGHTS,
     as_files,
     read_config,
-    read_tensors,
+    read_weights,
 )
 from pyro_blora.checkpoints.hub import fetched
 from pyro_blora.checkpoints.old_groups import from_old_groups
@@ -171,7 +171,7 @@ def read_pretrained(
     """
     folder = fetched(folder)
     config = read_config(folder)
-    tensors = read_tensors(folder, config)
+    tensors = read_weights(folder, config)
     if net is None:
         net = load_base(config, folder)
     told = f"{folder} is an adapter for {config.get('base_model') or 'another network'!r}"

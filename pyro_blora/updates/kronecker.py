@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_blora.errors import NonFiniteLossError
 
-__all__ = ["inducing_covariance", "whiten", "whiten_or_explain"]
+__all__ = ["between_orthonormal", "inducing_covariance", "whiten", "whiten_or_explain"]
 
 
 def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
@@ -60,3 +60,33 @@ def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Te
             f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of "
             f"the directions Z_{side}, or raise noise_init."
         ) from error
+
+
+def between_orthonormal(B: Tensor, A: Tensor, m_r: int, m_c: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``B A = Q_r^T C Q_c`` with orthonormal rows in both ``Q``, by a QR of each factor.
+
+    Args:
+        B: ``(..., d_out, r)``.
+        A: ``(..., r, d_in)``.
+        m_r: rows of ``Q_r``, at least ``r``; those that ``B`` does not need are random.
+        m_c: the same for ``Q_c``.
+
+    Returns:
+        ``Q_r``, ``(..., m_r, d_out)``, the core ``C``, ``(..., m_r, m_c)``, and ``Q_c``, ``(...,
+        m_c, d_in)``.
+
+    Example::
+
+        >>> Q_r, core, Q_c = between_orthonormal(torch.ones(5, 1), torch.ones(1, 4), 2, 3)
+        >>> Q_r.shape, core.shape, torch.allclose(Q_r.mT @ core @ Q_c, torch.ones(5, 4))
+        (torch.Size([2, 5]), torch.Size([2, 3]), True)
+    """
+    wide = B.double(), A.double()
+    Q_r, Q_c = _basis(wide[0], m_r), _basis(wide[1].mT, m_c)
+    core = (Q_r.mT @ wide[0]) @ (wide[1] @ Q_c)
+    return Q_r.mT.to(B.dtype), core.to(B.dtype), Q_c.mT.to(B.dtype)
+
+
+def _basis(X: Tensor, m: int) -> Tensor:
+    X = torch.nn.functional.pad(X, (0, m - X.shape[-1]))
+    return torch.linalg.qr(torch.where(X.any(-2, keepdim=True), X, torch.randn_like(X))).Q

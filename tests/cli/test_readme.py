@@ -1,4 +1,4 @@
-"""The programs of the README and of docs/programs.md run as they stand."""
+"""The programs of the README, of docs/programs.md and of docs/peft.md run as they stand."""
 
 import re
 from pathlib import Path
@@ -20,6 +20,7 @@ def blocks(page):
 FIRST, LOOP, OWN_PRIOR = blocks("README.md")
 QUICK = FIRST.replace("num_steps=100", "num_steps=10")  # nothing else is left out
 PROGRAMS = blocks("docs/programs.md")
+WITH_PEFT = blocks("docs/peft.md")
 
 
 @pytest.fixture
@@ -90,3 +91,16 @@ def test_all_programs_run_one_after_the_other(tiny, tmp_path, monkeypatch):
     exec("import pyro.infer.autoguide", names)
     exec(OWN_PRIOR, names)
     names["blora"].unwrap()
+
+
+def test_the_programs_with_peft_run_one_after_the_other(tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(QUICK, names)
+    for program in WITH_PEFT:
+        pyro.clear_param_store()
+        exec(program, names)
+        names["blora"].unwrap()
+    assert {path.name for path in (tmp_path / "out" / "draws").iterdir()} == set("0123")
+    assert len(names["probs"]) == 4

@@ -1,0 +1,69 @@
+"""Plain LoRAs by PEFT on tiny networks, away from their start, where they are nothing."""
+
+import warnings
+
+import peft
+import tiny
+import torch
+from transformers import LlamaForSequenceClassification
+
+BATCH = {key: tiny.sequences()[key] for key in ("input_ids", "attention_mask")}
+
+
+def llama_classifier():
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(tiny.llama(num_labels=3).config).eval()
+
+
+# The base, and what PEFT is told: each scaling, Conv1D, a tied head, a trained head
+CASES = {
+    "llama": (
+        tiny.llama,
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "r": 3,
+            "lora_alpha": 5,
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 1},
+        },
+    ),
+    "qwen2": (
+        tiny.qwen2,
+        {
+            "target_modules": "all-linear",
+            "r": 2,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 1},
+            "alpha_pattern": {"v_proj": 5},
+        },
+    ),
+    "gpt2": (tiny.gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 2, "fan_in_fan_out": True}),
+    "head": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj", "lm_head"], "r": 2}),
+    "bert": (tiny.bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "r": 2}),
+    "score": (llama_classifier, {"target_modules": ["v_proj"], "task_type": "SEQ_CLS", "r": 2}),
+}
+
+
+def trained(name="llama", *, spread=0.1, kind=peft.LoraConfig, **options):
+    """A ``PeftModel`` whose trained tensors are off their start; the same base at every call."""
+    torch.manual_seed(0)
+    build, told = CASES[name]
+    told = {"target_modules": told["target_modules"]} if kind is not peft.LoraConfig else told
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")
+        model = peft.get_peft_model(build(), kind(**{**told, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(spread * torch.randn_like(parameter))
+    return model
+
+
+def base(name="llama"):
+    """The network that ``trained(name)`` is around."""
+    torch.manual_seed(0)
+    return CASES[name][0]()
+
+
+def logits(net):
+    with torch.no_grad():
+        return net(**BATCH).logits
