@@ -66,7 +66,7 @@ def run(
     weights: high where more training data would help.
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
-    --ood sciq --out out/arc_easy/test
+    --ood openbookqa --out out/arc_easy/test
     """
     from pyro_blora.checkpoints import read_config, write_atomically
     from pyro_blora.data import load_task
