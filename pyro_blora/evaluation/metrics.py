@@ -168,8 +168,8 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     Example::
 
-        >>> auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.15, 0.3, 0.4]))
-        0.8333333134651184
+        >>> round(auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.15, 0.3, 0.4])), 3)
+        0.833
     """
     if not len(inside) or not len(outside):
         raise ValueError(f"Expected scores on both sides, got {len(inside)} and {len(outside)}.")

@@ -31,12 +31,13 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch):
         adapter.PosteriorLM(tiny.adapted(), None)
 
 
-harness = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
 
 
 @pytest.fixture
 def tokenizer():
+    """All that follows needs the harness."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     made = build_tokenizer(TEXTS, bos="<s>", pad="<pad>")
     made.eos_token = "<s>"  # which it does not put after a text
     return made
@@ -170,6 +171,7 @@ def test_the_mean_is_what_the_harness_gives_for_the_network_under_it(blora, toke
 
 def test_a_task_runs_by_the_harness(tokenizer, tmp_path, monkeypatch):
     """A task of this machine's own: its accuracy is that of the scores, and is deterministic."""
+    from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
@@ -201,7 +203,7 @@ def test_a_task_runs_by_the_harness(tokenizer, tmp_path, monkeypatch):
     manager = TaskManager(include_defaults=False)  # which would read some thousand files
     options = {"tasks": [task], "task_manager": manager, "log_samples": True, "bootstrap_iters": 0}
     pyro.set_rng_seed(7)  # draws were made once, whatever is drawn elsewhere
-    first = harness.simple_evaluate(model=lm, **options)
+    first = simple_evaluate(model=lm, **options)
     scores = [[r[0][0] for r in doc["resps"]] for doc in first["samples"]["stones"]]
     right = [
         max(range(3), key=lambda k: row[k]) == doc["doc"]["gold"]
