@@ -6,14 +6,13 @@ import sys
 
 import pyro
 import pytest
-from conftest import items
 from matplotlib.image import imread
 
 from pyro_blora.network import pretrained
 
 
 @pytest.fixture(scope="module")
-def adapter(model_dir, tmp_path_factory):
+def adapter(model_dir, word_items, tmp_path_factory):
     """An adapter that ``pyro-blora train`` wrote, and the options that name its data."""
     from pyro_blora import cli
 
@@ -21,7 +20,7 @@ def adapter(model_dir, tmp_path_factory):
     for task, count, start in (("words", 24, 0), ("others", 12, 300)):
         (folder / "data" / task).mkdir(parents=True)
         for split in ("train", "test"):
-            lines = "".join(json.dumps(item) + "\n" for item in items(count, start))
+            lines = "".join(json.dumps(item) + "\n" for item in word_items(count, start))
             (folder / "data" / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     words = ["--model", str(model_dir), "--data-dir", str(folder / "data"), "--task", "words"]
     pyro.clear_param_store()
@@ -73,9 +72,9 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     assert metrics["aurc"]["confidence"] == pytest.approx(sum(risks) / 24, abs=1e-3)
 
 
-def test_rank_writes_the_pool_by_mutual_information(run, adapter, tmp_path):
+def test_rank_writes_the_pool_by_mutual_information(run, adapter, word_items, tmp_path):
     pool = tmp_path / "pool.jsonl"
-    unlabelled = [{k: v for k, v in item.items() if k != "label"} for item in items(9, 200)]
+    unlabelled = [{k: v for k, v in item.items() if k != "label"} for item in word_items(9, 200)]
     pool.write_text("".join(json.dumps(item) + "\n" for item in unlabelled), encoding="utf-8")
     common = ["rank", *adapter, "--pool", pool, "--num-samples", 4]
     code, text, err = run(*common, "--out", tmp_path / "new" / "all.jsonl")
