@@ -21,6 +21,7 @@ from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.description import described_groups, size_to_come
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
+from pyro_blora.posterior.given_draws import Samples, updates_given
 from pyro_blora.posterior.linearised import linearised_logits
 from pyro_blora.posterior.param_store import warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
@@ -161,9 +162,14 @@ class BayesianLoRA(PeftHabits):
         return self.net
 
     def sample_updates(
-        self, num_samples: int, batch: Batch | None = None
+        self, num_samples: int = 0, batch: Batch | None = None, *, samples: Samples | None = None
     ) -> dict[str, LowRankUpdate]:
-        """Posterior draws of the updates by group, or for 0 their mean, ``E_q[dW]``."""
+        """Posterior draws of the updates by group, or for 0 their mean, ``E_q[dW]``.
+
+        Or the updates at ``samples``, as in :meth:`predict`.
+        """
+        if samples is not None:
+            return updates_given(self.model, samples)
         return sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager
@@ -189,6 +195,7 @@ class BayesianLoRA(PeftHabits):
         *,
         max_rows: int | None = None,
         linearised: bool = False,
+        samples: Samples | None = None,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
 
@@ -199,13 +206,17 @@ class BayesianLoRA(PeftHabits):
                 this, at least one; a limit on memory. Default: 256, less on a CPU.
             linearised: takes the draws from the logits' first-order expansion at the centre of
                 the guide: one pass however many draws.
+            samples: values of the sites to predict under, all of them, instead of draws of the
+                guide: by the site's name ``(S, *shape)``, such as ``mcmc.get_samples()``. Heads
+                trained as points, and a likelihood's parameters, stay as they are.
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).
 
         Raises:
-            ConfigurationError: ``num_samples`` is negative, or the likelihood has no classes
-                (``CausalLM``; use :meth:`log_predictive`).
+            ConfigurationError: ``num_samples`` is negative, the likelihood has no classes
+                (``CausalLM``; use :meth:`log_predictive`), or ``samples`` lack a site, have an
+                unknown one, or values of another shape.
             BatchError: the batch is not what the likelihood takes.
         """
         if not self.likelihood.has_classes:
@@ -215,20 +226,28 @@ class BayesianLoRA(PeftHabits):
                 "blora.generate(...)."
             )
         batch = to_device(batch, self.model.groups[0].device)
-        warn_of_a_point(self.guide, num_samples)
+        if samples is None:
+            warn_of_a_point(self.guide, num_samples)
+        elif linearised:
+            raise ConfigurationError("samples= are no draws of the guide, which linearised= needs.")
         if linearised:
             draws = linearised_logits(self.model, self.guide, batch, num_samples)
             return Prediction(draws.softmax(-1))
-        passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows)
+        passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows, samples)
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     @torch.no_grad()
     def log_predictive(
-        self, batch: Batch, num_samples: int = 10, *, max_rows: int | None = None
+        self,
+        batch: Batch,
+        num_samples: int = 10,
+        *,
+        max_rows: int | None = None,
+        samples: Samples | None = None,
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.model.groups[0].device)
-        return log_predictive(self.model, self.guide, batch, num_samples, max_rows)
+        return log_predictive(self.model, self.guide, batch, num_samples, max_rows, samples)
 
     def generate(
         self,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pyro_blora._version import __version__
-from pyro_blora.cli import compare, evaluate, generate, info, laplace, train
+from pyro_blora.cli import compare, evaluate, generate, info, laplace, rank, train
 from pyro_blora.errors import (
     BatchError,
     CheckpointError,
@@ -24,7 +24,7 @@ from pyro_blora.errors import (
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Bayesian low-rank adapters for language models: fine-tune, compare, evaluate, count.",
+    help="Bayesian low-rank adapters for language models: train, evaluate, rank, compare, count.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,6 +49,7 @@ def _root(
 
 app.command("train")(train.run)
 app.command("evaluate")(evaluate.run)
+app.command("rank")(rank.run)
 app.command("compare")(compare.run)
 app.command("generate")(generate.run)
 app.command("laplace")(laplace.run)

@@ -2,25 +2,27 @@
 
 import csv
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
+from pyro_blora.cli._saved_adapter import AdapterFolder, Seed, predictor
 from pyro_blora.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from pyro_blora.data import Item
+    from pyro_blora.data import Item, Task
     from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["run"]
 
 
 def run(
-    adapter: Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")],
+    adapter: AdapterFolder,
     model: o.Model = "smollm2",
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
@@ -34,10 +36,20 @@ def run(
             "the network however many draws.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the posterior draws.")] = 0,
+    seed: Seed = 0,
     precision: o.Precision = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")
+        Path | None,
+        typer.Option(
+            help="Folder for metrics.json, items.csv and pictures: reliability, risk and coverage, "
+            "and with --ood how the two tasks' uncertainties are spread."
+        ),
+    ] = None,
+    ood: Annotated[
+        str | None,
+        typer.Option(
+            help="Another task, whose test items the adapter was not made for: does it doubt more?"
+        ),
     ] = None,
     csv_file: Annotated[
         Path | None,
@@ -54,41 +66,28 @@ def run(
     weights: high where more training data would help.
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
+    --ood openbookqa --out out/arc_easy/test
     """
-    import torch
-
-    from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_config, write_atomically
     from pyro_blora.data import load_task
-    from pyro_blora.evaluation.comparison import item_length, likelihood_for
-    from pyro_blora.evaluation.metrics import evaluate
-    from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-    from pyro_blora.evaluation.predict_dataset import predict_dataset
-    from pyro_blora.network.pretrained import load_pretrained
+    from pyro_blora.evaluation import plots
+    from pyro_blora.evaluation.metrics import auroc, doubts, evaluate, risk_coverage
 
     console = Console(highlight=False)
     read_config(adapter)  # a folder that is none is said before the network is loaded
     data = load_task(task, data_dir=data_dir, max_test=max_test)
+    foreign = _foreign(ood, data, data_dir, max_test)
     if csv_file is not None and csv_file.is_dir():
         raise ConfigurationError(f"--csv {csv_file} is a folder; name a file in it.")
     for folder in (out, csv_file and csv_file.parent):
         if folder is not None:
             o.check_out(folder)
     precision = o.chosen(precision, console)
-    with o.phase("load"):
-        net, tokenizer = load_pretrained(model)
-    collate = data.collator(tokenizer)
-    blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(data, collate))
-    torch.manual_seed(seed)
+    given: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
+    predict = predictor(adapter, model, data, seed=seed, linearised=linearised, **given)
     with o.phase("predict"):
-        prediction, labels = predict_dataset(
-            lambda batch: blora.predict(batch, num_samples, linearised=linearised),
-            data.test,
-            collate,
-            length=item_length,
-            device=next(net.parameters()).device,
-            precision=precision,
-        )
+        prediction, labels = predict(data.test)
+        outside = predict(foreign)[0] if foreign else None
     scores = evaluate(prediction.probs, labels)
     console.print(f"{task}, {scores.n} test items: {scores}")
     own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
@@ -97,19 +96,49 @@ def run(
         f"entropy {means['entropy']:.3f} nats, of which {means['mutual_information']:.4f} from the "
         "posterior"
     )
+    doubt, wrong = doubts(prediction), prediction.predictions != labels
+    document = {"task": task, **given, **asdict(scores), **means}
+    document["aurc"] = {name: risk_coverage(d, wrong)[2] for name, d in doubt.items()}
+    if outside is not None:
+        found = {name: auroc(doubt[name], d) for name, d in doubts(outside).items()}
+        document["ood"] = {"task": ood, "n": len(outside), "auroc": found}
+        told = ", ".join(f"{100 * v:.1f} % by {n.replace('_', ' ')}" for n, v in found.items())
+        console.print(f"{ood}, {len(outside)} items, told apart (AUROC): {told}")
     if csv_file is not None:
         write_atomically(csv_file, lambda path: _write_csv(path, data.test, prediction))
         console.print(f"Written: {csv_file}")
-    if out is not None:
-        document = {"task": task, "num_samples": num_samples, "precision": precision}
-        text = json.dumps({**document, **asdict(scores), **means}, indent=2)
-        write_atomically(out / "metrics.json", lambda p: p.write_text(text + "\n", "utf-8"))
-        figure = reliability_diagram({task: (prediction.probs, labels)})
-        save_figure(figure, out / "reliability.png")
-        console.print(f"Written: {out / 'metrics.json'} and {out / 'reliability.png'}")
+    if out is None:
+        return
+    text = json.dumps(document, indent=2) + "\n"
+    write_atomically(out / "metrics.json", lambda path: path.write_text(text, "utf-8"))
+    write_atomically(out / "items.csv", lambda path: _write_csv(path, data.test, prediction))
+    pictures = {
+        "reliability": plots.reliability_diagram({task: (prediction.probs, labels)}),
+        "risk_coverage": plots.risk_coverage_diagram(prediction, labels),
+    }
+    if outside is not None:
+        write_atomically(out / "ood.csv", lambda path: _write_csv(path, foreign, outside))
+        pictures["ood"] = plots.ood_diagram(prediction, outside, (task, str(ood)))
+    for name, figure in pictures.items():
+        plots.save_figure(figure, out / f"{name}.png")
+    console.print(f"Written to {out}: metrics.json, items.csv, {', '.join(pictures)} (.png)")
 
 
-def _write_csv(path: Path, items: "tuple[Item, ...]", prediction: "Prediction") -> None:
+def _foreign(
+    name: str | None, task: "Task", data_dir: Path | None, most: int | None
+) -> "tuple[Item, ...]":
+    """The test items of another task, as this one asks: label words are its own."""
+    from pyro_blora.data import load_task
+
+    if name is None:
+        return ()
+    items = load_task(name, data_dir=data_dir, max_test=most).test
+    if task.template.scoring == "labels":
+        return tuple(replace(i, choices=task.test[0].choices, label=0) for i in items)
+    return items
+
+
+def _write_csv(path: Path, items: "Sequence[Item]", prediction: "Prediction") -> None:
     """A line for each item; a choice that an item does not have is empty."""
     names = ("predictions", "confidence", "entropy", "mutual_information")
     columns = [getattr(prediction, name).tolist() for name in names]

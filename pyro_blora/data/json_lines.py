@@ -13,7 +13,7 @@ __all__ = ["read_json_lines", "splits_in"]
 _FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
-def read_json_lines(path: str | PathLike[str]) -> list[Item]:
+def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
     r"""Read the items of one split.
 
     A file is UTF-8 with one JSON object a line::
@@ -24,6 +24,8 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
 
     Args:
         path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
+        labelled: whether every item must have a label; in a pool to be labelled one without is
+            given 0, which nobody reads.
 
     Returns:
         The items, in file order; never empty.
@@ -49,7 +51,7 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                items.append(_item(json.loads(line)))
+                items.append(_item(json.loads(line), labelled))
         except json.JSONDecodeError as error:
             where = f"{path}, line {number}, column {error.colno}"
             raise DataError(f"{where}: not JSON ({error.msg}): write {_FORMAT}") from None
@@ -65,9 +67,11 @@ def splits_in(folder: Path) -> list[str]:
     return [file.stem for file in folder.glob("*.jsonl") if file.is_file()]
 
 
-def _item(record: Any) -> Item:
+def _item(record: Any, labelled: bool) -> Item:
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__}, no object: write {_FORMAT}")
+    if not labelled:
+        record = {"label": 0, **record}
     for key in ("id", "question", "choices", "label"):
         if key not in record:
             raise DataError(f"the key {key!r} is missing among {list(record)}: write {_FORMAT}")

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_auroc,
     multiclass_accuracy,
     multiclass_calibration_error,
 )
 
-from pyro_blora.posterior.prediction import check_probabilities
+from pyro_blora.posterior.prediction import Prediction, check_probabilities
 
-__all__ = ["Metrics", "check_labels", "evaluate"]
+__all__ = ["Metrics", "auroc", "check_labels", "doubts", "evaluate", "risk_coverage"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,89 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         brier=float((probs - one_hot).square().sum(-1).mean()),
         n=len(labels),
     )
+
+
+def doubts(prediction: Prediction) -> dict[str, Tensor]:
+    """What may tell that an answer is wrong, large where it should be, ``(n,)`` each.
+
+    ``confidence``, as one minus the probability of the answer; ``entropy``; and of two draws or
+    more ``mutual_information``, both in nats.
+    """
+    found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
+    if prediction.num_samples > 1:
+        found["mutual_information"] = prediction.mutual_information
+    return found
+
+
+def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
+    r"""How often a classifier is wrong that answers only where it doubts little.
+
+    .. math::
+        \mathrm{coverage}(t) = \tfrac1n \textstyle\sum_i [d_i \le t], \qquad
+        \mathrm{risk}(t) = \frac{\sum_i [d_i \le t] [\hat y_i \ne y_i]}{\sum_i [d_i \le t]}
+
+    Args:
+        doubt: what is not answered where it is large, ``(n,)``: ``1 - confidence``, an entropy.
+        wrong: whether each prediction is wrong, ``(n,)``, boolean.
+
+    Returns:
+        Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each, and the mean
+        risk over all coverages, the area under the curve (AURC).
+
+    Raises:
+        ValueError: there are no items, shapes differ, or a doubt is NaN.
+
+    Reference:
+        Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
+        arXiv:1705.08500.
+
+    Example::
+
+        >>> coverage, risk, area = risk_coverage(
+        ...     torch.tensor([0.1, 0.4, 0.2, 0.3]), torch.tensor([False, True, False, True])
+        ... )
+        >>> coverage.tolist(), [round(x, 2) for x in risk.tolist()], round(area, 3)
+        ([0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.33, 0.5], 0.208)
+    """
+    if doubt.dim() != 1 or doubt.shape != wrong.shape or not len(doubt):
+        raise ValueError(
+            f"Expected the shapes (n,) and (n,) with n >= 1, got {tuple(doubt.shape)} and "
+            f"{tuple(wrong.shape)}."
+        )
+    if bool(doubt.isnan().any()):
+        raise ValueError("doubt is NaN somewhere.")
+    values, order = doubt.double().sort()
+    errors = wrong[order].double().cumsum(0)
+    parts = torch.cat([values[1:] > values[:-1], torch.ones_like(values[:1], dtype=torch.bool)])
+    counts = torch.arange(1, len(values) + 1, device=values.device)[parts].double()
+    risk, coverage = errors[parts] / counts, counts / len(values)
+    width = coverage.diff(prepend=coverage.new_zeros(1))
+    return coverage, risk, float((risk * width).sum())
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """The probability that an item of the second set scores higher than one of the first.
+
+    The area under the receiver operating characteristic; a tie counts half. 0.5 is chance.
+
+    Args:
+        inside: scores of the known distribution, ``(n,)``, such as mutual information in nats.
+        outside: scores of the other one, ``(m,)``.
+
+    Raises:
+        ValueError: a set is empty.
+
+    Example::
+
+        >>> round(auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.15, 0.3, 0.4])), 3)
+        0.833
+    """
+    if not len(inside) or not len(outside):
+        raise ValueError(f"Expected scores on both sides, got {len(inside)} and {len(outside)}.")
+    truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
+    scores = torch.cat([inside, outside])
+    _, ranks = scores.unique(return_inverse=True)  # binary_auroc would squash what leaves [0, 1]
+    return float(binary_auroc(ranks.float() / max(1, int(ranks.max())), truth.to(scores.device)))
 
 
 def check_labels(labels: Tensor, scores: Tensor) -> None:

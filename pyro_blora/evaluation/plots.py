@@ -1,4 +1,4 @@
-"""Reliability diagrams, drawn without touching matplotlib's global state."""
+"""Reliability, risk and coverage, in and out of distribution: without global state."""
 
 import os
 from collections.abc import Mapping
@@ -12,9 +12,17 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from pyro_blora.checkpoints import write_atomically
-from pyro_blora.evaluation.metrics import Metrics, evaluate
+from pyro_blora.evaluation.metrics import (
+    Metrics,
+    auroc,
+    check_labels,
+    doubts,
+    evaluate,
+    risk_coverage,
+)
+from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["reliability_diagram", "save_figure"]
+__all__ = ["ood_diagram", "reliability_diagram", "risk_coverage_diagram", "save_figure"]
 
 _INK, _BAR = "#333333", "#a9c1dc"
 _ACCURACY: dict[str, Any] = {"color": "#2f5f94"}
@@ -22,6 +30,13 @@ _CONFIDENCE: dict[str, Any] = {"color": "#d9484a", "linewidth": 1.3, "linestyle"
 _GAP: dict[str, Any] = {"hatch": "/////", "linewidth": 0.6}
 _OVER = {**_GAP, "facecolor": "#fbdedd", "edgecolor": "#d9484a"}
 _UNDER = {**_GAP, "facecolor": "#d9efe1", "edgecolor": "#3a8f5c"}
+_INSIDE: dict[str, Any] = {"facecolor": "#a9c1dc99", "edgecolor": "#2f5f94", "linewidth": 1.4}
+_OUTSIDE: dict[str, Any] = {"facecolor": "#f3b3b299", "edgecolor": "#d9484a", "linewidth": 1.4}
+_SCORES: dict[str, dict[str, Any]] = {
+    "confidence": {"color": "#2f5f94"},
+    "entropy": {"color": "#c9872b", "linestyle": (0, (5, 2))},
+    "mutual_information": {"color": "#8a4fa3", "linestyle": (0, (1, 1))},
+}
 
 
 def reliability_diagram(
@@ -73,6 +88,7 @@ def reliability_diagram(
         _write_title(top, name, metrics)
         for ax in (top, bottom):
             _style(ax)
+            _from_0_to_1(ax)
     axes[0, 0].set_ylabel("Accuracy", fontsize=9, color=_INK)
     axes[1, 0].set_ylabel("Share", fontsize=9, color=_INK)
     figure.legend(
@@ -88,6 +104,95 @@ def reliability_diagram(
         fontsize=8,
         frameon=False,
         handlelength=1.6,
+    )
+    return figure
+
+
+def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
+    """Draw how often the answers are wrong when the most doubtful items go unanswered.
+
+    A line for each doubt: that of confidence, entropy and (of two draws or more) mutual
+    information; a good one falls fast to the left. Beside them what cannot be beaten, an oracle
+    that leaves the wrong answers out first, and what knows nothing. The legend gives the area under
+    each line (AURC), the mean risk over all coverages.
+
+    Args:
+        prediction: of ``n`` items.
+        labels: their classes, ``(n,)``.
+
+    Raises:
+        ValueError: ``labels`` are not what :func:`~pyro_blora.evaluation.metrics.evaluate` takes.
+
+    Example::
+
+        >>> p = Prediction(torch.tensor([[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.2, 0.8]]]))
+        >>> len(risk_coverage_diagram(p, torch.tensor([0, 0])).axes)
+        1
+    """
+    check_labels(labels, prediction.probs)
+    wrong = prediction.predictions.cpu() != labels.cpu()
+    figure = Figure(figsize=(5, 3.9), dpi=150, layout="constrained")
+    ax = figure.subplots()
+    for name, doubt in doubts(prediction).items():
+        coverage, risk, area = risk_coverage(doubt.cpu(), wrong)
+        label = f"{name.replace('_', ' ')} (AURC {area:.3f})"
+        ax.plot(coverage, risk, label=label, linewidth=1.8, **_SCORES[name])
+    coverage, risk, area = risk_coverage(torch.arange(len(wrong)), wrong.sort().values)
+    ax.plot(coverage, risk, color="#8c8c8c", linewidth=1, label=f"oracle (AURC {area:.3f})")
+    overall = float(wrong.float().mean())
+    ax.axhline(overall, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), label="all answered")
+    _style(ax)
+    _from_0_to_1(ax)
+    ax.set_ylim(0, None)
+    ax.set_xlabel("Coverage: share of the items answered", fontsize=9, color=_INK)
+    ax.set_ylabel("Risk: share of wrong answers", fontsize=9, color=_INK)
+    ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str]) -> Figure:
+    """Draw how uncertainty is spread over known items and over those of another distribution.
+
+    A column for entropy and one for mutual information, in nats; above each the probability that a
+    foreign item has the higher one (AUROC; 50 % is chance).
+
+    Args:
+        inside: prediction of items like the training set's.
+        outside: prediction of the others.
+        names: what the legend calls the two.
+
+    Raises:
+        ValueError: a prediction is of no items.
+
+    Example::
+
+        >>> p = Prediction(torch.tensor([[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.2, 0.8]]]))
+        >>> len(ood_diagram(p, p, ("facts", "facts again")).axes)
+        2
+    """
+    figure = Figure(figsize=(7.4, 3.4), dpi=150, layout="constrained")
+    columns = figure.subplots(1, 2)
+    for ax, name in zip(columns, ("entropy", "mutual_information"), strict=True):
+        sets = [getattr(p, name).double().cpu() for p in (inside, outside)]
+        score = auroc(*sets)
+        high = max(float(torch.cat(sets).max()), 1e-6)
+        edges = torch.linspace(0, high, 21).tolist()
+        for kind in ("stepfilled", "step"):  # the outlines over both faces
+            for values, look in zip(sets, (_INSIDE, _OUTSIDE), strict=True):
+                weights = [1 / len(values)] * len(values)
+                ax.hist(values.tolist(), edges, weights=weights, histtype=kind, **look)
+        _style(ax)
+        ax.set_xlim(0, high)
+        ax.set_title(f"AUROC {100 * score:.1f} %", fontsize=9, color=_INK)
+        ax.set_xlabel(f"{name.replace('_', ' ').capitalize()} (nats)", fontsize=9, color=_INK)
+    columns[0].set_ylabel("Share of the items", fontsize=9, color=_INK)
+    looks = zip(names, (inside, outside), (_INSIDE, _OUTSIDE), strict=True)
+    figure.legend(
+        handles=[Patch(label=f"{name} ({len(p)} items)", **look) for name, p, look in looks],
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
     )
     return figure
 
@@ -132,9 +237,12 @@ def _write_title(ax: Any, name: str, metrics: Metrics) -> None:
     ax.annotate(name, (0.5, 1), xytext=(0, 30), **above, **bold)
 
 
-def _style(ax: Any) -> None:
+def _from_0_to_1(ax: Any) -> None:
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+
+
+def _style(ax: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(_INK)
     ax.tick_params(labelsize=8, color=_INK, labelcolor=_INK)

@@ -11,6 +11,7 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
+from pyro_blora.posterior.given_draws import Samples, check_samples, draws_given
 from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
 
 __all__ = ["log_predictive", "logits_of_draws", "rows_of_a_pass"]
@@ -39,8 +40,11 @@ def logits_of_draws(
     batch: Batch,
     num_samples: int,
     max_rows: int | None = None,
+    samples: Samples | None = None,
 ) -> Iterator[Tensor]:
     """The logits of a batch under each posterior draw, in pairs, several draws in one pass.
+
+    Where there are ``samples``, under each of them instead, in their order.
 
     The network is evaluated with dropout off, and left in the mode it was in. Arguments are those
     of :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
@@ -52,6 +56,8 @@ def logits_of_draws(
         raise ConfigurationError(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
         )
+    if samples is not None:
+        num_samples = check_samples(model, samples)
     examples = model.likelihood.examples(batch)
     if max_rows is None:
         max_rows = rows_of_a_pass(model, batch)
@@ -62,7 +68,10 @@ def logits_of_draws(
     # An amortised posterior has a draw for each example, others one for all of them.
     each = examples if getattr(guide, "reads_context", False) else 1
     most = max(1, min(num_samples, max_rows // examples))
-    draw = draws_in_pairs(model, guide, batch, each)
+    if samples is None:
+        draw = draws_in_pairs(model, guide, batch, each)
+    else:
+        draw = draws_given(model, samples)
     done = 0
     while done < max(1, num_samples):
         # what the frozen blocks put out is recorded from one draw alone
@@ -81,6 +90,7 @@ def log_predictive(
     batch: Batch,
     num_samples: int,
     max_rows: int | None = None,
+    samples: Samples | None = None,
 ) -> Tensor:
     """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
     likelihood = model.likelihood
@@ -89,7 +99,7 @@ def log_predictive(
     if labels is None:
         raise BatchError("The batch has no labels to take the probability of.")
     parts = []
-    for logits in logits_of_draws(model, guide, batch, num_samples, max_rows):
+    for logits in logits_of_draws(model, guide, batch, num_samples, max_rows, samples):
         observed = labels.expand(len(logits), *labels.shape)
         likelihood.check_labels(observed, logits)
         parts.append(likelihood.distribution(logits, observed).log_prob(observed))

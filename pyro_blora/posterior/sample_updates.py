@@ -20,7 +20,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart, start_guide
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["draws_in_pairs", "mean_updates", "sample_updates"]
+__all__ = ["draws_in_pairs", "mean_updates", "sample_updates", "updates_at"]
 
 _PASSES, _DRAWS = 16, 64  # few at once, for the memory
 
@@ -88,11 +88,18 @@ def draws_in_pairs(
         values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         waiting = {name: v[count:] for name, v in values.items() if len(v) > count}
         data = {name: v[:count].flatten(0, 1) for name, v in values.items()}
-        with _plate(model, count * each):
-            updates: dict[str, LowRankUpdate] = pyro.poutine.condition(model.updates, data)()
-        return updates
+        return updates_at(model, data, count * each)
 
     return draw
+
+
+def updates_at(
+    model: BayesianLoRAModel, values: Mapping[str, Tensor], size: int
+) -> dict[str, LowRankUpdate]:
+    """The updates at ``size`` values of each site, which stand outside of the prior's plates."""
+    with _plate(model, size):
+        updates: dict[str, LowRankUpdate] = pyro.poutine.condition(model.updates, dict(values))()
+    return updates
 
 
 def _plate(model: BayesianLoRAModel, size: int) -> pyro.plate:

@@ -24,6 +24,12 @@ def items(count, start):
 
 
 @pytest.fixture(scope="session")
+def word_items():
+    """:func:`items`."""
+    return items
+
+
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A tiny random Llama and its tokenizer, saved as a hub folder is."""
     folder = tmp_path_factory.mktemp("model")

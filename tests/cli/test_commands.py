@@ -241,7 +241,7 @@ def test_info_lists_recipes_and_breaks_no_word_in_80_columns(run):
         assert {name, *made.summary.split(), *made.citation.split()} <= words
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "rank", "compare", "info"])
 def test_help_teaches(run, command):
     code, text, _ = run(command, "--help")
     assert code == 0
@@ -250,5 +250,5 @@ def test_help_teaches(run, command):
 
 def test_no_arguments_shows_the_commands(run):
     _, text, _ = run()
-    for command in ("train", "evaluate", "compare", "info"):
+    for command in ("train", "evaluate", "rank", "compare", "info"):
         assert command in text

@@ -1,0 +1,244 @@
+"""The harness's own tasks and requests under the posterior predictive."""
+
+import json
+import math
+
+import pyro
+import pytest
+import tiny
+import torch
+from own_tokenizer import build_tokenizer
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation import lm_eval as adapter
+from pyro_blora.guides import Amortized, MatrixNormal
+from pyro_blora.likelihoods import CausalLM
+
+TEXTS = ["red green blue", "cold warm", "a round red stone is cold", "green is not blue"]
+PAIRS = [
+    ("a round", " red stone"),
+    ("a round", " blue"),
+    ("a round", " green"),
+    ("", "cold warm"),
+    ("green is not", " blue"),
+    ("red", " green blue cold warm a round red stone is"),
+]
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(adapter, "HFLM", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'pyro-blora\[lm-eval\]'"):
+        adapter.PosteriorLM(tiny.adapted(), None)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
+
+
+@pytest.fixture
+def tokenizer():
+    """All that follows needs the harness."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    made = build_tokenizer(TEXTS, bos="<s>", pad="<pad>")
+    made.eos_token = "<s>"  # which it does not put after a text
+    return made
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def blora(request, tokenizer):
+    """A posterior wide enough to see, of CausalLM or of a likelihood of another kind."""
+    torch.manual_seed(0)
+    if request.param == "llama":
+        net = tiny.llama(vocab_size=len(tokenizer))
+        return tiny.adapted(net, guide=MatrixNormal(init_scale=3.0))
+    net = tiny.gpt2()
+    net.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    guide, likelihood = MatrixNormal(init_scale=3.0), CausalLM(num_data=4)
+    return tiny.adapted(net, target_modules=["c_attn"], guide=guide, likelihood=likelihood)
+
+
+def posterior(blora, tokenizer, **options):
+    return adapter.PosteriorLM(blora, tokenizer, **{"num_samples": 4, **options})
+
+
+def asked(lm, kind, pairs):
+    from lm_eval.api.instance import Instance
+
+    requests = [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
+    ]
+    return getattr(lm, kind)(requests, disable_tqdm=True)
+
+
+def ids(tokenizer, context, continuation):
+    """The tokens of both, and how many are scored: the harness's way, by plain words."""
+    whole = tokenizer(context + continuation)["input_ids"]
+    return whole, len(whole) - (len(tokenizer(context)["input_ids"]) if context else 1)
+
+
+@torch.no_grad()
+def by_hand(blora, draws, whole, scored):
+    """Log-probabilities of the scored tokens and of all others there, ``(S, n, V)``."""
+    found = []
+    for updates in draws:
+        with blora.model.applied(updates) as net:
+            logits = net(torch.tensor([whole])).logits[0]
+        found.append(logits.log_softmax(-1)[-scored - 1 : -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_continuation_has_the_mean_probability_over_the_draws(blora, tokenizer, batch_size):
+    lm = posterior(blora, tokenizer, batch_size=batch_size)
+    answers = asked(lm, "loglikelihood", PAIRS)
+    of_tokens = []
+    for (score, greedy), pair in zip(answers, PAIRS, strict=True):
+        whole, scored = ids(tokenizer, *pair)
+        logp = by_hand(blora, lm.draws, whole, scored)
+        target = torch.tensor(whole[-scored:])
+        each = logp.gather(2, target.expand(4, -1)[..., None]).squeeze(2)
+        assert score == pytest.approx(float(each.sum(1).exp().mean().log()), abs=1e-4)
+        of_tokens.append(float(each.exp().mean(0).log().sum()))
+        best = []
+        weights = torch.ones(4)  # p(y_<t | U_s)
+        for step, token in enumerate(target):
+            best.append(int((weights[:, None] * logp[:, step].exp()).sum(0).argmax()))
+            weights = weights * each[:, step].exp()
+            assert greedy <= (best[step] == int(token))
+        assert greedy == (best == target.tolist())
+    # which is not the product of the tokens' own averages
+    assert max(abs(a[0] - b) for a, b in zip(answers, of_tokens, strict=True)) > 1e-3
+
+
+def test_a_greedy_continuation_is_known_as_such(blora, tokenizer):
+    """Of all tokens after a context one is greedy; so is what is written with it."""
+    lm = posterior(blora, tokenizer)
+    vocabulary = range(len(tokenizer))
+    requests = [(None, tokenizer("a round")["input_ids"], [token]) for token in vocabulary]
+    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert sum(greedy for _, greedy in answers) == 1
+    scores = torch.tensor([score for score, _ in answers])
+    assert answers[int(scores.argmax())][1]
+    assert float(scores.logsumexp(0)) == pytest.approx(0, abs=1e-5)
+
+
+def test_it_is_the_librarys_own_log_predictive(blora, tokenizer):
+    """Of the same draws, for rows padded on the right."""
+    samples = {s.name: s.prior.sample((3,)).detach() for s in blora.model.sites}
+    lm = posterior(blora, tokenizer, samples=samples)
+    answers = asked(lm, "loglikelihood", PAIRS[:3])
+    if not isinstance(blora.likelihood, CausalLM):
+        net = blora.unwrap()
+        blora = tiny.adapted(net, guide=MatrixNormal(), likelihood=CausalLM(num_data=4))
+        blora.model.load_state_dict(lm.blora.model.state_dict(), strict=False)
+    rows = [ids(tokenizer, *pair) for pair in PAIRS[:3]]
+    batch = tokenizer.pad({"input_ids": [whole for whole, _ in rows]}, return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], -100)
+    for label, (whole, scored) in zip(labels, rows, strict=True):
+        label[len(whole) - scored : len(whole)] = torch.tensor(whole[-scored:])
+    found = blora.log_predictive({**batch, "labels": labels}, samples=samples)
+    assert [score for score, _ in answers] == pytest.approx(found.tolist(), abs=1e-4)
+
+
+def test_the_mean_is_what_the_harness_gives_for_the_network_under_it(blora, tokenizer):
+    """Its own HFLM, for continuations, a text longer than the context, and what is written."""
+    from lm_eval.models.huggingface import HFLM
+
+    with torch.no_grad():
+        for family in blora.guide.families().values():
+            family.loc.normal_()
+    plain = HFLM(blora.net, tokenizer=tokenizer, batch_size=2)
+    lm = posterior(blora, tokenizer, num_samples=0, batch_size=2)
+    long = (" ".join(TEXTS * 3),)
+    assert len(tokenizer(*long)["input_ids"]) > plain.max_length
+    until = ("a round", {"until": ["."], "max_gen_toks": 5, "do_sample": False})
+    base = [score for score, _ in asked(plain, "loglikelihood", PAIRS)]
+    for kind, given in (
+        ("loglikelihood", [*PAIRS, (*long, " blue")]),
+        ("loglikelihood_rolling", [long]),
+        ("generate_until", [until]),
+    ):
+        with blora.posterior():
+            expected = asked(plain, kind, given)
+        found = asked(lm, kind, given)
+        if kind == "generate_until":
+            assert found == expected
+            continue
+        for a, b in zip(found, expected, strict=True):
+            assert a == pytest.approx(b, abs=1e-3)
+    mean = [score for score, _ in asked(lm, "loglikelihood", PAIRS)]
+    assert base != pytest.approx(mean, abs=1e-2)  # the base is another
+
+
+def test_a_task_runs_by_the_harness(tokenizer, tmp_path, monkeypatch):
+    """A task of this machine's own: its accuracy is that of the scores, and is deterministic."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    net = tiny.llama(vocab_size=len(tokenizer))
+    blora = tiny.adapted(net, guide=MatrixNormal(init_scale=3.0))
+    words = ["red", "green", "blue"]
+    lines = [{"q": f"a {words[i % 3]} stone is", "options": words, "gold": i % 3} for i in range(6)]
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = ConfigurableTask(
+        config={
+            "task": "stones",
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(file)},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "gold",
+            "doc_to_choice": "options",
+            "metric_list": [{"metric": "acc"}],
+        }
+    )
+    lm = posterior(blora, tokenizer, num_samples=3)
+    manager = TaskManager(include_defaults=False)  # which would read some thousand files
+    options = {"tasks": [task], "task_manager": manager, "log_samples": True, "bootstrap_iters": 0}
+    pyro.set_rng_seed(7)  # draws were made once, whatever is drawn elsewhere
+    first = simple_evaluate(model=lm, **options)
+    scores = [[r[0][0] for r in doc["resps"]] for doc in first["samples"]["stones"]]
+    right = [
+        max(range(3), key=lambda k: row[k]) == doc["doc"]["gold"]
+        for row, doc in zip(scores, first["samples"]["stones"], strict=True)
+    ]
+    assert first["results"]["stones"]["acc,none"] == pytest.approx(sum(right) / 6)
+    for row, doc in zip(scores, first["samples"]["stones"], strict=True):
+        for score, word in zip(row, words, strict=True):
+            whole, scored = ids(tokenizer, doc["doc"]["q"], f" {word}")
+            logp = by_hand(blora, lm.draws, whole, scored)
+            each = logp.gather(2, torch.tensor(whole[-scored:]).expand(3, -1)[..., None])
+            expected = each.squeeze(2).sum(1).logsumexp(0) - math.log(3)
+            assert score == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"batch_size": "auto"}, "batch_size='auto' must be a number"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_samples": -1}, "num_samples=-1"),
+        ({"samples": {}}, "lacks the sites"),
+    ],
+)
+def test_options_that_cannot_be(tokenizer, options, told):
+    blora = tiny.adapted(tiny.llama(vocab_size=len(tokenizer)))
+    with pytest.raises(ConfigurationError, match=told):
+        posterior(blora, tokenizer, **options)
+
+
+def test_adapters_that_cannot_be(tokenizer):
+    with pytest.raises(ConfigurationError, match="has no language-model head"):
+        posterior(tiny.adapted(tiny.bert(), target_modules=["query"]), tokenizer)
+    blora = tiny.adapted(tiny.llama(vocab_size=len(tokenizer)), guide=Amortized())
+    with pytest.raises(ConfigurationError, match="another posterior for every batch"):
+        posterior(blora, tokenizer)
+    with pytest.raises(ConfigurationError, match="blora="):
+        posterior(tiny.llama(), tokenizer)

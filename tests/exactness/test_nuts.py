@@ -1,0 +1,46 @@
+"""The moments of SVI beside those of NUTS, the second opinion."""
+
+import pyro
+import torch
+from linear_gaussian import Toy
+from pyro.infer import MCMC, NUTS
+
+from pyro_blora.guides import FullRank, MeanField
+
+
+def test_the_moments_of_svi_are_those_of_nuts():
+    """On a linear network with Gaussian labels, whose posterior is known as well."""
+    full = Toy(FullRank(), ranks=(1, 2)).fit()
+    mcmc = MCMC(NUTS(full.blora.model), 300, warmup_steps=100, disable_progbar=True)
+    mcmc.run(full.batch)
+    ((name, samples),) = mcmc.get_samples().items()
+    draws = samples.flatten(1)
+    worth = mcmc.diagnostics()[name]["n_eff"].flatten().clamp(max=300)  # independent draws
+    assert worth.min() > 80
+
+    def sure(moments):
+        """Which entries of mean and covariance NUTS does not tell from these, at 4 sigma."""
+        mean, covariance = moments
+        variance = covariance.diagonal()
+        of_mean = (variance / worth).sqrt()
+        products = variance[:, None] * variance + covariance.square()
+        of_spread = (products / worth.min()).sqrt()
+        return (
+            (draws.mean(0) - mean).abs() <= 4 * of_mean,
+            (draws.T.cov() - covariance).abs() <= 4 * of_spread,
+        )
+
+    mean, covariance = (moment.detach() for moment in full.moments())
+    for moments in ((mean, covariance), (full.posterior.mean, full.posterior.covariance_matrix)):
+        assert all(bool(entries.all()) for entries in sure(moments))
+    # which tells something: half the width, or a mean one width away, is found out
+    assert not sure((mean, covariance / 4))[1].diagonal().any()
+    assert not sure((mean + covariance.diagonal().sqrt(), covariance))[0].any()
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    field = Toy(MeanField(), ranks=(1, 2))
+    field.design, field.residual = full.design, full.residual
+    narrow = field.fit().moments()[1].detach().diagonal()
+    torch.testing.assert_close(narrow, 1 / full.precision.diagonal(), atol=1e-4, rtol=1e-2)
+    assert (narrow <= covariance.diagonal() * 1.001).all()  # mean field is never too wide

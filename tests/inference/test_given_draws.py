@@ -1,0 +1,182 @@
+"""Predictions under draws that are not the guide's: those of NUTS, or any values of the sites."""
+
+import math
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import MCMC, NUTS, Predictive
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Amortized, MatrixNormal
+from pyro_blora.likelihoods import CausalLM, MultipleChoice, SequenceClassification
+from pyro_blora.models import Hierarchical
+
+
+def values(blora, count=3, seed=1):
+    """Any values of the sites, as ``get_samples`` has them: here draws of the prior."""
+    pyro.set_rng_seed(seed)
+    return {
+        site.name: site.prior.sample((count,)).detach().double()  # as other programs have them
+        for site in blora.model.sites
+    }
+
+
+def conditioned(blora, samples, batch):
+    """The site ``labels`` of the plain Pyro model at each of the values, one after the other."""
+    for index in range(len(next(iter(samples.values())))):
+        data = {name: value[index].float() for name, value in samples.items()}
+        with torch.no_grad():
+            model = pyro.condition(blora.model, data)
+            yield pyro.poutine.trace(model).get_trace(batch).nodes["labels"]
+
+
+def choosing():
+    """GPT-2 whose scores have a scale that was learned."""
+    blora = tiny.adapted(
+        tiny.gpt2(), target_modules=["c_attn"], likelihood=MultipleChoice(num_data=12)
+    )
+    blora.likelihood.score_scale = torch.tensor(2.5)
+    return blora, tiny.choices()
+
+
+def headed():
+    """BERT whose head was trained as a point, under sites outside of the layers' plate."""
+    likelihood = SequenceClassification(num_data=12)
+    blora = tiny.adapted(
+        tiny.bert(),
+        target_modules=["query", "value"],
+        prior=Hierarchical(rank=2),
+        likelihood=likelihood,
+    )
+    with torch.no_grad():
+        for head in blora.model.trained_heads.parameters():
+            head.add_(torch.randn_like(head))
+    return blora, tiny.sequences()
+
+
+def amortised():
+    return tiny.adapted(guide=Amortized()), tiny.sequences()
+
+
+def untouched():
+    """An AutoGuide that has not run, and never does."""
+    return tiny.adapted(guide=AutoNormal), tiny.sequences()
+
+
+@pytest.mark.parametrize("make", [choosing, headed, amortised, untouched])
+@pytest.mark.parametrize("max_rows", [None, 1])
+def test_a_prediction_is_that_of_the_conditioned_model(make, max_rows):
+    blora, batch = make()
+    samples = values(blora)
+    expected = torch.stack([node["fn"].probs for node in conditioned(blora, samples, batch)])
+    found = blora.predict(batch, samples=samples, max_rows=max_rows)
+    torch.testing.assert_close(found.samples, expected, atol=1e-5, rtol=0)
+    assert found.mutual_information.max() > 1e-3  # the values matter
+    if blora.model.trained_heads.names:
+        with torch.no_grad():
+            for head in blora.model.trained_heads.parameters():
+                head.mul_(0.5)
+        other = blora.predict(batch, samples=samples)
+        assert (other.samples - found.samples).abs().max() > 1e-3
+
+
+def test_the_log_predictive_is_the_mean_over_them():
+    likelihood = CausalLM(num_data=12)
+    blora = tiny.adapted(tiny.gpt2(), target_modules=["c_attn"], likelihood=likelihood)
+    samples, batch = values(blora, 5), tiny.texts()
+    nodes = conditioned(blora, samples, batch)
+    scores = torch.stack([node["fn"].log_prob(node["value"]) for node in nodes])
+    expected = scores.logsumexp(0) - math.log(5)
+    found = blora.log_predictive(batch, samples=samples)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_it_agrees_with_predictive_in_law():
+    blora, batch = tiny.adapted(), tiny.sequences()
+    samples, times = values(blora, 4), 500
+    del batch["labels"]
+    many = {name: value.float().repeat(times, 1, 1, 1) for name, value in samples.items()}
+    predictive = Predictive(blora.model, posterior_samples=many, parallel=True)
+    with torch.no_grad():
+        labels = predictive(batch)["labels"].reshape(4 * times, -1)
+    probs = blora.predict(batch, samples=samples).probs
+    share = torch.nn.functional.one_hot(labels, probs.shape[1]).float().mean(0)
+    error = (probs * (1 - probs) / (4 * times)).sqrt()
+    assert ((share - probs).abs() <= 4 * error).all()
+    assert (probs - 1 / probs.shape[1]).abs().max() > 20 * error.max()  # no coin
+
+
+def test_the_updates_at_draws_of_the_guide_are_the_guides():
+    blora = tiny.adapted(guide=MatrixNormal(init_scale=1.0))
+    pyro.set_rng_seed(3)
+    drawn = blora.sample_updates(6)
+    pyro.set_rng_seed(3)
+    with torch.no_grad(), pyro.plate("draws", 6, dim=-2):
+        samples = blora.guide()
+    found = blora.sample_updates(samples=samples)
+    for name, update in drawn.items():
+        for mine, theirs in zip(found[name].layers(), update.layers(), strict=True):
+            torch.testing.assert_close(mine.weight(), theirs.weight())
+
+
+def test_nuts_on_a_transformer_with_a_head():
+    blora, batch = headed()
+    before = tiny.trained(blora)
+    mcmc = MCMC(NUTS(blora.model, max_tree_depth=3), 3, warmup_steps=2, disable_progbar=True)
+    mcmc.run(batch)
+    samples = mcmc.get_samples()
+    assert set(samples) == {site.name for site in blora.model.sites}
+    found = blora.predict(batch, samples=samples)
+    expected = [node["fn"].probs for node in conditioned(blora, samples, batch)]
+    torch.testing.assert_close(found.samples, torch.stack(expected), atol=1e-5, rtol=0)
+    assert tiny.equal(tiny.trained(blora), before)
+
+
+Q, V = "q_proj.V", "v_proj.V"
+
+
+def without(samples, name):
+    return {key: value for key, value in samples.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda s: {}, r"lacks the sites q_proj\.V, v_proj\.V"),
+        (lambda s: without(s, V), r"lacks the sites v_proj\.V;"),
+        (lambda s: {**without(s, V), "v_prj.V": s[V]}, r"'v_prj\.V', .* mean 'v_proj\.V'"),
+        (lambda s: {**s, "labels": torch.zeros(3, 4)}, "'labels', which is no latent site"),
+        (lambda s: {**s, Q: s[Q][0]}, r"shape \(2, 2, 2\), expected \(S, 2, 2, 2\)"),
+        (lambda s: {**s, Q: s[Q][None]}, r"shape \(1, 3, 2, 2, 2\).*group_by_chain"),
+        (lambda s: {**s, Q: s[Q][..., :1]}, r"shape \(3, 2, 2, 1\)"),
+        (lambda s: {**s, Q: torch.tensor(1.0)}, r"shape \(\), expected \(S,"),
+        (lambda s: {name: value[:0] for name, value in s.items()}, "S >= 1"),
+        (lambda s: {**s, Q: s[Q][:2]}, "different numbers of draws"),
+        (lambda s: {**s, Q: s[Q].tolist()}, r"'q_proj\.V'\] is a list, expected a tensor"),
+        (lambda s: {**s, Q: s[Q] * math.nan}, "not finite"),
+    ],
+)
+def test_bad_values_are_told(spoil, told):
+    blora, batch = tiny.adapted(), tiny.sequences()
+    samples = spoil(values(blora))
+    for ask in (
+        lambda: blora.predict(batch, samples=samples),
+        lambda: blora.log_predictive(batch, samples=samples),
+        lambda: blora.sample_updates(samples=samples),
+    ):
+        with pytest.raises(ConfigurationError, match=told) as raised:
+            ask()
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_unconstrained_values_and_a_linearisation_are_refused():
+    blora, batch = headed()
+    samples = values(blora)
+    tau = next(name for name in samples if name.endswith("tau"))
+    with pytest.raises(ConfigurationError, match=r"tau'\] has values .* outside of the support"):
+        blora.predict(batch, samples={**samples, tau: samples[tau].log() - 9})
+    with pytest.raises(ConfigurationError, match="linearised"):
+        blora.predict(batch, samples=samples, linearised=True)
