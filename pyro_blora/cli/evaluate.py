@@ -21,7 +21,10 @@ __all__ = ["run"]
 
 def run(
     adapter: Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")],
-    model: o.Model = "smollm2",
+    model: Annotated[
+        str | None,
+        typer.Option(help="As in train; default: the base that the adapter names, or smollm2."),
+    ] = None,
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,
@@ -67,7 +70,7 @@ def run(
     from pyro_blora.network.pretrained import load_pretrained
 
     console = Console(highlight=False)
-    read_config(adapter)  # a folder that is none is said before the network is loaded
+    saved = read_config(adapter)  # a folder that is none is said before the network is loaded
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     if csv_file is not None and csv_file.is_dir():
         raise ConfigurationError(f"--csv {csv_file} is a folder; name a file in it.")
@@ -76,7 +79,7 @@ def run(
             o.check_out(folder)
     precision = o.chosen(precision, console)
     with o.phase("load"):
-        net, tokenizer = load_pretrained(model)
+        net, tokenizer = load_pretrained(model or saved.get("base_model") or "smollm2")
     collate = data.collator(tokenizer)
     blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(data, collate))
     torch.manual_seed(seed)
