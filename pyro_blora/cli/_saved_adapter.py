@@ -14,15 +14,26 @@ if TYPE_CHECKING:
     from pyro_blora.data import Item, Task
     from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["AdapterFolder", "Seed", "predictor"]
+__all__ = ["AdapterFolder", "Base", "Seed", "base_name", "predictor"]
 
 AdapterFolder = Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", help="As in train; default: the base that the adapter names."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
+
+
+def base_name(adapter: Path, model: str | None) -> str:
+    """The base of an adapter: the one asked for, or the one it names, or the packaged one."""
+    from pyro_blora.checkpoints import read_config
+
+    return model or read_config(adapter).get("base_model") or "smollm2"
 
 
 def predictor(
     adapter: Path,
-    model: str,
+    model: str | None,
     task: "Task",
     *,
     num_samples: int,
@@ -39,7 +50,7 @@ def predictor(
     from pyro_blora.network.pretrained import load_pretrained
 
     with o.phase("load"):
-        net, tokenizer = load_pretrained(model)
+        net, tokenizer = load_pretrained(base_name(adapter, model))
     collate = task.collator(tokenizer)
     blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(task, collate))
     torch.manual_seed(seed)

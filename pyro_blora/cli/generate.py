@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
+from pyro_blora.cli._saved_adapter import AdapterFolder, Base, base_name
 from pyro_blora.errors import ConfigurationError
 
 __all__ = ["By", "run"]
@@ -23,8 +24,8 @@ class By(str, Enum):
 
 def run(
     prompt: Annotated[list[str], typer.Argument(help="What to go on from; one or several.")],
-    adapter: Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")],
-    model: o.Model = "smollm2",
+    adapter: AdapterFolder,
+    model: Base = None,
     num_samples: o.NumSamples = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 60,
     chat: Annotated[
@@ -69,15 +70,15 @@ def run(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.checkpoints import write_atomically
     from pyro_blora.generation.show import answers, coloured, legend, page
     from pyro_blora.network.pretrained import load_pretrained
 
-    read_config(adapter)  # a folder that is none is said before the network is loaded
+    base = base_name(adapter, model)  # a folder that is none is said before the network is loaded
     if html is not None:
         o.check_out(html.parent)
     with o.phase("load"):
-        net, tokenizer = load_pretrained(model)
+        net, tokenizer = load_pretrained(base)
     blora = BayesianLoRA.from_pretrained(net, adapter)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -111,7 +112,7 @@ def run(
     if html is not None:
         how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
         draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
-        about = f"{model}, {adapter}: {draws}, {how}, seed {seed}"
+        about = f"{base}, {adapter}: {draws}, {how}, seed {seed}"
         shown = page(found, subtitle=about, by=by.value)
         write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
         console.print(f"\nWritten: {html}")
