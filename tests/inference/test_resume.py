@@ -145,8 +145,8 @@ def stopped_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     options = {"collate": tiny.collate, "num_steps": 6, "batch_size": 4, "progress": False}
     options |= {"validation": CONTRARY, "precision": "float32"}
+    blora = anew(llama, {})
     with pytest.raises(KeyboardInterrupt):
-        blora = anew(llama, {})
         fit(blora, tiny.examples(10), checkpoint_dir=folder, callback=stop_after(3), **options)
     return folder
 
