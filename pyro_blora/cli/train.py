@@ -112,7 +112,8 @@ def run(
     adapted(shapes, prior=made.prior_of(rank), guide=made.guide()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)
-    precision = o.chosen(precision, console)
+    if not (resume and is_there(run_dir)):  # which goes on in its own
+        precision = o.chosen(precision, console)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)

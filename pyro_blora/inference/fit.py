@@ -1,7 +1,7 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ def fit(
     )
     groups = _parameters(blora, first, how)
     state = _state(blora, stream, prefix, how, train, validation)
+    how = replace(how, precision=state.precision) if state else how
     if wants_informing(blora) and not (state and state.is_found):
         data: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
         inform(blora, train, **data, precision=how.precision, prefix=prefix, progress=how.progress)

@@ -8,7 +8,6 @@ from typing import Any
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import CheckpointError
-from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
 
 __all__ = ["check_same", "settings_of"]
@@ -28,7 +27,6 @@ def settings_of(
         data: sizes, by name.
     """
     found: dict[str, Any] = {n: v for n, v in options.items() if n not in _FREE} | data
-    found["precision"] = choose_precision(options["precision"], blora.model.groups[0].device)
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
     for part, made in parts.items():
         found[part] = getattr(made, "__name__", type(made).__name__)

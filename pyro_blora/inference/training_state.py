@@ -25,6 +25,7 @@ from pyro_blora.inference.loop import FitResult
 from pyro_blora.inference.random_states import random_states, set_random_states
 from pyro_blora.inference.run_settings import check_same
 from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.param_store import leave_store
 
 __all__ = ["PREFIX", "STATE", "TrainingState", "forget", "is_there"]
@@ -91,7 +92,10 @@ class TrainingState:
                 f"checkpoint_dir={str(folder)!r} cannot be written to: {error.strerror}. Name "
                 "another one."
             ) from error
-        if is_there(self.folder):
+        if not is_there(self.folder):
+            # said now, for another time "auto" may find the other one faster
+            settings["precision"] = choose_precision(settings["precision"], self._device)
+        else:
             if not resume:
                 raise CheckpointError(
                     f"{self.folder / STATE} is there already, of a run before; pass resume=True to "
@@ -104,6 +108,11 @@ class TrainingState:
                     f"num_steps={num_steps}, but the run in {self.folder} has {done} already; ask "
                     "for as many or more, or name another folder."
                 )
+
+    @property
+    def precision(self) -> str:
+        """The network's: what was asked for; and of ``"auto"`` what it was when the run began."""
+        return str(self.settings["precision"])
 
     @property
     def is_found(self) -> bool:
@@ -189,7 +198,7 @@ class TrainingState:
         try:
             notes = json.loads(metadata["training"])
             form, saved = notes["format"], dict(notes["settings"])
-            notes["steps"] = int(notes["steps"])
+            notes["steps"], saved["precision"] = int(notes["steps"]), str(saved["precision"])
         except _WRONG as error:
             raise self._corrupt(error) from error
         if form != FORMAT:
@@ -197,6 +206,8 @@ class TrainingState:
                 f"{self.folder / STATE} has format {form}, this version reads {FORMAT}; go on with "
                 "the version that wrote it."
             )
+        if self.settings["precision"] == "auto":
+            self.settings["precision"] = saved["precision"]
         check_same(self.folder / STATE, saved, self.settings)
         return notes, tensors
 

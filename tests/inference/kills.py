@@ -1,7 +1,8 @@
 """Kills a run at random moments, and goes on with it: ``python kills.py FOLDER KILLS``.
 
-The run is a child of this process, forked again after each kill, since a start takes seconds. Each
-step is told in a file before its state is saved, so that what a kill cost can be counted.
+The run is a child of this process, forked again after each kill, since a start takes seconds. Kills
+come at random moments of random steps, however slow the machine. Each step is told in a file before
+its state is saved, so that what a kill cost can be counted.
 """
 
 import json
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from pyro_blora.inference import fit
 from pyro_blora.inference.training_state import STATE
 
-SAVE_EVERY = 3
+SAVE_EVERY = 2
 
 
 def train(folder, num_steps, told=None, **options):
@@ -37,6 +38,7 @@ def train(folder, num_steps, told=None, **options):
     rows = tiny.examples(10)
     # rates that do not follow from the number of steps
     options |= {"warmup": 0.0, "decay": "constant", "callback": tell, "batch_size": 4}
+    options |= {"precision": "float32"}
     fit(blora, rows, collate=tiny.collate, num_steps=num_steps, progress=False, **options)
     return {name: tensor.clone() for name, tensor in blora.state_dict().items()}
 
@@ -60,9 +62,10 @@ def main(folder, kills, num_steps=10_000):
         saved = len(load_file(state)["history.loss"]) if state.exists() else 0
         told.write_bytes(b"")
         child = forked(lambda: train(folder, num_steps, told, **options))
-        while not told.read_bytes():  # until it runs
-            time.sleep(0.005)
-        time.sleep(moment.uniform(0, 0.25))
+        begun, wanted = time.perf_counter(), moment.randint(1, 2 * SAVE_EVERY)
+        while (count := len(told.read_bytes().split())) < wanted:
+            time.sleep(0.002)
+        time.sleep(moment.random() * (time.perf_counter() - begun) / count)  # within a step
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         steps = [int(line) for line in told.read_bytes().split()]

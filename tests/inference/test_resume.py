@@ -28,6 +28,7 @@ from pyro_blora.inference.interrupts import held_interrupts
 from pyro_blora.inference.training_state import PREFIX, STATE, TrainingState
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import FisherInducing, KroneckerInducing
+from pyro_blora.network import precision
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 
 # Labels that training contradicts, so that an early validation is the best one
@@ -221,6 +222,17 @@ def test_another_run_is_told_from_it(run, stopped, case):
     assert "\n" not in str(error.value)
     assert case in ("guide",) or tiny.equal(blora.state_dict(), before)
     assert steps_in(stopped) == 3
+
+
+def test_auto_is_the_precision_that_it_was(run, stopped, monkeypatch):
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: True)
+    options = {"checkpoint_dir": stopped, "resume": True, "validation": CONTRARY}
+    with pytest.raises(CheckpointError, match="precision was float32, is bfloat16"):
+        run(anew(llama, {}), precision="bfloat16", **options)
+    blora, seen = anew(llama, {}), []
+    blora.model.register_forward_pre_hook(lambda model, _: seen.append(model.precision))
+    run(blora, **options)
+    assert seen == ["float32"] * 3
 
 
 def test_a_state_is_not_written_over(run, stopped):
