@@ -63,11 +63,20 @@ def run(
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
     from pyro_blora.evaluation.plain_lora import check_installed
-    from pyro_blora.evaluation.results import RESULTS, draw, read, table, write
+    from pyro_blora.evaluation.results import (
+        RESULTS,
+        draw,
+        read,
+        recorded_precision,
+        table,
+        write,
+    )
     from pyro_blora.network.pretrained import load_pretrained, shape_only
     from pyro_blora.network.targets import find_targets
 
     console = Console(highlight=False)
+    if precision == "auto" and not overwrite:
+        precision = recorded_precision(out)
     settings = Settings(
         model=model,
         task=task,

@@ -53,6 +53,15 @@ def run(
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between savings of the run's state, in OUT/training.", min=1)
+    ] = 50,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a run that was stopped or killed, from OUT/training."
+        ),
+    ] = False,
     overwrite: o.Overwrite = False,
 ) -> None:
     """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
@@ -65,6 +74,8 @@ def run(
 
     Adapters in the upper blocks alone train and predict in a fraction of the
     time: add --top 10 --cache-frozen.
+
+    Stopped by Ctrl-C, or killed? The same command with --resume goes on.
     """
     if from_peft is not None and top is not None:
         raise ConfigurationError("--top is not for --from-peft, which has its own layers.")
@@ -79,12 +90,22 @@ def run(
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
+    from pyro_blora.inference.training_state import forget, is_there
     from pyro_blora.network.pretrained import load_pretrained, shape_only
     from pyro_blora.recipes import recipe
 
-    if os.path.lexists(out / CONFIG) and not overwrite:
+    run_dir = out / "training"
+    if resume and overwrite:
+        raise ConfigurationError(
+            "--resume goes on, --overwrite begins anew: leave one of them out."
+        )
+    if os.path.lexists(out / CONFIG) and not (overwrite or resume):
         raise ConfigurationError(
             f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
+        )
+    if is_there(run_dir) and not (overwrite or resume):
+        raise ConfigurationError(
+            f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."
         )
     lora = None if from_peft is None else read_peft(from_peft)
     if lora is not None:
@@ -110,7 +131,8 @@ def run(
     adapted(shapes, prior=made.prior_of(rank), guide=made.guide()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)
-    precision = o.chosen(precision, console)
+    if not (resume and is_there(run_dir)):  # which goes on in its own
+        precision = o.chosen(precision, console)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
@@ -118,20 +140,32 @@ def run(
     likelihood = likelihood_for(data, collate)
     blora = adapted(net, prior=made.prior_of(rank), guide=made.guide(), likelihood=likelihood)
     console.print(blora)
-    with o.phase(f"train {method}, seed {seed}"):
-        result = fit(
-            blora,
-            data.train,
-            collate=collate,
-            length=item_length,
-            validation=data.validation or None,
-            num_steps=max_steps,
-            batch_size=batch_size,
-            precision=precision,
-            cache_frozen_prefix=cache_frozen,
-            seed=seed,
-            **made.fit,
-        )
+    if overwrite:
+        forget(run_dir)
+    elif resume and not is_there(run_dir):
+        console.print(f"{run_dir} has no run to go on with: this one begins")
+    try:
+        with o.phase(f"train {method}, seed {seed}"):
+            result = fit(
+                blora,
+                data.train,
+                collate=collate,
+                length=item_length,
+                validation=data.validation or None,
+                num_steps=max_steps,
+                batch_size=batch_size,
+                precision=precision,
+                cache_frozen_prefix=cache_frozen,
+                seed=seed,
+                checkpoint_dir=run_dir,
+                save_every=save_every,
+                resume=resume,
+                **made.fit,
+            )
+    except KeyboardInterrupt:
+        if is_there(run_dir):
+            console.print(f"\nKept in {run_dir}: with --resume the same command goes on.")
+        raise
     console.print(result)
     for step, nll in result.validation:
         console.print(f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items")

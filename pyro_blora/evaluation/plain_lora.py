@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.predict_dataset import predict_dataset
-from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, batches, training_loop
+from pyro_blora.inference.batches import Batches
+from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.freezing import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
@@ -133,7 +134,7 @@ class PlainLoRA:
             return training_loop(
                 loss_of,
                 [{"params": list(self.parameters.values()), "lr": lr}],
-                batches(train, collate, options, length),
+                Batches(train, collate, options, length),
                 options,
                 validate=None if validation is None else validate,
                 state=lambda: {name: p.detach() for name, p in self.parameters.items()},

@@ -19,8 +19,19 @@ from torch import Tensor
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
+from pyro_blora.network.precision import check_precision
 
-__all__ = ["PREDICTIONS", "RESULTS", "Row", "draw", "read", "table", "versions", "write"]
+__all__ = [
+    "PREDICTIONS",
+    "RESULTS",
+    "Row",
+    "draw",
+    "read",
+    "recorded_precision",
+    "table",
+    "versions",
+    "write",
+]
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
@@ -99,6 +110,18 @@ def write(rows: Sequence[Row], settings: dict[str, Any], folder: str | Path) -> 
     # The predictions first, so that no row in results.json is without
     write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
     write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def recorded_precision(folder: str | Path) -> str:
+    """The precision of the rows in ``folder``, or ``"auto"``.
+
+    Asked again, ``"auto"`` may find the other one faster, and the rows be another run's.
+    """
+    try:
+        text = (Path(folder) / RESULTS).read_text(encoding="utf-8")
+        return check_precision(json.loads(text)["settings"]["precision"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "auto"
 
 
 def read(settings: dict[str, Any], folder: str | Path) -> list[Row]:

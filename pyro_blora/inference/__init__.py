@@ -1,7 +1,8 @@
 """Training and prediction loops."""
 
 from pyro_blora.inference.finish import finish
-from pyro_blora.inference.fit import FitOptions, fit
+from pyro_blora.inference.fit import fit
+from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.inform import inform
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import FitResult, LoopOptions

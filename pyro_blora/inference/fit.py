@@ -1,81 +1,36 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from itertools import chain
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError, near_miss
+from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.finish import finish, post_hoc_families, running
+from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
 from pyro_blora.inference.loop import (
     Collate,
     FitResult,
-    LoopOptions,
-    batches,
     by_length,
     training_loop,
 )
 from pyro_blora.inference.objective import Objective
+from pyro_blora.inference.run_settings import settings_of
+from pyro_blora.inference.training_state import TrainingState
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
 from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
-__all__ = ["FitOptions", "fit"]
-
-
-@dataclass(frozen=True)
-class FitOptions(LoopOptions):
-    """What :func:`fit` takes by name: these, and those of :class:`LoopOptions`.
-
-    Attributes:
-        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
-            one draw for all; where it does not divide a (last) batch, the largest divisor below it
-            is taken. Default: one for each example.
-        elbo: the class of the ELBO, an average over particles, each of which sees its own examples.
-            Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
-            see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
-            be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
-        lr_mean: learning rate of the guide's means. Default: the prior's own
-            (``learning_rates``), in each group of layers, or else ``LEARNING_RATES``, 2e-2.
-        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
-        lr_direction: that of the inducing directions. Default: likewise, 5e-3.
-        lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
-        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
-        kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
-        kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
-        validation_samples: posterior draws for a validation, the same random numbers every
-            time and none of the training's; 0 takes the posterior mean.
-        keep_best: whether to go back to the best validation at the end.
-        cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
-            adapted layer put out, and to run them in the first epoch and the first validation
-            alone. They, and the module that runs all blocks, are without dropout. Takes the memory
-            of one hidden state for each token of the training set and of the validation set.
-        callback: called after each step with the number of steps done.
-    """
-
-    num_particles: int | None = None
-    elbo: type[Trace_ELBO] | None = None
-    lr_mean: float | None = None
-    lr_scale: float | None = None
-    lr_direction: float | None = None
-    lr_likelihood: float | None = None
-    lr_head: float | None = None
-    kl_warmup: float = 0.0
-    kl_weight: float = 1.0
-    validation_samples: int = 0
-    keep_best: bool = False
-    cache_frozen_prefix: bool = False
-    callback: Callable[[int], None] | None = None
+__all__ = ["fit"]
 
 
 def fit(
@@ -104,7 +59,7 @@ def fit(
         collate: makes a batch of a list of examples.
         length: the length of an example; batches of like lengths waste no padding.
         validation: examples whose predictive NLL is watched.
-        options: how to train, by the names of :class:`FitOptions` and :class:`LoopOptions`:
+        options: how to train, by the names of :class:`~pyro_blora.inference.FitOptions`:
             ``batch_size``, ``lr_mean``, ``keep_best``, ....
 
     Returns:
@@ -114,6 +69,8 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
+        CheckpointError: the state in ``checkpoint_dir`` is of another run, which the message tells
+            from this one, or is corrupt; or one is there and ``resume`` is false.
         TypeError: there is no such option; the message lists near misses.
 
     Example::
@@ -128,14 +85,16 @@ def fit(
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    stream = ((keys, to_device(b, device)) for keys, b in batches(train, collate, how, length))
-    first = next(stream)
+    stream = Batches(train, collate, how, length)
+    first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(
         blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
     )
-    groups = _parameters(blora, first[1], how)
-    if wants_informing(blora):
+    groups = _parameters(blora, first, how)
+    state = _state(blora, stream, prefix, how, train, validation)
+    how = replace(how, precision=state.precision) if state else how
+    if wants_informing(blora) and not (state and state.is_found):
         data: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
         inform(blora, train, **data, precision=how.precision, prefix=prefix, progress=how.progress)
     validate = None
@@ -145,17 +104,19 @@ def fit(
 
     def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         with kept(prefix, keys, batch):
-            return objective(batch, step)
+            return objective(to_device(batch, device), step)
 
     with running(blora, how.precision, training=True):
         result = training_loop(
             loss_of,
             groups,
-            chain([first], stream),
+            stream,
             how,
             validate=validate,
             state=blora.state_dict,
             callback=how.callback,
+            keeper=state,
+            save_every=how.save_every,
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
@@ -182,6 +143,31 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     return groups
+
+
+def _state(
+    blora: BayesianLoRA,
+    stream: Batches,
+    prefix: FrozenPrefix,
+    how: FitOptions,
+    train: Sequence[Any] | DataLoader[Any],
+    validation: Sequence[Any] | None,
+) -> TrainingState | None:
+    if how.checkpoint_dir is None:
+        return None
+    sizes = {
+        "training examples": len(train) if isinstance(train, Sized) else None,
+        "validation examples": None if validation is None else len(validation),
+    }
+    return TrainingState(
+        how.checkpoint_dir,
+        blora,
+        stream,
+        prefix,
+        settings_of(blora, vars(how), **sizes),
+        num_steps=how.num_steps,
+        resume=how.resume,
+    )
 
 
 def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:

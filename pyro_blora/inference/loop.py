@@ -1,23 +1,23 @@
-"""The training loop that every method shares: batches, schedule, clipping, progress, validation."""
+"""The training loop that every method shares: schedule, clipping, progress, validation, saving."""
 
 import copy
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference.interrupts import held_interrupts
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.precision import check_precision
 
-__all__ = ["FitResult", "LoopOptions", "batches", "by_length", "training_loop"]
+__all__ = ["FitResult", "Keeper", "LoopOptions", "by_length", "training_loop"]
 
 Collate = Callable[[list[Any]], Batch]
 # (indices of the examples, batch, step) -> loss with gradient, figures to show
@@ -101,68 +101,16 @@ class FitResult:
         return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
 
 
-@dataclass
-class _Bucketed:
-    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
+class Keeper(Protocol):
+    """Where the state of a run is kept; see ``training_state.py``."""
 
-    The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
-    random few of all, so that in expectation every example counts once.
-    """
+    folder: Path
 
-    lengths: list[int]
-    size: int
-    random: random.Random
+    def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Puts the state that is there, if one is, into these."""
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(len(self.lengths)))
-        self.random.shuffle(order)
-        whole = len(order) - len(order) % self.size
-        cut = [order[whole:]] if order[whole:] else []
-        for start in range(0, whole, 8 * self.size):
-            near = order[start : min(start + 8 * self.size, whole)]
-            near.sort(key=self.lengths.__getitem__)
-            cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
-        self.random.shuffle(cut)
-        return iter(cut)
-
-
-def batches(
-    data: Sequence[Any] | DataLoader[Any],
-    collate: Collate | None,
-    options: LoopOptions,
-    length: Callable[[Any], int] | None = None,
-) -> Iterator[tuple[list[int], Batch]]:
-    """Batches without end, each epoch in a new order, no example dropped.
-
-    Args:
-        data: examples, or a ``DataLoader``, which is taken as it is.
-        collate: makes a batch of a list of examples. Default: torch's.
-        options: batch size and seed.
-        length: the length of an example; batches are then made of like lengths.
-
-    Yields:
-        The indices of the examples in ``data``, none where that is a ``DataLoader``; their batch.
-
-    Raises:
-        BatchError: the data set is empty.
-    """
-    loader = data
-    if not isinstance(data, DataLoader):
-        lengths = [0] * len(data) if length is None else [length(x) for x in data]
-        order = _Bucketed(lengths, options.batch_size, random.Random(options.seed))
-
-        def made(indices: list[int]) -> tuple[list[int], Batch]:
-            return indices, (collate or default_collate)([data[i] for i in indices])
-
-        loader = DataLoader(range(len(data)), batch_sampler=order, collate_fn=made)  # type: ignore[arg-type]
-    while True:
-        count = 0
-        for count, drawn in enumerate(loader, start=1):  # noqa: B007
-            yield ([], drawn) if loader is data else drawn
-        if not count:
-            raise BatchError(
-                "The training set is empty; check the DataLoader, the file, the split or max_train."
-            )
+    def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Keeps the state after a step."""
 
 
 def by_length(
@@ -184,6 +132,8 @@ def training_loop(
     validate: Callable[[], float] | None,
     state: Callable[[], dict[str, Tensor]],
     callback: Callable[[int], None] | None = None,
+    keeper: Keeper | None = None,
+    save_every: int = 50,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches.
@@ -191,41 +141,64 @@ def training_loop(
     Args:
         loss_of: the loss of a batch, per example, with its figures.
         groups: parameter groups of AdamW with their learning rates.
-        stream: what :func:`batches` yields.
+        stream: indices of examples and their batch, as of
+            :class:`~pyro_blora.inference.batches.Batches`.
         options: how to train.
         validate: the validation loss now.
         state: the trained tensors now; copied at the best validation.
         callback: called after each step with the number of steps done.
+        keeper: where the state of the run is kept, and taken from at the start.
+        save_every: steps between savings. The last step's is saved, and that of a Ctrl-C.
         description: what the progress bar says.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; with a keeper after the step is done, and saved.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate)
     parameters = [p for group in groups for p in group["params"]]
     result = FitResult()
+    if keeper:
+        keeper.load(optimizer, result)
+    done, last = len(result.history), options.num_steps
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate, last_epoch=done - 1)
     hide = None if options.progress is None else not options.progress
-    bar = tqdm(range(options.num_steps), desc=description, disable=hide, unit="step")
-    for step in bar:
-        indices, batch = next(stream)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        loss, figures = loss_of(indices, batch, step)
-        loss.backward()
-        if options.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        elapsed = time.perf_counter() - start
-        result.seconds += elapsed
-        result.history.append(figures)
-        shown = {name: f"{value:.3g}" for name, value in figures.items()}
-        size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-        bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
-        done = step + 1
-        if callback is not None:
-            callback(done)
-        if validate and (done % options.validate_every == 0 or done == options.num_steps):
-            loss_now = validate()
-            if all(loss_now < before for _, before in result.validation):
-                result.best_step, result.best_state = done, copy.deepcopy(state())
-            result.validation.append((done, loss_now))
+    bar = tqdm(
+        range(done, last), desc=description, disable=hide, unit="step", initial=done, total=last
+    )
+    with held_interrupts(keeper is not None) as interrupts:
+        for step in bar:
+            indices, batch = next(stream)
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss, figures = loss_of(indices, batch, step)
+            loss.backward()
+            if options.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            elapsed = time.perf_counter() - start
+            result.seconds += elapsed
+            result.history.append(figures)
+            shown = {name: f"{value:.3g}" for name, value in figures.items()}
+            size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+            bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
+            done = step + 1
+            if callback is not None:
+                callback(done)
+            if validate and (done % options.validate_every == 0 or done == last):
+                loss_now = validate()
+                if all(loss_now < before for _, before in result.validation):
+                    result.best_step, result.best_state = done, copy.deepcopy(state())
+                result.validation.append((done, loss_now))
+            if keeper and (done % save_every == 0 or done == last or interrupts):
+                keeper.save(optimizer, result)
+            if interrupts:
+                break
+    if keeper and interrupts:
+        raise KeyboardInterrupt(
+            f"Stopped after step {done} of {last}, which is saved in {keeper.folder}: the same "
+            "call with resume=True goes on from there."
+        )
     return result

@@ -5,6 +5,7 @@ first pass records what the last of them puts out for each example; later passes
 last one gives the record back, repeated for as many draws as share the pass.
 """
 
+import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,6 +122,20 @@ class FrozenPrefix:
             finally:
                 for block, own in zip(self.blocks, before, strict=True):
                     put_forward_back(block, own)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is kept, by example as JSON names it, and, for JSON, which blocks gave tuples."""
+        kinds = {str(i): [kind is tuple, count] for i, (kind, count) in self._tuples.items()}
+        return {json.dumps(key): rows for key, rows in self._kept.items()}, kinds
+
+    def load(self, kept: Mapping[str, Tensor], kinds: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave: those blocks are not run again."""
+        device = next(self.net.parameters()).device
+        for name, rows in kept.items():
+            key, count = json.loads(name)
+            self._kept[tuple(key) if isinstance(key, list) else key, count] = rows.to(device)
+        for index, (is_tuple, count) in kinds.items():
+            self._tuples[int(index)] = (tuple if is_tuple else list, count)
 
     def _below(self) -> set[nn.Module]:
         """What may run before the first block that is not frozen, ancestors included.

@@ -90,6 +90,7 @@ def test_an_interrupted_comparison_goes_on_from_there(run, words, tmp_path, monk
 
     monkeypatch.setattr(comparison, "fit", counted)
     monkeypatch.setattr(comparison.PlainLoRA, "fit", stopped)  # is not trained again
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: True)  # it stays what it was
     code, text, err = run("compare", *common, "--out", out)
     assert code == 0, err
     assert len(fitted) == 2

@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from pyro_blora.evaluation.predict_dataset import predict_dataset
-from pyro_blora.inference.loop import LoopOptions, batches
+from pyro_blora.inference.batches import Batches
+from pyro_blora.inference.loop import LoopOptions
 
 
 def length(row):
@@ -17,7 +18,7 @@ def length(row):
 def epochs(count, rows, *, by_length=True, seed=0):
     """The indices in each batch of the first epochs."""
     options = LoopOptions(num_steps=1, batch_size=4, seed=seed)
-    stream = batches(rows, tiny.collate, options, length if by_length else None)
+    stream = Batches(rows, tiny.collate, options, length if by_length else None)
     per_epoch = -(-len(rows) // 4)
     drawn = []
     for indices, batch in itertools.islice(stream, count * per_epoch):

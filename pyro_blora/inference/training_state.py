@@ -1,0 +1,275 @@
+"""What a training run needs to go on after a stop, in a folder of its own.
+
+``training_state.safetensors`` has the tensors: the adapter's, the optimizer's, the best ones, the
+history and the state of torch's random numbers; and in its header, as JSON, all the rest. It
+appears whole or not at all. ``frozen_prefix.safetensors`` beside it has what the frozen blocks put
+out, where that is kept. Nothing is unpickled.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.checkpoints import write_atomically
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.inference.batches import Batches
+from pyro_blora.inference.loop import FitResult
+from pyro_blora.inference.random_states import random_states, set_random_states
+from pyro_blora.inference.run_settings import check_same
+from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.param_store import leave_store
+
+__all__ = ["PREFIX", "STATE", "TrainingState", "forget", "is_there"]
+
+STATE = "training_state.safetensors"
+PREFIX = "frozen_prefix.safetensors"
+FORMAT = 1
+# what reading something else than what was written may raise
+_WRONG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a run left its state in the folder."""
+    return (folder / STATE).exists()
+
+
+def forget(folder: Path) -> None:
+    """Deletes what a run left in the folder."""
+    for name in (STATE, PREFIX):
+        (folder / name).unlink(missing_ok=True)
+
+
+class TrainingState:
+    """The state of a run in its folder.
+
+    Args:
+        folder: where it is kept; made if it is missing.
+        blora: what is trained.
+        stream: its batches.
+        prefix: what its frozen blocks put out.
+        settings: what :func:`~pyro_blora.inference.run_settings.settings_of` says.
+        num_steps: how many steps the run shall have.
+        resume: whether to go on from a state that is there already.
+
+    Raises:
+        ConfigurationError: the folder cannot be written to, or the run in it is longer already.
+        CheckpointError: a state is there and ``resume`` is false, or it is of another run, corrupt
+            or incomplete.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        blora: BayesianLoRA,
+        stream: Batches,
+        prefix: FrozenPrefix,
+        settings: dict[str, Any],
+        *,
+        num_steps: int,
+        resume: bool,
+    ) -> None:
+        self.folder, self.settings = Path(folder), settings
+        self.blora, self.stream, self.prefix = blora, stream, prefix
+        self._device = blora.model.groups[0].device
+        self._kept = 0  # examples of the prefix that are written
+        self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            left = [path for name in (STATE, PREFIX) for path in self.folder.glob(f".{name}.*")]
+            for path in left:  # of a process that was killed while it wrote
+                path.unlink()
+        except OSError as error:
+            raise ConfigurationError(
+                f"checkpoint_dir={str(folder)!r} cannot be written to: {error.strerror}. Name "
+                "another one."
+            ) from error
+        if not is_there(self.folder):
+            # said now, for another time "auto" may find the other one faster
+            settings["precision"] = choose_precision(settings["precision"], self._device)
+        else:
+            if not resume:
+                raise CheckpointError(
+                    f"{self.folder / STATE} is there already, of a run before; pass resume=True to "
+                    "go on from it, delete it, or name another checkpoint_dir."
+                )
+            self._found = self._read()
+            done = self._found[0]["steps"]
+            if done > num_steps:
+                raise ConfigurationError(
+                    f"num_steps={num_steps}, but the run in {self.folder} has {done} already; ask "
+                    "for as many or more, or name another folder."
+                )
+
+    @property
+    def precision(self) -> str:
+        """The network's: what was asked for; and of ``"auto"`` what it was when the run began."""
+        return str(self.settings["precision"])
+
+    @property
+    def is_found(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self._found is not None
+
+    def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Puts the state that was found, if one was, into the adapter and into all of these.
+
+        Raises:
+            CheckpointError: it does not fit, or is corrupt; nothing is loaded then.
+        """
+        if self._found is None:
+            return
+        (notes, tensors), self._found = self._found, None
+        try:
+            adapter, best = _part(tensors, "adapter"), _part(tensors, "best")
+            own = self.blora.state_dict()
+            for name, held in (("adapter", adapter), ("best", best)):
+                if held or name == "adapter":
+                    _check_shapes(held, {n: tuple(t.shape) for n, t in own.items()})
+            moments = self._moments(optimizer, _part(tensors, "optimizer"))
+            columns = {n: column.tolist() for n, column in _part(tensors, "history").items()}
+            rows = zip(*columns.values(), strict=True)
+            history = [dict(zip(columns, row, strict=True)) for row in rows]
+            validation = [(int(step), float(loss)) for step, loss in notes["validation"]]
+            best_step, seconds = notes["best_step"], float(notes["seconds"])
+            if len(history) != notes["steps"]:
+                raise ValueError(f"a history of {len(history)} of {notes['steps']} steps")
+            self._load_prefix()
+            self.stream.go_to(notes["stream"] | _part(tensors, "stream"))
+            set_random_states(notes["random"], _part(tensors, "random"))
+        except CheckpointError:
+            raise
+        except _WRONG as error:
+            raise self._corrupt(error) from error
+        self.blora.load_state_dict(adapter)
+        leave_store(dict(self.blora.named_children()))
+        optimizer.load_state_dict(moments)
+        result.history, result.validation, result.seconds = history, validation, seconds
+        result.best_step = best_step
+        result.best_state = {n: t.to(own[n].device) for n, t in best.items()} or None
+
+    def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Writes the state after a step; a kill at any moment leaves this one or the last one."""
+        names = self._names(optimizer)
+        moments = optimizer.state_dict()["state"]
+        place = self.stream.place()
+        generators, states = random_states(self._device)
+        parts: dict[str, Mapping[str, Any]] = {
+            "adapter": self.blora.state_dict(),
+            "best": result.best_state or {},
+            "optimizer": {
+                f"{names[i]}.{key}": v for i, own in moments.items() for key, v in own.items()
+            },
+            "history": {
+                key: torch.tensor([step[key] for step in result.history], dtype=torch.float64)
+                for key in result.history[0]
+            },
+            "stream": {n: v for n, v in place.items() if isinstance(v, Tensor)},
+            "random": states,
+        }
+        notes = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "steps": len(result.history),
+            "validation": result.validation,
+            "best_step": result.best_step,
+            "seconds": result.seconds,
+            "stream": {n: v for n, v in place.items() if not isinstance(v, Tensor)},
+            "random": generators,
+        }
+        tensors = {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
+        self._save_prefix()
+        self._write(STATE, tensors, {"training": json.dumps(notes)})
+
+    def _write(self, name: str, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+        tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        write_atomically(self.folder / name, lambda path: save_file(tensors, path, metadata=notes))
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        metadata, tensors = self._opened(STATE)
+        try:
+            notes = json.loads(metadata["training"])
+            form, saved = notes["format"], dict(notes["settings"])
+            notes["steps"], saved["precision"] = int(notes["steps"]), str(saved["precision"])
+        except _WRONG as error:
+            raise self._corrupt(error) from error
+        if form != FORMAT:
+            raise CheckpointError(
+                f"{self.folder / STATE} has format {form}, this version reads {FORMAT}; go on with "
+                "the version that wrote it."
+            )
+        if self.settings["precision"] == "auto":
+            self.settings["precision"] = saved["precision"]
+        check_same(self.folder / STATE, saved, self.settings)
+        return notes, tensors
+
+    def _opened(self, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return file.metadata() or {}, tensors
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._corrupt(error, name) from error
+
+    def _corrupt(self, error: Exception, name: str = STATE) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder / name} is corrupt or incomplete ({type(error).__name__}: {error}); "
+            "delete it to start anew."
+        )
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The names of the optimizer's parameters, in its order."""
+        named = {id(p): name for name, p in self.blora.named_parameters()}
+        return [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+    def _moments(
+        self, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """The saved state as ``load_state_dict`` takes it; the rates are those of now."""
+        index = {name: i for i, name in enumerate(self._names(optimizer))}
+        shapes = {name: tuple(p.shape) for name, p in self.blora.named_parameters()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, tensor in saved.items():
+            name, _, key = path.rpartition(".")
+            state.setdefault(index[name], {})[key] = tensor
+            if tensor.dim():
+                _check_shapes({path: tensor}, {path: shapes[name]})
+        if len({frozenset(own) for own in state.values()}) > 1:
+            raise ValueError("the optimizer lacks a moment")
+        return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+    def _save_prefix(self) -> None:
+        """The prefix grows in the first epoch and the first validation alone."""
+        tensors, notes = self.prefix.state()
+        if len(tensors) > self._kept:
+            self._write(PREFIX, tensors, {"prefix": json.dumps(notes)})
+            self._kept = len(tensors)
+
+    def _load_prefix(self) -> None:
+        if self.prefix.blocks:
+            metadata, tensors = self._opened(PREFIX)
+            self.prefix.load(tensors, json.loads(metadata["prefix"]))
+            self._kept = len(tensors)
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def _check_shapes(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    differ = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
+    if differ:
+        raise ValueError(f"{differ[0]} is {shapes.get(differ[0])}, not {expected.get(differ[0])}")
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
