@@ -40,6 +40,7 @@ Out = Annotated[Path, typer.Option(help="Where results are, and are added.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, to see that it runs.")]
 Only = Annotated[list[str] | None, typer.Option(help="Methods, tasks or sweeps to run alone.")]
 Seed = Annotated[list[int] | None, typer.Option(help="Seeds to run alone.")]
+Model = Annotated[str | None, typer.Option(help="In place of the file's model.")]
 Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
 Ray = Annotated[bool, typer.Option("--ray", help="Spread cells over a Ray cluster (pip: ray).")]
 
@@ -51,6 +52,8 @@ DEFAULT_OUT = HERE / "results" / "calibration"
 def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, Any]:
     """The settings of a file; ``--smoke`` makes them small."""
     settings: dict[str, Any] = yaml.safe_load(config.read_text("utf-8"))
+    if base := settings.pop("extends", None):
+        settings = yaml.safe_load((config.parent / base).read_text("utf-8")) | settings
     settings |= {"data_dir": data_dir, "tune": False}
     if smoke:
         settings |= {"max_train": 16, "max_validation": 8, "max_test": 8, "num_samples": 2}
@@ -251,11 +254,13 @@ def run(
     only: Only = None,
     smoke: Smoke = False,
     seed: Seed = None,
+    model: Model = None,
     ray: Ray = False,
 ) -> None:
     """Runs the cells that are not there yet, with each method's chosen trial."""
     out.mkdir(parents=True, exist_ok=True)
     settings = read_settings(config, data_dir, smoke)
+    settings["model"] = model or settings["model"]
     trials = chosen_trials(settings, out)
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
     done = {
@@ -270,12 +275,22 @@ def run(
 
 
 @app.command()
-def report(out: Out = DEFAULT_OUT, ours: Ours = "default") -> None:
+def report(
+    config: Config = DEFAULT_CONFIG,
+    out: Out = DEFAULT_OUT,
+    ours: Ours = "default",
+    model: Model = None,
+) -> None:
     """Prints the trials; writes report.md and the pictures of the cells that are there."""
     if trials := lines(out / "trials.jsonl"):
         print("\n".join(trials_table(trials)))
     if cells := lines(out / "cells.jsonl"):
-        write_report(cells, out, ours)
+        settings = read_settings(config, None, False)
+        rows = settings.get("published", {}).get(model or settings["model"], {})
+        tasks = settings["sweeps"]["table"]["tasks"]
+        write_report(
+            cells, out, ours, {name: dict(zip(tasks, r, strict=True)) for name, r in rows.items()}
+        )
 
 
 if __name__ == "__main__":

@@ -210,8 +210,17 @@ def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> l
     return rows
 
 
-def write_report(lines: Lines, out: Path, ours: str) -> None:
-    """Writes ``report.md`` and a picture of each kind for each task."""
+def write_report(
+    lines: Lines, out: Path, ours: str, published: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Writes ``report.md`` and a picture of each kind for each task.
+
+    Args:
+        lines: those of ``cells.jsonl``.
+        out: the folder of these, of the probabilities and of what is written.
+        ours: the method that all others are compared with.
+        published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
+    """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     runs = read_runs(lines, out)
     text += summary(runs, ours)
@@ -222,7 +231,11 @@ def write_report(lines: Lines, out: Path, ours: str) -> None:
         for data in (name for name in sets if name != "validation"):
             count_of = len(some[data][1])
             text += [f"## {title}" + ("" if data == "test" else f": {data}"), ""]
-            text += [f"{count_of} items.", "", *table(methods, data), ""]
+            text += [f"{count_of} items.", "", *table(methods, data)]
+            for name, rows in published.items() if data == "test" else ():
+                acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
+                text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | |")
+            text.append("")
             text += [*paired(methods, ours, data), ""]
         name = f"{task}-{count}-{steps}"
         pooled = {

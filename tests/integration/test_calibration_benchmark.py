@@ -69,8 +69,25 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
         nll = -np.log(probs[np.arange(len(labels)), labels]).mean()
         assert nll == pytest.approx(line["metrics"]["test"]["nll"], rel=1e-4)
     assert "| lora, trial 2 | " in run("report", out)
+    settings = yaml.safe_load(config.read_text())
+    settings["published"] = {settings["model"]: {"a paper": ["55.0 4.0 n/a"]}}
+    config.write_text(yaml.safe_dump(settings))
+    run("report", out, "--config", str(config))
     report = (out / "report.md").read_text()
+    assert "| a paper, published | | 55.0 | n/a | 4.0 |" in report
     for method in (*METHODS, "temperature:lora-best"):
         assert f"| {method} | 2 |" in report
     assert "NLL of `default` less that of" in report
     assert len(list((out / "figures").glob("*.png"))) == 3
+
+
+def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration import cells_of, read_settings
+
+    settings = read_settings(ROOT / "benchmarks" / "calibration_7b.yaml", None, False)
+    assert {cell.steps for cell in cells_of(settings, None)} == {5000}
+    assert "default" in settings["methods"]
+    for rows in settings["published"].values():
+        for row in rows.values():
+            assert [len(text.split()) for text in row] == [3] * 6
