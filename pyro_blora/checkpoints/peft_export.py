@@ -18,7 +18,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["export_peft", "merged"]
+__all__ = ["export_peft", "lora", "merged"]
 
 _PREFIX = "base_model.model."
 

@@ -95,7 +95,8 @@ class PeftHabits(Keeping):
         """
         adapter = read_peft(source)
         if not isinstance(source, nn.Module):
-            place: AbstractContextManager[nn.Module] = nullcontext(net or adapter.load_base())
+            base = adapter.load_base() if net is None else net
+            place: AbstractContextManager[nn.Module] = nullcontext(base)
         elif net is None:
             place = unloaded(source)
         else:

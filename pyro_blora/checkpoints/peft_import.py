@@ -111,7 +111,7 @@ class PeftAdapter:
             names = next(g.module_names for g in model.groups if g.name == group)
             for name, layer in zip(names, update.layers(), strict=True):
                 B, A = (f.to(layer.A) for f in self.factors[name])
-                probe = torch.randn(A.shape[1], 4, dtype=A.dtype, device=A.device)
+                probe = torch.randn(A.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(A)
                 core = layer.A @ probe if layer.core is None else layer.core @ (layer.A @ probe)
                 found, expected = layer.B @ core, B @ (A @ probe)
                 if (found - expected).norm() > 1e-4 * expected.norm() + 1e-6:
@@ -144,6 +144,11 @@ class PeftAdapter:
                     "base it was trained on."
                 )
         own, heads = net.state_dict(), tuple(f"{head}." for head in self._heads(net))
+        missing = [name for name in own if name.startswith(heads) and name not in self.others]
+        if missing:
+            raise CheckpointError(
+                f"{self.where} has a part of a trained head, without {missing[0]}; save it again."
+            )
         for name, tensor in self.others.items():
             there = own.get(name.replace(".base_layer.", "."), torch.empty(0))
             fits = there.shape == tensor.shape

@@ -131,7 +131,7 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
     """
     check_labels(labels, prediction.probs)
     wrong = prediction.predictions.cpu() != labels.cpu()
-    figure = Figure(figsize=(5, 3.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5, 4.6), dpi=150, layout="constrained")
     ax = figure.subplots()
     for name, doubt in doubts(prediction).items():
         coverage, risk, area = risk_coverage(doubt.cpu(), wrong)
@@ -146,7 +146,7 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
     ax.set_ylim(0, None)
     ax.set_xlabel("Coverage: share of the items answered", fontsize=9, color=_INK)
     ax.set_ylabel("Risk: share of wrong answers", fontsize=9, color=_INK)
-    ax.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
@@ -175,14 +175,16 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
     for ax, name in zip(columns, ("entropy", "mutual_information"), strict=True):
         sets = [getattr(p, name).double().cpu() for p in (inside, outside)]
         score = auroc(*sets)
-        high = max(float(torch.cat(sets).max()), 1e-6)
-        edges = torch.linspace(0, high, 21).tolist()
+        low, high = (float(end) for end in torch.cat(sets).aminmax())
+        high = max(high, low + 1e-6)
+        edges = torch.linspace(low, high, 21, dtype=torch.float64).tolist()
         for kind in ("stepfilled", "step"):  # the outlines over both faces
             for values, look in zip(sets, (_INSIDE, _OUTSIDE), strict=True):
                 weights = [1 / len(values)] * len(values)
                 ax.hist(values.tolist(), edges, weights=weights, histtype=kind, **look)
         _style(ax)
-        ax.set_xlim(0, high)
+        ax.set_xlim(low, high)
+        ax.locator_params(axis="x", nbins=5)
         ax.set_title(f"AUROC {100 * score:.1f} %", fontsize=9, color=_INK)
         ax.set_xlabel(f"{name.replace('_', ' ').capitalize()} (nats)", fontsize=9, color=_INK)
     columns[0].set_ylabel("Share of the items", fontsize=9, color=_INK)

@@ -192,6 +192,17 @@ def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
         BayesianLoRA.from_peft(tmp_path, tiny.llama(tied=True))
 
 
+def test_a_part_of_a_head_or_one_of_other_classes_is_refused(tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    net = base("bert")
+    net.classifier = torch.nn.Linear(16, 5)
+    with pytest.raises(CheckpointError, match="other classes"):
+        BayesianLoRA.from_peft(tmp_path, net)
+    tensors(lambda t, k: t.pop("base_model.model.classifier.bias"))(tmp_path)
+    with pytest.raises(CheckpointError, match=r"without classifier\.bias"):
+        BayesianLoRA.from_peft(tmp_path, base("bert"))
+
+
 def changed(**options):
     def spoil(folder):
         path = folder / "adapter_config.json"

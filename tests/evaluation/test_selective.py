@@ -80,9 +80,10 @@ def test_bad_scores_are_told(call, told):
 def test_the_risk_coverage_picture_has_a_line_for_each_doubt():
     p, labels = random(), torch.arange(60) % 3
     before, figures = dict(mpl.rcParams), pyplot.get_fignums()
-    (ax,) = risk_coverage_diagram(p, labels).axes
+    figure = risk_coverage_diagram(p, labels)
+    (ax,) = figure.axes
     wrong = p.predictions != labels
-    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
     for line, name, (key, doubt) in zip(ax.lines, names, doubts(p).items(), strict=False):
         coverage, risk, area = risk_coverage(doubt, wrong)
         assert list(line.get_xdata()) == pytest.approx(coverage.tolist())
@@ -92,7 +93,7 @@ def test_the_risk_coverage_picture_has_a_line_for_each_doubt():
     overall = float(wrong.float().mean())
     assert list(ax.lines[-1].get_ydata()) == pytest.approx([overall, overall])
     mean = Prediction(p.samples[:1])  # of the posterior mean there is no mutual information
-    names = [t.get_text() for t in risk_coverage_diagram(mean, labels).axes[0].get_legend().texts]
+    names = [t.get_text() for t in risk_coverage_diagram(mean, labels).legends[0].get_texts()]
     assert not any("mutual" in name for name in names)
     assert (dict(mpl.rcParams), pyplot.get_fignums()) == (before, figures)
 
@@ -107,7 +108,8 @@ def test_the_ood_picture_shows_all_items_of_both(samples):
         for patch in ax.patches[:2]:  # a closed outline of each: its area is that of all items
             x, y = patch.get_xy().T
             area = 0.5 * abs((x[:-1] * y[1:] - x[1:] * y[:-1]).sum())
-            assert area == pytest.approx(ax.get_xlim()[1] / 20, rel=1e-5)
+            low, high = ax.get_xlim()
+            assert area == pytest.approx((high - low) / 20, rel=1e-5)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["known (60 items)", "foreign (40 items)"]
     figure.draw_without_rendering()
