@@ -70,8 +70,8 @@ def _no_adapter(path: Path) -> str:
     what = f"{path} does not exist; give"
     if (path.parent / "adapter_config.json").exists():
         what = (
-            f"{path.parent} is a PEFT adapter, a point without a posterior; load it by "
-            "peft.PeftModel.from_pretrained, or give"
+            f"{path.parent} is a PEFT adapter, a point without a posterior; begin with it by "
+            "BayesianLoRA.from_peft, load it by peft.PeftModel.from_pretrained, or give"
         )
     elif (path.parent / "config.json").exists():
         what = f"{path.parent} is a network, no adapter; wrap it by BayesianLoRA(net), or give"

@@ -13,7 +13,8 @@ from pyro_blora.checkpoints.atomic import write_atomically
 from pyro_blora.checkpoints.peft_source import PEFT_WEIGHTS
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
-from pyro_blora.network.targets import head_names, head_of
+from pyro_blora.network.pretrained import name_of
+from pyro_blora.network.targets import head_names, head_of, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -115,13 +116,13 @@ def lora(
     for group in model.groups:
         layers = updates[group.name].layers()
         for layer, module_name in zip(layers, group.module_names, strict=True):
-            name, B = _in_base(module_name), layer.B
+            name, B = name_in_base(module_name), layer.B
             ranks[name] = len(layer.A)
             tensors[f"{name}.lora_A.weight"] = layer.A
             tensors[f"{name}.lora_B.weight"] = B if layer.core is None else B @ layer.core
     rank, heads = max(ranks.values()), model.trained_heads
     smaller = {re.escape(name): r for name, r in ranks.items() if r < rank}
-    tensors |= {_in_base(name): tensor for name, tensor in heads.tensors().items()}
+    tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
     tensors = {f"{_PREFIX}{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
     config = LoraConfig(
         r=rank,
@@ -129,10 +130,9 @@ def lora(
         rank_pattern=smaller,
         alpha_pattern=dict(smaller),
         target_modules=list(ranks),
-        modules_to_save=[_in_base(name) for name in heads.names] or None,
+        modules_to_save=[name_in_base(name) for name in heads.names] or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
-        base_model_name_or_path=getattr(getattr(model.net, "config", None), "_name_or_path", None)
-        or None,
+        base_model_name_or_path=name_of(model.net) or None,
         task_type=_task_type(model),
         inference_mode=True,
     )
@@ -162,11 +162,6 @@ def merged(net: nn.Module, config: Any, tensors: dict[str, Tensor]) -> nn.Module
     set_peft_model_state_dict(model, tensors)
     whole: nn.Module = model.merge_and_unload()
     return whole
-
-
-def _in_base(name: str) -> str:
-    """The name without what PEFT puts around a network and its heads."""
-    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix(_PREFIX))
 
 
 def _task_type(model: BayesianLoRAModel) -> str | None:
