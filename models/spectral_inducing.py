@@ -1,7 +1,7 @@
 """Inducing directions along the pretrained weight's own singular directions."""
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class SpectralInducing(KroneckerInducing):
 
         blora = BayesianLoRA(net, prior=SpectralInducing(rank=16), guide=FullRank())
     """
+
+    learning_rates: ClassVar[dict[str, float]] = {}
 
     def __init__(
         self,

@@ -52,13 +52,13 @@ def model_card(
     )
     layers = ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups)
     data = model.likelihood.num_data
-    own = type(family).__qualname__ == config["guide"]["name"]
+    name = config["guide"].get("name")  # none where there is a guide for each group
     rows = {
         "base": f"{base or 'a network that has no name on the hub'} ({kind})",
         "layers": layers,
         "heads trained as points": ", ".join(config["modules_to_save"]),
         "prior": repr(model.prior),
-        "guide": repr(family) if own else config["guide"]["name"],
+        "guide": repr(family) if name in (None, type(family).__qualname__) else name,
         "likelihood": repr(model.likelihood),
         "training examples": "" if data is None else f"{data:,}",
         **(_figures(result, data) if result is not None else {}),

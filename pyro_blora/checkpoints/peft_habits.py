@@ -217,11 +217,6 @@ class PeftHabits(Keeping):
         with self.posterior() as net:
             return net(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network generates under the posterior mean; as its own ``generate``."""
-        with self.posterior() as net:
-            return net.generate(*args, **kwargs)
-
     def _on_net(self) -> dict[str, Self]:
         """All adapters for the network by name, shared by them; this one alone at first."""
         if "_shared" not in vars(self):

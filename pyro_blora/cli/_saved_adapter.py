@@ -28,7 +28,8 @@ def base_name(adapter: Path, model: str | None) -> str:
     """The base of an adapter: the one asked for, or the one it names, or the packaged one."""
     from pyro_blora.checkpoints import read_config
 
-    return model or read_config(adapter).get("base_model") or "smollm2"
+    saved = read_config(adapter)
+    return model or saved.get("base_model") or "smollm2"
 
 
 def predictor(

@@ -80,7 +80,7 @@ def generate(
         The tokens and the uncertainty of each, see :class:`Generation`.
 
     Raises:
-        ConfigurationError: the network generates no text or is an encoder-decoder; ``num_samples``
+        ConfigurationError: the network generates no text; ``num_samples``
             is negative; ``abstain_above`` is no number, or there are no two draws to disagree; or
             an option needs other passes of the network than one for each token.
     """
@@ -185,8 +185,6 @@ def _generator(net: nn.Module) -> Any:
 
     for module in net.modules():
         if isinstance(module, GenerationMixin) and module.can_generate():
-            if module.config.is_encoder_decoder:
-                break  # its encoder runs outside of its forward
             return module
     raise ConfigurationError(
         f"{type(net).__name__} is no causal language model, which generate needs; load it with "

@@ -288,7 +288,7 @@ class Own(guides.MeanField):
 @pytest.mark.parametrize(
     ("part", "wrong", "right", "told"),
     [
-        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing, "sigma=0.3 for 9.0"),
+        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing, "sigma=1.0 for 9.0"),
         ("guide", Own(), Own, "init_scale=0.5 for 0.3"),
     ],
 )

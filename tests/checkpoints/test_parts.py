@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError
+from pyro_blora.models import KroneckerInducing
 
 AUTOGUIDES = {
     "normal": AutoNormal,
@@ -163,7 +164,7 @@ def test_a_laplace_approximation_of_pyro(tmp_path):
         tiny.llama(1, attn_implementation="eager"),
         guide=AutoLaplaceApproximation,
         target_modules=["v_proj"],
-        rank=1,
+        prior=KroneckerInducing(rank=1, sigma=0.3),
     )
     batch = tiny.sequences(12)
     blora.guide(batch)

@@ -152,7 +152,7 @@ LABELS = LabelTokens(token_ids=[5, 32])
     [
         (CausalLM(), tiny.llama, tiny.sequences(7), r"labels have shape \(7,\).*LabelT"),
         (CausalLM(), tiny.llama, tiny.sequences(4), r"labels have shape \(4,\).*LabelT"),
-        (SequenceClassification(), tiny.llama, tiny.sequences(), r"7, 32.*num_labels="),
+        (SequenceClassification(), tiny.llama, tiny.sequences(), "num_labels="),
         (SequenceClassification(), regression, tiny.sequences(), "num_labels="),
         (CausalLM(), t5, tiny.texts(), "encoder-decoder"),
         (MultipleChoice(), t5, tiny.choices(), "encoder-decoder"),
@@ -163,6 +163,9 @@ LABELS = LabelTokens(token_ids=[5, 32])
     ],
 )
 def test_a_network_or_labels_of_another_kind(likelihood, build, batch, told):
-    blora = tiny.adapted(build(), target_modules="all-linear", likelihood=likelihood)
-    with pytest.raises((BatchError, ConfigurationError), match=told):
+    def predict():  # what can be seen in the network is refused when it is adapted
+        blora = tiny.adapted(build(), target_modules="all-linear", likelihood=likelihood)
         blora.log_predictive(batch)
+
+    with pytest.raises((BatchError, ConfigurationError), match=told):
+        predict()

@@ -43,10 +43,10 @@ def test_where_the_network_is_linear_it_has_the_exact_law():
 
 
 PAIRS = [
-    (KroneckerInducing(rank=2), MatrixNormal(init_scale=0.1)),
+    (KroneckerInducing(rank=2, sigma=0.3), MatrixNormal(init_scale=0.1)),
     (FactorInducing(rank=2), MeanField(init_scale=0.1)),
     (Hierarchical(rank=2), MeanField(init_scale=0.1)),
-    (KroneckerInducing(rank=2), Amortized(init_scale=0.1)),
+    (KroneckerInducing(rank=2, sigma=0.3), Amortized(init_scale=0.1)),
 ]
 
 

@@ -313,20 +313,3 @@ def test_a_classifier_generates_nothing():
     )
     with pytest.raises(ConfigurationError, match="BertForSequenceClassification is no causal"):
         blora.generate(**prompts())
-
-
-def test_an_encoder_decoder_is_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=16,
-        d_model=8,
-        d_kv=4,
-        d_ff=8,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
-    blora = tiny.adapted(T5ForConditionalGeneration(config), target_modules=None)
-    with pytest.raises(ConfigurationError, match="T5ForConditionalGeneration is no causal"):
-        blora.generate(**prompts())
