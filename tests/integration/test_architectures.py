@@ -255,5 +255,5 @@ def test_a_network_that_a_likelihood_cannot_read_is_refused_in_one_line(build, l
 
 def test_a_start_must_name_every_layer():
     factors = {"model.layers.0.self_attn.q_proj": (torch.ones(16, 1), torch.ones(1, 16))}
-    with pytest.raises(ConfigurationError, match=r"no factors for model\.layers\.0\.self_attn\.v"):
+    with pytest.raises(ConfigurationError, match=r"no factors for model\.layers\."):
         tiny.adapted(start=factors)

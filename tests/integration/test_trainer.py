@@ -72,7 +72,8 @@ def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
     blora = tiny.adapted(guide=guides.Delta())
     elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
     loss_of = elbo(blora.model, blora.guide)
-    optimizer = torch.optim.AdamW(parameter_groups(blora, LEARNING_RATES), weight_decay=0.0)
+    rates = {**LEARNING_RATES, **blora.prior.learning_rates}
+    optimizer = torch.optim.AdamW(parameter_groups(blora, rates), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
     for _ in range(4):
         optimizer.zero_grad()
@@ -91,10 +92,10 @@ def test_a_checkpoint_has_the_adapter_alone(tmp_path):
     run.train()
     folder = tmp_path / "checkpoint-4"
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    adapter = {"bayesian_lora.safetensors", "bayesian_lora_config.json"}
+    adapter = {"bayesian_lora.safetensors", "bayesian_lora_config.json", "README.md"}
     assert {path.name for path in folder.iterdir()} == state | adapter
     saved = load_file(folder / "bayesian_lora.safetensors")
-    assert set(saved) == set(run.blora.state_dict())
+    assert {n for n in saved if not n.startswith("base.")} == set(run.blora.state_dict())
     weights = {tuple(p.shape) for p in run.blora.net.parameters()}
     assert not weights & {tuple(t.shape) for t in saved.values()}
     trained = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
