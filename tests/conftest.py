@@ -1,3 +1,5 @@
+import signal
+
 import pyro
 import pytest
 
@@ -16,3 +18,11 @@ def _clean_pyro(monkeypatch):
     with pyro.validation_enabled(True):
         yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as Python has it; workers of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -31,6 +31,8 @@ from pyro_blora.models import FisherInducing, KroneckerInducing
 from pyro_blora.network import precision
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 # Labels that training contradicts, so that an early validation is the best one
 CONTRARY = [{**row, "label": (row["label"] + 1) % 3} for row in tiny.examples(6)]
 BEST = {"validation": CONTRARY, "validate_every": 2, "keep_best": True, "lr_mean": 0.2}

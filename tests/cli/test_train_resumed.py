@@ -24,6 +24,7 @@ def train(run, model_dir, data_dir):
     return train
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_train_stops_and_goes_on(train, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     code, text, err = train(whole, "--resume")
