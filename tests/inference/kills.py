@@ -1,8 +1,8 @@
 """Kills a run at random moments, and goes on with it: ``python kills.py FOLDER KILLS``.
 
 The run is a child of this process, forked again after each kill, since a start takes seconds. Kills
-come at random moments of random steps, however slow the machine. Each step is told in a file before
-its state is saved, so that what a kill cost can be counted.
+come at random moments of random steps, every other one while the state is being written. Each step
+is told in a file before its state is saved, so that what a kill cost can be counted.
 """
 
 import json
@@ -57,15 +57,23 @@ def main(folder, kills, num_steps=10_000):
     state, told = folder / "run" / STATE, folder / "told"
     folder.mkdir(parents=True, exist_ok=True)
     options = {"checkpoint_dir": folder / "run", "save_every": SAVE_EVERY, "resume": True}
+
+    def writing():
+        return len(list(state.parent.glob(f".{STATE}.*")))
+
     moment, survived, lost, cut = random.Random(), 0, 0, 0
-    for _ in range(kills):
+    for number in range(kills):
         saved = len(load_file(state)["history.loss"]) if state.exists() else 0
         told.write_bytes(b"")
         child = forked(lambda: train(folder, num_steps, told, **options))
         begun, wanted = time.perf_counter(), moment.randint(1, 2 * SAVE_EVERY)
         while (count := len(told.read_bytes().split())) < wanted:
             time.sleep(0.002)
-        time.sleep(moment.random() * (time.perf_counter() - begun) / count)  # within a step
+        if number % 2:  # within a step
+            time.sleep(moment.random() * (time.perf_counter() - begun) / count)
+        else:  # while it writes, if that can be caught
+            while not writing() and len(told.read_bytes().split()) < wanted + 4 * SAVE_EVERY:
+                pass
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         steps = [int(line) for line in told.read_bytes().split()]
@@ -73,7 +81,7 @@ def main(folder, kills, num_steps=10_000):
         now = len(load_file(state)["history.loss"]) if state.exists() else 0
         survived += now >= saved
         lost = max(lost, steps[-1] - now)
-        cut += len(list(state.parent.glob(f".{STATE}.*")))  # killed while it wrote
+        cut += writing()
     whole = train(folder, now + 7)
     report = {"kills": kills, "survived": survived, "most steps lost": lost, "while writing": cut}
     report["same bits"] = tiny.equal(train(folder, now + 7, **options), whole)
