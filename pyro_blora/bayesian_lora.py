@@ -23,7 +23,7 @@ from pyro_blora.posterior.description import described_groups, size_to_come
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.given_draws import Samples, updates_given
 from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import warn_of_aliases
+from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
@@ -113,8 +113,11 @@ class BayesianLoRA(PeftHabits):
         self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
         warn_of_aliases(self.model)
         if start is not None:
+            leave_store({"model": self.model})  # whose values would win over the start
             self.model.start_at(start)
         self.guide = make_guide(family, self.model)
+        if start is not None:
+            leave_store({"guide": self.guide})
         self.model.attach()
         self._frozen = Frozen(net)
         fast_path.put(net, on=fast)

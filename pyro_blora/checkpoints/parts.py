@@ -57,9 +57,7 @@ def describe_guide(family: Any, guide: nn.Module) -> dict[str, Any]:
         family: as it was given.
         guide: the guide itself: where the user has put another in its place, its class counts.
     """
-    if isinstance(family, Mapping):
-        return describe(family)
-    if isinstance(family, SiteGuide):
+    if isinstance(family, SiteGuide | Mapping):
         ours = type(guide).__module__.startswith("pyro_blora.")
         return describe(family) if ours else _described(type(guide), {})
     options: Any = {}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from pyro_blora.checkpoints.atomic import write_atomically
-from pyro_blora.checkpoints.peft_source import PEFT_WEIGHTS
+from pyro_blora.checkpoints.peft_source import PEFT_CONFIG, PEFT_WEIGHTS
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import name_of
@@ -19,7 +20,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["export_peft", "lora", "merged"]
+__all__ = ["check_mergeable", "export_peft", "lora", "merged"]
 
 _PREFIX = "base_model.model."
 
@@ -61,6 +62,9 @@ def export_peft(
         }
     for place, (config, tensors) in loras.items():
         _write(place, config, tensors)
+    for old in Path(folder).glob("[0-9]*"):  # draws of an earlier export would be averaged, too
+        if num_samples and old not in loras and (old / PEFT_CONFIG).exists():
+            shutil.rmtree(old)
 
 
 def _write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
@@ -139,6 +143,15 @@ def lora(
     return config, tensors
 
 
+def check_mergeable(net: nn.Module) -> None:
+    """Raises ConfigurationError where PEFT has an adapter in the network."""
+    if hasattr(net, "peft_config"):
+        raise ConfigurationError(
+            f"{type(net).__name__} is PEFT's, with an adapter of its own; merge that one first, "
+            "and adapt the base."
+        )
+
+
 def merged(net: nn.Module, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
     """``net`` with an adapter of :func:`lora` in its weights, by PEFT.
 
@@ -146,11 +159,6 @@ def merged(net: nn.Module, config: Any, tensors: dict[str, Tensor]) -> nn.Module
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    if hasattr(net, "peft_config"):
-        raise ConfigurationError(
-            f"{type(net).__name__} is PEFT's, with an adapter of its own; merge that one first, "
-            "and adapt the base."
-        )
     head, embeddings = head_of(net), getattr(net, "get_input_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     if weight is not None and weight is getattr(embeddings, "weight", None):

@@ -1,7 +1,7 @@
 """PEFT's habits by PEFT's names: what ``BayesianLoRA`` inherits for those who come from there."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints.keeping import Keeping
-from pyro_blora.checkpoints.peft_export import export_peft, lora, merged
+from pyro_blora.checkpoints.peft_export import check_mergeable, export_peft, lora, merged
 from pyro_blora.checkpoints.peft_import import read_peft
 from pyro_blora.checkpoints.peft_source import unloaded
 from pyro_blora.errors import ConfigurationError, near_miss
@@ -58,8 +58,8 @@ class PeftHabits(Keeping):
         source: str | os.PathLike[str] | nn.Module,
         net: nn.Module | None = None,
         *,
-        prior: UpdateModel | None = None,
-        guide: SiteGuide | None = None,
+        prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
+        guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
         likelihood: Likelihood | None = None,
         fast: bool = True,
     ) -> Self:
@@ -118,8 +118,10 @@ class PeftHabits(Keeping):
         """The network with E[dW] and the trained heads in its weights; the posterior is gone.
 
         Raises:
-            ConfigurationError: peft, which does it, is not installed.
+            ConfigurationError: peft, which does it, is not installed, or has an adapter of its own
+                in the network.
         """
+        check_mergeable(self.net)
         config, tensors = lora(self.model, mean_updates(self.model, self.guide))
         return merged(self.unwrap(), config, tensors)
 

@@ -70,8 +70,8 @@ class PeftAdapter:
     def options(
         self,
         net: nn.Module,
-        prior: UpdateModel | None,
-        guide: SiteGuide | None,
+        prior: UpdateModel | Mapping[str, UpdateModel] | None,
+        guide: SiteGuide | Mapping[str, SiteGuide] | None,
         likelihood: Likelihood | None,
     ) -> dict[str, Any]:
         """The arguments of ``BayesianLoRA`` that start it at this adapter on ``net``.
@@ -81,7 +81,7 @@ class PeftAdapter:
             ConfigurationError: the guide is none of this library.
         """
         self._check_base(net)
-        if guide is not None and not isinstance(guide, SiteGuide):
+        if not isinstance(guide, SiteGuide | Mapping | None):
             raise ConfigurationError(
                 f"guide={guide!r} cannot start at a given adapter; take a family of "
                 "pyro_blora.guides, such as MatrixNormal(init_scale=0.05)."

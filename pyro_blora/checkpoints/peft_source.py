@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_blora.checkpoints.saved import CONFIG
 from pyro_blora.checkpoints.tensors import read_tensors
-from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.errors import CheckpointError, ConfigurationError, first_line
 
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "read_source", "unloaded"]
 
@@ -130,7 +130,7 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
         raise CheckpointError(
             f"{source!r} is no folder here, and the hub does not give it "
-            f"({str(error).strip().splitlines()[0]}). Give a folder that PEFT wrote, or a hub id."
+            f"({first_line(error)}). Give a folder that PEFT wrote, or a hub id."
         ) from error
 
 

@@ -24,7 +24,7 @@ from pyro_blora.errors import (
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Bayesian low-rank adapters for language models: train, evaluate, rank, compare, count.",
+    help="Bayesian low-rank adapters for language models: train, ask, compare, count.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

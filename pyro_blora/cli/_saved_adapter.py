@@ -25,11 +25,22 @@ Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 
 
 def base_name(adapter: Path, model: str | None) -> str:
-    """The base of an adapter: the one asked for, or the one it names, or the packaged one."""
+    """The base of an adapter: the one asked for, or the one it names.
+
+    Raises:
+        ConfigurationError: there is neither.
+    """
     from pyro_blora.checkpoints import read_config
+    from pyro_blora.errors import ConfigurationError
 
     saved = read_config(adapter)
-    return model or saved.get("base_model") or "smollm2"
+    base = model or saved.get("base_model")
+    if not base:
+        raise ConfigurationError(
+            f"{adapter} was trained on a network that has no name on the hub; say where it is by "
+            "--model."
+        )
+    return str(base)
 
 
 def predictor(

@@ -88,8 +88,9 @@ def generate(
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
-    if input_ids is not None:
-        options["input_ids"] = input_ids
+    given = options.pop("inputs", None) if input_ids is None else input_ids
+    if given is not None:
+        options["input_ids"] = given
     options = to_device(options, device)
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}

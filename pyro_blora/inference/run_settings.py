@@ -28,10 +28,13 @@ def settings_of(
     """
     found: dict[str, Any] = {n: v for n, v in options.items() if n not in _FREE} | data
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
-    for part, made in parts.items():
-        found[part] = getattr(made, "__name__", type(made).__name__)
-        own = made.options() if isinstance(made, Options) else {}
-        found |= {f"{part}.{name}": value for name, value in own.items()}
+    for part, given in parts.items():
+        each = given if isinstance(given, Mapping) else {"": given}
+        for group, made in each.items():
+            name = f"{part}[{group}]" if group else part
+            found[name] = getattr(made, "__name__", type(made).__name__)
+            own = made.options() if isinstance(made, Options) else {}
+            found |= {f"{name}.{option}": value for option, value in own.items()}
     for group in blora.model.groups:
         found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
     found["modules_to_save"] = list(blora.model.trained_heads.names)

@@ -254,7 +254,7 @@ class TrainingState:
             self._kept = len(tensors)
 
     def _load_prefix(self) -> None:
-        if self.prefix.blocks:
+        if self.prefix.blocks and (self.folder / PREFIX).exists():  # else nothing was kept
             metadata, tensors = self._opened(PREFIX)
             self.prefix.load(tensors, json.loads(metadata["prefix"]))
             self._kept = len(tensors)

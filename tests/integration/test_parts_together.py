@@ -1,0 +1,115 @@
+"""What was built apart works together: parts by group, PEFT, files, resuming and generation."""
+
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_blora import BayesianLoRA, fit
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.guides import Amortized, MatrixNormal, MeanField
+from pyro_blora.models import GaussianFactors, KroneckerInducing
+
+peft = pytest.importorskip("peft")
+ROWS = tiny.examples(8)
+
+
+def by_group(sigma=0.2):
+    return {"q_proj": GaussianFactors(rank=2, sigma=sigma), ".*": KroneckerInducing(rank=2)}
+
+
+def train(blora, steps, **options):
+    options = {"collate": tiny.collate, "batch_size": 4, "progress": False, **options}
+    return fit(blora, ROWS, num_steps=steps, precision="float32", **options)
+
+
+def exported(folder, **options):
+    """A LoRA that PEFT wrote, and its base."""
+    blora = tiny.adapted(**options)
+    with torch.no_grad():
+        for parameter in blora.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    blora.export_peft(folder)
+    net = blora.unwrap()
+    pyro.clear_param_store()
+    return net
+
+
+def test_another_prior_of_one_group_is_another_run(tmp_path):
+    net = tiny.llama()
+    blora = tiny.adapted(net, prior=by_group())
+    train(blora, 2, checkpoint_dir=tmp_path, save_every=1)
+    blora.unwrap()
+    blora = tiny.adapted(net, prior=by_group(sigma=5.0))
+    with pytest.raises(CheckpointError, match=r"prior\[q_proj\]\.sigma was 0\.2, is 5\.0"):
+        train(blora, 4, checkpoint_dir=tmp_path, resume=True)
+
+
+def test_a_cache_that_holds_nothing_is_none_to_go_on_with(tmp_path):
+    """Rows padded on the left are not kept."""
+
+    def padded(rows):
+        batch = tiny.collate(rows)
+        batch["attention_mask"][:, 0] = 0
+        return batch
+
+    options = {"collate": padded, "cache_frozen_prefix": True, "checkpoint_dir": tmp_path}
+    blora = tiny.adapted(layers_to_transform=[1])
+    train(blora, 2, save_every=1, **options)
+    assert len(train(blora, 4, resume=True, **options).history) == 4
+
+
+def test_a_guide_put_in_the_place_of_several_is_saved_as_it_is(tmp_path):
+    blora = tiny.adapted(guide={"q_proj": MeanField(), ".*": MatrixNormal()})
+    blora.guide = AutoNormal(blora.model)
+    blora.guide(tiny.sequences(4))
+    blora.save_pretrained(tmp_path)
+    expected = blora.predict(tiny.sequences(4), 0).probs
+    net = blora.unwrap()
+    pyro.clear_param_store()
+    read = BayesianLoRA.from_pretrained(net, tmp_path)
+    torch.testing.assert_close(read.predict(tiny.sequences(4), 0).probs, expected)
+
+
+def test_what_cannot_be_merged_stays_adapted():
+    net = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["v_proj"]))
+    blora = tiny.adapted(net, target_modules=["q_proj"])
+    before = blora.predict(tiny.sequences(4), 0).probs
+    with pytest.raises(ConfigurationError, match="an adapter of its own"):
+        blora.merge_and_unload()
+    assert torch.equal(blora.predict(tiny.sequences(4), 0).probs, before)
+
+
+def test_two_starts_at_a_lora_in_one_process(tmp_path):
+    """With a guide for each group, and what the first left in Pyro's store."""
+    net = exported(tmp_path)
+    likelihood = tiny.adapted(tiny.llama()).likelihood
+    with pytest.warns(UserWarning, match="parameter store"):
+        for guide in (None, {"q_proj": MeanField(init_scale=0.1), ".*": MatrixNormal()}):
+            base = tiny.llama()
+            base.load_state_dict(net.state_dict())
+            blora = BayesianLoRA.from_peft(tmp_path, base, guide=guide, likelihood=likelihood)
+            found = blora.predict(tiny.sequences(4), 0).probs
+            train(blora, 2)
+            if guide is None:
+                expected = found
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_fewer_draws_leave_none_of_an_earlier_export(tmp_path):
+    (tmp_path / "notes").mkdir()
+    blora = tiny.adapted()
+    blora.export_peft(tmp_path, num_samples=4)
+    blora.export_peft(tmp_path, num_samples=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "notes"}
+
+
+def test_a_prompt_by_the_name_that_transformers_has(tmp_path):
+    blora = tiny.adapted(guide=Amortized(hidden=3))
+    ids = tiny.sequences(2)["input_ids"]
+    options = {"max_new_tokens": 2, "do_sample": False, "num_samples": 2}
+    torch.manual_seed(0)
+    expected = blora.generate(ids, **options).sequences
+    torch.manual_seed(0)
+    assert torch.equal(blora.generate(inputs=ids, **options).sequences, expected)
