@@ -5,11 +5,12 @@ PRECISION ?= auto
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo   install into .venv, fine-tune SmolLM2-135M by each method, compare (5 to 6 minutes on two cores with AVX512)"
 	@echo "make test   install into .venv and run the tests, the linter and the type checker"
+	@echo "make docs   install into .venv and build the site, out/docs/index.html"
 	@echo "make clean  remove .venv and all that the commands above wrote"
 
 $(BIN)/.installed: setup.cfg pyproject.toml
@@ -37,6 +38,10 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going docs out/docs
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
