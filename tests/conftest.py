@@ -20,9 +20,9 @@ def _clean_pyro(monkeypatch):
     pyro.clear_param_store()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def interruptible():
-    """Ctrl-C as Python has it; workers of pytest-xdist ignore it."""
+    """Ctrl-C as Python has it; a shell's jobs in the background ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""The site: an entry for every public name, a place for every page, and no warning as it is built."""
+"""The site: an entry for every public name, a place for every page, built without a warning."""
 
 import importlib
 import inspect

@@ -144,7 +144,7 @@ def steady():
 
 
 @pytest.fixture(scope="module")
-def stopped_once(tmp_path_factory):
+def stopped_once(tmp_path_factory, interruptible):
     folder = tmp_path_factory.mktemp("stopped")
     options = {"collate": tiny.collate, "num_steps": 6, "batch_size": 4, "progress": False}
     options |= {"validation": CONTRARY, "precision": "float32"}
