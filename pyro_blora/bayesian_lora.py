@@ -116,8 +116,7 @@ class BayesianLoRA(PeftHabits):
             leave_store({"model": self.model})  # whose values would win over the start
             self.model.start_at(start)
         self.guide = make_guide(family, self.model)
-        if start is not None:
-            leave_store({"guide": self.guide})
+        leave_store({"guide": self.guide} if start is not None else {})
         self.model.attach()
         self._frozen = Frozen(net)
         fast_path.put(net, on=fast)
