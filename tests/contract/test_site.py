@@ -1,4 +1,4 @@
-"""The site: an entry for every public name, a place for every page, and no warning as it is built."""
+"""The site: an entry for every public name, a place for every page, no warning as it is built."""
 
 import importlib
 import inspect
