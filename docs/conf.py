@@ -25,6 +25,7 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 napoleon_custom_sections = ["Reference"]
 
 
@@ -40,6 +41,13 @@ def as_it_stands(
         lines.clear()
 
 
+def as_it_parses(
+    app: Any, what: str, name: str, member: object, options: Any, arguments: str | None, result: Any
+) -> tuple[str | None, Any]:
+    """A dataclass says <factory> for a default that is made anew, which is no Python."""
+    return arguments and arguments.replace("<factory>", "..."), result
+
+
 def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
     """The README, outside of these pages, is the site's first one."""
     source[0] = source[0].replace("](../README.md)", "](index.md)")
@@ -48,4 +56,5 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", as_it_stands, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", as_it_parses)
     app.connect("source-read", link_to_the_site)
