@@ -1,5 +1,6 @@
 """How Sphinx makes the site of these pages: ``make docs``."""
 
+import re
 from typing import Any
 
 from pyro_blora import __version__
@@ -8,7 +9,6 @@ project = "pyro_blora"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
-smartquotes_action = "qe"  # two hyphens begin an option
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
@@ -18,24 +18,34 @@ html_show_sourcelink = False
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
-autodoc_default_options = {
-    "members": True,
-    "undoc-members": True,  # constants; docstrings of all else are held by a test
-    "show-inheritance": True,
-}
+autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 napoleon_custom_sections = ["Reference"]
 
 
-def skip_fields(app: Any, what: str, name: str, member: object, skip: bool, options: Any) -> Any:
-    """Fields of a class are in its docstring already, under Attributes or Args."""
-    field = what == "class" and not callable(getattr(member, "__func__", member))
-    return True if field and not isinstance(member, property) else None
+def as_it_stands(
+    app: Any, what: str, name: str, member: object, options: Any, lines: list[str]
+) -> None:
+    """Docstrings that are read otherwise than they are meant."""
+    if re.fullmatch(r"pyro_blora\.cli\.\w+\.run", name):  # it is the command's --help
+        lines[:] = [".. code-block:: text", "", *(f"   {line}" for line in lines)]
+    elif what == "property":  # napoleon takes what is before a colon for a type
+        lines[:1] = [line.replace(": ", " -- ") for line in lines[:1]]
+    elif what == "data":  # that of its type
+        lines.clear()
+
+
+def as_it_parses(
+    app: Any, what: str, name: str, member: object, options: Any, arguments: str | None, result: Any
+) -> tuple[str | None, Any]:
+    """A dataclass says <factory> for a default that is made anew, which is no Python."""
+    return arguments and arguments.replace("<factory>", "..."), result
 
 
 def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
@@ -45,5 +55,6 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-docstring", as_it_stands, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", as_it_parses)
     app.connect("source-read", link_to_the_site)

@@ -1,4 +1,4 @@
-"""The site: an entry for every public name, a place for every page, built without a warning."""
+"""The site: an entry for every public name, a place for every page, no warning as it is built."""
 
 import importlib
 import inspect
@@ -32,7 +32,10 @@ def listed(options, name):
 
 
 def entries(text):
-    """Path and object of all that the directives of a page describe, as Sphinx reads them."""
+    """Path and object of all that the directives of a page describe, as Sphinx reads them.
+
+    Of a module functions and classes; constants and type aliases are named one by one.
+    """
     for kind, target, options in DIRECTIVE.findall(text):
         if kind == "module":
             owner = importlib.import_module(target)
@@ -40,7 +43,9 @@ def entries(text):
             left_out = listed(options, "exclude-members")
             assert set(left_out) <= set(owner.__all__ if left_out else ()), target
             for name in set(chosen) - set(left_out):
-                yield f"{target}.{name}", getattr(owner, name)
+                value = getattr(owner, name)
+                if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
+                    yield f"{target}.{name}", value
         else:
             place, name = target.rsplit(".", 1)
             yield target, getattr(importlib.import_module(place), name)
