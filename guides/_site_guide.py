@@ -12,7 +12,11 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions.constraints import (
+    Constraint,
+    MixtureSameFamilyConstraint,
+    independent,
+)
 from torch.distributions.transforms import Transform
 
 from pyro_blora.errors import ConfigurationError
@@ -26,6 +30,16 @@ Self = TypeVar("Self", bound="SiteGuide")
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     """Within, random numbers may be seeded at will; afterwards the global seeds are as before."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _of_components(support: Constraint) -> Constraint:
+    """The support with that of its components for a mixture's, also within an event."""
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return _of_components(support.base_constraint)
+    if isinstance(support, independent):
+        inside = _of_components(support.base_constraint)
+        return independent(inside, support.reinterpreted_batch_ndims)
+    return support
 
 
 @dataclass(frozen=True)
@@ -79,9 +93,7 @@ class Site:
     @property
     def support(self) -> Constraint:
         """The prior's support; of a mixture that of its components."""
-        support = self.prior.support
-        is_mixture = isinstance(support, MixtureSameFamilyConstraint)
-        return support.base_constraint if is_mixture else support
+        return _of_components(self.prior.support)
 
     @property
     def transform(self) -> Transform:

@@ -116,9 +116,15 @@ def two_normals(*shape):
     return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts.to_event(2))
 
 
+def two_normals_an_entry(*shape):
+    parts = dist.Normal(torch.zeros(2), torch.tensor([0.1, 1.0]))
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts).expand(shape).to_event(2)
+
+
+@pytest.mark.parametrize("law", [two_normals, two_normals_an_entry])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixture_of_real_laws_is_a_site(monkeypatch, family):
-    monkeypatch.setattr(Sparse, "law", staticmethod(two_normals))
+def test_a_mixture_of_real_laws_is_a_site(monkeypatch, family, law):
+    monkeypatch.setattr(Sparse, "law", staticmethod(law))
     blora = tiny.adapted(prior=Sparse(), guide=FAMILIES[family])
     loss = TraceMeanField_ELBO(max_plate_nesting=1)(blora.model, blora.guide)(tiny.sequences(8))
     loss.backward()
