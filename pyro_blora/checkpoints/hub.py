@@ -1,6 +1,7 @@
 """Adapters on the Hugging Face hub: fetched by their id, and pushed."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -8,7 +9,7 @@ import huggingface_hub
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.network.pretrained import ADAPTER
 
-__all__ = ["fetched", "pushed"]
+__all__ = ["downloaded", "fetched", "pushed"]
 
 _FILES = ["bayesian_lora*", "adapter_config.json", "config.json"]  # the last two for hints
 
@@ -22,13 +23,27 @@ def fetched(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if path.exists() or path.is_absolute() or isinstance(folder, Path):
         return path
+    wanted = f"a folder with a {ADAPTER}, which save_pretrained wrote, or the id of a repository"
+    return downloaded(str(folder), _FILES, f"{wanted} with one")
+
+
+def downloaded(repo_id: str, files: Sequence[str], wanted: str) -> Path:
+    """The hub's cache of some files of a repository.
+
+    Args:
+        repo_id: the repository.
+        files: patterns of their names.
+        wanted: what to give in its place, for the message.
+
+    Raises:
+        CheckpointError: there is no such repository, or it cannot be had.
+    """
     try:
-        return Path(huggingface_hub.snapshot_download(str(folder), allow_patterns=_FILES))
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(files)))
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
         raise CheckpointError(
-            f"{folder} does not exist here, and the hub does not give it ({first_line(error)}). "
-            f"Give a folder with a {ADAPTER}, which save_pretrained wrote, or the id of a "
-            "repository with one."
+            f"{repo_id} does not exist here, and the hub does not give it ({first_line(error)}). "
+            f"Give {wanted}."
         ) from error
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_blora.checkpoints.hub import downloaded
 from pyro_blora.checkpoints.saved import CONFIG
 from pyro_blora.checkpoints.tensors import read_tensors
-from pyro_blora.errors import CheckpointError, ConfigurationError, first_line
+from pyro_blora.errors import CheckpointError, ConfigurationError
 
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "read_source", "unloaded"]
 
@@ -123,15 +124,8 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     folder = Path(source)
     if folder.exists() or isinstance(source, os.PathLike) or source.count("/") != 1:
         return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=[PEFT_CONFIG, PEFT_WEIGHTS]))
-    except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
-        raise CheckpointError(
-            f"{source!r} is no folder here, and the hub does not give it "
-            f"({first_line(error)}). Give a folder that PEFT wrote, or a hub id."
-        ) from error
+    wanted = "a folder that PEFT wrote, or a hub id"
+    return downloaded(source, [PEFT_CONFIG, PEFT_WEIGHTS], wanted)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

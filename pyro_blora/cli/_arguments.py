@@ -1,5 +1,6 @@
 """Options that several sub-commands share, so that they read the same everywhere."""
 
+import os
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ __all__ = [
     "Rank",
     "Targets",
     "TaskName",
+    "check_free",
     "check_out",
     "chosen",
     "listed",
@@ -95,6 +97,16 @@ Precision = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT already.")]
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raises ConfigurationError where the folder has an adapter that is not to be overwritten."""
+    from pyro_blora.checkpoints import CONFIG
+
+    if os.path.lexists(out / CONFIG) and not overwrite:
+        raise ConfigurationError(
+            f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
+        )
 
 
 def check_out(out: Path) -> None:

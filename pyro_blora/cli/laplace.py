@@ -1,6 +1,5 @@
 """``pyro-blora laplace``: a trained LoRA becomes a Bayesian adapter, without training."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +43,7 @@ def run(
     """
     check_method(method)
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import CONFIG, read_peft
+    from pyro_blora.checkpoints import read_peft
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.guides._post_hoc import PostHoc
@@ -59,10 +58,7 @@ def run(
             f"--method {method} is trained; choose laplace-lora, tfb or a pair with Laplace or "
             f"Isotropic, or go on from the adapter by `pyro-blora train --from-peft {adapter}`."
         )
-    if os.path.lexists(out / CONFIG) and not overwrite:
-        raise ConfigurationError(
-            f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
-        )
+    o.check_free(out, overwrite=overwrite)
     lora = read_peft(adapter)
     base = model or lora.base or "smollm2"
     data = load_task(

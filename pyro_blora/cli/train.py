@@ -1,6 +1,5 @@
 """``pyro-blora train``: fine-tune one Bayesian adapter and save it."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -86,7 +85,7 @@ def run(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import CONFIG, read_peft
+    from pyro_blora.checkpoints import read_peft
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
@@ -99,10 +98,7 @@ def run(
         raise ConfigurationError(
             "--resume goes on, --overwrite begins anew: leave one of them out."
         )
-    if os.path.lexists(out / CONFIG) and not (overwrite or resume):
-        raise ConfigurationError(
-            f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
-        )
+    o.check_free(out, overwrite=overwrite or resume)
     if is_there(run_dir) and not (overwrite or resume):
         raise ConfigurationError(
             f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."

@@ -42,7 +42,7 @@ def saved(tmp_path):
     [
         ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
         ("gpt2", "gpt2"),
-        ("/root/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c", "me/my-base"),
+        ("/home/me/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c", "me/my-base"),
         ("/home/user/base", ""),
         ("../base", ""),
         ("a/b/c", ""),
