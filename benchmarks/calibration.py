@@ -29,6 +29,7 @@ from calibration_report import trials_table, write_report
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.results import versions
+from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.pretrained import load_pretrained
 
 HERE = Path(__file__).resolve().parent
@@ -178,6 +179,7 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
         "seconds": round(outcome.seconds, 1),
         "settings": settings["methods"][base_of(outcome.cell.method, settings)],
         "versions": {**versions(), "threads": torch.get_num_threads()},
+        "precision": choose_precision("auto"),
     }
     append(out / "cells.jsonl", line)
     print(f"{outcome.cell}: {line['metrics']['test']}", flush=True)

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import pyro
@@ -19,6 +20,7 @@ from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference import LoopOptions
 from pyro_blora.likelihoods import Batch
+from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["Cell", "Outcome", "outcomes"]
@@ -61,6 +63,7 @@ class _Data:
     likelihood: Any
     collate: Any
     sets: dict[str, tuple[Sequence[Item], Any]]  # with the collator of the task they are of
+    prefixes: dict[str, FrozenPrefix]  # what the frozen blocks put out for them
 
     @classmethod
     def load(cls, cell: Cell, settings: Settings, tokenizer: Any) -> "_Data":
@@ -91,7 +94,14 @@ class _Data:
         method = settings["methods"][cell.method]
         base = settings["methods"][method.get("of", cell.method)]
         learned = base.get("learned_scale", False)
-        return cls(task, likelihood_for(task, collate, learned_scale=learned), collate, sets)
+        likelihood = likelihood_for(task, collate, learned_scale=learned)
+        return cls(task, likelihood, collate, sets, _prefixes_of(cell.task, cell.seed))
+
+
+@lru_cache(maxsize=1)
+def _prefixes_of(task: str, seed: int) -> dict[str, FrozenPrefix]:
+    """Kept from one method to the next: they are most of the time of a prediction."""
+    return {}
 
 
 def outcomes(
@@ -118,13 +128,25 @@ def outcomes(
 
 
 def _predicted(
-    cell: Cell, data: _Data, net: nn.Module, predict: Callable[[Batch], Prediction], **figures: Any
+    cell: Cell,
+    data: _Data,
+    net: nn.Module,
+    predict: Callable[[Batch], Prediction],
+    blocks: Sequence[nn.Module] = (),
+    **figures: Any,
 ) -> Outcome:
     outcome = Outcome(cell, **figures)
     for name, (items, collate) in data.sets.items():
+        prefix = data.prefixes.setdefault(name, FrozenPrefix(net, blocks))
+
+        def skipping(batch: Batch, prefix: FrozenPrefix = prefix) -> Prediction:
+            """Batches are the same for every method, so that their rows are known by the tokens."""
+            with kept(prefix, [ids.numpy().tobytes() for ids in batch["input_ids"].cpu()], batch):
+                return predict(batch)
+
         torch.manual_seed(cell.seed)
         prediction, labels = predict_dataset(
-            predict,
+            skipping if blocks else predict,
             items,
             collate,
             length=item_length,
@@ -171,6 +193,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
             data,
             net,
             lambda batch: blora.predict(batch, draws, linearised=method.get("linearised", False)),
+            blora.model.skippable_blocks(),
             parameters=blora.trainable_parameters,
             seconds=seconds,
         )

@@ -1,5 +1,6 @@
 """The paper's prior in the product reading: one inducing matrix for each adapted weight."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal, cast
 
 import pyro
@@ -8,6 +9,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
@@ -41,6 +43,17 @@ class KroneckerInducing(UpdateModel):
     LoRA's letters :math:`B = \sigma T_r U` and :math:`A = T_c`: plain LoRA is the limit
     :math:`\lambda \to 0` with a collapsed posterior of :math:`U`.
 
+    With ``keep`` below one a draw of the weight has some of the directions alone,
+
+    .. math::
+
+        \Delta W \mid V = \sigma\, Q_r^\top \mathrm{diag}(s_r)\, V\, \mathrm{diag}(s_c)\, Q_c,
+        \qquad s \sim \mathrm{Bernoulli}(\text{keep}) / \text{keep},
+
+    of the same mean. It is dropout of directions: ``s`` has one law under p and q, so that the KL
+    stays that of ``V``, and the ELBO a bound. The directions are fitted, and no KL sees it; one
+    that may be absent cannot lean on the others, and over-fits less (docs/calibration.md).
+
     The noise of the conditional is added to the layer's output, never drawn as a
     ``d_out x d_in`` weight: output :math:`i` at input :math:`x` has variance
     :math:`\sigma^2\lambda^2(|x|^2 - q_i |Q_c x|^2)`, :math:`q_i = |(Q_r)_{\cdot i}|^2`.
@@ -64,6 +77,8 @@ class KroneckerInducing(UpdateModel):
             choice in packed rows, where they share that of their question; in rows of their own
             they would not, unlike under one weight, and are refused. Default: marginal.
         noise_init: where ``D`` starts. Default: 0.1.
+        keep: the probability, in (0, 1], that a direction is there in a draw of the weight; each
+            of ``Z_r`` and ``Z_c`` by itself. Default: 1, all of them.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
     ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``; with a
@@ -109,6 +124,7 @@ class KroneckerInducing(UpdateModel):
         lambda_init: float = 0.1,
         noise: Literal["marginal", "joint"] = "marginal",
         noise_init: float = 0.1,
+        keep: float = 1.0,
     ) -> None:
         super().__init__()
         self.rank = rank
@@ -119,10 +135,13 @@ class KroneckerInducing(UpdateModel):
         self.lambda_init = lambda_init
         self.noise = noise
         self.noise_init = noise_init
+        self.keep = keep
         self.check_choice("conditional", ("deterministic", "exact", "scaled"))
         self.check_choice("noise", ("marginal", "joint"))
         self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
         self.check_positive("rank", "sigma", "lambda_init", "noise_init")
+        if not 0 < keep <= 1:
+            raise ConfigurationError(f"keep={keep!r} is no probability in (0, 1].")
         check_core(core)
 
     @property
@@ -166,7 +185,17 @@ class KroneckerInducing(UpdateModel):
                 rows, cols = Side.of(L_r, Q_r, self.D_r), Side.of(L_c, Q_c, self.D_c)
                 layers = zip(scales, rows.unbind(), cols.unbind(), strict=True)
                 noise = tuple(JointNoise(*layer) for layer in layers)
-        return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
+        update = LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
+        return update if self.keep == 1 else self._some_directions(update)
+
+    def _some_directions(self, update: LowRankUpdate) -> LowRankUpdate:
+        core = cast(Tensor, update.core)
+        rows, cols = (
+            torch.full(shape, self.keep, device=core.device).bernoulli() / self.keep
+            for shape in (core.shape[:-1], (*core.shape[:-2], core.shape[-1]))
+        )
+        mean = update.without_noise()
+        return replace(update, core=rows.unsqueeze(-1) * core * cols.unsqueeze(-2), mean=mean)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """Orthonormal directions and a core; a learned sigma is the core's root mean square."""

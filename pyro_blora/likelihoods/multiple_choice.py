@@ -23,11 +23,13 @@ class MultipleChoice(Likelihood):
 
     .. math::
 
-        s_k = c\, n^{b} \, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
+        s_k = c\, (n / \bar n)^{b} \, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
 
-    with ``score="sum"`` without the :math:`\frac1n`. Nothing says that a mean log-probability is
-    the log-odds of an answer: its scale :math:`c` and how it depends on the length are unknowns
-    like others, and two numbers that training finds.
+    with ``score="sum"`` without the :math:`\frac1n`; :math:`\bar n` is the mean length of the
+    item's options. Nothing says that a mean log-probability is the log-odds of an answer: its scale
+    :math:`c` and how it depends on the length are unknowns like others, and two numbers that
+    training finds. Lengths count by their ratio, so that questions with longer options elsewhere
+    get no other scale.
 
     Args:
         num_data: number of training examples.
@@ -114,7 +116,9 @@ class MultipleChoice(Likelihood):
         if self.score == "mean":
             total = total / count.clamp_min(1)
         if self.scale == "learned":
-            total = total * self.score_scale * count.clamp_min(1) ** self.length_exponent
+            mean = count.sum(-1, keepdim=True) / (count > 0).sum(-1, keepdim=True).clamp_min(1)
+            ratio = count.clamp_min(1) / mean.clamp_min(1)
+            total = total * self.score_scale * ratio**self.length_exponent
         return total.masked_fill(count == 0, -torch.inf)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:

@@ -246,9 +246,9 @@ class BayesianLoRAModel(PyroModule):
         enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
         if enumerates and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(
-                "HMC, NUTS and enumeration need the same density at every call of the model, and a "
-                "conditional that is not deterministic draws noise in each; use "
-                "conditional='deterministic'."
+                "HMC, NUTS and enumeration need the same density at every call of the model, and "
+                "this prior draws noise, or leaves out directions, in each; use a prior with "
+                "conditional='deterministic' and keep=1."
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()

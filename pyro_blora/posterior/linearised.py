@@ -108,7 +108,7 @@ def linearised_logits(
     if any(update.is_noisy for update in sample_updates(model, guide, 1, batch).values()):
         raise ConfigurationError(
             "A linearisation has no place for the noise of a conditional; use num_samples draws, "
-            "or a prior with conditional='deterministic'."
+            "or a prior with conditional='deterministic' and keep=1."
         )
     with in_mode(model.net, training=False):
         logits, jacobian = logit_jacobian(model, guide, batch)

@@ -16,6 +16,8 @@ WRONG = [
     ("KroneckerInducing", {"noise_init": float("inf")}, "noise_init=inf must be .* finite"),
     ("KroneckerInducing", {"rank": 0}, "rank=0 must be positive"),
     ("KroneckerInducing", {"rank": (2, 0)}, r"rank=\(2, 0\) must be positive"),
+    ("KroneckerInducing", {"keep": 0.0}, r"keep=0.0 is no probability in \(0, 1\]"),
+    ("KroneckerInducing", {"keep": 1.5}, "keep=1.5 is no probability"),
     ("KernelInducing", {"row_kernel": "rbg"}, "kernel 'rbg' is unknown; .*rbf"),
     ("KernelInducing", {"embedding": "none"}, "embedding='none' is not one of"),
     ("KernelInducing", {"embedding_size": 0}, "must be positive"),

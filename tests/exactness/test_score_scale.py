@@ -33,15 +33,27 @@ def items(count=6):
 
 
 @pytest.mark.parametrize("score", ["mean", "sum"])
-def test_the_score_is_scaled_by_a_power_of_the_length(score):
+def test_the_score_is_scaled_by_a_power_of_the_relative_length(score):
     net, batch = tiny.llama(), tiny.choices(3)
     blora = adapted(net, score=score)
     plain = MultipleChoice(score=score, scale="fixed").logits(net, batch)
     assert torch.equal(blora.likelihood.logits(net, batch), plain)  # 1 and 0 at the start
     set_scale(blora, 0.5, 0.3)
-    count = batch["option_mask"].sum(-1)
+    ratio = batch["option_mask"].sum(-1).float()
+    ratio /= ratio.mean(-1, keepdim=True)  # of the item's options
     found = blora.likelihood.logits(net, batch)
-    torch.testing.assert_close(found, 0.5 * count**0.3 * plain)
+    torch.testing.assert_close(found, 0.5 * ratio**0.3 * plain)
+
+
+def test_an_absent_option_has_no_length():
+    net, batch = tiny.llama(), tiny.choices(2, 3)
+    blora = adapted(net)
+    set_scale(blora, 0.5, 0.3)
+    keys = MultipleChoice.keys
+    two = blora.likelihood.logits(net, {key: batch[key][:, :2] for key in keys})
+    for key in keys:
+        batch[key][:, 2] = 0
+    torch.testing.assert_close(blora.likelihood.logits(net, batch)[:, :2], two)
 
 
 def test_fit_trains_both_past_absent_options():
