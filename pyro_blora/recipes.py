@@ -83,9 +83,9 @@ _KNOWN = (
     ),
     Recipe(
         "bayesian-lora",
-        lambda rank: KroneckerInducing(rank=rank),
+        lambda rank: KroneckerInducing(rank=rank, keep=0.8),
         guides.MatrixNormal,
-        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",
     ),
     Recipe(
