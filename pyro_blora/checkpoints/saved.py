@@ -131,7 +131,7 @@ class Saved:
                 raise CheckpointError(
                     f"{self.folder} was saved with a likelihood that has {', '.join(names)}, and "
                     f"{self.options['likelihood']!r} has other parameters; pass likelihood= with "
-                    "the saved options (of MultipleChoice scale='learned'), or leave it out."
+                    "the saved options (of MultipleChoice scale=), or leave it out."
                 )
             raise CheckpointError(
                 f"{self.folder / WEIGHTS}: the tensors do not fit {CONFIG}; they differ in "

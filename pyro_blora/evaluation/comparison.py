@@ -81,7 +81,7 @@ def likelihood_for(task: Task, collate: Any, *, learned_scale: bool = True) -> L
     count = len(task.train) or None
     if task.template.scoring == "labels":
         return LabelTokens(token_ids=collate.token_ids, num_data=count)
-    return MultipleChoice(num_data=count, scale="learned" if learned_scale else "fixed")
+    return MultipleChoice(num_data=count, scale="relative" if learned_scale else "fixed")
 
 
 class _Run:

@@ -34,8 +34,9 @@ class MultipleChoice(Likelihood):
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
-        scale: ``"learned"``: ``c`` and ``b`` are parameters, which start at 1 and 0; ``"fixed"``:
-            they stay there. Default: learned.
+        scale: ``"relative"``: ``c`` and ``b`` are parameters, which start at 1 and 0;
+            ``"learned"``: likewise, with :math:`\bar n = 1`, as adapters of before were saved;
+            ``"fixed"``: they stay there. Default: relative.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: where the network supports it (it is asked once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
@@ -68,17 +69,18 @@ class MultipleChoice(Likelihood):
         *,
         num_data: int | None = None,
         score: Literal["mean", "sum"] = "mean",
-        scale: Literal["learned", "fixed"] = "learned",
+        scale: Literal["relative", "learned", "fixed"] = "relative",
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
         if score not in ("mean", "sum"):
             raise ConfigurationError(f"score={score!r} is not one of ('mean', 'sum').")
-        if scale not in ("learned", "fixed"):
-            raise ConfigurationError(f"scale={scale!r} is not one of ('learned', 'fixed').")
+        if scale not in ("relative", "learned", "fixed"):
+            kinds = "('relative', 'learned', 'fixed')"
+            raise ConfigurationError(f"scale={scale!r} is not one of {kinds}.")
         self.score = score
         self.scale = scale
-        if scale == "learned":
+        if scale != "fixed":
             self.score_scale = PyroParam(torch.ones(()), constraints.positive)
             self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
@@ -115,10 +117,12 @@ class MultipleChoice(Likelihood):
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
-        if self.scale == "learned":
-            mean = count.sum(-1, keepdim=True) / (count > 0).sum(-1, keepdim=True).clamp_min(1)
-            ratio = count.clamp_min(1) / mean.clamp_min(1)
-            total = total * self.score_scale * ratio**self.length_exponent
+        if self.scale != "fixed":
+            length = count.clamp_min(1)
+            if self.scale == "relative":
+                there = (count > 0).sum(-1, keepdim=True)
+                length = length * there / count.sum(-1, keepdim=True).clamp_min(1)
+            total = total * self.score_scale * length**self.length_exponent
         return total.masked_fill(count == 0, -torch.inf)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:

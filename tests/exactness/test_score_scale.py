@@ -32,17 +32,19 @@ def items(count=6):
     return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
+@pytest.mark.parametrize("scale", ["relative", "learned"])
 @pytest.mark.parametrize("score", ["mean", "sum"])
-def test_the_score_is_scaled_by_a_power_of_the_relative_length(score):
+def test_the_score_is_scaled_by_a_power_of_the_length(score, scale):
     net, batch = tiny.llama(), tiny.choices(3)
-    blora = adapted(net, score=score)
+    blora = adapted(net, score=score, scale=scale)
     plain = MultipleChoice(score=score, scale="fixed").logits(net, batch)
     assert torch.equal(blora.likelihood.logits(net, batch), plain)  # 1 and 0 at the start
     set_scale(blora, 0.5, 0.3)
-    ratio = batch["option_mask"].sum(-1).float()
-    ratio /= ratio.mean(-1, keepdim=True)  # of the item's options
+    length = batch["option_mask"].sum(-1).float()
+    if scale == "relative":
+        length /= length.mean(-1, keepdim=True)  # of the item's options
     found = blora.likelihood.logits(net, batch)
-    torch.testing.assert_close(found, 0.5 * ratio**0.3 * plain)
+    torch.testing.assert_close(found, 0.5 * length**0.3 * plain)
 
 
 def test_an_absent_option_has_no_length():
@@ -101,7 +103,7 @@ def test_it_is_saved_and_one_from_before_is_read_as_fixed(tmp_path):
     torch.testing.assert_close(read.predict(batch, 0).probs, expected)
     read.unwrap()
     pyro.clear_param_store()
-    with pytest.raises(CheckpointError, match=r"has .*score_scale.*scale='learned'"):
+    with pytest.raises(CheckpointError, match=r"has .*score_scale.*MultipleChoice scale="):
         BayesianLoRA.from_pretrained(
             net, tmp_path / "new", likelihood=MultipleChoice(scale="fixed", num_data=12)
         )
