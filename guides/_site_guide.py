@@ -241,7 +241,7 @@ class SiteGuide(Options, PyroModule):
         try:
             mean: Tensor = q.mean
         except NotImplementedError:
-            with forked_rng(self.site.prior.sample().device):
+            with forked_rng(next(self.parameters()).device):
                 torch.manual_seed(0)
                 mean = q.sample(torch.Size([1000])).mean(0)
         return mean if self.site.is_real else self.site.transform(mean)
