@@ -6,12 +6,11 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
-from torch import Tensor
 from torch.distributions.transforms import AffineTransform, ReshapeTransform
 
 from pyro_blora.distributions.stacked_flow import FLOWS, Factory, Stack, StackedFlow, make_chain
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.guides._site_guide import Site, forked_rng
+from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
 __all__ = ["Flow"]
@@ -105,9 +104,3 @@ class Flow(MeanField):
         ]
         noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
         return dist.TransformedDistribution(noise, transforms)
-
-    def center(self) -> Tensor:
-        """The mean of a thousand draws, made without touching the global seed."""
-        with forked_rng(self.loc.device):
-            torch.manual_seed(0)
-            return self.forward().sample(torch.Size([1000])).mean(0)

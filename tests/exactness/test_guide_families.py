@@ -13,7 +13,9 @@ import pytest
 import torch
 from linear_gaussian import NOISE, Toy, divergence, maximise
 from pyro.distributions.transforms import spline_autoregressive
+from pyro.nn import PyroParam
 from torch.distributions import kl_divergence
+from torch.distributions.transforms import ExpTransform
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import (
@@ -28,6 +30,7 @@ from pyro_blora.guides import (
     MeanField,
     Mixture,
     Site,
+    SiteGuide,
 )
 
 # Point masses are no densities (Ensemble, and Laplace and Isotropic until they are finished).
@@ -222,6 +225,36 @@ def test_an_ensemble_s_objective_is_the_mean_of_its_members_map_objectives():
     train(toy.q, joint, steps=800, draws=4, lr=0.05)
     for member in toy.q.points:
         torch.testing.assert_close(member.flatten(), toy.posterior.mean, atol=0.02, rtol=0)
+
+
+class Exponentials(SiteGuide):
+    """Exponentials of normals, a law that does not say its mean, ``exp(1/8)``."""
+
+    def setup(self, site):
+        self.scale = PyroParam(torch.full(site.shape, 0.5))
+
+    def distribution(self):
+        normal = dist.Normal(0 * self.scale, self.scale).to_event(self.site.event_dim)
+        return dist.TransformedDistribution(normal, ExpTransform())
+
+
+@pytest.mark.parametrize(
+    "law", [dist.Normal(torch.zeros(3, 2), 1.0), dist.HalfNormal(torch.ones(3, 2))]
+)
+def test_a_centre_that_no_formula_gives_is_that_of_draws(law):
+    """The same every time, and no draw of the global generator is gone."""
+    site = Site("V", law.to_event(1), ())
+    q = Exponentials().bind(site)
+    with pytest.raises(NotImplementedError):
+        assert q.distribution().mean
+    torch.manual_seed(5)
+    first, after = q.center(), torch.randn(3)
+    torch.manual_seed(6)
+    assert torch.equal(q.center(), first)
+    torch.manual_seed(5)
+    assert torch.equal(torch.randn(3), after)
+    mean = site.transform.inv(first)
+    torch.testing.assert_close(mean, torch.full((3, 2), math.exp(1 / 8)), atol=0.1, rtol=0)
 
 
 def test_amortized_starts_as_mean_field():

@@ -13,7 +13,13 @@ TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 LISTED = (TUTORIALS / "README.md").read_text("utf-8")
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 # those that make their network and their data, and so run in seconds
-LIGHT = ("01_anatomy_of_one_update", "02_a_prior_of_your_own", "05_svi_from_scratch")
+LIGHT = (
+    "01_anatomy_of_one_update",
+    "02_a_prior_of_your_own",
+    "03_a_guide_of_your_own",
+    "05_svi_from_scratch",
+    "08_learning_the_rank",
+)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
