@@ -194,8 +194,8 @@ class KroneckerInducing(UpdateModel):
             torch.full(shape, self.keep, device=core.device).bernoulli() / self.keep
             for shape in (core.shape[:-1], (*core.shape[:-2], core.shape[-1]))
         )
-        mean = update.without_noise()
-        return replace(update, core=rows.unsqueeze(-1) * core * cols.unsqueeze(-2), mean=mean)
+        core = rows.unsqueeze(-1) * core * cols.unsqueeze(-2)
+        return replace(update, core=core, mean=update.without_noise(), leaves_out=True)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """Orthonormal directions and a core; a learned sigma is the core's root mean square."""

@@ -105,10 +105,11 @@ def linearised_logits(
     """
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
-    if any(update.is_noisy for update in sample_updates(model, guide, 1, batch).values()):
+    updates = sample_updates(model, guide, 1, batch).values()
+    if any(u.noise is not None or (u.is_noisy and not u.leaves_out) for u in updates):
         raise ConfigurationError(
             "A linearisation has no place for the noise of a conditional; use num_samples draws, "
-            "or a prior with conditional='deterministic' and keep=1."
+            "or a prior with conditional='deterministic'."
         )
     with in_mode(model.net, training=False):
         logits, jacobian = logit_jacobian(model, guide, batch)

@@ -4,6 +4,7 @@ import tiny
 import torch
 
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.posterior.linearised import logit_jacobian
 from pyro_blora.posterior.sample_updates import mean_updates, updates_at
 
 KEEP, DRAWS = 0.6, 40_000
@@ -28,15 +29,18 @@ def test_mean_and_covariance_given_the_core_are_those_of_dense_algebra():
         assert ((found.mean(0) - expected).abs() < 5 * found.std(0) / DRAWS**0.5).all()
 
 
-def test_the_mean_of_the_posterior_has_them_all():
-    found = []
+def test_the_mean_of_the_posterior_and_a_linearisation_have_them_all():
+    found, batch = [], tiny.sequences()
     for keep in (KEEP, 1):
         torch.manual_seed(0)
         blora = tiny.adapted(prior=KroneckerInducing(rank=3, keep=keep), num_data=12)
         with torch.no_grad():
             for family in blora.guide.families().values():
                 family.loc.add_(1)
-        found.append(mean_updates(blora.model, blora.guide)["v_proj"].layers()[0].weight())
+        weight = mean_updates(blora.model, blora.guide)["v_proj"].layers()[0].weight()
+        assert blora.predict(batch, 4, linearised=True).samples.shape == (4, 4, 3)
+        logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)
+        found.append((weight, logits, jacobian["v_proj.V"]))
         blora.unwrap()
-    assert found[0].abs().max() > 0
-    torch.testing.assert_close(found[0], found[1])
+    assert found[0][0].abs().max() > 0
+    torch.testing.assert_close(*found)
