@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -62,7 +63,7 @@ class UpdateModel(Options, PyroModule):
     """
 
     roles: ClassVar[dict[str, str]] = {}
-    learning_rates: ClassVar[dict[str, float]] = {}
+    learning_rates: Mapping[str, float] = {}
     group: LayerGroup
 
     _plate: tuple[pyro.plate] | None = None

@@ -1,6 +1,7 @@
 """Inducing directions along which the network's own gradients lie."""
 
 import warnings
+from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -65,7 +66,7 @@ class FisherInducing(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"sigma_": "scale"}
-    learning_rates: ClassVar[dict[str, float]] = {"mean": 5e-2}
+    learning_rates: Mapping[str, float] = {"mean": 5e-2}
     Z_r: Tensor
     Z_c: Tensor
     informed: Tensor

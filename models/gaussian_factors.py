@@ -1,5 +1,6 @@
 """Independent normals on LoRA's own factors."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pyro
@@ -51,7 +52,7 @@ class GaussianFactors(UpdateModel):
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
     # Means and points are LoRA's own factors here, and take LoRA's rate.
-    learning_rates: ClassVar[dict[str, float]] = {"mean": 1e-3, "direction": 1e-3}
+    learning_rates: Mapping[str, float] = {"mean": 1e-3, "direction": 1e-3}
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """The paper's prior in the product reading: one inducing matrix for each adapted weight."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, cast
 
@@ -111,7 +112,7 @@ class KroneckerInducing(UpdateModel):
         "lambda_": "scale",
     }
     # Fast cores and slow directions, which the KL does not see: docs/calibration.md.
-    learning_rates: ClassVar[dict[str, float]] = {"mean": 5e-2, "scale": 3e-2, "direction": 2e-3}
+    learning_rates: Mapping[str, float] = {"mean": 5e-2, "scale": 3e-2, "direction": 2e-3}
 
     def __init__(
         self,
@@ -140,6 +141,8 @@ class KroneckerInducing(UpdateModel):
         self.check_choice("noise", ("marginal", "joint"))
         self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
         self.check_positive("rank", "sigma", "lambda_init", "noise_init")
+        if keep < 1:  # directions over-fit less, and may be faster
+            self.learning_rates = {**self.learning_rates, "direction": 5e-3}
         if not 0 < keep <= 1:
             raise ConfigurationError(f"keep={keep!r} is no probability in (0, 1].")
         check_core(core)

@@ -1,7 +1,8 @@
 """Inducing directions along the pretrained weight's own singular directions."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class SpectralInducing(KroneckerInducing):
         blora = BayesianLoRA(net, prior=SpectralInducing(rank=16), guide=FullRank())
     """
 
-    learning_rates: ClassVar[dict[str, float]] = {}
+    learning_rates: Mapping[str, float] = {}
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """A random vector between two fixed or learned factors."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pyro
@@ -46,7 +47,7 @@ class Subspace(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
-    learning_rates: ClassVar[dict[str, float]] = {"direction": 1e-3}  # LoRA's own
+    learning_rates: Mapping[str, float] = {"direction": 1e-3}  # LoRA's own
     A: Tensor
     B: Tensor
 
