@@ -15,7 +15,7 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Likelihood, SequenceClassification
 from pyro_blora.models import KroneckerInducing, UpdateModel
-from pyro_blora.network.pretrained import load_network
+from pyro_blora.network.pretrained import load_network, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, layer_shape, matches
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import mean_updates
@@ -211,7 +211,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
         factors=factors,
         others=others,
         modules_to_save=config.get("modules_to_save") or (),
-        base=config.get("base_model_name_or_path"),
+        base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
         task=None if task is None else str(getattr(task, "value", task)),
         where=where,
     )

@@ -10,7 +10,15 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, first_line
 
-__all__ = ["ADAPTER", "SHAPES", "load_network", "load_pretrained", "name_of", "shape_only"]
+__all__ = [
+    "ADAPTER",
+    "SHAPES",
+    "load_network",
+    "load_pretrained",
+    "name_of",
+    "name_of_folder",
+    "shape_only",
+]
 
 # What says that a folder is an adapter, not a network
 ADAPTER = "bayesian_lora_config.json"
@@ -160,13 +168,19 @@ def name_of(net: nn.Module) -> str:
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
     if cached:
         return cached[1].replace("--", "/", 1)
-    if Path(name).is_absolute() and Path(name) in {file.parent for file in _smollm2_files()}:
-        return "smollm2"
+    if name_of_folder(name) != name:
+        return name_of_folder(name)
     try:
         validate_repo_id(name)
     except HFValidationError:
         return ""
     return "" if Path(name).exists() else name
+
+
+def name_of_folder(folder: str) -> str:
+    """``"smollm2"`` for the folder of its package, which PEFT notes as a base; others as given."""
+    packaged = {file.parent for file in _smollm2_files()} if Path(folder).is_absolute() else set()
+    return "smollm2" if Path(folder) in packaged else folder
 
 
 def _smollm2_files() -> list[Path]:

