@@ -105,18 +105,18 @@ class BayesianLoRA(PeftHabits):
         prior = KroneckerInducing(keep=0.8 if guide is None else 1) if prior is None else prior
         family = MatrixNormal() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
-        groups = group_layers(targets)
         likelihood = CausalLM() if likelihood is None else likelihood
         check_kind("likelihood", likelihood, Likelihood)
         likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
-        self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads)
+        self.model = BayesianLoRAModel(net, group_layers(targets), prior, likelihood, heads)
         warn_of_aliases(self.model)
         if start is not None:
             leave_store({"model": self.model})  # whose values would win over the start
             self.model.start_at(start)
         self.guide = make_guide(family, self.model)
-        leave_store({"guide": self.guide} if start is not None else {})
+        if start is not None:
+            leave_store({"guide": self.guide})
         self.model.attach()
         self._frozen = Frozen(net)
         fast_path.put(net, on=fast)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.network.pretrained import load_pretrained, name_of
+from pyro_blora.network.pretrained import load_network, name_of
 from pyro_blora.network.targets import layer_shape, name_in_base
 
 __all__ = ["base_of", "load_base", "names_in"]
@@ -41,7 +41,7 @@ def load_base(config: Mapping[str, Any], folder: Path) -> nn.Module:
         what = f"a {wanted}, " if wanted else ""
         raise CheckpointError(f"{folder}: its base, {what}has no name on the hub; {own}")
     try:
-        net, _ = load_pretrained(
+        net = load_network(
             name,
             num_labels=kind.get("num_labels"),
             dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,

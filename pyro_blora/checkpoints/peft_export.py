@@ -15,14 +15,12 @@ from pyro_blora.checkpoints.peft_source import PEFT_CONFIG, PEFT_WEIGHTS
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import name_of
-from pyro_blora.network.targets import head_names, head_of, name_in_base
+from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["check_mergeable", "export_peft", "lora", "merged"]
-
-_PREFIX = "base_model.model."
 
 
 def export_peft(
@@ -127,7 +125,7 @@ def lora(
     rank, heads = max(ranks.values()), model.trained_heads
     smaller = {re.escape(name): r for name, r in ranks.items() if r < rank}
     tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
-    tensors = {f"{_PREFIX}{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
+    tensors = {f"{PEFT_PREFIX}{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

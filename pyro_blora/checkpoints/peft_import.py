@@ -15,14 +15,12 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Likelihood, SequenceClassification
 from pyro_blora.models import KroneckerInducing, UpdateModel
-from pyro_blora.network.pretrained import load_pretrained
-from pyro_blora.network.targets import layer_shape, matches
+from pyro_blora.network.pretrained import load_network, name_of_folder
+from pyro_blora.network.targets import PEFT_PREFIX, layer_shape, matches
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import mean_updates
 
 __all__ = ["PeftAdapter", "read_peft"]
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class PeftAdapter:
                 f"{self.where} names the base {self.base!r} for the task {self.task}, which cannot "
                 "be loaded by that alone; load the network and give it, from_peft(folder, net)."
             )
-        return load_pretrained(self.base, num_labels=classes)[0]
+        return load_network(self.base, num_labels=classes)
 
     def options(
         self,
@@ -188,16 +186,16 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
     pairs: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
-        found = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        found = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if found and tensor.dim() == 2:
             pairs.setdefault(found[1], {})[found[2]] = tensor.detach()
-        elif "lora_" in key or not key.startswith(_PREFIX):
+        elif "lora_" in key or not key.startswith(PEFT_PREFIX):
             raise ConfigurationError(
                 f"{where} has {key} of {tuple(tensor.shape)}, which a plain LoRA of linear layers "
                 "has not; only such adapters can be a start."
             )
         else:
-            others[key.removeprefix(_PREFIX)] = tensor.detach()
+            others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
     if not pairs:
         raise CheckpointError(f"{where} has no lora_A and lora_B; is it a PEFT adapter?")
     factors = {}
@@ -213,7 +211,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
         factors=factors,
         others=others,
         modules_to_save=config.get("modules_to_save") or (),
-        base=config.get("base_model_name_or_path"),
+        base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
         task=None if task is None else str(getattr(task, "value", task)),
         where=where,
     )

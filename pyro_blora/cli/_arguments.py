@@ -50,8 +50,8 @@ Base = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="As elsewhere: a hub id, a folder or 'smollm2'. Default: what a given adapter names "
-        "as its base, else 'smollm2'.",
+        help="A hub id, a folder or 'smollm2'. Default: the base that the adapter names; without "
+        "an adapter, 'smollm2'.",
     ),
 ]
 TaskName = Annotated[

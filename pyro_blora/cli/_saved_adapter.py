@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from pyro_blora.data import Item, Task
     from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["AdapterFolder", "Base", "Seed", "base_name", "predictor"]
+__all__ = ["AdapterFolder", "Seed", "base_name", "predictor"]
 
-AdapterFolder = Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")]
-Base = Annotated[
-    str | None,
-    typer.Option("--model", help="As in train; default: the base that the adapter names."),
+AdapterFolder = Annotated[
+    Path, typer.Option(help="Folder that `pyro-blora train` or `pyro-blora laplace` wrote.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, Base, Seed, predictor
+from pyro_blora.cli._saved_adapter import AdapterFolder, Seed, predictor
 from pyro_blora.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["run"]
 
 def run(
     adapter: AdapterFolder,
-    model: Base = None,
+    model: o.Base = None,
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, Base, base_name
+from pyro_blora.cli._saved_adapter import AdapterFolder, base_name
 from pyro_blora.errors import ConfigurationError
 
 __all__ = ["By", "run"]
@@ -25,7 +25,7 @@ class By(str, Enum):
 def run(
     prompt: Annotated[list[str], typer.Argument(help="What to go on from; one or several.")],
     adapter: AdapterFolder,
-    model: Base = None,
+    model: o.Base = None,
     num_samples: o.NumSamples = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 60,
     chat: Annotated[

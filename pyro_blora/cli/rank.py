@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, Base, Seed, predictor
+from pyro_blora.cli._saved_adapter import AdapterFolder, Seed, predictor
 from pyro_blora.errors import ConfigurationError, near_miss
 
 __all__ = ["run"]
@@ -21,7 +21,7 @@ _FORMATS = (".jsonl", ".csv")
 def run(
     adapter: AdapterFolder,
     out: Annotated[Path, typer.Option(help="File for the ranking: .jsonl, or .csv.")],
-    model: Base = None,
+    model: o.Base = None,
     task: o.TaskName = "facts",
     data_dir: o.DataDir = None,
     pool: Annotated[

@@ -80,11 +80,17 @@ def generate(
         The tokens and the uncertainty of each, see :class:`Generation`.
 
     Raises:
-        ConfigurationError: the network generates no text; ``num_samples``
-            is negative; ``abstain_above`` is no number, or there are no two draws to disagree; or
-            an option needs other passes of the network than one for each token.
+        ConfigurationError: the network generates no text; ``input_ids`` is a whole batch, not
+            its tokens; ``num_samples`` is negative; ``abstain_above`` is no number, or there are
+            no two draws to disagree; or an option needs other passes of the network than one for
+            each token.
     """
     net = _generator(model.net)
+    if isinstance(input_ids, Mapping):
+        raise ConfigurationError(
+            f"input_ids is a batch of {[*input_ids]}; generate takes its parts by their names, as "
+            "the network's own does: generate(**batch)."
+        )
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device

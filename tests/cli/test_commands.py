@@ -242,11 +242,19 @@ def test_info_lists_recipes_and_breaks_no_word_in_80_columns(run):
         assert {name, *made.summary.split(), *made.citation.split()} <= words
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "rank", "compare", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "rank", "compare", "generate", "laplace", "info"]
+)
 def test_help_teaches(run, command):
     code, text, _ = run(command, "--help")
     assert code == 0
     assert "Example: pyro-blora" in text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "rank", "generate"])
+def test_both_commands_that_write_an_adapter_are_named(run, command):
+    _, text, _ = run(command, "--help", columns=200)
+    assert "`pyro-blora train` or `pyro-blora laplace` wrote" in text
 
 
 def test_no_arguments_shows_the_commands(run):

@@ -299,6 +299,11 @@ REFUSED = {
 }
 
 
+def test_a_batch_in_place_of_its_tokens_is_told():
+    with pytest.raises(ConfigurationError, match=r"\['input_ids', .*generate\(\*\*batch\)"):
+        adapter().generate(prompts(padded=2), num_samples=2, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_is_refused(message):
     blora = adapter()

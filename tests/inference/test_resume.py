@@ -226,6 +226,27 @@ def test_another_run_is_told_from_it(run, stopped, case):
     assert steps_in(stopped) == 3
 
 
+def test_another_base_is_told_from_it(run, stopped):
+    blora = anew(llama, {})
+    before = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
+    with torch.no_grad():
+        blora.net.model.norm.weight.mul_(2)
+    told = rf"{STATE} is of another run: of its base, 1 of the \d+ weights.*model\.norm\.weight"
+    with pytest.raises(CheckpointError, match=rf"{told}\. Load the base that it began") as error:
+        run(blora, checkpoint_dir=stopped, resume=True, validation=CONTRARY)
+    assert "\n" not in str(error.value)
+    assert tiny.equal(blora.state_dict(), before)
+
+
+def test_a_head_that_is_trained_is_no_part_of_the_base(run, tmp_path):
+    options = {"checkpoint_dir": tmp_path, "resume": True}
+    run(anew(bert, {}), num_steps=2, **options)
+    again = anew(bert, {}, 2)
+    with torch.no_grad():
+        again.net.classifier.weight.mul_(2)
+    assert len(run(again, num_steps=3, **options).history) == 3
+
+
 def test_auto_is_the_precision_that_it_was(run, stopped, monkeypatch):
     monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: True)
     options = {"checkpoint_dir": stopped, "resume": True, "validation": CONTRARY}
