@@ -216,7 +216,8 @@ class _Shown(Figure):
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight")
+        # said, for matplotlib would take the one it was made with, whatever set_dpi has said since
+        self.savefig(png, format="png", bbox_inches="tight", dpi=self.dpi)
         return png.getvalue()
 
 
