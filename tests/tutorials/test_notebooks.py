@@ -18,6 +18,7 @@ LIGHT = (
     "01_anatomy_of_one_update",
     "02_a_prior_of_your_own",
     "03_a_guide_of_your_own",
+    "04_calibration",
     "05_svi_from_scratch",
     "08_learning_the_rank",
 )
