@@ -58,6 +58,17 @@ def data() -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def adapter(net: LlamaForCausalLM, guide: str) -> BayesianLoRA:
+    """The adapter, made alike in every process; ``num_data`` counts the rows of all of them."""
+    return BayesianLoRA(
+        net,
+        target_modules=["q_proj", "v_proj"],
+        prior=models.KroneckerInducing(rank=2),
+        guide=getattr(guides, guide)(),
+        likelihood=likelihoods.LabelTokens(token_ids=ANSWERS, num_data=NUM_DATA),
+    )
+
+
 def check_processes(together: int) -> None:
     """Ends the program where fewer processes work together than were launched."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,13 +125,7 @@ def train(arguments: argparse.Namespace) -> None:
         held = sum(p.to_local().numel() for p in net.model.layers.parameters())
         total = sum(p.numel() for p in net.model.layers.parameters())
         accelerator.print(f"holds {held} of the blocks' {total} weights")
-    blora = BayesianLoRA(
-        net,
-        target_modules=["q_proj", "v_proj"],
-        prior=models.KroneckerInducing(rank=2),
-        guide=getattr(guides, arguments.guide)(),
-        likelihood=likelihoods.LabelTokens(token_ids=ANSWERS, num_data=NUM_DATA),
-    )
+    blora = adapter(net, arguments.guide)
     torch.manual_seed(1 + accelerator.process_index)  # its own draws
     rows = ROWS // (accelerator.num_processes * arguments.accumulate)
     # A loader draws a seed as it begins, which shall not come out of the posterior's draws

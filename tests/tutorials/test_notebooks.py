@@ -22,8 +22,13 @@ LIGHT = (
     "05_svi_from_scratch",
     "08_learning_the_rank",
 )
-# those on the embedded language model, and what a test makes smaller of each, in lines such as
+# those that take minutes, and what a test makes smaller of each, in lines such as
 # `STEPS = 90  # tests make it smaller`
+REDUCED = {
+    "07_active_learning": {"SEEDS": 2, "ROUNDS": 1, "STEPS": 5},
+    "09_many_machines": {"STEPS": 2, "REPEATS": 2, "LAUNCHES": {"DDP": []}},
+}
+# those on the embedded language model
 REAL = {
     "00_quickstart": {"STEPS": 2, "TRAIN": 16, "TEST": 6},
     "06_uncertainty_while_generating": {"STEPS": 2, "TOWNS": 3, "DRAWS": 2},
@@ -36,7 +41,7 @@ on_a_real_network = (
     pytest.mark.skipif(not find_spec("peft"), reason="peft is not installed"),
 )
 each_to_run = pytest.mark.parametrize(
-    "name", [*LIGHT, *(pytest.param(name, marks=on_a_real_network) for name in REAL)]
+    "name", [*LIGHT, *REDUCED, *(pytest.param(name, marks=on_a_real_network) for name in REAL)]
 )
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -72,7 +77,7 @@ def test_it_runs(name, monkeypatch, capsys):
     path, names = TUTORIALS / f"{name}.ipynb", {"__name__": "__main__"}
     with pyro.settings.context(module_local_params=False), matplotlib.rc_context():
         try:
-            for number, source in enumerate(sources(path, REAL.get(name, {})), 1):
+            for number, source in enumerate(sources(path, {**REDUCED, **REAL}.get(name, {})), 1):
                 exec(compile(source, f"{name}, cell {number}", "exec"), names)
         finally:
             pyplot.close("all")
@@ -80,7 +85,7 @@ def test_it_runs(name, monkeypatch, capsys):
 
 
 def test_every_notebook_is_run():
-    assert {*LIGHT, *REAL} == {path.stem for path in NOTEBOOKS}
+    assert {*LIGHT, *REDUCED, *REAL} == {path.stem for path in NOTEBOOKS}
 
 
 @each_notebook
