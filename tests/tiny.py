@@ -106,6 +106,12 @@ def roberta(layers=2):
     return bert(layers, config=RobertaConfig, kind=RobertaForSequenceClassification)
 
 
+def checkpoint_activations(net):
+    """By the name that the installed transformers has for it."""
+    newer = hasattr(net, "activation_checkpointing_enable")
+    (net.activation_checkpointing_enable if newer else net.gradient_checkpointing_enable)()
+
+
 def sequences(rows=4, length=7, *, seed=0):
     """Right-padded rows with one class each."""
     generator = torch.Generator().manual_seed(seed)

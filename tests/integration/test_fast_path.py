@@ -186,9 +186,17 @@ def assert_same_training(blora, rows, collate, **options):
     assert expected[0] != expected[-1]
 
 
+def moves_the_generator(net, batch):
+    before = torch.get_rng_state()
+    net(input_ids=batch["input_ids"])
+    return not torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[-1]])
 def test_cached_epochs(case):
     blora, batch = adapted(case)
+    if case == "opt" and moves_the_generator(blora.net.train(), batch):
+        pytest.skip("this transformers draws a number a layer for layerdrop, be it 0 or not")
     assert_same_training(blora, *of_rows(batch))
 
 
@@ -226,7 +234,7 @@ def classifier(dropout=0.0):
 @pytest.mark.parametrize("blora", [lambda: adapted("llama")[0], classifier])
 def test_cached_epochs_under_activation_checkpointing(blora):
     blora = blora()
-    blora.net.activation_checkpointing_enable()
+    tiny.checkpoint_activations(blora.net)
     assert_same_training(blora, tiny.examples(10), tiny.collate)
 
 

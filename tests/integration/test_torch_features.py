@@ -42,7 +42,7 @@ def test_activation_checkpointing(build, vectorized, conditional):
     block = net.base_model.layers[0] if build is tiny.llama else net.base_model.h[0]
     net.base_model.register_forward_pre_hook(lambda *_: runs.append("network"))
     block.get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append("block"))
-    net.activation_checkpointing_enable()
+    tiny.checkpoint_activations(net)
     checkpoint = block._gradient_checkpointing_func
     found = gradients(blora, batch, vectorized=vectorized)
     assert runs.count("block") == 2 * runs.count("network")  # it did run again

@@ -16,7 +16,6 @@ NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 # those that make their network and their data, and so run in seconds
 LIGHT = (
     "01_anatomy_of_one_update",
-    "02_a_prior_of_your_own",
     "03_a_guide_of_your_own",
     "04_calibration",
     "05_svi_from_scratch",
@@ -25,6 +24,7 @@ LIGHT = (
 # those that take minutes, and what a test makes smaller of each, in lines such as
 # `STEPS = 90  # tests make it smaller`
 REDUCED = {
+    "02_a_prior_of_your_own": {"STEPS": 20},
     "07_active_learning": {"SEEDS": 2, "ROUNDS": 1, "STEPS": 5},
     "09_many_machines": {"STEPS": 2, "REPEATS": 2, "LAUNCHES": {"DDP": []}},
 }
