@@ -1,14 +1,17 @@
 """How Sphinx makes the site of these pages: ``make docs``."""
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 from pyro_blora import __version__
 
 project = "pyro_blora"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are kept with their outputs, and tests run them
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
@@ -27,6 +30,17 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # the signature has them
 napoleon_custom_sections = ["Reference"]
+
+
+HERE = Path(__file__).parent
+
+
+def bring_the_tutorials(app: Any) -> None:
+    """Sphinx reads what is below its own folder alone: a copy, and links that hold from there."""
+    shutil.copytree(HERE.parent / "tutorials", HERE / "tutorials", dirs_exist_ok=True)
+    for path in (HERE / "tutorials").glob("*.[im][pd]*"):
+        text = path.read_text("utf-8").replace("](../docs/", "](../")
+        path.write_text(text.replace("](../benchmarks/", "](../../benchmarks/"), "utf-8")
 
 
 def as_it_stands(
@@ -49,12 +63,15 @@ def as_it_parses(
 
 
 def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
-    """The README, outside of these pages, is the site's first one."""
+    """The README and the tutorials, outside of these pages, are pages of the site."""
     source[0] = source[0].replace("](../README.md)", "](index.md)")
+    if not page.startswith("tutorials/"):
+        source[0] = source[0].replace("](../tutorials/", "](tutorials/")
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("builder-inited", bring_the_tutorials)
     app.connect("autodoc-process-docstring", as_it_stands, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", as_it_parses)
     app.connect("source-read", link_to_the_site)

@@ -97,7 +97,7 @@ def test_the_parts_of_the_readme_are_there():
 
 
 def test_it_is_built_without_a_warning(tmp_path):
-    for name in ("sphinx", "furo", "myst_parser"):
+    for name in ("sphinx", "furo", "myst_nb"):
         pytest.importorskip(name)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-d"]
     done = subprocess.run(
