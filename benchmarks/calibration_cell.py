@@ -188,11 +188,12 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     average = _Average(blora, steps)
 
     def found(cell: Cell) -> Outcome:
+        own = settings["methods"][cell.method].get("num_samples", draws)
         return _predicted(
             cell,
             data,
             net,
-            lambda batch: blora.predict(batch, draws, linearised=method.get("linearised", False)),
+            lambda batch: blora.predict(batch, own, linearised=method.get("linearised", False)),
             blora.model.skippable_blocks(),
             parameters=blora.trainable_parameters,
             seconds=seconds,
