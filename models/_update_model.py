@@ -29,10 +29,15 @@ class UpdateModel(Options, PyroModule):
     A subclass writes two methods:
 
     * :meth:`setup` registers the trainable tensors, each a :class:`pyro.nn.PyroParam`;
-    * :meth:`forward` samples every site inside :meth:`plate` and returns the update.
+    * :meth:`forward` samples the sites and returns the update: a site that each layer has of its
+      own inside :meth:`plate`, one that the layers share before it.
 
     Its constructor keeps each argument under the argument's own name, so that checkpoints and
     ``repr`` can read it back.
+
+    With ``P`` particles a site inside the plate is ``(P, n, *event_shape)``, a shared one
+    ``(P, 1, *event_shape)``; without particles they are ``(n, *event_shape)`` and ``event_shape``.
+    Index from the right: a shared scale meets vectors of the layers as ``tau[..., None] * c``.
 
     One that can take up an adapter that is trained already writes :meth:`start_at`, too.
 
