@@ -152,10 +152,15 @@ class PairContract(_Contract):
 
 
 class PriorContract(PairContract):
-    """What a prior does, by itself and with a mean-field guide; override ``make()``."""
+    """What a prior does, by itself and with a mean-field guide; override ``make()``.
+
+    Attributes:
+        starts_at_zero: whether the mean update is zero before training, as LoRA's is. Set it to
+            ``False`` for a prior whose mean update is not zero. Default: ``True``.
+    """
 
     noun = "prior"
-    starts_at_zero: ClassVar[bool] = True  # whether the update does in the mean, as LoRA's
+    starts_at_zero: ClassVar[bool] = True
 
     def test_sites_and_updates_have_their_shapes(self) -> None:
         """Sites are sampled within plates, before the network runs; factors fit the layers."""

@@ -9,7 +9,7 @@ from own_classes import Plain, Scaled, Spread
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import MeanField
+from pyro_blora.guides import MeanField, Site
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.testing import GuideContract, LikelihoodContract, PairContract, PriorContract
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -109,6 +109,31 @@ class Sparse(Plain):
         with self.plate():
             B = pyro.sample(self.site("B"), type(self).law(self.group.d_out, self.rank))
         return LowRankUpdate(A=self.A, B=B)
+
+
+def cauchy(*shape):
+    return dist.Cauchy(torch.zeros(shape), 1.0).to_event(2)
+
+
+def student(df):
+    return lambda *shape: dist.StudentT(df * torch.ones(shape), 0.0, 1.0).to_event(2)
+
+
+HEAVY = {"Cauchy": cauchy, "Student1": student(1.0), "Student2": student(2.0)}
+for name, heavy in HEAVY.items():
+    prior = type(f"{name}Plain", (Sparse,), {"law": staticmethod(heavy)})
+    tiny.contract(globals(), PriorContract, name, make=prior())
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_law_without_moments_starts_at_its_exact_median(name):
+    law = HEAVY[name](3, 2).expand([4])
+    loc, scale = Site("g.s", law, ()).start()
+    assert loc.shape == scale.shape == (4, 3, 2)
+    assert (loc == 0).all()
+    draws = law.sample(torch.Size([20_000])).flatten()
+    inside = (draws.abs() < scale.mean()).double().mean()
+    assert inside.item() == pytest.approx(0.68, abs=0.02)
 
 
 def two_normals(*shape):
