@@ -84,9 +84,34 @@ class UpdateModel(Options, PyroModule):
         """A copy of this prior for ``group``, with its parameters registered."""
         # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
         bound = type(self)(**copy.deepcopy(self.options()))
+        if "_pyro_params" not in vars(bound):
+            raise ConfigurationError(
+                f"{type(self).__name__}.__init__ does not make a PyroModule; begin it with "
+                "super().__init__()."
+            )
         bound.group = group
         bound.setup(group)
+        own = {name.removesuffix("_unconstrained") for name, _ in bound.named_parameters("", False)}
+        if stray := sorted(own - bound._pyro_params.keys()):
+            raise ConfigurationError(
+                f"{type(self).__name__}.setup registers {stray} as nn.Parameter; make each a "
+                "pyro.nn.PyroParam."
+            )
         return bound
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments and their values.
+
+        Raises:
+            ConfigurationError: an argument is not kept under its own name.
+        """
+        try:
+            return super().options()
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"{type(self).__name__}.__init__ does not keep its argument {error.name!r}; set "
+                f"self.{error.name}, which checkpoints and repr read."
+            ) from error
 
     @property
     def gradient_ranks(self) -> tuple[int, int] | None:
