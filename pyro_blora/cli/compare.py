@@ -61,6 +61,7 @@ def run(
     for name in names:
         check_method(name)
     runs = o.seeds_of(seeds)
+    o.check_task(task, data_dir)
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
