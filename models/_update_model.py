@@ -29,10 +29,15 @@ class UpdateModel(Options, PyroModule):
     A subclass writes two methods:
 
     * :meth:`setup` registers the trainable tensors, each a :class:`pyro.nn.PyroParam`;
-    * :meth:`forward` samples every site inside :meth:`plate` and returns the update.
+    * :meth:`forward` samples the sites and returns the update: a site that each layer has of its
+      own inside :meth:`plate`, one that the layers share before it.
 
     Its constructor keeps each argument under the argument's own name, so that checkpoints and
     ``repr`` can read it back.
+
+    With ``P`` particles a site inside the plate is ``(P, n, *event_shape)``, a shared one
+    ``(P, 1, *event_shape)``; without particles they are ``(n, *event_shape)`` and ``event_shape``.
+    Index from the right: a shared scale meets vectors of the layers as ``tau[..., None] * c``.
 
     One that can take up an adapter that is trained already writes :meth:`start_at`, too.
 
@@ -79,9 +84,34 @@ class UpdateModel(Options, PyroModule):
         """A copy of this prior for ``group``, with its parameters registered."""
         # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
         bound = type(self)(**copy.deepcopy(self.options()))
+        if "_pyro_params" not in vars(bound):
+            raise ConfigurationError(
+                f"{type(self).__name__}.__init__ does not make a PyroModule; begin it with "
+                "super().__init__()."
+            )
         bound.group = group
         bound.setup(group)
+        own = {name.removesuffix("_unconstrained") for name, _ in bound.named_parameters("", False)}
+        if stray := sorted(own - bound._pyro_params.keys()):
+            raise ConfigurationError(
+                f"{type(self).__name__}.setup registers {stray} as nn.Parameter; make each a "
+                "pyro.nn.PyroParam."
+            )
         return bound
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments and their values.
+
+        Raises:
+            ConfigurationError: an argument is not kept under its own name.
+        """
+        try:
+            return super().options()
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"{type(self).__name__}.__init__ does not keep its argument {error.name!r}; set "
+                f"self.{error.name}, which checkpoints and repr read."
+            ) from error
 
     @property
     def gradient_ranks(self) -> tuple[int, int] | None:

@@ -275,7 +275,7 @@ class BayesianLoRA(PeftHabits):
     ) -> "BayesianLoRA":
         """An adapter by the name of a published method, or of a pair ``"Subspace+FullRank"``.
 
-        See :mod:`pyro_blora.recipes`; ``options`` are the constructor's other arguments.
+        Its own way to train and to predict is told by :class:`pyro_blora.recipes.Recipe`.
 
         Raises:
             ConfigurationError: there is no such recipe; the message lists near misses.

@@ -37,6 +37,14 @@ class Recipe:
         linearised: whether its predictive is the linearised one.
         learned_scale: whether the scale of an option's score is learned, too.
         rank: what suits it where none is given.
+
+    ``pyro-blora compare`` goes by all of them. In a program::
+
+        method = recipe("laplace-lora")
+        likelihood = MultipleChoice(num_data=len(train), scale="fixed")  # no learned_scale
+        blora = BayesianLoRA.from_recipe(net, method.name, likelihood=likelihood)
+        fit(blora, train, collate=collate, num_steps=300, **method.fit)
+        blora.predict(batch, linearised=method.linearised).probs  # B x K
     """
 
     name: str

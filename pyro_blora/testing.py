@@ -5,6 +5,18 @@ Mixins of test methods for pytest, or for unittest beside ``TestCase``, on a tin
     class TestMyPrior(PriorContract):
         def make(self):
             return MyPrior(rank=2)
+
+Each contract has these methods, to override or to use in tests of your own:
+
+* ``make()``: the object to check; ``parts()``, where more is needed, the arguments of
+  :class:`~pyro_blora.BayesianLoRA` by their names, ``{"prior": MyPrior(), "guide": MyGuide()}``.
+* ``net()``: the network, a Llama of two blocks; its ``q_proj`` is 16 x 16, its ``v_proj`` 8 x 16.
+  One of your own needs target layers in the first of several blocks.
+* ``batch(rows)``: token ids, mask and labels of ``rows`` right-padded rows of three classes.
+* ``adapted(net, **parts)``: a :class:`~pyro_blora.BayesianLoRA` of these, on ``net`` or from a
+  fixed seed on a network of its own. It clears Pyro's parameter store.
+* ``test_repr_says_how_to_build_it_again()``: the constructor keeps each argument under its own
+  name, which checkpoints and ``repr`` read.
 """
 
 import copy
@@ -145,20 +157,26 @@ class PairContract(_Contract):
             fresh = self.adapted(blora.unwrap())
             assert not torch.equal(fresh.predict(batch, 0).samples, expected)
             fresh.load_state_dict(state)
-            loaded = fresh.predict(batch, 0).samples
+            loaded, again = (fresh.predict(batch, 0).samples for _ in range(2))
             read = BayesianLoRA.from_pretrained(fresh.unwrap(), path, **parts).predict(batch, 0)
+        assert torch.equal(again, loaded), "Two means differ; make noise by pyro.sample alone."
         assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {_PARAMS}."
         assert torch.equal(read.samples, expected), f"from_pretrained reads another: {_PARAMS}."
 
 
 class PriorContract(PairContract):
-    """What a prior does, by itself and with a mean-field guide; override ``make()``."""
+    """What a prior does, by itself and with a mean-field guide; override ``make()``.
+
+    Attributes:
+        starts_at_zero: whether the mean update is zero before training, as LoRA's is. Set it to
+            ``False`` for a prior whose mean update is not zero. Default: ``True``.
+    """
 
     noun = "prior"
-    starts_at_zero: ClassVar[bool] = True  # whether the update does in the mean, as LoRA's
+    starts_at_zero: ClassVar[bool] = True
 
     def test_sites_and_updates_have_their_shapes(self) -> None:
-        """Sites are sampled within plates, before the network runs; factors fit the layers."""
+        """Layers are a plate, never an event; no site is sampled late; factors fit the layers."""
         blora = self.adapted()
         p = poutine.trace(blora.model.updates).get_trace()
         late = _latents(poutine.trace(blora.model).get_trace(self.batch(4)))[len(_latents(p)) :]
@@ -170,6 +188,10 @@ class PriorContract(PairContract):
         for draws in (0, 1, 3):
             for group, update in blora.sample_updates(draws).items():
                 getattr(blora.model, group).check_update(update)
+        alone = poutine.trace(self.adapted(layers_to_transform=0).model.updates).get_trace().nodes
+        for name in _latents(p):
+            event, one = (nodes[name]["fn"].event_shape for nodes in (p.nodes, alone))
+            assert event == one, f"{name}: its layers are in its event; sample it in self.plate()."
 
     @torch.no_grad()
     def test_the_mean_update_is_zero_at_the_start(self) -> None:
@@ -188,10 +210,15 @@ class PriorContract(PairContract):
 
 
 class GuideContract(PairContract):
-    """What a guide family does, by itself and with a hierarchical prior; override ``make()``."""
+    """What a guide family does, by itself and with a hierarchical prior; override ``make()``.
+
+    Attributes:
+        starts_at_prior: whether at ``init_scale=1`` q is the prior itself, where that is normal.
+            Set it to ``False`` for a family that is no normal. Default: ``True``.
+    """
 
     noun = "guide"
-    starts_at_prior: ClassVar[bool] = True  # whether q = p at init_scale=1, where p is normal
+    starts_at_prior: ClassVar[bool] = True
 
     def test_the_law_has_the_shapes_and_the_support_of_the_site(self) -> None:
         """For ``n`` layers and any event, in a draw as in the centre."""

@@ -1,7 +1,7 @@
 """``pyro-blora info``: what an adapter would consist of, without weights."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from pyro_blora.cli import _arguments as o
 from pyro_blora.evaluation.methods import check_method
+
+if TYPE_CHECKING:
+    from pyro_blora.recipes import Recipe
 
 __all__ = ["run"]
 
@@ -59,14 +62,20 @@ def run(
     console.print(view)
 
 
+def _pair(made: "Recipe") -> str:
+    """Prior and guide as Python, and what else the method says."""
+    own = {**made.fit, "num_samples": made.num_samples, "linearised": made.linearised or None}
+    said = [f"{name}={value}" for name, value in own.items() if value is not None]
+    return ", ".join([f"{made.prior_of(None)!r} + {made.guide()!r}", *said])
+
+
 def _listed() -> Iterator[RenderableType]:
     """A paragraph for each recipe; no word of it is broken on a narrow terminal."""
     from pyro_blora.recipes import WITHOUT_PAIR, all_recipes
 
     yield Text("Recipes: a prior beside a guide", style="bold")
     paragraphs: dict[str, tuple[str, ...]] = {
-        name: (made.summary, f"{made.prior(8)!r} + {made.guide()!r}", made.citation)
-        for name, made in all_recipes().items()
+        name: (made.summary, _pair(made), made.citation) for name, made in all_recipes().items()
     }
     for name, lines in {**paragraphs, **WITHOUT_PAIR}.items():
         yield Text(f"\n{name}", style="bold")

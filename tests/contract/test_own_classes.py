@@ -7,9 +7,10 @@ import tiny
 import torch
 from own_classes import Plain, Scaled, Spread
 from pyro.infer import TraceMeanField_ELBO
+from torch import nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import MeanField
+from pyro_blora.guides import MeanField, Site
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.testing import GuideContract, LikelihoodContract, PairContract, PriorContract
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -95,6 +96,36 @@ def test_a_prior_that_returns_something_else_is_refused_at_once(made, given):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+class NoSuper(Plain):
+    def __init__(self, *, rank=2) -> None:
+        self.rank = rank
+
+
+class OtherName(Plain):
+    def __init__(self, *, dof=4.0) -> None:
+        super().__init__(rank=2)
+        self.df = dof
+
+
+class TorchParameter(Plain):
+    def setup(self, group):
+        super().setup(group)
+        self.gain = nn.Parameter(self.randn(group.n))
+
+
+@pytest.mark.parametrize(
+    ("prior", "told"),
+    [
+        (NoSuper, r"NoSuper\.__init__ .*begin it with super\(\)\.__init__\(\)"),
+        (OtherName, r"OtherName\.__init__ .*argument 'dof'; set self\.dof"),
+        (TorchParameter, r"TorchParameter\.setup registers \['gain'\] .*PyroParam"),
+    ],
+)
+def test_a_slip_in_a_prior_is_named_at_once(prior, told):
+    with pytest.raises(ConfigurationError, match=told):
+        tiny.adapted(prior=prior())
+
+
 def test_own_likelihood():
     blora = tiny.adapted(likelihood=Weighted(token_ids=tiny.ANSWERS, num_data=12))
     assert (blora.predict(tiny.sequences(), 3).predictions == 2).all()
@@ -109,6 +140,31 @@ class Sparse(Plain):
         with self.plate():
             B = pyro.sample(self.site("B"), type(self).law(self.group.d_out, self.rank))
         return LowRankUpdate(A=self.A, B=B)
+
+
+def cauchy(*shape):
+    return dist.Cauchy(torch.zeros(shape), 1.0).to_event(2)
+
+
+def student(df):
+    return lambda *shape: dist.StudentT(df * torch.ones(shape), 0.0, 1.0).to_event(2)
+
+
+HEAVY = {"Cauchy": cauchy, "Student1": student(1.0), "Student2": student(2.0)}
+for name, heavy in HEAVY.items():
+    prior = type(f"{name}Plain", (Sparse,), {"law": staticmethod(heavy)})
+    tiny.contract(globals(), PriorContract, name, make=prior())
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_law_without_moments_starts_at_its_exact_median(name):
+    law = HEAVY[name](3, 2).expand([4])
+    loc, scale = Site("g.s", law, ()).start()
+    assert loc.shape == scale.shape == (4, 3, 2)
+    assert (loc == 0).all()
+    draws = law.sample(torch.Size([20_000])).flatten()
+    inside = (draws.abs() < scale.mean()).double().mean()
+    assert inside.item() == pytest.approx(0.68, abs=0.02)
 
 
 def two_normals(*shape):

@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyro
 import pytest
 import tiny
 import torch
+from pyro import poutine
 
 from pyro_blora import fit, guides
 from pyro_blora.errors import ConfigurationError
@@ -15,10 +17,11 @@ from pyro_blora.guides import Delta, MeanField
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import shape_only
 from pyro_blora.recipes import RECIPES, recipe
+from pyro_blora.testing import PriorContract
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "priors_and_guides.md").read_text("utf-8")
-PRIOR, GUIDE, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PRIOR, SHARED, GUIDE, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 spec = importlib.util.spec_from_file_location("matrix", ROOT / "benchmarks" / "matrix.py")
 matrix = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(matrix)
@@ -61,6 +64,19 @@ def test_the_guide_of_the_page_takes_any_prior(prior):
     assert own_lines(GUIDE) <= 15
     family = made(GUIDE, "HeavyTails")
     trains(tiny.adapted(prior=tiny.priors()[prior], guide=family(), num_data=10))
+
+
+tiny.contract(globals(), PriorContract, "Shared", make=made(PRIOR + SHARED, "SharedScale")(rank=2))
+
+
+def test_a_shared_site_has_the_shapes_of_the_page():
+    blora = tiny.adapted(prior=made(PRIOR + SHARED, "SharedScale")(rank=2))
+    for particles, tau, c in ((None, (), (2, 2)), (5, (5, 1), (5, 2, 2))):
+        plate = pyro.plate("particles", particles, dim=-2) if particles else nullcontext()
+        with plate:
+            nodes = poutine.trace(blora.model.updates).get_trace().nodes
+        assert nodes["q_proj.tau"]["value"].shape == tau
+        assert nodes["q_proj.c"]["value"].shape == c
 
 
 def checks():

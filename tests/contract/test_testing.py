@@ -56,6 +56,18 @@ class OutsideThePlate(Plain):
         return LowRankUpdate(A=self.A, B=B)
 
 
+class LayersInTheEvent(Plain):
+    def forward(self):
+        law = self.normal(self.group.n, self.group.d_out, self.rank)
+        return LowRankUpdate(A=self.A, B=pyro.sample(self.site("B"), law))
+
+
+class HiddenNoise(Plain):
+    def forward(self):
+        update = super().forward()
+        return LowRankUpdate(A=update.A, B=update.B + torch.randn(()))
+
+
 class Late(Plain):
     """Samples within the layers."""
 
@@ -147,6 +159,8 @@ BROKEN = [
     (PriorContract, NoRole, "test_every_parameter", "roles must give .'A'. one of"),
     (PriorContract, Transposed, "test_sites_and_updates", r"must return a LowRankUpdate of B"),
     (PriorContract, OutsideThePlate, "test_sites_and_updates", r"B: no plate .*-1.*self.plate"),
+    (PriorContract, LayersInTheEvent, "test_sites_and_updates", "B: its layers are in its event"),
+    (PriorContract, HiddenNoise, "test_a_trained_adapter_travels", "Two means differ.*pyro.sample"),
     (PriorContract, Late, "test_sites_and_updates", "late_0.* sampled by a layer"),
     (PriorContract, Deaf, "test_the_mean_update", "ignores its sites"),
     (PriorContract, Deaf, "test_both_loops", "stay at module_local_params"),
