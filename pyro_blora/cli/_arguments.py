@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, DataError, near_miss
 from pyro_blora.evaluation.methods import RECIPE_NAMES
 from pyro_blora.network.precision import check_precision, choose_precision
 
 __all__ = [
+    "TASK_NAMES",
     "Base",
     "BatchSize",
     "DataDir",
@@ -34,11 +35,30 @@ __all__ = [
     "TaskName",
     "check_free",
     "check_out",
+    "check_task",
     "chosen",
     "listed",
     "phase",
     "seeds_of",
 ]
+
+# "facts" and data.hub_tasks(), which imports torch: a slip of the pen need not wait for it.
+TASK_NAMES = (
+    "ag_news",
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "facts",
+    "mmlu_chemistry",
+    "mmlu_physics",
+    "openbookqa",
+    "piqa",
+    "social_iqa",
+    "sst2",
+    "winogrande_m",
+    "winogrande_s",
+    "winogrande_xs",
+)
 
 Model = Annotated[
     str,
@@ -106,6 +126,22 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     if os.path.lexists(out / CONFIG) and not overwrite:
         raise ConfigurationError(
             f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
+        )
+
+
+def check_task(name: str, data_dir: Path | None) -> None:
+    """Raises DataError where no data has this name, before torch is imported."""
+    if data_dir is None and name not in TASK_NAMES:
+        raise DataError(
+            f"no task {name!r}; {near_miss(name, TASK_NAMES)} ('facts' is built in, the others are "
+            "the hub's, and --data-dir names a folder of your own JSON lines)"
+        )
+    if data_dir is not None and name != "facts" and not (data_dir / name).is_dir():
+        there = sorted({file.parent.name for file in data_dir.glob("*/*.jsonl")})
+        raise DataError(
+            f"no task {name!r} in {data_dir}; {near_miss(name, there)}"
+            if there
+            else f"no TASK/SPLIT.jsonl in {data_dir}: name the folder that holds them"
         )
 
 

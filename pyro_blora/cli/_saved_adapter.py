@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyro_blora.cli import _arguments as o
+from pyro_blora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +17,23 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterFolder", "Seed", "base_name", "predictor"]
 
+
+def _check_there(folder: Path) -> Path:
+    """Refuses, before torch is imported, what is no folder."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"--adapter {folder} is no folder; give one that `pyro-blora train` or `pyro-blora "
+            "laplace` wrote, with a bayesian_lora_config.json."
+        )
+    return folder
+
+
 AdapterFolder = Annotated[
-    Path, typer.Option(help="Folder that `pyro-blora train` or `pyro-blora laplace` wrote.")
+    Path,
+    typer.Option(
+        help="Folder that `pyro-blora train` or `pyro-blora laplace` wrote.",
+        callback=_check_there,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 

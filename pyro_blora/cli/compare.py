@@ -1,6 +1,7 @@
 """``pyro-blora compare``: methods side by side on one task."""
 
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,8 @@ def run(
     `lora-best` at its best validation step, `temperature` is `lora` with its logits scaled on
     validation items; the others are priors and guides of this library (see `info --recipes`).
 
-    A row is kept as soon as it is there: after an interruption the same command goes on from there.
+    A row is kept as soon as it is there: after an interruption the same command goes on from there,
+    and other --methods or --seeds with the same --out train what is missing alone.
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
@@ -59,6 +61,7 @@ def run(
     for name in names:
         check_method(name)
     runs = o.seeds_of(seeds)
+    o.check_task(task, data_dir)
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
@@ -95,36 +98,47 @@ def run(
         precision=o.chosen(precision, console),
     )
     rows = [] if overwrite else read(asdict(settings), out)
-    load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
-    shapes = shape_only(model)
-    for base in map(trained_for, names):
+    asked = dict.fromkeys(product(names, runs))
+    done = [key for row in rows if (key := (row.method, row.seed)) in asked]
+    missing = [name for name, seed in asked if (name, seed) not in done]
+    if missing:
+        load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
+        shapes = shape_only(model)
+    for base in dict.fromkeys(map(trained_for, missing)):
         if base in BASELINES:
             check_installed()
             find_targets(shapes, targets)
         else:
             BayesianLoRA.from_recipe(shapes, base, rank=rank, target_modules=targets).unwrap()
     o.check_out(out)
-    with o.phase("load"):
-        net, tokenizer = load_pretrained(model)
+    if missing:
+        with o.phase("load"):
+            net, tokenizer = load_pretrained(model)
+    if done:
+        console.print(f"{len(done)} of {len(asked)} rows are in {out} already")
+    for name in dict.fromkeys(name for name, _ in done if ":" in trained_for(name)):
+        console.print(f"rows of {name} are of the class as it was then; --overwrite makes all anew")
     if overwrite:
         (out / RESULTS).unlink(missing_ok=True)
-    done = [(row.method, row.seed) for row in rows]
-    if done:
-        console.print(f"{len(done)} rows are in {out} already")
     try:
-        for row in compare(settings, net, tokenizer, done=done, phase=o.phase):
+        new = compare(settings, net, tokenizer, done=tuple(done), phase=o.phase) if missing else ()
+        for row in new:
             write([*rows, row], asdict(settings), out)
             rows.append(row)
+            done.append((row.method, row.seed))
             console.print(
                 f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
                 f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
             )
     except (KeyboardInterrupt, OSError):
-        there = f"{len(rows)} of {len(names) * len(runs)}"
+        there = f"{len(done)} of {len(asked)}"
         console.print(f"\nKept in {out}: {there} rows; the same command goes on from there.")
         raise
-    draw(rows, out)
-    count = len(settings.seeds)
+    order = list(asked)
+    shown = [row for row in rows if (row.method, row.seed) in asked]
+    shown.sort(key=lambda row: order.index((row.method, row.seed)))
+    draw(shown, out)
+    count = len(set(runs))
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
-    console.print(table(rows, title))
+    console.print(table(shown, title))
     console.print(f"Written: {out / RESULTS} and {out / 'reliability.png'}")

@@ -68,6 +68,8 @@ def run(
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     --ood openbookqa --out out/arc_easy/test
     """
+    for name in (task, ood or task):
+        o.check_task(name, data_dir)
     from pyro_blora.checkpoints import read_config, write_atomically
     from pyro_blora.data import load_task
     from pyro_blora.evaluation import plots

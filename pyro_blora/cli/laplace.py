@@ -41,6 +41,7 @@ def run(
 
     Example: pyro-blora laplace --adapter my_lora --task arc_easy --data-dir data --out out/laplace
     """
+    o.check_task(task, data_dir)
     check_method(method)
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_peft

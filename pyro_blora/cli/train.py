@@ -81,6 +81,7 @@ def run(
     if cache_frozen and top is None:
         raise ConfigurationError("--cache-frozen needs --top: else no block is frozen.")
     targets = o.listed(target_modules, "--target-modules")
+    o.check_task(task, data_dir)
     check_method(method)
     import torch
 

@@ -97,15 +97,22 @@ def versions() -> dict[str, str]:
 
 
 def write(rows: Sequence[Row], settings: dict[str, Any], folder: str | Path) -> None:
-    """Writes ``results.json`` and the rows' predictions, each file whole or not at all."""
+    """Writes ``results.json`` and the rows' predictions, each file whole or not at all.
+
+    The methods and seeds of ``settings`` are written as those that have rows.
+    """
     folder = Path(folder)
+    there = {
+        "methods": list(_by_method(rows)),
+        "seeds": list(dict.fromkeys(row.seed for row in rows)),
+    }
     written: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for row in rows:
         columns = dict(vars(row))
         tensors |= {_entry(columns, key): columns.pop(key).clone() for key in _PREDICTED}
         written.append(columns)
-    document = {"rows": written, "versions": versions(), "settings": settings}
+    document = {"rows": written, "versions": versions(), "settings": settings | there}
     text, data = json.dumps(document, indent=2) + "\n", save(tensors)
     # The predictions first, so that no row in results.json is without
     write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
@@ -125,7 +132,9 @@ def recorded_precision(folder: str | Path) -> str:
 
 
 def read(settings: dict[str, Any], folder: str | Path) -> list[Row]:
-    """The rows that a run with the same settings and versions left in ``folder``, or none.
+    """The rows that runs with the same settings and versions left in ``folder``, or none.
+
+    Methods and seeds may be others: a row depends on its own alone.
 
     Raises:
         ConfigurationError: there is a ``results.json`` that was made otherwise.
@@ -139,7 +148,8 @@ def read(settings: dict[str, Any], folder: str | Path) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError):
         document, found = {}, {}
     made = json.loads(json.dumps({**versions(), **settings}))
-    differ = [key for key in made | found if made.get(key) != found.get(key)]
+    keys = [key for key in made | found if key not in ("methods", "seeds")]
+    differ = [key for key in keys if made.get(key) != found.get(key)]
     if differ:
         what = f"made with another {', '.join(differ)}" if found else "which cannot be read"
         raise ConfigurationError(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_blora.evaluation import comparison, results
-from pyro_blora.network import precision
+from pyro_blora.network import precision, pretrained
 from pyro_blora.recipes import RECIPES
 
 ROW = {"method", "seed", "acc", "ece", "nll", "brier", "n_test", "train_seconds"}
@@ -103,12 +103,48 @@ def test_an_interrupted_comparison_goes_on_from_there(run, words, tmp_path, monk
     names = [load_file(f / "predictions.safetensors") for f in (out, whole)]
     torch.testing.assert_close(names[0], names[1], atol=0, rtol=0)
 
-    assert run("compare", *common, "--out", out)[0] == 0  # all there: nothing is trained
+    # All there: nothing is trained, or loaded
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("it was read"))
+    code, text, err = run("compare", *common, "--out", out)
+    assert code == 0, err
+    assert "4 of 4 rows" in text
     assert len(fitted) == 2
     code, _, err = run("compare", *common, "--max-train", 20, "--out", out)
     assert code == 2
     assert "made with another max_train" in err
     assert json.loads((out / "results.json").read_text())["rows"] == rows[0]
+
+
+def test_methods_and_seeds_may_differ_from_what_is_there(run, words, tmp_path, monkeypatch):
+    def compare(methods, seeds, out):
+        options = [
+            "--methods",
+            methods,
+            "--seeds",
+            seeds,
+            "--max-steps",
+            2,
+            "--out",
+            tmp_path / out,
+        ]
+        code, text, err = run("compare", *words, *options)
+        assert code == 0, err
+        return text, json.loads((tmp_path / out / "results.json").read_text())
+
+    fit, fitted = comparison.fit, []
+    monkeypatch.setattr(comparison, "fit", lambda *a, **k: fitted.append(1) or fit(*a, **k))
+    compare("map", "0", "out")
+    text, document = compare("mean-field,map", "0,1", "out")
+    assert "1 of 4 rows" in text
+    assert len(fitted) == 4
+    assert document["settings"]["methods"] == ["map", "mean-field"]
+    assert document["settings"]["seeds"] == [0, 1]
+    _, whole = compare("mean-field,map", "0,1", "whole")
+    by = [{(r["method"], r["seed"]): r["nll"] for r in d["rows"]} for d in (document, whole)]
+    assert by[0] == by[1]
+    text, again = compare("mean-field", "1", "out")  # fewer are shown, none is lost
+    assert not re.search(r"\bmap\b", text)
+    assert again == document
 
 
 def test_a_full_disk_keeps_the_rows_before(run, words, tmp_path, monkeypatch):
@@ -138,6 +174,10 @@ def test_classes_of_ones_own_by_their_path(run, words, tmp_path, own_module):
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == methods.split(",")
     assert pair in text
+    assert "as it was then" not in text
+    code, text, err = run("compare", *words, "--methods", f"{methods},map", *options, "--out", out)
+    assert code == 0, err
+    assert re.findall(r"rows of (\S+) are of the class as it was then", text) == methods.split(",")
     pyro.clear_param_store()
     more = ["--max-steps", 2, "--rank", 3, "--out", tmp_path / "adapter"]
     code, text, err = run("train", *words, "--method", pair, *more)

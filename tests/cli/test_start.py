@@ -7,6 +7,8 @@ import pytest
 
 from pyro_blora import cli
 from pyro_blora._version import __version__
+from pyro_blora.cli._arguments import TASK_NAMES
+from pyro_blora.data import hub_tasks
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.methods import RECIPE_NAMES
 from pyro_blora.network import pretrained
@@ -25,6 +27,10 @@ HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
         ["train", "--out", "x", "--precision", "half"],
         ["train", "--out", "x", "--method", "blub"],
         ["info", "--sseed"],
+        ["compare", "--task", "fact"],
+        ["train", "--out", "x", "--task", "fact"],
+        ["evaluate", "--adapter", "nowhere/at/all"],
+        ["evaluate", "--adapter", ".", "--ood", "fact"],
     ],
 )
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
@@ -44,6 +50,7 @@ except SystemExit:
 
 def test_the_names_in_the_help_are_those_there_are(run):
     assert tuple(RECIPES) == RECIPE_NAMES
+    assert set(TASK_NAMES) == {"facts", *hub_tasks()}
     _, text, _ = run("info", "--help", columns=400)
     assert f"({', '.join(pretrained.SHAPES)})" in text
     assert run("--version") == (0, f"pyro-blora {__version__}\n", "")
