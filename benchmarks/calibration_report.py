@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -224,6 +224,7 @@ def write_report(
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     runs = read_runs(lines, out)
     text += summary(runs, ours)
+    together: dict[str, dict[str, dict[str, Any]]] = {}  # by setting, method and task
     for (task, steps, count), methods in sorted(runs.items()):
         title = f"{task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
@@ -245,12 +246,26 @@ def write_report(
             for method, runs in methods.items()
             if "test" in next(iter(runs.values()))
         }
+        for method, found in pooled.items():
+            together.setdefault(f"{count}-{steps}", {}).setdefault(method, {})[task] = found
         draw(pooled, out / "figures", name, ours)
         text += [f"![{kind}](figures/{name}-{kind}.png)" for kind in ("reliability", "nll", "risk")]
         text += [""]
+    for setting, by_method in together.items():
+        most = max(map(len, by_method.values()))
+        whole = {m: joined(tasks.values()) for m, tasks in by_method.items() if len(tasks) == most}
+        draw(whole, out / "figures", f"all-{setting}", ours)
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The items of several tasks as of one; an option that a task has not has probability zero."""
+    probs, labels = zip(*parts, strict=True)
+    most = max(p.shape[1] for p in probs)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(p, (0, most - p.shape[1])) for p in probs]), torch.cat(labels)
 
 
 def draw(pooled: Mapping[str, Any], folder: Path, name: str, ours: str) -> None:
