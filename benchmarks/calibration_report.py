@@ -253,8 +253,9 @@ def write_report(
         text += [""]
     for setting, by_method in together.items():
         most = max(map(len, by_method.values()))
-        whole = {m: joined(tasks.values()) for m, tasks in by_method.items() if len(tasks) == most}
-        draw(whole, out / "figures", f"all-{setting}", ours)
+        if most > 1:
+            whole = {m: joined(t.values()) for m, t in by_method.items() if len(t) == most}
+            draw(whole, out / "figures", f"all-{setting}", ours)
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")

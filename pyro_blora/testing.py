@@ -5,18 +5,6 @@ Mixins of test methods for pytest, or for unittest beside ``TestCase``, on a tin
     class TestMyPrior(PriorContract):
         def make(self):
             return MyPrior(rank=2)
-
-Each contract has these methods, to override or to use in tests of your own:
-
-* ``make()``: the object to check; ``parts()``, where more is needed, the arguments of
-  :class:`~pyro_blora.BayesianLoRA` by their names, ``{"prior": MyPrior(), "guide": MyGuide()}``.
-* ``net()``: the network, a Llama of two blocks; its ``q_proj`` is 16 x 16, its ``v_proj`` 8 x 16.
-  One of your own needs target layers in the first of several blocks.
-* ``batch(rows)``: token ids, mask and labels of ``rows`` right-padded rows of three classes.
-* ``adapted(net, **parts)``: a :class:`~pyro_blora.BayesianLoRA` of these, on ``net`` or from a
-  fixed seed on a network of its own. It clears Pyro's parameter store.
-* ``test_repr_says_how_to_build_it_again()``: the constructor keeps each argument under its own
-  name, which checkpoints and ``repr`` read.
 """
 
 import copy
@@ -30,13 +18,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule
-from pyro.optim import ClippedAdam
-from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pyro_blora._contract_checks import PARAMS, check_support, latents, train
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError
 from pyro_blora.guides import MeanField, Site
@@ -45,8 +32,6 @@ from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import Hierarchical
 
 __all__ = ["GuideContract", "LikelihoodContract", "PairContract", "PriorContract"]
-
-_PARAMS = "setup() must register what is learned as a PyroParam, and other tensors as buffers"
 
 
 class _Contract:
@@ -98,12 +83,12 @@ class PairContract(_Contract):
             with pyro.settings.context(module_local_params=local):
                 blora, batch = self.adapted(), self.batch(8)
                 start = {name: p.detach().clone() for name, p in blora.named_parameters()}
-                before, loss = blora.predict(batch, 0).samples, _train(blora, batch, svi=svi)
+                before, loss = blora.predict(batch, 0).samples, train(blora, batch, svi=svi)
                 still = [n for n, p in blora.named_parameters() if torch.equal(p, start[n])]
                 mean, drawn = (blora.predict(batch, draws).samples for draws in (0, 5))
             assert -inf < loss < inf, f"The loss is {loss}."
-            assert not still, f"{still} stay at module_local_params={local}: {_PARAMS}."
-            assert not torch.equal(mean, before), f"The predictions stay as they were: {_PARAMS}."
+            assert not still, f"{still} stay at module_local_params={local}: {PARAMS}."
+            assert not torch.equal(mean, before), f"The predictions stay as they were: {PARAMS}."
             given = mean.shape, drawn.shape
             assert given == ((1, 8, 3), (5, 8, 3)), f"The mean and 5 draws of 8 x 3 are {given}."
 
@@ -114,7 +99,7 @@ class PairContract(_Contract):
         for steps in (20, 1):
             torch.manual_seed(0)
             losses += [sorted(elbo.loss(blora.model, blora.guide, batch) for _ in range(8))[4]]
-            _train(blora, batch, steps, svi=True)
+            train(blora, batch, steps, svi=True)
         assert -inf < losses[1] < losses[0], f"The loss goes from {losses[0]} to {losses[1]}."
 
     def test_guide_and_particles_follow_the_model(self) -> None:
@@ -124,12 +109,12 @@ class PairContract(_Contract):
             q = poutine.trace(blora.guide).get_trace(batch)
             p = poutine.trace(poutine.replay(blora.model, trace=q)).get_trace(batch)
             updates = poutine.replay(blora.model.updates, trace=q)()
-        assert _latents(q) == _latents(p), f"The guide has {_latents(q)}, the model {_latents(p)}."
+        assert latents(q) == latents(p), f"The guide has {latents(q)}, the model {latents(p)}."
         for name, centre in blora.guide.center(batch).items():
             ours, site = q.nodes[name], p.nodes[name]
             shape, wanted = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in (ours, site))
             assert shape == wanted, f"{name} is {shape} in the guide, {wanted} in the model."
-            _check_support(name, site["fn"], site["value"], centre)
+            check_support(name, site["fn"], site["value"], centre)
         for name, update in updates.items():
             assert prod(update.particle_shape) == 4, f"{name} is {update.particle_shape} updates."
         assert p.nodes["labels"]["fn"].batch_shape[-1] == 2, "4 particles share the 8 rows out."
@@ -151,7 +136,7 @@ class PairContract(_Contract):
             for part in parts.values():
                 assert repr(part) in repr(blora), f"{part!r} is missing in {blora!r}."
                 assert not list(part.parameters()), f"{part!r} has parameters before setup()."
-            _train(blora, batch, svi=False)
+            train(blora, batch, svi=False)
             expected, state = blora.predict(batch, 0).samples, copy.deepcopy(blora.state_dict())
             blora.save_pretrained(path)
             fresh = self.adapted(blora.unwrap())
@@ -160,8 +145,8 @@ class PairContract(_Contract):
             loaded, again = (fresh.predict(batch, 0).samples for _ in range(2))
             read = BayesianLoRA.from_pretrained(fresh.unwrap(), path, **parts).predict(batch, 0)
         assert torch.equal(again, loaded), "Two means differ; make noise by pyro.sample alone."
-        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {_PARAMS}."
-        assert torch.equal(read.samples, expected), f"from_pretrained reads another: {_PARAMS}."
+        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {PARAMS}."
+        assert torch.equal(read.samples, expected), f"from_pretrained reads another: {PARAMS}."
 
 
 class PriorContract(PairContract):
@@ -179,9 +164,9 @@ class PriorContract(PairContract):
         """Layers are a plate, never an event; no site is sampled late; factors fit the layers."""
         blora = self.adapted()
         p = poutine.trace(blora.model.updates).get_trace()
-        late = _latents(poutine.trace(blora.model).get_trace(self.batch(4)))[len(_latents(p)) :]
+        late = latents(poutine.trace(blora.model).get_trace(self.batch(4)))[len(latents(p)) :]
         assert not late, f"{late} are sampled by a layer; sample all sites in forward()."
-        for name in _latents(p):
+        for name in latents(p):
             shape, frames = p.nodes[name]["fn"].batch_shape, p.nodes[name]["cond_indep_stack"]
             free = {i for i in range(-len(shape), 0) if shape[i] > 1} - {f.dim for f in frames}
             assert not free, f"{name}: no plate has dimension {free}; sample it in self.plate()."
@@ -189,7 +174,7 @@ class PriorContract(PairContract):
             for group, update in blora.sample_updates(draws).items():
                 getattr(blora.model, group).check_update(update)
         alone = poutine.trace(self.adapted(layers_to_transform=0).model.updates).get_trace().nodes
-        for name in _latents(p):
+        for name in latents(p):
             event, one = (nodes[name]["fn"].event_shape for nodes in (p.nodes, alone))
             assert event == one, f"{name}: its layers are in its event; sample it in self.plate()."
 
@@ -231,7 +216,7 @@ class GuideContract(PairContract):
                 value, centre = drawn(), q.center()
                 given = tuple(drawn.log_prob(value).shape), tuple(value.shape), tuple(centre.shape)
                 assert given == ((5, 3), (5, 3, *event), (3, *event)), f"For {event}: {given}."
-                _check_support(type(q).__name__, p, value, centre)
+                check_support(type(q).__name__, p, value, centre)
 
     @torch.no_grad()
     def test_the_kl_is_that_of_draws(self) -> None:
@@ -240,7 +225,7 @@ class GuideContract(PairContract):
         options, p = self.make().options(), dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
         starts = {"init_scale": 1.0} if self.starts_at_prior and "init_scale" in options else {}
         q = type(self.make())(**options | starts).bind(Site("g.V", p, (), context_size=4))
-        assert list(q.parameters()), f"The family has no parameters: {_PARAMS}."
+        assert list(q.parameters()), f"The family has no parameters: {PARAMS}."
         for spread in (0.0, 0.3):
             for parameter in q.parameters():
                 parameter.add_(spread * torch.randn_like(parameter))
@@ -274,7 +259,7 @@ class LikelihoodContract(_Contract):
         unlabelled = {key: batch[key] for key in blora.likelihood.keys}
         site = poutine.trace(blora.model).get_trace(unlabelled).nodes["labels"]
         assert not site["is_observed"], "labels() must be None where the batch has none."
-        _check_support("labels", site["fn"], site["value"])
+        check_support("labels", site["fn"], site["value"])
 
     def test_the_data_is_scaled_to_num_data(self) -> None:
         """Each of ``P`` particles sees ``B / P`` examples, and stands for all ``N`` of them."""
@@ -298,30 +283,3 @@ class LikelihoodContract(_Contract):
         site = poutine.trace(blora.model).get_trace(batch).nodes["labels"]
         score = site["fn"].log_prob(site["value"])
         assert score.requires_grad, "No gradient reaches the update; does logits() detach?"
-
-
-def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: bool) -> float:
-    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
-    if svi:
-        loop = SVI(blora.model, blora.guide, ClippedAdam({"lr": 1e-2}), elbo)
-        return [float(loop.step(batch)) for _ in range(steps)][-1]
-    loss_of = elbo(blora.model, blora.guide)
-    optimizer = torch.optim.Adam(loss_of.parameters(), lr=5e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(batch)
-        loss.backward()
-        optimizer.step()
-    norms = {n: p.grad.norm() if p.grad is not None else 0 for n, p in blora.named_parameters()}
-    wrong = {name: float(norm) for name, norm in norms.items() if not 0 < norm < inf}
-    assert not wrong, f"After {steps} steps gradients have the norms {wrong}: {_PARAMS}."
-    return float(loss.detach())
-
-
-def _latents(trace: poutine.Trace) -> list[str]:
-    return list(prune_subsample_sites(trace).stochastic_nodes)
-
-
-def _check_support(name: str, law: Any, *values: Tensor) -> None:
-    for value in values:
-        assert Site(name, law, ()).support.check(value).all(), f"{name}: {law} excludes {value}."
