@@ -36,11 +36,8 @@ HERE = Path(__file__).parent
 
 
 def bring_the_tutorials(app: Any) -> None:
-    """Sphinx reads what is below its own folder alone: a copy, and links that hold from there."""
+    """Sphinx reads what is below its own folder alone: a copy."""
     shutil.copytree(HERE.parent / "tutorials", HERE / "tutorials", dirs_exist_ok=True)
-    for path in (HERE / "tutorials").glob("*.[im][pd]*"):
-        text = path.read_text("utf-8").replace("](../docs/", "](../")
-        path.write_text(text.replace("](../benchmarks/", "](../../benchmarks/"), "utf-8")
 
 
 def as_it_stands(
@@ -64,9 +61,12 @@ def as_it_parses(
 
 def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
     """The README and the tutorials, outside of these pages, are pages of the site."""
-    source[0] = source[0].replace("](../README.md)", "](index.md)")
-    if not page.startswith("tutorials/"):
-        source[0] = source[0].replace("](../tutorials/", "](tutorials/")
+    if page.startswith("tutorials/"):
+        moved = {"](../docs/": "](../", "](../benchmarks/": "](../../benchmarks/"}
+    else:
+        moved = {"](../README.md)": "](index.md)", "](../tutorials/": "](tutorials/"}
+    for link, here in moved.items():
+        source[0] = source[0].replace(link, here)
 
 
 def setup(app: Any) -> None:

@@ -99,20 +99,6 @@ class UpdateModel(Options, PyroModule):
             )
         return bound
 
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments and their values.
-
-        Raises:
-            ConfigurationError: an argument is not kept under its own name.
-        """
-        try:
-            return super().options()
-        except AttributeError as error:
-            raise ConfigurationError(
-                f"{type(self).__name__}.__init__ does not keep its argument {error.name!r}; set "
-                f"self.{error.name}, which checkpoints and repr read."
-            ) from error
-
     @property
     def gradient_ranks(self) -> tuple[int, int] | None:
         """How many directions of its gradients a prior asks for before training, if any.

@@ -275,7 +275,7 @@ class BayesianLoRA(PeftHabits):
     ) -> "BayesianLoRA":
         """An adapter by the name of a published method, or of a pair ``"Subspace+FullRank"``.
 
-        Its own way to train and to predict is told by :class:`pyro_blora.recipes.Recipe`.
+        ``options`` are the constructor's. How it trains and predicts: :mod:`pyro_blora.recipes`.
 
         Raises:
             ConfigurationError: there is no such recipe; the message lists near misses.

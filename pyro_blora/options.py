@@ -12,8 +12,18 @@ class Options:
     """Mixin of priors, guides and likelihoods: each argument is kept under its own name."""
 
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments and their values."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """The constructor's arguments and their values.
+
+        Raises:
+            ConfigurationError: an argument is not kept under its own name.
+        """
+        try:
+            return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"{type(self).__name__}.__init__ does not keep its argument {error.name!r}; set "
+                f"self.{error.name}, which checkpoints and repr read."
+            ) from error
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters
