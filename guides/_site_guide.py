@@ -205,7 +205,7 @@ class SiteGuide(Options, PyroModule):
     context: Tensor | None = None
     site: Site
 
-    def __init__(self, *, init_scale: float = 0.3) -> None:
+    def __init__(self, *, init_scale: float = 0.1) -> None:
         super().__init__()
         if not 0 < init_scale < float("inf"):
             raise ConfigurationError(

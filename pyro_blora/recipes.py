@@ -67,7 +67,7 @@ _KNOWN = (
     Recipe(
         "fisher",
         lambda rank: models.FisherInducing(rank=rank),
-        lambda: guides.MatrixNormal(init_scale=0.1),
+        guides.MatrixNormal,
         "this library; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
         "a core between the top directions of the network's own gradients, from the prior on",
         learned_scale=True,
@@ -91,7 +91,7 @@ _KNOWN = (
     ),
     Recipe(
         "bayesian-lora",
-        lambda rank: KroneckerInducing(rank=rank, keep=0.8),
+        lambda rank: KroneckerInducing(rank=rank, keep=0.9),
         guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",
