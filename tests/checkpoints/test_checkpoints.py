@@ -290,7 +290,7 @@ class Own(guides.MeanField):
     ("part", "wrong", "right", "told"),
     [
         ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing, "sigma=1.0 for 9.0"),
-        ("guide", Own(), Own, "init_scale=0.5 for 0.3"),
+        ("guide", Own(), Own, "init_scale=0.5 for 0.1"),
     ],
 )
 def test_the_saved_options_of_a_part_are_taken(part, wrong, right, told, tmp_path):

@@ -194,9 +194,9 @@ OTHER = {
     "rank": (lambda: llama(rank=3), {}, r"prior\.rank was 2, is 3"),
     "guide": (lambda: llama(guide=AutoNormal), {}, "guide was MatrixNormal, is AutoNormal"),
     "its option": (
-        lambda: llama(guide=MatrixNormal(init_scale=0.1)),
+        lambda: llama(guide=MatrixNormal(init_scale=0.3)),
         {},
-        r"guide\.init_scale was 0\.3, is 0\.1",
+        r"guide\.init_scale was 0\.1, is 0\.3",
     ),
     "likelihood": (
         lambda: tiny.adapted(likelihood=LabelTokens(token_ids=(5, 6, 8), num_data=10)),
