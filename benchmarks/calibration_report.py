@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from calibration_figures import Pair, draw, joined, risk_coverage
+from calibration_novelty import Doubts, doubts, told_apart
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
@@ -52,11 +53,14 @@ def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def read_runs(
-    lines: Sequence[Mapping[str, Any]], out: Path
-) -> dict[Key, dict[str, dict[int, Run]]]:
-    """Predictions by task, method and seed; each method also with its temperature."""
-    runs: dict[Key, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+Runs = dict[Key, dict[str, dict[int, Run]]]  # by task, method and seed
+Doubted = dict[Key, dict[str, dict[int, Doubts]]]
+
+
+def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doubted]:
+    """Predictions, and the doubts of them; each method also with its temperature."""
+    runs: Runs = defaultdict(lambda: defaultdict(dict))
+    doubted: Doubted = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         data = "all" if line["max_train"] is None else str(line["max_train"])
         name = f"{line['task']}-{data}-{line['steps']}-{line['method']}-{line['seed']}"
@@ -65,14 +69,17 @@ def read_runs(
         sets = {key.split("/")[0] for key in found}
         run = {s: (found[f"{s}/probs"], found[f"{s}/labels"]) for s in sets}
         key = line["task"], line["steps"], data
-        runs[key][line["method"]][line["seed"]] = run
+        method, seed = line["method"], line["seed"]
+        runs[key][method][seed] = run
         held, labels = run["validation"]
         scale = fit_temperature(held.log(), labels)
-        runs[key][f"temperature:{line['method']}"][line["seed"]] = {
+        plain, scaled = doubts(found, scale)
+        doubted[key][method][seed], doubted[key][f"temperature:{method}"][seed] = plain, scaled
+        runs[key][f"temperature:{method}"][seed] = {
             name: ((probs.log() / scale).softmax(-1), labels)
             for name, (probs, labels) in run.items()
         }
-    return runs
+    return runs, doubted
 
 
 def summary(runs: Mapping[Key, Mapping[str, Mapping[int, Run]]], ours: str) -> list[str]:
@@ -213,7 +220,7 @@ def write_report(
         published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
-    runs = read_runs(lines, out)
+    runs, doubted = read_runs(lines, out)
     text += summary(runs, ours)
     together: dict[str, dict[str, dict[str, Any]]] = {}  # by setting, method and task
     for (task, steps, count), methods in sorted(runs.items()):
@@ -229,6 +236,11 @@ def write_report(
                 text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | |")
             text.append("")
             text += [*paired(methods, ours, data), ""]
+        classes = {data: some[data][0].shape[1] for data in sets}  # more make more entropy
+        others = [d for d in sets[1:] if d != "validation" and classes[d] == classes["test"]]
+        if others:
+            text += [f"## {title}: other sets told from the task's own", ""]
+            text += [*told_apart(doubted[task, steps, count], others), ""]
         name = f"{task}-{count}-{steps}"
         pooled = {
             method: tuple(

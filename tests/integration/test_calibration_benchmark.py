@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
@@ -78,6 +79,8 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     for method in (*METHODS, "temperature:lora-best"):
         assert f"| {method} | 2 |" in report
     assert "NLL of `default` less that of" in report
+    assert "| lora | entropy | 2 | 50.0 ± 0.0 |" in report  # the other set is the test's own
+    assert "| default | mutual information | 2 | 50.0 ± 0.0 |" in report
     assert len(list((out / "figures").glob("*.png"))) == 3
 
 
@@ -91,3 +94,19 @@ def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(mon
     for rows in settings["published"].values():
         for row in rows.values():
             assert [len(text.split()) for text in row] == [3] * 6
+
+
+def test_other_sets_are_told_apart_as_pairs_of_items_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration_novelty import auroc, doubts
+
+    inside, outside = torch.tensor([0.1, 1.2, 0.3]), torch.tensor([1.2, 0.2])
+    pairs = [float(o > i) + 0.5 * float(o == i) for i in inside for o in outside]
+    assert auroc(inside, outside) == pytest.approx(100 * sum(pairs) / len(pairs))
+    probs = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
+    plain, scaled = doubts({"test/probs": probs, "test/epistemic": torch.zeros(2)}, 2.0)
+    assert set(plain["test"]) == {"entropy"}  # a point has no mutual information
+    cooler = probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
+    for found, p in ((plain, probs), (scaled, cooler)):
+        expected = -(p * p.log()).sum(-1)
+        torch.testing.assert_close(found["test"]["entropy"], expected.double())
