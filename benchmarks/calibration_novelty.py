@@ -1,21 +1,23 @@
 """Whether a method's doubt tells items of another data set from those it was trained for."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-__all__ = ["doubts", "told_apart"]
+__all__ = ["Doubts", "auroc", "doubts", "told_apart"]
 
 Doubts = dict[str, dict[str, Tensor]]  # by data set, and by what measures it; of each item
+KINDS = ("entropy", "mutual information")
 
 
 def doubts(found: Mapping[str, Tensor], scale: float) -> tuple[Doubts, Doubts]:
     """The doubts of a run's items, in nats, and those of the run with its temperature scaled.
 
+    Items are those with as many options as the first test item has: more make more entropy.
     Mutual information is that of the draws, before any temperature.
 
     Args:
@@ -24,40 +26,47 @@ def doubts(found: Mapping[str, Tensor], scale: float) -> tuple[Doubts, Doubts]:
     """
     plain: Doubts = defaultdict(dict)
     scaled: Doubts = defaultdict(dict)
-    for key, values in found.items():
-        name, kind = key.split("/")
-        if kind == "probs":
-            log = values.double().log()
-            for doubt, p in ((plain, values.double()), (scaled, (log / scale).softmax(-1))):
-                doubt[name]["entropy"] = torch.special.entr(p).sum(-1)
-        elif kind == "epistemic" and bool((values > 0).any()):  # a point has none
-            plain[name]["mutual information"] = values
+    options = int((found["test/probs"][0] > 0).sum())
+    for key in (key for key in found if key.endswith("/probs")):
+        name = key.split("/")[0]
+        alike = (found[key] > 0).sum(1) == options
+        if not bool(alike.any()):
+            continue
+        p, mutual = found[key][alike].double(), found[f"{name}/epistemic"][alike]
+        plain[name]["entropy"] = torch.special.entr(p).sum(1)
+        scaled[name]["entropy"] = torch.special.entr((p.log() / scale).softmax(1)).sum(1)
+        if bool((mutual > 0).any()):  # a point has none
+            plain[name]["mutual information"] = mutual.double()
     return plain, scaled
 
 
-def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: list[str]) -> list[str]:
-    """A table of the AUROC in % of each doubt for other sets' items against the test items.
+def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: Sequence[str]) -> list[str]:
+    """A table of the AUROC in % of each doubt for another set's items against the test items.
 
-    The mean over the sets, and its standard error over seeds; 50 is chance.
+    Means over seeds; the last column is that over sets, with its standard error over seeds. 50 is
+    chance, and below it other sets' items are doubted less. Empty where there is nothing to tell.
     """
     rows: list[tuple[float, str]] = []
+    sets = [d for d in sets if all(d in run for seeds in runs.values() for run in seeds.values())]
     for method, seeds in runs.items():
-        for kind in ("entropy", "mutual information"):
-            means = [
-                fmean(auroc(run["test"][kind], run[name][kind]) for name in sets)
-                for run in seeds.values()
-                if all(kind in run.get(name, {}) for name in ["test", *sets])
-            ]
-            if means:
+        for kind in KINDS if sets else ():
+            asked = [run for run in seeds.values() if all(kind in run[d] for d in ["test", *sets])]
+            found = [[auroc(run["test"][kind], run[d][kind]) for d in sets] for run in asked]
+            if found:
+                each = " | ".join(f"{fmean(column):.1f}" for column in zip(*found, strict=True))
+                means = [fmean(row) for row in found]
                 spread = f" ± {stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
-                row = f"| {method} | {kind} | {len(means)} | {fmean(means):.1f}{spread} |"
-                rows.append((-fmean(means), row))
-    head = [f"| method | doubt | seeds | AUROC %, mean of {', '.join(sets)} |", "|---|---|---|---|"]
-    return [*head, *(row for _, row in sorted(rows))] if rows else []
+                mean = fmean(means)
+                text = f"| {method} | {kind} | {len(means)} | {each} | {mean:.1f}{spread} |"
+                rows.append((-mean, text))
+    if not rows:
+        return []
+    head = f"| method | doubt | seeds | {' | '.join(sets)} | mean |"
+    return [head, "|---" * (len(sets) + 4) + "|", *(row for _, row in sorted(rows))]
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """The probability in % that an item from outside is doubted more than one from inside."""
     target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     doubt = torch.cat([inside, outside]).double()
-    return 100 * float(binary_auroc(doubt / doubt.max(), target))  # in [0, 1], as it takes them
+    return 100 * float(binary_auroc(doubt / doubt.max().clamp_min(1e-38), target))  # in [0, 1]

@@ -1,8 +1,12 @@
 """``keep``: draws of an update in which some directions are left out."""
 
+import pyro
 import tiny
 import torch
 
+from pyro_blora import BayesianLoRA, recipes
+from pyro_blora.guides import MatrixNormal
+from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.posterior.linearised import logit_jacobian
 from pyro_blora.posterior.sample_updates import mean_updates, updates_at
@@ -44,3 +48,15 @@ def test_the_mean_of_the_posterior_and_a_linearisation_have_them_all():
         blora.unwrap()
     assert found[0][0].abs().max() > 0
     torch.testing.assert_close(*found)
+
+
+def test_what_the_default_leaves_out_and_how_wide_it_starts():
+    likelihood, keeps = LabelTokens(token_ids=tiny.ANSWERS, num_data=12), []
+    for parts in ({}, {"guide": MatrixNormal()}, {"prior": KroneckerInducing()}):
+        pyro.clear_param_store()
+        blora = BayesianLoRA(tiny.llama(), likelihood=likelihood, **parts)
+        keeps.append(blora.prior.keep)
+        std = blora.guide.families()["q_proj.V"].distribution().variance.sqrt()
+        torch.testing.assert_close(std, torch.full_like(std, 0.1))
+    assert keeps == [0.9, 1, 1]
+    assert recipes.recipe("bayesian-lora").prior_of(None).keep == 0.9

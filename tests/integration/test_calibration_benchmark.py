@@ -79,8 +79,8 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     for method in (*METHODS, "temperature:lora-best"):
         assert f"| {method} | 2 |" in report
     assert "NLL of `default` less that of" in report
-    assert "| lora | entropy | 2 | 50.0 ± 0.0 |" in report  # the other set is the test's own
-    assert "| default | mutual information | 2 | 50.0 ± 0.0 |" in report
+    assert "| lora | entropy | 2 | 50.0 | 50.0 ± 0.0 |" in report  # the other set is the test's own
+    assert "| default | mutual information | 2 | 50.0 | 50.0 ± 0.0 |" in report
     assert len(list((out / "figures").glob("*.png"))) == 3
 
 
@@ -98,15 +98,33 @@ def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(mon
 
 def test_other_sets_are_told_apart_as_pairs_of_items_say(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_novelty import auroc, doubts
+    from calibration_novelty import auroc, doubts, told_apart
 
     inside, outside = torch.tensor([0.1, 1.2, 0.3]), torch.tensor([1.2, 0.2])
     pairs = [float(o > i) + 0.5 * float(o == i) for i in inside for o in outside]
     assert auroc(inside, outside) == pytest.approx(100 * sum(pairs) / len(pairs))
-    probs = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
-    plain, scaled = doubts({"test/probs": probs, "test/epistemic": torch.zeros(2)}, 2.0)
+    three = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]])
+    found = {"test/probs": three[1:, :2], "test/epistemic": torch.zeros(2)}
+    found |= {"some/probs": three, "some/epistemic": torch.zeros(3)}
+    found |= {"none/probs": three[:1], "none/epistemic": torch.zeros(1)}
+    probs = three[1:, :2]
+    plain, scaled = doubts(found, 2.0)
     assert set(plain["test"]) == {"entropy"}  # a point has no mutual information
+    assert set(plain) == {"test", "some"}  # sets, and items, with other numbers of options are out
+    torch.testing.assert_close(plain["some"], plain["test"])
     cooler = probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
     for found, p in ((plain, probs), (scaled, cooler)):
         expected = -(p * p.log()).sum(-1)
         torch.testing.assert_close(found["test"]["entropy"], expected.double())
+    own = torch.tensor([1.0, 2.0])
+    draws = [  # AUROC of a: 100 and 50, of b: 50 and 0
+        {"test": {"entropy": own}, "a": {"entropy": own + 2}, "b": {"entropy": own}},
+        {"test": {"entropy": own}, "a": {"entropy": own}, "b": {"entropy": own - 2}},
+    ]
+    rows = told_apart({"low": {0: draws[1]}, "both": dict(enumerate(draws))}, ["a", "b"])
+    assert rows[0] == "| method | doubt | seeds | a | b | mean |"
+    assert rows[2:] == [
+        "| both | entropy | 2 | 75.0 | 25.0 | 50.0 ± 25.0 |",
+        "| low | entropy | 1 | 50.0 | 0.0 | 25.0 |",
+    ]
+    assert told_apart({"low": {0: draws[1]}}, []) == []
