@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -82,9 +82,12 @@ def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doub
     return runs, doubted
 
 
-def summary(runs: Mapping[Key, Mapping[str, Mapping[int, Run]]], ours: str) -> list[str]:
-    """Means over the tasks of each number of steps, of the methods that have run on all of them."""
-    text = []
+def on_all_tasks(runs: Runs) -> Iterator[tuple[int, str, list[str], dict[str, dict[int, Run]]]]:
+    """For each setting its tasks, and the methods and seeds that have run on all of them.
+
+    Yields:
+        Steps, training items, tasks, and the predictions by method, seed and task.
+    """
     for steps, count in sorted({(steps, count) for _, steps, count in runs}):
         tasks = {task: found for (task, *rest), found in runs.items() if rest == [steps, count]}
         if len(tasks) < 2:
@@ -96,7 +99,14 @@ def summary(runs: Mapping[Key, Mapping[str, Mapping[int, Run]]], ours: str) -> l
                 seed: {task: found[method][seed]["test"] for task, found in tasks.items()}
                 for seed in seeds
             }
-        text += [f"## Mean over {', '.join(sorted(tasks))}: {count} training items, {steps} steps"]
+        yield steps, count, sorted(tasks), pooled
+
+
+def summary(runs: Runs, ours: str) -> list[str]:
+    """Means over the tasks of each number of steps, of the methods that have run on all of them."""
+    text = []
+    for steps, count, tasks, pooled in on_all_tasks(runs):
+        text += [f"## Mean over {', '.join(tasks)}: {count} training items, {steps} steps"]
         text += ["", *table(pooled, *tasks), ""]
         if ours in pooled and "lora" in pooled:
             text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
@@ -222,7 +232,6 @@ def write_report(
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     runs, doubted = read_runs(lines, out)
     text += summary(runs, ours)
-    together: dict[str, dict[str, dict[str, Any]]] = {}  # by setting, method and task
     for (task, steps, count), methods in sorted(runs.items()):
         title = f"{task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
@@ -252,16 +261,16 @@ def write_report(
             for method, runs in methods.items()
             if "test" in next(iter(runs.values()))
         }
-        for method, found in pooled.items():
-            together.setdefault(f"{count}-{steps}", {}).setdefault(method, {})[task] = found
         draw(pooled, out / "figures", name, ours)
         text += [f"![{kind}](figures/{name}-{kind}.png)" for kind in ("reliability", "nll", "risk")]
         text += [""]
-    for setting, by_method in together.items():
-        most = max(map(len, by_method.values()))
-        if most > 1:
-            whole = {m: joined(t.values()) for m, t in by_method.items() if len(t) == most}
-            draw(whole, out / "figures", f"all-{setting}", ours)
+    for steps, count, _, seeds_of in on_all_tasks(runs):
+        whole = {
+            method: joined(pair for run in seeds.values() for pair in run.values())
+            for method, seeds in seeds_of.items()
+            if seeds
+        }
+        draw(whole, out / "figures", f"all-{count}-{steps}", ours)
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
