@@ -7,17 +7,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.evaluation.metrics import evaluate, risk_coverage
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
-
-
-def risk_coverage(probs: Tensor, labels: Tensor) -> Tensor:
-    """The error among the most confident 1, 2, ..., N items, ``(N,)``."""
-    confidence, predicted = probs.max(-1)
-    wrong = (predicted != labels).double()[confidence.argsort(descending=True, stable=True)]
-    return wrong.cumsum(0) / torch.arange(1, len(labels) + 1)
 
 
 def joined(parts: Iterable[Pair]) -> Pair:
@@ -60,9 +53,10 @@ def draw(pooled: Mapping[str, Pair], folder: Path, name: str, ours: str) -> None
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in shown:
-        risk = 100 * risk_coverage(*pooled[method])
-        coverage = torch.linspace(100 / len(risk), 100, len(risk))
-        axes.plot(coverage, risk, label=method, linewidth=2 if method == ours else 1)
+        probs, labels = pooled[method]
+        confidence, predicted = probs.max(-1)
+        coverage, risk, _ = risk_coverage(-confidence, predicted != labels)
+        axes.plot(100 * coverage, 100 * risk, label=method, linewidth=2 if method == ours else 1)
     axes.set(xlabel="items answered, the most confident first, %", ylabel="error among them, %")
     axes.legend(frameon=False)
     save_figure(figure, folder / f"{name}-risk.png")

@@ -6,9 +6,10 @@ from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-__all__ = ["Doubts", "auroc", "doubts", "told_apart"]
+from pyro_blora.evaluation.metrics import auroc
+
+__all__ = ["Doubts", "doubts", "told_apart"]
 
 Doubts = dict[str, dict[str, Tensor]]  # by data set, and by what measures it; of each item
 KINDS = ("entropy", "mutual information")
@@ -51,7 +52,7 @@ def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: Sequence[str]) ->
     for method, seeds in runs.items():
         for kind in KINDS if sets else ():
             asked = [run for run in seeds.values() if all(kind in run[d] for d in ["test", *sets])]
-            found = [[auroc(run["test"][kind], run[d][kind]) for d in sets] for run in asked]
+            found = [[100 * auroc(run["test"][kind], run[d][kind]) for d in sets] for run in asked]
             if found:
                 each = " | ".join(f"{fmean(column):.1f}" for column in zip(*found, strict=True))
                 means = [fmean(row) for row in found]
@@ -63,10 +64,3 @@ def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: Sequence[str]) ->
         return []
     head = f"| method | doubt | seeds | {' | '.join(sets)} | mean |"
     return [head, "|---" * (len(sets) + 4) + "|", *(row for _, row in sorted(rows))]
-
-
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """The probability in % that an item from outside is doubted more than one from inside."""
-    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
-    doubt = torch.cat([inside, outside]).double()
-    return 100 * float(binary_auroc(doubt / doubt.max().clamp_min(1e-38), target))  # in [0, 1]

@@ -1,6 +1,7 @@
 """Tables and pictures of the calibration benchmark, from the probabilities that its cells left."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -10,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibration_figures import Pair, draw, joined, risk_coverage
+from calibration_figures import Pair, draw, joined
 from calibration_novelty import Doubts, doubts, told_apart
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.evaluation.metrics import auroc, ece_by_chance, evaluate, risk_coverage
 from pyro_blora.evaluation.temperature import fit_temperature
 
 __all__ = ["scores", "trials_table", "write_report"]
@@ -24,6 +24,7 @@ COLUMNS = {  # title, factor, digits
     "acc": ("ACC %", 100, 1),
     "nll": ("NLL", 1, 3),
     "ece": ("ECE %", 100, 1),
+    "chance": ("by chance %", 100, 1),
     "adaptive_ece": ("adaptive ECE %", 100, 1),
     "brier": ("Brier", 1, 3),
     "auroc": ("AUROC %", 100, 1),
@@ -45,11 +46,15 @@ def adaptive_ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
     """All metrics of one set of predictions."""
     confidence, predicted = probs.max(-1)
+    right = predicted == labels
     return {
         **asdict(evaluate(probs, labels)),
+        "chance": ece_by_chance(probs),
         "adaptive_ece": adaptive_ece(probs, labels),
-        "auroc": float(binary_auroc(confidence, (predicted == labels).long())),
-        "aurc": float(risk_coverage(probs, labels).mean()),
+        "auroc": auroc(confidence[~right], confidence[right])
+        if 0 < right.sum() < len(right)
+        else math.nan,
+        "aurc": risk_coverage(-confidence, ~right)[2],
     }
 
 
@@ -230,6 +235,7 @@ def write_report(
         published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
+    text += ["By chance: the ECE of a calibrated method, as sure of as many items.", ""]
     runs, doubted = read_runs(lines, out)
     text += summary(runs, ours)
     for (task, steps, count), methods in sorted(runs.items()):
@@ -242,7 +248,7 @@ def write_report(
             text += [f"{count_of} items.", "", *table(methods, data)]
             for name, rows in published.items() if data == "test" else ():
                 acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
-                text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | |")
+                text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | | |")
             text.append("")
             text += [*paired(methods, ours, data), ""]
         away = [data for data in sets if data not in ("test", "validation")]

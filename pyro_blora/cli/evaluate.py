@@ -73,7 +73,13 @@ def run(
     from pyro_blora.checkpoints import read_config, write_atomically
     from pyro_blora.data import load_task
     from pyro_blora.evaluation import plots
-    from pyro_blora.evaluation.metrics import auroc, doubts, evaluate, risk_coverage
+    from pyro_blora.evaluation.metrics import (
+        auroc,
+        doubts,
+        ece_by_chance,
+        evaluate,
+        risk_coverage,
+    )
 
     console = Console(highlight=False)
     read_config(adapter)  # a folder that is none is said before the network is loaded
@@ -91,7 +97,9 @@ def run(
         prediction, labels = predict(data.test)
         outside = predict(foreign)[0] if foreign else None
     scores = evaluate(prediction.probs, labels)
+    chance = ece_by_chance(prediction.probs)
     console.print(f"{task}, {scores.n} test items: {scores}")
+    console.print(f"calibrated, as many items show an ECE of {100 * chance:.1f} on the mean")
     own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
     means = {name: float(values.mean()) for name, values in own.items()}
     console.print(
@@ -99,7 +107,7 @@ def run(
         "posterior"
     )
     doubt, wrong = doubts(prediction), prediction.predictions != labels
-    document = {"task": task, **given, **asdict(scores), **means}
+    document = {"task": task, **given, **asdict(scores), "ece_by_chance": chance, **means}
     document["aurc"] = {name: risk_coverage(d, wrong)[2] for name, d in doubt.items()}
     if outside is not None:
         found = {name: auroc(doubt[name], d) for name, d in doubts(outside).items()}

@@ -12,7 +12,15 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 
-__all__ = ["Metrics", "auroc", "check_labels", "doubts", "evaluate", "risk_coverage"]
+__all__ = [
+    "Metrics",
+    "auroc",
+    "check_labels",
+    "doubts",
+    "ece_by_chance",
+    "evaluate",
+    "risk_coverage",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,48 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         brier=float((probs - one_hot).square().sum(-1).mean()),
         n=len(labels),
     )
+
+
+def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
+    r"""The expected calibration error that a calibrated classifier shows on as many items.
+
+    .. math::
+        \operatorname{E} \textstyle\sum_b \tfrac1n
+        \bigl| \sum_{i \in b} (z_i - \max_k p_{ik}) \bigr|, \qquad
+        z_i \sim \mathrm{Bernoulli}(\max_k p_{ik})
+
+    An ECE is never below zero, so that the luck of finitely many items only adds to it: read that
+    of :func:`evaluate` beside this one. The mean of 1,000 draws of labels, always the same ones.
+
+    Args:
+        probs: probabilities of shape ``(n, K)``.
+        num_bins: number of bins, as of the ECE.
+
+    Raises:
+        ValueError: there are no items, or ``probs`` are no such probabilities.
+
+    Reference:
+        J. Broecker (2012), "Estimating Reliability and Resolution of Probability Forecasts through
+        Decomposition of the Empirical Score"; R. Roelofs et al. (2022), "Mitigating Bias in
+        Calibration Error Estimation", arXiv:2012.08668.
+
+    Example::
+
+        >>> round(ece_by_chance(torch.full((300, 2), 0.5)), 3)
+        0.022
+    """
+    if probs.dim() != 2 or not len(probs):
+        raise ValueError(f"Expected the shape (n, K) with n >= 1, got {tuple(probs.shape)}.")
+    check_probabilities(probs, name="probs")
+    confidence = probs.detach().float().cpu().amax(-1)
+    edges = torch.linspace(0, 1, num_bins + 1)
+    index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+    generator, shape, total = torch.Generator().manual_seed(0), (100, len(confidence)), 0.0
+    for _ in range(10):
+        right = torch.rand(shape, generator=generator) < confidence
+        gaps = torch.zeros(len(right), num_bins).index_add(1, index, right.float() - confidence)
+        total += float(gaps.abs().sum(1).mean())
+    return total / 10 / len(confidence)
 
 
 def doubts(prediction: Prediction) -> dict[str, Tensor]:

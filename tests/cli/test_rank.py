@@ -6,8 +6,10 @@ import sys
 
 import pyro
 import pytest
+import torch
 from matplotlib.image import imread
 
+from pyro_blora.evaluation.metrics import ece_by_chance
 from pyro_blora.network import pretrained
 
 
@@ -70,6 +72,10 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     wrong = [row["label"] != row["prediction"] for row in known]
     risks = [sum(wrong[: k + 1]) / (k + 1) for k in range(24)]
     assert metrics["aurc"]["confidence"] == pytest.approx(sum(risks) / 24, abs=1e-3)
+    options = [name for name in known[0] if name[1:].isdigit()]
+    probs = torch.tensor([[float(row[name]) for name in options] for row in known])
+    assert metrics["ece_by_chance"] == pytest.approx(ece_by_chance(probs), abs=0.01)
+    assert f"show an ECE of {100 * metrics['ece_by_chance']:.1f} " in text
 
 
 def test_rank_writes_the_pool_by_mutual_information(run, adapter, word_items, tmp_path):

@@ -1,11 +1,12 @@
 """Metrics against values computed by hand."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 
-from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.evaluation.metrics import ece_by_chance, evaluate
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(
@@ -48,6 +49,19 @@ def test_rounding_above_one_is_no_logit():
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
     padded = torch.nn.functional.pad(PROBS, (0, 2))
     assert evaluate(padded, LABELS) == evaluate(PROBS, LABELS.int()) == evaluate(PROBS, LABELS)
+
+
+def test_ece_by_chance_is_the_mean_over_all_that_a_calibrated_classifier_may_show():
+    confidence = torch.tensor([0.55, 0.6, 0.62, 0.85, 0.9, 0.97])
+    probs = torch.stack([confidence, 1 - confidence], -1)
+    expected = 0.0
+    for right in product([True, False], repeat=6):
+        right = torch.tensor(right)
+        chance = float(torch.where(right, confidence, 1 - confidence).prod())
+        expected += chance * evaluate(probs, (~right).long(), num_bins=4).ece
+    assert ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
+    with pytest.raises(ValueError, match="n >= 1"):
+        ece_by_chance(probs[:0])
 
 
 @pytest.mark.parametrize(
