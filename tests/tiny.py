@@ -11,6 +11,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -104,6 +105,11 @@ def bert(layers=2, *, config=BertConfig, kind=BertForSequenceClassification):
 def roberta(layers=2):
     """The same with two layers in its head."""
     return bert(layers, config=RobertaConfig, kind=RobertaForSequenceClassification)
+
+
+def llama_classifier():
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(llama(num_labels=3).config).eval()
 
 
 def checkpoint_activations(net):
@@ -203,6 +209,14 @@ def equal(found, expected):
     return set(found) == set(expected) and all(
         torch.equal(found[k], v) for k, v in expected.items()
     )
+
+
+def shaken(module, size):
+    """``module`` with normal noise on each of its parameters."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return module
 
 
 def answers(logits, batch):

@@ -5,16 +5,11 @@ import warnings
 import peft
 import tiny
 import torch
-from transformers import LlamaForSequenceClassification
 
 BATCH = {key: tiny.sequences()[key] for key in ("input_ids", "attention_mask")}
 
 
-def llama_classifier():
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(tiny.llama(num_labels=3).config).eval()
-
-
+CLASSES = {"task_type": "SEQ_CLS", "r": 2}
 # The base, and what PEFT is told: each scaling, Conv1D, a tied head, a trained head
 CASES = {
     "llama": (
@@ -39,7 +34,10 @@ CASES = {
     "gpt2": (tiny.gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 2, "fan_in_fan_out": True}),
     "head": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj", "lm_head"], "r": 2}),
     "bert": (tiny.bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "r": 2}),
-    "score": (llama_classifier, {"target_modules": ["v_proj"], "task_type": "SEQ_CLS", "r": 2}),
+    "score": (
+        tiny.llama_classifier,
+        {"target_modules": ["v_proj"], "task_type": "SEQ_CLS", "r": 2},
+    ),
 }
 
 

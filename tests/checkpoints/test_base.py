@@ -21,16 +21,9 @@ def net(seed=0, **options):
     return tiny.llama(**options)
 
 
-def moved(blora):
-    with torch.no_grad():
-        for parameter in blora.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return blora
-
-
 @pytest.fixture
 def saved(tmp_path):
-    blora = moved(tiny.adapted(net()))
+    blora = tiny.shaken(tiny.adapted(net()), 0.3)
     blora.save_pretrained(tmp_path / "a")
     blora.unwrap()
     pyro.clear_param_store()
@@ -130,7 +123,7 @@ def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
     base = tiny.bert()
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     wrapped = peft.get_peft_model(base, config).eval()
-    blora = moved(tiny.adapted(wrapped, **CLASSIFIER))
+    blora = tiny.shaken(tiny.adapted(wrapped, **CLASSIFIER), 0.3)
     expected = blora.predict(tiny.sequences(), 0).probs
     blora.save_pretrained(tmp_path)
     blora.unwrap()

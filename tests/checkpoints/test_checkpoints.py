@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load, load_file, save_file
-from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError
@@ -35,10 +34,7 @@ def adapter(net, guide=None, **prior):
         guide=guide,
         likelihood=LabelTokens(token_ids=[5, 6, 7], num_data=10),
     )
-    with torch.no_grad():  # away from the start, where every update is zero
-        for parameter in blora.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return blora
+    return tiny.shaken(blora, 0.3)  # away from the start, where every update is zero
 
 
 def reread(net, blora, folder, **options):
@@ -76,25 +72,18 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     assert size < 4 * sum(p.numel() for p in net.parameters())
 
 
-def llama_classifier():
-    return LlamaForSequenceClassification(tiny.llama(num_labels=3).config).eval()
-
-
 def bert_body():
     """An encoder without a head."""
     return tiny.bert().bert
 
 
-CLASSIFIERS = {"bert": tiny.bert, "roberta": tiny.roberta, "llama": llama_classifier}
+CLASSIFIERS = {"bert": tiny.bert, "roberta": tiny.roberta, "llama": tiny.llama_classifier}
 
 
 def classifier(net, **options):
     options = {"target_modules": None, "likelihood": SequenceClassification(), **options}
     blora = tiny.adapted(net, **options)
-    with torch.no_grad():
-        for parameter in blora.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return blora
+    return tiny.shaken(blora, 0.3)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -120,7 +109,7 @@ def test_a_checkpoint_from_before_heads_were_trained(tmp_path):
 
 
 def test_a_head_for_another_base_is_refused(tmp_path):
-    blora = classifier(llama_classifier())
+    blora = classifier(tiny.llama_classifier())
     blora.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
         BayesianLoRA.from_pretrained(tiny.llama(), tmp_path)
@@ -186,23 +175,6 @@ def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
     blora.unwrap()
     again = BayesianLoRA.from_pretrained(net, tmp_path)
     assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
-
-
-def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
-    peft = pytest.importorskip("peft")
-    net, folder = saved
-    blora = BayesianLoRA.from_pretrained(net, folder)
-    blora.export_peft(tmp_path / "peft")
-    likelihood, probs = blora.likelihood, blora.predict(batch(), 0).probs
-    blora.unwrap()
-    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
-        BayesianLoRA.from_pretrained(net, tmp_path / "peft")
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "peft"))
-    logits = likelihood.logits(model.base_model.model, batch())
-    # The head's own rows are computed whole there: PEFT's layer is no plain nn.Linear.
-    assert torch.allclose(logits.softmax(-1), probs, atol=1e-6)
-    base = likelihood.logits(net, batch()).softmax(-1)
-    assert not torch.allclose(base, probs, atol=1e-3)
 
 
 def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
@@ -307,18 +279,3 @@ def test_the_saved_options_of_a_part_are_taken(part, wrong, right, told, tmp_pat
     with pytest.warns(UserWarning, match=rf"{part}=.*saved options are taken, {told}"):
         read = BayesianLoRA.from_pretrained(net, tmp_path, **{**right, part: wrong})
     assert repr(read) == expected
-
-
-def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
-    net, folder = saved
-    blora = BayesianLoRA.from_pretrained(net, folder)
-    before = (folder / checkpoints.WEIGHTS).read_bytes()
-
-    def fail(file):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        blora.save_pretrained(folder)
-    assert (folder / checkpoints.WEIGHTS).read_bytes() == before
-    assert len(list(folder.iterdir())) == 3

@@ -39,9 +39,7 @@ def saved(folder, **parts):
     """The mean's and the draws' probabilities of an adapter that is saved."""
     blora = tiny.adapted(net(), **parts)
     blora.guide(tiny.sequences())
-    with torch.no_grad():
-        for parameter in blora.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    tiny.shaken(blora, 0.1)
     blora.save_pretrained(folder)
     expected = predicted(blora)
     blora.unwrap()

@@ -17,7 +17,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 
 peft = pytest.importorskip("peft")
-from peft_adapters import BATCH, llama_classifier, logits, trained  # noqa: E402
+from peft_adapters import BATCH, logits, trained  # noqa: E402
 
 
 def moved(net, **options):
@@ -25,10 +25,7 @@ def moved(net, **options):
     if not hasattr(net, "lm_head"):
         options.setdefault("likelihood", SequenceClassification(num_data=12))
     blora = tiny.adapted(net, **{"target_modules": None, **options})
-    with torch.no_grad():
-        for parameter in blora.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return blora
+    return tiny.shaken(blora, 0.2)
 
 
 def mean_logits(blora):
@@ -45,7 +42,7 @@ EXPORTS = {
     "head": (tiny.llama, HEAD),
     "tied": (lambda: tiny.llama(tied=True), HEAD),
     "bert": (tiny.bert, {}),
-    "score": (llama_classifier, {}),
+    "score": (tiny.llama_classifier, {}),
     "int8": (tiny.llama, {}),
 }
 

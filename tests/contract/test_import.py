@@ -94,18 +94,6 @@ def test_nothing_imports_bare_models_or_guides():
         assert not roots & {"models", "guides"}, path
 
 
-def test_each_name_is_one_object():
-    """However it is reached."""
-    from pyro_blora import guides, models
-    from pyro_blora.guides.matrix_normal import MatrixNormal
-    from pyro_blora.models.kronecker_inducing import KroneckerInducing
-
-    assert models.KroneckerInducing is KroneckerInducing
-    assert guides.MatrixNormal is MatrixNormal
-    assert models.__name__ == "pyro_blora.models"
-    assert guides.__name__ == "pyro_blora.guides"
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_short_and_declares_its_names(path):
     text = path.read_text()

@@ -11,42 +11,12 @@ from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 NETS = [tiny.llama, tiny.gpt2, tiny.qwen2]
 
 
-def on_the_left(batch):
-    """The same rows, padded on the left."""
-    moved = {}
-    for key in ("input_ids", "attention_mask", "labels")[: 2 + (batch["labels"].dim() > 1)]:
-        rows = [
-            torch.roll(row, int((mask == 0).sum()))
-            for row, mask in zip(batch[key], batch["attention_mask"], strict=True)
-        ]
-        moved[key] = torch.stack(rows)
-    return {**batch, **moved}
-
-
-def scored(blora, batch):
-    return pyro.poutine.trace(blora.model).get_trace(batch)
-
-
 @pytest.mark.parametrize("build", NETS)
 def test_label_tokens_are_the_last_logits(build):
     net, batch = build(), tiny.sequences()
     logits = LabelTokens(token_ids=tiny.ANSWERS).logits(net, batch)
     full = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    last = batch["attention_mask"].sum(-1) - 1
-    expected = full[torch.arange(4), last][:, list(tiny.ANSWERS)]
-    torch.testing.assert_close(logits, expected)
-
-
-@pytest.mark.parametrize("build", NETS)
-@pytest.mark.parametrize("likelihood", [LabelTokens(token_ids=tiny.ANSWERS), CausalLM()])
-def test_rows_are_padded_on_either_side(build, likelihood):
-    net = build()
-    batch = tiny.texts() if isinstance(likelihood, CausalLM) else tiny.sequences()
-    left = on_the_left(batch)
-    assert (left["attention_mask"] != batch["attention_mask"]).any()
-    torch.testing.assert_close(
-        likelihood.logits(net, left), likelihood.logits(net, batch), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(logits, tiny.answers(full, batch))
 
 
 @pytest.mark.parametrize("build", NETS)
@@ -85,31 +55,6 @@ def test_causal_lm_scores_every_real_token_without_labels():
     assert logits.shape == (4, 6, tiny.VOCABULARY)  # the first token has no predecessor
 
 
-def by_hand(net, batch, score):
-    """The options' scores, each option in a row of its own."""
-    items, options, _ = batch["input_ids"].shape
-    totals = torch.zeros(items, options)
-    for item in range(items):
-        for option in range(options):
-            length = int(batch["attention_mask"][item, option].sum())
-            ids = batch["input_ids"][item, option, :length]
-            logp = net(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-            each = logp.gather(-1, ids[1:, None])[:, 0]
-            kept = batch["option_mask"][item, option, 1:length]
-            totals[item, option] = each[kept].mean() if score == "mean" else each[kept].sum()
-    return totals
-
-
-@pytest.mark.parametrize("score", ["mean", "sum"])
-@pytest.mark.parametrize("pack", [False, True, None])
-@pytest.mark.parametrize("build", [*NETS, lambda: tiny.llama(attn_implementation="eager")])
-@torch.no_grad()
-def test_multiple_choice_is_the_options_log_likelihood(build, pack, score):
-    net, batch = build(), tiny.choices()
-    logits = MultipleChoice(score=score, pack=pack).logits(net, batch)
-    torch.testing.assert_close(logits, by_hand(net, batch, score), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("pack", [False, True])
 def test_an_absent_option_has_probability_zero(pack):
     batch = tiny.choices()
@@ -120,7 +65,7 @@ def test_an_absent_option_has_probability_zero(pack):
     samples = blora.predict(batch, 3).samples
     assert (samples[:, 0, 2] == 0).all()
     assert (samples[:, 1:] > 0).all()
-    trace = scored(blora, batch)
+    trace = pyro.poutine.trace(blora.model).get_trace(batch)
     assert trace.log_prob_sum().isfinite()
     with pytest.raises(BatchError, match=r"names an option with no token"):
         blora.model({**batch, "labels": torch.tensor([2, 0, 0])})

@@ -133,12 +133,3 @@ def test_refused_pairs_are_listed_are_few_and_say_why():
         pyro.clear_param_store()
         with pytest.raises(ConfigurationError, match=r"in each layer.*max_.*; use .*or raise"):
             tiny.adapted(net, prior=made_of.prior(8), guide=made_of.guide())
-
-
-def test_refused_pairs_work_on_small_layers():
-    """The page says which are refused at 7B; the same pairs work on small layers."""
-    for pair in ("GaussianFactors+FullRank", "GaussianFactors+Flow"):
-        made_of = recipe(pair)
-        pyro.clear_param_store()
-        blora = tiny.adapted(prior=made_of.prior(2), guide=made_of.guide())
-        assert blora.predict(tiny.sequences(), 2).samples.isfinite().all()

@@ -36,22 +36,6 @@ def test_every_item_is_read(task, split):
     assert len(read_json_lines(FOLDER / task / f"{split}.jsonl")) == SIZES[task, split]
 
 
-def test_a_small_train_file_is_divided():
-    task = load_task("winogrande_xs", data_dir=FOLDER, max_train=400)
-    assert (len(task.train), len(task.validation)) == (128, 32)
-
-
-def test_a_large_train_file_is_divided():
-    task = load_task("arc_easy", data_dir=FOLDER, max_train=400, max_test=10)
-    assert (len(task.train), len(task.validation), len(task.test)) == (400, 200, 10)
-    train_ids = {item.id for item in task.train}
-    assert not train_ids & {item.id for item in task.validation}
-
-
-def test_a_task_without_train_items():
-    assert load_task("piqa", data_dir=FOLDER, max_test=5).train == ()
-
-
 @pytest.mark.parametrize("task", ["sst2", "ag_news", "boolq"])
 def test_classes_are_those_of_the_label_words(task):
     loaded = load_task(task, data_dir=FOLDER, max_train=50, max_validation=50, max_test=50)

@@ -1,5 +1,6 @@
 """The prior's algebra the slow way: dense inverses, products and Kronecker products."""
 
+import tiny
 import torch
 from torch import nn
 
@@ -17,15 +18,7 @@ def at_start(prior, n=N, d_out=D_OUT, d_in=D_IN):
 
 def bind(prior):
     """The same with every trainable tensor moved off its start."""
-    return shaken(at_start(prior), 0.4)
-
-
-def shaken(module, size):
-    """``module`` with normal noise on each of its parameters."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(size * torch.randn(parameter.shape))
-    return module
+    return tiny.shaken(at_start(prior), 0.4)
 
 
 def psi(Z, D):

@@ -1,8 +1,8 @@
 """A tiny adapted Llama whose posterior is wide, and estimates of its ELBO with gradients."""
 
 import pyro
+import tiny
 import torch
-from dense_algebra import shaken
 from tiny import ANSWERS, adapted, choices, llama, sequences
 from torch.distributions import kl_divergence
 from torch.nn import functional
@@ -38,7 +38,7 @@ def make(likelihood):
         guide=MatrixNormal(init_scale=0.4),
         likelihood=likelihood_of(likelihood),
     )
-    shaken(blora.guide, 0.2)
+    tiny.shaken(blora.guide, 0.2)
     return blora, sequences(B) if likelihood == "LabelTokens" else choices(B)
 
 

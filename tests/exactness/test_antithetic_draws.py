@@ -20,9 +20,7 @@ FAMILIES = {
 def adapted(guide, **prior):
     torch.manual_seed(0)
     blora = tiny.adapted(guide=guide, prior=models.KroneckerInducing(rank=2, **prior))
-    with torch.no_grad():
-        for parameter in blora.guide.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    tiny.shaken(blora.guide, 0.2)
     return blora
 
 

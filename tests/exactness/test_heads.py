@@ -2,8 +2,8 @@
 
 import pyro
 import pytest
+import tiny
 import torch
-from dense_algebra import shaken
 from tiny import VOCABULARY, adapted, bert, gpt2, llama, qwen2, sequences
 
 from pyro_blora.errors import ConfigurationError
@@ -27,7 +27,7 @@ def make(name, targets, net=None):
         target_modules=TARGETS[targets],
         guide=MatrixNormal(init_scale=0.5),
     )
-    shaken(blora.guide, 0.3)
+    tiny.shaken(blora.guide, 0.3)
     batch = sequences(6)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     return blora, inputs

@@ -5,8 +5,7 @@ import torch
 from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 
-from pyro_blora.errors import NonFiniteLossError
-from pyro_blora.updates.kronecker import inducing_covariance, whiten, whiten_or_explain
+from pyro_blora.updates.kronecker import inducing_covariance, whiten
 
 BATCHES = [(), (3,), (2, 3)]
 
@@ -58,9 +57,3 @@ def test_whiten_refuses():
 def test_whitened_directions_are_differentiable(batch):
     Z, D = (x.requires_grad_() for x in sides(*batch))
     assert torch.autograd.gradcheck(lambda Z, D: whiten(Z, inducing_covariance(Z, D)), (Z, D))
-
-
-def test_a_psi_without_a_factor_is_named():
-    Z, _ = sides()
-    with pytest.raises(NonFiniteLossError, match=r"Psi_r of group 'q' .* noise_init"):
-        whiten_or_explain(Z, torch.full((3, 3), torch.nan), "r", "group 'q'")

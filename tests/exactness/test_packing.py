@@ -2,9 +2,9 @@
 
 import pyro
 import pytest
+import tiny
 import torch
 from choice_batches import BATCHES, LONG, Q, batch_of, premises
-from dense_algebra import shaken
 from elbo_estimates import loud
 from pyro.infer import TraceMeanField_ELBO
 from tiny import adapted, gpt2, llama, qwen2
@@ -118,7 +118,7 @@ def test_adapters_particles_and_gradients(name, particles, head):
         target_modules=targets if head else targets[:-1],
         likelihood=MultipleChoice(num_data=6),
     )
-    shaken(blora.guide, 0.5)
+    tiny.shaken(blora.guide, 0.5)
     elbo = TraceMeanField_ELBO(
         num_particles=particles, vectorize_particles=True, max_plate_nesting=1
     )

@@ -5,10 +5,11 @@ import math
 
 import pyro
 import pytest
+import tiny
 import torch
-from dense_algebra import psi, shaken
+from dense_algebra import psi
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from tiny import ANSWERS, adapted, llama, sequences
+from tiny import adapted, llama, sequences
 from torch.nn import functional
 
 from pyro_blora.guides import Delta
@@ -25,7 +26,7 @@ def pair():
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
     lora = peft.inject_adapter_in_model(config, copy.deepcopy(net)).eval()
     blora = adapted(net, num_data=NUM_DATA, rank=RANK, guide=Delta())
-    return shaken(blora, 0.3), lora
+    return tiny.shaken(blora, 0.3), lora
 
 
 def lora_weights(blora, leaves):
@@ -54,10 +55,9 @@ def map_loss(blora, lora, batch, leaves):
     weights, penalty = lora_weights(blora, leaves)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     logits = torch.func.functional_call(lora, weights, (), inputs).logits
-    last = batch["attention_mask"].sum(-1) - 1
-    logits = logits[torch.arange(len(last)), last][:, list(ANSWERS)]
+    logits = tiny.answers(logits, batch)
     nll = functional.cross_entropy(logits, batch["labels"], reduction="sum")
-    return nll * NUM_DATA / len(last) + penalty
+    return nll * NUM_DATA / len(logits) + penalty
 
 
 def test_logits_are_plain_lora_s(pair):

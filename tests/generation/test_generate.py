@@ -19,9 +19,7 @@ def adapter(net=None, width=0.4, **options):
     """With draws that differ."""
     options.setdefault("likelihood", likelihoods.CausalLM(num_data=3))
     blora = tiny.adapted(tiny.llama() if net is None else net, target_modules=None, **options)
-    with torch.no_grad():
-        for parameter in blora.guide.parameters():
-            parameter.add_(torch.randn_like(parameter) * width)
+    tiny.shaken(blora.guide, width)
     return blora
 
 

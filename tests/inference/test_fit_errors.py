@@ -5,13 +5,10 @@ import pytest
 import tiny
 import torch
 from pyro.infer import (
-    SVI,
     RenyiELBO,
     TraceGraph_ELBO,
-    TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
-from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
@@ -110,14 +107,6 @@ def test_nothing_to_train(run):
     blora = tiny.adapted(num_data=10).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="nothing to train"):
         run(blora)
-
-
-def test_a_hand_written_loop_without_num_data_warns():
-    blora = tiny.adapted(likelihood=ANSWERS)
-    elbo = TraceMeanField_ELBO(max_plate_nesting=1)
-    svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 1e-3}), elbo)
-    with pytest.warns(UserWarning, match=r"not told num_data.*batch of 4"):
-        svi.step(tiny.sequences())
 
 
 def test_two_adapters_that_would_share_tensors_warn():

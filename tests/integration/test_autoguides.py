@@ -4,7 +4,7 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -155,16 +155,6 @@ def test_condition_on_the_prior_mean_gives_the_pretrained_network():
     zero = {f"{g.name}.V": torch.zeros(g.n, 2, 2) for g in blora.model.groups}
     trace = pyro.poutine.trace(pyro.condition(blora.model, data=zero)).get_trace(batch)
     torch.testing.assert_close(trace.nodes["labels"]["fn"].logits, expected)
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_predictive_shows_each_sample_the_whole_batch(parallel):
-    blora, batch = tiny.adapted(), tiny.sequences(6)
-    del batch["labels"]
-    options = {"num_samples": 5, "parallel": parallel, "return_sites": ["labels"]}
-    labels = Predictive(blora.model, guide=blora.guide, **options)(batch)["labels"]
-    assert labels.shape == (5, 6)
-    assert set(labels.unique().tolist()) <= {0, 1, 2}
 
 
 def test_render_model():

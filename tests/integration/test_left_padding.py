@@ -20,6 +20,7 @@ CONFIGS = {
     "gpt2": GPT2,
     "gpt_neo": {"hidden_size": 16, "window_size": 4, "max_position_embeddings": 32, **GPT_NEO},
     "llama": WIDE,
+    "qwen2": {**WIDE, "num_key_value_heads": 2},
     "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 4},
     "opt": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, **HEADS},
     "roberta": {**WIDE, "pad_token_id": 1},
@@ -36,10 +37,7 @@ def network(name, auto):
     torch.manual_seed(0)
     options = {**BASE, **CONFIGS[name], "is_decoder": auto is AutoModelForCausalLM}
     net = auto.from_config(AutoConfig.for_model(name, **options)).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return net
+    return tiny.shaken(net, 0.3)
 
 
 def rows(net, side):
@@ -52,7 +50,8 @@ def rows(net, side):
         shift = 6 - mask.sum(-1)
         order = (torch.arange(6) - shift[:, None]) % 6
         ids, mask = ids.gather(1, order), mask.gather(1, order)
-    return {"input_ids": ids, "attention_mask": mask}
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 LIKELIHOODS = {

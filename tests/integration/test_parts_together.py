@@ -29,9 +29,7 @@ def train(blora, steps, **options):
 def exported(folder, **options):
     """A LoRA that PEFT wrote, and its base."""
     blora = tiny.adapted(**options)
-    with torch.no_grad():
-        for parameter in blora.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    tiny.shaken(blora, 0.2)
     blora.export_peft(folder)
     net = blora.unwrap()
     pyro.clear_param_store()
