@@ -261,11 +261,9 @@ def write_report(
             text += [*rows, ""]
         name = f"{task}-{count}-{steps}"
         pooled = {
-            method: tuple(
-                torch.cat(parts) for parts in zip(*(r["test"] for r in runs.values()), strict=True)
-            )
-            for method, runs in methods.items()
-            if "test" in next(iter(runs.values()))
+            method: joined(run["test"] for run in found.values())
+            for method, found in methods.items()
+            if "test" in next(iter(found.values()))
         }
         draw(pooled, out / "figures", name, ours)
         text += [f"![{kind}](figures/{name}-{kind}.png)" for kind in ("reliability", "nll", "risk")]

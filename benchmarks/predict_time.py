@@ -10,7 +10,6 @@ pass forward, and one back for each class but the first.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,6 @@ from typing import Any
 
 import pyro
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from ratios import rows_of, table, take_turns, write
 from setting import SIZES, adapted, batches, network
 

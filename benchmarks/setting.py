@@ -15,18 +15,13 @@ from pyro_blora.recipes import recipe
 
 __all__ = ["adapted", "batches", "bayesian_step", "network", "optimise"]
 
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "heads": 4},
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9},
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 4,
-        "heads": 32,
-    },
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+NAMES += ("num_attention_heads", "num_key_value_heads", "vocab_size")
+SIZES = {
+    "tiny": (64, 128, 4, 4, 4, 512),
+    "smollm2": (576, 1536, 30, 9, 3, 49152),
+    "llama-1b": (2048, 8192, 4, 32, 8, 128256),
 }
-KEY_VALUE_HEADS = {"tiny": 4, "smollm2": 3, "llama-1b": 8}
-VOCABULARY = {"tiny": 512, "smollm2": 49152, "llama-1b": 128256}
 RANK, TARGETS, ANSWERS = 8, ["q_proj", "v_proj"], (5, 6, 7)
 RATES = {"mean": 1e-3, "scale": 1e-3, "direction": 1e-3}
 
@@ -36,18 +31,10 @@ Step = Callable[[dict[str, Tensor]], float]
 def network(size: str, layers: int | None) -> nn.Module:
     """A random Llama of the given shape."""
     torch.manual_seed(0)
-    options = dict(SIZES[size])
-    heads = options.pop("heads")
+    options = dict(zip(NAMES, SIZES[size], strict=True))
     if layers is not None:
         options["num_hidden_layers"] = layers
-    config = LlamaConfig(
-        vocab_size=VOCABULARY[size],
-        tie_word_embeddings=True,
-        num_attention_heads=heads,
-        num_key_value_heads=KEY_VALUE_HEADS[size],
-        **options,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**options, tie_word_embeddings=True))
 
 
 def batches(count: int, rows: int, length: int) -> list[dict[str, Tensor]]:

@@ -25,9 +25,6 @@ from pathlib import Path
 
 import pyro
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from ratios import rows_of, table, take_turns, write
 from setting import (
     ANSWERS,

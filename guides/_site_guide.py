@@ -207,12 +207,8 @@ class SiteGuide(Options, PyroModule):
 
     def __init__(self, *, init_scale: float = 0.1) -> None:
         super().__init__()
-        if not 0 < init_scale < float("inf"):
-            raise ConfigurationError(
-                f"{type(self).__name__}: init_scale={init_scale!r} must be positive and finite; "
-                "1 starts at the prior."
-            )
         self.init_scale = init_scale
+        self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:
         """Raises ConfigurationError where ``size``, of a layer of ``site``, exceeds ``option``."""

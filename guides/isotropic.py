@@ -8,7 +8,6 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import Site
 
@@ -68,9 +67,7 @@ class Isotropic(PostHoc):
         self.max_width = max_width
         self.iterations = iterations
         self.num_samples = num_samples
-        for option, value in self.options().items():
-            if not value > 0:
-                raise ConfigurationError(f"Isotropic: {option}={value!r} must be positive.")
+        self.check_positive(*self.options())
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` and room for the width."""

@@ -9,7 +9,6 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._curvature import Curvature, best_precision
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import Site
@@ -59,9 +58,8 @@ class Laplace(PostHoc):
 
     def __init__(self, *, structure: Structure = "kron", max_side: int = 1024) -> None:
         super().__init__()
-        if structure not in ("kron", "diag"):
-            raise ConfigurationError(f"Laplace: structure={structure!r} is not 'kron' or 'diag'.")
         self.structure = structure
+        self.check_choice("structure", ("kron", "diag"))
         self.max_side = max_side
 
     @property

@@ -3,11 +3,12 @@
 from typing import ClassVar
 
 import torch
+from pyro.distributions import Categorical, Normal
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch.distributions import constraints
 
-from pyro_blora.distributions.normal_mixture import normal_mixture
+from pyro_blora.distributions.normal_mixture import NormalMixture
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
@@ -66,4 +67,7 @@ class Mixture(SiteGuide):
 
     def distribution(self) -> TorchDistribution:
         """The mixture, of batch shape ``(n,)``."""
-        return normal_mixture(self.locs, self.scales, self.site.event_dim)
+        last = -1 - self.site.event_dim
+        normals = Normal(self.locs.movedim(0, last), self.scales.movedim(0, last))
+        normals = normals.to_event(self.site.event_dim)
+        return NormalMixture(Categorical(logits=self.locs.new_zeros(normals.batch_shape)), normals)

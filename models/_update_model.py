@@ -1,7 +1,6 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -168,19 +167,6 @@ class UpdateModel(Options, PyroModule):
         A, B = pad(A, (0, 0, 0, more)), pad(B, (0, more))
         used = A.any(-1, keepdim=True)
         return B * used.mT, torch.where(used, A, self.lora_start(rank).to(A.dtype))
-
-    def check_choice(self, option: str, known: tuple[str, ...]) -> None:
-        """Raises ConfigurationError where an option is none of its known values."""
-        if getattr(self, option) not in known:
-            raise ConfigurationError(f"{option}={getattr(self, option)!r} is not one of {known}.")
-
-    def check_positive(self, *options: str) -> None:
-        """Raises ConfigurationError where an option, or a part of it, is not positive."""
-        for option in options:
-            value = getattr(self, option)
-            parts = value if isinstance(value, tuple | list) else (value,)
-            if not all(0 < part < math.inf for part in parts):
-                raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
 
     def check_rank(self, rank: int | tuple[int, int], group: LayerGroup) -> None:
         """Raises ConfigurationError where a rank exceeds the size of the group's layers."""

@@ -154,8 +154,7 @@ class KernelInducing(KroneckerInducing):
             setattr(self, names[name], PyroParam(parameter.detach().clone()))
         self._parts[side] = (covariances, names)
 
-    def _covariances(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``k(Z, Z) + D^2``, ``k(Z, e)`` and the log density of the kernel's hyperparameters."""
+    def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
         covariances, names = self._parts[side]
         Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
         if self.embedding == "learned":
@@ -164,11 +163,8 @@ class KernelInducing(KroneckerInducing):
             E = torch.eye(Z.shape[-1], device=Z.device).expand(len(Z), -1, -1)
         state = {name: getattr(self, attribute) for name, attribute in names.items()}
         K_zz, K_ze, log_prior = functional_call(covariances, state, (Z, E))
-        return K_zz + torch.diag_embed(D.square()), K_ze, log_prior
-
-    def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
-        Psi, K_ze, log_prior = self._covariances(side)
-        if self._parts[side][0].has_prior:
+        Psi = K_zz + torch.diag_embed(D.square())
+        if any(True for _ in covariances.kernel.named_priors()):
             pyro.factor(self.site(f"hyperprior_{side}"), log_prior)
         return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")
 
@@ -179,10 +175,6 @@ class _Covariances(nn.Module):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-
-    @property
-    def has_prior(self) -> bool:
-        return any(True for _ in self.kernel.named_priors())
 
     def forward(self, Z: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_prior = Z.new_zeros(())

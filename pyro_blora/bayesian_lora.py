@@ -21,7 +21,7 @@ from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.description import described_groups, size_to_come
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
-from pyro_blora.posterior.given_draws import Samples, updates_given
+from pyro_blora.posterior.given_draws import Samples, draws_given
 from pyro_blora.posterior.linearised import linearised_logits
 from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
 from pyro_blora.posterior.prediction import Prediction
@@ -166,12 +166,10 @@ class BayesianLoRA(PeftHabits):
     def sample_updates(
         self, num_samples: int = 0, batch: Batch | None = None, *, samples: Samples | None = None
     ) -> dict[str, LowRankUpdate]:
-        """Posterior draws of the updates by group, or for 0 their mean, ``E_q[dW]``.
-
-        Or the updates at ``samples``, as in :meth:`predict`.
-        """
+        """Posterior draws of the updates by group, 0 for their mean; or those at ``samples``."""
         if samples is not None:
-            return updates_given(self.model, samples)
+            number, draw = draws_given(self.model, samples)
+            return draw(number)
         return sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager

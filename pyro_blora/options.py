@@ -1,6 +1,7 @@
 """Objects that remember their constructor's arguments, for checkpoints and for ``repr``."""
 
 import inspect
+import math
 from typing import Any
 
 from pyro_blora.errors import ConfigurationError
@@ -24,6 +25,19 @@ class Options:
                 f"{type(self).__name__}.__init__ does not keep its argument {error.name!r}; set "
                 f"self.{error.name}, which checkpoints and repr read."
             ) from error
+
+    def check_choice(self, option: str, known: tuple[str, ...]) -> None:
+        """Raises ConfigurationError where an option is none of its known values."""
+        if getattr(self, option) not in known:
+            raise ConfigurationError(f"{option}={getattr(self, option)!r} is not one of {known}.")
+
+    def check_positive(self, *options: str) -> None:
+        """Raises ConfigurationError where an option, or a part of it, is not positive."""
+        for option in options:
+            value = getattr(self, option)
+            parts = value if isinstance(value, tuple | list) else (value,)
+            if not all(0 < part < math.inf for part in parts):
+                raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters

@@ -29,15 +29,6 @@ class Keeping(PyroModule):
     model: BayesianLoRAModel
     guide: Any
 
-    @property
-    def guide_family(self) -> Any:
-        """The guide family as it was given."""
-        raise NotImplementedError
-
-    def unwrap(self) -> nn.Module:
-        """Gives the network back as it was."""
-        raise NotImplementedError
-
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],

@@ -20,7 +20,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["check_mergeable", "export_peft", "lora", "merged"]
+__all__ = ["export_peft", "lora", "merged"]
 
 
 def export_peft(
@@ -139,15 +139,6 @@ def lora(
         inference_mode=True,
     )
     return config, tensors
-
-
-def check_mergeable(net: nn.Module) -> None:
-    """Raises ConfigurationError where PEFT has an adapter in the network."""
-    if hasattr(net, "peft_config"):
-        raise ConfigurationError(
-            f"{type(net).__name__} is PEFT's, with an adapter of its own; merge that one first, "
-            "and adapt the base."
-        )
 
 
 def merged(net: nn.Module, config: Any, tensors: dict[str, Tensor]) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints.keeping import Keeping
-from pyro_blora.checkpoints.peft_export import check_mergeable, export_peft, lora, merged
+from pyro_blora.checkpoints.peft_export import export_peft, lora, merged
 from pyro_blora.checkpoints.peft_import import read_peft
 from pyro_blora.checkpoints.peft_source import unloaded
 from pyro_blora.errors import ConfigurationError, near_miss
@@ -39,15 +39,6 @@ class PeftHabits(Keeping):
 
     _frozen: Frozen
     _shared: dict[str, Self]
-
-    @property
-    def net(self) -> nn.Module:
-        """The wrapped network."""
-        raise NotImplementedError
-
-    def posterior(self, num_samples: int = 0) -> Any:
-        """Within, the network runs under the mean or under draws."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name) if name in _OF_NETWORK else super().__getattr__(name)
@@ -121,7 +112,11 @@ class PeftHabits(Keeping):
             ConfigurationError: peft, which does it, is not installed, or has an adapter of its own
                 in the network.
         """
-        check_mergeable(self.net)
+        if hasattr(self.net, "peft_config"):
+            raise ConfigurationError(
+                f"{type(self.net).__name__} is PEFT's, with an adapter of its own; merge that one "
+                "first, and adapt the base."
+            )
         config, tensors = lora(self.model, mean_updates(self.model, self.guide))
         return merged(self.unwrap(), config, tensors)
 

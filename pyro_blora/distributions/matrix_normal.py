@@ -87,6 +87,8 @@ class MatrixNormal(RealLaw):
         """The mean, a view of shape ``batch_shape + (m, n)``."""
         return self._unbroadcasted_loc.expand(self.batch_shape + self.event_shape)
 
+    mean = mode = loc
+
     @property
     def row_scale_tril(self) -> Tensor:
         """The rows' Cholesky factor, a view of shape ``batch_shape + (m, m)``."""
@@ -96,16 +98,6 @@ class MatrixNormal(RealLaw):
     def col_scale_tril(self) -> Tensor:
         """The columns' Cholesky factor, a view of shape ``batch_shape + (n, n)``."""
         return self._unbroadcasted_col.expand(*self.batch_shape, -1, -1)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, of shape ``batch_shape + (m, n)``."""
-        return self.loc
-
-    @property
-    def mode(self) -> Tensor:
-        """The mode, which is the mean."""
-        return self.loc
 
     @property
     def variance(self) -> Tensor:

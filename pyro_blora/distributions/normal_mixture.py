@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["NormalMixture", "normal_mixture"]
+__all__ = ["NormalMixture"]
 
 
 class NormalMixture(dist.MixtureSameFamily):
@@ -25,22 +25,3 @@ class NormalMixture(dist.MixtureSameFamily):
         chosen = functional.one_hot(die, self._num_component).to(each.dtype)
         chosen = chosen.reshape(chosen.shape + (1,) * self._event_ndims)
         return (chosen * each).sum(-1 - self._event_ndims)
-
-
-def normal_mixture(locs: Tensor, scales: Tensor, event_dim: int) -> NormalMixture:
-    r""":math:`q(x) = \frac1K \sum_k \prod_i \mathcal{N}(x_i; \mu_{ki}, s_{ki}^2)`.
-
-    Args:
-        locs: :math:`\mu`, ``(K, *batch_shape, *event_shape)``.
-        scales: :math:`s`, the same shape, positive.
-        event_dim: number of dimensions of an event.
-
-    Example::
-
-        >>> q = normal_mixture(torch.zeros(3, 5, 2, 2), torch.ones(3, 5, 2, 2), event_dim=2)
-        >>> q.batch_shape, q.event_shape
-        (torch.Size([5]), torch.Size([2, 2]))
-    """
-    last = -1 - event_dim
-    normals = dist.Normal(locs.movedim(0, last), scales.movedim(0, last)).to_event(event_dim)
-    return NormalMixture(dist.Categorical(logits=locs.new_zeros(normals.batch_shape)), normals)

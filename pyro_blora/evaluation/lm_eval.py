@@ -14,7 +14,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods.logits_at import logits_at, output_head
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.options import check_kind
-from pyro_blora.posterior.given_draws import Samples, check_samples, draws_given
+from pyro_blora.posterior.given_draws import Samples, draws_given
 from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
 from pyro_blora.posterior.structured_guide import warn_of_a_point
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -168,8 +168,7 @@ def _draws(
 ) -> list[dict[str, LowRankUpdate]]:
     """The updates of each draw by itself."""
     if samples is not None:
-        num_samples = check_samples(blora.model, samples)
-        draw = draws_given(blora.model, samples)
+        num_samples, draw = draws_given(blora.model, samples)
     elif num_samples:
         warn_of_a_point(blora.guide, num_samples)
         draw = draws_in_pairs(blora.model, blora.guide, {})

@@ -15,12 +15,7 @@ from pyro_blora.inference.finish import finish, post_hoc_families, running
 from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
-from pyro_blora.inference.loop import (
-    Collate,
-    FitResult,
-    by_length,
-    training_loop,
-)
+from pyro_blora.inference.loop import Collate, FitResult, by_length, training_loop
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.run_settings import settings_of
 from pyro_blora.inference.training_state import TrainingState
@@ -94,9 +89,10 @@ def fit(
     groups = _parameters(blora, first, how)
     state = _state(blora, stream, prefix, how, train, validation)
     how = replace(how, precision=state.precision) if state else how
+    reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
+    reading |= {"precision": how.precision, "progress": how.progress}
     if wants_informing(blora) and not (state and state.is_found):
-        data: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
-        inform(blora, train, **data, precision=how.precision, prefix=prefix, progress=how.progress)
+        inform(blora, train, prefix=prefix, **reading)
     validate = None
     if validation is not None:
         validate = _validation(blora, validation, collate, length, how, prefix)
@@ -108,28 +104,12 @@ def fit(
 
     with running(blora, how.precision, training=True):
         result = training_loop(
-            loss_of,
-            groups,
-            stream,
-            how,
-            validate=validate,
-            state=blora.state_dict,
-            callback=how.callback,
-            keeper=state,
-            save_every=how.save_every,
+            loss_of, groups, stream, how, validate=validate, state=blora.state_dict, keeper=state
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora.guide):
-        finish(
-            blora,
-            train,
-            collate=collate,
-            length=length,
-            batch_size=how.batch_size,
-            precision=how.precision,
-            progress=how.progress,
-        )
+        finish(blora, train, **reading)
     return result
 
 

@@ -1,7 +1,6 @@
 """The options of ``fit``."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyro.infer import Trace_ELBO
@@ -39,10 +38,8 @@ class FitOptions(LoopOptions):
             adapted layer put out, and to run them in the first epoch and the first validation
             alone. They, and the module that runs all blocks, are without dropout. Takes the memory
             of one hidden state for each token of the training set and of the validation set.
-        callback: called after each step with the number of steps done.
         checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
             stopped or killed can go on. Ctrl-C then ends the step, and saves.
-        save_every: steps between two savings.
         resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
             as if there had been no stop; where there is none, the run begins. With more
             ``num_steps`` a finished run goes on, too.
@@ -60,14 +57,10 @@ class FitOptions(LoopOptions):
     validation_samples: int = 0
     keep_best: bool = False
     cache_frozen_prefix: bool = False
-    callback: Callable[[int], None] | None = None
     checkpoint_dir: str | os.PathLike[str] | None = None
-    save_every: int = 50
     resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.save_every < 1:
-            raise ConfigurationError(f"save_every={self.save_every} must be at least 1.")
         if self.resume and self.checkpoint_dir is None:
             raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")

@@ -41,6 +41,8 @@ class LoopOptions:
         validate_every: steps between validations, where there is validation data.
         seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
+        callback: called after each step with the number of steps done.
+        save_every: steps between two savings of the run's state, where it is saved.
 
     Raises:
         ConfigurationError: an option is out of range.
@@ -55,9 +57,11 @@ class LoopOptions:
     validate_every: int = 50
     seed: int | None = 0
     progress: bool | None = None
+    callback: Callable[[int], None] | None = None
+    save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "validate_every"):
+        for name in ("num_steps", "batch_size", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.decay not in ("linear", "cosine", "constant"):
@@ -131,9 +135,7 @@ def training_loop(
     *,
     validate: Callable[[], float] | None,
     state: Callable[[], dict[str, Tensor]],
-    callback: Callable[[int], None] | None = None,
     keeper: Keeper | None = None,
-    save_every: int = 50,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches.
@@ -146,9 +148,8 @@ def training_loop(
         options: how to train.
         validate: the validation loss now.
         state: the trained tensors now; copied at the best validation.
-        callback: called after each step with the number of steps done.
-        keeper: where the state of the run is kept, and taken from at the start.
-        save_every: steps between savings. The last step's is saved, and that of a Ctrl-C.
+        keeper: where the state of the run is kept, and taken from at the start. The last step's is
+            saved, and that of a Ctrl-C.
         description: what the progress bar says.
 
     Raises:
@@ -185,14 +186,14 @@ def training_loop(
             size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
             bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
             done = step + 1
-            if callback is not None:
-                callback(done)
+            if options.callback is not None:
+                options.callback(done)
             if validate and (done % options.validate_every == 0 or done == last):
                 loss_now = validate()
                 if all(loss_now < before for _, before in result.validation):
                     result.best_step, result.best_state = done, copy.deepcopy(state())
                 result.validation.append((done, loss_now))
-            if keeper and (done % save_every == 0 or done == last or interrupts):
+            if keeper and (done % options.save_every == 0 or done == last or interrupts):
                 keeper.save(optimizer, result)
             if interrupts:
                 break

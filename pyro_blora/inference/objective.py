@@ -20,7 +20,7 @@ __all__ = ["Objective"]
 
 
 class Objective:
-    """The loss of a batch per example, with one ELBO for each number of particles.
+    """The loss of a batch per example.
 
     Args are those of :func:`~pyro_blora.fit`.
 
@@ -69,21 +69,10 @@ class Objective:
             )
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.num_steps, self.kl_warmup, self.kl_weight = num_steps, kl_warmup, kl_weight
-        self._elbos: dict[int, nn.Module] = {}
         self._analytic = False
         if analytic and not points:  # -log p of a point may be negative
             with pyro.validation_enabled(False):  # the first step explains what is not finite
                 self._analytic = analytic_kl(blora.guide, blora.model) is not None
-
-    def _module(self, particles: int) -> nn.Module:
-        if particles not in self._elbos:
-            elbo = self.elbo(
-                num_particles=particles,
-                vectorize_particles=True,
-                max_plate_nesting=self.blora.max_plate_nesting,
-            )
-            self._elbos[particles] = elbo(self.blora.model, self.blora.guide)
-        return self._elbos[particles]
 
     def __call__(self, batch: Batch, step: int = 0) -> tuple[Tensor, dict[str, float]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
@@ -110,8 +99,9 @@ class Objective:
         ramp = self.kl_warmup * self.num_steps
         weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
         blora.model.kl_weight = weight
+        elbo = self.elbo(particles, blora.max_plate_nesting, vectorize_particles=True)
         with pyro.poutine.trace() as seen, pyro.poutine.block(expose=["labels"]):
-            loss = self._module(particles)(batch) * (weight / count)
+            loss = elbo.differentiable_loss(blora.model, blora.guide, batch) * (weight / count)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise explain_non_finite(blora.model, blora.guide, batch, step)

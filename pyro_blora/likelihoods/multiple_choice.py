@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.logits_at import logits_at, output_head, refuse_encoder_decoder
 from pyro_blora.likelihoods.packing import in_rows
@@ -73,13 +73,10 @@ class MultipleChoice(Likelihood):
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
-        if score not in ("mean", "sum"):
-            raise ConfigurationError(f"score={score!r} is not one of ('mean', 'sum').")
-        if scale not in ("relative", "learned", "fixed"):
-            kinds = "('relative', 'learned', 'fixed')"
-            raise ConfigurationError(f"scale={scale!r} is not one of {kinds}.")
         self.score = score
         self.scale = scale
+        self.check_choice("score", ("mean", "sum"))
+        self.check_choice("scale", ("relative", "learned", "fixed"))
         if scale != "fixed":
             self.score_scale = PyroParam(torch.ones(()), constraints.positive)
             self.length_exponent = PyroParam(torch.zeros(()))

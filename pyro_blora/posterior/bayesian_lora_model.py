@@ -6,7 +6,7 @@ is what lets activation checkpointing and compilation work.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -210,17 +210,14 @@ class BayesianLoRAModel(PyroModule):
                 "hidden states, so they cannot be shared out among several particles. Take one at "
                 "a time: num_particles=1 in training, max_rows=1 in a prediction."
             )
-        device, low = self.groups[0].device.type, self.precision != "float32"
-        if not self.enabled:
-            with torch.autocast(device, torch.bfloat16, enabled=low):
-                yield self.net
-            return
-        with (
-            self.trained_heads.in_place(),
-            updates_in_place(self.adapters, layers),
-            updates_kept_for_backward(self._checkpointable, self.adapters, layers),
-            torch.autocast(device, torch.bfloat16) if low else nullcontext(),
-        ):
+        with ExitStack() as within:
+            if self.enabled:
+                within.enter_context(self.trained_heads.in_place())
+                within.enter_context(updates_in_place(self.adapters, layers))
+                kept = updates_kept_for_backward(self._checkpointable, self.adapters, layers)
+                within.enter_context(kept)
+            if self.precision != "float32":
+                within.enter_context(torch.autocast(self.groups[0].device.type, torch.bfloat16))
             yield self.net
 
     def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:

@@ -11,7 +11,7 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
-from pyro_blora.posterior.given_draws import Samples, check_samples, draws_given
+from pyro_blora.posterior.given_draws import Samples, draws_given
 from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
 
 __all__ = ["log_predictive", "logits_of_draws", "rows_of_a_pass"]
@@ -56,22 +56,20 @@ def logits_of_draws(
         raise ConfigurationError(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
         )
-    if samples is not None:
-        num_samples = check_samples(model, samples)
     examples = model.likelihood.examples(batch)
+    # An amortised posterior has a draw for each example, others one for all of them.
+    each = examples if getattr(guide, "reads_context", False) else 1
+    if samples is None:
+        draw = draws_in_pairs(model, guide, batch, each)
+    else:
+        num_samples, draw = draws_given(model, samples)
     if max_rows is None:
         max_rows = rows_of_a_pass(model, batch)
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
     plain = num_samples < 2 or shows or torch.is_grad_enabled()
     blocks = [] if plain else model.skippable_blocks()
     prefix = FrozenPrefix(model.net, blocks)
-    # An amortised posterior has a draw for each example, others one for all of them.
-    each = examples if getattr(guide, "reads_context", False) else 1
     most = max(1, min(num_samples, max_rows // examples))
-    if samples is None:
-        draw = draws_in_pairs(model, guide, batch, each)
-    else:
-        draw = draws_given(model, samples)
     done = 0
     while done < max(1, num_samples):
         # what the frozen blocks put out is recorded from one draw alone

@@ -10,23 +10,49 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import updates_at
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["Samples", "check_samples", "draws_given", "updates_given"]
+__all__ = ["Samples", "draws_given"]
 
 Samples = Mapping[str, Tensor]  # by site, (S, *shape of the site), as MCMC.get_samples has them
 
 
-def check_samples(model: BayesianLoRAModel, samples: Samples) -> int:
-    """The number of draws ``S``, once every site of the model is seen to have as many.
+def draws_given(
+    model: BayesianLoRAModel, samples: Samples
+) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
+    """The number of draws ``S``, and a function that gives the updates at the next few of them.
 
     Args:
         model: the model, whose sites these are.
         samples: for each latent site, by its name, values of shape ``(S, *shape)``, where ``shape``
             is the site's own, the ``n`` layers of its group first.
 
+    Returns:
+        ``S``, and a function of how many of the draws are next; the factors of the updates have
+        as many in a leading dimension.
+
     Raises:
         ConfigurationError: a site is missing or unknown, or its values are no tensor, of another
             shape or number than the others', or outside of the support of its prior.
     """
+    number = _checked(model, samples)
+    values = {}
+    for site in model.sites:
+        value = _moved(samples[site.name], model)
+        outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
+        values[site.name] = value.reshape(len(value), *outside, *value.shape[1:])
+    done = 0
+
+    @torch.no_grad()
+    def draw(count: int) -> dict[str, LowRankUpdate]:
+        nonlocal done
+        part = {name: value[done : done + count] for name, value in values.items()}
+        done += count
+        return updates_at(model, part, count)
+
+    return number, draw
+
+
+def _checked(model: BayesianLoRAModel, samples: Samples) -> int:
+    """The number of draws, once every site of the model is seen to have as many."""
     sites = {site.name: site.prior for site in model.sites}
     for name in samples:
         if name not in sites:
@@ -64,37 +90,6 @@ def check_samples(model: BayesianLoRAModel, samples: Samples) -> int:
             f"samples has different numbers of draws, {counts}; give as many of each site."
         )
     return next(iter(counts.values()))
-
-
-def updates_given(model: BayesianLoRAModel, samples: Samples) -> dict[str, LowRankUpdate]:
-    """The updates at given values of the sites, their factors with a leading dimension ``S``.
-
-    Raises:
-        ConfigurationError: as :func:`check_samples` does.
-    """
-    count = check_samples(model, samples)
-    return draws_given(model, samples)(count)
-
-
-def draws_given(
-    model: BayesianLoRAModel, samples: Samples
-) -> Callable[[int], dict[str, LowRankUpdate]]:
-    """A function of a number of draws, which gives the updates at the next few of ``samples``."""
-    values = {}
-    for site in model.sites:
-        value = _moved(samples[site.name], model)
-        outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
-        values[site.name] = value.reshape(len(value), *outside, *value.shape[1:])
-    done = 0
-
-    @torch.no_grad()
-    def draw(count: int) -> dict[str, LowRankUpdate]:
-        nonlocal done
-        part = {name: value[done : done + count] for name, value in values.items()}
-        done += count
-        return updates_at(model, part, count)
-
-    return draw
 
 
 def _moved(value: Tensor, model: BayesianLoRAModel) -> Tensor:

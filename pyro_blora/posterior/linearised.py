@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import Site
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
@@ -51,12 +50,12 @@ def logit_jacobian(
     with torch.no_grad():
         centre = guide.center(batch)
     for name, site in sites.items():
-        point = _unconstrained(site, centre[name])
+        point = site.transform.inv(centre[name])
         outside = (1,) * (guide.nesting - len(site.batch_shape))
         point = point.reshape(-1, *outside, *site.shape)  # of each example, or one for all
         leaves[name] = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
     with torch.enable_grad():
-        values = {n: x if sites[n].is_real else sites[n].transform(x) for n, x in leaves.items()}
+        values = {name: sites[name].transform(x) for name, x in leaves.items()}
         updates = pyro.poutine.condition(model.updates, data=values)()
         updates = {name: update.without_noise() for name, update in updates.items()}
         with model.applied(updates) as net:
@@ -77,10 +76,6 @@ def logit_jacobian(
         name: J.reshape(*J.shape[:2], *site.shape)
         for (name, site), J in zip(sites.items(), stacked, strict=True)
     }
-
-
-def _unconstrained(site: Site, value: Tensor) -> Tensor:
-    return value if site.is_real else site.transform.inv(value)
 
 
 @torch.no_grad()
@@ -114,11 +109,10 @@ def linearised_logits(
     with in_mode(model.net, training=False):
         logits, jacobian = logit_jacobian(model, guide, batch)
     assert isinstance(guide, StructuredGuide)
-    guide.center(batch)  # an amortised family sees every example by itself again
     drawn = logits.repeat(num_samples, 1, 1)
     with torch.autocast(logits.device.type, enabled=False):
         for name, family in guide.families().items():
-            centre = _unconstrained(family.site, family.center())
+            centre = family.site.transform.inv(family.center())
             moved = family.distribution().sample(torch.Size([num_samples])) - centre
             size = family.site.shape.numel()
             moved = moved.reshape(num_samples, -1, size)  # the second is B, or one for all

@@ -5,27 +5,16 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 from pyro.poutine import Trace
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.do_messenger import DoMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 
 from pyro_blora.errors import near_miss
 
 __all__ = ["warns_of_unknown_sites"]
-
-
-class _Names(Messenger):
-    """Notes the names of all sites within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.names.add(msg["name"])
 
 
 @contextmanager
@@ -39,12 +28,13 @@ def warns_of_unknown_sites(latent: Collection[str]) -> Iterator[None]:
     if given.issuperset(latent):
         yield
         return
-    with _Names() as seen:
+    with pyro.poutine.trace() as seen:
         yield
-    for name in sorted(given - seen.names):
+    there = _sites(seen.trace)
+    for name in sorted(given - there):
         warnings.warn(
             f"A value was given for {name!r}, which is no site of the model, so it has no effect; "
-            f"{near_miss(name, seen.names)}.",
+            f"{near_miss(name, there)}.",
             stacklevel=4,
         )
 
@@ -59,6 +49,10 @@ def _given() -> set[str]:
         elif isinstance(handler, ReplayMessenger):
             data = handler.trace or ()
         if isinstance(data, Trace):
-            data = [*data.stochastic_nodes, *data.observation_nodes]
+            data = _sites(data)
         names.update(data)
     return names
+
+
+def _sites(trace: Trace) -> set[str]:
+    return {*trace.stochastic_nodes, *trace.observation_nodes}
