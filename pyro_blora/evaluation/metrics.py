@@ -136,12 +136,16 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         raise ValueError(f"Expected the shape (n, K) with n >= 1, got {tuple(probs.shape)}.")
     check_probabilities(probs, name="probs")
     confidence = probs.detach().float().cpu().amax(-1)
-    edges = torch.linspace(0, 1, num_bins + 1)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device="cpu")
     index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
     generator, shape, total = torch.Generator().manual_seed(0), (100, len(confidence)), 0.0
     for _ in range(10):
-        right = torch.rand(shape, generator=generator) < confidence
-        gaps = torch.zeros(len(right), num_bins).index_add(1, index, right.float() - confidence)
+        right = (
+            torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < confidence
+        )
+        gaps = confidence.new_zeros(len(right), num_bins).index_add(
+            1, index, right.float() - confidence
+        )
         total += float(gaps.abs().sum(1).mean())
     return total / 10 / len(confidence)
 

@@ -99,7 +99,10 @@ class Objective:
         ramp = self.kl_warmup * self.num_steps
         weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
         blora.model.kl_weight = weight
-        elbo = self.elbo(particles, blora.max_plate_nesting, vectorize_particles=True)
+        nesting = blora.max_plate_nesting
+        elbo = self.elbo(
+            num_particles=particles, max_plate_nesting=nesting, vectorize_particles=True
+        )
         with pyro.poutine.trace() as seen, pyro.poutine.block(expose=["labels"]):
             loss = elbo.differentiable_loss(blora.model, blora.guide, batch) * (weight / count)
         value = float(loss.detach())

@@ -195,7 +195,7 @@ def test_particles_are_shared_out_as_in_fit(tmp_path):
         run = trainer(tmp_path, num_particles=3, per_device_train_batch_size=8, max_steps=2)
         sizes = []
         elbo = run.model.objective.elbo
-        run.model.objective.elbo = lambda n, *a, **k: sizes.append(n) or elbo(n, *a, **k)
+        run.model.objective.elbo = lambda **k: sizes.append(k["num_particles"]) or elbo(**k)
         run.train()
     assert sizes == [2, 2]
     result = fit(run.blora, ROWS, collate=tiny.collate, num_steps=1, num_particles=3)
