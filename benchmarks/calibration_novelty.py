@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import torch
+from calibration_figures import Pair
 from torch import Tensor
 
 from pyro_blora.evaluation.metrics import auroc
@@ -15,30 +16,26 @@ Doubts = dict[str, dict[str, Tensor]]  # by data set, and by what measures it; o
 KINDS = ("entropy", "mutual information")
 
 
-def doubts(found: Mapping[str, Tensor], scale: float) -> tuple[Doubts, Doubts]:
-    """The doubts of a run's items, in nats, and those of the run with its temperature scaled.
+def doubts(run: Mapping[str, Pair], epistemic: Mapping[str, Tensor]) -> Doubts:
+    """The doubts of a run's items, in nats.
 
     Items are those with as many options as the first test item has: more make more entropy.
-    Mutual information is that of the draws, before any temperature.
 
     Args:
-        found: the arrays of a cell, ``"set/probs"`` and ``"set/epistemic"``.
-        scale: the temperature.
+        run: probabilities and labels of each data set.
+        epistemic: mutual information of its items, where there is any; that of a point is zero.
     """
-    plain: Doubts = defaultdict(dict)
-    scaled: Doubts = defaultdict(dict)
-    options = int((found["test/probs"][0] > 0).sum())
-    for key in (key for key in found if key.endswith("/probs")):
-        name = key.split("/")[0]
-        alike = (found[key] > 0).sum(1) == options
+    found: Doubts = defaultdict(dict)
+    options = int((run["test"][0][0] > 0).sum())
+    for name, (probs, _) in run.items():
+        alike = (probs > 0).sum(1) == options
         if not bool(alike.any()):
             continue
-        p, mutual = found[key][alike].double(), found[f"{name}/epistemic"][alike]
-        plain[name]["entropy"] = torch.special.entr(p).sum(1)
-        scaled[name]["entropy"] = torch.special.entr((p.log() / scale).softmax(1)).sum(1)
-        if bool((mutual > 0).any()):  # a point has none
-            plain[name]["mutual information"] = mutual.double()
-    return plain, scaled
+        found[name]["entropy"] = torch.special.entr(probs[alike].double()).sum(1)
+        mutual = epistemic.get(name, torch.zeros(len(alike)))[alike].double()
+        if bool((mutual > 0).any()):
+            found[name]["mutual information"] = mutual
+    return found
 
 
 def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: Sequence[str]) -> list[str]:

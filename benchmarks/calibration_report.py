@@ -78,12 +78,11 @@ def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doub
         runs[key][method][seed] = run
         held, labels = run["validation"]
         scale = fit_temperature(held.log(), labels)
-        plain, scaled = doubts(found, scale)
-        doubted[key][method][seed], doubted[key][f"temperature:{method}"][seed] = plain, scaled
-        runs[key][f"temperature:{method}"][seed] = {
-            name: ((probs.log() / scale).softmax(-1), labels)
-            for name, (probs, labels) in run.items()
-        }
+        scaled = {s: ((p.log() / scale).softmax(-1), labels) for s, (p, labels) in run.items()}
+        runs[key][f"temperature:{method}"][seed] = scaled
+        epistemic = {s: found[f"{s}/epistemic"] for s in sets}
+        doubted[key][method][seed] = doubts(run, epistemic)
+        doubted[key][f"temperature:{method}"][seed] = doubts(scaled, {})
     return runs, doubted
 
 

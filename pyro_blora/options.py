@@ -29,7 +29,9 @@ class Options:
     def check_choice(self, option: str, known: tuple[str, ...]) -> None:
         """Raises ConfigurationError where an option is none of its known values."""
         if getattr(self, option) not in known:
-            raise ConfigurationError(f"{option}={getattr(self, option)!r} is not one of {known}.")
+            raise ConfigurationError(
+                f"{type(self).__name__}: {option}={getattr(self, option)!r} is not one of {known}."
+            )
 
     def check_positive(self, *options: str) -> None:
         """Raises ConfigurationError where an option, or a part of it, is not positive."""
@@ -37,7 +39,9 @@ class Options:
             value = getattr(self, option)
             parts = value if isinstance(value, tuple | list) else (value,)
             if not all(0 < part < math.inf for part in parts):
-                raise ConfigurationError(f"{option}={value!r} must be positive and finite.")
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {option}={value!r} must be positive and finite."
+                )
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters

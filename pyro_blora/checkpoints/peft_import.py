@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.base import names_in
 from pyro_blora.checkpoints.peft_source import read_source
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Likelihood, SequenceClassification
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.network.pretrained import load_network, name_of_folder
-from pyro_blora.network.targets import PEFT_PREFIX, matches
+from pyro_blora.network.targets import PEFT_PREFIX, layer_shape, matches
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.sample_updates import mean_updates
 
@@ -130,8 +129,18 @@ class PeftAdapter:
                 f"{type(net).__name__} has a PEFT adapter in it; give its base, as "
                 "PeftModel.unload() returns it, or the PeftModel alone, from_peft(model)."
             )
-        told = f"{self.where} is an adapter for {self.base or 'another network'!r}"
-        names_in(net, {n: [len(B), A.shape[1]] for n, (B, A) in self.factors.items()}, told)
+        modules = dict(net.named_modules())
+        for name, (B, A) in self.factors.items():
+            wanted, found = (len(B), A.shape[1]), None
+            if name in modules:
+                found = layer_shape(modules[name])
+            if found != wanted:
+                what = f"has it as {found[0]} x {found[1]}" if found else "has no such linear layer"
+                raise CheckpointError(
+                    f"{self.where} is an adapter for {self.base or 'another network'!r} with "
+                    f"{name} of {wanted[0]} x {wanted[1]}; {type(net).__name__} {what}. Load the "
+                    "base it was trained on."
+                )
         own, heads = net.state_dict(), tuple(f"{head}." for head in self._heads(net))
         missing = [name for name in own if name.startswith(heads) and name not in self.others]
         if missing:

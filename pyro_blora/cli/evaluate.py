@@ -99,7 +99,10 @@ def run(
     scores = evaluate(prediction.probs, labels)
     chance = ece_by_chance(prediction.probs)
     console.print(f"{task}, {scores.n} test items: {scores}")
-    console.print(f"calibrated, as many items show an ECE of {100 * chance:.1f} on the mean")
+    console.print(
+        "a calibrated adapter, as sure of as many items, would on the mean show an ECE of "
+        f"{100 * chance:.1f} all the same"
+    )
     own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
     means = {name: float(values.mean()) for name, values in own.items()}
     console.print(

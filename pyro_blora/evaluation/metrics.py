@@ -16,6 +16,7 @@ __all__ = [
     "Metrics",
     "auroc",
     "check_labels",
+    "confidence_bins",
     "doubts",
     "ece_by_chance",
     "evaluate",
@@ -83,11 +84,7 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
     """
     check_labels(labels, probs)
-    check_probabilities(probs, name="probs")
-    if probs.shape[1] < 2 or num_bins < 1:
-        raise ValueError(
-            f"Expected two classes and one bin at least, got {probs.shape[1]} and {num_bins}."
-        )
+    _check_binned(probs, num_bins)
     # torchmetrics takes anything above 1, if by rounding, for logits, and has a bin of its own for
     # a confidence of exactly 1
     top = probs.float().clamp(0, 1 - torch.finfo(torch.float32).eps / 2)
@@ -112,42 +109,63 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         \bigl| \sum_{i \in b} (z_i - \max_k p_{ik}) \bigr|, \qquad
         z_i \sim \mathrm{Bernoulli}(\max_k p_{ik})
 
-    An ECE is never below zero, so that the luck of finitely many items only adds to it: read that
-    of :func:`evaluate` beside this one. The mean of 1,000 draws of labels, always the same ones.
+    An ECE is never below zero, so that a calibrated classifier, too, has one on finitely many
+    items: read that of :func:`evaluate` beside this one. They are not to be subtracted, for luck
+    and error do not add up. The mean of 1,000 draws of labels, always the same ones.
 
     Args:
-        probs: probabilities of shape ``(n, K)``.
+        probs: probabilities of shape ``(n, K)``, K >= 2.
         num_bins: number of bins, as of the ECE.
 
     Raises:
-        ValueError: there are no items, or ``probs`` are no such probabilities.
+        ValueError: there are no items, ``probs`` are no such probabilities, or ``num_bins`` is
+            below 1.
 
     Reference:
-        J. Broecker (2012), "Estimating Reliability and Resolution of Probability Forecasts through
-        Decomposition of the Empirical Score"; R. Roelofs et al. (2022), "Mitigating Bias in
-        Calibration Error Estimation", arXiv:2012.08668.
+        J. Broecker, L. A. Smith (2007), "Increasing the Reliability of Reliability Diagrams";
+        R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
+        arXiv:2012.08668.
 
     Example::
 
-        >>> round(ece_by_chance(torch.full((300, 2), 0.5)), 3)
-        0.022
+        >>> round(ece_by_chance(torch.full((300, 2), 0.5)), 2)
+        0.02
     """
     if probs.dim() != 2 or not len(probs):
         raise ValueError(f"Expected the shape (n, K) with n >= 1, got {tuple(probs.shape)}.")
-    check_probabilities(probs, name="probs")
+    _check_binned(probs, num_bins)
     confidence = probs.detach().float().cpu().amax(-1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device="cpu")
-    index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
-    generator, shape, total = torch.Generator().manual_seed(0), (100, len(confidence)), 0.0
+    index = confidence_bins(confidence, num_bins)
+    generator, total = torch.Generator().manual_seed(0), 0.0
     for _ in range(10):
-        right = (
-            torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < confidence
-        )
-        gaps = confidence.new_zeros(len(right), num_bins).index_add(
-            1, index, right.float() - confidence
-        )
+        right = torch.bernoulli(confidence.expand(100, -1), generator=generator)
+        gaps = confidence.new_zeros(100, num_bins).index_add(1, index, right - confidence)
         total += float(gaps.abs().sum(1).mean())
     return total / 10 / len(confidence)
+
+
+def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
+    """The bin that the ECE of :func:`evaluate` has each confidence in, ``(n,)``.
+
+    Args:
+        confidence: probabilities of the answers, ``(n,)``.
+        num_bins: number of bins of equal width; they count from 0.
+
+    Example::
+
+        >>> confidence_bins(torch.tensor([0.3, 0.5, 1.0]), 2)
+        tensor([0, 1, 1])
+    """
+    edges = torch.linspace(0, 1, num_bins + 1).to(confidence)
+    return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+
+
+def _check_binned(probs: Tensor, num_bins: int) -> None:
+    check_probabilities(probs, name="probs")
+    if probs.shape[1] < 2 or num_bins < 1:
+        raise ValueError(
+            f"Expected two classes and one bin at least, got {probs.shape[1]} and {num_bins}."
+        )
 
 
 def doubts(prediction: Prediction) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from pyro_blora.evaluation.metrics import (
     Metrics,
     auroc,
     check_labels,
+    confidence_bins,
     doubts,
     evaluate,
     risk_coverage,
@@ -225,8 +226,7 @@ def _draw_bins(top: Any, bottom: Any, probs: Tensor, labels: Tensor, num_bins: i
     """Accuracy, gap and share of each bin of confidence, as the ECE has them, that has an item."""
     confidence, predicted = probs.float().cpu().max(-1)
     right = (predicted == labels.cpu()).float()
-    edges = torch.linspace(0, 1, num_bins + 1)
-    index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+    index = confidence_bins(confidence, num_bins)
     for k in index.unique().tolist():
         inside = index == k
         accuracy, claimed = float(right[inside].mean()), float(confidence[inside].mean())

@@ -25,7 +25,7 @@ def warns_of_unknown_sites(latent: Collection[str]) -> Iterator[None]:
     AutoGuide's draws have auxiliary ones.
     """
     given = _given()
-    if given.issuperset(latent):
+    if not given or given.issuperset(latent):
         yield
         return
     with pyro.poutine.trace() as seen:

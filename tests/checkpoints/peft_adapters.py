@@ -9,7 +9,6 @@ import torch
 BATCH = {key: tiny.sequences()[key] for key in ("input_ids", "attention_mask")}
 
 
-CLASSES = {"task_type": "SEQ_CLS", "r": 2}
 # The base, and what PEFT is told: each scaling, Conv1D, a tied head, a trained head
 CASES = {
     "llama": (

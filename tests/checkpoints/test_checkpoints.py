@@ -177,6 +177,23 @@ def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
     assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
 
 
+def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    net, folder = saved
+    blora = BayesianLoRA.from_pretrained(net, folder)
+    blora.export_peft(tmp_path / "peft")
+    likelihood, probs = blora.likelihood, blora.predict(batch(), 0).probs
+    blora.unwrap()
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
+        BayesianLoRA.from_pretrained(net, tmp_path / "peft")
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "peft"))
+    logits = likelihood.logits(model.base_model.model, batch())
+    # The head's own rows are computed whole there: PEFT's layer is no plain nn.Linear.
+    assert torch.allclose(logits.softmax(-1), probs, atol=1e-6)
+    base = likelihood.logits(net, batch()).softmax(-1)
+    assert not torch.allclose(base, probs, atol=1e-3)
+
+
 def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
     """With a random scale its median would be too little."""
     pytest.importorskip("peft")

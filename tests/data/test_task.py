@@ -90,6 +90,15 @@ def test_no_train_split_and_one_of_another_name(load):
     assert len(task.test) == 20
 
 
+def test_no_test_split_and_no_such_task(load, tmp_path):
+    with pytest.raises(DataError, match=r"no split 'test' .* Known: train"):
+        load({"train": 20})
+    with pytest.raises(DataError, match="did you mean 'own'"):
+        load_task("won", data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"did you mean 'arc_easy'.*'facts' is built in"):
+        load_task("arc_esy")
+
+
 @pytest.mark.parametrize("limit", ["max_train", "max_validation", "max_test"])
 def test_a_negative_limit(limit):
     with pytest.raises(DataError, match="negative"):

@@ -62,6 +62,8 @@ def test_ece_by_chance_is_the_mean_over_all_that_a_calibrated_classifier_may_sho
     assert ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
     with pytest.raises(ValueError, match="n >= 1"):
         ece_by_chance(probs[:0])
+    with pytest.raises(ValueError, match="one bin"):
+        ece_by_chance(probs, num_bins=0)
 
 
 @pytest.mark.parametrize(

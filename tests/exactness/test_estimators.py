@@ -8,6 +8,8 @@ from elbo_estimates import NUM_DATA, B, likelihood_of, make, mean_and_error, ref
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch.nn import functional
 
+from pyro_blora.errors import ParticleError
+
 KINDS = [Trace_ELBO, TraceMeanField_ELBO]
 COUNTS = (1, 2, 3, 6)
 
@@ -58,6 +60,14 @@ def test_sharing_by_hand(likelihood, particles):
     assert loss == pytest.approx(expected.item(), rel=1e-10)
     assert found.item() == pytest.approx(sum(nll).item() / B, rel=1e-10)
     assert torch.stack(nll).std() > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_particles_must_divide_the_batch(kind):
+    blora, batch = make("LabelTokens")
+    elbo = kind(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ParticleError, match=r"6 examples .* 4 particles.*\[1, 2, 3, 6\]"):
+        elbo.loss(blora.model, blora.guide, batch)
 
 
 @pytest.mark.parametrize("particles", COUNTS)

@@ -194,6 +194,17 @@ def test_every_density_is_normalised(family):
     assert error < 0.1
 
 
+@pytest.mark.parametrize("family", [MeanField, MatrixNormal, LowRank, FullRank, LayerCoupled])
+def test_at_the_prior_the_kl_is_zero(family):
+    q = bound(family(init_scale=1.0), n=3, event=(2, 2))
+    if family is LowRank:
+        with torch.no_grad():
+            q.factor.zero_()
+            q.scale = torch.ones_like(q.scale)
+    kl = kl_divergence(q.distribution(), q.site.prior).sum()
+    assert kl.item() == pytest.approx(0, abs=1e-5)
+
+
 def test_an_ensemble_is_its_members_in_turn():
     q = bound(Ensemble(members=3), n=2)
     draws = q.distribution().expand((7, 2)).rsample()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dense_algebra import M_C, M_R, Dense, N, bind, psi
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.updates.kronecker import whiten
 
@@ -101,6 +101,6 @@ def test_a_psi_that_is_not_finite_is_named():
     prior = bind(KroneckerInducing(rank=RANK))
     with torch.no_grad():
         prior.Z_c.fill_(torch.nan)
-    with pytest.raises(ArithmeticError, match=r"Psi_c of group 'q' has no Cholesky.*noise_init"):
+    with pytest.raises(NonFiniteLossError, match=r"Psi_c of group 'q' has no Cholesky.*noise_init"):
         prior()
     whiten(prior.Z_r, psi(prior.Z_r, prior.D_r))  # the other side is sound

@@ -4,11 +4,7 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import (
-    RenyiELBO,
-    TraceGraph_ELBO,
-    TraceTailAdaptive_ELBO,
-)
+from pyro.infer import RenyiELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError

@@ -101,11 +101,10 @@ def test_other_sets_are_told_apart_by_items_with_as_many_options(monkeypatch):
     from calibration_novelty import doubts, told_apart
 
     three = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]])
-    found = {"test/probs": three[1:, :2], "test/epistemic": torch.zeros(2)}
-    found |= {"some/probs": three, "some/epistemic": torch.zeros(3)}
-    found |= {"none/probs": three[:1], "none/epistemic": torch.zeros(1)}
-    probs = three[1:, :2]
-    plain, scaled = doubts(found, 2.0)
+    probs, labels = three[1:, :2], torch.zeros(3).long()
+    run = {"test": (probs, labels[:2]), "some": (three, labels), "none": (three[:1], labels[:1])}
+    plain = doubts(run, {name: torch.zeros(len(pair[0])) for name, pair in run.items()})
+    scaled = doubts({s: ((p.log() / 2.0).softmax(-1), y) for s, (p, y) in run.items()}, {})
     assert set(plain["test"]) == {"entropy"}  # a point has no mutual information
     assert set(plain) == {"test", "some"}  # sets, and items, with other numbers of options are out
     torch.testing.assert_close(plain["some"], plain["test"])
