@@ -22,16 +22,26 @@ class _Bucketed:
     """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
 
     The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
-    random few of all, so that in expectation every example counts once.
+    random few of all, so that in expectation every example counts once. The batches of several
+    parts of the data, none of which mixes them, take turns in proportion.
     """
 
+    parts: list[list[int]]
     lengths: list[int]
     size: int
     random: random.Random
     skipped: int = 0  # batches to leave out of the next epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(len(self.lengths)))
+        turns: list[tuple[float, list[int]]] = []
+        for part in self.parts:
+            cut = self._cut(list(part))
+            turns += [((i + 0.5) / len(cut), batch) for i, batch in enumerate(cut)]
+        turns.sort(key=lambda turn: turn[0])
+        batches, self.skipped = [batch for _, batch in turns[self.skipped :]], 0
+        return iter(batches)
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
         self.random.shuffle(order)
         whole = len(order) - len(order) % self.size
         cut = [order[whole:]] if order[whole:] else []
@@ -40,8 +50,7 @@ class _Bucketed:
             near.sort(key=self.lengths.__getitem__)
             cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
         self.random.shuffle(cut)
-        cut, self.skipped = cut[self.skipped :], 0
-        return iter(cut)
+        return cut
 
 
 class Batches:
@@ -55,6 +64,8 @@ class Batches:
         collate: makes a batch of a list of examples. Default: torch's.
         options: batch size and seed.
         length: the length of an example; batches are then made of like lengths.
+        parts: the indices of examples that no batch mixes with those of another part. Default: all
+            are one part.
 
     Raises:
         BatchError: the data set is empty; at the first batch.
@@ -66,6 +77,7 @@ class Batches:
         collate: Collate | None,
         options: LoopOptions,
         length: Callable[[Any], int] | None = None,
+        parts: list[list[int]] | None = None,
     ) -> None:
         self._order: _Bucketed | None = None
         if isinstance(data, DataLoader):
@@ -73,7 +85,9 @@ class Batches:
             self._generator = data.generator or getattr(sampler, "generator", None)
         else:
             lengths = [0] * len(data) if length is None else [length(x) for x in data]
-            self._order = _Bucketed(lengths, options.batch_size, random.Random(options.seed))
+            parts = [list(range(len(data)))] if parts is None else parts
+            order = random.Random(options.seed)
+            self._order = _Bucketed(parts, lengths, options.batch_size, order)
 
             def made(indices: list[int]) -> tuple[list[int], Batch]:
                 return indices, (collate or default_collate)([data[i] for i in indices])

@@ -18,6 +18,7 @@ from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import Collate, FitResult, by_length, training_loop
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.run_settings import settings_of
+from pyro_blora.inference.sample_splitting import parts_of, spared
 from pyro_blora.inference.training_state import TrainingState
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
@@ -80,7 +81,8 @@ def fit(
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    stream = Batches(train, collate, how, length)
+    parts = _parts(blora, train, how)
+    stream = Batches(train, collate, how, length, parts)
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(
@@ -102,9 +104,17 @@ def fit(
         with kept(prefix, keys, batch):
             return objective(to_device(batch, device), step)
 
+    directions = frozenset(parts[0]) if parts and len(parts) > 1 else frozenset()
     with running(blora, how.precision, training=True):
         result = training_loop(
-            loss_of, groups, stream, how, validate=validate, state=blora.state_dict, keeper=state
+            loss_of,
+            groups,
+            stream,
+            how,
+            validate=validate,
+            state=blora.state_dict,
+            keeper=state,
+            spared=lambda indices: spared(indices, directions, groups),
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
@@ -123,6 +133,23 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     return groups
+
+
+def _parts(
+    blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions
+) -> list[list[int]] | None:
+    """The examples of the directions, and those of all else."""
+    share = how.direction_share
+    if isinstance(train, DataLoader):
+        if share:
+            raise ConfigurationError(
+                f"direction_share={share} knows examples by their index, and a DataLoader does not "
+                "tell it; pass the examples themselves, with collate=."
+            )
+        return None
+    if share is None:
+        share = max(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
+    return parts_of(len(train), share, how.seed)
 
 
 def _state(

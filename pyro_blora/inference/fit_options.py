@@ -7,6 +7,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.loop import LoopOptions
+from pyro_blora.inference.sample_splitting import check_share
 
 __all__ = ["FitOptions"]
 
@@ -29,6 +30,10 @@ class FitOptions(LoopOptions):
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
+        direction_share: the share, in [0, 1), of the examples, and with them of the steps, from
+            which the directions learn, and nothing else does; all else learns from the others (see
+            ``sample_splitting.py``). 0: everything from all. Needs examples, not a ``DataLoader``.
+            Default: the prior's own, 3/4 for ``KroneckerInducing`` with ``keep`` below one, else 0.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every
@@ -52,6 +57,7 @@ class FitOptions(LoopOptions):
     lr_direction: float | None = None
     lr_likelihood: float | None = None
     lr_head: float | None = None
+    direction_share: float | None = None
     kl_warmup: float = 0.0
     kl_weight: float = 1.0
     validation_samples: int = 0
@@ -62,5 +68,6 @@ class FitOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_share(self.direction_share)
         if self.resume and self.checkpoint_dir is None:
             raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")

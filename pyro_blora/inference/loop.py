@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import ConfigurationError
@@ -136,6 +136,7 @@ def training_loop(
     validate: Callable[[], float] | None,
     state: Callable[[], dict[str, Tensor]],
     keeper: Keeper | None = None,
+    spared: Callable[[list[int]], Sequence[nn.Parameter]] | None = None,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches.
@@ -150,6 +151,7 @@ def training_loop(
         state: the trained tensors now; copied at the best validation.
         keeper: where the state of the run is kept, and taken from at the start. The last step's is
             saved, and that of a Ctrl-C.
+        spared: the parameters that do not learn from the examples of these indices.
         description: what the progress bar says.
 
     Raises:
@@ -175,6 +177,8 @@ def training_loop(
             optimizer.zero_grad()
             loss, figures = loss_of(indices, batch, step)
             loss.backward()
+            for parameter in spared(indices) if spared else ():
+                parameter.grad = None
             if options.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             optimizer.step()

@@ -1,0 +1,102 @@
+"""Directions learn from some of the examples, everything else from the others."""
+
+import itertools
+
+import pyro
+import pytest
+import tiny
+import torch
+from torch.utils.data import DataLoader
+
+from pyro_blora import fit
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference.batches import Batches
+from pyro_blora.inference.loop import LoopOptions
+from pyro_blora.inference.sample_splitting import parts_of
+from pyro_blora.models import GaussianFactors, KroneckerInducing
+
+ROWS = tiny.examples(12)
+DIRECTIONS, OTHERS = parts_of(12, 0.75, 0)
+
+
+def flipped(indices):
+    """The examples, those of these indices with another label."""
+    return [
+        {**row, "label": (row["label"] + 1) % 3} if i in indices else row
+        for i, row in enumerate(ROWS)
+    ]
+
+
+def trained(rows, *, prior=None, steps=8, **options):
+    """The trained tensors, those of the directions and the others."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    blora = tiny.adapted(num_data=12, prior=prior or KroneckerInducing(rank=2, keep=0.9))
+    options = {"collate": tiny.collate, "batch_size": 4, "progress": False, **options}
+    fit(blora, rows, num_steps=steps, **options)
+    state = {name: value.detach().clone() for name, value in blora.named_parameters()}
+    names = [name for name in state if ".Z_" in name]
+    return {n: state[n] for n in names}, {n: state[n] for n in state if n not in names}
+
+
+def same(left, right):
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_parts_share_out_all_examples():
+    assert (len(DIRECTIONS), len(OTHERS)) == (9, 3)
+    assert sorted(DIRECTIONS + OTHERS) == list(range(12))
+    assert parts_of(12, 0.75, 1) != [DIRECTIONS, OTHERS]
+    assert list(map(len, parts_of(12, 0, 0))) == [12]
+    assert list(map(len, parts_of(2, 0.9, 0))) == list(map(len, parts_of(2, 0.1, 0))) == [1, 1]
+    assert parts_of(1, 0.75, 0) == [[0]]
+
+
+def test_batches_mix_no_parts_and_take_turns_in_proportion():
+    stream = Batches(ROWS, tiny.collate, LoopOptions(1, batch_size=3), parts=[DIRECTIONS, OTHERS])
+    for _ in range(3):  # epochs
+        batches = [indices for indices, _ in itertools.islice(stream, 4)]
+        assert sorted(itertools.chain(*batches)) == list(range(12))
+        theirs = [set(batch) <= set(DIRECTIONS) for batch in batches]
+        assert theirs == [True, False, True, True] or theirs == [True, True, False, True]
+        assert all(set(b) <= set(DIRECTIONS) or set(b) <= set(OTHERS) for b in batches)
+
+
+def test_labels_of_either_part_reach_their_own_parameters_alone():
+    fast = {"lr_mean": 0.0, "lr_scale": 0.0}  # nothing but directions moves, and the reverse
+    directions, _ = trained(ROWS, **fast)
+    assert same(directions, trained(flipped(OTHERS), **fast)[0])
+    assert not same(directions, trained(flipped(DIRECTIONS), **fast)[0])
+    _, others = trained(ROWS, lr_direction=0.0)
+    assert same(others, trained(flipped(DIRECTIONS), lr_direction=0.0)[1])
+    assert not same(others, trained(flipped(OTHERS), lr_direction=0.0)[1])
+
+
+def test_default_is_the_priors_own():
+    split = trained(ROWS, direction_share=0.75)
+    assert same(split[0], trained(ROWS)[0])
+    assert same(split[1], trained(ROWS)[1])
+    whole = trained(ROWS, direction_share=0)
+    assert not same(whole[1], split[1])
+    every = KroneckerInducing(rank=2)
+    assert same(trained(ROWS, prior=every)[0], trained(ROWS, prior=every, direction_share=0)[0])
+
+
+def test_without_directions_everything_learns_from_everything():
+    prior = GaussianFactors(rank=2, random="both")
+    found = trained(ROWS, prior=prior, direction_share=0.75)[1]
+    assert not same(found, trained(flipped(DIRECTIONS), prior=prior, direction_share=0.75)[1])
+    assert not same(found, trained(flipped(OTHERS), prior=prior, direction_share=0.75)[1])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_no_share(share):
+    with pytest.raises(ConfigurationError, match=r"direction_share=.* must be a share in \[0, 1\)"):
+        trained(ROWS, direction_share=share)
+
+
+def test_a_loader_tells_no_examples():
+    loader = DataLoader(ROWS, 4, collate_fn=tiny.collate)
+    with pytest.raises(ConfigurationError, match="a DataLoader does not tell"):
+        trained(loader, collate=None, direction_share=0.5)
+    trained(loader, collate=None, steps=2)
