@@ -31,9 +31,10 @@ class FitOptions(LoopOptions):
         lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
         direction_share: the share, in [0, 1), of the examples, and with them of the steps, from
-            which the directions learn, and nothing else does; all else learns from the others (see
-            ``sample_splitting.py``). 0: everything from all. Needs examples, not a ``DataLoader``.
-            Default: the prior's own, 3/4 for ``KroneckerInducing`` with ``keep`` below one, else 0.
+            which the directions learn, and nothing else does; all else learns from the others,
+            whose mean log-likelihood stands for that of all (see ``sample_splitting.py``). 0:
+            everything learns from all, as it does from a ``DataLoader``. Default: the prior's own,
+            3/4 for ``KroneckerInducing`` with ``keep`` below one and 0 for others.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every

@@ -3,6 +3,9 @@
 Directions are parameters of the prior: they are fitted, and no KL sees it. A posterior that learns
 from the same examples takes what they have memorised for evidence, and the scale of the scores
 with it. From examples that they have not seen it learns what they are worth on new ones.
+
+Reference: for data-dependent priors of PAC-Bayes bounds, Perez-Ortiz et al. 2021, "Tighter risk
+certificates for neural networks", arXiv:2007.12911. What it does here: docs/calibration.md.
 """
 
 import random
