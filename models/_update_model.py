@@ -49,8 +49,6 @@ class UpdateModel(Options, PyroModule):
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
         learning_rates: rates by role that suit this prior better than ``fit``'s own.
-        direction_share: the share of the examples from which :func:`~pyro_blora.inference.fit` lets
-            the directions learn, and nothing else; 0: everything learns from all.
 
     Example::
 
@@ -70,7 +68,6 @@ class UpdateModel(Options, PyroModule):
 
     roles: ClassVar[dict[str, str]] = {}
     learning_rates: Mapping[str, float] = {}
-    direction_share: float = 0.0
     group: LayerGroup
 
     _plate: tuple[pyro.plate] | None = None

@@ -26,7 +26,7 @@ class _Bucketed:
     parts of the data, none of which mixes them, take turns in proportion.
     """
 
-    parts: list[list[int]]
+    parts: Sequence[Sequence[int]]
     lengths: list[int]
     size: int
     random: random.Random
@@ -77,7 +77,7 @@ class Batches:
         collate: Collate | None,
         options: LoopOptions,
         length: Callable[[Any], int] | None = None,
-        parts: list[list[int]] | None = None,
+        parts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._order: _Bucketed | None = None
         if isinstance(data, DataLoader):
@@ -85,7 +85,7 @@ class Batches:
             self._generator = data.generator or getattr(sampler, "generator", None)
         else:
             lengths = [0] * len(data) if length is None else [length(x) for x in data]
-            parts = [list(range(len(data)))] if parts is None else parts
+            parts = [range(len(data))] if parts is None else parts
             order = random.Random(options.seed)
             self._order = _Bucketed(parts, lengths, options.batch_size, order)
 

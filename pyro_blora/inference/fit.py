@@ -81,7 +81,8 @@ def fit(
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    parts = _parts(blora, train, how)
+    parts = _parts(train, how)
+    of_directions = frozenset(parts[0])
     stream = Batches(train, collate, how, length, parts)
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
@@ -104,7 +105,6 @@ def fit(
         with kept(prefix, keys, batch):
             return objective(to_device(batch, device), step)
 
-    directions = frozenset(parts[0]) if parts and len(parts) > 1 else frozenset()
     with running(blora, how.precision, training=True):
         result = training_loop(
             loss_of,
@@ -114,7 +114,7 @@ def fit(
             validate=validate,
             state=blora.state_dict,
             keeper=state,
-            spared=lambda indices: spared(indices, directions, groups),
+            spared=lambda indices: spared(indices, of_directions, groups),
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
@@ -135,21 +135,17 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
     return groups
 
 
-def _parts(
-    blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions
-) -> list[list[int]] | None:
-    """The examples of the directions, and those of all else."""
-    share = how.direction_share
-    if isinstance(train, DataLoader):
-        if share:
-            raise ConfigurationError(
-                f"direction_share={share} knows examples by their index, and a DataLoader does not "
-                "tell it; pass the examples themselves, with collate=."
-            )
-        return None
-    if share is None:
-        share = max(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
-    return parts_of(len(train), share, how.seed)
+def _parts(train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> tuple[list[int], list[int]]:
+    """The indices of the examples that directions learn from, and of the others."""
+    if not isinstance(train, DataLoader):
+        # a run that goes on has the same parts
+        return parts_of(len(train), how.direction_share, how.seed or 0)
+    if how.direction_share:
+        raise ConfigurationError(
+            f"direction_share={how.direction_share} knows examples by their index, and a "
+            "DataLoader does not tell it; pass the examples themselves, with collate=."
+        )
+    return [], []
 
 
 def _state(

@@ -32,9 +32,9 @@ class FitOptions(LoopOptions):
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
         direction_share: the share, in [0, 1), of the examples, and with them of the steps, from
             which the directions learn, and nothing else does; all else learns from the others,
-            whose mean log-likelihood stands for that of all (see ``sample_splitting.py``). 0:
-            everything learns from all, as it does from a ``DataLoader``. Default: the prior's own,
-            3/4 for ``KroneckerInducing`` with ``keep`` below one and 0 for others.
+            whose mean log-likelihood stands for that of all. 3/4 keeps long trainings from
+            over-fitting (docs/calibration.md). Needs examples, not a ``DataLoader``. Default: 0,
+            everything learns from all.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every
@@ -58,7 +58,7 @@ class FitOptions(LoopOptions):
     lr_direction: float | None = None
     lr_likelihood: float | None = None
     lr_head: float | None = None
-    direction_share: float | None = None
+    direction_share: float = 0.0
     kl_warmup: float = 0.0
     kl_weight: float = 1.0
     validation_samples: int = 0

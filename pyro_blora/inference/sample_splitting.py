@@ -19,23 +19,23 @@ from pyro_blora.errors import ConfigurationError
 __all__ = ["check_share", "parts_of", "spared"]
 
 
-def check_share(share: float | None) -> None:
+def check_share(share: float) -> None:
     """Raises ConfigurationError where ``share`` is none in [0, 1)."""
-    if share is not None and not 0 <= share < 1:
+    if not 0 <= share < 1:
         raise ConfigurationError(f"direction_share={share!r} must be a share in [0, 1).")
 
 
-def parts_of(count: int, share: float, seed: int | None) -> list[list[int]]:
-    """The indices of the examples of the directions, and of all else; one part for no share.
+def parts_of(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The indices of the examples that directions learn from, and of the others.
 
-    Each has one at least, which a single example cannot give: it is in one part.
+    Each part has one at least, but for no share, or a single example: then all are others.
     """
     order = list(range(count))
     if share == 0 or count < 2:
-        return [order]
+        return [], order
     random.Random(seed).shuffle(order)
     cut = min(max(round(share * count), 1), count - 1)
-    return [sorted(order[:cut]), sorted(order[cut:])]
+    return sorted(order[:cut]), sorted(order[cut:])
 
 
 def spared(
