@@ -18,7 +18,7 @@ from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import Collate, FitResult, by_length, training_loop
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.run_settings import settings_of
-from pyro_blora.inference.sample_splitting import parts_of, spared
+from pyro_blora.inference.sample_splitting import learners, parts_of
 from pyro_blora.inference.training_state import TrainingState
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
@@ -90,6 +90,7 @@ def fit(
         blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
     )
     groups = _parameters(blora, first, how)
+    directions, others = learners(blora.model, groups) if of_directions else ([], [])
     state = _state(blora, stream, prefix, how, train, validation)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
@@ -114,7 +115,7 @@ def fit(
             validate=validate,
             state=blora.state_dict,
             keeper=state,
-            spared=lambda indices: spared(indices, of_directions, groups),
+            spared=lambda keys: others if of_directions.intersection(keys) else directions,
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)

@@ -30,11 +30,12 @@ class FitOptions(LoopOptions):
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
-        direction_share: the share, in [0, 1), of the examples, and with them of the steps, from
-            which the directions learn, and nothing else does; all else learns from the others,
-            whose mean log-likelihood stands for that of all. 3/4 keeps long trainings from
-            over-fitting (docs/calibration.md). Needs examples, not a ``DataLoader``. Default: 0,
-            everything learns from all.
+        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which the
+            prior's directions (its parameters of that role, factors that are not random too) learn.
+            All else learns from the others, whose mean log-likelihood stands for that of all. A
+            step is of one or the other, and its ``nll`` too. With 3/4 long trainings over-fit far
+            less (docs/calibration.md). Needs examples, not a ``DataLoader``. Default: 0, everything
+            learns from all in each step.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every

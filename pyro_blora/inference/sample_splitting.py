@@ -9,14 +9,14 @@ certificates for neural networks", arXiv:2007.12911. What it does here: docs/cal
 """
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from pyro_blora.errors import ConfigurationError
 
-__all__ = ["check_share", "parts_of", "spared"]
+__all__ = ["check_share", "learners", "parts_of"]
 
 
 def check_share(share: float) -> None:
@@ -28,7 +28,7 @@ def check_share(share: float) -> None:
 def parts_of(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """The indices of the examples that directions learn from, and of the others.
 
-    Each part has one at least, but for no share, or a single example: then all are others.
+    A share of zero, or a single example, leaves all to the others; else each has one at least.
     """
     order = list(range(count))
     if share == 0 or count < 2:
@@ -38,19 +38,27 @@ def parts_of(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return sorted(order[:cut]), sorted(order[cut:])
 
 
-def spared(
-    indices: Sequence[int], of_directions: Collection[int], groups: Sequence[Mapping[str, Any]]
-) -> list[nn.Parameter]:
-    """The parameters that do not learn from these examples.
+def learners(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The prior's directions, and all else that is trained; a guide has no directions.
 
     Args:
-        indices: the examples of a batch, all of one part.
-        of_directions: the examples that directions learn from.
-        groups: the optimizer's, named by the role. Where they have no directions, or nothing else,
-            and where no example is theirs, everything learns from every example.
+        model: the prior, which has the directions.
+        groups: the optimizer's, named by the role.
+
+    Raises:
+        ConfigurationError: there are none of either.
     """
-    roles = {group["name"] for group in groups}
-    if not of_directions or "direction" not in roles or len(roles) == 1:
-        return []
-    theirs = indices[0] in of_directions
-    return [p for g in groups if (g["name"] == "direction") != theirs for p in g["params"]]
+    prior = set(model.parameters())
+    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for group in groups:
+        for parameter in group["params"]:
+            found[group["name"] != "direction" or parameter not in prior].append(parameter)
+    if not all(found):
+        missing = "directions" if found[1] else "anything but directions"
+        raise ConfigurationError(
+            f"direction_share= parts examples between directions and all else, and there are not "
+            f"{missing} to train here; leave it out."
+        )
+    return found
