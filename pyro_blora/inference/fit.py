@@ -138,15 +138,19 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
 
 def _parts(train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> tuple[list[int], list[int]]:
     """The indices of the examples that directions learn from, and of the others."""
-    if not isinstance(train, DataLoader):
-        # a run that goes on has the same parts
-        return parts_of(len(train), how.direction_share, how.seed or 0)
     if how.direction_share:
+        _check_indexed(train, f"direction_share={how.direction_share}")
+    count = 0 if isinstance(train, DataLoader) else len(train)
+    return parts_of(count, how.direction_share, how.seed or 0)  # the same in a run that goes on
+
+
+def _check_indexed(train: Sequence[Any] | DataLoader[Any], option: str) -> None:
+    """Raises ConfigurationError where ``train`` does not tell which examples a batch has."""
+    if isinstance(train, DataLoader):
         raise ConfigurationError(
-            f"direction_share={how.direction_share} knows examples by their index, and a "
-            "DataLoader does not tell it; pass the examples themselves, with collate=."
+            f"{option} knows examples by their index, and a DataLoader does not tell it; pass the "
+            "examples themselves, with collate=."
         )
-    return [], []
 
 
 def _state(
@@ -175,11 +179,7 @@ def _state(
 
 
 def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:
-    if isinstance(train, DataLoader):
-        raise ConfigurationError(
-            "cache_frozen_prefix=True knows examples by their index, and a DataLoader does not "
-            "tell it; pass the examples themselves, with collate=."
-        )
+    _check_indexed(train, "cache_frozen_prefix=True")
     blocks = blora.model.skippable_blocks()
     if not blocks:
         raise ConfigurationError(

@@ -7,7 +7,6 @@ from pyro.infer import Trace_ELBO
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.loop import LoopOptions
-from pyro_blora.inference.sample_splitting import check_share
 
 __all__ = ["FitOptions"]
 
@@ -70,6 +69,9 @@ class FitOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.direction_share)
+        if not 0 <= self.direction_share < 1:
+            raise ConfigurationError(
+                f"direction_share={self.direction_share} must be a share in [0, 1)."
+            )
         if self.resume and self.checkpoint_dir is None:
             raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")

@@ -16,13 +16,7 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError
 
-__all__ = ["check_share", "learners", "parts_of"]
-
-
-def check_share(share: float) -> None:
-    """Raises ConfigurationError where ``share`` is none in [0, 1)."""
-    if not 0 <= share < 1:
-        raise ConfigurationError(f"direction_share={share!r} must be a share in [0, 1).")
+__all__ = ["learners", "parts_of"]
 
 
 def parts_of(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
