@@ -49,6 +49,7 @@ class UpdateModel(Options, PyroModule):
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
         learning_rates: rates by role that suit this prior better than ``fit``'s own.
+        direction_share: the ``direction_share`` of ``fit`` that suits it, where none is given.
 
     Example::
 
@@ -68,6 +69,7 @@ class UpdateModel(Options, PyroModule):
 
     roles: ClassVar[dict[str, str]] = {}
     learning_rates: Mapping[str, float] = {}
+    direction_share: float = 0.0
     group: LayerGroup
 
     _plate: tuple[pyro.plate] | None = None

@@ -143,6 +143,7 @@ class KroneckerInducing(UpdateModel):
         self.check_positive("rank", "sigma", "lambda_init", "noise_init")
         if keep < 1:  # directions over-fit less, and may be faster
             self.learning_rates = {**self.learning_rates, "direction": 5e-3}
+            self.direction_share = 0.75
         if not 0 < keep <= 1:
             raise ConfigurationError(f"keep={keep!r} is no probability in (0, 1].")
         check_core(core)

@@ -1,5 +1,6 @@
 """The order of the data: batches without end, from a place that can be told and found again."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ class _Bucketed:
     lengths: list[int]
     size: int
     random: random.Random
-    skipped: int = 0  # batches to leave out of the next epoch
+    whole: bool = True  # whether the next epoch is of one part, all examples
+    skipped: int = 0  # batches to leave out of it
 
     def __iter__(self) -> Iterator[list[int]]:
         turns: list[tuple[float, list[int]]] = []
-        for part in self.parts:
+        for part in [range(len(self.lengths))] if self.whole else self.parts:
             cut = self._cut(list(part))
             turns += [((i + 0.5) / len(cut), batch) for i, batch in enumerate(cut)]
         turns.sort(key=lambda turn: turn[0])
@@ -66,6 +68,7 @@ class Batches:
         length: the length of an example; batches are then made of like lengths.
         parts: the indices of examples that no batch mixes with those of another part. Default: all
             are one part.
+        parted_after: the epochs in which there are no parts yet.
 
     Raises:
         BatchError: the data set is empty; at the first batch.
@@ -77,15 +80,16 @@ class Batches:
         collate: Collate | None,
         options: LoopOptions,
         length: Callable[[Any], int] | None = None,
-        parts: Sequence[Sequence[int]] | None = None,
+        parts: Sequence[Sequence[int]] = (),
+        parted_after: int = 0,
     ) -> None:
         self._order: _Bucketed | None = None
+        self._parted_after = parted_after if len(parts) > 1 else math.inf
         if isinstance(data, DataLoader):
             self._loader, sampler = data, getattr(data, "sampler", None)
             self._generator = data.generator or getattr(sampler, "generator", None)
         else:
             lengths = [0] * len(data) if length is None else [length(x) for x in data]
-            parts = [range(len(data))] if parts is None else parts
             order = random.Random(options.seed)
             self._order = _Bucketed(parts, lengths, options.batch_size, order)
 
@@ -97,6 +101,7 @@ class Batches:
             self._generator = None
         self._epoch: Iterator[Any] = iter(())
         self._begun: dict[str, Any] = {}
+        self._epochs = 0  # begun
         self._taken = 0
         self._held: list[tuple[list[int], Batch]] = []
 
@@ -108,6 +113,11 @@ class Batches:
         self._taken += 1
         return found
 
+    @property
+    def parted(self) -> bool:
+        """Whether the batch that came last is of one of several parts."""
+        return self._epochs > self._parted_after
+
     def peek(self) -> Batch:
         """The batch that comes next, which still comes next."""
         self._held = self._held or [self._drawn()]
@@ -115,7 +125,7 @@ class Batches:
 
     def place(self) -> dict[str, Any]:
         """Where this is: the random numbers when the epoch began, and the batches taken since."""
-        return {**self._begun, "taken": self._taken}
+        return {**self._begun, "epochs": self._epochs, "taken": self._taken}
 
     def go_to(self, place: dict[str, Any]) -> None:
         """Goes to a place that :meth:`place` told. Torch's global generator is used up to there.
@@ -130,6 +140,7 @@ class Batches:
             version, numbers, spare = place["order"]
             self._order.random.setstate((version, tuple(numbers), spare))
             self._order.skipped = taken
+        self._epochs = int(place["epochs"]) - 1
         self._begin()
         self._held, self._taken = [], taken
         for _ in islice(self._epoch, taken if self._order is None else 0):
@@ -148,8 +159,10 @@ class Batches:
 
     def _begin(self) -> None:
         self._begun, self._taken = {"torch": torch.get_rng_state()}, 0
+        self._epochs += 1
         if self._generator is not None:
             self._begun["generator"] = self._generator.get_state()
         if self._order is not None:
             self._begun["order"] = self._order.random.getstate()
+            self._order.whole = not self.parted
         self._epoch = iter(self._loader)

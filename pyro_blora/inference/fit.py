@@ -81,16 +81,17 @@ def fit(
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    parts = _parts(train, how)
-    of_directions = frozenset(parts[0])
-    stream = Batches(train, collate, how, length, parts)
+    share = _share(blora, train, how)
+    parts = parts_of(len(train), share, how.seed or 0) if share else ()
+    of_others = frozenset(parts[1] if parts else ())
+    stream = Batches(train, collate, how, length, parts, how.split_after)
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(
         blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
     )
     groups = _parameters(blora, first, how)
-    directions, others = learners(blora.model, groups) if of_directions else ([], [])
+    directions, others = learners(blora.model, groups) if parts else ([], [])
     state = _state(blora, stream, prefix, how, train, validation)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
@@ -106,6 +107,11 @@ def fit(
         with kept(prefix, keys, batch):
             return objective(to_device(batch, device), step)
 
+    def spared(keys: list[int]) -> list[nn.Parameter]:
+        if not stream.parted:
+            return []
+        return directions if keys[0] in of_others else others
+
     with running(blora, how.precision, training=True):
         result = training_loop(
             loss_of,
@@ -115,7 +121,7 @@ def fit(
             validate=validate,
             state=blora.state_dict,
             keeper=state,
-            spared=lambda keys: others if of_directions.intersection(keys) else directions,
+            spared=spared,
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
@@ -136,12 +142,14 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
     return groups
 
 
-def _parts(train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> tuple[list[int], list[int]]:
-    """The indices of the examples that directions learn from, and of the others."""
+def _share(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> float:
+    """The share of the examples that directions learn from: what is given, or the priors' own."""
+    if how.direction_share is None:
+        own = [getattr(blora.model, group.name).direction_share for group in blora.model.groups]
+        return 0.0 if isinstance(train, DataLoader) else max(own)
     if how.direction_share:
         _check_indexed(train, f"direction_share={how.direction_share}")
-    count = 0 if isinstance(train, DataLoader) else len(train)
-    return parts_of(count, how.direction_share, how.seed or 0)  # the same in a run that goes on
+    return how.direction_share
 
 
 def _check_indexed(train: Sequence[Any] | DataLoader[Any], option: str) -> None:

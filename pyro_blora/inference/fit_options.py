@@ -29,12 +29,14 @@ class FitOptions(LoopOptions):
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
-        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which the
-            prior's directions (its parameters of that role, factors that are not random too) learn.
-            All else learns from the others, whose mean log-likelihood stands for that of all. A
-            step is of one or the other, and its ``nll`` too. With 3/4 long trainings over-fit far
-            less (docs/calibration.md). Needs examples, not a ``DataLoader``. Default: 0, everything
-            learns from all in each step.
+        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which what
+            the KL does not see (the prior's directions, factors that are not random, heads) learns
+            after ``split_after`` epochs. All else then learns from the others, whose mean
+            log-likelihood stands for that of all. A step is of one or the other, and its ``nll``
+            too. Long trainings over-fit far less (docs/calibration.md). 0: everything learns from
+            all. Needs examples, not a ``DataLoader``. Default: the prior's own, 3/4 for
+            ``KroneckerInducing(keep=0.9)`` and 0 for the others; 0 with a ``DataLoader``.
+        split_after: epochs in which everything learns from all the same. Default: 6.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every
@@ -58,7 +60,8 @@ class FitOptions(LoopOptions):
     lr_direction: float | None = None
     lr_likelihood: float | None = None
     lr_head: float | None = None
-    direction_share: float = 0.0
+    direction_share: float | None = None
+    split_after: int = 6
     kl_warmup: float = 0.0
     kl_weight: float = 1.0
     validation_samples: int = 0
@@ -69,9 +72,11 @@ class FitOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.direction_share < 1:
+        if not 0 <= (self.direction_share or 0) < 1:
             raise ConfigurationError(
                 f"direction_share={self.direction_share} must be a share in [0, 1)."
             )
+        if self.split_after < 0:
+            raise ConfigurationError(f"split_after={self.split_after} must be epochs, 0 or more.")
         if self.resume and self.checkpoint_dir is None:
             raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")

@@ -19,14 +19,14 @@ from pyro_blora.errors import ConfigurationError
 __all__ = ["learners", "parts_of"]
 
 
-def parts_of(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+def parts_of(count: int, share: float, seed: int) -> tuple[list[int], ...]:
     """The indices of the examples that directions learn from, and of the others.
 
-    A share of zero, or a single example, leaves all to the others; else each has one at least.
+    Each has one at least; a single example makes no parts.
     """
+    if count < 2:
+        return ()
     order = list(range(count))
-    if share == 0 or count < 2:
-        return [], order
     random.Random(seed).shuffle(order)
     cut = min(max(round(share * count), 1), count - 1)
     return sorted(order[:cut]), sorted(order[cut:])
@@ -35,24 +35,25 @@ def parts_of(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
 def learners(
     model: nn.Module, groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The prior's directions, and all else that is trained; a guide has no directions.
+    """What the KL does not see (directions, heads), and all else; a guide has no directions.
 
     Args:
-        model: the prior, which has the directions.
+        model: the prior, which has the directions, and the heads that are trained as points.
         groups: the optimizer's, named by the role.
 
     Raises:
         ConfigurationError: there are none of either.
     """
-    prior = set(model.parameters())
+    points = set(model.parameters())
     found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for group in groups:
         for parameter in group["params"]:
-            found[group["name"] != "direction" or parameter not in prior].append(parameter)
+            is_point = group["name"] in ("direction", "head") and parameter in points
+            found[not is_point].append(parameter)
     if not all(found):
         missing = "directions" if found[1] else "anything but directions"
         raise ConfigurationError(
             f"direction_share= parts examples between directions and all else, and there are not "
-            f"{missing} to train here; leave it out."
+            f"{missing} to train here; pass direction_share=0."
         )
     return found

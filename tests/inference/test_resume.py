@@ -74,7 +74,7 @@ def loader_of_its_own():
 
 CASES = {
     "early best": (llama, {}, {**BEST, "validation_samples": 2, "length": length}),
-    "split": (llama, {}, {"direction_share": 0.6}),
+    "split": (llama, {}, {"direction_share": 0.6, "split_after": 1}),
     "informed": (llama, {"prior": FisherInducing(rank=2)}, {}),
     "amortized": (llama, {"guide": Amortized(hidden=3)}, {"kl_warmup": 0.5, "decay": "cosine"}),
     "ensemble": (llama, {"guide": Ensemble(members=3)}, BEST),

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from pyro_blora import fit
@@ -15,6 +16,7 @@ from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
 from pyro_blora.inference.sample_splitting import learners, parts_of
+from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 ROWS = tiny.examples(12)
@@ -35,6 +37,7 @@ def trained(rows, *, prior=None, steps=8, **options):
     pyro.set_rng_seed(3)
     blora = tiny.adapted(num_data=12, prior=prior or KroneckerInducing(rank=2))
     options = {"collate": tiny.collate, "batch_size": 4, "progress": False, **options}
+    options.setdefault("split_after", 0)
     fit(blora, rows, num_steps=steps, **options)
     state = {name: value.detach().clone() for name, value in blora.named_parameters()}
     names = [name for name in state if ".Z_" in name]
@@ -49,9 +52,8 @@ def test_parts_share_out_all_examples():
     assert (len(DIRECTIONS), len(OTHERS)) == (9, 3)
     assert sorted(DIRECTIONS + OTHERS) == list(range(12))
     assert parts_of(12, 0.75, 1) != (DIRECTIONS, OTHERS)
-    assert parts_of(12, 0, 0) == ([], list(range(12)))
     assert list(map(len, parts_of(2, 0.9, 0))) == list(map(len, parts_of(2, 0.1, 0))) == [1, 1]
-    assert parts_of(1, 0.75, 0) == ([], [0])
+    assert parts_of(1, 0.75, 0) == ()
 
 
 def test_batches_mix_no_parts_and_take_turns_in_proportion():
@@ -73,13 +75,46 @@ def test_labels_of_either_part_reach_their_own_parameters_alone():
     assert not same(others, trained(flipped(OTHERS), lr_direction=0.0, direction_share=0.75)[1])
 
 
-def test_no_share_is_the_order_of_before():
-    whole, parted = (
-        Batches(ROWS, tiny.collate, LoopOptions(1, batch_size=5), parts=parts)
-        for parts in (None, parts_of(12, 0, 0))
-    )
-    for (left, _), (right, _) in itertools.islice(zip(whole, parted, strict=True), 9):
-        assert left == right
+def test_the_first_epochs_are_as_without_parts():
+    parts = (DIRECTIONS, OTHERS)
+    whole = Batches(ROWS, tiny.collate, LoopOptions(1, batch_size=5))
+    later = Batches(ROWS, tiny.collate, LoopOptions(1, batch_size=5), None, parts, 2)
+    for _ in range(6):  # three batches an epoch
+        assert next(whole)[0] == next(later)[0]
+        assert not later.parted
+    assert set(next(later)[0]) <= set(DIRECTIONS)
+    assert later.parted
+    assert not whole.parted
+
+
+def test_after_them_the_directions_learn_from_their_part_alone():
+    """Three batches an epoch: nothing else is changed in the third but an example's label."""
+    share = {"direction_share": 0.75, "split_after": 2}
+    for steps, as_without in ((6, True), (9, False)):
+        split, whole = trained(ROWS, steps=steps, **share), trained(ROWS, steps=steps)
+        assert same(split[0], whole[0]) == same(split[1], whole[1]) == as_without
+
+
+def test_it_is_the_default_of_priors_that_leave_directions_out():
+    def default(keep, rows=ROWS, **options):
+        return trained(rows, prior=KroneckerInducing(rank=2, keep=keep), **options)[0]
+
+    loader = {"rows": DataLoader(ROWS, 4, collate_fn=tiny.collate), "collate": None}
+    assert same(default(0.9), default(0.9, direction_share=0.75))
+    assert not same(default(0.9), default(0.9, direction_share=0.0))
+    assert same(default(1.0), default(1.0, direction_share=0.0))
+    assert same(default(0.9, **loader), default(0.9, **loader, split_after=99))
+
+
+def test_a_head_that_no_kl_sees_learns_with_the_directions():
+    likelihood = SequenceClassification(num_data=12)
+    blora = tiny.adapted(tiny.bert(), target_modules=None, likelihood=likelihood)
+    groups = parameter_groups(nn.ModuleList([blora.model, blora.guide]), LEARNING_RATES)
+    heads = [p for group in groups if group["name"] == "head" for p in group["params"]]
+    directions, others = learners(blora.model, groups)
+    assert heads
+    assert {id(p) for p in heads} <= {id(p) for p in directions}
+    assert not {id(p) for p in heads} & {id(p) for p in others}
 
 
 def test_directions_are_the_priors():
@@ -95,6 +130,11 @@ def test_directions_are_the_priors():
 def test_without_directions_there_is_nothing_to_part():
     with pytest.raises(ConfigurationError, match="there are not directions to train here"):
         trained(ROWS, prior=GaussianFactors(rank=2, random="both"), direction_share=0.75)
+
+
+def test_no_epochs():
+    with pytest.raises(ConfigurationError, match="split_after=-1 must be epochs, 0 or more"):
+        trained(ROWS, split_after=-1)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
