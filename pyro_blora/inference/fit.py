@@ -81,7 +81,8 @@ def fit(
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    share = _share(blora, train, how)
+    how = replace(how, direction_share=_share(blora, train, how))
+    share = how.direction_share
     parts = parts_of(len(train), share, how.seed or 0) if share else ()
     of_others = frozenset(parts[1] if parts else ())
     stream = Batches(train, collate, how, length, parts, how.split_after)
@@ -145,8 +146,11 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
 def _share(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> float:
     """The share of the examples that directions learn from: what is given, or the priors' own."""
     if how.direction_share is None:
-        own = [getattr(blora.model, group.name).direction_share for group in blora.model.groups]
-        return 0.0 if isinstance(train, DataLoader) else max(own)
+        groups = parameter_groups(blora.model, LEARNING_RATES)
+        if isinstance(train, DataLoader) or all(group["name"] != "direction" for group in groups):
+            return 0.0
+        share = min(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
+        return share if (1 - share) * len(train) >= how.batch_size else 0.0
     if how.direction_share:
         _check_indexed(train, f"direction_share={how.direction_share}")
     return how.direction_share

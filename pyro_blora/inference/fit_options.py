@@ -29,14 +29,15 @@ class FitOptions(LoopOptions):
         lr_direction: that of the inducing directions. Default: likewise, 5e-3.
         lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
-        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which what
-            the KL does not see (the prior's directions, factors that are not random, heads) learns
-            after ``split_after`` epochs. All else then learns from the others, whose mean
-            log-likelihood stands for that of all. A step is of one or the other, and its ``nll``
-            too. Long trainings over-fit far less (docs/calibration.md). 0: everything learns from
-            all. Needs examples, not a ``DataLoader``. Default: the prior's own, 3/4 for
-            ``KroneckerInducing(keep=0.9)`` and 0 for the others; 0 with a ``DataLoader``.
-        split_after: epochs in which everything learns from all the same. Default: 6.
+        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which
+            directions, factors that are not random, and heads learn after ``split_after`` epochs,
+            while all else learns from the others, whose mean log-likelihood stands for that of
+            all. A step is of one or the other, and its ``nll`` too. Long trainings over-fit less
+            (docs/calibration.md). 0: everything learns from all. Needs examples, not a
+            ``DataLoader``. Default: what suits the priors of all groups, 3/4 for
+            ``KroneckerInducing(keep=0.9)`` and 0 for others; 0 where the others would not fill a
+            batch, no direction is trained, or with a ``DataLoader``.
+        split_after: epochs of this call in which everything learns from all the same. Default: 6.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
         kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every

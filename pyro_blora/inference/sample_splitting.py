@@ -2,7 +2,8 @@
 
 Directions are parameters of the prior: they are fitted, and no KL sees it. A posterior that learns
 from the same examples takes what they have memorised for evidence, and the scale of the scores
-with it. From examples that they have not seen it learns what they are worth on new ones.
+with it. From examples that they have not seen, or not for a while, it learns what they are worth
+on new ones.
 
 Reference: for data-dependent priors of PAC-Bayes bounds, Perez-Ortiz et al. 2021, "Tighter risk
 certificates for neural networks", arXiv:2007.12911. What it does here: docs/calibration.md.
@@ -35,7 +36,7 @@ def parts_of(count: int, share: float, seed: int) -> tuple[list[int], ...]:
 def learners(
     model: nn.Module, groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What the KL does not see (directions, heads), and all else; a guide has no directions.
+    """Directions, factors that are not random and heads; and all else. A guide has no directions.
 
     Args:
         model: the prior, which has the directions, and the heads that are trained as points.
@@ -51,9 +52,9 @@ def learners(
             is_point = group["name"] in ("direction", "head") and parameter in points
             found[not is_point].append(parameter)
     if not all(found):
-        missing = "directions" if found[1] else "anything but directions"
+        missing = "no directions" if found[1] else "directions alone"
         raise ConfigurationError(
-            f"direction_share= parts examples between directions and all else, and there are not "
+            f"direction_share= parts examples between directions and all else, and there are "
             f"{missing} to train here; pass direction_share=0."
         )
     return found

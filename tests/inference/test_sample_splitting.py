@@ -13,6 +13,7 @@ from pyro_blora import fit
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized
 from pyro_blora.inference.batches import Batches
+from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
 from pyro_blora.inference.sample_splitting import learners, parts_of
@@ -21,6 +22,7 @@ from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 ROWS = tiny.examples(12)
 DIRECTIONS, OTHERS = parts_of(12, 0.75, 0)
+NONE = {"direction_share": 0.0}
 
 
 def flipped(indices):
@@ -37,7 +39,7 @@ def trained(rows, *, prior=None, steps=8, **options):
     pyro.set_rng_seed(3)
     blora = tiny.adapted(num_data=12, prior=prior or KroneckerInducing(rank=2))
     options = {"collate": tiny.collate, "batch_size": 4, "progress": False, **options}
-    options.setdefault("split_after", 0)
+    options = {"split_after": 0, **options}
     fit(blora, rows, num_steps=steps, **options)
     state = {name: value.detach().clone() for name, value in blora.named_parameters()}
     names = [name for name in state if ".Z_" in name]
@@ -87,23 +89,55 @@ def test_the_first_epochs_are_as_without_parts():
     assert not whole.parted
 
 
-def test_after_them_the_directions_learn_from_their_part_alone():
-    """Three batches an epoch: nothing else is changed in the third but an example's label."""
-    share = {"direction_share": 0.75, "split_after": 2}
-    for steps, as_without in ((6, True), (9, False)):
-        split, whole = trained(ROWS, steps=steps, **share), trained(ROWS, steps=steps)
-        assert same(split[0], whole[0]) == same(split[1], whole[1]) == as_without
+def test_after_them_labels_reach_their_own_parameters_alone():
+    """Three batches an epoch: the labels change after two, and with them what learns from them."""
+
+    def directions(indices):
+        rows = list(ROWS)
+
+        def change(done):
+            if done == 6:
+                rows[:] = flipped(indices)
+
+        slow = {"lr_mean": 0.0, "lr_scale": 0.0, "direction_share": 0.75, "split_after": 2}
+        return trained(rows, steps=9, callback=change, **slow)[0]
+
+    assert same(directions([]), directions(OTHERS))
+    assert not same(directions([]), directions(DIRECTIONS))
 
 
-def test_it_is_the_default_of_priors_that_leave_directions_out():
-    def default(keep, rows=ROWS, **options):
-        return trained(rows, prior=KroneckerInducing(rank=2, keep=keep), **options)[0]
+def test_it_is_the_default_of_a_prior_that_leaves_directions_out():
+    """After six epochs, 24 batches of three."""
 
-    loader = {"rows": DataLoader(ROWS, 4, collate_fn=tiny.collate), "collate": None}
-    assert same(default(0.9), default(0.9, direction_share=0.75))
-    assert not same(default(0.9), default(0.9, direction_share=0.0))
+    def default(keep=0.9, rows=ROWS, steps=28, **options):
+        options = {"batch_size": 3, "split_after": FitOptions(1).split_after, **options}
+        return trained(rows, prior=KroneckerInducing(rank=2, keep=keep), steps=steps, **options)[0]
+
+    assert same(default(), default(direction_share=0.75, split_after=6))
+    assert not same(default(), default(direction_share=0.0))
+    assert same(default(steps=24), default(steps=24, direction_share=0.0))
     assert same(default(1.0), default(1.0, direction_share=0.0))
-    assert same(default(0.9, **loader), default(0.9, **loader, split_after=99))
+    loader = {"rows": DataLoader(ROWS, 3, collate_fn=tiny.collate), "collate": None}
+    assert same(default(**loader), default(**loader, split_after=0))
+    of_one_batch = {"batch_size": 4, "steps": 8}  # the others are three
+    assert same(default(**of_one_batch, split_after=0), default(**of_one_batch))
+
+
+def test_it_is_no_default_where_a_group_has_another_prior_or_directions_are_held():
+    kronecker = KroneckerInducing(rank=2, keep=0.9)
+    mixed = {"q_proj": kronecker, ".*": GaussianFactors(rank=2, random="both")}
+    options = {"batch_size": 3, "steps": 8}
+    left, right = (trained(ROWS, prior=mixed, **share, **options) for share in ({}, NONE))
+    assert same(left[0], right[0])
+    assert same(left[1], right[1])
+    pyro.clear_param_store()
+    blora = tiny.adapted(num_data=12, prior=kronecker)
+    for name, parameter in blora.named_parameters():
+        parameter.requires_grad_(".Z_" not in name)
+    how = {"collate": tiny.collate, "batch_size": 3, "progress": False, "split_after": 0}
+    fit(blora, ROWS, num_steps=2, **how)
+    with pytest.raises(ConfigurationError, match="no directions to train here"):
+        fit(blora, ROWS, num_steps=2, direction_share=0.75, **how)
 
 
 def test_a_head_that_no_kl_sees_learns_with_the_directions():
@@ -128,7 +162,7 @@ def test_directions_are_the_priors():
 
 
 def test_without_directions_there_is_nothing_to_part():
-    with pytest.raises(ConfigurationError, match="there are not directions to train here"):
+    with pytest.raises(ConfigurationError, match="there are no directions to train here"):
         trained(ROWS, prior=GaussianFactors(rank=2, random="both"), direction_share=0.75)
 
 
