@@ -1,6 +1,5 @@
 """The order of the data: batches without end, from a place that can be told and found again."""
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,12 +30,18 @@ class _Bucketed:
     lengths: list[int]
     size: int
     random: random.Random
-    whole: bool = True  # whether the next epoch is of one part, all examples
-    skipped: int = 0  # batches to leave out of it
+    parted_after: int = 0
+    epochs: int = 0  # begun
+    skipped: int = 0  # batches to leave out of the next one
+
+    @property
+    def parted(self) -> bool:
+        return len(self.parts) > 1 and self.epochs > self.parted_after
 
     def __iter__(self) -> Iterator[list[int]]:
+        self.epochs += 1
         turns: list[tuple[float, list[int]]] = []
-        for part in [range(len(self.lengths))] if self.whole else self.parts:
+        for part in self.parts if self.parted else [range(len(self.lengths))]:
             cut = self._cut(list(part))
             turns += [((i + 0.5) / len(cut), batch) for i, batch in enumerate(cut)]
         turns.sort(key=lambda turn: turn[0])
@@ -84,14 +89,13 @@ class Batches:
         parted_after: int = 0,
     ) -> None:
         self._order: _Bucketed | None = None
-        self._parted_after = parted_after if len(parts) > 1 else math.inf
         if isinstance(data, DataLoader):
             self._loader, sampler = data, getattr(data, "sampler", None)
             self._generator = data.generator or getattr(sampler, "generator", None)
         else:
             lengths = [0] * len(data) if length is None else [length(x) for x in data]
             order = random.Random(options.seed)
-            self._order = _Bucketed(parts, lengths, options.batch_size, order)
+            self._order = _Bucketed(parts, lengths, options.batch_size, order, parted_after)
 
             def made(indices: list[int]) -> tuple[list[int], Batch]:
                 return indices, (collate or default_collate)([data[i] for i in indices])
@@ -101,7 +105,6 @@ class Batches:
             self._generator = None
         self._epoch: Iterator[Any] = iter(())
         self._begun: dict[str, Any] = {}
-        self._epochs = 0  # begun
         self._taken = 0
         self._held: list[tuple[list[int], Batch]] = []
 
@@ -116,7 +119,7 @@ class Batches:
     @property
     def parted(self) -> bool:
         """Whether the batch that came last is of one of several parts."""
-        return self._epochs > self._parted_after
+        return self._order is not None and self._order.parted
 
     def peek(self) -> Batch:
         """The batch that comes next, which still comes next."""
@@ -125,7 +128,7 @@ class Batches:
 
     def place(self) -> dict[str, Any]:
         """Where this is: the random numbers when the epoch began, and the batches taken since."""
-        return {**self._begun, "epochs": self._epochs, "taken": self._taken}
+        return {**self._begun, "taken": self._taken}
 
     def go_to(self, place: dict[str, Any]) -> None:
         """Goes to a place that :meth:`place` told. Torch's global generator is used up to there.
@@ -139,8 +142,7 @@ class Batches:
         if self._order is not None:
             version, numbers, spare = place["order"]
             self._order.random.setstate((version, tuple(numbers), spare))
-            self._order.skipped = taken
-        self._epochs = int(place["epochs"]) - 1
+            self._order.epochs, self._order.skipped = int(place["epochs"]), taken
         self._begin()
         self._held, self._taken = [], taken
         for _ in islice(self._epoch, taken if self._order is None else 0):
@@ -159,10 +161,9 @@ class Batches:
 
     def _begin(self) -> None:
         self._begun, self._taken = {"torch": torch.get_rng_state()}, 0
-        self._epochs += 1
         if self._generator is not None:
             self._begun["generator"] = self._generator.get_state()
         if self._order is not None:
             self._begun["order"] = self._order.random.getstate()
-            self._order.whole = not self.parted
+            self._begun["epochs"] = self._order.epochs
         self._epoch = iter(self._loader)

@@ -22,7 +22,6 @@ from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 ROWS = tiny.examples(12)
 DIRECTIONS, OTHERS = parts_of(12, 0.75, 0)
-NONE = {"direction_share": 0.0}
 
 
 def flipped(indices):
@@ -38,8 +37,8 @@ def trained(rows, *, prior=None, steps=8, **options):
     pyro.clear_param_store()
     pyro.set_rng_seed(3)
     blora = tiny.adapted(num_data=12, prior=prior or KroneckerInducing(rank=2))
-    options = {"collate": tiny.collate, "batch_size": 4, "progress": False, **options}
-    options = {"split_after": 0, **options}
+    usual = {"collate": tiny.collate, "batch_size": 4, "progress": False, "split_after": 0}
+    options = {**usual, **options}
     fit(blora, rows, num_steps=steps, **options)
     state = {name: value.detach().clone() for name, value in blora.named_parameters()}
     names = [name for name in state if ".Z_" in name]
@@ -127,7 +126,9 @@ def test_it_is_no_default_where_a_group_has_another_prior_or_directions_are_held
     kronecker = KroneckerInducing(rank=2, keep=0.9)
     mixed = {"q_proj": kronecker, ".*": GaussianFactors(rank=2, random="both")}
     options = {"batch_size": 3, "steps": 8}
-    left, right = (trained(ROWS, prior=mixed, **share, **options) for share in ({}, NONE))
+    left, right = (
+        trained(ROWS, prior=mixed, **share, **options) for share in ({}, {"direction_share": 0.0})
+    )
     assert same(left[0], right[0])
     assert same(left[1], right[1])
     pyro.clear_param_store()
