@@ -186,7 +186,8 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
 def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> list[str]:
     """The difference of NLL and Brier score to the best other method's, mean over data sets.
 
-    Its error is of the mean over items, each item's differences averaged over seeds first.
+    Variants of ours (``default-mean``) are no other methods. The error is of the mean over items,
+    each item's differences averaged over seeds first.
     """
 
     def items(name: str, seed: int, data: str) -> Tensor:
@@ -200,7 +201,8 @@ def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> l
     others = [
         n
         for n, found in methods.items()
-        if n.removeprefix("temperature:") != ours and set(seeds) <= set(found)
+        if not n.removeprefix("temperature:").startswith(ours)
+        and all(set(data) <= set(found.get(seed, ())) for seed in seeds)
     ]
     if not seeds or not others:
         return []

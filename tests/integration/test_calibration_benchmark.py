@@ -124,3 +124,22 @@ def test_other_sets_are_told_apart_by_items_with_as_many_options(monkeypatch):
         "| low | entropy | 1 | 50.0 | 0.0 | 25.0 |",
     ]
     assert told_apart({"low": {0: draws[1]}}, []) == []
+
+
+def test_the_best_other_is_no_variant_and_has_the_items(monkeypatch):
+    """Means of two items: 0.1 for ours; a variant is ahead, and another lacks the other set."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration_report import paired
+
+    def run(nll, *sets):
+        right = torch.tensor(nll).neg().exp().expand(2)
+        return {0: {d: (torch.stack([right, 1 - right], 1), torch.zeros(2).long()) for d in sets}}
+
+    methods = {"ours": run(0.1, "test", "away"), "ours-mean": run(0.01, "test", "away")}
+    methods |= {"far": run(0.5, "test", "away"), "near": run(0.2, "test")}
+    assert paired(methods, "ours", "test")[0].startswith(
+        "NLL of `ours` less that of `near`: -0.1000"
+    )
+    assert paired(methods, "ours", "away")[0].startswith(
+        "NLL of `ours` less that of `far`: -0.4000"
+    )
