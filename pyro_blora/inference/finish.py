@@ -1,7 +1,7 @@
 """What follows training for the guides that find their width afterwards."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pyro
@@ -17,6 +17,7 @@ from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import Collate, by_length
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
 from pyro_blora.posterior.linearised import logit_jacobian
@@ -53,6 +54,7 @@ def finish(
     length: Callable[[Any], int] | None = None,
     batch_size: int = 8,
     precision: str = "auto",
+    prefix: FrozenPrefix | None = None,
     progress: bool | None = None,
 ) -> dict[str, float]:
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
@@ -65,6 +67,8 @@ def finish(
         length: the length of an example; batches of like lengths waste no padding.
         batch_size: examples at once.
         precision: of the network, as in ``fit``.
+        prefix: where the frozen blocks' output is kept, by the index of an example; not for a
+            ``DataLoader``, which does not tell it.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
@@ -83,6 +87,8 @@ def finish(
         )
     if isinstance(data, DataLoader):
         batches = list(data)
+        cuts: list[list[int]] = [[] for _ in batches]
+        prefix = None
     elif collate is None:
         raise ConfigurationError("finish needs collate=, which makes batches of examples.")
     else:
@@ -91,15 +97,24 @@ def finish(
     if not batches:
         raise BatchError("There is nothing to finish with: the data set is empty.")
     device = blora.model.groups[0].device
+    prefix = prefix or FrozenPrefix(blora.net, [])
+    pairs = list(zip(cuts, batches, strict=True))
     hide = None if progress is None else not progress
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
-        for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
-            found = scores(blora, to_device(batch, device))
+        for cut, batch in tqdm(pairs, desc="finish", disable=hide, unit="batch"):
+            with kept(prefix, cut, batch):
+                found = scores(blora, to_device(batch, device))
             yield {name: found[name] for name in families}
 
+    def skipping(num_samples: int) -> Generator[Batch]:
+        for cut, batch in pairs:
+            with kept(prefix, cut, batch, num_samples):
+                yield to_device(batch, device)
+
     def loss(num_samples: int) -> float:
-        return anchor_loss(blora, (to_device(batch, device) for batch in batches), num_samples)
+        with closing(skipping(num_samples)) as ready:
+            return anchor_loss(blora, ready, num_samples)
 
     with running(blora, precision, training=False):
         evidence = Evidence(all_scores, loss, blora.likelihood.num_data)

@@ -127,7 +127,7 @@ def fit(
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora.guide):
-        finish(blora, train, **reading)
+        finish(blora, train, prefix=prefix, **reading)
     return result
 
 

@@ -186,12 +186,12 @@ class FrozenPrefix:
 
 
 def kept(
-    prefix: FrozenPrefix, keys: Sequence[Hashable], batch: Mapping[str, Any]
+    prefix: FrozenPrefix, keys: Sequence[Hashable], batch: Mapping[str, Any], copies: int = 1
 ) -> AbstractContextManager[None]:
-    """``prefix.examples(keys)``; rows padded on the left, which stand elsewhere, run plainly."""
+    """``prefix.examples(...)``; rows padded on the left, which stand elsewhere, run plainly."""
     mask = batch.get("attention_mask") if prefix.blocks else None
     left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
-    return prefix.examples(keys) if prefix.blocks and not left else nullcontext()
+    return prefix.examples(keys, copies) if prefix.blocks and not left else nullcontext()
 
 
 def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:

@@ -268,6 +268,16 @@ def test_blocks_run_once_for_a_prediction_and_once_for_an_example():
     assert seen == {0: 8, 1: 8, 2: 40, 3: 40}
 
 
+@pytest.mark.parametrize("guide", [Laplace(), Isotropic()], ids=repr)
+def test_a_width_that_is_found_after_training_runs_no_cached_block(guide):
+    blora, batch = adapted("llama", guide=guide)
+    assert_same_training(blora, *of_rows(batch))  # to the width
+    seen = rows_run(blora.net)
+    history(blora, *of_rows(batch), num_steps=2, cache_frozen_prefix=True)
+    assert seen[0] == seen[1] == 6
+    assert seen[2] == seen[3] > 8
+
+
 @pytest.mark.parametrize("where", ["on a block", "inside of a block", "configuration", "batch"])
 def test_who_looks_at_hidden_states_sees_those_of_every_draw(where):
     blora, batch = adapted("llama")
