@@ -184,7 +184,7 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
 
 
 def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> list[str]:
-    """The difference of NLL and Brier score to the best other method's, mean over data sets.
+    """The difference of NLL and Brier score to the three best others', mean over data sets.
 
     Variants of ours (``default-mean``) are no other methods. The error is of the mean over items,
     each item's differences averaged over seeds first.
@@ -216,11 +216,11 @@ def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> l
         def mean(name: str, index: int = index) -> float:
             return sum(float(scores[index].mean()) for scores in each[name]) / len(data)
 
-        best = min(others, key=mean)
-        gaps = [a[index] - b[index] for a, b in zip(each[ours], each[best], strict=True)]
-        error = sum(float(gap.var()) / len(gap) for gap in gaps) ** 0.5 / len(data)
-        gap = mean(ours) - mean(best)
-        rows.append(f"{title} of `{ours}` less that of `{best}`: {gap:+.4f} ± {error:.4f}.")
+        for other in sorted(others, key=mean)[:3]:
+            gaps = [a[index] - b[index] for a, b in zip(each[ours], each[other], strict=True)]
+            error = sum(float(gap.var()) / len(gap) for gap in gaps) ** 0.5 / len(data)
+            gap = mean(ours) - mean(other)
+            rows.append(f"{title} of `{ours}` less that of `{other}`: {gap:+.4f} ± {error:.4f}.")
     return rows
 
 
