@@ -62,7 +62,9 @@ class KroneckerInducing(UpdateModel):
     Args:
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
-            prior, in units of weight; the start where it is learned. Default: 1.
+            prior, in units of weight; the start where it is learned. ``"shared"`` is
+            :math:`\min(1, \sqrt{6/n})` for a group of ``n`` layers: what draws of all of them add
+            to the output does not grow with their number (docs/calibration.md). Default: 1.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
             Default: learned.
@@ -118,7 +120,7 @@ class KroneckerInducing(UpdateModel):
         self,
         *,
         rank: int | tuple[int, int] = 8,
-        sigma: float = 1.0,
+        sigma: float | Literal["shared"] = 1.0,
         scale: Literal["learned", "fixed", "half-cauchy"] = "learned",
         core: Core = "normal",
         conditional: Conditional = "deterministic",
@@ -140,7 +142,11 @@ class KroneckerInducing(UpdateModel):
         self.check_choice("conditional", ("deterministic", "exact", "scaled"))
         self.check_choice("noise", ("marginal", "joint"))
         self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
-        self.check_positive("rank", "sigma", "lambda_init", "noise_init")
+        self.check_positive("rank", "lambda_init", "noise_init")
+        if isinstance(sigma, str):
+            self.check_choice("sigma", ("shared",))
+        else:
+            self.check_positive("sigma")
         if keep < 1:  # directions over-fit less, and may be faster
             self.learning_rates = {**self.learning_rates, "direction": 5e-3}
             self.direction_share = 0.75
@@ -153,6 +159,11 @@ class KroneckerInducing(UpdateModel):
         """``(m_r, m_c)``."""
         return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
 
+    @property
+    def sigma_start(self) -> float:
+        """The prior scale of the group's layers, or where it starts."""
+        return min(1.0, (6 / self.group.n) ** 0.5) if isinstance(self.sigma, str) else self.sigma
+
     def setup(self, group: LayerGroup) -> None:
         """Registers ``Z_r, Z_c`` (n x m x d), ``D_r, D_c`` (n x m), sigma and lambda (n)."""
         m_r, m_c = self.ranks
@@ -164,7 +175,7 @@ class KroneckerInducing(UpdateModel):
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
         self.D_c = PyroParam(D.expand(-1, m_c).clone(), constraints.positive)
         if self.scale == "learned":
-            self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
+            self.sigma_ = PyroParam(self.sigma_start * ones, constraints.positive)
         if self.conditional == "scaled":
             self.lambda_ = PyroParam(self.lambda_init * ones, constraints.positive)
 
@@ -212,14 +223,14 @@ class KroneckerInducing(UpdateModel):
         core = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
         if self.scale == "learned":
             size = core.square().mean((-1, -2)).sqrt()
-            self.sigma_ = torch.where(size > 0, size, self.sigma)
+            self.sigma_ = torch.where(size > 0, size, self.sigma_start)
         return {self.site("V"): core / self.layer_scale()[:, None, None]}
 
     def layer_scale(self) -> Tensor:
         """The prior scale sigma of each layer, ``(..., n)``; sampled where it is random."""
         if self.scale == "learned":
             return cast(Tensor, self.sigma_)
-        sigma = torch.full((self.group.n,), self.sigma, device=self.group.device)
+        sigma = torch.full((self.group.n,), self.sigma_start, device=self.group.device)
         if self.scale == "half-cauchy":
             with self.plate():
                 sigma = pyro.sample(self.site("sigma"), pyro.distributions.HalfCauchy(sigma))

@@ -91,7 +91,7 @@ _KNOWN = (
     ),
     Recipe(
         "bayesian-lora",
-        lambda rank: KroneckerInducing(rank=rank, keep=0.9),
+        lambda rank: KroneckerInducing(rank=rank, sigma="shared", keep=0.9),
         guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",

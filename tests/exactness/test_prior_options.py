@@ -11,6 +11,7 @@ WRONG = [
     ("KroneckerInducing", {"scale": "none"}, "scale='none' is not one of"),
     ("KroneckerInducing", {"core": "student"}, "core='student' is unknown; .*student-t"),
     ("KroneckerInducing", {"sigma": 0.0}, "sigma=0.0 must be positive"),
+    ("KroneckerInducing", {"sigma": "common"}, r"sigma='common' is not one of \('shared',\)"),
     ("KroneckerInducing", {"sigma": float("nan")}, "sigma=nan must be positive"),
     ("KroneckerInducing", {"lambda_init": -1.0}, "lambda_init=-1.0 must be positive"),
     ("KroneckerInducing", {"noise_init": float("inf")}, "noise_init=inf must be .* finite"),
