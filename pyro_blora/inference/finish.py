@@ -86,19 +86,15 @@ def finish(
             f"for {blora.guide_family!r}."
         )
     if isinstance(data, DataLoader):
-        batches = list(data)
-        cuts: list[list[int]] = [[] for _ in batches]
-        prefix = None
+        pairs: list[tuple[list[int], Batch]] = [([], batch) for batch in data]
     elif collate is None:
         raise ConfigurationError("finish needs collate=, which makes batches of examples.")
     else:
         cuts = by_length(data, length, batch_size)
-        batches = [collate([data[i] for i in cut]) for cut in cuts]
-    if not batches:
+        pairs = [(cut, collate([data[i] for i in cut])) for cut in cuts]
+    if not pairs:
         raise BatchError("There is nothing to finish with: the data set is empty.")
     device = blora.model.groups[0].device
-    prefix = prefix or FrozenPrefix(blora.net, [])
-    pairs = list(zip(cuts, batches, strict=True))
     hide = None if progress is None else not progress
 
     def all_scores() -> Iterator[dict[str, Tensor]]:

@@ -13,7 +13,6 @@ are the directions in which a layer's outputs and inputs can change the predicti
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -112,7 +111,7 @@ def inform(
         torch.manual_seed(seed)
         for indices, batch in _batches(data, collate, length, num_examples, batch_size, seed):
             batch, count = to_device(batch, device), blora.likelihood.examples(batch)
-            skipped = kept(prefix, indices, batch) if prefix and indices else nullcontext()
+            skipped = kept(prefix, indices, batch)
             watched = updates_in_place(blora.model.adapters, updates)
             with skipped, watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = blora.likelihood.logits(blora.net, batch)

@@ -186,12 +186,17 @@ class FrozenPrefix:
 
 
 def kept(
-    prefix: FrozenPrefix, keys: Sequence[Hashable], batch: Mapping[str, Any], copies: int = 1
+    prefix: FrozenPrefix | None, keys: Sequence[Hashable], batch: Mapping[str, Any], copies: int = 1
 ) -> AbstractContextManager[None]:
-    """``prefix.examples(...)``; rows padded on the left, which stand elsewhere, run plainly."""
-    mask = batch.get("attention_mask") if prefix.blocks else None
+    """``prefix.examples(keys, copies)``, or nothing where no prefix or no keys are known.
+
+    Rows padded on the left, which stand elsewhere, run plainly, too.
+    """
+    if prefix is None or not prefix.blocks or not keys:
+        return nullcontext()
+    mask = batch.get("attention_mask")
     left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
-    return prefix.examples(keys, copies) if prefix.blocks and not left else nullcontext()
+    return nullcontext() if left else prefix.examples(keys, copies)
 
 
 def _ask(net: nn.Module, blocks: list[nn.Module]) -> bool:
