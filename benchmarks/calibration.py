@@ -54,7 +54,9 @@ def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, 
     """The settings of a file; ``--smoke`` makes them small."""
     settings: dict[str, Any] = yaml.safe_load(config.read_text("utf-8"))
     if base := settings.pop("extends", None):
-        settings = yaml.safe_load((config.parent / base).read_text("utf-8")) | settings
+        base = yaml.safe_load((config.parent / base).read_text("utf-8"))
+        methods = base["methods"] | settings.get("methods", {})
+        settings = base | settings | {"methods": methods}
     settings |= {"data_dir": data_dir, "tune": False}
     if smoke:
         settings |= {"max_train": 16, "max_validation": 8, "max_test": 8, "num_samples": 2}
@@ -97,7 +99,7 @@ def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, An
         method = settings["methods"].get(name, {})
         for key, change in (method.get("trials") or [{}])[index].items():
             if key in ("prior", "guide"):  # {class: options}
-                next(iter(method[key].values())).update(change)
+                method[key] = {kind: given | change for kind, given in method[key].items()}
             else:
                 method[key] = {**method.get(key, {}), **change} if key == "fit" else change
     return settings
