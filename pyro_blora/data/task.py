@@ -76,8 +76,9 @@ def load_task(
     The train items are shuffled by ``seed``, and the first ``max_train`` are taken. Where there
     is no validation split, the next ``max_validation`` train items become it. If the train items
     are too few for both, or ``max_train`` is ``None``, the last fifth (at most
-    ``max_validation``) is held out for validation and the rest is for training. Validation and
-    test splits keep their order, and test items serve no other purpose.
+    ``max_validation``) is held out for validation and the rest is for training. Twins, such as the
+    two sentences of a WinoGrande pair, are all held out or none, for which a few more may be.
+    Validation and test splits keep their order, and test items serve no other purpose.
 
     Args:
         name: ``"facts"``, a folder in ``data_dir``, or one of :func:`~pyro_blora.data.hub_tasks`.
@@ -99,16 +100,18 @@ def load_task(
     """
     if min(max_train or 0, max_validation, max_test or 0) < 0:
         raise DataError("a limit is negative: leave it out for all items")
-    splits = _splits(name, data_dir)
+    splits, template = _splits(name, data_dir), template_for(name)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)
     if "validation" in splits or not train:
         validation = splits.get("validation", [])[:max_validation]
         train = train[:max_train]
     else:
-        train, validation = _hold_out(train, max_train, max_validation)
+        if template.twins:
+            train = _together(train)
+        train, validation = _hold_out(train, max_train, max_validation, template.twins)
     test = splits["test"][:max_test]
-    return Task(name, tuple(train), tuple(validation), tuple(test), template_for(name))
+    return Task(name, tuple(train), tuple(validation), tuple(test), template)
 
 
 def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[Item]]:
@@ -122,11 +125,22 @@ def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[I
     return {s: read_json_lines(folder / f"{s}.jsonl") for s in _SPLITS if s in there}
 
 
+def _together(items: list[Item]) -> list[Item]:
+    """Each item behind the first one of the same choices."""
+    twins: dict[frozenset[str], list[Item]] = {}
+    for item in items:
+        twins.setdefault(frozenset(item.choices), []).append(item)
+    return [item for group in twins.values() for item in group]
+
+
 def _hold_out(
-    items: list[Item], max_train: int | None, max_validation: int
+    items: list[Item], max_train: int | None, max_validation: int, twins: bool
 ) -> tuple[list[Item], list[Item]]:
-    """Train and validation items out of shuffled train items."""
+    """Train and validation items out of shuffled train items, twins beside each other."""
     if max_train is not None and max_train + max_validation <= len(items):
-        return items[:max_train], items[max_train : max_train + max_validation]
-    cut = len(items) - min(max_validation, len(items) // 5)
-    return items[:cut][:max_train], items[cut:]
+        cut, end = max_train, max_train + max_validation
+    else:
+        cut, end = len(items) - min(max_validation, len(items) // 5), len(items)
+    while twins and 0 < cut < end and set(items[cut - 1].choices) == set(items[cut].choices):
+        cut -= 1
+    return items[:cut][:max_train], items[cut:end]

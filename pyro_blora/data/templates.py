@@ -1,6 +1,6 @@
 """How a question becomes a prompt, and how its answers are scored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pyro_blora.data.items import Item
@@ -23,6 +23,8 @@ class Template:
         prompt: the text, in which ``{q}`` stands for the question.
         scoring: ``"options"`` or ``"labels"``.
         label_words: for ``"labels"`` only, one word a class, with its leading space.
+        twins: whether items of the same choices are nearly one question, whose answers tell each
+            other, as in WinoGrande: no split comes between them. Default: no.
 
     Raises:
         DataError: ``{q}`` is not in the prompt, the scoring is unknown, or label words are missing
@@ -38,6 +40,7 @@ class Template:
     prompt: str
     scoring: Scoring
     label_words: tuple[str, ...] = ()
+    twins: bool = False
 
     def __post_init__(self) -> None:
         if "{q}" not in self.prompt:
@@ -57,6 +60,7 @@ class Template:
 
 
 _QUESTION = Template("Question: {q}\nAnswer:", "options")
+_PAIRED = replace(_QUESTION, twins=True)
 
 _TEMPLATES = {
     "sst2": Template(
@@ -69,6 +73,9 @@ _TEMPLATES = {
     ),
     # the question of the data ends with its own question mark; choices are ("false", "true")
     "boolq": Template("Question: {q}\nAnswer (yes or no):", "labels", (" no", " yes")),
+    "winogrande_xs": _PAIRED,
+    "winogrande_s": _PAIRED,
+    "winogrande_m": _PAIRED,
 }
 
 

@@ -84,6 +84,30 @@ def test_too_few_train_items_for_both(load, max_train, max_validation, sizes):
     assert not set(task.train) & set(task.validation)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("max_train", "max_validation"), [(None, 200), (160, 33), (100, 31)])
+def test_no_split_comes_between_the_sentences_of_a_winogrande_pair(
+    tmp_path, seed, max_train, max_validation
+):
+    (tmp_path / "winogrande_s").mkdir()
+    records = [
+        {"id": f"{n}-{k}", "question": f"{n} _ {k}", "choices": [f"a{n}", f"b{n}"], "label": k}
+        for n in range(80)
+        for k in range(2)
+    ]
+    for record in records[::4]:  # in some sets the two of a pair have their options in either order
+        record["choices"] = record["choices"][::-1]
+    for split in ("train", "test"):
+        text = "\n".join(map(json.dumps, records))
+        (tmp_path / "winogrande_s" / f"{split}.jsonl").write_text(text)
+    limits = {"max_train": max_train, "max_validation": max_validation}
+    task = load_task("winogrande_s", data_dir=tmp_path, seed=seed, **limits)
+    pairs = [{name.split("-")[0] for name in ids(part)} for part in (task.train, task.validation)]
+    assert not pairs[0] & pairs[1]
+    assert len(pairs[0]) == -(-len(task.train) // 2)  # each whole, but where the limit falls
+    assert 31 <= len(task.validation) <= 34
+
+
 def test_no_train_split_and_one_of_another_name(load):
     task = load({"dev": 10, "test": 20}, max_train=10)
     assert (task.train, task.validation) == ((), ())
