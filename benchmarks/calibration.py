@@ -70,6 +70,16 @@ def base_of(method: str, settings: Mapping[str, Any]) -> str:
     return str(settings["methods"][method].get("of", method))
 
 
+def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
+    """Ours and the methods of the same prior, as they are and with a temperature."""
+
+    def prior(method: str) -> list[str]:
+        return list(settings["methods"][base_of(method, settings)].get("prior", {}))
+
+    names = {name for name in settings["methods"] if prior(name) == prior(ours)}
+    return names | {f"temperature:{name}" for name in names}
+
+
 def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Cell]:
     """The cells of all sweeps, in order, each once; ``only`` narrows what it names a kind of."""
     found = {}
@@ -180,6 +190,7 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
         "parameters": outcome.parameters,
         "seconds": round(outcome.seconds, 1),
         "settings": settings["methods"][base_of(outcome.cell.method, settings)],
+        "made": outcome.made,
         "versions": {**versions(), "threads": torch.get_num_threads()},
         "precision": choose_precision("auto"),
     }
@@ -223,9 +234,10 @@ def tune(
 
 
 def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a trial's line is of: a change of steps or settings makes it another."""
-    kinds = ("method", "trial", "task", "seed", "steps", "settings")
-    return tuple(json.dumps(line[kind], sort_keys=True) for kind in kinds)
+    """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
+    settings = {name: value for name, value in line["settings"].items() if name != "trials"}
+    kinds = ("method", "trial", "task", "seed", "steps")
+    return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
 
 
 def chosen_trials(settings: dict[str, Any], out: Path) -> dict[str, int]:
@@ -292,9 +304,8 @@ def report(
         settings = read_settings(config, None, False)
         rows = settings.get("published", {}).get(model or settings["model"], {})
         tasks = settings["sweeps"]["table"]["tasks"]
-        write_report(
-            cells, out, ours, {name: dict(zip(tasks, r, strict=True)) for name, r in rows.items()}
-        )
+        published = {name: dict(zip(tasks, row, strict=True)) for name, row in rows.items()}
+        write_report(cells, out, ours, kin_of(ours, settings), published)
 
 
 if __name__ == "__main__":

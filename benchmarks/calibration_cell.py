@@ -18,7 +18,8 @@ from pyro_blora.data import Item, Task, load_task
 from pyro_blora.evaluation.comparison import item_length, likelihood_for
 from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.evaluation.predict_dataset import predict_dataset
-from pyro_blora.inference import LoopOptions
+from pyro_blora.inference import FitOptions, LoopOptions
+from pyro_blora.inference.run_settings import settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.posterior.prediction import Prediction
@@ -50,6 +51,7 @@ class Outcome:
     cell: Cell
     parameters: int
     seconds: float
+    made: dict[str, Any] = field(default_factory=dict)  # all options of what was trained
     probs: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
     epistemic: dict[str, Tensor] = field(default_factory=dict)  # mutual information, nats
@@ -66,7 +68,7 @@ class _Data:
     prefixes: dict[str, FrozenPrefix]  # what the frozen blocks put out for them
 
     @classmethod
-    def load(cls, cell: Cell, settings: Settings, tokenizer: Any) -> "_Data":
+    def load(cls, cell: Cell, settings: Settings, net: nn.Module, tokenizer: Any) -> "_Data":
         def task_of(name: str) -> Task:
             return load_task(
                 name,
@@ -95,11 +97,11 @@ class _Data:
         base = settings["methods"][method.get("of", cell.method)]
         learned = base.get("learned_scale", False)
         likelihood = likelihood_for(task, collate, learned_scale=learned)
-        return cls(task, likelihood, collate, sets, _prefixes_of(cell.task, cell.seed))
+        return cls(task, likelihood, collate, sets, _prefixes_of(net, cell.task, cell.seed))
 
 
 @lru_cache(maxsize=1)
-def _prefixes_of(task: str, seed: int) -> dict[str, FrozenPrefix]:
+def _prefixes_of(net: nn.Module, task: str, seed: int) -> dict[str, FrozenPrefix]:
     """Kept from one method to the next: they are most of the time of a prediction."""
     return {}
 
@@ -117,7 +119,7 @@ def outcomes(
     """
     methods = settings["methods"]
     name = methods[cells[0].method].get("of", cells[0].method)
-    method, data = methods[name], _Data.load(cells[0], settings, tokenizer)
+    method, data = methods[name], _Data.load(cells[0], settings, net, tokenizer)
     torch.manual_seed(cells[0].seed)
     pyro.clear_param_store()
     train = _dropout if "dropout" in method else _pair
@@ -137,16 +139,16 @@ def _predicted(
 ) -> Outcome:
     outcome = Outcome(cell, **figures)
     for name, (items, collate) in data.sets.items():
-        prefix = data.prefixes.setdefault(name, FrozenPrefix(net, blocks))
+        prefix = data.prefixes.setdefault(name, FrozenPrefix(net, blocks)) if blocks else None
 
-        def skipping(batch: Batch, prefix: FrozenPrefix = prefix) -> Prediction:
+        def skipping(batch: Batch, prefix: FrozenPrefix | None = prefix) -> Prediction:
             """Batches are the same for every method, so that their rows are known by the tokens."""
             with kept(prefix, [ids.numpy().tobytes() for ids in batch["input_ids"].cpu()], batch):
                 return predict(batch)
 
         torch.manual_seed(cell.seed)
         prediction, labels = predict_dataset(
-            skipping if blocks else predict,
+            skipping,
             items,
             collate,
             length=item_length,
@@ -186,6 +188,15 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     draws = method.get("num_samples", settings["num_samples"])
     steps, seconds = cell.steps * method.get("passes", 1), 0.0
     average = _Average(blora, steps)
+    options: Settings = {
+        "batch_size": settings["batch_size"],
+        "validate_every": settings["best_every"],
+        "cache_frozen_prefix": bool(settings["blocks"]),
+        "seed": cell.seed,
+        **method.get("fit", {}),
+    }
+    made = settings_of(blora, vars(FitOptions(steps, **options)))
+    made = {name: value for name, value in made.items() if not name.startswith("layer ")}
 
     def found(cell: Cell) -> Outcome:
         own = settings["methods"][cell.method].get("num_samples", draws)
@@ -197,6 +208,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
             blora.model.skippable_blocks(),
             parameters=blora.trainable_parameters,
             seconds=seconds,
+            made=made,
         )
 
     try:
@@ -208,13 +220,9 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
                 collate=data.collate,
                 length=item_length,
                 num_steps=steps,
-                batch_size=settings["batch_size"],
                 validation=data.task.validation if draws == 0 else None,
-                validate_every=settings["best_every"],
-                cache_frozen_prefix=bool(settings["blocks"]),
                 callback=average,
-                seed=cell.seed,
-                **method.get("fit", {}),
+                **options,
             )
             seconds = time.perf_counter() - started
         yield "last", found

@@ -24,11 +24,7 @@ def joined(parts: Iterable[Pair]) -> Pair:
 def draw(pooled: Mapping[str, Pair], folder: Path, name: str, ours: str) -> None:
     """Reliability, accuracy beside NLL, and risk beside coverage, all seeds together."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [
-        m
-        for m in ("lora", "temperature:lora-best", "lora-best", "bayesian-lora", ours)
-        if m in pooled
-    ]
+    shown = [m for m in ("lora", "temperature:lora-best", "lora-best", ours) if m in pooled]
     save_figure(
         reliability_diagram({m: pooled[m] for m in shown}), folder / f"{name}-reliability.png"
     )

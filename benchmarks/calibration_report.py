@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibration_figures import Pair, draw, joined
+from calibration_figures import draw, joined
 from calibration_novelty import Doubts, doubts, told_apart
+from calibration_paired import Run, paired
 from torch import Tensor
 
 from pyro_blora.evaluation.metrics import auroc, ece_by_chance, evaluate, risk_coverage
@@ -31,7 +32,6 @@ COLUMNS = {  # title, factor, digits
     "aurc": ("AURC %", 100, 1),
 }
 Lines = Sequence[Mapping[str, Any]]
-Run = dict[str, Pair]  # by data set
 Key = tuple[str, int, str]  # task, steps, training items
 
 
@@ -106,16 +106,24 @@ def on_all_tasks(runs: Runs) -> Iterator[tuple[int, str, list[str], dict[str, di
         yield steps, count, sorted(tasks), pooled
 
 
-def summary(runs: Runs, ours: str) -> list[str]:
+def summary(runs: Runs, ours: str, kin: Collection[str]) -> list[str]:
     """Means over the tasks of each number of steps, of the methods that have run on all of them."""
     text = []
     for steps, count, tasks, pooled in on_all_tasks(runs):
         text += [f"## Mean over {', '.join(tasks)}: {count} training items, {steps} steps"]
-        text += ["", *table(pooled, *tasks), ""]
+        several = {name: seeds for name, seeds in pooled.items() if len(seeds) > 1}
+        first = {name: {0: seeds[0]} for name, seeds in pooled.items() if 0 in seeds}
+        text += ["", *table(several, *tasks), ""] if several else [""]
+        text += [
+            "Of seed 0 alone, so that all are of the same items:",
+            "",
+            *table(first, *tasks),
+            "",
+        ]
         if ours in pooled and "lora" in pooled:
             text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
             text[-1] += "."
-        text += [*paired(pooled, ours, *tasks), ""]
+        text += [*paired(pooled, ours, kin, *tasks), ""]
     return text
 
 
@@ -183,49 +191,12 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
-def paired(methods: Mapping[str, Mapping[int, Run]], ours: str, *data: str) -> list[str]:
-    """The difference of NLL and Brier score to the three best others', mean over data sets.
-
-    Variants of ours (``default-mean``) are no other methods. The error is of the mean over items,
-    each item's differences averaged over seeds first.
-    """
-
-    def items(name: str, seed: int, data: str) -> Tensor:
-        probs, labels = methods[name][seed][data]
-        probs = probs.double()
-        nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
-        one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
-        return torch.stack([nll, (probs - one_hot).square().sum(1)])
-
-    seeds = [seed for seed, run in methods.get(ours, {}).items() if all(d in run for d in data)]
-    others = [
-        n
-        for n, found in methods.items()
-        if not n.removeprefix("temperature:").startswith(ours)
-        and all(set(data) <= set(found.get(seed, ())) for seed in seeds)
-    ]
-    if not seeds or not others:
-        return []
-    each = {
-        n: [torch.stack([items(n, seed, d) for seed in seeds]).mean(0) for d in data]
-        for n in [ours, *others]
-    }
-    rows = []
-    for index, title in enumerate(("NLL", "Brier")):
-
-        def mean(name: str, index: int = index) -> float:
-            return sum(float(scores[index].mean()) for scores in each[name]) / len(data)
-
-        for other in sorted(others, key=mean)[:3]:
-            gaps = [a[index] - b[index] for a, b in zip(each[ours], each[other], strict=True)]
-            error = sum(float(gap.var()) / len(gap) for gap in gaps) ** 0.5 / len(data)
-            gap = mean(ours) - mean(other)
-            rows.append(f"{title} of `{ours}` less that of `{other}`: {gap:+.4f} ± {error:.4f}.")
-    return rows
-
-
 def write_report(
-    lines: Lines, out: Path, ours: str, published: Mapping[str, Mapping[str, str]]
+    lines: Lines,
+    out: Path,
+    ours: str,
+    kin: Collection[str],
+    published: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Writes ``report.md`` and a picture of each kind for each task.
 
@@ -233,12 +204,13 @@ def write_report(
         lines: those of ``cells.jsonl``.
         out: the folder of these, of the probabilities and of what is written.
         ours: the method that all others are compared with.
+        kin: variants of it, which are no others.
         published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE of a calibrated method, as sure of as many items.", ""]
     runs, doubted = read_runs(lines, out)
-    text += summary(runs, ours)
+    text += summary(runs, ours, kin)
     for (task, steps, count), methods in sorted(runs.items()):
         title = f"{task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
@@ -251,7 +223,7 @@ def write_report(
                 acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
                 text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | | |")
             text.append("")
-            text += [*paired(methods, ours, data), ""]
+            text += [*paired(methods, ours, kin, data), ""]
         away = [data for data in sets if data not in ("test", "validation")]
         asked = {
             method: {seed: run for seed, run in found.items() if set(run) & set(away)}

@@ -28,6 +28,8 @@ from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
 __all__ = ["fit"]
 
+_SPLIT_AFTER = 6  # epochs: docs/calibration.md
+
 
 def fit(
     blora: BayesianLoRA,
@@ -48,13 +50,18 @@ def fit(
         -\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b)
         + \frac{w}{N} \mathrm{KL}\left[q(U) \,\|\, p(U)\right], \qquad U_b \sim q.
 
+    Where directions learn from some of the examples and all else from the others
+    (``direction_share``), the batch is of either part, and its mean stands for that of all ``N``.
+
     Args:
         blora: what to train.
         train: examples, or a ``DataLoader`` of batches.
         num_steps: optimizer steps.
-        collate: makes a batch of a list of examples.
-        length: the length of an example; batches of like lengths waste no padding.
-        validation: examples whose predictive NLL is watched.
+        collate: makes a batch of a list of examples, torch's by default; a ``DataLoader`` has
+            its own.
+        length: the length of an example; batches of like lengths waste no padding. Default: none
+            is known; a ``DataLoader`` makes its own batches.
+        validation: examples whose predictive NLL is watched. Default: none.
         options: how to train, by the names of :class:`~pyro_blora.inference.FitOptions`:
             ``batch_size``, ``lr_mean``, ``keep_best``, ....
 
@@ -64,7 +71,8 @@ def fit(
     Raises:
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
-        ConfigurationError: an option is out of range, or the likelihood lacks ``num_data``.
+        ConfigurationError: an option is out of range, or nothing comes of it, or the likelihood
+            lacks ``num_data``.
         CheckpointError: the state in ``checkpoint_dir`` is of another run, which the message tells
             from this one, or is corrupt; or one is there and ``resume`` is false.
         TypeError: there is no such option; the message lists near misses.
@@ -85,7 +93,8 @@ def fit(
     share = how.direction_share
     parts = parts_of(len(train), share, how.seed or 0) if share else ()
     of_others = frozenset(parts[1] if parts else ())
-    stream = Batches(train, collate, how, length, parts, how.split_after)
+    whole = _SPLIT_AFTER if how.split_after is None else how.split_after
+    stream = Batches(train, collate, how, length, parts, whole)
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(
@@ -100,6 +109,8 @@ def fit(
     if wants_informing(blora) and not (state and state.is_found):
         inform(blora, train, prefix=prefix, **reading)
     validate = None
+    if how.keep_best and validation is None:
+        raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
     if validation is not None:
         validate = _validation(blora, validation, collate, length, how, prefix)
     _reopen(blora)
@@ -145,15 +156,21 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
 
 def _share(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> float:
     """The share of the examples that directions learn from: what is given, or the priors' own."""
-    if how.direction_share is None:
-        groups = parameter_groups(blora.model, LEARNING_RATES)
-        if isinstance(train, DataLoader) or all(group["name"] != "direction" for group in groups):
-            return 0.0
-        share = min(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
-        return share if (1 - share) * len(train) >= how.batch_size else 0.0
-    if how.direction_share:
-        _check_indexed(train, f"direction_share={how.direction_share}")
-    return how.direction_share
+    if how.direction_share is not None:
+        if how.direction_share:
+            _check_indexed(train, f"direction_share={how.direction_share}")
+        return how.direction_share
+    share = min(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
+    trained = parameter_groups(blora.model, LEARNING_RATES)
+    if isinstance(train, DataLoader) or all(group["name"] != "direction" for group in trained):
+        share = 0.0
+    if not share and how.split_after is not None:
+        raise ConfigurationError(
+            f"split_after={how.split_after}: nothing is split, as the prior does not ask for it, "
+            "no direction is trained, or a DataLoader does not tell which examples a batch has. "
+            "Pass direction_share=0.75 with examples, or leave split_after= out."
+        )
+    return share if (1 - share) * len(train) >= how.batch_size else 0.0
 
 
 def _check_indexed(train: Sequence[Any] | DataLoader[Any], option: str) -> None:

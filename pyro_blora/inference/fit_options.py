@@ -35,23 +35,28 @@ class FitOptions(LoopOptions):
             all. A step is of one or the other, and its ``nll`` too. Long trainings over-fit less
             (docs/calibration.md). 0: everything learns from all. Needs examples, not a
             ``DataLoader``. Default: what suits the priors of all groups, 3/4 for
-            ``KroneckerInducing(keep=0.9)`` and 0 for others; 0 where the others would not fill a
-            batch, no direction is trained, or with a ``DataLoader``.
+            ``KroneckerInducing`` with ``keep`` below 1 and 0 for others; 0 where the others would
+            not fill a batch, no direction is trained, or with a ``DataLoader``.
         split_after: epochs of this call in which everything learns from all the same. Default: 6.
         kl_warmup: share of the steps in which the weight of the KL rises to ``kl_weight``.
-        kl_weight: weight of the KL, :math:`w`, for any guide; 1 is the ELBO.
+            Default: 0.
+        kl_weight: weight of the KL, :math:`w`, for any guide. Default: 1, the ELBO.
         validation_samples: posterior draws for a validation, the same random numbers every
-            time and none of the training's; 0 takes the posterior mean.
-        keep_best: whether to go back to the best validation at the end.
+            time and none of the training's; 0, the default, takes the posterior mean.
+        keep_best: whether to go back to the best validation at the end. Default: no.
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
             adapted layer put out, and to run them in the first epoch and the first validation
             alone. They, and the module that runs all blocks, are without dropout. Takes the memory
             of one hidden state for each token of the training set and of the validation set.
+            Default: no.
         checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
-            stopped or killed can go on. Ctrl-C then ends the step, and saves.
+            stopped or killed can go on. Ctrl-C then ends the step, and saves. Default: none.
         resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
             as if there had been no stop; where there is none, the run begins. With more
-            ``num_steps`` a finished run goes on, too.
+            ``num_steps`` a finished run goes on, too. Default: no.
+
+    Raises:
+        ConfigurationError: an option is out of range, or ``resume`` has no folder.
     """
 
     num_particles: int | None = None
@@ -62,7 +67,7 @@ class FitOptions(LoopOptions):
     lr_likelihood: float | None = None
     lr_head: float | None = None
     direction_share: float | None = None
-    split_after: int = 6
+    split_after: int | None = None
     kl_warmup: float = 0.0
     kl_weight: float = 1.0
     validation_samples: int = 0
@@ -77,7 +82,7 @@ class FitOptions(LoopOptions):
             raise ConfigurationError(
                 f"direction_share={self.direction_share} must be a share in [0, 1)."
             )
-        if self.split_after < 0:
+        if (self.split_after or 0) < 0:
             raise ConfigurationError(f"split_after={self.split_after} must be epochs, 0 or more.")
         if self.resume and self.checkpoint_dir is None:
             raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")

@@ -30,19 +30,22 @@ class LoopOptions:
 
     Attributes:
         num_steps: optimizer steps.
-        batch_size: examples in a step; ignored where the data is a ``DataLoader``.
-        warmup: share of the steps in which the learning rates rise from zero.
-        decay: ``"linear"`` or ``"cosine"`` to zero after the warm-up, or ``"constant"``.
+        batch_size: examples in a step; ignored where the data is a ``DataLoader``. Default: 8.
+        warmup: share of the steps in which the learning rates rise from zero. Default: 0.06.
+        decay: ``"linear"`` (the default) or ``"cosine"`` to zero after the warm-up, or
+            ``"constant"``.
         max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
+            Default: 1.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
-            ``"auto"``: what is faster on the network's device, see
+            ``"auto"``, the default: what is faster on the network's device, see
             :func:`~pyro_blora.network.precision.choose_precision`. The variational part stays in
             single precision.
-        validate_every: steps between validations, where there is validation data.
+        validate_every: steps between validations, where there is validation data. Default: 50.
         seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
-        callback: called after each step with the number of steps done.
-        save_every: steps between two savings of the run's state, where it is saved.
+            Default: 0.
+        progress: whether to show a progress bar; ``None``, the default, shows it on a terminal.
+        callback: called after each step with the number of steps done. Default: nothing.
+        save_every: steps between two savings of the run's state, where it is saved. Default: 50.
 
     Raises:
         ConfigurationError: an option is out of range.

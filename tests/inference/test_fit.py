@@ -10,6 +10,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
 from torch.utils.data import DataLoader
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Ensemble, MeanField
 from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
@@ -99,6 +100,11 @@ def test_keep_best_goes_back_to_the_best_validation(run, keep):
     # The kept state is a copy, not the tensors that went on training
     own = blora.state_dict().items()
     assert all(torch.equal(value, result.best_state[name]) for name, value in own) == keep
+
+
+def test_keep_best_without_validation_is_refused(run):
+    with pytest.raises(ConfigurationError, match="keep_best=True needs validation="):
+        run(tiny.adapted(num_data=10), keep_best=True, num_steps=1)
 
 
 def test_the_precision_afterwards_is_the_one_before(run):

@@ -13,7 +13,6 @@ from pyro_blora import fit
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized
 from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
 from pyro_blora.inference.sample_splitting import learners, parts_of
@@ -37,7 +36,8 @@ def trained(rows, *, prior=None, steps=8, **options):
     pyro.clear_param_store()
     pyro.set_rng_seed(3)
     blora = tiny.adapted(num_data=12, prior=prior or KroneckerInducing(rank=2))
-    usual = {"collate": tiny.collate, "batch_size": 4, "progress": False, "split_after": 0}
+    usual = {"collate": tiny.collate, "batch_size": 4, "progress": False}
+    usual |= {"split_after": 0} if options.get("direction_share") else {}
     options = {**usual, **options}
     fit(blora, rows, num_steps=steps, **options)
     state = {name: value.detach().clone() for name, value in blora.named_parameters()}
@@ -109,7 +109,7 @@ def test_it_is_the_default_of_a_prior_that_leaves_directions_out():
     """After six epochs, 24 batches of three."""
 
     def default(keep=0.9, rows=ROWS, steps=28, **options):
-        options = {"batch_size": 3, "split_after": FitOptions(1).split_after, **options}
+        options = {"batch_size": 3, "split_after": None, **options}
         return trained(rows, prior=KroneckerInducing(rank=2, keep=keep), steps=steps, **options)[0]
 
     assert same(default(), default(direction_share=0.75, split_after=6))
@@ -117,7 +117,7 @@ def test_it_is_the_default_of_a_prior_that_leaves_directions_out():
     assert same(default(steps=24), default(steps=24, direction_share=0.0))
     assert same(default(1.0), default(1.0, direction_share=0.0))
     loader = {"rows": DataLoader(ROWS, 3, collate_fn=tiny.collate), "collate": None}
-    assert same(default(**loader), default(**loader, split_after=0))
+    assert same(default(**loader), default(**loader, direction_share=0.0))
     of_one_batch = {"batch_size": 4, "steps": 8}  # the others are three
     assert same(default(**of_one_batch, split_after=0), default(**of_one_batch))
 
@@ -135,7 +135,7 @@ def test_it_is_no_default_where_a_group_has_another_prior_or_directions_are_held
     blora = tiny.adapted(num_data=12, prior=kronecker)
     for name, parameter in blora.named_parameters():
         parameter.requires_grad_(".Z_" not in name)
-    how = {"collate": tiny.collate, "batch_size": 3, "progress": False, "split_after": 0}
+    how = {"collate": tiny.collate, "batch_size": 3, "progress": False}
     fit(blora, ROWS, num_steps=2, **how)
     with pytest.raises(ConfigurationError, match="no directions to train here"):
         fit(blora, ROWS, num_steps=2, direction_share=0.75, **how)
@@ -165,6 +165,13 @@ def test_directions_are_the_priors():
 def test_without_directions_there_is_nothing_to_part():
     with pytest.raises(ConfigurationError, match="there are no directions to train here"):
         trained(ROWS, prior=GaussianFactors(rank=2, random="both"), direction_share=0.75)
+
+
+def test_a_split_that_nothing_comes_of_is_refused():
+    loader = {"rows": DataLoader(ROWS, 3, collate_fn=tiny.collate), "collate": None}
+    for asked in ({"rows": ROWS}, {**loader, "prior": KroneckerInducing(rank=2, keep=0.9)}):
+        with pytest.raises(ConfigurationError, match="split_after=3: nothing is split"):
+            trained(**asked, split_after=3)
 
 
 def test_no_epochs():

@@ -126,20 +126,32 @@ def test_other_sets_are_told_apart_by_items_with_as_many_options(monkeypatch):
     assert told_apart({"low": {0: draws[1]}}, []) == []
 
 
-def test_the_best_other_is_no_variant_and_has_the_items(monkeypatch):
-    """Means of two items: 0.1 for ours; a variant is ahead, and another lacks the other set."""
+def test_the_best_others_are_no_variants_and_have_the_items_and_seeds(monkeypatch):
+    """Two items alike: another that lacks the set, or a seed, is compared where it can be."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_report import paired
+    from calibration_paired import paired
 
     def run(nll, *sets):
         right = torch.tensor(nll).neg().exp().expand(2)
-        return {0: {d: (torch.stack([right, 1 - right], 1), torch.zeros(2).long()) for d in sets}}
+        return {d: (torch.stack([right, 1 - right], 1), torch.zeros(2).long()) for d in sets}
 
-    methods = {"ours": run(0.1, "test", "away"), "ours-mean": run(0.01, "test", "away")}
-    methods |= {"far": run(0.5, "test", "away"), "near": run(0.2, "test")}
-    assert paired(methods, "ours", "test")[0].startswith(
-        "NLL of `ours` less that of `near`: -0.1000"
+    both = ("test", "away")
+    methods = {"ours": {0: run(0.1, *both), 1: run(0.6, *both)}, "kin": {0: run(0.01, *both)}}
+    methods |= {"far": {0: run(0.5, *both), 1: run(0.8, *both)}, "near": {1: run(0.55, "test")}}
+    assert paired(methods, "ours", {"kin"}, "test")[:2] == [
+        "NLL of `ours` less that of `near`: +0.0500 ± 0.0000 over items.",
+        "NLL of `ours` less that of `far`: -0.3000 ± 0.0000 over items, ± 0.1000 over 2 seeds.",
+    ]
+    assert paired(methods, "ours", {"kin"}, "away")[0].startswith(
+        "NLL of `ours` less that of `far`"
     )
-    assert paired(methods, "ours", "away")[0].startswith(
-        "NLL of `ours` less that of `far`: -0.4000"
-    )
+    assert paired(methods, "gone", {"kin"}, "away") == []
+
+
+def test_methods_of_one_prior_are_kin(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration import DEFAULT_CONFIG, kin_of, read_settings
+
+    kin = kin_of("default", read_settings(DEFAULT_CONFIG, None, False))
+    assert {"default", "default-mean", "split", "temperature:split-4"} <= kin
+    assert not {"lora", "fisher", "zero-shot", "factor-reading", "dropout"} & kin
