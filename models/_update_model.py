@@ -49,7 +49,8 @@ class UpdateModel(Options, PyroModule):
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
         learning_rates: rates by role that suit this prior better than ``fit``'s own.
-        direction_share: the ``direction_share`` of ``fit`` that suits it, where none is given.
+        direction_share: the ``direction_share`` of ``fit``, in [0, 1), that suits it, where none is
+            given; of several groups of layers the smallest counts. Default: 0.
 
     Example::
 

@@ -62,9 +62,10 @@ class KroneckerInducing(UpdateModel):
     Args:
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
-            prior, in units of weight; the start where it is learned. ``"shared"`` is
-            :math:`\min(1, \sqrt{6/n})` for a group of ``n`` layers: what draws of all of them add
-            to the output does not grow with their number (docs/calibration.md). Default: 1.
+            prior, in units of weight (over ``keep``, where that is below 1); the start where it is
+            learned. ``"shared"`` is :math:`\min(1, \sqrt{6/n})` for a group of ``n`` layers: beyond
+            six, what draws of the group add to the output does not grow with their number
+            (docs/calibration.md). Groups do not know of each other. Default: 1.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
             Default: learned.
@@ -147,11 +148,11 @@ class KroneckerInducing(UpdateModel):
             self.check_choice("sigma", ("shared",))
         else:
             self.check_positive("sigma")
+        if not 0 < keep <= 1:
+            raise ConfigurationError(f"keep={keep!r} is no probability in (0, 1].")
         if keep < 1:  # directions over-fit less, and may be faster
             self.learning_rates = {**self.learning_rates, "direction": 5e-3}
             self.direction_share = 0.75
-        if not 0 < keep <= 1:
-            raise ConfigurationError(f"keep={keep!r} is no probability in (0, 1].")
         check_core(core)
 
     @property

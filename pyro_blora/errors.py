@@ -19,7 +19,8 @@ __all__ = [
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, and all there is."""
     known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    begun = [each for each in known if each.startswith(f"{name}_")]
+    close = begun or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}Known: {', '.join(known)}"
 

@@ -57,4 +57,5 @@ def check_kind(option: str, value: object, kind: type) -> None:
     """Raises ConfigurationError where an option is none of its kind, or is a class of it."""
     if not isinstance(value, kind):
         made = " Pass an object, not the class." if isinstance(value, type) else ""
-        raise ConfigurationError(f"{option}={value!r} is not a {kind.__name__}.{made}")
+        given = repr(value).splitlines()[0]  # that of a network has hundreds
+        raise ConfigurationError(f"{option}={given} is not of {kind.__name__}.{made}")

@@ -27,8 +27,8 @@ def run(
     pool: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines of items, which need no label; default: the training items of TASK. "
-            "TASK names the prompt in either case."
+            help='JSON lines of {"question": "...", "choices": ["...", "..."]}, labels and ids as '
+            "there are; default: the training items of TASK. TASK names the prompt in either case."
         ),
     ] = None,
     by: Annotated[

@@ -24,8 +24,8 @@ def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list
 
     Args:
         path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
-        labelled: whether every item must have a label; in a pool to be labelled one without is
-            given 0, which nobody reads.
+        labelled: whether every item must have a label and an id; in a pool to be labelled one
+            without a label is given 0, which nobody reads, and one without an id its line.
 
     Returns:
         The items, in file order; never empty.
@@ -51,7 +51,7 @@ def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                items.append(_item(json.loads(line), labelled))
+                items.append(_item(json.loads(line), {} if labelled else _of_a_pool(number)))
         except json.JSONDecodeError as error:
             where = f"{path}, line {number}, column {error.colno}"
             raise DataError(f"{where}: not JSON ({error.msg}): write {_FORMAT}") from None
@@ -67,14 +67,17 @@ def splits_in(folder: Path) -> list[str]:
     return [file.stem for file in folder.glob("*.jsonl") if file.is_file()]
 
 
-def _item(record: Any, labelled: bool) -> Item:
+def _of_a_pool(number: int) -> dict[str, Any]:
+    return {"id": f"line {number}", "label": 0}
+
+
+def _item(record: Any, usual: dict[str, Any]) -> Item:
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__}, no object: write {_FORMAT}")
-    if not labelled:
-        record = {"label": 0, **record}
     for key in ("id", "question", "choices", "label"):
-        if key not in record:
+        if key not in usual | record:
             raise DataError(f"the key {key!r} is missing among {list(record)}: write {_FORMAT}")
+    record = usual | record
     choices = record["choices"]
     choices = tuple(choices) if isinstance(choices, list) else choices
     return Item(record["id"], record["question"], choices, record["label"])

@@ -91,6 +91,11 @@ def generate(
             f"input_ids is a batch of {[*input_ids]}; generate takes its parts by their names, as "
             "the network's own does: generate(**batch)."
         )
+    if input_ids is not None and not isinstance(input_ids, Tensor):
+        raise ConfigurationError(
+            f"input_ids is a {type(input_ids).__name__}; generate takes tokens, (B, T), as in "
+            "generate(**tokenizer(text, return_tensors='pt'))."
+        )
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device

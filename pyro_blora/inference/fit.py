@@ -1,6 +1,6 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyro_blora.inference.sample_splitting import learners, parts_of
 from pyro_blora.inference.training_state import TrainingState
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
+from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
 from pyro_blora.posterior.structured_guide import draws_apart, start_guide
@@ -86,6 +87,8 @@ def fit(
         if name not in known:
             raise TypeError(f"fit has no option {name!r}; {near_miss(name, known)}.")
     how = FitOptions(num_steps, **options)
+    check_kind("blora", blora, BayesianLoRA)
+    _check_data(train, collate)
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
@@ -140,6 +143,21 @@ def fit(
     if post_hoc_families(blora.guide):
         finish(blora, train, prefix=prefix, **reading)
     return result
+
+
+def _check_data(train: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> None:
+    if isinstance(train, DataLoader):
+        return
+    if not hasattr(train, "__getitem__") or not isinstance(train, Sized):
+        raise BatchError(
+            f"train is a {type(train).__name__}; give examples, such as task.train, or a "
+            "DataLoader."
+        )
+    if collate is None and len(train) and not isinstance(train[0], Mapping):
+        raise ConfigurationError(
+            f"An example is a {type(train[0]).__name__}: pass collate=, which makes a batch of a "
+            "list of them, such as task.collator(tokenizer)."
+        )
 
 
 def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict[str, Any]]:

@@ -21,9 +21,15 @@ __all__ = ["learners", "parts_of"]
 
 
 def parts_of(count: int, share: float, seed: int) -> tuple[list[int], ...]:
-    """The indices of the examples that directions learn from, and of the others.
+    """The indices, sorted, of the examples that directions learn from, and of the others.
 
-    Each has one at least; a single example makes no parts.
+    Each has one at least; a single example makes no parts. Examples that tell of each other, such
+    as a question asked twice, may come apart.
+
+    Args:
+        count: of the examples.
+        share: of them that directions learn from, in (0, 1).
+        seed: of the choice.
     """
     if count < 2:
         return ()

@@ -7,6 +7,7 @@ is one sample site under one plate: the cost of Pyro does not grow with the dept
 
 import difflib
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,7 +163,8 @@ def find_targets(
 
     Options are those of :class:`~pyro_blora.BayesianLoRA`. A regular expression must match the
     whole name, ``"all-linear"`` leaves output and classification heads out, and
-    ``layers_to_transform`` what is outside of any block, such as ``lm_head``, as in PEFT.
+    ``layers_to_transform`` what is outside of any block, such as ``lm_head``, as in PEFT. One of
+    several names that matches nothing gives a warning.
 
     Raises:
         NoTargetError: nothing matches; the message lists near misses.
@@ -189,6 +191,7 @@ def find_targets(
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
         chosen = [name for name, block in blocks.items() if block and int(block[1]) in wanted]
     if chosen:
+        _warn_of_unmatched(target_modules, linear)
         return {name: linear[name] for name in chosen}
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
@@ -196,13 +199,24 @@ def find_targets(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
             f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
-    available = _suffixes(linear)
     asked = [target_modules] if isinstance(target_modules, str) else target_modules
+    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}")
+
+
+def _warn_of_unmatched(asked: str | Sequence[str], linear: Iterable[str]) -> None:
+    """Of several names one that matches nothing, which is a slip of the pen more often than not."""
+    names = [] if isinstance(asked, str) else asked
+    idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
+    if idle:
+        warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=4)
+
+
+def _nothing(asked: Sequence[str], linear: Iterable[str]) -> str:
+    available = _suffixes(linear)
     near = sorted({m for a in asked for m in difflib.get_close_matches(a, available, cutoff=0.5)})
-    raise NoTargetError(
-        f"target_modules={target_modules!r} matches no linear layer."
-        f"{f' Did you mean {near}?' if near else ''} The network's linear layers end in "
-        f"{available}."
+    return (
+        f"matches no linear layer.{f' Did you mean {near}?' if near else ''} The network's linear "
+        f"layers end in {available}."
     )
 
 

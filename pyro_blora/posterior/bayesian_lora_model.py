@@ -19,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pyro_blora.errors import ConfigurationError, ParticleError
+from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
@@ -47,7 +47,17 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``."""
+    """The batch with its tensors on ``device``.
+
+    Raises:
+        BatchError: it is no mapping of tensors by name.
+    """
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"A batch is a mapping of tensors by name, and this is a {type(batch).__name__}; make "
+            "one of examples by a collator, task.collator(tokenizer)(items), or of texts by the "
+            "tokenizer."
+        )
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 

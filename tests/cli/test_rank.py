@@ -81,7 +81,10 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
 def test_rank_writes_the_pool_by_mutual_information(run, adapter, word_items, tmp_path):
     pool = tmp_path / "pool.jsonl"
     unlabelled = [{k: v for k, v in item.items() if k != "label"} for item in word_items(9, 200)]
-    pool.write_text("".join(json.dumps(item) + "\n" for item in unlabelled), encoding="utf-8")
+    unlabelled[3]["id"] = "line 4"  # as one without an id is called
+    nameless = {name: value for name, value in unlabelled[3].items() if name != "id"}
+    written = [*unlabelled[:3], nameless, *unlabelled[4:]]
+    pool.write_text("".join(json.dumps(item) + "\n" for item in written), encoding="utf-8")
     common = ["rank", *adapter, "--pool", pool, "--num-samples", 4]
     code, text, err = run(*common, "--out", tmp_path / "new" / "all.jsonl")
     assert code == 0, err

@@ -1,5 +1,6 @@
 """Which layers are adapted, and how they are grouped."""
 
+import warnings
 from functools import partial
 
 import pyro
@@ -97,6 +98,16 @@ LEFT = "matches 2 layers, but "
 def test_no_target(wanted, options, told):
     with pytest.raises(NoTargetError, match=told):
         find_targets(tiny.llama(), wanted, **options)
+
+
+def test_one_of_several_names_that_matches_nothing_is_told():
+    with pytest.warns(UserWarning, match=r"\['value'\] of target_modules matches no linear layer"):
+        found = find_targets(tiny.llama(), ["q_proj", "value"])
+    assert all(name.endswith("q_proj") for name in found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_targets(tiny.llama(), ["q_proj", "v_proj"])
+        find_targets(tiny.llama(), None)
 
 
 def test_shapes():

@@ -298,8 +298,11 @@ REFUSED = {
 
 
 def test_a_batch_in_place_of_its_tokens_is_told():
+    blora = adapter()
     with pytest.raises(ConfigurationError, match=r"\['input_ids', .*generate\(\*\*batch\)"):
-        adapter().generate(prompts(padded=2), num_samples=2, max_new_tokens=2)
+        blora.generate(prompts(padded=2), num_samples=2, max_new_tokens=2)
+    with pytest.raises(ConfigurationError, match=r"input_ids is a str; generate takes tokens"):
+        blora.generate("a text", num_samples=2, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("message", REFUSED)

@@ -112,3 +112,20 @@ def test_two_adapters_that_would_share_tensors_warn():
     pyro.clear_param_store()
     second = tiny.adapted()
     assert second.model.q_proj.Z_r is not first.model.q_proj.Z_r
+
+
+def test_arguments_of_another_kind():
+    blora = tiny.adapted(num_data=10)
+    with pytest.raises(ConfigurationError, match=r"blora=LlamaForCausalLM\(.* is not of BayesianL"):
+        fit(tiny.llama(), tiny.examples(4), num_steps=1)
+    with pytest.raises(BatchError, match="train is a object; give examples"):
+        fit(blora, object(), num_steps=1)
+    with pytest.raises(ConfigurationError, match="An example is a tuple: pass collate="):
+        fit(blora, [(1, 2)], num_steps=1)
+    for made in ((1, 2), "text"):
+        with pytest.raises(BatchError, match=f"mapping of tensors.* a {type(made).__name__}; make"):
+            fit(blora, tiny.examples(4), collate=lambda rows, made=made: made, num_steps=1)
+        with pytest.raises(BatchError, match="mapping of tensors"):
+            blora.predict(made)
+    with pytest.raises(TypeError, match="no option 'lr'; did you mean 'lr_direction' or 'lr_head'"):
+        fit(blora, tiny.examples(4), num_steps=1, lr=1e-3)
