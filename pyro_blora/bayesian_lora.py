@@ -50,8 +50,7 @@ class BayesianLoRA(PeftHabits):
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
         prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
             of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.
-            Default: ``KroneckerInducing(sigma="shared")``, with ``keep=0.9`` where no guide is
-            given either.
+            Default: ``KroneckerInducing(sigma="shared", keep=0.9)``.
         guide: what q(U) is: a guide family or a mapping of them likewise, or a callable that makes
             a guide from the model, such as any ``pyro.infer.autoguide`` class. Default:
             ``MatrixNormal()``.
@@ -104,7 +103,7 @@ class BayesianLoRA(PeftHabits):
             layers_to_transform=layers_to_transform,
         )
         if prior is None:
-            prior = KroneckerInducing(sigma="shared", keep=0.9 if guide is None else 1)
+            prior = KroneckerInducing(sigma="shared", keep=0.9)
         family = MatrixNormal() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
         likelihood = CausalLM() if likelihood is None else likelihood

@@ -63,6 +63,11 @@ class Recipe:
         return self.prior(self.rank if rank is None else rank)
 
 
+def _usual_prior(rank: int) -> UpdateModel:
+    """That of ``BayesianLoRA(net)``."""
+    return KroneckerInducing(rank=rank, sigma="shared", keep=0.9)
+
+
 _KNOWN = (
     Recipe(
         "fisher",
@@ -83,7 +88,7 @@ _KNOWN = (
     ),
     Recipe(
         "map",
-        lambda rank: KroneckerInducing(rank=rank),
+        _usual_prior,
         Delta,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
         "the posterior's mode under the Kronecker prior",
@@ -91,7 +96,7 @@ _KNOWN = (
     ),
     Recipe(
         "bayesian-lora",
-        lambda rank: KroneckerInducing(rank=rank, sigma="shared", keep=0.9),
+        _usual_prior,
         guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",
@@ -105,7 +110,7 @@ _KNOWN = (
     ),
     Recipe(
         "mean-field",
-        lambda rank: KroneckerInducing(rank=rank),
+        _usual_prior,
         MeanField,
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         "the Kronecker prior with independent normals",
