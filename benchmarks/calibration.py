@@ -305,7 +305,8 @@ def report(
         rows = settings.get("published", {}).get(model or settings["model"], {})
         tasks = settings["sweeps"]["table"]["tasks"]
         published = {name: dict(zip(tasks, row, strict=True)) for name, row in rows.items()}
-        write_report(cells, out, ours, kin_of(ours, settings), published)
+        chosen_on = settings["development"]["tasks"]
+        write_report(cells, out, ours, kin_of(ours, settings), chosen_on, published)
 
 
 if __name__ == "__main__":

@@ -106,24 +106,27 @@ def on_all_tasks(runs: Runs) -> Iterator[tuple[int, str, list[str], dict[str, di
         yield steps, count, sorted(tasks), pooled
 
 
-def summary(runs: Runs, ours: str, kin: Collection[str]) -> list[str]:
-    """Means over the tasks of each number of steps, of the methods that have run on all of them."""
+def summary(runs: Runs, ours: str, kin: Collection[str], chosen_on: Collection[str]) -> list[str]:
+    """Means over the tasks of each number of steps, of the methods that have run on all of them.
+
+    And over those of them on which nothing was chosen.
+    """
     text = []
     for steps, count, tasks, pooled in on_all_tasks(runs):
-        text += [f"## Mean over {', '.join(tasks)}: {count} training items, {steps} steps"]
+        others = [task for task in tasks if task not in chosen_on]
         several = {name: seeds for name, seeds in pooled.items() if len(seeds) > 1}
         first = {name: {0: seeds[0]} for name, seeds in pooled.items() if 0 in seeds}
-        text += ["", *table(several, *tasks), ""] if several else [""]
-        text += [
-            "Of seed 0 alone, so that all are of the same items:",
-            "",
-            *table(first, *tasks),
-            "",
-        ]
+        text += [f"## Mean over {', '.join(tasks)}: {count} training items, {steps} steps", ""]
+        text += [*table(several, *tasks), ""] if several else []
+        text += ["Of seed 0 alone, so that all are of the same items:", ""]
+        text += [*table(first, *tasks), ""]
         if ours in pooled and "lora" in pooled:
             text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
             text[-1] += "."
         text += [*paired(pooled, ours, kin, *tasks), ""]
+        if several and 1 < len(others) < len(tasks):
+            text += [f"Over {', '.join(others)} alone, on which nothing was chosen:", ""]
+            text += [*table(several, *others), "", *paired(pooled, ours, kin, *others), ""]
     return text
 
 
@@ -196,6 +199,7 @@ def write_report(
     out: Path,
     ours: str,
     kin: Collection[str],
+    chosen_on: Collection[str],
     published: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Writes ``report.md`` and a picture of each kind for each task.
@@ -205,12 +209,13 @@ def write_report(
         out: the folder of these, of the probabilities and of what is written.
         ours: the method that all others are compared with.
         kin: variants of it, which are no others.
+        chosen_on: the tasks on whose validation items settings were chosen.
         published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE of a calibrated method, as sure of as many items.", ""]
     runs, doubted = read_runs(lines, out)
-    text += summary(runs, ours, kin)
+    text += summary(runs, ours, kin, chosen_on)
     for (task, steps, count), methods in sorted(runs.items()):
         title = f"{task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
