@@ -155,3 +155,27 @@ def test_methods_of_one_prior_are_kin(monkeypatch):
     kin = kin_of("default", read_settings(DEFAULT_CONFIG, None, False))
     assert {"default", "default-mean", "split", "temperature:split-4"} <= kin
     assert not {"lora", "fisher", "zero-shot", "factor-reading", "dropout"} & kin
+
+
+def test_tasks_on_which_nothing_was_chosen_have_a_mean_of_their_own(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration_report import summary
+
+    def seeds(nll, count=2):
+        right = torch.tensor([nll, nll]).neg().exp()
+        pair = (torch.stack([right, 1 - right], 1), torch.zeros(2).long())
+        return {seed: {"test": pair} for seed in range(count)}
+
+    runs = {
+        (task, 300, "400"): {"ours": seeds(nll), "lora": seeds(2 * nll), "one": seeds(nll, 1)}
+        for task, nll in (("a", 0.1), ("b", 0.4), ("c", 0.7))
+    }
+    text = summary(runs, "ours", set(), ["a"])
+    apart = text.index("Over b, c alone, on which nothing was chosen:")
+    assert not any(line.startswith("| one | ") for line in text[apart:])  # of a single seed
+    for of, mean in ((text[:apart], "0.400"), (text[apart:], "0.550")):
+        assert any(
+            line.startswith("| ours | 2 | ") and f"| {mean} ± 0.000 |" in line for line in of
+        )
+    assert any(line.startswith("| one | 1 | ") for line in text[:apart])
+    assert not any("alone, on which" in line for line in summary(runs, "ours", set(), ["a", "b"]))
