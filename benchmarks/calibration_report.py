@@ -213,7 +213,7 @@ def write_report(
         published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
-    text += ["By chance: the ECE of a calibrated method, as sure of as many items.", ""]
+    text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
     runs, doubted = read_runs(lines, out)
     text += summary(runs, ours, kin, chosen_on)
     for (task, steps, count), methods in sorted(runs.items()):

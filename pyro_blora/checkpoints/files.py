@@ -75,7 +75,7 @@ def _no_adapter(path: Path) -> str:
         )
     elif (path.parent / "config.json").exists():
         what = f"{path.parent} is a network, no adapter; wrap it by BayesianLoRA(net), or give"
-    return f"{what} a folder that save_pretrained wrote."
+    return f"{what} a folder that save_pretrained or pyro-blora train wrote."
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -64,8 +64,13 @@ def save_pretrained(
         result: what ``fit`` returned, for the card.
         notes: more lines of the card, by their names, such as ``{"accuracy": 0.93}``.
         place: what the card says to load.
+
+    Raises:
+        CheckpointError: ``folder`` is a file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; save_pretrained writes a folder: name another.")
     layers = {name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names}
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {

@@ -100,8 +100,8 @@ def run(
     chance = ece_by_chance(prediction.probs)
     console.print(f"{task}, {scores.n} test items: {scores}")
     console.print(
-        "a calibrated adapter, as sure of as many items, would on the mean show an ECE of "
-        f"{100 * chance:.1f} all the same"
+        "(the ECE expected of a perfectly calibrated adapter with these confidences, by chance: "
+        f"{100 * chance:.1f})"
     )
     own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
     means = {name: float(values.mean()) for name, values in own.items()}

@@ -264,6 +264,13 @@ def test_a_spoiled_folder_is_refused(saved, spoil, told):
     assert not any(m._forward_hooks for m in net.modules())
 
 
+def test_a_file_is_no_folder_to_save_in(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CheckpointError, match="out is a file; save_pretrained writes a folder"):
+        tiny.adapted().save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_wrong_base_is_refused_and_left_as_it_was(saved):
     other = network(hidden=32)
     with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):

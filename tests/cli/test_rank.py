@@ -75,7 +75,7 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     options = [name for name in known[0] if name[1:].isdigit()]
     probs = torch.tensor([[float(row[name]) for name in options] for row in known])
     assert metrics["ece_by_chance"] == pytest.approx(ece_by_chance(probs), abs=0.01)
-    assert f"show an ECE of {100 * metrics['ece_by_chance']:.1f} " in text
+    assert f"by chance: {100 * metrics['ece_by_chance']:.1f})" in text
 
 
 def test_rank_writes_the_pool_by_mutual_information(run, adapter, word_items, tmp_path):
