@@ -10,6 +10,12 @@ from torch import Tensor
 from pyro_blora.evaluation.metrics import evaluate, risk_coverage
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 
+TITLES = {
+    "lora": "plain LoRA",
+    "lora-best": "its best step",
+    "temperature:lora-best": "that one, temperature scaled",
+    "default": "BayesianLoRA(net)",
+}
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
 
 
@@ -24,10 +30,9 @@ def joined(parts: Iterable[Pair]) -> Pair:
 def draw(pooled: Mapping[str, Pair], folder: Path, name: str, ours: str) -> None:
     """Reliability, accuracy beside NLL, and risk beside coverage, all seeds together."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [m for m in ("lora", "temperature:lora-best", "lora-best", ours) if m in pooled]
-    save_figure(
-        reliability_diagram({m: pooled[m] for m in shown}), folder / f"{name}-reliability.png"
-    )
+    shown = [m for m in ("lora", "lora-best", "temperature:lora-best", ours) if m in pooled]
+    diagrams = reliability_diagram({TITLES.get(m, m): pooled[m] for m in shown})
+    save_figure(diagrams, folder / f"{name}-reliability.png")
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
