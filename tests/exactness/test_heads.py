@@ -16,8 +16,8 @@ NETS = {
     "qwen2": qwen2,
     "gpt2": gpt2,
 }
-TARGETS = {"body": ["q_proj", "v_proj", "c_attn"], "head": ["lm_head"]}
-TARGETS["both"] = TARGETS["body"] + TARGETS["head"]
+BODY = r".*\.(q_proj|v_proj|c_attn)"  # of every network
+TARGETS = {"body": BODY, "head": ["lm_head"], "both": rf"{BODY}|lm_head"}
 TOKENS = [7, 2, 30]
 
 
