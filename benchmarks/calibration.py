@@ -11,7 +11,6 @@ chosen by the mean NLL on validation items of the development tasks, and then ho
 Early stopping and temperatures see a task's own validation items; test items are scored once.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +24,7 @@ import typer
 import yaml
 from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
+from calibration_trials import base_of, changed, chosen_trials, trial_key
 
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.evaluation.metrics import evaluate
@@ -65,11 +65,6 @@ def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, 
     return settings
 
 
-def base_of(method: str, settings: Mapping[str, Any]) -> str:
-    """The method whose training ``method`` reads."""
-    return str(settings["methods"][method].get("of", method))
-
-
 def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
     """Ours and the methods of the same prior, as they are and with a temperature."""
 
@@ -100,19 +95,6 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
                         if all(not a or n in a for n, a in zip(named, asked, strict=True)):
                             found[Cell(task, method, steps, seed, count)] = None
     return list(found)
-
-
-def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, Any]:
-    """The settings with the trial that was chosen for each method."""
-    settings = copy.deepcopy(settings)
-    for name, index in trials.items():
-        method = settings["methods"].get(name, {})
-        for key, change in (method.get("trials") or [{}])[index].items():
-            if key in ("prior", "guide"):  # {class: options}
-                method[key] = {kind: given | change for kind, given in method[key].items()}
-            else:
-                method[key] = {**method.get(key, {}), **change} if key == "fit" else change
-    return settings
 
 
 Group = tuple[list[Cell], dict[str, Any]]  # cells of one training, and its settings
@@ -233,35 +215,6 @@ def tune(
                     append(out, line)
 
 
-def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
-    settings = {name: value for name, value in line["settings"].items() if name != "trials"}
-    kinds = ("method", "trial", "task", "seed", "steps")
-    return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
-
-
-def chosen_trials(settings: dict[str, Any], out: Path) -> dict[str, int]:
-    """The trial of each method with the lowest mean NLL on the development tasks.
-
-    Trials that have not run on every development task and seed are no candidates.
-    """
-    where = settings["development"]
-    tried = {trial_key(line): line["nll"] for line in lines(out / "trials.jsonl")}
-    runs = [{"task": task, "seed": s} for task in where["tasks"] for s in where["seeds"]]
-    chosen = {}
-    for method in settings["methods"]:
-        base, means = base_of(method, settings), {}
-        for trial in range(len(settings["methods"][base].get("trials", []))):
-            line = {"method": method, "trial": trial, "steps": where["steps"]}
-            line["settings"] = changed(settings, {base: trial})["methods"][base]
-            found = [tried.get(trial_key({**line, **run})) for run in runs]
-            if all(nll is not None for nll in found):
-                means[trial] = sum(nll for nll in found if nll is not None)
-        if means:
-            chosen[method] = min(means, key=means.__getitem__)
-    return chosen
-
-
 @app.command()
 def run(
     config: Config = DEFAULT_CONFIG,
@@ -277,7 +230,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     settings = read_settings(config, data_dir, smoke)
     settings["model"] = model or settings["model"]
-    trials = chosen_trials(settings, out)
+    trials = chosen_trials(settings, lines(out / "trials.jsonl"))
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
     done = {
         Cell(*(line[k] for k in Cell.__dataclass_fields__)) for line in lines(out / "cells.jsonl")

@@ -97,7 +97,7 @@ def on_all_tasks(runs: Runs) -> Iterator[tuple[int, str, list[str], dict[str, di
         if len(tasks) < 2:
             continue
         pooled: dict[str, dict[int, Run]] = {}
-        for method in set.intersection(*(set(found) for found in tasks.values())):
+        for method in sorted(set.intersection(*(set(found) for found in tasks.values()))):
             seeds = set.intersection(*(set(found[method]) for found in tasks.values()))
             pooled[method] = {
                 seed: {task: found[method][seed]["test"] for task, found in tasks.items()}

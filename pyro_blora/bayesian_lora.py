@@ -12,7 +12,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import MatrixNormal, SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
-from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
 from pyro_blora.network.targets import find_targets, group_layers
@@ -32,7 +32,7 @@ from pyro_blora.posterior.structured_guide import (
     make_guide,
     warn_of_a_point,
 )
-from pyro_blora.recipes import recipe
+from pyro_blora.recipes import recipe, usual_prior
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
@@ -103,7 +103,7 @@ class BayesianLoRA(PeftHabits):
             layers_to_transform=layers_to_transform,
         )
         if prior is None:
-            prior = KroneckerInducing(sigma="shared", keep=0.9)
+            prior = usual_prior()
         family = MatrixNormal() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
         likelihood = CausalLM() if likelihood is None else likelihood

@@ -19,7 +19,7 @@ from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides import Delta, Ensemble, MeanField, SiteGuide
 from pyro_blora.models import GaussianFactors, KroneckerInducing, UpdateModel
 
-__all__ = ["RECIPES", "WITHOUT_PAIR", "Recipe", "all_recipes", "recipe"]
+__all__ = ["RECIPES", "WITHOUT_PAIR", "Recipe", "all_recipes", "recipe", "usual_prior"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,17 @@ class Recipe:
         return self.prior(self.rank if rank is None else rank)
 
 
-def _usual_prior(rank: int) -> UpdateModel:
-    """That of ``BayesianLoRA(net)``."""
+def usual_prior(rank: int = 8) -> UpdateModel:
+    """The prior of ``BayesianLoRA(net)`` and of the recipes that differ in the guide alone.
+
+    Args:
+        rank: the size of the inducing matrices. Default: 8.
+
+    Example::
+
+        >>> usual_prior(rank=4)
+        KroneckerInducing(rank=4, sigma='shared', keep=0.9)
+    """
     return KroneckerInducing(rank=rank, sigma="shared", keep=0.9)
 
 
@@ -88,7 +97,7 @@ _KNOWN = (
     ),
     Recipe(
         "map",
-        _usual_prior,
+        usual_prior,
         Delta,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
         "the posterior's mode under the Kronecker prior",
@@ -96,7 +105,7 @@ _KNOWN = (
     ),
     Recipe(
         "bayesian-lora",
-        _usual_prior,
+        usual_prior,
         guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",
@@ -110,7 +119,7 @@ _KNOWN = (
     ),
     Recipe(
         "mean-field",
-        _usual_prior,
+        usual_prior,
         MeanField,
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         "the Kronecker prior with independent normals",

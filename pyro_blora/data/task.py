@@ -107,8 +107,6 @@ def load_task(
         validation = splits.get("validation", [])[:max_validation]
         train = train[:max_train]
     else:
-        if template.twins:
-            train = _together(train)
         train, validation = _hold_out(train, max_train, max_validation, template.twins)
     test = splits["test"][:max_test]
     return Task(name, tuple(train), tuple(validation), tuple(test), template)
@@ -136,7 +134,9 @@ def _together(items: list[Item]) -> list[Item]:
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int, twins: bool
 ) -> tuple[list[Item], list[Item]]:
-    """Train and validation items out of shuffled train items, twins beside each other."""
+    """Train and validation items out of shuffled train items."""
+    if twins:
+        items = _together(items)
     if max_train is not None and max_train + max_validation <= len(items):
         cut, end = max_train, max_train + max_validation
     else:

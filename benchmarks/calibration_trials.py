@@ -1,0 +1,55 @@
+"""The trials of the calibration benchmark: changes to a method's settings, and which is chosen."""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["base_of", "changed", "chosen_trials", "trial_key"]
+
+
+def base_of(method: str, settings: Mapping[str, Any]) -> str:
+    """The method whose training ``method`` reads."""
+    return str(settings["methods"][method].get("of", method))
+
+
+def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, Any]:
+    """The settings with the trial that was chosen for each method."""
+    settings = copy.deepcopy(settings)
+    for name, index in trials.items():
+        method = settings["methods"].get(name, {})
+        for key, change in (method.get("trials") or [{}])[index].items():
+            if key in ("prior", "guide"):  # {class: options}
+                method[key] = {kind: given | change for kind, given in method[key].items()}
+            else:
+                method[key] = {**method.get(key, {}), **change} if key == "fit" else change
+    return settings
+
+
+def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
+    settings = {name: value for name, value in line["settings"].items() if name != "trials"}
+    kinds = ("method", "trial", "task", "seed", "steps")
+    return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
+
+
+def chosen_trials(settings: dict[str, Any], trials: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The trial of each method with the lowest mean NLL on the development tasks.
+
+    Trials that have not run on every development task and seed are no candidates.
+    """
+    where = settings["development"]
+    tried = {trial_key(line): line["nll"] for line in trials}
+    runs = [{"task": task, "seed": s} for task in where["tasks"] for s in where["seeds"]]
+    chosen = {}
+    for method in settings["methods"]:
+        base, means = base_of(method, settings), {}
+        for trial in range(len(settings["methods"][base].get("trials", []))):
+            line = {"method": method, "trial": trial, "steps": where["steps"]}
+            line["settings"] = changed(settings, {base: trial})["methods"][base]
+            found = [tried.get(trial_key({**line, **run})) for run in runs]
+            if all(nll is not None for nll in found):
+                means[trial] = sum(nll for nll in found if nll is not None)
+        if means:
+            chosen[method] = min(means, key=means.__getitem__)
+    return chosen
