@@ -88,6 +88,7 @@ class Batches:
         parts: Sequence[Sequence[int]] = (),
         parted_after: int = 0,
     ) -> None:
+        self.parts = parts
         self._order: _Bucketed | None = None
         if isinstance(data, DataLoader):
             self._loader, sampler = data, getattr(data, "sampler", None)

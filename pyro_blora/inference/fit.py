@@ -18,7 +18,7 @@ from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import Collate, FitResult, by_length, training_loop
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.run_settings import settings_of
-from pyro_blora.inference.sample_splitting import learners, parts_of
+from pyro_blora.inference.sample_splitting import parts_of, sparing
 from pyro_blora.inference.training_state import TrainingState
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
@@ -95,7 +95,6 @@ def fit(
     how = replace(how, direction_share=_share(blora, train, how))
     share = how.direction_share
     parts = parts_of(len(train), share, how.seed or 0) if share else ()
-    of_others = frozenset(parts[1] if parts else ())
     whole = _SPLIT_AFTER if how.split_after is None else how.split_after
     stream = Batches(train, collate, how, length, parts, whole)
     first = to_device(stream.peek(), device)
@@ -104,7 +103,7 @@ def fit(
         blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
     )
     groups = _parameters(blora, first, how)
-    directions, others = learners(blora.model, groups) if parts else ([], [])
+    spared = sparing(blora.model, groups, stream) if parts else None
     state = _state(blora, stream, prefix, how, train, validation)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
@@ -121,11 +120,6 @@ def fit(
     def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         with kept(prefix, keys, batch):
             return objective(to_device(batch, device), step)
-
-    def spared(keys: list[int]) -> list[nn.Parameter]:
-        if not stream.parted:
-            return []
-        return directions if keys[0] in of_others else others
 
     with running(blora, how.precision, training=True):
         result = training_loop(

@@ -10,14 +10,15 @@ certificates for neural networks", arXiv:2007.12911. What it does here: docs/cal
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference.batches import Batches
 
-__all__ = ["learners", "parts_of"]
+__all__ = ["learners", "parts_of", "sparing"]
 
 
 def parts_of(count: int, share: float, seed: int) -> tuple[list[int], ...]:
@@ -64,3 +65,24 @@ def learners(
             f"{missing} to train here; pass direction_share=0."
         )
     return found
+
+
+def sparing(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], stream: Batches
+) -> Callable[[list[int]], list[nn.Parameter]]:
+    """What tells the parameters that do not learn from a batch, by the indices of its examples.
+
+    Args:
+        model: as of :func:`learners`, which says what is raised, too.
+        groups: likewise.
+        stream: the batches, of two parts as of :func:`parts_of`.
+    """
+    directions, others = learners(model, groups)
+    of_others = frozenset(stream.parts[1])
+
+    def spared(indices: list[int]) -> list[nn.Parameter]:
+        if not stream.parted:
+            return []
+        return directions if indices[0] in of_others else others
+
+    return spared
