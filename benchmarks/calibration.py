@@ -12,7 +12,7 @@ Early stopping and temperatures see a task's own validation items; test items ar
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -75,14 +75,20 @@ def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
     return names | {f"temperature:{name}" for name in names}
 
 
+def narrowed(only: Sequence[str] | None, *kinds: Iterable[str]) -> Callable[..., bool]:
+    """Whether names, one of each kind, are what ``only`` has of their kind, or it has none."""
+    asked = [set(only or ()) & set(kind) for kind in kinds]
+    if unknown := set(only or ()) - set().union(*asked):
+        raise typer.BadParameter(f"--only: {sorted(unknown)} are not among what can be run.")
+    return lambda *names: all(not a or n in a for n, a in zip(names, asked, strict=True))
+
+
 def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Cell]:
     """The cells of all sweeps, in order, each once; ``only`` narrows what it names a kind of."""
     found = {}
     sweeps = settings["sweeps"]
-    kinds = (set(sweeps), {t for s in sweeps.values() for t in s["tasks"]}, settings["methods"])
-    asked = [set(only or ()) & set(kind) for kind in kinds]
-    if unknown := set(only or ()) - set().union(*asked):
-        raise typer.BadParameter(f"--only: {sorted(unknown)} are no methods, tasks or sweeps.")
+    tasks = {task for sweep in sweeps.values() for task in sweep["tasks"]}
+    asked = narrowed(only, sweeps, tasks, settings["methods"])
     for sweep, spec in settings["sweeps"].items():
         for task in spec["tasks"]:
             for seed in spec["seeds"]:
@@ -91,8 +97,7 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
                         count = spec.get("max_train", settings["max_train"])
                         if settings.get("smoke"):
                             steps, count = SMOKE_STEPS, settings["max_train"]
-                        named = (sweep, task, method)
-                        if all(not a or n in a for n, a in zip(named, asked, strict=True)):
+                        if asked(sweep, task, method):
                             found[Cell(task, method, steps, seed, count)] = None
     return list(found)
 
@@ -191,6 +196,7 @@ def tune(
     """Tries each method's trials on the development tasks; trials.jsonl has what came out."""
     settings = read_settings(config, data_dir, smoke) | {"tune": True}
     where, out = settings["development"], out / "trials.jsonl"
+    asked = narrowed(only, settings["methods"], where["tasks"])
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {trial_key(line) for line in lines(out)}
     net, tokenizer = load_pretrained(settings["model"])
@@ -200,7 +206,7 @@ def tune(
             tried = changed(settings, {base: trial})
             for task, seed in ((t, s) for t in where["tasks"] for s in where["seeds"]):
                 cells = []
-                for name in family if not only or {base, task} & set(only) else []:
+                for name in family if asked(base, task) else []:
                     line = {"method": name, "trial": trial, "task": task, "seed": seed}
                     line |= {"steps": where["steps"], "settings": tried["methods"][base]}
                     if trial_key(line) not in done:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import typer
 import yaml
 from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
@@ -48,7 +49,7 @@ def config(tmp_path):
 def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_path):
     small = ["--config", str(config), "--smoke"]
     out = tmp_path / "results"
-    run("tune", out, *small, "--only", "lora")
+    run("tune", out, *small, "--only", "lora", "--only", "facts")
     assert (
         len((out / "trials.jsonl").read_text().splitlines()) == 9
     )  # three trials of last, best, swa
@@ -82,6 +83,24 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     assert "| lora | entropy | 2 | 50.0 | 50.0 ± 0.0 |" in report  # the other set is the test's own
     assert "| default | mutual information | 2 | 50.0 | 50.0 ± 0.0 |" in report
     assert len(list((out / "figures").glob("*.png"))) == 3
+
+
+def test_only_narrows_each_kind_that_it_names(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration import narrowed
+
+    methods, tasks = ("lora", "map"), ("sst2", "facts")
+    pairs = [(m, t) for m in methods for t in tasks]
+
+    def asked(*only):
+        wanted = narrowed(only, methods, tasks)
+        return [pair for pair in pairs if wanted(*pair)]
+
+    assert asked() == pairs
+    assert asked("lora") == pairs[:2]
+    assert asked("lora", "facts") == [("lora", "facts")]
+    with pytest.raises(typer.BadParameter, match="'lara'"):
+        asked("lara")
 
 
 def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(monkeypatch):
