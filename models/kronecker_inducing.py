@@ -63,8 +63,9 @@ class KroneckerInducing(UpdateModel):
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
             prior, in units of weight (over ``keep``, where that is below 1); the start where it is
-            learned. ``"shared"`` is :math:`\min(1, \sqrt{6/n})` for a group of ``n`` layers: beyond
-            six, what draws of the group add to the output does not grow with their number
+            learned. ``"shared"`` is :math:`\min(1, 6/n)` for a group of ``n`` layers: beyond six, a
+            step of all their cores moves the output as far as one of six layers does, and draws,
+            which do not agree with each other, move it less
             (docs/calibration.md). Groups do not know of each other. Default: 1.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
@@ -163,7 +164,7 @@ class KroneckerInducing(UpdateModel):
     @property
     def sigma_start(self) -> float:
         """The prior scale of the group's layers, or where it starts."""
-        return min(1.0, (6 / self.group.n) ** 0.5) if isinstance(self.sigma, str) else self.sigma
+        return min(1.0, 6 / self.group.n) if isinstance(self.sigma, str) else self.sigma
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``Z_r, Z_c`` (n x m x d), ``D_r, D_c`` (n x m), sigma and lambda (n)."""
