@@ -75,6 +75,9 @@ class Batches:
             are one part.
         parted_after: the epochs in which there are no parts yet.
 
+    Attributes:
+        parts: as given.
+
     Raises:
         BatchError: the data set is empty; at the first batch.
     """
