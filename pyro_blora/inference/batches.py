@@ -75,9 +75,6 @@ class Batches:
             are one part.
         parted_after: the epochs in which there are no parts yet.
 
-    Attributes:
-        parts: as given.
-
     Raises:
         BatchError: the data set is empty; at the first batch.
     """
@@ -91,7 +88,6 @@ class Batches:
         parts: Sequence[Sequence[int]] = (),
         parted_after: int = 0,
     ) -> None:
-        self.parts = parts
         self._order: _Bucketed | None = None
         if isinstance(data, DataLoader):
             self._loader, sampler = data, getattr(data, "sampler", None)
@@ -119,6 +115,11 @@ class Batches:
         found = self._held.pop() if self._held else self._drawn()
         self._taken += 1
         return found
+
+    @property
+    def parts(self) -> Sequence[Sequence[int]]:
+        """The parts of the examples; none of a ``DataLoader``, which does not tell them apart."""
+        return () if self._order is None else self._order.parts
 
     @property
     def parted(self) -> bool:
