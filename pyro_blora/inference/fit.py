@@ -168,21 +168,23 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
 
 def _share(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> float:
     """The share of the examples that directions learn from: what is given, or the priors' own."""
-    if how.direction_share is not None:
-        if how.direction_share:
-            _check_indexed(train, f"direction_share={how.direction_share}")
-        return how.direction_share
-    share = min(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
-    trained = parameter_groups(blora.model, LEARNING_RATES)
-    if isinstance(train, DataLoader) or all(group["name"] != "direction" for group in trained):
-        share = 0.0
+    share = how.direction_share
+    if share is None:
+        share = min(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
+        trained = parameter_groups(blora.model, LEARNING_RATES)
+        untold = isinstance(train, DataLoader) or (1 - share) * len(train) < how.batch_size
+        if untold or all(group["name"] != "direction" for group in trained):
+            share = 0.0
+    elif share:
+        _check_indexed(train, f"direction_share={share}")
     if not share and how.split_after is not None:
         raise ConfigurationError(
-            f"split_after={how.split_after}: nothing is split, as the prior does not ask for it, "
-            "no direction is trained, or a DataLoader does not tell which examples a batch has. "
-            "Pass direction_share=0.75 with examples, or leave split_after= out."
+            f"split_after={how.split_after}: nothing is split, as direction_share is 0 or the "
+            "prior does not ask for it, no direction is trained, the others' examples are fewer "
+            "than a batch, or a DataLoader does not tell which examples a batch has. Pass "
+            "direction_share=0.75 with examples, or leave split_after= out."
         )
-    return share if (1 - share) * len(train) >= how.batch_size else 0.0
+    return share
 
 
 def _check_indexed(train: Sequence[Any] | DataLoader[Any], option: str) -> None:

@@ -16,7 +16,7 @@ from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
 from pyro_blora.inference.sample_splitting import learners, parts_of
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 ROWS = tiny.examples(12)
@@ -118,8 +118,8 @@ def test_it_is_the_default_of_a_prior_that_leaves_directions_out():
     assert same(default(1.0), default(1.0, direction_share=0.0))
     loader = {"rows": DataLoader(ROWS, 3, collate_fn=tiny.collate), "collate": None}
     assert same(default(**loader), default(**loader, direction_share=0.0))
-    of_one_batch = {"batch_size": 4, "steps": 8}  # the others are three
-    assert same(default(**of_one_batch, split_after=0), default(**of_one_batch))
+    of_one_batch = {"batch_size": 4}  # the others are three
+    assert same(default(**of_one_batch), default(**of_one_batch, direction_share=0.0))
 
 
 def test_it_is_no_default_where_a_group_has_another_prior_or_directions_are_held():
@@ -162,6 +162,14 @@ def test_directions_are_the_priors():
     assert any("hidden_weight" in named[id(p)] for p in others)
 
 
+def test_the_likelihood_s_parameters_are_not_the_directions():
+    blora = tiny.adapted(likelihood=MultipleChoice(num_data=12))
+    _, others = learners(blora.model, parameter_groups(blora, LEARNING_RATES))
+    own = {id(parameter) for parameter in blora.likelihood.parameters()}
+    assert len(own) == 2  # the scale of the scores and the exponent of the length
+    assert own <= {id(parameter) for parameter in others}
+
+
 def test_without_directions_there_is_nothing_to_part():
     with pytest.raises(ConfigurationError, match="there are no directions to train here"):
         trained(ROWS, prior=GaussianFactors(rank=2, random="both"), direction_share=0.75)
@@ -169,7 +177,9 @@ def test_without_directions_there_is_nothing_to_part():
 
 def test_a_split_that_nothing_comes_of_is_refused():
     loader = {"rows": DataLoader(ROWS, 3, collate_fn=tiny.collate), "collate": None}
-    for asked in ({"rows": ROWS}, {**loader, "prior": KroneckerInducing(rank=2, keep=0.9)}):
+    some = {"rows": ROWS, "prior": KroneckerInducing(rank=2, keep=0.9)}
+    few = {**some, "batch_size": 4}  # the others are three
+    for asked in ({"rows": ROWS}, {**some, **loader}, few, {**some, "direction_share": 0.0}):
         with pytest.raises(ConfigurationError, match="split_after=3: nothing is split"):
             trained(**asked, split_after=3)
 
