@@ -97,7 +97,7 @@ _KNOWN = (
     ),
     Recipe(
         "map",
-        usual_prior,
+        lambda rank: KroneckerInducing(rank=rank, sigma="shared"),  # no direction left out
         Delta,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
         "the posterior's mode under the Kronecker prior",
