@@ -6,12 +6,13 @@
 
 A cell is a method, a task, a number of steps and a seed: one line of ``cells.jsonl`` and one file
 of probabilities; a kill loses the cell at work, and the same command goes on. ``calibration.yaml``
-says what is run. Every method has the same items, budget of steps and number of trials; trials are
-chosen by the mean NLL on validation items of the development tasks, and then hold for all tasks.
+says what is run. Every method has the same items and budget of steps; those whose trials have run
+have the one with the lowest mean NLL on validation items of the development tasks, on all tasks.
 Early stopping and temperatures see a task's own validation items; test items are scored once.
 """
 
 import json
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -150,6 +151,24 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def is_of_other_settings(
+    line: Mapping[str, Any], settings: dict[str, Any], trials: Mapping[str, int]
+) -> bool:
+    """Whether a cell's line was written with other settings of its method than these."""
+    base = base_of(line["method"], settings)
+    trial = {base: trials[line["method"]]} if line["method"] in trials else {}
+    now = changed(settings, trial)["methods"][base]
+    return any(
+        now.get(k) != line["settings"].get(k) for k in {*now, *line["settings"]} - {"trials"}
+    )
+
+
+def commit() -> str:
+    """The commit of the code at work, with a mark where files differ from it; or nothing."""
+    told = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(told, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def append(path: Path, line: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -178,7 +197,7 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
         "seconds": round(outcome.seconds, 1),
         "settings": settings["methods"][base_of(outcome.cell.method, settings)],
         "made": outcome.made,
-        "versions": {**versions(), "threads": torch.get_num_threads()},
+        "versions": {**versions(), "commit": commit(), "threads": torch.get_num_threads()},
         "precision": choose_precision("auto"),
     }
     append(out / "cells.jsonl", line)
@@ -238,13 +257,15 @@ def run(
     settings["model"] = model or settings["model"]
     trials = chosen_trials(settings, lines(out / "trials.jsonl"))
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
-    done = {
-        Cell(*(line[k] for k in Cell.__dataclass_fields__)) for line in lines(out / "cells.jsonl")
+    there = {
+        Cell(*(line[k] for k in Cell.__dataclass_fields__)): line
+        for line in lines(out / "cells.jsonl")
     }
-    groups = shared([cell for cell in cells if cell not in done], settings, trials)
-    print(
-        f"{len(cells)} cells, {len(done & set(cells))} of them there, {len(groups)} trainings to go"
-    )
+    done = [cell for cell in cells if cell in there]
+    groups = shared([cell for cell in cells if cell not in there], settings, trials)
+    print(f"{len(cells)} cells, {len(done)} of them there, {len(groups)} trainings to go")
+    if old := [str(cell) for cell in done if is_of_other_settings(there[cell], settings, trials)]:
+        print(f"Run with other settings than now; delete their lines to run them again: {old}")
     for outcome, used in results(groups, ray):
         keep(outcome, used, trials.get(outcome.cell.method), out)
 

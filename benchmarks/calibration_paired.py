@@ -14,7 +14,7 @@ Run = dict[str, Pair]  # by data set
 def paired(
     methods: Mapping[str, Mapping[int, Run]], ours: str, kin: Collection[str], *data: str
 ) -> list[str]:
-    """The difference of NLL and Brier score to the three best others, mean over data sets.
+    """The difference of NLL, Brier score and ECE to the three best others, mean over data sets.
 
     Each is compared on the seeds that both have. There are two errors of the mean: over items, each
     item's differences averaged over seeds first, and over seeds, where there are several.
@@ -35,7 +35,7 @@ def paired(
         if gaps:
             found[name] = [torch.stack(gap) for gap in zip(*gaps, strict=True)]
     rows = []
-    for index, title in enumerate(("NLL", "Brier")):
+    for index, title in enumerate(("NLL", "Brier", "ECE")):
 
         def by_seed(name: str, index: int = index) -> Tensor:
             return torch.stack([gap[:, index].mean(-1) for gap in found[name]]).mean(0)
@@ -54,8 +54,16 @@ def paired(
 
 
 def _scores(probs: Tensor, labels: Tensor) -> Tensor:
-    """NLL and Brier score of each item, ``2 x N``."""
+    """NLL and Brier score of each item, and what it adds to the ECE's mean, ``3 x N``.
+
+    The ECE is the mean of confidence less correctness, with the sign that its sum has in the item's
+    bin: to first order, where no sign changes, the variance of these is that of the ECE.
+    """
     probs = probs.double()
     nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
-    return torch.stack([nll, (probs - one_hot).square().sum(1)])
+    confidence, predicted = probs.max(1)
+    gap = confidence - (predicted == labels).double()
+    bins = (15 * confidence).ceil().long()
+    sign = torch.zeros(16).double().index_add(0, bins, gap).sign()[bins]
+    return torch.stack([nll, (probs - one_hot).square().sum(1), sign * gap])

@@ -12,6 +12,8 @@ import yaml
 from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
+from pyro_blora.data import load_task
+
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("zero-shot", "lora", "lora-best", "swa", "dropout", "laplace-lora", "default")
 
@@ -63,7 +65,13 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     assert file.read_text().startswith(first)
     assert len({(line["method"], line["seed"]) for line in lines}) == len(lines) == 14
     assert {line["trial"] for line in lines if line["method"] == "lora-best"} <= {0, 1, 2}
-    assert "0 trainings to go" in run("run", out, *small)
+    assert run("run", out, *small).strip().endswith("0 trainings to go")
+    other = yaml.safe_load(config.read_text())
+    other["methods"]["default"]["prior"]["KroneckerInducing"]["keep"] = 0.8
+    changed = tmp_path / "other.yaml"
+    changed.write_text(yaml.safe_dump(other))
+    told = run("run", out, "--config", str(changed), "--smoke")
+    assert told.strip().endswith("run them again: ['facts-16-4-default-0', 'facts-16-4-default-1']")
     for line in lines:
         name = f"facts-16-4-{line['method']}-{line['seed']}.npz"
         with np.load(out / "probabilities" / name) as found:
@@ -83,6 +91,23 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     assert "| lora | entropy | 2 | 50.0 | 50.0 ± 0.0 |" in report  # the other set is the test's own
     assert "| default | mutual information | 2 | 50.0 | 50.0 ± 0.0 |" in report
     assert len(list((out / "figures").glob("*.png"))) == 3
+
+
+def test_early_stopping_sees_validation_items_alone(run, config, tmp_path, monkeypatch):
+    import calibration_cell
+
+    seen, fit = [], calibration_cell.fit
+
+    def watched(*arguments, validation, **options):
+        seen.append(validation)
+        return fit(*arguments, validation=validation, **options)
+
+    monkeypatch.setattr(calibration_cell, "fit", watched)
+    small = ["--config", str(config), "--smoke", "--seed", "0", "--only", "lora-best"]
+    run("run", tmp_path / "results", *small)
+    task = load_task("facts", max_train=16, max_validation=8, seed=0)
+    assert [list(items) for items in seen] == [list(task.validation)]
+    assert not {item.question for item in task.validation} & {item.question for item in task.test}
 
 
 def test_only_narrows_each_kind_that_it_names(monkeypatch):
@@ -165,6 +190,69 @@ def test_the_best_others_are_no_variants_and_have_the_items_and_seeds(monkeypatc
         "NLL of `ours` less that of `far`"
     )
     assert paired(methods, "gone", {"kin"}, "away") == []
+
+
+def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration_paired import paired
+
+    from pyro_blora.evaluation.metrics import evaluate
+
+    torch.manual_seed(0)
+    logits = torch.randn(2000, 3)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    ours, other = ((scale * logits).softmax(-1) for scale in (1.6, 0.4))
+
+    def gap(items):
+        found = [evaluate(probs[items], labels[items]).ece for probs in (ours, other)]
+        return found[0] - found[1]
+
+    methods = {"ours": {0: {"test": (ours, labels)}}, "other": {0: {"test": (other, labels)}}}
+    row = paired(methods, "ours", set(), "test")[2]
+    mean, error = (float(row.split()[i]) for i in (7, 9))
+    assert mean == pytest.approx(gap(torch.arange(2000)), abs=1e-4)
+    anew = torch.tensor([gap(torch.randint(2000, (2000,))) for _ in range(200)])
+    assert error == pytest.approx(float(anew.std()), rel=0.2)
+
+
+def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_tasks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration_trials import changed, chosen_trials
+
+    trials = [{"fit": {"lr_mean": rate}} for rate in (1.0, 2.0, 3.0)]
+    settings = {
+        "development": {"tasks": ["a", "b"], "seeds": [0], "steps": 4},
+        "methods": {"lora": {"trials": trials}, "lora-best": {"of": "lora"}, "map": {}},
+    }
+    nlls = {"lora": [(0.5, 0.9), (0.6, 0.6), (0.1, None)], "lora-best": [(0.3, 0.3), (0.4, 0.4)]}
+    lines = [
+        {"method": method, "trial": trial, "task": task, "seed": 0, "steps": 4, "nll": nll}
+        | {"settings": changed(settings, {"lora": trial})["methods"]["lora"]}
+        for method, found in nlls.items()
+        for trial, both in enumerate(found)
+        for task, nll in zip("ab", both, strict=True)
+        if nll is not None
+    ]
+    assert chosen_trials(settings, lines) == {"lora": 1, "lora-best": 0}
+    lines = [{**line, "steps": 8} for line in lines]  # of another budget
+    assert chosen_trials(settings, lines) == {}
+
+
+def test_the_report_s_temperatures_are_of_validation_items(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from calibration_report import read_runs
+
+    sure = np.full((20, 2), [0.9, 0.1])
+    right, often = np.zeros(20, int), np.repeat([0, 1], [14, 6])  # 70 % right
+    (tmp_path / "probabilities").mkdir()
+    arrays = {f"{name}/probs": sure for name in ("validation", "test")}
+    arrays |= {f"{name}/epistemic": np.zeros(20) for name in ("validation", "test")}
+    arrays |= {"validation/labels": often, "test/labels": right}
+    np.savez(tmp_path / "probabilities" / "a-16-4-lora-0.npz", **arrays)
+    line = {"task": "a", "method": "lora", "steps": 4, "seed": 0, "max_train": 16}
+    runs, _ = read_runs([line], tmp_path)
+    probs, _ = runs["a", 4, "16"]["temperature:lora"][0]["test"]
+    torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]).to(probs), atol=1e-3, rtol=0)
 
 
 def test_methods_of_one_prior_are_kin(monkeypatch):
