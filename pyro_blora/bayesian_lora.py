@@ -11,7 +11,7 @@ from pyro_blora.checkpoints.peft_habits import PeftHabits
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import MatrixNormal, SiteGuide
-from pyro_blora.likelihoods import Batch, CausalLM, Likelihood
+from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
@@ -19,11 +19,11 @@ from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
-from pyro_blora.posterior.description import described_groups, size_to_come
+from pyro_blora.posterior.description import described_groups, described_size, size_to_come
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.given_draws import Samples, draws_given
 from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import leave_store, warn_of_aliases
+from pyro_blora.posterior.param_store import check_aliases, leave_store
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
@@ -32,7 +32,7 @@ from pyro_blora.posterior.structured_guide import (
     make_guide,
     warn_of_a_point,
 )
-from pyro_blora.recipes import recipe, usual_prior
+from pyro_blora.recipes import recipe, usual_likelihood, usual_prior
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
@@ -48,13 +48,15 @@ class BayesianLoRA(PeftHabits):
         net: a Hugging Face transformer, or any module with linear layers.
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
+        rank: of the usual prior, where ``prior`` is not given. Default: 8.
         prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
             of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.
-            Default: ``KroneckerInducing(sigma="shared", keep=0.9)``.
+            Default: ``KroneckerInducing(rank=rank, sigma="shared", keep=0.9)``.
         guide: what q(U) is: a guide family or a mapping of them likewise, or a callable that makes
             a guide from the model, such as any ``pyro.infer.autoguide`` class. Default:
             ``MatrixNormal()``.
-        likelihood: how the logits explain a batch. Default: ``CausalLM()``.
+        likelihood: how the logits explain a batch; :func:`~pyro_blora.inference.fit` wants its
+            ``num_data``. Default: ``CausalLM()``, for a classifier ``SequenceClassification()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train whole, as points, as PEFT does. Default: under
@@ -67,16 +69,16 @@ class BayesianLoRA(PeftHabits):
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large, a layer is adapted already, a head is no head, or a
-            group of layers and the keys of a mapping do not match.
+        ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, a
+            head is no head, the likelihood is for other networks, groups of layers and keys of a
+            mapping do not match, or an older adapter's tensors of these names have other shapes.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
 
     Example::
 
-        blora = BayesianLoRA(net, prior=KroneckerInducing(rank=8), guide=MatrixNormal(),
-                             likelihood=MultipleChoice(num_data=len(train)))
+        blora = BayesianLoRA(net, rank=4, likelihood=MultipleChoice(num_data=len(train)))
         fit(blora, train, collate=collate, num_steps=300)
         blora.predict(batch, num_samples=10).probs  # B x K
     """
@@ -86,6 +88,7 @@ class BayesianLoRA(PeftHabits):
         net: nn.Module,
         *,
         target_modules: str | Sequence[str] | None = None,
+        rank: int | None = None,
         prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
         guide: SiteGuide | Mapping[str, SiteGuide] | GuideFactory | None = None,
         likelihood: Likelihood | None = None,
@@ -103,15 +106,17 @@ class BayesianLoRA(PeftHabits):
             layers_to_transform=layers_to_transform,
         )
         if prior is None:
-            prior = usual_prior()
+            prior = usual_prior() if rank is None else usual_prior(rank)
+        elif rank is not None:
+            raise ConfigurationError(f"rank={rank} is the usual prior's; give it to your prior.")
         family = MatrixNormal() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
-        likelihood = CausalLM() if likelihood is None else likelihood
+        likelihood = usual_likelihood(net) if likelihood is None else likelihood
         check_kind("likelihood", likelihood, Likelihood)
         likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         self.model = BayesianLoRAModel(net, group_layers(targets), prior, likelihood, heads)
-        warn_of_aliases(self.model)
+        check_aliases(self.model)
         if start is not None:
             leave_store({"model": self.model})  # whose values would win over the start
             self.model.start_at(start)
@@ -291,9 +296,4 @@ class BayesianLoRA(PeftHabits):
             f"  likelihood: {self.likelihood!r}",
             *described_groups(self.model, self.guide, family),
         ]
-        lines += [f"  {n}: trained whole, as a point" for n in self.model.trained_heads.names]
-        frozen = sum(p.numel() for p in self.net.parameters())
-        trained = self.trainable_parameters
-        share = trained / (trained + frozen)
-        lines.append(f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})")
-        return "\n".join(lines)
+        return "\n".join([*lines, described_size(self.trainable_parameters, self.net)])

@@ -13,13 +13,25 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
+from torch import nn
+
 import pyro_blora.guides as guides
 import pyro_blora.models as models
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides import Delta, Ensemble, MeanField, SiteGuide
+from pyro_blora.likelihoods import CausalLM, Likelihood, SequenceClassification
 from pyro_blora.models import GaussianFactors, KroneckerInducing, UpdateModel
+from pyro_blora.network.targets import is_classifier
 
-__all__ = ["RECIPES", "WITHOUT_PAIR", "Recipe", "all_recipes", "recipe", "usual_prior"]
+__all__ = [
+    "RECIPES",
+    "WITHOUT_PAIR",
+    "Recipe",
+    "all_recipes",
+    "recipe",
+    "usual_likelihood",
+    "usual_prior",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,15 @@ def usual_prior(rank: int = 8) -> UpdateModel:
         KroneckerInducing(rank=4, sigma='shared', keep=0.9)
     """
     return KroneckerInducing(rank=rank, sigma="shared", keep=0.9)
+
+
+def usual_likelihood(net: nn.Module) -> Likelihood:
+    """The likelihood of ``BayesianLoRA(net)``: for a classifier its classes, else a text's tokens.
+
+    Args:
+        net: the network.
+    """
+    return SequenceClassification() if is_classifier(net) else CausalLM()
 
 
 _KNOWN = (

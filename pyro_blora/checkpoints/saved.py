@@ -62,7 +62,8 @@ def save_pretrained(
         family: its guide family, or what made its guide.
         folder: where to write; made if it is missing.
         result: what ``fit`` returned, for the card.
-        notes: more lines of the card, by their names, such as ``{"accuracy": 0.93}``.
+        notes: more lines of the card, by their names, such as ``{"accuracy": 0.93}``; the JSON
+            file has them, too.
         place: what the card says to load.
 
     Raises:
@@ -82,6 +83,7 @@ def save_pretrained(
         "prior": describe(model.prior),
         "guide": describe_guide(family, adapter.guide),
         "likelihood": describe(model.likelihood),
+        "notes": {name: str(value) for name, value in (notes or {}).items()},
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.state_dict().items()}
     prints = fingerprint(model.net, heads)

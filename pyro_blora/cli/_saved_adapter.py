@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyro_blora.data import Item, Task
     from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["AdapterFolder", "Seed", "base_name", "predictor"]
+__all__ = ["AdapterFolder", "OwnTask", "Seed", "base_name", "own_task", "predictor"]
 
 
 def _check_there(folder: Path) -> Path:
@@ -36,6 +36,23 @@ AdapterFolder = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
+
+
+OwnTask = Annotated[
+    str | None,
+    typer.Option(
+        help="'facts' (built in), the name of a folder in --data-dir, or one of the hub's sets; "
+        "default: what the adapter was trained on."
+    ),
+]
+
+
+def own_task(adapter: Path, task: str | None) -> str:
+    """The task asked for, or the one that an adapter says it was trained on, or ``"facts"``."""
+    from pyro_blora.checkpoints import read_config
+
+    saved = read_config(adapter)
+    return task or str(saved.get("notes", {}).get("task", "facts"))
 
 
 def base_name(adapter: Path, model: str | None) -> str:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, Seed, predictor
+from pyro_blora.cli._saved_adapter import AdapterFolder, OwnTask, Seed, own_task, predictor
 from pyro_blora.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["run"]
 def run(
     adapter: AdapterFolder,
     model: o.Base = None,
-    task: o.TaskName = "facts",
+    task: OwnTask = None,
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,
     num_samples: o.NumSamples = 10,
@@ -68,9 +68,10 @@ def run(
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     --ood openbookqa --out out/arc_easy/test
     """
-    for name in (task, ood or task):
-        o.check_task(name, data_dir)
-    from pyro_blora.checkpoints import read_config, write_atomically
+    for name in (task, ood):
+        if name is not None:
+            o.check_task(name, data_dir)
+    from pyro_blora.checkpoints import write_atomically
     from pyro_blora.data import load_task
     from pyro_blora.evaluation import plots
     from pyro_blora.evaluation.metrics import (
@@ -82,7 +83,8 @@ def run(
     )
 
     console = Console(highlight=False)
-    read_config(adapter)  # a folder that is none is said before the network is loaded
+    task = own_task(adapter, task)  # a folder that is none is said before the network is loaded
+    o.check_task(task, data_dir)
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     foreign = _foreign(ood, data, data_dir, max_test)
     if csv_file is not None and csv_file.is_dir():

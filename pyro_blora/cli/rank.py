@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, Seed, predictor
+from pyro_blora.cli._saved_adapter import AdapterFolder, OwnTask, Seed, own_task, predictor
 from pyro_blora.errors import ConfigurationError, near_miss
 
 __all__ = ["run"]
@@ -22,7 +22,7 @@ def run(
     adapter: AdapterFolder,
     out: Annotated[Path, typer.Option(help="File for the ranking: .jsonl, or .csv.")],
     model: o.Base = None,
-    task: o.TaskName = "facts",
+    task: OwnTask = None,
     data_dir: o.DataDir = None,
     pool: Annotated[
         Path | None,
@@ -53,7 +53,7 @@ def run(
     Example: pyro-blora rank --adapter out/arc_easy --task arc_easy --pool pool.jsonl --top 20
     --out out/to_label.jsonl
     """
-    from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.checkpoints import write_atomically
     from pyro_blora.data import Task, load_task, read_json_lines, template_for
     from pyro_blora.evaluation.ranking import CRITERIA, rank
 
@@ -69,7 +69,7 @@ def run(
     if pool is not None and not pool.is_file():
         raise ConfigurationError(f"--pool {pool} is no file; name one of JSON lines.")
     console = Console(highlight=False)
-    read_config(adapter)  # a folder that is none is said before the network is loaded
+    task = own_task(adapter, task)  # a folder that is none is said before the network is loaded
     if pool is None:
         data = load_task(task, data_dir=data_dir)
         items = data.train

@@ -36,7 +36,7 @@ class Item:
     def __post_init__(self) -> None:
         if not isinstance(self.choices, tuple) or len(self.choices) < 2:
             given = reprlib.repr(self.choices)
-            raise DataError(f"choices is {given}: give a list of at least 2 answers")
+            raise DataError(f"choices is {given}: give a tuple of at least 2 answers")
         texts = {f"choices[{k}]": choice for k, choice in enumerate(self.choices)}
         for name, text in {"id": self.id, "question": self.question, **texts}.items():
             if not isinstance(text, str) or not text.strip():

@@ -1,5 +1,6 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
@@ -116,6 +117,7 @@ def fit(
     if validation is not None:
         validate = _validation(blora, validation, collate, length, how, prefix)
     _reopen(blora)
+    _warn_of_size(blora, train)
 
     def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         with kept(prefix, keys, batch):
@@ -151,6 +153,18 @@ def _check_data(train: Sequence[Any] | DataLoader[Any], collate: Collate | None)
         raise ConfigurationError(
             f"An example is a {type(train[0]).__name__}: pass collate=, which makes a batch of a "
             "list of them, such as task.collator(tokenizer)."
+        )
+
+
+def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> None:
+    """Of a size of the data that is not the likelihood's: the KL would have another weight."""
+    told = blora.likelihood.num_data
+    if told and not isinstance(train, DataLoader) and len(train) not in (0, told):
+        warnings.warn(
+            f"The likelihood was told num_data={told}, and train has {len(train)} examples: the KL "
+            f"weighs {len(train) / told:.3g} times what it does in the ELBO; pass num_data="
+            "len(train).",
+            stacklevel=3,
         )
 
 
@@ -244,6 +258,8 @@ def _validation(
     prefix: FrozenPrefix,
 ) -> Callable[[], float]:
     """What gives the mean negative log predictive of the validation set; it draws apart."""
+    if isinstance(data, DataLoader):
+        raise ConfigurationError("validation= takes examples, not a DataLoader; pass its dataset.")
     if collate is None:
         raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
     if not len(data):

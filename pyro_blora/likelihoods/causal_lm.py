@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import logits_at, refuse_encoder_decoder
+from pyro_blora.likelihoods.logits_at import check_causal, logits_at
 from pyro_blora.likelihoods.packing import compact
 
 __all__ = ["CausalLM"]
@@ -31,8 +31,8 @@ class CausalLM(Likelihood):
     """
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is an encoder-decoder."""
-        refuse_encoder_decoder(net)
+        """Raises ConfigurationError where ``net`` is a classifier or an encoder-decoder."""
+        check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits that predict each scored token, ``(B, S, V)``, the real ones first."""

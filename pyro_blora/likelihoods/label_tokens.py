@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import logits_at, output_head, refuse_encoder_decoder
+from pyro_blora.likelihoods.logits_at import check_causal, logits_at, output_head
 from pyro_blora.network.targets import layer_shape
 
 __all__ = ["LabelTokens"]
@@ -45,8 +45,8 @@ class LabelTokens(Likelihood):
         self.token_ids = tuple(token_ids)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is an encoder-decoder."""
-        refuse_encoder_decoder(net)
+        """Raises ConfigurationError where ``net`` is a classifier or an encoder-decoder."""
+        check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The answer tokens' logits after the prompt's last token, ``(B, C)``."""

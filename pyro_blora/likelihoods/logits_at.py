@@ -16,9 +16,9 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods.left_padding import positions_of
 from pyro_blora.network import fast_path
 from pyro_blora.network.adapter import adapter_of
-from pyro_blora.network.targets import head_of
+from pyro_blora.network.targets import head_of, is_classifier
 
-__all__ = ["logits_at", "output_head", "refuse_encoder_decoder"]
+__all__ = ["check_causal", "logits_at", "output_head"]
 
 
 def output_head(net: nn.Module) -> nn.Module:
@@ -29,17 +29,18 @@ def output_head(net: nn.Module) -> nn.Module:
             f"{type(net).__name__} has no language-model head; load it as a causal language model, "
             "or use SequenceClassification."
         )
-    refuse_encoder_decoder(net)
-    return head
-
-
-def refuse_encoder_decoder(net: nn.Module) -> None:
-    """Raises ConfigurationError where a network's tokens do not follow from those before them."""
     if getattr(getattr(net, "config", None), "is_encoder_decoder", False):
         raise ConfigurationError(
             f"{type(net).__name__} is an encoder-decoder, which predicts no token from those "
             "before it alone; take a causal language model, or its sequence classifier."
         )
+    return head
+
+
+def check_causal(net: nn.Module) -> None:
+    """Raises ConfigurationError where a network with a head is no causal language model."""
+    if head_of(net) is not None or is_classifier(net):
+        output_head(net)
 
 
 def logits_at(

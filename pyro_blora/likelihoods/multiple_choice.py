@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import logits_at, output_head, refuse_encoder_decoder
+from pyro_blora.likelihoods.logits_at import check_causal, logits_at, output_head
 from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
@@ -83,8 +83,8 @@ class MultipleChoice(Likelihood):
         self.pack = pack
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is an encoder-decoder."""
-        refuse_encoder_decoder(net)
+        """Raises ConfigurationError where ``net`` is a classifier or an encoder-decoder."""
+        check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""

@@ -21,6 +21,7 @@ from pyro_blora.updates.low_rank_update import LayerUpdate
 __all__ = [
     "Adapter",
     "adapter_of",
+    "check_free",
     "layer_input",
     "put_forward_back",
     "updates_in_place",
@@ -40,10 +41,7 @@ class Adapter:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        if adapter_of(module) is not None:
-            raise ConfigurationError(
-                f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds it."
-            )
+        check_free(name, module)
         self.name = name
         self.update: LayerUpdate | None = None
         self._handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
@@ -101,6 +99,14 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter on ``module``, or ``None``."""
     return next((h for h in module._forward_hooks.values() if isinstance(h, Adapter)), None)
+
+
+def check_free(name: str, module: nn.Module) -> None:
+    """Raises ConfigurationError where a layer has an adapter already."""
+    if adapter_of(module) is not None:
+        raise ConfigurationError(
+            f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds it."
+        )
 
 
 def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "group_layers",
     "head_names",
     "head_of",
+    "is_classifier",
     "layer_shape",
     "matches",
     "name_in_base",
@@ -152,6 +153,11 @@ def head_names(net: nn.Module) -> list[str]:
     return [name for name, m in beside.items() if name != body and list(m.parameters())]
 
 
+def is_classifier(net: nn.Module) -> bool:
+    """Whether a network has heads, and no language model's."""
+    return head_of(net) is None and bool(head_names(net))
+
+
 def find_targets(
     net: nn.Module,
     target_modules: str | Sequence[str] | None = None,
@@ -199,8 +205,10 @@ def find_targets(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
             f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
+    text = isinstance(target_modules, str)
     asked = [target_modules] if isinstance(target_modules, str) else target_modules
-    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}")
+    hint = " A text is a regular expression of whole names; endings go in a list." if text else ""
+    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}{hint}")
 
 
 def _warn_of_unmatched(asked: str | Sequence[str], linear: Iterable[str]) -> None:

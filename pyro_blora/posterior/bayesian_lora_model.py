@@ -23,7 +23,12 @@ from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
-from pyro_blora.network.adapter import Adapter, updates_in_place, updates_kept_for_backward
+from pyro_blora.network.adapter import (
+    Adapter,
+    check_free,
+    updates_in_place,
+    updates_kept_for_backward,
+)
 from pyro_blora.network.by_group import by_group
 from pyro_blora.network.fast_path import rows_come_first
 from pyro_blora.network.frozen_prefix import frozen_blocks, skippable_blocks
@@ -108,6 +113,8 @@ class BayesianLoRAModel(PyroModule):
                     f"Layers called {group.name!r} have the name of a part of the model; leave "
                     "them out with exclude_modules, or call them otherwise in the network."
                 )
+            for name, module in zip(group.module_names, group.modules, strict=True):
+                check_free(name, module)
             setattr(self, group.name, priors[group.name].bind(group))
         self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()

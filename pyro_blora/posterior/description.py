@@ -12,11 +12,11 @@ from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.structured_guide import StructuredGuide
 
-__all__ = ["described_groups", "size_to_come"]
+__all__ = ["described_groups", "described_size", "size_to_come"]
 
 
 def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -> Iterator[str]:
-    """A line for each group of layers and for each of its sites, with their parameters."""
+    """A line for each group of layers, for each of its sites, with their parameters, and head."""
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
 
     def line(site: Site) -> str:
@@ -37,6 +37,14 @@ def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -
     if not families:
         size = _size(guide) + size_to_come(guide, made_by, model)
         yield (f"  guide: {size:,} parameters" if size else "  guide: no parameters yet")
+    yield from (f"  {name}: trained whole, as a point" for name in model.trained_heads.names)
+
+
+def described_size(trained: int, net: nn.Module) -> str:
+    """A line of how many numbers are trained, beside those of the network."""
+    frozen = _size(net)
+    share = trained / (trained + frozen)
+    return f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
 
 
 def size_to_come(guide: nn.Module, made_by: Any, model: BayesianLoRAModel) -> int:

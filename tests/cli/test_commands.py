@@ -204,11 +204,12 @@ def test_train_then_evaluate(run, words, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    evaluate = ["evaluate", *words, "--adapter", out, "--out", tmp_path]
+    own = [word for word in words if word not in ("--task", "words")]  # the adapter's task
+    evaluate = ["evaluate", *own, "--adapter", out, "--out", tmp_path]
     pyro.clear_param_store()  # the second command is another process
     code, text, err = run(*evaluate, "--num-samples", 4, "--csv", tmp_path / "new" / "items.csv")
     assert code == 0, err
-    assert "21 test items" in text
+    assert "words, 21 test items" in text
     sampled = json.loads((tmp_path / "metrics.json").read_text())
     assert sampled["n"] == 21
     with (tmp_path / "new" / "items.csv").open(newline="") as file:

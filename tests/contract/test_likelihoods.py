@@ -10,7 +10,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pyro_blora import likelihoods
+from pyro_blora import BayesianLoRA, likelihoods
 from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.testing import LikelihoodContract
@@ -168,3 +168,14 @@ def test_a_network_or_labels_of_another_kind(likelihood, build, batch, told):
 
     with pytest.raises((BatchError, ConfigurationError), match=told):
         predict()
+
+
+@pytest.mark.parametrize("likelihood", [CausalLM(), LABELS, MultipleChoice()])
+def test_a_classifier_is_refused_when_it_is_adapted(likelihood):
+    with pytest.raises(ConfigurationError, match=r"BertFor.*no language-model head"):
+        tiny.adapted(tiny.bert(), target_modules="all-linear", likelihood=likelihood)
+
+
+def test_the_usual_likelihood_is_of_the_network_s_kind():
+    assert isinstance(BayesianLoRA(tiny.llama()).likelihood, CausalLM)
+    assert isinstance(BayesianLoRA(tiny.bert()).likelihood, SequenceClassification)

@@ -294,7 +294,7 @@ def test_print_makes_up_no_count(kind):
 )
 def test_names_on_other_networks(build, names):
     net = build()
-    blora = tiny.adapted(net, target_modules=None)
+    blora = tiny.adapted(net, target_modules=None, likelihood=None)
     assert [group.name for group in blora.model.groups] == names
     assert [site.name for site in blora.model.sites] == [f"{name}.V" for name in names]
     data = {f"{name}.V": torch.zeros(2, 2, 2) for name in names[:1]}

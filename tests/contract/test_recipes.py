@@ -11,7 +11,7 @@ from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.network import fast_path
-from pyro_blora.recipes import RECIPES, Recipe, all_recipes, recipe
+from pyro_blora.recipes import RECIPES, Recipe, all_recipes, recipe, usual_prior
 
 
 def made(name, **options):
@@ -91,3 +91,9 @@ def test_packages_may_ship_recipes(monkeypatch):
     blora = made("own", fast=False)
     assert isinstance(blora.guide_family, guides.Delta)
     assert not fast_path.is_on(blora.net)
+
+
+def test_the_rank_is_the_usual_prior_s():
+    assert repr(BayesianLoRA(tiny.llama(), rank=3).prior) == repr(usual_prior(3))
+    with pytest.raises(ConfigurationError, match="rank=3 is the usual prior's; give it to your"):
+        BayesianLoRA(tiny.llama(), rank=3, prior=models.Subspace())

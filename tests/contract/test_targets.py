@@ -90,7 +90,7 @@ LEFT = "matches 2 layers, but "
     [
         (["qproj"], {}, r"Did you mean \['.*q_proj.*end in \['down_proj'"),
         (["proj"], {}, "proj"),  # the end of a name, but not of a part
-        ("q_proj", {}, "q_proj"),  # a regular expression is matched to the whole name
+        ("q_proj", {}, "regular expression of whole names; endings go in a list"),
         (["q_proj"], {"exclude_modules": ["q_proj"]}, LEFT + r"exclude_modules.*0\.self_attn\.q"),
         (["q_proj"], {"layers_to_transform": 9}, LEFT + r"layers_.*0\.self_attn\.q"),
     ],

@@ -33,7 +33,7 @@ def test_history(run):
 
 def test_the_callback_is_told_of_every_step(run):
     done = []
-    run(tiny.adapted(), num_steps=3, callback=done.append)
+    run(tiny.adapted(num_data=10), num_steps=3, callback=done.append)
     assert done == [1, 2, 3]
 
 
@@ -105,6 +105,12 @@ def test_keep_best_goes_back_to_the_best_validation(run, keep):
 def test_keep_best_without_validation_is_refused(run):
     with pytest.raises(ConfigurationError, match="keep_best=True needs validation="):
         run(tiny.adapted(num_data=10), keep_best=True, num_steps=1)
+
+
+def test_a_loader_is_no_validation(run):
+    loader = DataLoader(tiny.examples(3), 3, collate_fn=tiny.collate)
+    with pytest.raises(ConfigurationError, match="validation= takes examples, not a DataLoader"):
+        run(tiny.adapted(num_data=10), validation=loader, num_steps=1)
 
 
 def test_the_precision_afterwards_is_the_one_before(run):

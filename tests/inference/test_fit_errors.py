@@ -114,6 +114,24 @@ def test_two_adapters_that_would_share_tensors_warn():
     assert second.model.q_proj.Z_r is not first.model.q_proj.Z_r
 
 
+def test_an_older_adapter_of_other_shapes_is_in_the_way_until_it_is_unwrapped(run):
+    older = tiny.adapted(num_data=10, rank=2)
+    run(older)
+    with pytest.raises(
+        ConfigurationError, match=r"holds model\.q_proj.*\(2, 2.*has \(2, 4.*unwrap"
+    ):
+        tiny.adapted(rank=4)
+    with pytest.raises(ConfigurationError, match="is adapted already"):
+        tiny.adapted(older.net)  # with no warning of the store, which is not what is wrong
+    older.unwrap()
+    assert tiny.adapted(rank=4).model.q_proj.Z_r.shape[1] == 4
+
+
+def test_another_size_of_the_data_than_the_likelihood_was_told(run):
+    with pytest.warns(UserWarning, match="num_data=40, and train has 10 examples.*0.25 times"):
+        run(tiny.adapted(num_data=40))
+
+
 def test_arguments_of_another_kind():
     blora = tiny.adapted(num_data=10)
     with pytest.raises(ConfigurationError, match=r"blora=LlamaForCausalLM\(.* is not of BayesianL"):

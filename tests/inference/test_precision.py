@@ -26,7 +26,13 @@ def run_plain(net, **options):
 
 
 def run_fit(net, **options):
-    fit(tiny.adapted(net), tiny.examples(), collate=tiny.collate, num_steps=1, **options)
+    fit(
+        tiny.adapted(net, num_data=10),
+        tiny.examples(),
+        collate=tiny.collate,
+        num_steps=1,
+        **options,
+    )
 
 
 def run_finish(net, **options):
