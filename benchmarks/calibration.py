@@ -25,7 +25,7 @@ import typer
 import yaml
 from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
-from calibration_trials import base_of, changed, chosen_trials, trial_key
+from calibration_trials import base_of, changed, chosen_trials, trial_key, without_trials
 
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.evaluation.metrics import evaluate
@@ -158,9 +158,7 @@ def is_of_other_settings(
     base = base_of(line["method"], settings)
     trial = {base: trials[line["method"]]} if line["method"] in trials else {}
     now = changed(settings, trial)["methods"][base]
-    return any(
-        now.get(k) != line["settings"].get(k) for k in {*now, *line["settings"]} - {"trials"}
-    )
+    return without_trials(now) != without_trials(line["settings"])
 
 
 def commit() -> str:
@@ -174,7 +172,9 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: Path) -> None:
+def keep(
+    outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: Path, code: str
+) -> None:
     """Writes a cell's probabilities, and then its line, without which they are nothing."""
     arrays = {}
     for kind in ("probs", "labels", "epistemic"):
@@ -197,7 +197,7 @@ def keep(outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: 
         "seconds": round(outcome.seconds, 1),
         "settings": settings["methods"][base_of(outcome.cell.method, settings)],
         "made": outcome.made,
-        "versions": {**versions(), "commit": commit(), "threads": torch.get_num_threads()},
+        "versions": {**versions(), "commit": code, "threads": torch.get_num_threads()},
         "precision": choose_precision("auto"),
     }
     append(out / "cells.jsonl", line)
@@ -253,7 +253,7 @@ def run(
 ) -> None:
     """Runs the cells that are not there yet, with each method's chosen trial."""
     out.mkdir(parents=True, exist_ok=True)
-    settings = read_settings(config, data_dir, smoke)
+    code, settings = commit(), read_settings(config, data_dir, smoke)  # before files may change
     settings["model"] = model or settings["model"]
     trials = chosen_trials(settings, lines(out / "trials.jsonl"))
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
@@ -267,7 +267,7 @@ def run(
     if old := [str(cell) for cell in done if is_of_other_settings(there[cell], settings, trials)]:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
     for outcome, used in results(groups, ray):
-        keep(outcome, used, trials.get(outcome.cell.method), out)
+        keep(outcome, used, trials.get(outcome.cell.method), out, code)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["base_of", "changed", "chosen_trials", "trial_key"]
+__all__ = ["base_of", "changed", "chosen_trials", "trial_key", "without_trials"]
 
 
 def base_of(method: str, settings: Mapping[str, Any]) -> str:
@@ -26,9 +26,14 @@ def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, An
     return settings
 
 
+def without_trials(method: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings, without what else there was to try."""
+    return {name: value for name, value in method.items() if name != "trials"}
+
+
 def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
     """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
-    settings = {name: value for name, value in line["settings"].items() if name != "trials"}
+    settings = without_trials(line["settings"])
     kinds = ("method", "trial", "task", "seed", "steps")
     return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
 

@@ -205,9 +205,12 @@ def find_targets(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
             f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
-    text = isinstance(target_modules, str)
-    asked = [target_modules] if isinstance(target_modules, str) else target_modules
-    hint = " A text is a regular expression of whole names; endings go in a list." if text else ""
+    asked, hint = target_modules, ""
+    if isinstance(asked, str):
+        asked, hint = (
+            [asked],
+            " A text is a regular expression of whole names; endings go in a list.",
+        )
     raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}{hint}")
 
 
