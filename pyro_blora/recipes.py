@@ -47,7 +47,8 @@ class Recipe:
         fit: options of :func:`pyro_blora.fit` that belong to it.
         num_samples: draws for a prediction, where the method fixes them.
         linearised: whether its predictive is the linearised one.
-        learned_scale: whether the scale of an option's score is learned, too.
+        learned_scale: whether the scale of an option's score is learned, too: by this library's
+            own and by pairs of classes, as by ``MultipleChoice()``; by published methods it is not.
         rank: what suits it where none is given.
 
     ``pyro-blora compare`` goes by all of them. In a program::
@@ -123,6 +124,7 @@ _KNOWN = (
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
         "the posterior's mode under the Kronecker prior",
         num_samples=0,
+        learned_scale=True,
     ),
     Recipe(
         "bayesian-lora",
@@ -130,6 +132,7 @@ _KNOWN = (
         guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",
+        learned_scale=True,
     ),
     Recipe(
         "bayesian-lora-factor",
@@ -144,6 +147,7 @@ _KNOWN = (
         MeanField,
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         "the Kronecker prior with independent normals",
+        learned_scale=True,
     ),
     Recipe(
         "blob",
@@ -246,6 +250,7 @@ def recipe(name: str) -> Recipe:
             "",
             f"{left} with {right}",
             num_samples=0 if guide is Delta else None,
+            learned_scale=True,
         )
     if name in WITHOUT_PAIR:
         raise ConfigurationError(

@@ -125,6 +125,9 @@ class Saved:
         later = [n for n in own if n.endswith(".turn") or (".likelihood." in n and not scaled)]
         kept = {name: own[name] for name in later}
         tensors = {**kept, **found}
+        # The scale of the scores was positive, and saved as its logarithm
+        for name in [n for n in found if n.endswith("likelihood.score_scale_unconstrained")]:
+            tensors[name.replace("score_scale", "score_slope")] = tensors.pop(name).exp()
         # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
         for name in [n for n in found if f"{n}_unconstrained" in own]:
             parent, _, last = name.rpartition(".")

@@ -48,11 +48,21 @@ OwnTask = Annotated[
 
 
 def own_task(adapter: Path, task: str | None) -> str:
-    """The task asked for, or the one that an adapter says it was trained on, or ``"facts"``."""
-    from pyro_blora.checkpoints import read_config
+    """The task asked for, or the one that an adapter says it was trained on.
 
-    saved = read_config(adapter)
-    return task or str(saved.get("notes", {}).get("task", "facts"))
+    Raises:
+        ConfigurationError: there is neither.
+    """
+    from pyro_blora.checkpoints import read_config
+    from pyro_blora.errors import ConfigurationError
+
+    found = task or read_config(adapter).get("notes", {}).get("task")
+    if not found:
+        raise ConfigurationError(
+            f"{adapter} does not say what it was trained on; say what to ask it by --task, such "
+            "as --task facts."
+        )
+    return str(found)
 
 
 def base_name(adapter: Path, model: str | None) -> str:

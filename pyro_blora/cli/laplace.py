@@ -89,5 +89,5 @@ def run(
             precision=precision,
         )
     console.print(blora)
-    blora.save_pretrained(out)
+    blora.save_pretrained(out, notes={"task": task, "method": method, "seed": seed})
     console.print(f"Written: {out}")

@@ -91,11 +91,12 @@ class Likelihood(Options, PyroModule):
         """
         logits = self.logits(net, batch)
         labels = self.labels(batch)
+        if labels is not None:
+            self.check_labels(labels, logits)
         share = logits.shape[0] // max(particles.numel(), 1)
         logits = logits.reshape(*particles, share, *logits.shape[1:])
         if labels is not None:
             labels = labels.reshape(*particles, share, *labels.shape[1:])
-            self.check_labels(labels, logits)
         if self.num_data is None:
             warnings.warn(
                 f"{type(self).__name__} was not told num_data and takes this batch of {num_data} "
@@ -118,6 +119,10 @@ class Likelihood(Options, PyroModule):
             raise BatchError(
                 f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
                 f"{tuple(logits.shape[:-1])} examples."
+            )
+        if labels.is_floating_point():
+            raise BatchError(
+                f"labels are {labels.dtype}, and a class is a whole number; give labels.long()."
             )
         low, high = (int(x) for x in labels.aminmax())
         if low < 0 or high >= logits.shape[-1]:

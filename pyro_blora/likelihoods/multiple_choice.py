@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError
@@ -29,7 +28,8 @@ class MultipleChoice(Likelihood):
     item's options. Nothing says that a mean log-probability is the log-odds of an answer: its scale
     :math:`c` and how it depends on the length are unknowns like others, and two numbers that
     training finds. Lengths count by their ratio, so that questions with longer options elsewhere
-    get no other scale.
+    get no other scale. The scale, ``score_slope``, is any real number, as a slope of logistic
+    regression is: steps of one size take it to zero, even odds, where a logarithm would creep.
 
     Args:
         num_data: number of training examples.
@@ -59,7 +59,7 @@ class MultipleChoice(Likelihood):
 
     keys = ("input_ids", "attention_mask", "option_mask")
     roles: ClassVar[dict[str, str]] = {
-        "score_scale": "likelihood",
+        "score_slope": "likelihood",
         "length_exponent": "likelihood",
     }
     row_dims = 3
@@ -78,7 +78,7 @@ class MultipleChoice(Likelihood):
         self.check_choice("score", ("mean", "sum"))
         self.check_choice("scale", ("relative", "learned", "fixed"))
         if scale != "fixed":
-            self.score_scale = PyroParam(torch.ones(()), constraints.positive)
+            self.score_slope = PyroParam(torch.ones(()))
             self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
 
@@ -119,7 +119,7 @@ class MultipleChoice(Likelihood):
             if self.scale == "relative":
                 there = (count > 0).sum(-1, keepdim=True)
                 length = length * there / count.sum(-1, keepdim=True).clamp_min(1)
-            total = total * self.score_scale * length**self.length_exponent
+            total = total * self.score_slope * length**self.length_exponent
         return total.masked_fill(count == 0, -torch.inf)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:

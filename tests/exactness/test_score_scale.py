@@ -18,7 +18,7 @@ def adapted(net, **options):
 
 def set_scale(blora, scale, exponent):
     with torch.no_grad():
-        blora.likelihood.score_scale = torch.tensor(scale)
+        blora.likelihood.score_slope.fill_(scale)
         blora.likelihood.length_exponent.fill_(exponent)
 
 
@@ -62,7 +62,7 @@ def test_fit_trains_both_past_absent_options():
     net = tiny.llama()
     blora = adapted(net)
     fit(blora, items(), collate=torch.utils.data.default_collate, num_steps=3, batch_size=3)
-    assert blora.likelihood.score_scale.item() != 1
+    assert blora.likelihood.score_slope.item() != 1
     assert blora.likelihood.length_exponent.item() != 0
     assert all(bool(p.isfinite().all()) for p in blora.parameters())
 
@@ -73,8 +73,8 @@ def test_each_adapter_has_its_own():
         first = tiny.adapted(tiny.llama(), likelihood=likelihood)
         second = tiny.adapted(tiny.llama(), likelihood=likelihood)
         set_scale(first, 0.5, 0.3)
-        assert second.likelihood.score_scale.item() == 1
-    assert likelihood.score_scale.item() == 1
+        assert second.likelihood.score_slope.item() == 1
+    assert likelihood.score_slope.item() == 1
 
 
 def test_it_is_saved_and_one_from_before_is_read_as_fixed(tmp_path):
@@ -103,7 +103,7 @@ def test_it_is_saved_and_one_from_before_is_read_as_fixed(tmp_path):
     torch.testing.assert_close(read.predict(batch, 0).probs, expected)
     read.unwrap()
     pyro.clear_param_store()
-    with pytest.raises(CheckpointError, match=r"has .*score_scale.*MultipleChoice scale="):
+    with pytest.raises(CheckpointError, match=r"has .*score_slope.*MultipleChoice scale="):
         BayesianLoRA.from_pretrained(
             net, tmp_path / "new", likelihood=MultipleChoice(scale="fixed", num_data=12)
         )

@@ -38,7 +38,7 @@ def choosing():
     blora = tiny.adapted(
         tiny.gpt2(), target_modules=["c_attn"], likelihood=MultipleChoice(num_data=12)
     )
-    blora.likelihood.score_scale = torch.tensor(2.5)
+    torch.nn.init.constant_(blora.likelihood.score_slope, 2.5)
     return blora, tiny.choices()
 
 
