@@ -2,6 +2,7 @@
 
 import pyro
 import pytest
+import tiny
 
 from pyro_blora.network import pretrained
 
@@ -78,6 +79,12 @@ def test_a_missing_adapter(run, tmp_path):
     code, _, err = run("evaluate", "--adapter", tmp_path / "none", "--task", "facts")
     assert code == 2
     assert "bayesian_lora_config.json" in err
+
+
+def test_an_adapter_that_names_no_task(run, tmp_path):
+    tiny.adapted(tiny.llama()).save_pretrained(tmp_path)
+    code, _, err = run("evaluate", "--adapter", tmp_path)
+    assert (code, "--task" in err) == (2, True)
 
 
 def test_what_train_would_write_over_is_told_before_it_trains(words, tmp_path):

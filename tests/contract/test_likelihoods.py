@@ -10,7 +10,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pyro_blora import BayesianLoRA, likelihoods
+from pyro_blora import BayesianLoRA, fit, likelihoods
 from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.testing import LikelihoodContract
@@ -72,6 +72,15 @@ def test_labels_of_wrong_shape():
     wrong = {**batch, "labels": batch["labels"].unsqueeze(-1).expand(-1, 2)}
     with pytest.raises(BatchError, match=r"shape \(4, 2\).*\(4,\)"):
         blora.model(wrong)
+    examples = [{key: value[i] for key, value in wrong.items()} for i in range(4)]
+    with pytest.raises(BatchError, match=r"shape \(4, 2\).*\(4,\)"):  # not as particles see them
+        fit(blora, examples, num_steps=1, batch_size=4)
+
+
+def test_labels_that_are_no_whole_numbers():
+    batch = tiny.sequences()
+    with pytest.raises(BatchError, match=r"float32.*labels\.long"):
+        tiny.adapted().model({**batch, "labels": batch["labels"] / 2})
 
 
 def test_a_likelihood_without_num_data_warns(case):

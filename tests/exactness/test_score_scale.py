@@ -67,6 +67,16 @@ def test_fit_trains_both_past_absent_options():
     assert all(bool(p.isfinite().all()) for p in blora.parameters())
 
 
+def test_the_slope_passes_even_odds_where_the_likely_options_are_wrong():
+    net, batch = tiny.llama(), tiny.choices(12, 3)
+    plain = MultipleChoice(scale="fixed").logits(net, batch)
+    data = [{k: v[i] for k, v in batch.items()} | {"labels": plain[i].argmin()} for i in range(12)]
+    blora = adapted(net)
+    rates = {"lr_mean": 1e-9, "lr_scale": 1e-9, "lr_direction": 1e-9, "lr_likelihood": 0.05}
+    fit(blora, data, collate=torch.utils.data.default_collate, num_steps=60, **rates)
+    assert blora.likelihood.score_slope.item() < 0
+
+
 def test_each_adapter_has_its_own():
     likelihood = MultipleChoice(num_data=12)
     with pyro.settings.context(module_local_params=True):
