@@ -56,7 +56,8 @@ def own_task(adapter: Path, task: str | None) -> str:
     from pyro_blora.checkpoints import read_config
     from pyro_blora.errors import ConfigurationError
 
-    found = task or read_config(adapter).get("notes", {}).get("task")
+    saved = read_config(adapter)
+    found = task or saved.get("notes", {}).get("task")
     if not found:
         raise ConfigurationError(
             f"{adapter} does not say what it was trained on; say what to ask it by --task, such "
