@@ -91,12 +91,11 @@ class Likelihood(Options, PyroModule):
         """
         logits = self.logits(net, batch)
         labels = self.labels(batch)
+        share = logits.shape[0] // max(particles.numel(), 1)
         if labels is not None:
             self.check_labels(labels, logits)
-        share = logits.shape[0] // max(particles.numel(), 1)
-        logits = logits.reshape(*particles, share, *logits.shape[1:])
-        if labels is not None:
             labels = labels.reshape(*particles, share, *labels.shape[1:])
+        logits = logits.reshape(*particles, share, *logits.shape[1:])
         if self.num_data is None:
             warnings.warn(
                 f"{type(self).__name__} was not told num_data and takes this batch of {num_data} "

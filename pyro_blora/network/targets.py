@@ -207,10 +207,8 @@ def find_targets(
         )
     asked, hint = target_modules, ""
     if isinstance(asked, str):
-        asked, hint = (
-            [asked],
-            " A text is a regular expression of whole names; endings go in a list.",
-        )
+        asked = [asked]
+        hint = " A text is a regular expression of whole names; endings go in a list."
     raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}{hint}")
 
 
