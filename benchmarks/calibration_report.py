@@ -120,6 +120,8 @@ def summary(runs: Runs, ours: str, kin: Collection[str], chosen_on: Collection[s
         text += [*table(several, *tasks), ""] if several else []
         text += ["Of seed 0 alone, so that all are of the same items:", ""]
         text += [*table(first, *tasks), ""]
+        text += ["ACC %, NLL and ECE % of each task, mean over the seeds that have run:", ""]
+        text += [*each_task({task: runs[task, steps, count] for task in tasks}), ""]
         if ours in pooled and "lora" in pooled:
             text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
             text[-1] += "."
@@ -164,6 +166,19 @@ def table(methods: Mapping[str, Mapping[int, Run]], *data: str) -> list[str]:
             spread = "" if error is None else f" ± {error:.{digits}f}"
             cells.append(f"{float(values.mean()):.{digits}f}{spread}")
         rows.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def each_task(tasks: Mapping[str, Mapping[str, Mapping[int, Run]]]) -> list[str]:
+    """Accuracy, NLL and ECE of each task's test items, and the number of seeds."""
+    rows = [f"| method | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for name in sorted({name for found in tasks.values() for name in found}):
+        cells = []
+        for found in tasks.values():
+            own = [scores(*run["test"]) for run in found.get(name, {}).values()]
+            acc, nll, ece = (mean_of(own, k) if own else 0.0 for k in ("acc", "nll", "ece"))
+            cells.append(f"{100 * acc:.1f}, {nll:.3f}, {100 * ece:.1f} ({len(own)})" if own else "")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
 

@@ -53,7 +53,7 @@ class KroneckerInducing(UpdateModel):
 
     of the same mean. It is dropout of directions: ``s`` has one law under p and q, so that the KL
     stays that of ``V``, and the ELBO a bound. The directions are fitted, and no KL sees it; one
-    that may be absent cannot lean on the others, and over-fits less (docs/calibration.md).
+    that may be absent cannot lean on the others, and over-fits less (docs/calibration_tried.md).
 
     The noise of the conditional is added to the layer's output, never drawn as a
     ``d_out x d_in`` weight: output :math:`i` at input :math:`x` has variance
@@ -116,7 +116,7 @@ class KroneckerInducing(UpdateModel):
         "sigma_": "scale",
         "lambda_": "scale",
     }
-    # Fast cores and slow directions, which the KL does not see: docs/calibration.md.
+    # Fast cores and slow directions, which the KL does not see: docs/calibration_tried.md.
     learning_rates: Mapping[str, float] = {"mean": 5e-2, "scale": 3e-2, "direction": 2e-3}
 
     def __init__(

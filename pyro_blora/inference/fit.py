@@ -30,7 +30,7 @@ from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
 __all__ = ["fit"]
 
-_SPLIT_AFTER = 6  # epochs: docs/calibration.md
+_SPLIT_AFTER = 6  # epochs: docs/calibration_tried.md
 
 
 def fit(

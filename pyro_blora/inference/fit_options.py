@@ -33,7 +33,7 @@ class FitOptions(LoopOptions):
             directions, factors that are not random, and heads learn after ``split_after`` epochs,
             while all else learns from the others, whose mean log-likelihood stands for that of
             all. A step is of one or the other, and its ``nll`` too. Long trainings over-fit less
-            (docs/calibration.md). 0: everything learns from all. Needs examples, not a
+            (docs/calibration_tried.md). 0: everything learns from all. Needs examples, not a
             ``DataLoader``. Default: what suits the priors of all groups, 3/4 for
             ``KroneckerInducing`` with ``keep`` below 1 and 0 for others; 0 where the others would
             not fill a batch, no direction is trained, or with a ``DataLoader``.

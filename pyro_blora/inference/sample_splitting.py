@@ -6,7 +6,7 @@ with it. From examples that they have not seen, or not for a while, it learns wh
 on new ones.
 
 Reference: for data-dependent priors of PAC-Bayes bounds, Perez-Ortiz et al. 2021, "Tighter risk
-certificates for neural networks", arXiv:2007.12911. What it does here: docs/calibration.md.
+certificates for neural networks", arXiv:2007.12911. What it does here: docs/calibration_tried.md.
 """
 
 import random
