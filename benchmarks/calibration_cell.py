@@ -95,8 +95,7 @@ class _Data:
                 sets[name] = (items, other.collator(tokenizer))
         method = settings["methods"][cell.method]
         base = settings["methods"][method.get("of", cell.method)]
-        learned = base.get("learned_scale", False)
-        likelihood = likelihood_for(task, collate, learned_scale=learned)
+        likelihood = likelihood_for(task, collate, base.get("scale", "fixed"))
         return cls(task, likelihood, collate, sets, _prefixes_of(net, cell.task, cell.seed))
 
 

@@ -20,6 +20,7 @@ import pyro_blora.models as models
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides import Delta, Ensemble, MeanField, SiteGuide
 from pyro_blora.likelihoods import CausalLM, Likelihood, SequenceClassification
+from pyro_blora.likelihoods.multiple_choice import Scale
 from pyro_blora.models import GaussianFactors, KroneckerInducing, UpdateModel
 from pyro_blora.network.targets import is_classifier
 
@@ -47,14 +48,14 @@ class Recipe:
         fit: options of :func:`pyro_blora.fit` that belong to it.
         num_samples: draws for a prediction, where the method fixes them.
         linearised: whether its predictive is the linearised one.
-        learned_scale: whether the scale of an option's score is learned, too: by this library's
-            own and by pairs of classes, as by ``MultipleChoice()``; by published methods it is not.
+        scale: that of an option's score, as of ``MultipleChoice``: learned by this library's own
+            methods and by pairs of classes, fixed by published ones.
         rank: what suits it where none is given.
 
     ``pyro-blora compare`` goes by all of them. In a program::
 
         method = recipe("laplace-lora")
-        likelihood = MultipleChoice(num_data=len(train), scale="fixed")  # no learned_scale
+        likelihood = MultipleChoice(num_data=len(train), scale=method.scale)
         blora = BayesianLoRA.from_recipe(net, method.name, likelihood=likelihood)
         fit(blora, train, collate=collate, num_steps=300, **method.fit)
         blora.predict(batch, linearised=method.linearised).probs  # B x K
@@ -68,7 +69,7 @@ class Recipe:
     fit: dict[str, Any] = field(default_factory=dict)
     num_samples: int | None = None
     linearised: bool = False
-    learned_scale: bool = False
+    scale: Scale = "fixed"
     rank: int = 8
 
     def prior_of(self, rank: int | None) -> UpdateModel:
@@ -106,7 +107,7 @@ _KNOWN = (
         guides.MatrixNormal,
         "this library; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
         "a core between the top directions of the network's own gradients, from the prior on",
-        learned_scale=True,
+        scale="relative",
         rank=32,
     ),
     Recipe(
@@ -124,7 +125,7 @@ _KNOWN = (
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
         "the posterior's mode under the Kronecker prior",
         num_samples=0,
-        learned_scale=True,
+        scale="relative",
     ),
     Recipe(
         "bayesian-lora",
@@ -132,7 +133,7 @@ _KNOWN = (
         guides.MatrixNormal,
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (with directions left out by chance)",
         "one inducing matrix for each weight, matrix normal posterior",
-        learned_scale=True,
+        scale="relative",
     ),
     Recipe(
         "bayesian-lora-factor",
@@ -147,7 +148,7 @@ _KNOWN = (
         MeanField,
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         "the Kronecker prior with independent normals",
-        learned_scale=True,
+        scale="relative",
     ),
     Recipe(
         "blob",
@@ -250,7 +251,7 @@ def recipe(name: str) -> Recipe:
             "",
             f"{left} with {right}",
             num_samples=0 if guide is Delta else None,
-            learned_scale=True,
+            scale="relative",
         )
     if name in WITHOUT_PAIR:
         raise ConfigurationError(

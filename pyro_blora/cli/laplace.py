@@ -83,7 +83,7 @@ def run(
             collate=collate,
             prior=prior,
             guide=guide,
-            likelihood=likelihood_for(data, collate, learned_scale=False),
+            likelihood=likelihood_for(data, collate, "fixed"),
             length=item_length,
             batch_size=batch_size,
             precision=precision,

@@ -134,7 +134,7 @@ def run(
         net, tokenizer = load_pretrained(model)
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
-    likelihood = likelihood_for(data, collate, learned_scale=made.learned_scale)
+    likelihood = likelihood_for(data, collate, made.scale)
     blora = adapted(net, prior=made.prior_of(rank), guide=made.guide(), likelihood=likelihood)
     console.print(blora)
     if overwrite:

@@ -21,6 +21,7 @@ from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
 from pyro_blora.inference import FitResult, LoopOptions, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
+from pyro_blora.likelihoods.multiple_choice import Scale
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.recipes import recipe
@@ -69,19 +70,18 @@ def item_length(item: Item) -> int:
     return len(item.question) + sum(map(len, item.choices))
 
 
-def likelihood_for(task: Task, collate: Any, *, learned_scale: bool = True) -> Likelihood:
+def likelihood_for(task: Task, collate: Any, scale: Scale = "relative") -> Likelihood:
     """The likelihood that a task's template asks for.
 
     Args:
         task: the task.
         collate: its collator.
-        learned_scale: whether the scale of an option's score is learned; by published methods it
-            is not.
+        scale: that of an option's score, as of ``MultipleChoice``. Default: relative.
     """
     count = len(task.train) or None
     if task.template.scoring == "labels":
         return LabelTokens(token_ids=collate.token_ids, num_data=count)
-    return MultipleChoice(num_data=count, scale="relative" if learned_scale else "fixed")
+    return MultipleChoice(num_data=count, scale=scale)
 
 
 class _Run:
@@ -105,7 +105,7 @@ class _Run:
                 f"{len(self.task.validation)} validation items; choose a task with a train split."
             )
         self.collate = self.task.collator(tokenizer)
-        self.likelihood = likelihood_for(self.task, self.collate, learned_scale=False)
+        self.likelihood = likelihood_for(self.task, self.collate, "fixed")
         self.options = LoopOptions(
             num_steps=settings.max_steps,
             batch_size=settings.batch_size,
@@ -194,7 +194,7 @@ class _Run:
             base,
             rank=settings.rank,
             target_modules=settings.target_modules,
-            likelihood=likelihood_for(self.task, self.collate, learned_scale=made.learned_scale),
+            likelihood=likelihood_for(self.task, self.collate, made.scale),
         )
         try:
             with self.phase(f"train {base}, seed {self.seed}"):

@@ -1,6 +1,6 @@
 """Multiple choice by the log-likelihood of each option after the question."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from pyro.nn import PyroParam
@@ -13,6 +13,8 @@ from pyro_blora.likelihoods.logits_at import check_causal, logits_at, output_hea
 from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
+
+Scale = Literal["relative", "slope", "fixed", "learned"]
 
 
 class MultipleChoice(Likelihood):
@@ -35,8 +37,9 @@ class MultipleChoice(Likelihood):
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
         scale: ``"relative"``: ``c`` and ``b`` are parameters, which start at 1 and 0;
-            ``"learned"``: likewise, with :math:`\bar n = 1`, as adapters of before were saved;
-            ``"fixed"``: they stay there. Default: relative.
+            ``"slope"``: ``c`` alone, for an adapter that is to answer questions of other kinds,
+            whose lengths may tell something else; ``"fixed"``: neither; ``"learned"``: both, with
+            :math:`\bar n = 1`, as adapters of before were saved. Default: relative.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: where the network supports it (it is asked once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
@@ -69,16 +72,17 @@ class MultipleChoice(Likelihood):
         *,
         num_data: int | None = None,
         score: Literal["mean", "sum"] = "mean",
-        scale: Literal["relative", "learned", "fixed"] = "relative",
+        scale: Scale = "relative",
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
         self.score = score
         self.scale = scale
         self.check_choice("score", ("mean", "sum"))
-        self.check_choice("scale", ("relative", "learned", "fixed"))
+        self.check_choice("scale", get_args(Scale))
         if scale != "fixed":
             self.score_slope = PyroParam(torch.ones(()))
+        if scale in ("relative", "learned"):
             self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
 
@@ -115,11 +119,13 @@ class MultipleChoice(Likelihood):
         if self.score == "mean":
             total = total / count.clamp_min(1)
         if self.scale != "fixed":
+            total = total * self.score_slope
+        if self.scale in ("relative", "learned"):
             length = count.clamp_min(1)
             if self.scale == "relative":
                 there = (count > 0).sum(-1, keepdim=True)
                 length = length * there / count.sum(-1, keepdim=True).clamp_min(1)
-            total = total * self.score_slope * length**self.length_exponent
+            total = total * length**self.length_exponent
         return total.masked_fill(count == 0, -torch.inf)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:

@@ -47,6 +47,18 @@ def test_the_score_is_scaled_by_a_power_of_the_length(score, scale):
     torch.testing.assert_close(found, 0.5 * length**0.3 * plain)
 
 
+def test_a_slope_alone_is_a_factor_that_fit_trains():
+    net, batch = tiny.llama(), tiny.choices(3)
+    plain = MultipleChoice(scale="fixed").logits(net, batch)
+    blora = adapted(net, scale="slope")
+    fit(blora, items(), collate=torch.utils.data.default_collate, num_steps=3, batch_size=3)
+    assert [name for name, _ in blora.likelihood.named_pyro_params()] == ["score_slope"]
+    slope = blora.likelihood.score_slope
+    assert slope.item() != 1
+    blora.unwrap()
+    torch.testing.assert_close(blora.likelihood.logits(net, batch), slope * plain)
+
+
 def test_an_absent_option_has_no_length():
     net, batch = tiny.llama(), tiny.choices(2, 3)
     blora = adapted(net)
