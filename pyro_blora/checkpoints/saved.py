@@ -139,9 +139,9 @@ class Saved:
             if all(".likelihood." in name for name in differ):
                 names = [n.rpartition(".")[2].removesuffix("_unconstrained") for n in differ]
                 raise CheckpointError(
-                    f"{self.folder} was saved with a likelihood that has {', '.join(names)}, and "
-                    f"{self.options['likelihood']!r} has other parameters; pass likelihood= with "
-                    "the saved options (of MultipleChoice scale=), or leave it out."
+                    f"{self.folder} was saved with another likelihood than "
+                    f"{self.options['likelihood']!r}: they differ in {', '.join(names)}; pass "
+                    "likelihood= with the saved options (of MultipleChoice scale=) or leave it out."
                 )
             raise CheckpointError(
                 f"{self.folder / WEIGHTS}: the tensors do not fit {CONFIG}; they differ in "

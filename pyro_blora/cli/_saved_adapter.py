@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -99,6 +99,7 @@ def predictor(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.checkpoints import read_config
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.network.pretrained import load_pretrained
@@ -106,7 +107,11 @@ def predictor(
     with o.phase("load"):
         net, tokenizer = load_pretrained(base_name(adapter, model))
     collate = task.collator(tokenizer)
-    blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood_for(task, collate))
+    likelihood: Any = likelihood_for(task, collate)
+    saved = read_config(adapter)["likelihood"].get("name")
+    if saved == type(likelihood).__name__ == "MultipleChoice":
+        likelihood = type(likelihood)  # with the saved options: a task says none of them
+    blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood)
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pyro_blora import BayesianLoRA, load_task
 from pyro_blora.evaluation import comparison, results
+from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.network import precision, pretrained
 from pyro_blora.recipes import RECIPES
 
@@ -232,6 +234,31 @@ def test_train_then_evaluate(run, words, tmp_path):
     linearised = json.loads((tmp_path / "metrics.json").read_text())
     assert linearised["nll"] != sampled["nll"]
     assert linearised["nll"] == pytest.approx(sampled["nll"], rel=0.1)
+
+
+@pytest.mark.parametrize("scale", ["slope", "learned", "fixed"])
+def test_evaluate_scores_options_as_the_adapter_does(run, words, tmp_path, data_dir, scale):
+    path = data_dir / "words" / "test.jsonl"
+    items = [json.loads(line) for line in path.read_text().splitlines()]
+    for item in items:  # options of one, two and three tokens
+        item["choices"] = [" ".join([word] * k) for k, word in enumerate(item["choices"], 1)]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    net, tokenizer = pretrained.load_pretrained(words[1])
+    task = load_task("words", data_dir=data_dir)
+    likelihood = MultipleChoice(num_data=len(task.train), scale=scale)
+    blora = BayesianLoRA(net, rank=2, likelihood=likelihood)
+    with torch.no_grad():
+        for parameter in blora.likelihood.parameters():
+            parameter.fill_(1.7)
+    own = blora.predict(task.collator(tokenizer)(task.test), 0).probs
+    blora.save_pretrained(tmp_path / "adapter")
+    pyro.clear_param_store()
+    options = ["--adapter", tmp_path / "adapter", "--num-samples", 0, "--precision", "float32"]
+    code, _, err = run("evaluate", *words, *options, "--csv", tmp_path / "items.csv")
+    assert code == 0, err
+    with (tmp_path / "items.csv").open(newline="") as file:
+        found = [[float(line[f"p{k}"]) for k in range(3)] for line in csv.DictReader(file)]
+    torch.testing.assert_close(torch.tensor(found), own, atol=1e-4, rtol=1e-3)
 
 
 def test_train_the_top_blocks_alone(run, words, tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ def test_a_recipe_says_where_it_comes_from(name):
     assert "arXiv:" in known.citation
     assert known.summary
     assert known.prior(3).rank == 3
+    ours = name in ("fisher", "bayesian-lora", "mean-field", "map")
+    assert known.scale == ("relative" if ours else "fixed")
 
 
 def test_the_lora_recipe_is_maximum_likelihood():

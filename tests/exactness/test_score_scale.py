@@ -125,7 +125,7 @@ def test_it_is_saved_and_one_from_before_is_read_as_fixed(tmp_path):
     torch.testing.assert_close(read.predict(batch, 0).probs, expected)
     read.unwrap()
     pyro.clear_param_store()
-    with pytest.raises(CheckpointError, match=r"has .*score_slope.*MultipleChoice scale="):
+    with pytest.raises(CheckpointError, match=r"differ in .*score_slope.*MultipleChoice scale="):
         BayesianLoRA.from_pretrained(
             net, tmp_path / "new", likelihood=MultipleChoice(scale="fixed", num_data=12)
         )
