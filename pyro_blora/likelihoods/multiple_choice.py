@@ -30,7 +30,7 @@ class MultipleChoice(Likelihood):
     item's options. Nothing says that a mean log-probability is the log-odds of an answer: its scale
     :math:`c` and how it depends on the length are unknowns like others, and two numbers that
     training finds. Lengths count by their ratio, so that questions with longer options elsewhere
-    get no other scale. The scale, ``score_slope``, is any real number, as a slope of logistic
+    get no other scale. The scale ``c``, ``score_slope``, is any real number, as a slope of logistic
     regression is: steps of one size take it to zero, even odds, where a logarithm would creep.
 
     Args:
