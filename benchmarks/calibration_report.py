@@ -176,8 +176,8 @@ def each_task(tasks: Mapping[str, Mapping[str, Mapping[int, Run]]]) -> list[str]
         cells = []
         for found in tasks.values():
             own = [scores(*run["test"]) for run in found.get(name, {}).values()]
-            acc, nll, ece = (mean_of(own, k) if own else 0.0 for k in ("acc", "nll", "ece"))
-            cells.append(f"{100 * acc:.1f}, {nll:.3f}, {100 * ece:.1f} ({len(own)})" if own else "")
+            means = ", ".join(shown(own, key) for key in ("acc", "nll", "ece") if own)
+            cells.append(f"{means} ({len(own)})" if own else "")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
@@ -196,13 +196,18 @@ def trials_table(trials: Lines) -> list[str]:
         cells = []
         for task in tasks:
             own = found.get(task, [])
-            for key, factor, digits in (("nll", 1, 3), ("ece", 100, 1), ("acc", 100, 1)):
-                cells.append(f"{factor * mean_of(own, key):.{digits}f}" if own else "")
+            cells += [shown(own, key) if own else "" for key in ("nll", "ece", "acc")]
         several = len({t for m, t in tried if m == method}) > 1
         name = f"{method}, trial {trial}" if several else method
         numbers = next(iter(found.values()))[0]["parameters"]
         rows.append(f"| {name} | " + " | ".join(cells) + f" | {numbers:,} |")
     return rows
+
+
+def shown(runs: Sequence[Mapping[str, float]], key: str) -> str:
+    """The mean of a metric, in its column's unit and digits."""
+    _, factor, digits = COLUMNS[key]
+    return f"{factor * mean_of(runs, key):.{digits}f}"
 
 
 def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
