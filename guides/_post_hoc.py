@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -39,7 +39,6 @@ class PostHoc(Delta):
     and :meth:`finish`.
     """
 
-    symmetric: ClassVar[bool] = True
     _finished: Tensor
 
     def setup(self, site: Site) -> None:

@@ -179,7 +179,8 @@ class SiteGuide(Options, PyroModule):
         reads_context: whether q depends on the examples; :attr:`context` then has theirs.
         couples_sites: whether draws of two sites belong together; else they are independent.
         symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
-            pairs of mirror images, of which fewer tell as much.
+            pairs of mirror images, of which fewer tell as much. Default: False, also where a
+            subclass of a symmetric family has a law of its own.
         context: ``(P, 1, ..., 1, d)`` for ``P`` particles, set before each draw, or ``None``.
 
     Example::
@@ -204,6 +205,12 @@ class SiteGuide(Options, PyroModule):
     symmetric: ClassVar[bool] = False
     context: Tensor | None = None
     site: Site
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = vars(cls)
+        if "symmetric" not in own and ("distribution" in own or "widened" in own):
+            cls.symmetric = False
 
     def __init__(self, *, init_scale: float = 0.1) -> None:
         super().__init__()

@@ -63,6 +63,7 @@ class Amortized(MeanField):
         "scale_weight": "direction",
     }
     reads_context: ClassVar[bool] = True
+    symmetric: ClassVar[bool] = True
 
     def __init__(
         self, *, hidden: int = 16, context_size: int | None = None, init_scale: float = 0.1

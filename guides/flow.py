@@ -1,7 +1,5 @@
 """A normalizing flow for each layer: any chain of Pyro's transforms."""
 
-from typing import ClassVar
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -51,8 +49,6 @@ class Flow(MeanField):
 
         blora = BayesianLoRA(net, guide=Flow(flows=("householder", "spline")))
     """
-
-    symmetric: ClassVar[bool] = False
 
     def __init__(
         self,

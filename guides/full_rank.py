@@ -1,11 +1,13 @@
 """A normal with a full covariance for each layer."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.distributions import Reshaped
@@ -57,4 +59,14 @@ class FullRank(SiteGuide):
         """The normal, its event shaped as the site's."""
         loc = self.loc.reshape(*self.site.batch_shape, self.site.size)
         q = dist.MultivariateNormal(loc, scale_tril=self.scale_tril)
-        return Reshaped(q, self.site.event_shape)
+        return _Normal(q, self.site.event_shape)
+
+
+class _Normal(Reshaped):
+    """A normal that knows the noise of its draws."""
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        q = self._base
+        noise = torch.randn_like(q.loc.expand(*sample_shape, *q.loc.shape))
+        error = torch.einsum("...ij,...j->...i", q._unbroadcasted_scale_tril, noise)
+        return self.made_of(self._shown(noise), self._shown(q.loc + error))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -51,6 +52,7 @@ class Isotropic(PostHoc):
         fit(blora, train, collate=collate, num_steps=300)  # finishes by itself, on the training set
     """
 
+    symmetric: ClassVar[bool] = True
     unit: Tensor
     width: Tensor
 

@@ -1,7 +1,7 @@
 """Laplace's approximation around a point estimate."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -52,6 +52,7 @@ class Laplace(PostHoc):
         blora.predict(batch, linearised=True)  # its own predictive; without, networks are drawn
     """
 
+    symmetric: ClassVar[bool] = True
     row_basis: Tensor
     col_basis: Tensor
     width: Tensor

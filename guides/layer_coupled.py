@@ -39,6 +39,7 @@ class LayerCoupled(MeanField):
     """
 
     roles: ClassVar[dict[str, str]] = {**MeanField.roles, "layer_scale_tril": "scale"}
+    symmetric: ClassVar[bool] = True
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and a diagonal ``layer_scale_tril``."""

@@ -42,6 +42,7 @@ class MatrixNormal(MeanField):
         "row_scale_tril": "scale",
         "col_scale_tril": "scale",
     }
+    symmetric: ClassVar[bool] = True
 
     def __init__(self, *, init_scale: float = 0.1, max_side: int = 1024) -> None:
         super().__init__(init_scale=init_scale)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
 from torch.distributions import constraints
 
 __all__ = ["RealLaw"]
@@ -18,6 +19,7 @@ class RealLaw(TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own protocol)
     has_rsample = True
+    _drawn: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, batch_shape: torch.Size, event_shape: torch.Size, validate_args: bool | None = False
@@ -42,6 +44,24 @@ class RealLaw(TorchDistribution):
         new = copy.copy(self)
         new._batch_shape = self._given_shape
         return new
+
+    def made_of(self, noise: Tensor, value: Tensor) -> Tensor:
+        """``value``, a draw of a normal law, which :meth:`of_own_draw` is to know."""
+        self._drawn = noise, value
+        return value
+
+    def of_own_draw(self, value: Tensor) -> Tensor | None:
+        r"""The log density of the last draw by its noise, :math:`(k - |\epsilon|^2) / 2 - H[q]`.
+
+        Noise that is solved for has no digits left where a triangle is far from diagonal. ``None``
+        of any other value, and of a draw held fixed, whose density has another gradient.
+        """
+        noise, drawn = self._drawn or (value, None)
+        if value is not drawn or (torch.is_grad_enabled() and value.grad_fn is None):
+            return None
+        batch = noise.shape[: noise.dim() - len(self.event_shape)]
+        squares = noise.square().reshape(*batch, -1).sum(-1)
+        return (self.event_shape.numel() - squares) / 2 - self.entropy()
 
     def __repr__(self) -> str:
         batch, event = tuple(self.batch_shape), tuple(self.event_shape)

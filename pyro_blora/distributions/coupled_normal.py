@@ -45,10 +45,13 @@ class CoupledNormal(RealLaw):
         """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.scale * (self.layer_scale_tril @ self._flat(noise)).reshape(shape)
+        error = self.scale * (self.layer_scale_tril @ self._flat(noise)).reshape(shape)
+        return self.made_of(noise, self.loc + error)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``log q(X_l | X_<l)`` in nats, of the broadcast batch shape."""
+        if (own := self.of_own_draw(value)) is not None:
+            return own
         error = self._flat((value - self.loc) / self.scale)
         white = torch.linalg.solve_triangular(self.layer_scale_tril, error, upper=False)
         return -0.5 * (white.square() + math.log(2 * math.pi)).sum(-1) - self._log_scale()

@@ -122,7 +122,8 @@ class MatrixNormal(RealLaw):
         """Draw with gradients, of shape ``sample_shape + batch_shape + (m, n)``."""
         loc, shape = self._unbroadcasted_loc, self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=loc.dtype, device=loc.device)
-        return loc + multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
+        error = multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
+        return self.made_of(noise, loc + error)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density in nats, of the broadcast batch shape.
@@ -132,6 +133,8 @@ class MatrixNormal(RealLaw):
         """
         if self._validate_args:
             self._validate_sample(value)
+        if (own := self.of_own_draw(value)) is not None:
+            return own
         log_prob = (
             -0.5 * mahalanobis(self, value - self._unbroadcasted_loc)
             - half_log_det(self)

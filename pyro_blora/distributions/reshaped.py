@@ -46,6 +46,8 @@ class Reshaped(RealLaw):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density in nats, of the broadcast batch shape."""
+        if (own := self.of_own_draw(value)) is not None:
+            return own
         batch = value.shape[: value.dim() - len(self.event_shape)]
         return self._base.log_prob(value.reshape(*batch, self.event_shape.numel()))
 

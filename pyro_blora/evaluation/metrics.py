@@ -156,8 +156,8 @@ def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
         >>> confidence_bins(torch.tensor([0.3, 0.5, 1.0]), 2)
         tensor([0, 1, 1])
     """
-    kind, device = confidence.dtype, confidence.device  # as torchmetrics has its edges
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=kind, device=device)
+    confidence = confidence.float()  # as evaluate has it and torchmetrics its edges
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device=confidence.device)
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
 
 

@@ -21,7 +21,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     finds where the slope :math:`\sum_i \sum_k p_{ik} (z_{ik} - z_{i y_i})` in :math:`\beta`
     changes its sign. It lies at the end of the range when every item is classified correctly
     (:math:`T \to 0`) or when the logits say less than nothing (:math:`T \to \infty`); T is
-    bounded to [0.01, 100], and the nearer bound is returned then.
+    bounded to [0.01, 100], and the nearer bound is returned then. Where each item's logits are all
+    equal, every T is as good, and it is 1.
 
     Accuracy does not change with T. Fit on data held out from both training and test.
 
@@ -54,6 +55,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         )
     excess = logits.double() - chosen  # of each choice over the label
     present = excess.masked_fill(excess.isneginf(), 0)  # where the probability is 0 as well
+    if not present.any():
+        return 1.0
     low, high = _MIN, _MAX
     for _ in range(64):
         middle = (low * high) ** 0.5

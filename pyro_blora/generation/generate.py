@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteria
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation.generation import Generation
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import in_mode
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
 from pyro_blora.posterior.structured_guide import warn_of_a_point
@@ -85,6 +86,7 @@ def generate(
             no two draws to disagree; or an option needs other passes of the network than one for
             each token.
     """
+    model.check_on_network()
     net = _generator(model.net)
     if isinstance(input_ids, Mapping):
         raise ConfigurationError(
@@ -102,7 +104,7 @@ def generate(
     given = options.pop("inputs", None) if input_ids is None else input_ids
     if given is not None:
         options["input_ids"] = given
-    options = to_device(options, device)
+    options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}
     if num_samples:
@@ -111,7 +113,8 @@ def generate(
         updates = draws_in_pairs(model, guide, prompt, each)(num_samples)
     else:
         updates = sample_updates(model, guide, 0, prompt)
-    average = _Average(max(1, num_samples))
+    average, ends = _Average(max(1, num_samples)), _Ends()
+    options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):
         known = inspect.signature(type(net).forward).parameters
         name = "cache" if "cache" in known else "past_key_values"  # of older transformers
@@ -123,11 +126,11 @@ def generate(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(average.of(net))
         out = net.generate(**_telling_all(options))
-    new = out.sequences[:, -len(out.logits) :]
     rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
     if rows is None:
-        here = torch.arange(len(new), device=new.device).unsqueeze(-1)
-        rows = here.where(_written(net, options, new), -1)
+        ended = torch.stack(ends.steps[: len(out.logits)], -1).long()
+        here = torch.arange(len(ended), device=ended.device).unsqueeze(-1)
+        rows = here.where(ended.cumsum(-1) == ended, -1)  # up to the first end, and that itself
     return _measured(out, average.steps, rows, abstain_above)
 
 
@@ -176,6 +179,24 @@ class _Average:
         differ = (now.samples.argmax(-1) != now.predictions).float().mean(0)
         self.steps.append(torch.stack([now.entropy, now.mutual_information, differ]))
         return output
+
+
+class _Ends(StoppingCriteria):
+    """The last of the criteria, which ends no row and notes which those before it have ended.
+
+    Attributes:
+        steps: their answer after each pass, ``(R,)``.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> "_Ends":
+        return self
+
+    def __ror__(self, ended: Tensor) -> Tensor:  # transformers: ended | criterion(...)
+        self.steps.append(ended)
+        return ended
 
 
 class _CacheOfDraws(DynamicCache):
@@ -242,18 +263,6 @@ def _telling_all(options: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(options["generation_config"])  # transformers wants all in one place
     config.update(**wanted)
     return {**options, "generation_config": config}
-
-
-def _written(net: Any, options: Mapping[str, Any], tokens: Tensor) -> Tensor:
-    """Which of the new tokens were picked, ``(N, T)``, and do not fill a row that has ended."""
-    ends = tokens.new_tensor(_setting(net, options, "eos_token_id", []))
-    padding = tokens.new_tensor(_setting(net, options, "pad_token_id", -1))
-    ended = torch.isin(tokens, ends).long()
-    picked = ended.cumsum(-1) == ended  # up to the first end, and the end itself
-    if any(options.get(name) for name in ("stop_strings", "stopping_criteria")):
-        fills = torch.isin(tokens, padding) & ~torch.isin(tokens, ends)
-        picked &= (~fills).flip(-1).cumsum(-1).flip(-1) > 0  # up to what is no padding
-    return picked
 
 
 def _measured(

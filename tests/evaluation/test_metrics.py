@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from pyro_blora.evaluation.metrics import ece_by_chance, evaluate
+from pyro_blora.evaluation.metrics import confidence_bins, ece_by_chance, evaluate
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(
@@ -49,6 +49,16 @@ def test_rounding_above_one_is_no_logit():
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
     padded = torch.nn.functional.pad(PROBS, (0, 2))
     assert evaluate(padded, LABELS) == evaluate(PROBS, LABELS.int()) == evaluate(PROBS, LABELS)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_bins_are_those_of_the_ece(kind):
+    """Of one on an edge, right, and one in the bin below, wrong: in one bin they cancel."""
+    for edge in range(8, 16):
+        top = torch.tensor([edge / 15, (edge - 0.5) / 15], dtype=kind)
+        probs, labels = torch.stack([top, 1 - top], -1), torch.tensor([0, 1])
+        gaps = torch.zeros(15).index_add(0, confidence_bins(top, 15), 1 - labels - top.float())
+        assert float(gaps.abs().sum()) / 2 == pytest.approx(evaluate(probs, labels).ece, abs=1e-6)
 
 
 def test_ece_by_chance_is_the_mean_over_all_that_a_calibrated_classifier_may_show():

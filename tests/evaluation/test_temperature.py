@@ -55,6 +55,15 @@ def test_bounds():
     assert fit_temperature(-logits, labels) == pytest.approx(100)
 
 
+def test_where_every_temperature_is_as_good_it_is_one():
+    labels = torch.arange(3)
+    logits = torch.tensor([[0.1, 0.1, -math.inf], [7.0, 7.0, 7.0], [-math.inf, 0.0, 0.0]])
+    assert nll(logits, labels, 0.01) == pytest.approx(nll(logits, labels, 100), rel=1e-12)
+    assert fit_temperature(logits, labels) == 1
+    logits[0, 0] += 1  # one that is right
+    assert fit_temperature(logits, labels) == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "match"),
     [

@@ -4,6 +4,7 @@ import pyro
 import pytest
 import tiny
 import torch
+from pyro.distributions import Gumbel
 
 from pyro_blora import guides, models
 from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
@@ -50,6 +51,29 @@ def test_what_is_not_symmetric_is_drawn_as_it_is(guide):
     torch.manual_seed(1)
     found = draws_in_pairs(blora.model, blora.guide, tiny.sequences())(5)["q_proj"].core
     assert torch.equal(found, expected)
+
+
+class Leaning(guides.MeanField):
+    """Gumbel's law, whose skewness is 1.14."""
+
+    def distribution(self):
+        return Gumbel(self.loc, self.scale).to_event(2)
+
+
+class LeaningWidth(guides.Isotropic):
+    def widened(self):
+        return Gumbel(self.loc, self.unit).to_event(2)
+
+
+@pytest.mark.parametrize("family", [Leaning, LeaningWidth])
+def test_a_law_of_ones_own_in_a_symmetric_family_is_no_mirror_image(family):
+    blora = adapted(family())
+    for each in blora.guide.families().values():
+        if isinstance(each, LeaningWidth):
+            each.settle()
+    core = draws_in_pairs(blora.model, blora.guide, tiny.sequences())(10_000)["q_proj"].core
+    white = (core - core.mean(0)) / core.std(0)
+    assert float(white.pow(3).mean()) == pytest.approx(1.14, abs=0.1)
 
 
 def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):

@@ -6,7 +6,7 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import MCMC, NUTS, Trace_ELBO, TraceMeanField_ELBO, autoguide
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceMeanField_ELBO, autoguide
 from torch.distributions import Normal, kl_divergence, register_kl
 
 from pyro_blora import fit, guides, models
@@ -81,6 +81,8 @@ def test_an_autoguide(kind, prior):
         pytest.skip(
             "Pyro's AutoHierarchicalNormalMessenger starts at a half-Cauchy's infinite mean"
         )
+    if kind == "AutoLaplaceApproximation" and prior == "directions-left-out":
+        pytest.skip("AutoLaplaceApproximation is refused where the density changes by chance")
     blora = adapted(prior=PRIORS[prior], guide=autoguides()[kind])
     blora.guide(BATCH)
     assert_same_mean(losses(blora, None, 25), reference(blora, 25))
@@ -143,6 +145,17 @@ def test_minus_the_density_of_a_point_may_be_negative(family):
     assert Objective(blora, None, None)(BATCH)[1]["kl"] < -1
 
 
+def test_steps_of_a_wide_guide_stay_at_the_elbo():
+    """By draws as by the closed form, where 256 entries of a layer are correlated."""
+    torch.set_default_dtype(torch.float32)
+    blora = adapted(prior=models.FisherInducing(), guide=guides.FullRank())
+    svi = SVI(blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(6):
+        loss = svi.step(BATCH)
+    exact = TraceMeanField_ELBO().loss(blora.model, blora.guide, BATCH)
+    assert loss == pytest.approx(exact, abs=100)  # of 384 entries a draw has 14 nats of noise
+
+
 class Sharpened(guides.MeanField):
     """The same normal, each draw a Delta that tells its density, as AutoGuides make theirs."""
 
@@ -156,14 +169,12 @@ def test_a_delta_with_a_density_is_no_point():
     """Against the same law written as a normal, whose KL has a closed form."""
     found = {}
     for family in (Sharpened, guides.MeanField):
-        pyro.clear_param_store()
         blora = adapted(guide=family())
         objective = Objective(blora, None, 1)
         with torch.no_grad(), pyro.validation_enabled(False):
             found[family] = torch.tensor([objective(BATCH)[1]["kl"] for _ in range(400)])
     mean, error = found[Sharpened].mean(), found[Sharpened].std() / 20
     assert abs(mean - found[guides.MeanField].mean()) < 4 * error < 1
-    pyro.clear_param_store()
     with pytest.raises(ConfigurationError, match="use Trace_ELBO"):
         Objective(adapted(guide=Sharpened()), TraceMeanField_ELBO, None)
 

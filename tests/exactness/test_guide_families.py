@@ -7,7 +7,6 @@ density, so no ELBO exceeds the log evidence.
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -17,6 +16,7 @@ from pyro.nn import PyroParam
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import ExpTransform
 
+from pyro_blora import guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import (
     Amortized,
@@ -98,7 +98,6 @@ def test_directions_close_the_gap_one_by_one():
     gaps = []
     for family in (MeanField(), LowRank(rank=1), LowRank(rank=2), FullRank()):
         torch.manual_seed(0)
-        pyro.clear_param_store()
         toy = Toy(family).fit()
         gaps.append((toy.log_evidence - toy.elbo()).item())
     assert gaps == sorted(gaps, reverse=True)
@@ -203,6 +202,49 @@ def test_at_the_prior_the_kl_is_zero(family):
             q.scale = torch.ones_like(q.scale)
     kl = kl_divergence(q.distribution(), q.site.prior).sum()
     assert kl.item() == pytest.approx(0, abs=1e-5)
+
+
+FAR = {"FullRank": (1, (16, 16)), "MatrixNormal": (1, (256, 1)), "LayerCoupled": (256, (2, 1))}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_draw_keeps_its_density_where_a_triangle_is_far_from_diagonal(name):
+    """Of ``k`` normals the mean of ``log q`` is minus the entropy, its variance ``k / 2``.
+
+    As after three Adam steps of 1e-2 from a diagonal of 0.1: the inverse has ``1.3 ** 256``.
+    """
+    n, event = FAR[name]
+    q = bound(getattr(guides, name)(), n, event)
+    triangles = [t for key, t in q.named_parameters() if "tril" in key and t.shape[-1] == 256]
+    with torch.no_grad():
+        for triangle in triangles:
+            size = triangle.diagonal(dim1=-2, dim2=-1).exp().mean()
+            triangle.sub_(0.3 * size * torch.ones_like(triangle).tril(-1))
+    law = q.distribution().expand((400, n))
+    score = law.log_prob(law.rsample()).sum(-1)
+    k = n * math.prod(event)
+    gap = (score + law.entropy().sum(-1)).mean().item()
+    assert gap == pytest.approx(0, abs=5 * (k / 2 / 400) ** 0.5)
+    score.mean().backward()  # of -log det: by the logarithms of the diagonal
+    for triangle in triangles:
+        expected = (-k / 256 * torch.eye(256)).expand_as(triangle)
+        torch.testing.assert_close(triangle.grad, expected)
+
+
+@pytest.mark.parametrize("family", [FullRank(), MatrixNormal(), LayerCoupled()], ids=repr)
+def test_a_draw_that_is_held_fixed_has_the_gradient_of_its_density(family):
+    """In the mean it is ``(x - loc) / 0.1^2``; its density is that of the draw."""
+    for event in ((), (3,), (2, 3)):
+        law = bound(family, 4, event).distribution().expand((5, 4))
+        value = law.rsample()
+        torch.testing.assert_close(law.log_prob(value), law.log_prob(value.detach()))
+    q = bound(family)
+    for draw in ("sample", "rsample"):
+        law = q.distribution()
+        value = getattr(law, draw)().detach()
+        q.zero_grad()
+        law.log_prob(value).sum().backward()
+        torch.testing.assert_close(q.loc_unconstrained.grad, (value - q.loc).detach() / 0.01)
 
 
 def test_an_ensemble_is_its_members_in_turn():

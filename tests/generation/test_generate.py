@@ -1,12 +1,20 @@
 """Generation under the posterior against plain full passes of merged networks (average_net.py)."""
 
 import copy
+import itertools
+import string
 
 import pytest
 import tiny
 import torch
 from average_net import AverageNet, merged
-from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextStreamer,
+)
 
 from pyro_blora import guides, likelihoods
 from pyro_blora.errors import ConfigurationError
@@ -60,6 +68,7 @@ DECODING = {
     "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.8},
     "a configuration": {"generation_config": GenerationConfig(do_sample=True, top_k=4)},
     "processed": {"repetition_penalty": 1.4, "min_new_tokens": 3, "no_repeat_ngram_size": 2},
+    "forbidden": {"bad_words_ids": [[5], [7, 9]]},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "beams, no cache": {"num_beams": 2, "use_cache": False},
     "sampled beams": {"num_beams": 2, "do_sample": True, "repetition_penalty": 1.2},
@@ -189,36 +198,83 @@ def test_an_amortised_guide_has_draws_for_each_prompt():
     assert out.entropy.shape == (3, NEW)
 
 
-class Second(StoppingCriteria):
-    """The first row ends after two tokens."""
+class At(StoppingCriteria):
+    """A row ends with this token."""
+
+    def __init__(self, token):
+        self.token = token
 
     def __call__(self, input_ids, scores, **options):
-        return torch.arange(len(input_ids)).eq(0) & (input_ids.shape[1] >= 8)
+        return input_ids[:, -1] == self.token
 
 
-def test_a_row_that_has_ended_has_no_numbers():
-    blora = adapter()
-    free = blora.generate(**prompts(), num_samples=0, max_new_tokens=NEW, eos_token_id=None)
-    assert not free.entropy.isnan().any()
-    end = int(free.sequences[0, 7])
-    for pad in (0, end):
-        out = blora.generate(
-            **prompts(), num_samples=0, max_new_tokens=NEW, eos_token_id=end, pad_token_id=pad
-        )
-        length = 1 + out.sequences[0, 6:].tolist().index(end)
-        assert out.log_probs[0].isnan().tolist() == [
-            t >= length for t in range(out.log_probs.shape[1])
-        ]
-        torch.testing.assert_close(out.mean_log_prob[0], free.log_probs[0, :length].mean())
-    out = blora.generate(
-        **prompts(),
-        num_samples=0,
-        max_new_tokens=NEW,
-        eos_token_id=31,
-        pad_token_id=0,
-        stopping_criteria=[Second()],
-    )
-    assert out.entropy[0].isnan().tolist() == [False, False, True, True, True]
+def letters():
+    """A tokenizer of one letter for each token."""
+    names = {letter: i for i, letter in enumerate(string.ascii_letters[: tiny.VOCABULARY])}
+    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def words(token):
+    return {"stop_strings": [string.ascii_letters[token]]}
+
+
+# How rows may be told to end with a token; none ever picks the end of a text, if that is another
+ENDS = {
+    "an end of text": lambda end: {"eos_token_id": end},
+    "an end of text that fills, too": lambda end: {"eos_token_id": end, "pad_token_id": end},
+    "words": lambda end: {**words(end), "tokenizer": letters()},
+    "words of a configuration": lambda end: {
+        "generation_config": GenerationConfig(
+            **words(end), max_new_tokens=NEW, eos_token_id=31, pad_token_id=0
+        ),
+        "tokenizer": letters(),
+    },
+    "a criterion": lambda end: {"stopping_criteria": [At(end)]},
+    "a criterion, filled by its token": lambda end: {
+        "stopping_criteria": [At(end)],
+        "pad_token_id": end,
+    },
+    "a criterion, and no end of text": lambda end: {
+        "stopping_criteria": [At(end)],
+        "eos_token_id": None,
+    },
+}
+
+
+SURE = {"do_sample": True, "top_k": 1}  # samples, and yet gives the same in any batch
+
+
+@pytest.mark.parametrize(
+    ("ends", "decoding"),
+    [
+        *itertools.product(ENDS, [{}, SURE]),
+        *itertools.product(["an end of text", "words", "a criterion"], [{"num_beams": 2}]),
+    ],
+)
+def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
+    """Each row has those that the network alone gives to it as far as it goes on alone."""
+    blora, batch = adapter(), prompts(4)
+    common = {"max_new_tokens": NEW, "eos_token_id": 31, "pad_token_id": 0}
+    with blora.posterior() as net:
+        free = net.generate(**batch, **common)[:, 6:]
+    options = ENDS[ends](int(free[0, 1]))
+    if "generation_config" not in options:
+        options = {**common, **options}
+    found = blora.generate(**batch, num_samples=0, **decoding, **options)
+    lengths = []
+    for row, prompt in enumerate(batch["input_ids"]):
+        with blora.posterior() as net:
+            alone = net.generate(prompt[None], **decoding, **options)
+            log_probs = net(alone[:, :-1]).logits[:, 5:].log_softmax(-1)
+        log_probs = log_probs.gather(-1, alone[:, 6:, None])[0, :, 0]
+        lengths.append(length := len(log_probs))
+        assert torch.equal(found.sequences[row, : 6 + length], alone[0])
+        torch.testing.assert_close(found.log_probs[row, :length], log_probs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.mean_log_prob[row], log_probs.mean(), atol=1e-5, rtol=0)
+        assert found.entropy[row, length:].isnan().all()
+    assert min(lengths) < max(lengths)
 
 
 class Words:
