@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +16,11 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.evaluation.comparison import item_length, likelihood_for
 from pyro_blora.evaluation.plain_lora import PlainLoRA
-from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference import FitOptions, LoopOptions
-from pyro_blora.inference.run_settings import settings_of
+from pyro_blora.inference.training_state import settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
+from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["Cell", "Outcome", "outcomes"]
@@ -120,7 +119,6 @@ def outcomes(
     name = methods[cells[0].method].get("of", cells[0].method)
     method, data = methods[name], _Data.load(cells[0], settings, net, tokenizer)
     torch.manual_seed(cells[0].seed)
-    pyro.clear_param_store()
     train = _dropout if "dropout" in method else _pair
     for state, found in train(cells[0], method, settings, data, net):
         for cell in cells:

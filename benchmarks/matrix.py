@@ -12,7 +12,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import pyro
 from torch import nn
 
 from pyro_blora import guides, models
@@ -37,7 +36,6 @@ def classes(package: Any, contract: type) -> list[type]:
 def size(net: nn.Module, prior: type, guide: type) -> tuple[int, int] | None:
     """Trained parameters of the prior and of the guide, or ``None`` where the pair is refused."""
     ranked = "rank" in inspect.signature(prior).parameters
-    pyro.clear_param_store()
     try:
         blora = BayesianLoRA(
             net,

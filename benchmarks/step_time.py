@@ -102,7 +102,6 @@ def make(
     net.train()
     layers, _, how = method.partition(":")
     if layers not in {"peft", "hand-written", *(checkouts or {})}:
-        pyro.clear_param_store()
         blora = adapted(net, method.removesuffix(":cached"), likelihood, top=top)
         blora.model.precision = precision
         step = bayesian_step(blora, particles)

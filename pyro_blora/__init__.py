@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.effective_rank import effective_ranks
-    from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
     from pyro_blora.network.pretrained import load_pretrained
+    from pyro_blora.posterior.predict_dataset import predict_dataset
     from pyro_blora.posterior.prediction import Prediction
 
 __all__ = [
@@ -44,7 +44,7 @@ _HOMES = {
     "fit": "inference",
     "load_pretrained": "network.pretrained",
     "load_task": "data",
-    "predict_dataset": "evaluation.predict_dataset",
+    "predict_dataset": "posterior.predict_dataset",
 }
 
 

@@ -1,11 +1,13 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from pyro_blora.checkpoints.peft_habits import PeftHabits
 from pyro_blora.errors import ConfigurationError
@@ -19,11 +21,12 @@ from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
-from pyro_blora.posterior.description import described_groups, described_size, size_to_come
+from pyro_blora.posterior.description import described_groups, described_size
 from pyro_blora.posterior.draws import log_predictive, logits_of_draws
 from pyro_blora.posterior.given_draws import Samples, draws_given
 from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import check_aliases, leave_store
+from pyro_blora.posterior.param_store import OwnTensors
+from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import (
@@ -70,8 +73,8 @@ class BayesianLoRA(PeftHabits):
     Raises:
         NoTargetError: no layer matches.
         ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, a
-            head is no head, the likelihood is for other networks, groups of layers and keys of a
-            mapping do not match, or an older adapter's tensors of these names have other shapes.
+            head is no head, the likelihood is for other networks, or groups of layers and keys of a
+            mapping do not match.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -99,6 +102,7 @@ class BayesianLoRA(PeftHabits):
         fast: bool = True,
     ) -> None:
         super().__init__()
+        self._pyro_context = OwnTensors(self)
         targets = find_targets(
             net,
             target_modules,
@@ -116,15 +120,12 @@ class BayesianLoRA(PeftHabits):
         likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         self.model = BayesianLoRAModel(net, group_layers(targets), prior, likelihood, heads)
-        check_aliases(self.model)
         if start is not None:
-            leave_store({"model": self.model})  # whose values would win over the start
             self.model.start_at(start)
         self.guide = make_guide(family, self.model)
-        if start is not None:
-            leave_store({"guide": self.guide})
         self.model.attach()
         self._frozen = Frozen(net)
+        super().train(net.training)  # so that train(training) changes nothing
         fast_path.put(net, on=fast)
 
     @property
@@ -156,15 +157,34 @@ class BayesianLoRA(PeftHabits):
     def trainable_parameters(self) -> int:
         """How many numbers are trained: those of the prior, of the guide and of heads.
 
-        An AutoGuide that was not called yet will have those that are counted here.
+        An AutoGuide has its own from its first call on.
         """
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trained + size_to_come(self.guide, self.guide_family, self.model)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> Self:
+        """Puts the network into this mode, too, and so does ``eval()``."""
+        self.net.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``to``, ``cuda``, ``half`` and the like move the network, too.
+
+        What is variational stays in single precision at least: a Cholesky factor has no half.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            to = fn(tensor)
+            if not tensor.is_floating_point():
+                return to
+            return tensor.to(to.device, torch.promote_types(to.dtype, torch.float32))
+
+        self.net._apply(fn)
+        return super()._apply(moved, recurse)
 
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
         for each in self._on_net().values():
-            each._step_aside()
+            each.model.detach()
         self._frozen.thaw()
         fast_path.put(self.net, on=True)
         return self.net
@@ -190,6 +210,7 @@ class BayesianLoRA(PeftHabits):
         Yields:
             The network, for ``net.generate(...)`` and the like.
         """
+        self.model.check_on_network()
         with self.model.applied(self.sample_updates(num_samples)) as net:
             yield net
 
@@ -241,6 +262,22 @@ class BayesianLoRA(PeftHabits):
             return Prediction(draws.softmax(-1))
         passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows, samples)
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
+
+    def predict_dataset(
+        self,
+        data: Sequence[Any],
+        collate: Callable[[list[Any]], Batch],
+        num_samples: int = 10,
+        *,
+        linearised: bool = False,
+        **options: Any,
+    ) -> tuple[Prediction, Tensor]:
+        """:meth:`predict` for a data set, and its labels; see :func:`pyro_blora.predict_dataset`.
+
+        ``options`` are ``batch_size``, ``length``, ``precision``, ``progress`` and ``description``.
+        """
+        predict = partial(self.predict, num_samples=num_samples, linearised=linearised)
+        return predict_dataset(predict, data, collate, device=self.device, **options)
 
     @torch.no_grad()
     def log_predictive(
@@ -294,6 +331,6 @@ class BayesianLoRA(PeftHabits):
             f"  prior:      {self.prior!r}",
             f"  guide:      {getattr(family, '__name__', repr(family))}",
             f"  likelihood: {self.likelihood!r}",
-            *described_groups(self.model, self.guide, family),
+            *described_groups(self.model, self.guide),
         ]
         return "\n".join([*lines, described_size(self.trainable_parameters, self.net)])

@@ -59,7 +59,6 @@ class _Contract:
 
     def adapted(self, net: nn.Module | None = None, **parts: Any) -> BayesianLoRA:
         """An adapter on ``net``, or from a fixed seed on a network of its own."""
-        pyro.clear_param_store()
         if net is None:
             pyro.set_rng_seed(0)
             net = self.net()

@@ -188,6 +188,11 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
     )
 
 
+def anew(part):
+    """The same prior, guide or likelihood, for another adapter."""
+    return type(part)(**part.options())
+
+
 def asked(blora):
     """The same, once its network was asked what it can do: its passes may now be counted."""
     for num_samples in (0, 2):
@@ -258,7 +263,7 @@ def trained(blora):
 def contract(module, base, name, *, make=None, parts=None, **members):
     """Puts ``Test<name>``, a subclass of a contract with these parts, into a module."""
     if make is not None:
-        members["make"] = lambda self: make
+        members["make"] = lambda self: anew(make)
     if parts is not None:
         members["parts"] = lambda self: parts
     name = f"Test{name}"

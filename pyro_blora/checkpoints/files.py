@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pyro_blora.checkpoints.atomic import written
-from pyro_blora.checkpoints.tensors import read_tensors
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.network.pretrained import ADAPTER
 
-__all__ = ["CONFIG", "FORMAT", "OF_BASE", "WEIGHTS", "as_files", "read_config", "read_weights"]
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "OF_BASE",
+    "WEIGHTS",
+    "as_files",
+    "read_config",
+    "read_tensors",
+    "read_weights",
+]
 
 CONFIG = ADAPTER
 WEIGHTS = "bayesian_lora.safetensors"
-FORMAT = 2
-_READ = (1, FORMAT)
+FORMAT = 1
 OF_BASE = "base."  # how the names of the base's fingerprint begin, beside the adapter's tensors
 
 
@@ -58,9 +66,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     heads = config.get("modules_to_save", [])
     if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
         raise CheckpointError(f"{path}: modules_to_save is no list of names; save it again.")
-    if config["format"] not in _READ:
+    if config["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {config['format']}, this version reads {_READ[0]} to {FORMAT}; "
+            f"{path} has format {config['format']}, this version reads {FORMAT}; "
             f"install the version that wrote it ({config.get('pyro_blora')})."
         )
     return config
@@ -92,4 +100,29 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             f"{folder}: {CONFIG} or {WEIGHTS} is not as it was saved: their sha256 differs. Save "
             f'the adapter again; to change {CONFIG} by hand, take its line "sha256" out.'
         )
+    return tensors
+
+
+def read_tensors(path: Path, *, of_others: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        of_others: how the names of tensors begin that may be infinite. Default: none may.
+
+    Raises:
+        CheckpointError: it is missing, corrupt, or holds what is not finite.
+    """
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; save the adapter again.") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is corrupt or incomplete ({first_line(error)}); save it again."
+        ) from error
+    for name, tensor in tensors.items():
+        own = of_others is None or not name.startswith(of_others)
+        if own and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} has values that are not finite.")
     return tensors

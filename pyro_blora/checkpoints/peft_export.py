@@ -126,6 +126,7 @@ def lora(
     smaller = {re.escape(name): r for name, r in ranks.items() if r < rank}
     tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
     tensors = {f"{PEFT_PREFIX}{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
+    base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or its folder
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -134,7 +135,7 @@ def lora(
         target_modules=list(ranks),
         modules_to_save=[name_in_base(name) for name in heads.names] or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
-        base_model_name_or_path=name_of(model.net) or None,
+        base_model_name_or_path=base or None,
         task_type=_task_type(model),
         inference_mode=True,
     )

@@ -19,7 +19,6 @@ from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
-from pyro_blora.posterior.param_store import leave_store
 from pyro_blora.posterior.sample_updates import mean_updates
 
 __all__ = ["PeftHabits"]
@@ -46,8 +45,8 @@ class PeftHabits(Keeping):
     @classmethod
     def from_peft(
         cls,
-        source: str | os.PathLike[str] | nn.Module,
-        net: nn.Module | None = None,
+        net: nn.Module | str | os.PathLike[str] | None = None,
+        folder: str | os.PathLike[str] | None = None,
         *,
         prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
         guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
@@ -61,10 +60,9 @@ class PeftHabits(Keeping):
         directions at zero. LoRA's dropout is not taken over.
 
         Args:
-            source: a ``peft.PeftModel``, which is unloaded; or a folder that PEFT wrote, or a hub
-                id.
-            net: the base network, for a folder or a hub id. Default: loaded by the name that the
-                adapter has for it.
+            net: the base network. Default: loaded by the name that the adapter has for it.
+            folder: what PEFT wrote, or a hub id. Either stands alone, ``from_peft("my_lora")``, and
+                so does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
             prior: one that can start there: ``KroneckerInducing``, ``FactorInducing``,
                 ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default:
                 ``KroneckerInducing`` of its rank.
@@ -84,14 +82,19 @@ class PeftHabits(Keeping):
             blora = BayesianLoRA.from_peft("my_lora", likelihood=likelihood)
             fit(blora, train, collate=collate, num_steps=100)
         """
-        adapter = read_peft(source)
-        if not isinstance(source, nn.Module):
-            base = adapter.load_base() if net is None else net
-            place: AbstractContextManager[nn.Module] = nullcontext(base)
-        elif net is None:
-            place = unloaded(source)
+        place: AbstractContextManager[nn.Module]
+        if folder is None and isinstance(net, nn.Module):
+            adapter, place = read_peft(net), unloaded(net)
         else:
-            raise ConfigurationError("A PeftModel has its base in it; leave net out.")
+            base, source = (None, net) if folder is None else (net, folder)
+            if not isinstance(source, str | os.PathLike) or not isinstance(base, nn.Module | None):
+                raise ConfigurationError(
+                    "from_peft must get a network and a folder or hub id, got "
+                    f"{type(net).__name__} and {type(folder).__name__}; write from_peft(net, "
+                    "'my_lora'), or an adapter alone: from_peft('my_lora'), from_peft(peft_model)."
+                )
+            adapter = read_peft(source)
+            place = nullcontext(adapter.load_base() if base is None else base)
         with place as base:
             blora = cls(base, **adapter.options(base, prior, guide, likelihood), fast=fast)
             try:
@@ -132,7 +135,7 @@ class PeftHabits(Keeping):
 
     def print_trainable_parameters(self) -> None:
         """Prints how many numbers are trained, in PEFT's words."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained: int = self.trainable_parameters
         both = trained + sum(p.numel() for p in self.net.parameters())
         print(
             f"trainable params: {trained:,d} || all params: {both:,d} || "
@@ -160,7 +163,7 @@ class PeftHabits(Keeping):
 
         Example::
 
-            other = blora.add_adapter("other", prior=Subspace(rank=4), likelihood=likelihood)
+            other = blora.add_adapter("other", likelihood=MultipleChoice(num_data=len(train)))
             blora.set_adapter("other")
             fit(other, train, collate=collate, num_steps=100)
             blora.set_adapter("default")  # and blora predicts again
@@ -182,7 +185,7 @@ class PeftHabits(Keeping):
         """
         chosen = self._known(name)
         for each in self._on_net().values():
-            each._step_aside()
+            each.model.detach()
         chosen.model.attach()
         return chosen
 
@@ -226,10 +229,6 @@ class PeftHabits(Keeping):
             raise ConfigurationError(f"adapter {name!r} is unknown; {near_miss(name, known)}.")
         return known[name]
 
-    def _step_aside(self) -> None:
-        self.model.detach()
-        leave_store({"model": self.model, "guide": self.guide})
-
     def _add(self, name: str, make: Callable[[], Self]) -> Self:
         known, active = self._on_net(), self.active_adapter
         if active is None:
@@ -237,10 +236,10 @@ class PeftHabits(Keeping):
         if name in known:
             raise ConfigurationError(f"adapter {name!r} is there already; choose another name.")
         fast = fast_path.is_on(self.net)
-        known[active]._step_aside()
+        known[active].model.detach()
         try:
             other = make()
-            other._step_aside()
+            other.model.detach()
         finally:
             fast_path.put(self.net, on=fast)
             known[active].model.attach()

@@ -61,7 +61,7 @@ class PeftAdapter:
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
                 f"{self.where} names the base {self.base!r} for the task {self.task}, which cannot "
-                "be loaded by that alone; load the network and give it, from_peft(folder, net)."
+                "be loaded by that alone; load the network and give it, from_peft(net, folder)."
             )
         return load_network(self.base, num_labels=classes)
 
@@ -171,7 +171,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
 
     Returns:
         Its factors with all scalings in them: ``alpha / r``, ``alpha / sqrt(r)`` of rslora, and
-        those of ``rank_pattern`` and ``alpha_pattern``.
+        those of ``rank_pattern`` and ``alpha_pattern``; of a ``PeftModel`` the ones in force.
 
     Raises:
         CheckpointError: a file is missing, corrupt or no PEFT adapter.
@@ -182,7 +182,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
 
         read_peft("my_lora").factors["model.layers.0.self_attn.q_proj"]  # B: d_out x r, A: r x d_in
     """
-    config, tensors, where = read_source(source)
+    config, tensors, scales, where = read_source(source)
     pairs: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
@@ -205,7 +205,8 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
             raise CheckpointError(
                 f"{where}: {name} has factors {shapes}, expected A (r, d_in) and B (d_out, r)."
             )
-        factors[name] = pair["B"].float() * _scaling(config, name, len(pair["A"])), pair["A"]
+        scale = scales.get(name, _scaling(config, name, len(pair["A"])))
+        factors[name] = pair["B"].float() * scale, pair["A"]
     task = config.get("task_type")
     return PeftAdapter(
         factors=factors,

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_blora.checkpoints.files import read_tensors
 from pyro_blora.checkpoints.hub import downloaded
 from pyro_blora.checkpoints.saved import CONFIG
-from pyro_blora.checkpoints.tensors import read_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "read_source", "unloaded"]
@@ -37,8 +37,10 @@ _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def read_source(
     source: str | os.PathLike[str] | nn.Module,
-) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float], str]:
     """The configuration and the tensors of a LoRA, and what to call it in a message.
+
+    Before the last stand the scalings in force by the layers' names, where it is in memory.
 
     Arguments and errors are those of :func:`~pyro_blora.checkpoints.read_peft`.
     """
@@ -47,7 +49,7 @@ def read_source(
     folder = _folder(source)
     config = _read_config(folder)
     _check_plain(config, str(folder))
-    return config, _read_weights(folder), str(folder)
+    return config, _read_weights(folder), {}, str(folder)
 
 
 def _check_plain(config: Mapping[str, Any], where: str) -> None:
@@ -71,12 +73,12 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _of_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+def _of_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float], str]:
     name = type(model).__name__
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise ConfigurationError(
             f"from_peft takes a peft.PeftModel, a folder or a hub id, and {name} is no PeftModel; "
-            "give the adapter's folder, from_peft(folder, net)."
+            "give the adapter's folder, too, from_peft(net, folder)."
         )
     from peft import get_peft_model_state_dict
 
@@ -93,7 +95,9 @@ def _of_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], str]:
             f"{name} has {merged} merged into its base; call model.unmerge_adapter() first."
         )
     tensors = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
-    return config, tensors, name
+    layers = model.get_base_model().named_modules()
+    scales = {n: m.scaling[active[0]] for n, m in layers if active[0] in getattr(m, "lora_A", ())}
+    return config, tensors, scales, name
 
 
 @contextmanager

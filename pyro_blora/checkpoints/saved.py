@@ -25,19 +25,14 @@ from pyro_blora.checkpoints.files import (
     read_weights,
 )
 from pyro_blora.checkpoints.hub import fetched
-from pyro_blora.checkpoints.old_groups import from_old_groups
 from pyro_blora.checkpoints.parts import describe, describe_guide, rebuild
 from pyro_blora.errors import CheckpointError
 from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.param_store import leave_store
 from pyro_blora.posterior.structured_guide import start_guide_alone
 
 __all__ = ["Saved", "read_pretrained", "save_pretrained"]
-
-# Files of format 1 kept what a PeftModel puts around a head's name
-_HEAD = re.compile(r"(?<=trained_heads\.)base_model_model_|_modules_to_save_[^_]+(?=_)")
 
 
 def save_pretrained(
@@ -118,18 +113,11 @@ class Saved:
             CheckpointError: their names or shapes are not those of ``adapter``.
         """
         start_guide_alone(adapter.guide)
-        own = adapter.state_dict()
-        found = from_old_groups(self.tensors, own, adapter.model)
-        # At first an Ensemble's turn was not saved, and no likelihood had parameters.
-        scaled = any(".likelihood." in name for name in found)
-        later = [n for n in own if n.endswith(".turn") or (".likelihood." in n and not scaled)]
-        kept = {name: own[name] for name in later}
-        tensors = {**kept, **found}
-        # The scale of the scores was positive, and saved as its logarithm
-        for name in [n for n in found if n.endswith("likelihood.score_scale_unconstrained")]:
-            tensors[name.replace("score_scale", "score_slope")] = tensors.pop(name).exp()
+        own, tensors = adapter.state_dict(), dict(self.tensors)
+        if not any(".likelihood." in name for name in tensors):  # another one's are left out
+            tensors |= {n: t for n, t in own.items() if ".likelihood." in n}
         # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
-        for name in [n for n in found if f"{n}_unconstrained" in own]:
+        for name in [n for n in tensors if f"{n}_unconstrained" in own]:
             parent, _, last = name.rpartition(".")
             constraint, _ = adapter.get_submodule(parent)._pyro_params[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
@@ -149,7 +137,6 @@ class Saved:
                 "as many classes."
             )
         adapter.load_state_dict(tensors)
-        leave_store(dict(adapter.named_children()))
 
 
 def read_pretrained(
@@ -206,7 +193,7 @@ def read_pretrained(
         **parts,
         "modules_to_save": heads,
     }
-    tensors = {_HEAD.sub("", n): t for n, t in tensors.items() if not n.startswith(OF_BASE)}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(OF_BASE)}
     if type(parts["likelihood"]).__name__ != config["likelihood"].get("name"):
         tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
     return Saved(net, options, tensors, folder)

@@ -101,7 +101,6 @@ def predictor(
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_config
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
-    from pyro_blora.evaluation.predict_dataset import predict_dataset
     from pyro_blora.network.pretrained import load_pretrained
 
     with o.phase("load"):
@@ -115,13 +114,7 @@ def predictor(
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        return predict_dataset(
-            lambda batch: blora.predict(batch, num_samples, linearised=linearised),
-            items,
-            collate,
-            length=item_length,
-            device=next(net.parameters()).device,
-            precision=precision,
-        )
+        how: dict[str, Any] = {"linearised": linearised, "precision": precision}
+        return blora.predict_dataset(items, collate, num_samples, length=item_length, **how)
 
     return predict

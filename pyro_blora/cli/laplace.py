@@ -68,7 +68,7 @@ def run(
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
     prior = made.prior_of(lora.rank)
-    BayesianLoRA.from_peft(adapter, shape_only(base), prior=prior, guide=guide).unwrap()
+    BayesianLoRA.from_peft(shape_only(base), adapter, prior=prior, guide=guide).unwrap()
     o.check_out(out)
     console = Console(highlight=False)
     precision = o.chosen(precision, console)
@@ -77,9 +77,9 @@ def run(
     collate = data.collator(tokenizer)
     with o.phase(method):
         blora = bayesianize(
-            adapter,
-            data.train,
             net,
+            adapter,
+            data=data.train,
             collate=collate,
             prior=prior,
             guide=guide,

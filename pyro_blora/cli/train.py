@@ -124,7 +124,7 @@ def run(
         BayesianLoRA, target_modules=targets, layers_to_transform=layers
     )
     if from_peft is not None:
-        adapted = partial(BayesianLoRA.from_peft, from_peft)
+        adapted = partial(BayesianLoRA.from_peft, folder=from_peft)
     adapted(shapes, prior=made.prior_of(rank), guide=made.guide()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)

@@ -1,14 +1,15 @@
 """Batches of token ids, made from lists of items."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.data.items import Item
-from pyro_blora.data.templates import Scoring, Template
+from pyro_blora.data.items import Item, item_of
+from pyro_blora.data.templates import QUESTION, Scoring, Template
 from pyro_blora.errors import DataError
 
 __all__ = ["LabelTokensCollator", "MultipleChoiceCollator"]
@@ -20,7 +21,10 @@ class _Collator:
     scoring: Scoring
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = QUESTION,
+        max_length: int = 512,
     ) -> None:
         if template.scoring != self.scoring:
             raise DataError(
@@ -28,6 +32,13 @@ class _Collator:
                 f"{template.scoring!r}: Task.collator chooses the right one"
             )
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+
+    def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch of a list of items, or of dictionaries with the same keys, without an id."""
+        return self._batch([item_of(row, {"id": f"row {k}"}) for k, row in enumerate(rows)])
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        raise NotImplementedError
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text alone, or with the tokenizer's special tokens."""
@@ -67,7 +78,7 @@ class _Collator:
 
 
 class MultipleChoiceCollator(_Collator):
-    """Lay out every option of every item as a row of its own, question first.
+    r"""Lay out every option of every item as a row of its own, question first.
 
     A row is the ids of the prompt followed by the ids of ``" " + choice``, padded on the right.
     The prompt is tokenised once, so the options of an item share its ids exactly. Items with
@@ -75,11 +86,11 @@ class MultipleChoiceCollator(_Collator):
 
     Args:
         tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
-        template: a template with ``scoring="options"``.
+        template: a template with ``scoring="options"``. Default: ``"Question: {q}\nAnswer:"``.
         max_length: the longest row T. Longer rows lose the start of the question (leading special
             tokens are kept), by the same amount for all options of an item.
 
-    Called on B items, it returns a dict with
+    Called on B items, or dictionaries with their fields (no id needed), it returns a dict with
 
     - ``input_ids``, long, shape (B, K, T);
     - ``attention_mask``, long, shape (B, K, T), 1 at tokens and 0 at padding;
@@ -88,19 +99,18 @@ class MultipleChoiceCollator(_Collator):
     - ``labels``, long, shape (B,).
 
     Raises:
-        DataError: the template scores labels, or (when called) an option has no tokens or leaves
-            no room for one of the question.
+        DataError: the template scores labels, or (when called) a row is no item, or an option has
+            no tokens or leaves no room for one of the question.
 
     Example::
 
-        collate = MultipleChoiceCollator(tokenizer, template_for("arc_easy"))
-        batch = collate(items[:8])          # input_ids: (8, 4, T)
+        collate = MultipleChoiceCollator(tokenizer)
+        batch = collate([{"question": "2 + 2?", "choices": ["3", "4"], "label": 1}])  # (1, 2, T)
     """
 
     scoring = "options"
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The batch of a list of items."""
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         num_options = max(len(item.choices) for item in items)
         rows: list[list[int]] = []
         starts: list[int] = []  # where a row's option begins
@@ -136,7 +146,7 @@ class LabelTokensCollator(_Collator):
     Attributes:
         token_ids: the token id of each label word, in the order of the classes.
 
-    Called on B items, it returns a dict with
+    Called on B items, or dictionaries with their fields (no id needed), it returns a dict with
 
     - ``input_ids``, long, shape (B, T), padded on the right;
     - ``attention_mask``, long, shape (B, T), 1 at tokens and 0 at padding;
@@ -168,8 +178,7 @@ class LabelTokensCollator(_Collator):
                 "choose other label words, or scoring='options'"
             )
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The batch of a list of items."""
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         for item in items:
             if len(item.choices) != len(self.token_ids):
                 raise DataError(

@@ -2,10 +2,13 @@
 
 import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 from pyro_blora.errors import DataError
 
-__all__ = ["Item"]
+__all__ = ["FORMAT", "Item", "item_of"]
+
+FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,18 @@ class Item:
     def answer(self) -> str:
         """The text of the right answer."""
         return self.choices[self.label]
+
+
+def item_of(record: Any, usual: dict[str, Any]) -> Item:
+    """A record, a dictionary, as an item; the keys that it lacks are those of ``usual``."""
+    if isinstance(record, Item):
+        return record
+    if not isinstance(record, dict):
+        raise DataError(f"a {type(record).__name__}, no object: write {FORMAT}")
+    for key in ("id", "question", "choices", "label"):
+        if key not in usual | record:
+            raise DataError(f"the key {key!r} is missing among {list(record)}: write {FORMAT}")
+    record = usual | record
+    choices = record["choices"]
+    choices = tuple(choices) if isinstance(choices, list) else choices
+    return Item(record["id"], record["question"], choices, record["label"])

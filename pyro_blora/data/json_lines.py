@@ -5,12 +5,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pyro_blora.data.items import Item
+from pyro_blora.data.items import FORMAT, Item, item_of
 from pyro_blora.errors import DataError, near_miss
 
 __all__ = ["read_json_lines", "splits_in"]
-
-_FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
 def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
@@ -51,14 +49,14 @@ def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                items.append(_item(json.loads(line), {} if labelled else _of_a_pool(number)))
+                items.append(item_of(json.loads(line), {} if labelled else _of_a_pool(number)))
         except json.JSONDecodeError as error:
             where = f"{path}, line {number}, column {error.colno}"
-            raise DataError(f"{where}: not JSON ({error.msg}): write {_FORMAT}") from None
+            raise DataError(f"{where}: not JSON ({error.msg}): write {FORMAT}") from None
         except ValueError as error:  # not UTF-8, or no item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:
-        raise DataError(f"{path} has no items: write one object a line, {_FORMAT}")
+        raise DataError(f"{path} has no items: write one object a line, {FORMAT}")
     return items
 
 
@@ -69,18 +67,6 @@ def splits_in(folder: Path) -> list[str]:
 
 def _of_a_pool(number: int) -> dict[str, Any]:
     return {"id": f"line {number}", "label": 0}
-
-
-def _item(record: Any, usual: dict[str, Any]) -> Item:
-    if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}, no object: write {_FORMAT}")
-    for key in ("id", "question", "choices", "label"):
-        if key not in usual | record:
-            raise DataError(f"the key {key!r} is missing among {list(record)}: write {_FORMAT}")
-    record = usual | record
-    choices = record["choices"]
-    choices = tuple(choices) if isinstance(choices, list) else choices
-    return Item(record["id"], record["question"], choices, record["label"])
 
 
 def _missing(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 from pyro_blora.data.items import Item
 from pyro_blora.errors import DataError
 
-__all__ = ["Scoring", "Template", "template_for"]
+__all__ = ["QUESTION", "Scoring", "Template", "template_for"]
 
 Scoring = Literal["options", "labels"]
 
@@ -59,8 +59,8 @@ class Template:
         return self.prompt.replace("{q}", item.question)
 
 
-_QUESTION = Template("Question: {q}\nAnswer:", "options")
-_PAIRED = replace(_QUESTION, twins=True)
+QUESTION = Template("Question: {q}\nAnswer:", "options")
+_PAIRED = replace(QUESTION, twins=True)
 
 _TEMPLATES = {
     "sst2": Template(
@@ -92,4 +92,4 @@ def template_for(task: str) -> Template:
         >>> template_for("arc_easy").scoring
         'options'
     """
-    return _TEMPLATES.get(task, _QUESTION)
+    return _TEMPLATES.get(task, QUESTION)

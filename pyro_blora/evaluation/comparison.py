@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +15,13 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.methods import check_method, trained_for
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.plain_lora import PlainLoRA
-from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
 from pyro_blora.inference import FitResult, LoopOptions, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
 from pyro_blora.likelihoods.multiple_choice import Scale
 from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.recipes import recipe
 
@@ -187,7 +186,6 @@ class _Run:
     def _recipe(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
         """A recipe or a pair, trained to its last step."""
         settings, made = self.settings, recipe(base)
-        pyro.clear_param_store()  # the store would hand this run the tensors of the last
         torch.manual_seed(self.seed)
         blora = BayesianLoRA.from_recipe(
             self.net,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.evaluation.metrics import evaluate
-from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.freezing import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["PlainLoRA", "check_installed"]

@@ -2,10 +2,9 @@
 
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.fit import fit
-from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.inform import inform
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups
-from pyro_blora.inference.loop import FitResult, LoopOptions
+from pyro_blora.inference.loop import FitOptions, FitResult, LoopOptions
 from pyro_blora.inference.post_hoc import bayesianize
 
 __all__ = [

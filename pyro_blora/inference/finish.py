@@ -99,14 +99,16 @@ def finish(
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
         for cut, batch in tqdm(pairs, desc="finish", disable=hide, unit="batch"):
+            batch = to_device(batch, device)
             with kept(prefix, cut, batch):
-                found = scores(blora, to_device(batch, device))
+                found = scores(blora, batch)
             yield {name: found[name] for name in families}
 
     def skipping(num_samples: int) -> Generator[Batch]:
         for cut, batch in pairs:
+            batch = to_device(batch, device)
             with kept(prefix, cut, batch, num_samples):
-                yield to_device(batch, device)
+                yield batch
 
     def loss(num_samples: int) -> float:
         with closing(skipping(num_samples)) as ready:

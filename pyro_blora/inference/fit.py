@@ -1,9 +1,10 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,12 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError, near_miss
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.finish import finish, post_hoc_families, running
-from pyro_blora.inference.fit_options import FitOptions
 from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
-from pyro_blora.inference.loop import Collate, FitResult, by_length, training_loop
+from pyro_blora.inference.loop import Collate, FitOptions, FitResult, by_length, training_loop
 from pyro_blora.inference.objective import Objective
-from pyro_blora.inference.run_settings import settings_of
 from pyro_blora.inference.sample_splitting import parts_of, sparing
-from pyro_blora.inference.training_state import TrainingState
+from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.options import check_kind
@@ -37,10 +36,11 @@ def fit(
     blora: BayesianLoRA,
     train: Sequence[Any] | DataLoader[Any],
     *,
-    num_steps: int,
+    num_steps: int | None = None,
+    num_epochs: float | None = None,
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
-    validation: Sequence[Any] | None = None,
+    validation: Sequence[Any] | DataLoader[Any] | None = None,
     **options: Any,
 ) -> FitResult:
     r"""Maximises the ELBO by AdamW, a particle for each example.
@@ -59,11 +59,13 @@ def fit(
         blora: what to train.
         train: examples, or a ``DataLoader`` of batches.
         num_steps: optimizer steps.
+        num_epochs: passes over the training data, instead of ``num_steps``.
         collate: makes a batch of a list of examples, torch's by default; a ``DataLoader`` has
             its own.
         length: the length of an example; batches of like lengths waste no padding. Default: none
             is known; a ``DataLoader`` makes its own batches.
-        validation: examples whose predictive NLL is watched. Default: none.
+        validation: examples whose predictive NLL is watched, or a ``DataLoader`` of batches.
+            Default: none.
         options: how to train, by the names of :class:`~pyro_blora.inference.FitOptions`:
             ``batch_size``, ``lr_mean``, ``keep_best``, ....
 
@@ -87,9 +89,11 @@ def fit(
     for name in options:
         if name not in known:
             raise TypeError(f"fit has no option {name!r}; {near_miss(name, known)}.")
-    how = FitOptions(num_steps, **options)
     check_kind("blora", blora, BayesianLoRA)
+    blora.model.check_on_network()
     _check_data(train, collate)
+    how = FitOptions(_steps(train, num_steps, num_epochs, options), **options)
+    num_steps = how.num_steps
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
@@ -100,12 +104,10 @@ def fit(
     stream = Batches(train, collate, how, length, parts, whole)
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
-    objective = Objective(
-        blora, how.elbo, how.num_particles, num_steps, how.kl_warmup, how.kl_weight
-    )
+    objective = Objective(blora, how.elbo, how.num_particles, how.kl_weight)
     groups = _parameters(blora, first, how)
     spared = sparing(blora.model, groups, stream) if parts else None
-    state = _state(blora, stream, prefix, how, train, validation)
+    state = _state(blora, stream, prefix, how, train, validation, collate)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
     reading |= {"precision": how.precision, "progress": how.progress}
@@ -114,14 +116,21 @@ def fit(
     validate = None
     if how.keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
+    if how.keep_best and num_steps <= how.validate_every:
+        warnings.warn(
+            f"keep_best=True must compare validations, got one, after the last of {num_steps} "
+            f"steps (validate_every={how.validate_every}); choose a smaller validate_every=.",
+            stacklevel=2,
+        )
     if validation is not None:
         validate = _validation(blora, validation, collate, length, how, prefix)
     _reopen(blora)
     _warn_of_size(blora, train)
 
     def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = to_device(batch, device)
         with kept(prefix, keys, batch):
-            return objective(to_device(batch, device), step)
+            return objective(batch, step)
 
     with running(blora, how.precision, training=True):
         result = training_loop(
@@ -154,6 +163,23 @@ def _check_data(train: Sequence[Any] | DataLoader[Any], collate: Collate | None)
             f"An example is a {type(train[0]).__name__}: pass collate=, which makes a batch of a "
             "list of them, such as task.collator(tokenizer)."
         )
+
+
+def _steps(
+    train: Sequence[Any] | DataLoader[Any],
+    num_steps: int | None,
+    num_epochs: float | None,
+    options: Mapping[str, Any],
+) -> int:
+    """How many steps there are, of which one of the two arguments tells."""
+    if (num_steps is None) == (num_epochs is None):
+        raise ConfigurationError(
+            f"One of num_steps= and num_epochs= must be given, got {num_steps} and {num_epochs}."
+        )
+    if num_epochs is None:
+        return cast(int, num_steps)
+    size = 1 if isinstance(train, DataLoader) else options.get("batch_size", FitOptions.batch_size)
+    return round(num_epochs * math.ceil(len(train) / size))
 
 
 def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> None:
@@ -216,20 +242,19 @@ def _state(
     prefix: FrozenPrefix,
     how: FitOptions,
     train: Sequence[Any] | DataLoader[Any],
-    validation: Sequence[Any] | None,
+    validation: Sequence[Any] | DataLoader[Any] | None,
+    collate: Collate | None,
 ) -> TrainingState | None:
     if how.checkpoint_dir is None:
         return None
-    sizes = {
-        "training examples": len(train) if isinstance(train, Sized) else None,
-        "validation examples": None if validation is None else len(validation),
-    }
+    device, data = blora.model.groups[0].device, {"training data": train, "validation": validation}
+    told = {name: described_data(each, collate, device) for name, each in data.items()}
     return TrainingState(
         how.checkpoint_dir,
         blora,
         stream,
         prefix,
-        settings_of(blora, vars(how), **sizes),
+        settings_of(blora, vars(how), **told),
         num_steps=how.num_steps,
         resume=how.resume,
     )
@@ -251,29 +276,33 @@ def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> Froz
 
 def _validation(
     blora: BayesianLoRA,
-    data: Sequence[Any],
+    data: Sequence[Any] | DataLoader[Any],
     collate: Collate | None,
     length: Callable[[Any], int] | None,
     how: FitOptions,
     prefix: FrozenPrefix,
 ) -> Callable[[], float]:
     """What gives the mean negative log predictive of the validation set; it draws apart."""
-    if isinstance(data, DataLoader):
-        raise ConfigurationError("validation= takes examples, not a DataLoader; pass its dataset.")
-    if collate is None:
+    if not isinstance(data, DataLoader) and collate is None:
         raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
     if not len(data):
         raise BatchError("The validation set is empty; leave validation= out to train without.")
     device = blora.model.groups[0].device
-    cuts = by_length(data, length, 2 * how.batch_size)
+
+    def batches() -> Iterator[tuple[list[Any], Batch]]:
+        if isinstance(data, DataLoader):
+            yield from (([], batch) for batch in data)
+            return
+        for cut in by_length(data, length, 2 * how.batch_size):
+            yield [("validation", i) for i in cut], cast(Collate, collate)([data[i] for i in cut])
 
     def validate() -> float:
         parts = []
         with draws_apart(blora.guide, device), torch.no_grad():
-            for indices in cuts:
-                batch = to_device(collate([data[i] for i in indices]), device)
-                with kept(prefix, [("validation", i) for i in indices], batch):
-                    found = log_predictive(blora.model, blora.guide, batch, how.validation_samples)
+            for keys, made in batches():
+                batch = to_device(made, device)
+                with kept(prefix, keys, batch):
+                    found = log_predictive(blora.model, blora.guide, batch, 0)
                 parts.append(found)
         return -float(torch.cat(parts).mean())
 

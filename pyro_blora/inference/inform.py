@@ -110,7 +110,8 @@ def inform(
     with bar, forked_rng(device), in_mode(blora.net, training=False), torch.enable_grad():
         torch.manual_seed(seed)
         for indices, batch in _batches(data, collate, length, num_examples, batch_size, seed):
-            batch, count = to_device(batch, device), blora.likelihood.examples(batch)
+            batch = to_device(batch, device)
+            count = blora.likelihood.examples(batch)
             skipped = kept(prefix, indices, batch)
             watched = updates_in_place(blora.model.adapters, updates)
             with skipped, watched, torch.autocast(device.type, torch.bfloat16, enabled=low):

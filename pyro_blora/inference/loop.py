@@ -2,22 +2,34 @@
 
 import copy
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference.interrupts import held_interrupts
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.precision import check_precision
 
-__all__ = ["FitResult", "Keeper", "LoopOptions", "by_length", "training_loop"]
+__all__ = [
+    "FitOptions",
+    "FitResult",
+    "Keeper",
+    "LoopOptions",
+    "by_length",
+    "held_interrupts",
+    "training_loop",
+]
 
 Collate = Callable[[list[Any]], Batch]
 # (indices of the examples, batch, step) -> loss with gradient, figures to show
@@ -41,8 +53,8 @@ class LoopOptions:
             :func:`~pyro_blora.network.precision.choose_precision`. The variational part stays in
             single precision.
         validate_every: steps between validations, where there is validation data. Default: 50.
-        seed: seeds the order of the data and torch's global generator; ``None`` seeds neither.
-            Default: 0.
+        seed: seeds the order of the data and torch's global generator; ``None`` seeds neither. What
+            the prior drew when the adapter was made came before: seed that yourself. Default: 0.
         progress: whether to show a progress bar; ``None``, the default, shows it on a terminal.
         callback: called after each step with the number of steps done. Default: nothing.
         save_every: steps between two savings of the run's state, where it is saved. Default: 50.
@@ -84,6 +96,77 @@ class LoopOptions:
         return 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0
 
 
+@dataclass(frozen=True)
+class FitOptions(LoopOptions):
+    """What :func:`fit` takes by name: these, and those of :class:`LoopOptions`.
+
+    Attributes:
+        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
+            one draw for all; where it does not divide a (last) batch, the largest divisor below it
+            is taken. Default: one for each example.
+        elbo: the class of the ELBO, an average over particles, each of which sees its own examples.
+            Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
+            see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
+            be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
+        lr_mean: learning rate of the guide's means. Default: the prior's own
+            (``learning_rates``), in each group of layers, or else ``LEARNING_RATES``, 2e-2.
+        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
+        lr_direction: that of the inducing directions. Default: likewise, 5e-3.
+        lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
+        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
+        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which
+            directions, factors that are not random, and heads learn after ``split_after`` epochs,
+            while all else learns from the others, whose mean log-likelihood stands for that of
+            all. A step is of one or the other, and its ``nll`` too. Long trainings over-fit less
+            (docs/calibration_tried.md). 0: everything learns from all. Needs examples, not a
+            ``DataLoader``. Default: what suits the priors of all groups, 3/4 for
+            ``KroneckerInducing`` with ``keep`` below 1 and 0 for others; 0 where the others would
+            not fill a batch, no direction is trained, or with a ``DataLoader``.
+        split_after: epochs of this call in which everything learns from all the same. Default: 6.
+        kl_weight: weight of the KL, :math:`w`, for any guide. Default: 1, the ELBO.
+        keep_best: whether to go back to the best validation at the end. Default: no.
+        cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
+            adapted layer put out, and to run them in the first epoch and the first validation
+            alone. They, and the module that runs all blocks, are without dropout. Takes the memory
+            of one hidden state for each token of the training set and of the validation set.
+            Default: no.
+        checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
+            stopped or killed can go on. Ctrl-C then ends the step, and saves. Default: none.
+        resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
+            as if there had been no stop; where there is none, the run begins. With more
+            ``num_steps`` a finished run goes on, too. Default: no.
+
+    Raises:
+        ConfigurationError: an option is out of range, or ``resume`` has no folder.
+    """
+
+    num_particles: int | None = None
+    elbo: type[Trace_ELBO] | None = None
+    lr_mean: float | None = None
+    lr_scale: float | None = None
+    lr_direction: float | None = None
+    lr_likelihood: float | None = None
+    lr_head: float | None = None
+    direction_share: float | None = None
+    split_after: int | None = None
+    kl_weight: float = 1.0
+    keep_best: bool = False
+    cache_frozen_prefix: bool = False
+    checkpoint_dir: str | os.PathLike[str] | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= (self.direction_share or 0) < 1:
+            raise ConfigurationError(
+                f"direction_share={self.direction_share} must be a share in [0, 1)."
+            )
+        if (self.split_after or 0) < 0:
+            raise ConfigurationError(f"split_after={self.split_after} must be epochs, 0 or more.")
+        if self.resume and self.checkpoint_dir is None:
+            raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
+
+
 @dataclass
 class FitResult:
     """What a training run did.
@@ -109,7 +192,7 @@ class FitResult:
 
 
 class Keeper(Protocol):
-    """Where the state of a run is kept; see ``training_state.py``."""
+    """Where the state of a run is kept, such as a ``TrainingState``."""
 
     folder: Path
 
@@ -118,6 +201,33 @@ class Keeper(Protocol):
 
     def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
         """Keeps the state after a step."""
+
+
+@contextmanager
+def held_interrupts(held: bool = True) -> Iterator[list[int]]:
+    """Within, the first Ctrl-C is noted in the list and does no more; a second one interrupts.
+
+    Where another handler than Python's own is set, and outside of the main thread, all is left as
+    it is.
+
+    Args:
+        held: whether to hold them at all.
+    """
+    noted: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    usual = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if held and usual:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if held and usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def by_length(
@@ -190,7 +300,7 @@ def training_loop(
             result.seconds += elapsed
             result.history.append(figures)
             shown = {name: f"{value:.3g}" for name, value in figures.items()}
-            size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+            size = len(next(v for v in batch.values() if hasattr(v, "__len__")))
             bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
             done = step + 1
             if options.callback is not None:

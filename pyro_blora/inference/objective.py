@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.distributions.members import Members
-from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.inference.diagnosis import explain_non_finite
+from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.posterior.structured_guide import StructuredGuide, analytic_kl
 
@@ -35,8 +34,6 @@ class Objective:
         blora: BayesianLoRA,
         elbo: type[Trace_ELBO] | None,
         num_particles: int | None,
-        num_steps: int = 1,
-        kl_warmup: float = 0.0,
         kl_weight: float = 1.0,
     ) -> None:
         if blora.likelihood.num_data is None:
@@ -63,12 +60,10 @@ class Objective:
                 f"elbo={elbo.__name__} loses the density of the sites that "
                 f"{type(blora.guide).__name__} makes of its draws; use Trace_ELBO, the default."
             )
-        if not kl_weight > 0 or not 0 <= kl_warmup <= 1:
-            raise ConfigurationError(
-                f"kl_weight={kl_weight} must be positive and kl_warmup={kl_warmup} in [0, 1]."
-            )
+        if not kl_weight > 0:
+            raise ConfigurationError(f"kl_weight={kl_weight} must be positive.")
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
-        self.num_steps, self.kl_warmup, self.kl_weight = num_steps, kl_warmup, kl_weight
+        self.kl_weight = kl_weight
         self._analytic = False
         if analytic and not points:  # -log p of a point may be negative
             with pyro.validation_enabled(False):  # the first step explains what is not finite
@@ -96,8 +91,7 @@ class Objective:
             )
         most = examples if self.num_particles is None else min(self.num_particles, examples)
         particles = next(p for p in range(most, 0, -1) if examples % p == 0)
-        ramp = self.kl_warmup * self.num_steps
-        weight = self.kl_weight * (1.0 if step >= ramp else (step + 1) / (ramp + 1))
+        weight = self.kl_weight
         blora.model.kl_weight = weight
         nesting = blora.max_plate_nesting
         elbo = self.elbo(
@@ -107,7 +101,7 @@ class Objective:
             loss = elbo.differentiable_loss(blora.model, blora.guide, batch) * (weight / count)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise explain_non_finite(blora.model, blora.guide, batch, step)
+            raise _explained(blora.model, blora.guide, batch, step)
         labels = seen.trace.nodes.get("labels")
         if labels is None:
             raise ConfigurationError(
@@ -136,3 +130,35 @@ def _laws(guide: nn.Module) -> list[Any]:
                 law = law.base_dist
             laws.append(law)
     return laws
+
+
+def _explained(model: nn.Module, guide: nn.Module, batch: Batch, step: int) -> NonFiniteLossError:
+    """The error to raise for a NaN or infinite loss: which parameter or site is at fault."""
+    bad = [
+        name.removesuffix("_unconstrained")
+        for module in (model, guide)
+        for name, parameter in module.named_parameters()
+        if not bool(parameter.isfinite().all())
+    ]
+    if bad:
+        return NonFiniteLossError(
+            f"The loss is not finite at step {step}: the parameters {', '.join(bad[:6])} are not. "
+            "Lower the learning rates, or clip gradients with max_grad_norm."
+        )
+    sites: list[str] = []
+    with torch.no_grad(), pyro.validation_enabled(False):
+        q = pyro.poutine.trace(guide).get_trace(batch)
+        p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(batch)
+        for label, trace in (("guide", q), ("model", p)):
+            trace.compute_log_prob()
+            for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
+                node = trace.nodes[name]
+                if not bool(torch.as_tensor(node["value"]).isfinite().all()):
+                    sites.append(f"{name} in the {label} (its value)")
+                elif not bool(node["log_prob_sum"].isfinite()):
+                    sites.append(f"{name} in the {label} (its log-probability)")
+    where = ", ".join(sites) or "none in a second evaluation of the same batch"
+    return NonFiniteLossError(
+        f"The loss is not finite at step {step}; not finite are: {where}. Lower the learning "
+        "rates, lower the prior's sigma, or use precision='float32'."
+    )

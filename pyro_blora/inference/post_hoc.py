@@ -20,10 +20,10 @@ __all__ = ["bayesianize"]
 
 
 def bayesianize(
-    source: str | os.PathLike[str] | nn.Module,
-    data: Sequence[Any] | DataLoader[Any],
-    net: nn.Module | None = None,
+    net: nn.Module | str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     *,
+    data: Sequence[Any] | DataLoader[Any],
     collate: Collate | None = None,
     prior: UpdateModel | None = None,
     guide: PostHoc | None = None,
@@ -40,10 +40,10 @@ def bayesianize(
     data once, and then runs the network about ten times over it.
 
     Args:
-        source: as in :meth:`BayesianLoRA.from_peft <pyro_blora.BayesianLoRA.from_peft>`.
+        net: the base network, as in :meth:`~pyro_blora.BayesianLoRA.from_peft`.
+        folder: what PEFT wrote, or a hub id; it or a ``PeftModel`` may stand alone.
         data: the training set for ``Laplace``, an anchor set for ``Isotropic``; examples, or a
             ``DataLoader`` of batches.
-        net: the base network. Default: loaded by the name that the adapter has for it.
         collate: makes a batch of a list of examples.
         prior: as in ``from_peft``. Default: ``KroneckerInducing`` of the adapter's rank.
         guide: ``Laplace`` or ``Isotropic``. Default: ``Laplace()``.
@@ -65,7 +65,8 @@ def bayesianize(
 
     Example::
 
-        blora = bayesianize("my_lora", train, collate=collate, likelihood=MultipleChoice())
+        likelihood = MultipleChoice()
+        blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch, linearised=True).probs  # B x K
     """
     guide = Laplace() if guide is None else guide
@@ -74,7 +75,7 @@ def bayesianize(
             f"guide={guide!r} is trained; bayesianize takes Laplace() or Isotropic(). For others "
             "start by BayesianLoRA.from_peft and go on by fit."
         )
-    blora = BayesianLoRA.from_peft(source, net, prior=prior, guide=guide, likelihood=likelihood)
+    blora = BayesianLoRA.from_peft(net, folder, prior=prior, guide=guide, likelihood=likelihood)
     try:
         if not blora.likelihood.has_classes:
             raise ConfigurationError(

@@ -18,7 +18,7 @@ from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.targets import device_of
+from pyro_blora.network.freezing import in_mode
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import logits_of_draws
 from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart
@@ -113,11 +113,12 @@ class BayesianLoRATrainer(Trainer):
         return self.optimizer
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As everywhere, after the prior has its directions, the same in every process."""
+        """As everywhere, after the prior has its directions; afterwards the mode is as before."""
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size
             inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
-        return super().train(*arguments, **options)
+        with in_mode(self.blora.net, training=True), in_mode(self.model, training=True):
+            return super().train(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of ``nll`` and ``kl`` since the last time to those of the loss."""
@@ -134,9 +135,7 @@ class BayesianLoRATrainer(Trainer):
             return super().evaluation_loop(*arguments, **options)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        net = self.blora.net
-        if getattr(net, "hf_device_map", None) is None and device_of(net.modules()) != device:
-            net.to(device)
+        if getattr(self.blora.net, "hf_device_map", None) is None:
             self.blora.to(device)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -170,10 +169,6 @@ class _Loss(nn.Module):
         self.figures: list[tuple[float, float]] = []
         if hasattr(blora.net, "hf_device_map"):
             self.hf_device_map = blora.net.hf_device_map
-
-    def train(self, mode: bool = True) -> "_Loss":
-        self.blora.net.train(mode)
-        return super().train(mode)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         batch = to_device(batch, self.blora.model.groups[0].device)

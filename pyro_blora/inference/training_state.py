@@ -6,31 +6,43 @@ header, as JSON, all the rest. It appears whole or not at all. ``frozen_prefix.s
 it has what the frozen blocks put out, where that is kept. Nothing is unpickled.
 """
 
+import hashlib
 import json
 import os
+import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.loop import FitResult
-from pyro_blora.inference.random_states import random_states, set_random_states
-from pyro_blora.inference.run_settings import check_base, check_same
-from pyro_blora.network.fingerprint import fingerprint
+from pyro_blora.inference.loop import Collate, FitResult
+from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import name_in_base
-from pyro_blora.posterior.param_store import leave_store
+from pyro_blora.options import Options
 
-__all__ = ["PREFIX", "STATE", "TrainingState", "forget", "is_there"]
+__all__ = [
+    "PREFIX",
+    "STATE",
+    "TrainingState",
+    "described_data",
+    "forget",
+    "is_there",
+    "settings_of",
+]
 
 STATE = "training_state.safetensors"
 PREFIX = "frozen_prefix.safetensors"
@@ -58,7 +70,7 @@ class TrainingState:
         blora: what is trained.
         stream: its batches.
         prefix: what its frozen blocks put out.
-        settings: what :func:`~pyro_blora.inference.run_settings.settings_of` says.
+        settings: what ``settings_of`` says.
         num_steps: how many steps the run shall have.
         resume: whether to go on from a state that is there already.
 
@@ -154,7 +166,6 @@ class TrainingState:
         except _WRONG as error:
             raise self._corrupt(error) from error
         self.blora.load_state_dict(adapter)
-        leave_store(dict(self.blora.named_children()))
         optimizer.load_state_dict(moments)
         result.history, result.validation, result.seconds = history, validation, seconds
         result.best_step = best_step
@@ -279,3 +290,116 @@ def _check_shapes(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
     for name, tensor in found.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} has values that are not finite")
+
+
+# may be others when a run goes on
+_FREE = ("num_steps", "progress", "callback", "checkpoint_dir", "save_every", "resume")
+
+
+def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: str) -> dict[str, Any]:
+    """The options, what is told of the data, the three nouns and the layers, flat, for JSON."""
+    found: dict[str, Any] = {n: v for n, v in options.items() if n not in _FREE} | data
+    parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
+    for part, given in parts.items():
+        each = given if isinstance(given, Mapping) else {"": given}
+        for group, made in each.items():
+            name = f"{part}[{group}]" if group else part
+            found[name] = getattr(made, "__name__", type(made).__name__)
+            own = made.options() if isinstance(made, Options) else {}
+            found |= {f"{name}.{option}": value for option, value in own.items()}
+    for group in blora.model.groups:
+        found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
+    found["modules_to_save"] = list(blora.model.trained_heads.names)
+    return dict(json.loads(json.dumps(found, default=_named)))
+
+
+def _named(value: Any) -> str:
+    """A name that another process gives it, too; of a function with a digest of what it does."""
+    if not isinstance(value, FunctionType):
+        return getattr(value, "__name__", None) or re.sub(r" at 0x\w+", "", repr(value))
+    code, closed = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
+    does = code.co_code, code.co_consts, code.co_names, value.__defaults__, closed
+    return f"{value.__qualname__} ({_digest(does)})"
+
+
+def _digest(value: Any) -> str:
+    text = re.sub(r" at 0x\w+|, file .*, line \d+", "", repr(value))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def described_data(data: Any, collate: Collate | None, device: torch.device) -> str:
+    """How many examples there are, and a digest of three of them, as they come in a batch.
+
+    What draws random numbers to make one is given the same; the global ones are as before.
+    """
+    if isinstance(data, DataLoader):  # one without a batch_sampler has batches for its data
+        single = data.batch_sampler is None
+        data, collate = data.dataset, (lambda rows: rows[0]) if single else data.collate_fn
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        return str(data if data is None else type(data).__name__)
+    before = random_states(device)
+    try:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        chosen = sorted({0, len(data) // 2, len(data) - 1}) if len(data) else []
+        made = [(collate or default_collate)([data[i]]) for i in chosen]
+    finally:
+        set_random_states(*before)
+    rows = [{k: v.tolist() if isinstance(v, Tensor) else v for k, v in b.items()} for b in made]
+    return f"{len(data)} examples ({_digest(rows)})"
+
+
+def check_base(path: Path, prints: Mapping[str, Tensor], net: nn.Module) -> None:
+    """Raises CheckpointError where the network has other weights than these fingerprints."""
+    others = altered(net, prints)
+    if others:
+        raise CheckpointError(
+            f"{path} is of another run: of its base, {len(others)} of the {len(prints)} weights "
+            f"that were looked at have other values here, among them {others[0]}. Load the base "
+            "that it began with, or name another folder."
+        )
+
+
+def check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, which names what differs, where these are not the same settings."""
+    differ = [
+        f"{name} was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in {**saved, **now}
+        if name not in saved or name not in now or saved[name] != now[name]
+    ]
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise CheckpointError(
+            f"{path} is of another run: {'; '.join(differ[:5])}{more}. Train with what was saved, "
+            "or name another folder."
+        )
+
+
+def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Python's and numpy's state, which JSON holds; torch's, and that of all CUDA devices, if used.
+
+    Args:
+        device: where the model lies.
+    """
+    kind, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    numpy = [kind, np.asarray(numbers).tolist(), *rest]
+    return {"python": random.getstate(), "numpy": numpy}, states
+
+
+def set_random_states(generators: dict[str, Any], states: dict[str, Tensor]) -> None:
+    """Sets what :func:`random_states` gave, of as many CUDA devices as there are.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it is no such state.
+    """
+    version, numbers, spare = generators["python"]
+    random.setstate((version, tuple(numbers), spare))
+    np.random.set_state(tuple(generators["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)

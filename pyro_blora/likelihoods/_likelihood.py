@@ -27,9 +27,8 @@ class Likelihood(Options, PyroModule):
     :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
     set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
-    prior's do. They are trained and saved with the adapter, each adapter its own:
-    ``blora.likelihood`` is then made anew of the options, which the constructor keeps under their
-    own names.
+    prior's do. They are trained and saved with the adapter. A second adapter that is given the same
+    object gets one of its own, made anew of the options, with a warning.
 
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
@@ -54,10 +53,14 @@ class Likelihood(Options, PyroModule):
         self.num_data = num_data
 
     def bind(self: Self, device: torch.device) -> Self:
-        """This likelihood for one adapter: where it has parameters another one, on ``device``."""
-        if not any(True for _ in self.parameters()):
-            return self
-        # Built anew, not copied: a copy would keep the parameter-store mode of its original
+        """This likelihood on ``device``; where it has parameters and an adapter, another one."""
+        if not self._pyro_name or not any(True for _ in self.parameters()):
+            return self.to(device)
+        warnings.warn(
+            f"This {type(self).__name__} is another adapter's, and learns with that one; the new "
+            "adapter has its own, blora.likelihood. Make one for each adapter.",
+            stacklevel=4,
+        )
         return type(self)(**copy.deepcopy(self.options())).to(device)
 
     def check_network(self, net: nn.Module) -> None:

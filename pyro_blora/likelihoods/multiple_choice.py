@@ -14,7 +14,7 @@ from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
 
-Scale = Literal["relative", "slope", "fixed", "learned"]
+Scale = Literal["relative", "slope", "fixed"]
 
 
 class MultipleChoice(Likelihood):
@@ -38,8 +38,7 @@ class MultipleChoice(Likelihood):
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
         scale: ``"relative"``: ``c`` and ``b`` are parameters, which start at 1 and 0;
             ``"slope"``: ``c`` alone, for an adapter that is to answer questions of other kinds,
-            whose lengths may tell something else; ``"fixed"``: neither; ``"learned"``: both, with
-            :math:`\bar n = 1`, as adapters of before were saved. Default: relative.
+            whose lengths may tell something else; ``"fixed"``: neither. Default: relative.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: where the network supports it (it is asked once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
@@ -82,7 +81,7 @@ class MultipleChoice(Likelihood):
         self.check_choice("scale", get_args(Scale))
         if scale != "fixed":
             self.score_slope = PyroParam(torch.ones(()))
-        if scale in ("relative", "learned"):
+        if scale == "relative":
             self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
 
@@ -120,11 +119,9 @@ class MultipleChoice(Likelihood):
             total = total / count.clamp_min(1)
         if self.scale != "fixed":
             total = total * self.score_slope
-        if self.scale in ("relative", "learned"):
-            length = count.clamp_min(1)
-            if self.scale == "relative":
-                there = (count > 0).sum(-1, keepdim=True)
-                length = length * there / count.sum(-1, keepdim=True).clamp_min(1)
+        if self.scale == "relative":
+            there = (count > 0).sum(-1, keepdim=True)
+            length = count.clamp_min(1) * there / count.sum(-1, keepdim=True).clamp_min(1)
             total = total * length**self.length_exponent
         return total.masked_fill(count == 0, -torch.inf)
 

@@ -33,7 +33,15 @@ class SequenceClassification(Likelihood):
     new_head = True
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` has the head of a language model."""
+        """Raises ConfigurationError if ``net`` is a language model, or has no one class a row."""
+        config = getattr(net, "config", None)
+        kind, classes = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
+        if kind not in (None, "single_label_classification") or classes == 1:
+            raise ConfigurationError(
+                f"{type(net).__name__} must give one of several classes for each row, got "
+                f"problem_type={kind!r} and num_labels={classes}; load it with num_labels= of 2 or "
+                "more and without problem_type=."
+            )
         if head_of(net) is not None:
             raise ConfigurationError(
                 f"SequenceClassification needs a network with a head of classes, and "

@@ -6,10 +6,11 @@ is what lets activation checkpointing and compilation work.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -37,7 +38,6 @@ from pyro_blora.network.targets import LayerGroup
 from pyro_blora.network.trained_heads import TrainedHeads
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.amortised_context import ELBO_PLATE, open_plates
-from pyro_blora.posterior.unknown_sites import warns_of_unknown_sites
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
@@ -52,10 +52,10 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``.
+    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is.
 
     Raises:
-        BatchError: it is no mapping of tensors by name.
+        BatchError: it is no mapping.
     """
     if not isinstance(batch, Mapping):
         raise BatchError(
@@ -63,15 +63,22 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
             "one of examples by a collator, task.collator(tokenizer)(items), or of texts by the "
             "tokenizer."
         )
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {key: _on_device(value, device) for key, value in batch.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | np.ndarray):
+        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
+        with suppress(TypeError, ValueError, RuntimeError):  # texts, rows of several lengths, ...
+            value = torch.tensor(np.asarray(value) if arrays else value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class BayesianLoRAModel(PyroModule):
     """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
 
     Its latent sites are those of each group's prior, ``"<group>.<site>"``, such as ``"q_proj.V"``;
-    what is observed is called ``"labels"``. Conditioning on a name that is none of its sites, or
-    replaying one, gives a warning.
+    what is observed is called ``"labels"``.
 
     The frozen network is held where module tracking does not see it, so that Pyro cannot turn its
     weights into parameters, and ``state_dict`` has the adapter alone.
@@ -103,19 +110,21 @@ class BayesianLoRAModel(PyroModule):
         # once: a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
         self.groups = tuple(groups)
-        self.likelihood = likelihood.bind(self.groups[0].device)
         self.enabled = True
         self.kl_weight = 1.0
         self.precision = "float32"
         for group in groups:
-            if hasattr(self, group.name):
-                raise ConfigurationError(
-                    f"Layers called {group.name!r} have the name of a part of the model; leave "
-                    "them out with exclude_modules, or call them otherwise in the network."
-                )
             for name, module in zip(group.module_names, group.modules, strict=True):
                 check_free(name, module)
-            setattr(self, group.name, priors[group.name].bind(group))
+        bound = {group.name: priors[group.name].bind(group) for group in groups}
+        self.likelihood = likelihood.bind(self.groups[0].device)  # no adapter's until all is well
+        for name, own in bound.items():
+            if hasattr(self, name):
+                raise ConfigurationError(
+                    f"Layers called {name!r} have the name of a part of the model; leave "
+                    "them out with exclude_modules, or call them otherwise in the network."
+                )
+            setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
@@ -205,14 +214,24 @@ class BayesianLoRAModel(PyroModule):
         with torch.autocast(device, enabled=False):
             return {group.name: getattr(self, group.name)() for group in self.groups}
 
-    @contextmanager
-    def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
+    def check_on_network(self) -> None:
+        """Raises ConfigurationError if this adapter cannot be asked; before a draw is made."""
         if not self.adapters:
             raise ConfigurationError(
                 "The network has been unwrapped, or has another adapter on: wrap it in a new "
                 "BayesianLoRA to go on, or call set_adapter with this one's name."
             )
+        layer = self.groups[0].modules[0]
+        if any(p.is_meta for p in layer.parameters()) and not hasattr(layer, "_hf_hook"):
+            raise ConfigurationError(
+                f"{type(self.net).__name__} must have its weights, got a network on the meta "
+                "device, which can be counted but not run; load it, and adapt it then."
+            )
+
+    @contextmanager
+    def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
+        """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
+        self.check_on_network()
         if self._packed and torch.is_grad_enabled():
             raise ConfigurationError(
                 f"bitsandbytes has packed the 4-bit weight of {self._packed[0]} for this "
@@ -249,12 +268,10 @@ class BayesianLoRAModel(PyroModule):
             BatchError: the batch is not what the likelihood takes.
             ConfigurationError: HMC or NUTS runs the model, and the conditional is noisy.
         """
-        with warns_of_unknown_sites({site.name for site in self.sites}):
-            return self._forward(batch)
-
-    def _forward(self, batch: Batch | None) -> dict[str, LowRankUpdate]:
         if batch is None:
             return self.updates()
+        self.check_on_network()
+        batch = to_device(batch, self.groups[0].device)
         examples = self.likelihood.examples(batch)
         updates = self.updates()
         enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)

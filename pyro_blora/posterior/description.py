@@ -1,21 +1,17 @@
 """The groups, the sites and the sizes of an adapter, for people to read."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import pyro
-import torch
-from pyro.infer.autoguide import AutoGaussian, AutoGuide, AutoStructured
 from torch import nn
 
-from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
+from pyro_blora.guides._site_guide import Site
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.structured_guide import StructuredGuide
 
-__all__ = ["described_groups", "described_size", "size_to_come"]
+__all__ = ["described_groups", "described_size"]
 
 
-def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -> Iterator[str]:
+def described_groups(model: BayesianLoRAModel, guide: nn.Module) -> Iterator[str]:
     """A line for each group of layers, for each of its sites, with their parameters, and head."""
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
 
@@ -35,7 +31,7 @@ def described_groups(model: BayesianLoRAModel, guide: nn.Module, made_by: Any) -
     names = [group.name for group in model.groups]
     yield from (line(site)[2:] for site in model.sites if site.group not in names)
     if not families:
-        size = _size(guide) + size_to_come(guide, made_by, model)
+        size = _size(guide)  # an AutoGuide makes them at its first call
         yield (f"  guide: {size:,} parameters" if size else "  guide: no parameters yet")
     yield from (f"  {name}: trained whole, as a point" for name in model.trained_heads.names)
 
@@ -45,22 +41,6 @@ def described_size(trained: int, net: nn.Module) -> str:
     frozen = _size(net)
     share = trained / (trained + frozen)
     return f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
-
-
-def size_to_come(guide: nn.Module, made_by: Any, model: BayesianLoRAModel) -> int:
-    """How many parameters an AutoGuide makes at its first call, where that lies ahead; else none.
-
-    Another one that ``made_by`` makes is called without a batch, so that the network does not run.
-    """
-    if not isinstance(guide, AutoGuide) or any(True for _ in guide.parameters()):
-        return 0
-    exchanged = isinstance(made_by, SiteGuide | Mapping)
-    if exchanged or isinstance(guide, AutoGaussian | AutoStructured):  # which read what is observed
-        return 0
-    twin = made_by(model)
-    with torch.no_grad(), forked_rng(model.groups[0].device), pyro.get_param_store().scope():
-        twin()
-    return _size(twin)
 
 
 def _size(module: nn.Module) -> int:

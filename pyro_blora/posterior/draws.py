@@ -56,6 +56,7 @@ def logits_of_draws(
         raise ConfigurationError(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
         )
+    model.check_on_network()
     examples = model.likelihood.examples(batch)
     # An amortised posterior has a draw for each example, others one for all of them.
     each = examples if getattr(guide, "reads_context", False) else 1

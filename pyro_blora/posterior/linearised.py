@@ -100,6 +100,7 @@ def linearised_logits(
     """
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
+    model.check_on_network()
     updates = sample_updates(model, guide, 1, batch).values()
     if any(u.noise is not None or (u.is_noisy and not u.leaves_out) for u in updates):
         raise ConfigurationError(

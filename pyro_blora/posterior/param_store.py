@@ -1,57 +1,61 @@
-"""Pyro's global parameter store, which knows tensors by name: what an adapter leaves there."""
+"""Pyro's global parameter store, which knows tensors by name: an adapter runs on its own."""
 
-import warnings
-from collections.abc import Mapping
+from contextlib import suppress
+from types import TracebackType
 
 import pyro
+from pyro.nn import PyroModule
+from pyro.nn.module import _Context
+from pyro.params.param_store import StateDict
 from torch import nn
+from torch.distributions import constraints
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-
-__all__ = ["check_aliases", "leave_store"]
+__all__ = ["OwnTensors"]
 
 
-def leave_store(parts: Mapping[str, nn.Module]) -> None:
-    """Takes the tensors of modules, named as in Pyro's global store, out of it; they keep them.
+class OwnTensors(_Context):
+    """What all modules of an adapter enter when they are called; it keeps to the adapter's tensors.
 
-    A name that stays there would win over what is loaded into a module, and over the start of the
-    next adapter of that name.
+    Pyro takes a module's parameter from the store if the store has its name, and all adapters have
+    the same names. So when the first module is called, foreign tensors of these names leave the
+    store. Raw ``pyro.param`` statements of a guide of one's own are nobody's, and stay.
     """
-    store = pyro.get_param_store()
-    for prefix, part in parts.items():
-        for name, _ in part.named_parameters():
-            full = f"{prefix}.{name}".removesuffix("_unconstrained")
-            if full in store:
-                del store[full]
 
+    def __init__(self, adapter: PyroModule) -> None:
+        super().__init__()
+        self._adapter = adapter
+        # whatever the mode of the store is when it runs
+        self.param_state: StateDict = {"params": {}, "constraints": {}}
 
-def check_aliases(model: BayesianLoRAModel) -> None:
-    """Pyro's global parameter store identifies tensors by name: two adapters would share them.
+    def __enter__(self) -> None:
+        if not self.active:
+            store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
+            own = set() if local else {id(p) for p in self._adapter.parameters()}
+            parts = [p for p in self._adapter.children() if isinstance(p, PyroModule)]
+            names = tuple(f"{part._pyro_name}." for part in parts)
+            known = [item for item in store.named_parameters() if item[0].startswith(names)]
+            for name, held in known:
+                if isinstance(held, nn.Parameter) and id(held) not in own:
+                    with suppress(KeyError):  # of a tensor that had two names
+                        del store[name]
+        super().__enter__()
 
-    Raises:
-        ConfigurationError: the store has a tensor of another shape under one of the names.
-    """
-    if pyro.settings.get("module_local_params"):
-        return
-    own = {f"model.{n}".removesuffix("_unconstrained"): p for n, p in model.named_parameters()}
-    held = dict(pyro.get_param_store().named_parameters())
-    taken = sorted(set(own) & set(held))
-    if not taken:
-        return
-    advice = (
-        "Call .unwrap() on the older one, or pyro.clear_param_store(), if it is not used any more; "
-        "or pyro.settings.set(module_local_params=True) before both are made."
-    )
-    for name in taken:
-        shapes = [tuple(of[name].shape) for of in (held, own)]
-        if shapes[0] != shapes[1]:
-            raise ConfigurationError(
-                f"Pyro's parameter store already holds {name} of an older adapter, of shape "
-                f"{shapes[0]}, where this one has {shapes[1]}. {advice}"
-            )
-    warnings.warn(
-        f"Pyro's parameter store already holds {taken[0]} and {len(taken) - 1} more of this "
-        f"adapter's names; the new adapter shares an older one's tensors. {advice}",
-        stacklevel=3,
-    )
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if not self.active and pyro.settings.get("module_local_params"):
+            self._tell_names()
+
+    def _tell_names(self) -> None:
+        """Where each module has a store of its own, Pyro's optimizers still ask the global one."""
+        found = {}
+        for path, parameter in self._adapter.named_parameters():
+            parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
+            params = getattr(self._adapter.get_submodule(parent), "_pyro_params", {})
+            found[f"{parent}.{name}"] = parameter, params.get(name, (constraints.real,))[0]
+        params, laws = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
+        pyro.get_param_store().set_state({"params": params, "constraints": laws})

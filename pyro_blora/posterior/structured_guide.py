@@ -178,7 +178,8 @@ def make_guide(
     """The guide of a model, of families or by a callable that makes a guide from the model.
 
     Raises:
-        ConfigurationError: ``family`` is neither, or is a class and not an object.
+        ConfigurationError: ``family`` is neither, or is a class and not an object; or the prior
+            has noise of its own, which Pyro's Laplace would take for fixed.
     """
     if isinstance(family, Mapping):
         _check_families(family)
@@ -197,6 +198,13 @@ def make_guide(
         raise ConfigurationError(
             f"guide={family!r} made a {type(guide).__name__} of the model, which is no guide. Pass "
             "the class of an AutoGuide, guide=AutoNormal, or a function that makes a guide."
+        )
+    laplace = isinstance(guide, AutoLaplaceApproximation)
+    if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
+        raise ConfigurationError(
+            "AutoLaplaceApproximation must have a prior whose density is the same at every call, "
+            f"got {model.prior!r}, which draws noise, or leaves out directions, in each; pass "
+            "prior=KroneckerInducing(keep=1)."
         )
     return guide
 

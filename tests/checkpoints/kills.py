@@ -1,14 +1,10 @@
-"""Saves in processes that are killed; what they leave must load as the old or as the new.
+"""Saves in processes that end before each single system call of a save, one after the other.
 
-Prints how many were killed at random moments, how many of these while files were being written or
-moved, and how many were stopped before each single system call of a save.
+What they leave must load as the old or as the new. Prints how many there were.
 """
 
 import os
-import random
-import signal
 import sys
-import time
 from itertools import count
 from pathlib import Path
 
@@ -41,21 +37,6 @@ def found():
     return mark
 
 
-def killed(work, seconds):
-    pid = os.fork()
-    if not pid:
-        work()
-        os._exit(0)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def without_end():
-    for mark in count(found() + 1):
-        save(mark)
-
-
 def up_to(call):
     """One save in another process, that ends at once before its ``call``-th system call."""
     pid = os.fork()
@@ -74,18 +55,7 @@ def up_to(call):
 
 
 def main():
-    random.seed(0)
     save(1)
-    start = time.perf_counter()
-    save(2)
-    took, last, amid = time.perf_counter() - start, 2, 0
-    kills = int(sys.argv[2])
-    for _ in range(kills):
-        killed(without_end, random.uniform(0.2, 4) * took)
-        amid += sorted(p.name for p in FOLDER.iterdir()) != FILES
-        now = found()
-        assert now >= last
-        last = now
     for call in count(1):
         before = found()
         done = up_to(call) == 0
@@ -95,7 +65,7 @@ def main():
     save(last := found() + 1)
     assert found() == last
     assert sorted(p.name for p in FOLDER.iterdir()) == FILES
-    print(kills, amid, call - 1)
+    print(call - 1)
 
 
 main()

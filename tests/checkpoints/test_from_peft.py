@@ -37,7 +37,7 @@ def place(request, tmp_path):
         if request.param == "memory":
             return (model,)
         model.save_pretrained(tmp_path, save_embedding_layers=False)
-        return tmp_path, base(name)
+        return base(name), tmp_path
 
     return arguments
 
@@ -78,7 +78,6 @@ def test_every_prior_starts_there_or_is_refused():
     ]
     refused = {}
     for prior in priors:
-        pyro.clear_param_store()
         net = base()
         options = {"target_modules": "|".join(factors), "prior": prior, "likelihood": WORDS}
         try:
@@ -102,7 +101,6 @@ def test_every_prior_starts_there_or_is_refused():
 def test_every_guide_starts_there_or_is_refused():
     expected, refused = logits(trained()), {}
     for name, guide in tiny.families().items():
-        pyro.clear_param_store()
         model = trained()
         try:
             blora = BayesianLoRA.from_peft(model, guide=guide, likelihood=WORDS)
@@ -142,9 +140,8 @@ def test_an_adapter_becomes_bayesian_in_one_call_and_one_reading_of_the_data(gui
         seen.extend(row["index"] for row in rows)
         return tiny.collate(rows)
 
-    source, *net = place(model)
     options = {"collate": collate, "guide": guide, "likelihood": WORDS, "progress": False}
-    blora = bayesianize(source, ROWS, *net, **options)
+    blora = bayesianize(*place(model), data=ROWS, **options)
     assert sorted(seen) == list(range(8))
     torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
     drawn = blora.predict(tiny.collate(ROWS), 4)
@@ -161,7 +158,7 @@ def test_post_hoc_is_refused_where_it_cannot_be(tmp_path):
         (BatchError, [], {}),
     ):
         with pytest.raises(error):
-            bayesianize(tmp_path, data, net, **{**options, **wrong})
+            bayesianize(net, tmp_path, data=data, **{**options, **wrong})
         assert not any(m._forward_hooks for m in net.modules())
 
 
@@ -175,7 +172,6 @@ def test_the_base_is_loaded_by_the_name_that_the_adapter_has(tmp_path):
         model.save_pretrained(tmp_path / name)
         blora = BayesianLoRA.from_peft(tmp_path / name)
         torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
-        pyro.clear_param_store()
 
 
 def test_the_folder_of_smollm2_is_its_name(tmp_path, monkeypatch):
@@ -195,11 +191,11 @@ def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
     expected = logits(model)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert any("lora" not in key for key in load_file(tmp_path / "adapter_model.safetensors"))
-    blora = BayesianLoRA.from_peft(tmp_path, base("head"))
+    blora = BayesianLoRA.from_peft(base("head"), tmp_path)
     torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
     blora.unwrap()
     with pytest.raises(CheckpointError, match="resized vocabulary"):
-        BayesianLoRA.from_peft(tmp_path, tiny.llama(tied=True))
+        BayesianLoRA.from_peft(tiny.llama(tied=True), tmp_path)
 
 
 def test_a_part_of_a_head_or_one_of_other_classes_is_refused(tmp_path):
@@ -207,10 +203,10 @@ def test_a_part_of_a_head_or_one_of_other_classes_is_refused(tmp_path):
     net = base("bert")
     net.classifier = torch.nn.Linear(16, 5)
     with pytest.raises(CheckpointError, match="other classes"):
-        BayesianLoRA.from_peft(tmp_path, net)
+        BayesianLoRA.from_peft(net, tmp_path)
     tensors(lambda t, k: t.pop("base_model.model.classifier.bias"))(tmp_path)
     with pytest.raises(CheckpointError, match=r"without classifier\.bias"):
-        BayesianLoRA.from_peft(tmp_path, base("bert"))
+        BayesianLoRA.from_peft(base("bert"), tmp_path)
 
 
 def changed(**options):
@@ -294,7 +290,7 @@ def test_a_spoiled_folder_is_refused_in_one_line(saved, tmp_path, spoil, told):
     spoil(tmp_path)
     net = tiny.llama()
     with pytest.raises((CheckpointError, ConfigurationError)) as caught:
-        BayesianLoRA.from_peft(tmp_path, net)
+        BayesianLoRA.from_peft(net, tmp_path)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not any(m._forward_hooks for m in net.modules())
@@ -311,13 +307,14 @@ def test_a_spoiled_folder_is_refused_in_one_line(saved, tmp_path, spoil, told):
         ({"net": tiny.gpt2()}, "no such linear layer"),
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),
-        ({"source": tiny.llama()}, "no PeftModel"),
-        ({"source": trained()}, "leave net out"),
-        ({"source": "nowhere"}, "nowhere has no adapter_config.json"),
+        ({"folder": None}, "no PeftModel"),
+        ({"folder": trained()}, "from_peft(peft_model)"),
+        ({"net": "my_lora", "folder": tiny.llama()}, "from_peft(net, 'my_lora')"),
+        ({"folder": "nowhere"}, "nowhere has no adapter_config.json"),
     ],
 )
 def test_what_cannot_be_a_start_is_refused_in_one_line(saved, options, told):
-    options = {"source": saved, "net": tiny.llama(), **options}
+    options = {"folder": saved, "net": tiny.llama(), **options}
     with pytest.raises((CheckpointError, ConfigurationError)) as caught:
         BayesianLoRA.from_peft(**options)
     assert told in str(caught.value)
@@ -339,6 +336,19 @@ def test_a_model_of_another_kind_is_refused_and_left_as_it_was(change, told):
     with pytest.raises(ConfigurationError, match=told):
         BayesianLoRA.from_peft(model)
     torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
+
+
+def test_the_scaling_in_force_in_memory_is_taken():
+    """PEFT's ``scale_layer`` and ``set_scale`` change the layers alone, not the configuration."""
+    model = trained()
+    first, *others = (m for m in model.get_base_model().modules() if hasattr(m, "lora_A"))
+    plain = logits(model)
+    first.set_scale("default", 0.0)
+    for layer in others:
+        layer.scale_layer(2.0)
+    expected = logits(model)
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(mean_logits(BayesianLoRA.from_peft(model)), expected, **CLOSE)
 
 
 def test_of_several_adapters_the_active_one_is_taken():

@@ -4,7 +4,6 @@ import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
-import pyro
 import pytest
 import tiny
 import torch
@@ -74,11 +73,9 @@ def test_the_base_is_loaded_by_its_name(loads, tmp_path):
     blora = tiny.adapted(net())
     expected = blora.predict(tiny.sequences(), 0).probs
     blora.save_pretrained(tmp_path)
-    pyro.clear_param_store()
     for how in ({"folder": tmp_path}, {"net": str(tmp_path)}):
         read = BayesianLoRA.from_pretrained(**how)
         assert torch.equal(read.predict(tiny.sequences(), 0).probs, expected)
-        pyro.clear_param_store()
     assert loads == 2 * [("me/my-base", None, torch.float32)]
 
 
@@ -86,7 +83,6 @@ def test_a_classifier_in_half_precision_is_loaded_as_one(loads, tmp_path):
     likelihood = SequenceClassification(num_data=12)
     blora = tiny.adapted(net(tiny.bert).bfloat16(), target_modules=["query"], likelihood=likelihood)
     blora.save_pretrained(tmp_path)
-    pyro.clear_param_store()
     read = BayesianLoRA.from_pretrained(tmp_path)
     assert loads == [("me/my-base", 3, torch.bfloat16)]
     assert type(read.net) is type(blora.net)
@@ -113,7 +109,6 @@ def test_pushed_and_read_by_its_id(loads, hub):
     assert url == "https://hub/me/my-adapter/commit/0"
     names = {CARD, checkpoints.CONFIG, checkpoints.WEIGHTS}
     assert {path.name for path in (hub / "me" / "my-adapter").iterdir()} == names
-    pyro.clear_param_store()
     read = BayesianLoRA.from_pretrained("me/my-adapter")
     assert torch.equal(read.predict(tiny.sequences(), 0).probs, expected)
     card = (hub / "me" / "my-adapter" / CARD).read_text()

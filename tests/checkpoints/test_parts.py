@@ -43,7 +43,6 @@ def saved(folder, **parts):
     blora.save_pretrained(folder)
     expected = predicted(blora)
     blora.unwrap()
-    pyro.clear_param_store()
     return expected
 
 
@@ -56,7 +55,6 @@ def read(folder, **options):
     blora = BayesianLoRA.from_pretrained(net(), folder, **options)
     found = predicted(blora)
     blora.unwrap()
-    pyro.clear_param_store()
     return found
 
 
@@ -91,7 +89,6 @@ def test_a_guide_in_place_of_the_first_is_the_one_that_is_saved(tmp_path):
     blora.guide(tiny.sequences())
     blora.save_pretrained(tmp_path)
     expected = predicted(blora)
-    pyro.clear_param_store()
     assert_equal(read(tmp_path), expected)
 
 
@@ -170,7 +167,6 @@ def test_a_laplace_approximation_of_pyro(tmp_path):
     blora.save_pretrained(tmp_path)
     expected = blora.guide.get_posterior()
     blora.unwrap()
-    pyro.clear_param_store()
     read = BayesianLoRA.from_pretrained(blora.net, tmp_path)
     found = read.guide.get_posterior()
     torch.testing.assert_close(found.loc, expected.loc)

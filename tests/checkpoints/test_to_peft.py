@@ -1,6 +1,7 @@
 """What PEFT loads of an export, in a process of its own; and PEFT's habits by PEFT's names."""
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -93,7 +94,6 @@ for case in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 def test_exports_load_in_peft_in_another_process(tmp_path):
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     for name, (build, options) in EXPORTS.items():
-        pyro.clear_param_store()
         place, net = tmp_path / "cases" / name, build()
         net.save_pretrained(place / "net")
         if name == "int8":
@@ -126,11 +126,38 @@ def test_exports_load_in_peft_in_another_process(tmp_path):
         assert spread > 1e-3, (name, spread)
 
 
+ALONE = """
+import sys
+import peft, torch
+model = peft.AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    probs = model(**torch.load(sys.argv[2])).logits.softmax(-1)
+torch.save({"probs": probs, "names": model.config.id2label}, sys.argv[2])
+"""
+
+
+def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
+    """PEFT finds the base by its folder, and with its configuration the names of the classes."""
+    net, names = tiny.bert(), {0: "no", 1: "maybe", 2: "yes"}
+    net.config.id2label, net.config.label2id = names, {name: k for k, name in names.items()}
+    net.save_pretrained(tmp_path / "net")
+    blora = moved(type(net).from_pretrained(tmp_path / "net"))
+    blora.export_peft(tmp_path / "lora")
+    torch.save(BATCH, tmp_path / "batch")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE, tmp_path / "lora", tmp_path / "batch"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    found = torch.load(tmp_path / "batch")
+    torch.testing.assert_close(found["probs"], blora.predict(BATCH, 0).probs, atol=1e-6, rtol=0)
+    assert found["names"] == names
+
+
 def test_a_model_that_is_asked_gives_the_posterior_mean():
     blora = moved(tiny.llama())
     assert torch.equal(blora(**BATCH).logits, mean_logits(blora))
     tokenizer = build_tokenizer(["a b c d e f g h i j"], eos="</s>")
-    pyro.clear_param_store()
     blora = moved(tiny.llama(vocab_size=len(tokenizer)))
     inputs = tokenizer("a b", return_tensors="pt")
     ask = pipeline("text-generation", model=blora, tokenizer=tokenizer)
@@ -195,7 +222,6 @@ def test_a_merged_network_stands_by_itself(name, tmp_path):
     again = type(whole).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
     assert not any(module._forward_hooks for module in whole.modules())
-    pyro.clear_param_store()
     moved(whole)  # and can be adapted again
 
 
@@ -251,12 +277,10 @@ def test_draws_that_are_no_loras_are_refused_and_nothing_is_written(tmp_path):
         ({"guide": guides.Amortized()}, 2, "depends on the input"),
         ({}, -1, "num_samples=-1"),
     ):
-        pyro.clear_param_store()
         blora = moved(tiny.llama(), **options)
         with pytest.raises(ConfigurationError, match=told):
             blora.export_peft(tmp_path / "x", num_samples=count)
         assert not (tmp_path / "x").exists()
-    pyro.clear_param_store()
     wrapped = moved(peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["k_proj"])))
     with pytest.raises(ConfigurationError, match="merge that one first"):
         wrapped.merge_and_unload()
@@ -268,8 +292,7 @@ def test_what_goes_out_comes_in_again(tmp_path):
     expected = mean_logits(blora)
     blora.export_peft(tmp_path)
     net = copy.deepcopy(blora.unwrap())
-    pyro.clear_param_store()
-    again = BayesianLoRA.from_peft(tmp_path, net)
+    again = BayesianLoRA.from_peft(net, tmp_path)
     torch.testing.assert_close(mean_logits(again), expected, atol=1e-5, rtol=0)
     assert again.model.layer_names == blora.model.layer_names
     assert again.prior.rank == 2

@@ -1,6 +1,5 @@
 import re
 
-import pyro
 import pytest
 
 from pyro_blora.network import pretrained
@@ -21,7 +20,6 @@ def adapter(model_dir, tmp_path_factory):
 @pytest.fixture
 def generate(run, model_dir, adapter):
     def generate(*arguments):
-        pyro.clear_param_store()
         given = ["--model", model_dir, "--adapter", adapter, "--max-new-tokens", 4]
         return run("generate", *given, "--num-samples", 3, *arguments)
 

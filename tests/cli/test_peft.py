@@ -2,7 +2,6 @@
 
 import json
 
-import pyro
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,7 +23,6 @@ def lora(model_dir, tmp_path):
 
 
 def mean_logits(model_dir, out):
-    pyro.clear_param_store()
     net = AutoModelForCausalLM.from_pretrained(model_dir)
     blora = BayesianLoRA.from_pretrained(net, out, likelihood=MultipleChoice())
     with blora.posterior():

@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 
-import pyro
 import pytest
 import torch
 from matplotlib.image import imread
@@ -25,7 +24,6 @@ def adapter(model_dir, word_items, tmp_path_factory):
             lines = "".join(json.dumps(item) + "\n" for item in word_items(count, start))
             (folder / "data" / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     words = ["--model", str(model_dir), "--data-dir", str(folder / "data"), "--task", "words"]
-    pyro.clear_param_store()
     with pytest.MonkeyPatch.context() as patch:
         options = ["--max-steps", "4", "--rank", "2", "--precision", "float32"]
         options += ["--out", str(folder / "adapter")]
@@ -99,14 +97,12 @@ def test_rank_writes_the_pool_by_mutual_information(run, adapter, word_items, tm
         assert line["prediction"] in line["choices"]
         assert given.pop(line["id"]).items() <= line.items()
         assert line["entropy"] >= line["mutual_information"]
-    pyro.clear_param_store()
     code, _, err = run(*common, "--by", "entropy", "--top", 4, "--out", tmp_path / "few.csv")
     assert code == 0, err
     few = rows(tmp_path / "few.csv")
     by_entropy = sorted(lines, key=lambda line: -line["entropy"])[:4]
     assert [row["id"] for row in few] == [line["id"] for line in by_entropy]  # the same draws
     assert list(few[0]) == [name for name in lines[0] if name != "choices"]
-    pyro.clear_param_store()
     out = tmp_path / "training.jsonl"  # without --pool: the training items, in a random order
     code, text, err = run("rank", *adapter, "--by", "random", "--num-samples", 0, "--out", out)
     assert code == 0, err

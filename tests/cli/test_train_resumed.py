@@ -3,7 +3,6 @@
 import os
 import signal
 
-import pyro
 import pytest
 from safetensors.torch import load_file
 
@@ -17,7 +16,6 @@ def train(run, model_dir, data_dir):
     """Trains six steps on the task ``words``, in a process with other random numbers each time."""
 
     def train(out, *flags):
-        pyro.clear_param_store()
         options = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--rank", 2]
         return run("train", *options, "--max-steps", 6, "--batch-size", 4, "--out", out, *flags)
 

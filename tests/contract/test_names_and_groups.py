@@ -11,10 +11,8 @@ import torch
 from own_classes import Plain, Spread
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
-    AutoGaussian,
     AutoLowRankMultivariateNormal,
     AutoNormal,
-    AutoStructured,
 )
 from transformers import TrainingArguments
 
@@ -76,7 +74,6 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
     alone = {"q_proj": (PRIORS[".*"], GUIDES["q.*"]), "v_proj": (PRIORS["v_proj"], GUIDES[".*"])}
     total = 0.0
     for name, (prior, guide) in alone.items():
-        pyro.clear_param_store()
         blora = tiny.adapted(both.net, target_modules=[name], prior=prior, guide=guide)
         blora.load_state_dict({k: v for k, v in state.items() if k.split(".")[1].startswith(name)})
         total += blora.kl()
@@ -215,26 +212,6 @@ def given(model, names):
     return pyro.condition(model, data={name: torch.zeros(2, 2, 2) for name in names})
 
 
-@pytest.mark.parametrize(
-    "put",
-    [
-        given,
-        lambda model, names: pyro.do(model, data={name: torch.zeros(2, 2, 2) for name in names}),
-        lambda model, names: pyro.poutine.replay(
-            model,
-            trace=pyro.poutine.trace(
-                lambda: [pyro.sample(n, pyro.distributions.Normal(0, 1)) for n in names]
-            ).get_trace(),
-        ),
-    ],
-    ids=["condition", "do", "replay"],
-)
-def test_a_value_for_an_unknown_site_is_told(put):
-    blora, batch = tiny.adapted(), tiny.sequences()
-    with pytest.warns(UserWarning, match=r"'q_proj_v_proj.V', which is no site.*'q_proj.V'"):
-        put(blora.model, ["q_proj_v_proj.V"])(batch)
-
-
 @pytest.mark.parametrize("parallel", [False, True])
 def test_no_warning_where_all_is_well(parallel):
     """Warnings are errors here: auxiliary sites of AutoGuides, data, and a batch of labels."""
@@ -267,26 +244,12 @@ def test_print_shows_groups_and_sites():
         assert line in text
 
 
-@pytest.mark.parametrize(
-    "kind", [AutoNormal, lambda model: AutoLowRankMultivariateNormal(model, rank=3)]
-)
-def test_print_counts_an_autoguide_before_its_first_call(kind):
-    blora, batch = tiny.adapted(guide=kind), tiny.sequences()
-    state = torch.get_rng_state()
-    before, count = repr(blora), blora.trainable_parameters
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not list(blora.guide.parameters())
-    blora.guide(batch)
+def test_print_counts_an_autoguide_from_its_first_call_on():
+    blora = tiny.adapted(guide=AutoNormal)
+    assert "guide: no parameters yet" in repr(blora)
+    blora.guide(tiny.sequences())
     guide = sum(parameter.numel() for parameter in blora.guide.parameters())
-    assert f"guide: {guide:,} parameters" in before
-    assert count == sum(parameter.numel() for parameter in blora.parameters())
-    assert repr(blora) == before
-
-
-@pytest.mark.parametrize("kind", [AutoGaussian, AutoStructured])
-def test_print_makes_up_no_count(kind):
-    """How many these have depends on what is observed."""
-    assert "guide: no parameters yet" in repr(tiny.adapted(guide=kind))
+    assert f"guide: {guide:,} parameters" in repr(blora)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,5 @@ def test_refused_pairs_are_listed_are_few_and_say_why():
     assert 0 < len(refused) <= 0.1 * len(tiny.priors()) * len(tiny.families())
     for pair in refused:
         made_of = recipe(pair)
-        pyro.clear_param_store()
         with pytest.raises(ConfigurationError, match=r"in each layer.*max_.*; use .*or raise"):
             tiny.adapted(net, prior=made_of.prior(8), guide=made_of.guide())

@@ -89,6 +89,31 @@ class TestMultipleChoice:
         with pytest.raises(DataError, match="item 'key': an option has no tokens"):
             collate([KEY])
 
+    def test_rows_of_one_s_own_need_neither_a_template_nor_an_id(self, wrapped):
+        rows = [
+            {"question": item.question, "choices": list(item.choices), "label": item.label}
+            for item in (KEY, COLOR)
+        ]
+        expected = MultipleChoiceCollator(wrapped, OPTIONS)([KEY, COLOR])
+        for given in (rows, [KEY, {**rows[1], "id": "color", "level": 3}]):
+            found = MultipleChoiceCollator(wrapped)(given)
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"choices": ["one"]}, "give a tuple of at least 2"),
+            ({"label": 2}, "label is 2"),
+            ({"text": "?", "question": None}, "question is None"),
+        ],
+    )
+    def test_a_row_that_is_no_item(self, plain, change, message):
+        row = {"question": "2 + 2?", "choices": ["3", "4"], "label": 1}
+        with pytest.raises(DataError, match=message):
+            MultipleChoiceCollator(plain)([row | change])
+        with pytest.raises(DataError, match="'label' is missing"):
+            MultipleChoiceCollator(plain)([{"question": "2 + 2?", "choices": ["3", "4"]}])
+
     def test_can_be_pickled(self, plain):
         collate = MultipleChoiceCollator(plain, OPTIONS)
         copy = pickle.loads(pickle.dumps(collate))
@@ -107,6 +132,12 @@ class TestLabelTokens:
             rest = batch["input_ids"].shape[1] - len(prompt)
             assert batch["input_ids"][b].tolist() == prompt + [wrapped.pad_token_id] * rest
             assert batch["attention_mask"][b].tolist() == [1] * len(prompt) + [0] * rest
+
+    def test_rows_of_one_s_own(self, wrapped):
+        collate = LabelTokensCollator(wrapped, LABELS)
+        row = {"question": FILM.question, "choices": FILM.choices, "label": FILM.label}
+        expected = collate([FILM])
+        assert all(torch.equal(v, expected[name]) for name, v in collate([row]).items())
 
     def test_token_ids(self, wrapped):
         token_ids = LabelTokensCollator(wrapped, LABELS).token_ids

@@ -221,7 +221,6 @@ def options_of_one_item(noise, pack):
     """Mean and covariance of the scores of two options behind one question."""
     prior = KroneckerInducing(rank=2, conditional="exact", noise=noise, sigma=0.2)
     guide = guides.MatrixNormal(init_scale=1e-3)
-    pyro.clear_param_store()
     torch.manual_seed(0)
     blora = tiny.adapted(tiny.llama(2), prior=prior, guide=guide, layers_to_transform=[0])
     batch = repeat_batch(batch_of([((3, 9, 4, 8, 2), [(5,), (6,)], 0)]), 100)

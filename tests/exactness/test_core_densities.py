@@ -152,7 +152,6 @@ def planted(core):
 def test_a_planted_rank_two_update_is_recovered():
     found = {}
     for core in ("normal", "horseshoe", "ard"):
-        pyro.clear_param_store()
         found[core] = planted(core)
     assert 1.9 < found["horseshoe"][0] < 2.2
     assert 1.9 < found["ard"][0] < 2.4

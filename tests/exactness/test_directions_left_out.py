@@ -1,6 +1,5 @@
 """``keep``: draws of an update in which some directions are left out."""
 
-import pyro
 import tiny
 import torch
 
@@ -53,7 +52,6 @@ def test_the_mean_of_the_posterior_and_a_linearisation_have_them_all():
 def test_what_the_default_leaves_out_and_how_wide_it_starts():
     likelihood, keeps = LabelTokens(token_ids=tiny.ANSWERS, num_data=12), []
     for parts in ({}, {"guide": MatrixNormal()}, {"prior": KroneckerInducing()}):
-        pyro.clear_param_store()
         blora = BayesianLoRA(tiny.llama(), likelihood=likelihood, **parts)
         keeps.append(blora.prior.keep)
         std = blora.guide.families()["q_proj.V"].distribution().variance.sqrt()

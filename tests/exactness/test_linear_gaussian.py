@@ -58,7 +58,6 @@ def test_matrix_normal_is_closer_than_mean_field_to_a_general_posterior():
     """Neither contains it; the gap to the log evidence is the divergence from it, for both."""
     gaps = {}
     for family in (MeanField, MatrixNormal):
-        pyro.clear_param_store()
         torch.manual_seed(0)
         toy = Toy(family(), ranks=(3, 3)).fit()
         gap = gaps[family] = (toy.log_evidence - toy.elbo()).item()

@@ -109,18 +109,15 @@ def test_what_cannot_be_linearised_is_refused():
     with pytest.raises(ConfigurationError, match="num_samples=0 must be at least 1"):
         blora.predict(batch, 0, linearised=True)
     net = blora.unwrap()
-    pyro.clear_param_store()
     blora = tiny.adapted(net, guide=pyro.infer.autoguide.AutoNormal)
     blora.guide(batch)
     with pytest.raises(ConfigurationError, match="AutoNormal is not a family"):
         blora.predict(batch, 5, linearised=True)
     net = blora.unwrap()
-    pyro.clear_param_store()
     blora = tiny.adapted(net, likelihood=CausalLM(num_data=4))
     with pytest.raises(ConfigurationError, match="CausalLM has"):
         linearised_logits(blora.model, blora.guide, tiny.texts(), 5)
     net = blora.unwrap()
-    pyro.clear_param_store()
     blora = tiny.adapted(net, prior=KroneckerInducing(rank=2, conditional="exact"))
     with pytest.raises(ConfigurationError, match="noise of a conditional"):
         blora.predict(batch, 5, linearised=True)

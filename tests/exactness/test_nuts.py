@@ -1,6 +1,5 @@
 """The moments of SVI beside those of NUTS, the second opinion."""
 
-import pyro
 import torch
 from linear_gaussian import Toy
 from pyro.infer import MCMC, NUTS
@@ -37,7 +36,6 @@ def test_the_moments_of_svi_are_those_of_nuts():
     assert not sure((mean, covariance / 4))[1].diagonal().any()
     assert not sure((mean + covariance.diagonal().sqrt(), covariance))[0].any()
 
-    pyro.clear_param_store()
     torch.manual_seed(0)
     field = Toy(MeanField(), ranks=(1, 2))
     field.design, field.residual = full.design, full.residual

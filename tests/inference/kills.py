@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyro
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -26,7 +25,6 @@ SAVE_EVERY = 2
 
 def train(folder, num_steps, told=None, **options):
     """What the run leaves in the adapter; each step is told in the file."""
-    pyro.clear_param_store()
     torch.manual_seed(0)
     blora = tiny.adapted(num_data=10)
 

@@ -1,6 +1,5 @@
 """Guides that find their width after training: Laplace's curvature and the isotropic search."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import tiny
@@ -172,7 +171,6 @@ def test_fit_finishes_and_the_width_travels(family):
     mean = blora.predict(batch, 0).samples
     state = blora.state_dict()
     net = blora.unwrap()
-    pyro.clear_param_store()
     fresh = tiny.adapted(net, guide=family, num_data=10)
     assert fresh.predict(batch, 5).mutual_information.abs().max() < 1e-6  # still a point
     fresh.load_state_dict(state)
@@ -185,14 +183,12 @@ def test_fit_finishes_and_the_width_travels(family):
 def test_what_cannot_be_finished_is_refused():
     with pytest.raises(ConfigurationError, match=r"\(Laplace, Isotropic\), not for Mean"):
         finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
-    pyro.clear_param_store()
     blora = tiny.adapted(guide=Laplace())
     with pytest.raises(BatchError, match="data set is empty"):
         finish(blora, [], collate=tiny.collate)
     with pytest.raises(ConfigurationError, match="needs collate="):
         finish(blora, tiny.examples())
     blora.unwrap()
-    pyro.clear_param_store()
     blora = tiny.adapted(blora.net, guide=Laplace(), likelihood=CausalLM(num_data=4))
     texts = tiny.texts()
     rows = [{k: v[i] for k, v in texts.items()} for i in range(4)]

@@ -65,16 +65,13 @@ def test_the_number_of_particles_divides_the_batch(run, asked, expected):
     assert set(shapes) == expected
 
 
-def test_kl_warmup(run):
+def test_kl_weight(run):
     blora, seen = tiny.adapted(num_data=10), []
     blora.model.register_forward_pre_hook(lambda m, args: seen.append(m.kl_weight))
-    kls = [step["kl"] for step in run(blora, kl_warmup=0.5, kl_weight=0.8).history]
-    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    kls = [step["kl"] for step in run(blora, kl_weight=0.8).history]
+    assert seen == [0.8] * 6
     assert blora.model.kl_weight == 1.0  # as it was before
-    assert max(kls) < 1.5 * min(kls)  # the KL that is shown is the whole one
-    seen.clear()
-    run(blora)
-    assert seen == [1.0] * 6
+    assert kls[0] == pytest.approx(blora.kl().item(), rel=0.5)  # the KL that is shown is whole
 
 
 # Validation labels that training contradicts, so that an early step is the best one
@@ -107,10 +104,35 @@ def test_keep_best_without_validation_is_refused(run):
         run(tiny.adapted(num_data=10), keep_best=True, num_steps=1)
 
 
-def test_a_loader_is_no_validation(run):
-    loader = DataLoader(tiny.examples(3), 3, collate_fn=tiny.collate)
-    with pytest.raises(ConfigurationError, match="validation= takes examples, not a DataLoader"):
-        run(tiny.adapted(num_data=10), validation=loader, num_steps=1)
+def test_keep_best_of_one_validation_says_so(run):
+    with pytest.warns(
+        UserWarning, match=r"compare validations, got one, after the last of 6 steps"
+    ):
+        run(tiny.adapted(num_data=10), keep_best=True, validation=CONTRARY)
+
+
+def test_a_loader_validates_as_its_examples_do(run):
+    loader = DataLoader(CONTRARY, 3, collate_fn=tiny.collate)
+    found = []
+    for validation in (CONTRARY, loader):
+        pyro.set_rng_seed(0)
+        found.append(run(tiny.adapted(num_data=10), validation=validation).validation)
+    assert found[0] == [(6, pytest.approx(found[1][0][1], rel=1e-5))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "steps"),
+    [
+        (None, 2, 6),
+        (None, 0.5, 2),
+        (DataLoader(tiny.examples(10), 5, collate_fn=tiny.collate), 2, 4),
+    ],
+)
+def test_epochs_instead_of_steps(run, rows, epochs, steps):
+    result = run(tiny.adapted(num_data=10), rows, num_steps=None, num_epochs=epochs)
+    assert len(result.history) == steps
+    with pytest.raises(ConfigurationError, match="One of num_steps= and num_epochs= must be given"):
+        run(tiny.adapted(num_data=10), num_epochs=1)
 
 
 def test_the_precision_afterwards_is_the_one_before(run):
@@ -120,13 +142,11 @@ def test_the_precision_afterwards_is_the_one_before(run):
     assert blora.model.precision == "bfloat16"
 
 
-def test_validation_by_samples_leaves_training_mode(run):
+def test_validation_leaves_training_mode(run):
     blora = tiny.asked(tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0)))
     modes = []
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
-    result = run(
-        blora, validation=tiny.examples(3), validation_samples=2, num_steps=2, validate_every=1
-    )
+    result = run(blora, validation=tiny.examples(3), num_steps=2, validate_every=1)
     assert len(result.validation) == 2
     assert modes == [True, False, True, False]  # dropout, where there is any, is for training
     assert not blora.net.training
@@ -136,8 +156,7 @@ def test_validation_by_samples_leaves_training_mode(run):
 def test_validation_leaves_no_trace_in_training(run, family):
     """Neither in the draws, nor in whose turn it is, nor in the caller's random numbers."""
     net, found = tiny.llama(), []
-    for options in ({}, *({"validation_samples": n, "validate_every": 1} for n in (0, 3))):
-        pyro.clear_param_store()
+    for options in ({}, {"validate_every": 1}):
         torch.manual_seed(0)
         blora = tiny.adapted(net, guide=family, num_data=10)
         result = run(blora, validation=tiny.examples(9) if options else None, **options)
@@ -152,7 +171,6 @@ def test_validation_leaves_no_trace_in_training(run, family):
 @pytest.mark.parametrize("by_length", [False, True])
 def test_a_seed_reproduces_every_bit(run, by_length):
     def once(seed):
-        pyro.clear_param_store()
         torch.manual_seed(1)  # the network and the start of the adapter
         blora = tiny.adapted(num_data=10)
         torch.manual_seed(torch.seed() % 1000)  # whatever happened before fit
@@ -169,7 +187,6 @@ def test_no_seed_leaves_the_generator_alone(run):
     """Two runs go on from wherever the generator stands, and differ."""
     histories = []
     for _ in range(2):
-        pyro.clear_param_store()
         with torch.random.fork_rng():
             torch.manual_seed(1)
             blora = tiny.adapted(num_data=10)

@@ -8,9 +8,9 @@ from pyro.infer import RenyiELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
-from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
+from pyro_blora.posterior.predict_dataset import predict_dataset
 
 # Pyro's ELBO also warns of the NaN that the error is about
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -34,7 +34,7 @@ def test_what_is_not_finite_is_named(run, part, name, value, told):
     with torch.no_grad():
         getattr(blora, part).get_parameter(name + "_unconstrained").view(-1)[0] = value
     with pytest.raises(NonFiniteLossError, match=told):
-        run(blora, kl_warmup=0.9)
+        run(blora)
     assert not blora.net.training
     assert blora.model.kl_weight == 1.0
 
@@ -65,7 +65,6 @@ UNLABELLED = DataLoader([UNLABELLED], batch_size=None)
         (SIZED, None, {"num_particles": 0}, "num_particles=0"),
         (SIZED, None, {"kl_weight": 0.0}, "kl_weight=0.0"),
         (SIZED, None, {"kl_weight": NAN}, "kl_weight=nan"),
-        (SIZED, None, {"kl_warmup": 1.5}, "kl_warmup=1.5"),
         # bounds whose particles do not share out the examples
         (SIZED, None, {"elbo": RenyiELBO}, "elbo=RenyiELBO does not average"),
         (SIZED, None, {"elbo": TraceTailAdaptive_ELBO}, "elbo=TraceTailAdaptive_ELBO does not av"),
@@ -103,28 +102,6 @@ def test_nothing_to_train(run):
     blora = tiny.adapted(num_data=10).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="nothing to train"):
         run(blora)
-
-
-def test_two_adapters_that_would_share_tensors_warn():
-    first = tiny.adapted()
-    with pytest.warns(UserWarning, match=r"already holds model\.q_proj.*clear_param_store"):
-        tiny.adapted()
-    pyro.clear_param_store()
-    second = tiny.adapted()
-    assert second.model.q_proj.Z_r is not first.model.q_proj.Z_r
-
-
-def test_an_older_adapter_of_other_shapes_is_in_the_way_until_it_is_unwrapped(run):
-    older = tiny.adapted(num_data=10, rank=2)
-    run(older)
-    with pytest.raises(
-        ConfigurationError, match=r"holds model\.q_proj.*\(2, 2.*has \(2, 4.*unwrap"
-    ):
-        tiny.adapted(rank=4)
-    with pytest.raises(ConfigurationError, match="is adapted already"):
-        tiny.adapted(older.net)  # with no warning of the store, which is not what is wrong
-    older.unwrap()
-    assert tiny.adapted(rank=4).model.q_proj.Z_r.shape[1] == 4
 
 
 def test_another_size_of_the_data_than_the_likelihood_was_told(run):

@@ -12,10 +12,10 @@ import torch
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.comparison import Settings
 from pyro_blora.evaluation.plain_lora import PlainLoRA
-from pyro_blora.evaluation.predict_dataset import predict_dataset
 from pyro_blora.guides import Isotropic
 from pyro_blora.inference import LoopOptions, finish, fit
 from pyro_blora.network import precision
+from pyro_blora.posterior.predict_dataset import predict_dataset
 
 
 def run_plain(net, **options):

@@ -3,17 +3,19 @@
 import pytest
 import tiny
 import torch
-from torch import nn
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
 
+from pyro_blora import fit
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import MeanField
+from pyro_blora.guides import Laplace, MeanField
 from pyro_blora.likelihoods import (
     CausalLM,
     LabelTokens,
     MultipleChoice,
     SequenceClassification,
 )
-from pyro_blora.models import KroneckerInducing
+from pyro_blora.models import FisherInducing, KroneckerInducing
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.posterior.draws import logits_of_draws, rows_of_a_pass
 
@@ -39,7 +41,7 @@ def moved(**options):
     ],
 )
 def test_shapes(build, likelihood, batch, num_samples):
-    options = {} if likelihood is None else {"likelihood": likelihood}
+    options = {} if likelihood is None else {"likelihood": tiny.anew(likelihood)}
     blora = tiny.adapted(build(), target_modules=None, **options)
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
     for given in (batch, unlabelled):
@@ -213,6 +215,30 @@ def test_between_two_passes_the_network_is_in_its_own_mode():
     assert blora.net.training
 
 
+@pytest.mark.parametrize("plain", [Tensor.tolist, Tensor.numpy, lambda t: list(t.numpy())])
+def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
+    """Whatever else is in the batch stays as it is; the same batch of tensors is the judge."""
+
+    def collate(rows):
+        return {name: plain(value) for name, value in tiny.collate(rows).items()} | others
+
+    others, rows = {"name": ["a", "b"], "parts": [[1], [1, 2]]}, tiny.examples(8)
+    blora, expected, found = moved(), tiny.collate(rows), collate(rows)
+    assert torch.equal(blora.predict(found, 0).samples, blora.predict(expected, 0).samples)
+    assert torch.equal(blora.log_predictive(found, 0), blora.log_predictive(expected, 0))
+    ends = []
+    for made in (tiny.collate, collate):
+        torch.manual_seed(0)
+        blora = tiny.adapted(
+            prior=FisherInducing(rank=2), guide=Laplace(), layers_to_transform=[1], num_data=8
+        )
+        how = {"num_steps": 3, "batch_size": 4, "cache_frozen_prefix": True, "progress": False}
+        fit(blora, rows, collate=made, validation=rows, seed=0, **how)
+        loss = TraceMeanField_ELBO()(blora.model, blora.guide)(made(rows))
+        ends.append({**tiny.trained(blora), "loss": loss.detach()})
+    assert tiny.equal(*ends)
+
+
 def test_negative_num_samples():
     with pytest.raises(ConfigurationError, match=r"num_samples=-1 must be 0"):
         tiny.adapted().predict(tiny.sequences(), -1)
@@ -228,7 +254,7 @@ def test_negative_num_samples():
     ],
 )
 def test_log_predictive_is_that_of_the_mean_probability(likelihood, batch, num_samples, max_rows):
-    blora = moved(likelihood=likelihood)
+    blora = moved(likelihood=tiny.anew(likelihood))
     torch.manual_seed(0)
     probs = blora.predict(batch, num_samples, max_rows=max_rows).probs
     torch.manual_seed(0)

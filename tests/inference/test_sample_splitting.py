@@ -33,7 +33,6 @@ def flipped(indices):
 
 def trained(rows, *, prior=None, steps=8, **options):
     """The trained tensors, those of the directions and the others."""
-    pyro.clear_param_store()
     pyro.set_rng_seed(3)
     blora = tiny.adapted(num_data=12, prior=prior or KroneckerInducing(rank=2))
     usual = {"collate": tiny.collate, "batch_size": 4, "progress": False}
@@ -131,7 +130,6 @@ def test_it_is_no_default_where_a_group_has_another_prior_or_directions_are_held
     )
     assert same(left[0], right[0])
     assert same(left[1], right[1])
-    pyro.clear_param_store()
     blora = tiny.adapted(num_data=12, prior=kronecker)
     for name, parameter in blora.named_parameters():
         parameter.requires_grad_(".Z_" not in name)

@@ -113,7 +113,6 @@ def test_unwrapped_is_unwrapped():
     blora.unwrap()
     with pytest.raises(ValueError, match="unwrapped"):
         blora.predict(BATCH)
-    pyro.clear_param_store()
     assert len(adapted(blora.net).predict(BATCH)) == 8  # and it can be wrapped again
 
 

@@ -77,7 +77,6 @@ def test_no_tensor_has_the_shape_of_a_weight_but_the_weight(prior):
 
 def one_step(layers, **options):
     """Sites in a trace, and Choleskys in a training step forward and backward."""
-    pyro.clear_param_store()
     blora = tiny.adapted(tiny.llama(layers), **options)
     batch = tiny.sequences()
     with blora.model.applied(blora.sample_updates(2)):

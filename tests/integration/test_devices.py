@@ -1,6 +1,5 @@
 """Networks whose layers lie on several devices, or elsewhere between passes."""
 
-import pyro
 import pytest
 import tiny
 import torch
@@ -110,7 +109,6 @@ OPTIONS = {
 def test_an_offloaded_network_trains_and_predicts_as_any(where, options, tmp_path):
     found = []
     for put_away in (False, True):
-        pyro.clear_param_store()
         torch.manual_seed(0)
         net = tiny.llama()
         if put_away:

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pyro
 import pytest
 import tiny
 import torch
@@ -81,7 +80,7 @@ def adapted(case, *, layers=(2, 3), **options):
     blora = tiny.adapted(
         make(),
         target_modules=targets,
-        likelihood=options.pop("likelihood", likelihood),
+        likelihood=tiny.anew(options.pop("likelihood", likelihood)),
         layers_to_transform=list(layers),
         prior=KroneckerInducing(rank=2, sigma=2.0),
         guide=options.pop("guide", MatrixNormal(init_scale=1.0)),
@@ -205,7 +204,7 @@ def left(rows):
     return {**batch, **{k: batch[k].flip(1) for k in ("input_ids", "attention_mask")}}
 
 
-VALIDATION = {"validation": tiny.examples(7), "validate_every": 3, "validation_samples": 2}
+VALIDATION = {"validation": tiny.examples(7), "validate_every": 3}
 
 
 @pytest.mark.parametrize(
@@ -431,7 +430,6 @@ def test_a_failing_pass_leaves_no_forward_behind():
     with pytest.raises(IndexError):
         blora.predict(batch, 3)
     assert [vars(block).get("forward") for block in blocks_of(blora.net)] == before
-    pyro.clear_param_store()
 
 
 def test_a_question_asked_in_between_sees_the_whole_network():

@@ -1,6 +1,5 @@
 """Rows padded on the left give the logits of rows that are not, or an error says so."""
 
-import pyro
 import pytest
 import tiny
 import torch
@@ -78,4 +77,3 @@ def test_left_is_right(name, kind):
     expected = likelihood.logits(net, rows(net, "right"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert expected.std() > 0.01
-    pyro.clear_param_store()

@@ -5,7 +5,6 @@ values, four bits for groups of weights, are those of ``IntxWeightOnlyConfig``, 
 and stores a byte for each. bitsandbytes has kernels for the CPU.
 """
 
-import pyro
 import pytest
 import tiny
 import torch
@@ -261,7 +260,6 @@ def test_what_was_packed_before_is_refused_where_a_gradient_must_pass(packing):
     blora = tiny.adapted(packing, layers_to_transform=[1])
     fit(blora, ROWS, **SHORT)  # none passes there
     blora.unwrap()
-    pyro.clear_param_store()
     with torch.no_grad():
         above(torch.ones(1, 64))
     blora = tiny.adapted(packing, layers_to_transform=[1])

@@ -101,7 +101,6 @@ def test_blocks_compiled_one_by_one_train(own_forward):
         with torch.compiler.set_stance("force_eager"):
             assert_near(found, gradients(blora, batch), atol=1e-5, rtol=1e-4)
         blora.unwrap()
-        pyro.clear_param_store()
     torch._dynamo.reset()
 
 
@@ -153,7 +152,7 @@ def test_autocast_keeps_the_guide_in_single_precision():
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_a_bfloat16_base(build, likelihood, batch):
     net = build().to(torch.bfloat16)
-    options = {} if likelihood is None else {"likelihood": likelihood}
+    options = {} if likelihood is None else {"likelihood": tiny.anew(likelihood)}
     blora = tiny.adapted(net, target_modules=None, **options)
     assert all(p.dtype == torch.float32 for p in blora.parameters())
     for name, gradient in gradients(blora, batch).items():

@@ -68,7 +68,6 @@ def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
     )
     run.train()
     found = tiny.trained(run.blora)
-    pyro.clear_param_store()
     pyro.set_rng_seed(0)
     blora = tiny.adapted(guide=guides.Delta())
     elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
@@ -102,7 +101,6 @@ def test_a_checkpoint_has_the_adapter_alone(tmp_path):
     assert not weights & {tuple(t.shape) for t in saved.values()}
     trained = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     assert len(trained) == len(tiny.trained(run.blora))
-    pyro.clear_param_store()
     read = BayesianLoRA.from_pretrained(run.blora.unwrap(), folder)
     assert tiny.equal(read.state_dict(), run.blora.state_dict())
 
@@ -114,7 +112,6 @@ def test_it_resumes_where_it_stopped(tmp_path, family):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, tiny.adapted(guide=family), **options)
     whole.train()
-    pyro.clear_param_store()
     pyro.set_rng_seed(7)
     net = tiny.llama()
     net.load_state_dict(whole.blora.net.state_dict())
@@ -220,7 +217,6 @@ def test_options_that_cannot_work(tmp_path, parts, options, told):
 def test_evaluation_leaves_no_trace_in_training(tmp_path, family):
     net, found = tiny.llama(), []
     for options in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
-        pyro.clear_param_store()
         pyro.set_rng_seed(0)
         blora = tiny.adapted(net, guide=family)
         trainer(tmp_path, blora, evaluate=ROWS[:5], **options).train()

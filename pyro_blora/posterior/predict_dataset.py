@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError
-from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
@@ -20,11 +19,11 @@ __all__ = ["predict_dataset"]
 def predict_dataset(
     predict: Callable[[Batch], Prediction],
     data: Sequence[Any],
-    collate: Collate,
+    collate: Callable[[list[Any]], Batch],
     *,
     batch_size: int = 16,
     length: Callable[[Any], int] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     precision: str = "auto",
     progress: bool | None = None,
     description: str = "predict",
@@ -37,7 +36,8 @@ def predict_dataset(
         collate: makes a batch of a list of examples; its ``labels`` are passed through.
         batch_size: examples at once.
         length: the length of an example; batches of like lengths waste no padding.
-        device: where the network is.
+        device: where the network is. Default: where ``predict`` has its adapter, if it is a method
+            of one; else the accelerator if there is one, or the CPU.
         precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``, as in ``fit``.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
         description: what the progress bar says.
@@ -49,6 +49,9 @@ def predict_dataset(
         BatchError: the data set is empty, or its batches have no labels.
         ConfigurationError: the precision is unknown.
     """
+    usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
+    adapter = getattr(predict, "__self__", None)
+    device = torch.device(device or getattr(adapter, "device", usual))
     autocast = choose_precision(precision, device) == "bfloat16"
     if not len(data):
         raise BatchError("There is nothing to predict: the data set is empty.")
@@ -59,15 +62,13 @@ def predict_dataset(
     hide = None if progress is None else not progress
     starts = tqdm(range(0, len(order), batch_size), desc=description, disable=hide, unit="batch")
     for start in starts:
-        batch = to_device(
-            collate([data[i] for i in order[start : start + batch_size]]), torch.device(device)
-        )
+        batch = to_device(collate([data[i] for i in order[start : start + batch_size]]), device)
         if "labels" not in batch:
             raise BatchError(
                 "predict_dataset needs labels in a batch; for data without them call "
                 "blora.predict(batch) yourself."
             )
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             predictions.append(predict(batch))
         labels.append(batch["labels"].cpu())
     back = torch.tensor(order).argsort()

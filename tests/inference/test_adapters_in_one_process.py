@@ -1,0 +1,128 @@
+"""Each adapter is its own, whatever other adapters there are, were, and were asked."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import five_adapters as five
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.optim import ClippedAdam
+
+from pyro_blora import fit
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import MultipleChoice
+
+
+@pytest.mark.slow
+def test_five_adapters_answer_as_they_do_alone(tmp_path):
+    """Whatever was asked before: every pair of questions, one after the other."""
+    maker = five.adapted(4, five.net())
+    maker.save_pretrained(tmp_path / "saved")
+    maker.export_peft(tmp_path / "lora")
+    script = [sys.executable, "-W", "ignore", five.__file__, str(tmp_path)]
+    subprocess.run(script, check=True, timeout=300)
+    made = five.together(tmp_path)
+    expected = {kind: json.loads((tmp_path / kind / "answers.json").read_text()) for kind in made}
+    asked = list(itertools.product(made, five.QUESTIONS))
+    for pair in itertools.product(asked, asked):
+        for kind, question in pair:
+            if kind in ("trained", "added") and question not in ("kl", "export"):
+                made["trained"].set_adapter("added" if kind == "added" else "default")
+            found = five.answer(made[kind], question, tmp_path)
+            assert found == pytest.approx(expected[kind][question], rel=1e-5, abs=1e-6), (
+                pair,
+                kind,
+            )
+
+
+def test_a_cell_that_is_run_again_begins_anew(run):
+    first, histories = None, []
+    for _ in range(3):
+        torch.manual_seed(0)
+        blora = tiny.adapted(num_data=10)
+        first = first or blora
+        before = tiny.trained(first)
+        histories.append(run(blora, num_steps=3).history)
+        assert first is blora or tiny.equal(tiny.trained(first), before)
+    assert histories[0] == histories[1] == histories[2]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_two_loops_take_turns_in_either_store(local):
+    """With rates by name, which Pyro's optimizers look up in the global store."""
+
+    def loop(seed, names):
+        torch.manual_seed(seed)
+        blora = tiny.adapted(num_data=10)
+
+        def by_name(name):
+            names.add(name)
+            return {"lr": 1e-3 if ".Z_" in name else 1e-1}
+
+        elbo = TraceMeanField_ELBO(4, blora.max_plate_nesting, vectorize_particles=True)
+        return blora, SVI(blora.model, blora.guide, ClippedAdam(by_name), elbo)
+
+    def steps(*loops):
+        for turn in range(3):
+            for _, svi in loops:
+                torch.manual_seed(turn)
+                svi.step(tiny.sequences(8))
+
+    with pyro.settings.context(module_local_params=local):
+        names = set()
+        alone, svi = loop(0, names)
+        steps((alone, svi))
+        one, other = loop(0, set()), loop(1, set())
+        steps(one, other)
+    assert tiny.equal(tiny.trained(one[0]), tiny.trained(alone))
+    assert names == {n.removesuffix("_unconstrained") for n in tiny.trained(alone)}
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda blora: blora.predict(tiny.sequences(), 2),
+        lambda blora: blora.predict(tiny.sequences(), 2, linearised=True),
+        lambda blora: blora.log_predictive(tiny.sequences(), 2),
+        lambda blora: blora.generate(tiny.sequences()["input_ids"], max_new_tokens=1),
+        lambda blora: blora.model(tiny.sequences()),
+        lambda blora: blora(**{k: v for k, v in tiny.sequences().items() if k != "labels"}),
+        lambda blora: fit(blora, tiny.examples(), collate=tiny.collate, num_steps=1),
+    ],
+)
+def test_one_that_is_off_its_network_is_refused_before_anything_runs(ask):
+    blora = tiny.adapted(num_data=10)
+    other = blora.add_adapter("other", likelihood=five.likelihood())
+    blora.set_adapter("other")
+    state, before = torch.get_rng_state(), tiny.trained(blora)
+    with pytest.raises(ConfigurationError, match="has another adapter on"):
+        ask(blora)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tiny.equal(tiny.trained(blora), before)
+    assert other.active_adapter == "other"
+
+
+def test_the_state_of_a_run_is_saved_beside_an_older_adapter(run, tmp_path):
+    """It was not: Pyro had put the older one's tensors in place of those that are trained."""
+    run(tiny.adapted(num_data=10))
+    run(tiny.adapted(num_data=10), checkpoint_dir=tmp_path)
+    assert (tmp_path / "training_state.safetensors").exists()
+
+
+def test_the_likelihood_that_is_given_is_the_one_that_learns(run):
+    likelihood = MultipleChoice(num_data=10)
+    blora = tiny.adapted(likelihood=likelihood)
+    fit(blora, [tiny.choices()] * 10, collate=lambda rows: rows[0], num_steps=2, progress=False)
+    assert likelihood is blora.likelihood
+    assert likelihood.score_slope != 1
+    with pytest.warns(UserWarning, match="is another adapter's.*Make one for each adapter"):
+        other = tiny.adapted(likelihood=likelihood)
+    assert other.likelihood.score_slope == 1
+    with pytest.raises(ConfigurationError, match="rank=64"):
+        tiny.adapted(rank=64, likelihood=(fresh := MultipleChoice(num_data=10)))
+    assert tiny.adapted(likelihood=fresh).likelihood is fresh  # the failure did not use it up

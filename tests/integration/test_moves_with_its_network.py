@@ -1,0 +1,124 @@
+"""An adapter moves, sleeps and wakes with its network, as PEFT's do."""
+
+import pytest
+import tiny
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+from pyro_blora import predict_dataset
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.inference.trainer import BayesianLoRATrainer
+from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.network import precision
+
+
+def dropping():
+    net = tiny.bert()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    likelihood = SequenceClassification(num_data=10)
+    return tiny.adapted(net, target_modules=None, likelihood=likelihood)
+
+
+def inputs():
+    return {name: value for name, value in tiny.sequences().items() if name != "labels"}
+
+
+@pytest.mark.parametrize("how", ["half", "bfloat16", "double"])
+def test_a_dtype_is_the_network_s_and_what_is_variational_keeps_single_precision(how):
+    blora = tiny.adapted()
+    kl, before = blora.kl(), blora.predict(tiny.sequences(), 0).samples
+    getattr(blora, how)()
+    wide = torch.float64 if how == "double" else torch.float32
+    assert {p.dtype for p in blora.net.parameters()} == {getattr(torch, how)}
+    assert {p.dtype for p in blora.parameters()} == {wide}
+    torch.testing.assert_close(blora.kl().float(), kl)
+    after = blora.predict(tiny.sequences(), 0).samples.float()
+    torch.testing.assert_close(after, before, atol=1e-4 if how == "double" else 0.05, rtol=0)
+    elbo = TraceMeanField_ELBO(4, max_plate_nesting=1, vectorize_particles=True)
+    found = tiny.gradients(blora, tiny.sequences(), elbo)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_a_move_keeps_the_tensors_that_an_optimizer_holds():
+    blora = tiny.adapted()
+    held = {name: p for name, p in blora.named_parameters()}
+    assert blora.to("cpu", torch.float64) is blora
+    assert all(p is held[name] for name, p in blora.named_parameters())
+
+
+def test_modes_reach_the_network():
+    blora = dropping()
+    assert blora.training is blora.net.training is False  # as it was given
+    blora.train()
+    assert all(module.training for module in blora.net.modules())
+    once, again = blora(**inputs()).logits, blora(**inputs()).logits
+    assert not torch.allclose(once, again)
+    blora.eval()
+    assert not any(module.training for module in blora.net.modules())
+    assert torch.equal(blora(**inputs()).logits, blora(**inputs()).logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_trainer_puts_the_mode_back(tmp_path, training):
+    blora = dropping().train(training)
+    rows = [{k: v[i] for k, v in tiny.sequences(8).items()} for i in range(8)]
+    args = TrainingArguments(
+        tmp_path, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    BayesianLoRATrainer(blora, args, train_dataset=rows).train()
+    assert {module.training for module in blora.net.modules()} == {training}
+    assert blora.training is training
+    same = torch.equal(blora(**inputs()).logits, blora(**inputs()).logits)
+    assert same is not training
+
+
+def test_a_data_set_is_predicted_on_the_adapter_s_own_device(monkeypatch):
+    """No card is here: what the choice of precision is asked about tells the device."""
+    asked = []
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: asked.append(kind))
+    blora, rows = tiny.adapted(), tiny.examples()
+    monkeypatch.setattr(type(blora), "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr("pyro_blora.posterior.predict_dataset.to_device", lambda batch, _: batch)
+    for found, labels in (
+        blora.predict_dataset(rows, tiny.collate, 2),
+        predict_dataset(blora.predict, rows, tiny.collate),
+    ):
+        assert found.samples.shape[1:] == (10, 3)
+        assert labels.tolist() == [row["label"] for row in rows]
+    assert asked == ["cuda", "cuda"]
+
+
+def test_a_network_without_weights_is_counted_and_not_run():
+    with torch.device("meta"):
+        net = tiny.llama()
+    blora = tiny.adapted(net)
+    assert blora.trainable_parameters > 0
+    with pytest.raises(ConfigurationError, match="LlamaForCausalLM must have its weights, got"):
+        blora.predict(tiny.sequences(), 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"num_labels": 1},
+    ],
+)
+def test_a_network_of_no_one_class_is_refused_before_it_is_changed(options):
+    net = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_attention_heads=4,
+            num_hidden_layers=1,
+            **options,
+        )
+    )
+    with pytest.raises(ConfigurationError, match="must give one of several classes for each row"):
+        tiny.adapted(net, target_modules=None, likelihood=SequenceClassification(num_data=3))
+    assert not any(module._forward_hooks for module in net.modules())
