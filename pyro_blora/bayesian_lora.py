@@ -163,11 +163,12 @@ class BayesianLoRA(PeftHabits):
 
     def train(self, mode: bool = True) -> Self:
         """Puts the network into this mode, too, and so does ``eval()``."""
-        self.net.train(mode)
+        if self.active_adapter is not None:  # else it is somebody else's
+            self.net.train(mode)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``to``, ``cuda``, ``half`` and the like move the network, too.
+        """``to``, ``cuda``, ``half`` and the like move the network, too, with all its adapters.
 
         What is variational stays in single precision at least: a Cholesky factor has no half.
         """
@@ -178,11 +179,16 @@ class BayesianLoRA(PeftHabits):
                 return to
             return tensor.to(to.device, torch.promote_types(to.dtype, torch.float32))
 
-        self.net._apply(fn)
-        return super()._apply(moved, recurse)
+        if self.active_adapter is not None:
+            self.net._apply(fn)
+        for each in self._on_net().values():
+            super(BayesianLoRA, each)._apply(moved, recurse)
+        return self
 
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
+        if self.active_adapter is None:  # the network may be another one's by now
+            return self.net
         for each in self._on_net().values():
             each.model.detach()
         self._frozen.thaw()

@@ -115,6 +115,7 @@ class PeftHabits(Keeping):
             ConfigurationError: peft, which does it, is not installed, or has an adapter of its own
                 in the network.
         """
+        self.model.check_on_network()
         if hasattr(self.net, "peft_config"):
             raise ConfigurationError(
                 f"{type(self.net).__name__} is PEFT's, with an adapter of its own; merge that one "

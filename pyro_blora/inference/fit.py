@@ -179,7 +179,7 @@ def _steps(
     if num_epochs is None:
         return cast(int, num_steps)
     size = 1 if isinstance(train, DataLoader) else options.get("batch_size", FitOptions.batch_size)
-    return round(num_epochs * math.ceil(len(train) / size))
+    return max(1, round(num_epochs * math.ceil(len(train) / size)))
 
 
 def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> None:

@@ -131,7 +131,8 @@ class BayesianLoRATrainer(Trainer):
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """As everywhere, with random numbers of its own, so that training goes on as without."""
-        with draws_apart(self.blora.guide, self.blora.model.groups[0].device):
+        modes = in_mode(self.blora.net, training=False), in_mode(self.model, training=False)
+        with modes[0], modes[1], draws_apart(self.blora.guide, self.blora.model.groups[0].device):
             return super().evaluation_loop(*arguments, **options)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:

@@ -12,8 +12,9 @@ import os
 import random
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -304,7 +305,7 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: str) ->
         each = given if isinstance(given, Mapping) else {"": given}
         for group, made in each.items():
             name = f"{part}[{group}]" if group else part
-            found[name] = getattr(made, "__name__", type(made).__name__)
+            found[name] = type(made).__name__ if isinstance(made, Options) else _named(made)
             own = made.options() if isinstance(made, Options) else {}
             found |= {f"{name}.{option}": value for option, value in own.items()}
     for group in blora.model.groups:
@@ -315,15 +316,25 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: str) ->
 
 def _named(value: Any) -> str:
     """A name that another process gives it, too; of a function with a digest of what it does."""
-    if not isinstance(value, FunctionType):
+    if not isinstance(value, FunctionType | partial):
         return getattr(value, "__name__", None) or re.sub(r" at 0x\w+", "", repr(value))
-    code, closed = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
-    does = code.co_code, code.co_consts, code.co_names, value.__defaults__, closed
-    return f"{value.__qualname__} ({_digest(does)})"
+    return f"{getattr(value, '__qualname__', 'partial')} ({_digest(_does(value))})"
+
+
+def _does(value: Any) -> Any:
+    """What tells a function from another one."""
+    if isinstance(value, partial):
+        return [_does(value.func), value.args, value.keywords]
+    if isinstance(value, FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != CellType()]
+        return [_does(value.__code__), value.__defaults__, [_does(c.cell_contents) for c in cells]]
+    if isinstance(value, CodeType):
+        return [value.co_code, value.co_names, *map(_does, value.co_consts)]
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else value
 
 
 def _digest(value: Any) -> str:
-    text = re.sub(r" at 0x\w+|, file .*, line \d+", "", repr(value))
+    text = re.sub(r" at 0x\w+", "", repr(value))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

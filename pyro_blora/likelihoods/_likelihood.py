@@ -42,6 +42,7 @@ class Likelihood(Options, PyroModule):
     row_dims: ClassVar[int] = 2  # of input_ids: B x T
     new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
     roles: ClassVar[dict[str, str]] = {}
+    is_taken = False  # by an adapter
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Likelihood(Options, PyroModule):
 
     def bind(self: Self, device: torch.device) -> Self:
         """This likelihood on ``device``; where it has parameters and an adapter, another one."""
-        if not self._pyro_name or not any(True for _ in self.parameters()):
+        if not self.is_taken or not any(True for _ in self.parameters()):
             return self.to(device)
         warnings.warn(
             f"This {type(self).__name__} is another adapter's, and learns with that one; the new "

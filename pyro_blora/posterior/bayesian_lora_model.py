@@ -117,7 +117,7 @@ class BayesianLoRAModel(PyroModule):
             for name, module in zip(group.module_names, group.modules, strict=True):
                 check_free(name, module)
         bound = {group.name: priors[group.name].bind(group) for group in groups}
-        self.likelihood = likelihood.bind(self.groups[0].device)  # no adapter's until all is well
+        self.likelihood = likelihood.bind(self.groups[0].device)
         for name, own in bound.items():
             if hasattr(self, name):
                 raise ConfigurationError(
@@ -201,6 +201,7 @@ class BayesianLoRAModel(PyroModule):
         except ConfigurationError:
             self.detach()
             raise
+        self.likelihood.is_taken = True
 
     def detach(self) -> None:
         """Takes the hooks off again."""

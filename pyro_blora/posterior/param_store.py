@@ -7,18 +7,20 @@ import pyro
 from pyro.nn import PyroModule
 from pyro.nn.module import _Context
 from pyro.params.param_store import StateDict
-from torch import nn
 from torch.distributions import constraints
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["OwnTensors"]
+
+_OWNED = WeakIdKeyDictionary()  # every tensor that an adapter has run on
 
 
 class OwnTensors(_Context):
     """What all modules of an adapter enter when they are called; it keeps to the adapter's tensors.
 
     Pyro takes a module's parameter from the store if the store has its name, and all adapters have
-    the same names. So when the first module is called, foreign tensors of these names leave the
-    store. Raw ``pyro.param`` statements of a guide of one's own are nobody's, and stay.
+    the same names. So when the first module is called, other adapters' tensors leave the store.
+    What somebody else put there stays: ``ParamStore.load`` restores an adapter as any module.
     """
 
     def __init__(self, adapter: PyroModule) -> None:
@@ -31,11 +33,8 @@ class OwnTensors(_Context):
         if not self.active:
             store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
             own = set() if local else {id(p) for p in self._adapter.parameters()}
-            parts = [p for p in self._adapter.children() if isinstance(p, PyroModule)]
-            names = tuple(f"{part._pyro_name}." for part in parts)
-            known = [item for item in store.named_parameters() if item[0].startswith(names)]
-            for name, held in known:
-                if isinstance(held, nn.Parameter) and id(held) not in own:
+            for name, held in list(store.named_parameters()):
+                if held in _OWNED and id(held) not in own:
                     with suppress(KeyError):  # of a tensor that had two names
                         del store[name]
         super().__enter__()
@@ -47,8 +46,10 @@ class OwnTensors(_Context):
         traceback: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, traceback)
-        if not self.active and pyro.settings.get("module_local_params"):
-            self._tell_names()
+        if not self.active:
+            _OWNED.update((parameter, None) for parameter in self._adapter.parameters())
+            if pyro.settings.get("module_local_params"):
+                self._tell_names()
 
     def _tell_names(self) -> None:
         """Where each module has a store of its own, Pyro's optimizers still ask the global one."""

@@ -15,6 +15,7 @@ from pyro.optim import ClippedAdam
 
 from pyro_blora import fit
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import MultipleChoice
 
 
@@ -123,6 +124,33 @@ def test_the_likelihood_that_is_given_is_the_one_that_learns(run):
     with pytest.warns(UserWarning, match="is another adapter's.*Make one for each adapter"):
         other = tiny.adapted(likelihood=likelihood)
     assert other.likelihood.score_slope == 1
-    with pytest.raises(ConfigurationError, match="rank=64"):
-        tiny.adapted(rank=64, likelihood=(fresh := MultipleChoice(num_data=10)))
+    fresh = MultipleChoice(num_data=10)
+    for wrong in ({"rank": 64}, {"guide": MatrixNormal}):
+        with pytest.raises(ConfigurationError):
+            tiny.adapted(likelihood=fresh, **wrong)
     assert tiny.adapted(likelihood=fresh).likelihood is fresh  # the failure did not use it up
+
+
+def test_what_pyro_loads_into_its_store_is_taken(run, tmp_path):
+    blora, store = tiny.adapted(num_data=10), pyro.get_param_store()
+    run(blora)
+    expected = five.drawn(blora)
+    store.save(tmp_path / "store")
+    run(blora)
+    run(tiny.adapted(num_data=10))
+    store.load(tmp_path / "store")
+    assert torch.equal(five.drawn(blora), expected)
+
+
+def test_one_that_is_off_leaves_the_network_to_the_one_that_is_on(run):
+    older = tiny.adapted(num_data=10)
+    net = older.unwrap()
+    newer = tiny.adapted(net, num_data=10, fast=False)
+    before = newer.predict(tiny.sequences(), 0).probs
+    older.half().train()
+    older.unwrap()
+    with pytest.raises(ConfigurationError, match="has another adapter on"):
+        older.merge_and_unload()
+    assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, False)}
+    assert not net.training
+    assert torch.equal(newer.predict(tiny.sequences(), 0).probs, before)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import kills
@@ -234,17 +235,26 @@ def laplace_of(scale):
     return lambda shape: dist.Laplace(0.0, scale).expand(shape).to_event(len(shape))
 
 
-def test_a_prior_of_another_function_is_told_from_it(run, tmp_path):
+def prior_of(scale):
+    return {"prior": KroneckerInducing(rank=2, core=laplace_of(scale))}
+
+
+def guide_of(scale):
+    return {"guide": lambda model: AutoNormal(model, init_scale=scale)}
+
+
+def partial_of(scale):
+    return {"guide": partial(AutoNormal, init_scale=scale)}
+
+
+@pytest.mark.parametrize("parts", [prior_of, guide_of, partial_of])
+def test_another_function_is_told_from_it(run, tmp_path, parts):
     """By what the function does: all of these have one name."""
-
-    def prior(core):
-        return {"prior": KroneckerInducing(rank=2, core=core)}
-
     options = {"checkpoint_dir": tmp_path, "resume": True, "num_steps": 2}
-    run(anew(llama, prior(laplace_of(1.0))), **options)
-    run(anew(llama, prior(laplace_of(1.0))), **options)
-    with pytest.raises(CheckpointError, match=r"prior\.core was .*laplace_of.*, is .*laplace_of"):
-        run(anew(llama, prior(laplace_of(2.0))), **options)
+    run(anew(llama, parts(0.1)), **options)
+    run(anew(llama, parts(0.1)), **options)
+    with pytest.raises(CheckpointError, match=r"(prior\.core|guide) was .* \(\w+\), is .* \(\w+\)"):
+        run(anew(llama, parts(0.2)), **options)
 
 
 def test_a_collator_that_draws_is_asked_with_one_seed(run, tmp_path):
