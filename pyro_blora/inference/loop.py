@@ -252,23 +252,10 @@ def training_loop(
     spared: Callable[[list[int]], Sequence[nn.Parameter]] | None = None,
     description: str = "fit",
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches.
+    """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
 
-    Args:
-        loss_of: the loss of a batch, per example, with its figures.
-        groups: parameter groups of AdamW with their learning rates.
-        stream: indices of examples and their batch, as of
-            :class:`~pyro_blora.inference.batches.Batches`.
-        options: how to train.
-        validate: the validation loss now.
-        state: the trained tensors now; copied at the best validation.
-        keeper: where the state of the run is kept, and taken from at the start. The last step's is
-            saved, and that of a Ctrl-C.
-        spared: the parameters that do not learn from the examples of these indices.
-        description: what the progress bar says.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C; with a keeper after the step is done, and saved.
+    ``spared`` are the parameters that do not learn from examples of these indices. Ctrl-C ends the
+    step, with a keeper after it is saved.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]

@@ -54,14 +54,8 @@ def draws_in_pairs(
     coordinates. It has the same law where q is symmetric (:attr:`SiteGuide.symmetric`), and what is
     linear in ``U`` cancels from the error of an average.
 
-    Args:
-        model: the model.
-        guide: its guide.
-        batch: what the guide is called with.
-        each: draws that belong together: one for each example of an amortised guide.
-
-    Returns:
-        A function of a number of draws ``S``, which gives updates of ``S each`` leading draws.
+    ``each`` draws belong together: one for each example of an amortised guide. The function made
+    takes a number of draws ``S``, and gives updates of ``S each`` leading draws.
     """
     if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
         return lambda count: sample_updates(model, guide, count * each, batch)
