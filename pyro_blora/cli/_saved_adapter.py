@@ -114,7 +114,13 @@ def predictor(
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        how: dict[str, Any] = {"linearised": linearised, "precision": precision}
-        return blora.predict_dataset(items, collate, num_samples, length=item_length, **how)
+        return blora.predict_dataset(
+            items,
+            collate,
+            num_samples,
+            linearised=linearised,
+            length=item_length,
+            precision=precision,
+        )
 
     return predict

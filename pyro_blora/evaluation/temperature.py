@@ -21,7 +21,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     finds where the slope :math:`\sum_i \sum_k p_{ik} (z_{ik} - z_{i y_i})` in :math:`\beta`
     changes its sign. It lies at the end of the range when every item is classified correctly
     (:math:`T \to 0`) or when the logits say less than nothing (:math:`T \to \infty`); T is
-    bounded to [0.01, 100], and the nearer bound is returned then. Where each item's logits are all
+    bounded to [0.01, 100], and the nearer bound is returned then. If each item's logits are all
     equal, every T is as good, and it is 1.
 
     Accuracy does not change with T. Fit on data held out from both training and test.

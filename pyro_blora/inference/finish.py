@@ -14,7 +14,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import forked_rng
-from pyro_blora.inference.loop import Collate, by_length
+from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
@@ -85,13 +85,9 @@ def finish(
             "finish is for guides that find their width after training (Laplace, Isotropic), not "
             f"for {blora.guide_family!r}."
         )
-    if isinstance(data, DataLoader):
-        pairs: list[tuple[list[int], Batch]] = [([], batch) for batch in data]
-    elif collate is None:
+    if not isinstance(data, DataLoader) and collate is None:
         raise ConfigurationError("finish needs collate=, which makes batches of examples.")
-    else:
-        cuts = by_length(data, length, batch_size)
-        pairs = [(cut, collate([data[i] for i in cut])) for cut in cuts]
+    pairs = list(batches_of(data, collate, length, batch_size))
     if not pairs:
         raise BatchError("There is nothing to finish with: the data set is empty.")
     device = blora.model.groups[0].device

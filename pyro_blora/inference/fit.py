@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.finish import finish, post_hoc_families, running
 from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
-from pyro_blora.inference.loop import Collate, FitOptions, FitResult, by_length, training_loop
+from pyro_blora.inference.loop import Collate, FitOptions, FitResult, batches_of, training_loop
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.sample_splitting import parts_of, sparing
 from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
@@ -93,7 +93,6 @@ def fit(
     blora.model.check_on_network()
     _check_data(train, collate)
     how = FitOptions(_steps(train, num_steps, num_epochs, options), **options)
-    num_steps = how.num_steps
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
@@ -116,10 +115,11 @@ def fit(
     validate = None
     if how.keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
-    if how.keep_best and num_steps <= how.validate_every:
+    if how.keep_best and how.num_steps <= how.validate_every:
         warnings.warn(
-            f"keep_best=True must compare validations, got one, after the last of {num_steps} "
-            f"steps (validate_every={how.validate_every}); choose a smaller validate_every=.",
+            "keep_best=True must compare validations, got one, after the last of "
+            f"{how.num_steps} steps (validate_every={how.validate_every}); choose a smaller "
+            "validate_every=.",
             stacklevel=2,
         )
     if validation is not None:
@@ -289,19 +289,12 @@ def _validation(
         raise BatchError("The validation set is empty; leave validation= out to train without.")
     device = blora.model.groups[0].device
 
-    def batches() -> Iterator[tuple[list[Any], Batch]]:
-        if isinstance(data, DataLoader):
-            yield from (([], batch) for batch in data)
-            return
-        for cut in by_length(data, length, 2 * how.batch_size):
-            yield [("validation", i) for i in cut], cast(Collate, collate)([data[i] for i in cut])
-
     def validate() -> float:
         parts = []
         with draws_apart(blora.guide, device), torch.no_grad():
-            for keys, made in batches():
+            for indices, made in batches_of(data, collate, length, 2 * how.batch_size):
                 batch = to_device(made, device)
-                with kept(prefix, keys, batch):
+                with kept(prefix, [("validation", i) for i in indices], batch):
                     found = log_predictive(blora.model, blora.guide, batch, 0)
                 parts.append(found)
         return -float(torch.cat(parts).mean())

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._site_guide import forked_rng
-from pyro_blora.inference.loop import Collate, by_length
+from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import updates_in_place
 from pyro_blora.network.freezing import in_mode
@@ -152,9 +152,8 @@ def _batches(
         raise ConfigurationError("inform needs collate=, which makes batches of examples.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     chosen = order[:num_examples].tolist()
-    for cut in by_length([data[i] for i in chosen], length, batch_size):
-        indices = [chosen[place] for place in cut]
-        yield indices, collate([data[i] for i in indices])
+    for places, batch in batches_of([data[i] for i in chosen], collate, length, batch_size):
+        yield [chosen[place] for place in places], batch
 
 
 class _Probe:

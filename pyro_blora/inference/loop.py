@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import ConfigurationError
@@ -26,6 +27,7 @@ __all__ = [
     "FitResult",
     "Keeper",
     "LoopOptions",
+    "batches_of",
     "by_length",
     "held_interrupts",
     "training_loop",
@@ -238,6 +240,21 @@ def by_length(
     if length is not None:
         order.sort(key=lambda i: length(data[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def batches_of(
+    data: Sequence[Any] | DataLoader[Any],
+    collate: Collate | None,
+    length: Callable[[Any], int] | None,
+    size: int,
+) -> Iterator[tuple[list[int], Batch]]:
+    """The indices and the batch of all examples; of a ``DataLoader`` its batches, by no index."""
+    if isinstance(data, DataLoader):
+        yield from (([], batch) for batch in data)
+        return
+    assert collate is not None
+    for cut in by_length(data, length, size):
+        yield cut, collate([data[i] for i in cut])
 
 
 def training_loop(

@@ -91,8 +91,7 @@ class Objective:
             )
         most = examples if self.num_particles is None else min(self.num_particles, examples)
         particles = next(p for p in range(most, 0, -1) if examples % p == 0)
-        weight = self.kl_weight
-        blora.model.kl_weight = weight
+        blora.model.kl_weight = weight = self.kl_weight
         nesting = blora.max_plate_nesting
         elbo = self.elbo(
             num_particles=particles, max_plate_nesting=nesting, vectorize_particles=True

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -117,7 +119,7 @@ class BayesianLoRATrainer(Trainer):
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size
             inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
-        with in_mode(self.blora.net, training=True), in_mode(self.model, training=True):
+        with self._in_mode(training=True):
             return super().train(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -131,9 +133,15 @@ class BayesianLoRATrainer(Trainer):
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """As everywhere, with random numbers of its own, so that training goes on as without."""
-        modes = in_mode(self.blora.net, training=False), in_mode(self.model, training=False)
-        with modes[0], modes[1], draws_apart(self.blora.guide, self.blora.model.groups[0].device):
+        device = self.blora.model.groups[0].device
+        with self._in_mode(training=False), draws_apart(self.blora.guide, device):
             return super().evaluation_loop(*arguments, **options)
+
+    @contextmanager
+    def _in_mode(self, *, training: bool) -> Iterator[None]:
+        """The network, which may have parts in different modes, and what the ``Trainer`` sees."""
+        with in_mode(self.blora.net, training=training), in_mode(self.model, training=training):
+            yield
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if getattr(self.blora.net, "hf_device_map", None) is None:

@@ -34,7 +34,7 @@ class OwnTensors(_Context):
             store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
             own = set() if local else {id(p) for p in self._adapter.parameters()}
             for name, held in list(store.named_parameters()):
-                if held in _OWNED and id(held) not in own:
+                if id(held) not in own and held in _OWNED:
                     with suppress(KeyError):  # of a tensor that had two names
                         del store[name]
         super().__enter__()
