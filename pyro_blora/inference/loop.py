@@ -209,11 +209,7 @@ class Keeper(Protocol):
 def held_interrupts(held: bool = True) -> Iterator[list[int]]:
     """Within, the first Ctrl-C is noted in the list and does no more; a second one interrupts.
 
-    Where another handler than Python's own is set, and outside of the main thread, all is left as
-    it is.
-
-    Args:
-        held: whether to hold them at all.
+    If another handler than Python's own is set, and outside of the main thread, nothing changes.
     """
     noted: list[int] = []
     main = threading.current_thread() is threading.main_thread()

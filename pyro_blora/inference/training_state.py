@@ -388,11 +388,7 @@ def check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Python's and numpy's state, which JSON holds; torch's, and that of all CUDA devices, if used.
-
-    Args:
-        device: where the model lies.
-    """
+    """Python's and numpy's state, which JSON holds; torch's, and that of CUDA devices, if used."""
     kind, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     states = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
@@ -402,11 +398,7 @@ def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def set_random_states(generators: dict[str, Any], states: dict[str, Tensor]) -> None:
-    """Sets what :func:`random_states` gave, of as many CUDA devices as there are.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: it is no such state.
-    """
+    """Sets what :func:`random_states` gave, of as many CUDA devices as there are."""
     version, numbers, spare = generators["python"]
     random.setstate((version, tuple(numbers), spare))
     np.random.set_state(tuple(generators["numpy"]))  # noqa: NPY002
