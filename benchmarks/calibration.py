@@ -4,20 +4,23 @@
     python benchmarks/calibration.py run --data-dir DATA     # the cells that are not there yet
     python benchmarks/calibration.py report                  # tables and pictures of those that are
 
-A cell is a method, a task, a number of steps and a seed: one line of ``cells.jsonl`` and one file
-of probabilities; a kill loses the cell at work, and the same command goes on. ``calibration.yaml``
-says what is run. Every method has the same items and budget of steps; those whose trials have run
-have the one with the lowest mean NLL on validation items of the development tasks, on all tasks.
-Early stopping and temperatures see a task's own validation items; test items are scored once.
+A cell is a network, a task, a method, a number of steps and a seed: one line of ``cells.jsonl``,
+and its probabilities in ``probabilities.npz``; a kill loses the cell at work, and the same command
+goes on. Two commands at once want two folders. ``calibration.yaml`` says what is run. Every method
+has the same items and budget of steps; those whose trials have run have the one with the lowest
+mean NLL on validation items of the network's development tasks. Early stopping and temperatures see
+a task's own validation items; test items are scored once.
 """
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
@@ -30,8 +33,8 @@ from calibration_trials import base_of, changed, chosen_trials, trial_key, witho
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.results import versions
+from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.network.pretrained import load_pretrained
 
 HERE = Path(__file__).resolve().parent
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
@@ -40,9 +43,11 @@ Config = Annotated[Path, typer.Option(help="What to run.", exists=True)]
 DataDir = Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl; default: the hub.")]
 Out = Annotated[Path, typer.Option(help="Where results are, and are added.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, to see that it runs.")]
-Only = Annotated[list[str] | None, typer.Option(help="Methods, tasks or sweeps to run alone.")]
+Only = Annotated[
+    list[str] | None, typer.Option(help="Networks, methods, tasks or sweeps to run alone.")
+]
 Seed = Annotated[list[int] | None, typer.Option(help="Seeds to run alone.")]
-Model = Annotated[str | None, typer.Option(help="In place of the file's model.")]
+Model = Annotated[str | None, typer.Option(help="In place of the networks' model.")]
 Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
 Ray = Annotated[bool, typer.Option("--ray", help="Spread cells over a Ray cluster (pip: ray).")]
 
@@ -69,8 +74,10 @@ def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, 
 def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
     """Ours and the methods of the same prior, as they are and with a temperature."""
 
-    def prior(method: str) -> list[str]:
-        return list(settings["methods"][base_of(method, settings)].get("prior", {}))
+    def prior(name: str) -> str:
+        spec = settings["methods"][base_of(name, settings)]
+        known = METHODS.get(spec.get("method", base_of(name, settings)))
+        return known.prior if known else ""
 
     names = {name for name in settings["methods"] if prior(name) == prior(ours)}
     return names | {f"temperature:{name}" for name in names}
@@ -89,31 +96,30 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
     found = {}
     sweeps = settings["sweeps"]
     tasks = {task for sweep in sweeps.values() for task in sweep["tasks"]}
-    asked = narrowed(only, sweeps, tasks, settings["methods"])
+    asked = narrowed(only, sweeps, settings["networks"], tasks, settings["methods"])
     for sweep, spec in settings["sweeps"].items():
-        for task in spec["tasks"]:
-            for seed in spec["seeds"]:
-                for steps in spec["steps"]:
-                    for method in spec.get("methods", settings["methods"]):
-                        count = spec.get("max_train", settings["max_train"])
-                        if settings.get("smoke"):
-                            steps, count = SMOKE_STEPS, settings["max_train"]
-                        if asked(sweep, task, method):
-                            found[Cell(task, method, steps, seed, count)] = None
+        kinds = (spec[kind] for kind in ("networks", "tasks", "seeds", "steps"))
+        methods = spec.get("methods", settings["methods"])
+        for network, task, seed, steps, method in product(*kinds, methods):
+            count = spec.get("max_train", settings["max_train"])
+            if settings.get("smoke"):
+                steps, count = SMOKE_STEPS, settings["max_train"]
+            if asked(sweep, network, task, method):
+                found[Cell(network, task, method, steps, seed, count)] = None
     return list(found)
 
 
 Group = tuple[list[Cell], dict[str, Any]]  # cells of one training, and its settings
+Trials = Mapping[tuple[str, str], int]  # what was chosen, by network and method
 
 
-def shared(
-    cells: Sequence[Cell], settings: dict[str, Any], trials: Mapping[str, int]
-) -> list[Group]:
-    """Cells in groups that share one training: one task, seed, method and trial of it."""
+def shared(cells: Sequence[Cell], settings: dict[str, Any], trials: Trials) -> list[Group]:
+    """Cells in groups that share one training: one network, task, seed, method and trial of it."""
 
     def training(cell: Cell) -> tuple[Any, ...]:
-        base, trial = base_of(cell.method, settings), trials.get(cell.method, -1)
-        return (cell.seed, cell.task, cell.steps, str(cell.max_train), base, trial)
+        base, trial = base_of(cell.method, settings), trials.get((cell.network, cell.method), -1)
+        data = (cell.network, cell.seed, cell.task, cell.steps, str(cell.max_train))
+        return (*data, base, trial)
 
     groups = []
     for (*_, base, trial), group in groupby(sorted(cells, key=training), key=training):
@@ -124,17 +130,15 @@ def shared(
 def results(groups: Sequence[Group], ray: bool) -> Iterator[tuple[Outcome, dict[str, Any]]]:
     """The outcomes of all groups, here or on a cluster, each as soon as it is there."""
     if not ray:
-        net, tokenizer = load_pretrained(groups[0][1]["model"]) if groups else (None, None)
         for group, settings in groups:
-            for outcome in outcomes(group, settings, net, tokenizer):
+            for outcome in outcomes(group, settings):
                 yield outcome, settings
         return
     import ray as cluster
 
     @cluster.remote  # type: ignore[untyped-decorator]
     def work(group: Sequence[Cell], settings: dict[str, Any]) -> list[tuple[Outcome, Any]]:
-        net, tokenizer = load_pretrained(settings["model"])
-        return [(outcome, settings) for outcome in outcomes(group, settings, net, tokenizer)]
+        return [(outcome, settings) for outcome in outcomes(group, settings)]
 
     waiting = [work.remote(*group) for group in groups]
     while waiting:
@@ -151,12 +155,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def is_of_other_settings(
-    line: Mapping[str, Any], settings: dict[str, Any], trials: Mapping[str, int]
-) -> bool:
+def is_of_other_settings(line: Mapping[str, Any], settings: dict[str, Any], trials: Trials) -> bool:
     """Whether a cell's line was written with other settings of its method than these."""
     base = base_of(line["method"], settings)
-    trial = {base: trials[line["method"]]} if line["method"] in trials else {}
+    key = line["network"], line["method"]
+    trial = {base: trials[key]} if key in trials else {}
     now = changed(settings, trial)["methods"][base]
     return without_trials(now) != without_trials(line["settings"])
 
@@ -176,16 +179,18 @@ def keep(
     outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: Path, code: str
 ) -> None:
     """Writes a cell's probabilities, and then its line, without which they are nothing."""
-    arrays = {}
-    for kind in ("probs", "labels", "epistemic"):
-        tensors = getattr(outcome, kind)
-        arrays |= {f"{name}/{kind}": tensor.numpy() for name, tensor in tensors.items()}
+    file = out / "probabilities.npz"
 
     def save(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        if file.exists():
+            shutil.copyfile(file, path)
+        with ZipFile(path, "a", ZIP_DEFLATED) as archive:
+            for kind in ("probs", "labels", "epistemic"):
+                for name, tensor in getattr(outcome, kind).items():
+                    with archive.open(f"{outcome.cell}/{name}/{kind}.npy", "w") as array:
+                        np.save(array, tensor.numpy())
 
-    write_atomically(out / "probabilities" / f"{outcome.cell}.npz", save)
+    write_atomically(file, save)
     line: dict[str, Any] = {
         **vars(outcome.cell),
         "trial": trial,
@@ -215,26 +220,30 @@ def tune(
     """Tries each method's trials on the development tasks; trials.jsonl has what came out."""
     settings = read_settings(config, data_dir, smoke) | {"tune": True}
     where, out = settings["development"], out / "trials.jsonl"
-    asked = narrowed(only, settings["methods"], where["tasks"])
+    tasks = {task for tasks in where["networks"].values() for task in tasks}
+    asked = narrowed(only, where["networks"], settings["methods"], tasks)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {trial_key(line) for line in lines(out)}
-    net, tokenizer = load_pretrained(settings["model"])
     for base, spec in settings["methods"].items():
         family = [name for name in settings["methods"] if base_of(name, settings) == base]
         for trial in range(len(spec.get("trials", []))):
             tried = changed(settings, {base: trial})
-            for task, seed in ((t, s) for t in where["tasks"] for s in where["seeds"]):
+            places = [(n, task) for n, tasks in where["networks"].items() for task in tasks]
+            for (network, task), seed in product(places, where["seeds"]):
                 cells = []
-                for name in family if asked(base, task) else []:
-                    line = {"method": name, "trial": trial, "task": task, "seed": seed}
-                    line |= {"steps": where["steps"], "settings": tried["methods"][base]}
-                    if trial_key(line) not in done:
-                        cells.append(Cell(task, name, where["steps"], seed, settings["max_train"]))
-                for outcome in outcomes(cells, tried, net, tokenizer) if cells else ():
+                place = {"network": network, "trial": trial, "task": task, "seed": seed}
+                for name in family if asked(network, base, task) else []:
+                    line = {**place, "method": name, "steps": where["steps"]}
+                    line |= {"settings": tried["methods"][base]}
+                    state = settings["methods"][name].get("state")
+                    if state != "from-lora" and trial_key(line) not in done:
+                        count = settings["max_train"]
+                        cells.append(Cell(network, task, name, where["steps"], seed, count))
+                for outcome in outcomes(cells, tried) if cells else ():
                     cell = outcome.cell
                     found = evaluate(outcome.probs["validation"], outcome.labels["validation"])
-                    line = {"method": cell.method, "trial": trial, "task": task, "seed": seed}
-                    line |= {"steps": cell.steps, **asdict(found), "parameters": outcome.parameters}
+                    line = {**place, "method": cell.method, "steps": cell.steps, **asdict(found)}
+                    line |= {"parameters": outcome.parameters}
                     line |= {"settings": tried["methods"][base], "versions": versions()}
                     print(f"{cell.method}, trial {trial}, {task}, seed {seed}: {found}", flush=True)
                     append(out, line)
@@ -254,7 +263,8 @@ def run(
     """Runs the cells that are not there yet, with each method's chosen trial."""
     out.mkdir(parents=True, exist_ok=True)
     code, settings = commit(), read_settings(config, data_dir, smoke)  # before files may change
-    settings["model"] = model or settings["model"]
+    for network in settings["networks"].values() if model else ():
+        network["model"] = model
     trials = chosen_trials(settings, lines(out / "trials.jsonl"))
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
     there = {
@@ -267,14 +277,15 @@ def run(
     if old := [str(cell) for cell in done if is_of_other_settings(there[cell], settings, trials)]:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
     for outcome, used in results(groups, ray):
-        keep(outcome, used, trials.get(outcome.cell.method), out, code)
+        cell = outcome.cell
+        keep(outcome, used, trials.get((cell.network, cell.method)), out, code)
 
 
 @app.command()
 def report(
     config: Config = DEFAULT_CONFIG,
     out: Out = DEFAULT_OUT,
-    ours: Ours = "default",
+    ours: Ours = "bayesian-lora",
     model: Model = None,
 ) -> None:
     """Prints the trials; writes report.md and the pictures of the cells that are there."""
@@ -282,10 +293,14 @@ def report(
         print("\n".join(trials_table(trials)))
     if cells := lines(out / "cells.jsonl"):
         settings = read_settings(config, None, False)
-        rows = settings.get("published", {}).get(model or settings["model"], {})
+        used = {model or network["model"] for network in settings["networks"].values()}
         tasks = settings["sweeps"]["table"]["tasks"]
-        published = {name: dict(zip(tasks, row, strict=True)) for name, row in rows.items()}
-        chosen_on = settings["development"]["tasks"]
+        published = {
+            name: dict(zip(tasks, row, strict=True))
+            for of in used
+            for name, row in settings.get("published", {}).get(of, {}).items()
+        }
+        chosen_on = settings["development"]["networks"]
         write_report(cells, out, ours, kin_of(ours, settings), chosen_on, published)
 
 

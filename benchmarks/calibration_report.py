@@ -32,7 +32,7 @@ COLUMNS = {  # title, factor, digits
     "aurc": ("AURC %", 100, 1),
 }
 Lines = Sequence[Mapping[str, Any]]
-Key = tuple[str, int, str]  # task, steps, training items
+Key = tuple[str, str, int, str]  # network, task, steps, training items
 
 
 def adaptive_ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
@@ -66,14 +66,18 @@ def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doub
     """Predictions, and the doubts of them; each method also with its temperature."""
     runs: Runs = defaultdict(lambda: defaultdict(dict))
     doubted: Doubted = defaultdict(lambda: defaultdict(dict))
+    arrays = np.load(out / "probabilities.npz")
+    of_cell: dict[str, list[str]] = defaultdict(list)
+    for path in arrays:
+        of_cell[path.split("/")[0]].append(path)
     for line in lines:
         data = "all" if line["max_train"] is None else str(line["max_train"])
-        name = f"{line['task']}-{data}-{line['steps']}-{line['method']}-{line['seed']}"
-        with np.load(out / "probabilities" / f"{name}.npz") as arrays:
-            found = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        name = "-".join(map(str, (line["network"], line["task"], data, line["steps"])))
+        paths = of_cell[f"{name}-{line['method']}-{line['seed']}"]
+        found = {path.split("/", 1)[1]: torch.from_numpy(arrays[path]) for path in paths}
         sets = {key.split("/")[0] for key in found}
         run = {s: (found[f"{s}/probs"], found[f"{s}/labels"]) for s in sets}
-        key = line["task"], line["steps"], data
+        key = line["network"], line["task"], line["steps"], data
         method, seed = line["method"], line["seed"]
         runs[key][method][seed] = run
         held, labels = run["validation"]
@@ -86,14 +90,18 @@ def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doub
     return runs, doubted
 
 
-def on_all_tasks(runs: Runs) -> Iterator[tuple[int, str, list[str], dict[str, dict[int, Run]]]]:
+def on_all_tasks(
+    runs: Runs,
+) -> Iterator[tuple[str, int, str, list[str], dict[str, dict[int, Run]]]]:
     """For each setting its tasks, and the methods and seeds that have run on all of them.
 
     Yields:
-        Steps, training items, tasks, and the predictions by method, seed and task.
+        Network, steps, training items, tasks, and the predictions by method, seed and task.
     """
-    for steps, count in sorted({(steps, count) for _, steps, count in runs}):
-        tasks = {task: found for (task, *rest), found in runs.items() if rest == [steps, count]}
+    for network, steps, count in sorted({(key[0], *key[2:]) for key in runs}):
+        tasks = {
+            k[1]: found for k, found in runs.items() if (k[0], *k[2:]) == (network, steps, count)
+        }
         if len(tasks) < 2:
             continue
         pooled: dict[str, dict[int, Run]] = {}
@@ -103,25 +111,28 @@ def on_all_tasks(runs: Runs) -> Iterator[tuple[int, str, list[str], dict[str, di
                 seed: {task: found[method][seed]["test"] for task, found in tasks.items()}
                 for seed in seeds
             }
-        yield steps, count, sorted(tasks), pooled
+        yield network, steps, count, sorted(tasks), pooled
 
 
-def summary(runs: Runs, ours: str, kin: Collection[str], chosen_on: Collection[str]) -> list[str]:
+def summary(
+    runs: Runs, ours: str, kin: Collection[str], chosen_on: Mapping[str, Collection[str]]
+) -> list[str]:
     """Means over the tasks of each number of steps, of the methods that have run on all of them.
 
     And over those of them on which nothing was chosen.
     """
     text = []
-    for steps, count, tasks, pooled in on_all_tasks(runs):
-        others = [task for task in tasks if task not in chosen_on]
+    for network, steps, count, tasks, pooled in on_all_tasks(runs):
+        others = [task for task in tasks if task not in chosen_on.get(network, ())]
         several = {name: seeds for name, seeds in pooled.items() if len(seeds) > 1}
         first = {name: {0: seeds[0]} for name, seeds in pooled.items() if 0 in seeds}
-        text += [f"## Mean over {', '.join(tasks)}: {count} training items, {steps} steps", ""]
+        title = f"## {network}: mean over {', '.join(tasks)}"
+        text += [f"{title}, {count} training items, {steps} steps", ""]
         text += [*table(several, *tasks), ""] if several else []
         text += ["Of seed 0 alone, so that all are of the same items:", ""]
         text += [*table(first, *tasks), ""]
         text += ["ACC %, NLL and ECE % of each task, mean over the seeds that have run:", ""]
-        text += [*each_task({task: runs[task, steps, count] for task in tasks}), ""]
+        text += [*each_task({task: runs[network, task, steps, count] for task in tasks}), ""]
         if ours in pooled and "lora" in pooled:
             text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
             text[-1] += "."
@@ -184,12 +195,14 @@ def each_task(tasks: Mapping[str, Mapping[str, Mapping[int, Run]]]) -> list[str]
 
 def trials_table(trials: Lines) -> list[str]:
     """What was tried, on validation items: a line a trial, the lowest mean NLL first."""
-    tasks = sorted({line["task"] for line in trials})
+    tasks = sorted({f"{line['network']}, {line['task']}" for line in trials})
     rows = ["| method | " + " | ".join(f"{t}: NLL | ECE % | ACC %" for t in tasks) + " | trained |"]
     rows.append("|---" * (3 * len(tasks) + 2) + "|")
     tried: dict[tuple[str, int], dict[str, list[Mapping[str, Any]]]] = defaultdict(dict)
     for line in trials:
-        tried[line["method"], line["trial"]].setdefault(line["task"], []).append(line)
+        tried[line["method"], line["trial"]].setdefault(
+            f"{line['network']}, {line['task']}", []
+        ).append(line)
     order = sorted(tried, key=lambda key: mean_of([*chain(*tried[key].values())], "nll"))
     for method, trial in order:
         found = tried[method, trial]
@@ -219,25 +232,25 @@ def write_report(
     out: Path,
     ours: str,
     kin: Collection[str],
-    chosen_on: Collection[str],
+    chosen_on: Mapping[str, Collection[str]],
     published: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Writes ``report.md`` and a picture of each kind for each task.
+    """Writes ``report.md`` and a picture of each network.
 
     Args:
         lines: those of ``cells.jsonl``.
         out: the folder of these, of the probabilities and of what is written.
         ours: the method that all others are compared with.
         kin: variants of it, which are no others.
-        chosen_on: the tasks on whose validation items settings were chosen.
+        chosen_on: by network, the tasks on whose validation items settings were chosen.
         published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
     runs, doubted = read_runs(lines, out)
     text += summary(runs, ours, kin, chosen_on)
-    for (task, steps, count), methods in sorted(runs.items()):
-        title = f"{task}, {count} training items, {steps} steps"
+    for (network, task, steps, count), methods in sorted(runs.items()):
+        title = f"{network}: {task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
         sets = sorted(some, key=lambda name: (name != "test", name))
         for data in (name for name in sets if name != "validation"):
@@ -252,27 +265,18 @@ def write_report(
         away = [data for data in sets if data not in ("test", "validation")]
         asked = {
             method: {seed: run for seed, run in found.items() if set(run) & set(away)}
-            for method, found in doubted[task, steps, count].items()
+            for method, found in doubted[network, task, steps, count].items()
         }
         if rows := told_apart(asked, away):
             text += [f"## {title}: other sets told from the task's own", "", "AUROC %.", ""]
             text += [*rows, ""]
-        name = f"{task}-{count}-{steps}"
-        pooled = {
-            method: joined(run["test"] for run in found.values())
-            for method, found in methods.items()
-            if "test" in next(iter(found.values()))
-        }
-        draw(pooled, out / "figures", name, ours)
-        text += [f"![{kind}](figures/{name}-{kind}.png)" for kind in ("reliability", "nll", "risk")]
-        text += [""]
-    for steps, count, _, seeds_of in on_all_tasks(runs):
+    for network, steps, count, _, seeds_of in on_all_tasks(runs):
         whole = {
             method: joined(pair for run in seeds.values() for pair in run.values())
             for method, seeds in seeds_of.items()
             if seeds
         }
-        draw(whole, out / "figures", f"all-{count}-{steps}", ours)
+        draw(whole, out / "figures" / f"{network}-{count}-{steps}.png", ours)
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any
 
 __all__ = ["base_of", "changed", "chosen_trials", "trial_key", "without_trials"]
@@ -19,10 +20,7 @@ def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, An
     for name, index in trials.items():
         method = settings["methods"].get(name, {})
         for key, change in (method.get("trials") or [{}])[index].items():
-            if key in ("prior", "guide"):  # {class: options}
-                method[key] = {kind: given | change for kind, given in method[key].items()}
-            else:
-                method[key] = {**method.get(key, {}), **change} if key == "fit" else change
+            method[key] = {**method.get(key, {}), **change} if isinstance(change, dict) else change
     return settings
 
 
@@ -34,27 +32,33 @@ def without_trials(method: Mapping[str, Any]) -> dict[str, Any]:
 def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
     """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
     settings = without_trials(line["settings"])
-    kinds = ("method", "trial", "task", "seed", "steps")
+    kinds = ("network", "method", "trial", "task", "seed", "steps")
     return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
 
 
-def chosen_trials(settings: dict[str, Any], trials: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """The trial of each method with the lowest mean NLL on the development tasks.
+def chosen_trials(
+    settings: dict[str, Any], trials: Iterable[Mapping[str, Any]]
+) -> dict[tuple[str, str], int]:
+    """The trial of each network and method with the lowest mean NLL on the development tasks.
 
-    Trials that have not run on every development task and seed are no candidates.
+    Trials that have not run on every development task and seed are no candidates. A network without
+    tasks of its own has the choices of the first.
     """
     where = settings["development"]
     tried = {trial_key(line): line["nll"] for line in trials}
-    runs = [{"task": task, "seed": s} for task in where["tasks"] for s in where["seeds"]]
     chosen = {}
-    for method in settings["methods"]:
+    for network, method in product(settings["networks"], settings["methods"]):
+        of = network if network in where["networks"] else next(iter(where["networks"]))
+        pairs = product(where["networks"][of], where["seeds"])
+        runs = [{"network": of, "task": task, "seed": seed} for task, seed in pairs]
         base, means = base_of(method, settings), {}
+        last = settings["methods"][method].get("state") == "from-lora"  # goes on from its last step
         for trial in range(len(settings["methods"][base].get("trials", []))):
-            line = {"method": method, "trial": trial, "steps": where["steps"]}
+            line = {"method": base if last else method, "trial": trial, "steps": where["steps"]}
             line["settings"] = changed(settings, {base: trial})["methods"][base]
             found = [tried.get(trial_key({**line, **run})) for run in runs]
             if all(nll is not None for nll in found):
                 means[trial] = sum(nll for nll in found if nll is not None)
         if means:
-            chosen[method] = min(means, key=means.__getitem__)
+            chosen[network, method] = min(means, key=means.__getitem__)
     return chosen

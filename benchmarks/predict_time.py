@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="smollm2", help="shape of the network")
-    parser.add_argument("--method", default="bayesian-lora", help="recipe or PRIOR+GUIDE")
+    parser.add_argument("--method", default="bayesian-lora", help="method or PRIOR+GUIDE")
     parser.add_argument("--top", type=int, help="adapt the top layers alone, this many")
     parser.add_argument("--samples", default="1,4,10,32", help="numbers of draws")
     parser.add_argument("--classes", type=int, default=2, help="answer tokens to choose from")

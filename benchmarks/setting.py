@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Likelihood
-from pyro_blora.recipes import recipe
+from pyro_blora.methods import method as method_by_name
 
 __all__ = ["adapted", "batches", "bayesian_step", "network", "optimise"]
 
@@ -74,17 +74,17 @@ def adapted(
     *,
     top: int | None = None,
 ) -> BayesianLoRA:
-    """This library's adapter by a recipe's name, ``:scaled`` for its prior's conditional noise.
+    """This library's adapter by a method's name, ``:scaled`` for its prior's conditional noise.
 
     Args:
         net: the network.
-        method: recipe or PRIOR+GUIDE.
+        method: name or PRIOR+GUIDE.
         likelihood: how its logits explain a batch.
         top: the top blocks alone, this many.
     """
     name, _, conditional = method.partition(":")
-    made = recipe(name)
-    prior = made.prior(RANK)
+    made = method_by_name(name)
+    prior = made.prior_of(RANK)
     if conditional:
         prior = type(prior)(**{**prior.options(), "conditional": conditional})
     depth = int(net.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
@@ -92,7 +92,7 @@ def adapted(
         net,
         target_modules=TARGETS,
         prior=prior,
-        guide=made.guide(),
+        guide=made.guide_of(),
         likelihood=likelihood,
         layers_to_transform=None if top is None else list(range(depth - top, depth)),
     )

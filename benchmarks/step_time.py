@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         default="peft,peft:read,bayesian-lora,mean-field,blob,hand-written:read",
-        help="peft and hand-written, and with :read; any recipe or PRIOR+GUIDE, and "
+        help="peft and hand-written, and with :read; any method or PRIOR+GUIDE, and "
         "bayesian-lora:scaled for the prior's conditional noise",
     )
     parser.add_argument("--top", type=int, help="adapt the top blocks alone, this many")

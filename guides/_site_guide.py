@@ -212,7 +212,7 @@ class SiteGuide(Options, PyroModule):
         if "symmetric" not in own and ("distribution" in own or "widened" in own):
             cls.symmetric = False
 
-    def __init__(self, *, init_scale: float = 0.1) -> None:
+    def __init__(self, *, init_scale: float = 0.01) -> None:
         super().__init__()
         self.init_scale = init_scale
         self.check_positive("init_scale")

@@ -37,7 +37,7 @@ class Amortized(MeanField):
         hidden: size of ``h``. Default: 16.
         context_size: ``d``, where batches have a ``"context"`` of their own. Default: the size of
             the network's input embeddings.
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``;
     ``hidden_weight`` (hidden, d) and ``hidden_bias`` (hidden); ``loc_weight`` and ``scale_weight``,
@@ -66,7 +66,7 @@ class Amortized(MeanField):
     symmetric: ClassVar[bool] = True
 
     def __init__(
-        self, *, hidden: int = 16, context_size: int | None = None, init_scale: float = 0.1
+        self, *, hidden: int = 16, context_size: int | None = None, init_scale: float = 0.01
     ) -> None:
         super().__init__(init_scale=init_scale)
         self.hidden = hidden

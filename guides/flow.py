@@ -29,7 +29,7 @@ class Flow(MeanField):
             of entries, such as ``lambda k: transforms.planar(k)``. Default: two affine
             couplings, turned against each other by a Householder reflection.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
-            :math:`f` starts as Pyro starts it. Default: 0.1.
+            :math:`f` starts as Pyro starts it. Default: 0.01.
         max_size: the largest number of entries for which transforms are made; larger sites (the
             factors of a LoRA, say) raise an error. Default: 4096.
 
@@ -54,7 +54,7 @@ class Flow(MeanField):
         self,
         *,
         flows: tuple[str | Factory, ...] = ("affine-coupling", "householder", "affine-coupling"),
-        init_scale: float = 0.1,
+        init_scale: float = 0.01,
         max_size: int = 4096,
     ) -> None:
         super().__init__(init_scale=init_scale)

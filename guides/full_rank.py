@@ -25,7 +25,7 @@ class FullRank(SiteGuide):
         L \in \mathbb{R}^{k \times k}, \quad k = m_r m_c.
 
     Args:
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
         max_size: the largest ``k`` for which a ``k x k`` factor is made; larger sites (the factors
             of a LoRA, say) raise an error. Default: 1024.
 
@@ -43,7 +43,7 @@ class FullRank(SiteGuide):
     roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale_tril": "scale"}
     symmetric: ClassVar[bool] = True
 
-    def __init__(self, *, init_scale: float = 0.1, max_size: int = 1024) -> None:
+    def __init__(self, *, init_scale: float = 0.01, max_size: int = 1024) -> None:
         super().__init__(init_scale=init_scale)
         self.max_size = max_size
 

@@ -28,7 +28,7 @@ class LayerCoupled(MeanField):
     mean-field normal.
 
     Args:
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``, ``scale``,
     ``event_shape``, and ``layer_scale_tril``, ``(n, n)``.

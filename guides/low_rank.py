@@ -25,7 +25,7 @@ class LowRank(SiteGuide):
 
     Args:
         rank: ``r``, the number of directions, capped at ``k``. Default: 4.
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
     and ``factor``, ``(n, k, r)``; at the start it holds a hundredth of the variance.
@@ -42,7 +42,7 @@ class LowRank(SiteGuide):
     roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale": "scale", "factor": "scale"}
     symmetric: ClassVar[bool] = True
 
-    def __init__(self, *, rank: int = 4, init_scale: float = 0.1) -> None:
+    def __init__(self, *, rank: int = 4, init_scale: float = 0.01) -> None:
         super().__init__(init_scale=init_scale)
         if rank < 1:
             raise ConfigurationError(f"LowRank: rank={rank!r} must be at least 1.")

@@ -22,7 +22,7 @@ class MatrixNormal(MeanField):
     normal instead.
 
     Args:
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
         max_side: the longest side for which a factor is made; longer ones (of the factors of a
             LoRA, say) raise an error. Default: 1024.
 
@@ -44,7 +44,7 @@ class MatrixNormal(MeanField):
     }
     symmetric: ClassVar[bool] = True
 
-    def __init__(self, *, init_scale: float = 0.1, max_side: int = 1024) -> None:
+    def __init__(self, *, init_scale: float = 0.01, max_side: int = 1024) -> None:
         super().__init__(init_scale=init_scale)
         self.max_side = max_side
 

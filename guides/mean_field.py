@@ -18,7 +18,7 @@ class MeanField(SiteGuide):
     Where the posterior is correlated it reports the conditional variances, which are too small.
 
     Args:
-        init_scale: standard deviation at the start in units of the prior's. Default: 0.1.
+        init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``.
 

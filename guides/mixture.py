@@ -28,9 +28,9 @@ class Mixture(SiteGuide):
     Args:
         components: ``K``, at least 2. Default: 3.
         init_scale: standard deviation of a component at the start in units of the prior's.
-            Default: 0.1.
+            Default: 0.01.
         spread: how far the components' means start from their common mean, which is the prior's,
-            in units of the prior's standard deviation. Default: 0.1.
+            in units of the prior's standard deviation. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``locs`` and ``scales``, ``(K, n,
     *event_shape)``.
@@ -47,7 +47,7 @@ class Mixture(SiteGuide):
     roles: ClassVar[dict[str, str]] = {"locs": "mean", "scales": "scale"}
 
     def __init__(
-        self, *, components: int = 3, init_scale: float = 0.1, spread: float = 0.1
+        self, *, components: int = 3, init_scale: float = 0.01, spread: float = 0.01
     ) -> None:
         super().__init__(init_scale=init_scale)
         if components < 2:

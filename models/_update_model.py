@@ -1,7 +1,6 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -48,9 +47,6 @@ class UpdateModel(Options, PyroModule):
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
-        learning_rates: rates by role that suit this prior better than ``fit``'s own.
-        direction_share: the ``direction_share`` of ``fit``, in [0, 1), that suits it, where none is
-            given; of several groups of layers the smallest counts. Default: 0.
 
     Example::
 
@@ -69,8 +65,6 @@ class UpdateModel(Options, PyroModule):
     """
 
     roles: ClassVar[dict[str, str]] = {}
-    learning_rates: Mapping[str, float] = {}
-    direction_share: float = 0.0
     group: LayerGroup
 
     _plate: tuple[pyro.plate] | None = None

@@ -1,7 +1,6 @@
 """Inducing directions along which the network's own gradients lie."""
 
 import warnings
-from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -66,7 +65,6 @@ class FisherInducing(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"sigma_": "scale"}
-    learning_rates: Mapping[str, float] = {"mean": 5e-2}
     Z_r: Tensor
     Z_c: Tensor
     informed: Tensor

@@ -1,6 +1,5 @@
 """Independent normals on LoRA's own factors."""
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pyro
@@ -32,7 +31,7 @@ class GaussianFactors(UpdateModel):
         rank: ``r``. Default: 8.
         random: ``"A"``, ``"B"`` or ``"both"``. Default: A.
         sigma: standard deviation of the prior, in units of weight. Default: 0.2, BLoB's.
-        alpha: LoRA's alpha; ``None`` takes ``r``. Default: none.
+        alpha: LoRA's alpha; the update is ``alpha / r`` times ``B A``. Default: ``2 r``.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.A``, batch shape ``(n,)``, event shape ``(r,
     d_in)``, and/or ``g.B``, ``(d_out, r)``. Guides start ``A`` as LoRA does, uniform with variance
@@ -51,8 +50,6 @@ class GaussianFactors(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
-    # Means and points are LoRA's own factors here, and take LoRA's rate.
-    learning_rates: Mapping[str, float] = {"mean": 1e-3, "direction": 1e-3}
 
     def __init__(
         self,
@@ -86,7 +83,7 @@ class GaussianFactors(UpdateModel):
         """Samples what is random; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
         group, scale = self.group, self._scale
         A, B = self._factor("A", self.rank, group.d_in), self._factor("B", group.d_out, self.rank)
-        return LowRankUpdate(A=A, B=B if scale == 1 else scale * B)
+        return LowRankUpdate(A=A, B=scale * B)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """The factors as they are, but for alpha."""
@@ -101,7 +98,7 @@ class GaussianFactors(UpdateModel):
 
     @property
     def _scale(self) -> float:
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def _factor(self, name: str, rows: int, columns: int) -> Tensor:
         if self.random not in (name, "both"):

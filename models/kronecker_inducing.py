@@ -1,7 +1,5 @@
 """The paper's prior in the product reading: one inducing matrix for each adapted weight."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar, Literal, cast
 
 import pyro
@@ -10,9 +8,9 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.network.quantised import dense_weight
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side, conditional_kl
 from pyro_blora.updates.kronecker import (
@@ -44,17 +42,6 @@ class KroneckerInducing(UpdateModel):
     LoRA's letters :math:`B = \sigma T_r U` and :math:`A = T_c`: plain LoRA is the limit
     :math:`\lambda \to 0` with a collapsed posterior of :math:`U`.
 
-    With ``keep`` below one a draw of the weight has some of the directions alone,
-
-    .. math::
-
-        \Delta W \mid V = \sigma\, Q_r^\top \mathrm{diag}(s_r)\, V\, \mathrm{diag}(s_c)\, Q_c,
-        \qquad s \sim \mathrm{Bernoulli}(\text{keep}) / \text{keep},
-
-    of the same mean. It is dropout of directions: ``s`` has one law under p and q, so that the KL
-    stays that of ``V``, and the ELBO a bound. The directions are fitted, and no KL sees it; one
-    that may be absent cannot lean on the others, and over-fits less (docs/calibration_tried.md).
-
     The noise of the conditional is added to the layer's output, never drawn as a
     ``d_out x d_in`` weight: output :math:`i` at input :math:`x` has variance
     :math:`\sigma^2\lambda^2(|x|^2 - q_i |Q_c x|^2)`, :math:`q_i = |(Q_r)_{\cdot i}|^2`.
@@ -62,11 +49,11 @@ class KroneckerInducing(UpdateModel):
     Args:
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
-            prior, in units of weight (over ``keep``, where that is below 1); the start where it is
-            learned. ``"shared"`` is :math:`\min(1, 6/n)` for a group of ``n`` layers: beyond six, a
-            step of all their cores moves the output as far as one of six layers does, and draws,
-            which do not agree with each other, move it less
-            (docs/calibration.md). Groups do not know of each other. Default: 1.
+            prior, in units of weight; the start where it is learned. Default: for each layer
+            :math:`0.2\, s \min(1, 6/n)`, with the root mean square :math:`s` of the singular values
+            of its pretrained weight, so that no rescaling of the network that keeps its function
+            changes the result; beyond six layers of a kind their steps add up
+            (docs/calibration.md). Groups do not know of each other.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
             Default: learned.
@@ -82,9 +69,6 @@ class KroneckerInducing(UpdateModel):
             choice in packed rows, where they share that of their question; in rows of their own
             they would not, unlike under one weight, and are refused. Default: marginal.
         noise_init: where ``D`` starts. Default: 0.1.
-        keep: the probability, in (0, 1], that a direction is there in a draw of the weight; each
-            of ``Z_r`` and ``Z_c`` by itself. Below one the prior asks ``fit`` for faster
-            directions (5e-3, not 2e-3) and a ``direction_share`` of 0.75. Default: 1, all of them.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
     ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``; with a
@@ -116,21 +100,19 @@ class KroneckerInducing(UpdateModel):
         "sigma_": "scale",
         "lambda_": "scale",
     }
-    # Fast cores and slow directions, which the KL does not see: docs/calibration_tried.md.
-    learning_rates: Mapping[str, float] = {"mean": 5e-2, "scale": 3e-2, "direction": 2e-3}
+    sigma_start: Tensor
 
     def __init__(
         self,
         *,
         rank: int | tuple[int, int] = 8,
-        sigma: float | Literal["shared"] = 1.0,
+        sigma: float | None = None,
         scale: Literal["learned", "fixed", "half-cauchy"] = "learned",
         core: Core = "normal",
         conditional: Conditional = "deterministic",
         lambda_init: float = 0.1,
         noise: Literal["marginal", "joint"] = "marginal",
         noise_init: float = 0.1,
-        keep: float = 1.0,
     ) -> None:
         super().__init__()
         self.rank = rank
@@ -141,31 +123,18 @@ class KroneckerInducing(UpdateModel):
         self.lambda_init = lambda_init
         self.noise = noise
         self.noise_init = noise_init
-        self.keep = keep
         self.check_choice("conditional", ("deterministic", "exact", "scaled"))
         self.check_choice("noise", ("marginal", "joint"))
         self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
         self.check_positive("rank", "lambda_init", "noise_init")
-        if isinstance(sigma, str):
-            self.check_choice("sigma", ("shared",))
-        else:
+        if sigma is not None:
             self.check_positive("sigma")
-        if not 0 < keep <= 1:
-            raise ConfigurationError(f"keep={keep!r} is no probability in (0, 1].")
-        if keep < 1:  # directions over-fit less, and may be faster
-            self.learning_rates = {**self.learning_rates, "direction": 5e-3}
-            self.direction_share = 0.75
         check_core(core)
 
     @property
     def ranks(self) -> tuple[int, int]:
         """``(m_r, m_c)``."""
         return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
-
-    @property
-    def sigma_start(self) -> float:
-        """The prior scale of the group's layers, or where it starts."""
-        return min(1.0, 6 / self.group.n) if isinstance(self.sigma, str) else self.sigma
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``Z_r, Z_c`` (n x m x d), ``D_r, D_c`` (n x m), sigma and lambda (n)."""
@@ -177,8 +146,10 @@ class KroneckerInducing(UpdateModel):
         D = self.noise_init * ones.unsqueeze(-1)
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
         self.D_c = PyroParam(D.expand(-1, m_c).clone(), constraints.positive)
+        start = _usual_sigma(group) if self.sigma is None else self.sigma * ones
+        self.register_buffer("sigma_start", start, persistent=False)
         if self.scale == "learned":
-            self.sigma_ = PyroParam(self.sigma_start * ones, constraints.positive)
+            self.sigma_ = PyroParam(start.clone(), constraints.positive)
         if self.conditional == "scaled":
             self.lambda_ = PyroParam(self.lambda_init * ones, constraints.positive)
 
@@ -203,17 +174,7 @@ class KroneckerInducing(UpdateModel):
                 rows, cols = Side.of(L_r, Q_r, self.D_r), Side.of(L_c, Q_c, self.D_c)
                 layers = zip(scales, rows.unbind(), cols.unbind(), strict=True)
                 noise = tuple(JointNoise(*layer) for layer in layers)
-        update = LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
-        return update if self.keep == 1 else self._some_directions(update)
-
-    def _some_directions(self, update: LowRankUpdate) -> LowRankUpdate:
-        core = cast(Tensor, update.core)
-        rows, cols = (
-            torch.full(shape, self.keep, device=core.device).bernoulli() / self.keep
-            for shape in (core.shape[:-1], (*core.shape[:-2], core.shape[-1]))
-        )
-        core = rows.unsqueeze(-1) * core * cols.unsqueeze(-2)
-        return replace(update, core=core, mean=update.without_noise(), leaves_out=True)
+        return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """Orthonormal directions and a core; a learned sigma is the core's root mean square."""
@@ -233,7 +194,7 @@ class KroneckerInducing(UpdateModel):
         """The prior scale sigma of each layer, ``(..., n)``; sampled where it is random."""
         if self.scale == "learned":
             return cast(Tensor, self.sigma_)
-        sigma = torch.full((self.group.n,), self.sigma_start, device=self.group.device)
+        sigma = self.sigma_start
         if self.scale == "half-cauchy":
             with self.plate():
                 sigma = pyro.sample(self.site("sigma"), pyro.distributions.HalfCauchy(sigma))
@@ -244,3 +205,13 @@ class KroneckerInducing(UpdateModel):
         Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
         Psi = inducing_covariance(Z, D)
         return whiten_or_explain(Z, Psi, side, f"group {self.group.name!r}")
+
+
+@torch.no_grad()
+def _usual_sigma(group: LayerGroup) -> Tensor:
+    sizes = []
+    for name, module in zip(group.module_names, group.modules, strict=True):
+        weight = dense_weight(module, name)
+        size = torch.ones(()) if weight.is_meta else weight.square().sum()
+        sizes.append((size / min(weight.shape)).sqrt().to(group.device))
+    return 0.2 * min(1.0, 6 / group.n) * torch.stack(sizes)

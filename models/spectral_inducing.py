@@ -1,6 +1,5 @@
 """Inducing directions along the pretrained weight's own singular directions."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -56,8 +55,6 @@ class SpectralInducing(KroneckerInducing):
 
         blora = BayesianLoRA(net, prior=SpectralInducing(rank=16), guide=FullRank())
     """
-
-    learning_rates: Mapping[str, float] = {}
 
     def __init__(
         self,

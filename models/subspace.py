@@ -1,6 +1,5 @@
 """A random vector between two fixed or learned factors."""
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pyro
@@ -47,7 +46,6 @@ class Subspace(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
-    learning_rates: Mapping[str, float] = {"direction": 1e-3}  # LoRA's own
     A: Tensor
     B: Tensor
 

@@ -12,12 +12,14 @@ from typing_extensions import Self
 from pyro_blora.checkpoints.peft_habits import PeftHabits
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation import Generation, generate
-from pyro_blora.guides import MatrixNormal, SiteGuide
-from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.guides import SiteGuide
+from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
+from pyro_blora.methods import Method, method_of
+from pyro_blora.methods import method as method_by_name
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
-from pyro_blora.network.targets import find_targets, group_layers
+from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
@@ -35,7 +37,6 @@ from pyro_blora.posterior.structured_guide import (
     make_guide,
     warn_of_a_point,
 )
-from pyro_blora.recipes import recipe, usual_likelihood, usual_prior
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
@@ -51,13 +52,16 @@ class BayesianLoRA(PeftHabits):
         net: a Hugging Face transformer, or any module with linear layers.
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
-        rank: of the usual prior, where ``prior`` is not given. Default: 8.
+        method: a name of :data:`pyro_blora.methods.METHODS`, a pair ``"Subspace+FullRank"``, or a
+            :class:`~pyro_blora.methods.Method`: a prior, a guide, and how both are trained.
+            Default: ``"bayesian-lora"``; where a prior is given, the method that has its class.
+        rank: of the method's prior. Default: the method's own, mostly 8.
         prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
             of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.
-            Default: ``KroneckerInducing(rank=rank, sigma="shared", keep=0.9)``.
+            Default: the method's, ``KroneckerInducing()``.
         guide: what q(U) is: a guide family or a mapping of them likewise, or a callable that makes
-            a guide from the model, such as any ``pyro.infer.autoguide`` class. Default:
-            ``MatrixNormal()``.
+            a guide from the model, such as any ``pyro.infer.autoguide`` class. Default: the
+            method's, ``MatrixNormal()``.
         likelihood: how the logits explain a batch; :func:`~pyro_blora.inference.fit` wants its
             ``num_data``. Default: ``CausalLM()``, for a classifier ``SequenceClassification()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
@@ -91,6 +95,7 @@ class BayesianLoRA(PeftHabits):
         net: nn.Module,
         *,
         target_modules: str | Sequence[str] | None = None,
+        method: str | Method | None = None,
         rank: int | None = None,
         prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
         guide: SiteGuide | Mapping[str, SiteGuide] | GuideFactory | None = None,
@@ -109,13 +114,18 @@ class BayesianLoRA(PeftHabits):
             exclude_modules=exclude_modules,
             layers_to_transform=layers_to_transform,
         )
+        if method is None:
+            method = method_of(type(prior))
+        #: How it is trained: the learning rates and the rest of a method's record.
+        self.method = method_by_name(method) if isinstance(method, str) else method
         if prior is None:
-            prior = usual_prior() if rank is None else usual_prior(rank)
+            prior = self.method.prior_of(rank)
         elif rank is not None:
-            raise ConfigurationError(f"rank={rank} is the usual prior's; give it to your prior.")
-        family = MatrixNormal() if guide is None else guide
+            raise ConfigurationError(f"rank={rank} is the method's prior's; give it to your prior.")
+        family = self.method.guide_of() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
-        likelihood = usual_likelihood(net) if likelihood is None else likelihood
+        if likelihood is None:
+            likelihood = SequenceClassification() if is_classifier(net) else CausalLM()
         check_kind("likelihood", likelihood, Likelihood)
         likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
@@ -315,20 +325,6 @@ class BayesianLoRA(PeftHabits):
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
         return analytic_kl(self.guide, self.model)
-
-    @classmethod
-    def from_recipe(
-        cls, net: nn.Module, name: str, *, rank: int | None = None, **options: Any
-    ) -> "BayesianLoRA":
-        """An adapter by the name of a published method, or of a pair ``"Subspace+FullRank"``.
-
-        ``options`` are the constructor's. How it trains and predicts: :mod:`pyro_blora.recipes`.
-
-        Raises:
-            ConfigurationError: there is no such recipe; the message lists near misses.
-        """
-        made = recipe(name)
-        return cls(net, prior=made.prior_of(rank), guide=made.guide(), **options)
 
     def __repr__(self) -> str:
         family = self.guide_family

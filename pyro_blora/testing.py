@@ -27,7 +27,6 @@ from pyro_blora._contract_checks import PARAMS, check_support, latents, train
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError
 from pyro_blora.guides import MeanField, Site
-from pyro_blora.inference import LEARNING_RATES
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import Hierarchical
 
@@ -120,12 +119,14 @@ class PairContract(_Contract):
 
     def test_every_parameter_is_a_pyro_param_with_a_role(self) -> None:
         """Only then do both parameter stores see it, and ``fit`` knows its learning rate."""
-        for module in self.adapted().modules():
+        blora = self.adapted()
+        roles = blora.method.learning_rates
+        for module in blora.modules():
             own = {n.removesuffix("_unconstrained") for n, _ in module.named_parameters("", False)}
             known = set(module._pyro_params) if isinstance(module, PyroModule) else set()
             assert own == known, f"{module!r}: make each of {own ^ known} a PyroParam."
-            wrong = {name for name in own if module.roles.get(name) not in LEARNING_RATES}
-            assert not wrong, f"{module!r}: roles must give {wrong} one of {list(LEARNING_RATES)}."
+            wrong = {name for name in own if module.roles.get(name) not in roles}
+            assert not wrong, f"{module!r}: roles must give {wrong} one of {list(roles)}."
 
     def test_a_trained_adapter_travels(self) -> None:
         """Its state dict, and the folder that it saves, each make an equal one."""

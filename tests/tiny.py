@@ -177,13 +177,13 @@ def collate(rows):
 
 
 def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options):
-    """A tiny Llama with ``q_proj`` and ``v_proj`` adapted, as the quick start has it."""
+    """A tiny Llama with ``q_proj`` and ``v_proj`` adapted; draws are wide enough to tell apart."""
     options.setdefault("likelihood", LabelTokens(token_ids=ANSWERS, num_data=num_data))
     options.setdefault("target_modules", ["q_proj", "v_proj"])
     return BayesianLoRA(
         llama() if net is None else net,
-        prior=models.KroneckerInducing(rank=rank) if prior is None else prior,
-        guide=guides.MatrixNormal() if guide is None else guide,
+        prior=models.KroneckerInducing(rank=rank, sigma=1.0) if prior is None else prior,
+        guide=guides.MatrixNormal(init_scale=0.1) if guide is None else guide,
         **options,
     )
 

@@ -67,7 +67,7 @@ class PeftHabits(Keeping):
                 ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default:
                 ``KroneckerInducing`` of its rank.
             guide: a family whose mean is a parameter. Its width at the start is ``init_scale`` of
-                the prior's. Default: ``MatrixNormal(init_scale=0.05)``.
+                the prior's. Default: ``MatrixNormal()``.
             likelihood: as in the constructor. Default: by PEFT's task type.
             fast: the constructor's.
 

@@ -82,14 +82,14 @@ class PeftAdapter:
         if not isinstance(guide, SiteGuide | Mapping | None):
             raise ConfigurationError(
                 f"guide={guide!r} cannot start at a given adapter; take a family of "
-                "pyro_blora.guides, such as MatrixNormal(init_scale=0.05)."
+                "pyro_blora.guides, such as MatrixNormal()."
             )
         if likelihood is None and self.task == "SEQ_CLS":
             likelihood = SequenceClassification()
         return {
             "target_modules": "|".join(map(re.escape, self.factors)),
             "prior": prior or KroneckerInducing(rank=self.rank),
-            "guide": guide or MatrixNormal(init_scale=0.05),
+            "guide": guide or MatrixNormal(),
             "likelihood": likelihood,
             "modules_to_save": self._heads(net),
             "start": self.factors,

@@ -27,6 +27,7 @@ from pyro_blora.checkpoints.files import (
 from pyro_blora.checkpoints.hub import fetched
 from pyro_blora.checkpoints.parts import describe, describe_guide, rebuild
 from pyro_blora.errors import CheckpointError
+from pyro_blora.methods import all_methods
 from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -75,6 +76,7 @@ def save_pretrained(
         **base_of(model.net),
         "layers": layers,
         "modules_to_save": heads,
+        "method": adapter.method.name,
         "prior": describe(model.prior),
         "guide": describe_guide(family, adapter.guide),
         "likelihood": describe(model.likelihood),
@@ -190,6 +192,7 @@ def read_pretrained(
     }
     options = {
         "target_modules": "|".join(map(re.escape, layers)),
+        "method": all_methods().get(config["method"]),
         **parts,
         "modules_to_save": heads,
     }

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.errors import ConfigurationError, DataError, near_miss
-from pyro_blora.evaluation.methods import RECIPE_NAMES
+from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import check_precision, choose_precision
 
 __all__ = [
@@ -88,7 +88,7 @@ DataDir = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help=f"A recipe ({', '.join(RECIPE_NAMES)}) or a pair PRIOR+GUIDE; a class of your own is "
+        help=f"A method ({', '.join(METHODS)}) or a pair PRIOR+GUIDE; a class of your own is "
         "my_module:MyPrior."
     ),
 ]

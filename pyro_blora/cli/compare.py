@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.evaluation.methods import BASELINES, RECIPE_NAMES, check_method, trained_for
+from pyro_blora.methods import BASELINES, METHODS, check_method, trained_for
 
 __all__ = ["run"]
 
@@ -21,7 +21,7 @@ def run(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *RECIPE_NAMES)))}; pairs "
+            help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *METHODS)))}; pairs "
             "such as Subspace+FullRank or my_module:MyPrior+MeanField; temperature:NAME for any of "
             "them ('temperature': of lora)."
         ),
@@ -50,7 +50,7 @@ def run(
     Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
     are all of the probabilities over the candidate answers. `lora` is plain LoRA at its last step,
     `lora-best` at its best validation step, `temperature` is `lora` with its logits scaled on
-    validation items; the others are priors and guides of this library (see `info --recipes`).
+    validation items; the others are priors and guides of this library (see `info --methods`).
 
     A row is kept as soon as it is there: after an interruption the same command goes on from there,
     and other --methods or --seeds with the same --out train what is missing alone.
@@ -109,7 +109,7 @@ def run(
             check_installed()
             find_targets(shapes, targets)
         else:
-            BayesianLoRA.from_recipe(shapes, base, rank=rank, target_modules=targets).unwrap()
+            BayesianLoRA(shapes, method=base, rank=rank, target_modules=targets).unwrap()
     o.check_out(out)
     if missing:
         with o.phase("load"):

@@ -1,7 +1,7 @@
 """``pyro-blora info``: what an adapter would consist of, without weights."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -10,10 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.evaluation.methods import check_method
-
-if TYPE_CHECKING:
-    from pyro_blora.recipes import Recipe
+from pyro_blora.methods import WITHOUT_PAIR, Method, all_methods, check_method
 
 __all__ = ["run"]
 
@@ -28,8 +25,8 @@ def run(
     target_modules: o.Targets = "q_proj,v_proj,lm_head",
     rank: o.Rank = None,
     method: o.Method = "bayesian-lora",
-    recipes: Annotated[
-        bool, typer.Option("--recipes", help="List the recipes with their citations instead.")
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the methods with their citations instead.")
     ] = False,
 ) -> None:
     """Count the parameters of plain LoRA and of a Bayesian adapter on a model's shapes.
@@ -39,7 +36,7 @@ def run(
 
     Example: pyro-blora info --model llama-2-7b --target-modules q_proj,v_proj,lm_head
     """
-    if recipes:
+    if methods:
         Console().print(*_listed(), sep="\n")
         return
     targets = o.listed(target_modules, "--target-modules")
@@ -48,7 +45,7 @@ def run(
     from pyro_blora.network.pretrained import shape_only
 
     net = shape_only(model)
-    blora = BayesianLoRA.from_recipe(net, method, rank=rank, target_modules=targets)
+    blora = BayesianLoRA(net, method=method, rank=rank, target_modules=targets)
     console = Console(highlight=False)
     console.print(blora)
     plain = sum(g.n * (rank or 8) * (g.d_out + g.d_in) for g in blora.model.groups)
@@ -62,20 +59,18 @@ def run(
     console.print(view)
 
 
-def _pair(made: "Recipe") -> str:
+def _pair(made: Method) -> str:
     """Prior and guide as Python, and what else the method says."""
-    own = {**made.fit, "num_samples": made.num_samples, "linearised": made.linearised or None}
+    own = {"num_samples": made.num_samples, "linearised": made.linearised or None}
     said = [f"{name}={value}" for name, value in own.items() if value is not None]
-    return ", ".join([f"{made.prior_of(None)!r} + {made.guide()!r}", *said])
+    return ", ".join([f"{made.prior_of()!r} + {made.guide_of()!r}", *said])
 
 
 def _listed() -> Iterator[RenderableType]:
-    """A paragraph for each recipe; no word of it is broken on a narrow terminal."""
-    from pyro_blora.recipes import WITHOUT_PAIR, all_recipes
-
-    yield Text("Recipes: a prior beside a guide", style="bold")
+    """A paragraph for each method; no word of it is broken on a narrow terminal."""
+    yield Text("Methods: a prior beside a guide", style="bold")
     paragraphs: dict[str, tuple[str, ...]] = {
-        name: (made.summary, _pair(made), made.citation) for name, made in all_recipes().items()
+        name: (made.summary, _pair(made), made.citation) for name, made in all_methods().items()
     }
     for name, lines in {**paragraphs, **WITHOUT_PAIR}.items():
         yield Text(f"\n{name}", style="bold")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.evaluation.methods import check_method
+from pyro_blora.methods import check_method
 
 __all__ = ["run"]
 
@@ -49,11 +49,11 @@ def run(
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.guides._post_hoc import PostHoc
     from pyro_blora.inference import bayesianize
+    from pyro_blora.methods import method as method_by_name
     from pyro_blora.network.pretrained import load_pretrained, shape_only
-    from pyro_blora.recipes import recipe
 
-    made = recipe(method)
-    guide = made.guide()
+    made = method_by_name(method)
+    guide = made.guide_of()
     if not isinstance(guide, PostHoc):
         raise ConfigurationError(
             f"--method {method} is trained; choose laplace-lora, tfb or a pair with Laplace or "

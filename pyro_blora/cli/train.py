@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.evaluation.methods import check_method
+from pyro_blora.methods import check_method
 
 __all__ = ["run"]
 
@@ -91,8 +91,8 @@ def run(
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
     from pyro_blora.inference.training_state import forget, is_there
+    from pyro_blora.methods import method as method_by_name
     from pyro_blora.network.pretrained import load_pretrained, shape_only
-    from pyro_blora.recipes import recipe
 
     run_dir = out / "training"
     if resume and overwrite:
@@ -113,7 +113,7 @@ def run(
     )
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
-    shapes, made = shape_only(model), recipe(method)
+    shapes, made = shape_only(model), method_by_name(method)
     depth = int(shapes.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
     if top is not None and top >= depth:
         raise ConfigurationError(
@@ -121,11 +121,11 @@ def run(
         )
     layers = None if top is None else range(depth - top, depth)
     adapted: Callable[..., BayesianLoRA] = partial(
-        BayesianLoRA, target_modules=targets, layers_to_transform=layers
+        BayesianLoRA, method=made, target_modules=targets, layers_to_transform=layers
     )
     if from_peft is not None:
         adapted = partial(BayesianLoRA.from_peft, folder=from_peft)
-    adapted(shapes, prior=made.prior_of(rank), guide=made.guide()).unwrap()  # or it is refused
+    adapted(shapes, prior=made.prior_of(rank), guide=made.guide_of()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)
     if not (resume and is_there(run_dir)):  # which goes on in its own
@@ -135,7 +135,7 @@ def run(
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
     likelihood = likelihood_for(data, collate, made.scale)
-    blora = adapted(net, prior=made.prior_of(rank), guide=made.guide(), likelihood=likelihood)
+    blora = adapted(net, prior=made.prior_of(rank), guide=made.guide_of(), likelihood=likelihood)
     console.print(blora)
     if overwrite:
         forget(run_dir)
@@ -157,7 +157,6 @@ def run(
                 checkpoint_dir=run_dir,
                 save_every=save_every,
                 resume=resume,
-                **made.fit,
             )
     except KeyboardInterrupt:
         if is_there(run_dir):

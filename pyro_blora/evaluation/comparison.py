@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.methods import check_method, trained_for
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
 from pyro_blora.inference import FitResult, LoopOptions, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
-from pyro_blora.likelihoods.multiple_choice import Scale
+from pyro_blora.methods import check_method, trained_for
+from pyro_blora.methods import method as method_by_name
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.recipes import recipe
 
 __all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 
@@ -69,13 +68,15 @@ def item_length(item: Item) -> int:
     return len(item.question) + sum(map(len, item.choices))
 
 
-def likelihood_for(task: Task, collate: Any, scale: Scale = "relative") -> Likelihood:
+def likelihood_for(
+    task: Task, collate: Any, scale: Literal["learned", "fixed"] = "learned"
+) -> Likelihood:
     """The likelihood that a task's template asks for.
 
     Args:
         task: the task.
         collate: its collator.
-        scale: that of an option's score, as of ``MultipleChoice``. Default: relative.
+        scale: that of an option's score, as of ``MultipleChoice``. Default: learned.
     """
     count = len(task.train) or None
     if task.template.scoring == "labels":
@@ -125,7 +126,7 @@ class _Run:
             if base == "mc-dropout":
                 yield from self._plain({base: names}, DROPOUT, self.settings.num_samples)
             else:
-                yield from self._recipe(base, names)
+                yield from self._pair(base, names)
 
     def _predict(self, predict: Predict, data: Sequence[Item], name: str) -> tuple[Tensor, Tensor]:
         torch.manual_seed(self.seed)
@@ -183,13 +184,13 @@ class _Run:
         finally:
             lora.unload()
 
-    def _recipe(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
-        """A recipe or a pair, trained to its last step."""
-        settings, made = self.settings, recipe(base)
+    def _pair(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
+        """A prior beside a guide, trained to the last step."""
+        settings, made = self.settings, method_by_name(base)
         torch.manual_seed(self.seed)
-        blora = BayesianLoRA.from_recipe(
+        blora = BayesianLoRA(
             self.net,
-            base,
+            method=made,
             rank=settings.rank,
             target_modules=settings.target_modules,
             likelihood=likelihood_for(self.task, self.collate, made.scale),
@@ -205,7 +206,6 @@ class _Run:
                     batch_size=settings.batch_size,
                     precision=settings.precision,
                     seed=self.seed,
-                    **made.fit,
                 )
             draws = settings.num_samples if made.num_samples is None else made.num_samples
             predict = partial(blora.predict, num_samples=draws, linearised=made.linearised)

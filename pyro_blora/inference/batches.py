@@ -22,33 +22,19 @@ class _Bucketed:
     """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
 
     The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
-    random few of all, so that in expectation every example counts once. The batches of several
-    parts of the data, none of which mixes them, take turns in proportion.
+    random few of all, so that in expectation every example counts once.
     """
 
-    parts: Sequence[Sequence[int]]
     lengths: list[int]
     size: int
     random: random.Random
-    parted_after: int = 0
-    epochs: int = 0  # begun
-    skipped: int = 0  # batches to leave out of the next one
+    skipped: int = 0  # batches to leave out of the next epoch
 
-    @property
-    def parted(self) -> bool:
-        return len(self.parts) > 1 and self.epochs > self.parted_after
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.epochs += 1
-        turns: list[tuple[float, list[int]]] = []
-        for part in self.parts if self.parted else [range(len(self.lengths))]:
-            cut = self._cut(list(part))
-            turns += [((i + 0.5) / len(cut), batch) for i, batch in enumerate(cut)]
-        turns.sort(key=lambda turn: turn[0])
-        batches, self.skipped = [batch for _, batch in turns[self.skipped :]], 0
-        return iter(batches)
-
-    def _cut(self, order: list[int]) -> list[list[int]]:
+        order = list(range(len(self.lengths)))
         self.random.shuffle(order)
         whole = len(order) - len(order) % self.size
         cut = [order[whole:]] if order[whole:] else []
@@ -57,7 +43,8 @@ class _Bucketed:
             near.sort(key=self.lengths.__getitem__)
             cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
         self.random.shuffle(cut)
-        return cut
+        batches, self.skipped = cut[self.skipped :], 0
+        return iter(batches)
 
 
 class Batches:
@@ -71,9 +58,6 @@ class Batches:
         collate: makes a batch of a list of examples. Default: torch's.
         options: batch size and seed.
         length: the length of an example; batches are then made of like lengths.
-        parts: the indices of examples that no batch mixes with those of another part. Default: all
-            are one part.
-        parted_after: the epochs in which there are no parts yet.
 
     Raises:
         BatchError: the data set is empty; at the first batch.
@@ -85,8 +69,6 @@ class Batches:
         collate: Collate | None,
         options: LoopOptions,
         length: Callable[[Any], int] | None = None,
-        parts: Sequence[Sequence[int]] = (),
-        parted_after: int = 0,
     ) -> None:
         self._order: _Bucketed | None = None
         if isinstance(data, DataLoader):
@@ -95,7 +77,7 @@ class Batches:
         else:
             lengths = [0] * len(data) if length is None else [length(x) for x in data]
             order = random.Random(options.seed)
-            self._order = _Bucketed(parts, lengths, options.batch_size, order, parted_after)
+            self._order = _Bucketed(lengths, options.batch_size, order)
 
             def made(indices: list[int]) -> tuple[list[int], Batch]:
                 return indices, (collate or default_collate)([data[i] for i in indices])
@@ -117,14 +99,12 @@ class Batches:
         return found
 
     @property
-    def parts(self) -> Sequence[Sequence[int]]:
-        """The parts of the examples; none of a ``DataLoader``, which does not tell them apart."""
-        return () if self._order is None else self._order.parts
-
-    @property
-    def parted(self) -> bool:
-        """Whether the batch that came last is of one of several parts."""
-        return self._order is not None and self._order.parted
+    def steps_of_epoch(self) -> int | None:
+        """How many batches an epoch has, or ``None`` of a stream that does not tell."""
+        try:
+            return len(self._loader)
+        except TypeError:
+            return None
 
     def peek(self) -> Batch:
         """The batch that comes next, which still comes next."""
@@ -147,7 +127,7 @@ class Batches:
         if self._order is not None:
             version, numbers, spare = place["order"]
             self._order.random.setstate((version, tuple(numbers), spare))
-            self._order.epochs, self._order.skipped = int(place["epochs"]), taken
+            self._order.skipped = taken
         self._begin()
         self._held, self._taken = [], taken
         for _ in islice(self._epoch, taken if self._order is None else 0):
@@ -170,5 +150,4 @@ class Batches:
             self._begun["generator"] = self._generator.get_state()
         if self._order is not None:
             self._begun["order"] = self._order.random.getstate()
-            self._begun["epochs"] = self._order.epochs
         self._epoch = iter(self._loader)

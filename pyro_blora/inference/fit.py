@@ -15,10 +15,9 @@ from pyro_blora.errors import BatchError, ConfigurationError, near_miss
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.finish import finish, post_hoc_families, running
 from pyro_blora.inference.inform import inform, wants_informing
-from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
+from pyro_blora.inference.learning_rates import parameter_groups, rates_by_group
 from pyro_blora.inference.loop import Collate, FitOptions, FitResult, batches_of, training_loop
 from pyro_blora.inference.objective import Objective
-from pyro_blora.inference.sample_splitting import parts_of, sparing
 from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
@@ -28,8 +27,6 @@ from pyro_blora.posterior.draws import log_predictive
 from pyro_blora.posterior.structured_guide import draws_apart, start_guide
 
 __all__ = ["fit"]
-
-_SPLIT_AFTER = 6  # epochs: docs/calibration_tried.md
 
 
 def fit(
@@ -52,8 +49,9 @@ def fit(
         -\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b)
         + \frac{w}{N} \mathrm{KL}\left[q(U) \,\|\, p(U)\right], \qquad U_b \sim q.
 
-    Where directions learn from some of the examples and all else from the others
-    (``direction_share``), the batch is of either part, and its mean stands for that of all ``N``.
+    A likelihood's own parameters, such as the scale of the scores, learn in the first epoch alone,
+    from examples that the adapter has not learned from: later they would take what it has
+    memorised for evidence.
 
     Args:
         blora: what to train.
@@ -96,16 +94,11 @@ def fit(
     if how.seed is not None:
         torch.manual_seed(how.seed)
     device = blora.model.groups[0].device
-    how = replace(how, direction_share=_share(blora, train, how))
-    share = how.direction_share
-    parts = parts_of(len(train), share, how.seed or 0) if share else ()
-    whole = _SPLIT_AFTER if how.split_after is None else how.split_after
-    stream = Batches(train, collate, how, length, parts, whole)
+    stream = Batches(train, collate, how, length)
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(blora, how.elbo, how.num_particles, how.kl_weight)
-    groups = _parameters(blora, first, how)
-    spared = sparing(blora.model, groups, stream) if parts else None
+    groups = _parameters(blora, first, how, stream.steps_of_epoch)
     state = _state(blora, stream, prefix, how, train, validation, collate)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
@@ -141,7 +134,6 @@ def fit(
             validate=validate,
             state=blora.state_dict,
             keeper=state,
-            spared=spared,
         )
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
@@ -194,37 +186,21 @@ def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -
         )
 
 
-def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict[str, Any]]:
-    """The optimizer's groups; rates given win over the prior's, and these over the usual ones."""
+def _parameters(
+    blora: BayesianLoRA, batch: Batch, how: FitOptions, steps_of_epoch: int | None
+) -> list[dict[str, Any]]:
+    """The optimizer's groups; rates given win over the method's."""
     start_guide(blora.guide, batch)  # its parameters must exist before the optimizer does
-    given = {role: getattr(how, f"lr_{role}") for role in LEARNING_RATES}
+    given = {role: getattr(how, f"lr_{role}") for role in blora.method.learning_rates}
     given = {role: rate for role, rate in given.items() if rate is not None}
     both = nn.ModuleList([blora.model, blora.guide])
-    groups = parameter_groups(both, *rates_by_group(blora.model, given))
+    groups = parameter_groups(both, *rates_by_group(blora, given))
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
+    for group in groups:
+        if group["name"] == "likelihood" and steps_of_epoch:
+            group["until"] = blora.method.likelihood_epochs * steps_of_epoch
     return groups
-
-
-def _share(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any], how: FitOptions) -> float:
-    """The share of the examples that directions learn from: what is given, or the priors' own."""
-    share = how.direction_share
-    if share is None:
-        share = min(getattr(blora.model, g.name).direction_share for g in blora.model.groups)
-        trained = parameter_groups(blora.model, LEARNING_RATES)
-        untold = isinstance(train, DataLoader) or (1 - share) * len(train) < how.batch_size
-        if untold or all(group["name"] != "direction" for group in trained):
-            share = 0.0
-    elif share:
-        _check_indexed(train, f"direction_share={share}")
-    if not share and how.split_after is not None:
-        raise ConfigurationError(
-            f"split_after={how.split_after}: nothing is split, as direction_share is 0 or the "
-            "prior does not ask for it, no direction is trained, the others' examples are fewer "
-            "than a batch, or a DataLoader does not tell which examples a batch has. Pass "
-            "direction_share=0.75 with examples, or leave split_after= out."
-        )
-    return share
 
 
 def _check_indexed(train: Sequence[Any] | DataLoader[Any], option: str) -> None:

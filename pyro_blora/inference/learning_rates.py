@@ -1,43 +1,54 @@
 """What is trained at which rate: by a parameter's role, and by its group's prior."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.guides import SiteGuide
+from pyro_blora.methods import method_of
 from pyro_blora.models import UpdateModel
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
-__all__ = ["LEARNING_RATES", "parameter_groups", "rates_by_group"]
-
-LEARNING_RATES = {
-    "mean": 2e-2,
-    "scale": 1e-2,
-    "direction": 5e-3,
-    "likelihood": 5e-2,
-    "head": 1e-3,
-}
+__all__ = ["optim_args", "parameter_groups", "rates_by_group"]
 
 
 def rates_by_group(
-    model: BayesianLoRAModel, given: Mapping[str, float]
+    blora: BayesianLoRA, given: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """The two arguments that :func:`parameter_groups` takes beside a module.
 
     Args:
-        model: has a prior for each group of layers, with its ``learning_rates``.
-        given: rates by role that win over these, which win over ``LEARNING_RATES``.
+        blora: its method says the rates; with a prior for each group, that of the group's prior.
+        given: rates by role that win over these.
 
     Returns:
-        Rates by role of what belongs to no group (a likelihood, a head, an AutoGuide), which are
-        the priors' where all agree, and of each group, by its name.
+        Rates by role of what belongs to no group (a likelihood, a head, an AutoGuide), and of each
+        group, by its name.
     """
-    own = {g.name: getattr(model, g.name).learning_rates for g in model.groups}
-    first, *others = own.values()
-    common = {r: rate for r, rate in first.items() if all(o.get(r) == rate for o in others)}
-    rates = {name: {**LEARNING_RATES, **each, **given} for name, each in own.items()}
-    return {**LEARNING_RATES, **common, **given}, rates
+    rates = {}
+    for group in blora.model.groups:
+        prior = getattr(blora.model, group.name)
+        own = method_of(type(prior)) if isinstance(blora.prior, Mapping) else blora.method
+        rates[group.name] = {**own.learning_rates, **given}
+    return {**blora.method.learning_rates, **given}, rates
+
+
+def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
+    """What an optimizer of Pyro asks for the rate of a parameter: the method's, by its role.
+
+    Example::
+
+        svi = SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)
+    """
+
+    def of(name: str) -> dict[str, float]:
+        groups = parameter_groups(blora, *rates_by_group(blora, {}))
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
+        return {"lr": rates[id(named[name])]}
+
+    return of
 
 
 def parameter_groups(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -110,21 +110,13 @@ class FitOptions(LoopOptions):
             Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
             see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
             be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
-        lr_mean: learning rate of the guide's means. Default: the prior's own
-            (``learning_rates``), in each group of layers, or else ``LEARNING_RATES``, 2e-2.
-        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise, 1e-2.
-        lr_direction: that of the inducing directions. Default: likewise, 5e-3.
-        lr_likelihood: that of a likelihood's own parameters. Default: likewise, 5e-2.
-        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise, 1e-3.
-        direction_share: the share, in [0, 1), of the examples, drawn by the seed, from which
-            directions, factors that are not random, and heads learn after ``split_after`` epochs,
-            while all else learns from the others, whose mean log-likelihood stands for that of
-            all. A step is of one or the other, and its ``nll`` too. Long trainings over-fit less
-            (docs/calibration_tried.md). 0: everything learns from all. Needs examples, not a
-            ``DataLoader``. Default: what suits the priors of all groups, 3/4 for
-            ``KroneckerInducing`` with ``keep`` below 1 and 0 for others; 0 where the others would
-            not fill a batch, no direction is trained, or with a ``DataLoader``.
-        split_after: epochs of this call in which everything learns from all the same. Default: 6.
+        lr_mean: learning rate of the guide's means. Default: the adapter's method's
+            (``blora.method.learning_rates``).
+        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise.
+        lr_direction: that of the inducing directions. Default: likewise.
+        lr_likelihood: that of a likelihood's own parameters, which learn in the first
+            ``blora.method.likelihood_epochs`` alone. Default: likewise.
+        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise.
         kl_weight: weight of the KL, :math:`w`, for any guide. Default: 1, the ELBO.
         keep_best: whether to go back to the best validation at the end. Default: no.
         cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
@@ -149,8 +141,6 @@ class FitOptions(LoopOptions):
     lr_direction: float | None = None
     lr_likelihood: float | None = None
     lr_head: float | None = None
-    direction_share: float | None = None
-    split_after: int | None = None
     kl_weight: float = 1.0
     keep_best: bool = False
     cache_frozen_prefix: bool = False
@@ -159,12 +149,6 @@ class FitOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= (self.direction_share or 0) < 1:
-            raise ConfigurationError(
-                f"direction_share={self.direction_share} must be a share in [0, 1)."
-            )
-        if (self.split_after or 0) < 0:
-            raise ConfigurationError(f"split_after={self.split_after} must be epochs, 0 or more.")
         if self.resume and self.checkpoint_dir is None:
             raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
 
@@ -262,13 +246,12 @@ def training_loop(
     validate: Callable[[], float] | None,
     state: Callable[[], dict[str, Tensor]],
     keeper: Keeper | None = None,
-    spared: Callable[[list[int]], Sequence[nn.Parameter]] | None = None,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
 
-    ``spared`` are the parameters that do not learn from examples of these indices. Ctrl-C ends the
-    step, with a keeper after it is saved.
+    A group's ``"until"`` is the step from which it learns no more. Ctrl-C ends the step, with a
+    keeper after it is saved.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
@@ -278,7 +261,8 @@ def training_loop(
     done, last = len(result.history), options.num_steps
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate, last_epoch=done - 1)
+    rates = [_until(group.get("until", options.num_steps), options.rate) for group in groups]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates, last_epoch=done - 1)
     hide = None if options.progress is None else not options.progress
     bar = tqdm(
         range(done, last), desc=description, disable=hide, unit="step", initial=done, total=last
@@ -290,8 +274,6 @@ def training_loop(
             optimizer.zero_grad()
             loss, figures = loss_of(indices, batch, step)
             loss.backward()
-            for parameter in spared(indices) if spared else ():
-                parameter.grad = None
             if options.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             optimizer.step()
@@ -320,3 +302,7 @@ def training_loop(
             "call with resume=True goes on from there."
         )
     return result
+
+
+def _until(last: int, rate: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: rate(step) if step < last else 0.0

@@ -10,14 +10,14 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.inform import inform, wants_informing
-from pyro_blora.inference.learning_rates import LEARNING_RATES, parameter_groups, rates_by_group
+from pyro_blora.inference.learning_rates import parameter_groups, rates_by_group
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
@@ -49,7 +49,7 @@ class BayesianLoRATrainer(Trainer):
         elbo: the class of the ELBO, as in ``fit``.
         eval_samples: posterior draws for an evaluation; 0 takes the posterior mean.
         learning_rates: rates by role, ``{"mean": ..., "scale": ..., "direction": ...}``, where
-            they shall not be ``fit``'s.
+            they shall not be the method's.
         options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
 
     Raises:
@@ -81,14 +81,15 @@ class BayesianLoRATrainer(Trainer):
                 f"guide={model.guide_family!r} cannot be written to a checkpoint; take a family "
                 "of pyro_blora.guides, or SVI with a loop of your own."
             )
+        rates = dict(model.method.learning_rates)
         if args.learning_rate != TrainingArguments.learning_rate:
             raise ConfigurationError(
                 f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
-                f"directions have their own; pass learning_rates= with some of {LEARNING_RATES}."
+                f"directions have their own; pass learning_rates= with some of {rates}."
             )
-        if unknown := set(learning_rates or {}) - set(LEARNING_RATES):
+        if unknown := set(learning_rates or {}) - set(rates):
             raise ConfigurationError(
-                f"learning_rates has {sorted(unknown)}; the roles are {list(LEARNING_RATES)}."
+                f"learning_rates has {sorted(unknown)}; the roles are {list(rates)}."
             )
         self.learning_rates = learning_rates or {}
         self.blora = model
@@ -101,14 +102,14 @@ class BayesianLoRATrainer(Trainer):
         loss = _Loss(model, Objective(model, elbo, num_particles), eval_samples)
         super().__init__(model=loss, args=args, **options)
         self.add_callback(_OwnDraws)
+        self.add_callback(_FirstEpochs(model.method.likelihood_epochs))
 
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
-            rates = rates_by_group(self.blora.model, self.learning_rates)
-            groups = parameter_groups(self.blora, *rates)
+            groups = parameter_groups(self.blora, *rates_by_group(self.blora, self.learning_rates))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
@@ -210,3 +211,15 @@ class _OwnDraws(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         if args.world_size > 1:
             torch.manual_seed(args.seed + 1 + args.process_index)
+
+
+class _FirstEpochs(TrainerCallback):
+    """A likelihood's own parameters learn in the first epochs alone, as in ``fit``."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **given: Any) -> None:
+        for group in given["optimizer"].param_groups:
+            if group["name"] == "likelihood" and (state.epoch or 0) >= self.epochs:
+                group["lr"] = 0.0

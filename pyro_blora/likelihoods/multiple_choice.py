@@ -1,6 +1,6 @@
 """Multiple choice by the log-likelihood of each option after the question."""
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from pyro.nn import PyroParam
@@ -14,8 +14,6 @@ from pyro_blora.likelihoods.packing import in_rows
 
 __all__ = ["MultipleChoice"]
 
-Scale = Literal["relative", "slope", "fixed"]
-
 
 class MultipleChoice(Likelihood):
     r"""A softmax over the options' scores under a causal language model.
@@ -28,17 +26,19 @@ class MultipleChoice(Likelihood):
 
     with ``score="sum"`` without the :math:`\frac1n`; :math:`\bar n` is the mean length of the
     item's options. Nothing says that a mean log-probability is the log-odds of an answer: its scale
-    :math:`c` and how it depends on the length are unknowns like others, and two numbers that
-    training finds. Lengths count by their ratio, so that questions with longer options elsewhere
-    get no other scale. The scale ``c``, ``score_slope``, is any real number, as a slope of logistic
-    regression is: steps of one size take it to zero, even odds, where a logarithm would creep.
+    :math:`c` is an unknown like others, and so may be how it depends on the length. Lengths count
+    by their ratio, so that questions with longer options elsewhere get no other scale. The scale
+    ``c``, ``score_slope``, is any real number, as a slope of logistic regression is: steps of one
+    size take it to zero, even odds, where a logarithm would creep.
 
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
-        scale: ``"relative"``: ``c`` and ``b`` are parameters, which start at 1 and 0;
-            ``"slope"``: ``c`` alone, for an adapter that is to answer questions of other kinds,
-            whose lengths may tell something else; ``"fixed"``: neither. Default: relative.
+        scale: ``"learned"``: ``c`` is a parameter, which starts at 1, or ``"fixed"``. Default:
+            learned.
+        learn_length_penalty: whether ``b`` is a parameter, which starts at 0. What it learns of
+            lengths is of one data set: other questions are answered worse, and surely
+            (docs/calibration.md). Default: no.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: where the network supports it (it is asked once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
@@ -71,17 +71,19 @@ class MultipleChoice(Likelihood):
         *,
         num_data: int | None = None,
         score: Literal["mean", "sum"] = "mean",
-        scale: Scale = "relative",
+        scale: Literal["learned", "fixed"] = "learned",
+        learn_length_penalty: bool = False,
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
         self.score = score
         self.scale = scale
         self.check_choice("score", ("mean", "sum"))
-        self.check_choice("scale", get_args(Scale))
-        if scale != "fixed":
+        self.check_choice("scale", ("learned", "fixed"))
+        self.learn_length_penalty = learn_length_penalty
+        if scale == "learned":
             self.score_slope = PyroParam(torch.ones(()))
-        if scale == "relative":
+        if learn_length_penalty:
             self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
 
@@ -117,9 +119,9 @@ class MultipleChoice(Likelihood):
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
-        if self.scale != "fixed":
+        if self.scale == "learned":
             total = total * self.score_slope
-        if self.scale == "relative":
+        if self.learn_length_penalty:
             there = (count > 0).sum(-1, keepdim=True)
             length = count.clamp_min(1) * there / count.sum(-1, keepdim=True).clamp_min(1)
             total = total * length**self.length_exponent

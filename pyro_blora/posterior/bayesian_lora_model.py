@@ -279,8 +279,7 @@ class BayesianLoRAModel(PyroModule):
         if enumerates and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(
                 "HMC, NUTS and enumeration need the same density at every call of the model, and "
-                "this prior draws noise, or leaves out directions, in each; use a prior with "
-                "conditional='deterministic' and keep=1."
+                "this prior draws noise in each; use a prior with conditional='deterministic'."
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()

@@ -101,8 +101,7 @@ def linearised_logits(
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
     model.check_on_network()
-    updates = sample_updates(model, guide, 1, batch).values()
-    if any(u.noise is not None or (u.is_noisy and not u.leaves_out) for u in updates):
+    if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
         raise ConfigurationError(
             "A linearisation has no place for the noise of a conditional; use num_samples draws, "
             "or a prior with conditional='deterministic'."

@@ -203,8 +203,7 @@ def make_guide(
     if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
         raise ConfigurationError(
             "AutoLaplaceApproximation must have a prior whose density is the same at every call, "
-            f"got {model.prior!r}, which draws noise, or leaves out directions, in each; pass "
-            "prior=KroneckerInducing(keep=1)."
+            f"got {model.prior!r}, which draws noise in each; pass conditional='deterministic'."
         )
     return guide
 

@@ -107,7 +107,6 @@ class LowRankUpdate:
         core: ``C``, ``(..., n, r_r, r_c)``, or ``None`` for the identity.
         noise: one function for each layer (see :class:`LayerUpdate`), or ``None``.
         mean: the same updates without noise, where the factors themselves have it.
-        leaves_out: whether that noise is of directions left out, and of nothing else.
 
     Example::
 
@@ -121,7 +120,6 @@ class LowRankUpdate:
     core: Tensor | None = None
     noise: tuple[Noise, ...] | None = None
     mean: "LowRankUpdate | None" = None
-    leaves_out: bool = False
 
     @property
     def is_noisy(self) -> bool:

@@ -264,8 +264,8 @@ class Own(guides.MeanField):
 @pytest.mark.parametrize(
     ("part", "wrong", "right", "told"),
     [
-        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing, "sigma=1.0 for 9.0"),
-        ("guide", Own(), Own, "init_scale=0.5 for 0.1"),
+        ("prior", KroneckerInducing(rank=3, sigma=9.0), KroneckerInducing, "sigma=None for 9.0"),
+        ("guide", Own(), Own, "init_scale=0.5 for 0.01"),
     ],
 )
 def test_the_saved_options_of_a_part_are_taken(part, wrong, right, told, tmp_path):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from pyro_blora import BayesianLoRA, load_task
 from pyro_blora.evaluation import comparison, results
 from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.methods import METHODS
 from pyro_blora.network import precision, pretrained
-from pyro_blora.recipes import RECIPES
 
 ROW = {"method", "seed", "acc", "ece", "nll", "brier", "n_test", "train_seconds"}
 ROW |= {"trainable_parameters"}
@@ -82,7 +82,7 @@ def test_an_interrupted_comparison_goes_on_from_there(run, words, tmp_path, monk
     def stopped(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "fit", stopped)  # while the first recipe is trained
+    monkeypatch.setattr(comparison, "fit", stopped)  # while the first method is trained
     code, text, _ = run("compare", *common, "--out", out)
     assert code not in (0, 2)
     assert "2 of 4 rows" in text
@@ -232,7 +232,7 @@ def test_train_then_evaluate(run, words, tmp_path):
     assert linearised["nll"] == pytest.approx(sampled["nll"], rel=0.1)
 
 
-@pytest.mark.parametrize("scale", ["relative", "slope", "fixed"])
+@pytest.mark.parametrize("scale", ["learned", "fixed"])
 def test_evaluate_scores_options_as_the_adapter_does(run, words, tmp_path, data_dir, scale):
     path = data_dir / "words" / "test.jsonl"
     items = [json.loads(line) for line in path.read_text().splitlines()]
@@ -294,12 +294,12 @@ def test_info_counts_llama_2_7b_as_the_papers_do(run):
     assert 0 < surplus <= 20_000
 
 
-def test_info_lists_recipes_and_breaks_no_word_in_80_columns(run):
-    code, text, err = run("info", "--recipes", columns=80)
+def test_info_lists_methods_and_breaks_no_word_in_80_columns(run):
+    code, text, err = run("info", "--methods", columns=80)
     assert code == 0, err
     assert max(map(len, text.splitlines())) <= 80
     words = set(text.split())
-    for name, made in RECIPES.items():
+    for name, made in METHODS.items():
         assert {name, *made.summary.split(), *made.citation.split()} <= words
 
 

@@ -9,11 +9,15 @@ from pyro_blora.network import pretrained
 def adapter(model_dir, tmp_path_factory):
     """An adapter as ``train`` writes one, untrained."""
     from pyro_blora import BayesianLoRA, likelihoods, load_pretrained
+    from pyro_blora.guides import MatrixNormal
+    from pyro_blora.models import KroneckerInducing
 
     folder = tmp_path_factory.mktemp("adapter")
     net, _ = load_pretrained(str(model_dir))
     likelihood = likelihoods.CausalLM(num_data=1)
-    BayesianLoRA(net, target_modules=["q_proj"], likelihood=likelihood).save_pretrained(folder)
+    wide = {"prior": KroneckerInducing(sigma=1.0), "guide": MatrixNormal(init_scale=0.1)}
+    blora = BayesianLoRA(net, target_modules=["q_proj"], likelihood=likelihood, **wide)
+    blora.save_pretrained(folder)
     return folder
 
 

@@ -10,9 +10,7 @@ from pyro_blora._version import __version__
 from pyro_blora.cli._arguments import TASK_NAMES
 from pyro_blora.data import hub_tasks
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.methods import RECIPE_NAMES
 from pyro_blora.network import pretrained
-from pyro_blora.recipes import RECIPES
 
 HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
 
@@ -49,7 +47,6 @@ except SystemExit:
 
 
 def test_the_names_in_the_help_are_those_there_are(run):
-    assert tuple(RECIPES) == RECIPE_NAMES
     assert set(TASK_NAMES) == {"facts", *hub_tasks()}
     _, text, _ = run("info", "--help", columns=400)
     assert f"({', '.join(pretrained.SHAPES)})" in text

@@ -14,9 +14,9 @@ from pyro import poutine
 from pyro_blora import fit, guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Delta, MeanField
+from pyro_blora.methods import METHODS, method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import shape_only
-from pyro_blora.recipes import RECIPES, recipe
 from pyro_blora.testing import PriorContract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,15 +94,15 @@ def test_the_classes_of_the_page_keep_the_contract_of_the_page(kind, name):
     getattr(kind(), name)()
 
 
-def test_every_class_and_every_recipe_is_on_the_page():
+def test_every_class_and_every_method_is_on_the_page():
     for name in (*tiny.priors(), *tiny.families()):
         assert PAGE.count(f"`{name}`") >= 2, name  # what it is for, and its size
-    for name in set(RECIPES) - {"lora"}:  # plain LoRA is no posterior
+    for name in set(METHODS) - {"lora"}:  # plain LoRA is no posterior
         assert f"`{name}`" in PAGE
     pairs = set(re.findall(r"`(\w+\+\w+)`", PAGE)) - {"PRIOR+GUIDE"}
     assert len(pairs) > 10
     for pair in pairs:
-        recipe(pair)
+        method(pair)
 
 
 def sizes():
@@ -129,6 +129,6 @@ def test_refused_pairs_are_listed_are_few_and_say_why():
     assert refused == set(re.findall(r"`(\w+\+\w+)`", listed))
     assert 0 < len(refused) <= 0.1 * len(tiny.priors()) * len(tiny.families())
     for pair in refused:
-        made_of = recipe(pair)
+        made_of = method(pair)
         with pytest.raises(ConfigurationError, match=r"in each layer.*max_.*; use .*or raise"):
-            tiny.adapted(net, prior=made_of.prior(8), guide=made_of.guide())
+            tiny.adapted(net, prior=made_of.prior_of(8), guide=made_of.guide_of())

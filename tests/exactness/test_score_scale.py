@@ -10,6 +10,8 @@ from pyro_blora.likelihoods import MultipleChoice
 
 
 def adapted(net, **options):
+    """With the exponent of the length, unless it is told otherwise."""
+    options = {"learn_length_penalty": True, **options}
     return tiny.adapted(net, likelihood=MultipleChoice(num_data=12, **options))
 
 
@@ -45,7 +47,7 @@ def test_the_score_is_scaled_by_a_power_of_the_length(score):
 def test_a_slope_alone_is_a_factor_that_fit_trains():
     net, batch = tiny.llama(), tiny.choices(3)
     plain = MultipleChoice(scale="fixed").logits(net, batch)
-    blora = adapted(net, scale="slope")
+    blora = adapted(net, learn_length_penalty=False)
     fit(blora, items(), collate=torch.utils.data.default_collate, num_steps=3, batch_size=3)
     assert [name for name, _ in blora.likelihood.named_pyro_params()] == ["score_slope"]
     slope = blora.likelihood.score_slope
@@ -79,8 +81,8 @@ def test_the_slope_passes_even_odds_where_the_likely_options_are_wrong():
     plain = MultipleChoice(scale="fixed").logits(net, batch)
     data = [{k: v[i] for k, v in batch.items()} | {"labels": plain[i].argmin()} for i in range(12)]
     blora = adapted(net)
-    rates = {"lr_mean": 1e-9, "lr_scale": 1e-9, "lr_direction": 1e-9, "lr_likelihood": 0.05}
-    fit(blora, data, collate=torch.utils.data.default_collate, num_steps=60, **rates)
+    rates = {"lr_mean": 1e-9, "lr_scale": 1e-9, "lr_direction": 1e-9, "lr_likelihood": 0.3}
+    fit(blora, data, collate=torch.utils.data.default_collate, num_epochs=2, batch_size=1, **rates)
     assert blora.likelihood.score_slope.item() < 0
 
 

@@ -1,20 +1,28 @@
 """The ready-made loop: history, particles, warm-up, validation, seeds."""
 
 import re
+from itertools import islice
 
 import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
+from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Ensemble, MeanField
-from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
+from pyro_blora.inference import fit, optim_args, parameter_groups
 from pyro_blora.inference.loop import LoopOptions
+from pyro_blora.inference.objective import Objective
+from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
+from pyro_blora.methods import METHODS
+
+RATES = METHODS["bayesian-lora"].learning_rates
 
 
 def test_history(run):
@@ -220,9 +228,9 @@ def classifier(**options):
 def test_each_role_has_its_learning_rate():
     blora = classifier()
     both = torch.nn.ModuleList([blora.model, blora.guide])
-    groups = {g["name"]: g for g in parameter_groups(both, LEARNING_RATES)}
+    groups = {g["name"]: g for g in parameter_groups(both, RATES)}
     assert {name: g["lr"] for name, g in groups.items()} == {
-        role: rate for role, rate in LEARNING_RATES.items() if role != "likelihood"
+        role: rate for role, rate in RATES.items() if role != "likelihood"
     }
     names = {id(p): name.rsplit(".", 1)[-1] for name, p in both.named_parameters()}
     found = {role: {names[id(p)] for p in g["params"]} for role, g in groups.items()}
@@ -240,7 +248,7 @@ def test_each_role_has_its_learning_rate():
 
 def test_a_likelihoods_parameters_have_a_rate_of_their_own():
     blora = tiny.adapted(likelihood=MultipleChoice(num_data=10))
-    groups = parameter_groups(blora.model, {**LEARNING_RATES, "likelihood": 0.5})
+    groups = parameter_groups(blora.model, {**RATES, "likelihood": 0.5})
     (own,) = (g for g in groups if g["name"] == "likelihood")
     assert own["lr"] == 0.5
     assert {*map(id, own["params"])} == {*map(id, blora.likelihood.parameters())}
@@ -258,17 +266,17 @@ def test_the_scales_of_an_autoguide_are_scales(kind, scales):
     guide = tiny.adapted(guide=kind).guide
     guide(tiny.sequences())
     names = {id(p): n.removesuffix("_unconstrained") for n, p in guide.named_parameters()}
-    groups = {g["name"]: g["params"] for g in parameter_groups(guide, LEARNING_RATES)}
+    groups = {g["name"]: g["params"] for g in parameter_groups(guide, RATES)}
     assert {names[id(p)] for p in groups.get("scale", [])} == scales
     assert {names[id(p)] for p in groups["mean"]} == set(names.values()) - scales
 
 
-@pytest.mark.parametrize("role", LEARNING_RATES)
+@pytest.mark.parametrize("role", RATES)
 def test_a_rate_of_zero_holds_its_role_still(run, role):
     blora = classifier()
     before = tiny.trained(blora)
     both = torch.nn.ModuleList([blora.model, blora.guide])
-    groups = parameter_groups(both, LEARNING_RATES)
+    groups = parameter_groups(both, RATES)
     still = {id(p) for group in groups if group["name"] == role for p in group["params"]}
     run(blora, DataLoader([tiny.sequences()], batch_size=None), **{f"lr_{role}": 0.0})
     for name, parameter in blora.named_parameters():
@@ -288,3 +296,77 @@ def test_schedule(decay, expected):
     rates = [options.rate(step) for step in range(8)]
     assert rates == pytest.approx(expected, abs=1e-4)
     assert LoopOptions(num_steps=8, warmup=0.0, decay="constant").rate(0) == 1.0
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("guide", [None, AutoNormal])
+def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
+    with pyro.settings.context(module_local_params=local):
+        likelihood = MultipleChoice(num_data=12)
+        blora = tiny.adapted(guide=guide, likelihood=likelihood)
+        elbo = TraceMeanField_ELBO(
+            num_particles=3, vectorize_particles=True, max_plate_nesting=blora.max_plate_nesting
+        )
+        optimizer = ClippedAdam(optim_args(blora))
+        svi = SVI(blora.model, blora.guide, optimizer, elbo)
+        svi.step(tiny.choices(3))
+        likelihood.requires_grad_(False).zero_grad()  # as after the first epoch
+        slope = likelihood.score_slope.item()
+        svi.step(tiny.choices(3))
+        assert likelihood.score_slope.item() == slope
+        groups = parameter_groups(blora, blora.method.learning_rates)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        found = {id(p): each.defaults["lr"] for p, each in optimizer.optim_objs.items()}
+        assert found == rates | {id(likelihood.score_slope_unconstrained): RATES["likelihood"]}
+
+
+class Epochs:
+    """Batches of indices: those of each epoch when it is asked for."""
+
+    def __init__(self, batches, length):
+        self.batches, self.length = iter(batches), length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return islice(self.batches, self.length)
+
+
+def test_the_scale_of_the_scores_learns_in_the_first_epoch_alone(monkeypatch, tmp_path):
+    """And all else longer: from examples, a DataLoader and in the Trainer, which end alike."""
+    batch = tiny.choices(12) | {"index": torch.arange(12)}
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(12)]
+    taken, ends, scales, loss = [], [], [], Objective.__call__
+
+    def told(self, batch, *arguments):
+        scales.append(self.blora.likelihood.score_slope.item())
+        taken.append(batch["index"].tolist())
+        torch.manual_seed(len(scales) % 9)  # the draws of each step
+        return loss(self, batch, *arguments)
+
+    monkeypatch.setattr(Objective, "__call__", told)
+    how = {"num_steps": 9, "warmup": 0.0, "precision": "float32"}
+    net = tiny.llama()
+    for data in ("examples", "DataLoader", "Trainer"):
+        pyro.set_rng_seed(0)
+        blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=12))
+        loader = DataLoader(rows, batch_sampler=Epochs(taken[:9], 3))
+        if data == "examples":
+            fit(blora, rows, batch_size=4, **how)
+        elif data == "DataLoader":
+            fit(blora, loader, **how)
+        else:
+            options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 9}
+            arguments = TrainingArguments(str(tmp_path), save_strategy="no", **options)
+            trainer = BayesianLoRATrainer(blora, arguments, train_dataset=rows)
+            monkeypatch.setattr(trainer, "get_train_dataloader", lambda it=loader: it)
+            trainer.train()
+        assert taken[-9:] == taken[:9]
+        assert len(set(scales[-9:][:4])) == 4
+        assert len(set(scales[-9:][3:])) == 1
+        ends.append(tiny.trained(blora))
+        blora.unwrap()
+    for name, value in ends[0].items():
+        for other in ends[1:]:
+            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=name)

@@ -27,7 +27,7 @@ from pyro_blora.guides import Amortized, Ensemble, Laplace, MatrixNormal, MeanFi
 from pyro_blora.inference import fit
 from pyro_blora.inference.loop import held_interrupts
 from pyro_blora.inference.training_state import PREFIX, STATE
-from pyro_blora.likelihoods import LabelTokens, SequenceClassification
+from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import FisherInducing, KroneckerInducing
 from pyro_blora.network import precision
 
@@ -47,6 +47,11 @@ def length(row):
 def bert(**parts):
     likelihood = SequenceClassification(num_data=10)
     return tiny.adapted(tiny.bert(), target_modules=None, likelihood=likelihood, **parts)
+
+
+def multiple_choice(**parts):
+    """Whose scale of the scores learns in the first epoch alone."""
+    return tiny.adapted(likelihood=MultipleChoice(num_data=10), **parts)
 
 
 def gpt2(**parts):
@@ -72,9 +77,14 @@ def loader_of_its_own():
     return DataLoader(rows, 4, shuffle=True, collate_fn=tiny.collate, generator=generator)
 
 
+def loader_of_choices():
+    rows = tiny.choices(10)
+    return DataLoader([{k: v[i] for k, v in rows.items()} for i in range(10)], 4, shuffle=True)
+
+
 CASES = {
     "early best": (llama, {}, {**BEST, "length": length}),
-    "split": (llama, {}, {"direction_share": 0.6, "split_after": 1}),
+    "likelihood": (multiple_choice, {}, {"rows": loader_of_choices}),
     "informed": (llama, {"prior": FisherInducing(rank=2)}, {}),
     "amortized": (llama, {"guide": Amortized(hidden=3)}, {"decay": "cosine"}),
     "ensemble": (llama, {"guide": Ensemble(members=3)}, BEST),

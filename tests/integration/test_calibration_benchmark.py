@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from pyro_blora.data import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("zero-shot", "lora", "lora-best", "swa", "dropout", "laplace-lora", "default")
+METHODS = ("zero-shot", "lora", "lora-best", "swa", "dropout", "laplace-lora", "bayesian-lora")
+FROM_LORA = ("bayesianize", "from-peft")
 
 
 @pytest.fixture
@@ -38,10 +39,17 @@ def config(tmp_path):
     net.save_pretrained(tmp_path / "net")
     build_tokenizer(["a few words"], eos="<e>", pad="<p>").save_pretrained(tmp_path / "net")
     settings = yaml.safe_load((ROOT / "benchmarks" / "calibration.yaml").read_text())
-    settings |= {"model": str(tmp_path / "net"), "blocks": 1, "rank": 2, "best_every": 2}
-    settings["methods"] = {name: settings["methods"][name] for name in METHODS}
-    settings["sweeps"] = {"table": {"tasks": ["facts"], "steps": [300], "seeds": [0, 1]}}
-    settings["development"] = {"tasks": ["facts"], "seeds": [0], "steps": 300}
+    settings |= {"rank": 2, "best_every": 2}
+    net = {"model": str(tmp_path / "net"), "blocks": 1, "target_modules": ["q_proj", "v_proj"]}
+    settings["networks"] = {"tiny": net, "tiny-all": {**net, "blocks": 0}}
+    settings["methods"] = {name: settings["methods"][name] for name in (*METHODS, *FROM_LORA)}
+    settings["methods"]["bayesian-lora"]["guide"] = {"init_scale": 1.0}  # few steps
+    cells = {"tasks": ["facts"], "steps": [300], "seeds": [0, 1]}
+    settings["sweeps"] = {
+        "table": {"networks": ["tiny"], **cells, "methods": [*METHODS]},
+        "both": {"networks": ["tiny-all"], **cells, "seeds": [0], "methods": [*FROM_LORA, "lora"]},
+    }
+    settings["development"] = {"networks": {"tiny": ["facts"]}, "seeds": [0], "steps": 300}
     settings["out_of_distribution"] = {"facts": ["facts"]}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -56,43 +64,48 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     tried = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert len(tried) == 3 * trials  # last, best, swa
     nlls = {line["trial"]: line["nll"] for line in tried if line["method"] == "lora-best"}
-    run("run", out, *small, "--only", "default")
+    run("run", out, *small, "--only", "bayesian-lora")
     file = out / "cells.jsonl"
     first = file.read_text()
     with file.open("a") as cells:
         cells.write('{"task": "facts", "meth')  # a kill in the middle of a line
-    assert "14 cells, 2 of them there" in run("run", out, *small)
+    assert "17 cells, 2 of them there" in run("run", out, *small)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert file.read_text().startswith(first)
-    assert len({(line["method"], line["seed"]) for line in lines}) == len(lines) == 14
+    keys = {tuple(line[k] for k in ("network", "method", "seed")) for line in lines}
+    assert len(keys) == len(lines) == 17
     chosen = {line["trial"] for line in lines if line["method"] == "lora-best"}
     assert chosen == {min(nlls, key=nlls.__getitem__)}
     assert run("run", out, *small).strip().endswith("0 trainings to go")
     other = yaml.safe_load(config.read_text())
-    other["methods"]["default"]["prior"]["KroneckerInducing"]["keep"] = 0.8
+    other["methods"]["bayesian-lora"]["prior"] = {"sigma": 0.8}
     changed = tmp_path / "other.yaml"
     changed.write_text(yaml.safe_dump(other))
     told = run("run", out, "--config", str(changed), "--smoke")
-    assert told.strip().endswith("run them again: ['facts-16-4-default-0', 'facts-16-4-default-1']")
+    named = [f"tiny-facts-16-4-bayesian-lora-{seed}" for seed in (0, 1)]
+    assert told.strip().endswith(f"run them again: {named}")
+    arrays = np.load(out / "probabilities.npz")
     for line in lines:
-        name = f"facts-16-4-{line['method']}-{line['seed']}.npz"
-        with np.load(out / "probabilities" / name) as found:
-            probs, labels = found["test/probs"], found["test/labels"]
+        name = f"{line['network']}-facts-16-4-{line['method']}-{line['seed']}/test"
+        probs, labels = arrays[f"{name}/probs"], arrays[f"{name}/labels"]
         nll = -np.log(probs[np.arange(len(labels)), labels]).mean()
         assert nll == pytest.approx(line["metrics"]["test"]["nll"], rel=1e-4)
     assert "| lora, trial 2 | " in run("report", out)
     settings = yaml.safe_load(config.read_text())
-    settings["published"] = {settings["model"]: {"a paper": ["55.0 4.0 n/a"]}}
+    model = settings["networks"]["tiny"]["model"]
+    settings["published"] = {model: {"a paper": ["55.0 4.0 n/a"]}}
     config.write_text(yaml.safe_dump(settings))
     run("report", out, "--config", str(config))
     report = (out / "report.md").read_text()
     assert "| a paper, published | | 55.0 | n/a | 4.0 |" in report
     for method in (*METHODS, "temperature:lora-best"):
         assert f"| {method} | 2 |" in report
-    assert "NLL of `default` less that of" in report
+    assert "NLL of `bayesian-lora` less that of" in report
+    for method in FROM_LORA:
+        assert f"| {method} | 1 |" in report
     assert "| lora | entropy | 2 | 50.0 | 50.0 ± 0.0 |" in report  # the other set is the test's own
-    assert "| default | mutual information | 2 | 50.0 | 50.0 ± 0.0 |" in report
-    assert len(list((out / "figures").glob("*.png"))) == 3
+    assert "| bayesian-lora | mutual information | 2 | 50.0 | 50.0 ± 0.0 |" in report
+    assert not (out / "figures").exists()  # of several tasks alone
 
 
 def test_early_stopping_sees_validation_items_alone(run, config, tmp_path, monkeypatch):
@@ -136,7 +149,7 @@ def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(mon
 
     settings = read_settings(ROOT / "benchmarks" / "calibration_7b.yaml", None, False)
     assert {cell.steps for cell in cells_of(settings, None)} == {5000}
-    assert "default" in settings["methods"]
+    assert "bayesian-lora" in settings["methods"]
     for rows in settings["published"].values():
         for row in rows.values():
             assert [len(text.split()) for text in row] == [3] * 6
@@ -223,19 +236,28 @@ def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_ta
 
     trials = [{"fit": {"lr_mean": rate}} for rate in (1.0, 2.0, 3.0)]
     settings = {
-        "development": {"tasks": ["a", "b"], "seeds": [0], "steps": 4},
-        "methods": {"lora": {"trials": trials}, "lora-best": {"of": "lora"}, "map": {}},
+        "networks": {"small": {}, "all": {}},
+        "development": {"networks": {"small": ["a", "b"]}, "seeds": [0], "steps": 4},
+        "methods": {
+            "lora": {"trials": trials},
+            "lora-best": {"of": "lora"},
+            "from-peft": {"of": "lora", "state": "from-lora"},
+            "map": {},
+        },
     }
     nlls = {"lora": [(0.5, 0.9), (0.6, 0.6), (0.1, None)], "lora-best": [(0.3, 0.3), (0.4, 0.4)]}
     lines = [
-        {"method": method, "trial": trial, "task": task, "seed": 0, "steps": 4, "nll": nll}
-        | {"settings": changed(settings, {"lora": trial})["methods"]["lora"]}
+        {"network": "small", "method": method, "trial": trial, "task": task, "seed": 0, "steps": 4}
+        | {"nll": nll, "settings": changed(settings, {"lora": trial})["methods"]["lora"]}
         for method, found in nlls.items()
         for trial, both in enumerate(found)
         for task, nll in zip("ab", both, strict=True)
         if nll is not None
     ]
-    assert chosen_trials(settings, lines) == {"lora": 1, "lora-best": 0}
+    expected = {"lora": 1, "lora-best": 0, "from-peft": 1}  # which begins at the last step
+    assert chosen_trials(settings, lines) == {
+        (network, name): trial for network in ("small", "all") for name, trial in expected.items()
+    }
     lines = [{**line, "steps": 8} for line in lines]  # of another budget
     assert chosen_trials(settings, lines) == {}
 
@@ -246,14 +268,14 @@ def test_the_report_s_temperatures_are_of_validation_items(monkeypatch, tmp_path
 
     sure = np.full((20, 2), [0.9, 0.1])
     right, often = np.zeros(20, int), np.repeat([0, 1], [14, 6])  # 70 % right
-    (tmp_path / "probabilities").mkdir()
     arrays = {f"{name}/probs": sure for name in ("validation", "test")}
     arrays |= {f"{name}/epistemic": np.zeros(20) for name in ("validation", "test")}
     arrays |= {"validation/labels": often, "test/labels": right}
-    np.savez(tmp_path / "probabilities" / "a-16-4-lora-0.npz", **arrays)
-    line = {"task": "a", "method": "lora", "steps": 4, "seed": 0, "max_train": 16}
+    arrays = {f"net-a-16-4-lora-0/{name}": array for name, array in arrays.items()}
+    np.savez(tmp_path / "probabilities.npz", **arrays)
+    line = {"network": "net", "task": "a", "method": "lora", "steps": 4, "seed": 0, "max_train": 16}
     runs, _ = read_runs([line], tmp_path)
-    probs, _ = runs["a", 4, "16"]["temperature:lora"][0]["test"]
+    probs, _ = runs["net", "a", 4, "16"]["temperature:lora"][0]["test"]
     torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]).to(probs), atol=1e-3, rtol=0)
 
 
@@ -261,9 +283,9 @@ def test_methods_of_one_prior_are_kin(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from calibration import DEFAULT_CONFIG, kin_of, read_settings
 
-    kin = kin_of("default", read_settings(DEFAULT_CONFIG, None, False))
-    assert {"default", "default-mean", "split", "temperature:split-4"} <= kin
-    assert not {"lora", "fisher", "zero-shot", "factor-reading", "dropout"} & kin
+    kin = kin_of("bayesian-lora", read_settings(DEFAULT_CONFIG, None, False))
+    assert {"bayesian-lora", "bayesian-lora-mean", "temperature:bayesian-lora-fixed"} <= kin
+    assert not {"lora", "zero-shot", "bayesian-lora-factor", "dropout", "from-peft"} & kin
 
 
 def test_tasks_on_which_nothing_was_chosen_have_a_mean_of_their_own(monkeypatch):
@@ -276,10 +298,14 @@ def test_tasks_on_which_nothing_was_chosen_have_a_mean_of_their_own(monkeypatch)
         return {seed: {"test": pair} for seed in range(count)}
 
     runs = {
-        (task, 300, "400"): {"ours": seeds(nll), "lora": seeds(2 * nll), "one": seeds(nll, 1)}
+        ("net", task, 300, "400"): {
+            "ours": seeds(nll),
+            "lora": seeds(2 * nll),
+            "one": seeds(nll, 1),
+        }
         for task, nll in (("a", 0.1), ("b", 0.4), ("c", 0.7))
     }
-    text = summary(runs, "ours", set(), ["a"])
+    text = summary(runs, "ours", set(), {"net": ["a"]})
     apart = text.index("Over b, c alone, on which nothing was chosen:")
     assert not any(line.startswith("| one | ") for line in text[apart:])  # of a single seed
     for of, mean in ((text[:apart], "0.400"), (text[apart:], "0.550")):
@@ -287,4 +313,5 @@ def test_tasks_on_which_nothing_was_chosen_have_a_mean_of_their_own(monkeypatch)
             line.startswith("| ours | 2 | ") and f"| {mean} ± 0.000 |" in line for line in of
         )
     assert any(line.startswith("| one | 1 | ") for line in text[:apart])
-    assert not any("alone, on which" in line for line in summary(runs, "ours", set(), ["a", "b"]))
+    text = summary(runs, "ours", set(), {"net": ["a", "b"]})
+    assert not any("alone, on which" in line for line in text)

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference import LEARNING_RATES, fit, parameter_groups
+from pyro_blora.inference import fit, parameter_groups
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM
 
@@ -45,7 +45,8 @@ def test_the_loss_falls_and_its_parts_are_logged(tmp_path):
     for entry in history:
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
-    assert found == {**run.blora.prior.learning_rates, **rates}
+    usual = {"direction": run.blora.method.learning_rates["direction"]}
+    assert found == {**usual, **rates}
 
 
 def test_it_informs_a_prior_that_asks_for_it_once(tmp_path):
@@ -72,8 +73,8 @@ def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
     blora = tiny.adapted(guide=guides.Delta())
     elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
     loss_of = elbo(blora.model, blora.guide)
-    rates = {**LEARNING_RATES, **blora.prior.learning_rates}
-    optimizer = torch.optim.AdamW(parameter_groups(blora, rates), weight_decay=0.0)
+    groups = parameter_groups(blora, blora.method.learning_rates)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
     for _ in range(4):
         optimizer.zero_grad()

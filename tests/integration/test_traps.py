@@ -17,8 +17,8 @@ from pyro_blora.distributions.stacked_flow import FLOWS, Stack, make_chain
 from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
 from pyro_blora.guides import Amortized, Ensemble, Flow, Laplace, LayerCoupled, MeanField, Site
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.methods import METHODS
 from pyro_blora.models import GaussianFactors, KernelInducing
-from pyro_blora.recipes import recipe
 
 
 def site(n=3, event=(2, 2)):
@@ -105,8 +105,8 @@ def test_what_is_loaded_survives_the_next_step(tmp_path):
 
 
 def test_an_ensemble_starts_at_the_network():
-    made = recipe("ensemble")
-    blora = tiny.adapted(prior=made.prior(2), guide=made.guide())
+    made = METHODS["ensemble"]
+    blora = tiny.adapted(prior=made.prior_of(2), guide=made.guide_of())
     for group, update in zip(blora.model.groups, blora.sample_updates(5).values(), strict=True):
         for layer, module in zip(update.layers(), group.modules, strict=True):
             assert layer.weight().norm(dim=(-2, -1)).max() < 0.05 * module.weight.norm()

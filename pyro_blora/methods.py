@@ -1,0 +1,350 @@
+"""Methods by name: a prior beside a guide, and how such a pair is trained and predicts.
+
+``BayesianLoRA(net)`` is ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` and every
+command take a name of this table, or a pair of class names: ``"Subspace+FullRank"``,
+``"my_module:MyPrior+MeanField"``. Packages may add methods through the entry-point group
+``pyro_blora.methods``; each entry is a :class:`Method`. The records import nothing heavy.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pyro_blora.errors import ConfigurationError, near_miss
+
+if TYPE_CHECKING:
+    from pyro_blora.guides import SiteGuide
+    from pyro_blora.models import UpdateModel
+
+__all__ = [
+    "BASELINES",
+    "METHODS",
+    "WITHOUT_PAIR",
+    "Method",
+    "all_methods",
+    "check_method",
+    "method",
+    "method_of",
+    "trained_for",
+]
+
+_RATES = {
+    "mean": 5e-2,  # of the guide, in units of a whitened core
+    "scale": 1e-2,  # of the guide and of the prior: a step of their logarithm
+    "direction": 5e-3,
+    "likelihood": 5e-2,
+    "head": 1e-3,
+}
+_LORA_RATES = {**_RATES, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
+
+
+@dataclass(frozen=True)
+class Method:
+    """A prior beside a guide, and all that training and prediction are told of the pair.
+
+    Attributes:
+        name: what it is called.
+        prior: the prior's class: a name of ``pyro_blora.models``, or ``module:Class``.
+        guide: the guide's class, likewise of ``pyro_blora.guides``.
+        citation: authors, year, title or venue, arXiv number.
+        summary: what it is, in a line.
+        prior_options: of the prior's constructor, besides the rank.
+        guide_options: of the guide's constructor.
+        rank: what suits it where none is given. Default: 8.
+        scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
+        learning_rates: of AdamW, by the role of a parameter. Default: ``bayesian-lora``'s.
+        likelihood_epochs: passes over the data in which a likelihood's own parameters learn.
+            After them they would take what the adapter has memorised for evidence. Default: 1.
+        num_samples: draws for a prediction, where the method fixes them.
+        linearised: whether its predictive is the linearised one.
+
+    Example::
+
+        method("laplace-lora").linearised  # what predict(batch, linearised=...) wants
+        Method("mine", "my_module:MyPrior", "MeanField", "", "a prior of my own", rank=4)
+    """
+
+    name: str
+    prior: str
+    guide: str
+    citation: str
+    summary: str
+    prior_options: Mapping[str, Any] = field(default_factory=dict)
+    guide_options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 8
+    scale: Literal["learned", "fixed"] = "fixed"
+    learning_rates: Mapping[str, float] = field(default_factory=_RATES.copy)
+    likelihood_epochs: int = 1
+    num_samples: int | None = None
+    linearised: bool = False
+
+    def prior_of(self, rank: int | None = None) -> "UpdateModel":
+        """The prior of a rank, or of the rank that suits the method."""
+        made = _class(self.prior, "prior")
+        options = dict(self.prior_options)
+        if "rank" in inspect.signature(made).parameters:
+            options["rank"] = self.rank if rank is None else rank
+        return cast("UpdateModel", made(**options))
+
+    def guide_of(self) -> "SiteGuide":
+        """The guide family."""
+        return cast("SiteGuide", _class(self.guide, "guide")(**self.guide_options))
+
+
+_KNOWN = (
+    Method(
+        "bayesian-lora",
+        "KroneckerInducing",
+        "MatrixNormal",
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (begun narrow, its width the weight's)",
+        "one inducing matrix for each weight, matrix normal posterior",
+        scale="learned",
+    ),
+    Method(
+        "fisher",
+        "FisherInducing",
+        "MatrixNormal",
+        "this library; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
+        "a core between the top directions of the network's own gradients, from the prior on",
+        rank=32,
+        scale="learned",
+    ),
+    Method(
+        "lora",
+        "GaussianFactors",
+        "Delta",
+        "Hu et al. 2021, LoRA, arXiv:2106.09685",
+        "maximum likelihood: a point estimate under a prior too wide to be felt",
+        prior_options={"random": "both", "sigma": 1e4},
+        learning_rates=_LORA_RATES,
+        num_samples=0,
+    ),
+    Method(
+        "map",
+        "KroneckerInducing",
+        "Delta",
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
+        "the posterior's mode under the Kronecker prior",
+        scale="learned",
+        num_samples=0,
+    ),
+    Method(
+        "bayesian-lora-factor",
+        "FactorInducing",
+        "MeanField",
+        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (as its code reads it)",
+        "an inducing matrix for each LoRA factor, conditional noise with a capped lambda",
+        prior_options={"conditional": "scaled"},
+        guide_options={"init_scale": 0.1},
+        learning_rates={**_RATES, "mean": 2e-2},
+    ),
+    Method(
+        "mean-field",
+        "KroneckerInducing",
+        "MeanField",
+        "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
+        "the Kronecker prior with independent normals",
+        scale="learned",
+    ),
+    Method(
+        "blob",
+        "GaussianFactors",
+        "MeanField",
+        "Wang et al. 2024, BLoB, arXiv:2406.11675",
+        "A random with independent normals, B a point",
+        prior_options={"random": "A", "sigma": 0.2},
+        guide_options={"init_scale": 0.0125},  # BLoB's eps = 0.05: s = eps^2
+        learning_rates=_LORA_RATES,
+    ),
+    Method(
+        "c-lora",
+        "GaussianFactors",
+        "Amortized",
+        "Rahmati et al. 2025, C-LoRA, arXiv:2505.17773",
+        "A random with a width that depends on the example, B a point",
+        prior_options={"random": "A", "sigma": 0.2},
+        guide_options={"init_scale": 0.0125},
+        learning_rates=_LORA_RATES,
+    ),
+    Method(
+        "scalabl",
+        "Subspace",
+        "MeanField",
+        "Samplawski et al. 2025, ScalaBL, arXiv:2506.21408",
+        "r random numbers for each weight between learned factors",
+        guide_options={"init_scale": 0.1},
+        learning_rates={**_RATES, "mean": 2e-2, "direction": 1e-3},
+    ),
+    Method(
+        "b-lora-xs",
+        "SpectralInducing",
+        "FullRank",
+        "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
+        "a random core between the weight's singular directions, full covariance (paper: SWAG)",
+        guide_options={"init_scale": 0.1},
+        learning_rates={**_RATES, "mean": 2e-2},
+    ),
+    Method(
+        "laplace-lora",
+        "GaussianFactors",
+        "Laplace",
+        "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
+        "curvature around a trained LoRA, prior precision by the marginal likelihood",
+        prior_options={"random": "both", "sigma": 1.0},
+        learning_rates=_LORA_RATES,
+        linearised=True,
+    ),
+    Method(
+        "tfb",
+        "GaussianFactors",
+        "Isotropic",
+        "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
+        "the widest isotropic noise that the loss of a trained LoRA allows (paper: after an SVD)",
+        prior_options={"random": "A", "sigma": 1.0},
+        learning_rates=_LORA_RATES,
+    ),
+    Method(
+        "ensemble",
+        "GaussianFactors",
+        "Ensemble",
+        "Wang et al. 2023, LoRA ensembles, arXiv:2310.00035",
+        "five LoRAs side by side",
+        prior_options={"random": "both", "sigma": 1.0},
+        guide_options={"spread": 0.01},  # so little that every member starts at the network itself
+        learning_rates=_LORA_RATES,
+        num_samples=5,
+    ),
+)
+METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
+
+# Plain LoRA by PEFT: at its last step, at its best validation step, and with dropout left on.
+BASELINES = ("lora", "lora-best", "mc-dropout")
+
+# Methods that are no prior beside a guide; `compare` has them all the same.
+WITHOUT_PAIR = {
+    "mc-dropout": (
+        "plain LoRA by PEFT with its dropout left on in prediction",
+        "Gal, Ghahramani 2016, Dropout as a Bayesian approximation, arXiv:1506.02142",
+    ),
+    "temperature": (
+        "another method's log-probabilities scaled on validation items: temperature:NAME",
+        "Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599",
+    ),
+}
+
+
+def all_methods() -> dict[str, Method]:
+    """The library's methods and those of installed packages, by name."""
+    found = {entry.name: entry.load() for entry in entry_points(group="pyro_blora.methods")}
+    return {**found, **METHODS}
+
+
+def method(name: str) -> Method:
+    """A method by its name, or by the class names of a prior and a guide.
+
+    Args:
+        name: a key of :func:`all_methods`, or ``"PRIOR+GUIDE"`` with names of
+            ``pyro_blora.models`` and ``pyro_blora.guides``, or with a class of your own as
+            ``module:Class``.
+
+    Raises:
+        ConfigurationError: there is no such method, prior or guide; the message lists near misses.
+            Or a module cannot be imported, or a class has arguments without default.
+
+    Example::
+
+        >>> method("bayesian-lora").guide_of()
+        MatrixNormal()
+        >>> method("Subspace+FullRank").prior_of(4)
+        Subspace(rank=4)
+    """
+    known = all_methods()
+    if name in known:
+        return known[name]
+    if "+" in name:
+        left, _, right = name.partition("+")
+        prior, _ = _class(left, "prior"), _class(right, "guide")
+        return replace(
+            method_of(prior),
+            name=name,
+            prior=left,
+            guide=right,
+            citation="",
+            summary=f"{left} with {right}",
+            prior_options={},
+            guide_options={},
+            scale="learned",
+            num_samples=0 if right == "Delta" else None,
+            linearised=False,
+        )
+    if name in WITHOUT_PAIR:
+        raise ConfigurationError(
+            f"{name} is no prior beside a guide ({WITHOUT_PAIR[name][0]}); `pyro-blora compare` "
+            "has it, and so have plain_lora and temperature in pyro_blora.evaluation."
+        )
+    raise ConfigurationError(
+        f"method {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "
+        "KroneckerInducing+MeanField."
+    )
+
+
+def method_of(prior: Any) -> Method:
+    """The first method whose prior is of this class, or of one it inherits; else the default's."""
+    names = [c.__name__ for c in prior.__mro__ if c.__module__.startswith("pyro_blora.models")]
+    found = (known for name in names for known in _KNOWN if known.prior == name)
+    return next(found, METHODS["bayesian-lora"])
+
+
+def trained_for(name: str) -> str:
+    """What is trained for a method of a comparison: itself, or what its temperature scales.
+
+    Example::
+
+        >>> trained_for("temperature:blob"), trained_for("temperature"), trained_for("map")
+        ('blob', 'lora', 'map')
+    """
+    return "lora" if name == "temperature" else name.removeprefix("temperature:")
+
+
+def check_method(name: str) -> None:
+    """Raises ConfigurationError where a comparison has no such method.
+
+    ``temperature:NAME`` is any of them with its log-probabilities scaled on validation items, and
+    ``temperature`` is ``temperature:lora``.
+    """
+    if trained_for(name) not in BASELINES:
+        method(trained_for(name))
+
+
+def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:
+    import pyro_blora.guides as guides
+    import pyro_blora.models as models
+
+    package: Any = models if kind == "prior" else guides
+    contract = models.UpdateModel if kind == "prior" else guides.SiteGuide
+    path, _, last = name.rpartition(":")
+    if path:
+        try:
+            package = import_module(path)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{kind} {name!r}: module {path!r} cannot be imported ({error}); it must lie in "
+                "the current folder or be installed."
+            ) from error
+    found = {
+        n: made
+        for n, made in vars(package).items()
+        if isinstance(made, type) and issubclass(made, contract) and made is not contract
+    }
+    if last not in found:
+        raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(last, found)}.")
+    parameters = inspect.signature(found[last]).parameters.values()
+    bare = [p.name for p in parameters if p.default is p.empty and p.name != "rank"]
+    if bare:
+        raise ConfigurationError(
+            f"{kind} {name!r} has arguments without a default, {', '.join(bare)}; give them one."
+        )
+    return found[last]

@@ -1,0 +1,154 @@
+"""Named methods: each trains, predicts and says where it comes from."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pyro
+import pytest
+import tiny
+import torch
+
+from pyro_blora import BayesianLoRA, fit, guides, models
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.plain_lora import PlainLoRA
+from pyro_blora.inference import LoopOptions
+from pyro_blora.inference.learning_rates import rates_by_group
+from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.methods import METHODS, Method, all_methods, method
+from pyro_blora.network import fast_path
+
+
+def made(name, net=None, **options):
+    likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=10)
+    net = tiny.llama() if net is None else net
+    return BayesianLoRA(net, method=name, rank=2, likelihood=likelihood, **options)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "Hierarchical+Flow"])
+def test_a_method_trains_and_predicts(name):
+    blora, known = made(name), method(name)
+    result = fit(blora, tiny.examples(10), collate=tiny.collate, num_steps=12, progress=False)
+    assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
+    prediction = blora.predict(tiny.collate(tiny.examples(4)), known.num_samples or 4)
+    assert prediction.samples.isfinite().all()
+    assert prediction.samples.shape[1:] == (4, 3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_where_it_comes_from(name):
+    known = METHODS[name]
+    assert known.name == name
+    assert "arXiv:" in known.citation
+    assert known.summary
+    assert known.prior_of(3).rank == 3
+    ours = name in ("fisher", "bayesian-lora", "mean-field", "map")
+    assert known.scale == ("learned" if ours else "fixed")
+
+
+def test_a_prior_has_the_rates_of_the_method_it_is_of():
+    class Mine(models.GaussianFactors):
+        pass
+
+    for prior in (models.GaussianFactors(rank=2), Mine(rank=2)):
+        blora = tiny.adapted(prior=prior)
+        assert blora.method is METHODS["lora"]
+    mixed = {"q_proj": models.Subspace(rank=2), "v_proj": models.KernelInducing(rank=2)}
+    _, rates = rates_by_group(tiny.adapted(prior=mixed), {"scale": 0.5})
+    expected = {"q_proj": METHODS["scalabl"], "v_proj": METHODS["bayesian-lora"]}
+    assert rates == {n: {**m.learning_rates, "scale": 0.5} for n, m in expected.items()}
+
+
+def test_a_method_is_saved(tmp_path):
+    blora = made("laplace-lora")
+    assert blora.method is METHODS["laplace-lora"]
+    blora.save_pretrained(tmp_path)
+    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+    assert read.method is METHODS["laplace-lora"]
+    net = read.unwrap()
+    blora = made(replace(METHODS["blob"], name="mine"), net)
+    blora.save_pretrained(tmp_path / "own")
+    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "own")
+    assert read.method is METHODS["lora"]  # the first of its prior
+
+
+def test_lora_is_peft_s():
+    """The record, trained by ``fit``, ends where PEFT's adapter ends from the same start."""
+    rows, options = tiny.examples(10), LoopOptions(num_steps=15, batch_size=4, seed=3)
+    likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=10)
+    net, batch = tiny.llama(), tiny.collate(tiny.examples(6, seed=1))
+    lora = PlainLoRA(net, ["q_proj", "v_proj"], likelihood, rank=2)
+    start = {n.replace(".default", ""): p.detach().clone() for n, p in lora.parameters.items()}
+    rate = METHODS["lora"].learning_rates["mean"]
+    lora.fit(rows, tiny.collate, options, lr=rate)
+    expected = lora.predict(batch).probs
+    lora.unload()
+    assert (expected - lora.predict(batch).probs).abs().max() > 1e-3  # it has learned
+    blora = made("lora", net)
+    with torch.no_grad():
+        for group in blora.model.groups:
+            family = blora.guide.families()[f"{group.name}.A"]
+            (place,) = [n for n, _ in family.named_parameters()]
+            A = [start[f"{name}.lora_A.weight"] for name in group.module_names]
+            family.get_parameter(place).copy_(torch.stack(A))
+    fit(blora, rows, collate=tiny.collate, num_steps=15, batch_size=4, seed=3)
+    torch.testing.assert_close(blora.predict(batch, 0).probs, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_lora_method_is_maximum_likelihood():
+    """The penalty of its prior is nothing beside the likelihood, in value and in gradient."""
+    blora = made("lora")
+    trace = pyro.poutine.trace(blora.guide).get_trace()
+    model = pyro.poutine.trace(pyro.poutine.replay(blora.model.updates, trace=trace)).get_trace()
+    site = model.nodes["q_proj.A"]
+    value = site["value"].detach().requires_grad_()
+    (slope,) = torch.autograd.grad(site["fn"].log_prob(value).sum(), value)
+    assert slope.abs().max() < 1e-7
+
+
+def test_pairs_are_methods_too():
+    assert repr(method("Subspace+FullRank").prior_of(4)) == "Subspace(rank=4)"
+    assert isinstance(method("Subspace+FullRank").guide_of(), guides.FullRank)
+    for prior in tiny.priors():
+        for family in tiny.families():
+            pair = method(f"{prior}+{family}")
+            assert type(pair.prior_of(2)) is getattr(models, prior)
+            assert type(pair.guide_of()) is getattr(guides, family)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("blobb", "method 'blobb' is unknown; .*blob.*KroneckerInducing"),
+        ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
+        ("Subspace+Deltas", "guide 'Deltas' is unknown; .*Delta"),
+        ("temperature", "no prior beside a guide .*compare"),
+        ("mc-dropout", "no prior beside a guide .*plain_lora"),
+        ("UpdateModel+Delta", "prior 'UpdateModel' is unknown"),
+        ("Subspace+Site", "guide 'Site' is unknown"),
+    ],
+)
+def test_unknown_names(name, match):
+    with pytest.raises(ConfigurationError, match=match):
+        method(name)
+
+
+def test_packages_may_ship_methods(monkeypatch):
+    """Through an entry point; the library's own names cannot be taken."""
+    own = Method("own", "Subspace", "Delta", "", "a test's")
+
+    def entries(group):
+        assert group == "pyro_blora.methods"
+        return [SimpleNamespace(name=name, load=lambda: own) for name in ("own", "blob")]
+
+    monkeypatch.setattr("pyro_blora.methods.entry_points", entries)
+    assert method("own") is own
+    assert all_methods()["blob"] is METHODS["blob"]
+    blora = made("own", fast=False)
+    assert isinstance(blora.guide_family, guides.Delta)
+    assert not fast_path.is_on(blora.net)
+
+
+def test_the_rank_is_the_method_s_prior_s():
+    assert repr(BayesianLoRA(tiny.llama(), rank=3).prior) == "KroneckerInducing(rank=3)"
+    with pytest.raises(ConfigurationError, match="rank=3 is the method's prior's; give it to your"):
+        BayesianLoRA(tiny.llama(), rank=3, prior=models.Subspace())
