@@ -233,7 +233,9 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     made = {name: value for name, value in made.items() if not name.startswith("layer ")}
     train: Settings = {"collate": data.collate, "length": item_length}
 
-    def of(blora: BayesianLoRA, **usual: Any) -> Callable[[Cell], Outcome]:
+    def of(
+        blora: BayesianLoRA, more: float = 0.0, more_made: Settings | None = None, **usual: Any
+    ) -> Callable[[Cell], Outcome]:
         def found(cell: Cell) -> Outcome:
             own = {**usual, **settings["methods"][cell.method]}
             how = {name: own[name] for name in ("num_samples", "linearised")}
@@ -244,8 +246,8 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
                 lambda batch: blora.predict(batch, **how),
                 blora.model.skippable_blocks(),
                 parameters=blora.trainable_parameters,
-                seconds=seconds,
-                made=made,
+                seconds=seconds + more,
+                made=made | (more_made or {}),
             )
 
         return found
@@ -292,6 +294,7 @@ def _from_lora(
     """What a person does who has a LoRA: a posterior around it, or a hundred steps from there."""
     method = settings["methods"][cell.method]
     torch.manual_seed(cell.seed)
+    started = time.perf_counter()
     if method["by"] == "fit":
         likelihood = data.likelihood(settings, "fixed")  # its items have been learned from
         blora = BayesianLoRA.from_peft(net, folder, likelihood=likelihood)
@@ -307,7 +310,9 @@ def _from_lora(
             **train,
         )
     try:
-        return of(blora, num_samples=settings["num_samples"], linearised=False)(cell)
+        own = {"num_samples": settings["num_samples"], "linearised": False}
+        made = {"then": settings_of(blora, {})}
+        return of(blora, time.perf_counter() - started, made, **own)(cell)
     finally:
         blora.unwrap()
 

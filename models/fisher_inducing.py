@@ -60,7 +60,7 @@ class FisherInducing(UpdateModel):
 
     Example::
 
-        blora = BayesianLoRA(net, prior=FisherInducing(), guide=MatrixNormal(init_scale=0.1))
+        blora = BayesianLoRA(net, prior=FisherInducing(), guide=MatrixNormal())
         fit(blora, train, collate=collate, num_steps=300)  # finds the directions first
     """
 

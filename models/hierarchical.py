@@ -63,7 +63,7 @@ class Hierarchical(KroneckerInducing):
     def layer_scale(self) -> Tensor:
         """Samples the scales, ``(..., n)``."""
         like = torch.ones((), device=self.group.device)
-        tau = pyro.sample(self.site("tau"), dist.HalfCauchy(self.sigma_start[0]))
+        tau = pyro.sample(self.site("tau"), dist.HalfCauchy(self.sigma_start.mean()))
         with self.plate():
             standard = dist.Normal(0 * like, like)
             z = pyro.sample(self.site("z"), standard, infer={"nonlinear": True})

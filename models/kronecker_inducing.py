@@ -51,9 +51,9 @@ class KroneckerInducing(UpdateModel):
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
             prior, in units of weight; the start where it is learned. Default: for each layer
             :math:`0.2\, s \min(1, 6/n)`, with the root mean square :math:`s` of the singular values
-            of its pretrained weight, so that no rescaling of the network that keeps its function
-            changes the result; beyond six layers of a kind their steps add up
-            (docs/calibration.md). Groups do not know of each other.
+            of its pretrained weight (1 for a weight of zeros, or without data), so that a factor
+            that goes from one layer of the network to another changes nothing; beyond six layers of
+            a kind their steps add up. Groups do not know of each other.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
             Default: learned.
@@ -147,7 +147,7 @@ class KroneckerInducing(UpdateModel):
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
         self.D_c = PyroParam(D.expand(-1, m_c).clone(), constraints.positive)
         start = _usual_sigma(group) if self.sigma is None else self.sigma * ones
-        self.register_buffer("sigma_start", start, persistent=False)
+        self.register_buffer("sigma_start", start, persistent=self.scale != "learned")
         if self.scale == "learned":
             self.sigma_ = PyroParam(start.clone(), constraints.positive)
         if self.conditional == "scaled":
@@ -212,6 +212,7 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
     sizes = []
     for name, module in zip(group.module_names, group.modules, strict=True):
         weight = dense_weight(module, name)
-        size = torch.ones(()) if weight.is_meta else weight.square().sum()
-        sizes.append((size / min(weight.shape)).sqrt().to(group.device))
-    return 0.2 * min(1.0, 6 / group.n) * torch.stack(sizes)
+        size = torch.ones(()) if weight.is_meta else torch.linalg.vector_norm(weight)
+        sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
+    found = torch.stack(sizes)
+    return 0.2 * min(1.0, 6 / group.n) * torch.where(found > 0, found, 1.0)

@@ -54,7 +54,8 @@ class BayesianLoRA(PeftHabits):
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
         method: a name of :data:`pyro_blora.methods.METHODS`, a pair ``"Subspace+FullRank"``, or a
             :class:`~pyro_blora.methods.Method`: a prior, a guide, and how both are trained.
-            Default: ``"bayesian-lora"``; where a prior is given, the method that has its class.
+            Default: ``"bayesian-lora"``; where a prior is given, the first method that has its
+            class, which tells the learning rates (LoRA's for ``GaussianFactors``).
         rank: of the method's prior. Default: the method's own, mostly 8.
         prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
             of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.

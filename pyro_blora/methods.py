@@ -33,12 +33,13 @@ __all__ = [
 
 _RATES = {
     "mean": 5e-2,  # of the guide, in units of a whitened core
-    "scale": 1e-2,  # of the guide and of the prior: a step of their logarithm
+    "scale": 2e-2,  # of the guide and of the prior: a step of their logarithm
     "direction": 5e-3,
     "likelihood": 5e-2,
     "head": 1e-3,
 }
-_LORA_RATES = {**_RATES, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
+_SLOWER = {**_RATES, "mean": 2e-2, "scale": 1e-2}
+_LORA_RATES = {**_SLOWER, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ _KNOWN = (
         "Hu et al. 2021, LoRA, arXiv:2106.09685",
         "maximum likelihood: a point estimate under a prior too wide to be felt",
         prior_options={"random": "both", "sigma": 1e4},
-        learning_rates=_LORA_RATES,
+        learning_rates={**_LORA_RATES},
         num_samples=0,
     ),
     Method(
@@ -139,7 +140,7 @@ _KNOWN = (
         "an inducing matrix for each LoRA factor, conditional noise with a capped lambda",
         prior_options={"conditional": "scaled"},
         guide_options={"init_scale": 0.1},
-        learning_rates={**_RATES, "mean": 2e-2},
+        learning_rates={**_SLOWER},
     ),
     Method(
         "mean-field",
@@ -157,7 +158,7 @@ _KNOWN = (
         "A random with independent normals, B a point",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},  # BLoB's eps = 0.05: s = eps^2
-        learning_rates=_LORA_RATES,
+        learning_rates={**_LORA_RATES},
     ),
     Method(
         "c-lora",
@@ -167,7 +168,7 @@ _KNOWN = (
         "A random with a width that depends on the example, B a point",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},
-        learning_rates=_LORA_RATES,
+        learning_rates={**_LORA_RATES},
     ),
     Method(
         "scalabl",
@@ -176,7 +177,7 @@ _KNOWN = (
         "Samplawski et al. 2025, ScalaBL, arXiv:2506.21408",
         "r random numbers for each weight between learned factors",
         guide_options={"init_scale": 0.1},
-        learning_rates={**_RATES, "mean": 2e-2, "direction": 1e-3},
+        learning_rates={**_SLOWER, "direction": 1e-3},
     ),
     Method(
         "b-lora-xs",
@@ -185,7 +186,7 @@ _KNOWN = (
         "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
         "a random core between the weight's singular directions, full covariance (paper: SWAG)",
         guide_options={"init_scale": 0.1},
-        learning_rates={**_RATES, "mean": 2e-2},
+        learning_rates={**_SLOWER},
     ),
     Method(
         "laplace-lora",
@@ -194,7 +195,7 @@ _KNOWN = (
         "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
         "curvature around a trained LoRA, prior precision by the marginal likelihood",
         prior_options={"random": "both", "sigma": 1.0},
-        learning_rates=_LORA_RATES,
+        learning_rates={**_LORA_RATES},
         linearised=True,
     ),
     Method(
@@ -204,7 +205,7 @@ _KNOWN = (
         "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
         "the widest isotropic noise that the loss of a trained LoRA allows (paper: after an SVD)",
         prior_options={"random": "A", "sigma": 1.0},
-        learning_rates=_LORA_RATES,
+        learning_rates={**_LORA_RATES},
     ),
     Method(
         "ensemble",
@@ -214,7 +215,7 @@ _KNOWN = (
         "five LoRAs side by side",
         prior_options={"random": "both", "sigma": 1.0},
         guide_options={"spread": 0.01},  # so little that every member starts at the network itself
-        learning_rates=_LORA_RATES,
+        learning_rates={**_LORA_RATES},
         num_samples=5,
     ),
 )
@@ -277,7 +278,7 @@ def method(name: str) -> Method:
             prior_options={},
             guide_options={},
             scale="learned",
-            num_samples=0 if right == "Delta" else None,
+            num_samples=0 if right.rpartition(":")[2] == "Delta" else None,
             linearised=False,
         )
     if name in WITHOUT_PAIR:
@@ -293,8 +294,13 @@ def method(name: str) -> Method:
 
 def method_of(prior: Any) -> Method:
     """The first method whose prior is of this class, or of one it inherits; else the default's."""
-    names = [c.__name__ for c in prior.__mro__ if c.__module__.startswith("pyro_blora.models")]
-    found = (known for name in names for known in _KNOWN if known.prior == name)
+    ours = "pyro_blora.models"
+    names = [
+        c.__name__ if c.__module__.startswith(ours) else f"{c.__module__}:{c.__qualname__}"
+        for c in prior.__mro__
+    ]
+    known = {**METHODS, **all_methods()}.values()
+    found = (each for name in names for each in known if each.prior == name)
     return next(found, METHODS["bayesian-lora"])
 
 

@@ -16,6 +16,7 @@ from pyro_blora.checkpoints.peft_source import unloaded
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
+from pyro_blora.methods import Method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
@@ -48,6 +49,7 @@ class PeftHabits(Keeping):
         net: nn.Module | str | os.PathLike[str] | None = None,
         folder: str | os.PathLike[str] | None = None,
         *,
+        method: str | Method | None = None,
         prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
         guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
         likelihood: Likelihood | None = None,
@@ -63,11 +65,12 @@ class PeftHabits(Keeping):
             net: the base network. Default: loaded by the name that the adapter has for it.
             folder: what PEFT wrote, or a hub id. Either stands alone, ``from_peft("my_lora")``, and
                 so does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
+            method: as in the constructor.
             prior: one that can start there: ``KroneckerInducing``, ``FactorInducing``,
-                ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default:
-                ``KroneckerInducing`` of its rank.
+                ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default: the
+                method's, of the adapter's rank.
             guide: a family whose mean is a parameter. Its width at the start is ``init_scale`` of
-                the prior's. Default: ``MatrixNormal()``.
+                the prior's. Default: the method's.
             likelihood: as in the constructor. Default: by PEFT's task type.
             fast: the constructor's.
 
@@ -96,7 +99,8 @@ class PeftHabits(Keeping):
             adapter = read_peft(source)
             place = nullcontext(adapter.load_base() if base is None else base)
         with place as base:
-            blora = cls(base, **adapter.options(base, prior, guide, likelihood), fast=fast)
+            options = adapter.options(base, method, prior, guide, likelihood)
+            blora = cls(base, **options, fast=fast)
             try:
                 adapter.load_into(blora.model, blora.guide)
             except ConfigurationError:

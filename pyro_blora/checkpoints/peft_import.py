@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pyro_blora.checkpoints.peft_source import read_source
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guides import MatrixNormal, SiteGuide
+from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood, SequenceClassification
-from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.methods import Method
+from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import load_network, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, layer_shape, matches
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -68,6 +69,7 @@ class PeftAdapter:
     def options(
         self,
         net: nn.Module,
+        method: str | Method | None,
         prior: UpdateModel | Mapping[str, UpdateModel] | None,
         guide: SiteGuide | Mapping[str, SiteGuide] | None,
         likelihood: Likelihood | None,
@@ -88,8 +90,10 @@ class PeftAdapter:
             likelihood = SequenceClassification()
         return {
             "target_modules": "|".join(map(re.escape, self.factors)),
-            "prior": prior or KroneckerInducing(rank=self.rank),
-            "guide": guide or MatrixNormal(),
+            "method": method,
+            "rank": self.rank if prior is None else None,
+            "prior": prior,
+            "guide": guide,
             "likelihood": likelihood,
             "modules_to_save": self._heads(net),
             "start": self.factors,

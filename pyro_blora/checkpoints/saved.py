@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pyro_blora.checkpoints.files import (
 from pyro_blora.checkpoints.hub import fetched
 from pyro_blora.checkpoints.parts import describe, describe_guide, rebuild
 from pyro_blora.errors import CheckpointError
-from pyro_blora.methods import all_methods
+from pyro_blora.methods import Method, all_methods, method_of
 from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -76,7 +76,7 @@ def save_pretrained(
         **base_of(model.net),
         "layers": layers,
         "modules_to_save": heads,
-        "method": adapter.method.name,
+        "method": {name: getattr(adapter.method, name) for name in _OF_METHOD},
         "prior": describe(model.prior),
         "guide": describe_guide(family, adapter.guide),
         "likelihood": describe(model.likelihood),
@@ -90,6 +90,15 @@ def save_pretrained(
         about: dict[str, Any] = {"result": result, "notes": notes, "place": place}
         files[CARD] = model_card(config, model, family, **about).encode()
     write_together(folder, files)
+
+
+# What a method's record says besides the parts, which are saved themselves
+_OF_METHOD = ("name", "learning_rates", "likelihood_epochs", "num_samples", "linearised")
+
+
+def _record(name: str, prior: Any) -> Method:
+    known = all_methods()
+    return known[name] if name in known else method_of(type(prior))
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def read_pretrained(
     }
     options = {
         "target_modules": "|".join(map(re.escape, layers)),
-        "method": all_methods().get(config["method"]),
+        "method": replace(_record(config["method"]["name"], parts["prior"]), **config["method"]),
         **parts,
         "modules_to_save": heads,
     }

@@ -1,7 +1,7 @@
 """``pyro-blora laplace``: a trained LoRA becomes a Bayesian adapter, without training."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -68,7 +68,8 @@ def run(
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
     prior = made.prior_of(lora.rank)
-    BayesianLoRA.from_peft(shape_only(base), adapter, prior=prior, guide=guide).unwrap()
+    parts: dict[str, Any] = {"method": made, "prior": prior, "guide": guide}
+    BayesianLoRA.from_peft(shape_only(base), adapter, **parts).unwrap()
     o.check_out(out)
     console = Console(highlight=False)
     precision = o.chosen(precision, console)
@@ -81,8 +82,7 @@ def run(
             adapter,
             data=data.train,
             collate=collate,
-            prior=prior,
-            guide=guide,
+            **parts,
             likelihood=likelihood_for(data, collate, "fixed"),
             length=item_length,
             batch_size=batch_size,

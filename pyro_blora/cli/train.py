@@ -124,7 +124,7 @@ def run(
         BayesianLoRA, method=made, target_modules=targets, layers_to_transform=layers
     )
     if from_peft is not None:
-        adapted = partial(BayesianLoRA.from_peft, folder=from_peft)
+        adapted = partial(BayesianLoRA.from_peft, folder=from_peft, method=made)
     adapted(shapes, prior=made.prior_of(rank), guide=made.guide_of()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)

@@ -7,7 +7,7 @@ from torch import nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.guides import SiteGuide
-from pyro_blora.methods import method_of
+from pyro_blora.methods import METHODS, method_of
 from pyro_blora.models import UpdateModel
 
 __all__ = ["optim_args", "parameter_groups", "rates_by_group"]
@@ -19,7 +19,8 @@ def rates_by_group(
     """The two arguments that :func:`parameter_groups` takes beside a module.
 
     Args:
-        blora: its method says the rates; with a prior for each group, that of the group's prior.
+        blora: its method says the rates; with a prior for each group and no method of its own, that
+            of the group's prior.
         given: rates by role that win over these.
 
     Returns:
@@ -29,7 +30,8 @@ def rates_by_group(
     rates = {}
     for group in blora.model.groups:
         prior = getattr(blora.model, group.name)
-        own = method_of(type(prior)) if isinstance(blora.prior, Mapping) else blora.method
+        mixed = isinstance(blora.prior, Mapping) and blora.method is METHODS["bayesian-lora"]
+        own = method_of(type(prior)) if mixed else blora.method
         rates[group.name] = {**own.learning_rates, **given}
     return {**blora.method.learning_rates, **given}, rates
 
@@ -46,7 +48,7 @@ def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
         groups = parameter_groups(blora, *rates_by_group(blora, {}))
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
-        return {"lr": rates[id(named[name])]}
+        return {"lr": rates.get(id(named[name]), 0.0)}  # zero where it is held
 
     return of
 

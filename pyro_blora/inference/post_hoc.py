@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -14,6 +14,8 @@ from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Likelihood
+from pyro_blora.methods import Method
+from pyro_blora.methods import method as method_by_name
 from pyro_blora.models import UpdateModel
 
 __all__ = ["bayesianize"]
@@ -25,6 +27,7 @@ def bayesianize(
     *,
     data: Sequence[Any] | DataLoader[Any],
     collate: Collate | None = None,
+    method: str | Method | None = None,
     prior: UpdateModel | None = None,
     guide: PostHoc | None = None,
     likelihood: Likelihood | None = None,
@@ -45,8 +48,10 @@ def bayesianize(
         data: the training set for ``Laplace``, an anchor set for ``Isotropic``; examples, or a
             ``DataLoader`` of batches.
         collate: makes a batch of a list of examples.
-        prior: as in ``from_peft``. Default: ``KroneckerInducing`` of the adapter's rank.
-        guide: ``Laplace`` or ``Isotropic``. Default: ``Laplace()``.
+        method: one with such a guide, ``"laplace-lora"`` or ``"tfb"``. Default: ``Laplace()`` with
+            the prior ``KroneckerInducing`` of the adapter's rank.
+        prior: as in ``from_peft``. Default: the method's.
+        guide: ``Laplace`` or ``Isotropic``. Default: the method's.
         likelihood: one with classes. Default: by PEFT's task type.
         length: the length of an example; batches of like lengths waste no padding.
         batch_size: examples at once.
@@ -69,13 +74,17 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch, linearised=True).probs  # B x K
     """
-    guide = Laplace() if guide is None else guide
+    made = method_by_name(method) if isinstance(method, str) else method
+    if guide is None:
+        guide = cast(PostHoc, made.guide_of()) if made else Laplace()
     if not isinstance(guide, PostHoc):
         raise ConfigurationError(
             f"guide={guide!r} is trained; bayesianize takes Laplace() or Isotropic(). For others "
             "start by BayesianLoRA.from_peft and go on by fit."
         )
-    blora = BayesianLoRA.from_peft(net, folder, prior=prior, guide=guide, likelihood=likelihood)
+    blora = BayesianLoRA.from_peft(
+        net, folder, method=made, prior=prior, guide=guide, likelihood=likelihood
+    )
     try:
         if not blora.likelihood.has_classes:
             raise ConfigurationError(

@@ -221,5 +221,5 @@ class _FirstEpochs(TrainerCallback):
 
     def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **given: Any) -> None:
         for group in given["optimizer"].param_groups:
-            if group["name"] == "likelihood" and (state.epoch or 0) >= self.epochs:
+            if group.get("name") == "likelihood" and (state.epoch or 0) >= self.epochs:
                 group["lr"] = 0.0

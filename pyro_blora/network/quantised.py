@@ -41,14 +41,15 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
     transposed = type(module).__name__ == "Conv1D"
     if weight is not None and transposed:
         weight = weight.mT
-    if weight is None or not weight.is_floating_point() or weight.shape != layer_shape(module):
+    shape, plain = layer_shape(module), weight is not None and weight.is_floating_point()
+    if weight is None or not plain or weight.element_size() == 1 or weight.shape != shape:
         kind = "no weight"
         if weight is not None:
             kind = f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
         raise ConfigurationError(
-            f"{name} has {kind}, whose singular directions cannot be read; take a prior that does "
-            "not start from the pretrained weight, or load the network unquantised or quantised "
-            "by torchao or bitsandbytes."
+            f"{name} has {kind}, which cannot be read; pass prior=KroneckerInducing(sigma=...) "
+            "with a width in units of weight, or load the network unquantised or quantised by "
+            "torchao or bitsandbytes."
         )
     return weight.to(torch.get_default_dtype())
 

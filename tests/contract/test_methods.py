@@ -63,12 +63,13 @@ def test_a_method_is_saved(tmp_path):
     assert blora.method is METHODS["laplace-lora"]
     blora.save_pretrained(tmp_path)
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
-    assert read.method is METHODS["laplace-lora"]
+    assert read.method == METHODS["laplace-lora"]
     net = read.unwrap()
-    blora = made(replace(METHODS["blob"], name="mine"), net)
+    blora = made(replace(METHODS["blob"], name="mine", learning_rates={"mean": 0.5}), net)
     blora.save_pretrained(tmp_path / "own")
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "own")
-    assert read.method is METHODS["lora"]  # the first of its prior
+    assert read.method.name == "mine"
+    assert read.method.learning_rates == {"mean": 0.5}
 
 
 def test_lora_is_peft_s():

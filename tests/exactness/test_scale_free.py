@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyro_blora import BayesianLoRA, fit
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import Hierarchical, KroneckerInducing
 from pyro_blora.network.targets import group_layers
@@ -30,6 +31,29 @@ def test_it_starts_at_a_fifth_of_the_weight_s_singular_values(n, scale):
     torch.testing.assert_close(prior.layer_scale() if found is None else found, expected.detach())
     prior.to(torch.float64)
     assert prior.sigma_start.dtype == torch.float64
+
+
+def test_a_weight_without_numbers_has_a_width_all_the_same():
+    layers = [nn.Linear(6, 5), nn.Linear(6, 5)]
+    nn.init.zeros_(layers[0].weight)
+    found = bound(layers).layer_scale()
+    assert found[0] == torch.tensor(0.2)
+    assert found[1] != found[0]
+    with torch.device("meta"):
+        layers = [nn.Linear(6, 5)]
+    assert bound(layers).sigma_start == torch.tensor(0.2 / 5**0.5)
+
+
+def test_a_weight_that_cannot_be_read_wants_a_sigma():
+    class Packed(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 5)
+            weight = self.weight.detach().to(torch.float8_e4m3fn)  # of an unknown scale
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    with pytest.raises(ConfigurationError, match=r"0.q has a weight of torch.float8.*sigma=\.\.\."):
+        bound([Packed()])
+    assert bound([Packed()], sigma=0.5).layer_scale() == 0.5
 
 
 def test_a_sigma_that_is_given_is_in_units_of_weight():
@@ -82,7 +106,8 @@ def test_a_rescaled_network_learns_the_same(make, factor):
         blora = BayesianLoRA(net, rank=2, likelihood=likelihood, target_modules=targets)
         with torch.no_grad():
             plain = blora.predict(tiny.collate(rows), 0).probs
-        result = fit(blora, rows, collate=tiny.collate, num_steps=60)
+        how = {"num_steps": 60, "lr_head": 0.0, "lr_mean": 0.2, "kl_weight": 0.01}  # by the layers
+        result = fit(blora, rows, collate=tiny.collate, **how)
         torch.manual_seed(0)
         learned = blora.predict(tiny.collate(rows), 4).probs
         found.append((plain, sum(step["nll"] for step in result.history[-20:]) / 20, learned))

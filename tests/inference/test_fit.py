@@ -313,6 +313,7 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
         likelihood.requires_grad_(False).zero_grad()  # as after the first epoch
         slope = likelihood.score_slope.item()
         svi.step(tiny.choices(3))
+        assert optim_args(blora)("model.likelihood.score_slope") == {"lr": 0.0}
         assert likelihood.score_slope.item() == slope
         groups = parameter_groups(blora, blora.method.learning_rates)
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
