@@ -120,7 +120,7 @@ _KNOWN = (
         "Hu et al. 2021, LoRA, arXiv:2106.09685",
         "maximum likelihood: a point estimate under a prior too wide to be felt",
         prior_options={"random": "both", "sigma": 1e4},
-        learning_rates={**_LORA_RATES},
+        learning_rates={**_LORA_RATES, "mean": 5e-4},
         num_samples=0,
     ),
     Method(

@@ -37,7 +37,7 @@ def run(
     num_samples: o.NumSamples = 10,
     lora_lr: Annotated[
         float | None,
-        typer.Option(help="Plain LoRA's learning rate; default 1e-3 (options), 5e-4 (labels)."),
+        typer.Option(help="Plain LoRA's learning rate; default: the method's."),
     ] = None,
     precision: o.Precision = "auto",
     out: Annotated[

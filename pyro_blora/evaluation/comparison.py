@@ -18,7 +18,7 @@ from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
 from pyro_blora.inference import FitResult, LoopOptions, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
-from pyro_blora.methods import check_method, trained_for
+from pyro_blora.methods import METHODS, check_method, trained_for
 from pyro_blora.methods import method as method_by_name
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.predict_dataset import predict_dataset
@@ -29,8 +29,6 @@ __all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 Phase = Callable[[str], AbstractContextManager[Any]]
 Predict = Callable[[Batch], Prediction]
 DROPOUT = 0.1  # of mc-dropout
-# Plain LoRA's usual learning rates: options are scored by their log-likelihood, labels by a token.
-LORA_RATES = {"options": 1e-3, "labels": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class _Run:
     ) -> Iterator[Row]:
         """Plain LoRA, trained once: at its last step, then at its best; or with dropout."""
         torch.manual_seed(self.seed)
-        settings, scoring = self.settings, self.task.template.scoring
+        settings = self.settings
         options: dict[str, Any] = {"rank": settings.rank or 8, "dropout": dropout}
         lora = PlainLoRA(self.net, settings.target_modules, self.likelihood, **options)
         predict = partial(lora.predict, num_samples=num_samples)
@@ -172,7 +170,7 @@ class _Run:
                     self.task.train,
                     self.collate,
                     self.options,
-                    lr=settings.lora_lr or LORA_RATES[scoring],
+                    lr=settings.lora_lr or METHODS["lora"].learning_rates["mean"],
                     length=item_length,
                     validation=None if dropout else self.task.validation,
                 )

@@ -49,9 +49,10 @@ def fit(
         -\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b)
         + \frac{w}{N} \mathrm{KL}\left[q(U) \,\|\, p(U)\right], \qquad U_b \sim q.
 
-    A likelihood's own parameters, such as the scale of the scores, learn in the first epoch alone,
-    from examples that the adapter has not learned from: later they would take what it has
-    memorised for evidence.
+    A likelihood's own parameters, such as the scale of the scores, learn in the first epoch of the
+    call alone, from examples that the adapter has not learned from: later they would take what it
+    has memorised for evidence. Of a ``DataLoader`` without a length no epoch is known, and they
+    learn throughout.
 
     Args:
         blora: what to train.
