@@ -208,7 +208,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     changes = {
         "prior_options": {**record.prior_options, **method.get("prior", {})},
         "guide_options": {**record.guide_options, **method.get("guide", {})},
-        **{k: method[k] for k in ("scale", "likelihood_epochs") if k in method},
+        "scale": method.get("scale", record.scale),
     }
     record = replace(record, **changes)
     blora = BayesianLoRA(

@@ -57,8 +57,6 @@ class Method:
         rank: what suits it where none is given. Default: 8.
         scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
         learning_rates: of AdamW, by the role of a parameter. Default: ``bayesian-lora``'s.
-        likelihood_epochs: passes over the data in which a likelihood's own parameters learn.
-            After them they would take what the adapter has memorised for evidence. Default: 1.
         num_samples: draws for a prediction, where the method fixes them.
         linearised: whether its predictive is the linearised one.
 
@@ -78,7 +76,6 @@ class Method:
     rank: int = 8
     scale: Literal["learned", "fixed"] = "fixed"
     learning_rates: Mapping[str, float] = field(default_factory=_RATES.copy)
-    likelihood_epochs: int = 1
     num_samples: int | None = None
     linearised: bool = False
 

@@ -93,7 +93,7 @@ def save_pretrained(
 
 
 # What a method's record says besides the parts, which are saved themselves
-_OF_METHOD = ("name", "learning_rates", "likelihood_epochs", "num_samples", "linearised")
+_OF_METHOD = ("name", "learning_rates", "num_samples", "linearised")
 
 
 def _record(name: str, prior: Any) -> Method:

@@ -30,9 +30,6 @@ class _Bucketed:
     random: random.Random
     skipped: int = 0  # batches to leave out of the next epoch
 
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.size)
-
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
         self.random.shuffle(order)
@@ -97,14 +94,6 @@ class Batches:
         found = self._held.pop() if self._held else self._drawn()
         self._taken += 1
         return found
-
-    @property
-    def steps_of_epoch(self) -> int | None:
-        """How many batches an epoch has, or ``None`` of a stream that does not tell."""
-        try:
-            return len(self._loader)
-        except TypeError:
-            return None
 
     def peek(self) -> Batch:
         """The batch that comes next, which still comes next."""

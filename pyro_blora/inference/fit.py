@@ -49,11 +49,6 @@ def fit(
         -\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b)
         + \frac{w}{N} \mathrm{KL}\left[q(U) \,\|\, p(U)\right], \qquad U_b \sim q.
 
-    A likelihood's own parameters, such as the scale of the scores, learn in the first epoch of the
-    call alone, from examples that the adapter has not learned from: later they would take what it
-    has memorised for evidence. Of a ``DataLoader`` without a length no epoch is known, and they
-    learn throughout.
-
     Args:
         blora: what to train.
         train: examples, or a ``DataLoader`` of batches.
@@ -99,7 +94,7 @@ def fit(
     first = to_device(stream.peek(), device)
     prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(blora, how.elbo, how.num_particles, how.kl_weight)
-    groups = _parameters(blora, first, how, stream.steps_of_epoch)
+    groups = _parameters(blora, first, how)
     state = _state(blora, stream, prefix, how, train, validation, collate)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
@@ -187,9 +182,7 @@ def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -
         )
 
 
-def _parameters(
-    blora: BayesianLoRA, batch: Batch, how: FitOptions, steps_of_epoch: int | None
-) -> list[dict[str, Any]]:
+def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict[str, Any]]:
     """The optimizer's groups; rates given win over the method's."""
     start_guide(blora.guide, batch)  # its parameters must exist before the optimizer does
     given = {role: getattr(how, f"lr_{role}") for role in blora.method.learning_rates}
@@ -198,9 +191,6 @@ def _parameters(
     groups = parameter_groups(both, *rates_by_group(blora, given))
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-    for group in groups:
-        if group["name"] == "likelihood" and steps_of_epoch:
-            group["until"] = blora.method.likelihood_epochs * steps_of_epoch
     return groups
 
 

@@ -114,8 +114,7 @@ class FitOptions(LoopOptions):
             (``blora.method.learning_rates``).
         lr_scale: that of scales, of the guide's and of the prior's. Default: likewise.
         lr_direction: that of the inducing directions. Default: likewise.
-        lr_likelihood: that of a likelihood's own parameters, which learn in the first
-            ``blora.method.likelihood_epochs`` alone. Default: likewise.
+        lr_likelihood: that of a likelihood's own parameters. Default: likewise.
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise.
         kl_weight: weight of the KL, :math:`w`, for any guide. Default: 1, the ELBO.
         keep_best: whether to go back to the best validation at the end. Default: no.
@@ -250,8 +249,7 @@ def training_loop(
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
 
-    A group's ``"until"`` is the step from which it learns no more. Ctrl-C ends the step, with a
-    keeper after it is saved.
+    Ctrl-C ends the step, with a keeper after it is saved.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
@@ -261,8 +259,7 @@ def training_loop(
     done, last = len(result.history), options.num_steps
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    rates = [_until(group.get("until", options.num_steps), options.rate) for group in groups]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates, last_epoch=done - 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate, last_epoch=done - 1)
     hide = None if options.progress is None else not options.progress
     bar = tqdm(
         range(done, last), desc=description, disable=hide, unit="step", initial=done, total=last
@@ -302,7 +299,3 @@ def training_loop(
             "call with resume=True goes on from there."
         )
     return result
-
-
-def _until(last: int, rate: Callable[[int], float]) -> Callable[[int], float]:
-    return lambda step: rate(step) if step < last else 0.0

@@ -10,7 +10,7 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -102,7 +102,6 @@ class BayesianLoRATrainer(Trainer):
         loss = _Loss(model, Objective(model, elbo, num_particles), eval_samples)
         super().__init__(model=loss, args=args, **options)
         self.add_callback(_OwnDraws)
-        self.add_callback(_FirstEpochs(model.method.likelihood_epochs))
 
     optimizer: torch.optim.Optimizer | None
 
@@ -211,15 +210,3 @@ class _OwnDraws(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         if args.world_size > 1:
             torch.manual_seed(args.seed + 1 + args.process_index)
-
-
-class _FirstEpochs(TrainerCallback):
-    """A likelihood's own parameters learn in the first epochs alone, as in ``fit``."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **given: Any) -> None:
-        for group in given["optimizer"].param_groups:
-            if group.get("name") == "likelihood" and (state.epoch or 0) >= self.epochs:
-                group["lr"] = 0.0

@@ -27,8 +27,10 @@ class Likelihood(Options, PyroModule):
     :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
     set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
-    prior's do. They are trained and saved with the adapter. A second adapter that is given the same
-    object gets one of its own, made anew of the options, with a warning.
+    prior's do. They are trained and saved with the adapter. Where they would take what the adapter
+    has memorised for evidence, :meth:`logits` may let some examples teach them alone, and the rest
+    all else, while ``holds_out`` is set, as ``fit`` and the ``Trainer`` do. A second adapter that
+    is given the same object gets one of its own, made anew of the options, with a warning.
 
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
@@ -43,6 +45,7 @@ class Likelihood(Options, PyroModule):
     new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
     roles: ClassVar[dict[str, str]] = {}
     is_taken = False  # by an adapter
+    holds_out = False  # whether some examples teach its own parameters alone
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()

@@ -100,3 +100,32 @@ def test_it_is_saved(tmp_path):
         BayesianLoRA.from_pretrained(
             net, tmp_path / "new", likelihood=MultipleChoice(scale="fixed", num_data=12)
         )
+
+
+def test_one_item_in_eight_teaches_the_scale_and_the_others_all_else():
+    """The ELBO is the same; its gradient is that of the parts of a batch, each by itself."""
+    net, batch = tiny.llama(), tiny.choices(16)
+    blora = adapted(net, learn_length_penalty=False)
+    apart = (batch["input_ids"] * batch["attention_mask"]).sum((1, 2)) % 8 == 0
+    assert 0 < apart.sum() < 8
+
+    def gradients(rows, holds_out):
+        blora.likelihood.holds_out = holds_out
+        blora.zero_grad()
+        updates = blora.sample_updates()
+        with blora.model.applied(updates) as adapted_net:
+            part = {key: value[rows] for key, value in batch.items()}
+            logits = blora.likelihood.logits(adapted_net, part)
+        loss = torch.nn.functional.cross_entropy(logits, part["labels"], reduction="sum")
+        loss.backward()
+        blora.likelihood.holds_out = False
+        return loss.detach(), {n: p.grad for n, p in blora.named_parameters() if p.grad is not None}
+
+    every = torch.ones(16, dtype=torch.bool)
+    (value, plain), (same, found) = (gradients(every, each) for each in (False, True))
+    torch.testing.assert_close(same, value)
+    (_, own), (_, others) = gradients(apart, False), gradients(~apart, False)
+    for name, slope in found.items():
+        expected = (own if name.endswith("score_slope_unconstrained") else others)[name]
+        torch.testing.assert_close(slope, expected, atol=1e-6, rtol=1e-4, msg=name)
+        assert not torch.allclose(slope, plain[name])

@@ -50,7 +50,7 @@ def bert(**parts):
 
 
 def multiple_choice(**parts):
-    """Whose scale of the scores learns in the first epoch alone."""
+    """Whose scale of the scores learns from items of its own."""
     return tiny.adapted(likelihood=MultipleChoice(num_data=10), **parts)
 
 
