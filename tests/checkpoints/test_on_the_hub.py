@@ -150,7 +150,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
     rows = {line[0]: line[1] for line in lines if len(line) > 1}
     assert rows["base"] == "me/my-base (LlamaForCausalLM)"
     assert rows["prior"] == repr(blora.prior)
-    assert rows["guide"] == "MatrixNormal()"
+    assert rows["guide"] == "MatrixNormal(init_scale=0.1)"
     assert (rows["training examples"], rows["steps"]) == ("10", "4")
     elbo = -sum(10 * f["nll"] + f["kl"] for f in result.history) / 4
     assert rows["ELBO"].startswith(f"{elbo:.4g} nats")

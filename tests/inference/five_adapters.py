@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
 
 from pyro_blora import BayesianLoRA, fit
+from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import KroneckerInducing
 
@@ -58,7 +59,8 @@ def together(folder):
     made = {kind: alone(folder)[kind]() for kind in kinds}
     made["copied"] = trained_on(copy.deepcopy(made["trained"]), 3)
     torch.manual_seed(2)
-    options = {"prior": KroneckerInducing(rank=2), "target_modules": ["q_proj", "v_proj"]}
+    parts = {"prior": KroneckerInducing(rank=2, sigma=1.0), "guide": MatrixNormal(init_scale=0.1)}
+    options = {**parts, "target_modules": ["q_proj", "v_proj"]}
     made["added"] = made["trained"].add_adapter("added", likelihood=likelihood(), **options)
     made["trained"].set_adapter("added")
     trained_on(made["added"], 5)
