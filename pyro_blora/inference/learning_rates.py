@@ -30,7 +30,7 @@ def rates_by_group(
     rates = {}
     for group in blora.model.groups:
         prior = getattr(blora.model, group.name)
-        mixed = isinstance(blora.prior, Mapping) and blora.method is METHODS["bayesian-lora"]
+        mixed = isinstance(blora.prior, Mapping) and blora.method == METHODS["bayesian-lora"]
         own = method_of(type(prior)) if mixed else blora.method
         rates[group.name] = {**own.learning_rates, **given}
     return {**blora.method.learning_rates, **given}, rates

@@ -45,7 +45,7 @@ def test_a_method_says_where_it_comes_from(name):
     assert known.scale == ("learned" if ours else "fixed")
 
 
-def test_a_prior_has_the_rates_of_the_method_it_is_of():
+def test_a_prior_has_the_rates_of_the_method_it_is_of(tmp_path):
     class Mine(models.GaussianFactors):
         pass
 
@@ -53,9 +53,13 @@ def test_a_prior_has_the_rates_of_the_method_it_is_of():
         blora = tiny.adapted(prior=prior)
         assert blora.method is METHODS["lora"]
     mixed = {"q_proj": models.Subspace(rank=2), "v_proj": models.KernelInducing(rank=2)}
-    _, rates = rates_by_group(tiny.adapted(prior=mixed), {"scale": 0.5})
+    blora = tiny.adapted(prior=mixed)
+    _, rates = rates_by_group(blora, {"scale": 0.5})
     expected = {"q_proj": METHODS["scalabl"], "v_proj": METHODS["bayesian-lora"]}
     assert rates == {n: {**m.learning_rates, "scale": 0.5} for n, m in expected.items()}
+    blora.save_pretrained(tmp_path)
+    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+    assert rates_by_group(read, {"scale": 0.5})[1] == rates
 
 
 def test_a_method_is_saved(tmp_path):
