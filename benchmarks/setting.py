@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Likelihood
-from pyro_blora.methods import method as method_by_name
+from pyro_blora.methods import get_method
 
 __all__ = ["adapted", "batches", "bayesian_step", "network", "optimise"]
 
@@ -83,7 +83,7 @@ def adapted(
         top: the top blocks alone, this many.
     """
     name, _, conditional = method.partition(":")
-    made = method_by_name(name)
+    made = get_method(name)
     prior = made.prior_of(RANK)
     if conditional:
         prior = type(prior)(**{**prior.options(), "conditional": conditional})

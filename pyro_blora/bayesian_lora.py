@@ -14,8 +14,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
-from pyro_blora.methods import Method, method_of
-from pyro_blora.methods import method as method_by_name
+from pyro_blora.methods import Method, get_method, method_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
@@ -118,7 +117,7 @@ class BayesianLoRA(PeftHabits):
         if method is None:
             method = method_of(type(prior))
         #: How it is trained: the learning rates and the rest of a method's record.
-        self.method = method_by_name(method) if isinstance(method, str) else method
+        self.method = get_method(method) if isinstance(method, str) else method
         if prior is None:
             prior = self.method.prior_of(rank)
         elif rank is not None:

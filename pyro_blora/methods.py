@@ -26,7 +26,7 @@ __all__ = [
     "Method",
     "all_methods",
     "check_method",
-    "method",
+    "get_method",
     "method_of",
     "trained_for",
 ]
@@ -62,7 +62,7 @@ class Method:
 
     Example::
 
-        method("laplace-lora").linearised  # what predict(batch, linearised=...) wants
+        get_method("laplace-lora").linearised  # what predict(batch, linearised=...) wants
         Method("mine", "my_module:MyPrior", "MeanField", "", "a prior of my own", rank=4)
     """
 
@@ -240,7 +240,7 @@ def all_methods() -> dict[str, Method]:
     return {**found, **METHODS}
 
 
-def method(name: str) -> Method:
+def get_method(name: str) -> Method:
     """A method by its name, or by the class names of a prior and a guide.
 
     Args:
@@ -254,9 +254,9 @@ def method(name: str) -> Method:
 
     Example::
 
-        >>> method("bayesian-lora").guide_of()
+        >>> get_method("bayesian-lora").guide_of()
         MatrixNormal()
-        >>> method("Subspace+FullRank").prior_of(4)
+        >>> get_method("Subspace+FullRank").prior_of(4)
         Subspace(rank=4)
     """
     known = all_methods()
@@ -319,7 +319,7 @@ def check_method(name: str) -> None:
     ``temperature`` is ``temperature:lora``.
     """
     if trained_for(name) not in BASELINES:
-        method(trained_for(name))
+        get_method(trained_for(name))
 
 
 def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:

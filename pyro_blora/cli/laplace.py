@@ -49,10 +49,10 @@ def run(
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.guides._post_hoc import PostHoc
     from pyro_blora.inference import bayesianize
-    from pyro_blora.methods import method as method_by_name
+    from pyro_blora.methods import get_method
     from pyro_blora.network.pretrained import load_pretrained, shape_only
 
-    made = method_by_name(method)
+    made = get_method(method)
     guide = made.guide_of()
     if not isinstance(guide, PostHoc):
         raise ConfigurationError(

@@ -91,7 +91,7 @@ def run(
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
     from pyro_blora.inference.training_state import forget, is_there
-    from pyro_blora.methods import method as method_by_name
+    from pyro_blora.methods import get_method
     from pyro_blora.network.pretrained import load_pretrained, shape_only
 
     run_dir = out / "training"
@@ -113,7 +113,7 @@ def run(
     )
     if not data.train:
         raise DataError(f"task {task!r} has no train split; choose another")
-    shapes, made = shape_only(model), method_by_name(method)
+    shapes, made = shape_only(model), get_method(method)
     depth = int(shapes.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
     if top is not None and top >= depth:
         raise ConfigurationError(

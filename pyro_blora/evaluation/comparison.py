@@ -18,8 +18,7 @@ from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
 from pyro_blora.inference import FitResult, LoopOptions, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
-from pyro_blora.methods import METHODS, check_method, trained_for
-from pyro_blora.methods import method as method_by_name
+from pyro_blora.methods import METHODS, check_method, get_method, trained_for
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
@@ -184,7 +183,7 @@ class _Run:
 
     def _pair(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
         """A prior beside a guide, trained to the last step."""
-        settings, made = self.settings, method_by_name(base)
+        settings, made = self.settings, get_method(base)
         torch.manual_seed(self.seed)
         blora = BayesianLoRA(
             self.net,

@@ -14,8 +14,7 @@ from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.inference.finish import finish
 from pyro_blora.inference.loop import Collate
 from pyro_blora.likelihoods import Likelihood
-from pyro_blora.methods import Method
-from pyro_blora.methods import method as method_by_name
+from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 
 __all__ = ["bayesianize"]
@@ -74,7 +73,7 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch, linearised=True).probs  # B x K
     """
-    made = method_by_name(method) if isinstance(method, str) else method
+    made = get_method(method) if isinstance(method, str) else method
     if guide is None:
         guide = cast(PostHoc, made.guide_of()) if made else Laplace()
     if not isinstance(guide, PostHoc):

@@ -14,7 +14,7 @@ from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.inference import LoopOptions
 from pyro_blora.inference.learning_rates import rates_by_group
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.methods import METHODS, Method, all_methods, method
+from pyro_blora.methods import METHODS, Method, all_methods, get_method
 from pyro_blora.network import fast_path
 
 
@@ -26,7 +26,7 @@ def made(name, net=None, **options):
 
 @pytest.mark.parametrize("name", [*METHODS, "Hierarchical+Flow"])
 def test_a_method_trains_and_predicts(name):
-    blora, known = made(name), method(name)
+    blora, known = made(name), get_method(name)
     result = fit(blora, tiny.examples(10), collate=tiny.collate, num_steps=12, progress=False)
     assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
     prediction = blora.predict(tiny.collate(tiny.examples(4)), known.num_samples or 4)
@@ -111,11 +111,11 @@ def test_the_lora_method_is_maximum_likelihood():
 
 
 def test_pairs_are_methods_too():
-    assert repr(method("Subspace+FullRank").prior_of(4)) == "Subspace(rank=4)"
-    assert isinstance(method("Subspace+FullRank").guide_of(), guides.FullRank)
+    assert repr(get_method("Subspace+FullRank").prior_of(4)) == "Subspace(rank=4)"
+    assert isinstance(get_method("Subspace+FullRank").guide_of(), guides.FullRank)
     for prior in tiny.priors():
         for family in tiny.families():
-            pair = method(f"{prior}+{family}")
+            pair = get_method(f"{prior}+{family}")
             assert type(pair.prior_of(2)) is getattr(models, prior)
             assert type(pair.guide_of()) is getattr(guides, family)
 
@@ -134,7 +134,7 @@ def test_pairs_are_methods_too():
 )
 def test_unknown_names(name, match):
     with pytest.raises(ConfigurationError, match=match):
-        method(name)
+        get_method(name)
 
 
 def test_packages_may_ship_methods(monkeypatch):
@@ -146,7 +146,7 @@ def test_packages_may_ship_methods(monkeypatch):
         return [SimpleNamespace(name=name, load=lambda: own) for name in ("own", "blob")]
 
     monkeypatch.setattr("pyro_blora.methods.entry_points", entries)
-    assert method("own") is own
+    assert get_method("own") is own
     assert all_methods()["blob"] is METHODS["blob"]
     blora = made("own", fast=False)
     assert isinstance(blora.guide_family, guides.Delta)

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro_blora import fit, guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Delta, MeanField
-from pyro_blora.methods import METHODS, method
+from pyro_blora.methods import METHODS, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import shape_only
 from pyro_blora.testing import PriorContract
@@ -102,7 +102,7 @@ def test_every_class_and_every_method_is_on_the_page():
     pairs = set(re.findall(r"`(\w+\+\w+)`", PAGE)) - {"PRIOR+GUIDE"}
     assert len(pairs) > 10
     for pair in pairs:
-        method(pair)
+        get_method(pair)
 
 
 def sizes():
@@ -129,6 +129,6 @@ def test_refused_pairs_are_listed_are_few_and_say_why():
     assert refused == set(re.findall(r"`(\w+\+\w+)`", listed))
     assert 0 < len(refused) <= 0.1 * len(tiny.priors()) * len(tiny.families())
     for pair in refused:
-        made_of = method(pair)
+        made_of = get_method(pair)
         with pytest.raises(ConfigurationError, match=r"in each layer.*max_.*; use .*or raise"):
             tiny.adapted(net, prior=made_of.prior_of(8), guide=made_of.guide_of())
