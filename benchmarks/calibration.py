@@ -101,9 +101,9 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
         kinds = (spec[kind] for kind in ("networks", "tasks", "seeds", "steps"))
         methods = spec.get("methods", settings["methods"])
         for network, task, seed, steps, method in product(*kinds, methods):
-            count = spec.get("max_train", settings["max_train"])
+            count = settings["max_train"]
             if settings.get("smoke"):
-                steps, count = SMOKE_STEPS, settings["max_train"]
+                steps = SMOKE_STEPS
             if asked(sweep, network, task, method):
                 found[Cell(network, task, method, steps, seed, count)] = None
     return list(found)

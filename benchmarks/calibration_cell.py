@@ -98,7 +98,7 @@ class _Data:
                 other = task_of(name)
                 items = chosen(other)[: settings["max_out_of_distribution"]]
                 sets[name] = (items, other.collator(tokenizer))
-        return cls(task, collate, sets, _prefixes_of(net, cell.task, cell.seed))
+        return cls(task, collate, sets, _prefixes_of(net, cell.network, cell.task, cell.seed))
 
     def likelihood(self, settings: Settings, scale: Any, **options: Any) -> Likelihood:
         """A new one: an adapter may train it."""
@@ -133,7 +133,7 @@ def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
 
 
 @lru_cache(maxsize=1)
-def _prefixes_of(net: nn.Module, task: str, seed: int) -> dict[str, FrozenPrefix]:
+def _prefixes_of(net: nn.Module, network: str, task: str, seed: int) -> dict[str, FrozenPrefix]:
     """Kept from one method to the next: they are most of the time of a prediction."""
     return {}
 
@@ -356,7 +356,7 @@ def _dropout(
             data.task.train,
             data.collate,
             options,
-            lr=method.get("lr", 1e-3),
+            lr=1e-3,
             length=item_length,
         )
 

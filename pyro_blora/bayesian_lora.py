@@ -52,9 +52,9 @@ class BayesianLoRA(PeftHabits):
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
         method: a name of :data:`pyro_blora.methods.METHODS`, a pair ``"Subspace+FullRank"``, or a
-            :class:`~pyro_blora.methods.Method`: a prior, a guide, and how both are trained.
-            Default: ``"bayesian-lora"``; where a prior is given, the first method that has its
-            class, which tells the learning rates (LoRA's for ``GaussianFactors``).
+            :class:`~pyro_blora.methods.Method`: a prior, a guide, and how both are trained and
+            predict. Default: that of the classes of the prior and the guide that are given, of
+            ``GaussianFactors()`` ``"blob"``; else ``"bayesian-lora"``.
         rank: of the method's prior. Default: the method's own, mostly 8.
         prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
             of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.
@@ -115,8 +115,8 @@ class BayesianLoRA(PeftHabits):
             layers_to_transform=layers_to_transform,
         )
         if method is None:
-            method = method_of(type(prior))
-        #: How it is trained: the learning rates and the rest of a method's record.
+            method = method_of(type(prior), type(guide))
+        #: How it is trained and predicts: a method's record.
         self.method = get_method(method) if isinstance(method, str) else method
         if prior is None:
             prior = self.method.prior_of(rank)
@@ -234,21 +234,22 @@ class BayesianLoRA(PeftHabits):
     def predict(
         self,
         batch: Batch,
-        num_samples: int = 10,
+        num_samples: int | None = None,
         *,
         max_rows: int | None = None,
-        linearised: bool = False,
+        linearised: bool | None = None,
         samples: Samples | None = None,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
 
         Args:
             batch: as in training, on any device; labels are not needed.
-            num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: 10.
+            num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: the
+                method's, or 10.
             max_rows: as many draws share a pass of the network as keep draws times examples within
                 this, at least one; a limit on memory. Default: 256, less on a CPU.
             linearised: takes the draws from the logits' first-order expansion at the centre of
-                the guide: one pass however many draws.
+                the guide: one pass however many draws. Default: what the method does.
             samples: values of the sites to predict under, all of them, instead of draws of the
                 guide: by the site's name ``(S, *shape)``, such as ``mcmc.get_samples()``. Heads
                 trained as points, and a likelihood's parameters, stay as they are.
@@ -269,6 +270,9 @@ class BayesianLoRA(PeftHabits):
                 "blora.generate(...)."
             )
         batch = to_device(batch, self.model.groups[0].device)
+        num_samples = self._draws(num_samples)
+        if linearised is None:
+            linearised = self.method.linearised and samples is None
         if samples is None:
             warn_of_a_point(self.guide, num_samples)
         elif linearised:
@@ -283,9 +287,9 @@ class BayesianLoRA(PeftHabits):
         self,
         data: Sequence[Any],
         collate: Callable[[list[Any]], Batch],
-        num_samples: int = 10,
+        num_samples: int | None = None,
         *,
-        linearised: bool = False,
+        linearised: bool | None = None,
         **options: Any,
     ) -> tuple[Prediction, Tensor]:
         """:meth:`predict` for a data set, and its labels; see :func:`pyro_blora.predict_dataset`.
@@ -299,20 +303,21 @@ class BayesianLoRA(PeftHabits):
     def log_predictive(
         self,
         batch: Batch,
-        num_samples: int = 10,
+        num_samples: int | None = None,
         *,
         max_rows: int | None = None,
         samples: Samples | None = None,
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.model.groups[0].device)
-        return log_predictive(self.model, self.guide, batch, num_samples, max_rows, samples)
+        draws = self._draws(num_samples)
+        return log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
 
     def generate(
         self,
         input_ids: Tensor | None = None,
         *,
-        num_samples: int = 10,
+        num_samples: int | None = None,
         abstain_above: float | None = None,
         **options: Any,
     ) -> Generation:
@@ -320,7 +325,13 @@ class BayesianLoRA(PeftHabits):
 
         See :func:`pyro_blora.generation.generate`; ``options`` are those of the network's own.
         """
-        return generate(self.model, self.guide, input_ids, num_samples, abstain_above, **options)
+        draws = self._draws(num_samples)
+        return generate(self.model, self.guide, input_ids, draws, abstain_above, **options)
+
+    def _draws(self, num_samples: int | None) -> int:
+        if num_samples is None:
+            num_samples = self.method.num_samples
+        return 10 if num_samples is None else num_samples
 
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""

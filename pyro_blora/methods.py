@@ -56,13 +56,14 @@ class Method:
         guide_options: of the guide's constructor.
         rank: what suits it where none is given. Default: 8.
         scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
-        learning_rates: of AdamW, by the role of a parameter. Default: ``bayesian-lora``'s.
-        num_samples: draws for a prediction, where the method fixes them.
+        learning_rates: of AdamW, by the role of a parameter; of a role that is missing, and by
+            default, ``bayesian-lora``'s.
+        num_samples: draws for a prediction, if the method fixes them.
         linearised: whether its predictive is the linearised one.
 
     Example::
 
-        get_method("laplace-lora").linearised  # what predict(batch, linearised=...) wants
+        get_method("laplace-lora").linearised  # as published
         Method("mine", "my_module:MyPrior", "MeanField", "", "a prior of my own", rank=4)
     """
 
@@ -264,9 +265,9 @@ def get_method(name: str) -> Method:
         return known[name]
     if "+" in name:
         left, _, right = name.partition("+")
-        prior, _ = _class(left, "prior"), _class(right, "guide")
+        prior, guide = _class(left, "prior"), _class(right, "guide")
         return replace(
-            method_of(prior),
+            method_of(prior, guide),
             name=name,
             prior=left,
             guide=right,
@@ -276,7 +277,6 @@ def get_method(name: str) -> Method:
             guide_options={},
             scale="learned",
             num_samples=0 if right.rpartition(":")[2] == "Delta" else None,
-            linearised=False,
         )
     if name in WITHOUT_PAIR:
         raise ConfigurationError(
@@ -289,16 +289,25 @@ def get_method(name: str) -> Method:
     )
 
 
-def method_of(prior: Any) -> Method:
-    """The first method whose prior is of this class, or of one it inherits; else the default's."""
-    ours = "pyro_blora.models"
-    names = [
-        c.__name__ if c.__module__.startswith(ours) else f"{c.__module__}:{c.__qualname__}"
-        for c in prior.__mro__
-    ]
+def method_of(prior: Any, guide: Any = None) -> Method:
+    """The method of these classes, or of what they inherit; the default's where none has the prior.
+
+    Without a guide, or with one that no method has beside this prior, it is the prior's first
+    method that is no point estimate.
+    """
+
+    def names(made: Any, ours: str) -> list[str]:
+        own = (c.__module__.startswith(ours) for c in made.__mro__)
+        return [
+            c.__name__ if here else f"{c.__module__}:{c.__qualname__}"
+            for c, here in zip(made.__mro__, own, strict=True)
+        ]
+
     known = {**METHODS, **all_methods()}.values()
-    found = (each for name in names for each in known if each.prior == name)
-    return next(found, METHODS["bayesian-lora"])
+    found = [k for n in names(prior, "pyro_blora.models") for k in known if k.prior == n]
+    own = [] if guide is None else names(guide, "pyro_blora.guides")
+    found.sort(key=lambda each: (each.guide not in own, each.guide == "Delta"))
+    return next(iter(found), METHODS["bayesian-lora"])
 
 
 def trained_for(name: str) -> str:

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 from huggingface_hub import ModelCardData
 
-from pyro_blora.guides import Laplace
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
@@ -67,7 +66,6 @@ def model_card(
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v != "")
     net = "" if base else "net, "
-    how = "linearised=True" if isinstance(family, Laplace) else "num_samples=10"
     wrap = "" if base else f"net = ...  # the {kind} that it was trained on\n"
     return f"""---
 {header.to_yaml()}
@@ -86,7 +84,7 @@ its posterior.
 from pyro_blora import BayesianLoRA
 
 {wrap}blora = BayesianLoRA.from_pretrained({net}"{place}")
-prediction = blora.predict(batch, {how})  # .probs, .entropy, .mutual_information
+prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 ```
 
 `bayesian_lora_config.json` says how to rebuild it, `bayesian_lora.safetensors` has its tensors;

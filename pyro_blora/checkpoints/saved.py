@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pyro_blora.checkpoints.files import (
 from pyro_blora.checkpoints.hub import fetched
 from pyro_blora.checkpoints.parts import describe, describe_guide, rebuild
 from pyro_blora.errors import CheckpointError
-from pyro_blora.methods import Method, all_methods, method_of
+from pyro_blora.methods import Method
 from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -76,7 +76,7 @@ def save_pretrained(
         **base_of(model.net),
         "layers": layers,
         "modules_to_save": heads,
-        "method": {name: getattr(adapter.method, name) for name in _OF_METHOD},
+        "method": asdict(adapter.method),
         "prior": describe(model.prior),
         "guide": describe_guide(family, adapter.guide),
         "likelihood": describe(model.likelihood),
@@ -90,15 +90,6 @@ def save_pretrained(
         about: dict[str, Any] = {"result": result, "notes": notes, "place": place}
         files[CARD] = model_card(config, model, family, **about).encode()
     write_together(folder, files)
-
-
-# What a method's record says besides the parts, which are saved themselves
-_OF_METHOD = ("name", "learning_rates", "num_samples", "linearised")
-
-
-def _record(name: str, prior: Any) -> Method:
-    known = all_methods()
-    return known[name] if name in known else method_of(type(prior))
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,7 @@ def read_pretrained(
     }
     options = {
         "target_modules": "|".join(map(re.escape, layers)),
-        "method": replace(_record(config["method"]["name"], parts["prior"]), **config["method"]),
+        "method": Method(**config["method"]),
         **parts,
         "modules_to_save": heads,
     }

@@ -93,7 +93,7 @@ def predictor(
     num_samples: int,
     seed: int,
     precision: str,
-    linearised: bool = False,
+    linearised: bool | None = None,
 ) -> "Callable[[Sequence[Item]], tuple[Prediction, Tensor]]":
     """Loads the network and the adapter; what predicts items, as this task has them, and labels."""
     import torch

@@ -29,13 +29,13 @@ def run(
     max_test: o.MaxTest = None,
     num_samples: o.NumSamples = 10,
     linearised: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--linearised",
+            "--linearised/--no-linearised",
             help="Draw from the logits' first-order expansion at the posterior mean: one pass of "
-            "the network however many draws.",
+            "the network however many draws. Default: what the adapter's method does.",
         ),
-    ] = False,
+    ] = None,
     seed: Seed = 0,
     precision: o.Precision = "auto",
     out: Annotated[

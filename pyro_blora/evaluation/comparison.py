@@ -205,7 +205,7 @@ class _Run:
                     seed=self.seed,
                 )
             draws = settings.num_samples if made.num_samples is None else made.num_samples
-            predict = partial(blora.predict, num_samples=draws, linearised=made.linearised)
+            predict = partial(blora.predict, num_samples=draws)
             yield from self._rows(base, shown, predict, fitted, blora.trainable_parameters)
         finally:
             blora.unwrap()

@@ -20,6 +20,7 @@ from pyro_blora.inference.loop import Collate, FitOptions, FitResult, batches_of
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
 from pyro_blora.likelihoods import Batch
+from pyro_blora.methods import METHODS
 from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
@@ -185,22 +186,13 @@ def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -
 def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict[str, Any]]:
     """The optimizer's groups; rates given win over the method's."""
     start_guide(blora.guide, batch)  # its parameters must exist before the optimizer does
-    given = {role: getattr(how, f"lr_{role}") for role in blora.method.learning_rates}
+    given = {role: getattr(how, f"lr_{role}") for role in METHODS["bayesian-lora"].learning_rates}
     given = {role: rate for role, rate in given.items() if rate is not None}
     both = nn.ModuleList([blora.model, blora.guide])
     groups = parameter_groups(both, *rates_by_group(blora, given))
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     return groups
-
-
-def _check_indexed(train: Sequence[Any] | DataLoader[Any], option: str) -> None:
-    """Raises ConfigurationError where ``train`` does not tell which examples a batch has."""
-    if isinstance(train, DataLoader):
-        raise ConfigurationError(
-            f"{option} knows examples by their index, and a DataLoader does not tell it; pass the "
-            "examples themselves, with collate=."
-        )
 
 
 def _state(
@@ -228,7 +220,11 @@ def _state(
 
 
 def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:
-    _check_indexed(train, "cache_frozen_prefix=True")
+    if isinstance(train, DataLoader):
+        raise ConfigurationError(
+            "cache_frozen_prefix=True knows examples by their index, and a DataLoader does not "
+            "tell it; pass the examples themselves, with collate=."
+        )
     blocks = blora.model.skippable_blocks()
     if not blocks:
         raise ConfigurationError(

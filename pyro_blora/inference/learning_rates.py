@@ -27,13 +27,13 @@ def rates_by_group(
         Rates by role of what belongs to no group (a likelihood, a head, an AutoGuide), and of each
         group, by its name.
     """
-    rates = {}
+    usual, rates = METHODS["bayesian-lora"].learning_rates, {}
     for group in blora.model.groups:
         prior = getattr(blora.model, group.name)
         mixed = isinstance(blora.prior, Mapping) and blora.method == METHODS["bayesian-lora"]
         own = method_of(type(prior)) if mixed else blora.method
-        rates[group.name] = {**own.learning_rates, **given}
-    return {**blora.method.learning_rates, **given}, rates
+        rates[group.name] = {**usual, **own.learning_rates, **given}
+    return {**usual, **blora.method.learning_rates, **given}, rates
 
 
 def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
@@ -48,6 +48,8 @@ def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
         groups = parameter_groups(blora, *rates_by_group(blora, {}))
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
+        if name not in named:  # of a guide of one's own, by pyro.param
+            return {"lr": rates_by_group(blora, {})[0]["scale" if "scale" in name else "mean"]}
         return {"lr": rates.get(id(named[name]), 0.0)}  # zero where it is held
 
     return of

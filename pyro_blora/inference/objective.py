@@ -96,12 +96,12 @@ class Objective:
         elbo = self.elbo(
             num_particles=particles, max_plate_nesting=nesting, vectorize_particles=True
         )
-        blora.likelihood.holds_out = True
-        try:
-            with pyro.poutine.trace() as seen, pyro.poutine.block(expose=["labels"]):
-                loss = elbo.differentiable_loss(blora.model, blora.guide, batch) * (weight / count)
-        finally:
-            blora.likelihood.holds_out = False
+        with (
+            blora.likelihood.holding_out(),
+            pyro.poutine.trace() as seen,
+            pyro.poutine.block(expose=["labels"]),
+        ):
+            loss = elbo.differentiable_loss(blora.model, blora.guide, batch) * (weight / count)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise _explained(blora.model, blora.guide, batch, step)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -71,16 +72,18 @@ def bayesianize(
 
         likelihood = MultipleChoice()
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
-        blora.predict(batch, linearised=True).probs  # B x K
+        blora.predict(batch).probs  # B x K
     """
-    made = get_method(method) if isinstance(method, str) else method
+    made = get_method(method or "bayesian-lora") if not isinstance(method, Method) else method
     if guide is None:
-        guide = cast(PostHoc, made.guide_of()) if made else Laplace()
+        guide = cast(PostHoc, made.guide_of()) if method else Laplace()
     if not isinstance(guide, PostHoc):
         raise ConfigurationError(
             f"guide={guide!r} is trained; bayesianize takes Laplace() or Isotropic(). For others "
             "start by BayesianLoRA.from_peft and go on by fit."
         )
+    if method is None:
+        made = replace(made, linearised=isinstance(guide, Laplace))
     blora = BayesianLoRA.from_peft(
         net, folder, method=made, prior=prior, guide=guide, likelihood=likelihood
     )

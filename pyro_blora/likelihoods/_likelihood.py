@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -29,7 +30,7 @@ class Likelihood(Options, PyroModule):
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
     prior's do. They are trained and saved with the adapter. Where they would take what the adapter
     has memorised for evidence, :meth:`logits` may let some examples teach them alone, and the rest
-    all else, while ``holds_out`` is set, as ``fit`` and the ``Trainer`` do. A second adapter that
+    all else, while ``holds_out`` is set: within :meth:`holding_out`. A second adapter that
     is given the same object gets one of its own, made anew of the options, with a warning.
 
     Args:
@@ -55,6 +56,15 @@ class Likelihood(Options, PyroModule):
                 "data set empty?"
             )
         self.num_data = num_data
+
+    @contextmanager
+    def holding_out(self) -> Iterator[None]:
+        """Within, some examples teach its own parameters alone; ``fit`` and ``Trainer`` do so."""
+        before, self.holds_out = self.holds_out, True
+        try:
+            yield
+        finally:
+            self.holds_out = before
 
     def bind(self: Self, device: torch.device) -> Self:
         """This likelihood on ``device``; where it has parameters and an adapter, another one."""

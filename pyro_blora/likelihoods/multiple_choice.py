@@ -1,5 +1,6 @@
 """Multiple choice by the log-likelihood of each option after the question."""
 
+import hashlib
 from typing import ClassVar, Literal
 
 import torch
@@ -31,9 +32,9 @@ class MultipleChoice(Likelihood):
     ``c``, ``score_slope``, is any real number, as a slope of logistic regression is: steps of one
     size take it to zero, even odds, where a logarithm would creep.
 
-    In training one item in eight, told by its tokens, teaches ``c`` alone, and the others all else:
-    an adapter that learned from the same items would have memorised them, and its scores would
-    seem worth more than they are on new ones.
+    In training one item in eight, told by its tokens, teaches ``c`` and ``b`` alone, and the others
+    all else: an adapter that learned from the same items would have memorised them, and its scores
+    would seem worth more than they are on new ones.
 
     Args:
         num_data: number of training examples.
@@ -123,18 +124,17 @@ class MultipleChoice(Likelihood):
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
-        if self.scale == "learned":
-            slope = self.score_slope
-            if self.holds_out:
-                tokens = (batch["input_ids"] * batch["attention_mask"]).sum((1, 2))
-                apart = tokens.remainder(8).eq(0).unsqueeze(-1)
-                total = torch.where(apart, total.detach(), total)
-                slope = torch.where(apart, slope, slope.detach())
-            total = total * slope
+        slope = self.score_slope if self.scale == "learned" else total.new_ones(())
+        exponent = self.length_exponent if self.learn_length_penalty else total.new_zeros(())
+        if self.holds_out and (slope.requires_grad or exponent.requires_grad):
+            apart = torch.tensor(_apart(batch), device=total.device).unsqueeze(-1)
+            total = torch.where(apart, total.detach(), total)
+            slope, exponent = (torch.where(apart, p, p.detach()) for p in (slope, exponent))
+        total = total * slope
         if self.learn_length_penalty:
             there = (count > 0).sum(-1, keepdim=True)
             length = count.clamp_min(1) * there / count.sum(-1, keepdim=True).clamp_min(1)
-            total = total * length**self.length_exponent
+            total = total * length**exponent
         return total.masked_fill(count == 0, -torch.inf)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
@@ -144,3 +144,10 @@ class MultipleChoice(Likelihood):
             raise BatchError(
                 "The label of an item names an option with no token to score; check option_mask."
             )
+
+
+def _apart(batch: Batch) -> list[bool]:
+    """Whether each example teaches the scale alone: one in eight, whatever it is batched with."""
+    there = batch["attention_mask"].bool() & batch["option_mask"].any(-1, keepdim=True)
+    rows = zip(batch["input_ids"].cpu(), there.cpu(), strict=True)
+    return [hashlib.sha256(ids[real].numpy().tobytes()).digest()[0] % 8 == 0 for ids, real in rows]

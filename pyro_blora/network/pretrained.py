@@ -101,7 +101,7 @@ def load_network(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a shard is read in a second or two
     try:
-        net: nn.Module = auto.from_pretrained(place, **options)
+        net, info = auto.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
@@ -111,6 +111,12 @@ def load_network(
     finally:
         if shown:
             logging.enable_progress_bar()
+    if num_labels is None and info["missing_keys"]:
+        raise ConfigurationError(
+            f"model {name!r} must be a causal language model, and has no weights for "
+            f"{min(info['missing_keys'])}. Load a classifier by transformers, and give it to "
+            "BayesianLoRA(net)."
+        )
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     return net.eval().to(device or "cpu")

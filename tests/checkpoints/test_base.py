@@ -12,7 +12,7 @@ from pyro_blora import BayesianLoRA, checkpoints, load_pretrained
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network import pretrained
-from pyro_blora.network.pretrained import name_of
+from pyro_blora.network.pretrained import load_network, name_of
 
 
 def net(seed=0, **options):
@@ -160,6 +160,16 @@ def test_a_network_without_a_tokenizer_says_so(tmp_path):
     with pytest.raises(ConfigurationError, match=told) as error:
         load_pretrained(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_an_encoder_is_no_language_model(tmp_path):
+    """Transformers would give it the missing layers at random, others at each reading."""
+    tiny.bert().save_pretrained(tmp_path)
+    told = "must be a causal language model, and has no weights for cls.predictions"
+    with pytest.raises(ConfigurationError, match=told):
+        load_network(str(tmp_path))
+    tiny.llama(tied=True).save_pretrained(tmp_path)
+    load_network(str(tmp_path))
 
 
 def test_an_adapted_network_is_refused_in_words(saved):

@@ -29,9 +29,14 @@ def test_a_method_trains_and_predicts(name):
     blora, known = made(name), get_method(name)
     result = fit(blora, tiny.examples(10), collate=tiny.collate, num_steps=12, progress=False)
     assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
-    prediction = blora.predict(tiny.collate(tiny.examples(4)), known.num_samples or 4)
-    assert prediction.samples.isfinite().all()
-    assert prediction.samples.shape[1:] == (4, 3)
+    batch, found = tiny.collate(tiny.examples(4)), []
+    draws = 10 if known.num_samples is None else known.num_samples
+    for options in ({}, {"num_samples": draws, "linearised": known.linearised}):
+        torch.manual_seed(0)
+        found.append(blora.predict(batch, **options).samples.sort(0).values)  # members take turns
+    assert found[0].isfinite().all()
+    assert found[0].shape == (draws or 1, 4, 3)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,9 +54,11 @@ def test_a_prior_has_the_rates_of_the_method_it_is_of(tmp_path):
     class Mine(models.GaussianFactors):
         pass
 
-    for prior in (models.GaussianFactors(rank=2), Mine(rank=2)):
-        blora = tiny.adapted(prior=prior)
-        assert blora.method is METHODS["lora"]
+    pairs = {guides.Delta: "lora", guides.MeanField: "blob", guides.Laplace: "laplace-lora"}
+    for prior in (models.GaussianFactors, Mine):
+        assert BayesianLoRA(tiny.llama(), prior=prior()).method is METHODS["blob"]
+        for guide, name in pairs.items():
+            assert tiny.adapted(prior=prior(rank=2), guide=guide()).method is METHODS[name]
     mixed = {"q_proj": models.Subspace(rank=2), "v_proj": models.KernelInducing(rank=2)}
     blora = tiny.adapted(prior=mixed)
     _, rates = rates_by_group(blora, {"scale": 0.5})
@@ -69,11 +76,13 @@ def test_a_method_is_saved(tmp_path):
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
     assert read.method == METHODS["laplace-lora"]
     net = read.unwrap()
-    blora = made(replace(METHODS["blob"], name="mine", learning_rates={"mean": 0.5}), net)
+    own = replace(METHODS["blob"], name="mine", learning_rates={"mean": 0.5})
+    blora = made(own, net)
+    rates = {**METHODS["bayesian-lora"].learning_rates, "mean": 0.5}
+    assert rates_by_group(blora, {})[0] == rates
     blora.save_pretrained(tmp_path / "own")
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "own")
-    assert read.method.name == "mine"
-    assert read.method.learning_rates == {"mean": 0.5}
+    assert read.method == own
 
 
 def test_lora_is_peft_s():

@@ -1,5 +1,7 @@
 """The learned scale of an option's score, and its exponent of the length."""
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ import torch
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import CheckpointError
 from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.likelihoods.multiple_choice import _apart
 
 
 def adapted(net, **options):
@@ -23,7 +26,7 @@ def set_scale(blora, scale, exponent):
 
 def items(count=6):
     """Items of one option fewer each, so that batches have absent options."""
-    batch = tiny.choices(count, 3)
+    batch = tiny.choices(count, 3, seed=3)
     batch["labels"] = torch.zeros_like(batch["labels"])
     for i in range(0, count, 2):
         for key in ("input_ids", "attention_mask", "option_mask"):
@@ -77,12 +80,12 @@ def test_fit_trains_both_past_absent_options():
 
 
 def test_the_slope_passes_even_odds_where_the_likely_options_are_wrong():
-    net, batch = tiny.llama(), tiny.choices(12, 3)
+    net, batch = tiny.llama(), tiny.choices(12, 3, seed=3)
     plain = MultipleChoice(scale="fixed").logits(net, batch)
     data = [{k: v[i] for k, v in batch.items()} | {"labels": plain[i].argmin()} for i in range(12)]
     blora = adapted(net)
     rates = {"lr_mean": 1e-9, "lr_scale": 1e-9, "lr_direction": 1e-9, "lr_likelihood": 0.3}
-    fit(blora, data, collate=torch.utils.data.default_collate, num_epochs=2, batch_size=1, **rates)
+    fit(blora, data, collate=torch.utils.data.default_collate, num_epochs=9, batch_size=1, **rates)
     assert blora.likelihood.score_slope.item() < 0
 
 
@@ -104,28 +107,53 @@ def test_it_is_saved(tmp_path):
 
 def test_one_item_in_eight_teaches_the_scale_and_the_others_all_else():
     """The ELBO is the same; its gradient is that of the parts of a batch, each by itself."""
-    net, batch = tiny.llama(), tiny.choices(16)
-    blora = adapted(net, learn_length_penalty=False)
-    apart = (batch["input_ids"] * batch["attention_mask"]).sum((1, 2)) % 8 == 0
+    net, batch = tiny.llama(), tiny.choices(16, seed=3)
+    blora = adapted(net)
+    apart = torch.tensor(_apart(batch))
     assert 0 < apart.sum() < 8
 
-    def gradients(rows, holds_out):
-        blora.likelihood.holds_out = holds_out
+    def gradients(rows, held=nullcontext):
         blora.zero_grad()
-        updates = blora.sample_updates()
-        with blora.model.applied(updates) as adapted_net:
+        with held(), blora.model.applied(blora.sample_updates()) as adapted_net:
             part = {key: value[rows] for key, value in batch.items()}
             logits = blora.likelihood.logits(adapted_net, part)
         loss = torch.nn.functional.cross_entropy(logits, part["labels"], reduction="sum")
         loss.backward()
-        blora.likelihood.holds_out = False
+        assert not blora.likelihood.holds_out
         return loss.detach(), {n: p.grad for n, p in blora.named_parameters() if p.grad is not None}
 
     every = torch.ones(16, dtype=torch.bool)
-    (value, plain), (same, found) = (gradients(every, each) for each in (False, True))
+    value, plain = gradients(every)
+    same, found = gradients(every, blora.likelihood.holding_out)
     torch.testing.assert_close(same, value)
-    (_, own), (_, others) = gradients(apart, False), gradients(~apart, False)
+    (_, own), (_, others) = gradients(apart), gradients(~apart)
     for name, slope in found.items():
-        expected = (own if name.endswith("score_slope_unconstrained") else others)[name]
+        expected = (own if name.endswith("_unconstrained") else others)[name]
         torch.testing.assert_close(slope, expected, atol=1e-6, rtol=1e-4, msg=name)
         assert not torch.allclose(slope, plain[name])
+
+
+@pytest.mark.parametrize("options", [2, 4, 8])
+def test_the_items_apart_are_the_same_in_every_batch_and_an_eighth_of_any_data(options):
+    """Answers A, B, ... after a question: the tokens that differ are the question's."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 900, (1000, 1, 12)).expand(-1, options, -1).clone()
+    ids[:, :, -1] = torch.arange(options)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["option_mask"] = torch.zeros_like(ids, dtype=torch.bool)
+    batch["option_mask"][..., -1] = True
+    found = _apart(batch)
+    assert sum(found) == pytest.approx(125, abs=4 * (1000 * 7 / 64) ** 0.5)
+    wider = {key: torch.nn.functional.pad(value, (0, 3, 0, 1)) for key, value in batch.items()}
+    wider["attention_mask"][:, -1] = 1  # an option that is absent
+    assert _apart(wider) == found
+
+
+def test_fit_lets_the_items_apart_alone_teach_the_scale():
+    net = tiny.llama()
+    data = items()
+    apart = _apart(torch.utils.data.default_collate(data))
+    data = [item for item, alone in zip(data, apart, strict=True) if not alone]
+    blora = adapted(net)
+    fit(blora, data, collate=torch.utils.data.default_collate, num_steps=3, batch_size=2)
+    assert blora.likelihood.score_slope.item() == 1
