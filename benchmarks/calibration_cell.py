@@ -221,7 +221,6 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     )
     draws = settings["num_samples"] if record.num_samples is None else record.num_samples
     steps, seconds = cell.steps * method.get("passes", 1), 0.0
-    average = _Average(blora, steps)
     options: Settings = {
         "batch_size": settings["batch_size"],
         "validate_every": settings["best_every"],
@@ -261,7 +260,6 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
                 data.task.train,
                 num_steps=steps,
                 validation=data.task.validation if draws == 0 else None,
-                callback=average,
                 **train,
                 **options,
             )
@@ -272,8 +270,6 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
             blora.export_peft(lora.name)
             blora.load_state_dict(result.best_state)
             yield "best", of(blora, num_samples=0, linearised=False)
-            blora.load_state_dict(average.state)
-            yield "average", of(blora, num_samples=0, linearised=False)
     finally:
         blora.unwrap()
     if method["method"] == "lora" and draws == 0:
@@ -315,24 +311,6 @@ def _from_lora(
         return of(blora, time.perf_counter() - started, made, **own)(cell)
     finally:
         blora.unwrap()
-
-
-class _Average:
-    """The mean of the parameters over the last quarter of the steps (SWA)."""
-
-    def __init__(self, blora: BayesianLoRA, steps: int) -> None:
-        self.blora, self.first, self.count = blora, steps - steps // 4, 0
-        self.state: dict[str, Tensor] = {}
-
-    def __call__(self, done: int) -> None:
-        if done <= self.first:
-            return
-        self.count += 1
-        for name, value in self.blora.state_dict().items():
-            if not value.is_floating_point() or name not in self.state:
-                self.state[name] = value.detach().clone()
-            else:
-                self.state[name] += (value.detach() - self.state[name]) / self.count
 
 
 def _dropout(

@@ -272,7 +272,7 @@ class BayesianLoRA(PeftHabits):
         batch = to_device(batch, self.model.groups[0].device)
         num_samples = self._draws(num_samples)
         if linearised is None:
-            linearised = self.method.linearised and samples is None
+            linearised = self.method.linearised and samples is None and num_samples > 0
         if samples is None:
             warn_of_a_point(self.guide, num_samples)
         elif linearised:

@@ -36,8 +36,8 @@ def run(
 ) -> None:
     """Give a trained PEFT LoRA a posterior around it, by one pass over the training set.
 
-    The posterior mean is the LoRA itself. Read it back with `pyro-blora evaluate --adapter OUT
-    --linearised` or BayesianLoRA.from_pretrained(net, OUT).
+    The posterior mean is the LoRA itself. Read it back with `pyro-blora evaluate --adapter OUT`
+    or BayesianLoRA.from_pretrained(net, OUT).
 
     Example: pyro-blora laplace --adapter my_lora --task arc_easy --data-dir data --out out/laplace
     """

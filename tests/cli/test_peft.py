@@ -40,8 +40,9 @@ def test_laplace_gives_a_trained_lora_a_width(lora, model_dir, data_dir, tmp_pat
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert repr(blora.guide_family) == "Laplace()"
     assert all(family.finished for family in blora.guide.families().values())
-    assert "predict(batch, linearised=True)" in (out / "README.md").read_text()
-    again = ("--adapter", out, "--model", model_dir, "--data-dir", data_dir, "--linearised")
+    assert blora.method.linearised
+    assert "predict(batch)" in (out / "README.md").read_text()
+    again = ("--adapter", out, "--model", model_dir, "--data-dir", data_dir)
     code, said, err = run("evaluate", *again)
     assert (code, "words, " in said) == (0, True), err  # what it was made for
     code, _, err = run("laplace", *where, "--out", out)

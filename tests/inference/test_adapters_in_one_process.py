@@ -118,7 +118,8 @@ def test_the_state_of_a_run_is_saved_beside_an_older_adapter(run, tmp_path):
 def test_the_likelihood_that_is_given_is_the_one_that_learns(run):
     likelihood = MultipleChoice(num_data=10)
     blora = tiny.adapted(likelihood=likelihood)
-    fit(blora, [tiny.choices(10)] * 10, collate=lambda rows: rows[0], num_steps=2, progress=False)
+    rows = [tiny.choices(10, seed=3)] * 10
+    fit(blora, rows, collate=lambda rows: rows[0], num_steps=2, progress=False)
     assert likelihood is blora.likelihood
     assert likelihood.score_slope != 1
     with pytest.warns(UserWarning, match="is another adapter's.*Make one for each adapter"):
