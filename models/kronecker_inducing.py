@@ -50,10 +50,9 @@ class KroneckerInducing(UpdateModel):
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
             prior, in units of weight; the start where it is learned. Default: for each layer
-            :math:`0.2\, s \min(1, 6/n)`, with the root mean square :math:`s` of the singular values
-            of its pretrained weight (1 for a weight of zeros, or without data), so that a factor
-            that goes from one layer of the network to another changes nothing; beyond six layers of
-            a kind their steps add up. Groups do not know of each other.
+            :math:`0.2\, s`, with the root mean square :math:`s` of the singular values of its
+            pretrained weight (1 for a weight of zeros, or without data), so that a factor that goes
+            from one layer of the network to another changes nothing.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
             ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
             Default: learned.
@@ -215,4 +214,4 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
         size = torch.ones(()) if weight.is_meta else torch.linalg.vector_norm(weight)
         sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
     found = torch.stack(sizes)
-    return 0.2 * min(1.0, 6 / group.n) * torch.where(found > 0, found, 1.0)
+    return 0.2 * torch.where(found > 0, found, 1.0)
