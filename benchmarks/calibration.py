@@ -101,11 +101,10 @@ def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Ce
         kinds = (spec[kind] for kind in ("networks", "tasks", "seeds", "steps"))
         methods = spec.get("methods", settings["methods"])
         for network, task, seed, steps, method in product(*kinds, methods):
-            count = settings["max_train"]
             if settings.get("smoke"):
                 steps = SMOKE_STEPS
             if asked(sweep, network, task, method):
-                found[Cell(network, task, method, steps, seed, count)] = None
+                found[Cell(network, task, method, steps, seed, settings["max_train"])] = None
     return list(found)
 
 

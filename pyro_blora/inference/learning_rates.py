@@ -45,11 +45,12 @@ def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
     """
 
     def of(name: str) -> dict[str, float]:
-        groups = parameter_groups(blora, *rates_by_group(blora, {}))
-        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        by_role, by_group = rates_by_group(blora, {})
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
         if name not in named:  # of a guide of one's own, by pyro.param
-            return {"lr": rates_by_group(blora, {})[0]["scale" if "scale" in name else "mean"]}
+            return {"lr": by_role["scale" if "scale" in name else "mean"]}
+        groups = parameter_groups(blora, by_role, by_group)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         return {"lr": rates.get(id(named[name]), 0.0)}  # zero where it is held
 
     return of
