@@ -12,6 +12,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
+from plain_lora import PlainLoRA
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,7 +20,6 @@ import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize, fit
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.evaluation.comparison import item_length, likelihood_for
-from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.inference import FitOptions, LoopOptions
 from pyro_blora.inference.training_state import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from plain_lora import PlainLoRA
 from ratios import rows_of, table, take_turns, write
 from setting import (
     ANSWERS,
@@ -41,7 +42,6 @@ from setting import (
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.network.frozen_prefix import FrozenPrefix
 

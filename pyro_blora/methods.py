@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pyro_blora.models import UpdateModel
 
 __all__ = [
-    "BASELINES",
+    "BEST",
     "METHODS",
-    "WITHOUT_PAIR",
+    "SHOWN",
     "Method",
     "all_methods",
     "check_method",
@@ -219,15 +219,10 @@ _KNOWN = (
 )
 METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 
-# Plain LoRA by PEFT: at its last step, at its best validation step, and with dropout left on.
-BASELINES = ("lora", "lora-best", "mc-dropout")
-
-# Methods that are no prior beside a guide; `compare` has them all the same.
-WITHOUT_PAIR = {
-    "mc-dropout": (
-        "plain LoRA by PEFT with its dropout left on in prediction",
-        "Gal, Ghahramani 2016, Dropout as a Bayesian approximation, arXiv:1506.02142",
-    ),
+# What a comparison shows of a method's training, besides its last step
+BEST = "lora-best"
+SHOWN = {
+    BEST: ("lora at its best validation step", "early stopping"),
     "temperature": (
         "another method's log-probabilities scaled on validation items: temperature:NAME",
         "Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599",
@@ -278,10 +273,9 @@ def get_method(name: str) -> Method:
             scale="learned",
             num_samples=0 if right.rpartition(":")[2] == "Delta" else None,
         )
-    if name in WITHOUT_PAIR:
+    if name in SHOWN:
         raise ConfigurationError(
-            f"{name} is no prior beside a guide ({WITHOUT_PAIR[name][0]}); `pyro-blora compare` "
-            "has it, and so have plain_lora and temperature in pyro_blora.evaluation."
+            f"{name} is no prior beside a guide ({SHOWN[name][0]}); `pyro-blora compare` has it."
         )
     raise ConfigurationError(
         f"method {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "
@@ -318,7 +312,8 @@ def trained_for(name: str) -> str:
         >>> trained_for("temperature:blob"), trained_for("temperature"), trained_for("map")
         ('blob', 'lora', 'map')
     """
-    return "lora" if name == "temperature" else name.removeprefix("temperature:")
+    name = name.removeprefix("temperature:")
+    return "lora" if name in SHOWN else name
 
 
 def check_method(name: str) -> None:
@@ -327,8 +322,7 @@ def check_method(name: str) -> None:
     ``temperature:NAME`` is any of them with its log-probabilities scaled on validation items, and
     ``temperature`` is ``temperature:lora``.
     """
-    if trained_for(name) not in BASELINES:
-        get_method(trained_for(name))
+    get_method(trained_for(name))
 
 
 def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:

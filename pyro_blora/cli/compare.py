@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.methods import BASELINES, METHODS, check_method, trained_for
+from pyro_blora.methods import BEST, METHODS, check_method, trained_for
 
 __all__ = ["run"]
 
@@ -21,7 +21,7 @@ def run(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated: {', '.join(dict.fromkeys((*BASELINES, *METHODS)))}; pairs "
+            help=f"Comma-separated: {', '.join((*METHODS, BEST))}; pairs "
             "such as Subspace+FullRank or my_module:MyPrior+MeanField; temperature:NAME for any of "
             "them ('temperature': of lora)."
         ),
@@ -37,7 +37,7 @@ def run(
     num_samples: o.NumSamples = 10,
     lora_lr: Annotated[
         float | None,
-        typer.Option(help="Plain LoRA's learning rate; default: the method's."),
+        typer.Option(help="The learning rate of lora; default: the method's."),
     ] = None,
     precision: o.Precision = "auto",
     out: Annotated[
@@ -65,7 +65,6 @@ def run(
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import Settings, compare
-    from pyro_blora.evaluation.plain_lora import check_installed
     from pyro_blora.evaluation.results import (
         RESULTS,
         draw,
@@ -75,7 +74,6 @@ def run(
         write,
     )
     from pyro_blora.network.pretrained import load_pretrained, shape_only
-    from pyro_blora.network.targets import find_targets
 
     console = Console(highlight=False)
     if precision == "auto" and not overwrite:
@@ -105,11 +103,7 @@ def run(
         load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
         shapes = shape_only(model)
     for base in dict.fromkeys(map(trained_for, missing)):
-        if base in BASELINES:
-            check_installed()
-            find_targets(shapes, targets)
-        else:
-            BayesianLoRA(shapes, method=base, rank=rank, target_modules=targets).unwrap()
+        BayesianLoRA(shapes, method=base, rank=rank, target_modules=targets).unwrap()
     o.check_out(out)
     if missing:
         with o.phase("load"):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.methods import WITHOUT_PAIR, Method, all_methods, check_method
+from pyro_blora.methods import SHOWN, Method, all_methods, check_method
 
 __all__ = ["run"]
 
@@ -72,6 +72,6 @@ def _listed() -> Iterator[RenderableType]:
     paragraphs: dict[str, tuple[str, ...]] = {
         name: (made.summary, _pair(made), made.citation) for name, made in all_methods().items()
     }
-    for name, lines in {**paragraphs, **WITHOUT_PAIR}.items():
+    for name, lines in {**paragraphs, **SHOWN}.items():
         yield Text(f"\n{name}", style="bold")
         yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)

@@ -1,6 +1,6 @@
 """Methods side by side on one task: the same data, budget, scoring and metrics for each."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,11 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import evaluate
-from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.evaluation.results import Row
 from pyro_blora.evaluation.temperature import fit_temperature
-from pyro_blora.inference import FitResult, LoopOptions, fit
+from pyro_blora.inference import FitResult, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
-from pyro_blora.methods import METHODS, check_method, get_method, trained_for
+from pyro_blora.methods import BEST, check_method, get_method, trained_for
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
@@ -27,7 +26,6 @@ __all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 Predict = Callable[[Batch], Prediction]
-DROPOUT = 0.1  # of mc-dropout
 
 
 @dataclass(frozen=True)
@@ -102,28 +100,14 @@ class _Run:
                 f"{len(self.task.validation)} validation items; choose a task with a train split."
             )
         self.collate = self.task.collator(tokenizer)
-        self.likelihood = likelihood_for(self.task, self.collate, "fixed")
-        self.options = LoopOptions(
-            num_steps=settings.max_steps,
-            batch_size=settings.batch_size,
-            precision=settings.precision,
-            validate_every=max(1, settings.max_steps // 3),
-            seed=seed,
-        )
 
     def rows(self, done: Collection[tuple[str, int]]) -> Iterator[Row]:
         shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
         for method in dict.fromkeys(self.settings.methods):
             if (method, self.seed) not in done:
                 shown.setdefault(trained_for(method), []).append(method)
-        plain = {b: shown.pop(b) for b in sorted(shown) if b in ("lora", "lora-best")}
-        if plain:
-            yield from self._plain(plain)
         for base, names in shown.items():
-            if base == "mc-dropout":
-                yield from self._plain({base: names}, DROPOUT, self.settings.num_samples)
-            else:
-                yield from self._pair(base, names)
+            yield from self._trained(base, names)
 
     def _predict(self, predict: Predict, data: Sequence[Item], name: str) -> tuple[Tensor, Tensor]:
         torch.manual_seed(self.seed)
@@ -140,13 +124,13 @@ class _Run:
         return prediction.probs, labels
 
     def _rows(
-        self, base: str, shown: Sequence[str], predict: Predict, fitted: FitResult, count: int
+        self, shown: Sequence[str], predict: Predict, fitted: FitResult, count: int
     ) -> Iterator[Row]:
         """The rows of one trained method: as it is, or with its temperature, as they are asked."""
-        plain, labels = self._predict(predict, self.task.test, base)
+        plain, labels = self._predict(predict, self.task.test, shown[0])
         for name in shown:
             probs, numbers = plain, count
-            if name != base:
+            if name.startswith("temperature"):
                 held, held_labels = self._predict(predict, self.task.validation, name)
                 scale = fit_temperature(held.log(), held_labels)
                 probs, numbers = (plain.log() / scale).softmax(-1), count + 1
@@ -154,36 +138,10 @@ class _Run:
             scores = (s.acc, s.ece, s.nll, s.brier, s.n)
             yield Row(name, self.seed, *scores, fitted.seconds, numbers, probs, labels)
 
-    def _plain(
-        self, shown: Mapping[str, list[str]], dropout: float = 0.0, num_samples: int = 0
-    ) -> Iterator[Row]:
-        """Plain LoRA, trained once: at its last step, then at its best; or with dropout."""
-        torch.manual_seed(self.seed)
-        settings = self.settings
-        options: dict[str, Any] = {"rank": settings.rank or 8, "dropout": dropout}
-        lora = PlainLoRA(self.net, settings.target_modules, self.likelihood, **options)
-        predict = partial(lora.predict, num_samples=num_samples)
-        try:
-            with self.phase(f"train {'mc-dropout' if dropout else 'lora'}, seed {self.seed}"):
-                fitted = lora.fit(
-                    self.task.train,
-                    self.collate,
-                    self.options,
-                    lr=settings.lora_lr or METHODS["lora"].learning_rates["mean"],
-                    length=item_length,
-                    validation=None if dropout else self.task.validation,
-                )
-            for base, names in shown.items():
-                if base == "lora-best":
-                    assert fitted.best_state is not None
-                    self.net.load_state_dict(fitted.best_state, strict=False)
-                yield from self._rows(base, names, predict, fitted, lora.trainable_parameters)
-        finally:
-            lora.unload()
-
-    def _pair(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
-        """A prior beside a guide, trained to the last step."""
+    def _trained(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
+        """A prior beside a guide at its last step; then, if asked, at its best validation step."""
         settings, made = self.settings, get_method(base)
+        best = [name for name in shown if name.endswith(BEST)]
         torch.manual_seed(self.seed)
         blora = BayesianLoRA(
             self.net,
@@ -199,14 +157,21 @@ class _Run:
                     self.task.train,
                     collate=self.collate,
                     length=item_length,
+                    validation=self.task.validation if best else None,
+                    validate_every=max(1, settings.max_steps // 3),
                     num_steps=settings.max_steps,
                     batch_size=settings.batch_size,
+                    lr_mean=settings.lora_lr if base == "lora" else None,
                     precision=settings.precision,
                     seed=self.seed,
                 )
             draws = settings.num_samples if made.num_samples is None else made.num_samples
             predict = partial(blora.predict, num_samples=draws)
-            yield from self._rows(base, shown, predict, fitted, blora.trainable_parameters)
+            for names in ([name for name in shown if name not in best], best):
+                if names is best and fitted.best_state is not None:
+                    blora.load_state_dict(fitted.best_state)
+                if names:
+                    yield from self._rows(names, predict, fitted, blora.trainable_parameters)
         finally:
             blora.unwrap()
 

@@ -1,6 +1,7 @@
 """Named methods: each trains, predicts and says where it comes from."""
 
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pyro
@@ -10,8 +11,8 @@ import torch
 
 from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.inference import LoopOptions
+from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.learning_rates import rates_by_group
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.methods import METHODS, Method, all_methods, get_method
@@ -87,16 +88,28 @@ def test_a_method_is_saved(tmp_path):
 
 def test_lora_is_peft_s():
     """The record, trained by ``fit``, ends where PEFT's adapter ends from the same start."""
+    peft = pytest.importorskip("peft")
     rows, options = tiny.examples(10), LoopOptions(num_steps=15, batch_size=4, seed=3)
     likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=10)
     net, batch = tiny.llama(), tiny.collate(tiny.examples(6, seed=1))
-    lora = PlainLoRA(net, ["q_proj", "v_proj"], likelihood, rank=2)
-    start = {n.replace(".default", ""): p.detach().clone() for n, p in lora.parameters.items()}
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    lora = peft.LoraModel(net, config, "default")
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    start = {n.replace(".default", ""): p.detach().clone() for n, p in trained.items()}
     rate = METHODS["lora"].learning_rates["mean"]
-    lora.fit(rows, tiny.collate, options, lr=rate)
-    expected = lora.predict(batch).probs
-    lora.unload()
-    assert (expected - lora.predict(batch).probs).abs().max() > 1e-3  # it has learned
+    optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate)
+    for _, rows_now in islice(Batches(rows, tiny.collate, options, None), 15):
+        optimizer.zero_grad()
+        logits = likelihood.logits(net, rows_now)
+        torch.nn.functional.cross_entropy(logits, rows_now["labels"]).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), options.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        expected = likelihood.logits(net, batch).softmax(-1)
+        lora.unload()
+        assert (expected - likelihood.logits(net, batch).softmax(-1)).abs().max() > 1e-3  # learned
     blora = made("lora", net)
     with torch.no_grad():
         for group in blora.model.groups:
@@ -136,7 +149,7 @@ def test_pairs_are_methods_too():
         ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
         ("Subspace+Deltas", "guide 'Deltas' is unknown; .*Delta"),
         ("temperature", "no prior beside a guide .*compare"),
-        ("mc-dropout", "no prior beside a guide .*plain_lora"),
+        ("lora-best", "no prior beside a guide .*compare"),
         ("UpdateModel+Delta", "prior 'UpdateModel' is unknown"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],

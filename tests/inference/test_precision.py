@@ -11,18 +11,10 @@ import torch
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.comparison import Settings
-from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.guides import Isotropic
-from pyro_blora.inference import LoopOptions, finish, fit
+from pyro_blora.inference import finish, fit
 from pyro_blora.network import precision
 from pyro_blora.posterior.predict_dataset import predict_dataset
-
-
-def run_plain(net, **options):
-    blora = tiny.adapted(net)
-    blora.unwrap()
-    lora = PlainLoRA(net, ["q_proj"], blora.likelihood, rank=2)
-    lora.fit(tiny.examples(), tiny.collate, LoopOptions(1, progress=False, **options), lr=1e-3)
 
 
 def run_fit(net, **options):
@@ -44,7 +36,7 @@ def run_predict(net, **options):
     predict_dataset(tiny.adapted(net).predict, tiny.examples(), tiny.collate, **options)
 
 
-@pytest.mark.parametrize("run", [run_fit, run_finish, run_predict, run_plain])
+@pytest.mark.parametrize("run", [run_fit, run_finish, run_predict])
 @pytest.mark.parametrize(
     ("pays", "options", "expected"),
     [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, False)],

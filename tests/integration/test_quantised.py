@@ -14,10 +14,8 @@ from torch import nn
 
 from pyro_blora import models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.plain_lora import PlainLoRA
 from pyro_blora.guides import Isotropic, Laplace
 from pyro_blora.inference import fit
-from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.network.quantised import top_singular
 from pyro_blora.network.targets import find_targets, group_layers
 
@@ -188,16 +186,10 @@ def quantised_layers(net):
     return [m for m in net.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
 
 
-def plain(net):
-    pytest.importorskip("peft")
-    return PlainLoRA(net, ["q_proj"], LabelTokens(token_ids=tiny.ANSWERS), rank=2).unload
-
-
-@pytest.mark.parametrize("adapt", [lambda net: tiny.adapted(net).unwrap, plain])
 @pytest.mark.parametrize("flag", [False, True])
-def test_an_adapted_network_asks_not_to_be_packed(adapt, flag):
+def test_an_adapted_network_asks_not_to_be_packed(flag):
     net = nf4(flag)
-    take_off = adapt(net)
+    take_off = tiny.adapted(net).unwrap
     layers = quantised_layers(net)
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

@@ -1,31 +1,23 @@
-"""Plain LoRA, trained by the same loop and scored by the same likelihood as everything else."""
+"""PEFT's LoRA, trained by the same loop and scored by the same likelihood as everything else."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from pyro_blora.errors import ConfigurationError, NonFiniteLossError
-from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.errors import NonFiniteLossError
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.freezing import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["PlainLoRA", "check_installed"]
-
-
-def check_installed() -> None:
-    """Raises ConfigurationError where PEFT is not there, before anything is loaded."""
-    if find_spec("peft") is None:
-        raise ConfigurationError("Plain LoRA is PEFT's: pip install 'pyro-blora[peft]'.")
+__all__ = ["PlainLoRA"]
 
 
 @dataclass
@@ -41,17 +33,8 @@ class PlainLoRA:
             :meth:`predict`.
         layers_to_transform: indices of the blocks to adapt. Default: all.
 
-    Raises:
-        ConfigurationError: peft is not installed.
-
     Reference:
         Hu et al. 2021, "LoRA: low-rank adaptation of large language models", arXiv:2106.09685.
-
-    Example::
-
-        lora = PlainLoRA(net, ["q_proj", "v_proj"], LabelTokens(token_ids=ids))
-        lora.fit(train, collate, LoopOptions(num_steps=300), lr=1e-3)
-        lora.predict(batch).probs  # B x K
     """
 
     net: nn.Module
@@ -62,9 +45,6 @@ class PlainLoRA:
     layers_to_transform: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        check_installed()
-        from peft import LoraConfig, LoraModel
-
         self._frozen = Frozen(self.net)
         config = LoraConfig(
             r=self.rank,
@@ -95,7 +75,6 @@ class PlainLoRA:
         *,
         lr: float,
         length: Callable[[Any], int] | None = None,
-        validation: Sequence[Any] | None = None,
     ) -> FitResult:
         """Minimises the negative log-likelihood; arguments as those of :func:`pyro_blora.fit`.
 
@@ -117,26 +96,13 @@ class PlainLoRA:
             value = float(loss.detach())
             return loss, {"loss": value, "nll": value}
 
-        def validate() -> float:
-            assert validation is not None
-            prediction, labels = predict_dataset(
-                self.predict,
-                validation,
-                collate,
-                length=length,
-                device=device,
-                precision=options.precision,
-                progress=False,
-            )
-            return evaluate(prediction.probs, labels).nll
-
         with in_mode(self.net, training=True):
             return training_loop(
                 loss_of,
                 [{"params": list(self.parameters.values()), "lr": lr}],
                 Batches(train, collate, options, length),
                 options,
-                validate=None if validation is None else validate,
+                validate=None,
                 state=lambda: {name: p.detach() for name, p in self.parameters.items()},
                 description="lora",
             )
