@@ -24,7 +24,6 @@ from pyro_blora.inference import FitOptions, LoopOptions
 from pyro_blora.inference.training_state import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
-from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.network.pretrained import load_pretrained
 from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
@@ -70,7 +69,6 @@ class _Data:
     task: Task
     collate: Any
     sets: dict[str, tuple[Sequence[Item], Any]]  # with the collator of the task they are of
-    prefixes: dict[str, FrozenPrefix]  # what the frozen blocks put out for them
 
     @classmethod
     def load(cls, cell: Cell, settings: Settings, net: nn.Module, tokenizer: Any) -> "_Data":
@@ -98,7 +96,7 @@ class _Data:
                 other = task_of(name)
                 items = chosen(other)[: settings["max_out_of_distribution"]]
                 sets[name] = (items, other.collator(tokenizer))
-        return cls(task, collate, sets, _prefixes_of(net, cell.network, cell.task, cell.seed))
+        return cls(task, collate, sets)
 
     def likelihood(self, settings: Settings, scale: Any, **options: Any) -> Likelihood:
         """A new one: an adapter may train it."""
@@ -132,12 +130,6 @@ def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
         return net.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-@lru_cache(maxsize=1)
-def _prefixes_of(net: nn.Module, network: str, task: str, seed: int) -> dict[str, FrozenPrefix]:
-    """Kept from one method to the next: they are most of the time of a prediction."""
-    return {}
-
-
 def outcomes(cells: Sequence[Cell], settings: Settings) -> Iterator[Outcome]:
     """The outcomes of cells that share one training: a method, and what is ``of`` it.
 
@@ -168,21 +160,13 @@ def _predicted(
     data: _Data,
     net: nn.Module,
     predict: Callable[[Batch], Prediction],
-    blocks: Sequence[nn.Module] = (),
     **figures: Any,
 ) -> Outcome:
     outcome = Outcome(cell, **figures)
     for name, (items, collate) in data.sets.items():
-        prefix = data.prefixes.setdefault(name, FrozenPrefix(net, blocks)) if blocks else None
-
-        def skipping(batch: Batch, prefix: FrozenPrefix | None = prefix) -> Prediction:
-            """Batches are the same for every method, so that their rows are known by the tokens."""
-            with kept(prefix, [ids.numpy().tobytes() for ids in batch["input_ids"].cpu()], batch):
-                return predict(batch)
-
         torch.manual_seed(cell.seed)
         prediction, labels = predict_dataset(
-            skipping,
+            predict,
             items,
             collate,
             length=item_length,
@@ -224,7 +208,6 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     options: Settings = {
         "batch_size": settings["batch_size"],
         "validate_every": settings["best_every"],
-        "cache_frozen_prefix": bool(settings["blocks"]),
         "seed": cell.seed,
         **method["fit"],
     }
@@ -243,7 +226,6 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
                 data,
                 net,
                 lambda batch: blora.predict(batch, **how),
-                blora.model.skippable_blocks(),
                 parameters=blora.trainable_parameters,
                 seconds=seconds + more,
                 made=made | (more_made or {}),

@@ -86,7 +86,7 @@ class PlainLoRA:
         device = next(self.net.parameters()).device
         autocast = choose_precision(options.precision, device) == "bfloat16"
 
-        def loss_of(_: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
             batch = to_device(batch, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = self.likelihood.logits(self.net, batch)

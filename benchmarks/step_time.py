@@ -4,15 +4,14 @@
     python benchmarks/step_time.py --size tiny --methods peft,bayesian-lora,blob
     python benchmarks/step_time.py --precision bfloat16 --json out/step_time.json
     python benchmarks/step_time.py --published CHECKOUT --blob CHECKOUT     # other projects' layers
-    python benchmarks/step_time.py --top 10 --methods peft,bayesian-lora,bayesian-lora:cached
+    python benchmarks/step_time.py --top 10 --methods peft,bayesian-lora
 
 Every method adapts q and v of all layers (or of the top ones) at rank 8 of a random network of one
 shape, with the same batches, optimizer (AdamW) and gradient clipping. `peft` and other projects'
 layers run the network as their scripts do, `net(**batch).logits[:, -1, answers]`; `peft:read`,
 `published:read` and so on run the same layers as this library does, computing only what a
-likelihood reads. `:cached` is a step of a later epoch, which skips the blocks below the top ones
-(`fit(cache_frozen_prefix=True)`). A ratio is that of two steps that follow one another; the table
-has its median and quartiles. Peak memory is that of a process of its own for each method.
+likelihood reads. A ratio is that of two steps that follow one another; the table has its median and
+quartiles. Peak memory is that of a process of its own for each method.
 """
 
 import argparse
@@ -41,9 +40,7 @@ from setting import (
 )
 from torch import Tensor, nn
 
-from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.network.frozen_prefix import FrozenPrefix
 
 
 class HandWritten(nn.Module):
@@ -102,10 +99,9 @@ def make(
     net.train()
     layers, _, how = method.partition(":")
     if layers not in {"peft", "hand-written", *(checkouts or {})}:
-        blora = adapted(net, method.removesuffix(":cached"), likelihood, top=top)
+        blora = adapted(net, method, likelihood, top=top)
         blora.model.precision = precision
-        step = bayesian_step(blora, particles)
-        return cached(step, blora) if how == "cached" else step
+        return bayesian_step(blora, particles)
     before, kl = other_layers(layers, net, checkouts or {})
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
@@ -120,19 +116,6 @@ def make(
 
     trained = [p for p in net.parameters() if p.requires_grad]
     return optimise(loss_of, [{"params": trained, "lr": 1e-3}])
-
-
-def cached(step: Step, blora: BayesianLoRA) -> Step:
-    """The same step, of a batch that has been seen before."""
-    prefix = FrozenPrefix(blora.net, blora.model.skippable_blocks())
-    if not prefix.blocks:
-        raise SystemExit(":cached needs --top, below which blocks are frozen")
-
-    def later(batch: dict[str, Tensor]) -> float:
-        with prefix.examples([(id(batch), row) for row in range(len(batch["labels"]))]):
-            return step(batch)
-
-    return later
 
 
 def peak(method: str) -> float:

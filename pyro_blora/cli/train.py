@@ -41,13 +41,6 @@ def run(
             "and with its rank, or a larger one by --rank."
         ),
     ] = None,
-    cache_frozen: Annotated[
-        bool,
-        typer.Option(
-            "--cache-frozen",
-            help="Run the blocks below --top once for each example, without dropout; takes memory.",
-        ),
-    ] = False,
     precision: o.Precision = "auto",
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
@@ -72,14 +65,12 @@ def run(
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
     Adapters in the upper blocks alone train and predict in a fraction of the
-    time: add --top 10 --cache-frozen.
+    time: add --top 10.
 
     Stopped by Ctrl-C, or killed? The same command with --resume goes on.
     """
     if from_peft is not None and top is not None:
         raise ConfigurationError("--top is not for --from-peft, which has its own layers.")
-    if cache_frozen and top is None:
-        raise ConfigurationError("--cache-frozen needs --top: else no block is frozen.")
     targets = o.listed(target_modules, "--target-modules")
     o.check_task(task, data_dir)
     check_method(method)
@@ -152,7 +143,6 @@ def run(
                 num_steps=max_steps,
                 batch_size=batch_size,
                 precision=precision,
-                cache_frozen_prefix=cache_frozen,
                 seed=seed,
                 checkpoint_dir=run_dir,
                 save_every=save_every,

@@ -47,9 +47,6 @@ class _Bucketed:
 class Batches:
     """Batches without end, each epoch in a new order, no example dropped.
 
-    Iterating gives the indices of the examples in ``data``, none where that is a ``DataLoader``;
-    and their batch.
-
     Args:
         data: examples, or a ``DataLoader``, which is taken as it is.
         collate: makes a batch of a list of examples. Default: torch's.
@@ -76,8 +73,8 @@ class Batches:
             order = random.Random(options.seed)
             self._order = _Bucketed(lengths, options.batch_size, order)
 
-            def made(indices: list[int]) -> tuple[list[int], Batch]:
-                return indices, (collate or default_collate)([data[i] for i in indices])
+            def made(indices: list[int]) -> Batch:
+                return (collate or default_collate)([data[i] for i in indices])
 
             places: Any = range(len(data))
             self._loader = DataLoader(places, batch_sampler=self._order, collate_fn=made)
@@ -85,12 +82,12 @@ class Batches:
         self._epoch: Iterator[Any] = iter(())
         self._begun: dict[str, Any] = {}
         self._taken = 0
-        self._held: list[tuple[list[int], Batch]] = []
+        self._held: list[Batch] = []
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> tuple[list[int], Batch]:
+    def __next__(self) -> Batch:
         found = self._held.pop() if self._held else self._drawn()
         self._taken += 1
         return found
@@ -98,7 +95,7 @@ class Batches:
     def peek(self) -> Batch:
         """The batch that comes next, which still comes next."""
         self._held = self._held or [self._drawn()]
-        return self._held[0][1]
+        return self._held[0]
 
     def place(self) -> dict[str, Any]:
         """Where this is: the random numbers when the epoch began, and the batches taken since."""
@@ -122,8 +119,8 @@ class Batches:
         for _ in islice(self._epoch, taken if self._order is None else 0):
             pass
 
-    def _drawn(self) -> tuple[list[int], Batch]:
-        drawn = next(self._epoch, None)
+    def _drawn(self) -> Batch:
+        drawn: Batch | None = next(self._epoch, None)
         if drawn is None:
             self._begin()
             drawn = next(self._epoch, None)
@@ -131,7 +128,7 @@ class Batches:
             raise BatchError(
                 "The training set is empty; check the DataLoader, the file, the split or max_train."
             )
-        return ([], drawn) if self._order is None else drawn
+        return drawn
 
     def _begin(self) -> None:
         self._begun, self._taken = {"torch": torch.get_rng_state()}, 0

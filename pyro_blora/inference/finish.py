@@ -1,7 +1,7 @@
 """What follows training for the guides that find their width afterwards."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -17,7 +17,6 @@ from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
 from pyro_blora.posterior.linearised import logit_jacobian
@@ -54,7 +53,6 @@ def finish(
     length: Callable[[Any], int] | None = None,
     batch_size: int = 8,
     precision: str = "auto",
-    prefix: FrozenPrefix | None = None,
     progress: bool | None = None,
 ) -> dict[str, float]:
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
@@ -67,8 +65,6 @@ def finish(
         length: the length of an example; batches of like lengths waste no padding.
         batch_size: examples at once.
         precision: of the network, as in ``fit``.
-        prefix: where the frozen blocks' output is kept, by the index of an example; not for a
-            ``DataLoader``, which does not tell it.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
@@ -87,28 +83,19 @@ def finish(
         )
     if not isinstance(data, DataLoader) and collate is None:
         raise ConfigurationError("finish needs collate=, which makes batches of examples.")
-    pairs = list(batches_of(data, collate, length, batch_size))
-    if not pairs:
+    batches = list(batches_of(data, collate, length, batch_size))
+    if not batches:
         raise BatchError("There is nothing to finish with: the data set is empty.")
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
-        for cut, batch in tqdm(pairs, desc="finish", disable=hide, unit="batch"):
-            batch = to_device(batch, device)
-            with kept(prefix, cut, batch):
-                found = scores(blora, batch)
+        for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
+            found = scores(blora, to_device(batch, device))
             yield {name: found[name] for name in families}
 
-    def skipping(num_samples: int) -> Generator[Batch]:
-        for cut, batch in pairs:
-            batch = to_device(batch, device)
-            with kept(prefix, cut, batch, num_samples):
-                yield batch
-
     def loss(num_samples: int) -> float:
-        with closing(skipping(num_samples)) as ready:
-            return anchor_loss(blora, ready, num_samples)
+        return anchor_loss(blora, (to_device(batch, device) for batch in batches), num_samples)
 
     with running(blora, precision, training=False):
         evidence = Evidence(all_scores, loss, blora.likelihood.num_data)

@@ -21,7 +21,6 @@ from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS
-from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.draws import log_predictive
@@ -93,15 +92,14 @@ def fit(
     device = blora.model.groups[0].device
     stream = Batches(train, collate, how, length)
     first = to_device(stream.peek(), device)
-    prefix = _prefix(blora, train) if how.cache_frozen_prefix else FrozenPrefix(blora.net, [])
     objective = Objective(blora, how.elbo, how.num_particles, how.kl_weight)
     groups = _parameters(blora, first, how)
-    state = _state(blora, stream, prefix, how, train, validation, collate)
+    state = _state(blora, stream, how, train, validation, collate)
     how = replace(how, precision=state.precision) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
     reading |= {"precision": how.precision, "progress": how.progress}
     if wants_informing(blora) and not (state and state.is_found):
-        inform(blora, train, prefix=prefix, **reading)
+        inform(blora, train, **reading)
     validate = None
     if how.keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
@@ -113,14 +111,12 @@ def fit(
             stacklevel=2,
         )
     if validation is not None:
-        validate = _validation(blora, validation, collate, length, how, prefix)
+        validate = _validation(blora, validation, collate, length, how)
     _reopen(blora)
     _warn_of_size(blora, train)
 
-    def loss_of(keys: list[int], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = to_device(batch, device)
-        with kept(prefix, keys, batch):
-            return objective(batch, step)
+    def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        return objective(to_device(batch, device), step)
 
     with running(blora, how.precision, training=True):
         result = training_loop(
@@ -135,7 +131,7 @@ def fit(
     if how.keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora.guide):
-        finish(blora, train, prefix=prefix, **reading)
+        finish(blora, train, **reading)
     return result
 
 
@@ -198,7 +194,6 @@ def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict
 def _state(
     blora: BayesianLoRA,
     stream: Batches,
-    prefix: FrozenPrefix,
     how: FitOptions,
     train: Sequence[Any] | DataLoader[Any],
     validation: Sequence[Any] | DataLoader[Any] | None,
@@ -212,29 +207,10 @@ def _state(
         how.checkpoint_dir,
         blora,
         stream,
-        prefix,
         settings_of(blora, vars(how), **told),
         num_steps=how.num_steps,
         resume=how.resume,
     )
-
-
-def _prefix(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> FrozenPrefix:
-    if isinstance(train, DataLoader):
-        raise ConfigurationError(
-            "cache_frozen_prefix=True knows examples by their index, and a DataLoader does not "
-            "tell it; pass the examples themselves, with collate=."
-        )
-    blocks = blora.model.skippable_blocks()
-    if not blocks:
-        raise ConfigurationError(
-            f"cache_frozen_prefix=True: {type(blora.net).__name__} has no block below its lowest "
-            "adapted layer that could be skipped (adapt the upper ones alone, as with "
-            "BayesianLoRA(net, layers_to_transform=[22, 23, ...])), or must run them each time: "
-            "it is compiled, sharded, looked into by hooks, or gives other logits without them. "
-            "Train without the cache."
-        )
-    return FrozenPrefix(blora.net, blocks)
 
 
 def _validation(
@@ -243,7 +219,6 @@ def _validation(
     collate: Collate | None,
     length: Callable[[Any], int] | None,
     how: FitOptions,
-    prefix: FrozenPrefix,
 ) -> Callable[[], float]:
     """What gives the mean negative log predictive of the validation set; it draws apart."""
     if not isinstance(data, DataLoader) and collate is None:
@@ -255,11 +230,8 @@ def _validation(
     def validate() -> float:
         parts = []
         with draws_apart(blora.guide, device), torch.no_grad():
-            for indices, made in batches_of(data, collate, length, 2 * how.batch_size):
-                batch = to_device(made, device)
-                with kept(prefix, [("validation", i) for i in indices], batch):
-                    found = log_predictive(blora.model, blora.guide, batch, 0)
-                parts.append(found)
+            for made in batches_of(data, collate, length, 2 * how.batch_size):
+                parts.append(log_predictive(blora.model, blora.guide, to_device(made, device), 0))
         return -float(torch.cat(parts).mean())
 
     return validate

@@ -27,7 +27,6 @@ from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import updates_in_place
 from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix, kept
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.posterior.bayesian_lora_model import to_device
@@ -57,7 +56,6 @@ def inform(
     num_examples: int = 512,
     batch_size: int = 8,
     precision: str = "auto",
-    prefix: FrozenPrefix | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> None:
@@ -77,7 +75,6 @@ def inform(
             512.
         batch_size: examples at once.
         precision: of the network, as in ``fit``.
-        prefix: where the frozen blocks' output is kept, by the index of an example.
         seed: of the choice of examples, of the labels and of the sketches.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
@@ -109,12 +106,11 @@ def inform(
     bar = tqdm(total=min(num_examples, _size(data)), desc="inform", disable=hide, unit="example")
     with bar, forked_rng(device), in_mode(blora.net, training=False), torch.enable_grad():
         torch.manual_seed(seed)
-        for indices, batch in _batches(data, collate, length, num_examples, batch_size, seed):
+        for batch in _batches(data, collate, length, num_examples, batch_size, seed):
             batch = to_device(batch, device)
             count = blora.likelihood.examples(batch)
-            skipped = kept(prefix, indices, batch)
             watched = updates_in_place(blora.model.adapters, updates)
-            with skipped, watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
+            with watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = blora.likelihood.logits(blora.net, batch)
             law = blora.likelihood.distribution(logits, blora.likelihood.labels(batch))
             gradients = torch.autograd.grad(
@@ -140,20 +136,19 @@ def _batches(
     num_examples: int,
     batch_size: int,
     seed: int,
-) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of some examples, with their indices where these are known."""
+) -> Iterator[Batch]:
+    """Batches of some examples."""
     if not _size(data):
         raise BatchError("There is nothing to inform the prior with: the data set is empty.")
     if isinstance(data, DataLoader):
         for _, batch in zip(range(0, num_examples, data.batch_size or batch_size), data):  # noqa: B905
-            yield [], batch
+            yield batch
         return
     if collate is None:
         raise ConfigurationError("inform needs collate=, which makes batches of examples.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    chosen = order[:num_examples].tolist()
-    for places, batch in batches_of([data[i] for i in chosen], collate, length, batch_size):
-        yield [chosen[place] for place in places], batch
+    chosen = [data[i] for i in order[:num_examples].tolist()]
+    yield from batches_of(chosen, collate, length, batch_size)
 
 
 class _Probe:

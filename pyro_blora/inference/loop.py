@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 Collate = Callable[[list[Any]], Batch]
-# (indices of the examples, batch, step) -> loss with gradient, figures to show
-StepLoss = Callable[[list[int], Batch, int], tuple[Tensor, dict[str, float]]]
+# (batch, step) -> loss with gradient, figures to show
+StepLoss = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,6 @@ class FitOptions(LoopOptions):
         lr_head: that of heads trained as points (``modules_to_save``). Default: likewise.
         kl_weight: weight of the KL, :math:`w`, for any guide. Default: 1, the ELBO.
         keep_best: whether to go back to the best validation at the end. Default: no.
-        cache_frozen_prefix: whether to keep, for each example, what the blocks below the lowest
-            adapted layer put out, and to run them in the first epoch and the first validation
-            alone. They, and the module that runs all blocks, are without dropout. Takes the memory
-            of one hidden state for each token of the training set and of the validation set.
-            Default: no.
         checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
             stopped or killed can go on. Ctrl-C then ends the step, and saves. Default: none.
         resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
@@ -142,7 +137,6 @@ class FitOptions(LoopOptions):
     lr_head: float | None = None
     kl_weight: float = 1.0
     keep_best: bool = False
-    cache_frozen_prefix: bool = False
     checkpoint_dir: str | os.PathLike[str] | None = None
     resume: bool = False
 
@@ -226,20 +220,20 @@ def batches_of(
     collate: Collate | None,
     length: Callable[[Any], int] | None,
     size: int,
-) -> Iterator[tuple[list[int], Batch]]:
-    """The indices and the batch of all examples; of a ``DataLoader`` its batches, by no index."""
+) -> Iterator[Batch]:
+    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
     if isinstance(data, DataLoader):
-        yield from (([], batch) for batch in data)
+        yield from data
         return
     assert collate is not None
     for cut in by_length(data, length, size):
-        yield cut, collate([data[i] for i in cut])
+        yield collate([data[i] for i in cut])
 
 
 def training_loop(
     loss_of: StepLoss,
     groups: list[dict[str, Any]],
-    stream: Iterator[tuple[list[int], Batch]],
+    stream: Iterator[Batch],
     options: LoopOptions,
     *,
     validate: Callable[[], float] | None,
@@ -266,10 +260,10 @@ def training_loop(
     )
     with held_interrupts(keeper is not None) as interrupts:
         for step in bar:
-            indices, batch = next(stream)
+            batch = next(stream)
             start = time.perf_counter()
             optimizer.zero_grad()
-            loss, figures = loss_of(indices, batch, step)
+            loss, figures = loss_of(batch, step)
             loss.backward()
             if options.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)

@@ -2,8 +2,7 @@
 
 ``training_state.safetensors`` has the tensors: the adapter's, the optimizer's, the best ones, the
 history, the state of torch's random numbers and a few numbers of each of the base's; and in its
-header, as JSON, all the rest. It appears whole or not at all. ``frozen_prefix.safetensors`` beside
-it has what the frozen blocks put out, where that is kept. Nothing is unpickled.
+header, as JSON, all the rest. It appears whole or not at all. Nothing is unpickled.
 """
 
 import hashlib
@@ -30,13 +29,11 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.loop import Collate, FitResult
 from pyro_blora.network.fingerprint import altered, fingerprint
-from pyro_blora.network.frozen_prefix import FrozenPrefix
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.options import Options
 
 __all__ = [
-    "PREFIX",
     "STATE",
     "TrainingState",
     "described_data",
@@ -46,7 +43,6 @@ __all__ = [
 ]
 
 STATE = "training_state.safetensors"
-PREFIX = "frozen_prefix.safetensors"
 FORMAT = 1
 # what reading something else than what was written may raise
 _WRONG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -59,8 +55,7 @@ def is_there(folder: Path) -> bool:
 
 def forget(folder: Path) -> None:
     """Deletes what a run left in the folder."""
-    for name in (STATE, PREFIX):
-        (folder / name).unlink(missing_ok=True)
+    (folder / STATE).unlink(missing_ok=True)
 
 
 class TrainingState:
@@ -70,7 +65,6 @@ class TrainingState:
         folder: where it is kept; made if it is missing.
         blora: what is trained.
         stream: its batches.
-        prefix: what its frozen blocks put out.
         settings: what ``settings_of`` says.
         num_steps: how many steps the run shall have.
         resume: whether to go on from a state that is there already.
@@ -86,23 +80,20 @@ class TrainingState:
         folder: str | os.PathLike[str],
         blora: BayesianLoRA,
         stream: Batches,
-        prefix: FrozenPrefix,
         settings: dict[str, Any],
         *,
         num_steps: int,
         resume: bool,
     ) -> None:
         self.folder, self.settings = Path(folder), settings
-        self.blora, self.stream, self.prefix = blora, stream, prefix
+        self.blora, self.stream = blora, stream
         self._device = blora.model.groups[0].device
         heads = [name_in_base(name) for name in blora.model.trained_heads.names]
         self._prints = fingerprint(blora.net, heads)
-        self._kept = 0  # examples of the prefix that are written
         self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            left = [path for name in (STATE, PREFIX) for path in self.folder.glob(f".{name}.*")]
-            for path in left:  # of a process that was killed while it wrote
+            for path in self.folder.glob(f".{STATE}.*"):  # of a process killed while it wrote
                 path.unlink()
         except OSError as error:
             raise ConfigurationError(
@@ -159,7 +150,6 @@ class TrainingState:
             best_step, seconds = notes["best_step"], float(notes["seconds"])
             if len(history) != notes["steps"]:
                 raise ValueError(f"a history of {len(history)} of {notes['steps']} steps")
-            self._load_prefix()
             self.stream.go_to(notes["stream"] | _part(tensors, "stream"))
             set_random_states(notes["random"], _part(tensors, "random"))
         except CheckpointError:
@@ -203,7 +193,6 @@ class TrainingState:
             "random": generators,
         }
         tensors = {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
-        self._save_prefix()
         self._write(STATE, tensors, {"training": json.dumps(notes)})
 
     def _write(self, name: str, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
@@ -211,7 +200,12 @@ class TrainingState:
         write_atomically(self.folder / name, lambda path: save_file(tensors, path, metadata=notes))
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        metadata, tensors = self._opened(STATE)
+        try:
+            with safe_open(self.folder / STATE, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._corrupt(error) from error
         try:
             notes = json.loads(metadata["training"])
             form, saved = notes["format"], dict(notes["settings"])
@@ -229,17 +223,9 @@ class TrainingState:
         check_base(self.folder / STATE, _part(tensors, "base"), self.blora.net)
         return notes, tensors
 
-    def _opened(self, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-        try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return file.metadata() or {}, tensors
-        except (SafetensorError, OSError, ValueError) as error:
-            raise self._corrupt(error, name) from error
-
-    def _corrupt(self, error: Exception, name: str = STATE) -> CheckpointError:
+    def _corrupt(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder / name} is corrupt or incomplete ({type(error).__name__}: {error}); "
+            f"{self.folder / STATE} is corrupt or incomplete ({type(error).__name__}: {error}); "
             "delete it to start anew."
         )
 
@@ -263,19 +249,6 @@ class TrainingState:
         if len({frozenset(own) for own in state.values()}) > 1:
             raise ValueError("the optimizer lacks a moment")
         return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-
-    def _save_prefix(self) -> None:
-        """The prefix grows in the first epoch and the first validation alone."""
-        tensors, notes = self.prefix.state()
-        if len(tensors) > self._kept:
-            self._write(PREFIX, tensors, {"prefix": json.dumps(notes)})
-            self._kept = len(tensors)
-
-    def _load_prefix(self) -> None:
-        if self.prefix.blocks and (self.folder / PREFIX).exists():  # else nothing was kept
-            metadata, tensors = self._opened(PREFIX)
-            self.prefix.load(tensors, json.loads(metadata["prefix"]))
-            self._kept = len(tensors)
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def logits_of_draws(
         draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
         with in_mode(model.net, training=False):  # between two passes the network is the caller's
             updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
-            with prefix.examples(range(examples), draws), model.applied(updates) as net:
+            with prefix.copies(draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))
         yield logits.unflatten(0, (draws, examples))
         done += draws

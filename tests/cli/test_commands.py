@@ -2,7 +2,6 @@ import csv
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
@@ -256,32 +255,19 @@ def test_evaluate_scores_options_as_the_adapter_does(run, words, tmp_path, data_
     torch.testing.assert_close(torch.tensor(found), own, atol=1e-4, rtol=1e-3)
 
 
-def test_train_the_top_blocks_alone(run, words, tmp_path, monkeypatch):
+def test_train_the_top_blocks_alone(run, words, tmp_path):
     options = ["--max-steps", 8, "--batch-size", 4, "--rank", 2, "--top", 1, "--max-train", 8]
-    written, kept = [], []
-    fitting = sys.modules["pyro_blora.inference.fit"]
-    made = fitting._prefix
-    monkeypatch.setattr(fitting, "_prefix", lambda *args: kept.append(1) or made(*args))
-    for more in ([], ["--cache-frozen"]):
-        out = tmp_path / f"adapter{len(written)}"
-        code, _, err = run("train", *words, *options, *more, "--out", out)
-        assert code == 0, err
-        assert len(kept) == len(written)
-        config = (out / "bayesian_lora_config.json").read_text()
-        assert "layers.1." in config
-        assert "layers.0." not in config
-        written.append(load_file(out / "bayesian_lora.safetensors"))
-    for name, value in written[0].items():
-        torch.testing.assert_close(value, written[1][name], atol=2e-3, rtol=0)
+    out = tmp_path / "adapter"
+    code, _, err = run("train", *words, *options, "--out", out)
+    assert code == 0, err
+    config = (out / "bayesian_lora_config.json").read_text()
+    assert "layers.1." in config
+    assert "layers.0." not in config
     code, _, err = run("evaluate", *words, "--adapter", out, "--num-samples", 2)
     assert code == 0, err
-    for mistake, told in (
-        (["--top", 2], "--top 2 is not below the network's 2 blocks"),
-        (["--cache-frozen"], "--cache-frozen needs --top"),
-    ):
-        code, _, err = run("train", *words, *mistake, "--out", tmp_path / "none")
-        assert code == 2
-        assert told in err
+    code, _, err = run("train", *words, "--top", 2, "--out", tmp_path / "none")
+    assert code == 2
+    assert "--top 2 is not below the network's 2 blocks" in err
 
 
 def test_info_counts_llama_2_7b_as_the_papers_do(run):

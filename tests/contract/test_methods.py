@@ -99,7 +99,7 @@ def test_lora_is_peft_s():
     rate = METHODS["lora"].learning_rates["mean"]
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate)
-    for _, rows_now in islice(Batches(rows, tiny.collate, options, None), 15):
+    for rows_now in islice(Batches(rows, tiny.collate, options, None), 15):
         optimizer.zero_grad()
         logits = likelihood.logits(net, rows_now)
         torch.nn.functional.cross_entropy(logits, rows_now["labels"]).backward()

@@ -7,14 +7,12 @@ import pyro
 import pytest
 import tiny
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from pyro_blora.errors import BatchError
 from pyro_blora.inference import fit, inform
-from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FisherInducing
-from pyro_blora.network.frozen_prefix import FrozenPrefix
 
 RANK = 3
 
@@ -121,19 +119,6 @@ def test_a_loop_of_ones_own_is_told_once_of_random_directions():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.model(batch)
-
-
-def test_rows_padded_on_the_left_are_not_kept_for_others():
-    net, batch = tiny.llama(3), tiny.texts(4)
-    blora = informed(net, likelihood=CausalLM(num_data=4), layers_to_transform=[2])
-    prefix = FrozenPrefix(net, blora.model.skippable_blocks())
-    assert prefix.blocks
-    left = [{key: value[i].flip(-1) for key, value in batch.items()} for i in range(4)]
-    inform(blora, left, collate=default_collate, prefix=prefix)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    with torch.no_grad(), prefix.examples(range(4)):
-        found = net(**inputs).logits
-    torch.testing.assert_close(found, net(**inputs).logits)
 
 
 def test_there_must_be_data():

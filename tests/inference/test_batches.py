@@ -21,8 +21,7 @@ def epochs(count, rows, *, by_length=True, seed=0):
     stream = Batches(rows, tiny.collate, options, length if by_length else None)
     per_epoch = -(-len(rows) // 4)
     drawn = []
-    for indices, batch in itertools.islice(stream, count * per_epoch):
-        assert batch["index"].tolist() == [rows[i]["index"] for i in indices]
+    for batch in itertools.islice(stream, count * per_epoch):
         drawn.append(batch["index"].tolist())
     return [drawn[i : i + per_epoch] for i in range(0, len(drawn), per_epoch)]
 

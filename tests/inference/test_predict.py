@@ -232,7 +232,7 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
         blora = tiny.adapted(
             prior=FisherInducing(rank=2), guide=Laplace(), layers_to_transform=[1], num_data=8
         )
-        how = {"num_steps": 3, "batch_size": 4, "cache_frozen_prefix": True, "progress": False}
+        how = {"num_steps": 3, "batch_size": 4, "progress": False}
         fit(blora, rows, collate=made, validation=rows, seed=0, **how)
         loss = TraceMeanField_ELBO()(blora.model, blora.guide)(made(rows))
         ends.append({**tiny.trained(blora), "loss": loss.detach()})

@@ -37,7 +37,6 @@ pytestmark = pytest.mark.usefixtures("interruptible")
 CONTRARY = [{**row, "label": (row["label"] + 1) % 3} for row in tiny.examples(6)]
 BEST = {"validation": CONTRARY, "validate_every": 2, "keep_best": True, "lr_mean": 0.2}
 TOP = {"layers_to_transform": [1]}
-CACHED = {"cache_frozen_prefix": True, "validation": CONTRARY, "validate_every": 3}
 
 
 def length(row):
@@ -88,8 +87,7 @@ CASES = {
     "informed": (llama, {"prior": FisherInducing(rank=2)}, {}),
     "amortized": (llama, {"guide": Amortized(hidden=3)}, {"decay": "cosine"}),
     "ensemble": (llama, {"guide": Ensemble(members=3)}, BEST),
-    "cached": (dropping, {"guide": MeanField(), **TOP}, CACHED),
-    "cached, informed": (llama, {"prior": FisherInducing(rank=2), **TOP}, CACHED),
+    "dropout": (dropping, {"guide": MeanField(), **TOP}, {}),
     "autoguide": (llama, {"guide": AutoNormal}, {"max_grad_norm": None}),
     "shuffled by torch": (llama, {}, {"rows": loader, "seed": None}),
     "shuffled by its own": (llama, {}, {"rows": loader_of_its_own}),

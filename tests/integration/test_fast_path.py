@@ -6,11 +6,8 @@ import pytest
 import tiny
 import torch
 import transformers
-from torch.utils.data import DataLoader, default_collate
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import Isotropic, Laplace, MatrixNormal
-from pyro_blora.inference import fit
+from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network import fast_path
@@ -46,7 +43,7 @@ FUSED = ["query_key_value"]
 CHOICES = MultipleChoice(num_data=12)
 UNPACKED = MultipleChoice(num_data=12, pack=False)
 
-# network, adapted layers, likelihood, a batch, whether its frozen blocks may be skipped
+# network, adapted layers, likelihood, a batch
 TESTED = {
     "llama": (lambda: tiny.llama(4), ATTENTION, TOKENS),
     "llama, eager": (lambda: tiny.llama(4, attn_implementation="eager"), ATTENTION, TOKENS),
@@ -69,14 +66,13 @@ TESTED = {
     "phi": (made("Phi", **WIDE), ATTENTION, TOKENS),
     "convbert, which reads padding": (
         made("ConvBert", "SequenceClassification", **WIDE, num_labels=3), ["query"], CLASSES,
-        tiny.sequences, False,
     ),
 }  # fmt: skip
-CASES = {name: (*case, *(tiny.sequences, True)[len(case) - 3 :]) for name, case in TESTED.items()}
+CASES = {name: (*case, tiny.sequences)[:4] for name, case in TESTED.items()}
 
 
 def adapted(case, *, layers=(2, 3), **options):
-    make, targets, likelihood, batch, _ = CASES[case]
+    make, targets, likelihood, batch = CASES[case]
     blora = tiny.adapted(
         make(),
         target_modules=targets,
@@ -130,151 +126,40 @@ def assert_plain_scores(blora, batch):
     return expected
 
 
-@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
 @pytest.mark.parametrize("case", CASES)
 def test_predictions(case):
     blora, batch = adapted(case)
     assert assert_plain_scores(blora, batch).std(0).max() > 1e-3
     assert len(frozen_blocks(blora.net, blora.model.layer_names)) == 2
-    assert bool(blora.model.skippable_blocks()) == CASES[case][-1]
+    assert blora.model.skippable_blocks()
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[-1]])
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_several_draws_in_a_pass_against_the_network_itself(case):
     """Logits by transformers alone, of the whole batch for every draw."""
     blora, batch = adapted(case)
     shape = batch["input_ids"].shape[-1]
     inputs = {k: batch[k].reshape(-1, shape) for k in ("input_ids", "attention_mask")}
-    prefix = FrozenPrefix(blora.net, blora.model.skippable_blocks())
-    rows, draws = range(len(inputs["input_ids"])), 3
+    prefix, draws = FrozenPrefix(blora.net, blora.model.skippable_blocks()), 3
     thrice = {k: v.repeat(draws, 1) for k, v in inputs.items()}
-    with blora.model.applied(blora.sample_updates(0)) as net, prefix.examples(rows):
+    with blora.model.applied(blora.sample_updates(0)) as net, prefix.copies(1):
         net(**inputs)
     with blora.model.applied(blora.sample_updates(draws)) as net:
         expected = net(**thrice).logits
-        with prefix.examples(rows, draws):
+        with prefix.copies(draws):
             found = net(**thrice).logits
     if expected.dim() == 3:
         found, expected = (x[thrice["attention_mask"].bool()] for x in (found, expected))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def history(blora, rows, collate, **options):
-    options = {"num_steps": 9, "batch_size": 4, "progress": False, **options}
-    result = fit(blora, rows, collate=collate, **options)
-    return torch.tensor([step["loss"] for step in result.history])
-
-
-def of_rows(batch):
-    """The rows of a batch as examples, and what collates them again."""
-    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
-    return rows, default_collate
-
-
-def assert_same_training(blora, rows, collate, **options):
-    """Losses, and the state that all the gradients lead to."""
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    expected = history(blora, rows, collate, **options)
-    end = {k: v.clone() for k, v in blora.state_dict().items()}
-    blora.load_state_dict(start)
-    found = history(blora, rows, collate, cache_frozen_prefix=True, **options)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    for name, value in blora.state_dict().items():
-        torch.testing.assert_close(value, end[name], atol=2e-3, rtol=1e-3, msg=name)
-    assert expected[0] != expected[-1]
-
-
-def moves_the_generator(net, batch):
-    before = torch.get_rng_state()
-    net(input_ids=batch["input_ids"])
-    return not torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[-1]])
-def test_cached_epochs(case):
-    blora, batch = adapted(case)
-    if case == "opt" and moves_the_generator(blora.net.train(), batch):
-        pytest.skip("this transformers draws a number a layer for layerdrop, be it 0 or not")
-    assert_same_training(blora, *of_rows(batch))
-
-
-def left(rows):
-    batch = tiny.collate(rows)
-    return {**batch, **{k: batch[k].flip(1) for k in ("input_ids", "attention_mask")}}
-
-
-VALIDATION = {"validation": tiny.examples(7), "validate_every": 3}
-
-
-@pytest.mark.parametrize(
-    ("collate", "options"), [(tiny.collate, {}), (tiny.collate, VALIDATION), (left, {})]
-)
-def test_cached_epochs_whatever_the_padding(collate, options):
-    """Rows of several lengths, which come in other batches, to other lengths, in each epoch."""
-    assert_same_training(adapted("llama")[0], tiny.examples(10), collate, **options)
-
-
-@pytest.mark.parametrize("guide", [Laplace(), Isotropic()])
-def test_cached_epochs_of_a_guide_that_is_finished_afterwards(guide):
-    blora, batch = adapted("llama", guide=guide)
-    assert_same_training(blora, *of_rows(batch))
-
-
-def classifier(dropout=0.0):
-    """A GPT-2 of three blocks, of which the last is adapted."""
-    options = {f"{kind}_pdrop": dropout for kind in ("resid", "embd", "attn")}
-    options |= {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 32, "num_labels": 3}
-    net = made("GPT2", "SequenceClassification", **options, pad_token_id=0)()
-    options = {"layers_to_transform": [2], "likelihood": CLASSES}
-    return tiny.adapted(net, target_modules=["c_attn"], **options)
-
-
-@pytest.mark.parametrize("blora", [lambda: adapted("llama")[0], classifier])
-def test_cached_epochs_under_activation_checkpointing(blora):
-    blora = blora()
-    tiny.checkpoint_activations(blora.net)
-    assert_same_training(blora, tiny.examples(10), tiny.collate)
-
-
-def test_cached_blocks_are_without_dropout_and_the_others_with():
-    blora, modes = classifier(dropout=0.5), []
-    for block in blora.net.transformer.h:
-        forward = block.forward
-
-        def noted(*args, block=block, forward=forward, **kwargs):
-            modes.append((block.training, block.attn.resid_dropout.training))
-            return forward(*args, **kwargs)
-
-        block.forward = noted
-    rows, collate = of_rows(tiny.sequences(8))
-    blora.predict(collate(rows), 3)  # asks
-    modes.clear()
-    history(blora, rows, collate, num_steps=1, cache_frozen_prefix=True)
-    assert modes == [(False, False), (False, False), (True, True)]
-    assert not blora.net.training
-
-
-def test_blocks_run_once_for_a_prediction_and_once_for_an_example():
+def test_blocks_run_once_for_a_prediction():
     blora, batch = adapted("llama")
     blora.predict(batch, 3)  # asks
     seen = rows_run(blora.net)
     blora.predict(batch, 5, max_rows=100)
     assert seen == {0: 6, 1: 6, 2: 30, 3: 30}
-    rows, collate = of_rows(tiny.sequences(8))
-    seen.update(dict.fromkeys(seen, 0))
-    history(blora, rows, collate, num_steps=10, cache_frozen_prefix=True)  # five epochs
-    assert seen == {0: 8, 1: 8, 2: 40, 3: 40}
-
-
-@pytest.mark.parametrize("guide", [Laplace(), Isotropic()], ids=repr)
-def test_a_width_that_is_found_after_training_runs_no_cached_block(guide):
-    blora, batch = adapted("llama", guide=guide)
-    assert_same_training(blora, *of_rows(batch))  # to the width
-    seen = rows_run(blora.net)
-    history(blora, *of_rows(batch), num_steps=2, cache_frozen_prefix=True)
-    assert seen[0] == seen[1] == 6
-    assert seen[2] == seen[3] > 8
 
 
 @pytest.mark.parametrize("where", ["on a block", "inside of a block", "configuration", "batch"])
@@ -395,31 +280,17 @@ def test_an_answer_is_of_the_modules_themselves():
 
 
 @pytest.mark.parametrize(
-    ("layers", "change", "message"),
+    ("layers", "change"),
     [
-        ([0, 3], lambda net: None, "no block below"),
-        ([2, 3], lambda net: net.model.layers[0].compile(backend="eager"), "compiled"),
-        ([2, 3], lambda net: net.model.layers[0].register_forward_hook(lambda *_: None), "hooks"),
+        ([0, 3], lambda net: None),
+        ([2, 3], lambda net: net.model.layers[0].compile(backend="eager")),
+        ([2, 3], lambda net: net.model.layers[0].register_forward_hook(lambda *_: None)),
     ],
 )
-def test_a_cache_that_cannot_be_is_an_error(layers, change, message):
-    blora, batch = adapted("llama", layers=layers)
+def test_blocks_that_cannot_be_skipped_are_run(layers, change):
+    blora, _ = adapted("llama", layers=layers)
     change(blora.net)
-    with pytest.raises(ConfigurationError, match=rf"cache_frozen_prefix=True.*{message}"):
-        history(blora, *of_rows(batch), cache_frozen_prefix=True)
-
-
-def test_a_cache_needs_to_know_the_examples():
-    blora, batch = adapted("llama")
-    loader = DataLoader(of_rows(batch)[0], batch_size=4, collate_fn=default_collate)
-    with pytest.raises(ConfigurationError, match="a DataLoader does not tell"):
-        fit(blora, loader, num_steps=1, cache_frozen_prefix=True, progress=False)
-
-
-def test_a_classifier_on_a_causal_body():
-    net = made("Llama", "SequenceClassification", **tiny.llama(3, num_labels=3).config.to_dict())()
-    blora = tiny.adapted(net, layers_to_transform=[2], likelihood=CLASSES)
-    assert_same_training(blora, *of_rows(tiny.sequences(6)))
+    assert blora.model.skippable_blocks() == []
 
 
 def test_a_failing_pass_leaves_no_forward_behind():
@@ -430,17 +301,6 @@ def test_a_failing_pass_leaves_no_forward_behind():
     with pytest.raises(IndexError):
         blora.predict(batch, 3)
     assert [vars(block).get("forward") for block in blocks_of(blora.net)] == before
-
-
-def test_a_question_asked_in_between_sees_the_whole_network():
-    """Options are packed, or not, by a question of its own, asked when blocks may be skipped."""
-    blora, batch = adapted("llama, options")
-    rows, collate = of_rows(batch)
-    seen = []
-    forward = blora.net.forward
-    blora.net.forward = lambda **inputs: seen.append(len(inputs["input_ids"])) or forward(**inputs)
-    history(blora, rows, collate, num_steps=2, cache_frozen_prefix=True)
-    assert sorted(seen[-2:]) == [2, 4]  # a row an item
 
 
 class Twice(LabelTokens):
@@ -464,8 +324,6 @@ def test_a_likelihood_that_runs_the_network_several_times(row_by_row):
     likelihood.row_by_row = row_by_row
     blora, batch = adapted("llama", likelihood=likelihood)
     assert_plain_scores(blora, batch)
-    if not row_by_row:
-        assert_same_training(blora, *of_rows(batch))
 
 
 def test_a_head_whose_weight_is_used_without_it():
@@ -480,16 +338,6 @@ def test_a_head_whose_weight_is_used_without_it():
         )
     )
     torch.testing.assert_close(scores(blora, batch), expected)
-
-
-def test_dropout_beside_the_blocks_is_off_for_what_is_kept():
-    """Phi registers that of its embeddings behind the blocks."""
-    net = made("Phi", **WIDE, embd_pdrop=0.5)()
-    blora, modes = tiny.adapted(net, layers_to_transform=[2, 3]), []
-    dropout = net.model.embed_dropout
-    dropout.forward = lambda x, own=dropout.forward: modes.append(dropout.training) or own(x)
-    history(blora, *of_rows(tiny.sequences(8)), num_steps=2, cache_frozen_prefix=True)
-    assert not any(modes)
 
 
 def test_a_module_trained_below_the_blocks_has_them_run():

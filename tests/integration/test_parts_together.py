@@ -44,20 +44,6 @@ def test_another_prior_of_one_group_is_another_run(tmp_path):
         train(blora, 4, checkpoint_dir=tmp_path, resume=True)
 
 
-def test_a_cache_that_holds_nothing_is_none_to_go_on_with(tmp_path):
-    """Rows padded on the left are not kept."""
-
-    def padded(rows):
-        batch = tiny.collate(rows)
-        batch["attention_mask"][:, 0] = 0
-        return batch
-
-    options = {"collate": padded, "cache_frozen_prefix": True, "checkpoint_dir": tmp_path}
-    blora = tiny.adapted(layers_to_transform=[1])
-    train(blora, 2, save_every=1, **options)
-    assert len(train(blora, 4, resume=True, **options).history) == 4
-
-
 def test_a_guide_put_in_the_place_of_several_is_saved_as_it_is(tmp_path):
     blora = tiny.adapted(guide={"q_proj": MeanField(), ".*": MatrixNormal()})
     blora.guide = AutoNormal(blora.model)

@@ -120,19 +120,6 @@ def test_every_parameter_of_the_adapter_gets_a_gradient(net, target_modules):
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_with_the_frozen_prefix_kept_the_losses_are_equal(net, training):
-    """Whatever the mode that the network is in when it is asked."""
-    blora = tiny.adapted(net.train(training), layers_to_transform=[1])
-    start = {k: v.clone() for k, v in blora.state_dict().items()}
-    losses = []
-    for cached in (False, True):
-        blora.load_state_dict(start)
-        result = fit(blora, ROWS, **SHORT, cache_frozen_prefix=cached)
-        losses.append(torch.tensor([step["loss"] for step in result.history]))
-    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("prior", [models.KroneckerInducing, models.SpectralInducing])
 def test_training_fits_the_batch_and_leaves_the_base(net, prior):
     output, before = logits(net), stored(net)
@@ -225,7 +212,6 @@ def are_packed(net):
     "options",
     [
         {"validation": ROWS, "validate_every": 1},
-        {"cache_frozen_prefix": True},
         {"guide": Isotropic()},
         {"guide": Laplace()},
         {"guide": AutoNormal, "elbo": Trace_ELBO},
