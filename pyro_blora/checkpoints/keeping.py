@@ -18,7 +18,7 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.structured_guide import GuideFactory
+from pyro_blora.posterior.guide import GuideFactory
 
 __all__ = ["Keeping"]
 

@@ -17,7 +17,7 @@ from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import name_of
 from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
+from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["export_peft", "lora", "merged"]

@@ -20,7 +20,7 @@ from pyro_blora.methods import Method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import Frozen
-from pyro_blora.posterior.sample_updates import mean_updates
+from pyro_blora.posterior.predictive import mean_updates
 
 __all__ = ["PeftHabits"]
 

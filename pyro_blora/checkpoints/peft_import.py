@@ -19,7 +19,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import load_network, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, layer_shape, matches
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.sample_updates import mean_updates
+from pyro_blora.posterior.predictive import mean_updates
 
 __all__ = ["PeftAdapter", "read_peft"]
 

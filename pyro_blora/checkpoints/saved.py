@@ -31,7 +31,7 @@ from pyro_blora.methods import Method
 from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.structured_guide import start_guide_alone
+from pyro_blora.posterior.guide import start_guide_alone
 
 __all__ = ["Saved", "read_pretrained", "save_pretrained"]
 

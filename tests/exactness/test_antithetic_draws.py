@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import Gumbel
 
 from pyro_blora import guides, models
-from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
+from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 FAMILIES = {
     "MatrixNormal": guides.MatrixNormal(),
