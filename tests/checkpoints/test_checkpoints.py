@@ -6,6 +6,7 @@ import sys
 import pytest
 import tiny
 import torch
+from own_classes import RandomScale
 from safetensors.torch import load_file, save_file
 
 from pyro_blora import BayesianLoRA, checkpoints, guides
@@ -25,11 +26,11 @@ def batch():
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def adapter(net, guide=None, **prior):
+def adapter(net, guide=None, prior=None):
     blora = BayesianLoRA(
         net,
         target_modules=["q_proj", "v_proj", "lm_head"],
-        prior=KroneckerInducing(rank=3, **prior),
+        prior=prior or KroneckerInducing(rank=3),
         guide=guide,
         likelihood=LabelTokens(token_ids=[5, 6, 7], num_data=10),
     )
@@ -55,7 +56,7 @@ def saved(tmp_path):
 def test_what_is_read_is_what_was_saved(tmp_path):
     """The contract of priors and guides has a round trip of every pair."""
     net = network()
-    blora = adapter(net, conditional="scaled", sigma=0.2)
+    blora = adapter(net, prior=KroneckerInducing(rank=3, conditional="scaled", sigma=0.2))
     probs, state = blora.predict(batch(), 0).probs, copy.deepcopy(blora.state_dict())
     again = reread(net, blora, tmp_path, fast=False)
     assert not fast_path.is_on(net)
@@ -176,7 +177,7 @@ def test_the_posterior_mean_loads_in_peft(saved, tmp_path):
 def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
     """With a random scale its median would be too little."""
     pytest.importorskip("peft")
-    blora = adapter(network(), guides.MeanField(init_scale=0.8), scale="half-cauchy")
+    blora = adapter(network(), guides.MeanField(init_scale=0.8), RandomScale())
     with torch.no_grad():  # so narrow a core that its draws tell the mean of the scale
         blora.guide.families()["q_proj.V"].scale_unconstrained.fill_(-4.0)
     blora.export_peft(tmp_path)
