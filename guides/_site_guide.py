@@ -22,8 +22,6 @@ from torch.distributions.transforms import Transform
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
 
-__all__ = ["Site", "SiteGuide", "forked_rng"]
-
 Self = TypeVar("Self", bound="SiteGuide")
 
 
