@@ -63,7 +63,3 @@ def test_example(example):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     result = runner.run(example, out=output.append)
     assert result.failed == 0, "".join(output)
-
-
-def test_there_are_examples():
-    assert len(EXAMPLES) > 10

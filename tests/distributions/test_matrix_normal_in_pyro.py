@@ -15,7 +15,7 @@ from matrix_normal_dense import (
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.infer.inspect import get_dependencies
-from torch.distributions import constraints, kl_divergence
+from torch.distributions import kl_divergence
 
 from pyro_blora.distributions import MatrixNormal
 
@@ -66,22 +66,3 @@ def test_pyro_tools_accept_the_site():
     assert math.isfinite(svi.step(y))
     draws = Predictive(model, num_samples=5, parallel=True)()
     assert draws["V"].shape == (5, NUM, M, N)
-
-
-def test_learns_a_scaled_guide():
-    """SVI from the wrong scales finds the prior; the divergence falls to zero."""
-
-    def guide():
-        row = pyro.param("row", 0.3 * torch.eye(M).double(), constraint=constraints.lower_cholesky)
-        col = pyro.param("col", torch.eye(N).double(), constraint=constraints.lower_cholesky)
-        with pyro.plate("layers", NUM):
-            pyro.sample("V", MatrixNormal(torch.zeros(NUM, M, N).double(), row, col))
-
-    def model():
-        with pyro.plate("layers", NUM):
-            pyro.sample("V", prior("normal"))
-
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
-    for _ in range(150):
-        loss = svi.step()
-    assert loss == pytest.approx(0, abs=1e-3)

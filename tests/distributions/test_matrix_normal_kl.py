@@ -89,22 +89,6 @@ def test_kl_rejects_other_event_shapes():
         kl_divergence(make(), normal(n=4))
 
 
-def test_the_divergence_from_normals_under_functional_transforms():
-    """Its gradient is written by hand: torch.func takes it as any other, and twice."""
-    torch.manual_seed(0)
-    row, col = (torch.eye(k, dtype=torch.float64) + 0.1 * torch.ones(k, k).tril() for k in (2, 3))
-    loc = torch.randn(4, 2, 3, dtype=torch.float64)
-    prior = dist.Normal(torch.zeros(2, 3).double(), 0.7).to_event(2)
-
-    def kl(loc):
-        return kl_divergence(MatrixNormal(loc, row, col, validate_args=False), prior)
-
-    each = torch.stack([torch.autograd.functional.jacobian(kl, x) for x in loc])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(kl))(loc), each)
-    found = torch.func.jacrev(torch.func.grad(kl))(loc[0]).reshape(6, 6)
-    torch.testing.assert_close(found, torch.eye(6, dtype=torch.float64) / 0.49)
-
-
 def test_of_equal_and_tiny_scales_it_is_zero():
     scale = torch.full((2, 3), 1e-18)
     q = MatrixNormal(torch.zeros(2, 3), 1e-9 * torch.eye(2), 1e-9 * torch.eye(3))
