@@ -1,8 +1,5 @@
 """The matrix normal distribution against the dense multivariate normal of its entries."""
 
-import copy
-import math
-import pickle
 from unittest.mock import patch
 
 import pytest
@@ -96,30 +93,6 @@ def test_expand_shares_storage():
     for shape in ((5,), ()):
         with pytest.raises(RuntimeError, match="expand"):
             d.expand(shape)
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
-def test_copies(clone):
-    d = make((4,)).expand((5, 4))
-    other = clone(d)
-    value = d.sample()
-    assert_close(other.log_prob(value), d.log_prob(value))
-    assert other._unbroadcasted_row.data_ptr() != d._unbroadcasted_row.data_ptr()
-    assert repr(other) == "MatrixNormal(batch_shape=(5, 4), event_shape=(3, 2))"
-
-
-@pytest.mark.parametrize(
-    ("loc", "row", "col", "match"),
-    [
-        (torch.zeros(3, 2), torch.ones(4, 3, 3), torch.ones(5, 2, 2), "broadcast"),
-        (torch.zeros(3, 2), -torch.eye(3), torch.eye(2), "LowerCholesky"),
-        (torch.zeros(3, 2), torch.eye(3), torch.ones(2, 2), "LowerCholesky"),
-        (torch.full((3, 2), math.nan), torch.eye(3), torch.eye(2), "loc"),
-    ],
-)
-def test_rejects_arguments(loc, row, col, match):
-    with pytest.raises((ValueError, RuntimeError), match=match):
-        MatrixNormal(loc, row, col, validate_args=True)
 
 
 @settings(max_examples=40, deadline=None)
