@@ -16,10 +16,8 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
 from pyro_blora.methods import Method, get_method, method_of
 from pyro_blora.models import UpdateModel
-from pyro_blora.network import fast_path
-from pyro_blora.network.freezing import Frozen
+from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
-from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.description import described_groups, described_size
@@ -136,7 +134,7 @@ class BayesianLoRA(PeftHabits):
         self.model.attach()
         self._frozen = Frozen(net)
         super().train(net.training)  # so that train(training) changes nothing
-        fast_path.put(net, on=fast)
+        self.model.shortcuts.on = fast
 
     @property
     def net(self) -> nn.Module:
@@ -202,7 +200,6 @@ class BayesianLoRA(PeftHabits):
         for each in self._on_net().values():
             each.model.detach()
         self._frozen.thaw()
-        fast_path.put(self.net, on=True)
         return self.net
 
     def sample_updates(

@@ -18,8 +18,7 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.methods import Method
 from pyro_blora.models import UpdateModel
-from pyro_blora.network import fast_path
-from pyro_blora.network.freezing import Frozen
+from pyro_blora.network.adapter import Frozen
 from pyro_blora.posterior.sample_updates import mean_updates
 
 __all__ = ["PeftHabits"]
@@ -240,13 +239,11 @@ class PeftHabits(Keeping):
             raise ConfigurationError("The network has been unwrapped; wrap it anew to go on.")
         if name in known:
             raise ConfigurationError(f"adapter {name!r} is there already; choose another name.")
-        fast = fast_path.is_on(self.net)
         known[active].model.detach()
         try:
             other = make()
             other.model.detach()
         finally:
-            fast_path.put(self.net, on=fast)
             known[active].model.attach()
         # what the network was before any of them
         other._frozen, other._shared, known[name] = self._frozen, known, other

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.adapter import in_mode
+from pyro_blora.network.shortcuts import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
 from pyro_blora.posterior.given_draws import Samples, draws_given
 from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
@@ -69,7 +69,7 @@ def logits_of_draws(
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
     plain = num_samples < 2 or shows or torch.is_grad_enabled()
     blocks = [] if plain else model.skippable_blocks()
-    prefix = FrozenPrefix(model.net, blocks)
+    prefix = FrozenPrefix(blocks, model.shortcuts)
     most = max(1, min(num_samples, max_rows // examples))
     done = 0
     while done < max(1, num_samples):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
 from pyro_blora.posterior.sample_updates import sample_updates
 from pyro_blora.posterior.structured_guide import StructuredGuide

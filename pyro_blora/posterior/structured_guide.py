@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
-from pyro_blora.network.by_group import by_group
+from pyro_blora.network.targets import by_group
 from pyro_blora.posterior.amortised_context import (
     context_of_particles,
     context_size,

@@ -12,7 +12,6 @@ from pyro_blora import BayesianLoRA, checkpoints, guides
 from pyro_blora.errors import CheckpointError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.network import fast_path
 
 
 def network(hidden=16):
@@ -58,7 +57,7 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     blora = adapter(net, conditional="scaled", sigma=0.2)
     probs, state = blora.predict(batch(), 0).probs, copy.deepcopy(blora.state_dict())
     again = reread(net, blora, tmp_path, fast=False)
-    assert not fast_path.is_on(net)
+    assert not again.model.shortcuts.on
     assert torch.equal(again.predict(batch(), 0).probs, probs)
     assert again.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
