@@ -31,8 +31,8 @@ from calibration_report import trials_table, write_report
 from calibration_trials import base_of, changed, chosen_trials, trial_key, without_trials
 
 from pyro_blora.checkpoints import write_atomically
+from pyro_blora.evaluation.comparison import versions
 from pyro_blora.evaluation.metrics import evaluate
-from pyro_blora.evaluation.results import versions
 from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import choose_precision
 

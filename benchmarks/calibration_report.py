@@ -16,8 +16,13 @@ from calibration_novelty import Doubts, doubts, told_apart
 from calibration_paired import Run, paired
 from torch import Tensor
 
-from pyro_blora.evaluation.metrics import auroc, ece_by_chance, evaluate, risk_coverage
-from pyro_blora.evaluation.temperature import fit_temperature
+from pyro_blora.evaluation.metrics import (
+    auroc,
+    ece_by_chance,
+    evaluate,
+    fit_temperature,
+    risk_coverage,
+)
 
 __all__ = ["scores", "trials_table", "write_report"]
 

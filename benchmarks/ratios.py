@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyro_blora.evaluation.results import versions
+from pyro_blora.evaluation.comparison import versions
 
 __all__ = ["ratio", "rows_of", "table", "take_turns", "write"]
 
