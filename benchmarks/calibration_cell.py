@@ -28,8 +28,6 @@ from pyro_blora.network.pretrained import load_pretrained
 from pyro_blora.posterior.predict_dataset import predict_dataset
 from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["Cell", "Outcome", "outcomes"]
-
 Settings = dict[str, Any]
 
 
