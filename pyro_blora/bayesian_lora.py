@@ -25,19 +25,23 @@ from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
-from pyro_blora.posterior.description import described_groups, described_size
-from pyro_blora.posterior.draws import log_predictive, logits_of_draws
-from pyro_blora.posterior.given_draws import Samples, draws_given
-from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import OwnTensors
-from pyro_blora.posterior.predict_dataset import predict_dataset
-from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.sample_updates import sample_updates
-from pyro_blora.posterior.structured_guide import (
+from pyro_blora.posterior.guide import (
     GuideFactory,
+    OwnTensors,
     analytic_kl,
+    described_groups,
+    described_size,
     make_guide,
     warn_of_a_point,
+)
+from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.predictive import (
+    Samples,
+    draws_given,
+    linearised_logits,
+    log_predictive,
+    logits_of_draws,
+    sample_updates,
 )
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 

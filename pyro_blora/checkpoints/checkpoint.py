@@ -36,7 +36,7 @@ from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantised import is_quantised
 from pyro_blora.network.targets import layer_shape, name_in_base
-from pyro_blora.posterior.structured_guide import start_guide_alone
+from pyro_blora.posterior.guide import start_guide_alone
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"

@@ -28,7 +28,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.sample_updates import draws_in_pairs, mean_updates
+from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -23,9 +23,9 @@ from pyro_blora.generation.generation import Generation
 from pyro_blora.network import fast_path
 from pyro_blora.network.freezing import in_mode
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
-from pyro_blora.posterior.structured_guide import warn_of_a_point
+from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 __all__ = ["generate"]
 

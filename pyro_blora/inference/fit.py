@@ -23,8 +23,8 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.draws import log_predictive
-from pyro_blora.posterior.structured_guide import draws_apart, start_guide
+from pyro_blora.posterior.guide import draws_apart, start_guide
+from pyro_blora.posterior.predictive import log_predictive
 
 __all__ = ["fit"]
 

@@ -14,7 +14,7 @@ from pyro_blora.evaluation.comparison import Settings
 from pyro_blora.guides import Isotropic
 from pyro_blora.inference import finish, fit
 from pyro_blora.network import precision
-from pyro_blora.posterior.predict_dataset import predict_dataset
+from pyro_blora.posterior.prediction import predict_dataset
 
 
 def run_fit(net, **options):
