@@ -19,10 +19,8 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
 from pyro_blora.methods import Method, get_method, method_of
 from pyro_blora.models import UpdateModel
-from pyro_blora.network import fast_path
-from pyro_blora.network.freezing import Frozen
+from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
-from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.guide import (
@@ -156,7 +154,7 @@ class BayesianLoRA(PyroModule):
         self.model.attach()
         self._frozen = Frozen(net)
         super().train(net.training)  # so that train(training) changes nothing
-        fast_path.put(net, on=fast)
+        self.model.shortcuts.on = fast
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name) if name in _OF_NETWORK else super().__getattr__(name)
@@ -225,7 +223,6 @@ class BayesianLoRA(PyroModule):
         for each in self._on_net().values():
             each.model.detach()
         self._frozen.thaw()
-        fast_path.put(self.net, on=True)
         return self.net
 
     def sample_updates(
@@ -569,13 +566,11 @@ class BayesianLoRA(PyroModule):
             raise ConfigurationError("The network has been unwrapped; wrap it anew to go on.")
         if name in known:
             raise ConfigurationError(f"adapter {name!r} is there already; choose another name.")
-        fast = fast_path.is_on(self.net)
         known[active].model.detach()
         try:
             other = make()
             other.model.detach()
         finally:
-            fast_path.put(self.net, on=fast)
             known[active].model.attach()
         # what the network was before any of them
         other._frozen, other._shared, known[name] = self._frozen, known, other

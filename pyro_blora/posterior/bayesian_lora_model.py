@@ -27,16 +27,13 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
     Adapter,
+    TrainedHeads,
     check_free,
     updates_in_place,
     updates_kept_for_backward,
 )
-from pyro_blora.network.by_group import by_group
-from pyro_blora.network.fast_path import rows_come_first
-from pyro_blora.network.frozen_prefix import frozen_blocks, skippable_blocks
-from pyro_blora.network.quantised import is_packed
-from pyro_blora.network.targets import LayerGroup
-from pyro_blora.network.trained_heads import TrainedHeads
+from pyro_blora.network.shortcuts import Shortcuts
+from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
@@ -93,6 +90,7 @@ class BayesianLoRAModel(PyroModule):
         enabled: whether updates and trained heads are put in place; else it is the network alone.
         precision: ``"float32"``, or ``"bfloat16"`` to run the network, and it alone, under
             autocast.
+        shortcuts: those that this adapter takes, none with ``fast=False``.
         layer_names: full names of the adapted layers.
     """
 
@@ -131,10 +129,7 @@ class BayesianLoRAModel(PyroModule):
         self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
-        below = {m for block in frozen_blocks(net, self.layer_names) for m in block.modules()}
-        others = [(name, m) for name, m in net.named_modules() if m not in below]
-        packed = [name for name, m in others if is_packed(getattr(m, "weight", None))]
-        self._packed = packed[:1]  # nothing packs a layer from now on
+        self.shortcuts = Shortcuts()
 
     @property
     def net(self) -> nn.Module:
@@ -189,7 +184,8 @@ class BayesianLoRAModel(PyroModule):
 
     def skippable_blocks(self) -> list[nn.Module]:
         """The frozen blocks that need not run twice for an example."""
-        return skippable_blocks(self.net, self.layer_names, self.trained_heads.names)
+        trained = self.trained_heads.names
+        return self.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""
@@ -232,21 +228,9 @@ class BayesianLoRAModel(PyroModule):
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
         self.check_on_network()
-        if self._packed and torch.is_grad_enabled():
-            raise ConfigurationError(
-                f"bitsandbytes has packed the 4-bit weight of {self._packed[0]} for this "
-                "processor, as it does when a layer first runs in evaluation mode, and no gradient "
-                "passes through it. Load the network anew, and wrap it before it runs."
-            )
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
-        several = any(update.particle_shape.numel() > 1 for update in updates.values())
-        if several and not rows_come_first(self.net, self.groups[0].modules[0]):
-            raise ParticleError(
-                f"{type(self.net).__name__} has the rows of a batch in the second dimension of its "
-                "hidden states, so they cannot be shared out among several particles. Take one at "
-                "a time: num_particles=1 in training, max_rows=1 in a prediction."
-            )
         with ExitStack() as within:
+            within.enter_context(self.shortcuts.in_place(self.net))
             if self.enabled:
                 within.enter_context(self.trained_heads.in_place())
                 within.enter_context(updates_in_place(self.adapters, layers))

@@ -22,7 +22,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.by_group import by_group
+from pyro_blora.network.targets import by_group
 from pyro_blora.posterior.bayesian_lora_model import ELBO_PLATE, BayesianLoRAModel, open_plates
 
 # The plate of ``BayesianLoRA.sample_updates``

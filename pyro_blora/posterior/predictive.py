@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.freezing import in_mode
-from pyro_blora.network.frozen_prefix import FrozenPrefix
+from pyro_blora.network.adapter import in_mode
+from pyro_blora.network.shortcuts import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
 from pyro_blora.posterior.guide import DRAWS_PLATE, StructuredGuide, draws_apart, start_guide
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -277,7 +277,7 @@ def logits_of_draws(
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
     plain = num_samples < 2 or shows or torch.is_grad_enabled()
     blocks = [] if plain else model.skippable_blocks()
-    prefix = FrozenPrefix(model.net, blocks)
+    prefix = FrozenPrefix(blocks, model.shortcuts)
     most = max(1, min(num_samples, max_rows // examples))
     done = 0
     while done < max(1, num_samples):

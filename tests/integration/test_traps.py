@@ -10,13 +10,12 @@ import tiny
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import SGD
-from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Amortized, Ensemble, Flow, Laplace, LayerCoupled, MeanField, Site
 from pyro_blora.guides.flow import FLOWS, make_chain
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 from pyro_blora.methods import METHODS
 from pyro_blora.models import GaussianFactors, KernelInducing
 
@@ -204,15 +203,3 @@ def test_a_layer_may_be_called_by_the_name_of_its_input_if_that_is_known(name):
         return
     mean, drawn = (blora.predict(batch, draws).probs for draws in (0, 2))
     assert not torch.allclose(mean, drawn, atol=1e-4)
-
-
-def test_rows_in_the_second_dimension_are_no_particles():
-    """XLNet has its positions first, and where their number divides, draws were mixed silently."""
-    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=4, d_inner=24, num_labels=3)
-    likelihood = SequenceClassification(num_data=12)
-    net = XLNetForSequenceClassification(config)
-    blora = tiny.adapted(net, target_modules=["layer_1"], likelihood=likelihood)
-    batch = tiny.sequences(4, 8)
-    with pytest.raises(ParticleError, match=r"XLNetFor.*second dimension.*max_rows=1"):
-        blora.predict(batch, 2)
-    assert blora.predict(batch, 2, max_rows=1).samples.shape == (2, 4, 3)
