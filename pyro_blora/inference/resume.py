@@ -48,7 +48,7 @@ class TrainingState:
         self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
         self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first steps
         if not self.path.exists():
-            # said now, for another time "auto" may find the other one faster
+            # said now, for on another machine "auto" may be the other one
             settings["precision"] = choose_precision(settings["precision"], blora.device)
             return
         if not resume:
