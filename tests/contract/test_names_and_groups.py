@@ -91,8 +91,6 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
         ("prior", {"q_proj": Subspace(rank=2)}, r"no key of \['q_proj'\].*'v_proj'.*'\.\*'"),
         ("prior", {}, "group 'q_proj'"),
         ("prior", {"q_proj": Subspace, ".*": Subspace(rank=2)}, "not the class"),
-        ("prior", {"(": Subspace()}, "nor a regular expression"),
-        ("prior", {0: Subspace()}, "nor a regular expression"),
         ("guide", {"proj": Delta()}, "'proj' matches no group"),
         ("guide", {"v_proj": Delta()}, "group 'q_proj'"),
         ("guide", {".*": AutoNormal}, "AutoGuide is one for the whole"),
