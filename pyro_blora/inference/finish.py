@@ -19,8 +19,8 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
-from pyro_blora.posterior.linearised import logit_jacobian
-from pyro_blora.posterior.structured_guide import StructuredGuide
+from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.predictive import logit_jacobian
 
 __all__ = ["anchor_loss", "finish", "post_hoc_families", "running", "scores"]
 

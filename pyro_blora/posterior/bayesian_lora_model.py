@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -33,10 +34,16 @@ from pyro_blora.network.adapter import (
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
-from pyro_blora.posterior.amortised_context import ELBO_PLATE, open_plates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
+# The name that Pyro's ELBO gives to the plate of vectorised particles
+ELBO_PLATE = "num_particles_vectorized"
+
+
+def open_plates() -> dict[str, int]:
+    """The names and sizes of the plates within which Pyro is running now."""
+    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
+    return {plate.name: getattr(plate, "subsample_size", plate.size) for plate in plates}
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -48,11 +55,7 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is.
-
-    Raises:
-        BatchError: it is no mapping.
-    """
+    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"A batch is a mapping of tensors by name, and this is a {type(batch).__name__}; make "
@@ -159,11 +162,7 @@ class BayesianLoRAModel(PyroModule):
         return self._traced[1]
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Turns the priors to given updates, ``B A`` by the layers' names, before a guide is made.
-
-        Raises:
-            ConfigurationError: a layer is missing, or the prior cannot start there.
-        """
+        """Turns the priors to given updates, ``B A`` by the layers' names; before the guide."""
         missing = [name for name in self.layer_names if name not in factors]
         if missing:
             raise ConfigurationError(
@@ -243,11 +242,6 @@ class BayesianLoRAModel(PyroModule):
         The examples are shared out evenly among the vectorised particles of an ELBO, in order.
         Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
         sees the whole batch.
-
-        Raises:
-            ParticleError: the number of particles does not divide the batch.
-            BatchError: the batch is not what the likelihood takes.
-            ConfigurationError: HMC or NUTS runs the model, and the conditional is noisy.
         """
         if batch is None:
             return self.updates()
