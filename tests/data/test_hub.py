@@ -99,17 +99,3 @@ def test_without_a_network(hub):
     with pytest.raises(DataError, match=r"out of reach.*no route.*--data-dir") as error:
         read_hub("sst2", "test")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("record", "part"),
-    [
-        ({"sentence": "a film"}, "KeyError('label')"),
-        ({"sentence": "a film", "label": -1}, "from 0 to 1"),
-    ],
-)
-def test_a_record_of_another_form(hub, record, part):
-    hub.records = [record]
-    with pytest.raises(DataError, match="record sst2-test-0 of stanfordnlp/sst2") as error:
-        read_hub("sst2", "test")
-    assert part in str(error.value)
