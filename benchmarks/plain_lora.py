@@ -12,7 +12,7 @@ from pyro_blora.errors import NonFiniteLossError
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.network.freezing import Frozen, in_mode
+from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.prediction import Prediction

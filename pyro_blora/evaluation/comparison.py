@@ -26,8 +26,7 @@ from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.inference import FitResult, fit
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import BEST, get_method, trained_for
-from pyro_blora.posterior.predict_dataset import predict_dataset
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"

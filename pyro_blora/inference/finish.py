@@ -16,11 +16,11 @@ from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
-from pyro_blora.posterior.linearised import logit_jacobian
-from pyro_blora.posterior.structured_guide import StructuredGuide
+from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.predictive import logit_jacobian
 
 __all__ = ["anchor_loss", "finish", "post_hoc_families", "running", "scores"]
 

@@ -18,13 +18,13 @@ from pyro_blora.inference.inform import inform, wants_informing
 from pyro_blora.inference.learning_rates import parameter_groups, rates_by_group
 from pyro_blora.inference.loop import Collate, FitOptions, FitResult, batches_of, training_loop
 from pyro_blora.inference.objective import Objective
-from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
+from pyro_blora.inference.resume import TrainingState, settings_of, size_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.draws import log_predictive
-from pyro_blora.posterior.structured_guide import draws_apart, start_guide
+from pyro_blora.posterior.guide import draws_apart, start_guide
+from pyro_blora.posterior.predictive import log_predictive
 
 __all__ = ["fit"]
 
@@ -94,11 +94,11 @@ def fit(
     first = to_device(stream.peek(), device)
     objective = Objective(blora, how.elbo, how.num_particles, how.kl_weight)
     groups = _parameters(blora, first, how)
-    state = _state(blora, stream, how, train, validation, collate)
-    how = replace(how, precision=state.precision) if state else how
+    state = _state(blora, stream, how, train, validation)
+    how = replace(how, precision=state.settings["precision"]) if state else how
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
     reading |= {"precision": how.precision, "progress": how.progress}
-    if wants_informing(blora) and not (state and state.is_found):
+    if wants_informing(blora) and not (state and state.found):
         inform(blora, train, **reading)
     validate = None
     if how.keep_best and validation is None:
@@ -197,12 +197,10 @@ def _state(
     how: FitOptions,
     train: Sequence[Any] | DataLoader[Any],
     validation: Sequence[Any] | DataLoader[Any] | None,
-    collate: Collate | None,
 ) -> TrainingState | None:
     if how.checkpoint_dir is None:
         return None
-    device, data = blora.model.groups[0].device, {"training data": train, "validation": validation}
-    told = {name: described_data(each, collate, device) for name, each in data.items()}
+    told = {"training data": size_of(train), "validation": size_of(validation)}
     return TrainingState(
         how.checkpoint_dir,
         blora,

@@ -8,7 +8,7 @@ import torch
 
 from pyro_blora.inference.batches import Batches
 from pyro_blora.inference.loop import LoopOptions
-from pyro_blora.posterior.predict_dataset import predict_dataset
+from pyro_blora.posterior.prediction import predict_dataset
 
 
 def length(row):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
-from pyro_blora.posterior.predict_dataset import predict_dataset
+from pyro_blora.posterior.prediction import predict_dataset
 
 # Pyro's ELBO also warns of the NaN that the error is about
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered NaN")
