@@ -89,7 +89,7 @@ def run(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import CONFIG, read_peft
+    from pyro_blora.checkpoints import WEIGHTS, read_peft
     from pyro_blora.data.items import item_length
     from pyro_blora.inference import finish, fit
     from pyro_blora.inference.resume import STATE
@@ -99,7 +99,7 @@ def run(
     run_dir, made, console = out / "training", get_method(method), Console(highlight=False)
     state = run_dir / STATE
     if not (overwrite or resume):
-        if (out / CONFIG).exists():
+        if (out / WEIGHTS).exists():
             raise ConfigurationError(
                 f"--out {out} has an adapter already; name another folder, or add --overwrite."
             )
