@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, default_collate
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import write_atomically
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.loop import Collate, FitResult
+from pyro_blora.inference.loop import Batches, Collate, FitResult
 from pyro_blora.network.fingerprint import altered, fingerprint
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import name_in_base
@@ -284,7 +283,7 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: str) ->
     for group in blora.model.groups:
         found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
     found["modules_to_save"] = list(blora.model.trained_heads.names)
-    found["learning_rates"] = dict(blora.method.learning_rates)
+    found["learning_rates"] = {**blora.method.learning_rates, **found.get("learning_rates", {})}
     return dict(json.loads(json.dumps(found, default=_named)))
 
 

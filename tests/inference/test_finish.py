@@ -11,7 +11,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace, MeanField
 from pyro_blora.guides._curvature import best_precision
 from pyro_blora.inference import finish
-from pyro_blora.inference.finish import anchor_loss, scores
+from pyro_blora.inference.post_hoc import anchor_loss, scores
 from pyro_blora.likelihoods import CausalLM, Likelihood
 from pyro_blora.models import KroneckerInducing
 

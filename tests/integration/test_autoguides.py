@@ -95,9 +95,12 @@ def test_latents_are_not_per_particle(kind):
 def test_fit(kind):
     blora = tiny.adapted(guide=kind, num_data=10)
     rows = tiny.examples(10)
-    rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
+    rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
     options = {"num_steps": 30, "batch_size": 10, "elbo": Trace_ELBO, "progress": False}
-    nlls = [h["nll"] for h in fit(blora, rows, collate=tiny.collate, **options, **rates).history]
+    nlls = [
+        h["nll"]
+        for h in fit(blora, rows, collate=tiny.collate, **options, learning_rates=rates).history
+    ]
     assert sum(nlls[-5:]) < 0.9 * sum(nlls[:5])
     assert blora.predict(tiny.collate(rows), 3).samples.shape == (3, 10, 3)
 
