@@ -214,7 +214,8 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     }
     rates = given_rates(blora, options.get("learning_rates"))
     told = {name: value for name, value in fit.__kwdefaults__.items() if name not in _NOT_TOLD}
-    made = settings_of(blora, {**told, **options, "learning_rates": rates})
+    made = settings_of(blora, {**told, **options})
+    made["learning_rates"] |= rates  # of the method's
     made = {name: value for name, value in made.items() if not name.startswith("layer ")}
     train: Settings = {"collate": data.collate, "length": item_length}
 

@@ -170,13 +170,13 @@ def fit(
             "seed": seed,
             "num_particles": num_particles,
             "elbo": elbo,
-            "learning_rates": rates,
             "kl_weight": kl_weight,
             "keep_best": keep_best,
         }
         data = {"training data": train, "validation": validation}
         told = {name: described_data(each, collate, device) for name, each in data.items()}
         settings = settings_of(blora, settings, **told)
+        settings["learning_rates"] |= rates  # of the method's
         state = TrainingState(
             checkpoint_dir, blora, stream, settings, num_steps=num_steps, resume=resume
         )

@@ -32,15 +32,6 @@ from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import name_in_base
 from pyro_blora.options import Options
 
-__all__ = [
-    "STATE",
-    "TrainingState",
-    "described_data",
-    "forget",
-    "is_there",
-    "settings_of",
-]
-
 STATE = "training_state.safetensors"
 FORMAT = 1
 # what reading something else than what was written may raise
@@ -283,7 +274,7 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: str) ->
     for group in blora.model.groups:
         found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
     found["modules_to_save"] = list(blora.model.trained_heads.names)
-    found["learning_rates"] = {**blora.method.learning_rates, **found.get("learning_rates", {})}
+    found["learning_rates"] = dict(blora.method.learning_rates)
     return dict(json.loads(json.dumps(found, default=_named)))
 
 

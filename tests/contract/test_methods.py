@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
-import pyro
 import pytest
 import tiny
 import torch
@@ -118,17 +117,6 @@ def test_lora_is_peft_s():
             family.get_parameter(place).copy_(torch.stack(A))
     fit(blora, rows, collate=tiny.collate, num_steps=15, batch_size=4, seed=3)
     torch.testing.assert_close(blora.predict(batch, 0).probs, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_the_lora_method_is_maximum_likelihood():
-    """The penalty of its prior is nothing beside the likelihood, in value and in gradient."""
-    blora = made("lora")
-    trace = pyro.poutine.trace(blora.guide).get_trace()
-    model = pyro.poutine.trace(pyro.poutine.replay(blora.model.updates, trace=trace)).get_trace()
-    site = model.nodes["q_proj.A"]
-    value = site["value"].detach().requires_grad_()
-    (slope,) = torch.autograd.grad(site["fn"].log_prob(value).sum(), value)
-    assert slope.abs().max() < 1e-7
 
 
 def test_pairs_are_methods_too():

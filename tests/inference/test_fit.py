@@ -15,8 +15,7 @@ from transformers import TrainingArguments
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Ensemble, MeanField
-from pyro_blora.inference import fit, optim_args, parameter_groups
-from pyro_blora.inference import loop
+from pyro_blora.inference import fit, loop, optim_args, parameter_groups
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
@@ -37,12 +36,6 @@ def test_history(run):
     assert result.validation == []
     assert result.best_step is None
     assert re.match(r"FitResult\(6 steps in \d+ s: loss=", repr(result))
-
-
-def test_the_callback_is_told_of_every_step(run):
-    done = []
-    run(tiny.adapted(num_data=10), num_steps=3, callback=done.append)
-    assert done == [1, 2, 3]
 
 
 def test_the_last_incomplete_batch_is_trained_on(run):
@@ -183,26 +176,6 @@ def test_a_seed_reproduces_every_bit(run, by_length):
     assert other != history
 
 
-def test_no_seed_leaves_the_generator_alone(run):
-    """Two runs go on from wherever the generator stands, and differ."""
-    histories = []
-    for _ in range(2):
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            blora = tiny.adapted(num_data=10)
-        histories.append(run(blora, seed=None).history)
-    assert histories[0] != histories[1]
-
-
-def test_a_data_loader_is_taken_as_it_is():
-    blora = tiny.adapted(num_data=10)
-    seen = []
-    blora.model.register_forward_pre_hook(lambda m, args: seen.append(args[0]["index"].tolist()))
-    loader = DataLoader(tiny.examples(10), batch_size=5, collate_fn=tiny.collate)
-    fit(blora, loader, num_steps=3, batch_size=99, progress=False)
-    assert seen == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
-
-
 def test_training_again_goes_on(run):
     blora = tiny.adapted(num_data=10)
     run(blora)
@@ -236,14 +209,6 @@ def test_each_role_has_its_learning_rate():
         },
     }
     assert sum(len(g["params"]) for g in groups.values()) == len(list(both.parameters()))
-
-
-def test_a_likelihoods_parameters_have_a_rate_of_their_own():
-    blora = tiny.adapted(likelihood=MultipleChoice(num_data=10))
-    groups = parameter_groups(blora.model, {**RATES, "likelihood": 0.5})
-    (own,) = (g for g in groups if g["name"] == "likelihood")
-    assert own["lr"] == 0.5
-    assert {*map(id, own["params"])} == {*map(id, blora.likelihood.parameters())}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
-from pyro_blora.posterior.predict_dataset import predict_dataset
 
 # Pyro's ELBO also warns of the NaN that the error is about
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -95,11 +94,6 @@ def test_the_observed_site_must_have_its_name():
     blora = tiny.adapted(likelihood=Renamed(token_ids=tiny.ANSWERS, num_data=10))
     with pytest.raises(ConfigurationError, match="no site called 'labels'"):
         fit(blora, tiny.examples(), collate=tiny.collate, num_steps=1, num_particles=1)
-
-
-def test_an_empty_data_set_to_predict():
-    with pytest.raises(BatchError, match="empty"):
-        predict_dataset(tiny.adapted().predict, [], tiny.collate)
 
 
 def test_nothing_to_train(run):
