@@ -66,14 +66,9 @@ def inform(
     Args:
         blora: the adapter, before training.
         data: training examples, or a ``DataLoader`` of batches; their labels are not used.
-        collate: makes a batch of a list of examples.
-        length: the length of an example; batches of like lengths waste no padding.
-        num_examples: how many of them, at random; of a ``DataLoader`` the first batches. Default:
-            512.
-        batch_size: examples at once.
-        precision: of the network, as in ``fit``.
+        collate, length, batch_size, precision, progress: as in ``fit``.
+        num_examples: how many of them, at random; of a ``DataLoader`` the first batches.
         seed: of the choice of examples, of the labels and of the sketches.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", arXiv:0909.4061,

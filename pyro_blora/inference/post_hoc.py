@@ -82,7 +82,7 @@ def bayesianize(
         prior: as in ``from_peft``. Default: the method's.
         guide: ``Laplace`` or ``Isotropic``. Default: the method's.
         likelihood: one with classes. Default: by PEFT's task type.
-        length: the length of an example; batches of like lengths waste no padding.
+        length: the length of an example, as in ``fit``.
         batch_size: examples at once.
         precision: of the network, as in ``fit``.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
@@ -148,11 +148,7 @@ def finish(
         blora: the trained adapter.
         data: the training set for ``Laplace``, whose curvature is scaled to ``num_data``; the
             anchor set for ``Isotropic``. Or a ``DataLoader`` of batches.
-        collate: makes a batch of a list of examples.
-        length: the length of an example; batches of like lengths waste no padding.
-        batch_size: examples at once.
-        precision: of the network, as in ``fit``.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+        collate, length, batch_size, precision, progress: as in ``fit``.
 
     Returns:
         What the family says of its width: ``Laplace`` the prior precision of each site,
