@@ -66,7 +66,11 @@ def inform(
     Args:
         blora: the adapter, before training.
         data: training examples, or a ``DataLoader`` of batches; their labels are not used.
-        collate, length, batch_size, precision, progress: as in ``fit``.
+        collate: as in ``fit``.
+        length: as in ``fit``.
+        batch_size: examples at once.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
         num_examples: how many of them, at random; of a ``DataLoader`` the first batches.
         seed: of the choice of examples, of the labels and of the sketches.
 

@@ -148,7 +148,11 @@ def finish(
         blora: the trained adapter.
         data: the training set for ``Laplace``, whose curvature is scaled to ``num_data``; the
             anchor set for ``Isotropic``. Or a ``DataLoader`` of batches.
-        collate, length, batch_size, precision, progress: as in ``fit``.
+        collate: as in ``fit``.
+        length: as in ``fit``.
+        batch_size: examples at once.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
 
     Returns:
         What the family says of its width: ``Laplace`` the prior precision of each site,
