@@ -21,12 +21,11 @@ from pyro_blora import BayesianLoRA, bayesianize, fit
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.evaluation.comparison import item_length, likelihood_for
 from pyro_blora.inference.fit import given_rates
-from pyro_blora.inference.training_state import settings_of
+from pyro_blora.inference.resume import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
-from pyro_blora.posterior.predict_dataset import predict_dataset
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 __all__ = ["Cell", "Outcome", "outcomes"]
 

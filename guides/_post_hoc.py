@@ -11,8 +11,6 @@ from torch import Tensor
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.delta import Delta
 
-__all__ = ["Evidence", "PostHoc"]
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -40,6 +38,7 @@ class PostHoc(Delta):
     """
 
     _finished: Tensor
+    _known: tuple[Tensor, int, bool] | None = None
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean."""
@@ -49,7 +48,11 @@ class PostHoc(Delta):
     @property
     def finished(self) -> bool:
         """Whether the width is there."""
-        return bool(self._finished)
+        now = self._finished
+        # the host waits for an answer of a graphics card: it is asked for each change once
+        if self._known is None or self._known[0] is not now or self._known[1] != now._version:
+            self._known = now, now._version, bool(now)
+        return self._known[2]
 
     def reopen(self) -> None:
         """Takes the width away again, for more training."""
@@ -61,11 +64,7 @@ class PostHoc(Delta):
 
     @classmethod
     def finish(cls, families: Mapping[str, Any], evidence: Evidence) -> dict[str, float]:
-        """Gives the families of all sites, by the sites' names, their width.
-
-        Returns:
-            Figures to show, by name.
-        """
+        """Gives the families of all sites, by the sites' names, their width; returns figures."""
         raise NotImplementedError(f"{cls.__name__} must define finish(families, evidence).")
 
     def settle(self) -> None:

@@ -22,8 +22,6 @@ from torch.distributions.transforms import Transform
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
 
-__all__ = ["Site", "SiteGuide", "forked_rng"]
-
 Self = TypeVar("Self", bound="SiteGuide")
 
 
@@ -162,7 +160,7 @@ class SiteGuide(Options, PyroModule):
     r"""A guide family: :math:`q(U)` of one site of any prior.
 
     A family is made before it knows the sites, as an AutoGuide reads them: shape, plates and
-    support come from the prior. :class:`~pyro_blora.posterior.structured_guide.StructuredGuide`
+    support come from the prior. :class:`~pyro_blora.posterior.guide.StructuredGuide`
     calls :meth:`bind` once for each site. A subclass writes two methods:
 
     * :meth:`setup` registers the parameters, each a :class:`pyro.nn.PyroParam`, so that q starts

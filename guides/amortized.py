@@ -12,8 +12,6 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-__all__ = ["Amortized"]
-
 
 class Amortized(MeanField):
     r"""Mean-field normals whose means and scales are shifted by the input.

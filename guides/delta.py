@@ -8,8 +8,6 @@ from pyro.nn import PyroParam
 
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["Delta"]
-
 
 class Delta(SiteGuide):
     r"""A point mass, :math:`q(U) = \delta(U - u)`; the ELBO is then the MAP objective.

@@ -11,8 +11,6 @@ from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["Ensemble"]
-
 
 class Ensemble(SiteGuide):
     r"""Point masses, :math:`q(U) = \frac1K \sum_k \delta(U - u_k)`.

@@ -1,33 +1,51 @@
 """A normalizing flow for each layer: any chain of Pyro's transforms."""
 
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import pyro.distributions as dist
+import pyro.distributions.transforms as transforms
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, ReshapeTransform
+from torch.func import functional_call, stack_module_state
 
-from pyro_blora.distributions.stacked_flow import FLOWS, Factory, Stack, StackedFlow, make_chain
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-__all__ = ["Flow"]
+# Makes a transform of vectors of the given number of entries
+Factory = Callable[[int], Any]
+
+FLOWS: dict[str, Factory] = {
+    "affine-autoregressive": transforms.affine_autoregressive,
+    # Pyro's own hidden layer, ten times the input, would be millions of numbers in every layer.
+    "affine-coupling": lambda size: transforms.affine_coupling(size, hidden_dims=[32]),
+    "block-autoregressive": transforms.block_autoregressive,
+    "householder": transforms.householder,
+    "planar": transforms.planar,
+    "radial": transforms.radial,
+    "spline": transforms.spline,
+}
 
 
 class Flow(MeanField):
     r"""Noise through a chain of transforms, :math:`U = \mu + s \odot f(\epsilon)`.
 
-    Each layer has parameters of its own in :math:`f`; all layers run in one call, but for splines
-    and block autoregressive transforms, whose layers run in turn. The KL has no closed form, so the
-    ELBO estimates it.
+    Each layer has parameters of its own in :math:`f`, and the layers run in turn. The KL has no
+    closed form, so the ELBO estimates it.
 
     Args:
-        flows: the transforms in order, each a name of
-            :data:`~pyro_blora.distributions.stacked_flow.FLOWS` (``"affine-autoregressive"``,
+        flows: the transforms in order, each by name (``"affine-autoregressive"``,
             ``"affine-coupling"``, ``"householder"``, ``"planar"``, ``"radial"``, ``"spline"``,
-            ``"block-autoregressive"``) or a function that makes one for a number
-            of entries, such as ``lambda k: transforms.planar(k)``. Default: two affine
-            couplings, turned against each other by a Householder reflection.
+            ``"block-autoregressive"``) or a function that makes one for a number of entries, such
+            as ``lambda k: transforms.planar(k)``. Such a transform must know its own Jacobian
+            (Pyro's ``sylvester`` does not), and keep all its numbers in parameters and buffers.
+            Default: two affine couplings, turned against each other by a Householder reflection.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
             :math:`f` starts as Pyro starts it. Default: 0.01.
         max_size: the largest number of entries for which transforms are made; larger sites (the
@@ -65,7 +83,7 @@ class Flow(MeanField):
                 raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
         self.flows = flows
         self.max_size = max_size
-        self._stack: tuple[Stack, dict[str, str]] | None = None  # with the names of its state here
+        self._chain: tuple[Chain, dict[str, str]] | None = None  # with the names of its state here
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and the transforms' parameters."""
@@ -73,25 +91,23 @@ class Flow(MeanField):
         super().setup(site)
         if site.size == 1 or len(site.batch_shape) != 1:
             return
-        stack = Stack.of([make_chain(self.flows, site.size) for _ in self.loc], site.size)
-        names = {name: "flow_" + name.replace(".", "_") for name in stack.state}
-        trained = dict(stack.chain.named_parameters())
-        self.roles = {**self.roles, **{names[name]: "scale" for name in trained}}  # type: ignore[misc]
-        for name, attribute in names.items():
-            tensor = stack.state[name].to(self.loc.device).clone()
-            if name in trained:
-                setattr(self, attribute, PyroParam(tensor))
-            else:  # masks, which are drawn anew at every setup
-                self.register_buffer(attribute, tensor)
-        self._stack = stack, names
+        chains = [make_chain(self.flows, site.size) for _ in self.loc]
+        parameters, buffers = stack_module_state(list(chains))
+        names = {name: "flow_" + name.replace(".", "_") for name in (*parameters, *buffers)}
+        self.roles = {**self.roles, **{names[name]: "scale" for name in parameters}}  # type: ignore[misc]
+        for name, tensor in parameters.items():
+            setattr(self, names[name], PyroParam(tensor.detach().to(self.loc.device)))
+        for name, tensor in buffers.items():  # masks, which are drawn anew at every setup
+            self.register_buffer(names[name], tensor.to(self.loc.device))
+        self._chain = chains[0], names
 
     def distribution(self) -> TorchDistribution:
         """The law of ``U``; only values that it has just drawn can be scored."""
-        if self._stack is None:
+        if self._chain is None:
             return super().distribution()
-        stack, names = self._stack
+        chain, names = self._chain
         flat = (*self.site.batch_shape, self.site.size)
-        flow = StackedFlow(stack, {name: getattr(self, names[name]) for name in names})
+        flow = _FlowOfLayers(chain, {name: getattr(self, names[name]) for name in names})
         loc, scale = self.loc.reshape(flat), self.scale.reshape(flat)
         transforms = [
             flow,
@@ -100,3 +116,62 @@ class Flow(MeanField):
         ]
         noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
         return dist.TransformedDistribution(noise, transforms)
+
+
+class Chain(nn.Module):
+    """Pyro's transforms one after the other, with the log-determinant of the whole."""
+
+    def __init__(self, parts: Sequence[Transform]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.modules_ = nn.ModuleList([p for p in parts if isinstance(p, nn.Module)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x``, ``(..., k)``, to ``y``, ``(..., k)``, and ``log |dy/dx|``, ``(...)``."""
+        total = x.new_zeros(x.shape[:-1])
+        for part in self.parts:
+            once = copy.copy(part)  # its cache, of a graph, goes with it
+            y = once(x)
+            log_det = once.log_abs_det_jacobian(x, y)
+            # a transform of single numbers gives a term for each of them
+            total = total + (log_det.sum(-1) if log_det.dim() == x.dim() else log_det)
+            x = y
+        return x, total
+
+
+def make_chain(flows: Sequence[str | Factory], size: int) -> Chain:
+    """The chain of the named or given transforms over vectors of ``size`` numbers."""
+    return Chain([(FLOWS[flow] if isinstance(flow, str) else flow)(size) for flow in flows])
+
+
+class _FlowOfLayers(Transform):
+    """A chain with another ``state`` for each layer, ``(..., n, k)`` to ``(..., n, k)``.
+
+    It scores the values it has just made; inverting others is left out, as not every transform has
+    an inverse.
+    """
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, chain: Chain, state: Mapping[str, Tensor]) -> None:
+        super().__init__(cache_size=1)
+        self.chain, self.state = chain, state
+        self._log_det: Tensor | None = None
+
+    def _call(self, x: Tensor) -> Tensor:
+        layers = [
+            functional_call(self.chain, {k: v[i] for k, v in self.state.items()}, (x[..., i, :],))
+            for i in range(x.shape[-2])
+        ]
+        y, log_det = zip(*layers, strict=True)
+        self._log_det = torch.stack(log_det, -1)
+        return torch.stack(y, -2)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log |dy/dx|``, of the shape of ``x`` without its last dimension."""
+        x_old, y_old = self._cached_x_y
+        if self._log_det is None or x is not x_old or y is not y_old:
+            self(x)
+        assert self._log_det is not None
+        return self._log_det

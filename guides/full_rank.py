@@ -13,8 +13,6 @@ from torch.distributions import constraints
 from pyro_blora.distributions import Reshaped
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["FullRank"]
-
 
 class FullRank(SiteGuide):
     r"""A normal with every correlation within a layer, none between layers.

@@ -12,8 +12,6 @@ from torch import Tensor
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import Site
 
-__all__ = ["Isotropic"]
-
 
 class Isotropic(PostHoc):
     r"""A normal of one width :math:`s` around a point estimate, :math:`s` found without training.

@@ -11,8 +11,6 @@ from pyro_blora.distributions import CoupledNormal
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-__all__ = ["LayerCoupled"]
-
 
 class LayerCoupled(MeanField):
     r"""A normal over all layers of a group at once, with a Kronecker factor over layers.

@@ -12,8 +12,6 @@ from pyro_blora.distributions import Reshaped
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["LowRank"]
-
 
 class LowRank(SiteGuide):
     r"""A normal with a few directions of correlation for each layer.

@@ -11,8 +11,6 @@ import pyro_blora.distributions as distributions
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-__all__ = ["MatrixNormal"]
-
 
 class MatrixNormal(MeanField):
     r"""A matrix normal, :math:`q(U) = \mathcal{MN}(M, L_r L_r^\top, L_c L_c^\top)`.

@@ -9,8 +9,6 @@ from torch.distributions import constraints
 
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
-__all__ = ["MeanField"]
-
 
 class MeanField(SiteGuide):
     r"""Independent normals, :math:`q(U) = \prod_{ij} \mathcal{N}(U_{ij}; \mu_{ij}, s_{ij}^2)`.

@@ -8,11 +8,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch.distributions import constraints
 
-from pyro_blora.distributions.normal_mixture import NormalMixture
+from pyro_blora.distributions import NormalMixture
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
-
-__all__ = ["Mixture"]
 
 
 class Mixture(SiteGuide):

@@ -11,29 +11,17 @@ from torch import Tensor
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.models._update_model import UpdateModel
 
-__all__ = ["CORES", "Core", "check_core", "sample_core"]
-
 # A name in CORES, or shape -> distribution of batch shape () and that event shape
 Core = str | Callable[[tuple[int, ...]], TorchDistribution]
 
 # Of independent entries of scale one, from a tensor of ones
 Law = Callable[[Tensor], TorchDistribution]
 
-_STUDENT_DF = 4.0  # heavy tails, and yet a variance
 _SLAB = 2.0  # standard deviation of the entries that the horseshoe leaves alone
 
 
 def _normal(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     return _draw(model, "V", shape, lambda one: dist.Normal(0 * one, 1.0))
-
-
-def _student_t(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    scale = ((_STUDENT_DF - 2) / _STUDENT_DF) ** 0.5  # unit variance
-    return _draw(model, "V", shape, lambda one: dist.StudentT(_STUDENT_DF, 0 * one, scale))
-
-
-def _laplace(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
-    return _draw(model, "V", shape, lambda one: dist.Laplace(0 * one, 0.5**0.5))  # unit variance
 
 
 def _horseshoe(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
@@ -55,15 +43,13 @@ def _draw(model: UpdateModel, name: str, shape: tuple[int, ...], law: Law) -> Te
 
 CORES: dict[str, Callable[[UpdateModel, tuple[int, ...]], Tensor]] = {
     "normal": _normal,
-    "student-t": _student_t,
-    "laplace": _laplace,
     "horseshoe": _horseshoe,
     "ard": _ard,
 }
 
 
 def check_core(core: Core) -> None:
-    """Raises ConfigurationError where ``core`` is neither a name in ``CORES`` nor a function."""
+    """A core is a name in ``CORES``, or a function."""
     if not callable(core) and core not in CORES:
         raise ConfigurationError(
             f"core={core!r} is unknown; {near_miss(core, CORES)}. Or give a function shape -> "
@@ -78,8 +64,6 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
     name                    density of the entries
     ======================  ==========================================================
     ``"normal"``            standard normal
-    ``"student-t"``         Student's t, 4 degrees of freedom, unit variance
-    ``"laplace"``           Laplace, unit variance
     ``"horseshoe"``         regularised horseshoe (Piironen, Vehtari 2017,
                             arXiv:1707.01694), slab 2: sites ``tau`` for each layer and
                             ``local`` for each entry, half-Cauchy

@@ -14,8 +14,6 @@ from pyro_blora.network.targets import LayerGroup
 from pyro_blora.options import Options
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["UpdateModel"]
-
 Self = TypeVar("Self", bound="UpdateModel")
 
 
@@ -37,7 +35,8 @@ class UpdateModel(Options, PyroModule):
     ``(P, 1, *event_shape)``; without particles they are ``(n, *event_shape)`` and ``event_shape``.
     Index from the right: a shared scale meets vectors of the layers as ``tau[..., None] * c``.
 
-    One that can take up an adapter that is trained already writes :meth:`start_at`, too.
+    One that can take up an adapter that is trained already writes :meth:`start_at`, too; one that
+    inherits it and cannot says why in :attr:`no_start`.
 
     A site may say where guides start, if not at its prior's mean: ``pyro.sample(...,
     infer={"start": value})``, as LoRA's random ``A`` needs. A real site in which the update is not
@@ -47,6 +46,7 @@ class UpdateModel(Options, PyroModule):
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
+        no_start: why it cannot start at an adapter that is there already; empty where it can.
 
     Example::
 
@@ -65,6 +65,7 @@ class UpdateModel(Options, PyroModule):
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    no_start: ClassVar[str] = "it does not define start_at(B, A)"
     group: LayerGroup
 
     _plate: tuple[pyro.plate] | None = None
@@ -80,11 +81,6 @@ class UpdateModel(Options, PyroModule):
         """A copy of this prior for ``group``, with its parameters registered."""
         # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
         bound = type(self)(**copy.deepcopy(self.options()))
-        if "_pyro_params" not in vars(bound):
-            raise ConfigurationError(
-                f"{type(self).__name__}.__init__ does not make a PyroModule; begin it with "
-                "super().__init__()."
-            )
         bound.group = group
         bound.setup(group)
         own = {name.removesuffix("_unconstrained") for name, _ in bound.named_parameters("", False)}
@@ -133,16 +129,13 @@ class UpdateModel(Options, PyroModule):
         Returns:
             The value of each site, by its full name, at which :math:`\Delta W = B A`. Guides start
             there; a site that is not named starts as ever.
-
-        Raises:
-            ConfigurationError: this prior cannot, or its rank is less than ``r``.
         """
-        raise self.cannot_start("it does not define start_at(B, A)")
+        raise self.cannot_start()
 
-    def cannot_start(self, why: str) -> ConfigurationError:
+    def cannot_start(self) -> ConfigurationError:
         """The error of a prior that cannot start at a given adapter."""
         return ConfigurationError(
-            f"{self!r} cannot start at a given adapter: {why}. Take KroneckerInducing, "
+            f"{self!r} cannot start at a given adapter: {self.no_start}. Take KroneckerInducing, "
             "FactorInducing, GaussianFactors or Subspace, with learned or fixed scales."
         )
 
@@ -151,9 +144,6 @@ class UpdateModel(Options, PyroModule):
 
         New rows of ``A``, and those of zeros, start as LoRA's do, and ``B`` is zero there: else
         neither would ever learn.
-
-        Raises:
-            ConfigurationError: ``rank`` is less than that of the factors.
         """
         more = rank - A.shape[-2]
         if more < 0:
@@ -166,7 +156,7 @@ class UpdateModel(Options, PyroModule):
         return B * used.mT, torch.where(used, A, self.lora_start(rank).to(A.dtype))
 
     def check_rank(self, rank: int | tuple[int, int], group: LayerGroup) -> None:
-        """Raises ConfigurationError where a rank exceeds the size of the group's layers."""
+        """A rank may not exceed the size of the group's layers."""
         m_r, m_c = (rank, rank) if isinstance(rank, int) else rank
         if m_r > group.d_out or m_c > group.d_in:
             raise ConfigurationError(
@@ -176,10 +166,7 @@ class UpdateModel(Options, PyroModule):
             )
 
     def check_update(self, update: object) -> None:
-        """Raises ConfigurationError where what :meth:`forward` returned is no update of the group.
-
-        Asked once, when the adapter is made.
-        """
+        """Whether :meth:`forward` returns an update of the group; asked once, before training."""
         n, d_out, d_in = self.group.n, self.group.d_out, self.group.d_in
         given = f"a {type(update).__name__}"
         if isinstance(update, LowRankUpdate):

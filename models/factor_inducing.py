@@ -20,7 +20,7 @@ from pyro_blora.updates.kronecker import (
 )
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["FactorInducing"]
+_LAMBDA_MAX = 0.03  # the published code's cap
 
 
 class FactorInducing(UpdateModel):
@@ -51,8 +51,7 @@ class FactorInducing(UpdateModel):
         scale: ``"learned"`` (one for each layer) or ``"fixed"``. Default: learned.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, its KL in the ELBO). Default: deterministic.
-        lambda_init: where a learned lambda starts. Default: 0.001.
-        lambda_max: its cap. Default: 0.03.
+        lambda_init: where a learned lambda starts, below its cap of 0.03. Default: 0.001.
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.U_A`` and ``g.U_B``, whitened, batch shape
@@ -88,7 +87,6 @@ class FactorInducing(UpdateModel):
         scale: Literal["learned", "fixed"] = "learned",
         conditional: Literal["deterministic", "exact", "scaled"] = "deterministic",
         lambda_init: float = 0.001,
-        lambda_max: float = 0.03,
         noise_init: float = 0.1,
     ) -> None:
         super().__init__()
@@ -98,13 +96,12 @@ class FactorInducing(UpdateModel):
         self.scale = scale
         self.conditional = conditional
         self.lambda_init = lambda_init
-        self.lambda_max = lambda_max
         self.noise_init = noise_init
         self.check_choice("conditional", ("deterministic", "exact", "scaled"))
         self.check_choice("scale", ("learned", "fixed"))
-        if not 0 < lambda_init < lambda_max:
+        if not 0 < lambda_init < _LAMBDA_MAX:
             raise ConfigurationError(
-                f"lambda_init={lambda_init!r} must be between 0 and lambda_max={lambda_max!r}."
+                f"lambda_init={lambda_init!r} must be between 0 and {_LAMBDA_MAX}."
             )
         self.check_positive("rank", "sigma", "noise_init")
         if not 1 <= self.size <= rank:
@@ -126,7 +123,7 @@ class FactorInducing(UpdateModel):
                 setattr(self, f"Z_{side}_{factor}", PyroParam(Z))
                 setattr(self, f"D_{side}_{factor}", PyroParam(D.clone(), constraints.positive))
             if self.conditional == "scaled":
-                cap = constraints.interval(0.0, self.lambda_max)
+                cap = constraints.interval(0.0, _LAMBDA_MAX)
                 setattr(self, f"lambda_{factor}", PyroParam(self.lambda_init * ones, cap))
         if self.scale == "learned":
             self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)

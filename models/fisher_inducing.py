@@ -13,8 +13,6 @@ from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["FisherInducing"]
-
 
 class FisherInducing(UpdateModel):
     r"""A random core between the top directions of the Fisher information's Kronecker factors.
@@ -65,6 +63,7 @@ class FisherInducing(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"sigma_": "scale"}
+    no_start: ClassVar[str] = "its directions are those of the network's gradients"
     Z_r: Tensor
     Z_c: Tensor
     informed: Tensor
@@ -108,10 +107,6 @@ class FisherInducing(UpdateModel):
         self.Z_r.copy_(Z_r)
         self.Z_c.copy_(Z_c)
         self.informed.fill_(True)
-
-    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Raises ConfigurationError: it cannot."""
-        raise self.cannot_start("its directions are those of the network's gradients")
 
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Z_c``, ``core = sigma V``, ``B = Z_r^T``."""

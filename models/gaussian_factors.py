@@ -11,8 +11,6 @@ from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["GaussianFactors"]
-
 
 class GaussianFactors(UpdateModel):
     r"""Plain LoRA with one factor random, or both: :math:`\Delta W = \frac{\alpha}{r} B A`.

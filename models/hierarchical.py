@@ -1,5 +1,7 @@
 """Layer scales drawn from a common hyperprior."""
 
+from typing import ClassVar
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -7,8 +9,6 @@ from torch import Tensor
 
 from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
-
-__all__ = ["Hierarchical"]
 
 
 class Hierarchical(KroneckerInducing):
@@ -43,6 +43,8 @@ class Hierarchical(KroneckerInducing):
         blora = BayesianLoRA(net, prior=Hierarchical(rank=8, spread=1.0))
     """
 
+    no_start: ClassVar[str] = "its scales are random"
+
     def __init__(
         self,
         *,
@@ -55,10 +57,6 @@ class Hierarchical(KroneckerInducing):
         super().__init__(rank=rank, sigma=sigma, scale="fixed", core=core, noise_init=noise_init)
         self.spread = spread
         self.check_positive("spread")
-
-    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Raises ConfigurationError: it cannot."""
-        raise self.cannot_start("its scales are random")
 
     def layer_scale(self) -> Tensor:
         """Samples the scales, ``(..., n)``."""

@@ -17,8 +17,6 @@ from pyro_blora.network.quantised import top_singular
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.kronecker import whiten_or_explain
 
-__all__ = ["KernelInducing"]
-
 KERNELS: dict[str, Any] = {
     "rbf": gpytorch.kernels.RBFKernel,
     "matern": gpytorch.kernels.MaternKernel,
@@ -81,6 +79,7 @@ class KernelInducing(KroneckerInducing):
         "E_c": "direction",
     }
 
+    no_start: ClassVar[str] = "its directions are those that kernels give"
     row_kernel: str | Kernel
     col_kernel: str | Kernel
 
@@ -117,10 +116,6 @@ class KernelInducing(KroneckerInducing):
         super().setup(group)
         self._set_kernel("r", self.row_kernel)
         self._set_kernel("c", self.col_kernel)
-
-    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Raises ConfigurationError: it cannot."""
-        raise self.cannot_start("its directions are those that kernels give")
 
     def _directions(self, side: str, m: int, d: int) -> Tensor:
         """Registers the embedding, and chooses inducing points among it."""

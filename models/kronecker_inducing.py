@@ -20,8 +20,6 @@ from pyro_blora.updates.kronecker import (
 )
 from pyro_blora.updates.low_rank_update import LowRankUpdate, Noise
 
-__all__ = ["KroneckerInducing"]
-
 Conditional = Literal["deterministic", "exact", "scaled"]
 
 
@@ -53,9 +51,8 @@ class KroneckerInducing(UpdateModel):
             :math:`0.2\, s`, with the root mean square :math:`s` of the singular values of its
             pretrained weight (1 for a weight of zeros, or without data), so that a factor that goes
             from one layer of the network to another changes nothing.
-        scale: ``"learned"`` (the ELBO learns sigma, one for each layer), ``"fixed"``, or
-            ``"half-cauchy"`` (sigma is random, half-Cauchy of scale ``sigma`` in each layer).
-            Default: learned.
+        scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``; random
+            ones are those of :class:`Hierarchical`. Default: learned.
         core: the density of the entries of ``V``: a name (see
             :func:`~pyro_blora.models._core_density.sample_core`) or a function from a shape to a
             distribution. Default: normal.
@@ -70,8 +67,7 @@ class KroneckerInducing(UpdateModel):
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``; with a
-    half-Cauchy scale also ``g.sigma``, ``(n,)``.
+    ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``.
 
     Raises:
         ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
@@ -99,6 +95,7 @@ class KroneckerInducing(UpdateModel):
         "sigma_": "scale",
         "lambda_": "scale",
     }
+    no_start: ClassVar[str] = ""
     sigma_start: Tensor
 
     def __init__(
@@ -106,7 +103,7 @@ class KroneckerInducing(UpdateModel):
         *,
         rank: int | tuple[int, int] = 8,
         sigma: float | None = None,
-        scale: Literal["learned", "fixed", "half-cauchy"] = "learned",
+        scale: Literal["learned", "fixed"] = "learned",
         core: Core = "normal",
         conditional: Conditional = "deterministic",
         lambda_init: float = 0.1,
@@ -124,11 +121,13 @@ class KroneckerInducing(UpdateModel):
         self.noise_init = noise_init
         self.check_choice("conditional", ("deterministic", "exact", "scaled"))
         self.check_choice("noise", ("marginal", "joint"))
-        self.check_choice("scale", ("learned", "fixed", "half-cauchy"))
+        self.check_choice("scale", ("learned", "fixed"))
         self.check_positive("rank", "lambda_init", "noise_init")
         if sigma is not None:
             self.check_positive("sigma")
         check_core(core)
+        if core in ("horseshoe", "ard"):
+            self.no_start = "with a random scale the mean of the update is known by draws"  # type: ignore[misc]
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -177,8 +176,8 @@ class KroneckerInducing(UpdateModel):
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """Orthonormal directions and a core; a learned sigma is the core's root mean square."""
-        if self.scale == "half-cauchy" or self.core in ("horseshoe", "ard"):
-            raise self.cannot_start("with a random scale the mean of the update is known by draws")
+        if self.no_start:
+            raise self.cannot_start()
         B, A = self.widened(B, A, min(self.ranks))
         self.Z_r, core, self.Z_c = between_orthonormal(B, A, *self.ranks)
         # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
@@ -190,14 +189,8 @@ class KroneckerInducing(UpdateModel):
         return {self.site("V"): core / self.layer_scale()[:, None, None]}
 
     def layer_scale(self) -> Tensor:
-        """The prior scale sigma of each layer, ``(..., n)``; sampled where it is random."""
-        if self.scale == "learned":
-            return cast(Tensor, self.sigma_)
-        sigma = self.sigma_start
-        if self.scale == "half-cauchy":
-            with self.plate():
-                sigma = pyro.sample(self.site("sigma"), pyro.distributions.HalfCauchy(sigma))
-        return sigma
+        """The prior scale sigma of each layer, ``(..., n)``; a subclass may sample it."""
+        return cast(Tensor, self.sigma_) if self.scale == "learned" else self.sigma_start
 
     def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
         """``L`` and ``Q = L^-1 Z`` of one side, by one batched Cholesky for all layers."""

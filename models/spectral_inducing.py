@@ -1,18 +1,11 @@
 """Inducing directions along the pretrained weight's own singular directions."""
 
-from dataclasses import replace
-from typing import Literal, cast
-
-import torch
-from torch import Tensor
+from typing import ClassVar, Literal
 
 from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.quantised import top_singular
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.low_rank_update import LowRankUpdate
-
-__all__ = ["SpectralInducing"]
 
 
 class SpectralInducing(KroneckerInducing):
@@ -23,18 +16,15 @@ class SpectralInducing(KroneckerInducing):
 
     .. math::
 
-        \mathbb{E}[\Delta W \mid V] = \sigma\, P_{:m}\, \mathrm{diag}(w)\, V\, R_{:m}^\top,
+        \mathbb{E}[\Delta W \mid V] = \sigma\, P_{:m}\, V\, R_{:m}^\top,
         \qquad V_{ij} \sim \mathcal{N}(0, 1),
 
-    up to the factor :math:`1 / (1 + D^2)` that ``D`` leaves, so with fixed directions only ``m_r
-    m_c`` numbers a layer are random and next to none besides are trained: the subspaces of LoRA-XS
-    (a point ``V``) and B-LoRA-XS.
+    up to the factor :math:`1 / (1 + D^2)` that ``D`` leaves. The directions are fixed, so only
+    ``m_r m_c`` numbers a layer are random and next to none besides are trained: the subspaces of
+    LoRA-XS (a point ``V``) and B-LoRA-XS.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 16.
-        weighting: ``"singular"`` weighs the rows by :math:`w_i = \Sigma_i / \Sigma_1`, as LoRA-XS's
-            ``B = P Sigma`` does; ``"none"`` by one. Default: none.
-        learn_directions: whether ``Z`` and ``D`` are trained from there. Default: no.
         sigma: as in :class:`KroneckerInducing`. Default: 0.3.
         scale: as there. Default: learned.
         core: as there. Default: normal.
@@ -56,44 +46,26 @@ class SpectralInducing(KroneckerInducing):
         blora = BayesianLoRA(net, prior=SpectralInducing(rank=16), guide=FullRank())
     """
 
+    no_start: ClassVar[str] = "its directions are those of the pretrained weight"
+
     def __init__(
         self,
         *,
         rank: int | tuple[int, int] = 16,
-        weighting: Literal["none", "singular"] = "none",
-        learn_directions: bool = False,
         sigma: float = 0.3,
-        scale: Literal["learned", "fixed", "half-cauchy"] = "learned",
+        scale: Literal["learned", "fixed"] = "learned",
         core: Core = "normal",
         noise_init: float = 0.1,
     ) -> None:
         super().__init__(rank=rank, sigma=sigma, scale=scale, core=core, noise_init=noise_init)
-        self.weighting = weighting
-        self.learn_directions = learn_directions
-        self.check_choice("weighting", ("none", "singular"))
 
     def setup(self, group: LayerGroup) -> None:
-        """Registers what the Kronecker prior does; ``Z`` and ``D`` are buffers where fixed."""
+        """Registers what the Kronecker prior does; ``Z`` and ``D`` are buffers."""
         super().setup(group)
         m_r, m_c = self.ranks
-        Z_r, Z_c, values = top_singular(group, m_r, m_c)
+        Z_r, Z_c, _ = top_singular(group, m_r, m_c)
         self.Z_r, self.Z_c = Z_r.to(group.device), Z_c.to(group.device)
-        for name in () if self.learn_directions else ("Z_r", "Z_c", "D_r", "D_c"):
+        for name in ("Z_r", "Z_c", "D_r", "D_c"):
             value = getattr(self, name).detach()
             delattr(self, name)
             self.register_buffer(name, value)
-        weights = torch.ones(group.n, m_r)
-        if self.weighting == "singular":
-            first = values[:, :m_r] / values[:, :1]
-            weights[:, : first.shape[1]] = first.cpu()
-        self.weights: Tensor
-        self.register_buffer("weights", weights.to(group.device))
-
-    def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Raises ConfigurationError: it cannot."""
-        raise self.cannot_start("its directions are those of the pretrained weight")
-
-    def forward(self) -> LowRankUpdate:
-        """Samples ``V``; its rows are weighed on the way to ``B``."""
-        update = super().forward()
-        return replace(update, core=self.weights.unsqueeze(-1) * cast(Tensor, update.core))

@@ -1,6 +1,6 @@
 """A random vector between two fixed or learned factors."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import pyro
 import torch
@@ -8,11 +8,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_blora.models._update_model import UpdateModel
-from pyro_blora.network.quantised import top_singular
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.low_rank_update import LowRankUpdate
-
-__all__ = ["Subspace"]
 
 
 class Subspace(UpdateModel):
@@ -25,16 +22,13 @@ class Subspace(UpdateModel):
     Args:
         rank: ``r``. Default: 8.
         sigma: standard deviation of ``s`` under the prior. Default: 1.
-        factors: ``"learned"``: ``A`` starts as LoRA does, ``B`` at zero, and guides start ``s`` at
-            ``sigma``; ``"spectral"``: both are fixed to the pretrained weight's first singular
-            directions, and ``s`` starts at zero. Default: learned.
+
+    ``A`` starts as LoRA does, ``B`` at zero, and guides start ``s`` at ``sigma``.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.s``, batch shape ``(n,)``, event shape ``(r,)``.
 
     Raises:
-        ConfigurationError: an option is out of its range, the rank exceeds a layer's size, or, with
-            spectral factors, the weights are quantised by another library than torchao or
-            bitsandbytes.
+        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
 
     Reference:
         Samplawski et al. 2025, "Scalable Bayesian low-rank adaptation of large language models via
@@ -46,38 +40,21 @@ class Subspace(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
-    A: Tensor
-    B: Tensor
 
-    def __init__(
-        self,
-        *,
-        rank: int = 8,
-        sigma: float = 1.0,
-        factors: Literal["learned", "spectral"] = "learned",
-    ) -> None:
+    def __init__(self, *, rank: int = 8, sigma: float = 1.0) -> None:
         super().__init__()
         self.rank = rank
         self.sigma = sigma
-        self.factors = factors
-        self.check_choice("factors", ("learned", "spectral"))
         self.check_positive("rank", "sigma")
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``A`` (n x r x d_in) and ``B`` (n x d_out x r)."""
         self.check_rank(self.rank, group)
-        if self.factors == "spectral":
-            left, right, _ = top_singular(group, self.rank, self.rank)
-            self.register_buffer("A", right.to(group.device))
-            self.register_buffer("B", left.mT.contiguous().to(group.device))
-            return
         self.A = PyroParam(self.lora_start(self.rank))
         self.B = PyroParam(torch.zeros(group.n, group.d_out, self.rank, device=group.device))
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """The factors as they are, with ``s`` at ``sigma``."""
-        if self.factors == "spectral":
-            raise self.cannot_start("its directions are those of the pretrained weight")
         B, self.A = self.widened(B, A, self.rank)
         self.B = B / self.sigma
         return {self.site("s"): torch.full_like(B[:, 0], self.sigma)}
@@ -86,7 +63,6 @@ class Subspace(UpdateModel):
         """Samples ``s``; the core is its diagonal matrix."""
         prior = self.normal(self.rank, scale=self.sigma)
         start = self.sigma * torch.ones(self.group.n, self.rank, device=self.group.device)
-        infer = {"start": start} if self.factors == "learned" else {}
         with self.plate():
-            s = pyro.sample(self.site("s"), prior, infer=infer)
+            s = pyro.sample(self.site("s"), prior, infer={"start": start})
         return LowRankUpdate(A=self.A, core=torch.diag_embed(s), B=self.B)

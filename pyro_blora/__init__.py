@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
     from pyro_blora.network.pretrained import load_pretrained
-    from pyro_blora.posterior.predict_dataset import predict_dataset
-    from pyro_blora.posterior.prediction import Prediction
+    from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 __all__ = [
     "BayesianLoRA",
@@ -44,7 +43,7 @@ _HOMES = {
     "fit": "inference",
     "load_pretrained": "network.pretrained",
     "load_task": "data",
-    "predict_dataset": "posterior.predict_dataset",
+    "predict_dataset": "posterior.prediction",
 }
 
 

@@ -1,47 +1,62 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pyro_blora.checkpoints.peft_habits import PeftHabits
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.checkpoints import checkpoint, peft
+from pyro_blora.checkpoints.card import Result
+from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
 from pyro_blora.methods import Method, get_method, method_of
 from pyro_blora.models import UpdateModel
-from pyro_blora.network import fast_path
-from pyro_blora.network.freezing import Frozen
+from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
-from pyro_blora.network.trained_heads import heads_to_train
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
-from pyro_blora.posterior.description import described_groups, described_size
-from pyro_blora.posterior.draws import log_predictive, logits_of_draws
-from pyro_blora.posterior.given_draws import Samples, draws_given
-from pyro_blora.posterior.linearised import linearised_logits
-from pyro_blora.posterior.param_store import OwnTensors
-from pyro_blora.posterior.predict_dataset import predict_dataset
-from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.sample_updates import sample_updates
-from pyro_blora.posterior.structured_guide import (
+from pyro_blora.posterior.guide import (
     GuideFactory,
+    OwnTensors,
     analytic_kl,
+    described_groups,
+    described_size,
     make_guide,
     warn_of_a_point,
+)
+from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.predictive import (
+    Samples,
+    draws_given,
+    linearised_logits,
+    log_predictive,
+    logits_of_draws,
+    sample_updates,
 )
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = ["BayesianLoRA"]
 
 
-class BayesianLoRA(PeftHabits):
+# What transformers asks of a network besides, a pipeline for one
+_OF_NETWORK = (
+    "dtype",
+    "generation_config",
+    "can_generate",
+    "input_modalities",
+    "output_modalities",
+)
+
+
+class BayesianLoRA(PyroModule):
     """A network whose low-rank updates are random, with a prior, a guide and a likelihood.
 
     The network is frozen and gets a hook on each target layer; :meth:`unwrap` gives it back
@@ -90,6 +105,9 @@ class BayesianLoRA(PeftHabits):
         blora.predict(batch, num_samples=10).probs  # B x K
     """
 
+    guide: Any
+    _shared: dict[str, Self]
+
     def __init__(
         self,
         net: nn.Module,
@@ -136,7 +154,10 @@ class BayesianLoRA(PeftHabits):
         self.model.attach()
         self._frozen = Frozen(net)
         super().train(net.training)  # so that train(training) changes nothing
-        fast_path.put(net, on=fast)
+        self.model.shortcuts.on = fast
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name) if name in _OF_NETWORK else super().__getattr__(name)
 
     @property
     def net(self) -> nn.Module:
@@ -202,7 +223,6 @@ class BayesianLoRA(PeftHabits):
         for each in self._on_net().values():
             each.model.detach()
         self._frozen.thaw()
-        fast_path.put(self.net, on=True)
         return self.net
 
     def sample_updates(
@@ -269,7 +289,7 @@ class BayesianLoRA(PeftHabits):
                 f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or "
                 "blora.generate(...)."
             )
-        batch = to_device(batch, self.model.groups[0].device)
+        batch = to_device(batch, self.device)
         num_samples = self._draws(num_samples)
         if linearised is None:
             linearised = self.method.linearised and samples is None and num_samples > 0
@@ -309,7 +329,7 @@ class BayesianLoRA(PeftHabits):
         samples: Samples | None = None,
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
-        batch = to_device(batch, self.model.groups[0].device)
+        batch = to_device(batch, self.device)
         draws = self._draws(num_samples)
         return log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
 
@@ -336,6 +356,232 @@ class BayesianLoRA(PeftHabits):
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
         return analytic_kl(self.guide, self.model)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        result: Result | None = None,
+        notes: Mapping[str, object] | None = None,
+    ) -> None:
+        """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
+        checkpoint.save_pretrained(self, folder, result=result, notes=notes)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "A Bayesian LoRA adapter",
+        result: Result | None = None,
+        notes: Mapping[str, object] | None = None,
+    ) -> str:
+        """Writes the adapter to the hub, as :meth:`save_pretrained` does to a folder.
+
+        Args:
+            repo_id: the repository, ``"user/name"``; made if it is missing.
+            private: whether a new repository is private. Default: the account's setting.
+            commit_message: of the commit.
+            result: what ``fit`` returned, for the model card.
+            notes: more lines of the model card, by their names.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: the hub refuses or cannot be reached.
+        """
+        about = {"result": result, "notes": notes}
+        return checkpoint.push_to_hub(self, repo_id, private, commit_message, **about)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        net: nn.Module | str | os.PathLike[str] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        prior: UpdateModel | type[UpdateModel] | Mapping[str, UpdateModel] | None = None,
+        guide: SiteGuide | type[SiteGuide] | Mapping[str, SiteGuide] | GuideFactory | None = None,
+        likelihood: Likelihood | type[Likelihood] | None = None,
+        trust_remote_code: bool = False,
+        fast: bool = True,
+    ) -> Self:
+        """An adapter from its folder or its hub id, on its base.
+
+        ``from_pretrained(net, folder)`` puts it on a network at hand, ``from_pretrained(folder)``
+        loads the base by its saved name, in the dtype in which it was. ``fast`` is the
+        constructor's; for all else see :func:`pyro_blora.checkpoints.read_pretrained`.
+
+        Raises:
+            CheckpointError: the folder is no adapter's, is spoiled, or is one for another base.
+
+        Example::
+
+            blora = BayesianLoRA.from_pretrained("me/my-adapter")
+            blora.predict(batch, num_samples=10).probs  # B x K
+        """
+        parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
+        parts["trust_remote_code"] = trust_remote_code
+        read: Self = checkpoint.from_pretrained(partial(cls, fast=fast), net, folder, **parts)
+        return read
+
+    @classmethod
+    def from_peft(
+        cls,
+        net: nn.Module | str | os.PathLike[str] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        method: str | Method | None = None,
+        prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
+        guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
+        likelihood: Likelihood | None = None,
+        fast: bool = True,
+    ) -> Self:
+        r"""An adapter whose posterior mean is a trained LoRA, to go on from.
+
+        :math:`\mathbb{E}_q[\Delta W] = s B A` exactly, with PEFT's scaling :math:`s`, on the layers
+        and with the heads that PEFT trained. A layer of a rank below the prior's has its further
+        directions at zero. LoRA's dropout is not taken over.
+
+        Args:
+            net: the base network. Default: loaded by the name that the adapter has for it.
+            folder: what PEFT wrote, or a hub id. Either stands alone, ``from_peft("my_lora")``, and
+                so does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
+            method: as in the constructor.
+            prior: one that can start there: ``KroneckerInducing``, ``FactorInducing``,
+                ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default: the
+                method's, of the adapter's rank.
+            guide: a family whose mean is a parameter. Its width at the start is ``init_scale`` of
+                the prior's. Default: the method's.
+            likelihood: as in the constructor. Default: by PEFT's task type.
+            fast: the constructor's.
+
+        Raises:
+            CheckpointError: a file is missing or corrupt, or ``net`` is another base.
+            ConfigurationError: the adapter is no plain LoRA (another tuner, DoRA, biases, ...), or
+                the prior or the guide cannot start there.
+
+        Example::
+
+            likelihood = MultipleChoice(num_data=len(train))
+            blora = BayesianLoRA.from_peft("my_lora", likelihood=likelihood)
+            fit(blora, train, collate=collate, num_steps=100)
+        """
+        parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
+        make = partial(cls, method=method, fast=fast)
+        started: Self = peft.from_peft(make, net, folder, **parts)
+        return started
+
+    def export_peft(self, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
+        """Writes E[dW], or draws, for PEFT; see :func:`pyro_blora.checkpoints.export_peft`."""
+        peft.export_peft(self.model, self.guide, folder, num_samples)
+
+    def merge_and_unload(self) -> nn.Module:
+        """The network with E[dW] and the trained heads in its weights; the posterior is gone."""
+        return peft.merge_and_unload(self)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, all that runs the network runs it as it was, its own heads in place."""
+        model = self.model
+        before, model.enabled = model.enabled, False
+        try:
+            yield
+        finally:
+            model.enabled = before
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many numbers are trained, in PEFT's words."""
+        trained: int = self.trainable_parameters
+        both = trained + sum(p.numel() for p in self.net.parameters())
+        print(
+            f"trainable params: {trained:,d} || all params: {both:,d} || "
+            f"trainable%: {100 * trained / both:.4f}"
+        )
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Which adapter the network has on; ``None`` where :meth:`unwrap` took it off."""
+        return next((name for name, each in self._on_net().items() if each.model.adapters), None)
+
+    def add_adapter(self, name: str, **options: Any) -> Self:
+        """A second adapter for the same network, which :meth:`set_adapter` puts on in turn.
+
+        It has a prior, a guide and files of its own; ``options`` are the constructor's. Until it
+        is set, this one, which is called ``"default"``, stays on the network.
+
+        Example::
+
+            other = blora.add_adapter("other", likelihood=MultipleChoice(num_data=len(train)))
+            blora.set_adapter("other")
+            fit(other, train, collate=collate, num_steps=100)
+            blora.set_adapter("default")  # and blora predicts again
+        """
+        return self._add(name, lambda: type(self)(self.net, **options))
+
+    def load_adapter(self, folder: str | os.PathLike[str], name: str, **options: Any) -> Self:
+        """As :meth:`add_adapter`, of a saved one; ``options`` are those of ``from_pretrained``."""
+        return self._add(name, lambda: type(self).from_pretrained(self.net, folder, **options))
+
+    def set_adapter(self, name: str) -> Self:
+        """Puts the adapter of that name on the network and gives it; the other one rests."""
+        chosen = self._known(name)
+        for each in self._on_net().values():
+            each.model.detach()
+        chosen.model.attach()
+        return chosen
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter that is not on the network."""
+        if self._known(name).model.adapters:
+            raise ConfigurationError(
+                f"adapter {name!r} is active; make another one so first, set_adapter(...), or "
+                "take it off by unwrap()."
+            )
+        del self._on_net()[name]
+
+    @property
+    def config(self) -> Any:
+        """The network's configuration."""
+        return self.net.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's adapted layers compute."""
+        return self.model.groups[0].device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network puts out under the posterior mean."""
+        with self.posterior() as net:
+            return net(*args, **kwargs)
+
+    def _on_net(self) -> dict[str, Self]:
+        """All adapters for the network by name, shared by them; this one alone at first."""
+        if "_shared" not in vars(self):
+            self._shared = {"default": self}
+        return self._shared
+
+    def _known(self, name: str) -> Self:
+        known = self._on_net()
+        if name not in known:
+            raise ConfigurationError(f"adapter {name!r} is unknown; {near_miss(name, known)}.")
+        return known[name]
+
+    def _add(self, name: str, make: Callable[[], Self]) -> Self:
+        known, active = self._on_net(), self.active_adapter
+        if active is None:
+            raise ConfigurationError("The network has been unwrapped; wrap it anew to go on.")
+        if name in known:
+            raise ConfigurationError(f"adapter {name!r} is there already; choose another name.")
+        known[active].model.detach()
+        try:
+            other = make()
+            other.model.detach()
+        finally:
+            known[active].model.attach()
+        # what the network was before any of them
+        other._frozen, other._shared, known[name] = self._frozen, known, other
+        return other
 
     def __repr__(self) -> str:
         family = self.guide_family

@@ -6,35 +6,23 @@ from typing import Any
 
 from pyro_blora.errors import ConfigurationError
 
-__all__ = ["Options", "check_kind"]
-
 
 class Options:
     """Mixin of priors, guides and likelihoods: each argument is kept under its own name."""
 
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments and their values.
-
-        Raises:
-            ConfigurationError: an argument is not kept under its own name.
-        """
-        try:
-            return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        except AttributeError as error:
-            raise ConfigurationError(
-                f"{type(self).__name__}.__init__ does not keep its argument {error.name!r}; set "
-                f"self.{error.name}, which checkpoints and repr read."
-            ) from error
+        """The constructor's arguments and their values."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def check_choice(self, option: str, known: tuple[str, ...]) -> None:
-        """Raises ConfigurationError where an option is none of its known values."""
+        """An option must have one of its known values."""
         if getattr(self, option) not in known:
             raise ConfigurationError(
                 f"{type(self).__name__}: {option}={getattr(self, option)!r} is not one of {known}."
             )
 
     def check_positive(self, *options: str) -> None:
-        """Raises ConfigurationError where an option, or a part of it, is not positive."""
+        """An option, and each part of one of several parts, must be positive and finite."""
         for option in options:
             value = getattr(self, option)
             parts = value if isinstance(value, tuple | list) else (value,)
@@ -54,7 +42,7 @@ class Options:
 
 
 def check_kind(option: str, value: object, kind: type) -> None:
-    """Raises ConfigurationError where an option is none of its kind, or is a class of it."""
+    """An option must be an object of its kind, not a class of it."""
     if not isinstance(value, kind):
         made = " Pass an object, not the class." if isinstance(value, type) else ""
         given = repr(value).splitlines()[0]  # that of a network has hundreds

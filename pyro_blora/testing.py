@@ -18,12 +18,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.nn import PyroModule
-from torch import nn
+from pyro.optim import ClippedAdam
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyro_blora._contract_checks import PARAMS, check_support, latents, train
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError
 from pyro_blora.guides import MeanField, Site
@@ -31,6 +32,8 @@ from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import Hierarchical
 
 __all__ = ["GuideContract", "LikelihoodContract", "PairContract", "PriorContract"]
+
+_PARAMS = "setup() must register what is learned as a PyroParam, and other tensors as buffers"
 
 
 class _Contract:
@@ -81,12 +84,12 @@ class PairContract(_Contract):
             with pyro.settings.context(module_local_params=local):
                 blora, batch = self.adapted(), self.batch(8)
                 start = {name: p.detach().clone() for name, p in blora.named_parameters()}
-                before, loss = blora.predict(batch, 0).samples, train(blora, batch, svi=svi)
+                before, loss = blora.predict(batch, 0).samples, _train(blora, batch, svi=svi)
                 still = [n for n, p in blora.named_parameters() if torch.equal(p, start[n])]
                 mean, drawn = (blora.predict(batch, draws).samples for draws in (0, 5))
             assert -inf < loss < inf, f"The loss is {loss}."
-            assert not still, f"{still} stay at module_local_params={local}: {PARAMS}."
-            assert not torch.equal(mean, before), f"The predictions stay as they were: {PARAMS}."
+            assert not still, f"{still} stay at module_local_params={local}: {_PARAMS}."
+            assert not torch.equal(mean, before), f"The predictions stay as they were: {_PARAMS}."
             given = mean.shape, drawn.shape
             assert given == ((1, 8, 3), (5, 8, 3)), f"The mean and 5 draws of 8 x 3 are {given}."
 
@@ -97,7 +100,7 @@ class PairContract(_Contract):
         for steps in (20, 1):
             torch.manual_seed(0)
             losses += [sorted(elbo.loss(blora.model, blora.guide, batch) for _ in range(8))[4]]
-            train(blora, batch, steps, svi=True)
+            _train(blora, batch, steps, svi=True)
         assert -inf < losses[1] < losses[0], f"The loss goes from {losses[0]} to {losses[1]}."
 
     def test_guide_and_particles_follow_the_model(self) -> None:
@@ -107,12 +110,12 @@ class PairContract(_Contract):
             q = poutine.trace(blora.guide).get_trace(batch)
             p = poutine.trace(poutine.replay(blora.model, trace=q)).get_trace(batch)
             updates = poutine.replay(blora.model.updates, trace=q)()
-        assert latents(q) == latents(p), f"The guide has {latents(q)}, the model {latents(p)}."
+        assert _latents(q) == _latents(p), f"The guide has {_latents(q)}, the model {_latents(p)}."
         for name, centre in blora.guide.center(batch).items():
             ours, site = q.nodes[name], p.nodes[name]
             shape, wanted = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in (ours, site))
             assert shape == wanted, f"{name} is {shape} in the guide, {wanted} in the model."
-            check_support(name, site["fn"], site["value"], centre)
+            _check_support(name, site["fn"], site["value"], centre)
         for name, update in updates.items():
             assert prod(update.particle_shape) == 4, f"{name} is {update.particle_shape} updates."
         assert p.nodes["labels"]["fn"].batch_shape[-1] == 2, "4 particles share the 8 rows out."
@@ -136,7 +139,7 @@ class PairContract(_Contract):
             for part in parts.values():
                 assert repr(part) in repr(blora), f"{part!r} is missing in {blora!r}."
                 assert not list(part.parameters()), f"{part!r} has parameters before setup()."
-            train(blora, batch, svi=False)
+            _train(blora, batch, svi=False)
             expected, state = blora.predict(batch, 0).samples, copy.deepcopy(blora.state_dict())
             blora.save_pretrained(path)
             fresh = self.adapted(blora.unwrap())
@@ -145,8 +148,8 @@ class PairContract(_Contract):
             loaded, again = (fresh.predict(batch, 0).samples for _ in range(2))
             read = BayesianLoRA.from_pretrained(fresh.unwrap(), path, **parts).predict(batch, 0)
         assert torch.equal(again, loaded), "Two means differ; make noise by pyro.sample alone."
-        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {PARAMS}."
-        assert torch.equal(read.samples, expected), f"from_pretrained reads another: {PARAMS}."
+        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {_PARAMS}."
+        assert torch.equal(read.samples, expected), f"from_pretrained reads another: {_PARAMS}."
 
 
 class PriorContract(PairContract):
@@ -164,9 +167,9 @@ class PriorContract(PairContract):
         """Layers are a plate, never an event; no site is sampled late; factors fit the layers."""
         blora = self.adapted()
         p = poutine.trace(blora.model.updates).get_trace()
-        late = latents(poutine.trace(blora.model).get_trace(self.batch(4)))[len(latents(p)) :]
+        late = _latents(poutine.trace(blora.model).get_trace(self.batch(4)))[len(_latents(p)) :]
         assert not late, f"{late} are sampled by a layer; sample all sites in forward()."
-        for name in latents(p):
+        for name in _latents(p):
             shape, frames = p.nodes[name]["fn"].batch_shape, p.nodes[name]["cond_indep_stack"]
             free = {i for i in range(-len(shape), 0) if shape[i] > 1} - {f.dim for f in frames}
             assert not free, f"{name}: no plate has dimension {free}; sample it in self.plate()."
@@ -174,7 +177,7 @@ class PriorContract(PairContract):
             for group, update in blora.sample_updates(draws).items():
                 getattr(blora.model, group).check_update(update)
         alone = poutine.trace(self.adapted(layers_to_transform=0).model.updates).get_trace().nodes
-        for name in latents(p):
+        for name in _latents(p):
             event, one = (nodes[name]["fn"].event_shape for nodes in (p.nodes, alone))
             assert event == one, f"{name}: its layers are in its event; sample it in self.plate()."
 
@@ -216,7 +219,7 @@ class GuideContract(PairContract):
                 value, centre = drawn(), q.center()
                 given = tuple(drawn.log_prob(value).shape), tuple(value.shape), tuple(centre.shape)
                 assert given == ((5, 3), (5, 3, *event), (3, *event)), f"For {event}: {given}."
-                check_support(type(q).__name__, p, value, centre)
+                _check_support(type(q).__name__, p, value, centre)
 
     @torch.no_grad()
     def test_the_kl_is_that_of_draws(self) -> None:
@@ -225,7 +228,7 @@ class GuideContract(PairContract):
         options, p = self.make().options(), dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
         starts = {"init_scale": 1.0} if self.starts_at_prior and "init_scale" in options else {}
         q = type(self.make())(**options | starts).bind(Site("g.V", p, (), context_size=4))
-        assert list(q.parameters()), f"The family has no parameters: {PARAMS}."
+        assert list(q.parameters()), f"The family has no parameters: {_PARAMS}."
         for spread in (0.0, 0.3):
             for parameter in q.parameters():
                 parameter.add_(spread * torch.randn_like(parameter))
@@ -259,7 +262,7 @@ class LikelihoodContract(_Contract):
         unlabelled = {key: batch[key] for key in blora.likelihood.keys}
         site = poutine.trace(blora.model).get_trace(unlabelled).nodes["labels"]
         assert not site["is_observed"], "labels() must be None where the batch has none."
-        check_support("labels", site["fn"], site["value"])
+        _check_support("labels", site["fn"], site["value"])
 
     def test_the_data_is_scaled_to_num_data(self) -> None:
         """Each of ``P`` particles sees ``B / P`` examples, and stands for all ``N`` of them."""
@@ -283,3 +286,33 @@ class LikelihoodContract(_Contract):
         site = poutine.trace(blora.model).get_trace(batch).nodes["labels"]
         score = site["fn"].log_prob(site["value"])
         assert score.requires_grad, "No gradient reaches the update; does logits() detach?"
+
+
+def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: bool) -> float:
+    """The last loss of some steps, by ``SVI`` or by the ELBO as a module, in nats."""
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
+    if svi:
+        loop = SVI(blora.model, blora.guide, ClippedAdam({"lr": 1e-2}), elbo)
+        return [float(loop.step(batch)) for _ in range(steps)][-1]
+    loss_of = elbo(blora.model, blora.guide)
+    optimizer = torch.optim.Adam(loss_of.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+    norms = {n: p.grad.norm() if p.grad is not None else 0 for n, p in blora.named_parameters()}
+    wrong = {name: float(norm) for name, norm in norms.items() if not 0 < norm < inf}
+    assert not wrong, f"After {steps} steps gradients have the norms {wrong}: {_PARAMS}."
+    return float(loss.detach())
+
+
+def _latents(trace: poutine.Trace) -> list[str]:
+    """The names of the sites that are not observed."""
+    return list(prune_subsample_sites(trace).stochastic_nodes)
+
+
+def _check_support(name: str, law: Any, *values: Tensor) -> None:
+    """Asserts that a law has the values in its support."""
+    for value in values:
+        assert Site(name, law, ()).support.check(value).all(), f"{name}: {law} excludes {value}."

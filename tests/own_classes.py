@@ -9,7 +9,7 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.guides import SiteGuide
-from pyro_blora.models import UpdateModel
+from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 
@@ -40,6 +40,20 @@ class Scaled(Plain):
             A = pyro.sample(self.site("A"), self.normal(self.rank, self.group.d_in))
             B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
         return LowRankUpdate(A=A + self.A, B=tau[..., None, None] * B)
+
+
+class RandomScale(KroneckerInducing):
+    """A half-Cauchy scale of each layer's own."""
+
+    no_start: ClassVar[str] = "its scales are random"
+
+    def __init__(self, *, sigma=None, conditional="deterministic", noise="marginal") -> None:
+        options = {"sigma": sigma, "conditional": conditional, "noise": noise}
+        super().__init__(rank=2, scale="fixed", **options)
+
+    def layer_scale(self):
+        with self.plate():
+            return pyro.sample(self.site("sigma"), dist.HalfCauchy(self.sigma_start))
 
 
 class Spread(SiteGuide):

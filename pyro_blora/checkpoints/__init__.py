@@ -1,10 +1,15 @@
-"""Saving and loading adapters: safetensors for numbers, JSON for the rest, nothing is unpickled."""
+"""Saving and loading adapters: one safetensors file with JSON in its header; PEFT in and out."""
 
-from pyro_blora.checkpoints.atomic import write_atomically, write_together, written
-from pyro_blora.checkpoints.files import CONFIG, WEIGHTS, read_config
-from pyro_blora.checkpoints.peft_export import export_peft
-from pyro_blora.checkpoints.peft_import import PeftAdapter, read_peft
-from pyro_blora.checkpoints.saved import Saved, read_pretrained, save_pretrained
+from pyro_blora.checkpoints.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    Saved,
+    read_config,
+    read_pretrained,
+    save_pretrained,
+    write_atomically,
+)
+from pyro_blora.checkpoints.peft import PeftAdapter, export_peft, read_peft
 
 __all__ = [
     "CONFIG",
@@ -17,6 +22,4 @@ __all__ = [
     "read_pretrained",
     "save_pretrained",
     "write_atomically",
-    "write_together",
-    "written",
 ]

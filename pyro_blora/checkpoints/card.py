@@ -6,9 +6,6 @@ from typing import Any, Protocol
 from huggingface_hub import ModelCardData
 
 from pyro_blora.likelihoods import SequenceClassification
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-
-__all__ = ["CARD", "MARK", "Result", "model_card"]
 
 CARD = "README.md"
 MARK = "<!-- save_pretrained writes this file anew; without this line it leaves it alone. -->"
@@ -24,38 +21,26 @@ class Result(Protocol):
 
 def model_card(
     config: Mapping[str, Any],
-    model: BayesianLoRAModel,
-    family: Any,
+    blora: Any,
     *,
-    result: Result | None = None,
-    notes: Mapping[str, object] | None = None,
-    place: str = "path/to/this/folder",
+    result: Result | None,
+    notes: Mapping[str, object] | None,
+    place: str,
 ) -> str:
-    """The text of ``README.md``, with the hub's header.
-
-    Args:
-        config: what the JSON file says.
-        model: the model.
-        family: the guide family, or what made the guide.
-        result: what ``fit`` returned: steps, ELBO and validation go into the card.
-        notes: more lines for the card, by their names.
-        place: what to load: the repository's id, on the hub.
-    """
-    base, kind = config["base_model"], config["base"]["class"]
-    on_hub = "/" in base
+    """The text of ``README.md``, with the hub's header; ``place`` is what it says to load."""
+    base, kind, model = config["base_model"], config["base"]["class"], blora.model
     classifies = isinstance(model.likelihood, SequenceClassification)
     header = ModelCardData(
-        base_model=base if on_hub else None,
+        base_model=base if "/" in base else None,
         library_name="pyro_blora",
         pipeline_tag="text-classification" if classifies else None,
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
-    layers = ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups)
-    data = model.likelihood.num_data
+    family, data = blora.guide_family, model.likelihood.num_data
     name = config["guide"].get("name")  # none where there is a guide for each group
     rows = {
         "base": f"{base or 'a network that has no name on the hub'} ({kind})",
-        "layers": layers,
+        "layers": ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups),
         "heads trained as points": ", ".join(config["modules_to_save"]),
         "prior": repr(model.prior),
         "guide": repr(family) if name in (None, type(family).__qualname__) else name,
@@ -87,8 +72,8 @@ from pyro_blora import BayesianLoRA
 prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 ```
 
-`bayesian_lora_config.json` says how to rebuild it, `bayesian_lora.safetensors` has its tensors;
-nothing is unpickled.
+`bayesian_lora.safetensors` has its tensors, and in its header how to rebuild it, of which
+`bayesian_lora_config.json` is a copy; nothing is unpickled.
 
 {MARK}
 """
@@ -104,11 +89,11 @@ def _figures(result: Result, data: int | None) -> dict[str, str]:
             f"nats), the mean of the last {len(last)} steps"
         )
     if result.validation:
-        told = ", ".join(f"{nll:.4g} at step {step}" for step, nll in result.validation[-1:])
-        best = dict(result.validation).get(result.best_step or 0)
-        rows["validation NLL"] = told + (
-            "" if best is None else f"; lowest {best:.4g} at step {result.best_step}"
-        )
+        step, nll = result.validation[-1]
+        rows["validation NLL"] = f"{nll:.4g} at step {step}"
+        if result.best_step is not None:
+            best = dict(result.validation)[result.best_step]
+            rows["validation NLL"] += f"; lowest {best:.4g} at step {result.best_step}"
     return rows
 
 

@@ -81,17 +81,18 @@ def run(
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.comparison import item_length, likelihood_for
     from pyro_blora.inference import fit
-    from pyro_blora.inference.training_state import forget, is_there
+    from pyro_blora.inference.resume import STATE
     from pyro_blora.methods import get_method
     from pyro_blora.network.pretrained import load_pretrained, shape_only
 
     run_dir = out / "training"
+    state = run_dir / STATE
     if resume and overwrite:
         raise ConfigurationError(
             "--resume goes on, --overwrite begins anew: leave one of them out."
         )
     o.check_free(out, overwrite=overwrite or resume)
-    if is_there(run_dir) and not (overwrite or resume):
+    if state.exists() and not (overwrite or resume):
         raise ConfigurationError(
             f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."
         )
@@ -119,7 +120,7 @@ def run(
     adapted(shapes, prior=made.prior_of(rank), guide=made.guide_of()).unwrap()  # or it is refused
     o.check_out(out)
     console = Console(highlight=False)
-    if not (resume and is_there(run_dir)):  # which goes on in its own
+    if not (resume and state.exists()):  # which goes on in its own
         precision = o.chosen(precision, console)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model)
@@ -129,8 +130,8 @@ def run(
     blora = adapted(net, prior=made.prior_of(rank), guide=made.guide_of(), likelihood=likelihood)
     console.print(blora)
     if overwrite:
-        forget(run_dir)
-    elif resume and not is_there(run_dir):
+        state.unlink(missing_ok=True)
+    elif resume and not state.exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
     try:
         with o.phase(f"train {method}, seed {seed}"):
@@ -149,7 +150,7 @@ def run(
                 resume=resume,
             )
     except KeyboardInterrupt:
-        if is_there(run_dir):
+        if state.exists():
             console.print(f"\nKept in {run_dir}: with --resume the same command goes on.")
         raise
     console.print(result)

@@ -14,17 +14,13 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.kl import register_kl
 
-from pyro_blora.distributions._real_law import RealLaw
-from pyro_blora.distributions.coupled_normal import CoupledNormal
 from pyro_blora.distributions.matrix_normal import (
     MatrixNormal,
     half_log_det,
     inverse,
     mahalanobis,
 )
-from pyro_blora.distributions.reshaped import Reshaped
-
-__all__: list[str] = []
+from pyro_blora.distributions.real_law import CoupledNormal, RealLaw, Reshaped
 
 
 def _to_normals(q: RealLaw, p: Any) -> Tensor:

@@ -19,8 +19,7 @@ from pyro_blora.inference import FitResult, fit
 from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
 from pyro_blora.methods import BEST, check_method, get_method, trained_for
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.posterior.predict_dataset import predict_dataset
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 __all__ = ["Settings", "compare", "item_length", "likelihood_for"]
 

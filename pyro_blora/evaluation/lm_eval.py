@@ -11,12 +11,11 @@ from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods.logits_at import logits_at, output_head
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.likelihoods.reading import logits_at, output_head
+from pyro_blora.network.adapter import in_mode
 from pyro_blora.options import check_kind
-from pyro_blora.posterior.given_draws import Samples, draws_given
-from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
-from pyro_blora.posterior.structured_guide import warn_of_a_point
+from pyro_blora.posterior.guide import warn_of_a_point
+from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 try:

@@ -20,12 +20,12 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.generation.generation import Generation
-from pyro_blora.network import fast_path
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.adapter import in_mode
+from pyro_blora.network.shortcuts import runs_eagerly
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
-from pyro_blora.posterior.structured_guide import warn_of_a_point
+from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 __all__ = ["generate"]
 
@@ -122,7 +122,7 @@ def generate(
     with ExitStack() as stack:
         stack.enter_context(in_mode(model.net, training=False))
         stack.enter_context(model.applied(updates))
-        if not fast_path.runs_eagerly(model.net.modules()):  # a graph made before has no hooks
+        if not runs_eagerly(model.net.modules()):  # a graph made before has no hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(average.of(net))
         out = net.generate(**_telling_all(options))

@@ -24,8 +24,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import Collate, batches_of
-from pyro_blora.network.adapter import updates_in_place
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.adapter import in_mode, updates_in_place
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.posterior.bayesian_lora_model import to_device
@@ -107,7 +106,8 @@ def inform(
             batch = to_device(batch, device)
             count = blora.likelihood.examples(batch)
             watched = updates_in_place(blora.model.adapters, updates)
-            with watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
+            shortcuts = blora.model.shortcuts.in_place(blora.net)
+            with watched, shortcuts, torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = blora.likelihood.logits(blora.net, batch)
             law = blora.likelihood.distribution(logits, blora.likelihood.labels(batch))
             gradients = torch.autograd.grad(

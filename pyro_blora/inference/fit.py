@@ -25,14 +25,14 @@ from pyro_blora.inference.loop import (
 )
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.post_hoc import finish, post_hoc_families, running
-from pyro_blora.inference.training_state import TrainingState, described_data, settings_of
+from pyro_blora.inference.resume import TrainingState, settings_of, size_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS, method_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.draws import log_predictive
-from pyro_blora.posterior.structured_guide import draws_apart, start_guide
+from pyro_blora.posterior.guide import draws_apart, start_guide
+from pyro_blora.posterior.predictive import log_predictive
 
 
 def fit(
@@ -173,17 +173,16 @@ def fit(
             "kl_weight": kl_weight,
             "keep_best": keep_best,
         }
-        data = {"training data": train, "validation": validation}
-        told = {name: described_data(each, collate, device) for name, each in data.items()}
+        told = {"training data": size_of(train), "validation": size_of(validation)}
         settings = settings_of(blora, settings, **told)
         settings["learning_rates"] |= rates  # of the method's
         state = TrainingState(
             checkpoint_dir, blora, stream, settings, num_steps=num_steps, resume=resume
         )
-        precision = state.precision
+        precision = state.settings["precision"]
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
     reading |= {"precision": precision, "progress": progress}
-    if wants_informing(blora) and not (state and state.is_found):
+    if wants_informing(blora) and not (state and state.found):
         inform(blora, train, **reading)
     if keep_best and num_steps <= validate_every:
         warnings.warn(

@@ -22,7 +22,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 
 if TYPE_CHECKING:
-    from pyro_blora.inference.training_state import TrainingState
+    from pyro_blora.inference.resume import TrainingState
 
 Collate = Callable[[list[Any]], Batch]
 # batch -> loss with gradient, figures to show, on the loss's device

@@ -11,11 +11,11 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.distributions.members import Members
+from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.structured_guide import StructuredGuide, analytic_kl
+from pyro_blora.posterior.guide import StructuredGuide, analytic_kl
 
 
 class Objective:

@@ -21,10 +21,10 @@ from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
-from pyro_blora.posterior.linearised import logit_jacobian
-from pyro_blora.posterior.structured_guide import StructuredGuide
+from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.predictive import logit_jacobian
 
 
 def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:

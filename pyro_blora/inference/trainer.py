@@ -20,10 +20,10 @@ from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.fit import given_rates, parameter_groups, rates_by_group
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.freezing import in_mode
+from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.draws import logits_of_draws
-from pyro_blora.posterior.structured_guide import StructuredGuide, draws_apart
+from pyro_blora.posterior.guide import StructuredGuide, draws_apart
+from pyro_blora.posterior.predictive import logits_of_draws
 
 
 class BayesianLoRATrainer(Trainer):

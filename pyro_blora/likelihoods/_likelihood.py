@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.options import Options
 
-__all__ = ["Batch", "Likelihood"]
-
 Batch = Mapping[str, Any]
 Self = TypeVar("Self", bound="Likelihood")
 
@@ -36,9 +34,6 @@ class Likelihood(Options, PyroModule):
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
             the whole data set, with a warning: the KL would outweigh the data by ``N / B``.
-
-    Raises:
-        ConfigurationError: ``num_data`` is not positive.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
@@ -100,14 +95,11 @@ class Likelihood(Options, PyroModule):
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
         """Scores the labels, the site ``"labels"``, under the data plate.
 
-        Args:
-            net: the network, its updates in place.
-            batch: the rows of all particles, in order.
-            particles: shape of the particles; their product divides the number of examples.
-            num_data: ``N`` where the likelihood was not told.
+        ``batch`` has the rows of all particles in order; ``num_data`` is ``N`` where the likelihood
+        was not told.
         """
+        labels = self.labels(batch)  # before the network runs, for a device may be waited for
         logits = self.logits(net, batch)
-        labels = self.labels(batch)
         share = logits.shape[0] // max(particles.numel(), 1)
         if labels is not None:
             self.check_labels(labels, logits)
@@ -130,7 +122,11 @@ class Likelihood(Options, PyroModule):
             pyro.sample("labels", q, obs=labels)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """Raises BatchError where a label names no class; one look at the data a batch."""
+        """Raises BatchError where a label names no class.
+
+        The values are looked at on a CPU alone: elsewhere that would wait for the network, and
+        Pyro's validation does it.
+        """
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
                 f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
@@ -140,7 +136,7 @@ class Likelihood(Options, PyroModule):
             raise BatchError(
                 f"labels are {labels.dtype}, and a class is a whole number; give labels.long()."
             )
-        low, high = (int(x) for x in labels.aminmax())
+        low, high = map(int, labels.aminmax()) if labels.is_cpu else (0, 0)
         if low < 0 or high >= logits.shape[-1]:
             raise BatchError(
                 f"labels range from {low} to {high}, but {type(self).__name__} has classes 0 to "
@@ -148,11 +144,7 @@ class Likelihood(Options, PyroModule):
             )
 
     def examples(self, batch: Batch) -> int:
-        """Number of examples ``B`` in a batch.
-
-        Raises:
-            BatchError: a key is missing, or the batch is empty.
-        """
+        """Number of examples ``B`` in a batch; BatchError where it lacks a key or is empty."""
         if not set(self.keys) <= set(batch):
             raise BatchError(
                 f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "

@@ -7,10 +7,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import check_causal, logits_at
-from pyro_blora.likelihoods.packing import compact
-
-__all__ = ["CausalLM"]
+from pyro_blora.likelihoods.reading import check_causal, compact, logits_at
 
 
 class CausalLM(Likelihood):
@@ -36,8 +33,9 @@ class CausalLM(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits that predict each scored token, ``(B, S, V)``, the real ones first."""
-        positions, _, mask = self._scored(batch)
-        flat = logits_at(net, {key: batch[key] for key in self.keys}, positions, mask)
+        positions, _, mask, count = self._scored(batch)
+        inputs = {key: batch[key] for key in self.keys}
+        flat = logits_at(net, inputs, positions, mask, count=count)
         logits = flat.new_zeros(*mask.shape, flat.shape[-1])
         return logits.masked_scatter(mask.unsqueeze(-1), flat)
 
@@ -45,7 +43,7 @@ class CausalLM(Likelihood):
         """The scored tokens, ``(B, S)``, padded with -100."""
         if batch.get("labels") is None:
             return None
-        _, targets, mask = self._scored(batch)
+        _, targets, mask, _ = self._scored(batch)
         return targets.masked_fill(~mask, -100)
 
     def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
@@ -58,10 +56,10 @@ class CausalLM(Likelihood):
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """As for classes, with -100 allowed."""
         super().check_labels(labels.clamp_min(0), logits)
-        if bool(((labels < 0) & (labels != -100)).any()):
+        if labels.is_cpu and bool(((labels < 0) & (labels != -100)).any()):
             raise BatchError("labels must be token ids, or -100 where a token is not scored.")
 
-    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
         real = batch["attention_mask"].bool()
         labels = batch.get("labels")
         if labels is None:
@@ -75,8 +73,11 @@ class CausalLM(Likelihood):
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
         # A token is predicted from the one before it, so one without a predecessor is not scored.
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
-        mask, (positions, targets) = compact((labels != -100) & before, index - 1, labels)
-        return positions.clamp_min(0), targets, mask
+        keep = (labels != -100) & before
+        counts = keep.sum(-1)
+        most, count = torch.stack((counts.max(), counts.sum())).tolist()
+        mask, (positions, targets) = compact(keep, max(most, 1), index - 1, labels)
+        return positions.clamp_min(0), targets, mask, count
 
 
 class _IgnoringCategorical(pyro.distributions.Categorical):

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import check_causal, logits_at, output_head
-from pyro_blora.network.targets import layer_shape
-
-__all__ = ["LabelTokens"]
+from pyro_blora.likelihoods.reading import check_causal, logits_at
+from pyro_blora.network.targets import head_of, layer_shape
 
 
 class LabelTokens(Likelihood):
@@ -43,23 +41,22 @@ class LabelTokens(Likelihood):
         if min(token_ids) < 0:
             raise ConfigurationError(f"token_ids={list(token_ids)} must not be negative.")
         self.token_ids = tuple(token_ids)
+        self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is a classifier or an encoder-decoder."""
+        """Raises ConfigurationError where ``net`` is no causal language model, or lacks a token."""
         check_causal(net)
-
-    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """The answer tokens' logits after the prompt's last token, ``(B, C)``."""
-        vocabulary = layer_shape(output_head(net))
+        vocabulary = layer_shape(head_of(net))
         if vocabulary is not None and max(self.token_ids) >= vocabulary[0]:
             raise ConfigurationError(
                 f"token_ids={list(self.token_ids)} is beyond the {vocabulary[0]} entries of the "
                 "head; take them from the network's own tokenizer."
             )
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The answer tokens' logits after the prompt's last token, ``(B, C)``."""
         inputs = {key: batch[key] for key in self.keys}
         mask = inputs["attention_mask"]
         index = torch.arange(mask.shape[-1], device=mask.device)
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
-        real = torch.ones_like(last, dtype=torch.bool)
-        tokens = torch.tensor(self.token_ids, device=mask.device)
-        return logits_at(net, inputs, last, real, tokens)
+        return logits_at(net, inputs, last, token_ids=self._answers.to(mask.device))

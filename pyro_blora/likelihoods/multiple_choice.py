@@ -10,10 +10,8 @@ from torch.nn import functional
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.logits_at import check_causal, logits_at, output_head
 from pyro_blora.likelihoods.packing import in_rows
-
-__all__ = ["MultipleChoice"]
+from pyro_blora.likelihoods.reading import check_causal, logits_at, true_entries
 
 
 class MultipleChoice(Likelihood):
@@ -54,7 +52,7 @@ class MultipleChoice(Likelihood):
 
     Raises:
         BatchError: the tensors' shapes disagree, a row's first token is to be scored, a row is
-            padded on the left, or the label of an item is an absent option.
+            padded on the left, or, on a CPU, the label of an item is an absent option.
         ConfigurationError: the updates have marginal noise, and the rows cannot be packed (see
             :class:`~pyro_blora.models.KroneckerInducing`).
 
@@ -98,36 +96,27 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        output_head(net)  # refuses a network without one before anything is asked of it
-        shapes = {key: tuple(batch[key].shape) for key in self.keys}
-        if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 3:
-            raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
-        if bool(batch["option_mask"][..., 0].any()):
-            raise BatchError(
-                "option_mask is true at the first token of a row, which nothing predicts; begin "
-                "each row with a question or the tokenizer's beginning-of-text token."
-            )
-        real = batch["attention_mask"].bool()
-        if bool((real[..., 1:] & ~real[..., :-1]).any()):
-            raise BatchError(
-                "attention_mask has padding before a real token, and MultipleChoice takes rows "
-                "padded on the right; set tokenizer.padding_side = 'right'."
-            )
+        trained = [p for p in self.parameters() if p.requires_grad]
+        apart = None
+        if self.holds_out and trained:  # before the network runs, as the device is waited for
+            apart = torch.tensor(_apart(batch)).unsqueeze(-1)
+            apart = apart.to(batch["input_ids"].device, non_blocking=True)
         rows = in_rows(net, {key: batch[key] for key in self.keys}, self.pack)
-        logits = logits_at(net, rows.inputs, rows.positions, rows.mask)
-        logp = -functional.cross_entropy(logits, rows.targets[rows.mask], reduction="none")
-        items, options, _ = shapes["input_ids"]
+        logits = logits_at(net, rows.inputs, rows.positions, rows.mask, count=rows.count)
+        real = true_entries(rows.mask, rows.count)
+        targets = rows.targets.flatten()[real]
+        logp = -functional.cross_entropy(logits, targets, reduction="none")
+        items, options, _ = batch["input_ids"].shape
         item = torch.arange(items, device=logp.device).unsqueeze(-1)
         item = item.repeat_interleave(len(rows.mask) // items, 0)  # of each row
-        index = (item * options + rows.options)[rows.mask]
+        index = (item * options + rows.options).flatten()[real]
         total = logp.new_zeros(items * options).index_add(0, index, logp).reshape(items, options)
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
         slope = self.score_slope if self.scale == "learned" else total.new_ones(())
         exponent = self.length_exponent if self.learn_length_penalty else total.new_zeros(())
-        if self.holds_out and (slope.requires_grad or exponent.requires_grad):
-            apart = torch.tensor(_apart(batch), device=total.device).unsqueeze(-1)
+        if apart is not None:
             total = torch.where(apart, total.detach(), total)
             slope, exponent = (torch.where(apart, p, p.detach()) for p in (slope, exponent))
         total = total * slope
@@ -137,9 +126,19 @@ class MultipleChoice(Likelihood):
             total = total * length**exponent
         return total.masked_fill(count == 0, -torch.inf)
 
+    def examples(self, batch: Batch) -> int:
+        """As everywhere, of tensors of one shape."""
+        count = super().examples(batch)
+        shapes = {key: tuple(batch[key].shape) for key in self.keys}
+        if len(set(shapes.values())) > 1:
+            raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
+        return count
+
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """Also refuses a label whose option is absent, which has probability zero."""
         super().check_labels(labels, logits)
+        if not labels.is_cpu:
+            return
         if bool(logits.detach().gather(-1, labels.unsqueeze(-1)).isneginf().any()):
             raise BatchError(
                 "The label of an item names an option with no token to score; check option_mask."
@@ -149,5 +148,6 @@ class MultipleChoice(Likelihood):
 def _apart(batch: Batch) -> list[bool]:
     """Whether each example teaches the scale alone: one in eight, whatever it is batched with."""
     there = batch["attention_mask"].bool() & batch["option_mask"].any(-1, keepdim=True)
-    rows = zip(batch["input_ids"].cpu(), there.cpu(), strict=True)
-    return [hashlib.sha256(ids[real].numpy().tobytes()).digest()[0] % 8 == 0 for ids, real in rows]
+    rows = batch["input_ids"].masked_fill(~there, -1).cpu()
+    digests = [hashlib.sha256(ids[ids >= 0].numpy().tobytes()).digest() for ids in rows]
+    return [digest[0] % 8 == 0 for digest in digests]

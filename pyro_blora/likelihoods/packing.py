@@ -6,20 +6,17 @@ prefix and itself: the same numbers for about half the tokens.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.network import fast_path
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods.reading import compact
 from pyro_blora.network.adapter import adapter_of
-from pyro_blora.network.targets import device_of
+from pyro_blora.network.shortcuts import agree, few_tokens, logits_of, shortcuts_of, window_of
 from pyro_blora.updates.conditional_noise import MarginalNoise
-
-__all__ = ["Scored", "compact", "in_rows", "pack", "supports_packing", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,32 @@ class Scored:
     targets: Tensor  # the scored tokens, R x S
     options: Tensor  # the option each belongs to, R x S
     mask: Tensor  # which of these entries are real, R x S
+    count: int  # how many are
 
 
-def compact(keep: Tensor, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Moves the kept entries of each row to its front, in order, and cuts the rest off."""
-    length = max(int(keep.sum(-1).max()), 1)
-    order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[:, :length]
-    return keep.gather(-1, order), [t.gather(-1, order) for t in tensors]
+def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[int, int, int]:
+    """Most kept and most scored tokens of a row, and how many are scored in all.
+
+    The one look that a step takes at the data of a batch, for which a device has to be waited for;
+    what no later line would notice is checked by it.
+    """
+    real = batch["attention_mask"].bool()
+    unpredicted = batch["option_mask"][..., 0].any()
+    padded_left = (real[..., 1:] & ~real[..., :-1]).any()
+    counts = scored.sum(-1)
+    facts = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
+    first, left, length, most, count = torch.stack([fact.long() for fact in facts]).tolist()
+    if first:
+        raise BatchError(
+            "option_mask is true at the first token of a row, which nothing predicts; begin "
+            "each row with a question or the tokenizer's beginning-of-text token."
+        )
+    if left:
+        raise BatchError(
+            "attention_mask has padding before a real token, and MultipleChoice takes rows "
+            "padded on the right; set tokenizer.padding_side = 'right'."
+        )
+    return max(length, 1), max(most, 1), count
 
 
 def unpacked(batch: Mapping[str, Tensor]) -> Scored:
@@ -47,12 +63,13 @@ def unpacked(batch: Mapping[str, Tensor]) -> Scored:
     scored = batch["option_mask"].reshape(-1, length).bool()
     before = (torch.arange(length, device=ids.device) - 1).expand_as(ids)
     option = torch.arange(options, device=ids.device).repeat(items).unsqueeze(-1).expand_as(ids)
-    mask, (positions, targets, option) = compact(scored, before, ids, option)
+    _, most, count = _sizes(batch, scored, scored)
+    mask, (positions, targets, option) = compact(scored, most, before, ids, option)
     real = batch["attention_mask"].reshape(-1, length)
     # An absent option is an empty row, and a softmax over nothing is NaN in eager attention.
     real = torch.where(real.any(-1, keepdim=True), real, (before < 0).to(real.dtype))
     inputs = {"input_ids": ids, "attention_mask": real}
-    return Scored(inputs, positions, targets, option, mask)
+    return Scored(inputs, positions, targets, option, mask, count)
 
 
 def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
@@ -79,12 +96,15 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
         return torch.cat([first.expand(items, -1), others.expand(shape).reshape(items, -1)], -1)
 
     segments = torch.arange(options, device=ids.device)[:, None]
+    kept, kept_scored = row(prefix, rest), row(torch.zeros_like(prefix), scored & rest)
+    longest, most, count = _sizes(batch, kept, kept_scored)
     keep, (tokens, where, segment, score) = compact(
-        row(prefix, rest),
+        kept,
+        longest,
         row(ids[:, 0], ids),
         row(index, index),
         row(torch.full_like(index, -1), segments),
-        row(torch.zeros_like(prefix), scored & rest),
+        kept_scored,
     )
     own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
     seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
@@ -97,13 +117,13 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     last = prefix.sum(-1, keepdim=True) - 1
     first = torch.cat([torch.ones_like(keep[:, :1]), segment[:, 1:] != segment[:, :-1]], -1)
     before = torch.where(first, last, place - 1)
-    mask, (positions, targets, option) = compact(score & keep, before, tokens, segment)
+    mask, (positions, targets, option) = compact(score & keep, most, before, tokens, segment)
     inputs = {
         "input_ids": tokens,
         "position_ids": where.masked_fill(~keep, 0),
         "attention_mask": attention,
     }
-    return Scored(inputs, positions, targets, option.clamp_min(0), mask)
+    return Scored(inputs, positions, targets, option.clamp_min(0), mask, count)
 
 
 def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = None) -> Scored:
@@ -118,7 +138,7 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
             position by itself: options would not share that of their question.
     """
     if supports_packing(net) if packing is None else packing:
-        rows, window = pack(batch, additive=_adds_its_mask(net)), fast_path.window_of(net)
+        rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
     updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
@@ -135,30 +155,28 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
 def supports_packing(net: nn.Module) -> bool:
     """Whether packed and unpacked rows give this network the same logits.
 
-    It is asked by a question of four tokens with two options; so short a one sees no window, for
-    which see :func:`in_rows`.
+    The question is one of four tokens with two options; so short a one sees no window, for which
+    see :func:`in_rows`.
     """
-    if not fast_path.is_on(net) or fast_path.tokens_for(net, 1) is None:
+    ids = few_tokens(net, 1)
+    if ids is None:
         return False
-    return fast_path.holds(net, "options packed behind one question", partial(_ask, net))
+    packs = partial(_packs, net, ids)
+    return shortcuts_of(net).verified(net, "options packed behind one question", packs)
 
 
-def _ask(net: nn.Module) -> bool:
-    device = device_of(net.modules())
-    ids = torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 7]]], device=device)
-    scored = torch.zeros_like(ids).bool()
-    scored[..., 4:] = True
+def _packs(net: nn.Module, ids: Tensor) -> bool:
+    ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
+    scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
-    rows = (pack(batch, additive=_adds_its_mask(net)), unpacked(batch))
-    return fast_path.agree(*(_logits_of(net, each) for each in rows))
-
-
-def _logits_of(net: nn.Module, rows: Scored) -> Tensor | None:
-    with suppress(Exception):  # in whatever way it refuses the input
-        logits: Tensor = net(**rows.inputs, use_cache=False).logits
-        index = torch.arange(len(logits), device=logits.device).unsqueeze(-1)
-        return logits[index, rows.positions].flatten(0, 1)
-    return None
+    found = []
+    for rows in (pack(batch, additive=_adds_its_mask(net)), unpacked(batch)):
+        logits = logits_of(net, **rows.inputs)
+        index = torch.arange(len(rows.positions), device=ids.device).unsqueeze(-1)
+        if logits is None or logits.dim() != 3:
+            return False
+        found.append(logits[index, rows.positions].flatten(0, 1))
+    return agree(*found)
 
 
 def _adds_its_mask(net: nn.Module) -> bool:

@@ -5,10 +5,8 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
-from pyro_blora.likelihoods.left_padding import positions_of
+from pyro_blora.likelihoods.reading import positions_of
 from pyro_blora.network.targets import head_of
-
-__all__ = ["SequenceClassification"]
 
 
 class SequenceClassification(Likelihood):
@@ -51,12 +49,7 @@ class SequenceClassification(Likelihood):
             )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """The network's logits, ``(B, C)``.
-
-        Raises:
-            ConfigurationError: they are not, or of one class (a regression).
-            BatchError: rows are padded on the left, and the network gives other logits then.
-        """
+        """The network's logits, ``(B, C)``."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if "position_ids" not in inputs:
             inputs.update(positions_of(net, inputs.get("attention_mask")))

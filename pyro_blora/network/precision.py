@@ -1,15 +1,11 @@
-"""Which precision the frozen network runs in: bfloat16 where the machine at hand is faster so."""
+"""Which precision the frozen network runs in: bfloat16 where the device is made for it."""
 
-import time
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pyro_blora.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["PRECISIONS", "check_precision", "choose_precision"]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -24,13 +20,8 @@ def check_precision(name: str) -> str:
 def choose_precision(name: str, device: "str | torch.device | None" = None) -> str:
     """What ``"auto"`` stands for on a device; any other precision is itself.
 
-    On a graphics card that is bfloat16 where the card has it. On a processor a small product is
-    timed in both, once for each process: a flag says what instructions there are, not that they
-    are faster.
-
-    Args:
-        name: one of ``PRECISIONS``.
-        device: where the network is. Default: the accelerator if there is one, or the CPU.
+    That is bfloat16 on a graphics card that has it, and on a processor with AMX, whose tiles
+    multiply in it. The device is where the network is; default: the accelerator if there is one.
     """
     if check_precision(name) != "auto":
         return name
@@ -40,25 +31,12 @@ def choose_precision(name: str, device: "str | torch.device | None" = None) -> s
     return "bfloat16" if _bfloat16_pays(torch.device(found).type) else "float32"
 
 
-@lru_cache
 def _bfloat16_pays(kind: str) -> bool:
     import torch
 
+    if kind == "cpu":
+        return torch.cpu._is_amx_tile_supported()
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu":
-        supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)
-        return supported is not None and bool(supported())
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(128, 256, dtype=dtype, device="cpu")
-        w = torch.ones(256, 256, dtype=dtype, device="cpu")
-        times = []
-        for _ in range(6):  # the first finds its kernel
-            start = time.perf_counter()
-            torch.mm(x, w)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    with torch.autocast("cpu", enabled=False):
-        return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+    supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)
+    return supported is not None and bool(supported())

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # What says that a folder is an adapter, not a network
-ADAPTER = "bayesian_lora_config.json"
+ADAPTER = "bayesian_lora.safetensors"
 
 # Architectures whose sizes are known here, for `info` without a network: transformers' own
 # defaults for Llama are those of Llama-2-7B.

@@ -6,14 +6,6 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup, layer_shape
 
-__all__ = ["dense_weight", "is_packed", "is_quantised", "top_singular"]
-
-
-def is_packed(weight: object) -> bool:
-    """Whether bitsandbytes has packed this weight, through which no gradient passes then."""
-    state = getattr(weight, "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
 
 def _is_of_torchao(weight: Tensor) -> bool:
     """Whether it knows how to multiply and to dequantise itself, and passes for one of floats."""
@@ -33,9 +25,6 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in torch's default dtype.
 
     Weights quantised by torchao or bitsandbytes are dequantised; the layer keeps its own.
-
-    Raises:
-        ConfigurationError: the weight is quantised in another way.
     """
     weight = _dequantised(module)
     transposed = type(module).__name__ == "Conv1D"
@@ -66,8 +55,6 @@ def _dequantised(module: nn.Module) -> Tensor | None:
             assert isinstance(weight, Tensor)
     if hasattr(weight, "full_tensor"):  # a DTensor, which has a share of it
         weight = weight.full_tensor()
-    if is_packed(weight):  # in an order that bitsandbytes alone knows
-        return weight.detach()
     if getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8:
         from transformers.integrations import bitsandbytes
 

@@ -11,26 +11,14 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from pyro_blora.errors import ConfigurationError, NoTargetError
+from pyro_blora.errors import ConfigurationError, NoTargetError, near_miss
 
-__all__ = [
-    "PEFT_PREFIX",
-    "LayerGroup",
-    "body_of",
-    "device_of",
-    "find_targets",
-    "group_layers",
-    "head_names",
-    "head_of",
-    "is_classifier",
-    "layer_shape",
-    "matches",
-    "name_in_base",
-]
+T = TypeVar("T")
 
 PEFT_PREFIX = "base_model.model."  # how PEFT's names of a network's parts begin
 
@@ -93,7 +81,7 @@ def device_of(modules: Iterable[nn.Module]) -> torch.device:
     return torch.device("cpu")
 
 
-def layer_shape(module: nn.Module) -> tuple[int, int] | None:
+def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """``(d_out, d_in)`` of a linear layer, or ``None`` if ``module`` is not one.
 
     Linear layers are recognised by their declared features, never by their weight, so quantised
@@ -133,10 +121,16 @@ def head_of(net: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
+def without_peft(net: nn.Module) -> nn.Module:
+    """The network that a ``PeftModel`` holds, or the network itself."""
+    getter = getattr(net, "get_base_model", None)
+    found: nn.Module = getter() if callable(getter) else net
+    return found
+
+
 def body_of(net: nn.Module) -> str | None:
     """The name of the part of a transformer below its heads, or ``None`` where it has no such."""
-    getter = getattr(net, "get_base_model", None)  # PEFT's
-    body = getattr(getter() if callable(getter) else net, "base_model", None)
+    body = getattr(without_peft(net), "base_model", None)
     return next((name for name, module in net.named_modules() if name and module is body), None)
 
 
@@ -273,3 +267,39 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
         name = ending if shapes[ending] == 1 else f"{ending}_{d_out}x{d_in}"
         groups.append(LayerGroup(name, tuple(members), d_out, d_in, tuple(members.values())))
     return groups
+
+
+def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGroup]) -> dict[str, T]:
+    """What ``given`` says of each group, by the group's name.
+
+    ``given`` is one object for all groups; or a mapping, whose keys are names of groups or regular
+    expressions that match a whole name. A name goes before expressions, and of these the first
+    counts, so that ``".*"`` at the end is what all others get.
+    """
+    names = [group.name for group in groups]
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    for key in given:
+        if not any(_matches(option, key, name) for name in names):
+            raise ConfigurationError(
+                f"{option}: {key!r} matches no group of layers; {near_miss(str(key), names)}."
+            )
+    chosen = {}
+    for name in names:
+        keys = [name] if name in given else [k for k in given if _matches(option, k, name)]
+        if not keys:
+            raise ConfigurationError(
+                f"{option}: no key of {list(given)} matches group {name!r}; add it, or '.*' at the "
+                "end for all others."
+            )
+        chosen[name] = given[keys[0]]
+    return chosen
+
+
+def _matches(option: str, key: str, name: str) -> bool:
+    try:
+        return key == name or re.fullmatch(key, name) is not None
+    except (re.error, TypeError) as error:
+        raise ConfigurationError(
+            f"{option}: {key!r} is neither the name of a group nor a regular expression ({error})."
+        ) from error

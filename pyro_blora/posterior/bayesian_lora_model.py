@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -26,22 +27,25 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
     Adapter,
+    TrainedHeads,
     check_free,
     updates_in_place,
     updates_kept_for_backward,
 )
-from pyro_blora.network.by_group import by_group
-from pyro_blora.network.fast_path import rows_come_first
-from pyro_blora.network.frozen_prefix import frozen_blocks, skippable_blocks
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.network.quantised import is_packed
-from pyro_blora.network.targets import LayerGroup
-from pyro_blora.network.trained_heads import TrainedHeads
+from pyro_blora.network.shortcuts import Shortcuts
+from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
-from pyro_blora.posterior.amortised_context import ELBO_PLATE, open_plates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["BayesianLoRAModel", "repeat_batch", "to_device"]
+# The name that Pyro's ELBO gives to the plate of vectorised particles
+ELBO_PLATE = "num_particles_vectorized"
+
+
+def open_plates() -> dict[str, int]:
+    """The names and sizes of the plates within which Pyro is running now."""
+    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
+    return {plate.name: getattr(plate, "subsample_size", plate.size) for plate in plates}
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -53,11 +57,7 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is.
-
-    Raises:
-        BatchError: it is no mapping.
-    """
+    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"A batch is a mapping of tensors by name, and this is a {type(batch).__name__}; make "
@@ -86,6 +86,7 @@ class BayesianLoRAModel(PyroModule):
 
     Attributes:
         enabled: whether updates and trained heads are put in place; else it is the network alone.
+        shortcuts: those that this adapter takes, none with ``fast=False``.
         layer_names: full names of the adapted layers.
     """
 
@@ -123,10 +124,7 @@ class BayesianLoRAModel(PyroModule):
         self.trained_heads = TrainedHeads(net, heads)
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
-        below = {m for block in frozen_blocks(net, self.layer_names) for m in block.modules()}
-        others = [(name, m) for name, m in net.named_modules() if m not in below]
-        packed = [name for name, m in others if is_packed(getattr(m, "weight", None))]
-        self._packed = packed[:1]  # nothing packs a layer from now on
+        self.shortcuts = Shortcuts()
 
     @property
     def net(self) -> nn.Module:
@@ -163,11 +161,7 @@ class BayesianLoRAModel(PyroModule):
         return self._traced[1]
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Turns the priors to given updates, ``B A`` by the layers' names, before a guide is made.
-
-        Raises:
-            ConfigurationError: a layer is missing, or the prior cannot start there.
-        """
+        """Turns the priors to given updates, ``B A`` by the layers' names; before the guide."""
         missing = [name for name in self.layer_names if name not in factors]
         if missing:
             raise ConfigurationError(
@@ -185,7 +179,8 @@ class BayesianLoRAModel(PyroModule):
 
     def skippable_blocks(self) -> list[nn.Module]:
         """The frozen blocks that need not run twice for an example."""
-        return skippable_blocks(self.net, self.layer_names, self.trained_heads.names)
+        trained = self.trained_heads.names
+        return self.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, on all of them or on none."""
@@ -238,21 +233,9 @@ class BayesianLoRAModel(PyroModule):
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
         self.check_on_network()
-        if self._packed and torch.is_grad_enabled():
-            raise ConfigurationError(
-                f"bitsandbytes has packed the 4-bit weight of {self._packed[0]} for this "
-                "processor, as it does when a layer first runs in evaluation mode, and no gradient "
-                "passes through it. Load the network anew, and wrap it before it runs."
-            )
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
-        several = any(update.particle_shape.numel() > 1 for update in updates.values())
-        if several and not rows_come_first(self.net, self.groups[0].modules[0]):
-            raise ParticleError(
-                f"{type(self.net).__name__} has the rows of a batch in the second dimension of its "
-                "hidden states, so they cannot be shared out among several particles. Take one at "
-                "a time: num_particles=1 in training, max_rows=1 in a prediction."
-            )
         with ExitStack() as within:
+            within.enter_context(self.shortcuts.in_place(self.net))
             if self.enabled:
                 within.enter_context(self.trained_heads.in_place())
                 within.enter_context(updates_in_place(self.adapters, layers))
@@ -268,11 +251,6 @@ class BayesianLoRAModel(PyroModule):
         The examples are shared out evenly among the vectorised particles of an ELBO, in order.
         Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
         sees the whole batch.
-
-        Raises:
-            ParticleError: the number of particles does not divide the batch.
-            BatchError: the batch is not what the likelihood takes.
-            ConfigurationError: HMC or NUTS runs the model, and the conditional is noisy.
         """
         if batch is None:
             return self.updates()

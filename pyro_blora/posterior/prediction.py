@@ -1,13 +1,18 @@
 """What a Bayesian model predicts: class probabilities per posterior sample, and what follows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from tqdm.auto import tqdm
 
-__all__ = ["Prediction", "check_probabilities"]
+from pyro_blora.errors import BatchError
+from pyro_blora.likelihoods import Batch
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.posterior.bayesian_lora_model import to_device
 
 _TOLERANCE = 1e-3
 
@@ -100,18 +105,12 @@ class Prediction:
 
     @classmethod
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
-        """Concatenate over items; where the numbers of choices differ, missing ones get 0.
-
-        Raises:
-            ValueError: there is no prediction, or the numbers of samples differ.
-        """
-        if not predictions:
-            raise ValueError("Prediction.cat needs one prediction or more, got none.")
+        """Concatenate over items; where the numbers of choices differ, missing ones get 0."""
         counts = [p.num_samples for p in predictions]
-        if len(set(counts)) > 1:
+        if len(set(counts)) != 1:
             raise ValueError(
-                f"Prediction.cat needs equal numbers of samples, got {counts}: predict each batch "
-                "with the same num_samples."
+                f"Prediction.cat needs equal numbers of samples, got {counts or 'none'}: predict "
+                "each batch with the same num_samples."
             )
         choices = max(p.samples.shape[2] for p in predictions)
         padded = [pad(p.samples, (0, choices - p.samples.shape[2])) for p in predictions]
@@ -126,11 +125,7 @@ class Prediction:
 
 
 def check_probabilities(probs: Tensor, *, name: str) -> None:
-    """Check that the last dimension of ``probs``, which a message calls ``name``, sums to 1.
-
-    Raises:
-        ValueError: it is not floating, not finite, negative somewhere, or off by more than 1e-3.
-    """
+    """Check that the last dimension of ``probs``, which a message calls ``name``, sums to 1."""
     if not probs.is_floating_point():
         raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")
     bad = int((~probs.isfinite()).sum())
@@ -147,3 +142,59 @@ def check_probabilities(probs: Tensor, *, name: str) -> None:
 
 def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
+
+
+def predict_dataset(
+    predict: Callable[[Batch], Prediction],
+    data: Sequence[Any],
+    collate: Callable[[list[Any]], Batch],
+    *,
+    batch_size: int = 16,
+    length: Callable[[Any], int] | None = None,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+    progress: bool | None = None,
+    description: str = "predict",
+) -> tuple[Prediction, Tensor]:
+    """The predictive distribution of every example, none dropped, in the order of ``data``.
+
+    Args:
+        predict: the prediction of one batch, such as ``blora.predict``.
+        data: the examples.
+        collate: makes a batch of a list of examples; its ``labels`` are passed through.
+        batch_size: examples at once.
+        length: the length of an example; batches of like lengths waste no padding.
+        device: where the network is. Default: where ``predict`` has its adapter, if it is a method
+            of one; else the accelerator if there is one, or the CPU.
+        precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``, as in ``fit``.
+        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+        description: what the progress bar says.
+
+    Returns:
+        The prediction, ``S x N x K``, and the labels, ``N``.
+    """
+    usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
+    adapter = getattr(predict, "__self__", None)
+    device = torch.device(device or getattr(adapter, "device", usual))
+    autocast = choose_precision(precision, device) == "bfloat16"
+    if not len(data):
+        raise BatchError("There is nothing to predict: the data set is empty.")
+    order = list(range(len(data)))
+    if length is not None:
+        order.sort(key=lambda i: length(data[i]))
+    predictions, labels = [], []
+    hide = None if progress is None else not progress
+    starts = tqdm(range(0, len(order), batch_size), desc=description, disable=hide, unit="batch")
+    for start in starts:
+        batch = to_device(collate([data[i] for i in order[start : start + batch_size]]), device)
+        if "labels" not in batch:
+            raise BatchError(
+                "predict_dataset needs labels in a batch; for data without them call "
+                "blora.predict(batch) yourself."
+            )
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            predictions.append(predict(batch))
+        labels.append(batch["labels"].cpu())
+    back = torch.tensor(order).argsort()
+    joined = Prediction.cat(predictions)
+    return Prediction(joined.samples.cpu()[:, back]), torch.cat(labels)[back]

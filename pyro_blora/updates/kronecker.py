@@ -10,13 +10,13 @@ so only the *whitened directions* ``Q`` are ever needed on the hot path.
 """
 
 import torch
+from linear_operator import settings
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NanError, NotPSDError
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_blora.errors import NonFiniteLossError
-
-__all__ = ["between_orthonormal", "inducing_covariance", "whiten", "whiten_or_explain"]
 
 
 def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
@@ -30,12 +30,27 @@ def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
     return Z @ Z.mT + torch.diag_embed(D.square())
 
 
+def cholesky(Psi: Tensor) -> Tensor:
+    """The lower factor of ``Psi``, with jitter where rounding has left it indefinite.
+
+    ``psd_safe_cholesky`` looks whether a try was good, and on a graphics card the host waits for
+    that. So with Pyro's checks off, as ``fit`` has them, all its tries are made unseen, and where
+    none is good the factor is NaN, as the loss then is.
+    """
+    if is_validation_enabled():
+        return psd_safe_cholesky(Psi)
+    jitter = Psi.new_zeros(Psi.shape[:-1])
+    with torch.no_grad():
+        for step in range(settings.cholesky_max_tries.value()):
+            failed = torch.linalg.cholesky_ex(Psi + torch.diag_embed(jitter)).info > 0
+            size = settings.cholesky_jitter.value(Psi.dtype) * 10**step
+            jitter = jitter.masked_fill(failed.unsqueeze(-1), size)
+    L, info = torch.linalg.cholesky_ex(Psi + torch.diag_embed(jitter))
+    return L.masked_fill((info > 0)[..., None, None], torch.nan)
+
+
 def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
     """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``.
-
-    Raises:
-        linear_operator.utils.errors.NotPSDError: ``Psi`` is not positive definite even with jitter.
-        linear_operator.utils.errors.NanError: ``Psi`` has NaN entries.
 
     Example::
 
@@ -43,16 +58,12 @@ def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
         >>> Q
         tensor([[0.5000, 0.5000]])
     """
-    L = psd_safe_cholesky(Psi)
+    L = cholesky(Psi)
     return L, torch.linalg.solve_triangular(L, Z, upper=False)
 
 
 def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
-    """As :func:`whiten`, with the remedy where ``Psi_{side}`` of ``where`` has no factor.
-
-    Raises:
-        NonFiniteLossError: it has none.
-    """
+    """As :func:`whiten`, with the remedy where ``Psi_{side}`` of ``where`` has no factor."""
     try:
         return whiten(Z, Psi)
     except (NanError, NotPSDError) as error:

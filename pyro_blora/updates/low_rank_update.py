@@ -17,8 +17,6 @@ from torch.nn import functional
 
 from pyro_blora.errors import ParticleError
 
-__all__ = ["LayerUpdate", "LowRankUpdate", "Noise"]
-
 # (x: P x N x d_in, h = A x, B) -> noise to add to the layer's output, P x N x d_out
 Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from own_tokenizer import build_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TorchAoConfig, pipeline
 
 from pyro_blora import BayesianLoRA, fit, guides, models
@@ -37,15 +37,22 @@ def mean_logits(blora):
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
 EXPORTS = {
     "gpt2": (tiny.gpt2, {"target_modules": ["c_attn", "c_proj"]}),
-    # of different ranks: 16 x 16 and 64 x 16
-    "ranks": (tiny.gpt2, {"target_modules": ["c_proj"], "prior": models.FisherInducing(rank=20)}),
     "qwen2": (tiny.qwen2, {"target_modules": "all-linear"}),
     "head": (tiny.llama, HEAD),
     "tied": (lambda: tiny.llama(tied=True), HEAD),
     "bert": (tiny.bert, {}),
     "score": (tiny.llama_classifier, {}),
-    "int8": (tiny.llama, {}),
 }
+# Besides: a head of two layers, quantised weights, around a PeftModel, a head that is adapted
+MORE = {
+    # of different ranks: 16 x 16 and 64 x 16
+    "ranks": (tiny.gpt2, {"target_modules": ["c_proj"], "prior": models.FisherInducing(rank=20)}),
+    "roberta": (tiny.roberta, {}),
+    "int8": (tiny.llama, {}),
+    "wrapped": (tiny.bert, {}),
+    "target": (tiny.bert, {"target_modules": ["query", "classifier"]}),
+}
+TASKS = dict.fromkeys(["bert", "score", "roberta", "wrapped"], "SEQ_CLS") | {"target": "None"}
 
 IN_PEFT = """
 import pathlib, sys
@@ -86,19 +93,23 @@ for case in sorted(pathlib.Path(sys.argv[1]).iterdir()):
         probs.append(answers(logits(model)).softmax(-1))
     spread = torch.stack(probs).std(0).max()
     off = (torch.stack(probs).mean(0) - expected["probs"]).abs().max()
-    print(case.name, float(error), float(off), float(spread))
+    task = getattr(model.peft_config["0"].task_type, "value", model.peft_config["0"].task_type)
+    print(case.name, float(error), float(off), float(spread), task)
 """
 
 
 @pytest.mark.slow
 def test_exports_load_in_peft_in_another_process(tmp_path):
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
-    for name, (build, options) in EXPORTS.items():
+    cases = EXPORTS | MORE
+    for name, (build, options) in cases.items():
         place, net = tmp_path / "cases" / name, build()
         net.save_pretrained(place / "net")
         if name == "int8":
             config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
             net = AutoModelForCausalLM.from_pretrained(place / "net", quantization_config=config)
+        if name == "wrapped":
+            net = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS"))
         blora = moved(net.eval(), **options)
         blora.export_peft(place / "mean")
         torch.manual_seed(1)
@@ -118,12 +129,13 @@ def test_exports_load_in_peft_in_another_process(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert lines.keys() == EXPORTS.keys()
-    for name, figures in lines.items():
+    assert lines.keys() == cases.keys()
+    for name, (*figures, task) in lines.items():
         error, off, spread = map(float, figures)
         assert error < 1e-5, (name, error)
         assert off < 1e-5, (name, off)
         assert spread > 1e-3, (name, spread)
+        assert task == TASKS.get(name, "CAUSAL_LM")
 
 
 ALONE = """
@@ -152,6 +164,21 @@ def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
     found = torch.load(tmp_path / "batch")
     torch.testing.assert_close(found["probs"], blora.predict(BATCH, 0).probs, atol=1e-6, rtol=0)
     assert found["names"] == names
+
+
+def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
+    """With a random scale its median would be too little."""
+    prior = models.KroneckerInducing(rank=3, scale="half-cauchy")
+    blora = moved(tiny.llama(), guide=guides.MeanField(init_scale=0.8), prior=prior)
+    with torch.no_grad():  # so narrow a core that its draws tell the mean of the scale
+        blora.guide.families()["q_proj.V"].scale_unconstrained.fill_(-4.0)
+    blora.export_peft(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    draws = blora.sample_updates(10_000)["q_proj"].layers()[0].weight()
+    name = f"base_model.model.{blora.model.groups[0].module_names[0]}"
+    found = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    error = draws.std(0) * (1 / len(draws) + 1 / 1024) ** 0.5
+    assert ((found - draws.mean(0)).abs() < 5 * error).all()
 
 
 def test_a_model_that_is_asked_gives_the_posterior_mean():
@@ -195,7 +222,7 @@ def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
     assert f"trainable params: {blora.trainable_parameters:,}" in told
 
 
-@pytest.mark.parametrize("name", [n for n in EXPORTS if n not in ("ranks", "int8")])
+@pytest.mark.parametrize("name", EXPORTS)
 def test_a_merged_network_stands_by_itself(name, tmp_path):
     """Its weights are W + E[dW] by dense algebra, and it is saved and read as any other."""
     build, options = EXPORTS[name]

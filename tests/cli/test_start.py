@@ -58,7 +58,7 @@ def test_every_name_of_the_package_is_found():
 from pyro_blora import *
 import pyro_blora
 assert set(pyro_blora.__all__) <= set(dir(pyro_blora)) & {*globals(), "__version__"}
-assert pyro_blora.inference.fit is fit and pyro_blora.network.fast_path.holds
+assert pyro_blora.inference.fit is fit and pyro_blora.network.shortcuts.Shortcuts
 assert not hasattr(pyro_blora, "nothing")
 """
     subprocess.run([sys.executable, "-c", program], check=True)

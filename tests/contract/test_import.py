@@ -96,7 +96,7 @@ def test_nothing_imports_bare_models_or_guides():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_is_short_and_says_what_it_is(path):
+def test_a_file_is_one_noun_and_says_which(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 600
     assert ast.get_docstring(ast.parse(text))

@@ -14,7 +14,6 @@ from pyro_blora.inference.fit import rates_by_group
 from pyro_blora.inference.loop import Batches, rate
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.methods import METHODS, Method, all_methods, get_method
-from pyro_blora.network import fast_path
 
 
 def made(name, net=None, **options):
@@ -159,7 +158,7 @@ def test_packages_may_ship_methods(monkeypatch):
     assert all_methods()["blob"] is METHODS["blob"]
     blora = made("own", fast=False)
     assert isinstance(blora.guide_family, guides.Delta)
-    assert not fast_path.is_on(blora.net)
+    assert not blora.model.shortcuts.on
 
 
 def test_the_rank_is_the_method_s_prior_s():

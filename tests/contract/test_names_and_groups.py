@@ -201,13 +201,6 @@ def test_own_classes_for_some_groups_are_read_back(tmp_path):
             BayesianLoRA.from_pretrained(net, tmp_path, **wrong)
 
 
-def test_one_prior_was_saved_and_several_are_given(tmp_path):
-    blora = tiny.adapted()
-    blora.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="saved with one for all groups"):
-        BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, prior=PRIORS)
-
-
 def given(model, names):
     return pyro.condition(model, data={name: torch.zeros(2, 2, 2) for name in names})
 
@@ -224,13 +217,6 @@ def test_no_warning_where_all_is_well(parallel):
     assert len(Predictive(blora.model, guide=blora.guide, **options)(batch)["labels"]) == 2
 
 
-def test_without_a_batch_the_model_is_the_prior():
-    trace = pyro.poutine.trace(tiny.adapted().model).get_trace()
-    names = [name for name in trace.stochastic_nodes if not name.endswith(".layers")]
-    assert names == ["q_proj.V", "v_proj.V"]
-    assert not trace.observation_nodes
-
-
 def test_print_shows_groups_and_sites():
     text = repr(tiny.adapted(prior=PRIORS, guide=GUIDES))
     for line in (
@@ -242,26 +228,6 @@ def test_print_shows_groups_and_sites():
         "trainable: 330 beside",
     ):
         assert line in text
-
-
-def test_print_counts_an_autoguide_from_its_first_call_on():
-    blora = tiny.adapted(guide=AutoNormal)
-    assert "guide: no parameters yet" in repr(blora)
-    blora.guide(tiny.sequences())
-    guide = sum(parameter.numel() for parameter in blora.guide.parameters())
-    assert f"guide: {guide:,} parameters" in repr(blora)
-
-
-@pytest.mark.parametrize(
-    ("build", "names"), [(tiny.gpt2, ["c_attn"]), (tiny.bert, ["query", "value"])]
-)
-def test_names_on_other_networks(build, names):
-    net = build()
-    blora = tiny.adapted(net, target_modules=None, likelihood=None)
-    assert [group.name for group in blora.model.groups] == names
-    assert [site.name for site in blora.model.sites] == [f"{name}.V" for name in names]
-    data = {f"{name}.V": torch.zeros(2, 2, 2) for name in names[:1]}
-    pyro.condition(blora.model.updates, data=data)()  # a warning would be an error
 
 
 def test_the_page_runs():

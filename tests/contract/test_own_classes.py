@@ -96,34 +96,15 @@ def test_a_prior_that_returns_something_else_is_refused_at_once(made, given):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-class NoSuper(Plain):
-    def __init__(self, *, rank=2) -> None:
-        self.rank = rank
-
-
-class OtherName(Plain):
-    def __init__(self, *, dof=4.0) -> None:
-        super().__init__(rank=2)
-        self.df = dof
-
-
 class TorchParameter(Plain):
     def setup(self, group):
         super().setup(group)
         self.gain = nn.Parameter(self.randn(group.n))
 
 
-@pytest.mark.parametrize(
-    ("prior", "told"),
-    [
-        (NoSuper, r"NoSuper\.__init__ .*begin it with super\(\)\.__init__\(\)"),
-        (OtherName, r"OtherName\.__init__ .*argument 'dof'; set self\.dof"),
-        (TorchParameter, r"TorchParameter\.setup registers \['gain'\] .*PyroParam"),
-    ],
-)
-def test_a_slip_in_a_prior_is_named_at_once(prior, told):
-    with pytest.raises(ConfigurationError, match=told):
-        tiny.adapted(prior=prior())
+def test_a_parameter_that_pyro_does_not_see_is_named_at_once():
+    with pytest.raises(ConfigurationError, match=r"TorchParameter\.setup registers \['gain'\]"):
+        tiny.adapted(prior=TorchParameter())
 
 
 def test_own_likelihood():

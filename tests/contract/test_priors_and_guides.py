@@ -5,14 +5,17 @@ The classes are read from ``__all__``, so a new one is held to the contract by b
 
 import pickle
 
+import pyro
 import pytest
 import tiny
 import torch
 from own_classes import Plain, Spread
+from pyro.infer import TraceMeanField_ELBO
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_blora import guides
 from pyro_blora.guides import MeanField, SiteGuide
-from pyro_blora.models import UpdateModel
+from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.testing import GuideContract, PairContract, PriorContract
 
 PRIORS, FAMILIES = tiny.priors(), tiny.families()
@@ -58,6 +61,34 @@ def test_the_state_is_that_of_the_adapter_alone(prior):
     assert sum(tensor.numel() for tensor in state.values()) < 1500
     again = pickle.loads(pickle.dumps(state))
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host waits for a number of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+NOISY = KroneckerInducing(rank=2, conditional="scaled", noise="joint")
+DRAWN = [(prior, MeanField()) for prior in (*PRIORS.values(), NOISY)]
+DRAWN += [(KroneckerInducing(rank=2), family) for family in FAMILIES.values()]
+
+
+@pytest.mark.parametrize(("prior", "family"), DRAWN, ids=repr)
+def test_no_draw_of_the_guide_or_the_prior_waits_for_the_host(prior, family):
+    blora, batch = tiny.adapted(prior=prior, guide=family), tiny.sequences(4)
+    elbo = TraceMeanField_ELBO(4, blora.max_plate_nesting, vectorize_particles=True)
+    with pyro.validation_enabled(False):
+        elbo.loss(blora.model, blora.guide, batch)  # FisherInducing asks once
+        with Waits() as waits, pyro.plate("draws", 4, dim=-1 - blora.max_plate_nesting):
+            q = pyro.poutine.trace(blora.guide).get_trace(batch)
+            p = pyro.poutine.trace(pyro.poutine.replay(blora.model.updates, trace=q)).get_trace()
+            q.compute_log_prob(), p.compute_log_prob()
+    assert waits.count == 0
 
 
 def test_every_exported_class_is_covered():

@@ -4,10 +4,11 @@ import pyro
 import pytest
 import tiny
 import torch
+from own_classes import RandomScale
 from pyro.distributions import Gumbel
 
 from pyro_blora import guides, models
-from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
+from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 FAMILIES = {
     "MatrixNormal": guides.MatrixNormal(),
@@ -18,9 +19,9 @@ FAMILIES = {
 }
 
 
-def adapted(guide, **prior):
+def adapted(guide, prior=None):
     torch.manual_seed(0)
-    blora = tiny.adapted(guide=guide, prior=models.KroneckerInducing(rank=2, **prior))
+    blora = tiny.adapted(guide=guide, prior=prior or models.KroneckerInducing(rank=2))
     tiny.shaken(blora.guide, 0.2)
     return blora
 
@@ -77,7 +78,7 @@ def test_a_law_of_ones_own_in_a_symmetric_family_is_no_mirror_image(family):
 
 
 def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):
-    blora = adapted(guides.MeanField(), scale="half-cauchy")
+    blora = adapted(guides.MeanField(), RandomScale())
     updates, seen = type(blora.model).updates, {}
 
     def watched(model):

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import tiny
 import torch
+from own_classes import RandomScale
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceMeanField_ELBO, autoguide
 from torch.distributions import Normal, kl_divergence, register_kl
 
@@ -36,7 +37,7 @@ def autoguides():
 
 PRIORS = {
     "normal": models.KroneckerInducing(rank=2),
-    "half-cauchy": models.KroneckerInducing(rank=2, scale="half-cauchy"),
+    "half-cauchy": RandomScale(),
     "hierarchical": models.Hierarchical(rank=2),
     "horseshoe": models.KroneckerInducing(rank=2, core="horseshoe"),
 }

@@ -8,7 +8,7 @@ from tiny import VOCABULARY, adapted, bert, gpt2, llama, qwen2, sequences
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.likelihoods.logits_at import logits_at
+from pyro_blora.likelihoods.reading import logits_at
 
 NETS = {
     "llama": llama,

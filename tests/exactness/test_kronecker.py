@@ -1,7 +1,9 @@
 """Kronecker algebra against loops and dense products."""
 
+import pyro
 import pytest
 import torch
+from linear_operator.settings import cholesky_jitter
 from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 
@@ -51,6 +53,17 @@ def test_whiten_refuses():
         whiten(Z, -torch.eye(3))
     with pytest.raises(NanError):
         whiten(Z, torch.full((3, 3), torch.nan))
+
+
+def test_without_checks_the_factor_is_the_same_and_a_failure_is_nan():
+    Z, D = sides(3)
+    Psi = inducing_covariance(Z, D)
+    Psi[0] = torch.diag(Psi.new_tensor([1.0, 1.0, -3 * cholesky_jitter.value(Psi.dtype)]))
+    with pytest.warns(NumericalWarning, match="jitter"):
+        L, _ = whiten(Z, Psi)
+    with pyro.validation_enabled(False):
+        torch.testing.assert_close(whiten(Z, Psi)[0], L, atol=0, rtol=0)
+        assert whiten(Z, -Psi)[0].isnan().all()
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from pyro_blora.posterior.sample_updates import draws_in_pairs, sample_updates
+from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 
 def merged(blora, num_samples, batch=None):

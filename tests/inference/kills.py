@@ -15,10 +15,10 @@ from pathlib import Path
 
 import tiny
 import torch
-from safetensors.torch import load_file
 
+from pyro_blora.checkpoints.checkpoint import read_tensors
 from pyro_blora.inference import fit
-from pyro_blora.inference.training_state import STATE
+from pyro_blora.inference.resume import STATE
 
 SAVE_EVERY = 2
 
@@ -41,6 +41,10 @@ def train(folder, num_steps, told=None, **options):
     return {name: tensor.clone() for name, tensor in blora.state_dict().items()}
 
 
+def steps_in(path):
+    return len(json.loads(read_tensors(path)[0]["training"])["history"]) if path.exists() else 0
+
+
 def forked(work):
     """The number of a child that does the work."""
     child = os.fork()
@@ -61,7 +65,7 @@ def main(folder, kills, num_steps=10_000):
 
     moment, survived, lost, cut = random.Random(), 0, 0, 0
     for number in range(kills):
-        saved = len(load_file(state)["history.loss"]) if state.exists() else 0
+        saved = steps_in(state)
         told.write_bytes(b"")
         child = forked(lambda: train(folder, num_steps, told, **options))
         begun, wanted = time.perf_counter(), moment.randint(1, 2 * SAVE_EVERY)
@@ -76,7 +80,7 @@ def main(folder, kills, num_steps=10_000):
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         steps = [int(line) for line in told.read_bytes().split()]
         assert steps[0] == saved + 1  # went on from what was saved
-        now = len(load_file(state)["history.loss"]) if state.exists() else 0
+        now = steps_in(state)
         survived += now >= saved
         lost = max(lost, steps[-1] - now)
         cut += writing()

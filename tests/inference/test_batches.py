@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from pyro_blora.inference.loop import Batches
-from pyro_blora.posterior.predict_dataset import predict_dataset
+from pyro_blora.posterior.prediction import predict_dataset
 
 
 def length(row):

@@ -9,7 +9,7 @@ from torch import nn
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace, MeanField
-from pyro_blora.guides._curvature import best_precision
+from pyro_blora.guides.laplace import best_precision
 from pyro_blora.inference import finish
 from pyro_blora.inference.post_hoc import anchor_loss, scores
 from pyro_blora.likelihoods import CausalLM, Likelihood

@@ -1,9 +1,4 @@
-"""``precision="auto"``: bfloat16 where the machine is faster so, float32 elsewhere."""
-
-import os
-import platform
-import subprocess
-import sys
+"""``precision="auto"``: bfloat16 where the device is made for it, float32 elsewhere."""
 
 import pytest
 import tiny
@@ -14,7 +9,7 @@ from pyro_blora.evaluation.comparison import Settings
 from pyro_blora.guides import Isotropic
 from pyro_blora.inference import finish, fit
 from pyro_blora.network import precision
-from pyro_blora.posterior.predict_dataset import predict_dataset
+from pyro_blora.posterior.prediction import predict_dataset
 
 
 def run_fit(net, **options):
@@ -58,19 +53,3 @@ def test_the_settings_of_a_comparison_tell_what_was_used(monkeypatch, pays):
     assert Settings(precision="float32").precision == "float32"
     with pytest.raises(ConfigurationError, match="'half' is not one of"):
         Settings(precision="half")
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limit is for x86")
-def test_a_processor_without_bfloat16_runs_float32():
-    """Held to the instructions of AVX2, which multiply in bfloat16 a hundred times slower."""
-    program = (
-        "from pyro_blora.network.precision import choose_precision as p; print(p('auto', 'cpu'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["float32"]

@@ -16,8 +16,8 @@ from pyro_blora.likelihoods import (
     SequenceClassification,
 )
 from pyro_blora.models import FisherInducing, KroneckerInducing
-from pyro_blora.network.freezing import in_mode
-from pyro_blora.posterior.draws import logits_of_draws, rows_of_a_pass
+from pyro_blora.network.adapter import in_mode
+from pyro_blora.posterior.predictive import logits_of_draws, rows_of_a_pass
 
 
 def moved(**options):

@@ -13,8 +13,8 @@ from pyro_blora import guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import SequenceClassification
-from pyro_blora.likelihoods.logits_at import logits_at
 from pyro_blora.likelihoods.packing import supports_packing
+from pyro_blora.likelihoods.reading import logits_at
 from pyro_blora.network.adapter import Adapter, updates_in_place
 from pyro_blora.network.quantised import dense_weight
 from pyro_blora.network.targets import device_of, group_layers
@@ -72,7 +72,7 @@ def test_the_layers_of_a_group_lie_on_two_cards(kind):
         seen = []
         second.self_attn.q_proj.register_forward_hook(lambda m, a, y: seen.append(y.device))
         with updates_in_place(adapters, [update, update, of_head]):
-            logits = logits_at(net, inputs, positions, positions.bool())
+            logits = logits_at(net, inputs, positions)
         logits.sum().backward()
         assert A.grad.device == B.grad.device == core.grad.device == CARDS[0]
     assert set(seen) == {CARDS[1]}

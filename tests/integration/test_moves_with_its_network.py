@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import TrainingArguments
 
 from pyro_blora import predict_dataset
 from pyro_blora.errors import ConfigurationError
@@ -81,7 +81,7 @@ def test_a_data_set_is_predicted_on_the_adapter_s_own_device(monkeypatch):
     monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: asked.append(kind))
     blora, rows = tiny.adapted(), tiny.examples()
     monkeypatch.setattr(type(blora), "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr("pyro_blora.posterior.predict_dataset.to_device", lambda batch, _: batch)
+    monkeypatch.setattr("pyro_blora.posterior.prediction.to_device", lambda batch, _: batch)
     for found, labels in (
         blora.predict_dataset(rows, tiny.collate, 2),
         predict_dataset(blora.predict, rows, tiny.collate),
@@ -98,27 +98,3 @@ def test_a_network_without_weights_is_counted_and_not_run():
     assert blora.trainable_parameters > 0
     with pytest.raises(ConfigurationError, match="LlamaForCausalLM must have its weights, got"):
         blora.predict(tiny.sequences(), 1)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"problem_type": "multi_label_classification"},
-        {"problem_type": "regression"},
-        {"num_labels": 1},
-    ],
-)
-def test_a_network_of_no_one_class_is_refused_before_it_is_changed(options):
-    net = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_attention_heads=4,
-            num_hidden_layers=1,
-            **options,
-        )
-    )
-    with pytest.raises(ConfigurationError, match="must give one of several classes for each row"):
-        tiny.adapted(net, target_modules=None, likelihood=SequenceClassification(num_data=3))
-    assert not any(module._forward_hooks for module in net.modules())

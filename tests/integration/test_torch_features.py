@@ -163,9 +163,3 @@ def test_a_bfloat16_base(build, likelihood, batch):
     if blora.likelihood.has_classes:
         assert blora.predict(batch, 2).samples.dtype == torch.float32
     assert all(p.dtype == torch.bfloat16 for p in net.parameters())
-
-
-def test_a_double_precision_base():
-    net, batch = tiny.llama().double(), tiny.sequences()
-    blora = tiny.adapted(net)
-    assert gradients(blora, batch)["loss"].isfinite()

@@ -10,13 +10,12 @@ import tiny
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import SGD
-from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.distributions.stacked_flow import FLOWS, Stack, make_chain
-from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Amortized, Ensemble, Flow, Laplace, LayerCoupled, MeanField, Site
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.guides.flow import FLOWS, make_chain
+from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 from pyro_blora.methods import METHODS
 from pyro_blora.models import GaussianFactors, KernelInducing
 
@@ -37,23 +36,12 @@ def test_every_flow_knows_its_own_jacobian(name):
     torch.testing.assert_close(chain(x)[1], J.slogdet().logabsdet, atol=1e-3, rtol=1e-3)
 
 
-def test_a_transform_that_does_not_know_it_is_refused():
-    """Pyro's Sylvester flow gives a wrong determinant."""
-    from pyro.distributions.transforms import sylvester
-
-    torch.manual_seed(0)
-    chains = [make_chain([sylvester], 6) for _ in range(2)]
-    tiny.shaken(chains[0], 0.5)
-    with pytest.raises(ConfigurationError, match=r"Sylvester gives log .* where it is"):
-        Stack.of(chains, 6)
-
-
 def test_a_flow_that_has_run_can_be_copied_and_pickled():
     blora = tiny.adapted(guide=Flow())
     blora.predict(tiny.sequences(), 3)
     family = blora.guide.families()["q_proj.V"]
-    assert len(pickle.dumps(family._stack)) > 100
-    copy.deepcopy(family._stack)
+    assert len(pickle.dumps(family._chain)) > 100
+    copy.deepcopy(family._chain)
 
 
 @pytest.mark.parametrize("family", [Flow(), Laplace(), LayerCoupled(), MeanField()], ids=repr)
@@ -215,15 +203,3 @@ def test_a_layer_may_be_called_by_the_name_of_its_input_if_that_is_known(name):
         return
     mean, drawn = (blora.predict(batch, draws).probs for draws in (0, 2))
     assert not torch.allclose(mean, drawn, atol=1e-4)
-
-
-def test_rows_in_the_second_dimension_are_no_particles():
-    """XLNet has its positions first, and where their number divides, draws were mixed silently."""
-    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=4, d_inner=24, num_labels=3)
-    likelihood = SequenceClassification(num_data=12)
-    net = XLNetForSequenceClassification(config)
-    blora = tiny.adapted(net, target_modules=["layer_1"], likelihood=likelihood)
-    batch = tiny.sequences(4, 8)
-    with pytest.raises(ParticleError, match=r"XLNetFor.*second dimension.*max_rows=1"):
-        blora.predict(batch, 2)
-    assert blora.predict(batch, 2, max_rows=1).samples.shape == (2, 4, 3)

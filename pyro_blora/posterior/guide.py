@@ -1,38 +1,32 @@
-"""The guide of a whole model: one bound guide family for each latent site."""
+"""The guide of a whole model: one bound guide family for each latent site, or an AutoGuide."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from types import TracebackType
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.nn import PyroModule
+from pyro.nn.module import _Context
+from pyro.params.param_store import StateDict
 from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
-from pyro_blora.network.by_group import by_group
-from pyro_blora.posterior.amortised_context import (
-    context_of_particles,
-    context_size,
-    pooled_context,
-)
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.likelihoods import Batch
+from pyro_blora.network.targets import by_group
+from pyro_blora.posterior.bayesian_lora_model import ELBO_PLATE, BayesianLoRAModel, open_plates
 
-__all__ = [
-    "GuideFactory",
-    "StructuredGuide",
-    "analytic_kl",
-    "draws_apart",
-    "make_guide",
-    "start_guide",
-    "start_guide_alone",
-    "warn_of_a_point",
-]
+# The plate of ``BayesianLoRA.sample_updates``
+DRAWS_PLATE = "posterior_samples"
 
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
@@ -41,9 +35,7 @@ GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
     """Runs a guide that reads the model at its first call, as AutoGuides do; others it leaves be.
 
-    Raises:
-        ConfigurationError: the guide has no parameters yet and there are no labels, without which
-            it would take them for latent.
+    Without labels it would take them for latent.
     """
     if any(True for _ in guide.parameters()):
         return
@@ -119,7 +111,7 @@ class StructuredGuide(PyroModule):
         return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """Samples every site; ``batch`` is read by amortised families alone."""
+        """Samples every site; ``batch`` is read by amortized families alone."""
         self._see(batch, context_of_particles)
         values: dict[str, Tensor] = {}
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
@@ -132,19 +124,19 @@ class StructuredGuide(PyroModule):
         return values
 
     def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The centre of q at each site: the image of the mean of the unconstrained value.
+        """The center of q at each site: the image of the mean of the unconstrained value.
 
         That is no mean where the site is constrained; for that of the updates see
-        :func:`~pyro_blora.posterior.sample_updates.mean_updates`.
+        :func:`~pyro_blora.posterior.predictive.mean_updates`.
 
-        Of an amortised family the means for each example of ``batch``, ``(B, n, *event_shape)``.
+        Of an amortized family the means for each example of ``batch``, ``(B, n, *event_shape)``.
         """
         self._see(batch, lambda context: context)
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
             return {name: family.center() for name, family in self.families().items()}
 
     def _see(self, batch: Mapping[str, Any] | None, arrange: Callable[[Tensor], Tensor]) -> None:
-        """Shows amortised families the examples' contexts, arranged, outside of all plates."""
+        """Shows amortized families the examples' contexts, arranged, outside of all plates."""
         if not self.reads_context:
             return
         context = None
@@ -175,12 +167,7 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
 def make_guide(
     family: SiteGuide | Mapping[str, SiteGuide] | GuideFactory, model: BayesianLoRAModel
 ) -> nn.Module:
-    """The guide of a model, of families or by a callable that makes a guide from the model.
-
-    Raises:
-        ConfigurationError: ``family`` is neither, or is a class and not an object; or the prior
-            has noise of its own, which Pyro's Laplace would take for fixed.
-    """
+    """The guide of a model, of families or by a callable that makes a guide from the model."""
     if isinstance(family, Mapping):
         _check_families(family)
         return StructuredGuide(family, model.sites, model)
@@ -243,3 +230,136 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             "pyro_blora.inference.finish(blora, train, collate=...) after a loop of your own.",
             stacklevel=3,
         )
+
+
+def context_size(net: nn.Module) -> int:
+    """Size of the network's input embeddings; 0 where it has none."""
+    embeddings = getattr(net, "get_input_embeddings", lambda: None)()
+    return 0 if embeddings is None else int(embeddings.weight.shape[-1])
+
+
+@torch.no_grad()
+def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
+    """A vector for each example, ``(B, d)``: the batch's own ``context``, where it has one.
+
+    Otherwise the mean of the input embeddings of its tokens, ``input_ids`` (B x ... x T), made
+    ``sqrt(d)`` long.
+    """
+    if "context" in batch:
+        return batch["context"]
+    if "input_ids" not in batch:
+        raise BatchError(
+            f"An amortized guide reads 'context' or 'input_ids', and the batch has {sorted(batch)}."
+        )
+    ids = batch["input_ids"]
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    weight = torch.ones_like(ids) if mask is None else mask
+    if labels is not None and labels.shape == ids.shape:
+        weight = weight * (labels == -100)  # tokens that are scored are not told beforehand
+    embedded = net.get_input_embeddings()(ids)  # type: ignore[operator]
+    embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+    dims = tuple(range(1, ids.dim()))
+    mean = (embedded * weight.unsqueeze(-1)).sum(dims)  # its length is set below
+    return nn.functional.normalize(mean, dim=-1) * float(mean.shape[-1]) ** 0.5
+
+
+def context_of_particles(context: Tensor) -> Tensor:
+    """The context of each particle of the plates that are open, ``(P, d)`` of ``(B, d)``.
+
+    Vectorised particles of an ELBO share out the examples, and each sees the mean over its own. A
+    multiple of ``B`` draws for a prediction belongs to the examples one by one, over and over.
+    Every other draw sees the mean over all examples, and there is but one.
+    """
+    plates, examples = open_plates(), context.shape[0]
+    particles = math.prod(plates.values())
+    if ELBO_PLATE in plates and examples % particles == 0:
+        return context.reshape(particles, -1, context.shape[-1]).mean(1)
+    if DRAWS_PLATE in plates and particles % examples == 0:
+        return context.repeat(particles // examples, 1)
+    return context.mean(0, keepdim=True)
+
+
+_OWNED = WeakIdKeyDictionary()  # every tensor that an adapter has run on
+
+
+class OwnTensors(_Context):
+    """What all modules of an adapter enter when they are called; it keeps to the adapter's tensors.
+
+    Pyro takes a module's parameter from the store if the store has its name, and all adapters have
+    the same names. So when the first module is called, other adapters' tensors leave the store.
+    What somebody else put there stays: ``ParamStore.load`` restores an adapter as any module.
+    """
+
+    def __init__(self, adapter: PyroModule) -> None:
+        super().__init__()
+        self._adapter = adapter
+        # whatever the mode of the store is when it runs
+        self.param_state: StateDict = {"params": {}, "constraints": {}}
+
+    def __enter__(self) -> None:
+        if not self.active:
+            store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
+            own = set() if local else {id(p) for p in self._adapter.parameters()}
+            for name, held in list(store.named_parameters()):
+                if id(held) not in own and held in _OWNED:
+                    with suppress(KeyError):  # of a tensor that had two names
+                        del store[name]
+        super().__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if not self.active:
+            _OWNED.update((parameter, None) for parameter in self._adapter.parameters())
+            if pyro.settings.get("module_local_params"):
+                self._tell_names()
+
+    def _tell_names(self) -> None:
+        """Where each module has a store of its own, Pyro's optimizers still ask the global one."""
+        found = {}
+        for path, parameter in self._adapter.named_parameters():
+            parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
+            params = getattr(self._adapter.get_submodule(parent), "_pyro_params", {})
+            found[f"{parent}.{name}"] = parameter, params.get(name, (constraints.real,))[0]
+        params, laws = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
+        pyro.get_param_store().set_state({"params": params, "constraints": laws})
+
+
+def described_groups(model: BayesianLoRAModel, guide: nn.Module) -> Iterator[str]:
+    """A line for each group of layers, for each of its sites, with their parameters, and head."""
+    families = guide.families() if isinstance(guide, StructuredGuide) else {}
+
+    def line(site: Site) -> str:
+        shape = " x ".join(map(str, site.prior.shape())) or "one number"
+        family = families.get(site.name)
+        size = "" if family is None else f", {_size(family):,} parameters in the guide"
+        return f"    {site.name}: {shape}{size}"
+
+    for group in model.groups:
+        size = _size(getattr(model, group.name))
+        yield (
+            f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
+            f"{size:,} parameters in the prior"
+        )
+        yield from (line(site) for site in model.sites if site.group == group.name)
+    names = [group.name for group in model.groups]
+    yield from (line(site)[2:] for site in model.sites if site.group not in names)
+    if not families:
+        size = _size(guide)  # an AutoGuide makes them at its first call
+        yield (f"  guide: {size:,} parameters" if size else "  guide: no parameters yet")
+    yield from (f"  {name}: trained whole, as a point" for name in model.trained_heads.names)
+
+
+def described_size(trained: int, net: nn.Module) -> str:
+    """A line of how many numbers are trained, beside those of the network."""
+    frozen = _size(net)
+    share = trained / (trained + frozen)
+    return f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

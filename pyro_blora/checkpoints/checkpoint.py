@@ -1,0 +1,508 @@
+"""An adapter in a folder or on the hub: written, read, and checked against its base.
+
+One safetensors file has all of it: the tensors, and in its header, as JSON, how to rebuild the
+adapter. Beside it lie a copy of that JSON for people, and the model card. Nothing is unpickled.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import huggingface_hub
+import pyro.infer.autoguide as autoguide
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+import pyro_blora.guides as guides
+import pyro_blora.likelihoods as likelihoods
+import pyro_blora.models as models
+from pyro_blora._version import __version__
+from pyro_blora.checkpoints.card import CARD, MARK, Result, model_card
+from pyro_blora.errors import CheckpointError, first_line
+from pyro_blora.guides import SiteGuide
+from pyro_blora.methods import Method
+from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
+from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.targets import layer_shape, name_in_base
+from pyro_blora.posterior.guide import start_guide_alone
+
+WEIGHTS = ADAPTER
+CONFIG = "bayesian_lora_config.json"
+_HEADER = "bayesian_lora"
+_OF_BASE = "base."  # how the names of the base's fingerprint begin, beside the adapter's tensors
+
+
+def save_pretrained(
+    blora: Any,
+    folder: str | os.PathLike[str],
+    *,
+    result: Result | None = None,
+    notes: Mapping[str, object] | None = None,
+    place: str = "path/to/this/folder",
+) -> None:
+    """Writes the trained tensors, how to rebuild the adapter, and a model card.
+
+    The base network is not saved, but its name, where that is one on the hub, and a few numbers by
+    which its weights are known again. A kill at any moment leaves the old adapter or the new one. A
+    ``README.md`` that is not the adapter's own card stays as it is.
+
+    Args:
+        blora: a ``BayesianLoRA``.
+        folder: where to write; made if it is missing.
+        result: what ``fit`` returned, for the card.
+        notes: more lines of the card, by their names, such as ``{"accuracy": 0.93}``; the JSON
+            has them, too.
+        place: what the card says to load.
+    """
+    folder, model = Path(folder), blora.model
+    heads = [name_in_base(name) for name in model.trained_heads.names]
+    config = {
+        "pyro_blora": __version__,
+        **_base_of(model.net),
+        "layers": {
+            name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names
+        },
+        "modules_to_save": heads,
+        "method": asdict(blora.method),
+        "prior": _describe(model.prior),
+        "guide": _describe_guide(blora.guide_family, blora.guide),
+        "likelihood": _describe(model.likelihood),
+        "notes": {name: str(value) for name, value in (notes or {}).items()},
+    }
+    tensors = blora.state_dict() | {
+        f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()
+    }
+    write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    card = folder / CARD
+    if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
+        page = model_card(config, blora, result=result, notes=notes, place=place)
+        write_atomically(card, lambda path: path.write_text(page, encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder says of an adapter.
+
+    Attributes:
+        net: the base network.
+        options: the arguments of ``BayesianLoRA`` that make it again on its base.
+        tensors: the trained tensors by name.
+        folder: where it was read.
+    """
+
+    net: nn.Module
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+    folder: Path
+
+    def load_into(self, blora: Any) -> None:
+        """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        start_guide_alone(blora.guide)
+        own, tensors = blora.state_dict(), dict(self.tensors)
+        if not any(".likelihood." in name for name in tensors):  # another one's are left out
+            tensors |= {n: t for n, t in own.items() if ".likelihood." in n}
+        # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
+        for name in [n for n in tensors if f"{n}_unconstrained" in own]:
+            parent, _, last = name.rpartition(".")
+            constraint, _ = blora.get_submodule(parent)._pyro_params[last]
+            tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
+        expected, given = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
+        differ = sorted(n for n in expected | given if expected.get(n) != given.get(n))
+        if differ:
+            raise CheckpointError(
+                f"{self.folder} has tensors that do not fit; they differ in {differ[:4]}. Pass the "
+                "prior, the guide and the likelihood that were saved (of MultipleChoice the same "
+                "scale=), or leave them out."
+            )
+        blora.load_state_dict(tensors)
+
+
+def read_pretrained(
+    net: nn.Module | None,
+    folder: str | os.PathLike[str],
+    *,
+    prior: Any = None,
+    guide: Any = None,
+    likelihood: Any = None,
+    trust_remote_code: bool = False,
+) -> Saved:
+    """Reads what :func:`save_pretrained` wrote and checks it against its base.
+
+    A base with other weights of the same shapes is answered with a warning.
+
+    Args:
+        net: the base network the adapter was made for. ``None`` loads it by its saved name.
+        folder: the adapter's folder, or its id on the hub.
+        prior: for one that is not of this library, its class or an object of it, which is made
+            with the saved options; where several were saved by group, a mapping with some of
+            their keys. An object of another class is taken as it is. Default: rebuilt.
+        guide: the same for the guide; or the function that makes it.
+        likelihood: the same for the likelihood, but an object is taken as it is.
+        trust_remote_code: whether a class that is not of this library may be imported by its name.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt; ``net`` is another base, or cannot be loaded
+            by its name; or a class is not of this library and was neither passed nor is trusted.
+    """
+    folder = _fetched(folder)
+    config, tensors = _read(folder)
+    net = _load_base(config, folder) if net is None else net
+    told = f"{folder} is an adapter for {config['base_model'] or 'another network'!r}"
+    layers = names_in(net, config["layers"], told)
+    heads = names_in(net, dict.fromkeys(config["modules_to_save"]), told)
+    prints = {n.removeprefix(_OF_BASE): t for n, t in tensors.items() if n.startswith(_OF_BASE)}
+    others = altered(net, prints)
+    if others:
+        warnings.warn(
+            f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
+            f"those the adapter was trained on, among them {others[0]}; its predictions will be "
+            f"others. Load {config['base_model'] or 'the base it was made for'}, unaltered.",
+            stacklevel=4,
+        )
+    given = {"prior": prior, "guide": guide, "likelihood": likelihood}
+    parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
+    if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
+        tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
+    options = {
+        "target_modules": "|".join(map(re.escape, layers)),
+        "method": Method(**config["method"]),
+        "modules_to_save": heads,
+        **parts,
+    }
+    return Saved(net, options, tensors, folder)
+
+
+def from_pretrained(
+    make: Callable[..., Any],
+    net: nn.Module | str | os.PathLike[str] | None,
+    folder: str | os.PathLike[str] | None,
+    **parts: Any,
+) -> Any:
+    """What ``make`` makes, a ``BayesianLoRA``, as it was saved."""
+    if folder is None and not isinstance(net, nn.Module):
+        net, folder = None, net
+    if not isinstance(folder, str | os.PathLike) or not isinstance(net, nn.Module | None):
+        raise CheckpointError(
+            "from_pretrained takes a folder or a hub id, or a network and one of these: "
+            f"from_pretrained('out') or from_pretrained(net, 'out'), not {net!r:.60} and "
+            f"{folder!r:.60}."
+        )
+    saved = read_pretrained(net, folder, **parts)
+    blora = make(saved.net, **saved.options)
+    try:
+        saved.load_into(blora)
+    except CheckpointError:
+        blora.unwrap()
+        raise
+    return blora
+
+
+# Files
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside ``path`` and moves into place, so that no half-written file is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"format": "pt", **header}
+    write_atomically(path, lambda place: save_file(flat, place, metadata=header))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter's folder says of it: how to rebuild it, its base's name, and the notes."""
+    return _read(Path(folder))[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = folder / WEIGHTS
+    if not path.exists():
+        what = f"{path} does not exist; give"
+        if (folder / "adapter_config.json").exists():
+            what = (
+                f"{folder} is a PEFT adapter, a point without a posterior; begin with it by "
+                "BayesianLoRA.from_peft, load it by peft.PeftModel.from_pretrained, or give"
+            )
+        elif (folder / "config.json").exists():
+            what = f"{folder} is a network, no adapter; wrap it by BayesianLoRA(net), or give"
+        raise CheckpointError(f"{what} a folder that save_pretrained or pyro-blora train wrote.")
+    header, tensors = read_tensors(path)
+    if _HEADER not in header:
+        raise CheckpointError(f"{path} is not what save_pretrained writes; save the adapter again.")
+    return json.loads(header[_HEADER]), tensors
+
+
+# The hub
+
+
+def _fetched(folder: str | os.PathLike[str]) -> Path:
+    """The folder itself, or for a hub id the copy of it in the hub's cache."""
+    path = Path(folder)
+    if path.exists() or path.is_absolute() or isinstance(folder, Path):
+        return path
+    files = [WEIGHTS, "adapter_config.json", "config.json"]  # the last two for hints
+    return downloaded(str(folder), files, f"a folder with a {WEIGHTS}, or the id of a repository")
+
+
+def downloaded(repo_id: str, files: Sequence[str], wanted: str) -> Path:
+    """The hub's cache of some files of a repository; ``wanted`` says what to give in its place."""
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(files)))
+    except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
+        raise CheckpointError(
+            f"{repo_id} does not exist here, and the hub does not give it ({first_line(error)}). "
+            f"Give {wanted}."
+        ) from error
+
+
+def push_to_hub(blora: Any, repo_id: str, private: bool | None, message: str, **about: Any) -> str:
+    """Uploads what :func:`save_pretrained` writes, and gives the address of the commit."""
+    api = huggingface_hub.HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(blora, folder, place=repo_id, **about)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        except Exception as error:  # as above
+            raise CheckpointError(
+                f"{repo_id} was not pushed ({first_line(error)}). Log in by `hf auth login` with a "
+                "token that may write, give an id 'user/name', and see that the hub can be reached."
+            ) from error
+    return str(done.commit_url)
+
+
+# The base: its name, its kind, its layers, and whether its weights are the same
+
+
+def _base_of(net: nn.Module) -> dict[str, Any]:
+    bare: Any = net
+    if hasattr(net, "get_base_model"):  # a PeftModel
+        bare = bare.get_base_model()
+    kind: dict[str, Any] = {"class": type(bare).__name__}
+    if isinstance(getattr(bare, "dtype", None), torch.dtype):
+        kind["dtype"] = str(bare.dtype).removeprefix("torch.")
+    if kind["class"].endswith("ForSequenceClassification"):
+        kind["num_labels"] = bare.config.num_labels
+    return {"base_model": name_of(bare), "base": kind}
+
+
+def _load_base(config: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The base network, by its saved name."""
+    name, kind = config["base_model"], config["base"]
+    own = f"load it yourself, and pass it: BayesianLoRA.from_pretrained(net, {str(folder)!r})."
+    if not name:
+        raise CheckpointError(f"{folder}: its {kind['class']} has no name on the hub; {own}")
+    dtype = getattr(torch, kind.get("dtype", "float32"))
+    net = load_network(name, num_labels=kind.get("num_labels"), dtype=dtype)
+    if type(net).__name__ != kind["class"]:
+        raise CheckpointError(
+            f"{folder}: its base is a {kind['class']}, and {name!r} loads as a "
+            f"{type(net).__name__}; {own}"
+        )
+    return net
+
+
+def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
+    """The full names in ``net``, which may be a ``PeftModel``, of layers and heads of its base.
+
+    ``wanted`` has names in the base, each with its ``[d_out, d_in]``, or ``None`` for any shape;
+    ``told`` begins the message of an error.
+    """
+    here: dict[str, str] = {}
+    for name, _ in net.named_modules():
+        here.setdefault(name_in_base(name), name)  # the outermost of what PEFT wraps
+    names = []
+    for base, shape in wanted.items():
+        name = here.get(base)
+        found = None if name is None else layer_shape(net.get_submodule(name))
+        if name is None or (shape is not None and list(found or ()) != list(shape)):
+            what = "has no such layer" if found is None else f"has it as {found[0]} x {found[1]}"
+            raise CheckpointError(
+                f"{told} with {base} of {shape or 'its own'}; {type(net).__name__} {what}. Load "
+                "the base it was made for."
+            )
+        names.append(name)
+    return names
+
+
+def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Four numbers of each tensor of the base but ``heads``, of at most 512, evenly spread.
+
+    Quantised weights, and those that are elsewhere (sharded, offloaded), are left out.
+    """
+    within = tuple(f"{name_in_base(head)}." for head in heads)
+    found = {name: t for name, t in _plain_tensors(net) if not name.startswith(within)}
+    names, count = list(found), min(512, len(found))
+    chosen = [names[k * len(names) // count] for k in range(count)]
+    return {name: _numbers(found[name]) for name in chosen}
+
+
+def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
+    """The tensors whose numbers are not as in ``prints``, up to the rounding of the coarser dtype.
+
+    A tensor that is quantised now is not compared.
+    """
+    found, names = dict(_plain_tensors(net)), []
+    for name in prints.keys() & found.keys():
+        before, now = prints[name], _numbers(found[name])
+        rounding = 0.0
+        if before.dtype != now.dtype:
+            rounding = 2 * max(torch.finfo(t.dtype).eps for t in (before, now))
+        if before.shape != now.shape or not torch.allclose(
+            now.double(), before.double(), rtol=rounding, atol=1e-6 * rounding, equal_nan=True
+        ):
+            names.append(name)
+    return sorted(names)
+
+
+def _plain_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a network by their names in the base, without PEFT's own."""
+    for path, module in net.named_modules():
+        if is_quantised(module):
+            continue
+        for name, tensor in module.named_parameters(prefix=path, recurse=False):
+            here = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
+            if here and tensor.numel() and not hasattr(tensor, "full_tensor"):  # as a DTensor has
+                base = name_in_base(name)
+                if base == name or not ("lora_" in name or "modules_to_save." in name):
+                    yield base, tensor
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    count = min(4, tensor.numel())
+    at = [(2 * k + 1) * tensor.numel() // (2 * count) for k in range(count)]
+    return tensor.detach().reshape(-1)[at].cpu()
+
+
+# A prior, a guide and a likelihood as a file has them: a name, an import path and options
+
+# Whose public names may be made without being trusted
+_HOMES: dict[str, tuple[ModuleType, ...]] = {
+    "prior": (models,),
+    "guide": (guides, autoguide),
+    "likelihood": (likelihoods,),
+}
+
+
+def _describe(part: Any) -> dict[str, Any]:
+    """Name, module and options of a part, or those of a mapping of parts by group."""
+    if isinstance(part, Mapping):
+        return {"by_group": {key: _describe(each) for key, each in part.items()}}
+    return _described(type(part), part.options())
+
+
+def _describe_guide(family: Any, guide: nn.Module) -> dict[str, Any]:
+    """The same of a family, or of what makes a guide; another in its place counts by its class."""
+    if isinstance(family, SiteGuide | Mapping):
+        ours = type(guide).__module__.startswith("pyro_blora.")
+        return _describe(family) if ours else _described(type(guide), {})
+    options: Any = {}
+    if isinstance(family, functools.partial):
+        family, options = family.func, None if family.args else family.keywords
+    if isinstance(family, type) and not isinstance(guide, family):
+        family, options = type(guide), {}
+    return _described(family, options)
+
+
+def _described(made: Any, options: Any) -> dict[str, Any]:
+    """No module for a class of this library, and no options where JSON cannot hold them."""
+    name = getattr(made, "__qualname__", type(made).__qualname__)
+    described: dict[str, Any] = {"name": name}
+    homes = [home for several in _HOMES.values() for home in several]
+    home = next((home for home in homes if _public(home, name) is made), None)
+    if home is None and "<" not in name:  # what is local, or a lambda, has no import path
+        described["module"] = getattr(made, "__module__", type(made).__module__)
+    elif home is autoguide:
+        described["module"] = home.__name__
+    try:
+        return {**described, "options": json.loads(json.dumps(options))}
+    except (TypeError, ValueError):
+        return {**described, "options": None}
+
+
+def _public(home: ModuleType, name: str) -> Any:
+    return getattr(home, name) if name in home.__all__ else None
+
+
+def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> Any:
+    """The part, or the mapping of parts by group, that :func:`_describe` described.
+
+    ``given`` is the user's own: see :func:`read_pretrained`.
+    """
+    if isinstance(given, Mapping) or "by_group" in said:
+        groups, given = said.get("by_group", {}), given or {}
+        if not isinstance(given, Mapping) or not given.keys() <= groups.keys():
+            what = f"those of {[*groups]}" if groups else "one for all groups"
+            raise CheckpointError(f"{noun}={given!r}, but the adapter was saved with {what}.")
+        return {k: _rebuild(noun, each, given.get(k), trusted) for k, each in groups.items()}
+    name, options = said["name"], said["options"]
+    if given is None:
+        given = _found(noun, name, said.get("module"), trusted)
+    elif not isinstance(given, type):
+        same = type(given).__name__ == name.rpartition(".")[2]
+        if noun == "likelihood" or not same or options is None:
+            return given
+        given = type(given)  # the tensors were trained with the saved options
+    if options is None:
+        raise CheckpointError(
+            f"The options of the {noun} {name} could not be written to a file; pass {noun}= with "
+            "an object like the one that was saved."
+        )
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    if noun == "guide" and not (isinstance(given, type) and issubclass(given, SiteGuide)):
+        return functools.partial(given, **options) if options else given
+    return given(**options)
+
+
+def _found(noun: str, name: str, module: str | None, trusted: bool) -> Any:
+    """A class by its name: of this library or of Pyro; or imported, where that is trusted."""
+    for home in _HOMES[noun]:
+        made = _public(home, name) if module in (None, home.__name__) else None
+        if made is not None:
+            return made
+    if not (trusted and module):
+        raise CheckpointError(
+            f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with the class "
+            "or an object like the one that was saved, or trust_remote_code=True to import it."
+        )
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))

@@ -1,0 +1,506 @@
+"""PEFT's adapters: read to be the start of a Bayesian one, and written from a posterior."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.checkpoints.checkpoint import (
+    WEIGHTS,
+    downloaded,
+    names_in,
+    read_tensors,
+    write_tensors,
+)
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.guides import SiteGuide
+from pyro_blora.likelihoods import Likelihood, SequenceClassification
+from pyro_blora.models import UpdateModel
+from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
+from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates
+from pyro_blora.updates.low_rank_update import LowRankUpdate
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What makes of a LoRA something else than ``W0 + s B A``
+_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisations that take a part of the base's weights into the adapter
+_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A plain LoRA, as PEFT keeps it.
+
+    Attributes:
+        factors: ``(B, A)`` by the layers' full names, the scaling within ``B``: ``dW = B A``.
+        others: the other tensors by their full names: those of ``modules_to_save``.
+        modules_to_save: the names, or their ends, of heads that were trained whole.
+        base: what PEFT would load the base network by.
+        task: PEFT's task type, or ``None``.
+        where: what was read, for messages.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    others: Mapping[str, Tensor]
+    modules_to_save: Sequence[str]
+    base: str | None
+    task: str | None
+    where: str
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer."""
+        return max(len(A) for _, A in self.factors.values())
+
+    def load_base(self) -> nn.Module:
+        """The base network by the name that the adapter has for it."""
+        classes = None
+        if self.task == "SEQ_CLS":  # of a head's matrices, the last one's rows
+            rows = [len(t) for t in self.others.values() if t.dim() == 2]
+            classes = min(rows, default=None)
+        if not self.base or (self.task != "CAUSAL_LM" and classes is None):
+            raise ConfigurationError(
+                f"{self.where} names the base {self.base!r} for the task {self.task}, which cannot "
+                "be loaded by that alone; load the network and give it, from_peft(net, folder)."
+            )
+        return load_network(self.base, num_labels=classes)
+
+    def heads(self, net: nn.Module) -> list[str]:
+        """The trained heads, after a check that ``net`` is the base that they are for."""
+        if hasattr(net, "peft_config"):
+            raise ConfigurationError(
+                f"{type(net).__name__} has a PEFT adapter in it; give its base, as "
+                "PeftModel.unload() returns it, or the PeftModel alone, from_peft(model)."
+            )
+        shapes = {name: [len(B), A.shape[1]] for name, (B, A) in self.factors.items()}
+        names_in(net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}")
+        modules = [n for n, _ in net.named_modules() if n and matches(n, self.modules_to_save)]
+        heads = [n for n in modules if any(name.startswith(f"{n}.") for name in self.others)]
+        own, within = net.state_dict(), tuple(f"{head}." for head in heads)
+        missing = [name for name in own if name.startswith(within) and name not in self.others]
+        if missing:
+            raise CheckpointError(
+                f"{self.where} has a part of a trained head, without {missing[0]}; save it again."
+            )
+        for name, tensor in self.others.items():
+            there = own.get(name.replace(".base_layer.", "."), torch.empty(0))
+            fits = there.shape == tensor.shape
+            if not name.startswith(within):
+                # PEFT writes embeddings along where a target is one of them; they are the base's
+                fits = fits and (there.is_meta or torch.equal(there.cpu().to(tensor), tensor.cpu()))
+            if not fits:
+                raise CheckpointError(
+                    f"{self.where} has {name} of {tuple(tensor.shape)} beside its LoRA, and "
+                    f"{type(net).__name__} has it as {tuple(there.shape)}, or of other values: a "
+                    "resized vocabulary, perhaps, or other classes. Give the base it was trained "
+                    "on."
+                )
+        return heads
+
+    @torch.no_grad()
+    def load_into(self, model: BayesianLoRAModel, guide: nn.Module) -> None:
+        """Puts the trained heads in, and checks that the posterior mean is the adapter."""
+        for name, tensor in model.trained_heads.tensors().items():
+            tensor.copy_(self.others[name])
+        for group, update in mean_updates(model, guide).items():
+            names = next(g.module_names for g in model.groups if g.name == group)
+            for name, layer in zip(names, update.layers(), strict=True):
+                B, A = (f.to(layer.A) for f in self.factors[name])
+                probe = torch.randn(A.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(A)
+                core = layer.A @ probe if layer.core is None else layer.core @ (layer.A @ probe)
+                found, expected = layer.B @ core, B @ (A @ probe)
+                if (found - expected).norm() > 1e-4 * expected.norm() + 1e-6:
+                    raise ConfigurationError(
+                        f"{model.prior!r} with this guide has not its mean at the adapter in "
+                        f"{name}; take a guide whose mean is a parameter: MatrixNormal, MeanField, "
+                        "FullRank, LowRank, LayerCoupled, Delta, Laplace or Isotropic."
+                    )
+
+
+def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
+    """Reads a plain LoRA; nothing is unpickled, and no network is touched.
+
+    Args:
+        source: a ``peft.PeftModel`` with one active adapter, a folder that PEFT wrote, or the hub
+            id of one.
+
+    Returns:
+        Its factors with all scalings in them: ``alpha / r``, ``alpha / sqrt(r)`` of rslora, and
+        those of ``rank_pattern`` and ``alpha_pattern``; of a ``PeftModel`` the ones in force.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt or no PEFT adapter.
+        ConfigurationError: the adapter is no plain LoRA (another tuner, DoRA, trained biases, ...),
+            or a ``PeftModel`` has several active or is merged.
+
+    Example::
+
+        read_peft("my_lora").factors["model.layers.0.self_attn.q_proj"]  # B: d_out x r, A: r x d_in
+    """
+    read = _of_model if isinstance(source, nn.Module) else _of_folder
+    config, tensors, scales, where = read(source)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if found and tensor.dim() == 2:
+            pairs.setdefault(found[1], {})[found[2]] = tensor.detach()
+        elif "lora_" in key or not key.startswith(PEFT_PREFIX):
+            raise ConfigurationError(
+                f"{where} has {key} of {tuple(tensor.shape)}, which a plain LoRA of linear layers "
+                "has not; only such adapters can be a start."
+            )
+        else:
+            others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
+    factors = {}
+    for name, pair in pairs.items():
+        shapes = {side: tuple(tensor.shape) for side, tensor in pair.items()}
+        if pair.keys() != {"A", "B"} or shapes["B"][1] != shapes["A"][0]:
+            raise CheckpointError(
+                f"{where}: {name} has factors {shapes}, expected A (r, d_in) and B (d_out, r)."
+            )
+        scale = scales.get(name, _scaling(config, name, len(pair["A"])))
+        factors[name] = pair["B"].float() * scale, pair["A"]
+    if not factors:
+        raise CheckpointError(f"{where} has no lora_A and lora_B; is it a PEFT adapter?")
+    task = config.get("task_type")
+    return PeftAdapter(
+        factors=factors,
+        others=others,
+        modules_to_save=config.get("modules_to_save") or (),
+        base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
+        task=None if task is None else str(getattr(task, "value", task)),
+        where=where,
+    )
+
+
+# Configuration, tensors, the scalings in force by the layers' names where it is in memory, and what
+# to call it in a message
+_Source = tuple[dict[str, Any], dict[str, Tensor], dict[str, float], str]
+
+
+def _of_folder(source: Any) -> _Source:
+    folder = Path(source)
+    if not folder.exists() and isinstance(source, str) and source.count("/") == 1:
+        wanted = "a folder that PEFT wrote, or a hub id"
+        folder = downloaded(source, [PEFT_CONFIG, PEFT_WEIGHTS], wanted)
+    if not (folder / PEFT_CONFIG).is_file():
+        hint = "give a folder that PEFT wrote, or the hub id of one."
+        if (folder / WEIGHTS).is_file():
+            hint = "it is a Bayesian adapter; read it by BayesianLoRA.from_pretrained."
+        raise CheckpointError(f"{folder} has no {PEFT_CONFIG}; {hint}")
+    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    _check_plain(config, str(folder))
+    if not (folder / PEFT_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} has a pickle, adapter_model.bin, which is not read here; load it by PEFT "
+            "and save it again, which writes safetensors."
+        )
+    return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
+
+
+def _of_model(model: Any) -> _Source:
+    name = type(model).__name__
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        raise ConfigurationError(
+            f"from_peft takes a peft.PeftModel, a folder or a hub id, and {name} is no PeftModel; "
+            "give the adapter's folder, too, from_peft(net, folder)."
+        )
+    from peft import get_peft_model_state_dict
+
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ConfigurationError(
+            f"{name} has the active adapters {active}; activate one, model.set_adapter(name)."
+        )
+    config = model.peft_config[active[0]].to_dict()
+    _check_plain(config, name)
+    if merged := model.get_model_status().merged_adapters:
+        raise ConfigurationError(
+            f"{name} has {merged} merged into its base; call model.unmerge_adapter() first."
+        )
+    tensors = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
+    layers = model.get_base_model().named_modules()
+    scales = {n: m.scaling[active[0]] for n, m in layers if active[0] in getattr(m, "lora_A", ())}
+    return config, tensors, scales, name
+
+
+def _check_plain(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("peft_type")
+    kind = str(getattr(kind, "value", kind))
+    variants = [f"{key}={config[key]!r}" for key in _VARIANTS if config.get(key)]
+    variants += [f"bias={b!r}" for b in [config.get("bias") or "none"] if b != "none"]
+    start = config.get("init_lora_weights")
+    if kind != "LORA":
+        variants = [f"peft_type={kind!r}"]
+    elif isinstance(start, str) and start.lower().startswith(_FROM_BASE):
+        raise ConfigurationError(
+            f"{where} was started by init_lora_weights={start!r}, which changes the base, too; "
+            "save it by PEFT with path_initial_model_for_weight_conversion=, which makes a plain "
+            "LoRA of it."
+        )
+    if variants:
+        raise ConfigurationError(
+            f"{where} is no plain LoRA but has {', '.join(variants)}; only dW = s B A can be a "
+            "start. Train it without, or merge it into the base and adapt that."
+        )
+
+
+def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+    alphas = config.get("alpha_pattern") or {}
+    chosen = (a for key, a in alphas.items() if re.match(rf"(.*\.)?({key})$", name))
+    alpha = float(next(chosen, config.get("lora_alpha", 8)))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+# Starting there
+
+
+def from_peft(
+    make: Callable[..., Any],
+    net: nn.Module | str | os.PathLike[str] | None,
+    folder: str | os.PathLike[str] | None,
+    *,
+    prior: UpdateModel | Mapping[str, UpdateModel] | None,
+    guide: SiteGuide | Mapping[str, SiteGuide] | None,
+    likelihood: Likelihood | None,
+    **options: Any,
+) -> Any:
+    """What ``make`` makes, a ``BayesianLoRA``, with its mean at a trained LoRA."""
+    place: AbstractContextManager[nn.Module]
+    if folder is None and isinstance(net, nn.Module):
+        adapter, place = read_peft(net), _unloaded(net)
+    else:
+        base, source = (None, net) if folder is None else (net, folder)
+        if not isinstance(source, str | os.PathLike) or not isinstance(base, nn.Module | None):
+            raise ConfigurationError(
+                "from_peft must get a network and a folder or hub id, got "
+                f"{type(net).__name__} and {type(folder).__name__}; write from_peft(net, "
+                "'my_lora'), or an adapter alone: from_peft('my_lora'), from_peft(peft_model)."
+            )
+        adapter = read_peft(source)
+        place = nullcontext(adapter.load_base() if base is None else base)
+    if not isinstance(guide, SiteGuide | Mapping | None):
+        raise ConfigurationError(
+            f"guide={guide!r} cannot start at a given adapter; take a family of "
+            "pyro_blora.guides, such as MatrixNormal()."
+        )
+    if likelihood is None and adapter.task == "SEQ_CLS":
+        likelihood = SequenceClassification()
+    with place as found:
+        blora = make(
+            found,
+            target_modules="|".join(map(re.escape, adapter.factors)),
+            modules_to_save=adapter.heads(found),
+            start=adapter.factors,
+            rank=adapter.rank if prior is None else None,
+            prior=prior,
+            guide=guide,
+            likelihood=likelihood,
+            **options,
+        )
+        try:
+            adapter.load_into(blora.model, blora.guide)
+        except ConfigurationError:
+            blora.unwrap()
+            raise
+    return blora
+
+
+@contextmanager
+def _unloaded(model: Any) -> Iterator[nn.Module]:
+    """The network that a ``PeftModel`` has wrapped, by PEFT's ``unload``, and its heads untrained.
+
+    Where what is done within fails, the ``PeftModel`` is as it was; else it is done with.
+    """
+    wrapped: Any = model.get_base_model()
+    config, layers = wrapped.peft_config, {}
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            layers[name] = module
+    net: Any = model.unload()
+    for name, module in layers.items():
+        if hasattr(module, "original_module"):  # PEFT leaves the trained one
+            net.set_submodule(name, module.original_module)
+    try:
+        yield net
+    except BaseException:
+        for name, module in layers.items():
+            net.set_submodule(name, module)
+        net.peft_config = config
+        raise
+
+
+# Writing
+
+
+def export_peft(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    folder: str | os.PathLike[str],
+    num_samples: int = 0,
+) -> None:
+    """Writes the posterior mean as a LoRA, or draws as one each, and the heads trained as points.
+
+    ``B = Q_r^T E[sigma V]`` and ``A = Q_c`` with ``lora_alpha = r``: ``B A = E[dW]``. The heads are
+    PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter is not written:
+    merge it into the base that PEFT shall load this one on.
+
+    Args:
+        model: the model.
+        guide: its guide.
+        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        num_samples: 0 for the mean, ``K`` for as many draws, in antithetic pairs as ``predict``
+            takes them, in ``folder/0`` to ``folder/K-1``. The mean of the ``K`` probabilities that
+            they give is the posterior predictive. Default: 0.
+
+    Raises:
+        ConfigurationError: there are no such draws: the conditional has noise that is not of low
+            rank, or the posterior depends on the input.
+    """
+    if num_samples < 0:
+        raise ConfigurationError(
+            f"num_samples={num_samples} must be 0 (the posterior mean) or a number of draws."
+        )
+    loras = {Path(folder): mean_updates(model, guide)}
+    if num_samples:
+        drawn = _draws(model, guide, num_samples)
+        loras = {Path(folder) / str(k): updates for k, updates in enumerate(drawn)}
+    for place, updates in loras.items():
+        config, tensors = _lora(model, updates)
+        write_tensors(place / PEFT_WEIGHTS, tensors, {})
+        config.save_pretrained(str(place))
+    for old in Path(folder).glob("[0-9]*"):  # draws of an earlier export would be averaged, too
+        if num_samples and old not in loras and (old / PEFT_CONFIG).exists():
+            shutil.rmtree(old)
+
+
+def merge_and_unload(blora: Any) -> nn.Module:
+    """The network of a ``BayesianLoRA`` with E[dW] and the trained heads in its weights, by PEFT.
+
+    A tied head that is adapted is untied first: its embeddings stay.
+    """
+    blora.model.check_on_network()
+    if hasattr(blora.net, "peft_config"):
+        raise ConfigurationError(
+            f"{type(blora.net).__name__} is PEFT's, with an adapter of its own; merge that one "
+            "first, and adapt the base."
+        )
+    config, tensors = _lora(blora.model, mean_updates(blora.model, blora.guide))
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    net = blora.unwrap()
+    head, embeddings = head_of(net), getattr(net, "get_input_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight is getattr(embeddings, "weight", None):
+        targets = {id(net.get_submodule(name)) for name in config.target_modules}
+        if id(head) in targets:
+            head.weight = nn.Parameter(weight.detach().clone())  # type: ignore[union-attr]
+            net.config.tie_word_embeddings = False
+    model = get_peft_model(net, config)
+    set_peft_model_state_dict(model, tensors)
+    whole: nn.Module = model.merge_and_unload()
+    return whole
+
+
+def _draws(
+    model: BayesianLoRAModel, guide: nn.Module, count: int
+) -> list[dict[str, LowRankUpdate]]:
+    if getattr(guide, "reads_context", False):
+        raise ConfigurationError(
+            "The posterior depends on the input, so no adapter is a draw for all inputs; export "
+            "the mean, or take another guide than Amortized."
+        )
+    drawn = draws_in_pairs(model, guide, {})(count)
+    if any(update.noise is not None for update in drawn.values()):
+        raise ConfigurationError(
+            f"{model.prior!r} adds noise to the layers' output, which no LoRA holds; export the "
+            "mean, or take conditional='deterministic'."
+        )
+
+    def nth(factor: Tensor | None, k: int) -> Tensor | None:
+        several = factor is not None and factor.dim() > 3
+        return factor.flatten(0, -4)[k] if several else factor  # type: ignore[union-attr]
+
+    return [
+        {
+            name: LowRankUpdate(nth(u.A, k), nth(u.B, k), nth(u.core, k))  # type: ignore[arg-type]
+            for name, u in drawn.items()
+        }
+        for k in range(count)
+    ]
+
+
+def _lora(
+    model: BayesianLoRAModel, updates: Mapping[str, LowRankUpdate]
+) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's configuration and tensors of updates ``(n, ...)`` by group, and of trained heads."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigurationError("This needs PEFT: pip install 'pyro-blora[peft]'.") from error
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for group in model.groups:
+        layers = updates[group.name].layers()
+        for layer, module_name in zip(layers, group.module_names, strict=True):
+            name, B = name_in_base(module_name), layer.B
+            ranks[name] = len(layer.A)
+            tensors[f"{name}.lora_A.weight"] = layer.A
+            tensors[f"{name}.lora_B.weight"] = B if layer.core is None else B @ layer.core
+    rank, heads = max(ranks.values()), model.trained_heads
+    smaller = {re.escape(name): r for name, r in ranks.items() if r < rank}
+    tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
+    base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or its folder
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=smaller,
+        alpha_pattern=dict(smaller),
+        target_modules=list(ranks),
+        modules_to_save=[name_in_base(name) for name in heads.names] or None,
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
+        base_model_name_or_path=base or None,
+        task_type=_task_type(model),
+        inference_mode=True,
+    )
+    return config, {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def _task_type(model: BayesianLoRAModel) -> str | None:
+    if isinstance(model.likelihood, SequenceClassification):
+        # Under SEQ_CLS PEFT leaves a target alone that is the head: it would not be loaded
+        heads = tuple(f"{name}." for name in head_names(model.net))
+        layers = [f"{name}." for group in model.groups for name in group.module_names]
+        return None if any(name.startswith(heads) for name in layers) else "SEQ_CLS"
+    generates = getattr(model.net, "can_generate", None)
+    if generates is None or not generates():
+        return None
+    encoder_decoder = getattr(getattr(model.net, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"

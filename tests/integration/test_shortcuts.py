@@ -1,0 +1,464 @@
+"""Every shortcut gives what the plain path gives: logits, hidden states, windows, padding."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import transformers
+from choice_batches import batch_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pyro_blora.errors import BatchError
+from pyro_blora.guides import MatrixNormal
+from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.shortcuts import frozen_blocks, window_of
+
+TOKENS = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
+CLASSES = SequenceClassification(num_data=12)
+TEXT = CausalLM(num_data=12)
+CHOICES = MultipleChoice(num_data=12)
+UNPACKED = MultipleChoice(num_data=12, pack=False)
+HEADS = {"num_hidden_layers": 4, "num_attention_heads": 4}
+WIDE = {**HEADS, "intermediate_size": 24}
+MPT = {"d_model": 16, "n_heads": 8, "n_layers": 4, "max_seq_len": 32}
+OPT = {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
+ATTENTION = ["q_proj", "v_proj"]
+FUSED = ["query_key_value"]
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}
+LOCAL_SIZES = {**WIDE, "num_key_value_heads": 2, "head_dim": 4, "pad_token_id": 0}
+LOCAL_SIZES["max_position_embeddings"] = 64
+GPT_NEO = {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
+# Networks whose layers see a window or a chunk of a row: configuration, and the window's name
+LOCAL = {
+    "Mistral": (LOCAL_SIZES, "sliding_window"),
+    "Qwen2": (
+        {**LOCAL_SIZES, "use_sliding_window": True, "max_window_layers": 1},
+        "sliding_window",
+    ),
+    "Gemma2": ({**LOCAL_SIZES, "query_pre_attn_scalar": 4}, "sliding_window"),
+    "Gemma3Text": ({**LOCAL_SIZES, "query_pre_attn_scalar": 4}, "sliding_window"),
+    "GPTNeo": ({**GPT_NEO, "max_position_embeddings": 64}, "window_size"),
+    "GptOss": ({**LOCAL_SIZES, **EXPERTS}, "sliding_window"),
+    "Llama4Text": ({**LOCAL_SIZES, **EXPERTS, "intermediate_size_mlp": 24}, "attention_chunk_size"),
+}
+
+
+def network(name, kind="CausalLM", **options):
+    """A network that a prediction, and a token misplaced, tell apart: its weights are large."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 32, "hidden_size": 16, **options}
+    config = getattr(transformers, f"{name}Config")(**options)
+    net = getattr(transformers, f"{name.removesuffix('Text')}For{kind}")(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.8 * parameter.shape[-1] ** -0.5)
+    return net
+
+
+def local(name, window):
+    options, key = LOCAL[name]
+    return network(name, **options, **{key: window})
+
+
+def long_texts(rows):
+    return tiny.texts(rows, 14)
+
+
+# network, adapted layers, likelihood, a batch
+CASES = {
+    "llama": (lambda: tiny.llama(4), ATTENTION, TOKENS, tiny.sequences),
+    "llama, eager": (
+        lambda: tiny.llama(4, attn_implementation="eager"), ATTENTION, TOKENS, tiny.sequences,
+    ),
+    "llama, text": (lambda: tiny.llama(4), ATTENTION, TEXT, tiny.texts),
+    "llama, options": (lambda: tiny.llama(4), ATTENTION, CHOICES, tiny.choices),
+    "llama, unpacked": (lambda: tiny.llama(4), ATTENTION, UNPACKED, tiny.choices),
+    "qwen2": (lambda: tiny.qwen2(4), ATTENTION, TOKENS, tiny.sequences),
+    "gpt2": (lambda: tiny.gpt2(4), ["c_attn"], CHOICES, tiny.choices),
+    "mixtral": (lambda: tiny.mixtral(4), ATTENTION, TOKENS, tiny.sequences),
+    "bert": (lambda: tiny.bert(4), ["query", "value"], CLASSES, tiny.sequences),
+    "falcon, alibi": (
+        lambda: network("Falcon", **HEADS, alibi=True, multi_query=False, parallel_attn=False),
+        FUSED, TOKENS, tiny.sequences,
+    ),
+    "bloom": (lambda: network("Bloom", n_layer=4, n_head=4), FUSED, TOKENS, tiny.sequences),
+    "mpt": (lambda: network("Mpt", **MPT), ["Wqkv"], TOKENS, tiny.sequences),
+    "opt": (lambda: network("OPT", **HEADS, **OPT), ATTENTION, TOKENS, tiny.sequences),
+    "phi": (lambda: network("Phi", **WIDE), ATTENTION, TOKENS, tiny.sequences),
+    "convbert, which reads padding": (
+        lambda: network("ConvBert", "SequenceClassification", **WIDE, num_labels=3),
+        ["query"], CLASSES, tiny.sequences,
+    ),
+    **{
+        f"{name}, local": (lambda name=name: local(name, 4), ["q_proj"], TEXT, long_texts)
+        for name in LOCAL
+    },
+}  # fmt: skip
+
+
+def adapted(case, *, layers=(2, 3), **options):
+    make, targets, likelihood, batch = CASES[case]
+    blora = tiny.adapted(
+        make(),
+        target_modules=targets,
+        likelihood=tiny.anew(options.pop("likelihood", likelihood)),
+        layers_to_transform=list(layers),
+        prior=KroneckerInducing(rank=2, sigma=2.0),
+        guide=MatrixNormal(init_scale=1.0),
+        **options,
+    )
+    return blora, batch(6)
+
+
+def blocks_of(net):
+    return next(m for m in net.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def rows_run(net):
+    """How many rows each block has run; by its forward, for a hook would have it run every time."""
+    seen = dict.fromkeys(range(len(blocks_of(net))), 0)
+
+    def counting(index, forward):
+        def counted(*args, **kwargs):
+            seen[index] += (args[0] if args else kwargs["hidden_states"]).shape[0]
+            return forward(*args, **kwargs)
+
+        return counted
+
+    for index, block in enumerate(blocks_of(net)):
+        block.forward = counting(index, block.forward)
+    return seen
+
+
+def scores(blora, batch, max_rows, draws=5):
+    """Of the same draws, whatever the passes are."""
+    torch.manual_seed(1)
+    sites = {site.name: torch.randn(draws, *site.prior.shape()) for site in blora.model.sites}
+    if isinstance(blora.likelihood, CausalLM):
+        return blora.log_predictive(batch, samples=sites, max_rows=max_rows)
+    return blora.predict(batch, samples=sites, max_rows=max_rows).samples
+
+
+def assert_fast_is_plain(blora, batch):
+    shortcuts = blora.model.shortcuts
+    shortcuts.on = False
+    expected = scores(blora, batch, max_rows=1)
+    shortcuts.on = True
+    for max_rows in (1, 12, 100):
+        found = scores(blora, batch, max_rows)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    return expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fast_is_plain(case):
+    """Logits of the read positions, packed options and frozen blocks of several draws a pass."""
+    blora, batch = adapted(case)
+    expected = assert_fast_is_plain(blora, batch)
+    assert expected.std(0).max() > 1e-3
+    assert len(frozen_blocks(blora.net, blora.model.layer_names)) == 2
+    assert blora.model.skippable_blocks()
+
+
+def test_blocks_run_once_for_a_prediction():
+    blora, batch = adapted("llama")
+    blora.predict(batch, 3)  # asks
+    seen = rows_run(blora.net)
+    blora.predict(batch, 5, max_rows=100)
+    assert seen == {0: 6, 1: 6, 2: 30, 3: 30}
+
+
+@pytest.mark.parametrize("where", ["inside of a block", "configuration", "batch"])
+def test_who_looks_at_hidden_states_sees_those_of_every_draw(where):
+    blora, batch = adapted("llama")
+    blora.predict(batch, 3)
+    kept = []
+    if where == "inside of a block":
+        mlp = blora.net.model.layers[1].mlp
+        mlp.register_forward_hook(lambda m, args, out: kept.append(out))
+    else:  # the hidden states after the second block
+        blora.net.config.output_hidden_states = where == "configuration"
+        forward = blora.net.forward
+
+        def noting(*args, **kwargs):
+            shown = {"output_hidden_states": True} if where == "batch" else {}
+            output = forward(*args, **{**kwargs, **shown})
+            kept.append(output.hidden_states[2])
+            return output
+
+        blora.net.forward = noting
+    if where == "batch":
+        batch["output_hidden_states"] = True
+    blora.predict(batch, 3, max_rows=100)
+    assert [len(hidden) for hidden in kept] == [18]
+    for other in kept[0].chunk(3)[1:]:  # frozen, so alike in all draws
+        torch.testing.assert_close(other, kept[0][:6])
+    assert kept[0].std() > 0.01
+
+
+def test_a_hook_on_the_head_sees_all_positions():
+    blora, batch = adapted("llama")
+    shapes = []
+    with torch.no_grad():
+        expected = blora.likelihood.logits(blora.net, batch)
+        handle = blora.net.lm_head.register_forward_hook(lambda m, a, out: shapes.append(out.shape))
+        found = blora.likelihood.logits(blora.net, batch)
+        handle.remove()
+    assert shapes == [torch.Size([6, 7, tiny.VOCABULARY])]
+    torch.testing.assert_close(found, expected)
+
+
+def test_blocks_that_run_in_a_loop_are_run():
+    """The second time round, a frozen block is given what the adapted one put out."""
+    net = tiny.llama(4)
+    first, second = net.model.layers[:2]
+    net.model.layers = torch.nn.ModuleList([first, second, first, second])
+    prior, guide = KroneckerInducing(rank=2, sigma=2.0), MatrixNormal(init_scale=1.0)
+    blora = tiny.adapted(net, layers_to_transform=[1], prior=prior, guide=guide)
+    assert_fast_is_plain(blora, tiny.sequences(4))
+
+
+class Plain(torch.nn.Module):
+    """A network of one's own, which declares nothing and runs its blocks twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(tiny.VOCABULARY, 8)
+        blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3)]
+        self.blocks = torch.nn.ModuleList(blocks)
+        self.head = torch.nn.Linear(8, len(tiny.ANSWERS))
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embed(input_ids)
+        for block in (*self.blocks, *self.blocks):
+            hidden = hidden + block(hidden)
+        return SimpleNamespace(logits=self.head(hidden.mean(1)))
+
+
+@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
+@pytest.mark.parametrize("trained", [None, ["embed"]])
+def test_a_network_that_cannot_be_asked_runs_plainly(trained):
+    options = {"target_modules": ["blocks.2.0"], "modules_to_save": trained}
+    blora = tiny.adapted(Plain(), likelihood=CLASSES, **options)
+    assert blora.model.skippable_blocks() == []
+    assert blora.predict(tiny.sequences(4), 5).samples.shape == (5, 4, 3)
+
+
+def test_without_shortcuts_nothing_is_asked_and_all_is_run():
+    net = tiny.llama(3)
+    blora = tiny.adapted(net, target_modules=None, layers_to_transform=[2], fast=False)
+    seen, calls = rows_run(net), []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    blora.predict(tiny.sequences(4), 4, max_rows=100)
+    assert seen == {0: 16, 1: 16, 2: 16}
+    assert len(calls) == 1
+
+
+def test_each_adapter_has_its_own_shortcuts_and_answers():
+    """Two on one network at once: what one is told, and what it learns, the other does not."""
+    net, batch = tiny.llama(4), tiny.choices(6)
+    slow = tiny.adapted(net, target_modules=["q_proj"], likelihood=tiny.anew(CHOICES), fast=False)
+    options = {"likelihood": tiny.anew(CHOICES), "layers_to_transform": [2, 3]}
+    fast = tiny.adapted(net, target_modules=["v_proj"], **options)
+    seen = rows_run(net)
+    slow.predict(batch, 2, max_rows=100)
+    assert seen == dict.fromkeys(range(4), 2 * 18)
+    assert not slow.model.shortcuts._answers
+    before = set(vars(net))
+    fast.predict(batch, 2, max_rows=100)
+    assert len(fast.model.shortcuts._answers) == 2
+    assert set(vars(net)) == before
+    seen.update(dict.fromkeys(seen, 0))
+    fast.predict(batch, 3, max_rows=100)
+    assert seen == {0: 6, 1: 6, 2: 18, 3: 18}
+
+
+def test_another_implementation_of_attention_is_asked_again():
+    blora, batch = adapted("llama")
+    calls = []
+    blora.net.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def passes():
+        calls.clear()
+        blora.predict(batch, 2, max_rows=100)
+        return len(calls)
+
+    asked, again = passes(), passes()
+    assert again == 2 < asked
+    blora.net.set_attn_implementation("eager")
+    assert passes() == asked
+
+
+@pytest.mark.parametrize(
+    ("layers", "change"),
+    [
+        ([0, 3], lambda net: None),
+        ([2, 3], lambda net: net.model.layers[0].compile(backend="eager")),
+        ([2, 3], lambda net: net.model.layers[0].register_forward_hook(lambda *_: None)),
+    ],
+)
+def test_blocks_that_cannot_be_skipped_are_run(layers, change):
+    blora, _ = adapted("llama", layers=layers)
+    change(blora.net)
+    assert blora.model.skippable_blocks() == []
+
+
+def test_a_failing_pass_leaves_nothing_behind():
+    blora, batch = adapted("llama")
+    blora.predict(batch, 2)
+    before = [vars(block).get("forward") for block in blocks_of(blora.net)], set(vars(blora.net))
+    batch["input_ids"][0, 0] = tiny.VOCABULARY + 5
+    with pytest.raises(IndexError):
+        blora.predict(batch, 3)
+    after = [vars(block).get("forward") for block in blocks_of(blora.net)], set(vars(blora.net))
+    assert after == before
+
+
+class Twice(LabelTokens):
+    """Reads the rows, and the rows with their tokens turned round, or each row by itself."""
+
+    row_by_row = False
+
+    def logits(self, net, batch):
+        if self.row_by_row:
+            rows = [
+                {k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))
+            ]
+            return torch.cat([super(Twice, self).logits(net, row) for row in rows])
+        other = {**batch, "input_ids": batch["input_ids"].where(batch["input_ids"] == 0, 9)}
+        return super().logits(net, batch) - super().logits(net, other)
+
+
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_a_likelihood_that_runs_the_network_several_times(row_by_row):
+    blora, batch = adapted("llama", likelihood=Twice(token_ids=tiny.ANSWERS, num_data=12))
+    blora.likelihood.row_by_row = row_by_row
+    shortcuts = blora.model.shortcuts
+    found = scores(blora, batch, max_rows=1)
+    shortcuts.on = False
+    torch.testing.assert_close(found, scores(blora, batch, max_rows=1), atol=2e-5, rtol=1e-4)
+
+
+def test_a_head_whose_weight_is_used_without_it():
+    """As where it is tied by hand: no hook of the head is run."""
+    blora, batch = adapted("llama, text")
+    expected = scores(blora, batch, max_rows=1)
+    net = blora.net
+    net.forward = lambda input_ids, attention_mask, use_cache=False, **other: SimpleNamespace(
+        logits=torch.nn.functional.linear(
+            net.model(input_ids, attention_mask=attention_mask, **other).last_hidden_state,
+            net.lm_head.weight,
+        )
+    )
+    torch.testing.assert_close(scores(blora, batch, max_rows=1), expected)
+
+
+# Rows of up to 14 tokens, and packed of 17
+OPTIONS = batch_of(
+    [
+        (range(3, 13), [(5, 6, 7, 8), (9,), (10, 11)], 0),
+        (range(4, 10), [(12,), (13, 14, 15), (16, 17)], 1),
+    ]
+)
+
+
+def by_hand(net, batch):
+    """The mean log-likelihood of each option, in a row of its own."""
+    scores = torch.zeros(batch["input_ids"].shape[:2])
+    for i, k in torch.cartesian_prod(*map(torch.arange, scores.shape)).tolist():
+        real = batch["attention_mask"][i, k].bool()
+        ids = batch["input_ids"][i, k][real]
+        scored = batch["option_mask"][i, k][real].nonzero().squeeze(-1)
+        row = net(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
+        scores[i, k] = row.logits[0].log_softmax(-1)[scored - 1, ids[scored]].mean()
+    return scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [8, 16, 32])
+@pytest.mark.parametrize("pack", [None, True])
+@pytest.mark.parametrize("name", LOCAL)
+def test_options_under_a_window_score_as_they_do_by_themselves(name, pack, window):
+    net = local(name, window)
+    expected = by_hand(net, OPTIONS)
+    rows = []
+    net.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    scores = MultipleChoice(pack=pack).logits(net, OPTIONS)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    if pack or window < 32:  # a window as long as the packed rows changes nothing
+        assert rows[-1] == (2 if window == 32 else 6)
+    wider = by_hand(local(name, 32), OPTIONS)
+    assert (wider - expected).abs().max() > 0.01 or window > 8
+
+
+def test_attention_to_the_top_few_is_a_window_too():
+    """Of sparse attention, whose choice a mask of one's own would not have."""
+    net = tiny.llama()
+    assert window_of(net) is None
+    net.config.index_topk = 8
+    assert window_of(net) == 8
+
+
+PADDED = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "gpt_neo": {**GPT_NEO, "window_size": 4, "max_position_embeddings": 32},
+    "llama": {**WIDE, "max_position_embeddings": 32},
+    "opt": {**HEADS, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "roberta": {**WIDE, "pad_token_id": 1, "max_position_embeddings": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "rwkv": {"num_hidden_layers": 2},
+}
+# Encoders, and networks that take no positions
+REFUSED = ("roberta", "bloom", "rwkv")
+READ = {
+    "tokens": (AutoModelForCausalLM, LabelTokens(token_ids=tiny.ANSWERS)),
+    "text": (AutoModelForCausalLM, CausalLM()),
+    "classes": (AutoModelForSequenceClassification, SequenceClassification()),
+}
+
+
+def padded_rows(net, side):
+    """Three rows of 4 to 6 tokens, padded on a side."""
+    pad = net.config.pad_token_id
+    ids = torch.randint(8, 32, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(6) < torch.tensor([[6], [5], [4]])).long()
+    ids = ids.where(mask.bool(), pad)
+    if side == "left":
+        shift = 6 - mask.sum(-1)
+        order = (torch.arange(6) - shift[:, None]) % 6
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("kind", READ)
+def test_rows_padded_on_the_left_are_read_as_rows_that_are_not(name, kind):
+    auto, likelihood = READ[kind]
+    if kind == "classes" and name == "rwkv":
+        pytest.skip("rwkv has no classifier")
+    options = {"vocab_size": 32, "hidden_size": 16, "pad_token_id": 0, "num_labels": 3}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        name, **{**options, **PADDED[name]}, is_decoder=auto is AutoModelForCausalLM
+    )
+    net = tiny.shaken(auto.from_config(config).eval(), 0.3)
+    right, left = (padded_rows(net, side) for side in ("right", "left"))
+    expected = likelihood.logits(net, right)
+    assert expected.std() > 0.01
+    logits = net(input_ids=right["input_ids"], attention_mask=right["attention_mask"]).logits
+    if kind == "classes":
+        torch.testing.assert_close(expected, logits)
+    if kind == "tokens":
+        torch.testing.assert_close(expected, tiny.answers(logits, right))
+    if name in REFUSED:
+        with pytest.raises(BatchError, match=r"padded on the left, and .*padding_side = 'right'"):
+            likelihood.logits(net, left)
+    else:
+        found = likelihood.logits(net, left)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
