@@ -21,10 +21,11 @@ from pyro_blora.inference.loop import (
     FitResult,
     batches_of,
     collator,
+    running,
     training_loop,
 )
 from pyro_blora.inference.objective import Objective
-from pyro_blora.inference.post_hoc import finish, post_hoc_families, running
+from pyro_blora.inference.post_hoc import finish, post_hoc_families
 from pyro_blora.inference.resume import TrainingState, settings_of, size_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS, method_of

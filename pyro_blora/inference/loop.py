@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import pyro
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
+from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
+from pyro_blora.network.adapter import in_mode
 
 if TYPE_CHECKING:
     from pyro_blora.inference.resume import TrainingState
@@ -208,6 +211,14 @@ class Batches:
         if self._order is not None:
             self._begun["order"] = self._order.random.getstate()
         self._epoch = iter(self._loader)
+
+
+@contextmanager
+def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
+    """Within, the network runs in this precision and mode, and Pyro checks no values."""
+    mode = in_mode(blora.net, training=training)
+    with blora.model.autocast(precision), mode, pyro.validation_enabled(False):
+        yield
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,11 +15,10 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import forked_rng
-from pyro_blora.inference.loop import Collate, batches_of
+from pyro_blora.inference.loop import Collate, batches_of, running
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
 from pyro_blora.posterior.guide import StructuredGuide
 from pyro_blora.posterior.predictive import logit_jacobian
@@ -40,14 +37,6 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
             "MultipleChoice() or LabelTokens(token_ids=...), or take a guide that is trained."
         )
     return found
-
-
-@contextmanager
-def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
-    """Within, the network runs in this precision and mode, and Pyro checks no values."""
-    mode = in_mode(blora.net, training=training)
-    with blora.model.autocast(precision), mode, pyro.validation_enabled(False):
-        yield
 
 
 def bayesianize(

@@ -50,10 +50,6 @@ class BayesianLoRATrainer(Trainer):
             that of the means, where they shall not be the method's.
         options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
 
-    Raises:
-        ConfigurationError: ``args.learning_rate`` was set, a role is unknown, the likelihood lacks
-            ``num_data``, or the guide is none of this library.
-
     Example::
 
         trainer = BayesianLoRATrainer(blora, TrainingArguments("out", num_train_epochs=3),
