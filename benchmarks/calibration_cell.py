@@ -30,7 +30,12 @@ from pyro_blora.posterior.prediction import Prediction, predict_dataset
 __all__ = ["Cell", "Outcome", "outcomes"]
 
 Settings = dict[str, Any]
-_NOT_TOLD = ("num_epochs", "collate", "length", "validation")  # of what a cell was trained with
+# what a cell is trained with, where nothing else is said
+_USUAL = {
+    name: value
+    for name, value in (fit.__kwdefaults__ or {}).items()
+    if name not in ("num_epochs", "collate", "length", "validation")
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -212,8 +217,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
         **method["fit"],
     }
     rates = given_rates(blora, options.get("learning_rates"))
-    told = {name: value for name, value in fit.__kwdefaults__.items() if name not in _NOT_TOLD}
-    made = settings_of(blora, {**told, **options})
+    made = settings_of(blora, {**_USUAL, **options})
     made["learning_rates"] |= rates  # of the method's
     made = {name: value for name, value in made.items() if not name.startswith("layer ")}
     train: Settings = {"collate": data.collate, "length": item_length}
