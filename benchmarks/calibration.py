@@ -12,10 +12,11 @@ mean NLL on validation items of the network's development tasks. Early stopping 
 a task's own validation items; test items are scored once.
 """
 
+import copy
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby, product
 from pathlib import Path
@@ -28,11 +29,10 @@ import typer
 import yaml
 from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
-from calibration_trials import base_of, changed, chosen_trials, trial_key, without_trials
 
 from pyro_blora.checkpoints import write_atomically
+from pyro_blora.evaluation.comparison import versions
 from pyro_blora.evaluation.metrics import evaluate
-from pyro_blora.evaluation.results import versions
 from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import choose_precision
 
@@ -49,7 +49,6 @@ Only = Annotated[
 Seed = Annotated[list[int] | None, typer.Option(help="Seeds to run alone.")]
 Model = Annotated[str | None, typer.Option(help="In place of the networks' model.")]
 Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
-Ray = Annotated[bool, typer.Option("--ray", help="Spread cells over a Ray cluster (pip: ray).")]
 
 SMOKE_STEPS = 4
 DEFAULT_CONFIG = HERE / "calibration.yaml"
@@ -69,6 +68,61 @@ def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, 
         settings["smoke"] = True
         settings["development"]["steps"] = SMOKE_STEPS
     return settings
+
+
+def base_of(method: str, settings: Mapping[str, Any]) -> str:
+    """The method whose training ``method`` reads."""
+    return str(settings["methods"][method].get("of", method))
+
+
+def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, Any]:
+    """The settings with the trial that was chosen for each method."""
+    settings = copy.deepcopy(settings)
+    for name, index in trials.items():
+        method = settings["methods"].get(name, {})
+        for key, change in (method.get("trials") or [{}])[index].items():
+            method[key] = {**method.get(key, {}), **change} if isinstance(change, dict) else change
+    return settings
+
+
+def without_trials(method: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings, without what else there was to try."""
+    return {name: value for name, value in method.items() if name != "trials"}
+
+
+def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
+    settings = without_trials(line["settings"])
+    kinds = ("network", "method", "trial", "task", "seed", "steps")
+    return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
+
+
+def chosen_trials(
+    settings: dict[str, Any], trials: Iterable[Mapping[str, Any]]
+) -> dict[tuple[str, str], int]:
+    """The trial of each network and method with the lowest mean NLL on the development tasks.
+
+    Trials that have not run on every development task and seed are no candidates. A network without
+    tasks of its own has the choices of the first.
+    """
+    where = settings["development"]
+    tried = {trial_key(line): line["nll"] for line in trials}
+    chosen = {}
+    for network, method in product(settings["networks"], settings["methods"]):
+        of = network if network in where["networks"] else next(iter(where["networks"]))
+        pairs = product(where["networks"][of], where["seeds"])
+        runs = [{"network": of, "task": task, "seed": seed} for task, seed in pairs]
+        base, means = base_of(method, settings), {}
+        last = settings["methods"][method].get("state") == "from-lora"  # goes on from its last step
+        for trial in range(len(settings["methods"][base].get("trials", []))):
+            line = {"method": base if last else method, "trial": trial, "steps": where["steps"]}
+            line["settings"] = changed(settings, {base: trial})["methods"][base]
+            found = [tried.get(trial_key({**line, **run})) for run in runs]
+            if all(nll is not None for nll in found):
+                means[trial] = sum(nll for nll in found if nll is not None)
+        if means:
+            chosen[network, method] = min(means, key=means.__getitem__)
+    return chosen
 
 
 def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
@@ -124,25 +178,6 @@ def shared(cells: Sequence[Cell], settings: dict[str, Any], trials: Trials) -> l
     for (*_, base, trial), group in groupby(sorted(cells, key=training), key=training):
         groups.append((list(group), changed(settings, {base: trial} if trial >= 0 else {})))
     return groups
-
-
-def results(groups: Sequence[Group], ray: bool) -> Iterator[tuple[Outcome, dict[str, Any]]]:
-    """The outcomes of all groups, here or on a cluster, each as soon as it is there."""
-    if not ray:
-        for group, settings in groups:
-            for outcome in outcomes(group, settings):
-                yield outcome, settings
-        return
-    import ray as cluster
-
-    @cluster.remote  # type: ignore[untyped-decorator]
-    def work(group: Sequence[Cell], settings: dict[str, Any]) -> list[tuple[Outcome, Any]]:
-        return [(outcome, settings) for outcome in outcomes(group, settings)]
-
-    waiting = [work.remote(*group) for group in groups]
-    while waiting:
-        (ready, *_), waiting = cluster.wait(waiting)
-        yield from cluster.get(ready)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -257,7 +292,6 @@ def run(
     smoke: Smoke = False,
     seed: Seed = None,
     model: Model = None,
-    ray: Ray = False,
 ) -> None:
     """Runs the cells that are not there yet, with each method's chosen trial."""
     out.mkdir(parents=True, exist_ok=True)
@@ -275,9 +309,10 @@ def run(
     print(f"{len(cells)} cells, {len(done)} of them there, {len(groups)} trainings to go")
     if old := [str(cell) for cell in done if is_of_other_settings(there[cell], settings, trials)]:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
-    for outcome, used in results(groups, ray):
-        cell = outcome.cell
-        keep(outcome, used, trials.get((cell.network, cell.method)), out, code)
+    for group, used in groups:
+        for outcome in outcomes(group, used):
+            cell = outcome.cell
+            keep(outcome, used, trials.get((cell.network, cell.method)), out, code)
 
 
 @app.command()

@@ -19,15 +19,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize, fit
 from pyro_blora.data import Item, Task, load_task
-from pyro_blora.evaluation.comparison import item_length, likelihood_for
+from pyro_blora.data.items import item_length
 from pyro_blora.inference.fit import given_rates
 from pyro_blora.inference.resume import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
-
-__all__ = ["Cell", "Outcome", "outcomes"]
 
 Settings = dict[str, Any]
 # what a cell is trained with, where nothing else is said
@@ -107,7 +105,7 @@ class _Data:
         """A new one: an adapter may train it."""
         if settings["model"] == "minilm":
             return SequenceClassification(num_data=len(self.task.train))
-        made = likelihood_for(self.task, self.collate, scale)
+        made = self.task.likelihood(self.collate, scale)
         return type(made)(**made.options() | options) if isinstance(made, MultipleChoice) else made
 
 

@@ -3,23 +3,25 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from calibration_figures import draw, joined
-from calibration_novelty import Doubts, doubts, told_apart
-from calibration_paired import Run, paired
 from torch import Tensor
 
-from pyro_blora.evaluation.metrics import auroc, ece_by_chance, evaluate, risk_coverage
-from pyro_blora.evaluation.temperature import fit_temperature
-
-__all__ = ["scores", "trials_table", "write_report"]
+from pyro_blora.evaluation.metrics import (
+    auroc,
+    ece_by_chance,
+    evaluate,
+    fit_temperature,
+    risk_coverage,
+)
+from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 
 COLUMNS = {  # title, factor, digits
     "acc": ("ACC %", 100, 1),
@@ -31,6 +33,16 @@ COLUMNS = {  # title, factor, digits
     "auroc": ("AUROC %", 100, 1),
     "aurc": ("AURC %", 100, 1),
 }
+KINDS = ("entropy", "mutual information")
+TITLES = {
+    "lora": "plain LoRA",
+    "lora-best": "its best step",
+    "temperature:lora-best": "that one, temperature scaled",
+    "bayesian-lora": "BayesianLoRA(net)",
+}
+Pair = tuple[Tensor, Tensor]  # probabilities, labels
+Run = dict[str, Pair]  # by data set
+Doubts = dict[str, dict[str, Tensor]]  # by data set, and by what measures it; of each item
 Lines = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, int, str]  # network, task, steps, training items
 
@@ -93,11 +105,7 @@ def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doub
 def on_all_tasks(
     runs: Runs,
 ) -> Iterator[tuple[str, int, str, list[str], dict[str, dict[int, Run]]]]:
-    """For each setting its tasks, and the methods and seeds that have run on all of them.
-
-    Yields:
-        Network, steps, training items, tasks, and the predictions by method, seed and task.
-    """
+    """For each setting its tasks, and the predictions of what has run on all of them."""
     for network, steps, count in sorted({(key[0], *key[2:]) for key in runs}):
         tasks = {
             k[1]: found for k, found in runs.items() if (k[0], *k[2:]) == (network, steps, count)
@@ -227,6 +235,117 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
+def paired(
+    methods: Mapping[str, Mapping[int, Run]], ours: str, kin: Collection[str], *data: str
+) -> list[str]:
+    """The difference of NLL, Brier score and ECE to the three best others, mean over data sets.
+
+    Each is compared on the seeds that both have. There are two errors of the mean: over items, each
+    item's differences averaged over seeds first, and over seeds, where there are several.
+
+    """
+    found = {}
+    for name in set(methods) - {ours, *kin} if ours in methods else ():
+        gaps = [
+            [_scores(*methods[ours][seed][d]) - _scores(*methods[name][seed][d]) for d in data]
+            for seed in sorted(set(methods[ours]) & set(methods[name]))
+            if set(data) <= set(methods[ours][seed]) & set(methods[name][seed])
+        ]
+        if gaps:
+            found[name] = [torch.stack(gap) for gap in zip(*gaps, strict=True)]
+    rows = []
+    for index, title in enumerate(("NLL", "Brier", "ECE")):
+
+        def by_seed(name: str, index: int = index) -> Tensor:
+            return torch.stack([gap[:, index].mean(-1) for gap in found[name]]).mean(0)
+
+        behind = sorted(found, key=lambda name: (-float(by_seed(name).mean()), name))
+        for other in behind[:3]:
+            each = [gap[:, index].mean(0) for gap in found[other]]
+            error = sum(float(gap.var()) / len(gap) for gap in each) ** 0.5 / len(data)
+            means = by_seed(other)
+            text = f"{title} of `{ours}` less that of `{other}`: {float(means.mean()):+.4f}"
+            text += f" ± {error:.4f} over items"
+            if len(means) > 1:
+                text += f", ± {float(means.std()) / len(means) ** 0.5:.4f} over {len(means)} seeds"
+            rows.append(text + ".")
+    return rows
+
+
+def _scores(probs: Tensor, labels: Tensor) -> Tensor:
+    """NLL and Brier score of each item, and what it adds to the ECE's mean, ``3 x N``.
+
+    The ECE is the mean of confidence less correctness, with the sign that its sum has in the item's
+    bin: to first order, where no sign changes, the variance of these is that of the ECE.
+    """
+    probs = probs.double()
+    nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
+    confidence, predicted = probs.max(1)
+    gap = confidence - (predicted == labels).double()
+    bins = (15 * confidence).ceil().long()
+    sign = torch.zeros(16).double().index_add(0, bins, gap).sign()[bins]
+    return torch.stack([nll, (probs - one_hot).square().sum(1), sign * gap])
+
+
+def doubts(run: Mapping[str, Pair], epistemic: Mapping[str, Tensor]) -> Doubts:
+    """The doubts of a run's items, in nats.
+
+    Items are those with as many options as the first test item has: more make more entropy.
+    The mutual information of a point is zero, and left out.
+    """
+    found: Doubts = defaultdict(dict)
+    options = int((run["test"][0][0] > 0).sum())
+    for name, (probs, _) in run.items():
+        alike = (probs > 0).sum(1) == options
+        if not bool(alike.any()):
+            continue
+        found[name]["entropy"] = torch.special.entr(probs[alike].double()).sum(1)
+        mutual = epistemic.get(name, torch.zeros(len(alike)))[alike].double()
+        if bool((mutual > 0).any()):
+            found[name]["mutual information"] = mutual
+    return found
+
+
+def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: Sequence[str]) -> list[str]:
+    """A table of the AUROC in % of each doubt for another set's items against the test items.
+
+    Means over seeds; the last column is that over sets, with its standard error over seeds. 50 is
+    chance, and below it other sets' items are doubted less. Empty where there is nothing to tell.
+    """
+    rows: list[tuple[float, str]] = []
+    sets = [d for d in sets if all(d in run for seeds in runs.values() for run in seeds.values())]
+    for method, seeds in runs.items():
+        for kind in KINDS if sets else ():
+            asked = [run for run in seeds.values() if all(kind in run[d] for d in ["test", *sets])]
+            found = [[100 * auroc(run["test"][kind], run[d][kind]) for d in sets] for run in asked]
+            if found:
+                each = " | ".join(f"{fmean(column):.1f}" for column in zip(*found, strict=True))
+                means = [fmean(row) for row in found]
+                spread = f" ± {stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
+                mean = fmean(means)
+                text = f"| {method} | {kind} | {len(means)} | {each} | {mean:.1f}{spread} |"
+                rows.append((-mean, text))
+    if not rows:
+        return []
+    head = f"| method | doubt | seeds | {' | '.join(sets)} | mean |"
+    return [head, "|---" * (len(sets) + 4) + "|", *(row for _, row in sorted(rows))]
+
+
+def joined(parts: Iterable[Pair]) -> Pair:
+    """The items of several tasks as of one; an option that a task has not has probability zero."""
+    probs, labels = zip(*parts, strict=True)
+    most = max(p.shape[1] for p in probs)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(p, (0, most - p.shape[1])) for p in probs]), torch.cat(labels)
+
+
+def draw(pooled: Mapping[str, Pair], path: Path, ours: str) -> None:
+    """Reliability diagrams, all seeds and tasks together."""
+    shown = [m for m in ("lora", "lora-best", "temperature:lora-best", ours) if m in pooled]
+    save_figure(reliability_diagram({TITLES.get(m, m): pooled[m] for m in shown}), path)
+
+
 def write_report(
     lines: Lines,
     out: Path,
@@ -237,13 +356,8 @@ def write_report(
 ) -> None:
     """Writes ``report.md`` and a picture of each network.
 
-    Args:
-        lines: those of ``cells.jsonl``.
-        out: the folder of these, of the probabilities and of what is written.
-        ours: the method that all others are compared with.
-        kin: variants of it, which are no others.
-        chosen_on: by network, the tasks on whose validation items settings were chosen.
-        published: what papers print of a task, ``"ACC ECE NLL"``, by method and task.
+    ``chosen_on`` has, by network, the tasks on whose validation items settings were chosen;
+    ``published`` what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]

@@ -17,24 +17,14 @@ from pyro_blora.network.precision import choose_precision
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["PlainLoRA"]
-
 
 @dataclass
 class PlainLoRA:
     """A PEFT LoRA adapter by maximum likelihood: the baseline.
 
-    Args:
-        net: the network; PEFT injects its layers in place, :meth:`unload` takes them out.
-        target_modules: suffixes of the layers to adapt.
-        likelihood: how logits explain a batch.
-        rank: ``r``; PEFT's ``lora_alpha`` is twice that, so that the update is ``2 B A``.
-        dropout: probability of dropping an input of ``A``, in training and in the draws of
-            :meth:`predict`.
-        layers_to_transform: indices of the blocks to adapt. Default: all.
-
-    Reference:
-        Hu et al. 2021, "LoRA: low-rank adaptation of large language models", arXiv:2106.09685.
+    PEFT injects its layers in place, :meth:`unload` takes them out. Its ``lora_alpha`` is twice the
+    rank, so that the update is ``2 B A``. ``dropout`` of the inputs of ``A`` is on in training, and
+    in the draws of :meth:`predict`.
     """
 
     net: nn.Module
@@ -109,10 +99,8 @@ class PlainLoRA:
     def predict(self, batch: Batch, num_samples: int = 0) -> Prediction:
         """The probabilities of a batch, ``S x B x K``.
 
-        Args:
-            batch: what the likelihood takes.
-            num_samples: passes ``S`` with LoRA's own dropout on (Gal, Ghahramani 2016,
-                arXiv:1506.02142); 0 makes one pass without.
+        ``num_samples`` are passes with LoRA's own dropout on (Gal, Ghahramani 2016,
+        arXiv:1506.02142); 0 makes one pass without.
         """
         batch = to_device(batch, next(self.net.parameters()).device)
         with in_mode(self.net, training=False):

@@ -9,36 +9,24 @@ likelihood reads, as all predictions do. `linearised` is the one-pass predictive
 pass forward, and one back for each class but the first.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from ratios import rows_of, table, take_turns, write
-from setting import SIZES, adapted, batches, network
+from timing import adapted, batches, network, parser_of, rows_of, table, take_turns, write
 
 from pyro_blora.likelihoods import LabelTokens
 
 
 def main() -> None:
     """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="smollm2", help="shape of the network")
+    parser = parser_of(__doc__)
     parser.add_argument("--method", default="bayesian-lora", help="method or PRIOR+GUIDE")
-    parser.add_argument("--top", type=int, help="adapt the top layers alone, this many")
     parser.add_argument("--samples", default="1,4,10,32", help="numbers of draws")
     parser.add_argument("--classes", type=int, default=2, help="answer tokens to choose from")
-    parser.add_argument("--rows", type=int, default=8, help="examples in a batch")
-    parser.add_argument("--length", type=int, default=64, help="tokens in an example")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pyro.settings.set(module_local_params=True)

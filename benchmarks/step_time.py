@@ -25,11 +25,9 @@ from pathlib import Path
 import pyro
 import torch
 from plain_lora import PlainLoRA
-from ratios import rows_of, table, take_turns, write
-from setting import (
+from timing import (
     ANSWERS,
     RANK,
-    SIZES,
     TARGETS,
     Step,
     adapted,
@@ -37,6 +35,11 @@ from setting import (
     bayesian_step,
     network,
     optimise,
+    parser_of,
+    rows_of,
+    table,
+    take_turns,
+    write,
 )
 from torch import Tensor, nn
 
@@ -155,10 +158,7 @@ def timed(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[flo
 
 def main() -> None:
     """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="smollm2", help="shape of the network")
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, help="number of layers, in place of the shape's own")
     parser.add_argument(
         "--methods",
@@ -166,19 +166,13 @@ def main() -> None:
         help="peft and hand-written, and with :read; any method or PRIOR+GUIDE, and "
         "bayesian-lora:scaled for the prior's conditional noise",
     )
-    parser.add_argument("--top", type=int, help="adapt the top blocks alone, this many")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rows", type=int, default=8, help="examples in a batch")
-    parser.add_argument("--length", type=int, default=64, help="tokens in an example")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each method")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network's body")
     parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
     parser.add_argument("--published", type=Path, help="checkout of arXiv:2601.21003's code")
     parser.add_argument("--blob", type=Path, help="checkout of BLoB's code, arXiv:2406.11675")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pyro_blora._version import __version__
-from pyro_blora.cli import compare, evaluate, generate, info, laplace, rank, train
+from pyro_blora.cli import compare, evaluate, generate, info, rank, train
 from pyro_blora.errors import (
     BatchError,
     CheckpointError,
@@ -20,8 +20,6 @@ from pyro_blora.errors import (
     DataError,
     NonFiniteLossError,
 )
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: train, ask, compare, count.",
@@ -52,7 +50,6 @@ app.command("evaluate")(evaluate.run)
 app.command("rank")(rank.run)
 app.command("compare")(compare.run)
 app.command("generate")(generate.run)
-app.command("laplace")(laplace.run)
 app.command("info")(info.run)
 
 

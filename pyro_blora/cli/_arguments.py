@@ -1,64 +1,23 @@
-"""Options that several sub-commands share, so that they read the same everywhere."""
+"""Options that several sub-commands share, and what those that ask a saved adapter do alike."""
 
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from pyro_blora.errors import ConfigurationError, DataError, near_miss
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.methods import METHODS
-from pyro_blora.network.precision import check_precision, choose_precision
+from pyro_blora.network.precision import check_precision
 
-__all__ = [
-    "TASK_NAMES",
-    "Base",
-    "BatchSize",
-    "DataDir",
-    "MaxSteps",
-    "MaxTest",
-    "MaxTrain",
-    "MaxValidation",
-    "Method",
-    "Model",
-    "NumSamples",
-    "Overwrite",
-    "Precision",
-    "Rank",
-    "Targets",
-    "TaskName",
-    "check_free",
-    "check_out",
-    "check_task",
-    "chosen",
-    "listed",
-    "phase",
-    "seeds_of",
-]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# "facts" and data.hub_tasks(), which imports torch: a slip of the pen need not wait for it.
-TASK_NAMES = (
-    "ag_news",
-    "arc_challenge",
-    "arc_easy",
-    "boolq",
-    "facts",
-    "mmlu_chemistry",
-    "mmlu_physics",
-    "openbookqa",
-    "piqa",
-    "social_iqa",
-    "sst2",
-    "winogrande_m",
-    "winogrande_s",
-    "winogrande_xs",
-)
+    from pyro_blora.data import Item, Task
+    from pyro_blora.posterior.prediction import Prediction
 
 Model = Annotated[
     str,
@@ -74,12 +33,10 @@ Base = Annotated[
         "an adapter, 'smollm2'.",
     ),
 ]
-TaskName = Annotated[
-    str,
-    typer.Option(
-        help="'facts' (built in), the name of a folder in --data-dir, or one of the hub's sets "
-        "such as arc_easy, openbookqa, sst2."
-    ),
+_TASK = "'facts' (built in), the name of a folder in --data-dir, or one of the hub's sets"
+TaskName = Annotated[str, typer.Option(help=f"{_TASK} such as arc_easy, openbookqa, sst2.")]
+OwnTask = Annotated[
+    str | None, typer.Option(help=f"{_TASK}; default: what the adapter was trained on.")
 ]
 DataDir = Annotated[
     Path | None,
@@ -96,7 +53,6 @@ Rank = Annotated[
     int | None, typer.Option(help="Rank of the updates; default: the method's own, or 8.", min=1)
 ]
 Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")]
-MaxSteps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Examples in a step.", min=1)]
 MaxTrain = Annotated[int | None, typer.Option(help="Training examples to use.", min=1)]
 MaxValidation = Annotated[
@@ -117,45 +73,8 @@ Precision = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT already.")]
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raises ConfigurationError where the folder has an adapter that is not to be overwritten."""
-    from pyro_blora.checkpoints import CONFIG
-
-    if os.path.lexists(out / CONFIG) and not overwrite:
-        raise ConfigurationError(
-            f"--out {out} has a {CONFIG} already; name another folder, or add --overwrite."
-        )
-
-
-def check_task(name: str, data_dir: Path | None) -> None:
-    """Raises DataError where no data has this name, before torch is imported."""
-    if data_dir is None and name not in TASK_NAMES:
-        raise DataError(
-            f"no task {name!r}; {near_miss(name, TASK_NAMES)} ('facts' is built in, the others are "
-            "the hub's, and --data-dir names a folder of your own JSON lines)"
-        )
-    if data_dir is not None and name != "facts" and not (data_dir / name).is_dir():
-        there = sorted({file.parent.name for file in data_dir.glob("*/*.jsonl")})
-        raise DataError(
-            f"no task {name!r} in {data_dir}; {near_miss(name, there)}"
-            if there
-            else f"no TASK/SPLIT.jsonl in {data_dir}: name the folder that holds them"
-        )
-
-
-def check_out(out: Path) -> None:
-    """Makes the folder, and a file in it for a moment: before hours of work, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out, prefix=".pyro-blora-") as file:
-            file.write(b"room for a file")
-            file.flush()
-    except OSError as error:
-        raise ConfigurationError(
-            f"folder {out} cannot be written to: {error.strerror}. Name another one."
-        ) from error
+AdapterFolder = Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")]
+Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 
 
 @contextmanager
@@ -170,14 +89,6 @@ def phase(name: str) -> Iterator[None]:
         print(f"{time.perf_counter() - start:.1f} s", flush=True)
 
 
-def chosen(precision: str, console: Console) -> str:
-    """The precision that ``--precision`` stands for here; says which it is."""
-    found = choose_precision(precision)
-    reason = "bfloat16 is faster here" if found == "bfloat16" else "bfloat16 is no faster here"
-    console.print(f"precision: {found}" + (f" (auto: {reason})" if precision == "auto" else ""))
-    return found
-
-
 def listed(text: str, option: str) -> tuple[str, ...]:
     """The parts of a comma-separated list."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -186,11 +97,47 @@ def listed(text: str, option: str) -> tuple[str, ...]:
     return parts
 
 
-def seeds_of(text: str) -> tuple[int, ...]:
-    """The seeds of a comma-separated list."""
-    try:
-        return tuple(int(part) for part in listed(text, "--seeds"))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--seeds {text!r} is not a list of whole numbers such as 0,1,2."
-        ) from error
+def named(given: str | None, saved: Any, option: str) -> str:
+    """What an option says, or else what the adapter has saved of it."""
+    if not (given or saved):
+        raise ConfigurationError(f"The adapter does not say what {option} is; give {option}.")
+    return str(given or saved)
+
+
+def predictor(
+    adapter: Path,
+    base: str,
+    task: "Task",
+    *,
+    num_samples: int,
+    seed: int,
+    precision: str,
+    linearised: bool | None = None,
+) -> "Callable[[Sequence[Item]], tuple[Prediction, Tensor]]":
+    """Loads the network and the adapter; what predicts items, as this task has them, and labels."""
+    import torch
+
+    from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.checkpoints import read_config
+    from pyro_blora.data.items import item_length
+    from pyro_blora.network.pretrained import load_pretrained
+
+    with phase("load"):
+        net, tokenizer = load_pretrained(base)
+    collate = task.collator(tokenizer)
+    likelihood: Any = task.likelihood(collate)
+    saved = read_config(adapter)["likelihood"].get("name")
+    if saved == type(likelihood).__name__ == "MultipleChoice":
+        likelihood = type(likelihood)  # with the saved options: a task says none of them
+    blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood)
+    torch.manual_seed(seed)
+
+    def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
+        how: dict[str, Any] = {
+            "linearised": linearised,
+            "length": item_length,
+            "precision": precision,
+        }
+        return blora.predict_dataset(items, collate, num_samples, **how)
+
+    return predict

@@ -1,6 +1,5 @@
 """``pyro-blora compare``: methods side by side on one task."""
 
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +8,9 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
+from pyro_blora.data import load_task
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.methods import BEST, METHODS, check_method, trained_for
-
-__all__ = ["run"]
 
 
 def run(
@@ -27,7 +26,7 @@ def run(
         ),
     ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",
-    max_steps: o.MaxSteps = 300,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     batch_size: o.BatchSize = 8,
     max_train: o.MaxTrain = 400,
     max_validation: o.MaxValidation = 200,
@@ -57,82 +56,59 @@ def run(
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
-    names, targets = o.listed(methods, "--methods"), o.listed(target_modules, "--target-modules")
+    settings = {name: value for name, value in locals().items() if name not in ("out", "overwrite")}
+    names, runs = o.listed(methods, "--methods"), _seeds(seeds)
     for name in names:
         check_method(name)
-    runs = o.seeds_of(seeds)
-    o.check_task(task, data_dir)
-    from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.data import load_task
-    from pyro_blora.evaluation.comparison import Settings, compare
-    from pyro_blora.evaluation.results import (
-        RESULTS,
-        draw,
-        read,
-        recorded_precision,
-        table,
-        write,
-    )
-    from pyro_blora.network.pretrained import load_pretrained, shape_only
+    load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
+    from pyro_blora.evaluation.comparison import RESULTS, compare, draw, read, table, write
+    from pyro_blora.network.precision import choose_precision
+    from pyro_blora.network.pretrained import load_pretrained
 
     console = Console(highlight=False)
-    if precision == "auto" and not overwrite:
-        precision = recorded_precision(out)
-    settings = Settings(
-        model=model,
-        task=task,
-        data_dir=None if data_dir is None else str(data_dir),
-        methods=names,
-        seeds=runs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        max_train=max_train,
-        max_validation=max_validation,
-        max_test=max_test,
-        rank=rank,
-        target_modules=targets,
-        num_samples=num_samples,
-        lora_lr=lora_lr,
-        precision=o.chosen(precision, console),
-    )
-    rows = [] if overwrite else read(asdict(settings), out)
-    asked = dict.fromkeys(product(names, runs))
+    settings |= {
+        "data_dir": None if data_dir is None else str(data_dir),
+        "methods": names,
+        "seeds": runs,
+        "target_modules": o.listed(target_modules, "--target-modules"),
+        "precision": choose_precision(precision),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [] if overwrite else read(settings, out)
+    asked = list(dict.fromkeys(product(names, runs)))
     done = [key for row in rows if (key := (row.method, row.seed)) in asked]
-    missing = [name for name, seed in asked if (name, seed) not in done]
-    if missing:
-        load_task(task, data_dir=data_dir)  # bad data is refused before the model is loaded
-        shapes = shape_only(model)
-    for base in dict.fromkeys(map(trained_for, missing)):
-        BayesianLoRA(shapes, method=base, rank=rank, target_modules=targets).unwrap()
-    o.check_out(out)
-    if missing:
-        with o.phase("load"):
-            net, tokenizer = load_pretrained(model)
     if done:
         console.print(f"{len(done)} of {len(asked)} rows are in {out} already")
     for name in dict.fromkeys(name for name, _ in done if ":" in trained_for(name)):
         console.print(f"rows of {name} are of the class as it was then; --overwrite makes all anew")
-    if overwrite:
-        (out / RESULTS).unlink(missing_ok=True)
+    if len(done) < len(asked):
+        with o.phase("load"):
+            net, tokenizer = load_pretrained(model)
     try:
-        new = compare(settings, net, tokenizer, done=tuple(done), phase=o.phase) if missing else ()
-        for row in new:
-            write([*rows, row], asdict(settings), out)
-            rows.append(row)
-            done.append((row.method, row.seed))
-            console.print(
-                f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
-                f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
-            )
+        if len(done) < len(asked):
+            for row in compare(settings, net, tokenizer, done=tuple(done), phase=o.phase):
+                write([*rows, row], settings, out)
+                rows.append(row)
+                done.append((row.method, row.seed))
+                console.print(
+                    f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
+                    f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
+                )
     except (KeyboardInterrupt, OSError):
         there = f"{len(done)} of {len(asked)}"
         console.print(f"\nKept in {out}: {there} rows; the same command goes on from there.")
         raise
-    order = list(asked)
     shown = [row for row in rows if (row.method, row.seed) in asked]
-    shown.sort(key=lambda row: order.index((row.method, row.seed)))
+    shown.sort(key=lambda row: asked.index((row.method, row.seed)))
     draw(shown, out)
     count = len(set(runs))
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
     console.print(table(shown, title))
     console.print(f"Written: {out / RESULTS} and {out / 'reliability.png'}")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in o.listed(text, "--seeds"))
+    except ValueError as error:
+        raise ConfigurationError(f"--seeds must be numbers such as 0,1,2, got {text!r}.") from error

@@ -11,20 +11,17 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, OwnTask, Seed, own_task, predictor
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.data import load_task
 
 if TYPE_CHECKING:
     from pyro_blora.data import Item, Task
     from pyro_blora.posterior.prediction import Prediction
 
-__all__ = ["run"]
-
 
 def run(
-    adapter: AdapterFolder,
+    adapter: o.AdapterFolder,
     model: o.Base = None,
-    task: OwnTask = None,
+    task: o.OwnTask = None,
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,
     num_samples: o.NumSamples = 10,
@@ -36,7 +33,7 @@ def run(
             "the network however many draws. Default: what the adapter's method does.",
         ),
     ] = None,
-    seed: Seed = 0,
+    seed: o.Seed = 0,
     precision: o.Precision = "auto",
     out: Annotated[
         Path | None,
@@ -51,14 +48,6 @@ def run(
             help="Another task, whose test items the adapter was not made for: does it doubt more?"
         ),
     ] = None,
-    csv_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--csv",
-            help="File with a line for each item: id, label, prediction, confidence, entropy and "
-            "mutual information in nats, and the probability of each choice.",
-        ),
-    ] = None,
 ) -> None:
     """Accuracy and calibration of a saved adapter, and what it does not know.
 
@@ -68,11 +57,7 @@ def run(
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     --ood openbookqa --out out/arc_easy/test
     """
-    for name in (task, ood):
-        if name is not None:
-            o.check_task(name, data_dir)
-    from pyro_blora.checkpoints import write_atomically
-    from pyro_blora.data import load_task
+    from pyro_blora.checkpoints import read_config, write_atomically
     from pyro_blora.evaluation import plots
     from pyro_blora.evaluation.metrics import (
         auroc,
@@ -81,20 +66,18 @@ def run(
         evaluate,
         risk_coverage,
     )
+    from pyro_blora.network.precision import choose_precision
 
     console = Console(highlight=False)
-    task = own_task(adapter, task)  # a folder that is none is said before the network is loaded
-    o.check_task(task, data_dir)
+    saved = read_config(adapter)
+    task = o.named(task, saved.get("notes", {}).get("task"), "--task")
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     foreign = _foreign(ood, data, data_dir, max_test)
-    if csv_file is not None and csv_file.is_dir():
-        raise ConfigurationError(f"--csv {csv_file} is a folder; name a file in it.")
-    for folder in (out, csv_file and csv_file.parent):
-        if folder is not None:
-            o.check_out(folder)
-    precision = o.chosen(precision, console)
-    given: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
-    predict = predictor(adapter, model, data, seed=seed, linearised=linearised, **given)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    base = o.named(model, saved.get("base_model"), "--model")
+    given: dict[str, Any] = {"num_samples": num_samples, "precision": choose_precision(precision)}
+    predict = o.predictor(adapter, base, data, seed=seed, linearised=linearised, **given)
     with o.phase("predict"):
         prediction, labels = predict(data.test)
         outside = predict(foreign)[0] if foreign else None
@@ -119,9 +102,6 @@ def run(
         document["ood"] = {"task": ood, "n": len(outside), "auroc": found}
         told = ", ".join(f"{100 * v:.1f} % by {n.replace('_', ' ')}" for n, v in found.items())
         console.print(f"{ood}, {len(outside)} items, told apart (AUROC): {told}")
-    if csv_file is not None:
-        write_atomically(csv_file, lambda path: _write_csv(path, data.test, prediction))
-        console.print(f"Written: {csv_file}")
     if out is None:
         return
     text = json.dumps(document, indent=2) + "\n"
@@ -143,8 +123,6 @@ def _foreign(
     name: str | None, task: "Task", data_dir: Path | None, most: int | None
 ) -> "tuple[Item, ...]":
     """The test items of another task, as this one asks: label words are its own."""
-    from pyro_blora.data import load_task
-
     if name is None:
         return ()
     items = load_task(name, data_dir=data_dir, max_test=most).test

@@ -2,16 +2,13 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, base_name
 from pyro_blora.errors import ConfigurationError
-
-__all__ = ["By", "run"]
 
 
 class By(str, Enum):
@@ -24,7 +21,7 @@ class By(str, Enum):
 
 def run(
     prompt: Annotated[list[str], typer.Argument(help="What to go on from; one or several.")],
-    adapter: AdapterFolder,
+    adapter: o.AdapterFolder,
     model: o.Base = None,
     num_samples: o.NumSamples = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 60,
@@ -58,25 +55,16 @@ def run(
 
     Example: pyro-blora generate "Copper is" --adapter out/facts --html answer.html
     """
-    if abstain_above is not None and num_samples < 2:
-        raise ConfigurationError(
-            f"--abstain-above needs draws that can disagree: --num-samples {num_samples} must be 2 "
-            "or more."
-        )
-    if not all(text.strip() for text in prompt):
-        raise ConfigurationError("a prompt is empty; give some text to go on from.")
-    if html is not None and html.is_dir():
-        raise ConfigurationError(f"--html {html} is a folder; name a file in it.")
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import write_atomically
+    from pyro_blora.checkpoints import read_config, write_atomically
     from pyro_blora.generation.show import answers, coloured, legend, page
     from pyro_blora.network.pretrained import load_pretrained
 
-    base = base_name(adapter, model)  # a folder that is none is said before the network is loaded
+    base = o.named(model, read_config(adapter).get("base_model"), "--model")
     if html is not None:
-        o.check_out(html.parent)
+        html.parent.mkdir(parents=True, exist_ok=True)
     with o.phase("load"):
         net, tokenizer = load_pretrained(base)
     blora = BayesianLoRA.from_pretrained(net, adapter)
@@ -118,10 +106,8 @@ def run(
         console.print(f"\nWritten: {html}")
 
 
-def _turn(tokenizer, text: str) -> str:  # type: ignore[no-untyped-def]
+def _turn(tokenizer: Any, text: str) -> str:
     if not tokenizer.chat_template:
-        raise ConfigurationError(
-            "--chat: this model's tokenizer has no chat template; leave it out."
-        )
+        raise ConfigurationError("--chat needs a chat template, which this model has not.")
     turn = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))

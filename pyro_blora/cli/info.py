@@ -12,8 +12,6 @@ from rich.text import Text
 from pyro_blora.cli import _arguments as o
 from pyro_blora.methods import SHOWN, Method, all_methods, check_method
 
-__all__ = ["run"]
-
 
 def run(
     model: Annotated[

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,19 +11,22 @@ import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.cli._saved_adapter import AdapterFolder, OwnTask, Seed, own_task, predictor
-from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.data import Task, load_task, read_json_lines, template_for
 
-__all__ = ["run"]
 
-_FORMATS = (".jsonl", ".csv")
+class By(str, Enum):
+    """What items are ranked by."""
+
+    mutual_information = "mutual_information"
+    entropy = "entropy"
+    random = "random"
 
 
 def run(
-    adapter: AdapterFolder,
-    out: Annotated[Path, typer.Option(help="File for the ranking: .jsonl, or .csv.")],
+    adapter: o.AdapterFolder,
+    out: Annotated[Path, typer.Option(help="File for the ranking: .csv, or JSON lines.")],
     model: o.Base = None,
-    task: OwnTask = None,
+    task: o.OwnTask = None,
     data_dir: o.DataDir = None,
     pool: Annotated[
         Path | None,
@@ -32,17 +36,13 @@ def run(
         ),
     ] = None,
     by: Annotated[
-        str,
-        typer.Option(
-            help="'mutual_information' (BALD: where the posterior's draws disagree), 'entropy' or "
-            "'random'."
-        ),
-    ] = "mutual_information",
+        By, typer.Option(help="'mutual_information' is BALD: where the posterior's draws disagree.")
+    ] = By.mutual_information,
     top: Annotated[
         int | None, typer.Option(help="How many items to write; default: all.", min=1)
     ] = None,
     num_samples: o.NumSamples = 10,
-    seed: Seed = 0,
+    seed: o.Seed = 0,
     precision: o.Precision = "auto",
 ) -> None:
     """Rank a pool of items, the one most worth a label first: active learning.
@@ -53,37 +53,25 @@ def run(
     Example: pyro-blora rank --adapter out/arc_easy --task arc_easy --pool pool.jsonl --top 20
     --out out/to_label.jsonl
     """
-    from pyro_blora.checkpoints import write_atomically
-    from pyro_blora.data import Task, load_task, read_json_lines, template_for
-    from pyro_blora.evaluation.ranking import CRITERIA, rank
+    from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.evaluation.metrics import rank
 
-    if by not in CRITERIA:
-        raise ConfigurationError(f"--by {by!r} is no criterion; {near_miss(by, CRITERIA)}.")
-    if by == "mutual_information" and num_samples < 2:
-        raise ConfigurationError(
-            f"--num-samples {num_samples} gives no mutual information; take 2 or more, or another "
-            "--by."
-        )
-    if out.suffix not in _FORMATS or out.is_dir():
-        raise ConfigurationError(f"--out {out} must be a file that ends in .jsonl or .csv.")
-    if pool is not None and not pool.is_file():
-        raise ConfigurationError(f"--pool {pool} is no file; name one of JSON lines.")
     console = Console(highlight=False)
-    task = own_task(adapter, task)  # a folder that is none is said before the network is loaded
+    saved = read_config(adapter)
+    task = o.named(task, saved.get("notes", {}).get("task"), "--task")
     if pool is None:
         data = load_task(task, data_dir=data_dir)
         items = data.train
     else:
         items = tuple(read_json_lines(pool, labelled=False))
         data = Task(task, (), (), items, template_for(task))
-    if not items:
-        raise ConfigurationError(f"task {task!r} has no training items; name a file by --pool.")
-    o.check_out(out.parent)
-    given: dict[str, Any] = {"num_samples": num_samples, "precision": o.chosen(precision, console)}
-    predict = predictor(adapter, model, data, seed=seed, **given)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    base = o.named(model, saved.get("base_model"), "--model")
+    given: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
+    predict = o.predictor(adapter, base, data, seed=seed, **given)
     with o.phase("predict"):
         prediction, _ = predict(items)
-    order = rank(prediction, by, seed=seed)[:top].tolist()
+    order = rank(prediction, by.value, seed=seed)[:top].tolist()
     columns = {
         name: getattr(prediction, name).tolist()
         for name in ("predictions", "confidence", "entropy", "mutual_information")
@@ -100,7 +88,8 @@ def run(
         for place, i in enumerate(order, start=1)
     ]
     write_atomically(out, lambda path: _write(path, lines, out.suffix))
-    console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {by.replace('_', ' ')}")
+    how = by.value.replace("_", " ")
+    console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {how}")
 
 
 def _write(path: Path, lines: Sequence[dict[str, Any]], suffix: str) -> None:

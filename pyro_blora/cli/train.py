@@ -1,18 +1,15 @@
 """``pyro-blora train``: fine-tune one Bayesian adapter and save it."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.data import load_task
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.methods import check_method
-
-__all__ = ["run"]
 
 
 def run(
@@ -22,7 +19,14 @@ def run(
     data_dir: o.DataDir = None,
     method: o.Method = "bayesian-lora",
     seed: Annotated[int, typer.Option(help="Seed of the data's order and all draws.")] = 0,
-    max_steps: o.MaxSteps = 300,
+    max_steps: Annotated[
+        int,
+        typer.Option(
+            help="Optimizer steps; 0 for laplace-lora, tfb and other post-hoc guides around the "
+            "LoRA of --from-peft.",
+            min=0,
+        ),
+    ] = 300,
     batch_size: o.BatchSize = 8,
     max_train: o.MaxTrain = None,
     max_validation: o.MaxValidation = 200,
@@ -68,96 +72,109 @@ def run(
     time: add --top 10.
 
     Stopped by Ctrl-C, or killed? The same command with --resume goes on.
+
+    A trained PEFT LoRA is given a posterior around it, without steps, by
+    --from-peft DIR --method laplace-lora --max-steps 0.
     """
     if from_peft is not None and top is not None:
         raise ConfigurationError("--top is not for --from-peft, which has its own layers.")
-    targets = o.listed(target_modules, "--target-modules")
-    o.check_task(task, data_dir)
-    check_method(method)
-    import torch
-
-    from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import read_peft
-    from pyro_blora.data import load_task
-    from pyro_blora.evaluation.comparison import item_length, likelihood_for
-    from pyro_blora.inference import fit
-    from pyro_blora.inference.resume import STATE
-    from pyro_blora.methods import get_method
-    from pyro_blora.network.pretrained import load_pretrained, shape_only
-
-    run_dir = out / "training"
-    state = run_dir / STATE
     if resume and overwrite:
         raise ConfigurationError(
             "--resume goes on, --overwrite begins anew: leave one of them out."
         )
-    o.check_free(out, overwrite=overwrite or resume)
-    if state.exists() and not (overwrite or resume):
-        raise ConfigurationError(
-            f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."
-        )
-    lora = None if from_peft is None else read_peft(from_peft)
-    if lora is not None:
-        model, rank = model or lora.base, rank or lora.rank
-    model = model or "smollm2"
+    check_method(method)
     data = load_task(
         task, data_dir=data_dir, max_train=max_train, max_validation=max_validation, seed=seed
     )
-    if not data.train:
-        raise DataError(f"task {task!r} has no train split; choose another")
-    shapes, made = shape_only(model), get_method(method)
-    depth = int(shapes.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
-    if top is not None and top >= depth:
-        raise ConfigurationError(
-            f"--top {top} is not below the network's {depth} blocks; leave it out to adapt all."
-        )
-    layers = None if top is None else range(depth - top, depth)
-    adapted: Callable[..., BayesianLoRA] = partial(
-        BayesianLoRA, method=made, target_modules=targets, layers_to_transform=layers
-    )
-    if from_peft is not None:
-        adapted = partial(BayesianLoRA.from_peft, folder=from_peft, method=made)
-    adapted(shapes, prior=made.prior_of(rank), guide=made.guide_of()).unwrap()  # or it is refused
-    o.check_out(out)
-    console = Console(highlight=False)
-    if not (resume and state.exists()):  # which goes on in its own
-        precision = o.chosen(precision, console)
+    import torch
+
+    from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.checkpoints import CONFIG, read_peft
+    from pyro_blora.data.items import item_length
+    from pyro_blora.inference import finish, fit
+    from pyro_blora.inference.resume import STATE
+    from pyro_blora.methods import get_method
+    from pyro_blora.network.pretrained import load_pretrained
+
+    run_dir, made, console = out / "training", get_method(method), Console(highlight=False)
+    if not (overwrite or resume):
+        if (out / CONFIG).exists():
+            raise ConfigurationError(
+                f"--out {out} has an adapter already; name another folder, or add --overwrite."
+            )
+        if (run_dir / STATE).exists():
+            raise ConfigurationError(
+                f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."
+            )
+    lora = None if from_peft is None else read_peft(from_peft)
+    if lora is not None:
+        model, rank = model or lora.base, rank or lora.rank
+    out.mkdir(parents=True, exist_ok=True)
     with o.phase("load"):
-        net, tokenizer = load_pretrained(model)
+        net, tokenizer = load_pretrained(model or "smollm2")
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
-    likelihood = likelihood_for(data, collate, made.scale)
-    blora = adapted(net, prior=made.prior_of(rank), guide=made.guide_of(), likelihood=likelihood)
+    parts: dict[str, Any] = {
+        "method": made,
+        "prior": made.prior_of(rank),
+        "guide": made.guide_of(),
+        "likelihood": data.likelihood(collate, made.scale),
+    }
+    if from_peft is None:
+        targets = o.listed(target_modules, "--target-modules")
+        layers = _top_blocks(net, top)
+        blora = BayesianLoRA(net, target_modules=targets, layers_to_transform=layers, **parts)
+    else:
+        blora = BayesianLoRA.from_peft(net, from_peft, **parts)
     console.print(blora)
     if overwrite:
-        state.unlink(missing_ok=True)
-    elif resume and not state.exists():
+        (run_dir / STATE).unlink(missing_ok=True)
+    elif resume and not (run_dir / STATE).exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
+    reading: dict[str, Any] = {
+        "collate": collate,
+        "length": item_length,
+        "batch_size": batch_size,
+        "precision": precision,
+    }
+    result = None
     try:
         with o.phase(f"train {method}, seed {seed}"):
-            result = fit(
-                blora,
-                data.train,
-                collate=collate,
-                length=item_length,
-                validation=data.validation or None,
-                num_steps=max_steps,
-                batch_size=batch_size,
-                precision=precision,
-                seed=seed,
-                checkpoint_dir=run_dir,
-                save_every=save_every,
-                resume=resume,
-            )
+            if max_steps:
+                result = fit(
+                    blora,
+                    data.train,
+                    validation=data.validation or None,
+                    num_steps=max_steps,
+                    seed=seed,
+                    checkpoint_dir=run_dir,
+                    save_every=save_every,
+                    resume=resume,
+                    **reading,
+                )
+            else:
+                finish(blora, data.train, **reading)
     except KeyboardInterrupt:
-        if state.exists():
+        if (run_dir / STATE).exists():
             console.print(f"\nKept in {run_dir}: with --resume the same command goes on.")
         raise
-    console.print(result)
-    for step, nll in result.validation:
-        console.print(f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items")
+    if result is not None:
+        console.print(result)
+        for step, nll in result.validation:
+            console.print(f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items")
     about = {"task": task, "method": method, "seed": seed}
     blora.save_pretrained(out, result=result, notes=about)
     if peft:
         blora.export_peft(out / "peft")
     console.print(f"Written: {out}")
+
+
+def _top_blocks(net: Any, top: int | None) -> range | None:
+    if top is None:
+        return None
+    depth = int(net.config.get_text_config().num_hidden_layers)
+    if top >= depth:
+        raise ConfigurationError(
+            f"--top {top} is not below the network's {depth} blocks; leave it out to adapt all."
+        )
+    return range(depth - top, depth)

@@ -6,13 +6,15 @@
 - :class:`MultipleChoiceCollator` and :class:`LabelTokensCollator` make batches of items.
 """
 
-from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
+from typing import TYPE_CHECKING, Any
+
 from pyro_blora.data.hub import hub_tasks, read_hub
-from pyro_blora.data.items import Item
-from pyro_blora.data.json_lines import read_json_lines
+from pyro_blora.data.items import Item, Template, read_json_lines, template_for
 from pyro_blora.data.task import Task, load_task
-from pyro_blora.data.templates import Template, template_for
 from pyro_blora.errors import DataError
+
+if TYPE_CHECKING:
+    from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
 
 __all__ = [
     "DataError",
@@ -27,3 +29,12 @@ __all__ = [
     "read_json_lines",
     "template_for",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Only the collators import torch, which a command need not wait for to name a task."""
+    if name in ("LabelTokensCollator", "MultipleChoiceCollator"):
+        from pyro_blora.data import collators
+
+        return getattr(collators, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

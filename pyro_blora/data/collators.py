@@ -8,11 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.data.items import Item, item_of
-from pyro_blora.data.templates import QUESTION, Scoring, Template
+from pyro_blora.data.items import QUESTION, Item, Scoring, Template, item_of
 from pyro_blora.errors import DataError
-
-__all__ = ["LabelTokensCollator", "MultipleChoiceCollator"]
 
 
 class _Collator:
@@ -97,15 +94,6 @@ class MultipleChoiceCollator(_Collator):
     - ``option_mask``, bool, shape (B, K, T), true at the tokens of the option, and false
       throughout a row that fills up K;
     - ``labels``, long, shape (B,).
-
-    Raises:
-        DataError: the template scores labels, or (when called) a row is no item, or an option has
-            no tokens or leaves no room for one of the question.
-
-    Example::
-
-        collate = MultipleChoiceCollator(tokenizer)
-        batch = collate([{"question": "2 + 2?", "choices": ["3", "4"], "label": 1}])  # (1, 2, T)
     """
 
     scoring = "options"
@@ -151,17 +139,6 @@ class LabelTokensCollator(_Collator):
     - ``input_ids``, long, shape (B, T), padded on the right;
     - ``attention_mask``, long, shape (B, T), 1 at tokens and 0 at padding;
     - ``labels``, long, shape (B,).
-
-    Raises:
-        DataError: the template scores options, a label word is not exactly one token or two share
-            one, or (when called) an item has another number of choices than the template has label
-            words.
-
-    Example::
-
-        collate = LabelTokensCollator(tokenizer, template_for("sst2"))
-        batch = collate(items[:8])          # input_ids: (8, T)
-        collate.token_ids                   # (id of " negative", id of " positive")
     """
 
     scoring = "labels"

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_blora.data.items import Item
-from pyro_blora.errors import DataError, near_miss
-
-__all__ = ["hub_splits", "hub_tasks", "read_hub"]
+from pyro_blora.errors import DataError, first_line, near_miss
 
 _Record = Mapping[str, Any]
 _Parts = tuple[str, tuple[str, ...], int]  # question, choices and label, as Item has them
@@ -114,11 +112,7 @@ def hub_tasks() -> tuple[str, ...]:
 
 
 def hub_splits(task: str) -> tuple[str, ...]:
-    """The splits that a task has on the hub, such as ``("test", "train")``.
-
-    Raises:
-        DataError: the task is unknown.
-    """
+    """The splits that a task has on the hub, such as ``("test", "train")``."""
     if task not in _SOURCES:
         raise DataError(
             f"no task {task!r} on the hub; {near_miss(task, [*_SOURCES, 'facts'])} ('facts' is "
@@ -137,21 +131,8 @@ def read_hub(task: str, split: str) -> list[Item]:
     Args:
         task: one of :func:`hub_tasks`.
         split: one of :func:`hub_splits`.
-
-    Returns:
-        The items in the set's order, named ``TASK-SPLIT-NUMBER``.
-
-    Raises:
-        DataError: the task or split is unknown, ``datasets`` is missing, the set cannot be fetched,
-            or a record does not have the expected form.
-
-    Example::
-
-        items = read_hub("arc_easy", "train")
     """
-    splits = hub_splits(task)
-    if split not in splits:
-        raise DataError(f"{task} has no split {split!r} on the hub; {near_miss(split, splits)}")
+    hub_splits(task)  # or it is unknown
     source = _SOURCES[task]
     items: list[Item] = []
     for record in _records(source, source.splits[split]):
@@ -182,8 +163,5 @@ def _records(source: _Source, split: str) -> list[_Record]:
             for record in load_dataset(source.path, config, split=split, revision=source.revision)
         ]
     except Exception as error:  # datasets and its transport raise many kinds
-        reason = (str(error) or repr(error)).splitlines()[0][:160]
-        raise DataError(
-            f"{source.path} could not be fetched from the hub ({reason}): check the network, or "
-            f"{fix}"
-        ) from error
+        reason = first_line(error)[:160]
+        raise DataError(f"{source.path} is out of reach on the hub ({reason}): {fix}") from error

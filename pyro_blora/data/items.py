@@ -1,12 +1,12 @@
-"""One question with its candidate answers, the unit every part of this package works on."""
+"""Questions with candidate answers: one item, the prompt that is made of it, and files of many."""
 
-import reprlib
-from dataclasses import dataclass
-from typing import Any
+import json
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
 
-from pyro_blora.errors import DataError
-
-__all__ = ["FORMAT", "Item", "item_of"]
+from pyro_blora.errors import DataError, near_miss
 
 FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
@@ -20,9 +20,6 @@ class Item:
         question: the plain text, without letters and without a prompt template.
         choices: the K >= 2 candidate answers, in a fixed order.
         label: the index of the right answer, ``0 <= label < K``.
-
-    Raises:
-        DataError: a field has the wrong type, is empty, or the label is out of range.
 
     Example::
 
@@ -38,18 +35,13 @@ class Item:
 
     def __post_init__(self) -> None:
         if not isinstance(self.choices, tuple) or len(self.choices) < 2:
-            given = reprlib.repr(self.choices)
-            raise DataError(f"choices is {given}: give a tuple of at least 2 answers")
-        texts = {f"choices[{k}]": choice for k, choice in enumerate(self.choices)}
-        for name, text in {"id": self.id, "question": self.question, **texts}.items():
+            raise DataError(f"choices must be two answers or more, got {self.choices!r}")
+        for text in (self.id, self.question, *self.choices):
             if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{name} is {reprlib.repr(text)}: give a text that is not empty")
+                raise DataError(f"id, question and choices must be texts, got {text!r}")
         last = len(self.choices) - 1
         if type(self.label) is not int or not 0 <= self.label <= last:
-            raise DataError(
-                f"label is {reprlib.repr(self.label)}: give the right answer's index, an integer "
-                f"from 0 to {last}"
-            )
+            raise DataError(f"label must be an integer from 0 to {last}, got {self.label!r}")
 
     @property
     def answer(self) -> str:
@@ -57,16 +49,152 @@ class Item:
         return self.choices[self.label]
 
 
+def item_length(item: Item) -> int:
+    """Characters of an item, by which batches of like lengths are made."""
+    return len(item.question) + sum(map(len, item.choices))
+
+
 def item_of(record: Any, usual: dict[str, Any]) -> Item:
     """A record, a dictionary, as an item; the keys that it lacks are those of ``usual``."""
     if isinstance(record, Item):
         return record
-    if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}, no object: write {FORMAT}")
-    for key in ("id", "question", "choices", "label"):
-        if key not in usual | record:
-            raise DataError(f"the key {key!r} is missing among {list(record)}: write {FORMAT}")
-    record = usual | record
-    choices = record["choices"]
-    choices = tuple(choices) if isinstance(choices, list) else choices
-    return Item(record["id"], record["question"], choices, record["label"])
+    try:
+        record = {**usual, **record}
+        choices = record["choices"]
+        choices = tuple(choices) if isinstance(choices, list) else choices
+        return Item(record["id"], record["question"], choices, record["label"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"an item must be {FORMAT}, got another object ({error!r})") from None
+
+
+def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
+    r"""Read the items of one split.
+
+    A file is UTF-8 with one JSON object a line::
+
+        {"id": "arc_easy-test-17", "question": "...", "choices": ["...", "..."], "label": 2}
+
+    Further keys are ignored, as are blank lines.
+
+    Args:
+        path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
+        labelled: whether every item must have a label and an id; in a pool to be labelled one
+            without a label is given 0, which nobody reads, and one without an id its line.
+
+    Returns:
+        The items, in file order; never empty.
+
+    Example::
+
+        >>> import tempfile
+        >>> line = '{"id": "a", "question": "2 + 2?", "choices": ["3", "4"], "label": 1}\n'
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "test.jsonl"
+        ...     _ = file.write_text(line, encoding="utf-8")
+        ...     read_json_lines(file)[0].answer
+        '4'
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(_missing(path))
+    items = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        usual = {} if labelled else {"id": f"line {number}", "label": 0}
+        try:
+            if line.strip():
+                items.append(item_of(json.loads(line), usual))
+        except ValueError as error:  # no JSON, not UTF-8, or no item
+            raise DataError(f"{path}, line {number}: {error}") from None
+    if not items:
+        raise DataError(f"{path} has no items: write one object a line, {FORMAT}")
+    return items
+
+
+def splits_in(folder: Path) -> list[str]:
+    """The names of the splits (``SPLIT.jsonl``) in a task's folder."""
+    return [file.stem for file in folder.glob("*.jsonl") if file.is_file()]
+
+
+def _missing(path: Path) -> str:
+    """What is there instead of a file."""
+    folder, data_dir = path.parent, path.parent.parent
+    if splits := splits_in(folder):
+        return f"{path} is missing: no split {path.stem!r}; {near_miss(path.stem, splits)}"
+    if tasks := [task.name for task in data_dir.glob("*") if splits_in(task)]:
+        return f"no task {folder.name!r} in {data_dir}; {near_miss(folder.name, tasks)}"
+    return f"{path} is missing, and {data_dir} has no TASK/SPLIT.jsonl: name another folder"
+
+
+Scoring = Literal["options", "labels"]
+
+
+@dataclass(frozen=True)
+class Template:
+    r"""A prompt with a way of scoring.
+
+    With ``scoring="options"`` each choice is scored by its log-likelihood as the text
+    ``" " + choice`` after the prompt. With ``scoring="labels"`` the answer is a softmax over the
+    tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
+
+    Attributes:
+        prompt: the text, in which ``{q}`` stands for the question.
+        scoring: ``"options"`` or ``"labels"``.
+        label_words: for ``"labels"`` only, one word a class, with its leading space.
+        twins: whether items of the same choices are nearly one question, whose answers tell each
+            other, as in WinoGrande: no split comes between them. Default: no.
+
+    Example::
+
+        >>> template = Template("Question: {q}\nAnswer:", "options")
+        >>> template.format(Item("a", "2 + 2?", ("3", "4"), 1))
+        'Question: 2 + 2?\nAnswer:'
+    """
+
+    prompt: str
+    scoring: Scoring
+    label_words: tuple[str, ...] = ()
+    twins: bool = False
+
+    def __post_init__(self) -> None:
+        if "{q}" not in self.prompt:
+            raise DataError(f"the prompt {self.prompt!r} has no {{q}}: say where the question goes")
+
+    def format(self, item: Item) -> str:
+        """The prompt of one item, without an answer."""
+        return self.prompt.replace("{q}", item.question)
+
+
+QUESTION = Template("Question: {q}\nAnswer:", "options")
+_PAIRED = replace(QUESTION, twins=True)
+
+_TEMPLATES = {
+    "sst2": Template(
+        "Review: {q}\nSentiment (negative or positive):", "labels", (" negative", " positive")
+    ),
+    "ag_news": Template(
+        "Article: {q}\nTopic (world, sports, business or technology):",
+        "labels",
+        (" world", " sports", " business", " technology"),
+    ),
+    # the question of the data ends with its own question mark; choices are ("false", "true")
+    "boolq": Template("Question: {q}\nAnswer (yes or no):", "labels", (" no", " yes")),
+    "winogrande_xs": _PAIRED,
+    "winogrande_s": _PAIRED,
+    "winogrande_m": _PAIRED,
+}
+
+
+def template_for(task: str) -> Template:
+    """The template of a task: label words for ``sst2``, ``ag_news`` and ``boolq``, else options.
+
+    Args:
+        task: the name of a task, known or not.
+
+    Example::
+
+        >>> template_for("boolq").label_words
+        (' no', ' yes')
+        >>> template_for("arc_easy").scoring
+        'options'
+    """
+    return _TEMPLATES.get(task, QUESTION)

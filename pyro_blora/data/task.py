@@ -4,17 +4,17 @@ import random
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
-from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
 from pyro_blora.data.hub import hub_splits, read_hub
-from pyro_blora.data.items import Item
-from pyro_blora.data.json_lines import read_json_lines, splits_in
-from pyro_blora.data.templates import Template, template_for
+from pyro_blora.data.items import Item, Template, read_json_lines, splits_in, template_for
 from pyro_blora.errors import DataError
 
-__all__ = ["Task", "load_task"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
+    from pyro_blora.likelihoods import Likelihood
 
 _SPLITS = ("train", "validation", "test")
 
@@ -47,16 +47,30 @@ class Task:
         return f"Task({self.name!r}: {sizes}, scored by {self.template.scoring})"
 
     def collator(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512
-    ) -> MultipleChoiceCollator | LabelTokensCollator:
-        """What turns a list of this task's items into a batch of rows of at most ``max_length``.
+        self, tokenizer: "PreTrainedTokenizerBase", max_length: int = 512
+    ) -> "MultipleChoiceCollator | LabelTokensCollator":
+        """What turns a list of this task's items into a batch of rows of at most ``max_length``."""
+        from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
 
-        Raises:
-            DataError: a label word of the template is not one token.
-        """
         labels = self.template.scoring == "labels"
         kind = LabelTokensCollator if labels else MultipleChoiceCollator
         return kind(tokenizer, self.template, max_length)
+
+    def likelihood(
+        self, collate: Any, scale: Literal["learned", "fixed"] = "learned"
+    ) -> "Likelihood":
+        """What the template asks for: ``LabelTokens``, or ``MultipleChoice`` with this ``scale``.
+
+        Args:
+            collate: what :meth:`collator` gave.
+            scale: of the scores, as of ``MultipleChoice``.
+        """
+        from pyro_blora.likelihoods import LabelTokens, MultipleChoice
+
+        count = len(self.train) or None
+        if self.template.scoring == "labels":
+            return LabelTokens(token_ids=collate.token_ids, num_data=count)
+        return MultipleChoice(num_data=count, scale=scale)
 
 
 def load_task(
@@ -89,8 +103,7 @@ def load_task(
         seed: of the shuffle.
 
     Raises:
-        DataError: the task has no such name or no test split, a file is malformed, or a limit is
-            negative.
+        DataError: the task has no such name or no test split, or a file is malformed.
 
     Example::
 

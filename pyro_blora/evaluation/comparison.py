@@ -1,81 +1,80 @@
 """Methods side by side on one task: the same data, budget, scoring and metrics for each."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+import platform
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import torch
+from rich.table import Table
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.data import Item, Task, load_task
+from pyro_blora.checkpoints import write_atomically
+from pyro_blora.data import Item, load_task
+from pyro_blora.data.items import item_length
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.metrics import evaluate
-from pyro_blora.evaluation.results import Row
-from pyro_blora.evaluation.temperature import fit_temperature
+from pyro_blora.evaluation.metrics import evaluate, fit_temperature
+from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.inference import FitResult, fit
-from pyro_blora.likelihoods import Batch, LabelTokens, Likelihood, MultipleChoice
-from pyro_blora.methods import BEST, check_method, get_method, trained_for
-from pyro_blora.network.precision import choose_precision
+from pyro_blora.likelihoods import Batch
+from pyro_blora.methods import BEST, get_method, trained_for
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
-__all__ = ["Settings", "compare", "item_length", "likelihood_for"]
+RESULTS = "results.json"
+PREDICTIONS = "predictions.safetensors"
+_PREDICTED = ("probs", "labels")  # the columns of this file
 
+Settings = Mapping[str, Any]  # the options of ``pyro-blora compare``, as results.json has them
 Phase = Callable[[str], AbstractContextManager[Any]]
 Predict = Callable[[Batch], Prediction]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a comparison is made with: the options of ``pyro-blora compare``, which explains them.
+@dataclass
+class Row:
+    """One method under one seed: the columns of ``results.json``, and the predictions."""
 
-    A seed sets the training subset, the order of the batches and all draws. The precision
-    ``"auto"`` becomes, at once, what is faster here: a record of the settings tells what was used.
-    """
-
-    model: str = "smollm2"
-    task: str = "facts"
-    data_dir: str | None = None
-    methods: tuple[str, ...] = ("lora", "lora-best", "temperature", "bayesian-lora")
-    seeds: tuple[int, ...] = (0,)
-    max_steps: int = 300
-    batch_size: int = 8
-    max_train: int | None = 400
-    max_validation: int = 200
-    max_test: int | None = None
-    rank: int | None = None  # a method's own
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    num_samples: int = 10
-    lora_lr: float | None = None
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            check_method(method)
-        object.__setattr__(self, "precision", choose_precision(self.precision))
+    method: str
+    seed: int
+    acc: float
+    ece: float
+    nll: float
+    brier: float
+    n_test: int
+    train_seconds: float
+    trainable_parameters: int
+    probs: Tensor
+    labels: Tensor
 
 
-def item_length(item: Item) -> int:
-    """Characters of an item, by which batches of like lengths are made."""
-    return len(item.question) + sum(map(len, item.choices))
+def compare(
+    settings: Settings,
+    net: nn.Module,
+    tokenizer: Any,
+    *,
+    done: Collection[tuple[str, int]],
+    phase: Phase,
+) -> Iterator[Row]:
+    """Trains and evaluates every method under every seed; a row comes as soon as it is there.
 
-
-def likelihood_for(
-    task: Task, collate: Any, scale: Literal["learned", "fixed"] = "learned"
-) -> Likelihood:
-    """The likelihood that a task's template asks for.
+    A seed sets the training subset, the order of the batches and all draws.
 
     Args:
-        task: the task.
-        collate: its collator.
-        scale: that of an option's score, as of ``MultipleChoice``. Default: learned.
+        settings: what to compare and how.
+        net: the network; as it was when the iteration ends.
+        tokenizer: its tokenizer.
+        done: methods with a seed, whose rows are there already.
+        phase: makes a context of the name of what runs in it, such as ``"train lora, seed 0"``.
     """
-    count = len(task.train) or None
-    if task.template.scoring == "labels":
-        return LabelTokens(token_ids=collate.token_ids, num_data=count)
-    return MultipleChoice(num_data=count, scale=scale)
+    for seed in settings["seeds"]:
+        yield from _Run(settings, net, tokenizer, seed, phase).rows(done)
 
 
 class _Run:
@@ -85,24 +84,14 @@ class _Run:
         self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, phase: Phase
     ) -> None:
         self.settings, self.net, self.seed, self.phase = settings, net, seed, phase
-        self.task = load_task(
-            settings.task,
-            data_dir=settings.data_dir,
-            max_train=settings.max_train,
-            max_validation=settings.max_validation,
-            max_test=settings.max_test,
-            seed=seed,
-        )
-        if not self.task.train or not self.task.validation:
-            raise ConfigurationError(
-                f"task {settings.task!r} has {len(self.task.train)} training and "
-                f"{len(self.task.validation)} validation items; choose a task with a train split."
-            )
+        names = ("data_dir", "max_train", "max_validation", "max_test")
+        limits = {name: settings[name] for name in names}
+        self.task = load_task(settings["task"], seed=seed, **limits)
         self.collate = self.task.collator(tokenizer)
 
     def rows(self, done: Collection[tuple[str, int]]) -> Iterator[Row]:
         shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
-        for method in dict.fromkeys(self.settings.methods):
+        for method in dict.fromkeys(self.settings["methods"]):
             if (method, self.seed) not in done:
                 shown.setdefault(trained_for(method), []).append(method)
         for base, names in shown.items():
@@ -117,7 +106,7 @@ class _Run:
                 self.collate,
                 length=item_length,
                 device=next(self.net.parameters()).device,
-                precision=self.settings.precision,
+                precision=self.settings["precision"],
                 description=f"{name}, seed {self.seed}",
             )
         return prediction.probs, labels
@@ -145,9 +134,9 @@ class _Run:
         blora = BayesianLoRA(
             self.net,
             method=made,
-            rank=settings.rank,
-            target_modules=settings.target_modules,
-            likelihood=likelihood_for(self.task, self.collate, made.scale),
+            rank=settings["rank"],
+            target_modules=settings["target_modules"],
+            likelihood=self.task.likelihood(self.collate, made.scale),
         )
         try:
             with self.phase(f"train {base}, seed {self.seed}"):
@@ -157,14 +146,14 @@ class _Run:
                     collate=self.collate,
                     length=item_length,
                     validation=self.task.validation if best else None,
-                    validate_every=max(1, settings.max_steps // 3),
-                    num_steps=settings.max_steps,
-                    batch_size=settings.batch_size,
-                    learning_rates=settings.lora_lr if base == "lora" else None,
-                    precision=settings.precision,
+                    validate_every=max(1, settings["max_steps"] // 3),
+                    num_steps=settings["max_steps"],
+                    batch_size=settings["batch_size"],
+                    learning_rates=settings["lora_lr"] if base == "lora" else None,
+                    precision=settings["precision"],
                     seed=self.seed,
                 )
-            draws = settings.num_samples if made.num_samples is None else made.num_samples
+            draws = settings["num_samples"] if made.num_samples is None else made.num_samples
             predict = partial(blora.predict, num_samples=draws)
             for names in ([name for name in shown if name not in best], best):
                 if names is best and fitted.best_state is not None:
@@ -175,29 +164,105 @@ class _Run:
             blora.unwrap()
 
 
-def compare(
-    settings: Settings,
-    net: nn.Module,
-    tokenizer: Any,
-    *,
-    done: Collection[tuple[str, int]] = (),
-    phase: Phase = nullcontext,
-) -> Iterator[Row]:
-    """Trains and evaluates every method under every seed.
+def table(rows: Sequence[Row], title: str) -> Table:
+    """Mean and standard deviation over seeds, a line for each method."""
+    columns = {
+        "ACC %": ("acc", 100, 1),
+        "ECE %": ("ece", 100, 1),
+        "NLL": ("nll", 1, 3),
+        "Brier": ("brier", 1, 3),
+        "train s": ("train_seconds", 1, 0),
+    }
+    view = Table(title=title)
+    view.add_column("method", overflow="fold")
+    for name in (*columns, "parameters"):
+        view.add_column(name, justify="right")
+    for method, own in _by_method(rows).items():
+        cells = []
+        for key, factor, digits in columns.values():
+            values = [factor * getattr(row, key) for row in own]
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{digits}f}{spread}")
+        view.add_row(method, *cells, f"{own[0].trainable_parameters:,}")
+    return view
 
-    Args:
-        settings: what to compare and how.
-        net: the network; as it was when the iteration ends.
-        tokenizer: its tokenizer.
-        done: methods with a seed, whose rows are there already.
-        phase: makes a context of the name of what runs in it, such as ``"train lora, seed 0"``.
 
-    Yields:
-        A row as soon as it is there.
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    """Draws ``reliability.png``, which pools the predictions of all seeds."""
+    pooled = {
+        method: (torch.cat([row.probs for row in own]), torch.cat([row.labels for row in own]))
+        for method, own in _by_method(rows).items()
+    }
+    save_figure(reliability_diagram(pooled), folder / "reliability.png")
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.method, []).append(row)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
+    """Writes ``results.json`` and the rows' predictions, each file whole or not at all.
+
+    The methods and seeds of ``settings`` are written as those that have rows.
+    """
+    there = {
+        "methods": list(_by_method(rows)),
+        "seeds": list(dict.fromkeys(row.seed for row in rows)),
+    }
+    written: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for row in rows:
+        columns = dict(vars(row))
+        tensors |= {_entry(columns, key): columns.pop(key).clone() for key in _PREDICTED}
+        written.append(columns)
+    document = {"rows": written, "versions": versions(), "settings": {**settings, **there}}
+    text, data = json.dumps(document, indent=2) + "\n", save(tensors)
+    # The predictions first, so that no row in results.json is without
+    write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
+    write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read(settings: Settings, folder: Path) -> list[Row]:
+    """The rows that runs with the same settings and versions left in ``folder``, or none.
+
+    Methods and seeds may be others: a row depends on its own alone.
 
     Raises:
-        ConfigurationError: the task has no training items.
-        DataError: the data cannot be read.
+        ConfigurationError: there is a ``results.json`` that was made otherwise.
     """
-    for seed in settings.seeds:
-        yield from _Run(settings, net, tokenizer, seed, phase).rows(done)
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    found = {**document["versions"], **document["settings"]}
+    made = json.loads(json.dumps({**versions(), **settings}))
+    keys = [key for key in made | found if key not in ("methods", "seeds")]
+    differ = [key for key in keys if made.get(key) != found.get(key)]
+    if differ:
+        raise ConfigurationError(
+            f"--out {folder} has a {RESULTS} made with another {', '.join(differ)}; name another "
+            "folder, or add --overwrite."
+        )
+    tensors = load_file(folder / PREDICTIONS)
+    return [
+        Row(**{**row, **{key: tensors[_entry(row, key)] for key in _PREDICTED}})
+        for row in document["rows"]
+    ]
+
+
+def _entry(row: dict[str, Any], key: str) -> str:
+    return f"{row['method']}, seed {row['seed']}: {key}"

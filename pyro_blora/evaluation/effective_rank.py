@@ -6,8 +6,6 @@ from torch import Tensor
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["effective_rank", "effective_ranks"]
-
 
 def effective_rank(update: LowRankUpdate) -> Tensor:
     r"""The effective rank of each layer's update.

@@ -13,7 +13,6 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods.reading import logits_at, output_head
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.options import check_kind
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -53,10 +52,6 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         options: what else ``lm_eval.models.huggingface.HFLM`` takes: ``max_length``,
             ``add_bos_token``, ``mixed_precision_dtype``, ....
 
-    Raises:
-        ConfigurationError: lm_eval is not installed, the network is no causal language model, the
-            guide is amortised, or a number or ``samples`` cannot be.
-
     Reference:
         Gao et al., "The Language Model Evaluation Harness".
 
@@ -80,13 +75,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
             raise ConfigurationError(
                 "PosteriorLM needs lm-evaluation-harness: pip install 'pyro-blora[lm-eval]'."
             )
-        check_kind("blora", blora, BayesianLoRA)
         output_head(blora.net)
-        if not isinstance(batch_size, int) or batch_size < 1 or num_samples < 0:
-            raise ConfigurationError(
-                f"batch_size={batch_size!r} must be a number of requests, and num_samples="
-                f"{num_samples} one of draws, or 0 for the posterior mean."
-            )
         if getattr(blora.guide, "reads_context", False):
             raise ConfigurationError(
                 f"{blora.guide_family!r} has another posterior for every batch, and a task is "

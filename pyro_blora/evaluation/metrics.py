@@ -1,4 +1,4 @@
-"""Accuracy, calibration and proper scores of class probabilities."""
+"""Accuracy, calibration and proper scores of class probabilities, and what to do about them."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,22 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 
 __all__ = [
+    "CRITERIA",
     "Metrics",
     "auroc",
-    "check_labels",
-    "confidence_bins",
     "doubts",
     "ece_by_chance",
     "evaluate",
+    "fit_temperature",
+    "rank",
     "risk_coverage",
 ]
+
+CRITERIA = ("mutual_information", "entropy", "random")
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,6 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         labels: classes of shape ``(n,)``, integers from 0 to K - 1.
         num_bins: number of bins of the ECE.
 
-    Raises:
-        ValueError: there are no items, shapes do not fit, ``probs`` are not probabilities, a label
-            is out of range, or ``num_bins`` is below 1.
-
     Reference:
         M. P. Naeini et al. (2015), "Obtaining Well Calibrated Probabilities Using Bayesian
         Binning"; G. W. Brier (1950), "Verification of Forecasts Expressed in Terms of Probability".
@@ -83,8 +83,7 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         >>> print(metrics)
         ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
     """
-    check_labels(labels, probs)
-    _check_binned(probs, num_bins)
+    check_probabilities(probs, name="probs")
     # torchmetrics takes anything above 1, if by rounding, for logits, and has a bin of its own for
     # a confidence of exactly 1
     top = probs.float().clamp(0, 1 - torch.finfo(torch.float32).eps / 2)
@@ -117,10 +116,6 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         probs: probabilities of shape ``(n, K)``, K >= 2.
         num_bins: number of bins, as of the ECE.
 
-    Raises:
-        ValueError: there are no items, ``probs`` are no such probabilities, or ``num_bins`` is
-            below 1.
-
     Reference:
         J. Broecker, L. A. Smith (2007), "Increasing the Reliability of Reliability Diagrams";
         R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
@@ -131,9 +126,7 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         >>> round(ece_by_chance(torch.full((300, 2), 0.5)), 2)
         0.02
     """
-    if probs.dim() != 2 or not len(probs):
-        raise ValueError(f"Expected the shape (n, K) with n >= 1, got {tuple(probs.shape)}.")
-    _check_binned(probs, num_bins)
+    check_probabilities(probs, name="probs")
     confidence = probs.detach().float().cpu().amax(-1)
     index = confidence_bins(confidence, num_bins)
     generator, total = torch.Generator().manual_seed(0), 0.0
@@ -145,28 +138,10 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
 
 
 def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
-    """The bin that the ECE of :func:`evaluate` has each confidence in, ``(n,)``.
-
-    Args:
-        confidence: probabilities of the answers, ``(n,)``.
-        num_bins: number of bins of equal width; they count from 0.
-
-    Example::
-
-        >>> confidence_bins(torch.tensor([0.3, 0.5, 1.0]), 2)
-        tensor([0, 1, 1])
-    """
+    """The bin that the ECE of :func:`evaluate` has each confidence in, ``(n,)``, from 0 on."""
     confidence = confidence.float()  # as evaluate has it and torchmetrics its edges
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device=confidence.device)
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
-
-
-def _check_binned(probs: Tensor, num_bins: int) -> None:
-    check_probabilities(probs, name="probs")
-    if probs.shape[1] < 2 or num_bins < 1:
-        raise ValueError(
-            f"Expected two classes and one bin at least, got {probs.shape[1]} and {num_bins}."
-        )
 
 
 def doubts(prediction: Prediction) -> dict[str, Tensor]:
@@ -196,9 +171,6 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
         Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each, and the mean
         risk over all coverages, the area under the curve (AURC).
 
-    Raises:
-        ValueError: there are no items, shapes differ, or a doubt is NaN.
-
     Reference:
         Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
         arXiv:1705.08500.
@@ -211,13 +183,6 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
         >>> coverage.tolist(), [round(x, 2) for x in risk.tolist()], round(area, 3)
         ([0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.33, 0.5], 0.208)
     """
-    if doubt.dim() != 1 or doubt.shape != wrong.shape or not len(doubt):
-        raise ValueError(
-            f"Expected the shapes (n,) and (n,) with n >= 1, got {tuple(doubt.shape)} and "
-            f"{tuple(wrong.shape)}."
-        )
-    if bool(doubt.isnan().any()):
-        raise ValueError("doubt is NaN somewhere.")
     values, order = doubt.double().sort()
     errors = wrong[order].double().cumsum(0)
     parts = torch.cat([values[1:] > values[:-1], torch.ones_like(values[:1], dtype=torch.bool)])
@@ -236,38 +201,114 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
         inside: scores of the known distribution, ``(n,)``, such as mutual information in nats.
         outside: scores of the other one, ``(m,)``.
 
-    Raises:
-        ValueError: a set is empty.
-
     Example::
 
         >>> round(auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.15, 0.3, 0.4])), 3)
         0.833
     """
-    if not len(inside) or not len(outside):
-        raise ValueError(f"Expected scores on both sides, got {len(inside)} and {len(outside)}.")
     truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     scores = torch.cat([inside, outside])
     _, ranks = scores.unique(return_inverse=True)  # binary_auroc would squash what leaves [0, 1]
     return float(binary_auroc(ranks.float() / max(1, int(ranks.max())), truth.to(scores.device)))
 
 
-def check_labels(labels: Tensor, scores: Tensor) -> None:
-    """Check that ``labels``, of shape ``(n,)``, are classes of ``scores``, of shape ``(n, K)``.
+@torch.no_grad()
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    r"""Find the temperature that minimises the negative log-likelihood.
+
+    .. math::
+        \hat T = \arg\min_{T > 0} -\sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
+
+    The objective is convex in :math:`\beta = 1/T`, so that the minimum is unique and bisection
+    finds where the slope :math:`\sum_i \sum_k p_{ik} (z_{ik} - z_{i y_i})` in :math:`\beta`
+    changes its sign. It lies at the end of the range when every item is classified correctly
+    (:math:`T \to 0`) or when the logits say less than nothing (:math:`T \to \infty`); T is
+    bounded to [0.01, 100], and the nearer bound is returned then. If each item's logits are all
+    equal, every T is as good, and it is 1.
+
+    Accuracy does not change with T. Fit on data held out from both training and test.
+
+    Args:
+        logits: of shape ``(n, K)``: log-probabilities up to a constant per row; ``-inf`` marks a
+            choice that an item does not have.
+        labels: classes of shape ``(n,)``, integers from 0 to K - 1.
+
+    Returns:
+        T, without a unit: divide logits by it.
 
     Raises:
-        ValueError: they are not, or there are none.
+        ValueError: logits contain NaN or ``+inf``, or a label is an absent choice.
+
+    Reference:
+        C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+
+    Example::
+
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
+        1.8205
     """
-    if scores.dim() != 2 or labels.shape != scores.shape[:1] or not len(labels):
+    chosen = logits.double().gather(1, labels.long()[:, None])
+    if not bool((logits < float("inf")).all() & chosen.isfinite().all()):
         raise ValueError(
-            f"Expected the shapes (n, K) and (n,) with n >= 1, got {tuple(scores.shape)} and "
-            f"labels {tuple(labels.shape)}."
+            "Logits must be finite, or -inf at an absent choice that is no label: look for NaN."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}: convert with .long().")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= scores.shape[1]:
-        raise ValueError(
-            f"labels must lie between 0 and {scores.shape[1] - 1}, they span {low} to {high}: drop "
-            "unlabelled items (-100) first."
+    excess = logits.double() - chosen  # of each choice over the label
+    present = excess.masked_fill(excess.isneginf(), 0)  # where the probability is 0 as well
+    if not present.any():
+        return 1.0
+    low, high = 0.01, 100.0
+    for _ in range(64):
+        middle = (low * high) ** 0.5
+        if float(((excess / middle).softmax(-1) * present).sum()) <= 0:
+            high = middle
+        else:
+            low = middle
+    return (low * high) ** 0.5
+
+
+def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:
+    r"""The items of a pool, the one most worth a label first: the acquisition of active learning.
+
+    BALD asks for the label that tells most of the weights,
+
+    .. math::
+
+        \arg\max_i\, I[y_i; U] = H\Bigl[\tfrac1S \textstyle\sum_s p_{si}\Bigr]
+        - \tfrac1S \textstyle\sum_s H[p_{si}],
+
+    where entropy also asks for items that are ambiguous whatever the weights are.
+
+    Args:
+        prediction: of the pool, ``S x N x K``.
+        by: ``"mutual_information"`` (BALD), ``"entropy"`` or ``"random"``.
+        seed: of the random order.
+
+    Returns:
+        Indices of the items, ``(N,)``; of equal ones the earlier comes first.
+
+    Raises:
+        ConfigurationError: a single draw has no mutual information.
+
+    Reference:
+        N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
+        Learning", arXiv:1112.5745.
+
+    Example::
+
+        >>> sure, torn, open_ = [[0.9, 0.1]] * 2, [[0.9, 0.1], [0.1, 0.9]], [[0.5, 0.5]] * 2
+        >>> pool = Prediction(torch.tensor([sure, torn, open_]).transpose(0, 1))
+        >>> rank(pool).tolist()  # the one on which the draws disagree
+        [1, 0, 2]
+        >>> rank(pool, "entropy").tolist()
+        [1, 2, 0]
+    """
+    if by == "random":
+        return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
+    if by == "mutual_information" and prediction.num_samples < 2:
+        raise ConfigurationError(
+            "A single draw has no mutual information to rank by; predict with num_samples=2 or "
+            "more, or rank by 'entropy'."
         )
+    scores: Tensor = getattr(prediction, by)
+    return scores.argsort(descending=True, stable=True)

@@ -16,7 +16,6 @@ from pyro_blora.checkpoints import write_atomically
 from pyro_blora.evaluation.metrics import (
     Metrics,
     auroc,
-    check_labels,
     confidence_bins,
     doubts,
     evaluate,
@@ -61,24 +60,10 @@ def reliability_diagram(
         The figure, not registered with pyplot: show it as the last line of a notebook's cell, or
         write it with :func:`save_figure`.
 
-    Raises:
-        ValueError: there is no method, or ``probs`` and ``labels`` are not what
-            :func:`pyro_blora.evaluation.metrics.evaluate` takes.
-
     Reference:
         A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised
         Learning".
-
-    Example::
-
-        >>> import torch
-        >>> probs, labels = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1])
-        >>> figure = reliability_diagram({"LoRA": (probs, labels)})
-        >>> len(figure.axes)
-        2
     """
-    if not results:
-        raise ValueError("reliability_diagram needs one method or more, got none.")
     count = len(results)
     figure = _Shown(figsize=(0.7 + 2.5 * count, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
@@ -121,17 +106,7 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
     Args:
         prediction: of ``n`` items.
         labels: their classes, ``(n,)``.
-
-    Raises:
-        ValueError: ``labels`` are not what :func:`~pyro_blora.evaluation.metrics.evaluate` takes.
-
-    Example::
-
-        >>> p = Prediction(torch.tensor([[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.2, 0.8]]]))
-        >>> len(risk_coverage_diagram(p, torch.tensor([0, 0])).axes)
-        1
     """
-    check_labels(labels, prediction.probs)
     wrong = prediction.predictions.cpu() != labels.cpu()
     figure = _Shown(figsize=(5, 4.6), dpi=150, layout="constrained")
     ax = figure.subplots()
@@ -162,15 +137,6 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
         inside: prediction of items like the training set's.
         outside: prediction of the others.
         names: what the legend calls the two.
-
-    Raises:
-        ValueError: a prediction is of no items.
-
-    Example::
-
-        >>> p = Prediction(torch.tensor([[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.2, 0.8]]]))
-        >>> len(ood_diagram(p, p, ("facts", "facts again")).axes)
-        2
     """
     figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     columns = figure.subplots(1, 2)
@@ -202,11 +168,7 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format of the suffix; a reader sees the old file or the whole new one.
-
-    Raises:
-        ValueError: the suffix is missing or no format of matplotlib.
-    """
+    """Write a figure in the format of the suffix; whole or not at all."""
     path = Path(path)
     options: dict[str, Any] = {"dpi": 200, "format": path.suffix[1:], "bbox_inches": "tight"}
     write_atomically(path, lambda file: figure.savefig(file, **options))
@@ -217,7 +179,6 @@ class _Shown(Figure):
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
-        # said, for matplotlib would take the one it was made with, whatever set_dpi has said since
         self.savefig(png, format="png", bbox_inches="tight", dpi=self.dpi)
         return png.getvalue()
 

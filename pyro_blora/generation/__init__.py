@@ -1,6 +1,5 @@
 """Text from the average of posterior draws, and what the draws do not agree on in it."""
 
-from pyro_blora.generation.generate import generate
-from pyro_blora.generation.generation import Generation
+from pyro_blora.generation.generate import Generation, generate
 
 __all__ = ["Generation", "generate"]

@@ -11,23 +11,22 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.utils import ModelOutput
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.generation.generation import Generation
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import runs_eagerly
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
-
-__all__ = ["generate"]
 
 _SEVERAL_PASSES = "it runs the network other than once for each token"
 _NO_FIELD = "a Generation has no field for it"
@@ -43,6 +42,56 @@ _REFUSED = {
     "cache": "each call draws models of its own, which need caches of their own",
     "past_key_values": "each call draws models of its own, which need caches of their own",
 }
+
+_GIVEN: Any = None  # the default that ModelOutput wants of every field but the first
+
+
+@dataclass
+class Generation(ModelOutput):
+    r"""Sequences whose tokens come from the average of S sampled models, with its uncertainty.
+
+    Of the distributions :math:`p_s` of the next token under the draws, and their average
+    :math:`\bar p = \tfrac1S\sum_s p_s`, as they are before temperature, penalties and the like:
+
+    .. math::
+        \texttt{entropy} = H[\bar p], \qquad
+        \texttt{mutual\_information} = H[\bar p] - \tfrac1S\textstyle\sum_s H[p_s], \qquad
+        \texttt{disagreement} = \tfrac1S\,\#\{s : \arg\max p_s \ne \arg\max \bar p\}
+
+    A ``ModelOutput``, so transformers' pipelines hand on its fields. ``N`` is the number of
+    prompts times ``num_return_sequences``, ``T`` that of the new tokens; where a sequence has
+    ended before, its entries are NaN.
+
+    Attributes:
+        sequences: the prompts, if they were tokens, and what follows; ``(N, T_0 + T)``.
+        log_probs: :math:`\log\bar p` of each new token, in nats, ``(N, T)``.
+        entropy: in nats, ``(N, T)``.
+        mutual_information: in nats, ``(N, T)``: what is due to the weights' posterior.
+        disagreement: between 0 and 1, ``(N, T)``.
+        mean_log_prob: mean of ``log_probs`` over a sequence's tokens, in nats a token, ``(N,)``.
+        epistemic: mean of ``mutual_information`` over them, in nats a token, ``(N,)``.
+        abstained: whether ``epistemic`` is above the threshold that was given, ``(N,)``.
+
+    Reference:
+        A. Malinin and M. Gales (2021), "Uncertainty Estimation in Autoregressive Structured
+        Prediction", arXiv:2002.07650: the average of each token's distributions ("products of
+        expectations"), and scores divided by the length.
+
+    Example::
+
+        out = blora.generate(**tokenizer("Copper", return_tensors="pt"), max_new_tokens=5)
+        out.sequences.shape, out.mutual_information.shape, out.epistemic.shape
+        # (1, 1 + 5), (1, 5), (1,)
+    """
+
+    sequences: Tensor
+    log_probs: Tensor = _GIVEN
+    entropy: Tensor = _GIVEN
+    mutual_information: Tensor = _GIVEN
+    disagreement: Tensor = _GIVEN
+    mean_log_prob: Tensor = _GIVEN
+    epistemic: Tensor = _GIVEN
+    abstained: Tensor = _GIVEN
 
 
 @torch.no_grad()
@@ -79,23 +128,12 @@ def generate(
 
     Returns:
         The tokens and the uncertainty of each, see :class:`Generation`.
-
-    Raises:
-        ConfigurationError: the network generates no text; ``input_ids`` is a whole batch, not
-            its tokens; ``num_samples`` is negative; ``abstain_above`` is no number, or there are
-            no two draws to disagree; or an option needs other passes of the network than one for
-            each token.
     """
     model.check_on_network()
     net = _generator(model.net)
-    if isinstance(input_ids, Mapping):
-        raise ConfigurationError(
-            f"input_ids is a batch of {[*input_ids]}; generate takes its parts by their names, as "
-            "the network's own does: generate(**batch)."
-        )
     if input_ids is not None and not isinstance(input_ids, Tensor):
         raise ConfigurationError(
-            f"input_ids is a {type(input_ids).__name__}; generate takes tokens, (B, T), as in "
+            f"input_ids must be a tensor of tokens, got a {type(input_ids).__name__}; write "
             "generate(**tokenizer(text, return_tensors='pt'))."
         )
     _check(net, num_samples, abstain_above, options)
@@ -228,18 +266,10 @@ def _generator(net: nn.Module) -> Any:
 def _check(
     net: Any, num_samples: int, abstain_above: float | None, options: Mapping[str, Any]
 ) -> None:
-    if num_samples < 0:
-        raise ConfigurationError(
-            f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
-        )
-    if abstain_above is not None and not abstain_above >= 0:
-        raise ConfigurationError(
-            f"abstain_above={abstain_above} must be a number of nats a token, 0 or more."
-        )
     if abstain_above is not None and num_samples < 2:
         raise ConfigurationError(
             f"abstain_above={abstain_above} needs draws that can disagree: num_samples must be 2 "
-            f"or more, and is {num_samples}."
+            f"or more, got {num_samples}."
         )
     for name, reason in _REFUSED.items():
         value = _setting(net, options, name, None)

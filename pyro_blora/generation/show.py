@@ -1,6 +1,7 @@
 """Generated text coloured by its uncertainty: in a terminal, or as a page for a browser."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from rich.text import Text
 
-from pyro_blora.generation.generation import Generation
-from pyro_blora.generation.pieces import MEASURES, Piece, pieces
+from pyro_blora.generation.generate import Generation
 
 __all__ = ["Answer", "answers", "coloured", "legend", "page"]
 
@@ -22,6 +22,70 @@ _IN_A_TERMINAL = (
     *(f"#1d1c1a on {colour}" for colour in _LIGHT[1:3]),
     *(f"underline #1d1c1a on {colour}" for colour in _LIGHT[3:]),  # seen without colours, too
 )
+# Control characters, which a terminal would obey, are shown by their pictures.
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What text may be coloured by; levels 1 to 4 begin at ``steps``, the same for every text."""
+
+    label: str
+    unit: str
+    steps: tuple[float, float, float, float]
+    meaning: str
+
+    def ranges(self) -> list[str]:
+        """The values of each level, in words."""
+        inner = [f"{a:g} to {b:g}" for a, b in zip(self.steps, self.steps[1:], strict=False)]
+        return [f"below {self.steps[0]:g}", *inner, f"{self.steps[-1]:g} and more"]
+
+
+MEASURES = {
+    "mutual_information": Measure(
+        "Mutual information",
+        "nats",
+        (0.01, 0.03, 0.1, 0.3),
+        "what the draws do not agree on: more training data could settle it",
+    ),
+    "entropy": Measure(
+        "Entropy", "nats", (0.5, 1.0, 2.0, 3.0), "how open the next token is, for whatever reason"
+    ),
+    "disagreement": Measure(
+        "Disagreement",
+        "of the draws",
+        (0.05, 0.2, 0.4, 0.6),
+        "the share of draws that would have put another token first",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token's text, or that of several which make one character, and its uncertainty.
+
+    Of several, ``log_prob`` is the sum and the others are the greatest.
+    """
+
+    text: str
+    log_prob: float
+    entropy: float
+    mutual_information: float
+    disagreement: float
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The spaces before a word, which are not coloured, and the word."""
+        word = self.text.lstrip(" ") or self.text
+        return self.text[: len(self.text) - len(word)], word
+
+    def level(self, measure: str) -> int:
+        """The level, 0 to 4, by one of ``MEASURES``."""
+        return bisect_right(MEASURES[measure].steps, getattr(self, measure))
 
 
 @dataclass(frozen=True)
@@ -69,6 +133,33 @@ def answers(generation: Generation, tokenizer: Any, prompts: Sequence[str]) -> l
     ]
 
 
+def pieces(tokenizer: Any, generation: Generation, index: int) -> list[Piece]:
+    """The new tokens of sequence ``index``, special ones included, control characters visible."""
+
+    def text_of(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    names = ("log_probs", "entropy", "mutual_information", "disagreement")
+    columns = zip(*(generation[name][index].tolist() for name in names), strict=True)
+    numbers = [own for own in columns if not math.isnan(own[0])]
+    ids = generation.sequences[index].tolist()
+    start = len(ids) - generation.log_probs.shape[1]
+    last = start + len(numbers)
+    found: list[Piece] = []
+    waiting: list[tuple[float, ...]] = []
+    before = text_of(ids[:start])
+    for end, own in enumerate(numbers, start + 1):
+        waiting.append(own)
+        text = text_of(ids[:end])
+        if text.endswith("\ufffd") and end < last:
+            continue  # the bytes of a character are not all there yet
+        log_probs, *others = zip(*waiting, strict=True)
+        shown = text[len(before) :].translate(_PICTURES)
+        found.append(Piece(shown, sum(log_probs), *(max(values) for values in others)))
+        before, waiting = text, []
+    return found
+
+
 def coloured(answer: Answer, by: str = "mutual_information") -> Text:
     """An answer's text for a terminal, coloured by one of ``MEASURES``."""
     text = Text()
@@ -106,11 +197,6 @@ def page(
 
     Returns:
         HTML that asks for nothing from elsewhere. All text is escaped.
-
-    Example::
-
-        shown = answers(generation, tokenizer, prompts)
-        Path("answer.html").write_text(page(shown), encoding="utf-8")
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["exp"] = math.exp

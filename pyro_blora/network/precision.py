@@ -35,7 +35,7 @@ def _bfloat16_pays(kind: str) -> bool:
     import torch
 
     if kind == "cpu":
-        return torch.cpu._is_amx_tile_supported()
+        return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)

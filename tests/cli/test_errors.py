@@ -1,139 +1,188 @@
-"""A user's mistake is one line on stderr, said before a model is read or anything is written."""
+"""How the command starts, and a user's mistake: one line on stderr, nothing written."""
+
+import subprocess
+import sys
 
 import pytest
 import tiny
 
+from pyro_blora import cli
+from pyro_blora._version import __version__
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.methods import METHODS
 from pyro_blora.network import pretrained
 
+HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["compare", "--help"],
+        ["compare", "--methods", "lorra"],
+        ["compare", "--task", "fact"],
+        ["train", "--out", "x", "--precision", "half"],
+        ["train", "--out", "x", "--task", "fact"],
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+    program = f"""
+import sys
+import pyro_blora
+from pyro_blora import cli
+sys.argv = ["pyro-blora", *{arguments!r}]
+try:
+    cli.main()
+except SystemExit:
+    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "rank", "compare", "generate", "info"])
+def test_help_teaches(run, command):
+    code, text, _ = run(command, "--help", columns=400)
+    assert code == 0
+    assert "Example: pyro-blora" in text
+    if command == "info":
+        assert f"({', '.join(pretrained.SHAPES)})" in text
+    assert command in run()[1]  # no arguments show the commands
+    assert run("--version") == (0, f"pyro-blora {__version__}\n", "")
+
+
+def test_every_name_of_the_package_is_found():
+    program = """
+from pyro_blora import *
+import pyro_blora
+assert set(pyro_blora.__all__) <= set(dir(pyro_blora)) & {*globals(), "__version__"}
+assert pyro_blora.inference.fit is fit and pyro_blora.network.adapter
+assert not hasattr(pyro_blora, "nothing")
+from pyro_blora.data import *
+assert not hasattr(pyro_blora.data, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_nothing_but_the_result_is_said():
+    """Not even by torchao, where it is installed."""
+    command = [sys.executable, "-m", cli.__name__.split(".")[0], "info", "--model", "smollm2"]
+    done = subprocess.run([*command, "--target-modules", "q_proj"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_info_counts_llama_2_7b_as_the_papers_do(run):
+    code, text, err = run("info", "--model", "llama-2-7b", "--rank", 8)
+    assert code == 0, err
+    # r (d_out + d_in): 64 projections of 4096 x 4096 and a head of 32000 x 4096.
+    assert f"{8 * (64 * 8192 + 36096):,}" == "4,483,072"
+    assert "4,483,072" in text
+    surplus = int(text.split("(0.0")[-2].split()[-1].replace(",", ""))
+    assert 0 < surplus <= 20_000
+
+
+def test_info_lists_methods_and_breaks_no_word_in_80_columns(run):
+    code, text, err = run("info", "--methods", columns=80)
+    assert code == 0, err
+    assert max(map(len, text.splitlines())) <= 80
+    words = set(text.split())
+    for name, made in METHODS.items():
+        assert {name, *made.summary.split(), *made.citation.split()} <= words
+
+
+@pytest.mark.parametrize("load", [pretrained.load_pretrained, pretrained.shape_only])
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
+    import huggingface_hub
+
+    asked = []
+
+    def metadata(url):
+        asked.append(url)
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigurationError, match=r"no folder .*no such host.*smollm2"):
+        load("some/nme")
+    assert len(asked) == 1
+
 
 @pytest.fixture
-def words(run, model_dir, data_dir, tmp_path):
-    """Runs a command on the task ``words`` with changed options."""
+def refused(run, model_dir, data_dir, tmp_path):
+    """Runs a command, on the task ``words`` where it is not told another, that has to fail."""
 
-    def words(command="compare", *flags, **changes):
-        options = {"model": model_dir, "task": "words", "data_dir": data_dir, "max_steps": 1}
-        options |= {"rank": 2, "out": tmp_path / "out"}
-        options |= {"seeds": 0, "methods": "mean-field"} if command == "compare" else {}
+    def refused(command, told, **changes):
+        options = {"data_dir": data_dir}
+        if command in ("compare", "train"):
+            options |= {"task": "words", "model": model_dir, "max_steps": 1, "rank": 2}
+            options |= {"out": tmp_path / "out"}
+        if command == "compare":
+            options |= {"seeds": 0, "methods": "mean-field"}
         options |= changes
         named = {"--" + name.replace("_", "-"): value for name, value in options.items()}
-        return run(command, *flags, *[part for pair in named.items() for part in pair])
-
-    return words
-
-
-@pytest.fixture
-def refused(words, monkeypatch, tmp_path):
-    def refused(*told, **options):
-        code, _, err = words(**options)
+        code, _, err = run(command, *[part for pair in named.items() for part in pair])
         assert code == 2
         assert len(err.strip().splitlines()) == 1
         assert [word for word in told if word not in err] == []
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out" / "results.json").exists()
+        assert not (tmp_path / "out" / "bayesian_lora_config.json").exists()
 
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("it was read"))
     return refused
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("command", "change", "told"),
     [
-        ({"methods": "lorra"}, ["lorra", "lora"]),
-        ({"methods": "temperature:blub"}, ["blub", "blob"]),
-        ({"methods": "Subspce+Delta"}, ["Subspce", "Subspace"]),
-        ({"methods": "Subspace+Dleta"}, ["Dleta", "Delta"]),
-        ({"methods": " , "}, ["--methods"]),
-        ({"seeds": "0,x"}, ["--seeds", "0,1,2"]),
-        ({"task": "wrds"}, ["wrds", "words"]),
-        ({"model": "/nowhere/at/all"}, ["/nowhere/at/all", "smollm2"]),
+        ("compare", {"methods": "lorra"}, ["lorra", "lora"]),
+        ("compare", {"methods": "temperature:blub"}, ["blub", "blob"]),
+        ("compare", {"methods": "Subspce+Delta"}, ["Subspce", "Subspace"]),
+        ("compare", {"methods": "Subspace+Dleta"}, ["Dleta", "Delta"]),
+        ("compare", {"methods": " , "}, ["--methods"]),
+        ("compare", {"methods": "nowhere:Prior+MeanField"}, ["'nowhere'", "current folder"]),
+        ("compare", {"methods": "mine:Plan+MeanField"}, ["mine:Plan", "'Plain'"]),
+        ("compare", {"methods": "mine:Plain+mine:Sprad"}, ["mine:Sprad", "'Spread'"]),
+        ("compare", {"methods": "mine:Spread+MeanField"}, ["prior 'mine:Spread'", "Plain"]),
+        ("compare", {"methods": "mine:Needs+MeanField"}, ["without a default, what"]),
+        ("compare", {"seeds": "0,x"}, ["--seeds", "0,1,2"]),
+        ("compare", {"task": "wrds"}, ["wrds", "words"]),
+        ("compare", {"model": "/nowhere/at/all"}, ["/nowhere/at/all", "smollm2"]),
+        ("compare", {"out": "/proc/nowhere"}, ["/proc/nowhere"]),
+        ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
+        ("train", {"rank": 64}, ["rank=64", "q_proj"]),
+        ("train", {"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
+        ("train", {"top": 2}, ["--top 2 is not below the network's 2 blocks"]),
+        ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
+        ("evaluate", {"adapter": "/nowhere"}, ["bayesian_lora_config.json"]),
+        ("evaluate", {"adapter": "adapter"}, ["give --task"]),
+        ("evaluate", {"adapter": "adapter", "task": "words"}, ["give --model"]),
+        ("evaluate", {"adapter": "adapter", "task": "words", "ood": "wods"}, ["mean 'words'"]),
+        ("rank", {"adapter": "adapter", "out": "x", "task": "words", "pool": "no"}, ["no is miss"]),
     ],
 )
-def test_a_mistake(refused, change, told):
-    refused(*told, **change)
-
-
-@pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"precision": "fp16"}, ["fp16", "bfloat16"]),
-        ({"rank": 64}, ["rank=64", "q_proj"]),
-        ({"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
-        ({"out": "/proc/nowhere"}, ["cannot be written to"]),
-    ],
-)
-def test_a_mistake_in_an_option_of_both(refused, command, change, told):
-    refused(*told, command=command, **change)
+def test_a_mistake(refused, own_module, command, change, told):
+    tiny.adapted(tiny.llama()).save_pretrained("adapter")  # names neither a task nor a base
+    refused(command, told, **change)
 
 
 def test_a_malformed_line_and_a_missing_split_are_named(refused, data_dir):
     (data_dir / "words" / "test.jsonl").unlink()
-    refused("no split 'test'")
+    refused("compare", ["no split 'test'"])
     path = data_dir / "words" / "train.jsonl"
     good = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*good[:2], "not json", *good[2:]]) + "\n", encoding="utf-8")
-    refused("train.jsonl, line 3")
+    refused("compare", ["train.jsonl, line 3"])
 
 
-def test_a_missing_adapter(run, tmp_path):
-    code, _, err = run("evaluate", "--adapter", tmp_path / "none", "--task", "facts")
-    assert code == 2
-    assert "bayesian_lora_config.json" in err
-
-
-def test_an_adapter_that_names_no_task(run, tmp_path):
-    tiny.adapted(tiny.llama()).save_pretrained(tmp_path)
-    code, _, err = run("evaluate", "--adapter", tmp_path)
-    assert (code, "--task" in err) == (2, True)
-
-
-def test_what_train_would_write_over_is_told_before_it_trains(words, tmp_path):
-    out, file = tmp_path / "out", tmp_path / "file"
-    file.write_text("mine")
-    gone = tmp_path / "link"
-    gone.symlink_to(tmp_path / "gone")
-    for place in (file, file / "below", gone, gone / "below"):
-        code, _, err = words("train", out=place)
-        assert code == 2
-        assert "cannot be written to: " in err
-    assert words("train")[0] == 0
+def test_an_adapter_is_not_written_over_unasked(run, model_dir, data_dir, tmp_path):
+    out = tmp_path / "out"
+    words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--out", out]
+    words += ["--max-steps", 1, "--rank", 2]
+    assert run("train", *words)[0] == 0
     first = (out / "bayesian_lora.safetensors").read_bytes()
-    code, _, err = words("train", seed=1)
-    assert code == 2
-    assert "--overwrite" in err
+    code, _, err = run("train", *words, "--seed", 1)
+    assert (code, "--overwrite" in err) == (2, True)
     assert (out / "bayesian_lora.safetensors").read_bytes() == first
-    assert words("train", "--overwrite", seed=1)[0] == 0
+    assert run("train", *words, "--overwrite", "--seed", 1)[0] == 0
     assert (out / "bayesian_lora.safetensors").read_bytes() != first
-
-
-def test_what_compare_would_write_over_is_told_before_it_trains(words, tmp_path):
-    (tmp_path / "results.json").write_text("mine")
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "results.json").symlink_to(tmp_path / "gone")
-    for place in (tmp_path, tmp_path / "linked"):
-        code, _, err = words(out=place)
-        assert code == 2
-        assert "has a results.json already" in err
-    assert (tmp_path / "results.json").read_text() == "mine"
-    code, _, err = words(out=tmp_path / "results.json" / "below")
-    assert code == 2
-    assert "cannot be written to: " in err
-
-
-def test_unknown_options_are_refused(run):
-    code, _, err = run("compare", "--sseeds", "1")
-    assert code == 2
-    assert "--sseeds" in err
-
-
-@pytest.mark.parametrize(
-    ("methods", "told"),
-    [
-        ("nowhere:Prior+MeanField", ["'nowhere'", "current folder"]),
-        ("mine:Plan+MeanField", ["mine:Plan", "'Plain'"]),
-        ("mine:Plain+mine:Sprad", ["mine:Sprad", "'Spread'"]),
-        ("mine:Spread+MeanField", ["prior 'mine:Spread'", "Plain"]),
-        ("temperature:mine:Needs+MeanField", ["without a default, what"]),
-    ],
-)
-def test_a_mistake_in_the_path_of_a_class(refused, own_module, methods, told):
-    refused(*told, methods=methods)

@@ -1,6 +1,7 @@
-"""The programs of the README, of docs/programs.md and of docs/peft.md run as they stand."""
+"""The programs and commands of the README, of docs/programs.md and docs/peft.md as they stand."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pyro
@@ -21,6 +22,33 @@ FIRST, LOOP, OWN_PRIOR = blocks("README.md")
 QUICK = FIRST.replace("num_steps=100", "num_steps=10")  # nothing else is left out
 PROGRAMS = blocks("docs/programs.md")
 WITH_PEFT = blocks("docs/peft.md")
+
+
+def test_the_commands_run_one_after_the_other(run, model_dir, tmp_path, monkeypatch):
+    """On a tiny network, in few steps, and else as they stand; each goes on from those before."""
+    monkeypatch.chdir(tmp_path)
+    Path("pool.jsonl").write_text('{"question": "?", "choices": ["a", "b"]}\n')
+    tiny = ["--model", str(model_dir)]  # as a folder has no name that an adapter may give
+    short = [*tiny, "--max-steps", "2", "--max-train", "16", "--rank", "2"]
+    smaller = {
+        "train": short,
+        "compare": [*short, "--max-validation", "8", "--max-test", "8"],
+        "evaluate": [*tiny, "--max-test", "8"],
+        "rank": tiny,
+        "generate": [*tiny, "--max-new-tokens", "3"],
+    }
+    text = (ROOT / "README.md").read_text("utf-8")
+    commands = [
+        shlex.split(line, comments=True) for line in re.findall(r"^pyro-blora .*", text, re.M)
+    ]
+    assert len({command[1] for command in commands}) == 6
+    for _, name, *options in commands:
+        code, _, err = run(name, *options, *smaller.get(name, []))
+        assert code == 0, (name, err)
+    assert Path("out/facts/test/reliability.png").exists()
+    assert Path("out/next.jsonl").exists()
+    assert Path("answer.html").exists()
+    assert Path("out/compare/results.json").exists()
 
 
 @pytest.fixture

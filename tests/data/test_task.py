@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from pyro_blora import likelihoods
 from pyro_blora.data import (
     DataError,
     LabelTokensCollator,
@@ -108,25 +109,18 @@ def test_no_split_comes_between_the_sentences_of_a_winogrande_pair(
     assert 31 <= len(task.validation) <= 34
 
 
-def test_no_train_split_and_one_of_another_name(load):
+def test_no_train_split_no_test_split_and_no_such_task(load, tmp_path):
     task = load({"dev": 10, "test": 20}, max_train=10)
     assert (task.train, task.validation) == ((), ())
     assert len(task.test) == 20
-
-
-def test_no_test_split_and_no_such_task(load, tmp_path):
-    with pytest.raises(DataError, match=r"no split 'test' .* Known: train"):
-        load({"train": 20})
+    with pytest.raises(DataError, match=r"no split 'test'.* Known: train"):
+        load({"train": 20}, "another")
     with pytest.raises(DataError, match="did you mean 'own'"):
         load_task("won", data_dir=tmp_path)
     with pytest.raises(DataError, match=r"did you mean 'arc_easy'.*'facts' is built in"):
         load_task("arc_esy")
-
-
-@pytest.mark.parametrize("limit", ["max_train", "max_validation", "max_test"])
-def test_a_negative_limit(limit):
     with pytest.raises(DataError, match="negative"):
-        load_task("facts", **{limit: -1})
+        load_task("facts", max_train=-1)
 
 
 def test_facts_need_no_data_dir(tmp_path):
@@ -145,13 +139,16 @@ def test_the_hub_is_read_without_a_data_dir(monkeypatch):
     assert (len(task.train), len(task.validation), task.test) == (6, 2, items)
 
 
-def test_the_collator_is_the_template_s(plain, load):
-    facts = load_task("facts", max_test=3)
+def test_the_collator_and_the_likelihood_are_the_template_s(plain, load):
+    facts = load_task("facts", max_train=30, max_test=3)
     collate = facts.collator(plain, max_length=64)
     assert isinstance(collate, MultipleChoiceCollator)
     assert collate.max_length == 64
     assert collate(facts.test)["input_ids"].shape[:2] == (3, 4)
+    likelihood = facts.likelihood(collate, "fixed")
+    assert repr(likelihood) == repr(likelihoods.MultipleChoice(num_data=30, scale="fixed"))
     task = load({"test": 4}, "sst2")
     collate = task.collator(plain)
     assert isinstance(collate, LabelTokensCollator)
     assert collate(task.test)["labels"].tolist() == [0, 1, 0, 1]
+    assert task.likelihood(collate).token_ids == collate.token_ids

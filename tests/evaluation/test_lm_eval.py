@@ -219,26 +219,9 @@ def test_a_task_runs_by_the_harness(tokenizer, tmp_path, monkeypatch):
             assert score == pytest.approx(float(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"batch_size": "auto"}, "batch_size='auto' must be a number"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"num_samples": -1}, "num_samples=-1"),
-        ({"samples": {}}, "lacks the sites"),
-    ],
-)
-def test_options_that_cannot_be(tokenizer, options, told):
-    blora = tiny.adapted(tiny.llama(vocab_size=len(tokenizer)))
-    with pytest.raises(ConfigurationError, match=told):
-        posterior(blora, tokenizer, **options)
-
-
 def test_adapters_that_cannot_be(tokenizer):
     with pytest.raises(ConfigurationError, match="has no language-model head"):
         posterior(tiny.adapted(tiny.bert(), target_modules=["query"]), tokenizer)
     blora = tiny.adapted(tiny.llama(vocab_size=len(tokenizer)), guide=Amortized())
     with pytest.raises(ConfigurationError, match="another posterior for every batch"):
         posterior(blora, tokenizer)
-    with pytest.raises(ConfigurationError, match="blora="):
-        posterior(tiny.llama(), tokenizer)

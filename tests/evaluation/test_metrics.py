@@ -1,4 +1,4 @@
-"""Metrics against values computed by hand."""
+"""Metrics, temperatures and rankings against values by hand, by counting and on a grid."""
 
 import math
 from itertools import product
@@ -6,7 +6,19 @@ from itertools import product
 import pytest
 import torch
 
-from pyro_blora.evaluation.metrics import confidence_bins, ece_by_chance, evaluate
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.metrics import (
+    CRITERIA,
+    auroc,
+    confidence_bins,
+    doubts,
+    ece_by_chance,
+    evaluate,
+    fit_temperature,
+    rank,
+    risk_coverage,
+)
+from pyro_blora.posterior.prediction import Prediction
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(
@@ -33,17 +45,14 @@ def test_by_hand():
     assert metrics.brier == pytest.approx(brier, abs=1e-7)
 
 
-def test_certainty_shares_the_last_bin():
+def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():
     """0.95 and right, 1.0 and wrong: one bin of width 0.1, not two."""
+    probs = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])
+    assert evaluate(probs, torch.tensor([0, 1]), num_bins=1).ece == pytest.approx(0.125, abs=1e-5)
     probs = torch.tensor([[0.95, 0.05], [1.0, 0.0]])
     metrics = evaluate(probs, torch.tensor([0, 1]), num_bins=10)
     assert metrics.ece == pytest.approx(0.975 - 0.5, abs=1e-6)
     assert metrics.nll == pytest.approx((87.33654475 - math.log(0.95)) / 2, abs=1e-5)
-
-
-def test_rounding_above_one_is_no_logit():
-    probs = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])
-    assert evaluate(probs, torch.tensor([0, 1]), num_bins=1).ece == pytest.approx(0.125, abs=1e-5)
 
 
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
@@ -70,35 +79,134 @@ def test_ece_by_chance_is_the_mean_over_all_that_a_calibrated_classifier_may_sho
         chance = float(torch.where(right, confidence, 1 - confidence).prod())
         expected += chance * evaluate(probs, (~right).long(), num_bins=4).ece
     assert ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
-    with pytest.raises(ValueError, match="n >= 1"):
-        ece_by_chance(probs[:0])
-    with pytest.raises(ValueError, match="one bin"):
-        ece_by_chance(probs, num_bins=0)
 
 
-@pytest.mark.parametrize(
-    ("probs", "labels", "match"),
-    [
-        (PROBS, LABELS[:3], "the shapes"),
-        (PROBS[0], LABELS, "the shapes"),
-        (PROBS, LABELS[:, None], "the shapes"),
-        (PROBS[:0], LABELS[:0], "n >= 1"),
-        (torch.ones(4, 1), 0 * LABELS, "two classes"),
-        (PROBS, LABELS + 1, "between 0 and 2"),
-        (PROBS, LABELS - 100, "-100"),
-        (PROBS, LABELS.double(), "integers"),
-        (PROBS, LABELS.bool(), "integers"),
-        (4 * PROBS, LABELS, "softmax"),
-        (PROBS - 0.1, LABELS, "softmax"),
-        (PROBS * math.nan, LABELS, "finite"),
-        (PROBS.long(), LABELS, "floating"),
-    ],
-)
-def test_rejects(probs, labels, match):
-    with pytest.raises(ValueError, match=match):
-        evaluate(probs, labels)
+@pytest.mark.parametrize("labels", [LABELS + 1, LABELS - 100, LABELS[:3], LABELS[:, None]])
+def test_labels_that_are_no_classes_of_the_items(labels):
+    with pytest.raises((ValueError, RuntimeError)):
+        evaluate(PROBS, labels)
+    with pytest.raises(ValueError, match="softmax"):
+        evaluate(4 * PROBS, LABELS)
 
 
-def test_rejects_no_bins():
-    with pytest.raises(ValueError, match="one bin"):
-        evaluate(PROBS, LABELS, num_bins=0)
+def synthetic(temperature, n=4000, k=4, seed=0):
+    """Logits that are right at ``temperature``: labels are drawn from softmax(logits / T)."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = 2 * torch.randn(n, k, generator=generator)
+    labels = torch.multinomial(truth.softmax(-1), 1, generator=generator).squeeze(1)
+    return temperature * truth, labels
+
+
+def nll(logits, labels, temperature):
+    return float(torch.nn.functional.cross_entropy(logits.double() / temperature, labels))
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.3, 1.0, 4.0, 60.0])
+def test_finds_a_known_temperature(temperature):
+    logits, labels = synthetic(temperature)
+    # 4,000 items: the relative standard error is about 0.03
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.1)
+    # Scaling logits scales T
+    base = fit_temperature(synthetic(1.0)[0], labels)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature * base, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beats_a_grid(seed):
+    logits, labels = synthetic(2.5, n=100, seed=seed)
+    best = nll(logits, labels, fit_temperature(logits, labels))
+    grid = torch.logspace(-2, 2, 2001, dtype=torch.float64)
+    values = [nll(logits, labels, t) for t in grid]
+    assert best <= min(values) + 1e-12
+    at = float(grid[values.index(min(values))])
+    assert fit_temperature(logits, labels) == pytest.approx(at, rel=5e-3)
+
+
+def test_absent_choices():
+    logits, labels = synthetic(3.0, n=500)
+    padded = torch.nn.functional.pad(logits, (0, 2), value=-math.inf)
+    assert fit_temperature(padded, labels) == pytest.approx(
+        fit_temperature(logits, labels), rel=1e-9
+    )
+
+
+def test_bounds_and_where_every_temperature_is_as_good():
+    logits, labels = torch.eye(3), torch.arange(3)
+    assert fit_temperature(logits, labels) == pytest.approx(0.01)
+    assert fit_temperature(-logits, labels) == pytest.approx(100)
+    with pytest.raises(ValueError, match="NaN"):
+        fit_temperature(logits * math.nan, labels)
+    labels = torch.arange(3)
+    logits = torch.tensor([[0.1, 0.1, -math.inf], [7.0, 7.0, 7.0], [-math.inf, 0.0, 0.0]])
+    assert nll(logits, labels, 0.01) == pytest.approx(nll(logits, labels, 100), rel=1e-12)
+    assert fit_temperature(logits, labels) == 1
+    logits[0, 0] += 1  # one that is right
+    assert fit_temperature(logits, labels) == pytest.approx(0.01)
+
+
+def random(samples=5, items=60, choices=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(samples, items, choices, generator=generator)
+    return Prediction((2 * logits).softmax(-1))
+
+
+def test_risk_at_every_threshold_by_counting():
+    generator = torch.Generator().manual_seed(0)
+    doubt = torch.randint(8, (40,), generator=generator).float()  # with many ties
+    wrong = torch.rand(40, generator=generator) < 0.4
+    coverage, risk, area = risk_coverage(doubt, wrong)
+    by_hand = [(doubt <= t) for t in sorted(set(doubt.tolist()))]
+    assert coverage.tolist() == pytest.approx([float(kept.float().mean()) for kept in by_hand])
+    assert risk.tolist() == pytest.approx([float(wrong[kept].float().mean()) for kept in by_hand])
+    shares = [b - a for a, b in zip([0, *coverage.tolist()], coverage.tolist(), strict=False)]
+    assert area == pytest.approx(sum(s * r for s, r in zip(shares, risk.tolist(), strict=True)))
+    # a doubt without ties: the mean risk of the k least doubtful
+    order = torch.randperm(40, generator=generator)
+    _, risk, area = risk_coverage(order.float(), wrong)
+    assert area == pytest.approx(float(risk.mean()))
+    kept = wrong[order.argsort()].double().cumsum(0) / torch.arange(1, 41)
+    torch.testing.assert_close(risk, kept)
+
+
+def test_nothing_is_better_than_the_oracle_and_a_constant_says_nothing():
+    p, wrong = random(), torch.arange(60) % 3 == 0
+    oracle = risk_coverage(wrong.float() + torch.linspace(0, 0.5, 60), wrong)[2]
+    assert all(oracle < risk_coverage(doubt, wrong)[2] for doubt in doubts(p).values())
+    coverage, risk, area = risk_coverage(torch.zeros(60), wrong)
+    assert (coverage.tolist(), risk.tolist()) == ([1], pytest.approx([1 / 3]))
+    assert area == pytest.approx(1 / 3)
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    inside = torch.tensor([0.0, 1.0, 2.0, 2.0, 7.5])
+    outside = torch.tensor([1.0, 2.0, 9.0])
+    pairs = outside[:, None] - inside
+    share = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean()
+    assert auroc(inside, outside) == pytest.approx(float(share))
+    assert auroc(inside, inside) == pytest.approx(0.5)
+    assert auroc(inside, inside + 10) == 1
+    assert auroc(inside + 10, inside) == 0
+    assert auroc(torch.zeros(3), torch.zeros(2)) == 0.5
+    tiny = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
+    assert auroc(tiny, tiny + 3e-9) == 1
+
+
+def test_ranks_are_those_of_the_scores():
+    p = random()
+    for by in ("mutual_information", "entropy"):
+        scores = getattr(p, by).tolist()
+        assert rank(p, by).tolist() == sorted(range(60), key=lambda i: -scores[i])
+    orders = {by: tuple(rank(p, by).tolist()) for by in CRITERIA}
+    assert len(set(orders.values())) == 3
+    assert sorted(orders["random"]) == list(range(60))
+    assert orders["random"] == tuple(rank(p, "random", seed=0).tolist())
+    assert orders["random"] != tuple(rank(p, "random", seed=1).tolist())
+    state = torch.get_rng_state()
+    rank(p, "random")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_single_draw_has_no_mutual_information_to_rank_by():
+    with pytest.raises(ConfigurationError, match="single draw"):
+        rank(random(samples=1))
+    assert len(rank(random(samples=1), "entropy")) == 60

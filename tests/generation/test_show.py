@@ -11,8 +11,16 @@ from own_tokenizer import build_tokenizer
 from rich.console import Console
 
 from pyro_blora.generation import Generation
-from pyro_blora.generation.pieces import MEASURES, Piece, pieces
-from pyro_blora.generation.show import Answer, answers, coloured, legend, page
+from pyro_blora.generation.show import (
+    MEASURES,
+    Answer,
+    Piece,
+    answers,
+    coloured,
+    legend,
+    page,
+    pieces,
+)
 
 ATTACK = "<script>window.harm = 1</script>\"'><img src=x onerror='window.harm = 2'>{{ 7 * 7 }}"
 
@@ -71,14 +79,6 @@ def shown(text, **options):
     return console.file.getvalue()
 
 
-def test_levels_are_those_of_the_legend():
-    for measure in MEASURES.values():
-        assert [measure.level(step) for step in (0, *measure.steps)] == [0, 1, 2, 3, 4]
-        assert measure.level(measure.steps[0] - 1e-6) == 0
-        assert len(measure.ranges()) == 5
-        assert all(f"{step:g}" in " ".join(measure.ranges()) for step in measure.steps)
-
-
 def test_a_terminal_has_a_colour_for_each_level():
     text = coloured(answer(*(piece(f" w{level}", level) for level in range(5))))
     colours = shown(text, force_terminal=True, color_system="truecolor", no_color=False)
@@ -98,117 +98,56 @@ def test_answers_belong_to_their_prompts():
     assert [len(each.pieces) for each in found] == [each.length for each in found]
 
 
-@pytest.fixture(scope="module")
-def browser():
+TEXT = [piece(f" word{level}", level, entropy=4.0 - level) for level in range(5)]
+
+
+def test_a_page_escapes_what_it_shows():
+    html = page([answer(piece(ATTACK), prompt=ATTACK)], title=ATTACK, subtitle=ATTACK)
+    assert html.count("<script") == 1
+    assert "<img" not in html
+    assert "harm" in html
+
+
+def test_a_page_in_chromium(tmp_path):
+    """Colours by what is chosen, numbers on hover; nothing is asked for, and no text is run."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip("no Chromium is installed")
+    file, faults = tmp_path / "page.html", []
+    shown = answer(*TEXT, piece(ATTACK), prompt=ATTACK)
+    file.write_text(page([shown]), encoding="utf-8")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a page; a request for anything but the page, or an error in it, fails the test."""
-    pages = []
-
-    def opened(html, *, width=1000, **options):
-        file = tmp_path / "page.html"
-        file.write_text(html, encoding="utf-8")
-        view = browser.new_page(viewport={"width": width, "height": 600}, **options)
-        view.faults = []
-        view.on("request", lambda r: r.url == file.as_uri() or view.faults.append(r.url))
-        view.on("pageerror", lambda error: view.faults.append(str(error)))
-        view.on("console", lambda message: view.faults.append(message.text))
+        view = browser.new_page(viewport={"width": 360, "height": 600})
+        view.on("request", lambda r: r.url == file.as_uri() or faults.append(r.url))
+        view.on("pageerror", lambda error: faults.append(str(error)))
+        view.on("console", lambda message: faults.append(message.text))
         view.goto(file.as_uri())
-        pages.append(view)
-        return view
 
-    yield opened
-    assert [fault for view in pages for fault in view.faults] == []
-    for view in pages:
-        view.close()
+        def colours():
+            style = "token => getComputedStyle(token).backgroundColor"
+            found = [view.locator(".t", has_text=f"word{level}") for level in range(5)]
+            return [token.evaluate(style) for token in found]
 
-
-TEXT = [piece(f" word{level}", level, entropy=4.0 - level) for level in range(5)]
-
-
-def colour(view, word):
-    found = view.locator(".t", has_text=word)
-    return found.evaluate("token => getComputedStyle(token).backgroundColor")
-
-
-def test_chromium_colours_by_what_is_chosen(opened):
-    view = opened(page([answer(*TEXT)]))
-    assert view.locator(".answer").inner_text() == " word0 word1 word2 word3 word4"
-    words = [f"word{level}" for level in range(5)]
-    before = [colour(view, word) for word in words]
-    assert len(set(before)) == 5
-    assert before[0] == "rgba(0, 0, 0, 0)"
-    swatch = "li => getComputedStyle(li, '::before').backgroundColor"
-    key = view.locator(".scale:visible li")
-    assert [key.nth(level).evaluate(swatch) for level in range(5)] == before
-    assert key.all_inner_texts() == MEASURES["mutual_information"].ranges()
-    view.get_by_label("Entropy").check(force=True)
-    assert key.all_inner_texts() == MEASURES["entropy"].ranges()
-    assert [colour(view, word) for word in words] == [before[n] for n in (4, 4, 3, 2, 0)]
-
-
-def test_chromium_tells_the_numbers_on_hover_and_to_a_keyboard(opened):
-    view = opened(page([answer(*TEXT)]), width=360)
-    tip = view.get_by_role("tooltip")
-    assert not tip.is_visible()
-    view.locator(".t", has_text="word3").hover()
-    told = re.split(r"\s+", tip.inner_text().strip())
-    assert told[0] == "␣word3"
-    assert " ".join(told[1:]) == (
-        "Probability 0.25 Mutual information 0.100 Entropy 1.000 Disagreement 0.000"
-    )
-    box = tip.bounding_box()
-    assert 0 <= box["x"] <= box["x"] + box["width"] <= 360
-    view.locator("h1").hover()
-    assert not tip.is_visible()
-    view.locator(".t").first.focus()
-    view.keyboard.press("ArrowRight")
-    assert "word1" in tip.inner_text()
-    view.keyboard.press("Escape")
-    assert not tip.is_visible()
-
-
-def luminance(rgb):
-    parts = [int(part) / 255 for part in re.findall(r"\d+", rgb)[:3]]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1000])
-def test_chromium_can_be_read_from(opened, scheme, width):
-    """Contrast of 4.5 and more (WCAG AA) on every level; nothing is wider than the window."""
-    view = opened(page([answer(*TEXT, abstained=True)]), width=width, color_scheme=scheme)
-    assert view.evaluate("document.documentElement.scrollWidth") == width
-    style = "(e, name) => getComputedStyle(e)[name]"
-    ink = luminance(view.locator(".answer").evaluate(style, "color"))
-    card = luminance(view.locator("article").evaluate(style, "backgroundColor"))
-    assert (card < ink) == (scheme == "dark")
-    for level in range(5):
-        ground = luminance(colour(view, f"word{level}")) if level else card
-        light, dark = max(ink, ground), min(ink, ground)
-        assert (light + 0.05) / (dark + 0.05) > 4.5, level
-    assert "Abstains" in view.locator(".abstained").inner_text()
-
-
-def test_chromium_shows_hostile_text_and_runs_none_of_it(opened):
-    html = page([answer(piece(ATTACK), prompt=ATTACK)], title=ATTACK, subtitle=ATTACK)
-    view = opened(html)
-    for place in (".t", ".prompt", "h1", "header p"):
-        assert view.locator(place).text_content() == ATTACK
-    view.locator(".t").hover()
-    assert "<script>window.harm" in view.get_by_role("tooltip").inner_text()
-    assert view.evaluate("window.harm") is None
-    assert view.locator("img").count() == 0
-    assert view.locator("script").count() == 1
+        before = colours()
+        assert len(set(before)) == 5
+        assert before[0] == "rgba(0, 0, 0, 0)"
+        key = view.locator(".scale:visible li")
+        assert key.all_inner_texts() == MEASURES["mutual_information"].ranges()
+        view.get_by_label("Entropy").check(force=True)
+        assert key.all_inner_texts() == MEASURES["entropy"].ranges()
+        assert colours() == [before[n] for n in (4, 4, 3, 2, 0)]
+        tip = view.get_by_role("tooltip")
+        assert not tip.is_visible()
+        view.locator(".t", has_text="word3").hover()
+        told = re.split(r"\s+", tip.inner_text().strip())
+        assert " ".join(told) == (
+            "␣word3 Probability 0.25 Mutual information 0.100 Entropy 1.000 Disagreement 0.000"
+        )
+        assert view.evaluate("document.documentElement.scrollWidth") == 360
+        assert view.locator(".prompt").text_content() == ATTACK
+        assert view.evaluate("window.harm") is None
+        browser.close()
+    assert faults == []

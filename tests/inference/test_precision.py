@@ -4,8 +4,6 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.comparison import Settings
 from pyro_blora.guides import Isotropic
 from pyro_blora.inference import finish, fit
 from pyro_blora.network import precision
@@ -44,12 +42,3 @@ def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expecte
     )
     run(net, **options)
     assert (True in seen) is expected
-
-
-@pytest.mark.parametrize("pays", [False, True])
-def test_the_settings_of_a_comparison_tell_what_was_used(monkeypatch, pays):
-    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
-    assert Settings().precision == ("bfloat16" if pays else "float32")
-    assert Settings(precision="float32").precision == "float32"
-    with pytest.raises(ConfigurationError, match="'half' is not one of"):
-        Settings(precision="half")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import typer
 import yaml
 from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
@@ -125,24 +124,6 @@ def test_early_stopping_sees_validation_items_alone(run, config, tmp_path, monke
     assert not {item.question for item in task.validation} & {item.question for item in task.test}
 
 
-def test_only_narrows_each_kind_that_it_names(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration import narrowed
-
-    methods, tasks = ("lora", "map"), ("sst2", "facts")
-    pairs = [(m, t) for m in methods for t in tasks]
-
-    def asked(*only):
-        wanted = narrowed(only, methods, tasks)
-        return [pair for pair in pairs if wanted(*pair)]
-
-    assert asked() == pairs
-    assert asked("lora") == pairs[:2]
-    assert asked("lora", "facts") == [("lora", "facts")]
-    with pytest.raises(typer.BadParameter, match="'lara'"):
-        asked("lara")
-
-
 def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from calibration import cells_of, read_settings
@@ -155,61 +136,9 @@ def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(mon
             assert [len(text.split()) for text in row] == [3] * 6
 
 
-def test_other_sets_are_told_apart_by_items_with_as_many_options(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_novelty import doubts, told_apart
-
-    three = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]])
-    probs, labels = three[1:, :2], torch.zeros(3).long()
-    run = {"test": (probs, labels[:2]), "some": (three, labels), "none": (three[:1], labels[:1])}
-    plain = doubts(run, {name: torch.zeros(len(pair[0])) for name, pair in run.items()})
-    scaled = doubts({s: ((p.log() / 2.0).softmax(-1), y) for s, (p, y) in run.items()}, {})
-    assert set(plain["test"]) == {"entropy"}  # a point has no mutual information
-    assert set(plain) == {"test", "some"}  # sets, and items, with other numbers of options are out
-    torch.testing.assert_close(plain["some"], plain["test"])
-    cooler = probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
-    for found, p in ((plain, probs), (scaled, cooler)):
-        expected = -(p * p.log()).sum(-1)
-        torch.testing.assert_close(found["test"]["entropy"], expected.double())
-    own = torch.tensor([1.0, 2.0])
-    draws = [  # AUROC of a: 100 and 50, of b: 50 and 0
-        {"test": {"entropy": own}, "a": {"entropy": own + 2}, "b": {"entropy": own}},
-        {"test": {"entropy": own}, "a": {"entropy": own}, "b": {"entropy": own - 2}},
-    ]
-    rows = told_apart({"low": {0: draws[1]}, "both": dict(enumerate(draws))}, ["a", "b"])
-    assert rows[0] == "| method | doubt | seeds | a | b | mean |"
-    assert rows[2:] == [
-        "| both | entropy | 2 | 75.0 | 25.0 | 50.0 ± 25.0 |",
-        "| low | entropy | 1 | 50.0 | 0.0 | 25.0 |",
-    ]
-    assert told_apart({"low": {0: draws[1]}}, []) == []
-
-
-def test_the_best_others_are_no_variants_and_have_the_items_and_seeds(monkeypatch):
-    """Two items alike: another that lacks the set, or a seed, is compared where it can be."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_paired import paired
-
-    def run(nll, *sets):
-        right = torch.tensor(nll).neg().exp().expand(2)
-        return {d: (torch.stack([right, 1 - right], 1), torch.zeros(2).long()) for d in sets}
-
-    both = ("test", "away")
-    methods = {"ours": {0: run(0.1, *both), 1: run(0.6, *both)}, "kin": {0: run(0.01, *both)}}
-    methods |= {"far": {0: run(0.5, *both), 1: run(0.8, *both)}, "near": {1: run(0.55, "test")}}
-    assert paired(methods, "ours", {"kin"}, "test")[:2] == [
-        "NLL of `ours` less that of `near`: +0.0500 ± 0.0000 over items.",
-        "NLL of `ours` less that of `far`: -0.3000 ± 0.0000 over items, ± 0.1000 over 2 seeds.",
-    ]
-    assert paired(methods, "ours", {"kin"}, "away")[0].startswith(
-        "NLL of `ours` less that of `far`"
-    )
-    assert paired(methods, "gone", {"kin"}, "away") == []
-
-
 def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_paired import paired
+    from calibration_report import paired
 
     from pyro_blora.evaluation.metrics import evaluate
 
@@ -232,7 +161,7 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew(monkeypa
 
 def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_tasks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_trials import changed, chosen_trials
+    from calibration import changed, chosen_trials
 
     trials = [{"fit": {"learning_rates": rate}} for rate in (1.0, 2.0, 3.0)]
     settings = {
@@ -277,41 +206,3 @@ def test_the_report_s_temperatures_are_of_validation_items(monkeypatch, tmp_path
     runs, _ = read_runs([line], tmp_path)
     probs, _ = runs["net", "a", 4, "16"]["temperature:lora"][0]["test"]
     torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]).to(probs), atol=1e-3, rtol=0)
-
-
-def test_methods_of_one_prior_are_kin(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration import DEFAULT_CONFIG, kin_of, read_settings
-
-    kin = kin_of("bayesian-lora", read_settings(DEFAULT_CONFIG, None, False))
-    assert {"bayesian-lora", "bayesian-lora-mean", "temperature:bayesian-lora-fixed"} <= kin
-    assert not {"lora", "zero-shot", "bayesian-lora-factor", "dropout", "from-peft"} & kin
-
-
-def test_tasks_on_which_nothing_was_chosen_have_a_mean_of_their_own(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration_report import summary
-
-    def seeds(nll, count=2):
-        right = torch.tensor([nll, nll]).neg().exp()
-        pair = (torch.stack([right, 1 - right], 1), torch.zeros(2).long())
-        return {seed: {"test": pair} for seed in range(count)}
-
-    runs = {
-        ("net", task, 300, "400"): {
-            "ours": seeds(nll),
-            "lora": seeds(2 * nll),
-            "one": seeds(nll, 1),
-        }
-        for task, nll in (("a", 0.1), ("b", 0.4), ("c", 0.7))
-    }
-    text = summary(runs, "ours", set(), {"net": ["a"]})
-    apart = text.index("Over b, c alone, on which nothing was chosen:")
-    assert not any(line.startswith("| one | ") for line in text[apart:])  # of a single seed
-    for of, mean in ((text[:apart], "0.400"), (text[apart:], "0.550")):
-        assert any(
-            line.startswith("| ours | 2 | ") and f"| {mean} ± 0.000 |" in line for line in of
-        )
-    assert any(line.startswith("| one | 1 | ") for line in text[:apart])
-    text = summary(runs, "ours", set(), {"net": ["a", "b"]})
-    assert not any("alone, on which" in line for line in text)

@@ -1,0 +1,134 @@
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pyro_blora.evaluation import comparison
+from pyro_blora.network import precision, pretrained
+
+ROW = {"method", "seed", "acc", "ece", "nll", "brier", "n_test", "train_seconds"}
+ROW |= {"trainable_parameters"}
+
+
+@pytest.fixture
+def compare(run, model_dir, data_dir):
+    """Runs ``compare`` on the task ``words``; what it says, and what results.json has."""
+
+    def compare(out, methods, *options):
+        words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+        code, text, err = run("compare", *words, "--methods", methods, "--out", out, *options)
+        assert code == 0, err
+        return text, json.loads((out / "results.json").read_text())
+
+    return compare
+
+
+def test_rows_for_every_method_and_seed(compare, tmp_path):
+    out = tmp_path / "out"
+    methods = "lora,lora-best,temperature,temperature:lora,bayesian-lora,blob"
+    methods += ",temperature:bayesian-lora"
+    options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
+    text, results = compare(out, methods, *options, "--num-samples", 3, "--rank", 4)
+    assert set(results) == {"rows", "versions", "settings"}
+    assert {(r["method"], r["seed"]) for r in results["rows"]} == {
+        (m, s) for m in methods.split(",") for s in (0, 1)
+    }
+    for row in results["rows"]:
+        assert set(row) == ROW
+        assert row["n_test"] == 21  # no example dropped
+        assert 0 <= row["acc"] <= 1
+        assert 0 <= row["ece"] <= 1
+        assert row["nll"] > 0
+        assert row["train_seconds"] > 0
+    by = {(r["method"], r["seed"]): r for r in results["rows"]}
+    # Scaling by a temperature keeps the order of the answers.
+    assert by["lora", 0]["acc"] == by["temperature", 0]["acc"]
+    assert by["temperature:lora", 0]["nll"] == by["temperature", 0]["nll"]  # one and the same
+    assert by["bayesian-lora", 0]["acc"] == by["temperature:bayesian-lora", 0]["acc"]
+    assert by["bayesian-lora", 0]["nll"] != by["temperature:bayesian-lora", 0]["nll"]
+    assert by["bayesian-lora", 0]["nll"] != by["bayesian-lora", 1]["nll"]
+    assert results["versions"]["torch"]
+    assert results["settings"]["precision"] == precision.choose_precision("auto")
+    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "bayesian-lora" in text
+    assert "±" in text
+
+
+def test_an_interrupted_comparison_goes_on_from_there(
+    compare, run, model_dir, data_dir, tmp_path, monkeypatch
+):
+    methods, options = "lora,temperature,map,tfb", ["--seeds", 0, "--max-steps", 2]
+    words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    _, expected = compare(whole, methods, *options)
+    fit, fitted = comparison.fit, []
+
+    def counted(*args, **options):
+        fitted.append(1)
+        return fit(*args, **options)
+
+    def stopped(blora, *args, **options):
+        if blora.method.name == "map":
+            raise KeyboardInterrupt
+        return fit(blora, *args, **options)
+
+    monkeypatch.setattr(comparison, "fit", stopped)  # while the second method is trained
+    code, text, _ = run("compare", *words, "--methods", methods, "--out", out, *options)
+    assert code not in (0, 2)
+    assert "2 of 4 rows" in text
+    kept = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in kept] == ["lora", "temperature"]
+
+    monkeypatch.setattr(comparison, "fit", counted)
+    text, found = compare(out, methods, *options)
+    assert len(fitted) == 2
+    for phase in ("load ...", "train map, seed 0 ...", "predict tfb, seed 0 ..."):
+        assert phase in text
+    assert found["rows"][:2] == kept
+    for row, other in zip(found["rows"], expected["rows"], strict=True):
+        assert {**row, "train_seconds": 0} == {**other, "train_seconds": 0}
+    names = [load_file(f / "predictions.safetensors") for f in (out, whole)]
+    torch.testing.assert_close(names[0], names[1], atol=0, rtol=0)
+
+    # All there: nothing is trained, or loaded
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("it was read"))
+    text, _ = compare(out, methods, *options)
+    assert "4 of 4 rows" in text
+    assert len(fitted) == 2
+    code, _, err = run(
+        "compare", *words, "--methods", methods, "--out", out, *options, "--max-train", 20
+    )
+    assert code == 2
+    assert "made with another max_train" in err
+    assert json.loads((out / "results.json").read_text()) == found
+
+
+def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path, monkeypatch):
+    fit, fitted, out = comparison.fit, [], tmp_path / "out"
+    monkeypatch.setattr(comparison, "fit", lambda *a, **k: fitted.append(1) or fit(*a, **k))
+    short = ["--max-steps", 2]
+    compare(out, "map", "--seeds", "0", *short)
+    text, document = compare(out, "mean-field,map", "--seeds", "0,1", *short)
+    assert "1 of 4 rows" in text
+    assert len(fitted) == 4
+    assert document["settings"]["methods"] == ["map", "mean-field"]
+    assert document["settings"]["seeds"] == [0, 1]
+    _, whole = compare(tmp_path / "whole", "mean-field,map", "--seeds", "0,1", *short)
+    by = [{(r["method"], r["seed"]): r["nll"] for r in d["rows"]} for d in (document, whole)]
+    assert by[0] == by[1]
+    text, again = compare(out, "mean-field", "--seeds", "1", *short)  # fewer are shown, none lost
+    assert not re.search(r"\bmap\b", text)
+    assert again == document
+
+
+def test_classes_of_ones_own_by_their_path(compare, tmp_path, own_module):
+    pair = "mine:Plain+MeanField"
+    methods = f"{pair},temperature:Subspace+mine:Spread"
+    options = ["--seeds", 0, "--max-steps", 2, "--rank", 3]
+    text, results = compare(tmp_path / "out", methods, *options)
+    assert [row["method"] for row in results["rows"]] == methods.split(",")
+    assert pair in text
+    text, _ = compare(tmp_path / "out", f"{methods},map", *options)
+    assert re.findall(r"rows of (\S+) are of the class as it was then", text) == methods.split(",")
