@@ -159,21 +159,13 @@ def fit(
     )
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
+    schedule: dict[str, Any] = {"warmup": warmup, "decay": decay, "max_grad_norm": max_grad_norm}
+    schedule["validate_every"] = validate_every
     state = None
     if checkpoint_dir is not None:
-        settings: dict[str, Any] = {
-            "batch_size": batch_size,
-            "warmup": warmup,
-            "decay": decay,
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-            "validate_every": validate_every,
-            "seed": seed,
-            "num_particles": num_particles,
-            "elbo": elbo,
-            "kl_weight": kl_weight,
-            "keep_best": keep_best,
-        }
+        settings = {**schedule, "batch_size": batch_size, "precision": precision, "seed": seed}
+        settings |= {"num_particles": num_particles, "elbo": elbo}
+        settings |= {"kl_weight": kl_weight, "keep_best": keep_best}
         told = {"training data": size_of(train), "validation": size_of(validation)}
         settings = settings_of(blora, settings, **told)
         settings["learning_rates"] |= rates  # of the method's
@@ -217,11 +209,8 @@ def fit(
             stream,
             num_steps=num_steps,
             check=objective.check,
-            warmup=warmup,
-            decay=decay,
-            max_grad_norm=max_grad_norm,
+            **schedule,
             validate=validate,
-            validate_every=validate_every,
             state=blora.state_dict,
             keeper=state,
             save_every=save_every,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -280,8 +280,9 @@ def training_loop(
     """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
 
     ``check`` is given the batch, the step and the figures of each step once they are read, and
-    before anything is validated or saved. A step whose loss is not finite changes nothing, so that
-    what it raises can still tell why. Ctrl-C ends the step, with a keeper after it is saved.
+    before anything is validated or saved. The gradient of a step whose loss is not finite counts as
+    zero, so that what it raises can still tell why. Ctrl-C ends the step, with a keeper after it is
+    saved.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
@@ -295,20 +296,15 @@ def training_loop(
         optimizer, lambda step: rate(step, num_steps, warmup, decay), last_epoch=done - 1
     )
     hide = None if progress is None else not progress
-    bar = tqdm(
-        range(done, num_steps),
-        desc=description,
-        disable=hide,
-        unit="step",
-        initial=done,
-        total=num_steps,
-    )
+    told: dict[str, Any] = {"desc": description, "unit": "step", "disable": hide}
+    bar = tqdm(range(done, num_steps), initial=done, total=num_steps, **told)
     waiting: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 
     def read() -> None:
         """Waits for the device, once for all the steps that were not read yet."""
         nonlocal read_at
+        read_at = time.perf_counter()
         if not waiting:
             return
         rows = torch.stack([torch.stack(list(found.values())) for _, found in waiting]).tolist()
@@ -316,18 +312,13 @@ def training_loop(
             figures = dict(zip(found, row, strict=True))
             check(batch, len(result.history), figures)
             result.history.append(figures)
-        now = time.perf_counter()
-        speed = sum(_size(batch) for batch, _ in waiting) / (now - read_at)
-        shown = {name: f"{value:.3g}" for name, value in result.history[-1].items()}
-        bar.set_postfix({**shown, "ex/s": f"{speed:.1f}"})
+        bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})
         waiting.clear()
-        read_at = now
 
     with held_interrupts(keeper is not None) as interrupts:
         for step in bar:
             batch = next(stream)
             start = time.perf_counter()
-            read_at = read_at if waiting else start
             optimizer.zero_grad()
             loss, figures = loss_of(batch)
             loss.backward()
@@ -364,7 +355,3 @@ def training_loop(
             "same call with resume=True goes on from there."
         )
     return result
-
-
-def _size(batch: Batch) -> int:
-    return len(cast(Any, next(v for v in batch.values() if hasattr(v, "__len__"))))
