@@ -20,7 +20,7 @@ import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize, fit
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
-from pyro_blora.inference import FitOptions, LoopOptions
+from pyro_blora.inference.fit import given_rates
 from pyro_blora.inference.resume import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
@@ -28,6 +28,12 @@ from pyro_blora.network.pretrained import load_pretrained
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 Settings = dict[str, Any]
+# what a cell is trained with, where nothing else is said
+_USUAL = {
+    name: value
+    for name, value in (fit.__kwdefaults__ or {}).items()
+    if name not in ("num_epochs", "collate", "length", "validation")
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -208,7 +214,9 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
         "seed": cell.seed,
         **method["fit"],
     }
-    made = settings_of(blora, vars(FitOptions(steps, **options)))
+    rates = given_rates(blora, options.get("learning_rates"))
+    made = settings_of(blora, {**_USUAL, **options})
+    made["learning_rates"] |= rates  # of the method's
     made = {name: value for name, value in made.items() if not name.startswith("layer ")}
     train: Settings = {"collate": data.collate, "length": item_length}
 
@@ -273,7 +281,7 @@ def _from_lora(
     if method["by"] == "fit":
         likelihood = data.likelihood(settings, "fixed")  # its items have been learned from
         blora = BayesianLoRA.from_peft(net, folder, likelihood=likelihood)
-        usual = {name: value for name, value in options.items() if not name.startswith("lr_")}
+        usual = {name: value for name, value in options.items() if name != "learning_rates"}
         fit(blora, data.task.train, num_steps=100, **train, **usual)
     else:
         blora = bayesianize(
@@ -306,13 +314,12 @@ def _dropout(
         layers_to_transform=_blocks(settings, net),
     )
     try:
-        options = LoopOptions(
-            num_steps=cell.steps, batch_size=settings["batch_size"], seed=cell.seed
-        )
         result = lora.fit(
             data.task.train,
             data.collate,
-            options,
+            num_steps=cell.steps,
+            batch_size=settings["batch_size"],
+            seed=cell.seed,
             lr=1e-3,
             length=item_length,
         )

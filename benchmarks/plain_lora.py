@@ -1,5 +1,6 @@
 """PEFT's LoRA, trained by the same loop and scored by the same likelihood as everything else."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,7 @@ from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from pyro_blora.errors import NonFiniteLossError
-from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.loop import Collate, FitResult, LoopOptions, training_loop
+from pyro_blora.inference.loop import Batches, Collate, FitResult, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
@@ -61,35 +61,37 @@ class PlainLoRA:
         self,
         train: Sequence[Any],
         collate: Collate,
-        options: LoopOptions,
         *,
+        num_steps: int,
         lr: float,
+        batch_size: int = 8,
         length: Callable[[Any], int] | None = None,
+        precision: str = "auto",
+        seed: int = 0,
     ) -> FitResult:
         """Minimises the negative log-likelihood; arguments as those of :func:`pyro_blora.fit`."""
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
+        torch.manual_seed(seed)
         device = next(self.net.parameters()).device
-        autocast = choose_precision(options.precision, device) == "bfloat16"
+        autocast = choose_precision(precision, device) == "bfloat16"
 
-        def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             batch = to_device(batch, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = self.likelihood.logits(self.net, batch)
             loss = nn.functional.cross_entropy(logits, batch["labels"])
-            if not bool(loss.isfinite()):
+            return loss, {"loss": loss.detach(), "nll": loss.detach()}
+
+        def check(batch: Batch, step: int, figures: dict[str, float]) -> None:
+            if not math.isfinite(figures["loss"]):
                 raise NonFiniteLossError(f"Plain LoRA's loss is not finite at step {step}.")
-            value = float(loss.detach())
-            return loss, {"loss": value, "nll": value}
 
         with in_mode(self.net, training=True):
             return training_loop(
                 loss_of,
                 [{"params": list(self.parameters.values()), "lr": lr}],
-                Batches(train, collate, options, length),
-                options,
-                validate=None,
-                state=lambda: {name: p.detach() for name, p in self.parameters.items()},
+                Batches(train, collate, length, batch_size=batch_size, seed=seed),
+                num_steps=num_steps,
+                check=check,
                 description="lora",
             )
 

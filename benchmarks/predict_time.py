@@ -33,7 +33,6 @@ def main() -> None:
     net = network(arguments.size, None).eval()
     likelihood = LabelTokens(token_ids=range(5, 5 + arguments.classes), num_data=1000)
     blora = adapted(net, arguments.method, likelihood, top=arguments.top)
-    blora.model.precision = arguments.precision
     (batch,) = batches(1, arguments.rows, arguments.length)
     autocast = arguments.precision == "bfloat16"
 
@@ -50,7 +49,9 @@ def main() -> None:
     for count in map(int, arguments.samples.split(",")):
         runs[f"S = {count}"] = partial(blora.predict, batch, count)
     runs["linearised"] = partial(blora.predict, batch, 64, linearised=True)
-    seconds = take_turns({k: lambda _, run=run: run() for k, run in runs.items()}, arguments.rounds)
+    with blora.model.autocast(arguments.precision):
+        timed = {name: lambda _, run=run: run() for name, run in runs.items()}
+        seconds = take_turns(timed, arguments.rounds)
     rows = rows_of(seconds, ["plain", "plain:read"])
     print(table("prediction", rows, ["plain", "plain:read"]))
     write(arguments.json, vars(arguments), rows)

@@ -103,8 +103,13 @@ def make(
     layers, _, how = method.partition(":")
     if layers not in {"peft", "hand-written", *(checkouts or {})}:
         blora = adapted(net, method, likelihood, top=top)
-        blora.model.precision = precision
-        return bayesian_step(blora, particles)
+        step = bayesian_step(blora, particles)
+
+        def in_precision(batch: dict[str, Tensor]) -> float:
+            with blora.model.autocast(precision):
+                return step(batch)
+
+        return in_precision
     before, kl = other_layers(layers, net, checkouts or {})
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:

@@ -138,7 +138,7 @@ _KNOWN = (
         "an inducing matrix for each LoRA factor, conditional noise with a capped lambda",
         prior_options={"conditional": "scaled"},
         guide_options={"init_scale": 0.1},
-        learning_rates={**_SLOWER},
+        learning_rates=_SLOWER,
     ),
     Method(
         "mean-field",
@@ -156,7 +156,7 @@ _KNOWN = (
         "A random with independent normals, B a point",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},  # BLoB's eps = 0.05: s = eps^2
-        learning_rates={**_LORA_RATES},
+        learning_rates=_LORA_RATES,
     ),
     Method(
         "c-lora",
@@ -166,7 +166,7 @@ _KNOWN = (
         "A random with a width that depends on the example, B a point",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},
-        learning_rates={**_LORA_RATES},
+        learning_rates=_LORA_RATES,
     ),
     Method(
         "scalabl",
@@ -184,7 +184,7 @@ _KNOWN = (
         "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
         "a random core between the weight's singular directions, full covariance (paper: SWAG)",
         guide_options={"init_scale": 0.1},
-        learning_rates={**_SLOWER},
+        learning_rates=_SLOWER,
     ),
     Method(
         "laplace-lora",
@@ -193,7 +193,7 @@ _KNOWN = (
         "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
         "curvature around a trained LoRA, prior precision by the marginal likelihood",
         prior_options={"random": "both", "sigma": 1.0},
-        learning_rates={**_LORA_RATES},
+        learning_rates=_LORA_RATES,
         linearised=True,
     ),
     Method(
@@ -203,7 +203,7 @@ _KNOWN = (
         "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
         "the widest isotropic noise that the loss of a trained LoRA allows (paper: after an SVD)",
         prior_options={"random": "A", "sigma": 1.0},
-        learning_rates={**_LORA_RATES},
+        learning_rates=_LORA_RATES,
     ),
     Method(
         "ensemble",
@@ -213,7 +213,7 @@ _KNOWN = (
         "five LoRAs side by side",
         prior_options={"random": "both", "sigma": 1.0},
         guide_options={"spread": 0.01},  # so little that every member starts at the network itself
-        learning_rates={**_LORA_RATES},
+        learning_rates=_LORA_RATES,
         num_samples=5,
     ),
 )
@@ -237,16 +237,9 @@ def all_methods() -> dict[str, Method]:
 
 
 def get_method(name: str) -> Method:
-    """A method by its name, or by the class names of a prior and a guide.
+    """A method by its name in :func:`all_methods`, or by ``"PRIOR+GUIDE"``.
 
-    Args:
-        name: a key of :func:`all_methods`, or ``"PRIOR+GUIDE"`` with names of
-            ``pyro_blora.models`` and ``pyro_blora.guides``, or with a class of your own as
-            ``module:Class``.
-
-    Raises:
-        ConfigurationError: there is no such method, prior or guide; the message lists near misses.
-            Or a module cannot be imported, or a class has arguments without default.
+    These are class names of ``pyro_blora.models`` and ``pyro_blora.guides``, or ``module:Class``.
 
     Example::
 
@@ -305,23 +298,13 @@ def method_of(prior: Any, guide: Any = None) -> Method:
 
 
 def trained_for(name: str) -> str:
-    """What is trained for a method of a comparison: itself, or what its temperature scales.
-
-    Example::
-
-        >>> trained_for("temperature:blob"), trained_for("temperature"), trained_for("map")
-        ('blob', 'lora', 'map')
-    """
+    """What is trained for a method of a comparison: itself, or what its temperature scales."""
     name = name.removeprefix("temperature:")
     return "lora" if name in SHOWN else name
 
 
 def check_method(name: str) -> None:
-    """Raises ConfigurationError where a comparison has no such method.
-
-    ``temperature:NAME`` is any of them with its log-probabilities scaled on validation items, and
-    ``temperature`` is ``temperature:lora``.
-    """
+    """Raises ConfigurationError where a comparison has no such method."""
     get_method(trained_for(name))
 
 

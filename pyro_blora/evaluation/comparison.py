@@ -143,7 +143,7 @@ class _Run:
                     validate_every=max(1, settings["max_steps"] // 3),
                     num_steps=settings["max_steps"],
                     batch_size=settings["batch_size"],
-                    lr_mean=settings["lora_lr"] if base == "lora" else None,
+                    learning_rates=settings["lora_lr"] if base == "lora" else None,
                     precision=settings["precision"],
                     seed=self.seed,
                 )

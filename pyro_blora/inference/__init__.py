@@ -1,16 +1,12 @@
 """Training and prediction loops."""
 
-from pyro_blora.inference.finish import finish
-from pyro_blora.inference.fit import fit
-from pyro_blora.inference.inform import inform
-from pyro_blora.inference.learning_rates import optim_args, parameter_groups
-from pyro_blora.inference.loop import FitOptions, FitResult, LoopOptions
-from pyro_blora.inference.post_hoc import bayesianize
+from pyro_blora.inference.fisher import inform
+from pyro_blora.inference.fit import fit, optim_args, parameter_groups
+from pyro_blora.inference.loop import FitResult
+from pyro_blora.inference.post_hoc import bayesianize, finish
 
 __all__ = [
-    "FitOptions",
     "FitResult",
-    "LoopOptions",
     "bayesianize",
     "finish",
     "fit",

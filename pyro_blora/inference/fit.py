@@ -1,32 +1,39 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import fields, replace
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError, near_miss
-from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.finish import finish, post_hoc_families, running
-from pyro_blora.inference.inform import inform, wants_informing
-from pyro_blora.inference.learning_rates import parameter_groups, rates_by_group
-from pyro_blora.inference.loop import Collate, FitOptions, FitResult, batches_of, training_loop
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides import SiteGuide
+from pyro_blora.inference.fisher import inform, wants_informing
+from pyro_blora.inference.loop import (
+    Batches,
+    Collate,
+    FitResult,
+    batches_of,
+    collator,
+    running,
+    training_loop,
+)
 from pyro_blora.inference.objective import Objective
+from pyro_blora.inference.post_hoc import finish, post_hoc_families
 from pyro_blora.inference.resume import TrainingState, settings_of, size_of
 from pyro_blora.likelihoods import Batch
-from pyro_blora.methods import METHODS
+from pyro_blora.methods import METHODS, method_of
+from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.predictive import log_predictive
-
-__all__ = ["fit"]
 
 
 def fit(
@@ -35,10 +42,26 @@ def fit(
     *,
     num_steps: int | None = None,
     num_epochs: float | None = None,
+    batch_size: int = 8,
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
+    learning_rates: float | Mapping[str, float] | None = None,
+    warmup: float = 0.06,
+    decay: Literal["linear", "cosine", "constant"] = "linear",
+    max_grad_norm: float | None = 1.0,
+    num_particles: int | None = None,
+    elbo: type[Trace_ELBO] | None = None,
+    kl_weight: float = 1.0,
+    precision: str = "auto",
     validation: Sequence[Any] | DataLoader[Any] | None = None,
-    **options: Any,
+    validate_every: int = 50,
+    keep_best: bool = False,
+    seed: int | None = 0,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    save_every: int = 50,
+    resume: bool = False,
+    callback: Callable[[int], None] | None = None,
+    progress: bool | None = None,
 ) -> FitResult:
     r"""Maximises the ELBO by AdamW, a particle for each example.
 
@@ -54,107 +77,158 @@ def fit(
         train: examples, or a ``DataLoader`` of batches.
         num_steps: optimizer steps.
         num_epochs: passes over the training data, instead of ``num_steps``.
-        collate: makes a batch of a list of examples, torch's by default; a ``DataLoader`` has
-            its own.
-        length: the length of an example; batches of like lengths waste no padding. Default: none
-            is known; a ``DataLoader`` makes its own batches.
+        batch_size: examples in a step; a ``DataLoader`` has its own.
+        collate: makes a batch of a list of examples, torch's by default.
+        length: the length of an example; batches of like lengths waste no padding.
+        learning_rates: rates by role, of ``"mean"``, ``"scale"``, ``"direction"``,
+            ``"likelihood"`` and ``"head"``; a number is that of the means. Other roles have the
+            method's, ``blora.method.learning_rates``.
+        warmup: share of the steps in which the rates rise from zero.
+        decay: how they fall to zero afterwards, or ``"constant"``.
+        max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
+        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1
+            is one draw for all; where it does not divide a (last) batch, the largest divisor below
+            it is taken. Default: one for each example.
+        elbo: the class of the ELBO, an average over particles, each of which sees its own
+            examples. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can be, for a
+            family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
+        kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
+        precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
+            ``"auto"``, what is faster on the network's device. The variational part stays in
+            single precision.
         validation: examples whose predictive NLL is watched, or a ``DataLoader`` of batches.
-            Default: none.
-        options: how to train, by the names of :class:`~pyro_blora.inference.FitOptions`:
-            ``batch_size``, ``lr_mean``, ``keep_best``, ....
+        validate_every: steps between validations.
+        keep_best: whether to go back to the best validation at the end.
+        seed: of the order of the data and of torch's global generator; ``None`` seeds neither. What
+            the prior drew when the adapter was made came before: seed that yourself.
+        checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
+            stopped or killed can go on. Ctrl-C then ends the step, and saves.
+        save_every: steps between two savings.
+        resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
+            as if there had been no stop; where there is none, the run begins. With more
+            ``num_steps`` a finished run goes on, too.
+        callback: called after each step with the number of steps done.
+        progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
         The history, with the loss per example, its KL and NLL.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite; the message names the sites.
+        NonFiniteLossError: the loss became NaN or infinite; the message names the sites. It comes
+            within ten steps, and before anything is saved.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range, or nothing comes of it, or the likelihood
             lacks ``num_data``.
         CheckpointError: the state in ``checkpoint_dir`` is of another run, which the message tells
             from this one, or is corrupt; or one is there and ``resume`` is false.
-        TypeError: there is no such option; the message lists near misses.
 
     Example::
 
         fit(blora, train, collate=collate, num_steps=300, validation=held_out, keep_best=True)
     """
-    known = [option.name for option in fields(FitOptions)]
-    for name in options:
-        if name not in known:
-            raise TypeError(f"fit has no option {name!r}; {near_miss(name, known)}.")
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_on_network()
-    _check_data(train, collate)
-    how = FitOptions(_steps(train, num_steps, num_epochs, options), **options)
-    if how.seed is not None:
-        torch.manual_seed(how.seed)
+    rates = given_rates(blora, learning_rates)
+    num_steps = _steps(train, num_steps, num_epochs, batch_size)
+    least_one = {"num_steps": num_steps, "batch_size": batch_size}
+    least_one |= {"validate_every": validate_every, "save_every": save_every}
+    for name, value in least_one.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}.")
+    if decay not in ("linear", "cosine", "constant"):
+        raise ConfigurationError(f"decay must be linear, cosine or constant, got {decay!r}.")
+    if not 0 <= warmup < 1:
+        raise ConfigurationError(f"warmup must be a share in [0, 1), got {warmup}.")
+    if resume and checkpoint_dir is None:
+        raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
+    if keep_best and validation is None:
+        raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
+    if validation is not None:  # an error now, not after fifty steps
+        if not len(validation):
+            raise BatchError("The validation set is empty; leave validation= out to train without.")
+        collator(validation, collate)
+    if seed is not None:
+        torch.manual_seed(seed)
     device = blora.model.groups[0].device
-    stream = Batches(train, collate, how, length)
+    stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
     first = to_device(stream.peek(), device)
-    objective = Objective(blora, how.elbo, how.num_particles, how.kl_weight)
-    groups = _parameters(blora, first, how)
-    state = _state(blora, stream, how, train, validation)
-    how = replace(how, precision=state.settings["precision"]) if state else how
-    reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": how.batch_size}
-    reading |= {"precision": how.precision, "progress": how.progress}
+    objective = Objective(blora, elbo, num_particles, kl_weight)
+    start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
+    groups = parameter_groups(
+        nn.ModuleList([blora.model, blora.guide]), *rates_by_group(blora, rates)
+    )
+    if not groups:
+        raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
+    schedule: dict[str, Any] = {"warmup": warmup, "decay": decay, "max_grad_norm": max_grad_norm}
+    schedule["validate_every"] = validate_every
+    state = None
+    if checkpoint_dir is not None:
+        settings = {**schedule, "batch_size": batch_size, "precision": precision, "seed": seed}
+        settings |= {"num_particles": num_particles, "elbo": elbo}
+        settings |= {"kl_weight": kl_weight, "keep_best": keep_best}
+        told = {"training data": size_of(train), "validation": size_of(validation)}
+        settings = settings_of(blora, settings, **told)
+        settings["learning_rates"] |= rates  # of the method's
+        state = TrainingState(
+            checkpoint_dir, blora, stream, settings, num_steps=num_steps, resume=resume
+        )
+        precision = state.settings["precision"]
+    reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
+    reading |= {"precision": precision, "progress": progress}
     if wants_informing(blora) and not (state and state.found):
         inform(blora, train, **reading)
-    validate = None
-    if how.keep_best and validation is None:
-        raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
-    if how.keep_best and how.num_steps <= how.validate_every:
+    if keep_best and num_steps <= validate_every:
         warnings.warn(
-            "keep_best=True must compare validations, got one, after the last of "
-            f"{how.num_steps} steps (validate_every={how.validate_every}); choose a smaller "
-            "validate_every=.",
+            f"keep_best=True must compare validations, got one, after the last of {num_steps} "
+            f"steps (validate_every={validate_every}); choose a smaller validate_every=.",
             stacklevel=2,
         )
+    validate = None
     if validation is not None:
-        validate = _validation(blora, validation, collate, length, how)
-    _reopen(blora)
+
+        def validate() -> float:
+            """The mean negative log predictive of the validation set; it draws apart."""
+            parts = []
+            with draws_apart(blora.guide, device), torch.no_grad():
+                for batch in batches_of(validation, collate, length, 2 * batch_size):
+                    batch = to_device(batch, device)
+                    parts.append(log_predictive(blora.model, blora.guide, batch, 0))
+            return -float(torch.cat(parts).mean())
+
+    for family in post_hoc_families(blora).values():
+        family.reopen()
     _warn_of_size(blora, train)
 
-    def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        return objective(to_device(batch, device), step)
+    def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return objective(to_device(batch, device))
 
-    with running(blora, how.precision, training=True):
+    with running(blora, precision, training=True):
         result = training_loop(
             loss_of,
             groups,
             stream,
-            how,
+            num_steps=num_steps,
+            check=objective.check,
+            **schedule,
             validate=validate,
             state=blora.state_dict,
             keeper=state,
+            save_every=save_every,
+            callback=callback,
+            progress=progress,
         )
-    if how.keep_best and result.best_state is not None:
+    if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
-    if post_hoc_families(blora.guide):
+    if post_hoc_families(blora):
         finish(blora, train, **reading)
     return result
-
-
-def _check_data(train: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> None:
-    if isinstance(train, DataLoader):
-        return
-    if not hasattr(train, "__getitem__") or not isinstance(train, Sized):
-        raise BatchError(
-            f"train is a {type(train).__name__}; give examples, such as task.train, or a "
-            "DataLoader."
-        )
-    if collate is None and len(train) and not isinstance(train[0], Mapping):
-        raise ConfigurationError(
-            f"An example is a {type(train[0]).__name__}: pass collate=, which makes a batch of a "
-            "list of them, such as task.collator(tokenizer)."
-        )
 
 
 def _steps(
     train: Sequence[Any] | DataLoader[Any],
     num_steps: int | None,
     num_epochs: float | None,
-    options: Mapping[str, Any],
+    batch_size: int,
 ) -> int:
     """How many steps there are, of which one of the two arguments tells."""
     if (num_steps is None) == (num_epochs is None):
@@ -163,14 +237,14 @@ def _steps(
         )
     if num_epochs is None:
         return cast(int, num_steps)
-    size = 1 if isinstance(train, DataLoader) else options.get("batch_size", FitOptions.batch_size)
+    size = 1 if isinstance(train, DataLoader) else batch_size
     return max(1, round(num_epochs * math.ceil(len(train) / size)))
 
 
 def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> None:
     """Of a size of the data that is not the likelihood's: the KL would have another weight."""
     told = blora.likelihood.num_data
-    if told and not isinstance(train, DataLoader) and len(train) not in (0, told):
+    if told and not isinstance(train, DataLoader) and len(train) != told:
         warnings.warn(
             f"The likelihood was told num_data={told}, and train has {len(train)} examples: the KL "
             f"weighs {len(train) / told:.3g} times what it does in the ELBO; pass num_data="
@@ -179,69 +253,99 @@ def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -
         )
 
 
-def _parameters(blora: BayesianLoRA, batch: Batch, how: FitOptions) -> list[dict[str, Any]]:
-    """The optimizer's groups; rates given win over the method's."""
-    start_guide(blora.guide, batch)  # its parameters must exist before the optimizer does
-    given = {role: getattr(how, f"lr_{role}") for role in METHODS["bayesian-lora"].learning_rates}
-    given = {role: rate for role, rate in given.items() if rate is not None}
-    both = nn.ModuleList([blora.model, blora.guide])
-    groups = parameter_groups(both, *rates_by_group(blora, given))
-    if not groups:
-        raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-    return groups
-
-
-def _state(
-    blora: BayesianLoRA,
-    stream: Batches,
-    how: FitOptions,
-    train: Sequence[Any] | DataLoader[Any],
-    validation: Sequence[Any] | DataLoader[Any] | None,
-) -> TrainingState | None:
-    if how.checkpoint_dir is None:
-        return None
-    told = {"training data": size_of(train), "validation": size_of(validation)}
-    return TrainingState(
-        how.checkpoint_dir,
-        blora,
-        stream,
-        settings_of(blora, vars(how), **told),
-        num_steps=how.num_steps,
-        resume=how.resume,
-    )
-
-
-def _validation(
-    blora: BayesianLoRA,
-    data: Sequence[Any] | DataLoader[Any],
-    collate: Collate | None,
-    length: Callable[[Any], int] | None,
-    how: FitOptions,
-) -> Callable[[], float]:
-    """What gives the mean negative log predictive of the validation set; it draws apart."""
-    if not isinstance(data, DataLoader) and collate is None:
-        raise ConfigurationError("validation= needs collate=, which makes batches of examples.")
-    if not len(data):
-        raise BatchError("The validation set is empty; leave validation= out to train without.")
-    device = blora.model.groups[0].device
-
-    def validate() -> float:
-        parts = []
-        with draws_apart(blora.guide, device), torch.no_grad():
-            for made in batches_of(data, collate, length, 2 * how.batch_size):
-                parts.append(log_predictive(blora.model, blora.guide, to_device(made, device), 0))
-        return -float(torch.cat(parts).mean())
-
-    return validate
-
-
-def _reopen(blora: BayesianLoRA) -> None:
-    families = post_hoc_families(blora.guide)
-    if families and not blora.likelihood.has_classes:
+def given_rates(
+    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None
+) -> dict[str, float]:
+    """The rates that win over the method's, by role; a number is that of the means."""
+    if learning_rates is None:
+        return {}
+    given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
+    roles = METHODS["bayesian-lora"].learning_rates
+    if unknown := sorted(set(given) - set(roles)):
         raise ConfigurationError(
-            f"{blora.guide_family!r} needs one choice among a few classes for each example, and "
-            f"{type(blora.likelihood).__name__} has none; take a guide that is trained, such as "
-            "MatrixNormal()."
+            f"learning_rates must have roles among {list(roles)}, got {unknown}; the method's are "
+            f"{dict(blora.method.learning_rates)}."
         )
-    for family in families.values():
-        family.reopen()
+    return dict(given)
+
+
+def rates_by_group(
+    blora: BayesianLoRA, given: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The two arguments that :func:`parameter_groups` takes beside a module.
+
+    They are the method's; with a prior for each group and no method of its own, that of the group's
+    prior. Rates that are given win over both.
+    """
+    usual, rates = METHODS["bayesian-lora"].learning_rates, {}
+    for group in blora.model.groups:
+        prior = getattr(blora.model, group.name)
+        mixed = isinstance(blora.prior, Mapping) and blora.method == METHODS["bayesian-lora"]
+        own = method_of(type(prior)) if mixed else blora.method
+        rates[group.name] = {**usual, **own.learning_rates, **given}
+    return {**usual, **blora.method.learning_rates, **given}, rates
+
+
+def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
+    """What an optimizer of Pyro asks for the rate of a parameter: the method's, by its role.
+
+    Example::
+
+        svi = SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)
+    """
+
+    def of(name: str) -> dict[str, float]:
+        by_role, by_group = rates_by_group(blora, {})
+        named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
+        if name not in named:  # of a guide of one's own, by pyro.param
+            return {"lr": by_role["scale" if "scale" in name else "mean"]}
+        groups = parameter_groups(blora, by_role, by_group)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        return {"lr": rates.get(id(named[name]), 0.0)}  # zero where it is held
+
+    return of
+
+
+def parameter_groups(
+    module: nn.Module,
+    rates: Mapping[str, float],
+    by_group: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: means, scales, directions and heads, each with its rate.
+
+    Args:
+        module: a model, a guide or both; its parts declare ``roles``. A parameter of no declared
+            role (an AutoGuide's) is a scale if its name says so, and a mean otherwise.
+        rates: learning rates by role.
+        by_group: those of the prior and the guide of a group of layers, by its name, where they
+            are others.
+
+    Returns:
+        One group for each role that occurs, or for each rate of it.
+    """
+    found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
+    for path, parameter in module.named_parameters():
+        *parents, name = path.removesuffix("_unconstrained").split(".")
+        # AutoNormal keeps its scales under "scales", by the names of the sites
+        is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
+        roles = getattr(module.get_submodule(".".join(parents)), "roles", {})
+        role = roles.get(name, "scale" if is_scale else "mean")
+        rate = (by_group or {}).get(_group_of(module, parents), rates)[role]
+        if parameter.requires_grad:
+            found[role].setdefault(rate, []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "name": role}
+        for role, by_rate in found.items()
+        for rate, parameters in by_rate.items()
+    ]
+
+
+def _group_of(module: nn.Module, parents: list[str]) -> str:
+    """The group of layers of the prior or guide family that a part of a module lies in."""
+    for depth in range(len(parents), -1, -1):
+        owner = module.get_submodule(".".join(parents[:depth]))
+        if isinstance(owner, UpdateModel):
+            return owner.group.name
+        if isinstance(owner, SiteGuide):
+            return owner.site.group
+    return ""

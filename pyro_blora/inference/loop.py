@@ -1,149 +1,38 @@
-"""The training loop that every method shares: schedule, clipping, progress, validation, saving."""
+"""Batches without end, and the training loop that every method shares."""
 
 import copy
 import math
-import os
+import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.precision import check_precision
+from pyro_blora.network.adapter import in_mode
 
-__all__ = [
-    "FitOptions",
-    "FitResult",
-    "Keeper",
-    "LoopOptions",
-    "batches_of",
-    "by_length",
-    "held_interrupts",
-    "training_loop",
-]
+if TYPE_CHECKING:
+    from pyro_blora.inference.resume import TrainingState
 
 Collate = Callable[[list[Any]], Batch]
-# (batch, step) -> loss with gradient, figures to show
-StepLoss = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
+# batch -> loss with gradient, figures to show, on the loss's device
+StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """How long and how to train.
-
-    Attributes:
-        num_steps: optimizer steps.
-        batch_size: examples in a step; ignored where the data is a ``DataLoader``. Default: 8.
-        warmup: share of the steps in which the learning rates rise from zero. Default: 0.06.
-        decay: ``"linear"`` (the default) or ``"cosine"`` to zero after the warm-up, or
-            ``"constant"``.
-        max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
-            Default: 1.
-        precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
-            ``"auto"``, the default: what is faster on the network's device, see
-            :func:`~pyro_blora.network.precision.choose_precision`. The variational part stays in
-            single precision.
-        validate_every: steps between validations, where there is validation data. Default: 50.
-        seed: seeds the order of the data and torch's global generator; ``None`` seeds neither. What
-            the prior drew when the adapter was made came before: seed that yourself. Default: 0.
-        progress: whether to show a progress bar; ``None``, the default, shows it on a terminal.
-        callback: called after each step with the number of steps done. Default: nothing.
-        save_every: steps between two savings of the run's state, where it is saved. Default: 50.
-
-    Raises:
-        ConfigurationError: an option is out of range.
-    """
-
-    num_steps: int
-    batch_size: int = 8
-    warmup: float = 0.06
-    decay: str = "linear"
-    max_grad_norm: float | None = 1.0
-    precision: str = "auto"
-    validate_every: int = 50
-    seed: int | None = 0
-    progress: bool | None = None
-    callback: Callable[[int], None] | None = None
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "validate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.decay not in ("linear", "cosine", "constant"):
-            raise ConfigurationError(f"decay={self.decay!r} is not linear, cosine or constant.")
-        check_precision(self.precision)
-        if not 0 <= self.warmup < 1:
-            raise ConfigurationError(f"warmup={self.warmup} must be a share in [0, 1).")
-
-    def rate(self, step: int) -> float:
-        """The learning rate at a step as a share of the full one."""
-        ramp = round(self.warmup * self.num_steps)
-        if step < ramp:
-            return (step + 1) / ramp
-        progress = (step - ramp) / max(1, self.num_steps - ramp)
-        if self.decay == "linear":
-            return 1 - progress
-        return 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0
-
-
-@dataclass(frozen=True)
-class FitOptions(LoopOptions):
-    """What :func:`fit` takes by name: these, and those of :class:`LoopOptions`.
-
-    Attributes:
-        num_particles: draws of the posterior for a batch; each sees its share of the examples. 1 is
-            one draw for all; where it does not divide a (last) batch, the largest divisor below it
-            is taken. Default: one for each example.
-        elbo: the class of the ELBO, an average over particles, each of which sees its own examples.
-            Bounds that combine particles otherwise (Renyi, tail-adaptive) need every particle to
-            see every example. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can
-            be, for a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
-        lr_mean: learning rate of the guide's means. Default: the adapter's method's
-            (``blora.method.learning_rates``).
-        lr_scale: that of scales, of the guide's and of the prior's. Default: likewise.
-        lr_direction: that of the inducing directions. Default: likewise.
-        lr_likelihood: that of a likelihood's own parameters. Default: likewise.
-        lr_head: that of heads trained as points (``modules_to_save``). Default: likewise.
-        kl_weight: weight of the KL, :math:`w`, for any guide. Default: 1, the ELBO.
-        keep_best: whether to go back to the best validation at the end. Default: no.
-        checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
-            stopped or killed can go on. Ctrl-C then ends the step, and saves. Default: none.
-        resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
-            as if there had been no stop; where there is none, the run begins. With more
-            ``num_steps`` a finished run goes on, too. Default: no.
-
-    Raises:
-        ConfigurationError: an option is out of range, or ``resume`` has no folder.
-    """
-
-    num_particles: int | None = None
-    elbo: type[Trace_ELBO] | None = None
-    lr_mean: float | None = None
-    lr_scale: float | None = None
-    lr_direction: float | None = None
-    lr_likelihood: float | None = None
-    lr_head: float | None = None
-    kl_weight: float = 1.0
-    keep_best: bool = False
-    checkpoint_dir: str | os.PathLike[str] | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.resume and self.checkpoint_dir is None:
-            raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
+# Figures wait on the device for so many steps, or so many seconds: each reading stops the host.
+_READ_EVERY, _SECONDS = 10, 1.0
 
 
 @dataclass
@@ -170,16 +59,166 @@ class FitResult:
         return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
 
 
-class Keeper(Protocol):
-    """Where the state of a run is kept, such as a ``TrainingState``."""
+def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
+    """What makes a batch of a list of examples: torch's, where none is given and it can."""
+    if collate or isinstance(data, DataLoader):
+        return collate or default_collate
+    if len(data) and not isinstance(data[0], Mapping):
+        raise ConfigurationError(
+            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch of a "
+            "list of them, such as task.collator(tokenizer)."
+        )
+    return default_collate
 
-    folder: Path
 
-    def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
-        """Puts the state that is there, if one is, into these."""
+def batches_of(
+    data: Sequence[Any] | DataLoader[Any],
+    collate: Collate | None,
+    length: Callable[[Any], int] | None,
+    size: int,
+) -> Iterator[Batch]:
+    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
+    if isinstance(data, DataLoader):
+        batches: Any = data
+    else:
+        made = collator(data, collate)
+        rows = data if length is None else sorted(data, key=length)
+        starts = range(0, len(rows), size)
+        batches = (made([rows[i] for i in range(s, min(s + size, len(rows)))]) for s in starts)
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
+        raise BatchError("The data set is empty; check the file, the split or the DataLoader.")
 
-    def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
-        """Keeps the state after a step."""
+
+@dataclass
+class _Bucketed:
+    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
+
+    The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
+    random few of all, so that in expectation every example counts once. (The sampler of
+    transformers begins with the longest rows, and cannot go on in the middle of an epoch.)
+    """
+
+    lengths: list[int]
+    size: int
+    random: random.Random
+    skipped: int = 0  # batches to leave out of the next epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.lengths)))
+        self.random.shuffle(order)
+        whole = len(order) - len(order) % self.size
+        cut = [order[whole:]] if order[whole:] else []
+        for start in range(0, whole, 8 * self.size):
+            near = order[start : min(start + 8 * self.size, whole)]
+            near.sort(key=self.lengths.__getitem__)
+            cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
+        self.random.shuffle(cut)
+        batches, self.skipped = cut[self.skipped :], 0
+        return iter(batches)
+
+
+class Batches:
+    """Batches without end, each epoch in a new order; the order can be told and found again.
+
+    Args:
+        data: examples, or a ``DataLoader``, which is taken as it is.
+        collate: makes a batch of a list of examples. Default: torch's.
+        length: the length of an example; batches are then made of like lengths.
+        batch_size: examples in a batch.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Any] | DataLoader[Any],
+        collate: Collate | None = None,
+        length: Callable[[Any], int] | None = None,
+        *,
+        batch_size: int = 8,
+        seed: int | None = 0,
+    ) -> None:
+        self._order: _Bucketed | None = None
+        if isinstance(data, DataLoader):
+            self._loader, sampler = data, getattr(data, "sampler", None)
+            self._generator = data.generator or getattr(sampler, "generator", None)
+        else:
+            made = collator(data, collate)
+            lengths = [0] * len(data) if length is None else [length(x) for x in data]
+            self._order = _Bucketed(lengths, batch_size, random.Random(seed))
+            places: Any = range(len(data))
+            self._loader = DataLoader(
+                places, batch_sampler=self._order, collate_fn=lambda at: made([data[i] for i in at])
+            )
+            self._generator = None
+        self._epoch: Iterator[Any] = iter(())
+        self._begun: dict[str, Any] = {}
+        self._taken = 0
+        self._held: list[Batch] = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        found = self._held.pop() if self._held else self._drawn()
+        self._taken += 1
+        return found
+
+    def peek(self) -> Batch:
+        """The batch that comes next, which still comes next."""
+        self._held = self._held or [self._drawn()]
+        return self._held[0]
+
+    def place(self) -> dict[str, Any]:
+        """Where this is: the random numbers when the epoch began, and the batches taken since."""
+        return {**self._begun, "taken": self._taken}
+
+    def go_to(self, place: dict[str, Any]) -> None:
+        """Goes to a place that :meth:`place` told. Torch's global generator is used up to there.
+
+        A ``DataLoader`` reads its batches up to there once more.
+        """
+        torch.set_rng_state(place["torch"])
+        taken = int(place["taken"])
+        if self._generator is not None:
+            self._generator.set_state(place["generator"])
+        if self._order is not None:
+            version, numbers, spare = place["order"]
+            self._order.random.setstate((version, tuple(numbers), spare))
+            self._order.skipped = taken
+        self._begin()
+        self._held, self._taken = [], taken
+        for _ in islice(self._epoch, taken if self._order is None else 0):
+            pass
+
+    def _drawn(self) -> Batch:
+        drawn: Batch | None = next(self._epoch, None)
+        if drawn is None:
+            self._begin()
+            drawn = next(self._epoch, None)
+        if drawn is None:
+            raise BatchError(
+                "The training set is empty; check the DataLoader, the file, the split or max_train."
+            )
+        return drawn
+
+    def _begin(self) -> None:
+        self._begun, self._taken = {"torch": torch.get_rng_state()}, 0
+        if self._generator is not None:
+            self._begun["generator"] = self._generator.get_state()
+        if self._order is not None:
+            self._begun["order"] = self._order.random.getstate()
+        self._epoch = iter(self._loader)
+
+
+@contextmanager
+def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
+    """Within, the network runs in this precision and mode, and Pyro checks no values."""
+    mode = in_mode(blora.net, training=training)
+    with blora.model.autocast(precision), mode, pyro.validation_enabled(False):
+        yield
 
 
 @contextmanager
@@ -205,91 +244,114 @@ def held_interrupts(held: bool = True) -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def by_length(
-    data: Sequence[Any], length: Callable[[Any], int] | None, size: int
-) -> list[list[int]]:
-    """The indices of all examples, cut into batches of like lengths, or as they come."""
-    order = list(range(len(data)))
-    if length is not None:
-        order.sort(key=lambda i: length(data[i]))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
+    """The learning rate at a step as a share of the full one.
 
-
-def batches_of(
-    data: Sequence[Any] | DataLoader[Any],
-    collate: Collate | None,
-    length: Callable[[Any], int] | None,
-    size: int,
-) -> Iterator[Batch]:
-    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
-    if isinstance(data, DataLoader):
-        yield from data
-        return
-    assert collate is not None
-    for cut in by_length(data, length, size):
-        yield collate([data[i] for i in cut])
+    The schedules of transformers, but for the first step, which they make with a rate of zero.
+    """
+    ramp = round(warmup * num_steps)
+    if step < ramp:
+        return (step + 1) / ramp
+    progress = (step - ramp) / max(1, num_steps - ramp)
+    if decay == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1.0
 
 
 def training_loop(
     loss_of: StepLoss,
     groups: list[dict[str, Any]],
     stream: Iterator[Batch],
-    options: LoopOptions,
     *,
-    validate: Callable[[], float] | None,
-    state: Callable[[], dict[str, Tensor]],
-    keeper: Keeper | None = None,
+    num_steps: int,
+    check: Callable[[Batch, int, dict[str, float]], None],
+    warmup: float = 0.06,
+    decay: str = "linear",
+    max_grad_norm: float | None = 1.0,
+    validate: Callable[[], float] | None = None,
+    validate_every: int = 50,
+    state: Callable[[], dict[str, Tensor]] = dict,
+    keeper: "TrainingState | None" = None,
+    save_every: int = 50,
+    callback: Callable[[int], None] | None = None,
+    progress: bool | None = None,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
 
-    Ctrl-C ends the step, with a keeper after it is saved.
+    ``check`` is given the batch, the step and the figures of each step once they are read, and
+    before anything is validated or saved. The gradient of a step whose loss is not finite counts as
+    zero, so that what it raises can still tell why. Ctrl-C ends the step, with a keeper after it is
+    saved.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
     result = FitResult()
     if keeper:
         keeper.load(optimizer, result)
-    done, last = len(result.history), options.num_steps
+    done = len(result.history)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate, last_epoch=done - 1)
-    hide = None if options.progress is None else not options.progress
-    bar = tqdm(
-        range(done, last), desc=description, disable=hide, unit="step", initial=done, total=last
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate(step, num_steps, warmup, decay), last_epoch=done - 1
     )
+    hide = None if progress is None else not progress
+    told: dict[str, Any] = {"desc": description, "unit": "step", "disable": hide}
+    bar = tqdm(range(done, num_steps), initial=done, total=num_steps, **told)
+    waiting: list[tuple[Batch, dict[str, Tensor]]] = []
+    read_at = time.perf_counter()
+
+    def read() -> None:
+        """Waits for the device, once for all the steps that were not read yet."""
+        nonlocal read_at
+        read_at = time.perf_counter()
+        if not waiting:
+            return
+        rows = torch.stack([torch.stack(list(found.values())) for _, found in waiting]).tolist()
+        for (batch, found), row in zip(waiting, rows, strict=True):
+            figures = dict(zip(found, row, strict=True))
+            check(batch, len(result.history), figures)
+            result.history.append(figures)
+        bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})
+        waiting.clear()
+
     with held_interrupts(keeper is not None) as interrupts:
         for step in bar:
             batch = next(stream)
             start = time.perf_counter()
             optimizer.zero_grad()
-            loss, figures = loss_of(batch, step)
+            loss, figures = loss_of(batch)
             loss.backward()
-            if options.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+            broken = ~loss.detach().isfinite()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             schedule.step()
-            elapsed = time.perf_counter() - start
-            result.seconds += elapsed
-            result.history.append(figures)
-            shown = {name: f"{value:.3g}" for name, value in figures.items()}
-            size = len(next(v for v in batch.values() if hasattr(v, "__len__")))
-            bar.set_postfix({**shown, "ex/s": f"{size / elapsed:.1f}"})
+            waiting.append((batch, figures))
             done = step + 1
-            if options.callback is not None:
-                options.callback(done)
-            if validate and (done % options.validate_every == 0 or done == last):
+            validates = validate is not None and (done % validate_every == 0 or done == num_steps)
+            late = len(waiting) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
+            if late or validates or done == num_steps:
+                read()
+            result.seconds += time.perf_counter() - start
+            if callback is not None:
+                callback(done)
+            if validate and validates:
                 loss_now = validate()
                 if all(loss_now < before for _, before in result.validation):
                     result.best_step, result.best_state = done, copy.deepcopy(state())
                 result.validation.append((done, loss_now))
-            if keeper and (done % options.save_every == 0 or done == last or interrupts):
+            if keeper and (done % save_every == 0 or done == num_steps or interrupts):
+                read()
                 keeper.save(optimizer, result)
             if interrupts:
                 break
     if keeper and interrupts:
         raise KeyboardInterrupt(
-            f"Stopped after step {done} of {last}, which is saved in {keeper.folder}: the same "
-            "call with resume=True goes on from there."
+            f"Stopped after step {done} of {num_steps}, which is saved in {keeper.folder}: the "
+            "same call with resume=True goes on from there."
         )
     return result

@@ -1,6 +1,7 @@
 """The loss that training minimises: the negative ELBO of a batch, per example."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -13,27 +14,18 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch
+from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl
-
-__all__ = ["Objective"]
 
 
 class Objective:
-    """The loss of a batch per example.
-
-    Args are those of :func:`~pyro_blora.fit`.
-
-    Raises:
-        ConfigurationError: an option is out of range, the likelihood lacks ``num_data``, or
-            ``TraceMeanField_ELBO`` is asked of a guide that is none of this library, or that has a
-            Delta with a density: it drops that density, by which an AutoGuide makes its sites.
-    """
+    """The loss of a batch per example; arguments are those of :func:`~pyro_blora.fit`."""
 
     def __init__(
         self,
         blora: BayesianLoRA,
-        elbo: type[Trace_ELBO] | None,
-        num_particles: int | None,
+        elbo: type[Trace_ELBO] | None = None,
+        num_particles: int | None = None,
         kl_weight: float = 1.0,
     ) -> None:
         if blora.likelihood.num_data is None:
@@ -43,6 +35,8 @@ class Objective:
             )
         if num_particles is not None and num_particles < 1:
             raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
+        if not kl_weight > 0:
+            raise ConfigurationError(f"kl_weight={kl_weight} must be positive.")
         laws = _laws(blora.guide)
         points = [law for law in laws if isinstance(law, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
@@ -60,8 +54,6 @@ class Objective:
                 f"elbo={elbo.__name__} loses the density of the sites that "
                 f"{type(blora.guide).__name__} makes of its draws; use Trace_ELBO, the default."
             )
-        if not kl_weight > 0:
-            raise ConfigurationError(f"kl_weight={kl_weight} must be positive.")
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.kl_weight = kl_weight
         self._analytic = False
@@ -69,13 +61,10 @@ class Objective:
             with pyro.validation_enabled(False):  # the first step explains what is not finite
                 self._analytic = analytic_kl(blora.guide, blora.model) is not None
 
-    def __call__(self, batch: Batch, step: int = 0) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
 
-        Raises:
-            BatchError: the batch is larger than the data set, or has no labels.
-            ConfigurationError: an analytic KL is negative.
-            NonFiniteLossError: the loss is NaN or infinite; the message names the sites.
+        The figures stay on the device; who reads them gives them to :meth:`check`.
         """
         blora, count = self.blora, self.blora.likelihood.num_data or 1
         examples = blora.likelihood.examples(batch)
@@ -91,20 +80,20 @@ class Objective:
             )
         most = examples if self.num_particles is None else min(self.num_particles, examples)
         particles = next(p for p in range(most, 0, -1) if examples % p == 0)
-        blora.model.kl_weight = weight = self.kl_weight
-        nesting = blora.max_plate_nesting
         elbo = self.elbo(
-            num_particles=particles, max_plate_nesting=nesting, vectorize_particles=True
+            num_particles=particles,
+            max_plate_nesting=blora.max_plate_nesting,
+            vectorize_particles=True,
         )
         with (
             blora.likelihood.holding_out(),
             pyro.poutine.trace() as seen,
+            # of the labels alone, for the block hides all else from it: this holds for any guide
+            pyro.poutine.scale(scale=1 / self.kl_weight),
             pyro.poutine.block(expose=["labels"]),
         ):
-            loss = elbo.differentiable_loss(blora.model, blora.guide, batch) * (weight / count)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise _explained(blora.model, blora.guide, batch, step)
+            loss = elbo.differentiable_loss(blora.model, blora.guide, batch)
+        loss = loss * (self.kl_weight / count)
         labels = seen.trace.nodes.get("labels")
         if labels is None:
             raise ConfigurationError(
@@ -112,15 +101,22 @@ class Objective:
                 "loss is told apart from the KL; name it so in its observe()."
             )
         with torch.no_grad():
-            nll = -float(labels["fn"].log_prob(labels["value"]).mean())
-        kl = (value - nll) * count / weight
-        if self._analytic and kl < -1e-3 * (1 + abs(nll) * count / weight):  # beyond rounding
-            raise ConfigurationError(
-                f"KL[q || p] = {kl:.4g} nats at step {step}, and no KL is negative: the closed "
-                "form registered for the laws of a prior and a guide of yours is wrong. Correct "
-                "it, or pass elbo=Trace_ELBO, which needs none."
+            nll = -labels["fn"].log_prob(labels["value"]).mean()
+            kl = (loss - nll) * (count / self.kl_weight)
+        return loss, {"loss": loss.detach(), "nll": nll, "kl": kl}
+
+    def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
+        """Raises where the figures of a step tell that something is wrong, and says what."""
+        if not math.isfinite(figures["loss"]):
+            device = self.blora.model.groups[0].device
+            raise _explained(self.blora, to_device(batch, device), step)
+        scale = (self.blora.likelihood.num_data or 1) / self.kl_weight
+        if self._analytic and figures["kl"] < -1e-3 * (1 + abs(figures["nll"]) * scale):
+            raise ConfigurationError(  # beyond rounding
+                f"KL[q || p] = {figures['kl']:.4g} nats at step {step}, and no KL is negative: the "
+                "closed form registered for the laws of a prior and a guide of yours is wrong. "
+                "Correct it, or pass elbo=Trace_ELBO, which needs none."
             )
-        return loss, {"loss": value, "nll": nll, "kl": kl}
 
 
 def _laws(guide: nn.Module) -> list[Any]:
@@ -135,8 +131,9 @@ def _laws(guide: nn.Module) -> list[Any]:
     return laws
 
 
-def _explained(model: nn.Module, guide: nn.Module, batch: Batch, step: int) -> NonFiniteLossError:
+def _explained(blora: BayesianLoRA, batch: Batch, step: int) -> NonFiniteLossError:
     """The error to raise for a NaN or infinite loss: which parameter or site is at fault."""
+    model, guide = blora.model, blora.guide
     bad = [
         name.removesuffix("_unconstrained")
         for module in (model, guide)

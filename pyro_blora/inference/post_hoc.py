@@ -1,24 +1,42 @@
-"""A trained LoRA in, a Bayesian adapter out: the post-hoc methods without any training."""
+"""Methods that find the width of a posterior around a point: after training, or without any."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
-from pyro_blora.guides._post_hoc import PostHoc
-from pyro_blora.inference.finish import finish
-from pyro_blora.inference.loop import Collate
-from pyro_blora.likelihoods import Likelihood
+from pyro_blora.guides._post_hoc import Evidence, PostHoc
+from pyro_blora.guides._site_guide import forked_rng
+from pyro_blora.inference.loop import Collate, batches_of, running
+from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
+from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.predictive import logit_jacobian
 
-__all__ = ["bayesianize"]
+
+def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
+    """The families that find their width after training (``Laplace``, ``Isotropic``), by site."""
+    guide = blora.guide
+    if not isinstance(guide, StructuredGuide):
+        return {}
+    found = {name: f for name, f in guide.families().items() if isinstance(f, PostHoc)}
+    if found and not blora.likelihood.has_classes:
+        raise ConfigurationError(
+            f"{blora.guide_family!r} needs one choice among a few classes for each example, and "
+            f"{type(blora.likelihood).__name__} has none; pass likelihood=, such as "
+            "MultipleChoice() or LabelTokens(token_ids=...), or take a guide that is trained."
+        )
+    return found
 
 
 def bayesianize(
@@ -53,7 +71,7 @@ def bayesianize(
         prior: as in ``from_peft``. Default: the method's.
         guide: ``Laplace`` or ``Isotropic``. Default: the method's.
         likelihood: one with classes. Default: by PEFT's task type.
-        length: the length of an example; batches of like lengths waste no padding.
+        length: the length of an example, as in ``fit``.
         batch_size: examples at once.
         precision: of the network, as in ``fit``.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
@@ -88,12 +106,6 @@ def bayesianize(
         net, folder, method=made, prior=prior, guide=guide, likelihood=likelihood
     )
     try:
-        if not blora.likelihood.has_classes:
-            raise ConfigurationError(
-                f"{guide!r} needs one choice among a few classes for each example, and "
-                f"{type(blora.likelihood).__name__} has none; pass likelihood=, such as "
-                "MultipleChoice() or LabelTokens(token_ids=...)."
-            )
         finish(
             blora,
             data,
@@ -107,3 +119,83 @@ def bayesianize(
         blora.unwrap()
         raise
     return blora
+
+
+def finish(
+    blora: BayesianLoRA,
+    data: Sequence[Any] | DataLoader[Any],
+    *,
+    collate: Collate | None = None,
+    length: Callable[[Any], int] | None = None,
+    batch_size: int = 8,
+    precision: str = "auto",
+    progress: bool | None = None,
+) -> dict[str, float]:
+    """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
+
+    Args:
+        blora: the trained adapter.
+        data: the training set for ``Laplace``, whose curvature is scaled to ``num_data``; the
+            anchor set for ``Isotropic``. Or a ``DataLoader`` of batches.
+        collate: as in ``fit``.
+        length: as in ``fit``.
+        batch_size: examples at once.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
+
+    Returns:
+        What the family says of its width: ``Laplace`` the prior precision of each site,
+        ``Isotropic`` the width.
+    """
+    families = post_hoc_families(blora)
+    if not families:
+        raise ConfigurationError(
+            "finish is for guides that find their width after training (Laplace, Isotropic), not "
+            f"for {blora.guide_family!r}."
+        )
+    batches = list(batches_of(data, collate, length, batch_size))
+    device = blora.model.groups[0].device
+    hide = None if progress is None else not progress
+
+    def all_scores() -> Iterator[dict[str, Tensor]]:
+        for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
+            found = scores(blora, to_device(batch, device))
+            yield {name: found[name] for name in families}
+
+    def loss(num_samples: int) -> float:
+        return anchor_loss(blora, (to_device(batch, device) for batch in batches), num_samples)
+
+    with running(blora, precision, training=False):
+        evidence = Evidence(all_scores, loss, blora.likelihood.num_data)
+        return type(next(iter(families.values()))).finish(families, evidence)
+
+
+def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
+    """``g_bc`` of :class:`~pyro_blora.guides._post_hoc.Evidence` at the guide's centre, by site."""
+    logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)
+    p = logits.softmax(-1)
+    found = {}
+    for name, J in jacobian.items():
+        weight = p.reshape(*p.shape, *(1,) * (J.dim() - 2))
+        found[name] = weight.sqrt() * (J - (weight * J).sum(1, keepdim=True))
+    return found
+
+
+@torch.no_grad()
+def anchor_loss(blora: BayesianLoRA, batches: Iterable[Batch], num_samples: int) -> float:
+    """Mean negative log-likelihood of draws in nats for each example, the same noise every time."""
+    total, count = 0.0, 0
+    with forked_rng(blora.model.groups[0].device):
+        torch.manual_seed(0)
+        for batch in batches:
+            examples = blora.likelihood.examples(batch)
+            rows = repeat_batch(batch, num_samples)
+            updates = blora.sample_updates(num_samples * examples, batch)
+            with blora.model.applied(updates) as net:
+                logits = blora.likelihood.logits(net, rows)
+            labels = blora.likelihood.labels(rows)
+            assert labels is not None
+            q = blora.likelihood.distribution(logits, labels)
+            total -= float(q.log_prob(labels).sum()) / num_samples
+            count += examples
+    return total / count

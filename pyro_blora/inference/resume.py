@@ -19,8 +19,7 @@ from torch import Tensor
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import altered, fingerprint, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.loop import FitResult
+from pyro_blora.inference.loop import Batches, FitResult
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +16,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference.inform import inform, wants_informing
-from pyro_blora.inference.learning_rates import parameter_groups, rates_by_group
+from pyro_blora.inference.fisher import inform, wants_informing
+from pyro_blora.inference.fit import given_rates, parameter_groups, rates_by_group
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.guide import StructuredGuide, draws_apart
 from pyro_blora.posterior.predictive import logits_of_draws
-
-__all__ = ["BayesianLoRATrainer"]
 
 
 class BayesianLoRATrainer(Trainer):
@@ -48,13 +46,9 @@ class BayesianLoRATrainer(Trainer):
             example.
         elbo: the class of the ELBO, as in ``fit``.
         eval_samples: posterior draws for an evaluation; 0 takes the posterior mean.
-        learning_rates: rates by role, ``{"mean": ..., "scale": ..., "direction": ...}``, where
-            they shall not be the method's.
+        learning_rates: as in ``fit``: rates by role, ``{"mean": ..., "scale": ...}``, or a number,
+            that of the means, where they shall not be the method's.
         options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
-
-    Raises:
-        ConfigurationError: ``args.learning_rate`` was set, a role is unknown, the likelihood lacks
-            ``num_data``, or the guide is none of this library.
 
     Example::
 
@@ -72,7 +66,7 @@ class BayesianLoRATrainer(Trainer):
         num_particles: int | None = None,
         elbo: type[Trace_ELBO] | None = None,
         eval_samples: int = 10,
-        learning_rates: dict[str, float] | None = None,
+        learning_rates: float | Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
         args = TrainingArguments("out") if args is None else args
@@ -81,17 +75,13 @@ class BayesianLoRATrainer(Trainer):
                 f"guide={model.guide_family!r} cannot be written to a checkpoint; take a family "
                 "of pyro_blora.guides, or SVI with a loop of your own."
             )
-        rates = dict(model.method.learning_rates)
         if args.learning_rate != TrainingArguments.learning_rate:
             raise ConfigurationError(
                 f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
-                f"directions have their own; pass learning_rates= with some of {rates}."
+                f"directions have their own; pass learning_rates= with some of "
+                f"{dict(model.method.learning_rates)}."
             )
-        if unknown := set(learning_rates or {}) - set(rates):
-            raise ConfigurationError(
-                f"learning_rates has {sorted(unknown)}; the roles are {list(rates)}."
-            )
-        self.learning_rates = learning_rates or {}
+        self.learning_rates = given_rates(model, learning_rates)
         self.blora = model
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
         args.label_names = args.label_names or ["labels"]
@@ -185,7 +175,10 @@ class _Loss(nn.Module):
             return self._predictive(batch)
         with pyro.validation_enabled(False):
             loss, figures = self.objective(batch)
-        self.figures.append((figures["nll"], figures["kl"]))
+            values = torch.stack(list(figures.values())).tolist()
+            read = dict(zip(figures, values, strict=True))
+            self.objective.check(batch, 0, read)  # the Trainer waits for each loss, too
+        self.figures.append((read["nll"], read["kl"]))
         return {"loss": loss}
 
     @torch.no_grad()

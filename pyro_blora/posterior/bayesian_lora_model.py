@@ -31,6 +31,7 @@ from pyro_blora.network.adapter import (
     updates_in_place,
     updates_kept_for_backward,
 )
+from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
@@ -83,12 +84,7 @@ class BayesianLoRAModel(PyroModule):
     weights into parameters, and ``state_dict`` has the adapter alone.
 
     Attributes:
-        kl_weight: the weight ``w`` of the KL against the log-likelihood; 1 is the ELBO. The
-            likelihood is scaled by ``1 / w``, so that it holds for every guide: with any ELBO the
-            loss is ``-E[log p(y | U)] / w + KL``, a ``w``-th of the tempered one.
         enabled: whether updates and trained heads are put in place; else it is the network alone.
-        precision: ``"float32"``, or ``"bfloat16"`` to run the network, and it alone, under
-            autocast.
         shortcuts: those that this adapter takes, none with ``fast=False``.
         layer_names: full names of the adapted layers.
     """
@@ -111,8 +107,7 @@ class BayesianLoRAModel(PyroModule):
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
         self.groups = tuple(groups)
         self.enabled = True
-        self.kl_weight = 1.0
-        self.precision = "float32"
+        self._precision = "float32"
         bound = {group.name: priors[group.name].bind(group) for group in groups}
         self.likelihood = likelihood.bind(self.groups[0].device)
         for name, own in bound.items():
@@ -221,6 +216,16 @@ class BayesianLoRAModel(PyroModule):
             )
 
     @contextmanager
+    def autocast(self, precision: str) -> Iterator[None]:
+        """Within, the network runs in this precision; the variational part stays in single."""
+        before = self._precision
+        self._precision = choose_precision(precision, self.groups[0].device)
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
         self.check_on_network()
@@ -232,7 +237,7 @@ class BayesianLoRAModel(PyroModule):
                 within.enter_context(updates_in_place(self.adapters, layers))
                 kept = updates_kept_for_backward(self._checkpointable, self.adapters, layers)
                 within.enter_context(kept)
-            if self.precision != "float32":
+            if self._precision != "float32":
                 within.enter_context(torch.autocast(self.groups[0].device.type, torch.bfloat16))
             yield self.net
 
@@ -267,7 +272,7 @@ class BayesianLoRAModel(PyroModule):
                     f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
                     "pyro_blora.fit, which sees to it."
                 )
-        with self.applied(updates) as net, pyro.poutine.scale(scale=1 / self.kl_weight):
+        with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
         return updates
 

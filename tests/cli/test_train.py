@@ -111,11 +111,11 @@ def test_it_stops_and_goes_on(train, tmp_path, monkeypatch):
 
     loss, steps = Objective.__call__, []
 
-    def interrupted(self, batch, step):
-        steps.append(step)
-        if step == 3:
+    def interrupted(self, batch):
+        steps.append(batch)
+        if len(steps) in (4, 10):
             os.kill(os.getpid(), signal.SIGINT)
-        return loss(self, batch, step)
+        return loss(self, batch)
 
     monkeypatch.setattr(Objective, "__call__", interrupted)
     code, text, _ = train(out, *short)
@@ -130,11 +130,11 @@ def test_it_stops_and_goes_on(train, tmp_path, monkeypatch):
         code, _, err = train(out, *short, *flags)
         assert code == 2
         assert told in err
-    assert steps == [0, 1, 2, 3]  # and it is what is done
+    assert len(steps) == 4  # and it is what is done
 
     code, _, err = train(out, *short, "--resume")
     assert code == 0, err
-    assert steps[4:] == [4, 5]
+    assert len(steps) == 6
     expected = load_file(whole / ADAPTER)
     for name, value in load_file(out / ADAPTER).items():
         assert value.equal(expected[name]), name
@@ -142,4 +142,4 @@ def test_it_stops_and_goes_on(train, tmp_path, monkeypatch):
     assert train(out, *short, "--resume")[0] == 0  # finished: nothing is trained
     assert len(steps) == 6
     assert train(out, *short, "--overwrite")[0] not in (0, 2)
-    assert steps[6:] == [0, 1, 2, 3]
+    assert len(steps) == 10

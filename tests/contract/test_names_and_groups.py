@@ -119,7 +119,7 @@ def first_steps(before, blora):
     return moved["guide.q_proj_V.loc_unconstrained"] / moved["guide.v_proj_V.loc_unconstrained"]
 
 
-@pytest.mark.parametrize(("given", "ratio"), [({}, 2.5), ({"lr_mean": 1e-2}, 1.0)])
+@pytest.mark.parametrize(("given", "ratio"), [({}, 2.5), ({"learning_rates": 1e-2}, 1.0)])
 def test_rates_of_each_group_in_fit(given, ratio):
     blora = tiny.adapted(prior=RATES)
     before = tiny.trained(blora)

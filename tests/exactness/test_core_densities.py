@@ -147,7 +147,8 @@ def planted(core):
         likelihood=Noisy(num_data=200),
     )
     rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
-    options = {"num_steps": 1000, "batch_size": 50, "progress": False, "lr_scale": 3e-2}
+    options = {"num_steps": 1000, "batch_size": 50, "progress": False}
+    options["learning_rates"] = {"scale": 3e-2}
     fit(blora, rows, collate=torch.utils.data.default_collate, **options)
     update = next(iter(blora.sample_updates(0).values()))
     error = update.layers()[0].weight() - dW

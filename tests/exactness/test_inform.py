@@ -42,7 +42,7 @@ def informed(net, **options):
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_directions_are_the_top_eigenvectors_of_the_networks_own_gradients(make, monkeypatch):
-    module = sys.modules["pyro_blora.inference.inform"]
+    module = sys.modules["pyro_blora.inference.fisher"]
     monkeypatch.setattr(module, "_OVERSAMPLED", 48)  # every column: exact
     net = make()
     blora = informed(net, target_modules=None)

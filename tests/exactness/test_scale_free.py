@@ -103,7 +103,8 @@ def test_a_rescaled_network_learns_the_same(make, factor):
         blora = BayesianLoRA(net, rank=2, likelihood=likelihood, target_modules=targets)
         with torch.no_grad():
             plain = blora.predict(tiny.collate(rows), 0).probs
-        how = {"num_steps": 60, "lr_head": 0.0, "lr_mean": 0.2, "kl_weight": 0.01}  # by the layers
+        rates = {"head": 0.0, "mean": 0.2}  # by the layers
+        how = {"num_steps": 60, "learning_rates": rates, "kl_weight": 0.01}
         result = fit(blora, rows, collate=tiny.collate, **how)
         torch.manual_seed(0)
         learned = blora.predict(tiny.collate(rows), 4).probs

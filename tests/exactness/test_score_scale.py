@@ -85,8 +85,15 @@ def test_the_slope_passes_even_odds_where_the_likely_options_are_wrong():
     plain = MultipleChoice(scale="fixed").logits(net, batch)
     data = [{k: v[i] for k, v in batch.items()} | {"labels": plain[i].argmin()} for i in range(12)]
     blora = adapted(net)
-    rates = {"lr_mean": 1e-9, "lr_scale": 1e-9, "lr_direction": 1e-9, "lr_likelihood": 0.3}
-    fit(blora, data, collate=torch.utils.data.default_collate, num_epochs=9, batch_size=1, **rates)
+    rates = {"mean": 1e-9, "scale": 1e-9, "direction": 1e-9, "likelihood": 0.3}
+    fit(
+        blora,
+        data,
+        collate=torch.utils.data.default_collate,
+        num_epochs=9,
+        batch_size=1,
+        learning_rates=rates,
+    )
     assert blora.likelihood.score_slope.item() < 0
 
 

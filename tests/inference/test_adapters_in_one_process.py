@@ -41,18 +41,6 @@ def test_five_adapters_answer_as_they_do_alone(tmp_path):
             )
 
 
-def test_a_cell_that_is_run_again_begins_anew(run):
-    first, histories = None, []
-    for _ in range(3):
-        torch.manual_seed(0)
-        blora = tiny.adapted(num_data=10)
-        first = first or blora
-        before = tiny.trained(first)
-        histories.append(run(blora, num_steps=3).history)
-        assert first is blora or tiny.equal(tiny.trained(first), before)
-    assert histories[0] == histories[1] == histories[2]
-
-
 @pytest.mark.parametrize("local", [False, True])
 def test_two_loops_take_turns_in_either_store(local):
     """With rates by name, which Pyro's optimizers look up in the global store."""
@@ -106,13 +94,6 @@ def test_one_that_is_off_its_network_is_refused_before_anything_runs(ask):
     assert torch.equal(torch.get_rng_state(), state)
     assert tiny.equal(tiny.trained(blora), before)
     assert other.active_adapter == "other"
-
-
-def test_the_state_of_a_run_is_saved_beside_an_older_adapter(run, tmp_path):
-    """It was not: Pyro had put the older one's tensors in place of those that are trained."""
-    run(tiny.adapted(num_data=10))
-    run(tiny.adapted(num_data=10), checkpoint_dir=tmp_path)
-    assert (tmp_path / "training_state.safetensors").exists()
 
 
 def test_the_likelihood_that_is_given_is_the_one_that_learns(run):

@@ -6,8 +6,7 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora.inference.batches import Batches
-from pyro_blora.inference.loop import LoopOptions
+from pyro_blora.inference.loop import Batches
 from pyro_blora.posterior.prediction import predict_dataset
 
 
@@ -17,8 +16,8 @@ def length(row):
 
 def epochs(count, rows, *, by_length=True, seed=0):
     """The indices in each batch of the first epochs."""
-    options = LoopOptions(num_steps=1, batch_size=4, seed=seed)
-    stream = Batches(rows, tiny.collate, options, length if by_length else None)
+    how = length if by_length else None
+    stream = Batches(rows, tiny.collate, how, batch_size=4, seed=seed)
     per_epoch = -(-len(rows) // 4)
     drawn = []
     for batch in itertools.islice(stream, count * per_epoch):

@@ -11,7 +11,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace, MeanField
 from pyro_blora.guides.laplace import best_precision
 from pyro_blora.inference import finish
-from pyro_blora.inference.finish import anchor_loss, scores
+from pyro_blora.inference.post_hoc import anchor_loss, scores
 from pyro_blora.likelihoods import CausalLM, Likelihood
 from pyro_blora.models import KroneckerInducing
 
@@ -186,8 +186,8 @@ def test_what_cannot_be_finished_is_refused():
     blora = tiny.adapted(guide=Laplace())
     with pytest.raises(BatchError, match="data set is empty"):
         finish(blora, [], collate=tiny.collate)
-    with pytest.raises(ConfigurationError, match="needs collate="):
-        finish(blora, tiny.examples())
+    with pytest.raises(ConfigurationError, match="pass collate="):
+        finish(blora, [(1, 2)])
     blora.unwrap()
     blora = tiny.adapted(blora.net, guide=Laplace(), likelihood=CausalLM(num_data=4))
     texts = tiny.texts()

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import CausalLM, LabelTokens
-from pyro_blora.posterior.prediction import predict_dataset
 
 # Pyro's ELBO also warns of the NaN that the error is about
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -36,7 +35,6 @@ def test_what_is_not_finite_is_named(run, part, name, value, told):
     with pytest.raises(NonFiniteLossError, match=told):
         run(blora)
     assert not blora.net.training
-    assert blora.model.kl_weight == 1.0
 
 
 ANSWERS, SIZED = (LabelTokens(token_ids=tiny.ANSWERS, num_data=count) for count in (None, 10))
@@ -50,18 +48,18 @@ UNLABELLED = DataLoader([UNLABELLED], batch_size=None)
         (SIZED, [], {}, "training set is empty"),
         (SIZED, DataLoader([]), {}, "training set is empty"),
         (SIZED, None, {"validation": []}, "validation set is empty"),
-        (SIZED, UNLABELLED, {"validation": [1], "collate": None}, "validation= needs collate="),
+        (SIZED, UNLABELLED, {"validation": [1], "collate": None}, "pass collate="),
         (SIZED, UNLABELLED, {}, "no labels to learn from"),
         (CausalLM(num_data=4), UNLABELLED, {}, "no labels to learn from"),
         (LabelTokens(token_ids=tiny.ANSWERS, num_data=3), None, {}, "batch of 4 ex.*num_data=3"),
         (ANSWERS, None, {}, r"LabelTokens.*num_data=len\(train\)"),
-        (SIZED, None, {"num_steps": 0}, "num_steps=0"),
-        (SIZED, None, {"batch_size": 0}, "batch_size=0"),
-        (SIZED, None, {"validate_every": 0}, "validate_every=0"),
-        (SIZED, None, {"decay": "sudden"}, "decay='sudden'"),
+        (SIZED, None, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        (SIZED, None, {"batch_size": 0}, "batch_size must be"),
+        (SIZED, None, {"validate_every": 0}, "validate_every must"),
+        (SIZED, None, {"decay": "sudden"}, "got 'sudden'"),
         (SIZED, None, {"precision": "float16"}, "precision='float16'"),
-        (SIZED, None, {"warmup": 1.0}, "warmup=1.0"),
-        (SIZED, None, {"warmup": -0.1}, "warmup=-0.1"),
+        (SIZED, None, {"warmup": 1.0}, r"warmup must be .* got 1\.0"),
+        (SIZED, None, {"warmup": -0.1}, r"warmup must be .* got -0\.1"),
         (SIZED, None, {"num_particles": 0}, "num_particles=0"),
         (SIZED, None, {"kl_weight": 0.0}, "kl_weight=0.0"),
         (SIZED, None, {"kl_weight": NAN}, "kl_weight=nan"),
@@ -69,13 +67,18 @@ UNLABELLED = DataLoader([UNLABELLED], batch_size=None)
         (SIZED, None, {"elbo": RenyiELBO}, "elbo=RenyiELBO does not average"),
         (SIZED, None, {"elbo": TraceTailAdaptive_ELBO}, "elbo=TraceTailAdaptive_ELBO does not av"),
         (SIZED, None, {"elbo": TraceGraph_ELBO}, "elbo=TraceGraph_ELBO does not average"),
-        (SIZED, None, {"kl_weigth": 2}, "no option 'kl_weigth'; did you mean 'kl_weight'"),
+        (
+            SIZED,
+            None,
+            {"learning_rates": {"means": 2}},
+            r"roles among \['mean', .* got \['means'\]",
+        ),
     ],
 )
 def test_what_fit_refuses(run, likelihood, rows, options, told):
     blora = tiny.adapted(likelihood=likelihood)
     before = tiny.trained(blora)
-    with pytest.raises((BatchError, ConfigurationError, TypeError), match=told):
+    with pytest.raises((BatchError, ConfigurationError), match=told):
         run(blora, rows, **options)
     assert all(torch.equal(value, before[name]) for name, value in tiny.trained(blora).items())
 
@@ -93,11 +96,6 @@ def test_the_observed_site_must_have_its_name():
         fit(blora, tiny.examples(), collate=tiny.collate, num_steps=1, num_particles=1)
 
 
-def test_an_empty_data_set_to_predict():
-    with pytest.raises(BatchError, match="empty"):
-        predict_dataset(tiny.adapted().predict, [], tiny.collate)
-
-
 def test_nothing_to_train(run):
     blora = tiny.adapted(num_data=10).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="nothing to train"):
@@ -113,8 +111,6 @@ def test_arguments_of_another_kind():
     blora = tiny.adapted(num_data=10)
     with pytest.raises(ConfigurationError, match=r"blora=LlamaForCausalLM\(.* is not of BayesianL"):
         fit(tiny.llama(), tiny.examples(4), num_steps=1)
-    with pytest.raises(BatchError, match="train is a object; give examples"):
-        fit(blora, object(), num_steps=1)
     with pytest.raises(ConfigurationError, match="An example is a tuple: pass collate="):
         fit(blora, [(1, 2)], num_steps=1)
     for made in ((1, 2), "text"):
@@ -122,5 +118,3 @@ def test_arguments_of_another_kind():
             fit(blora, tiny.examples(4), collate=lambda rows, made=made: made, num_steps=1)
         with pytest.raises(BatchError, match="mapping of tensors"):
             blora.predict(made)
-    with pytest.raises(TypeError, match="no option 'lr'; did you mean 'lr_direction' or 'lr_head'"):
-        fit(blora, tiny.examples(4), num_steps=1, lr=1e-3)

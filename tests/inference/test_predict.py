@@ -160,15 +160,6 @@ class Merging(nn.Sequential):
         return super().train(mode)
 
 
-class Fixed(nn.Sequential):
-    """Keeps its first part in evaluation mode."""
-
-    def train(self, mode=True):
-        super().train(mode)
-        self[0].eval()
-        return self
-
-
 def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
     shared = nn.Identity()
     net = nn.ModuleDict({"a": Merging(shared), "b": Merging(shared), "c": nn.Identity()}).train()
@@ -180,26 +171,6 @@ def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
     assert not net["b"].merged
     assert shared.training
     assert not net["c"].training
-
-
-def test_a_part_that_keeps_to_one_mode_is_left_in_the_other_where_it_was():
-    net = Fixed(nn.Identity()).train()
-    net[0].training = True  # by hand
-    with in_mode(net, training=False):
-        assert not net[0].training
-    assert net.training
-    assert net[0].training
-
-
-def test_a_part_left_in_evaluation_mode_is_told_of_no_other():
-    net = nn.Sequential(nn.Identity(), Merging()).train()
-    net[1].eval()
-    told = []
-    net[1].train = told.append  # packed once and for all
-    with in_mode(net, training=False):
-        pass
-    assert True not in told
-    assert [net.training, net[0].training, net[1].training] == [True, True, False]
 
 
 def test_between_two_passes_the_network_is_in_its_own_mode():

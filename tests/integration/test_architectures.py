@@ -58,8 +58,8 @@ def nll(blora):
 
 
 def train_by_fit(blora):
-    rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
-    fit(blora, ROWS, collate=collate, num_steps=60, progress=False, **rates)
+    rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
+    fit(blora, ROWS, collate=collate, num_steps=60, progress=False, learning_rates=rates)
 
 
 def train_by_svi(blora, steps=30):

@@ -151,7 +151,7 @@ def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_ta
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from calibration import changed, chosen_trials
 
-    trials = [{"fit": {"lr_mean": rate}} for rate in (1.0, 2.0, 3.0)]
+    trials = [{"fit": {"learning_rates": rate}} for rate in (1.0, 2.0, 3.0)]
     settings = {
         "networks": {"small": {}, "all": {}},
         "development": {"networks": {"small": ["a", "b"]}, "seeds": [0], "steps": 4},

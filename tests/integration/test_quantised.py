@@ -123,8 +123,10 @@ def test_training_fits_the_batch_and_leaves_the_base(net, prior):
     blora = tiny.adapted(net, prior=prior(rank=4), num_data=8)
     assert not any(p.requires_grad for p in net.parameters())
     start = nll(blora)
-    rates = {"lr_mean": 0.1, "lr_scale": 0.05, "lr_direction": 0.02}
-    result = fit(blora, ROWS, collate=tiny.collate, num_steps=60, progress=False, **rates)
+    rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
+    result = fit(
+        blora, ROWS, collate=tiny.collate, num_steps=60, progress=False, learning_rates=rates
+    )
     assert all(torch.tensor(h["loss"]).isfinite() for h in result.history)
     assert nll(blora) < 0.9 * start
     prediction = blora.predict(BATCH, 4)

@@ -114,7 +114,8 @@ def test_autocast_trains_in_bfloat16(conditional):
     seen = []
     net = blora.net
     net.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
-    options = {"num_steps": 80, "progress": False, "lr_mean": 0.1, "lr_scale": 0.05}
+    options = {"num_steps": 80, "progress": False}
+    options["learning_rates"] = {"mean": 0.1, "scale": 0.05}
     result = fit(blora, rows, collate=tiny.collate, precision="bfloat16", **options)
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in blora.parameters())

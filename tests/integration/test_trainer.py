@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference import fit, parameter_groups
+from pyro_blora.inference import parameter_groups
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM
 
@@ -144,17 +144,6 @@ def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
     assert not blora.net.training
 
 
-def test_draws_are_averaged_in_an_evaluation(tmp_path):
-    blora = tiny.adapted(guide=guides.MeanField(init_scale=1.0))
-    run = trainer(tmp_path, blora, evaluate=ROWS, eval_samples=400)
-    run.blora.net.eval()
-    batch = tiny.collate(ROWS)
-    expected = blora.predict(batch, 4000).probs
-    found = torch.tensor(run.predict(ROWS).predictions).exp()
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
-    torch.testing.assert_close(found.sum(-1), torch.ones(len(ROWS)))
-
-
 def test_it_ends_with_the_best_evaluation(tmp_path):
     torch.manual_seed(0)
     run = trainer(
@@ -186,25 +175,11 @@ def test_free_text(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_particles_are_shared_out_as_in_fit(tmp_path):
-    """A last batch of four and two particles of three: both take what divides."""
-    pyro.set_rng_seed(3)
-    with pyro.validation_enabled(False):
-        run = trainer(tmp_path, num_particles=3, per_device_train_batch_size=8, max_steps=2)
-        sizes = []
-        elbo = run.model.objective.elbo
-        run.model.objective.elbo = lambda **k: sizes.append(k["num_particles"]) or elbo(**k)
-        run.train()
-    assert sizes == [2, 2]
-    result = fit(run.blora, ROWS, collate=tiny.collate, num_steps=1, num_particles=3)
-    assert len(result.history) == 1
-
-
 @pytest.mark.parametrize(
     ("parts", "options", "told"),
     [
         ({}, {"learning_rate": 0.1}, r"learning_rate=0\.1 is one rate"),
-        ({}, {"learning_rates": {"width": 0.1}}, r"learning_rates has \['width'\]"),
+        ({}, {"learning_rates": {"width": 0.1}}, r"got \['width'\]"),
         ({"guide": AutoNormal}, {}, "cannot be written to a checkpoint"),
         ({"likelihood": CausalLM()}, {}, "num_data"),
     ],

@@ -12,7 +12,7 @@ network itself draws (so that no label of the data is seen), the top eigenvector
 are the directions in which a layer's outputs and inputs can change the prediction.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,16 +21,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import Collate, batches_of
-from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode, updates_in_place
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.posterior.bayesian_lora_model import to_device
-
-__all__ = ["inform", "wants_informing"]
 
 _OVERSAMPLED = 8  # columns of a sketch beyond the rank
 
@@ -68,18 +65,13 @@ def inform(
     Args:
         blora: the adapter, before training.
         data: training examples, or a ``DataLoader`` of batches; their labels are not used.
-        collate: makes a batch of a list of examples.
-        length: the length of an example; batches of like lengths waste no padding.
-        num_examples: how many of them, at random; of a ``DataLoader`` the first batches. Default:
-            512.
+        collate: as in ``fit``.
+        length: as in ``fit``.
         batch_size: examples at once.
-        precision: of the network, as in ``fit``.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
+        num_examples: how many of them, at random; of a ``DataLoader`` the first batches.
         seed: of the choice of examples, of the labels and of the sketches.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
-
-    Raises:
-        BatchError: there is no data.
-        ConfigurationError: the rows of a layer's input cannot be told apart by example.
 
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", arXiv:0909.4061,
@@ -101,11 +93,16 @@ def inform(
     probes = {name: _Probe(device) for name in sketches}
     updates = cast(Any, [probes.get(adapter.name) for adapter in blora.model.adapters])
     low = choose_precision(precision, device) == "bfloat16"
+    if not isinstance(data, DataLoader):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        data = [data[i] for i in order[:num_examples].tolist()]
+    seen = 0
+    total = None if isinstance(data, DataLoader) else len(data)
     hide = None if progress is None else not progress
-    bar = tqdm(total=min(num_examples, _size(data)), desc="inform", disable=hide, unit="example")
+    bar = tqdm(total=total, desc="inform", disable=hide, unit="example")
     with bar, forked_rng(device), in_mode(blora.net, training=False), torch.enable_grad():
         torch.manual_seed(seed)
-        for batch in _batches(data, collate, length, num_examples, batch_size, seed):
+        for batch in batches_of(data, collate, length, batch_size):
             batch = to_device(batch, device)
             count = blora.likelihood.examples(batch)
             watched = updates_in_place(blora.model.adapters, updates)
@@ -119,36 +116,13 @@ def inform(
             for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
                 sketches[name].add(_by_example(gradient, count), _by_example(probe.input, count))
             bar.update(count)
+            seen += count
+            if seen >= num_examples:
+                break
     for prior in _asking(blora):
         factors = [sketches[name].factors() for name in prior.group.module_names]
         rows, columns = (torch.stack(side) for side in zip(*factors, strict=True))
         prior.inform(rows, columns)
-
-
-def _size(data: Sequence[Any] | DataLoader[Any]) -> int:
-    return len(data.dataset) if isinstance(data, DataLoader) else len(data)  # type: ignore[arg-type]
-
-
-def _batches(
-    data: Sequence[Any] | DataLoader[Any],
-    collate: Collate | None,
-    length: Callable[[Any], int] | None,
-    num_examples: int,
-    batch_size: int,
-    seed: int,
-) -> Iterator[Batch]:
-    """Batches of some examples."""
-    if not _size(data):
-        raise BatchError("There is nothing to inform the prior with: the data set is empty.")
-    if isinstance(data, DataLoader):
-        for _, batch in zip(range(0, num_examples, data.batch_size or batch_size), data):  # noqa: B905
-            yield batch
-        return
-    if collate is None:
-        raise ConfigurationError("inform needs collate=, which makes batches of examples.")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    chosen = [data[i] for i in order[:num_examples].tolist()]
-    yield from batches_of(chosen, collate, length, batch_size)
 
 
 class _Probe:

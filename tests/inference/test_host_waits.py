@@ -1,0 +1,72 @@
+"""How often a training step waits for the device, and what tells of a loss that is not finite."""
+
+import traceback
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from pyro_blora.errors import NonFiniteLossError
+from pyro_blora.inference import fit
+from pyro_blora.inference.loop import _READ_EVERY
+from pyro_blora.likelihoods import MultipleChoice
+
+# In a step of the default method that is neither the first nor one whose figures are read.
+# Four of them are Pyro's; three look at the labels, which is done on a CPU alone.
+MOST_WAITS = 7
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would stop the host until an accelerator has caught up, by where it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        frames = traceback.extract_stack() if func._schema.name in WAITS else []
+        # AdamW keeps its count of steps on the host
+        if frames and not any(f.name == "step" and "optim" in f.filename for f in frames):
+            place = next(f for f in reversed(frames) if "pyro" in f.filename)
+            self.places[f"{place.filename}:{place.lineno}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_a_few_times():
+    blora = tiny.adapted(likelihood=MultipleChoice(num_data=12))
+    rows = DataLoader([tiny.choices(4, seed=i) for i in range(3)], batch_size=None)
+    waits, seen = Waits(), []
+    with waits:
+        fit(
+            blora,
+            rows,
+            num_steps=5,
+            progress=False,
+            callback=lambda _: seen.append(Counter(waits.places)),
+        )
+    step = seen[4] - seen[3]
+    assert sum(step.values()) <= MOST_WAITS, step
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's
+@pytest.mark.parametrize("step", [3, _READ_EVERY])
+def test_a_loss_that_is_not_finite_is_told_by_its_step_before_anything_is_saved(tmp_path, step):
+    """Some steps later; and the step itself has spoiled nothing."""
+    blora, done = tiny.adapted(num_data=10), []
+
+    def broken(module, args, output):
+        if len(done) == step:
+            output.logits = output.logits * torch.nan
+        return output
+
+    blora.net.register_forward_hook(broken)
+    how = {"collate": tiny.collate, "checkpoint_dir": tmp_path, "save_every": step + 1}
+    with pytest.raises(NonFiniteLossError, match=f"not finite at step {step}; "):
+        fit(blora, tiny.examples(10), num_steps=30, callback=done.append, **how)
+    assert len(done) <= step + _READ_EVERY
+    assert not list(tmp_path.iterdir())
+    assert all(value.isfinite().all() for value in tiny.trained(blora).values())
