@@ -43,17 +43,8 @@ from pyro_blora.posterior.predictive import (
 )
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["BayesianLoRA"]
-
-
 # What transformers asks of a network besides, a pipeline for one
-_OF_NETWORK = (
-    "dtype",
-    "generation_config",
-    "can_generate",
-    "input_modalities",
-    "output_modalities",
-)
+_PROXIED = {"dtype", "generation_config", "can_generate", "input_modalities", "output_modalities"}
 
 
 class BayesianLoRA(PyroModule):
@@ -157,7 +148,7 @@ class BayesianLoRA(PyroModule):
         self.model.shortcuts.on = fast
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.net, name) if name in _OF_NETWORK else super().__getattr__(name)
+        return getattr(self.net, name) if name in _PROXIED else super().__getattr__(name)
 
     @property
     def net(self) -> nn.Module:
@@ -186,10 +177,7 @@ class BayesianLoRA(PyroModule):
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained: those of the prior, of the guide and of heads.
-
-        An AutoGuide has its own from its first call on.
-        """
+        """How many numbers are trained; an AutoGuide has its own from its first call on."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> Self:
@@ -199,16 +187,12 @@ class BayesianLoRA(PyroModule):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``to``, ``cuda``, ``half`` and the like move the network, too, with all its adapters.
-
-        What is variational stays in single precision at least: a Cholesky factor has no half.
-        """
+        """``to``, ``cuda``, ``half`` and the like move the network, too, with all its adapters."""
 
         def moved(tensor: Tensor) -> Tensor:
-            to = fn(tensor)
-            if not tensor.is_floating_point():
-                return to
-            return tensor.to(to.device, torch.promote_types(to.dtype, torch.float32))
+            to = fn(tensor)  # in single precision at least: a Cholesky factor has no half
+            kept = torch.promote_types(to.dtype, torch.float32)
+            return tensor.to(to.device, kept) if tensor.is_floating_point() else to
 
         if self.active_adapter is not None:
             self.net._apply(fn)
@@ -236,15 +220,10 @@ class BayesianLoRA(PyroModule):
 
     @contextmanager
     def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
-        """Within, the network itself runs under one posterior draw, or under the mean.
+        """Within, the network itself, which is given, runs under draws of U, or 0 for the mean.
 
-        Args:
-            num_samples: 0 for the posterior mean, 1 for one draw of U, held fixed within; ``S``
-                draws share out the rows of whatever batch the network is given. Conditional noise
-                is drawn anew at every call of a layer; the mean has none.
-
-        Yields:
-            The network, for ``net.generate(...)`` and the like.
+        ``num_samples`` draws share out the rows of whatever batch it gets. Conditional noise is
+        drawn anew at every call of a layer; the mean has none.
         """
         self.model.check_on_network()
         with self.model.applied(self.sample_updates(num_samples)) as net:
@@ -285,9 +264,8 @@ class BayesianLoRA(PyroModule):
         """
         if not self.likelihood.has_classes:
             raise ConfigurationError(
-                "predict gives one distribution over classes for each example, and "
-                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or "
-                "blora.generate(...)."
+                f"predict needs classes, and {type(self.likelihood).__name__} has none; use "
+                "log_predictive(batch), or blora.generate(...)."
             )
         batch = to_device(batch, self.device)
         num_samples = self._draws(num_samples)
@@ -376,14 +354,7 @@ class BayesianLoRA(PyroModule):
         result: Result | None = None,
         notes: Mapping[str, object] | None = None,
     ) -> str:
-        """Writes the adapter to the hub, as :meth:`save_pretrained` does to a folder.
-
-        The repository, ``"user/name"``, is made if it is missing, private or as the account's
-        setting says. Returns the address of the commit.
-
-        Raises:
-            CheckpointError: the hub refuses or cannot be reached.
-        """
+        """:meth:`save_pretrained` to ``"user/name"`` on the hub; gives the commit's address."""
         about = {"result": result, "notes": notes}
         return checkpoint.push_to_hub(self, repo_id, private, commit_message, **about)
 
@@ -406,7 +377,7 @@ class BayesianLoRA(PyroModule):
         constructor's; for all else see :func:`pyro_blora.checkpoints.read_pretrained`.
 
         Raises:
-            CheckpointError: the folder is no adapter's, is spoiled, or is one for another base.
+            CheckpointError: the folder is no adapter's, or is one for another base.
 
         Example::
 
@@ -415,8 +386,7 @@ class BayesianLoRA(PyroModule):
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
         parts["trust_remote_code"] = trust_remote_code
-        read: Self = checkpoint.from_pretrained(partial(cls, fast=fast), net, folder, **parts)
-        return read
+        return checkpoint.from_pretrained(partial(cls, fast=fast), net, folder, **parts)
 
     @classmethod
     def from_peft(
@@ -461,9 +431,7 @@ class BayesianLoRA(PyroModule):
             fit(blora, train, collate=collate, num_steps=100)
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        make = partial(cls, method=method, fast=fast)
-        started: Self = peft.from_peft(make, net, folder, **parts)
-        return started
+        return peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
 
     def export_peft(self, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
         """Writes E[dW], or draws, for PEFT; see :func:`pyro_blora.checkpoints.export_peft`."""
@@ -502,13 +470,6 @@ class BayesianLoRA(PyroModule):
 
         It has a prior, a guide and files of its own; ``options`` are the constructor's. Until it
         is set, this one, which is called ``"default"``, stays on the network.
-
-        Example::
-
-            other = blora.add_adapter("other", likelihood=MultipleChoice(num_data=len(train)))
-            blora.set_adapter("other")
-            fit(other, train, collate=collate, num_steps=100)
-            blora.set_adapter("default")  # and blora predicts again
         """
         return self._add(name, lambda: type(self)(self.net, **options))
 
@@ -527,10 +488,7 @@ class BayesianLoRA(PyroModule):
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter that is not on the network."""
         if self._known(name).model.adapters:
-            raise ConfigurationError(
-                f"adapter {name!r} is active; make another one so first, set_adapter(...), or "
-                "take it off by unwrap()."
-            )
+            raise ConfigurationError(f"adapter {name!r} is active; set another one first.")
         del self._on_net()[name]
 
     @property
@@ -584,5 +542,6 @@ class BayesianLoRA(PyroModule):
             f"  guide:      {getattr(family, '__name__', repr(family))}",
             f"  likelihood: {self.likelihood!r}",
             *described_groups(self.model, self.guide),
+            described_size(self.trainable_parameters, self.net),
         ]
-        return "\n".join([*lines, described_size(self.trainable_parameters, self.net)])
+        return "\n".join(lines)

@@ -52,8 +52,7 @@ class TrainingState:
             return
         if not resume:
             raise CheckpointError(
-                f"{self.path} is there already, of a run before; pass resume=True to go on from "
-                "it, delete it, or name another checkpoint_dir."
+                f"{self.path} is there already; pass resume=True to go on from it, or delete it."
             )
         header, tensors = read_tensors(self.path)
         notes = json.loads(header["training"])
@@ -74,8 +73,7 @@ class TrainingState:
             )
         if steps > num_steps:
             raise ConfigurationError(
-                f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has "
-                "already; ask for more, or name another folder."
+                f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has."
             )
         self.found = notes, tensors
 

@@ -184,15 +184,12 @@ def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
         BayesianLoRA.from_peft(tiny.llama(tied=True), tmp_path)
 
 
-def test_a_part_of_a_head_or_one_of_other_classes_is_refused(tmp_path):
+def test_a_head_of_other_classes_is_refused(tmp_path):
     trained("bert").save_pretrained(tmp_path)
     net = base("bert")
     net.classifier = torch.nn.Linear(16, 5)
     with pytest.raises(CheckpointError, match="other classes"):
         BayesianLoRA.from_peft(net, tmp_path)
-    tensors(lambda t, k: t.pop("base_model.model.classifier.bias"))(tmp_path)
-    with pytest.raises(CheckpointError, match=r"without classifier\.bias"):
-        BayesianLoRA.from_peft(base("bert"), tmp_path)
 
 
 def tensors(change):
@@ -221,12 +218,11 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 SPOILED = [
     (changed(use_dora=True), "use_dora=True"),
     (changed(bias="all"), "bias='all'"),
-    (changed(init_lora_weights="pissa_niter_4"), "path_initial_model_for_weight_conversion"),
+    (changed(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the base"),
     (changed(peft_type="IA3"), "peft_type='IA3'"),
     (renamed("adapter_config.json", "config.json"), "has no adapter_config.json; give a folder"),
     (renamed("adapter_config.json", "bayesian_lora.safetensors"), "BayesianLoRA.from_pretrained"),
     (renamed("adapter_model.safetensors", "adapter_model.bin"), "a pickle"),
-    (tensors(lambda t, k: t.pop(k)), "factors"),
     (tensors(lambda t, k: t.update({FIRST: t[FIRST][:, :5].clone()})), "q_proj of [16, 5]"),
     (tensors(lambda t, k: t.update({k.replace("A.weight", "magnitude"): t[k] + 0})), "magnitude"),
     (tensors(lambda t, k: t.update({"base_model.model.score.weight": t[k] + 0})), "score.weight"),
@@ -265,7 +261,6 @@ def test_a_spoiled_folder_is_refused_in_one_line(saved, tmp_path, spoil, told):
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),
         ({"folder": None}, "no PeftModel"),
-        ({"net": "my_lora", "folder": tiny.llama()}, "from_peft(net, 'my_lora')"),
         ({"folder": "nowhere"}, "nowhere has no adapter_config.json"),
     ],
 )
