@@ -22,6 +22,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.options import check_kind
+from pyro_blora.posterior import predictive
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.guide import (
     GuideFactory,
@@ -33,14 +34,6 @@ from pyro_blora.posterior.guide import (
     warn_of_a_point,
 )
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
-from pyro_blora.posterior.predictive import (
-    Samples,
-    draws_given,
-    linearised_logits,
-    log_predictive,
-    logits_of_draws,
-    sample_updates,
-)
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 # What transformers asks of a network besides, a pipeline for one
@@ -210,13 +203,17 @@ class BayesianLoRA(PyroModule):
         return self.net
 
     def sample_updates(
-        self, num_samples: int = 0, batch: Batch | None = None, *, samples: Samples | None = None
+        self,
+        num_samples: int = 0,
+        batch: Batch | None = None,
+        *,
+        samples: predictive.Samples | None = None,
     ) -> dict[str, LowRankUpdate]:
         """Posterior draws of the updates by group, 0 for their mean; or those at ``samples``."""
         if samples is not None:
-            number, draw = draws_given(self.model, samples)
+            number, draw = predictive.draws_given(self.model, samples)
             return draw(number)
-        return sample_updates(self.model, self.guide, num_samples, batch)
+        return predictive.sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager
     def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
@@ -237,7 +234,7 @@ class BayesianLoRA(PyroModule):
         *,
         max_rows: int | None = None,
         linearised: bool | None = None,
-        samples: Samples | None = None,
+        samples: predictive.Samples | None = None,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
 
@@ -276,9 +273,11 @@ class BayesianLoRA(PyroModule):
         elif linearised:
             raise ConfigurationError("samples= are no draws of the guide, which linearised= needs.")
         if linearised:
-            draws = linearised_logits(self.model, self.guide, batch, num_samples)
+            draws = predictive.linearised_logits(self.model, self.guide, batch, num_samples)
             return Prediction(draws.softmax(-1))
-        passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows, samples)
+        passes = predictive.logits_of_draws(
+            self.model, self.guide, batch, num_samples, max_rows, samples
+        )
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     def predict_dataset(
@@ -304,12 +303,12 @@ class BayesianLoRA(PyroModule):
         num_samples: int | None = None,
         *,
         max_rows: int | None = None,
-        samples: Samples | None = None,
+        samples: predictive.Samples | None = None,
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.device)
         draws = self._draws(num_samples)
-        return log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
+        return predictive.log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
 
     def generate(
         self,
@@ -351,11 +350,9 @@ class BayesianLoRA(PyroModule):
         *,
         private: bool | None = None,
         commit_message: str = "A Bayesian LoRA adapter",
-        result: Result | None = None,
-        notes: Mapping[str, object] | None = None,
+        **about: Any,
     ) -> str:
         """:meth:`save_pretrained` to ``"user/name"`` on the hub; gives the commit's address."""
-        about = {"result": result, "notes": notes}
         return checkpoint.push_to_hub(self, repo_id, private, commit_message, **about)
 
     @classmethod
@@ -408,8 +405,8 @@ class BayesianLoRA(PyroModule):
 
         Args:
             net: the base network. Default: loaded by the name that the adapter has for it.
-            folder: what PEFT wrote, or a hub id. Either stands alone, ``from_peft("my_lora")``, and
-                so does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
+            folder: what PEFT wrote, or a hub id. It stands alone, ``from_peft("my_lora")``, and so
+                does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
             method: as in the constructor.
             prior: one that can start there: ``KroneckerInducing``, ``FactorInducing``,
                 ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default: the
@@ -417,12 +414,11 @@ class BayesianLoRA(PyroModule):
             guide: a family whose mean is a parameter. Its width at the start is ``init_scale`` of
                 the prior's. Default: the method's.
             likelihood: as in the constructor. Default: by PEFT's task type.
-            fast: the constructor's.
+            fast: as in the constructor.
 
         Raises:
             CheckpointError: a file is missing or corrupt, or ``net`` is another base.
-            ConfigurationError: the adapter is no plain LoRA (another tuner, DoRA, biases, ...), or
-                the prior or the guide cannot start there.
+            ConfigurationError: it is no plain LoRA, or the prior or the guide cannot start there.
 
         Example::
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.checkpoints.checkpoint import (
-    WEIGHTS,
     downloaded,
     names_in,
     read_tensors,
@@ -173,18 +172,14 @@ def _of_folder(source: Any) -> _Source:
     folder = Path(source)
     if not folder.exists() and isinstance(source, str) and source.count("/") == 1:
         folder = downloaded(source, [PEFT_CONFIG, PEFT_WEIGHTS])
-    if not (folder / PEFT_CONFIG).is_file():
-        hint = "give a folder that PEFT wrote, or the hub id of one."
-        if (folder / WEIGHTS).is_file():
-            hint = "it is a Bayesian adapter; read it by BayesianLoRA.from_pretrained."
-        raise CheckpointError(f"{folder} has no {PEFT_CONFIG}; {hint}")
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} has no {name}; give a folder that PEFT wrote, or the hub id of one. A "
+                "pickle is not read: load adapter_model.bin by PEFT, and save it again."
+            )
     config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     _check_plain(config, str(folder))
-    if not (folder / PEFT_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
-        raise CheckpointError(
-            f"{folder} has a pickle, adapter_model.bin, which is not read here; load it by PEFT "
-            "and save it again, which writes safetensors."
-        )
     return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
 
 
@@ -197,17 +192,14 @@ def _of_model(model: Any) -> _Source:
         )
     from peft import get_peft_model_state_dict
 
-    active = list(model.active_adapters)
-    if len(active) != 1:
+    active, merged = list(model.active_adapters), model.get_model_status().merged_adapters
+    if len(active) != 1 or merged:
         raise ConfigurationError(
-            f"{name} has the active adapters {active}; activate one, model.set_adapter(name)."
+            f"{name} must have one active adapter and none merged, got {active} and {merged}; call "
+            "model.set_adapter(name) or model.unmerge_adapter() first."
         )
     config = model.peft_config[active[0]].to_dict()
     _check_plain(config, name)
-    if merged := model.get_model_status().merged_adapters:
-        raise ConfigurationError(
-            f"{name} has {merged} merged into its base; call model.unmerge_adapter() first."
-        )
     tensors = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
     layers = model.get_base_model().named_modules()
     scales = {n: m.scaling[active[0]] for n, m in layers if active[0] in getattr(m, "lora_A", ())}
@@ -370,27 +362,21 @@ def merge_and_unload(blora: Any) -> nn.Module:
 def _draws(
     model: BayesianLoRAModel, guide: nn.Module, count: int
 ) -> list[dict[str, LowRankUpdate]]:
-    if getattr(guide, "reads_context", False):
+    drawn = (
+        {} if getattr(guide, "reads_context", False) else draws_in_pairs(model, guide, {})(count)
+    )
+    if not drawn or any(update.noise is not None for update in drawn.values()):
         raise ConfigurationError(
-            "The posterior depends on the input, so no adapter is a draw for all inputs; export "
-            "the mean, or take another guide than Amortized."
-        )
-    drawn = draws_in_pairs(model, guide, {})(count)
-    if any(update.noise is not None for update in drawn.values()):
-        raise ConfigurationError(
-            f"{model.prior!r} adds noise to the layers' output, which no LoRA holds; export the "
-            "mean, or take conditional='deterministic'."
+            "A draw is no LoRA where it depends on the input, as that of Amortized does, or has "
+            f"noise, as {model.prior!r} may; export the mean, or take conditional='deterministic'."
         )
 
-    def nth(factor: Tensor | None, k: int) -> Tensor | None:
-        several = factor is not None and factor.dim() > 3
-        return factor.flatten(0, -4)[k] if several else factor  # type: ignore[union-attr]
+    def nth(factor: Tensor | None, k: int) -> Any:
+        shared = factor is None or factor.dim() == 3
+        return factor if shared else factor.flatten(0, -4)[k]  # type: ignore[union-attr]
 
     return [
-        {
-            name: LowRankUpdate(nth(u.A, k), nth(u.B, k), nth(u.core, k))  # type: ignore[arg-type]
-            for name, u in drawn.items()
-        }
+        {n: LowRankUpdate(nth(u.A, k), nth(u.B, k), nth(u.core, k)) for n, u in drawn.items()}
         for k in range(count)
     ]
 
@@ -411,14 +397,14 @@ def _lora(
             tensors[f"{name}.lora_A.weight"] = layer.A
             tensors[f"{name}.lora_B.weight"] = B if layer.core is None else B @ layer.core
     rank, heads = max(ranks.values()), model.trained_heads
-    smaller = {re.escape(name): r for name, r in ranks.items() if r < rank}
+    patterns = {re.escape(name): r for name, r in ranks.items() if r < rank}
     tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
     base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or its folder
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        rank_pattern=smaller,
-        alpha_pattern=dict(smaller),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
         target_modules=list(ranks),
         modules_to_save=[name_in_base(name) for name in heads.names] or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),

@@ -134,8 +134,6 @@ def _check_reachable(name: str) -> None:
     except (HfHubHTTPError, HFValidationError):
         return  # the hub's own answer, or no hub id: transformers says it better, and at once
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
-        if type(error).__name__ == "ReadTimeout":
-            return  # slow, not out of reach: that is what retries are for
         raise ConfigurationError(
             f"model {name!r} is no folder here, and the hub cannot be reached ({error}). Check the "
             "name, give a folder with a config.json, or take 'smollm2', which needs no internet."
@@ -152,11 +150,9 @@ def name_of(net: nn.Module) -> str:
 
     config = getattr(net, "config", None)
     name = str(getattr(config, "name_or_path", None) or "")
-    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
-    if cached:
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name):
         return cached[1].replace("--", "/", 1)
-    if name_of_folder(name) != name:
-        return name_of_folder(name)
+    name = name_of_folder(name)
     try:
         validate_repo_id(name)
     except HFValidationError:
