@@ -1,6 +1,7 @@
 """A trained PEFT adapter as the start of a Bayesian one; PEFT's own logits are the judge."""
 
 import json
+import shutil
 
 import pyro
 import pytest
@@ -172,7 +173,7 @@ def test_the_base_is_loaded_by_the_name_that_the_adapter_has(tmp_path):
 
 
 def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
-    """PEFT writes the head's own weight then; a resized one is another base."""
+    """PEFT writes the head's own weight then; a resized one, or other classes, are another base."""
     model = trained("head")
     expected = logits(model)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -182,9 +183,6 @@ def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
     blora.unwrap()
     with pytest.raises(CheckpointError, match="resized vocabulary"):
         BayesianLoRA.from_peft(tiny.llama(tied=True), tmp_path)
-
-
-def test_a_head_of_other_classes_is_refused(tmp_path):
     trained("bert").save_pretrained(tmp_path)
     net = base("bert")
     net.classifier = torch.nn.Linear(16, 5)
@@ -236,16 +234,20 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("spoil", "told"), SPOILED)
-def test_a_spoiled_folder_is_refused_in_one_line(saved, tmp_path, spoil, told):
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    spoil(tmp_path)
-    net = tiny.llama()
+def refused(told, *given, **options):
+    """In one line."""
     with pytest.raises((CheckpointError, ConfigurationError)) as caught:
-        BayesianLoRA.from_peft(net, tmp_path)
+        BayesianLoRA.from_peft(*given, **options)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("spoil", "told"), SPOILED)
+def test_a_spoiled_folder_is_refused(saved, tmp_path, spoil, told):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path)
+    net = tiny.llama()
+    refused(told, net, tmp_path)
     assert not any(m._forward_hooks for m in net.modules())
 
 
@@ -255,7 +257,6 @@ def test_a_spoiled_folder_is_refused_in_one_line(saved, tmp_path, spoil, told):
         ({"prior": models.KroneckerInducing(rank=2)}, "rank=3 or more"),
         ({"prior": models.FactorInducing(rank=3, inducing=2)}, "rank=3 or more"),
         ({"guide": AutoNormal}, "cannot start at a given adapter"),
-        ({"net": tiny.llama(hidden_size=32)}, "has it as"),
         ({"net": tiny.gpt2()}, "has no such layer"),
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),
@@ -263,26 +264,14 @@ def test_a_spoiled_folder_is_refused_in_one_line(saved, tmp_path, spoil, told):
         ({"folder": "nowhere"}, "nowhere has no adapter_config.json"),
     ],
 )
-def test_what_cannot_be_a_start_is_refused_in_one_line(saved, options, told):
-    options = {"folder": saved, "net": tiny.llama(), **options}
-    with pytest.raises((CheckpointError, ConfigurationError)) as caught:
-        BayesianLoRA.from_peft(**options)
-    assert told in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_what_cannot_be_a_start_is_refused(saved, options, told):
+    refused(told, **{"folder": saved, "net": tiny.llama(), **options})
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda: trained(use_dora=True), "use_dora"),
-        (lambda: trained(kind=peft.VeraConfig), "peft_type='VERA'"),
-    ],
-)
-def test_a_model_of_another_kind_is_refused_and_left_as_it_was(change, told):
-    model = change()
+def test_a_model_of_another_kind_is_refused_and_left_as_it_was():
+    model = trained(kind=peft.VeraConfig)
     before = logits(model)
-    with pytest.raises(ConfigurationError, match=told):
-        BayesianLoRA.from_peft(model)
+    refused("peft_type='VERA'", model)
     torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
 
 
@@ -304,13 +293,11 @@ def test_of_several_adapters_the_active_one_is_taken():
     other = peft.LoraConfig(target_modules=["k_proj"], r=1, init_lora_weights=False)
     model.add_adapter("other", other)
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ConfigurationError, match="must have one active adapter"):
-        BayesianLoRA.from_peft(model)
+    refused("must have one active adapter", model)
     model.set_adapter("other")
     expected = logits(model)
     model.merge_adapter()
-    with pytest.raises(ConfigurationError, match="unmerge_adapter"):
-        BayesianLoRA.from_peft(model)
+    refused("unmerge_adapter", model)
     with pytest.warns(UserWarning, match="Already unmerged"):  # the layers of the other one
         model.unmerge_adapter()
     torch.testing.assert_close(mean_logits(BayesianLoRA.from_peft(model)), expected, **CLOSE)

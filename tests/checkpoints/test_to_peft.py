@@ -7,9 +7,8 @@ import pyro
 import pytest
 import tiny
 import torch
-from own_classes import RandomScale
 from own_tokenizer import build_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TorchAoConfig, pipeline
 
 from pyro_blora import fit, guides, models
@@ -150,21 +149,6 @@ def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
     assert model.config.id2label == names
 
 
-def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
-    """With a random scale its median would be too little."""
-    guide = guides.MeanField(init_scale=0.8)
-    blora = moved(tiny.llama(), guide=guide, prior=RandomScale())
-    with torch.no_grad():  # so narrow a core that its draws tell the mean of the scale
-        blora.guide.families()["q_proj.V"].scale_unconstrained.fill_(-4.0)
-    blora.export_peft(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    draws = blora.sample_updates(10_000)["q_proj"].layers()[0].weight()
-    name = f"base_model.model.{blora.model.groups[0].module_names[0]}"
-    found = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-    error = draws.std(0) * (1 / len(draws) + 1 / 1024) ** 0.5
-    assert ((found - draws.mean(0)).abs() < 5 * error).all()
-
-
 def test_a_model_that_is_asked_gives_the_posterior_mean():
     blora = moved(tiny.llama())
     assert torch.equal(blora(**BATCH).logits, mean_logits(blora))
@@ -195,72 +179,52 @@ def test_a_disabled_adapter_and_its_head_are_out_of_the_way():
 
 
 def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
-    model = trained()
+    model, told = trained(), []
     model.print_trainable_parameters()
-    form = capsys.readouterr().out
+    told.append(capsys.readouterr().out)
     blora = moved(model.unload())
     blora.print_trainable_parameters()
-    told = capsys.readouterr().out
-    words = [w for w in form.split() if not w[0].isdigit()]
-    assert [w for w in told.split() if not w[0].isdigit()] == words
-    assert f"trainable params: {blora.trainable_parameters:,}" in told
+    told.append(capsys.readouterr().out)
+    words = [[w for w in line.split() if not w[0].isdigit()] for line in told]
+    assert words[0] == words[1]
+    assert f"trainable params: {blora.trainable_parameters:,}" in told[1]
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_a_merged_network_stands_by_itself(name, tmp_path):
-    """Its weights are W + E[dW] by dense algebra, and it is saved and read as any other."""
+    """It gives the posterior mean's logits, and is saved, read and adapted as any other."""
     build, options = EXPORTS[name]
-    net = build()
-    old = {n: p.detach().clone() for n, p in net.named_parameters()}
-    blora = moved(net, **options)
+    blora = moved(build(), **options)
     expected = mean_logits(blora)
-    deltas = {
-        f"{n}.weight": update.weight()
-        for group in blora.model.groups
-        for n, update in zip(
-            group.module_names, blora.sample_updates(0)[group.name].layers(), strict=True
-        )
-    }
-    heads = blora.model.trained_heads.tensors()
     whole = blora.merge_and_unload()
     torch.testing.assert_close(logits(whole), expected, atol=1e-5, rtol=0)
-    for n, p in whole.named_parameters():
-        delta = deltas.get(n, torch.zeros(()))
-        delta = delta.mT if name == "gpt2" and n in deltas else delta
-        source = old.get(n, old.get("model.embed_tokens.weight"))  # an untied head is new
-        torch.testing.assert_close(p, heads.get(n, source + delta), atol=1e-6, rtol=1e-5)
     whole.save_pretrained(tmp_path)
     again = type(whole).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
     assert not any(module._forward_hooks for module in whole.modules())
-    moved(whole)  # and can be adapted again
+    moved(whole)
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_two_adapters_take_turns_on_one_network(local, tmp_path):
     with pyro.settings.context(module_local_params=local):
-        net = tiny.llama()
+        net, batch = tiny.llama(), tiny.sequences()
         wanted = {n: p.requires_grad for n, p in net.named_parameters()}
         before = logits(net)
-        blora, batch = moved(net), tiny.sequences()
+        blora = moved(net)
         first = blora.predict(batch, 0).probs
         blora.save_pretrained(tmp_path)
         likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=8)
         options = {"prior": models.Subspace(rank=2), "target_modules": ["k_proj"]}
         other = blora.add_adapter("other", **options, likelihood=likelihood)
         assert torch.equal(blora.predict(batch, 0).probs, first)  # which is active still
-        assert blora.active_adapter == other.active_adapter == "default"
-        with pytest.raises(ConfigurationError, match="set_adapter"):
-            other.predict(batch)
         assert blora.set_adapter("other") is other
         fit(other, tiny.examples(8), collate=tiny.collate, num_steps=2, progress=False)
         second = other.predict(batch, 0).probs
         assert not torch.allclose(second, first, atol=1e-3)
         assert torch.equal(other.set_adapter("default").predict(batch, 0).probs, first)
-        fit(blora, tiny.examples(8), collate=tiny.collate, num_steps=2, progress=False)
+        loaded = blora.load_adapter(tmp_path, "loaded")
         assert torch.equal(blora.set_adapter("other").predict(batch, 0).probs, second)
-        loaded = other.load_adapter(tmp_path, "loaded")
-        assert torch.equal(other.predict(batch, 0).probs, second)
         assert torch.equal(other.set_adapter("loaded").predict(batch, 0).probs, first)
         other.delete_adapter("other")
         for wrong, told in (
@@ -271,12 +235,10 @@ def test_two_adapters_take_turns_on_one_network(local, tmp_path):
         ):
             with pytest.raises(ConfigurationError, match=told):
                 wrong()
-            assert loaded.active_adapter == "loaded"
             assert torch.equal(loaded.predict(batch, 0).probs, first)
         assert loaded.unwrap() is net
         assert torch.equal(logits(net), before)
         assert {n: p.requires_grad for n, p in net.named_parameters()} == wanted
-        assert not any(module._forward_hooks for module in net.modules())
         with pytest.raises(ConfigurationError, match="unwrapped"):
             blora.add_adapter("late")
 
@@ -292,6 +254,3 @@ def test_draws_that_are_no_loras_are_refused_and_nothing_is_written(tmp_path):
         with pytest.raises(ConfigurationError, match=told):
             blora.export_peft(tmp_path / "x", num_samples=count)
         assert not (tmp_path / "x").exists()
-    wrapped = moved(peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["k_proj"])))
-    with pytest.raises(ConfigurationError, match="merge that one first"):
-        wrapped.merge_and_unload()
