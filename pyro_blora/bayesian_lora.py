@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.checkpoints.card import Result
-from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.errors import CheckpointError, ConfigurationError, near_miss
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
@@ -382,8 +382,17 @@ class BayesianLoRA(PyroModule):
             blora.predict(batch, num_samples=10).probs  # B x K
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        parts["trust_remote_code"] = trust_remote_code
-        return checkpoint.from_pretrained(partial(cls, fast=fast), net, folder, **parts)
+        base, place = (None, net) if folder is None else (net, folder)
+        saved = checkpoint.read_pretrained(
+            base, place, trust_remote_code=trust_remote_code, **parts
+        )
+        blora = cls(saved.net, **saved.options, fast=fast)
+        try:
+            saved.load_into(blora)
+        except CheckpointError:
+            blora.unwrap()
+            raise
+        return blora
 
     @classmethod
     def from_peft(

@@ -121,8 +121,8 @@ class Saved:
 
 
 def read_pretrained(
-    net: nn.Module | None,
-    folder: str | os.PathLike[str],
+    net: Any,
+    folder: Any,
     *,
     prior: Any = None,
     guide: Any = None,
@@ -145,8 +145,15 @@ def read_pretrained(
     """
     folder = _fetched(folder)
     config, tensors = _read(folder)
-    net = _load_base(config, folder) if net is None else net
-    base = config["base_model"] or "another network"
+    kind, base = config["base"], config["base_model"] or "another network"
+    if net is None and not config["base_model"]:
+        raise CheckpointError(
+            f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass it: "
+            f"BayesianLoRA.from_pretrained(net, {str(folder)!r})."
+        )
+    if net is None:
+        dtype = getattr(torch, kind.get("dtype", "float32"))
+        net = load_network(base, num_labels=kind.get("num_labels"), dtype=dtype)
     told = f"{folder} is an adapter for {base!r}"
     layers = names_in(net, config["layers"], told)
     heads = names_in(net, dict.fromkeys(config["modules_to_save"]), told)
@@ -157,7 +164,7 @@ def read_pretrained(
             f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
             f"those the adapter was trained on, among them {others[0]}; its predictions will be "
             f"others. Load {base}, unaltered.",
-            stacklevel=4,
+            stacklevel=3,
         )
     given = {"prior": prior, "guide": guide, "likelihood": likelihood}
     parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
@@ -167,27 +174,6 @@ def read_pretrained(
     options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
     options["target_modules"] = "|".join(map(re.escape, layers))
     return Saved(net, options, tensors, folder)
-
-
-def from_pretrained(
-    make: Callable[..., Any],
-    net: nn.Module | str | os.PathLike[str] | None,
-    folder: str | os.PathLike[str] | None,
-    **parts: Any,
-) -> Any:
-    """What ``make`` makes, a ``BayesianLoRA``, as it was saved."""
-    base, place = (net, folder) if folder is not None else (None, net)
-    saved = read_pretrained(base, place, **parts)  # type: ignore[arg-type]
-    blora = make(saved.net, **saved.options)
-    try:
-        saved.load_into(blora)
-    except CheckpointError:
-        blora.unwrap()
-        raise
-    return blora
-
-
-# Files
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -236,9 +222,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(header[_HEADER]), tensors
 
 
-# The hub
-
-
 def _fetched(folder: str | os.PathLike[str]) -> Path:
     """The folder itself, or for a hub id the copy of it in the hub's cache."""
     path = Path(folder)
@@ -285,18 +268,6 @@ def _base_of(net: nn.Module) -> dict[str, Any]:
     if kind["class"].endswith("ForSequenceClassification"):
         kind["num_labels"] = bare.config.num_labels
     return {"base_model": name_of(bare), "base": kind}
-
-
-def _load_base(config: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The base network, by its saved name."""
-    name, kind = config["base_model"], config["base"]
-    if not name:
-        raise CheckpointError(
-            f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass it: "
-            f"BayesianLoRA.from_pretrained(net, {str(folder)!r})."
-        )
-    dtype = getattr(torch, kind.get("dtype", "float32"))
-    return load_network(name, num_labels=kind.get("num_labels"), dtype=dtype)
 
 
 def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:

@@ -41,9 +41,6 @@ _VARIANTS = (
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-# Reading
-
-
 @dataclass(frozen=True)
 class PeftAdapter:
     """A plain LoRA, as PEFT keeps it; all names are the full ones of the base.
@@ -230,9 +227,6 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-# Starting there
-
-
 def from_peft(
     make: Callable[..., Any],
     net: nn.Module | str | os.PathLike[str] | None,
@@ -295,9 +289,6 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
             net.set_submodule(name, module)
         net.peft_config = config
         raise
-
-
-# Writing
 
 
 def export_peft(

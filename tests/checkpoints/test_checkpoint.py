@@ -24,7 +24,7 @@ from pyro.infer.autoguide import (
     init_to_mean,
 )
 
-from pyro_blora import BayesianLoRA, checkpoints, guides, load_pretrained
+from pyro_blora import BayesianLoRA, checkpoints, load_pretrained
 from pyro_blora.checkpoints.checkpoint import read_tensors, write_atomically, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
@@ -231,18 +231,6 @@ def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
     with pytest.raises(CheckpointError, match="pass guide= with"):
         read(tmp_path, trust_remote_code=True)
     assert_equal(read(tmp_path, guide=guide), expected)
-
-
-def test_another_family_of_the_same_tensors_is_the_users_choice(tmp_path):
-    """As where a class was renamed."""
-
-    class Renamed(guides.MatrixNormal):
-        pass
-
-    expected = saved(tmp_path)
-    assert_equal(read(tmp_path, guide=Renamed()), expected)
-    with pytest.raises(CheckpointError, match="do not fit"):
-        read(tmp_path, guide=guides.MeanField())
 
 
 # The base
