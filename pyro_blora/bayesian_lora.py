@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.checkpoints.card import Result
 from pyro_blora.errors import CheckpointError, ConfigurationError, near_miss
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import SiteGuide
@@ -338,7 +337,7 @@ class BayesianLoRA(PyroModule):
         self,
         folder: str | os.PathLike[str],
         *,
-        result: Result | None = None,
+        result: Any = None,
         notes: Mapping[str, object] | None = None,
     ) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""

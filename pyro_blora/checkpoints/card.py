@@ -1,7 +1,7 @@
 """The model card of an adapter: what it is, what it was trained on, and how to load it."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -9,19 +9,11 @@ CARD = "README.md"
 MARK = "<!-- save_pretrained writes this file anew; without this line it leaves it alone. -->"
 
 
-class Result(Protocol):
-    """What a card reads of what ``fit`` returns."""
-
-    history: list[dict[str, float]]
-    validation: list[tuple[int, float]]
-    best_step: int | None
-
-
 def model_card(
     config: Mapping[str, Any],
     blora: Any,
     *,
-    result: Result | None,
+    result: Any,
     notes: Mapping[str, object] | None,
     place: str,
 ) -> str:
@@ -75,7 +67,7 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 """
 
 
-def _figures(result: Result, data: int | None) -> dict[str, str]:
+def _figures(result: Any, data: int | None) -> dict[str, str]:
     rows = {"steps": f"{len(result.history):,}"}
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:

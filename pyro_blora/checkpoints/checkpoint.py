@@ -29,7 +29,7 @@ import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
-from pyro_blora.checkpoints.card import CARD, MARK, Result, model_card
+from pyro_blora.checkpoints.card import CARD, MARK, model_card
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
@@ -48,7 +48,7 @@ def save_pretrained(
     blora: Any,
     folder: str | os.PathLike[str],
     *,
-    result: Result | None = None,
+    result: Any = None,
     notes: Mapping[str, object] | None = None,
     place: str = "path/to/this/folder",
 ) -> None:
@@ -143,7 +143,7 @@ def read_pretrained(
         likelihood: the same for the likelihood, but an object is taken as it is.
         trust_remote_code: whether a class that is not of this library may be imported by its name.
     """
-    folder = _fetched(folder)
+    folder = fetched(folder, WEIGHTS, "adapter_config.json")  # the second for a hint
     config, tensors = _read(folder)
     kind, base = config["base"], config["base_model"] or "another network"
     if net is None and not config["base_model"]:
@@ -222,21 +222,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(header[_HEADER]), tensors
 
 
-def _fetched(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself, or for a hub id the copy of it in the hub's cache."""
-    path = Path(folder)
-    if path.exists() or path.is_absolute() or isinstance(folder, Path):
+def fetched(source: str | os.PathLike[str], *files: str) -> Path:
+    """The folder itself, or for a hub id the copy of these files in the hub's cache."""
+    path = Path(source)
+    is_id = isinstance(source, str) and source.count("/") == 1 and not path.is_absolute()
+    if path.exists() or not is_id:
         return path
-    return downloaded(str(folder), [WEIGHTS, "adapter_config.json"])  # the second for a hint
-
-
-def downloaded(repo_id: str, files: list[str]) -> Path:
-    """The hub's cache of some files of a repository."""
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
         raise CheckpointError(
-            f"{repo_id} does not exist here, and the hub does not give it ({first_line(error)}). "
+            f"{source} does not exist here, and the hub does not give it ({first_line(error)}). "
             "Give the adapter's folder, or its id on the hub."
         ) from error
 
@@ -275,9 +271,8 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
 
     ``told`` begins the message of an error.
     """
-    here: dict[str, str] = {}
-    for name, _ in net.named_modules():
-        here.setdefault(name_in_base(name), name)  # the outermost of what PEFT wraps
+    # the outermost of what PEFT wraps
+    here = {name_in_base(name): name for name, _ in reversed([*net.named_modules()])}
     names = []
     for base, shape in wanted.items():
         name = here.get(base)

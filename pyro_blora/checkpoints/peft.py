@@ -14,16 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.checkpoint import (
-    downloaded,
-    names_in,
-    read_tensors,
-    write_tensors,
-)
+from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import Likelihood, SequenceClassification
-from pyro_blora.models import UpdateModel
+from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -166,9 +160,7 @@ _Source = tuple[dict[str, Any], dict[str, Tensor], dict[str, float], str]
 
 
 def _of_folder(source: Any) -> _Source:
-    folder = Path(source)
-    if not folder.exists() and isinstance(source, str) and source.count("/") == 1:
-        folder = downloaded(source, [PEFT_CONFIG, PEFT_WEIGHTS])
+    folder = fetched(source, PEFT_CONFIG, PEFT_WEIGHTS)
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -232,9 +224,9 @@ def from_peft(
     net: nn.Module | str | os.PathLike[str] | None,
     folder: str | os.PathLike[str] | None,
     *,
-    prior: UpdateModel | Mapping[str, UpdateModel] | None,
-    guide: SiteGuide | Mapping[str, SiteGuide] | None,
-    likelihood: Likelihood | None,
+    prior: Any,
+    guide: Any,
+    likelihood: Any,
     **options: Any,
 ) -> Any:
     """What ``make`` makes, a ``BayesianLoRA``, with its mean at a trained LoRA."""
