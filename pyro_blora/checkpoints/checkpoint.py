@@ -114,9 +114,9 @@ class Saved:
             blora.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{self.folder} has tensors that do not fit: {' '.join(str(error).split())} Pass "
-                "the prior, the guide and the likelihood that were saved (of MultipleChoice the "
-                "same scale=), or leave them out."
+                f"{self.folder} has tensors that do not fit; they differ in this: "
+                f"{' '.join(str(error).split())} Pass the prior, the guide and the likelihood that "
+                "were saved (of the same MultipleChoice scale=), or leave them out."
             ) from error
 
 
