@@ -74,9 +74,8 @@ class BayesianLoRA(PyroModule):
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, a
-            head is no head, the likelihood is for other networks, or groups of layers and keys of a
-            mapping do not match.
+        ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, or
+            the likelihood, a head or a key of a mapping does not match the network.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -109,12 +108,9 @@ class BayesianLoRA(PyroModule):
     ) -> None:
         super().__init__()
         self._pyro_context = OwnTensors(self)
-        targets = find_targets(
-            net,
-            target_modules,
-            exclude_modules=exclude_modules,
-            layers_to_transform=layers_to_transform,
-        )
+        which: dict[str, Any] = {"exclude_modules": exclude_modules}
+        which["layers_to_transform"] = layers_to_transform
+        targets = find_targets(net, target_modules, **which)
         if method is None:
             method = method_of(type(prior), type(guide))
         #: How it is trained and predicts: a method's record.
@@ -253,9 +249,8 @@ class BayesianLoRA(PyroModule):
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).
 
         Raises:
-            ConfigurationError: ``num_samples`` is negative, the likelihood has no classes
-                (``CausalLM``; use :meth:`log_predictive`), or ``samples`` lack a site, have an
-                unknown one, or values of another shape.
+            ConfigurationError: the likelihood has no classes (``CausalLM``; use
+                :meth:`log_predictive`), or ``samples`` are not those of the sites.
             BatchError: the batch is not what the likelihood takes.
         """
         if not self.likelihood.has_classes:
