@@ -308,7 +308,6 @@ REFUSED = {
     "2 or more": {"abstain_above": 0.1, "num_samples": 1},
     "no prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
     "no guidance_scale": {"guidance_scale": 2.0},
-    "no output_scores": {"output_scores": True},
     "no custom_generate": {"custom_generate": lambda: None},
     "no cache": {"cache": ()},
 }
