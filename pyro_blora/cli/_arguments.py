@@ -133,11 +133,7 @@ def predictor(
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        how: dict[str, Any] = {
-            "linearised": linearised,
-            "length": item_length,
-            "precision": precision,
-        }
-        return blora.predict_dataset(items, collate, num_samples, **how)
+        how: dict[str, Any] = {"linearised": linearised, "precision": precision}
+        return blora.predict_dataset(items, collate, num_samples, length=item_length, **how)
 
     return predict

@@ -2,13 +2,12 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.errors import ConfigurationError
 
 
 class By(str, Enum):
@@ -70,7 +69,11 @@ def run(
     blora = BayesianLoRA.from_pretrained(net, adapter)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = [_turn(tokenizer, text) for text in prompt] if chat else prompt
+    texts = prompt
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in prompt]
+        whole = {"tokenize": False, "add_generation_prompt": True}
+        texts = tokenizer.apply_chat_template(turns, **whole)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     torch.manual_seed(seed)
@@ -104,10 +107,3 @@ def run(
         shown = page(found, subtitle=about, by=by.value)
         write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
         console.print(f"\nWritten: {html}")
-
-
-def _turn(tokenizer: Any, text: str) -> str:
-    if not tokenizer.chat_template:
-        raise ConfigurationError("--chat needs a chat template, which this model has not.")
-    turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))

@@ -123,7 +123,11 @@ def run(
     }
     if from_peft is None:
         targets = o.listed(target_modules, "--target-modules")
-        layers = _top_blocks(net, top)
+        layers = None
+        if top is not None:
+            config: Any = net.config
+            depth = config.get_text_config().num_hidden_layers
+            layers = range(max(0, depth - top), depth)
         blora = BayesianLoRA(net, target_modules=targets, layers_to_transform=layers, **parts)
     else:
         blora = BayesianLoRA.from_peft(net, from_peft, **parts)
@@ -132,12 +136,8 @@ def run(
         state.unlink(missing_ok=True)
     elif resume and not state.exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
-    reading: dict[str, Any] = {
-        "collate": collate,
-        "length": item_length,
-        "batch_size": batch_size,
-        "precision": precision,
-    }
+    reading: dict[str, Any] = {"collate": collate, "length": item_length}
+    reading |= {"batch_size": batch_size, "precision": precision}
     result = None
     try:
         with o.phase(f"train {method}, seed {seed}"):
@@ -168,14 +168,3 @@ def run(
     if peft:
         blora.export_peft(out / "peft")
     console.print(f"Written: {out}")
-
-
-def _top_blocks(net: Any, top: int | None) -> range | None:
-    if top is None:
-        return None
-    depth = int(net.config.get_text_config().num_hidden_layers)
-    if top >= depth:
-        raise ConfigurationError(
-            f"--top {top} is not below the network's {depth} blocks; leave it out to adapt all."
-        )
-    return range(depth - top, depth)

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -68,11 +68,17 @@ def compare(
     with a seed whose rows are there; ``phase`` makes a context of the name of what runs in it.
     """
     for seed in settings["seeds"]:
-        yield from _Run(settings, net, tokenizer, seed, phase).rows(done)
+        run = _Run(settings, net, tokenizer, seed, phase)
+        shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
+        for method in dict.fromkeys(settings["methods"]):
+            if (method, seed) not in done:
+                shown.setdefault(trained_for(method), []).append(method)
+        for base, names in shown.items():
+            yield from run.trained(base, names)
 
 
 class _Run:
-    """All methods under one seed."""
+    """A method under one seed."""
 
     def __init__(
         self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, phase: Phase
@@ -82,14 +88,6 @@ class _Run:
         limits = {name: settings[name] for name in names}
         self.task = load_task(settings["task"], seed=seed, **limits)
         self.collate = self.task.collator(tokenizer)
-
-    def rows(self, done: Collection[tuple[str, int]]) -> Iterator[Row]:
-        shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
-        for method in dict.fromkeys(self.settings["methods"]):
-            if (method, self.seed) not in done:
-                shown.setdefault(trained_for(method), []).append(method)
-        for base, names in shown.items():
-            yield from self._trained(base, names)
 
     def _predict(self, predict: Predict, data: Sequence[Item], name: str) -> tuple[Tensor, Tensor]:
         torch.manual_seed(self.seed)
@@ -120,7 +118,7 @@ class _Run:
             scores = (s.acc, s.ece, s.nll, s.brier, s.n)
             yield Row(name, self.seed, *scores, fitted.seconds, numbers, probs, labels)
 
-    def _trained(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
+    def trained(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
         """A prior beside a guide at its last step; then, if asked, at its best validation step."""
         settings, made = self.settings, get_method(base)
         best = [name for name in shown if name.endswith(BEST)]
@@ -201,10 +199,8 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version()}
     for name in ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -213,17 +209,15 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 
     The methods and seeds of ``settings`` are written as those that have rows.
     """
-    there = {
-        "methods": list(_by_method(rows)),
-        "seeds": list(dict.fromkeys(row.seed for row in rows)),
-    }
+    seeds = list(dict.fromkeys(row.seed for row in rows))
+    made = {**settings, "methods": list(_by_method(rows)), "seeds": seeds}
     written: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for row in rows:
         columns = dict(vars(row))
         tensors |= {_entry(columns, key): columns.pop(key).clone() for key in _PREDICTED}
         written.append(columns)
-    document = {"rows": written, "versions": versions(), "settings": {**settings, **there}}
+    document = {"rows": written, "versions": versions(), "settings": made}
     text, data = json.dumps(document, indent=2) + "\n", save(tensors)
     # The predictions first, so that no row in results.json is without
     write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))

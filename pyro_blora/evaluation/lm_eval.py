@@ -22,8 +22,6 @@ try:
 except ImportError:
     HFLM = None
 
-__all__ = ["PosteriorLM"]
-
 # What a request asks for: the tokens read, and how many of the last ones with one more are scored
 _Row = tuple[tuple[int, ...], int]
 
@@ -39,21 +37,11 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
     same draws. A continuation is greedy where each of its tokens is the most probable one under
     :math:`p(y_t \mid x, y_{<t}) \propto \sum_s p(y_{<t} \mid x, U_s)\, p(y_t \mid x, y_{<t}, U_s)`.
     Windows of a long text (``loglikelihood_rolling``) are scored one by one and added up. Text
-    (``generate_until``) is written by the posterior mean. A request runs the network ``S`` times;
-    requests that differ in their last token alone share that.
+    (``generate_until``) is written by the posterior mean.
 
-    Args:
-        blora: the adapter, on a causal language model.
-        tokenizer: the network's.
-        num_samples: number of draws ``S``; 0 takes the posterior mean. Default: 10.
-        samples: values of the sites to score under instead, as in :meth:`BayesianLoRA.predict
-            <pyro_blora.BayesianLoRA.predict>`.
-        batch_size: requests at once.
-        options: what else ``lm_eval.models.huggingface.HFLM`` takes: ``max_length``,
-            ``add_bos_token``, ``mixed_precision_dtype``, ....
-
-    Reference:
-        Gao et al., "The Language Model Evaluation Harness".
+    ``num_samples`` and ``samples`` are as in :meth:`BayesianLoRA.predict
+    <pyro_blora.BayesianLoRA.predict>`, and ``options`` those of
+    ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, ....
     """
 
     def __init__(

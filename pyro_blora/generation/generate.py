@@ -100,7 +100,8 @@ def generate(
     each pass.
 
     Args:
-        model, guide: the adapter's.
+        model: the model.
+        guide: its guide.
         input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of several lengths are
             padded on the left and come with their ``attention_mask``.
         num_samples: number of draws ``S``; 0 is the posterior mean. Default: 10.

@@ -152,7 +152,6 @@ def refused(run, model_dir, data_dir, tmp_path):
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
         ("train", {"rank": 64}, ["rank=64", "q_proj"]),
         ("train", {"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
-        ("train", {"top": 2}, ["--top 2 is not below the network's 2 blocks"]),
         ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
