@@ -123,11 +123,3 @@ class TestLabelTokens:
     def test_another_number_of_choices(self, plain):
         with pytest.raises(DataError, match="item 'color' has 3 choices"):
             LabelTokensCollator(plain, LABELS)([COLOR])
-
-
-@pytest.mark.parametrize(
-    ("kind", "template"), [(MultipleChoiceCollator, LABELS), (LabelTokensCollator, OPTIONS)]
-)
-def test_a_template_of_the_other_kind(plain, kind, template):
-    with pytest.raises(DataError, match=f"{kind.__name__} needs a template that scores"):
-        kind(plain, template)
