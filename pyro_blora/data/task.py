@@ -54,7 +54,7 @@ class Task:
     def likelihood(
         self, collate: Any, scale: Literal["learned", "fixed"] = "learned"
     ) -> "Likelihood":
-        """``LabelTokens`` or ``MultipleChoice``, as the template asks; ``collate`` is a collator."""
+        """``LabelTokens`` or ``MultipleChoice``, as the template asks; ``collate`` a collator."""
         from pyro_blora.likelihoods import LabelTokens, MultipleChoice
 
         count = len(self.train) or None

@@ -31,6 +31,7 @@ from pyro_blora.posterior.prediction import Prediction, predict_dataset
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
 _PREDICTED = ("probs", "labels")  # the columns of this file
+_LIMITS = ("data_dir", "max_train", "max_validation", "max_test")
 
 Settings = Mapping[str, Any]  # the options of ``pyro-blora compare``, as results.json has them
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -84,8 +85,7 @@ class _Run:
         self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, phase: Phase
     ) -> None:
         self.settings, self.net, self.seed, self.phase = settings, net, seed, phase
-        names = ("data_dir", "max_train", "max_validation", "max_test")
-        limits = {name: settings[name] for name in names}
+        limits = {name: settings[name] for name in _LIMITS}
         self.task = load_task(settings["task"], seed=seed, **limits)
         self.collate = self.task.collator(tokenizer)
 
@@ -211,13 +211,9 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
     """
     seeds = list(dict.fromkeys(row.seed for row in rows))
     made = {**settings, "methods": list(_by_method(rows)), "seeds": seeds}
-    written: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    for row in rows:
-        columns = dict(vars(row))
-        tensors |= {_entry(columns, key): columns.pop(key).clone() for key in _PREDICTED}
-        written.append(columns)
-    document = {"rows": written, "versions": versions(), "settings": made}
+    columns = [dict(vars(row)) for row in rows]
+    tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in _PREDICTED}
+    document = {"rows": columns, "versions": versions(), "settings": made}
     text, data = json.dumps(document, indent=2) + "\n", save(tensors)
     # The predictions first, so that no row in results.json is without
     write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
@@ -243,11 +239,6 @@ def read(settings: Settings, folder: Path) -> list[Row]:
             "folder, or add --overwrite."
         )
     tensors = load_file(folder / PREDICTIONS)
-    return [
-        Row(**{**row, **{key: tensors[_entry(row, key)] for key in _PREDICTED}})
-        for row in document["rows"]
-    ]
-
-
-def _entry(row: dict[str, Any], key: str) -> str:
-    return f"{row['method']}, seed {row['seed']}: {key}"
+    for k, row in enumerate(document["rows"]):
+        row |= {name: tensors[f"{k} {name}"] for name in _PREDICTED}
+    return [Row(**row) for row in document["rows"]]

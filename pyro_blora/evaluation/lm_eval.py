@@ -15,7 +15,6 @@ from pyro_blora.likelihoods.reading import logits_at, output_head
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
-from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -68,7 +67,14 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
             blora.net, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options
         )
         self.blora = blora
-        self.draws = _draws(blora, num_samples, samples)
+        if samples is not None:
+            num_samples, draw = draws_given(blora.model, samples)
+        else:
+            warn_of_a_point(blora.guide, num_samples)
+            draw = draws_in_pairs(blora.model, blora.guide, {})
+        self.draws = [draw(1) for _ in range(num_samples)]
+        if not num_samples:
+            self.draws = [sample_updates(blora.model, blora.guide, 0)]
 
     def generate_until(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, by the network under the posterior mean."""
@@ -132,17 +138,3 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         assert total is not None
         mean = total - torch.tensor(len(self.draws), device=self.device).log()
         return mean.split(counts.tolist())
-
-
-def _draws(
-    blora: BayesianLoRA, num_samples: int, samples: Samples | None
-) -> list[dict[str, LowRankUpdate]]:
-    """The updates of each draw by itself."""
-    if samples is not None:
-        num_samples, draw = draws_given(blora.model, samples)
-    elif num_samples:
-        warn_of_a_point(blora.guide, num_samples)
-        draw = draws_in_pairs(blora.model, blora.guide, {})
-    else:
-        return [sample_updates(blora.model, blora.guide, 0)]
-    return [draw(1) for _ in range(num_samples)]
