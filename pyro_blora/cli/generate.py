@@ -1,21 +1,14 @@
 """``pyro-blora generate``: text from a saved adapter, coloured by what it does not know."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
 
-
-class By(str, Enum):
-    """What text is coloured by."""
-
-    mutual_information = "mutual_information"
-    entropy = "entropy"
-    disagreement = "disagreement"
+By = Literal["mutual_information", "entropy", "disagreement"]
 
 
 def run(
@@ -37,7 +30,7 @@ def run(
         float, typer.Option(help="Sample from the likeliest tokens of so much mass.", min=0, max=1)
     ] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beams of a beam search.", min=1)] = 1,
-    by: Annotated[By, typer.Option(help="What to colour by.")] = By.mutual_information,
+    by: Annotated[By, typer.Option(help="What to colour by.")] = "mutual_information",
     abstain_above: Annotated[
         float | None,
         typer.Option(help="Abstain where the mutual information is above, in nats a token.", min=0),
@@ -90,10 +83,10 @@ def run(
         )
     console = Console(highlight=False)
     found = answers(generation, tokenizer, prompt)
-    console.print(legend(by.value))
+    console.print(legend(by))
     for answer in found:
         console.print(f"\n{answer.prompt}", style="dim", markup=False)
-        console.print(coloured(answer, by.value))
+        console.print(coloured(answer, by))
         if answer.abstained:
             console.print(answer.notice, style="bold")
         console.print(
@@ -104,6 +97,6 @@ def run(
         how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
         draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
         about = f"{base}, {adapter}: {draws}, {how}, seed {seed}"
-        shown = page(found, subtitle=about, by=by.value)
+        shown = page(found, subtitle=about, by=by)
         write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
         console.print(f"\nWritten: {html}")

@@ -3,9 +3,8 @@
 import csv
 import json
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,13 +12,7 @@ from rich.console import Console
 from pyro_blora.cli import _arguments as o
 from pyro_blora.data import Task, load_task, read_json_lines, template_for
 
-
-class By(str, Enum):
-    """What items are ranked by."""
-
-    mutual_information = "mutual_information"
-    entropy = "entropy"
-    random = "random"
+By = Literal["mutual_information", "entropy", "random"]
 
 
 def run(
@@ -37,7 +30,7 @@ def run(
     ] = None,
     by: Annotated[
         By, typer.Option(help="'mutual_information' is BALD: where the posterior's draws disagree.")
-    ] = By.mutual_information,
+    ] = "mutual_information",
     top: Annotated[
         int | None, typer.Option(help="How many items to write; default: all.", min=1)
     ] = None,
@@ -71,7 +64,7 @@ def run(
     predict = o.predictor(adapter, base, data, seed=seed, **given)
     with o.phase("predict"):
         prediction, _ = predict(items)
-    order = rank(prediction, by.value, seed=seed)[:top].tolist()
+    order = rank(prediction, by, seed=seed)[:top].tolist()
     columns = {
         name: getattr(prediction, name).tolist()
         for name in ("predictions", "confidence", "entropy", "mutual_information")
@@ -88,8 +81,7 @@ def run(
         for place, i in enumerate(order, start=1)
     ]
     write_atomically(out, lambda path: _write(path, lines, out.suffix))
-    how = by.value.replace("_", " ")
-    console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {how}")
+    console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {by.replace('_', ' ')}")
 
 
 def _write(path: Path, lines: Sequence[dict[str, Any]], suffix: str) -> None:

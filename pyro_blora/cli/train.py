@@ -135,26 +135,21 @@ def run(
     reading: dict[str, Any] = {"collate": collate, "length": item_length}
     reading |= {"batch_size": batch_size, "precision": precision}
     result = None
-    try:
-        with o.phase(f"train {method}, seed {seed}"):
-            if max_steps:
-                result = fit(
-                    blora,
-                    data.train,
-                    validation=data.validation or None,
-                    num_steps=max_steps,
-                    seed=seed,
-                    checkpoint_dir=run_dir,
-                    save_every=save_every,
-                    resume=resume,
-                    **reading,
-                )
-            else:
-                finish(blora, data.train, **reading)
-    except KeyboardInterrupt:
-        if state.exists():
-            console.print(f"\nKept in {run_dir}: with --resume the same command goes on.")
-        raise
+    with o.phase(f"train {method}, seed {seed}"):
+        if max_steps:
+            result = fit(
+                blora,
+                data.train,
+                validation=data.validation or None,
+                num_steps=max_steps,
+                seed=seed,
+                checkpoint_dir=run_dir,
+                save_every=save_every,
+                resume=resume,
+                **reading,
+            )
+        else:
+            finish(blora, data.train, **reading)
     if result is not None:
         console.print(result)
         for step, nll in result.validation:

@@ -99,9 +99,8 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         \bigl| \sum_{i \in b} (z_i - \max_k p_{ik}) \bigr|, \qquad
         z_i \sim \mathrm{Bernoulli}(\max_k p_{ik})
 
-    An ECE is never below zero, so that a calibrated classifier, too, has one on finitely many
-    items: read that of :func:`evaluate` beside this one. They are not to be subtracted, for luck
-    and error do not add up. The mean of 1,000 draws of labels, always the same ones.
+    Read that of :func:`evaluate` beside this one. They are not to be subtracted, for luck and error
+    do not add up. The mean of 1,000 draws of labels, always the same ones.
 
     Reference: R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
     arXiv:2012.08668.
@@ -125,11 +124,7 @@ def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
 
 
 def doubts(prediction: Prediction) -> dict[str, Tensor]:
-    """What may tell that an answer is wrong, large where it should be, ``(n,)`` each.
-
-    ``confidence``, as one minus the probability of the answer; ``entropy``; and of two draws or
-    more ``mutual_information``, both in nats.
-    """
+    """What may tell that an answer is wrong, ``(n,)`` each, large where it should be."""
     found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
         found["mutual_information"] = prediction.mutual_information
@@ -149,14 +144,6 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
 
     Reference: Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
     arXiv:1705.08500.
-
-    Example::
-
-        >>> coverage, risk, area = risk_coverage(
-        ...     torch.tensor([0.1, 0.4, 0.2, 0.3]), torch.tensor([False, True, False, True])
-        ... )
-        >>> coverage.tolist(), [round(x, 2) for x in risk.tolist()], round(area, 3)
-        ([0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.33, 0.5], 0.208)
     """
     values, order = doubt.double().sort()
     errors = wrong[order].double().cumsum(0)

@@ -41,11 +41,8 @@ def reliability_diagram(
     """Draw a reliability diagram of each method, next to one another.
 
     Above, the accuracy of each bin of confidence (bars), and the gap to the diagonal, on which a
-    calibrated method lies: red where the method claims too much, green where it claims too little.
-    The title gives the scores of :func:`pyro_blora.evaluation.metrics.evaluate`. Below, the share
-    of the items in each bin, with the mean confidence (dashed) and the accuracy (solid): the
-    distance of the two lines is the net over- or under-confidence.
-
+    calibrated method lies. Below, the share of the items in each bin, with the mean confidence
+    (dashed) and the accuracy (solid), whose distance is the net over- or under-confidence.
     ``results`` is ``{method: (probs, labels)}``, of shapes ``(n, K)`` and ``(n,)``. The figure is
     not registered with pyplot: show it as the last line of a notebook's cell, or write it with
     :func:`save_figure`.

@@ -120,9 +120,8 @@ def generate(
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
-    given = options.pop("inputs", None) if input_ids is None else input_ids
-    if given is not None:
-        options["input_ids"] = given
+    if input_ids is not None:
+        options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}

@@ -121,9 +121,7 @@ def test_it_stops_and_goes_on(train, tmp_path, monkeypatch):
         return loss(self, batch)
 
     monkeypatch.setattr(Objective, "__call__", interrupted)
-    code, text, _ = train(out, *short)
-    assert code not in (0, 2)
-    assert f"Kept in {out / 'training'}: with --resume the same command goes on" in text
+    assert train(out, *short)[0] not in (0, 2)
     assert not (out / ADAPTER).exists()
     for flags, told in (
         ((), "has a run that was stopped; add --resume to go on, or --overwrite"),
