@@ -56,14 +56,11 @@ def both(blora, batch, **options):
 
 DECODING = {
     "greedy": {},
-    "no cache": {"use_cache": False},
     "a static cache": {"cache_implementation": "static"},
-    "sampling": {"do_sample": True},
     "several": {"do_sample": True, "num_return_sequences": 3},
     "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.8},
     "a configuration": {"generation_config": GenerationConfig(do_sample=True, top_k=4)},
     "processed": {"repetition_penalty": 1.4, "min_new_tokens": 3, "no_repeat_ngram_size": 2},
-    "forbidden": {"bad_words_ids": [[5], [7, 9]]},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "beams, no cache": {"num_beams": 2, "use_cache": False},
     "sampled beams": {"num_beams": 2, "do_sample": True, "repetition_penalty": 1.2},
