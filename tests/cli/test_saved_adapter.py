@@ -63,7 +63,6 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     assert right / 24 == pytest.approx(metrics["acc"])
     for line in known:
         probs = [float(line[f"p{k}"]) for k in range(3)]
-        assert sum(probs) == pytest.approx(1)
         assert max(probs) == float(line["confidence"]) == probs[int(line["prediction"])]
     for name in ("entropy", "mutual_information"):
         mean = sum(float(line[name]) for line in known) / 24

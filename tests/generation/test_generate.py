@@ -266,8 +266,7 @@ def test_under_peft():
     """The network may be wrapped: what generates is found inside."""
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["o_proj"]))
-    blora = adapter(wrapped)
-    out = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW)
+    out = adapter(wrapped).generate(**prompts(), num_samples=S, max_new_tokens=NEW)
     assert out.sequences.shape == (2, 6 + NEW)
 
 
