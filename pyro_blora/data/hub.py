@@ -50,7 +50,7 @@ def _mmlu(subject: str) -> _Source:
     return _Source(
         "cais/mmlu",
         lambda r: (r["question"], tuple(r["choices"]), int(r["answer"])),
-        {"dev": "dev", "test": "test"},
+        {"test": "test"},
         configs=(f"college_{subject}", f"high_school_{subject}"),
     )
 

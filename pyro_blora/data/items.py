@@ -56,10 +56,7 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
 def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
     r"""Read the items of one split.
 
-    A file is UTF-8 with one JSON object a line::
-
-        {"id": "arc_easy-test-17", "question": "...", "choices": ["...", "..."], "label": 2}
-
+    A line of it is a JSON object with the fields of an :class:`Item`, and ``choices`` a list.
     Further keys are ignored, as are blank lines. In a pool to be labelled (``labelled=False``) an
     item without a label is given 0, which nobody reads, and one without an id its line.
     """

@@ -120,7 +120,7 @@ def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[I
     if name == "facts":
         data_dir = Path(__file__).parent
     if data_dir is None:
-        return {s: read_hub(name, s) for s in hub_splits(name) if s in _SPLITS}
+        return {split: read_hub(name, split) for split in hub_splits(name)}
     folder = Path(data_dir) / name
     there = {"test", *splits_in(folder)}
     return {s: read_json_lines(folder / f"{s}.jsonl") for s in _SPLITS if s in there}

@@ -33,11 +33,7 @@ CRITERIA = ("mutual_information", "entropy", "random")
 
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a classifier on ``n`` items; see :func:`evaluate`.
-
-    Accuracy and expected calibration error are fractions, the mean negative log-likelihood is in
-    nats, and the Brier score between 0 and 2.
-    """
+    """Scores of a classifier on ``n`` items: fractions, the NLL in nats; see :func:`evaluate`."""
 
     acc: float
     ece: float

@@ -137,6 +137,7 @@ def refused(run, model_dir, data_dir, tmp_path):
         ("compare", {"methods": " , "}, ["--methods"]),
         ("compare", {"methods": "nowhere:Prior+MeanField"}, ["'nowhere'", "current folder"]),
         ("compare", {"methods": "mine:Plain+mine:Sprad"}, ["mine:Sprad", "'Spread'"]),
+        ("compare", {"methods": "mine:Spread+MeanField"}, ["prior 'mine:Spread'", "Plain"]),
         ("compare", {"methods": "mine:Needs+MeanField"}, ["without a default, what"]),
         ("compare", {"seeds": "0,x"}, ["--seeds", "0,1,2"]),
         ("compare", {"task": "wrds"}, ["wrds", "words"]),
