@@ -12,6 +12,7 @@ from rich.console import Console
 from pyro_blora.cli import _arguments as o
 from pyro_blora.data import Task, load_task, read_json_lines, template_for
 
+_NUMBERS = ("confidence", "entropy", "mutual_information")
 By = Literal["mutual_information", "entropy", "random"]
 
 
@@ -60,26 +61,20 @@ def run(
         data = Task(task, (), (), items, template_for(task))
     out.parent.mkdir(parents=True, exist_ok=True)
     base = o.named(model, saved.get("base_model"), "--model")
-    given: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
-    predict = o.predictor(adapter, base, data, seed=seed, **given)
+    predict = o.predictor(
+        adapter, base, data, num_samples=num_samples, seed=seed, precision=precision
+    )
     with o.phase("predict"):
         prediction, _ = predict(items)
     order = rank(prediction, by, seed=seed)[:top].tolist()
-    columns = {
-        name: getattr(prediction, name).tolist()
-        for name in ("predictions", "confidence", "entropy", "mutual_information")
-    }
-    lines = [
-        {
-            "rank": place,
-            "id": items[i].id,
-            "question": items[i].question,
-            "choices": items[i].choices,
-            "prediction": items[i].choices[columns["predictions"][i]],
-            **{name: columns[name][i] for name in list(columns)[1:]},
-        }
-        for place, i in enumerate(order, start=1)
-    ]
+    answers = prediction.predictions.tolist()
+    numbers = {name: getattr(prediction, name).tolist() for name in _NUMBERS}
+    lines: list[dict[str, Any]] = []
+    for i in order:
+        item, own = items[i], {name: values[i] for name, values in numbers.items()}
+        line = {"id": item.id, "question": item.question, "choices": item.choices}
+        line["prediction"] = item.choices[answers[i]]
+        lines.append({"rank": len(lines) + 1, **line, **own})
     write_atomically(out, lambda path: _write(path, lines, out.suffix))
     console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {by.replace('_', ' ')}")
 

@@ -63,10 +63,9 @@ def compare(
     done: Collection[tuple[str, int]],
     phase: Phase,
 ) -> Iterator[Row]:
-    """Trains and evaluates every method under every seed; a row comes as soon as it is there.
+    """Trains and evaluates every method under every seed but ``done``, a row at a time.
 
-    A seed sets the training subset, the order of the batches and all draws. ``done`` are methods
-    with a seed whose rows are there; ``phase`` makes a context of the name of what runs in it.
+    A seed sets the training subset, the order of the batches and all draws.
     """
     for seed in settings["seeds"]:
         run = _Run(settings, net, tokenizer, seed, phase)
@@ -221,10 +220,7 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 
 
 def read(settings: Settings, folder: Path) -> list[Row]:
-    """The rows that runs with the same settings and versions left in ``folder``, or none.
-
-    Methods and seeds may be others: a row depends on its own alone. Made otherwise, it is an error.
-    """
+    """The rows that runs with the same settings, but for methods and seeds, left in ``folder``."""
     path = folder / RESULTS
     if not path.exists():
         return []
