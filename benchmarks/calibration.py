@@ -31,7 +31,7 @@ from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
 
 from pyro_blora.checkpoints import write_atomically
-from pyro_blora.evaluation.comparison import versions
+from pyro_blora.cli.comparison import versions
 from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import choose_precision

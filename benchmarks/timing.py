@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.evaluation.comparison import versions
+from pyro_blora.cli.comparison import versions
 from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.methods import get_method

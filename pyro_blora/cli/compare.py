@@ -67,7 +67,7 @@ def run(
     for name in names:
         check_method(name)
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
-    from pyro_blora.evaluation.comparison import RESULTS, compare, draw, read, table, write
+    from pyro_blora.cli.comparison import RESULTS, compare, draw, read, table, write
     from pyro_blora.network.precision import choose_precision
     from pyro_blora.network.pretrained import load_pretrained
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyro_blora.evaluation import comparison
+from pyro_blora.cli import comparison
 from pyro_blora.network import precision, pretrained
 
 ROW = {"method", "seed", "acc", "ece", "nll", "brier", "n_test", "train_seconds"}
