@@ -61,7 +61,7 @@ class Site:
         prior: its distribution, batch shape ``(..., n)`` for ``n`` layers.
         plates: the plates around it, outermost last dimension first.
         suggested: where guides start, if the prior says so, ``(n, *event_shape)``.
-        context_size: size of the context of an amortised family (see ``context.py``).
+        context_size: size of the context of an amortized family.
     """
 
     name: str
@@ -250,7 +250,7 @@ class SiteGuide(Options, PyroModule):
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def center(self) -> Tensor:
-        """The centre of q: the image of the mean of :meth:`distribution`.
+        """The center of q: the image of the mean of :meth:`distribution`.
 
         Where that law does not know its mean, as a flow does not, it is the mean of a thousand
         draws, the same every time and made without touching the global seed.

@@ -79,9 +79,8 @@ class Isotropic(PostHoc):
     def finish(cls, families: Mapping[str, "Isotropic"], evidence: Evidence) -> dict[str, float]:
         """Finds the width by bisection of its logarithm.
 
-        Returns:
-            ``width``; the loss at it exceeds that of the point by at most the threshold, but where
-            even a thousandth of ``max_width`` exceeds it: then it is that.
+        The loss at it exceeds that of the point by at most the threshold, but where even a
+        thousandth of ``max_width`` exceeds it: then it is that.
         """
         first = next(iter(families.values()))
 

@@ -78,11 +78,7 @@ class Laplace(PostHoc):
 
     @classmethod
     def finish(cls, families: Mapping[str, "Laplace"], evidence: Evidence) -> dict[str, float]:
-        """Adds up the curvature, scaled to ``num_data``, and chooses the prior precision.
-
-        Returns:
-            The prior precision of each site.
-        """
+        """Adds up the curvature, scaled to ``num_data``; chooses and returns prior precisions."""
         curvature = {name: _Curvature(family.is_kron) for name, family in families.items()}
         seen = 0
         for batch in evidence.scores():
@@ -173,11 +169,6 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
     / (\lambda_i + \delta)`. That falls with :math:`\delta`, so bisection of the logarithm finds
     the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles),
     between 1e-6 and 1e6.
-
-    Example::
-
-        >>> round(best_precision(torch.full((4,), 1e9), torch.ones(4)), 3)
-        1.0
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

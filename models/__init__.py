@@ -1,6 +1,7 @@
 """Priors: Pyro models of a low-rank update, one per file.
 
-Pass one as ``BayesianLoRA(net, prior=...)``; write one by subclassing :class:`UpdateModel`.
+Pass one as ``BayesianLoRA(net, prior=...)``; write one by subclassing :class:`UpdateModel`. An
+option out of its range, or a rank above a layer's size, raises ``ConfigurationError``.
 """
 
 from pyro_blora.models._update_model import UpdateModel

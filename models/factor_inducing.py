@@ -58,9 +58,6 @@ class FactorInducing(UpdateModel):
     ``(n,)``, event shape ``(m, m)``; with a learned lambda also the factors ``g.conditional_kl_A``
     and ``g.conditional_kl_B``.
 
-    Raises:
-        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
-
     Reference:
         Bayesian-LoRA, arXiv:2601.21003, as its released code reads it; Ritter et al. 2021,
         arXiv:2105.14594, section 3.

@@ -48,9 +48,6 @@ class FisherInducing(UpdateModel):
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
     ``(m_r, m_c)``.
 
-    Raises:
-        ConfigurationError: an option is out of its range.
-
     Reference:
         The factors are those of Martens, Grosse 2015, "Optimizing neural networks with
         Kronecker-factored approximate curvature", arXiv:1503.05671, with an example's tokens summed

@@ -35,9 +35,6 @@ class GaussianFactors(UpdateModel):
     d_in)``, and/or ``g.B``, ``(d_out, r)``. Guides start ``A`` as LoRA does, uniform with variance
     ``1 / (3 d_in)``, and ``B`` at zero, so that dW is zero in the mean.
 
-    Raises:
-        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
-
     Reference:
         Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation for large language
         models", arXiv:2406.11675.

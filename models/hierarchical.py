@@ -32,9 +32,6 @@ class Hierarchical(KroneckerInducing):
     Sites, for a group ``g`` of ``n`` layers: ``g.tau``, batch shape ``()``; ``g.z``, ``(n,)``;
     ``g.V``, ``(n,)``, event shape ``(m_r, m_c)``.
 
-    Raises:
-        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
-
     Reference:
         Gelman 2006, "Prior distributions for variance parameters in hierarchical models".
 

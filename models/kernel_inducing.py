@@ -59,9 +59,6 @@ class KernelInducing(KroneckerInducing):
     ``(m_r, m_c)``; where kernels have priors also the factors ``g.hyperprior_r`` and
     ``g.hyperprior_c``.
 
-    Raises:
-        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
-
     Reference:
         Bayesian-LoRA, arXiv:2601.21003, with kernels in place of inner products; neuron embeddings
         as in Karaletsos, Bui 2020, "Hierarchical Gaussian process priors for Bayesian neural

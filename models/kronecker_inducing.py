@@ -69,9 +69,6 @@ class KroneckerInducing(UpdateModel):
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
     ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``.
 
-    Raises:
-        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
-
     Reference:
         Bayesian-LoRA, arXiv:2601.21003; the inducing weights are those of Ritter et al. 2021,
         "Sparse uncertainty representation in deep learning with inducing weights",

@@ -27,9 +27,6 @@ class Subspace(UpdateModel):
 
     Sites, for a group ``g`` of ``n`` layers: ``g.s``, batch shape ``(n,)``, event shape ``(r,)``.
 
-    Raises:
-        ConfigurationError: an option is out of its range, or the rank exceeds a layer's size.
-
     Reference:
         Samplawski et al. 2025, "Scalable Bayesian low-rank adaptation of large language models via
         stochastic variational subspace inference" (ScalaBL), arXiv:2506.21408.

@@ -378,15 +378,8 @@ class BayesianLoRA(PyroModule):
     ) -> str:
         """Writes the adapter to the hub, as :meth:`save_pretrained` does to a folder.
 
-        Args:
-            repo_id: the repository, ``"user/name"``; made if it is missing.
-            private: whether a new repository is private. Default: the account's setting.
-            commit_message: of the commit.
-            result: what ``fit`` returned, for the model card.
-            notes: more lines of the model card, by their names.
-
-        Returns:
-            The address of the commit.
+        The repository, ``"user/name"``, is made if it is missing, private or as the account's
+        setting says. Returns the address of the commit.
 
         Raises:
             CheckpointError: the hub refuses or cannot be reached.

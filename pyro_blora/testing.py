@@ -111,11 +111,11 @@ class PairContract(_Contract):
             p = poutine.trace(poutine.replay(blora.model, trace=q)).get_trace(batch)
             updates = poutine.replay(blora.model.updates, trace=q)()
         assert _latents(q) == _latents(p), f"The guide has {_latents(q)}, the model {_latents(p)}."
-        for name, centre in blora.guide.center(batch).items():
+        for name, center in blora.guide.center(batch).items():
             ours, site = q.nodes[name], p.nodes[name]
             shape, wanted = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in (ours, site))
             assert shape == wanted, f"{name} is {shape} in the guide, {wanted} in the model."
-            _check_support(name, site["fn"], site["value"], centre)
+            _check_support(name, site["fn"], site["value"], center)
         for name, update in updates.items():
             assert prod(update.particle_shape) == 4, f"{name} is {update.particle_shape} updates."
         assert p.nodes["labels"]["fn"].batch_shape[-1] == 2, "4 particles share the 8 rows out."
@@ -209,17 +209,17 @@ class GuideContract(PairContract):
     starts_at_prior: ClassVar[bool] = True
 
     def test_the_law_has_the_shapes_and_the_support_of_the_site(self) -> None:
-        """For ``n`` layers and any event, in a draw as in the centre."""
+        """For ``n`` layers and any event, in a draw as in the center."""
         for event in ((), (4,), (2, 3)):
             one = torch.ones(3, *event)
             for law in (dist.Normal(one, one), dist.HalfNormal(one), dist.Beta(one, one)):
                 p = law.to_event(len(event))
                 q = self.make().bind(Site("g.s", p, (), context_size=4))
                 drawn = q.forward().expand(torch.Size([5, 3]))
-                value, centre = drawn(), q.center()
-                given = tuple(drawn.log_prob(value).shape), tuple(value.shape), tuple(centre.shape)
+                value, center = drawn(), q.center()
+                given = tuple(drawn.log_prob(value).shape), tuple(value.shape), tuple(center.shape)
                 assert given == ((5, 3), (5, 3, *event), (3, *event)), f"For {event}: {given}."
-                _check_support(type(q).__name__, p, value, centre)
+                _check_support(type(q).__name__, p, value, center)
 
     @torch.no_grad()
     def test_the_kl_is_that_of_draws(self) -> None:

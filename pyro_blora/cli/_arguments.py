@@ -67,8 +67,8 @@ NumSamples = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': what is faster "
-        "here.",
+        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': bfloat16 where "
+        "the device is made for it.",
         callback=check_precision,
     ),
 ]

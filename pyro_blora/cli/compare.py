@@ -10,7 +10,7 @@ from rich.console import Console
 from pyro_blora.cli import _arguments as o
 from pyro_blora.data import load_task
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.methods import BEST, METHODS, check_method, trained_for
+from pyro_blora.methods import BEST, METHODS, check_method
 
 
 def run(
@@ -79,8 +79,6 @@ def run(
     done = [key for row in rows if (key := (row.method, row.seed)) in asked]
     if done:
         console.print(f"{len(done)} of {len(asked)} rows are in {out} already")
-    for name in dict.fromkeys(name for name, _ in done if ":" in trained_for(name)):
-        console.print(f"rows of {name} are of the class as it was then; --overwrite makes all anew")
     if len(done) < len(asked):
         with o.phase("load"):
             net, tokenizer = load_pretrained(model)

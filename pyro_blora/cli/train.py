@@ -89,7 +89,7 @@ def run(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import CONFIG, read_peft
+    from pyro_blora.checkpoints import WEIGHTS, read_peft
     from pyro_blora.data.items import item_length
     from pyro_blora.inference import finish, fit
     from pyro_blora.inference.resume import STATE
@@ -97,12 +97,13 @@ def run(
     from pyro_blora.network.pretrained import load_pretrained
 
     run_dir, made, console = out / "training", get_method(method), Console(highlight=False)
+    state = run_dir / STATE
     if not (overwrite or resume):
-        if (out / CONFIG).exists():
+        if (out / WEIGHTS).exists():
             raise ConfigurationError(
                 f"--out {out} has an adapter already; name another folder, or add --overwrite."
             )
-        if (run_dir / STATE).exists():
+        if state.exists():
             raise ConfigurationError(
                 f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."
             )
@@ -128,8 +129,8 @@ def run(
         blora = BayesianLoRA.from_peft(net, from_peft, **parts)
     console.print(blora)
     if overwrite:
-        (run_dir / STATE).unlink(missing_ok=True)
-    elif resume and not (run_dir / STATE).exists():
+        state.unlink(missing_ok=True)
+    elif resume and not state.exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
     reading: dict[str, Any] = {
         "collate": collate,
@@ -155,7 +156,7 @@ def run(
             else:
                 finish(blora, data.train, **reading)
     except KeyboardInterrupt:
-        if (run_dir / STATE).exists():
+        if state.exists():
             console.print(f"\nKept in {run_dir}: with --resume the same command goes on.")
         raise
     if result is not None:

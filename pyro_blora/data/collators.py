@@ -52,10 +52,7 @@ class _Collator:
         starts = range(len(full) - len(plain) + 1) if plain else ()
         found = [k for k in starts if full[k : k + len(plain)] == plain]
         if not found:
-            raise DataError(
-                f"item {item.id!r}: the tokenizer makes no tokens of the prompt, or others beside "
-                "special tokens: use the model's tokenizer"
-            )
+            raise DataError(f"item {item.id!r}: the tokenizer makes no tokens of the prompt")
         special = full[: found[0]]
         room = self.max_length - len(special) - answer
         if room < 1:
@@ -125,20 +122,10 @@ class MultipleChoiceCollator(_Collator):
 class LabelTokensCollator(_Collator):
     """Lay out every item as its prompt; the answer is read off at the last token.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
-        template: a template with ``scoring="labels"``.
-        max_length: the longest row T; longer prompts lose the start of the question (leading
-            special tokens are kept).
-
-    Attributes:
-        token_ids: the token id of each label word, in the order of the classes.
-
-    Called on B items, or dictionaries with their fields (no id needed), it returns a dict with
-
-    - ``input_ids``, long, shape (B, T), padded on the right;
-    - ``attention_mask``, long, shape (B, T), 1 at tokens and 0 at padding;
-    - ``labels``, long, shape (B,).
+    Arguments are those of :class:`MultipleChoiceCollator`, for a template with
+    ``scoring="labels"``; ``token_ids`` has the token of each label word, in the order of the
+    classes. A batch is ``input_ids`` and ``attention_mask``, long, (B, T), padded on the right, and
+    ``labels``, long, (B,).
     """
 
     scoring = "labels"

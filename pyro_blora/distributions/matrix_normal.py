@@ -37,16 +37,6 @@ class MatrixNormal(RealLaw):
 
     Reference:
         A. K. Gupta, D. K. Nagar (1999), "Matrix Variate Distributions", chapter 2.
-
-    Example::
-
-        >>> d = MatrixNormal(torch.zeros(5, 3, 2), torch.eye(3), torch.eye(2))
-        >>> d.batch_shape, d.event_shape
-        (torch.Size([5]), torch.Size([3, 2]))
-        >>> d.rsample((4,)).shape
-        torch.Size([4, 5, 3, 2])
-        >>> d.log_prob(torch.zeros(3, 2)).shape
-        torch.Size([5])
     """
 
     arg_constraints = {  # noqa: RUF012 (torch's own protocol)

@@ -86,12 +86,6 @@ class CoupledNormal(RealLaw):
         loc: ``M``, ``(n, *event_shape)``.
         scale: ``S``, ``event_shape``, positive.
         layer_scale_tril: ``L``, ``(n, n)``, lower triangular with a positive diagonal.
-
-    Example::
-
-        >>> d = CoupledNormal(torch.zeros(5, 3, 2), torch.ones(3, 2), torch.eye(5))
-        >>> d.batch_shape, d.event_shape
-        (torch.Size([5]), torch.Size([3, 2]))
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, layer_scale_tril: Tensor) -> None:
@@ -148,13 +142,6 @@ class Reshaped(RealLaw):
     Args:
         base: of event shape ``(k,)``, with reparametrised draws.
         event_shape: of ``k`` numbers in all; ``()`` for ``k = 1``.
-
-    Example::
-
-        >>> base = torch.distributions.MultivariateNormal(torch.zeros(6), torch.eye(6))
-        >>> q = Reshaped(base, (2, 3))
-        >>> q.rsample((4,)).shape
-        torch.Size([4, 2, 3])
     """
 
     def __init__(self, base: TorchDistribution, event_shape: Sequence[int]) -> None:
@@ -208,14 +195,6 @@ class Members(RealLaw):
         event_dim: number of dimensions of an event.
         turn: the number of the point that is next, a whole number; drawing moves it on in place, so
             that the distributions which share it take turns together.
-
-    Example::
-
-        >>> Members(torch.arange(3.0).expand(2, 3).mT, event_dim=0).expand((4, 2)).sample()
-        tensor([[0., 0.],
-                [1., 1.],
-                [2., 2.],
-                [0., 0.]])
     """
 
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:

@@ -64,14 +64,8 @@ def compare(
 ) -> Iterator[Row]:
     """Trains and evaluates every method under every seed; a row comes as soon as it is there.
 
-    A seed sets the training subset, the order of the batches and all draws.
-
-    Args:
-        settings: what to compare and how.
-        net: the network; as it was when the iteration ends.
-        tokenizer: its tokenizer.
-        done: methods with a seed, whose rows are there already.
-        phase: makes a context of the name of what runs in it, such as ``"train lora, seed 0"``.
+    A seed sets the training subset, the order of the batches and all draws. ``done`` are methods
+    with a seed whose rows are there; ``phase`` makes a context of the name of what runs in it.
     """
     for seed in settings["seeds"]:
         yield from _Run(settings, net, tokenizer, seed, phase).rows(done)
@@ -239,10 +233,7 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 def read(settings: Settings, folder: Path) -> list[Row]:
     """The rows that runs with the same settings and versions left in ``folder``, or none.
 
-    Methods and seeds may be others: a row depends on its own alone.
-
-    Raises:
-        ConfigurationError: there is a ``results.json`` that was made otherwise.
+    Methods and seeds may be others: a row depends on its own alone. Made otherwise, it is an error.
     """
     path = folder / RESULTS
     if not path.exists():

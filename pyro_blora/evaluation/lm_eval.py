@@ -54,11 +54,6 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
 
     Reference:
         Gao et al., "The Language Model Evaluation Harness".
-
-    Example::
-
-        lm = PosteriorLM(blora, tokenizer, num_samples=10)
-        lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])["results"]
     """
 
     def __init__(

@@ -34,11 +34,6 @@ class Metrics:
 
     Accuracy and expected calibration error are fractions, the mean negative log-likelihood is in
     nats, and the Brier score between 0 and 2.
-
-    Example::
-
-        >>> print(Metrics(acc=0.71, ece=0.057, nll=0.791, brier=0.409, n=300))
-        ACC 71.0  ECE 5.7  NLL 0.791  Brier 0.409
     """
 
     acc: float

@@ -90,23 +90,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated sequence, ready to be shown.
+    """One generated sequence, ready to be shown; its scores are in nats a token."""
 
-    Attributes:
-        prompt: its prompt, as text.
-        pieces: its tokens.
-        mean_log_prob: in nats a token.
-        epistemic: in nats a token.
-        abstained: whether the epistemic score is above the threshold.
-        length: number of tokens.
-    """
-
-    prompt: str
+    prompt: str  # as text
     pieces: list[Piece]
     mean_log_prob: float
     epistemic: float
     abstained: bool
-    length: int
+    length: int  # number of tokens
 
     @property
     def notice(self) -> str:
@@ -189,14 +180,8 @@ def page(
 ) -> str:
     """A self-contained HTML page: text coloured by its uncertainty, a legend, numbers on hover.
 
-    Args:
-        answers: what :func:`answers` gave.
-        title: its heading.
-        subtitle: a line below: the model, the number of draws.
-        by: which of ``MEASURES`` is chosen when it opens; the page has a switch.
-
-    Returns:
-        HTML that asks for nothing from elsewhere. All text is escaped.
+    It asks for nothing from elsewhere, and all text is escaped. ``by`` is which of ``MEASURES`` is
+    chosen when it opens; the page has a switch.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["exp"] = math.exp

@@ -47,7 +47,7 @@ class TrainingState:
         self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
         self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first steps
         if not self.path.exists():
-            # said now, for another time "auto" may find the other one faster
+            # said now, for on another machine "auto" may be the other one
             settings["precision"] = choose_precision(settings["precision"], blora.device)
             return
         if not resume:
@@ -96,18 +96,26 @@ class TrainingState:
         result.best_step = notes["best_step"]
         result.best_state = _part(tensors, "best") or None
         self.stream.go_to(notes["stream"] | _part(tensors, "stream"))
-        _set_random_states(notes["random"], _part(tensors, "random"))
+        version, numbers, spare = notes["python"]
+        random.setstate((version, tuple(numbers), spare))
+        np.random.set_state(tuple(notes["numpy"]))  # noqa: NPY002
+        torch.set_rng_state(tensors["random.torch"])
+        for i in range(torch.cuda.device_count()):
+            if f"random.{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"random.{i}"], i)
 
     def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
         """Writes the state after a step; a kill at any moment leaves this one or the last one."""
         place, moments = self.stream.place(), optimizer.state_dict()["state"]
-        generators, states = _random_states(self.blora.device)
+        numbers = {"torch": torch.get_rng_state()}
+        if self.blora.device.type == "cuda":
+            numbers |= {str(i): state for i, state in enumerate(torch.cuda.get_rng_state_all())}
         parts: dict[str, Mapping[str, Tensor]] = {
             "adapter": self.blora.state_dict(),
             "best": result.best_state or {},
             "optimizer": {f"{i}.{key}": t for i, own in moments.items() for key, t in own.items()},
             "stream": {n: v for n, v in place.items() if isinstance(v, Tensor)},
-            "random": states,
+            "random": numbers,
             "base": self._prints,
         }
         notes = {
@@ -117,10 +125,13 @@ class TrainingState:
             "best_step": result.best_step,
             "seconds": result.seconds,
             "stream": {n: v for n, v in place.items() if not isinstance(v, Tensor)},
-            "random": generators,
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002
         }
         tensors = {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
-        write_tensors(self.path, tensors, {"training": json.dumps(notes)})
+        write_tensors(
+            self.path, tensors, {"training": json.dumps(notes, default=np.ndarray.tolist)}
+        )
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -154,23 +165,3 @@ def size_of(data: Any) -> int | None:
     """How many examples a data set or a loader has, where that is known."""
     data = getattr(data, "dataset", data)
     return len(data) if hasattr(data, "__len__") else None
-
-
-def _random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Python's and numpy's state, which JSON holds; torch's, and that of CUDA devices, if used."""
-    kind, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    states = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    numpy = [kind, np.asarray(numbers).tolist(), *rest]
-    return {"python": random.getstate(), "numpy": numpy}, states
-
-
-def _set_random_states(generators: dict[str, Any], states: dict[str, Tensor]) -> None:
-    version, numbers, spare = generators["python"]
-    random.setstate((version, tuple(numbers), spare))
-    np.random.set_state(tuple(generators["numpy"]))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)

@@ -34,12 +34,10 @@ class LabelTokens(Likelihood):
 
     def __init__(self, *, token_ids: Sequence[int], num_data: int | None = None) -> None:
         super().__init__(num_data=num_data)
-        if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids):
+        if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
             raise ConfigurationError(
                 f"token_ids={list(token_ids)} must be at least two different tokens, one a class."
             )
-        if min(token_ids) < 0:
-            raise ConfigurationError(f"token_ids={list(token_ids)} must not be negative.")
         self.token_ids = tuple(token_ids)
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 

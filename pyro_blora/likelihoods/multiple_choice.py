@@ -96,9 +96,8 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        apart = None
-        if self.holds_out and trained:  # before the network runs, as the device is waited for
+        apart = None  # told before the network runs, for the device is waited for
+        if self.holds_out and any(p.requires_grad for p in self.parameters()):
             apart = torch.tensor(_apart(batch)).unsqueeze(-1)
             apart = apart.to(batch["input_ids"].device, non_blocking=True)
         rows = in_rows(net, {key: batch[key] for key in self.keys}, self.pack)
@@ -148,6 +147,6 @@ class MultipleChoice(Likelihood):
 def _apart(batch: Batch) -> list[bool]:
     """Whether each example teaches the scale alone: one in eight, whatever it is batched with."""
     there = batch["attention_mask"].bool() & batch["option_mask"].any(-1, keepdim=True)
-    rows = batch["input_ids"].masked_fill(~there, -1).cpu()
-    digests = [hashlib.sha256(ids[ids >= 0].numpy().tobytes()).digest() for ids in rows]
+    rows = batch["input_ids"].masked_fill(~there, -1).cpu().numpy()
+    digests = [hashlib.sha256(ids[ids >= 0].tobytes()).digest() for ids in rows]
     return [digest[0] % 8 == 0 for digest in digests]

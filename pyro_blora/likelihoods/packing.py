@@ -158,14 +158,12 @@ def supports_packing(net: nn.Module) -> bool:
     The question is one of four tokens with two options; so short a one sees no window, for which
     see :func:`in_rows`.
     """
-    ids = few_tokens(net, 1)
-    if ids is None:
-        return False
-    packs = partial(_packs, net, ids)
+    packs = partial(_packs, net)
     return shortcuts_of(net).verified(net, "options packed behind one question", packs)
 
 
-def _packs(net: nn.Module, ids: Tensor) -> bool:
+def _packs(net: nn.Module) -> bool:
+    ids = few_tokens(net, 1)
     ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
     scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}

@@ -54,10 +54,4 @@ class SequenceClassification(Likelihood):
         if "position_ids" not in inputs:
             inputs.update(positions_of(net, inputs.get("attention_mask")))
         logits: Tensor = net(**inputs).logits
-        if logits.dim() != 2 or logits.shape[-1] < 2:
-            raise ConfigurationError(
-                f"{type(net).__name__} gives logits of shape {tuple(logits.shape)}, expected two "
-                "or more classes for each row; load it by AutoModelForSequenceClassification with "
-                "num_labels=, or use LabelTokens or CausalLM with a language model."
-            )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

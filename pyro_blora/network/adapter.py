@@ -35,7 +35,10 @@ class Adapter:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        check_free(name, module)
+        if adapter_of(module) is not None:
+            raise ConfigurationError(
+                f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds it."
+            )
         self.name = name
         self.update: LayerUpdate | None = None
         self._handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
@@ -93,14 +96,6 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter on ``module``, or ``None``."""
     return next((h for h in module._forward_hooks.values() if isinstance(h, Adapter)), None)
-
-
-def check_free(name: str, module: nn.Module) -> None:
-    """Raises ConfigurationError where a layer has an adapter already."""
-    if adapter_of(module) is not None:
-        raise ConfigurationError(
-            f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds it."
-        )
 
 
 def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> None:

@@ -1,6 +1,6 @@
 """Which precision the frozen network runs in: bfloat16 where the device is made for it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyro_blora.errors import ConfigurationError
 
@@ -35,7 +35,8 @@ def _bfloat16_pays(kind: str) -> bool:
     import torch
 
     if kind == "cpu":
-        return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
+        return bool(capabilities().get("amx_bf16"))
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)

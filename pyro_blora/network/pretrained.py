@@ -10,16 +10,6 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, first_line
 
-__all__ = [
-    "ADAPTER",
-    "SHAPES",
-    "load_network",
-    "load_pretrained",
-    "name_of",
-    "name_of_folder",
-    "shape_only",
-]
-
 # What says that a folder is an adapter, not a network
 ADAPTER = "bayesian_lora.safetensors"
 

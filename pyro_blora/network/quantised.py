@@ -32,13 +32,10 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
         weight = weight.mT
     shape, plain = layer_shape(module), weight is not None and weight.is_floating_point()
     if weight is None or not plain or weight.element_size() == 1 or weight.shape != shape:
-        kind = "no weight"
-        if weight is not None:
-            kind = f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
         raise ConfigurationError(
-            f"{name} has {kind}, which cannot be read; pass prior=KroneckerInducing(sigma=...) "
-            "with a width in units of weight, or load the network unquantised or quantised by "
-            "torchao or bitsandbytes."
+            f"{name} has no weight of {shape} floats, which could be read; pass "
+            "prior=KroneckerInducing(sigma=...) with a width in units of weight, or load the "
+            "network unquantised or quantised by torchao or bitsandbytes."
         )
     return weight.to(torch.get_default_dtype())
 

@@ -60,9 +60,9 @@ class Shortcuts:
         """Whether a shortcut is on and gives the plain path's logits.
 
         ``question`` tries it on the network as pretrained, once for each implementation of
-        attention and of experts.
+        attention and of experts. A network that declares no vocabulary cannot be asked.
         """
-        if not self.on:
+        if not self.on or getattr(_text_config(net), "vocab_size", 0) < 8:
             return False
         config = getattr(net, "config", None)
         settings = (
@@ -209,8 +209,6 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 def _skips(net: nn.Module, prefix: FrozenPrefix) -> bool:
     """Whether rows that come again, twice over, skip the blocks."""
     ids = few_tokens(net, 3)
-    if ids is None:
-        return False
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[8], [5], [4]])).long()
     for copies in (1, 2):
         rows = {"input_ids": ids.repeat(copies, 1), "attention_mask": mask.repeat(copies, 1)}
@@ -237,10 +235,8 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
     return bool((given - expected).norm() < (0.03 if half else 1e-4) * scale)
 
 
-def few_tokens(net: nn.Module, rows: int) -> Tensor | None:
-    """A few rows of eight tokens; ``None`` where the network declares no vocabulary for them."""
-    if getattr(_text_config(net), "vocab_size", 0) < 8:
-        return None
+def few_tokens(net: nn.Module, rows: int) -> Tensor:
+    """A few rows of eight tokens, of the first of any vocabulary."""
     ids = torch.arange(8 * rows, device=device_of(net.modules()))
     return (ids * 5 % 7 + 1).reshape(rows, 8)
 

@@ -5,7 +5,6 @@ Targets are named as PEFT names them: a list of name suffixes, one regular expre
 is one sample site under one plate: the cost of Pyro does not grow with the depth of the network.
 """
 
-import difflib
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -215,12 +214,7 @@ def _warn_of_unmatched(asked: str | Sequence[str], linear: Iterable[str]) -> Non
 
 
 def _nothing(asked: Sequence[str], linear: Iterable[str]) -> str:
-    available = _suffixes(linear)
-    near = sorted({m for a in asked for m in difflib.get_close_matches(a, available, cutoff=0.5)})
-    return (
-        f"matches no linear layer.{f' Did you mean {near}?' if near else ''} The network's linear "
-        f"layers end in {available}."
-    )
+    return f"matches no linear layer; {near_miss(asked[0], _suffixes(linear))}."
 
 
 def _usual_targets(net: nn.Module, linear: Iterable[str]) -> Sequence[str]:
@@ -280,13 +274,13 @@ def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGrou
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
     for key in given:
-        if not any(_matches(option, key, name) for name in names):
+        if not any(_is_of(key, name) for name in names):
             raise ConfigurationError(
                 f"{option}: {key!r} matches no group of layers; {near_miss(str(key), names)}."
             )
     chosen = {}
     for name in names:
-        keys = [name] if name in given else [k for k in given if _matches(option, k, name)]
+        keys = [name] if name in given else [k for k in given if _is_of(k, name)]
         if not keys:
             raise ConfigurationError(
                 f"{option}: no key of {list(given)} matches group {name!r}; add it, or '.*' at the "
@@ -296,10 +290,5 @@ def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGrou
     return chosen
 
 
-def _matches(option: str, key: str, name: str) -> bool:
-    try:
-        return key == name or re.fullmatch(key, name) is not None
-    except (re.error, TypeError) as error:
-        raise ConfigurationError(
-            f"{option}: {key!r} is neither the name of a group nor a regular expression ({error})."
-        ) from error
+def _is_of(key: str, name: str) -> bool:
+    return key == name or re.fullmatch(key, name) is not None

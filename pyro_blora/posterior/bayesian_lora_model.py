@@ -28,7 +28,6 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
     Adapter,
     TrainedHeads,
-    check_free,
     updates_in_place,
     updates_kept_for_backward,
 )
@@ -109,9 +108,6 @@ class BayesianLoRAModel(PyroModule):
         self.groups = tuple(groups)
         self.enabled = True
         self._precision = "float32"
-        for group in groups:
-            for name, module in zip(group.module_names, group.modules, strict=True):
-                check_free(name, module)
         bound = {group.name: priors[group.name].bind(group) for group in groups}
         self.likelihood = likelihood.bind(self.groups[0].device)
         for name, own in bound.items():

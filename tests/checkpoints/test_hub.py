@@ -130,15 +130,6 @@ def test_a_hub_that_refuses_is_told_in_one_line(hub):
         BayesianLoRA.from_pretrained("/no/such/folder")
 
 
-def test_without_a_network_it_is_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    blora = tiny.adapted(net())
-    with pytest.raises(CheckpointError, match=r"^me/none does not exist here[^\n]*$"):
-        BayesianLoRA.from_pretrained("me/none")
-    with pytest.raises(CheckpointError, match=r"^me/none was not pushed[^\n]*$"):
-        blora.push_to_hub("me/none")
-
-
 def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
     blora = tiny.adapted(net(), num_data=10)
     data = tiny.examples(10)

@@ -9,6 +9,7 @@ import pyro
 import pytest
 import tiny
 import torch
+from own_classes import RandomScale
 from own_tokenizer import build_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TorchAoConfig, pipeline
@@ -168,8 +169,8 @@ def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
 
 def test_what_peft_reads_is_the_mean_of_the_drawn_weights(tmp_path):
     """With a random scale its median would be too little."""
-    prior = models.KroneckerInducing(rank=3, scale="half-cauchy")
-    blora = moved(tiny.llama(), guide=guides.MeanField(init_scale=0.8), prior=prior)
+    guide = guides.MeanField(init_scale=0.8)
+    blora = moved(tiny.llama(), guide=guide, prior=RandomScale())
     with torch.no_grad():  # so narrow a core that its draws tell the mean of the scale
         blora.guide.families()["q_proj.V"].scale_unconstrained.fill_(-4.0)
     blora.export_peft(tmp_path)

@@ -130,5 +130,3 @@ def test_classes_of_ones_own_by_their_path(compare, tmp_path, own_module):
     text, results = compare(tmp_path / "out", methods, *options)
     assert [row["method"] for row in results["rows"]] == methods.split(",")
     assert pair in text
-    text, _ = compare(tmp_path / "out", f"{methods},map", *options)
-    assert re.findall(r"rows of (\S+) are of the class as it was then", text) == methods.split(",")

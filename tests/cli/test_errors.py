@@ -154,7 +154,7 @@ def refused(run, model_dir, data_dir, tmp_path):
         ("train", {"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
         ("train", {"top": 2}, ["--top 2 is not below the network's 2 blocks"]),
         ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
-        ("evaluate", {"adapter": "/nowhere"}, ["bayesian_lora_config.json"]),
+        ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
         ("evaluate", {"adapter": "adapter", "task": "words"}, ["give --model"]),
         ("evaluate", {"adapter": "adapter", "task": "words", "ood": "wods"}, ["mean 'words'"]),

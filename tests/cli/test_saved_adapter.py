@@ -10,7 +10,7 @@ import torch
 from matplotlib.image import imread
 
 from pyro_blora import BayesianLoRA, likelihoods, load_pretrained, load_task
-from pyro_blora.evaluation.metrics import ece_by_chance
+from pyro_blora.evaluation.metrics import auroc, ece_by_chance, risk_coverage
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.models import KroneckerInducing
 
@@ -72,18 +72,14 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
         mean = sum(float(line[name]) for line in known) / 24
         assert metrics[name] == pytest.approx(mean, rel=1e-4)
     for name, score in metrics["ood"]["auroc"].items():
-        pairs = [
-            (float(b[name]) > float(a[name])) + 0.5 * (float(b[name]) == float(a[name]))
-            for a in known
-            for b in foreign
-        ]
-        share = sum(pairs) / len(pairs)
-        assert score == pytest.approx(1 - share if name == "confidence" else share, abs=1e-4)
+        of = [torch.tensor([float(row[name]) for row in part]) for part in (known, foreign)]
+        sign = -1 if name == "confidence" else 1  # doubt is what is left of it
+        assert score == pytest.approx(auroc(*(sign * scores for scores in of)), abs=1e-4)
         assert f"{100 * score:.1f} % by {name.replace('_', ' ')}" in text
-    known.sort(key=lambda row: -float(row["confidence"]))
-    wrong = [row["label"] != row["prediction"] for row in known]
-    risks = [sum(wrong[: k + 1]) / (k + 1) for k in range(24)]
-    assert metrics["aurc"]["confidence"] == pytest.approx(sum(risks) / 24, abs=1e-3)
+    doubt = torch.tensor([1 - float(row["confidence"]) for row in known])
+    wrong = torch.tensor([row["label"] != row["prediction"] for row in known])
+    area = risk_coverage(doubt, wrong)[2]
+    assert metrics["aurc"]["confidence"] == pytest.approx(area, abs=1e-3)
     probs = torch.tensor([[float(row[f"p{k}"]) for k in range(3)] for row in known])
     assert metrics["ece_by_chance"] == pytest.approx(ece_by_chance(probs), abs=0.01)
     assert f"by chance: {100 * metrics['ece_by_chance']:.1f})" in text

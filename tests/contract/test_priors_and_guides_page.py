@@ -2,14 +2,11 @@
 
 import importlib.util
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
-import pyro
 import pytest
 import tiny
 import torch
-from pyro import poutine
 
 from pyro_blora import fit, guides
 from pyro_blora.errors import ConfigurationError
@@ -67,16 +64,6 @@ def test_the_guide_of_the_page_takes_any_prior(prior):
 
 
 tiny.contract(globals(), PriorContract, "Shared", make=made(PRIOR + SHARED, "SharedScale")(rank=2))
-
-
-def test_a_shared_site_has_the_shapes_of_the_page():
-    blora = tiny.adapted(prior=made(PRIOR + SHARED, "SharedScale")(rank=2))
-    for particles, tau, c in ((None, (), (2, 2)), (5, (5, 1), (5, 2, 2))):
-        plate = pyro.plate("particles", particles, dim=-2) if particles else nullcontext()
-        with plate:
-            nodes = poutine.trace(blora.model.updates).get_trace().nodes
-        assert nodes["q_proj.tau"]["value"].shape == tau
-        assert nodes["q_proj.c"]["value"].shape == c
 
 
 def checks():

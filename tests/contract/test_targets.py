@@ -11,7 +11,7 @@ from torch import nn
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError, NoTargetError
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.network.targets import find_targets, group_layers, layer_shape
+from pyro_blora.network.targets import find_targets, group_layers
 
 
 def last_parts(net, *args, **options):
@@ -39,22 +39,25 @@ def test_default_per_architecture(build, expected):
     assert len(found) == 3 * len(expected)
 
 
-def test_no_default():
-    with pytest.raises(NoTargetError, match=r"Sequential has none.*\['0'\] or 'all-linear'"):
-        find_targets(nn.Sequential(nn.Linear(4, 3)))
+SECOND = "model.layers.1."
 
 
-def test_suffixes_match_whole_name_parts():
-    net = tiny.llama()
-    parts = ("self_attn.v_proj", "mlp.up_proj")  # in the network's order, not in that of the list
-    names = list(find_targets(net, ["mlp.up_proj", "v_proj"]))
-    assert names == [f"model.layers.{i}.{part}" for i in range(2) for part in parts]
-
-
-def test_regular_expression_matches_the_whole_name():
-    net = tiny.llama()
-    names = list(find_targets(net, r".*layers\.1\..*(q|k)_proj"))
-    assert names == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
+@pytest.mark.parametrize(
+    ("wanted", "options", "expected"),
+    [
+        # whole parts of names, in the network's order, not in that of the list
+        (["mlp.up_proj", "v_proj"], {}, ["self_attn.v_proj", "mlp.up_proj"]),
+        (r".*layers\.1\..*(q|k)_proj", {}, ["self_attn.q_proj", "self_attn.k_proj"]),
+        (["q_proj", "v_proj"], {"exclude_modules": ["1.self_attn.q_proj"]}, ["self_attn.v_proj"]),
+        ("all-linear", {"exclude_modules": r".*(mlp|[kvo]_proj).*"}, ["self_attn.q_proj"]),
+        (["q_proj", "lm_head"], {"layers_to_transform": 1}, ["self_attn.q_proj"]),
+        (["q_proj", "lm_head"], {"layers_to_transform": [0, 2]}, []),
+    ],
+)
+def test_which_layers_of_the_second_block(wanted, options, expected):
+    names = find_targets(tiny.llama(layers=3), wanted, **options)
+    assert [n.removeprefix(SECOND) for n in names if n.startswith(SECOND)] == expected
+    assert not options.get("layers_to_transform") or "lm_head" not in names
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -65,38 +68,27 @@ def test_head(tied):
     assert last_parts(net, "all-linear") == parts.split()
 
 
-def test_exclude_modules():
-    net = tiny.llama()
-    kept = find_targets(net, ["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
-    assert "model.layers.0.self_attn.q_proj" not in kept
-    assert len(kept) == 3
-    left = last_parts(net, "all-linear", exclude_modules=r".*\.mlp\..*")
-    assert left == ["k_proj", "o_proj", "q_proj", "v_proj"]
-
-
-@pytest.mark.parametrize(("index", "expected"), [(1, {1}), ([0, 2], {0, 2})])
-def test_layers_to_transform(index, expected):
-    net = tiny.llama(layers=3)
-    names = find_targets(net, ["q_proj", "lm_head"], layers_to_transform=index)
-    assert set(names) == {f"model.layers.{i}.self_attn.q_proj" for i in expected}
-
-
 LEFT = "matches 2 layers, but "
 
 
 @pytest.mark.parametrize(
     ("wanted", "options", "told"),
     [
-        (["qproj"], {}, r"Did you mean \['.*q_proj.*end in \['down_proj'"),
+        (["qproj"], {}, "did you mean 'q_proj'.* Known: down_proj"),
         (["proj"], {}, "proj"),  # the end of a name, but not of a part
         ("q_proj", {}, "regular expression of whole names; endings go in a list"),
         (["q_proj"], {"exclude_modules": ["q_proj"]}, LEFT + r"exclude_modules.*0\.self_attn\.q"),
+        (
+            None,
+            {"net": nn.Sequential(nn.Linear(4, 3))},
+            r"Sequential has none.*\['0'\] or 'all",
+        ),
         (["q_proj"], {"layers_to_transform": 9}, LEFT + r"layers_.*0\.self_attn\.q"),
     ],
 )
 def test_no_target(wanted, options, told):
     with pytest.raises(NoTargetError, match=told):
-        find_targets(tiny.llama(), wanted, **options)
+        find_targets(options.pop("net", tiny.llama()), wanted, **options)
 
 
 def test_one_of_several_names_that_matches_nothing_is_told():
@@ -109,50 +101,23 @@ def test_one_of_several_names_that_matches_nothing_is_told():
         find_targets(tiny.llama(), None)
 
 
-def test_shapes():
-    assert layer_shape(nn.Linear(6, 4)) == (4, 6)
-    assert layer_shape(Quantised()) == (4, 6)
-    assert layer_shape(nn.LayerNorm(6)) is None
-    c_attn = tiny.gpt2().transformer.h[0].attn.c_attn
-    assert c_attn.weight.shape == (16, 48)  # Conv1D: the transpose of Linear's
-    assert layer_shape(c_attn) == (48, 16)
-
-
-def test_one_group_for_each_kind_of_layer():
-    targets = find_targets(tiny.llama(), ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_groups_are_layers_of_one_ending_and_shape():
+    targets = find_targets(tiny.llama(), ["q_proj", "k_proj"])
     groups = group_layers(targets)
-    assert [(g.name, g.n, g.d_out, g.d_in) for g in groups] == [
-        ("q_proj", 2, 16, 16),
-        ("k_proj", 2, 8, 16),
-        ("v_proj", 2, 8, 16),
-        ("o_proj", 2, 16, 16),
-    ]
+    found = [(g.name, g.n, g.d_out, g.d_in) for g in groups]
+    assert found == [("q_proj", 2, 16, 16), ("k_proj", 2, 8, 16)]
     for group in groups:
         assert all(targets[n] is m for n, m in zip(group.module_names, group.modules, strict=True))
-
-
-def test_two_shapes_of_one_name():
-    layers = {"a.q": nn.Linear(4, 4), "b.q": nn.Linear(6, 4), "c.q": nn.Linear(4, 4)}
-    groups = group_layers(layers)
-    assert [(g.name, g.module_names) for g in groups] == [
-        ("q_4x4", ("a.q", "c.q")),
-        ("q_4x6", ("b.q",)),
+    layers = {f"{i}.q": nn.Linear(d_in, 4) for i, d_in in enumerate((4, 6, 4))}
+    layers["0"] = Quantised()
+    assert [(g.name, g.module_names) for g in group_layers(layers)] == [
+        ("q_4x4", ("0.q", "2.q")),
+        ("q_4x6", ("1.q",)),
+        ("layer", ("0",)),
     ]
-
-
-def test_layers_that_have_numbers_for_names():
-    layers = {"0": nn.Linear(4, 3), "2": nn.Linear(3, 2), "5": nn.Linear(4, 3)}
-    groups = group_layers(layers)
-    assert [(g.name, g.module_names) for g in groups] == [
-        ("layer_3x4", ("0", "5")),
-        ("layer_2x3", ("2",)),
-    ]
-    assert group_layers({"0": nn.Linear(4, 3)})[0].name == "layer"
-
-
-def test_groups_need_linear_layers():
-    with pytest.raises(ConfigurationError, match="no layers"):
-        group_layers({})
+    c_attn = tiny.gpt2().transformer.h[0].attn.c_attn
+    assert c_attn.weight.shape == (16, 48)  # Conv1D: the transpose of Linear's
+    assert group_layers({"c_attn": c_attn})[0].d_out == 48
     with pytest.raises(ConfigurationError, match="norm is a LayerNorm"):
         group_layers({"norm": nn.LayerNorm(3)})
 

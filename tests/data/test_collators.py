@@ -110,20 +110,9 @@ class TestLabelTokens:
             assert batch["input_ids"][b].tolist() == prompt + [wrapped.pad_token_id] * rest
             assert batch["attention_mask"][b].tolist() == [1] * len(prompt) + [0] * rest
 
-    def test_rows_of_one_s_own(self, wrapped):
-        collate = LabelTokensCollator(wrapped, LABELS)
-        row = {"question": FILM.question, "choices": FILM.choices, "label": FILM.label}
-        expected = collate([FILM])
-        assert all(torch.equal(v, expected[name]) for name, v in collate([row]).items())
-
     def test_token_ids(self, wrapped):
         token_ids = LabelTokensCollator(wrapped, LABELS).token_ids
         assert wrapped.decode(list(token_ids)) == " negative positive"
-
-    def test_cuts_the_question_from_the_left(self, wrapped):
-        batch = LabelTokensCollator(wrapped, LABELS, max_length=5)([FILM])
-        prompt = ids(wrapped, LABELS.format(FILM))
-        assert batch["input_ids"].tolist() == [[wrapped.bos_token_id, *prompt[-4:]]]
 
     @pytest.mark.parametrize("second", [" unheard", " positive"])
     def test_a_word_of_several_tokens_or_of_another_s(self, plain, second):

@@ -13,27 +13,12 @@ pytestmark = [
     pytest.mark.skipif(not FOLDER.is_dir(), reason="the folder shared/data/commonsense is missing"),
 ]
 
-SIZES = {
-    ("arc_challenge", "train"): 1119,
-    ("arc_challenge", "test"): 820,
-    ("arc_easy", "test"): 1663,
-    ("openbookqa", "validation"): 500,
-    ("openbookqa", "test"): 350,
-    ("boolq", "test"): 2289,
-    ("winogrande_xs", "train"): 160,
-    ("winogrande_xs", "test"): 887,
-    ("piqa", "test"): 1287,
-    ("social_iqa", "test"): 1368,
-    ("mmlu_chemistry", "test"): 212,
-    ("mmlu_physics", "test"): 177,
-    ("sst2", "test"): 610,
-    ("ag_news", "test"): 2100,
-}
+SIZES = {"arc_easy": 1663, "openbookqa": 350, "winogrande_xs": 887, "piqa": 1287, "ag_news": 2100}
 
 
-@pytest.mark.parametrize(("task", "split"), SIZES)
-def test_every_item_is_read(task, split):
-    assert len(read_json_lines(FOLDER / task / f"{split}.jsonl")) == SIZES[task, split]
+@pytest.mark.parametrize("task", SIZES)
+def test_every_item_is_read(task):
+    assert len(read_json_lines(FOLDER / task / "test.jsonl")) == SIZES[task]
 
 
 @pytest.mark.parametrize("task", ["sst2", "ag_news", "boolq"])

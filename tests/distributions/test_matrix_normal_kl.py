@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -15,6 +16,7 @@ from matrix_normal_dense import (
     make,
     normal,
 )
+from pyro.infer import TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
 from pyro_blora.distributions import MatrixNormal
@@ -89,24 +91,42 @@ def test_kl_rejects_other_event_shapes():
         kl_divergence(make(), normal(n=4))
 
 
-def test_the_divergence_from_normals_under_functional_transforms():
-    """Its gradient is written by hand: torch.func takes it as any other, and twice."""
-    torch.manual_seed(0)
-    row, col = (torch.eye(k, dtype=torch.float64) + 0.1 * torch.ones(k, k).tril() for k in (2, 3))
-    loc = torch.randn(4, 2, 3, dtype=torch.float64)
-    prior = dist.Normal(torch.zeros(2, 3).double(), 0.7).to_event(2)
-
-    def kl(loc):
-        return kl_divergence(MatrixNormal(loc, row, col, validate_args=False), prior)
-
-    each = torch.stack([torch.autograd.functional.jacobian(kl, x) for x in loc])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(kl))(loc), each)
-    found = torch.func.jacrev(torch.func.grad(kl))(loc[0]).reshape(6, 6)
-    torch.testing.assert_close(found, torch.eye(6, dtype=torch.float64) / 0.49)
-
-
 def test_of_equal_and_tiny_scales_it_is_zero():
     scale = torch.full((2, 3), 1e-18)
     q = MatrixNormal(torch.zeros(2, 3), 1e-9 * torch.eye(2), 1e-9 * torch.eye(3))
     p = dist.Normal(torch.zeros(2, 3), scale).to_event(2)
     assert kl_divergence(q, p).abs() < 1e-4
+
+
+NUM = 4
+
+
+def prior(expanded):
+    one = torch.ones((), dtype=torch.float64)
+    if expanded == "normal":
+        return dist.Normal(0 * one, one).expand([NUM, M, N]).to_event(2)
+    if expanded == "auto":  # expanded by the plate alone
+        return dist.Normal(0 * one, one).expand([M, N]).to_event(2)
+    eye_m, eye_n = torch.eye(M, dtype=torch.float64), torch.eye(N, dtype=torch.float64)
+    return MatrixNormal(torch.zeros(M, N, dtype=torch.float64), eye_m, eye_n)
+
+
+@pytest.mark.parametrize("expanded", ["normal", "auto", "matrix"])
+@pytest.mark.parametrize("particles", [1, 3])
+def test_mean_field_elbo_uses_the_closed_form(expanded, particles):
+    """With nothing observed the loss is the divergence itself: exact, whatever was drawn."""
+    q = make((NUM,), (NUM,), (NUM,))
+
+    def model():
+        with pyro.plate("layers", NUM):
+            return pyro.sample("V", prior(expanded))
+
+    def guide():
+        with pyro.plate("layers", NUM):
+            return pyro.sample("V", q)
+
+    elbo = TraceMeanField_ELBO(num_particles=particles, vectorize_particles=particles > 1)
+    standard = dist.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double())
+    expected = kl_divergence(dense(q), standard.expand([NUM])).sum().item()
+    assert elbo.loss(model, guide) == pytest.approx(expected, rel=1e-12)
+    assert elbo.loss(model, guide) == elbo.loss(model, guide)

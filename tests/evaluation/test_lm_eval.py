@@ -109,18 +109,6 @@ def test_a_continuation_has_the_mean_probability_over_the_draws(blora, tokenizer
     assert max(abs(a[0] - b) for a, b in zip(answers, of_tokens, strict=True)) > 1e-3
 
 
-def test_a_greedy_continuation_is_known_as_such(blora, tokenizer):
-    """Of all tokens after a context one is greedy; so is what is written with it."""
-    lm = posterior(blora, tokenizer)
-    vocabulary = range(len(tokenizer))
-    requests = [(None, tokenizer("a round")["input_ids"], [token]) for token in vocabulary]
-    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert sum(greedy for _, greedy in answers) == 1
-    scores = torch.tensor([score for score, _ in answers])
-    assert answers[int(scores.argmax())][1]
-    assert float(scores.logsumexp(0)) == pytest.approx(0, abs=1e-5)
-
-
 def test_it_is_the_librarys_own_log_predictive(blora, tokenizer):
     """Of the same draws, for rows padded on the right."""
     samples = {s.name: s.prior.sample((3,)).detach() for s in blora.model.sites}

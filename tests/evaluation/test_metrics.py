@@ -11,7 +11,6 @@ from pyro_blora.evaluation.metrics import (
     CRITERIA,
     auroc,
     confidence_bins,
-    doubts,
     ece_by_chance,
     evaluate,
     fit_temperature,
@@ -166,15 +165,6 @@ def test_risk_at_every_threshold_by_counting():
     assert area == pytest.approx(float(risk.mean()))
     kept = wrong[order.argsort()].double().cumsum(0) / torch.arange(1, 41)
     torch.testing.assert_close(risk, kept)
-
-
-def test_nothing_is_better_than_the_oracle_and_a_constant_says_nothing():
-    p, wrong = random(), torch.arange(60) % 3 == 0
-    oracle = risk_coverage(wrong.float() + torch.linspace(0, 0.5, 60), wrong)[2]
-    assert all(oracle < risk_coverage(doubt, wrong)[2] for doubt in doubts(p).values())
-    coverage, risk, area = risk_coverage(torch.zeros(60), wrong)
-    assert (coverage.tolist(), risk.tolist()) == ([1], pytest.approx([1 / 3]))
-    assert area == pytest.approx(1 / 3)
 
 
 def test_auroc_is_the_share_of_pairs_in_order():

@@ -13,7 +13,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     StoppingCriteria,
-    TextStreamer,
 )
 
 from pyro_blora import guides, likelihoods
@@ -132,28 +131,6 @@ def test_of_beams_each_token_has_the_numbers_of_its_own_row(blora):
     own = -torch.special.xlogy(p, p).sum(-1).mean(0)
     torch.testing.assert_close(found.entropy.double(), total, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(found.mutual_information.double(), total - own, atol=2e-5, rtol=0)
-
-
-def test_sampled_pairs_have_the_probabilities_of_the_average():
-    """All 16 pairs of tokens of a vocabulary of four: chi squared of 15 degrees of freedom."""
-    blora = adapter(tiny.llama(vocab_size=4, pad_token_id=None), width=1.0)
-    ids = torch.tensor([[1, 3, 2]])
-    torch.manual_seed(2)
-    nets = merged(blora, S, {"input_ids": ids})
-    torch.manual_seed(2)
-    count = 4000
-    options = {"do_sample": True, "num_return_sequences": count, "temperature": 0.8}
-    out = blora.generate(ids, num_samples=S, max_new_tokens=2, eos_token_id=None, **options)
-    pairs = out.sequences[:, 3:]
-    observed = torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16).double()
-
-    def average(rows):
-        p = torch.stack([net(rows, use_cache=False).logits[:, -1].softmax(-1) for net in nets])
-        return p.mean(0).pow(1 / 0.8) / p.mean(0).pow(1 / 0.8).sum(-1, keepdim=True)
-
-    second = average(torch.cat([ids.expand(4, -1), torch.arange(4)[:, None]], 1))
-    expected = count * (average(ids)[0][:, None] * second).flatten()
-    assert ((observed - expected) ** 2 / expected).sum() < 37.7  # one in a thousand
 
 
 def test_draws_that_are_alike_generate_as_the_network_itself():
@@ -275,20 +252,6 @@ def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
         torch.testing.assert_close(found.mean_log_prob[row], log_probs.mean(), atol=1e-5, rtol=0)
         assert found.entropy[row, length:].isnan().all()
     assert min(lengths) < max(lengths)
-
-
-class Words:
-    """What a TextStreamer needs of a tokenizer."""
-
-    def decode(self, ids, **options):
-        return "".join(f"{int(i)} " for i in ids)
-
-
-def test_a_streamer_sees_one_row(capsys):
-    blora = adapter()
-    ids = prompts(1)["input_ids"]
-    out = blora.generate(ids, num_samples=S, max_new_tokens=NEW, streamer=TextStreamer(Words()))
-    assert capsys.readouterr().out.split() == [str(i) for i in out.sequences[0].tolist()]
 
 
 def test_a_sequence_abstains_above_the_threshold():

@@ -1,7 +1,7 @@
 """Kills a run at random moments, and goes on with it: ``python kills.py FOLDER KILLS``.
 
-The run is a child of this process, forked again after each kill, since a start takes seconds. Kills
-come at random moments of random steps, every other one while the state is being written. Each step
+The run is a child of this process, forked again after each kill, since a start takes seconds. It
+saves after every other step, so that many a kill comes while the state is being written. Each step
 is told in a file before its state is saved, so that what a kill cost can be counted.
 """
 
@@ -33,11 +33,10 @@ def train(folder, num_steps, told=None, **options):
             with told.open("ab") as file:
                 file.write(b"%d\n" % step)
 
-    rows = tiny.examples(10)
     # rates that do not follow from the number of steps
     options |= {"warmup": 0.0, "decay": "constant", "callback": tell, "batch_size": 4}
-    options |= {"precision": "float32"}
-    fit(blora, rows, collate=tiny.collate, num_steps=num_steps, progress=False, **options)
+    options |= {"collate": tiny.collate, "precision": "float32", "progress": False}
+    fit(blora, tiny.examples(10), num_steps=num_steps, **options)
     return {name: tensor.clone() for name, tensor in blora.state_dict().items()}
 
 
@@ -45,49 +44,32 @@ def steps_in(path):
     return len(json.loads(read_tensors(path)[0]["training"])["history"]) if path.exists() else 0
 
 
-def forked(work):
-    """The number of a child that does the work."""
-    child = os.fork()
-    if child:
-        return child
-    work()
-    os._exit(0)
-
-
 def main(folder, kills, num_steps=10_000):
     """Prints as JSON how many of the kills left a state that reads, and what they cost."""
     state, told = folder / "run" / STATE, folder / "told"
     folder.mkdir(parents=True, exist_ok=True)
     options = {"checkpoint_dir": folder / "run", "save_every": SAVE_EVERY, "resume": True}
-
-    def writing():
-        return len(list(state.parent.glob(f".{STATE}.*")))
-
-    moment, survived, lost, cut = random.Random(), 0, 0, 0
-    for number in range(kills):
+    moment, lost = random.Random(), []
+    for _ in range(kills):
         saved = steps_in(state)
         told.write_bytes(b"")
-        child = forked(lambda: train(folder, num_steps, told, **options))
+        child = os.fork()
+        if not child:
+            train(folder, num_steps, told, **options)
+            os._exit(0)
         begun, wanted = time.perf_counter(), moment.randint(1, 2 * SAVE_EVERY)
         while (count := len(told.read_bytes().split())) < wanted:
             time.sleep(0.002)
-        if number % 2:  # within a step
-            time.sleep(moment.random() * (time.perf_counter() - begun) / count)
-        else:  # while it writes, if that can be caught
-            while not writing() and len(told.read_bytes().split()) < wanted + 4 * SAVE_EVERY:
-                pass
+        time.sleep(moment.random() * (time.perf_counter() - begun) / count)
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         steps = [int(line) for line in told.read_bytes().split()]
         assert steps[0] == saved + 1  # went on from what was saved
-        now = steps_in(state)
-        survived += now >= saved
-        lost = max(lost, steps[-1] - now)
-        cut += writing()
-    whole = train(folder, now + 7)
-    report = {"kills": kills, "survived": survived, "most steps lost": lost, "while writing": cut}
-    report["same bits"] = tiny.equal(train(folder, now + 7, **options), whole)
-    print(json.dumps(report | {"steps": now + 7}))
+        lost.append(steps[-1] - steps_in(state))
+    last = steps_in(state) + 7
+    whole = train(folder, last)
+    same = tiny.equal(train(folder, last, **options), whole)
+    print(json.dumps({"steps lost": lost, "same bits": same}))
 
 
 if __name__ == "__main__":

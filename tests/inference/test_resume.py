@@ -293,6 +293,6 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_save(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills"] == report["survived"] == 6, report
-    assert report["most steps lost"] <= kills.SAVE_EVERY
+    assert len(report["steps lost"]) == 6
+    assert max(report["steps lost"]) <= kills.SAVE_EVERY
     assert report["same bits"]

@@ -18,7 +18,6 @@ from pyro.optim import ClippedAdam
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import MeanField
-from pyro_blora.inference import fit
 from pyro_blora.models import KroneckerInducing
 
 AUTOGUIDES = [AutoNormal, AutoLowRankMultivariateNormal, AutoDelta]
@@ -91,32 +90,12 @@ def test_latents_are_not_per_particle(kind):
     assert largest <= latents * rank
 
 
-@pytest.mark.parametrize("kind", AUTOGUIDES)
-def test_fit(kind):
-    blora = tiny.adapted(guide=kind, num_data=10)
-    rows = tiny.examples(10)
-    rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
-    options = {"num_steps": 30, "batch_size": 10, "elbo": Trace_ELBO, "progress": False}
-    nlls = [
-        h["nll"]
-        for h in fit(blora, rows, collate=tiny.collate, **options, learning_rates=rates).history
-    ]
-    assert sum(nlls[-5:]) < 0.9 * sum(nlls[:5])
-    assert blora.predict(tiny.collate(rows), 3).samples.shape == (3, 10, 3)
-
-
 @pytest.mark.parametrize("num_samples", [0, 4])
 def test_an_autoguide_that_never_saw_labels(num_samples):
     blora, batch = tiny.adapted(guide=AutoNormal), tiny.sequences()
     del batch["labels"]
     with pytest.raises(ConfigurationError, match=r"AutoNormal reads the model.*needs labels"):
         blora.predict(batch, num_samples)
-
-
-def test_any_callable_makes_a_guide():
-    blora = tiny.adapted(guide=lambda model: AutoLowRankMultivariateNormal(model, rank=3))
-    blora.guide(tiny.sequences())
-    assert blora.guide.cov_factor.shape[-1] == 3
 
 
 @pytest.mark.parametrize(
@@ -158,14 +137,6 @@ def test_condition_on_the_prior_mean_gives_the_pretrained_network():
     zero = {f"{g.name}.V": torch.zeros(g.n, 2, 2) for g in blora.model.groups}
     trace = pyro.poutine.trace(pyro.condition(blora.model, data=zero)).get_trace(batch)
     torch.testing.assert_close(trace.nodes["labels"]["fn"].logits, expected)
-
-
-def test_render_model():
-    pytest.importorskip("graphviz")
-    blora, batch = tiny.adapted(), tiny.sequences()
-    source = pyro.render_model(blora.model, model_args=(batch,)).source
-    assert '"q_proj.V" -> labels' in source
-    assert '"cluster_q_proj.layers"' in source
 
 
 def test_autolaplace_is_a_point_until_it_is_finished():

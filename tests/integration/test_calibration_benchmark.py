@@ -124,18 +124,6 @@ def test_early_stopping_sees_validation_items_alone(run, config, tmp_path, monke
     assert not {item.question for item in task.validation} & {item.question for item in task.test}
 
 
-def test_the_large_models_file_extends_the_small_ones_and_its_rows_are_whole(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from calibration import cells_of, read_settings
-
-    settings = read_settings(ROOT / "benchmarks" / "calibration_7b.yaml", None, False)
-    assert {cell.steps for cell in cells_of(settings, None)} == {5000}
-    assert "bayesian-lora" in settings["methods"]
-    for rows in settings["published"].values():
-        for row in rows.values():
-            assert [len(text.split()) for text in row] == [3] * 6
-
-
 def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from calibration_report import paired

@@ -13,7 +13,7 @@ from pyro_blora.errors import BatchError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.network.shortcuts import frozen_blocks, window_of
+from pyro_blora.network.shortcuts import frozen_blocks
 
 TOKENS = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
 CLASSES = SequenceClassification(num_data=12)
@@ -239,7 +239,6 @@ class Plain(torch.nn.Module):
         return SimpleNamespace(logits=self.head(hidden.mean(1)))
 
 
-@pytest.mark.filterwarnings("ignore:.* does not give the same logits")
 @pytest.mark.parametrize("trained", [None, ["embed"]])
 def test_a_network_that_cannot_be_asked_runs_plainly(trained):
     options = {"target_modules": ["blocks.2.0"], "modules_to_save": trained}
@@ -393,14 +392,6 @@ def test_options_under_a_window_score_as_they_do_by_themselves(name, pack, windo
         assert rows[-1] == (2 if window == 32 else 6)
     wider = by_hand(local(name, 32), OPTIONS)
     assert (wider - expected).abs().max() > 0.01 or window > 8
-
-
-def test_attention_to_the_top_few_is_a_window_too():
-    """Of sparse attention, whose choice a mask of one's own would not have."""
-    net = tiny.llama()
-    assert window_of(net) is None
-    net.config.index_topk = 8
-    assert window_of(net) == 8
 
 
 PADDED = {

@@ -17,7 +17,7 @@ from pyro_blora.guides import Amortized, Ensemble, Flow, Laplace, LayerCoupled, 
 from pyro_blora.guides.flow import FLOWS, make_chain
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 from pyro_blora.methods import METHODS
-from pyro_blora.models import GaussianFactors, KernelInducing
+from pyro_blora.models import KernelInducing
 
 
 def site(n=3, event=(2, 2)):
@@ -106,11 +106,6 @@ def test_no_member_of_an_ensemble_keeps_to_its_places():
     draws = [q.distribution().expand((8, 3)).rsample() for _ in range(4)]
     seen = [next(k for k in range(4) if torch.equal(d[0], q.points[k])) for d in draws]
     assert sorted(seen) == [0, 1, 2, 3]
-
-
-def test_alpha_is_what_it_is_told():
-    with pytest.raises(ConfigurationError, match="alpha=0"):
-        GaussianFactors(alpha=0.0)
 
 
 def test_kernel_priors_reach_most_neurons():
