@@ -23,8 +23,7 @@ class Item:
 
     Example::
 
-        >>> item = Item("sky", "What colour is a clear sky?", ("green", "blue"), 1)
-        >>> item.answer
+        >>> Item("sky", "What colour is a clear sky?", ("green", "blue"), 1).answer
         'blue'
     """
 
@@ -80,19 +79,6 @@ def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list
         path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
         labelled: whether every item must have a label and an id; in a pool to be labelled one
             without a label is given 0, which nobody reads, and one without an id its line.
-
-    Returns:
-        The items, in file order; never empty.
-
-    Example::
-
-        >>> import tempfile
-        >>> line = '{"id": "a", "question": "2 + 2?", "choices": ["3", "4"], "label": 1}\n'
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "test.jsonl"
-        ...     _ = file.write_text(line, encoding="utf-8")
-        ...     read_json_lines(file)[0].answer
-        '4'
     """
     path = Path(path)
     if not path.is_file():
@@ -142,12 +128,6 @@ class Template:
         label_words: for ``"labels"`` only, one word a class, with its leading space.
         twins: whether items of the same choices are nearly one question, whose answers tell each
             other, as in WinoGrande: no split comes between them. Default: no.
-
-    Example::
-
-        >>> template = Template("Question: {q}\nAnswer:", "options")
-        >>> template.format(Item("a", "2 + 2?", ("3", "4"), 1))
-        'Question: 2 + 2?\nAnswer:'
     """
 
     prompt: str
@@ -185,16 +165,5 @@ _TEMPLATES = {
 
 
 def template_for(task: str) -> Template:
-    """The template of a task: label words for ``sst2``, ``ag_news`` and ``boolq``, else options.
-
-    Args:
-        task: the name of a task, known or not.
-
-    Example::
-
-        >>> template_for("boolq").label_words
-        (' no', ' yes')
-        >>> template_for("arc_easy").scoring
-        'options'
-    """
+    """The template of a task: label words for ``sst2``, ``ag_news`` and ``boolq``, else options."""
     return _TEMPLATES.get(task, QUESTION)

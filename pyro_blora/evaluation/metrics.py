@@ -115,11 +115,6 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         J. Broecker, L. A. Smith (2007), "Increasing the Reliability of Reliability Diagrams";
         R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
         arXiv:2012.08668.
-
-    Example::
-
-        >>> round(ece_by_chance(torch.full((300, 2), 0.5)), 2)
-        0.02
     """
     check_probabilities(probs, name="probs")
     confidence = probs.detach().float().cpu().amax(-1)
@@ -195,11 +190,6 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     Args:
         inside: scores of the known distribution, ``(n,)``, such as mutual information in nats.
         outside: scores of the other one, ``(m,)``.
-
-    Example::
-
-        >>> round(auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.15, 0.3, 0.4])), 3)
-        0.833
     """
     truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     scores = torch.cat([inside, outside])

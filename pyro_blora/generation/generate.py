@@ -76,12 +76,6 @@ class Generation(ModelOutput):
         A. Malinin and M. Gales (2021), "Uncertainty Estimation in Autoregressive Structured
         Prediction", arXiv:2002.07650: the average of each token's distributions ("products of
         expectations"), and scores divided by the length.
-
-    Example::
-
-        out = blora.generate(**tokenizer("Copper", return_tensors="pt"), max_new_tokens=5)
-        out.sequences.shape, out.mutual_information.shape, out.epistemic.shape
-        # (1, 1 + 5), (1, 5), (1,)
     """
 
     sequences: Tensor

@@ -81,7 +81,8 @@ def test_a_data_set_is_predicted_on_the_adapter_s_own_device(monkeypatch):
     monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: asked.append(kind))
     blora, rows = tiny.adapted(), tiny.examples()
     monkeypatch.setattr(type(blora), "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr("pyro_blora.posterior.prediction.to_device", lambda batch, _: batch)
+    for place in ("posterior.prediction", "bayesian_lora"):
+        monkeypatch.setattr(f"pyro_blora.{place}.to_device", lambda batch, _: batch)
     for found, labels in (
         blora.predict_dataset(rows, tiny.collate, 2),
         predict_dataset(blora.predict, rows, tiny.collate),
