@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from pyro_blora.guides import SiteGuide
     from pyro_blora.models import UpdateModel
 
-__all__ = [
-    "BEST",
-    "METHODS",
-    "SHOWN",
-    "Method",
-    "all_methods",
-    "check_method",
-    "get_method",
-    "method_of",
-    "trained_for",
-]
-
 _RATES = {
     "mean": 5e-2,  # of the guide, in units of a whitened core
     "scale": 2e-2,  # of the guide and of the prior: a step of their logarithm
@@ -331,8 +319,7 @@ def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:
     if last not in found:
         raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(last, found)}.")
     parameters = inspect.signature(found[last]).parameters.values()
-    bare = [p.name for p in parameters if p.default is p.empty and p.name != "rank"]
-    if bare:
+    if bare := [p.name for p in parameters if p.default is p.empty and p.name != "rank"]:
         raise ConfigurationError(
             f"{kind} {name!r} has arguments without a default, {', '.join(bare)}; give them one."
         )

@@ -187,12 +187,11 @@ def fit(
     if validation is not None:
 
         def validate() -> float:
-            """The mean negative log predictive of the validation set; it draws apart."""
-            parts = []
+            """The mean negative log predictive of the validation set."""
+            batches = batches_of(validation, collate, length, 2 * batch_size)
             with draws_apart(blora.guide, device), torch.no_grad():
-                for batch in batches_of(validation, collate, length, 2 * batch_size):
-                    batch = to_device(batch, device)
-                    parts.append(log_predictive(blora.model, blora.guide, batch, 0))
+                moved = (to_device(batch, device) for batch in batches)
+                parts = [log_predictive(blora.model, blora.guide, batch, 0) for batch in moved]
             return -float(torch.cat(parts).mean())
 
     for family in post_hoc_families(blora).values():
@@ -242,7 +241,7 @@ def _steps(
 
 
 def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> None:
-    """Of a size of the data that is not the likelihood's: the KL would have another weight."""
+    """Of a size of the data that is not the likelihood's."""
     told = blora.likelihood.num_data
     if told and not isinstance(train, DataLoader) and len(train) != told:
         warnings.warn(
@@ -272,11 +271,7 @@ def given_rates(
 def rates_by_group(
     blora: BayesianLoRA, given: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """The two arguments that :func:`parameter_groups` takes beside a module.
-
-    They are the method's; with a prior for each group and no method of its own, that of the group's
-    prior. Rates that are given win over both.
-    """
+    """The rates that :func:`parameter_groups` takes: the method's, or of the group's own prior."""
     usual, rates = METHODS["bayesian-lora"].learning_rates, {}
     for group in blora.model.groups:
         prior = getattr(blora.model, group.name)
@@ -289,9 +284,7 @@ def rates_by_group(
 def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
     """What an optimizer of Pyro asks for the rate of a parameter: the method's, by its role.
 
-    Example::
-
-        svi = SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)``
     """
 
     def of(name: str) -> dict[str, float]:
@@ -314,14 +307,10 @@ def parameter_groups(
     """AdamW's parameter groups: means, scales, directions and heads, each with its rate.
 
     Args:
-        module: a model, a guide or both; its parts declare ``roles``. A parameter of no declared
-            role (an AutoGuide's) is a scale if its name says so, and a mean otherwise.
+        module: a model, a guide or both. A parameter without a declared role (an AutoGuide's) is a
+            scale if its name says so, and a mean otherwise.
         rates: learning rates by role.
-        by_group: those of the prior and the guide of a group of layers, by its name, where they
-            are others.
-
-    Returns:
-        One group for each role that occurs, or for each rate of it.
+        by_group: other rates by role, by the name of a group of layers.
     """
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
     for path, parameter in module.named_parameters():

@@ -51,8 +51,8 @@ class MultipleChoice(Likelihood):
     score counts as absent: its probability is zero.
 
     Raises:
-        BatchError: the tensors' shapes disagree, a row's first token is to be scored, a row is
-            padded on the left, or, on a CPU, the label of an item is an absent option.
+        BatchError: the tensors' shapes disagree, a row's first token is to be scored, or a row is
+            padded on the left.
         ConfigurationError: the updates have marginal noise, and the rows cannot be packed (see
             :class:`~pyro_blora.models.KroneckerInducing`).
 
@@ -132,16 +132,6 @@ class MultipleChoice(Likelihood):
         if len(set(shapes.values())) > 1:
             raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
         return count
-
-    def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """Also refuses a label whose option is absent, which has probability zero."""
-        super().check_labels(labels, logits)
-        if not labels.is_cpu:
-            return
-        if bool(logits.detach().gather(-1, labels.unsqueeze(-1)).isneginf().any()):
-            raise BatchError(
-                "The label of an item names an option with no token to score; check option_mask."
-            )
 
 
 def _apart(batch: Batch) -> list[bool]:

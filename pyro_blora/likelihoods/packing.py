@@ -34,8 +34,7 @@ class Scored:
 def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[int, int, int]:
     """Most kept and most scored tokens of a row, and how many are scored in all.
 
-    The one look that a step takes at the data of a batch, for which a device has to be waited for;
-    what no later line would notice is checked by it.
+    A device is waited for once in a step, here; so this also checks what no later line would see.
     """
     real = batch["attention_mask"].bool()
     unpredicted = batch["option_mask"][..., 0].any()
@@ -75,11 +74,7 @@ def unpacked(batch: Mapping[str, Tensor]) -> Scored:
 def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     """One row for each item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
 
-    Args:
-        batch: ``input_ids``, ``attention_mask`` and ``option_mask`` of shape ``B x K x T``, right
-            padded.
-        additive: whether the network wants its mask as numbers to add to the attention scores
-            (``attn_implementation="eager"``) rather than as booleans.
+    ``additive``: the mask is numbers to add to the attention scores, as eager attention wants it.
     """
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     scored = batch["option_mask"].bool()
@@ -129,13 +124,7 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
 def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = None) -> Scored:
     """The batch's rows, packed where it changes nothing.
 
-    A mask of one's own takes the place of a window's or a chunk's, and some windows count places
-    in the row: rows longer than one that the network declares are not packed. The network is asked
-    whether it supports ``packing``, unless that is told.
-
-    Raises:
-        ConfigurationError: the rows are not packed, and the noise of the updates is drawn at each
-            position by itself: options would not share that of their question.
+    The packed mask takes the place of a window's, so rows longer than a window are not packed.
     """
     if supports_packing(net) if packing is None else packing:
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
@@ -144,25 +133,21 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
     updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
     if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
-            "noise='marginal' is drawn at each position by itself, so the options of an item share "
-            "that of their question only in packed rows, and these are not packed (pack=False, a "
-            "network that does not support it, or a window of attention shorter than the rows); "
-            "use a prior with noise='joint' or conditional='deterministic'."
+            "noise='marginal' needs packed rows, in which options share their question's noise; "
+            "these are not packed (pack=False, or the network cannot). Use a prior with "
+            "noise='joint' or conditional='deterministic'."
         )
     return unpacked(batch)
 
 
 def supports_packing(net: nn.Module) -> bool:
-    """Whether packed and unpacked rows give this network the same logits.
-
-    The question is one of four tokens with two options; so short a one sees no window, for which
-    see :func:`in_rows`.
-    """
+    """Whether packed and unpacked rows give this network the same logits."""
     packs = partial(_packs, net)
     return shortcuts_of(net).verified(net, "options packed behind one question", packs)
 
 
 def _packs(net: nn.Module) -> bool:
+    """Whether a question of four tokens with two options packs."""
     ids = few_tokens(net, 1)
     ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
     scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
