@@ -34,14 +34,11 @@ def trainer(folder, blora=None, *, collate=tiny.collate, rows=ROWS, evaluate=Non
     return BayesianLoRATrainer(blora, arguments, **data, **own)
 
 
-def test_the_loss_falls_and_its_parts_are_logged(tmp_path):
-    torch.manual_seed(0)
+def test_the_parts_of_the_loss_are_logged_and_rates_are_taken(tmp_path):
     rates = {"mean": 0.1, "scale": 0.05}
-    run = trainer(tmp_path, max_steps=200, learning_rates=rates)
+    run = trainer(tmp_path, learning_rates=rates)
     run.train()
     history = [entry for entry in run.state.log_history if "loss" in entry]
-    nlls = [entry["nll"] for entry in history]
-    assert sum(nlls[-20:]) < 0.9 * sum(nlls[:20])
     for entry in history:
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
@@ -168,8 +165,9 @@ def test_free_text(tmp_path):
     texts = tiny.texts(6)
     rows = [{key: value[i] for key, value in texts.items()} for i in range(6)]
     blora = tiny.adapted(likelihood=CausalLM(num_data=6))
-    options = {"collate": default_collate, "evaluate": rows, "eval_samples": 0}
-    run = trainer(tmp_path, blora, rows=rows, **options)
+    run = trainer(
+        tmp_path, blora, rows=rows, collate=default_collate, evaluate=rows, eval_samples=0
+    )
     run.train()
     expected = -float(blora.log_predictive(texts, 0).mean())
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
