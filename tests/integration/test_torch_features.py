@@ -75,17 +75,6 @@ def test_compiles_without_a_graph_break(particles):
 
 # Dynamo looks at the .grad of every tensor that it finds on a module, the factors included
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_in_place_it_trains():
-    net, batch = tiny.llama(), tiny.sequences()
-    blora = tiny.adapted(net)
-    expected = gradients(blora, batch)
-    torch._dynamo.reset()
-    net.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    assert_near(gradients(blora, batch), expected, atol=1e-5, rtol=1e-4)
-    torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("own_forward", [False, True])
 def test_blocks_compiled_one_by_one_train(own_forward):
     """Blocks of one class share a graph, and one of a block without adapters adds no update."""
