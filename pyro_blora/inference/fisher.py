@@ -169,7 +169,7 @@ def _of_unit_size(Z: Tensor) -> Tensor:
 def _by_example(x: Tensor, count: int) -> Tensor:
     if x[..., 0].numel() % count:
         raise ConfigurationError(
-            f"A layer is given {tuple(x.shape)} for {count} examples, which cannot be told apart "
-            "(a router's, perhaps). Take another prior."
+            f"A layer must be given rows of {count} examples, got {tuple(x.shape)} (a router's, "
+            "perhaps); take another prior."
         )
     return x.reshape(count, -1, x.shape[-1]).to(torch.get_default_dtype())

@@ -57,10 +57,11 @@ def logits_at(
     token_ids: Tensor | None = None,
     count: int | None = None,
 ) -> Tensor:
-    """The network's logits at some positions of each row, ``(R, S)``, of which ``count`` are real.
+    """The logits of a language model at some positions of each row, ``(count, C)``.
 
-    ``(count, C)`` in at least single precision: the real positions, of ``mask``, in row-major
-    order. ``token_ids`` are the ``C`` vocabulary entries to return; default all.
+    ``inputs`` are its arguments, ``R`` rows, ``positions`` are ``(R, S)``, and ``mask`` tells the
+    real ones, which are returned in row-major order; ``count`` is how many they are, lest a device
+    is asked. ``token_ids`` are the ``C`` vocabulary entries to return; default all.
     """
     head = output_head(net)
     adapter = adapter_of(head)

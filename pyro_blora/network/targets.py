@@ -164,8 +164,11 @@ def find_targets(
         wanted = set(layers_to_transform)
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
         chosen = [name for name, block in blocks.items() if block and int(block[1]) in wanted]
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
     if chosen:
-        _warn_of_unmatched(target_modules, linear)
+        idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
+        if idle and names is target_modules:  # a slip of the pen more often than not
+            warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=3)
         return {name: linear[name] for name in chosen}
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
@@ -173,19 +176,9 @@ def find_targets(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
             f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
-    asked, hint = target_modules, ""
-    if isinstance(asked, str):
-        asked = [asked]
-        hint = " A text is a regular expression of whole names; endings go in a list."
-    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}{hint}")
-
-
-def _warn_of_unmatched(asked: str | Sequence[str], linear: Iterable[str]) -> None:
-    """Of one of several names that matches nothing."""
-    names = [] if isinstance(asked, str) else asked
-    idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
-    if idle:
-        warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=4)
+    text = " A text is a regular expression of whole names; endings go in a list."
+    hint = "" if names is target_modules else text
+    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(names, linear)}{hint}")
 
 
 def _nothing(asked: Sequence[str], linear: Iterable[str]) -> str:
