@@ -147,8 +147,9 @@ class _Sketch:
     def factors(self) -> tuple[Tensor, Tensor]:
         """``Z_r`` (m_r x d_out) and ``Z_c``: eigenvectors, as long as their eigenvalues' roots."""
         sides = zip(self.products, self.random, self.ranks, strict=True)
-        rows, columns = (_top(product, random)[:, :m].mT for product, random, m in sides)
-        return _of_unit_size(rows), _of_unit_size(columns)
+        factors = (_top(product, random)[:, :m].mT for product, random, m in sides)
+        rows, columns = (Z / Z.square().sum(-1).mean().sqrt() for Z in factors)
+        return rows, columns
 
 
 def _top(product: Tensor, random: Tensor) -> Tensor:
@@ -159,11 +160,6 @@ def _top(product: Tensor, random: Tensor) -> Tensor:
     inverse = values.clamp_min(least).rsqrt() * (values > least)  # what is rounding counts as none
     left, lengths, _ = torch.linalg.svd(Y @ vectors * inverse, full_matrices=False)
     return (left * lengths).to(product.dtype)
-
-
-def _of_unit_size(Z: Tensor) -> Tensor:
-    """The mean square of the lengths is one."""
-    return Z / Z.square().sum(-1).mean().sqrt()
 
 
 def _by_example(x: Tensor, count: int) -> Tensor:

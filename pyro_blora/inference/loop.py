@@ -72,10 +72,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
 
 
 def batches_of(
-    data: Sequence[Any] | DataLoader[Any],
-    collate: Collate | None,
-    length: Callable[[Any], int] | None,
-    size: int,
+    data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
 ) -> Iterator[Batch]:
     """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
     if isinstance(data, DataLoader):
