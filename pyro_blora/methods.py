@@ -241,19 +241,11 @@ def get_method(name: str) -> Method:
         return known[name]
     if "+" in name:
         left, _, right = name.partition("+")
-        prior, guide = _class(left, "prior"), _class(right, "guide")
-        return replace(
-            method_of(prior, guide),
-            name=name,
-            prior=left,
-            guide=right,
-            citation="",
-            summary=f"{left} with {right}",
-            prior_options={},
-            guide_options={},
-            scale="learned",
-            num_samples=0 if right.rpartition(":")[2] == "Delta" else None,
-        )
+        usual = method_of(_class(left, "prior"), _class(right, "guide"))
+        pair = Method(name, left, right, citation="", summary=f"{left} with {right}")
+        num_samples = 0 if right.rpartition(":")[2] == "Delta" else None
+        kept = {each: getattr(usual, each) for each in ("rank", "learning_rates", "linearised")}
+        return replace(pair, scale="learned", num_samples=num_samples, **kept)
     if name in SHOWN:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({SHOWN[name][0]}); `pyro-blora compare` has it."
@@ -265,10 +257,9 @@ def get_method(name: str) -> Method:
 
 
 def method_of(prior: Any, guide: Any = None) -> Method:
-    """The method of these classes, or of what they inherit; the default's where none has the prior.
+    """The method of these classes, or of what they inherit; else the default's.
 
-    Without a guide, or with one that no method has beside this prior, it is the prior's first
-    method that is no point estimate.
+    Where none has this guide, it is the prior's first method that is no point estimate.
     """
 
     def names(made: Any, ours: str) -> list[str]:

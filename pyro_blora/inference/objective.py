@@ -37,8 +37,7 @@ class Objective:
             raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
         if not kl_weight > 0:
             raise ConfigurationError(f"kl_weight={kl_weight} must be positive.")
-        laws = _laws(blora.guide)
-        points = [law for law in laws if isinstance(law, Delta | Members)]
+        points = [law for law in _laws(blora.guide) if isinstance(law, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:
@@ -56,10 +55,9 @@ class Objective:
             )
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.kl_weight = kl_weight
-        self._analytic = False
-        if analytic and not points:  # -log p of a point may be negative
-            with pyro.validation_enabled(False):  # the first step explains what is not finite
-                self._analytic = analytic_kl(blora.guide, blora.model) is not None
+        with pyro.validation_enabled(False):  # the first step explains what is not finite
+            exact = analytic and not points  # -log p of a point may be negative
+            self._analytic = exact and analytic_kl(blora.guide, blora.model) is not None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.

@@ -1,8 +1,7 @@
 """Logits at the positions that are read, and at no others.
 
-The output head of a language model is a large part of its cost, and a likelihood reads few of its
-rows. The network's own forward is run, so scalings and soft-caps after the head stay in place;
-only what enters the head is narrowed.
+The network's own forward is run, so scalings and soft-caps after the head stay in place; only what
+enters the head, a large part of the cost, is narrowed.
 """
 
 import inspect

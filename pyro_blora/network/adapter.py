@@ -1,8 +1,7 @@
 """What is done to the network while it is adapted, all of which is undone afterwards.
 
-The network is not rebuilt: each adapted layer gets a forward hook, so its parameters, its name, its
-class (quantised or not) and its ties stay what they were, and taking the hook off gives the
-network back exactly. Heads may be trained whole, as points: PEFT's ``modules_to_save``.
+Each adapted layer gets a forward hook, so its parameters, name, class and ties stay what they were.
+Heads may be trained whole, as points: PEFT's ``modules_to_save``.
 """
 
 import warnings

@@ -1,8 +1,6 @@
 """Shortcuts that give the network's own logits, and how the network is asked whether they do.
 
-No declaration tells whether an architecture honors a mask of its own, or reads more of a block than
-what it puts out. So a shortcut is tried on a few tokens against the plain path, once for each
-adapter; where the logits differ the plain path is taken.
+A shortcut is tried on a few tokens against the plain path, once for each adapter.
 """
 
 import re

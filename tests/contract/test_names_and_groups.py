@@ -84,6 +84,7 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
         ("prior", {"q_prj": Subspace(), ".*": Subspace()}, r"'q_prj' matches no.*mean 'q_proj'"),
         ("prior", {"q_proj": Subspace(rank=2)}, r"no key of \['q_proj'\].*'v_proj'.*'\.\*'"),
         ("prior", {}, "group 'q_proj'"),
+        ("prior", {".*": KroneckerInducing(rank=9)}, r"rank=9.*'v_proj'.*8 x 16.*at most 8"),
         ("prior", {"q_proj": Subspace, ".*": Subspace(rank=2)}, "not the class"),
         ("guide", {"proj": Delta()}, "'proj' matches no group"),
         ("guide", {"v_proj": Delta()}, "group 'q_proj'"),
@@ -92,10 +93,11 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
         ("guide", {"q.*": Laplace(), ".*": Isotropic()}, r"Isotropic\(\) and Laplace\(\) both"),
     ],
 )
-def test_what_matches_no_group(option, given, told):
+def test_what_is_refused_leaves_the_network_alone(option, given, told):
     net = tiny.llama()
     with pytest.raises(ConfigurationError, match=told):
         tiny.adapted(net, **{option: given})
+    assert all(parameter.requires_grad for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
 
 

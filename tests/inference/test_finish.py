@@ -41,10 +41,8 @@ class Logistic:
         self.rows = [{"x": torch.randn(5), "label": torch.tensor(i % 4)} for i in range(examples)]
 
     def collate(self, rows):
-        return {
-            "x": torch.stack([row["x"] for row in rows]),
-            "labels": torch.stack([row["label"] for row in rows]),
-        }
+        both = torch.utils.data.default_collate(rows)
+        return {"x": both["x"], "labels": both["label"]}
 
     def gauss_newton(self):
         """Dense ``sum_b J_b^T Lambda_b J_b`` over row-major ``vec V``."""

@@ -224,21 +224,11 @@ def test_log_predictive_is_that_of_the_mean_probability(likelihood, batch, num_s
     torch.testing.assert_close(found, expected)
 
 
-def test_log_predictive_of_sequences():
-    """Of the whole sequence: the mean over draws is taken of products over tokens."""
-    blora, batch = moved(likelihood=CausalLM(num_data=4)), tiny.texts()
-    with blora.posterior(0) as net, torch.no_grad():
-        count = (batch["labels"] != -100).sum()
-        expected = -net(**batch).loss * count
-    torch.testing.assert_close(blora.log_predictive(batch, 0).sum(), expected)
-    assert blora.log_predictive(batch, 7).shape == (4,)
-    with pytest.raises(BatchError, match="no labels"):
-        blora.log_predictive({key: batch[key] for key in blora.likelihood.keys})
-
-
 def test_what_cannot_be_predicted():
     with pytest.raises(ConfigurationError, match="num_samples=-1 must be 0"):
         tiny.adapted().predict(tiny.sequences(), -1)
     blora = tiny.adapted(likelihood=CausalLM(num_data=4))
     with pytest.raises(ConfigurationError, match="CausalLM has none; use log_predictive"):
         blora.predict(tiny.texts())
+    with pytest.raises(BatchError, match="no labels"):
+        blora.log_predictive({key: tiny.texts()[key] for key in blora.likelihood.keys})

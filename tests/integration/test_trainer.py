@@ -58,12 +58,9 @@ def test_it_informs_a_prior_that_asks_for_it_once(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
-    run = trainer(
-        tmp_path,
-        tiny.adapted(guide=guides.Delta()),
-        per_device_train_batch_size=len(ROWS) // accumulate,
-        gradient_accumulation_steps=accumulate,
-    )
+    sizes = {"per_device_train_batch_size": len(ROWS) // accumulate}
+    sizes["gradient_accumulation_steps"] = accumulate
+    run = trainer(tmp_path, tiny.adapted(guide=guides.Delta()), **sizes)
     run.train()
     found = tiny.trained(run.blora)
     pyro.set_rng_seed(0)
@@ -143,18 +140,10 @@ def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
 
 def test_it_ends_with_the_best_evaluation(tmp_path):
     torch.manual_seed(0)
-    run = trainer(
-        tmp_path,
-        evaluate=tiny.examples(10, seed=5),
-        eval_samples=0,
-        learning_rates={"mean": 10.0},  # to get worse
-        max_steps=6,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-    )
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    each |= {"max_steps": 6, "load_best_model_at_end": True, "evaluate": tiny.examples(10, seed=5)}
+    worse = {"mean": 10.0}
+    run = trainer(tmp_path, eval_samples=0, learning_rates=worse, **each)
     run.train()
     losses = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
     assert min(losses) < losses[-1]
