@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from pyro_blora.guides import SiteGuide
     from pyro_blora.models import UpdateModel
 
-__all__ = [
-    "BEST",
-    "METHODS",
-    "SHOWN",
-    "Method",
-    "all_methods",
-    "check_method",
-    "get_method",
-    "method_of",
-    "trained_for",
-]
-
 _RATES = {
     "mean": 5e-2,  # of the guide, in units of a whitened core
     "scale": 2e-2,  # of the guide and of the prior: a step of their logarithm
@@ -253,19 +241,11 @@ def get_method(name: str) -> Method:
         return known[name]
     if "+" in name:
         left, _, right = name.partition("+")
-        prior, guide = _class(left, "prior"), _class(right, "guide")
-        return replace(
-            method_of(prior, guide),
-            name=name,
-            prior=left,
-            guide=right,
-            citation="",
-            summary=f"{left} with {right}",
-            prior_options={},
-            guide_options={},
-            scale="learned",
-            num_samples=0 if right.rpartition(":")[2] == "Delta" else None,
-        )
+        usual = method_of(_class(left, "prior"), _class(right, "guide"))
+        pair = Method(name, left, right, citation="", summary=f"{left} with {right}")
+        num_samples = 0 if right.rpartition(":")[2] == "Delta" else None
+        kept = {each: getattr(usual, each) for each in ("rank", "learning_rates", "linearised")}
+        return replace(pair, scale="learned", num_samples=num_samples, **kept)
     if name in SHOWN:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({SHOWN[name][0]}); `pyro-blora compare` has it."
@@ -277,10 +257,9 @@ def get_method(name: str) -> Method:
 
 
 def method_of(prior: Any, guide: Any = None) -> Method:
-    """The method of these classes, or of what they inherit; the default's where none has the prior.
+    """The method of these classes, or of what they inherit; else the default's.
 
-    Without a guide, or with one that no method has beside this prior, it is the prior's first
-    method that is no point estimate.
+    Where none has this guide, it is the prior's first method that is no point estimate.
     """
 
     def names(made: Any, ours: str) -> list[str]:
@@ -331,8 +310,7 @@ def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:
     if last not in found:
         raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(last, found)}.")
     parameters = inspect.signature(found[last]).parameters.values()
-    bare = [p.name for p in parameters if p.default is p.empty and p.name != "rank"]
-    if bare:
+    if bare := [p.name for p in parameters if p.default is p.empty and p.name != "rank"]:
         raise ConfigurationError(
             f"{kind} {name!r} has arguments without a default, {', '.join(bare)}; give them one."
         )

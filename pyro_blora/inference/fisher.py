@@ -38,7 +38,6 @@ def wants_informing(blora: BayesianLoRA) -> bool:
 
 
 def _asking(blora: BayesianLoRA) -> list[Any]:
-    """The priors, of their groups, that take their directions from gradients."""
     priors = [getattr(blora.model, group.name) for group in blora.model.groups]
     return [prior for prior in priors if prior.gradient_ranks is not None]
 
@@ -58,30 +57,15 @@ def inform(
     """Gives a prior that asks for directions of its gradients (``FisherInducing``) what it needs.
 
     :func:`~pyro_blora.inference.fit` calls it; before a loop of your own, call it yourself. It is
-    one pass forward and backward over ``num_examples`` examples. Each second moment is
+    one pass forward and backward over ``num_examples`` examples at random, of a ``DataLoader`` the
+    first; their labels are not used. Other options are those of ``fit``. Each second moment is
     sketched by its products with ``m + 8`` random columns (a Nystroem approximation), so that no
     ``d x d`` matrix is made.
-
-    Args:
-        blora: the adapter, before training.
-        data: training examples, or a ``DataLoader`` of batches; their labels are not used.
-        collate: as in ``fit``.
-        length: as in ``fit``.
-        batch_size: examples at once.
-        precision: as in ``fit``.
-        progress: as in ``fit``.
-        num_examples: how many of them, at random; of a ``DataLoader`` the first batches.
-        seed: of the choice of examples, of the labels and of the sketches.
 
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", arXiv:0909.4061,
         algorithm 5.5; gradients' directions for a point are those of Wang et al. 2024, "LoRA-GA",
         arXiv:2407.05000.
-
-    Example::
-
-        inform(blora, train, collate=collate)
-        svi = SVI(blora.model, blora.guide, ...)  # a loop of your own
     """
     device = blora.model.groups[0].device
     generator = torch.Generator().manual_seed(seed)
@@ -161,13 +145,11 @@ class _Sketch:
         self.products[1] += (x.mT @ (gradient @ (gradient.mT @ (x @ right)))).sum(0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``Z_r`` (m_r x d_out) and ``Z_c``: eigenvectors, each as long as its eigenvalue's root.
-
-        The mean square of a side's lengths is one.
-        """
+        """``Z_r`` (m_r x d_out) and ``Z_c``: eigenvectors, as long as their eigenvalues' roots."""
         sides = zip(self.products, self.random, self.ranks, strict=True)
-        rows, columns = (_top(product, random)[:, :m].mT for product, random, m in sides)
-        return _of_unit_size(rows), _of_unit_size(columns)
+        factors = (_top(product, random)[:, :m].mT for product, random, m in sides)
+        rows, columns = (Z / Z.square().sum(-1).mean().sqrt() for Z in factors)
+        return rows, columns
 
 
 def _top(product: Tensor, random: Tensor) -> Tensor:
@@ -180,14 +162,10 @@ def _top(product: Tensor, random: Tensor) -> Tensor:
     return (left * lengths).to(product.dtype)
 
 
-def _of_unit_size(Z: Tensor) -> Tensor:
-    return Z / Z.square().sum(-1).mean().sqrt()
-
-
 def _by_example(x: Tensor, count: int) -> Tensor:
     if x[..., 0].numel() % count:
         raise ConfigurationError(
-            f"A layer is given {tuple(x.shape)} for {count} examples, which cannot be told apart "
-            "(a router's, perhaps). Take another prior."
+            f"A layer must be given rows of {count} examples, got {tuple(x.shape)} (a router's, "
+            "perhaps); take another prior."
         )
     return x.reshape(count, -1, x.shape[-1]).to(torch.get_default_dtype())

@@ -35,6 +35,8 @@ from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.predictive import log_predictive
 
+DECAYS = ("linear", "cosine", "constant")
+
 
 def fit(
     blora: BayesianLoRA,
@@ -130,19 +132,20 @@ def fit(
     blora.model.check_on_network()
     rates = given_rates(blora, learning_rates)
     num_steps = _steps(train, num_steps, num_epochs, batch_size)
-    least_one = {"num_steps": num_steps, "batch_size": batch_size}
-    least_one |= {"validate_every": validate_every, "save_every": save_every}
-    for name, value in least_one.items():
-        if value < 1:
-            raise ConfigurationError(f"{name} must be at least 1, got {value}.")
-    if decay not in ("linear", "cosine", "constant"):
-        raise ConfigurationError(f"decay must be linear, cosine or constant, got {decay!r}.")
-    if not 0 <= warmup < 1:
-        raise ConfigurationError(f"warmup must be a share in [0, 1), got {warmup}.")
-    if resume and checkpoint_dir is None:
-        raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
-    if keep_best and validation is None:
-        raise ConfigurationError("keep_best=True needs validation=, which tells the best step.")
+    counts = {"num_steps": num_steps, "batch_size": batch_size}
+    counts |= {"validate_every": validate_every, "save_every": save_every}
+    for wrong, told in (
+        *(
+            (count < 1, f"{name} must be at least 1, got {count}.")
+            for name, count in counts.items()
+        ),
+        (decay not in DECAYS, f"decay must be one of {DECAYS}, got {decay!r}."),
+        (not 0 <= warmup < 1, f"warmup must be a share in [0, 1), got {warmup}."),
+        (resume and checkpoint_dir is None, "resume=True needs checkpoint_dir=, the run's folder."),
+        (keep_best and validation is None, "keep_best=True needs validation=, to tell the best."),
+    ):
+        if wrong:
+            raise ConfigurationError(told)
     if validation is not None:  # an error now, not after fifty steps
         if not len(validation):
             raise BatchError("The validation set is empty; leave validation= out to train without.")
@@ -166,8 +169,8 @@ def fit(
         settings = {**schedule, "batch_size": batch_size, "precision": precision, "seed": seed}
         settings |= {"num_particles": num_particles, "elbo": elbo}
         settings |= {"kl_weight": kl_weight, "keep_best": keep_best}
-        told = {"training data": size_of(train), "validation": size_of(validation)}
-        settings = settings_of(blora, settings, **told)
+        sizes = {"training data": size_of(train), "validation": size_of(validation)}
+        settings = settings_of(blora, settings, **sizes)
         settings["learning_rates"] |= rates  # of the method's
         state = TrainingState(
             checkpoint_dir, blora, stream, settings, num_steps=num_steps, resume=resume
@@ -187,17 +190,23 @@ def fit(
     if validation is not None:
 
         def validate() -> float:
-            """The mean negative log predictive of the validation set; it draws apart."""
-            parts = []
+            """The mean negative log predictive of the validation set."""
+            batches = batches_of(validation, collate, length, 2 * batch_size)
             with draws_apart(blora.guide, device), torch.no_grad():
-                for batch in batches_of(validation, collate, length, 2 * batch_size):
-                    batch = to_device(batch, device)
-                    parts.append(log_predictive(blora.model, blora.guide, batch, 0))
+                moved = (to_device(batch, device) for batch in batches)
+                parts = [log_predictive(blora.model, blora.guide, batch, 0) for batch in moved]
             return -float(torch.cat(parts).mean())
 
     for family in post_hoc_families(blora).values():
         family.reopen()
-    _warn_of_size(blora, train)
+    size = blora.likelihood.num_data or 0  # Objective has seen that there is one
+    if not isinstance(train, DataLoader) and len(train) != size:
+        warnings.warn(
+            f"The likelihood was told num_data={size}, and train has {len(train)} examples: the KL "
+            f"weighs {len(train) / size:.3g} times what it does in the ELBO; pass num_data="
+            "len(train).",
+            stacklevel=2,
+        )
 
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return objective(to_device(batch, device))
@@ -224,12 +233,7 @@ def fit(
     return result
 
 
-def _steps(
-    train: Sequence[Any] | DataLoader[Any],
-    num_steps: int | None,
-    num_epochs: float | None,
-    batch_size: int,
-) -> int:
+def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_size: int) -> int:
     """How many steps there are, of which one of the two arguments tells."""
     if (num_steps is None) == (num_epochs is None):
         raise ConfigurationError(
@@ -239,18 +243,6 @@ def _steps(
         return cast(int, num_steps)
     size = 1 if isinstance(train, DataLoader) else batch_size
     return max(1, round(num_epochs * math.ceil(len(train) / size)))
-
-
-def _warn_of_size(blora: BayesianLoRA, train: Sequence[Any] | DataLoader[Any]) -> None:
-    """Of a size of the data that is not the likelihood's: the KL would have another weight."""
-    told = blora.likelihood.num_data
-    if told and not isinstance(train, DataLoader) and len(train) != told:
-        warnings.warn(
-            f"The likelihood was told num_data={told}, and train has {len(train)} examples: the KL "
-            f"weighs {len(train) / told:.3g} times what it does in the ELBO; pass num_data="
-            "len(train).",
-            stacklevel=3,
-        )
 
 
 def given_rates(
@@ -272,11 +264,7 @@ def given_rates(
 def rates_by_group(
     blora: BayesianLoRA, given: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """The two arguments that :func:`parameter_groups` takes beside a module.
-
-    They are the method's; with a prior for each group and no method of its own, that of the group's
-    prior. Rates that are given win over both.
-    """
+    """The rates that :func:`parameter_groups` takes: the method's, or of the group's own prior."""
     usual, rates = METHODS["bayesian-lora"].learning_rates, {}
     for group in blora.model.groups:
         prior = getattr(blora.model, group.name)
@@ -289,9 +277,7 @@ def rates_by_group(
 def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
     """What an optimizer of Pyro asks for the rate of a parameter: the method's, by its role.
 
-    Example::
-
-        svi = SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)``
     """
 
     def of(name: str) -> dict[str, float]:
@@ -314,14 +300,10 @@ def parameter_groups(
     """AdamW's parameter groups: means, scales, directions and heads, each with its rate.
 
     Args:
-        module: a model, a guide or both; its parts declare ``roles``. A parameter of no declared
-            role (an AutoGuide's) is a scale if its name says so, and a mean otherwise.
+        module: a model, a guide or both. A parameter without a declared role (an AutoGuide's) is a
+            scale if its name says so, and a mean otherwise.
         rates: learning rates by role.
-        by_group: those of the prior and the guide of a group of layers, by its name, where they
-            are others.
-
-    Returns:
-        One group for each role that occurs, or for each rate of it.
+        by_group: other rates by role, by the name of a group of layers.
     """
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
     for path, parameter in module.named_parameters():

@@ -72,10 +72,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
 
 
 def batches_of(
-    data: Sequence[Any] | DataLoader[Any],
-    collate: Collate | None,
-    length: Callable[[Any], int] | None,
-    size: int,
+    data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
 ) -> Iterator[Batch]:
     """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
     if isinstance(data, DataLoader):
@@ -96,9 +93,7 @@ def batches_of(
 class _Bucketed:
     """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
 
-    The incomplete batch, each of whose examples weighs more, is no window's longest rows but a
-    random few of all, so that in expectation every example counts once. (The sampler of
-    transformers begins with the longest rows, and cannot go on in the middle of an epoch.)
+    The incomplete batch, whose examples weigh more, is a random few of all and no window's longest.
     """
 
     lengths: list[int]
@@ -121,15 +116,7 @@ class _Bucketed:
 
 
 class Batches:
-    """Batches without end, each epoch in a new order; the order can be told and found again.
-
-    Args:
-        data: examples, or a ``DataLoader``, which is taken as it is.
-        collate: makes a batch of a list of examples. Default: torch's.
-        length: the length of an example; batches are then made of like lengths.
-        batch_size: examples in a batch.
-        seed: of the order.
-    """
+    """Batches without end, each epoch in a new order; the order can be told and found again."""
 
     def __init__(
         self,
@@ -176,10 +163,7 @@ class Batches:
         return {**self._begun, "taken": self._taken}
 
     def go_to(self, place: dict[str, Any]) -> None:
-        """Goes to a place that :meth:`place` told. Torch's global generator is used up to there.
-
-        A ``DataLoader`` reads its batches up to there once more.
-        """
+        """Goes to a place that :meth:`place` told; a ``DataLoader`` reads its batches once more."""
         torch.set_rng_state(place["torch"])
         taken = int(place["taken"])
         if self._generator is not None:
@@ -200,7 +184,7 @@ class Batches:
             drawn = next(self._epoch, None)
         if drawn is None:
             raise BatchError(
-                "The training set is empty; check the DataLoader, the file, the split or max_train."
+                "The training set is empty; check the DataLoader, the file or the split."
             )
         return drawn
 
@@ -223,10 +207,7 @@ def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[
 
 @contextmanager
 def held_interrupts(held: bool = True) -> Iterator[list[int]]:
-    """Within, the first Ctrl-C is noted in the list and does no more; a second one interrupts.
-
-    If another handler than Python's own is set, and outside of the main thread, nothing changes.
-    """
+    """Within, the first Ctrl-C is only noted in the list, unless another handler was set."""
     noted: list[int] = []
     main = threading.current_thread() is threading.main_thread()
     usual = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -245,10 +226,7 @@ def held_interrupts(held: bool = True) -> Iterator[list[int]]:
 
 
 def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
-    """The learning rate at a step as a share of the full one.
-
-    The schedules of transformers, but for the first step, which they make with a rate of zero.
-    """
+    """The learning rate at a step as a share of the full one; that of the first is not zero."""
     ramp = round(warmup * num_steps)
     if step < ramp:
         return (step + 1) / ramp
@@ -279,10 +257,8 @@ def training_loop(
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
 
-    ``check`` is given the batch, the step and the figures of each step once they are read, and
-    before anything is validated or saved. The gradient of a step whose loss is not finite counts as
-    zero, so that what it raises can still tell why. Ctrl-C ends the step, with a keeper after it is
-    saved.
+    ``check`` sees the figures of each step once they are read, before anything is validated or
+    saved. The gradient of a step whose loss is not finite counts as zero, so ``check`` can say why.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]

@@ -37,8 +37,7 @@ class Objective:
             raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
         if not kl_weight > 0:
             raise ConfigurationError(f"kl_weight={kl_weight} must be positive.")
-        laws = _laws(blora.guide)
-        points = [law for law in laws if isinstance(law, Delta | Members)]
+        points = [law for law in _laws(blora.guide) if isinstance(law, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:
@@ -56,10 +55,9 @@ class Objective:
             )
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.kl_weight = kl_weight
-        self._analytic = False
-        if analytic and not points:  # -log p of a point may be negative
-            with pyro.validation_enabled(False):  # the first step explains what is not finite
-                self._analytic = analytic_kl(blora.guide, blora.model) is not None
+        with pyro.validation_enabled(False):  # the first step explains what is not finite
+            exact = analytic and not points  # -log p of a point may be negative
+            self._analytic = exact and analytic_kl(blora.guide, blora.model) is not None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
@@ -68,11 +66,6 @@ class Objective:
         """
         blora, count = self.blora, self.blora.likelihood.num_data or 1
         examples = blora.likelihood.examples(batch)
-        if examples > count:
-            raise BatchError(
-                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
-                "pass num_data=len(train) to the likelihood."
-            )
         if batch.get("labels") is None and blora.likelihood.labels(batch) is None:
             raise BatchError(
                 f"The batch has no labels to learn from, only {', '.join(map(str, batch))}; add "
@@ -133,32 +126,22 @@ def _laws(guide: nn.Module) -> list[Any]:
 
 def _explained(blora: BayesianLoRA, batch: Batch, step: int) -> NonFiniteLossError:
     """The error to raise for a NaN or infinite loss: which parameter or site is at fault."""
-    model, guide = blora.model, blora.guide
     bad = [
         name.removesuffix("_unconstrained")
-        for module in (model, guide)
-        for name, parameter in module.named_parameters()
+        for name, parameter in nn.ModuleList([blora.model, blora.guide]).named_parameters()
         if not bool(parameter.isfinite().all())
     ]
-    if bad:
-        return NonFiniteLossError(
-            f"The loss is not finite at step {step}: the parameters {', '.join(bad[:6])} are not. "
-            "Lower the learning rates, or clip gradients with max_grad_norm."
-        )
-    sites: list[str] = []
-    with torch.no_grad(), pyro.validation_enabled(False):
-        q = pyro.poutine.trace(guide).get_trace(batch)
-        p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(batch)
+    found = [f"the parameter {name[2:]}" for name in bad[:6]]
+    if not found:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            q = pyro.poutine.trace(blora.guide).get_trace(batch)
+            p = pyro.poutine.trace(pyro.poutine.replay(blora.model, trace=q)).get_trace(batch)
         for label, trace in (("guide", q), ("model", p)):
             trace.compute_log_prob()
             for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
-                node = trace.nodes[name]
-                if not bool(torch.as_tensor(node["value"]).isfinite().all()):
-                    sites.append(f"{name} in the {label} (its value)")
-                elif not bool(node["log_prob_sum"].isfinite()):
-                    sites.append(f"{name} in the {label} (its log-probability)")
-    where = ", ".join(sites) or "none in a second evaluation of the same batch"
+                if not bool(trace.nodes[name]["log_prob_sum"].isfinite()):
+                    found.append(f"the log-probability of {name} in the {label}")
     return NonFiniteLossError(
-        f"The loss is not finite at step {step}; not finite are: {where}. Lower the learning "
-        "rates, lower the prior's sigma, or use precision='float32'."
+        f"The loss is not finite at step {step}; not finite are: {', '.join(found) or 'none'}. "
+        "Lower the learning rates or the prior's sigma, or use precision='float32'."
     )

@@ -71,16 +71,13 @@ def bayesianize(
         prior: as in ``from_peft``. Default: the method's.
         guide: ``Laplace`` or ``Isotropic``. Default: the method's.
         likelihood: one with classes. Default: by PEFT's task type.
-        length: the length of an example, as in ``fit``.
-        batch_size: examples at once.
-        precision: of the network, as in ``fit``.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
+        length: as in ``fit``.
+        batch_size: as in ``fit``.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
 
     Raises:
-        ConfigurationError: the guide is none of these, or the likelihood has no classes; and as in
-            ``from_peft``.
-        CheckpointError: as in ``from_peft``.
-        BatchError: there is no data.
+        ConfigurationError: the guide is none of these, or the likelihood has no classes.
 
     Reference:
         Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111; Shi et al. 2024, Training-free
@@ -92,7 +89,7 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """
-    made = get_method(method or "bayesian-lora") if not isinstance(method, Method) else method
+    made = method if isinstance(method, Method) else get_method(method or "bayesian-lora")
     if guide is None:
         guide = cast(PostHoc, made.guide_of()) if method else Laplace()
     if not isinstance(guide, PostHoc):
@@ -105,16 +102,9 @@ def bayesianize(
     blora = BayesianLoRA.from_peft(
         net, folder, method=made, prior=prior, guide=guide, likelihood=likelihood
     )
+    reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
     try:
-        finish(
-            blora,
-            data,
-            collate=collate,
-            length=length,
-            batch_size=batch_size,
-            precision=precision,
-            progress=progress,
-        )
+        finish(blora, data, **reading, precision=precision, progress=progress)
     except BaseException:
         blora.unwrap()
         raise
@@ -133,19 +123,9 @@ def finish(
 ) -> dict[str, float]:
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
 
-    Args:
-        blora: the trained adapter.
-        data: the training set for ``Laplace``, whose curvature is scaled to ``num_data``; the
-            anchor set for ``Isotropic``. Or a ``DataLoader`` of batches.
-        collate: as in ``fit``.
-        length: as in ``fit``.
-        batch_size: examples at once.
-        precision: as in ``fit``.
-        progress: as in ``fit``.
-
-    Returns:
-        What the family says of its width: ``Laplace`` the prior precision of each site,
-        ``Isotropic`` the width.
+    ``data`` is the training set for ``Laplace``, whose curvature is scaled to ``num_data``, and the
+    anchor set for ``Isotropic``. Options are those of ``fit``. Returns what the family says of its
+    width: ``Laplace`` the prior precision of each site, ``Isotropic`` the width.
     """
     families = post_hoc_families(blora)
     if not families:

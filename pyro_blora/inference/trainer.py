@@ -42,12 +42,8 @@ class BayesianLoRATrainer(Trainer):
         model: the adapter.
         args: as everywhere; but ``learning_rate`` is not read, for the parameters have roles, and
             columns of the data set are never removed.
-        num_particles: draws of the posterior for a batch, as in ``fit``. Default: one for each
-            example.
-        elbo: the class of the ELBO, as in ``fit``.
+        num_particles, elbo, learning_rates: as in ``fit``.
         eval_samples: posterior draws for an evaluation; 0 takes the posterior mean.
-        learning_rates: as in ``fit``: rates by role, ``{"mean": ..., "scale": ...}``, or a number,
-            that of the means, where they shall not be the method's.
         options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
 
     Example::

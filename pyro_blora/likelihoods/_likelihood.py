@@ -95,8 +95,8 @@ class Likelihood(Options, PyroModule):
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
         """Scores the labels, the site ``"labels"``, under the data plate.
 
-        ``batch`` has the rows of all particles in order; ``num_data`` is ``N`` where the likelihood
-        was not told.
+        ``batch`` has the rows of all particles in order; ``num_data`` is how many examples it has,
+        which are all where the likelihood was not told ``N``.
         """
         labels = self.labels(batch)  # before the network runs, for a device may be waited for
         logits = self.logits(net, batch)
@@ -112,9 +112,9 @@ class Likelihood(Options, PyroModule):
                 stacklevel=2,
             )
         size = self.num_data or num_data
-        if share > size and labels is not None:  # a prediction may be of any size
+        if num_data > size and labels is not None:  # a prediction may be of any size
             raise BatchError(
-                f"A batch of {share} examples is larger than the data set, num_data={size}; "
+                f"A batch of {num_data} examples is larger than the data set, num_data={size}; "
                 "pass num_data=len(train) to the likelihood."
             )
         q = self.distribution(logits, labels)
@@ -122,11 +122,7 @@ class Likelihood(Options, PyroModule):
             pyro.sample("labels", q, obs=labels)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """Raises BatchError where a label names no class.
-
-        The values are looked at on a CPU alone: elsewhere that would wait for the network, and
-        Pyro's validation does it.
-        """
+        """Raises BatchError where a label names no class; elsewhere than on a CPU it would wait."""
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
                 f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
@@ -134,7 +130,7 @@ class Likelihood(Options, PyroModule):
             )
         if labels.is_floating_point():
             raise BatchError(
-                f"labels are {labels.dtype}, and a class is a whole number; give labels.long()."
+                f"labels must be whole numbers, got {labels.dtype}; give labels.long()."
             )
         low, high = map(int, labels.aminmax()) if labels.is_cpu else (0, 0)
         if low < 0 or high >= logits.shape[-1]:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.reading import check_causal, logits_at
-from pyro_blora.network.targets import head_of, layer_shape
 
 
 class LabelTokens(Likelihood):
@@ -42,14 +41,8 @@ class LabelTokens(Likelihood):
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is no causal language model, or lacks a token."""
+        """Raises ConfigurationError where ``net`` is no causal language model."""
         check_causal(net)
-        vocabulary = layer_shape(head_of(net))
-        if vocabulary is not None and max(self.token_ids) >= vocabulary[0]:
-            raise ConfigurationError(
-                f"token_ids={list(self.token_ids)} is beyond the {vocabulary[0]} entries of the "
-                "head; take them from the network's own tokenizer."
-            )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The answer tokens' logits after the prompt's last token, ``(B, C)``."""

@@ -1,8 +1,7 @@
 """Logits at the positions that are read, and at no others.
 
-The output head of a language model is a large part of its cost, and a likelihood reads few of its
-rows. The network's own forward is run, so scalings and soft-caps after the head stay in place;
-only what enters the head is narrowed.
+The network's own forward is run, so scalings and soft-caps after the head stay in place; only what
+enters the head, a large part of the cost, is narrowed.
 """
 
 import inspect
@@ -22,15 +21,11 @@ from pyro_blora.network.targets import head_of, is_classifier, without_peft
 def output_head(net: nn.Module) -> nn.Module:
     """The head of a causal language model; an error where the network is none."""
     head = head_of(net)
-    if head is None:
+    if head is None or getattr(getattr(net, "config", None), "is_encoder_decoder", False):
+        what = "has no language-model head" if head is None else "is an encoder-decoder"
         raise ConfigurationError(
-            f"{type(net).__name__} has no language-model head; load it as a causal language model, "
-            "or use SequenceClassification."
-        )
-    if getattr(getattr(net, "config", None), "is_encoder_decoder", False):
-        raise ConfigurationError(
-            f"{type(net).__name__} is an encoder-decoder, which predicts no token from those "
-            "before it alone; take a causal language model, or its sequence classifier."
+            f"{type(net).__name__} {what}; load it as a causal language model, or use "
+            "SequenceClassification."
         )
     return head
 
@@ -42,10 +37,7 @@ def check_causal(net: nn.Module) -> None:
 
 
 def true_entries(mask: Tensor, count: int | None = None) -> Tensor:
-    """Where a mask is true in its flat, row-major order; ``count`` says how often, if known.
-
-    Where it is, nothing waits for the device, as it would for ``tensor[mask]``.
-    """
+    """Where a mask is true in its flat order; with ``count`` nothing waits for the device."""
     count = int(mask.sum()) if count is None else count
     return torch.argsort((~mask.flatten()).to(torch.uint8), stable=True)[:count]
 
@@ -64,19 +56,11 @@ def logits_at(
     token_ids: Tensor | None = None,
     count: int | None = None,
 ) -> Tensor:
-    """The network's logits at some positions of each row.
+    """The logits of a language model at some positions of each row, ``(count, C)``.
 
-    Args:
-        net: a language model with an output head (``get_output_embeddings``).
-        inputs: its keyword arguments, ``R`` rows; ``position_ids`` are added where they are none,
-            see :func:`positions_of`.
-        positions: positions to read in each row, ``(R, S)``.
-        mask: which of them are real, ``(R, S)``, boolean. Default: all.
-        token_ids: the vocabulary entries to return, ``(C,)``; default all.
-        count: how many positions are real. Default: the device is asked.
-
-    Returns:
-        ``(count, C)`` in at least single precision: the real positions in row-major order.
+    ``inputs`` are its arguments, ``R`` rows, ``positions`` are ``(R, S)``, and ``mask`` tells the
+    real ones, which are returned in row-major order; ``count`` is how many they are, lest a device
+    is asked. ``token_ids`` are the ``C`` vocabulary entries to return; default all.
     """
     head = output_head(net)
     adapter = adapter_of(head)
@@ -111,11 +95,9 @@ def logits_at(
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` that are counted from the mask, as ``generate`` of transformers does.
+    """``position_ids`` that are counted from the mask, so that rows may be padded on the left.
 
-    So rows may be padded on the left. Encoders, of which some count from another number and some
-    read the first place of a row, and networks that take no ``position_ids`` get none: those are
-    refused such rows.
+    Encoders, and networks that take no ``position_ids``, get none and are refused such rows.
     """
     if mask is None or mask.dim() != 2:  # a mask of one's own
         return {}

@@ -34,18 +34,13 @@ class SequenceClassification(Likelihood):
         """Raises ConfigurationError if ``net`` is a language model, or has no one class a row."""
         config = getattr(net, "config", None)
         kind, classes = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
-        if kind not in (None, "single_label_classification") or classes == 1:
+        single = kind in (None, "single_label_classification") and classes != 1
+        if head_of(net) is not None or not single:
             raise ConfigurationError(
                 f"{type(net).__name__} must give one of several classes for each row, got "
-                f"problem_type={kind!r} and num_labels={classes}; load it with num_labels= of 2 or "
-                "more and without problem_type=."
-            )
-        if head_of(net) is not None:
-            raise ConfigurationError(
-                f"SequenceClassification needs a network with a head of classes, and "
-                f"{type(net).__name__} is a language model; load it by "
-                "AutoModelForSequenceClassification with num_labels=, or take LabelTokens or "
-                "CausalLM."
+                f"problem_type={kind!r} and num_labels={classes}; load it by "
+                "AutoModelForSequenceClassification with num_labels= of 2 or more, or take "
+                "LabelTokens or CausalLM."
             )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:

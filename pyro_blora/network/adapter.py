@@ -1,8 +1,7 @@
 """What is done to the network while it is adapted, all of which is undone afterwards.
 
-The network is not rebuilt: each adapted layer gets a forward hook, so its parameters, its name, its
-class (quantised or not) and its ties stay what they were, and taking the hook off gives the
-network back exactly. Heads may be trained whole, as points: PEFT's ``modules_to_save``.
+Each adapted layer gets a forward hook, so its parameters, name, class and ties stay what they were.
+Heads may be trained whole, as points: PEFT's ``modules_to_save``.
 """
 
 import warnings
@@ -27,12 +26,7 @@ _INPUTS = ("hidden_states", "hidden_state", "input", "x")
 
 
 class Adapter:
-    """Adds the current update to the output of one layer; without one, the layer is untouched.
-
-    Attributes:
-        name: the layer's full name.
-        update: what is added, or ``None``.
-    """
+    """Adds the current update to the output of one layer; without one, the layer is untouched."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         if adapter_of(module) is not None:
@@ -126,8 +120,7 @@ def updates_kept_for_backward(
 ) -> Iterator[None]:
     """Within, those of ``modules`` under activation checkpointing take ``updates`` along.
 
-    Backward runs such a block a second time, when the updates are off the layers again, or are
-    those of another pass; transformers runs it through ``_gradient_checkpointing_func``.
+    Backward runs such a block a second time, when the updates are off the layers again.
     """
 
     def taking_along(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,8 +144,7 @@ def updates_kept_for_backward(
 class Frozen:
     """Freezes all of a network until :meth:`thaw`.
 
-    A parameter is known by its module and its name there: sharding and offloading put another
-    tensor in its place, and in a part that was compiled its full name is another.
+    A parameter is known by its module and its name there, which sharding and compiling leave alone.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -175,8 +167,7 @@ class Frozen:
 def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
     """Within, all of ``net`` is in training or evaluation mode; afterwards each part in its own.
 
-    By ``train``, in which some modules do more than note the mode; afterwards a whole of one mode
-    is told of it, and a whole of two only its parts.
+    By ``train``, where all of a module is in one mode, for some modules do more there.
     """
     before = {module: module.training for module in net.modules()}
     try:
@@ -197,35 +188,27 @@ def heads_to_train(
 ) -> list[str]:
     """Full names of the modules to train as points: those that ``modules_to_save`` ends.
 
-    Where it is ``None`` and the likelihood reads a head that may be new (``new_head``), the heads
-    that hold none of the adapted layers, ``targets``.
+    By default, and with ``new_head``, the heads that hold none of the adapted layers, ``targets``.
     """
     targets = tuple(targets)
     if modules_to_save is None:
         heads = head_names(net) if new_head else []
         adapted = [head for head in heads if any(_within(t, head) for t in targets)]
-        parts = [head for head in adapted if head not in targets]
-        if parts:
+        if parts := [head for head in adapted if head not in targets]:
             warnings.warn(
-                f"target_modules adapts layers of {', '.join(parts)}, a head of the network, so "
-                "nothing trains the rest of it: if it is new, leave those layers out with "
-                "exclude_modules, and the head is trained whole.",
+                f"target_modules adapts layers of {', '.join(parts)}, a head of the network, and "
+                "nothing trains the rest of it; if it is new, leave it out with exclude_modules.",
                 stacklevel=4,
             )
         return [head for head in heads if head not in adapted]
     found = [name for name, _ in net.named_modules() if name and matches(name, modules_to_save)]
-    body = body_of(net)
+    taken = (*targets, *filter(None, [body_of(net)]))
     for name in modules_to_save:
         chosen = [f for f in found if matches(f, [name])]
-        what = None if chosen else "no module of the network"
-        if body and any(_within(f, body) or _within(body, f) for f in chosen):
-            what = f"part of the network's body, {body}, which is adapted by target_modules"
-        elif any(_within(t, f) or _within(f, t) for f in chosen for t in targets):
-            what = "adapted already, by target_modules"
-        if what is not None:
+        if not chosen or any(_within(f, t) or _within(t, f) for f in chosen for t in taken):
             raise ConfigurationError(
-                f"modules_to_save={list(modules_to_save)}: {name} is {what}. Name heads, of "
-                f"{head_names(net)}, that target_modules does not."
+                f"modules_to_save must name heads, of {head_names(net)}, that target_modules does "
+                f"not adapt, got {name!r}."
             )
     return [f for f in found if not any(f != other and _within(f, other) for other in found)]
 
@@ -238,7 +221,6 @@ class TrainedHeads(PyroModule):
     """Trained copies, in single precision, of the tensors of some modules of the network.
 
     Within :meth:`in_place` they stand for the network's own, which stay frozen and as they were.
-    One value serves every row of a batch, whichever particle sees it.
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str]) -> None:

@@ -20,8 +20,7 @@ def check_precision(name: str) -> str:
 def choose_precision(name: str, device: "str | torch.device | None" = None) -> str:
     """What ``"auto"`` stands for on a device; any other precision is itself.
 
-    That is bfloat16 on a graphics card that has it, and on a processor with AMX, whose tiles
-    multiply in it. The device is where the network is; default: the accelerator if there is one.
+    That is bfloat16 on a graphics card that has it, and on a processor with AMX.
     """
     if check_precision(name) != "auto":
         return name

@@ -63,12 +63,9 @@ def _dequantised(module: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``left`` and ``right`` singular directions of each pretrained weight of a group.
+    """The first singular directions of each pretrained weight of a group, and all singular values.
 
-    Returns:
-        ``(n, left, d_out)`` and ``(n, right, d_in)``, orthonormal rows of falling singular value,
-        and the singular values, ``(n, min(d_out, d_in))``. Unit vectors and ones where the network
-        is on the meta device.
+    ``(n, left, d_out)``, ``(n, right, d_in)`` and ``(n, min(d_out, d_in))``.
     """
     lefts, rights, values = [], [], []
     for name, module in zip(group.module_names, group.modules, strict=True):

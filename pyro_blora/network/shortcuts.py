@@ -1,8 +1,6 @@
 """Shortcuts that give the network's own logits, and how the network is asked whether they do.
 
-No declaration tells whether an architecture honors a mask of its own, or reads more of a block than
-what it puts out. So a shortcut is tried on a few tokens against the plain path, once for each
-adapter; where the logits differ the plain path is taken.
+A shortcut is tried on a few tokens against the plain path, once for each adapter.
 """
 
 import re
@@ -31,36 +29,29 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 class Shortcuts:
-    """Which shortcuts one adapter takes, and what its network answered.
-
-    Attributes:
-        on: whether any is taken.
-        asking: whether the pass that runs now is one of a question, which no shortcut may answer.
-    """
+    """Which shortcuts one adapter takes, and what its network answered."""
 
     def __init__(self) -> None:
-        self.on, self.asking = True, False
+        self.on = True
+        self.asking = False  # whether the pass that runs now is a question, not to be shortened
         self._answers: dict[tuple[Any, ...], bool] = {}
 
     @contextmanager
     def in_place(self, net: nn.Module) -> Iterator[None]:
         """Within, these are the shortcuts of the network."""
-        attributes = vars(net)
-        before = attributes.get(_ON_NETWORK)
-        attributes[_ON_NETWORK] = self
+        before = vars(net).pop(_ON_NETWORK, None)
+        vars(net)[_ON_NETWORK] = self
         try:
             yield
         finally:
-            if before is None:
-                del attributes[_ON_NETWORK]
-            else:
-                attributes[_ON_NETWORK] = before
+            del vars(net)[_ON_NETWORK]
+            if before is not None:
+                vars(net)[_ON_NETWORK] = before
 
     def verified(self, net: nn.Module, shortcut: str, question: Callable[[], bool]) -> bool:
-        """Whether a shortcut is on and gives the plain path's logits.
+        """Whether a shortcut is on and ``question`` finds the plain path's logits with it.
 
-        ``question`` tries it on the network as pretrained, once for each implementation of
-        attention and of experts. A network that declares no vocabulary cannot be asked.
+        It is asked once for each implementation of attention and of experts.
         """
         if not self.on or getattr(_text_config(net), "vocab_size", 0) < 8:
             return False
@@ -103,9 +94,7 @@ class Shortcuts:
     ) -> list[nn.Module]:
         """The frozen blocks, where the network gives the same logits without running them again.
 
-        None of them where a part of the network is compiled or sharded, where a hook or the
-        configuration looks at what they put out, or where a module that is ``trained`` whole
-        stands before them.
+        None where one is compiled, sharded or observed, or a ``trained`` module stands before them.
         """
         blocks = frozen_blocks(net, names)
         if not blocks or not self.on:
@@ -133,12 +122,7 @@ def shortcuts_of(net: nn.Module) -> Shortcuts:
 class FrozenPrefix:
     """What the frozen blocks put out for one batch, recorded once for all draws of a prediction.
 
-    Every draw finds the same hidden states in them: the first pass records what the last of them
-    puts out, and later passes give the record back, once for each draw that shares them.
-
-    Args:
-        blocks: see :meth:`Shortcuts.skippable_blocks`; none of them changes nothing.
-        shortcuts: the adapter's, whose questions see all blocks run.
+    The first pass records what the last block puts out, and later passes give the record back.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], shortcuts: Shortcuts) -> None:
@@ -188,8 +172,7 @@ class FrozenPrefix:
 def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The blocks that come before every adapted layer (named in full), in order.
 
-    None of them where they cannot be told: layers in two lists (an encoder and a decoder), a layer
-    outside of them that is not the network's head, or a block that stands there twice.
+    None where they cannot be told, as with layers in two lists (an encoder and a decoder).
     """
     found = {name: _BLOCK.match(name) for name in names}
     head = head_of(net)
@@ -223,11 +206,7 @@ def _skips(net: nn.Module, prefix: FrozenPrefix) -> bool:
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether there are two answers, and they are the same but for rounding.
-
-    Relative to what varies in ``expected``: 1e-4, and 0.03 in half precision. Where nothing varies
-    (a head of zeros) they tell nothing.
-    """
+    """Whether two answers are the same but for rounding, relative to what varies in them."""
     if given is None or expected is None or given.shape != expected.shape:
         return False
     half = expected.dtype in (torch.float16, torch.bfloat16)
@@ -268,11 +247,7 @@ def runs_eagerly(modules: Iterable[nn.Module]) -> bool:
 
 
 def is_observed(net: nn.Module, modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody looks at what ``modules`` are given or put out, and so wants all of it.
-
-    By the configuration's ``output_hidden_states`` or ``output_attentions``, or by hooks, but for
-    those of torch, of this library and of transformers, which leaves its own behind.
-    """
+    """Whether the configuration or a hook of others looks at what ``modules`` get or put out."""
     configs = (getattr(net, "config", None), _text_config(net))
     names = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, None) for config in configs for name in names):

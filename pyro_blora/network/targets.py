@@ -65,10 +65,7 @@ class LayerGroup:
 
 
 def device_of(modules: Iterable[nn.Module]) -> torch.device:
-    """Where the first of ``modules`` that tells computes; the CPU where none has storage.
-
-    That is where Accelerate runs an offloaded module, or the device of a module's own tensors.
-    """
+    """Where the first of ``modules`` that tells computes; the CPU where none has storage."""
     for module in modules:
         # Between passes an offloaded weight is on the meta device
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -81,11 +78,7 @@ def device_of(modules: Iterable[nn.Module]) -> torch.device:
 
 
 def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """``(d_out, d_in)`` of a linear layer, or ``None`` if ``module`` is not one.
-
-    Linear layers are recognised by their declared features, never by their weight, so quantised
-    layers count; transformers' ``Conv1D`` (GPT-2), which stores the weight transposed, counts too.
-    """
+    """``(d_out, d_in)`` as a linear layer (quantised, or a ``Conv1D``) declares it, or ``None``."""
     for names in (("out_features", "in_features"), ("nf", "nx")):
         d_out, d_in = (getattr(module, name, None) for name in names)
         if isinstance(d_out, int) and isinstance(d_in, int):
@@ -101,13 +94,7 @@ def matches(name: str, pattern: str | Sequence[str]) -> bool:
 
 
 def name_in_base(name: str) -> str:
-    """A module's or tensor's name without what a ``PeftModel`` puts around a network and its parts.
-
-    Example::
-
-        >>> name_in_base("base_model.model.classifier.modules_to_save.default.weight")
-        'classifier.weight'
-    """
+    """A module's or tensor's name without what a ``PeftModel`` puts around a network's parts."""
     bare = name.removeprefix(PEFT_PREFIX)
     if bare == name:
         return name
@@ -160,19 +147,7 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """The linear layers of ``net`` that ``target_modules`` names, by full name, in order.
 
-    Options are those of :class:`~pyro_blora.BayesianLoRA`. A regular expression must match the
-    whole name, ``"all-linear"`` leaves output and classification heads out, and
-    ``layers_to_transform`` what is outside of any block, such as ``lm_head``, as in PEFT. One of
-    several names that matches nothing gives a warning.
-
-    Raises:
-        NoTargetError: nothing matches; the message lists near misses.
-
-    Example::
-
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> list(find_targets(net, ["2"]))
-        ['2']
+    As in PEFT, ``"all-linear"`` leaves out heads, ``layers_to_transform`` what is in no block.
     """
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     if target_modules is None:
@@ -189,8 +164,11 @@ def find_targets(
         wanted = set(layers_to_transform)
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
         chosen = [name for name, block in blocks.items() if block and int(block[1]) in wanted]
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
     if chosen:
-        _warn_of_unmatched(target_modules, linear)
+        idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
+        if idle and names is target_modules:  # a slip of the pen more often than not
+            warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=3)
         return {name: linear[name] for name in chosen}
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
@@ -198,19 +176,9 @@ def find_targets(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
             f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
-    asked, hint = target_modules, ""
-    if isinstance(asked, str):
-        asked = [asked]
-        hint = " A text is a regular expression of whole names; endings go in a list."
-    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(asked, linear)}{hint}")
-
-
-def _warn_of_unmatched(asked: str | Sequence[str], linear: Iterable[str]) -> None:
-    """Of several names one that matches nothing, which is a slip of the pen more often than not."""
-    names = [] if isinstance(asked, str) else asked
-    idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
-    if idle:
-        warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=4)
+    text = " A text is a regular expression of whole names; endings go in a list."
+    hint = "" if names is target_modules else text
+    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(names, linear)}{hint}")
 
 
 def _nothing(asked: Sequence[str], linear: Iterable[str]) -> str:
@@ -236,24 +204,11 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 
     A group is called by the ending, ``"q_proj"``, or ``"layer"`` where that is a number; where
     layers of one ending differ in shape, theirs is added: ``"q_proj_16x32"``.
-
-    Raises:
-        ConfigurationError: ``targets`` is empty, or holds what is no linear layer.
-
-    Example::
-
-        >>> groups = group_layers({"a.q": nn.Linear(4, 4), "b.q": nn.Linear(4, 4)})
-        >>> groups[0].name, groups[0].n
-        ('q', 2)
     """
-    if not targets:
-        raise ConfigurationError("There are no layers to group; pass at least one.")
     kinds: dict[tuple[str, tuple[int, int]], dict[str, nn.Module]] = defaultdict(dict)
     for name, module in targets.items():
-        shape = layer_shape(module)
-        if shape is None:
-            raise ConfigurationError(f"{name} is a {type(module).__name__}, not a linear layer.")
-        ending = name.rsplit(".", 1)[-1]
+        shape, ending = layer_shape(module), name.rsplit(".", 1)[-1]
+        assert shape is not None, f"{name} is no linear layer"
         kinds["layer" if ending.isdigit() else ending, shape][name] = module
     shapes = Counter(ending for ending, _ in kinds)
     groups = []
@@ -264,11 +219,9 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 
 
 def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGroup]) -> dict[str, T]:
-    """What ``given`` says of each group, by the group's name.
+    """What ``given`` says of each group, by the group's name: one object, or a mapping.
 
-    ``given`` is one object for all groups; or a mapping, whose keys are names of groups or regular
-    expressions that match a whole name. A name goes before expressions, and of these the first
-    counts, so that ``".*"`` at the end is what all others get.
+    Its keys are names of groups, or regular expressions of a whole name, of which the first counts.
     """
     names = [group.name for group in groups]
     if not isinstance(given, Mapping):

@@ -135,8 +135,6 @@ def test_pairs_are_methods_too():
         ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
         ("Subspace+Deltas", "guide 'Deltas' is unknown; .*Delta"),
         ("temperature", "no prior beside a guide .*compare"),
-        ("lora-best", "no prior beside a guide .*compare"),
-        ("UpdateModel+Delta", "prior 'UpdateModel' is unknown"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],
 )

@@ -1,6 +1,5 @@
 """Which layers are adapted, and how they are grouped."""
 
-import warnings
 from functools import partial
 
 import pytest
@@ -8,14 +7,8 @@ import tiny
 import torch
 from torch import nn
 
-from pyro_blora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError, NoTargetError
-from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.targets import find_targets, group_layers
-
-
-def last_parts(net, *args, **options):
-    return sorted({name.rsplit(".", 1)[-1] for name in find_targets(net, *args, **options)})
 
 
 class Quantised(nn.Module):
@@ -60,12 +53,11 @@ def test_which_layers_of_the_second_block(wanted, options, expected):
     assert not options.get("layers_to_transform") or "lm_head" not in names
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_head(tied):
-    net = tiny.llama(tied=tied)
-    assert list(find_targets(net, ["lm_head"])) == ["lm_head"]
-    parts = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"  # but no lm_head
-    assert last_parts(net, "all-linear") == parts.split()
+def test_all_linear_has_all_but_the_head():
+    found = {name.rsplit(".", 1)[-1] for name in find_targets(tiny.llama(tied=True), "all-linear")}
+    assert found == set(
+        ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    )
 
 
 LEFT = "matches 2 layers, but "
@@ -78,11 +70,7 @@ LEFT = "matches 2 layers, but "
         (["proj"], {}, "proj"),  # the end of a name, but not of a part
         ("q_proj", {}, "regular expression of whole names; endings go in a list"),
         (["q_proj"], {"exclude_modules": ["q_proj"]}, LEFT + r"exclude_modules.*0\.self_attn\.q"),
-        (
-            None,
-            {"net": nn.Sequential(nn.Linear(4, 3))},
-            r"Sequential has none.*\['0'\] or 'all",
-        ),
+        (None, {"net": nn.Sequential(nn.Linear(4, 3))}, r"Sequential has none.*\['0'\] or 'all"),
         (["q_proj"], {"layers_to_transform": 9}, LEFT + r"layers_.*0\.self_attn\.q"),
     ],
 )
@@ -95,10 +83,6 @@ def test_one_of_several_names_that_matches_nothing_is_told():
     with pytest.warns(UserWarning, match=r"\['value'\] of target_modules matches no linear layer"):
         found = find_targets(tiny.llama(), ["q_proj", "value"])
     assert all(name.endswith("q_proj") for name in found)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        find_targets(tiny.llama(), ["q_proj", "v_proj"])
-        find_targets(tiny.llama(), None)
 
 
 def test_groups_are_layers_of_one_ending_and_shape():
@@ -118,16 +102,6 @@ def test_groups_are_layers_of_one_ending_and_shape():
     c_attn = tiny.gpt2().transformer.h[0].attn.c_attn
     assert c_attn.weight.shape == (16, 48)  # Conv1D: the transpose of Linear's
     assert group_layers({"c_attn": c_attn})[0].d_out == 48
-    with pytest.raises(ConfigurationError, match="norm is a LayerNorm"):
-        group_layers({"norm": nn.LayerNorm(3)})
-
-
-def test_rank_too_large_names_the_group_and_leaves_the_network_alone():
-    net = tiny.llama()
-    with pytest.raises(ConfigurationError, match=r"rank=9.*'v_proj'.*8 x 16.*at most 8"):
-        BayesianLoRA(net, prior=KroneckerInducing(rank=9))
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    assert not any(module._forward_hooks for module in net.modules())
 
 
 def test_a_layer_is_adapted_once():

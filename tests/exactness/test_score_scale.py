@@ -107,7 +107,9 @@ def test_it_is_saved(tmp_path):
     read = BayesianLoRA.from_pretrained(net, tmp_path / "new")
     torch.testing.assert_close(read.predict(batch, 0).probs, expected)
     read.unwrap()
-    with pytest.raises(CheckpointError, match=r"differ in .*score_slope.*MultipleChoice scale="):
+    with pytest.raises(
+        CheckpointError, match=r"differ in .*score_slope.*MultipleChoice the same scale="
+    ):
         BayesianLoRA.from_pretrained(
             net, tmp_path / "new", likelihood=MultipleChoice(scale="fixed", num_data=12)
         )

@@ -1,7 +1,7 @@
-"""The ready-made loop: history, particles, warm-up, validation, seeds."""
+"""The ready-made loop: history, particles, warm-up, validation, seeds, the order of the data."""
 
+import itertools
 import re
-from itertools import islice
 
 import pyro
 import pytest
@@ -11,30 +11,28 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Ensemble, MeanField
-from pyro_blora.inference import fit, loop, optim_args, parameter_groups
-from pyro_blora.inference.objective import Objective
-from pyro_blora.inference.trainer import BayesianLoRATrainer
+from pyro_blora.inference import loop, optim_args, parameter_groups
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
+from pyro_blora.posterior.prediction import predict_dataset
 
 RATES = METHODS["bayesian-lora"].learning_rates
 
 
-def test_history(run):
+@pytest.mark.parametrize("weight", [1.0, 0.8])
+def test_history(run, weight):
+    """The KL that is shown is whole, whatever its weight."""
     blora = tiny.adapted(num_data=10)
     kl = blora.kl().item()
-    result = run(blora)
+    result = run(blora, kl_weight=weight)
     assert [set(step) for step in result.history] == [{"loss", "nll", "kl"}] * 6
     assert result.history[0]["kl"] == pytest.approx(kl, rel=1e-3)
     for step in result.history:
-        assert step["loss"] == pytest.approx(step["nll"] + step["kl"] / 10, rel=1e-5)
+        assert step["loss"] == pytest.approx(step["nll"] + weight * step["kl"] / 10, rel=1e-5)
     assert result.seconds > 0
-    assert result.validation == []
-    assert result.best_step is None
+    assert (result.validation, result.best_step) == ([], None)
     assert re.match(r"FitResult\(6 steps in \d+ s: loss=", repr(result))
 
 
@@ -66,14 +64,6 @@ def test_the_number_of_particles_divides_the_batch(run, asked, expected):
     assert set(shapes) == expected
 
 
-def test_the_kl_that_is_shown_is_whole(run):
-    blora = tiny.adapted(num_data=10)
-    kl = blora.kl().item()
-    first = run(blora, kl_weight=0.8).history[0]
-    assert first["kl"] == pytest.approx(kl, rel=1e-3)
-    assert first["loss"] == pytest.approx(first["nll"] + 0.8 * kl / 10, rel=1e-5)
-
-
 # Validation labels that training contradicts, so that an early step is the best one
 CONTRARY = [{**row, "label": (row["label"] + 1) % 3} for row in tiny.examples(10)]
 VALIDATED = {"validation": CONTRARY, "validate_every": 2, "num_steps": 13}
@@ -99,18 +89,6 @@ def test_keep_best_goes_back_to_the_best_validation(run, keep):
     assert all(torch.equal(value, result.best_state[name]) for name, value in own) == keep
 
 
-def test_keep_best_without_validation_is_refused(run):
-    with pytest.raises(ConfigurationError, match="keep_best=True needs validation="):
-        run(tiny.adapted(num_data=10), keep_best=True, num_steps=1)
-
-
-def test_keep_best_of_one_validation_says_so(run):
-    with pytest.warns(
-        UserWarning, match=r"compare validations, got one, after the last of 6 steps"
-    ):
-        run(tiny.adapted(num_data=10), keep_best=True, validation=CONTRARY)
-
-
 def test_a_loader_validates_as_its_examples_do(run):
     loader = DataLoader(CONTRARY, 3, collate_fn=tiny.collate)
     found = []
@@ -131,8 +109,6 @@ def test_a_loader_validates_as_its_examples_do(run):
 def test_epochs_instead_of_steps(run, rows, epochs, steps):
     result = run(tiny.adapted(num_data=10), rows, num_steps=None, num_epochs=epochs)
     assert len(result.history) == steps
-    with pytest.raises(ConfigurationError, match="One of num_steps= and num_epochs= must be given"):
-        run(tiny.adapted(num_data=10), num_epochs=1)
 
 
 def test_validation_leaves_training_mode(run):
@@ -197,16 +173,14 @@ def test_each_role_has_its_learning_rate():
     assert {name: g["lr"] for name, g in groups.items()} == {
         role: rate for role, rate in RATES.items() if role != "likelihood"
     }
-    names = {id(p): name.rsplit(".", 1)[-1] for name, p in both.named_parameters()}
+    names = {id(p): n.rsplit(".", 1)[-1] for n, p in both.named_parameters()}
     found = {role: {names[id(p)] for p in g["params"]} for role, g in groups.items()}
+    found = {role: {n.removesuffix("_unconstrained") for n in each} for role, each in found.items()}
     assert found == {
-        "mean": {"loc_unconstrained"},
-        "direction": {"Z_r_unconstrained", "Z_c_unconstrained"},
-        "head": {"classifier_weight_unconstrained", "classifier_bias_unconstrained"},
-        "scale": {
-            *("D_r_unconstrained", "D_c_unconstrained", "sigma__unconstrained"),
-            *("row_scale_tril_unconstrained", "col_scale_tril_unconstrained"),
-        },
+        "mean": {"loc"},
+        "direction": {"Z_r", "Z_c"},
+        "head": {"classifier_weight", "classifier_bias"},
+        "scale": {"D_r", "D_c", "sigma_", "row_scale_tril", "col_scale_tril"},
     }
     assert sum(len(g["params"]) for g in groups.values()) == len(list(both.parameters()))
 
@@ -275,50 +249,72 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
         assert found == rates | {id(likelihood.score_slope_unconstrained): RATES["likelihood"]}
 
 
-class Epochs:
-    """Batches of indices: those of each epoch when it is asked for."""
-
-    def __init__(self, batches, length):
-        self.batches, self.length = iter(batches), length
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        return islice(self.batches, self.length)
+def length(row):
+    return len(row["input_ids"])
 
 
-def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
-    batch = tiny.choices(12, seed=3) | {"index": torch.arange(12)}
-    rows = [{key: value[i] for key, value in batch.items()} for i in range(12)]
-    taken, ends, loss = [], [], Objective.__call__
+def epochs(count, rows, *, by_length=True, seed=0):
+    """The indices in each batch of the first epochs."""
+    how = length if by_length else None
+    stream = loop.Batches(rows, tiny.collate, how, batch_size=4, seed=seed)
+    per_epoch = -(-len(rows) // 4)
+    drawn = [b["index"].tolist() for b in itertools.islice(stream, count * per_epoch)]
+    return [drawn[i : i + per_epoch] for i in range(0, len(drawn), per_epoch)]
 
-    def told(self, batch, *arguments):
-        taken.append(batch["index"].tolist())
-        torch.manual_seed(len(taken) % 9)  # the draws of each step
-        return loss(self, batch, *arguments)
 
-    monkeypatch.setattr(Objective, "__call__", told)
-    how = {"num_steps": 9, "warmup": 0.0, "precision": "float32"}
-    net = tiny.llama()
-    for data in ("examples", "DataLoader", "Trainer"):
-        pyro.set_rng_seed(0)
-        blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=12))
-        loader = DataLoader(rows, batch_sampler=Epochs(taken[:9], 3))
-        if data == "examples":
-            fit(blora, rows, batch_size=4, **how)
-        elif data == "DataLoader":
-            fit(blora, loader, **how)
-        else:
-            options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 9}
-            arguments = TrainingArguments(str(tmp_path), save_strategy="no", **options)
-            trainer = BayesianLoRATrainer(blora, arguments, train_dataset=rows)
-            monkeypatch.setattr(trainer, "get_train_dataloader", lambda it=loader: it)
-            trainer.train()
-        assert taken[-9:] == taken[:9]
-        assert blora.likelihood.score_slope != 1
-        ends.append(tiny.trained(blora))
-        blora.unwrap()
-    for name, value in ends[0].items():
-        for other in ends[1:]:
-            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=name)
+@pytest.mark.parametrize("count", [1, 4, 10, 75])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_every_example_once_in_each_epoch(count, by_length):
+    for epoch in epochs(3, tiny.examples(count), by_length=by_length):
+        assert sorted(itertools.chain(*epoch)) == list(range(count))
+        assert max(map(len, epoch)) <= 4
+        # no more batches are incomplete than must be, but for one in each window of lengths
+        assert sum(len(batch) < 4 for batch in epoch) <= 1
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_epochs_differ_and_seeds_reproduce(by_length):
+    rows = tiny.examples(23)  # not a multiple of lengths and batches, which would fix them
+    first = epochs(2, rows, by_length=by_length)
+    # other examples share a batch, not only the order of the batches
+    assert {frozenset(batch) for batch in first[0]} != {frozenset(batch) for batch in first[1]}
+    assert first == epochs(2, rows, by_length=by_length)
+    assert first != epochs(2, rows, by_length=by_length, seed=1)
+
+
+def test_every_example_counts_once_in_expectation():
+    """The weight of an example in a batch of b of N is N / b; the longest was always alone."""
+    rows = [{"input_ids": torch.zeros(n + 1, dtype=int), "label": 0, "index": n} for n in range(9)]
+    weights = torch.zeros(9, dtype=torch.float64)
+    for epoch in epochs(4000, rows):
+        for batch in epoch:
+            weights[batch] += 9 / len(batch) / len(epoch) / 4000
+    # alone with chance 1/9: a standard deviation of 0.04
+    torch.testing.assert_close(weights, torch.ones_like(weights), atol=0.12, rtol=0)
+
+
+def test_batches_of_like_lengths_waste_less_padding():
+    rows = tiny.examples(64)
+
+    def padding(by_length):
+        lengths = [[length(rows[i]) for i in b] for b in epochs(1, rows, by_length=by_length)[0]]
+        return sum(max(b) * len(b) - sum(b) for b in lengths)
+
+    assert padding(True) < 0.4 * padding(False)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_predictions_come_back_in_the_order_of_the_data(by_length):
+    blora, rows = tiny.adapted(), tiny.examples(10)
+    prediction, labels = predict_dataset(
+        lambda batch: blora.predict(batch, 0),
+        rows,
+        tiny.collate,
+        batch_size=4,
+        length=length if by_length else None,
+        progress=False,
+    )
+    assert labels.tolist() == [row["label"] for row in rows]
+    one_by_one = torch.cat([blora.predict(tiny.collate([row]), 0).samples for row in rows], 1)
+    torch.testing.assert_close(prediction.samples, one_by_one)
+    assert one_by_one.std(1).max() > 0.01  # the rows do differ

@@ -6,7 +6,7 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import MCMC, NUTS, Predictive
+from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_blora.errors import ConfigurationError
@@ -92,21 +92,6 @@ def test_the_log_predictive_is_the_mean_over_them():
     expected = scores.logsumexp(0) - math.log(5)
     found = blora.log_predictive(batch, samples=samples)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-
-
-def test_it_agrees_with_predictive_in_law():
-    blora, batch = tiny.adapted(), tiny.sequences()
-    samples, times = values(blora, 4), 500
-    del batch["labels"]
-    many = {name: value.float().repeat(times, 1, 1, 1) for name, value in samples.items()}
-    predictive = Predictive(blora.model, posterior_samples=many, parallel=True)
-    with torch.no_grad():
-        labels = predictive(batch)["labels"].reshape(4 * times, -1)
-    probs = blora.predict(batch, samples=samples).probs
-    share = torch.nn.functional.one_hot(labels, probs.shape[1]).float().mean(0)
-    error = (probs * (1 - probs) / (4 * times)).sqrt()
-    assert ((share - probs).abs() <= 4 * error).all()
-    assert (probs - 1 / probs.shape[1]).abs().max() > 20 * error.max()  # no coin
 
 
 def test_the_updates_at_draws_of_the_guide_are_the_guides():

@@ -1,7 +1,5 @@
 """What a training step does is counted, not timed: it does not grow with the depth."""
 
-import functools
-
 import pyro
 import pytest
 import tiny
@@ -10,7 +8,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_blora.guides import MeanField
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
+from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import KroneckerInducing
 
 
@@ -130,54 +128,6 @@ def test_the_network_runs_once_for_all_particles():
     assert len(runs) == 1
     blora.predict(batch, 10)
     assert len(runs) == 2
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would stop the host until an accelerator has caught up."""
-
-    asking = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.on = 0, True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        indices = args[1] if func.overloadpacket.__name__ == "index" else ()
-        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
-        self.count += self.on and (by_mask or func.overloadpacket.__name__ in self.asking)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    ("likelihood", "batch", "most"),
-    [
-        (LabelTokens(token_ids=tiny.ANSWERS), tiny.sequences(8), 0),
-        (CausalLM(), tiny.texts(8), 2),  # sizes, for logits and labels
-        (MultipleChoice(), tiny.choices(8), 2),  # sizes, and which items are held out
-        (MultipleChoice(pack=False), tiny.choices(8), 2),
-    ],
-)
-def test_a_likelihood_waits_for_the_device_twice_at_most(monkeypatch, likelihood, batch, most):
-    blora = tiny.adapted(likelihood=tiny.anew(likelihood))
-    likelihood, looks = blora.likelihood, []
-    likelihood.logits(blora.net, batch)  # asks the network
-    for name in ("tolist", "cpu"):  # which a CPU answers without an operator
-        own = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda x, own=own: looks.append(x) or own(x))
-    forward, waits = blora.net.forward, Waits()
-
-    @functools.wraps(forward)
-    def unwatched(*args, **kwargs):  # the network's own
-        waits.on = False
-        output = forward(*args, **kwargs)
-        waits.on = True
-        return output
-
-    blora.net.forward = unwatched
-    with waits, likelihood.holding_out():
-        likelihood.labels(batch)
-        likelihood.logits(blora.net, batch)
-    assert waits.count + len(looks) <= most
 
 
 def test_only_the_positions_that_are_read_enter_the_head():

@@ -4,11 +4,9 @@ import pytest
 import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from transformers import TrainingArguments
 
 from pyro_blora import predict_dataset
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network import precision
 
@@ -59,20 +57,6 @@ def test_modes_reach_the_network():
     blora.eval()
     assert not any(module.training for module in blora.net.modules())
     assert torch.equal(blora(**inputs()).logits, blora(**inputs()).logits)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_trainer_puts_the_mode_back(tmp_path, training):
-    blora = dropping().train(training)
-    rows = [{k: v[i] for k, v in tiny.sequences(8).items()} for i in range(8)]
-    args = TrainingArguments(
-        tmp_path, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
-    )
-    BayesianLoRATrainer(blora, args, train_dataset=rows).train()
-    assert {module.training for module in blora.net.modules()} == {training}
-    assert blora.training is training
-    same = torch.equal(blora(**inputs()).logits, blora(**inputs()).logits)
-    assert same is not training
 
 
 def test_a_data_set_is_predicted_on_the_adapter_s_own_device(monkeypatch):

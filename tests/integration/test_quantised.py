@@ -90,11 +90,6 @@ def unit_response(layer):
         return layer(torch.eye(layer.in_features)).mT
 
 
-def nll(blora):
-    probs = blora.predict(BATCH, 0).probs
-    return -probs.gather(-1, BATCH["labels"][:, None]).log().mean().item()
-
-
 def test_the_weights_are_quantised(net):
     """Or the tests here would be of nothing."""
     plain = find_targets(network(), "all-linear")
@@ -107,14 +102,12 @@ def test_the_weights_are_quantised(net):
         assert type(layer.weight) is not nn.Parameter
 
 
-@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], "all-linear"])
-def test_every_parameter_of_the_adapter_gets_a_gradient(net, target_modules):
-    blora = tiny.adapted(net, target_modules=target_modules)
+def test_every_parameter_of_the_adapter_gets_a_gradient(net):
+    blora = tiny.adapted(net, target_modules="all-linear")
     elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    elbo(blora.model, blora.guide)(BATCH).backward()
-    for name, parameter in blora.named_parameters():
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+    for name, gradient in tiny.gradients(blora, BATCH, elbo).items():
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
 
 
 @pytest.mark.parametrize("prior", [models.KroneckerInducing, models.SpectralInducing])
@@ -122,15 +115,11 @@ def test_training_fits_the_batch_and_leaves_the_base(net, prior):
     output, before = logits(net), stored(net)
     blora = tiny.adapted(net, prior=prior(rank=4), num_data=8)
     assert not any(p.requires_grad for p in net.parameters())
-    start = nll(blora)
+    start = blora.log_predictive(BATCH, 0).mean()
     rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
-    result = fit(
-        blora, ROWS, collate=tiny.collate, num_steps=60, progress=False, learning_rates=rates
-    )
-    assert all(torch.tensor(h["loss"]).isfinite() for h in result.history)
-    assert nll(blora) < 0.9 * start
-    prediction = blora.predict(BATCH, 4)
-    torch.testing.assert_close(prediction.samples.sum(-1), torch.ones(4, 8))
+    fit(blora, ROWS, collate=tiny.collate, num_steps=60, progress=False, learning_rates=rates)
+    assert blora.log_predictive(BATCH, 0).mean() > 0.9 * start
+    assert blora.predict(BATCH, 4).samples.isfinite().all()
     assert blora.unwrap() is net
     assert torch.equal(logits(net), output)
     assert tiny.equal(stored(net), before)

