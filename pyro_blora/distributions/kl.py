@@ -1,9 +1,7 @@
-"""Kullback-Leibler divergences of the distributions of this room, in closed form.
+"""Kullback-Leibler divergences in closed form, registered with torch.
 
-Registered with torch: :func:`torch.distributions.kl_divergence` finds them, and so does
-:class:`pyro.infer.TraceMeanField_ELBO`, which would otherwise fall back, silently, on a Monte Carlo
-estimate. A result is in nats and has the broadcast batch shape of its two arguments; the work is
-done at the batch shape that their parameters were given.
+Without them :class:`pyro.infer.TraceMeanField_ELBO` falls back, silently, on a Monte Carlo
+estimate. The work is done at the batch shape that the laws' parameters were given.
 """
 
 import math
@@ -70,11 +68,7 @@ def _check_events(p: Distribution, q: Distribution) -> None:
 
 
 def _normals(p: Any, other: Distribution) -> tuple[Tensor, Tensor]:
-    """``loc`` and ``scale`` of a product of normals, without expanded batch dimensions.
-
-    ``Normal.expand`` makes strides of zero, which are undone here so that a prior expanded by a
-    plate costs no more than the one that was written.
-    """
+    """``loc`` and ``scale`` of a product of normals, without the dimensions a plate expanded."""
     normal = p.base_dist if isinstance(p, Independent) else p
     if not isinstance(normal, Normal):
         # Pyro answers this with a Monte Carlo estimate, as for every pair without a closed form

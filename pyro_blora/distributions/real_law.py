@@ -77,15 +77,9 @@ class CoupledNormal(RealLaw):
         \mathrm{Cov}[X_{li}, X_{kj}] = (L L^\top)_{lk}\, S_i^2\, \delta_{ij}.
 
     The last batch dimension is that of the ``n`` arrays. By the chain rule the ``l``-th entry of
-    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` the entropy
-    of this conditional, so that *sums* over the dimension are those of the joint law: it may stand
-    under a plate that is never subsampled. Dimensions that :meth:`expand` adds have independent
-    copies of the joint law.
-
-    Args:
-        loc: ``M``, ``(n, *event_shape)``.
-        scale: ``S``, ``event_shape``, positive.
-        layer_scale_tril: ``L``, ``(n, n)``, lower triangular with a positive diagonal.
+    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` is alike, so
+    that *sums* over the dimension are those of the joint law: it may stand under a plate that is
+    never subsampled. Dimensions that :meth:`expand` adds have independent copies.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, layer_scale_tril: Tensor) -> None:
@@ -134,14 +128,10 @@ class CoupledNormal(RealLaw):
 
 
 class Reshaped(RealLaw):
-    r"""``base`` over vectors of ``k`` numbers, its event given the shape ``event_shape``.
+    """``base`` over vectors of ``k`` numbers, its event given the shape ``event_shape``.
 
     Unlike ``TransformedDistribution(base, ReshapeTransform(...))`` it keeps the mean, the variance
     and the entropy of its base, and with them the closed form of the KL from a product of normals.
-
-    Args:
-        base: of event shape ``(k,)``, with reparametrised draws.
-        event_shape: of ``k`` numbers in all; ``()`` for ``k = 1``.
     """
 
     def __init__(self, base: TorchDistribution, event_shape: Sequence[int]) -> None:
@@ -182,19 +172,11 @@ class Reshaped(RealLaw):
 
 
 class Members(RealLaw):
-    r"""``K`` points for each batch element, of which each draw takes the next, over and over.
+    """``K`` points, ``(K, *batch_shape, *event_shape)``, of which each draw takes the next.
 
     Draws are stratified, not independent: any ``K`` in a row have every point once, and all
     batch elements (the layers of a group) take the same point, so that a draw is one member of an
-    ensemble through and through. New dimensions on the left are further draws. :meth:`log_prob` is
-    zero, as that of :class:`pyro.distributions.Delta`: point masses have no density, and the
-    entropy is left out of the ELBO.
-
-    Args:
-        points: ``(K, *batch_shape, *event_shape)``.
-        event_dim: number of dimensions of an event.
-        turn: the number of the point that is next, a whole number; drawing moves it on in place, so
-            that the distributions which share it take turns together.
+    ensemble through and through. Drawing moves ``turn`` on in place, for all that share it.
     """
 
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:
@@ -229,10 +211,7 @@ class Members(RealLaw):
 
 
 class NormalMixture(dist.MixtureSameFamily):
-    """A mixture with reparametrised draws, whose die no parameter may load.
-
-    The gradient through the component that was chosen is then unbiased by itself.
-    """
+    """A mixture with reparametrised draws, unbiased as no parameter may load its die."""
 
     has_rsample = True
 

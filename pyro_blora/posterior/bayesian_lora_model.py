@@ -1,8 +1,6 @@
 """The Pyro model: priors over the updates, the wrapped network, the likelihood.
 
-One direction, no back and forth: every site of every group is sampled up-front, the layers receive
-their factors, the transformer runs, the likelihood scores the labels. Sampling before the forward
-is what lets activation checkpointing and compilation work.
+All sites are sampled before the network runs: so activation checkpointing and compilation work.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,16 +75,9 @@ def _on_device(value: Any, device: torch.device) -> Any:
 class BayesianLoRAModel(PyroModule):
     """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
 
-    Its latent sites are those of each group's prior, ``"<group>.<site>"``, such as ``"q_proj.V"``;
-    what is observed is called ``"labels"``.
-
-    The frozen network is held where module tracking does not see it, so that Pyro cannot turn its
-    weights into parameters, and ``state_dict`` has the adapter alone.
-
-    Attributes:
-        enabled: whether updates and trained heads are put in place; else it is the network alone.
-        shortcuts: those that this adapter takes, none with ``fast=False``.
-        layer_names: full names of the adapted layers.
+    Its latent sites are those of each group's prior, such as ``"q_proj.V"``; what is observed is
+    ``"labels"``. Module tracking does not see the frozen network, so that ``state_dict`` has the
+    adapter alone. While ``enabled`` is false it is the network alone.
     """
 
     def __init__(
@@ -244,9 +235,8 @@ class BayesianLoRAModel(PyroModule):
     def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``; without one, samples alone.
 
-        The examples are shared out evenly among the vectorised particles of an ELBO, in order.
-        Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
-        sees the whole batch.
+        Vectorised particles of an ELBO share out the examples evenly, in order. Under any other
+        leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all of them.
         """
         if batch is None:
             return self.updates()

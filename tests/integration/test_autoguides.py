@@ -101,10 +101,10 @@ def test_an_autoguide_that_never_saw_labels(num_samples):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ({"guide": "AutoNormal"}, "'AutoNormal' is neither"),
+        ({"guide": "AutoNormal"}, "guide must be .* got 'AutoNormal'"),
         ({"guide": MeanField}, "not.* the class"),
         ({"prior": KroneckerInducing}, "not.* the class"),
-        ({"guide": AutoNormal(lambda batch: None)}, "made a dict .*Pass the class"),
+        ({"guide": AutoNormal(lambda batch: None)}, "the class, AutoNormal, not as an object"),
     ],
 )
 def test_what_is_no_guide(option, told):
