@@ -107,19 +107,14 @@ class Site:
 
     @property
     def transform(self) -> Transform:
-        """From the real numbers to the support of the site.
-
-        Raises:
-            ConfigurationError: there is no such map.
-        """
+        """From the real numbers to the support of the site."""
         try:
             return biject_to(self.support)
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"Site {self.name!r} is {type(self.prior).__name__}, whose support "
                 f"({self.support}) is no image of the real numbers. Relax a discrete site "
-                "(RelaxedBernoulli), or sum it out (MixtureSameFamily); where a law of real "
-                "numbers does not say so, give it `support = constraints.real`."
+                "(RelaxedBernoulli), or sum it out (MixtureSameFamily)."
             ) from error
 
     @property
@@ -133,11 +128,10 @@ class Site:
     def start(self) -> tuple[Tensor, Tensor]:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
-        The location is the prior's suggestion, where it makes one. Otherwise they are the
-        prior's own mean and standard deviation where the support is real and they are finite.
-        Otherwise they are the median and half the distance between the 16 % and 84 % quantiles, of
-        1,000 draws that are made without touching the global seed; the median of a Student t, and
-        of a real law with an ``icdf``, such as a Cauchy, is exact.
+        The location is the prior's suggestion, where it makes one. Otherwise they are the prior's
+        mean and standard deviation, where it is real and they are finite, or else the median and
+        half the distance between the 16 % and 84 % quantiles, of 1,000 draws that leave the global
+        seed alone. The median of a Student t, and of a real law with an ``icdf``, is exact.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -250,11 +244,7 @@ class SiteGuide(Options, PyroModule):
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def center(self) -> Tensor:
-        """The center of q: the image of the mean of :meth:`distribution`.
-
-        Where that law does not know its mean, as a flow does not, it is the mean of a thousand
-        draws, the same every time and made without touching the global seed.
-        """
+        """The center of q: the image of the mean of :meth:`distribution`, or of 1,000 draws."""
         q = self.distribution()
         try:
             mean: Tensor = q.mean

@@ -127,10 +127,7 @@ class _Rotation(Transform):
 
 
 class _Curvature:
-    """The sum over the data of the outer products of a site's scores.
-
-    Either a Kronecker product of a row and a column factor, or a diagonal.
-    """
+    """The sum over the data of the outer products of a site's scores, by factors or diagonal."""
 
     def __init__(self, is_kron: bool) -> None:
         self.is_kron = is_kron
@@ -166,9 +163,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
     whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
-    / (\lambda_i + \delta)`. That falls with :math:`\delta`, so bisection of the logarithm finds
-    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles),
-    between 1e-6 and 1e6.
+    / (\lambda_i + \delta)`, which falls with :math:`\delta`: bisection from 1e-6 to 1e6 finds it
+    (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles).
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

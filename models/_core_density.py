@@ -71,10 +71,8 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
                             that the posterior shrinks the columns it can do without
     ======================  ==========================================================
 
-    The last two learn the rank (see
-    :func:`~pyro_blora.evaluation.effective_rank.effective_ranks`) between fixed directions, as
-    ``SpectralInducing`` has them; learned directions are point estimates, and no density of the
-    core keeps them from fitting noise.
+    The last two learn the rank between fixed directions, as ``SpectralInducing`` has them; no
+    density of the core keeps learned directions from fitting noise.
     """
     if isinstance(core, str):
         return CORES[core](model, shape)

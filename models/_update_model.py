@@ -93,10 +93,9 @@ class UpdateModel(Options, PyroModule):
 
     @property
     def gradient_ranks(self) -> tuple[int, int] | None:
-        """How many directions of its gradients a prior asks for before training, if any.
+        """How many directions of its gradients a prior asks for, before training.
 
-        They come by :meth:`inform`, from :func:`~pyro_blora.inference.inform`; a buffer
-        ``informed`` says whether they have.
+        They come by :meth:`inform`; a buffer ``informed`` says whether they have.
         """
         return None
 
@@ -130,11 +129,7 @@ class UpdateModel(Options, PyroModule):
             The value of each site, by its full name, at which :math:`\Delta W = B A`. Guides start
             there; a site that is not named starts as ever.
         """
-        raise self.cannot_start()
-
-    def cannot_start(self) -> ConfigurationError:
-        """The error of a prior that cannot start at a given adapter."""
-        return ConfigurationError(
+        raise ConfigurationError(
             f"{self!r} cannot start at a given adapter: {self.no_start}. Take KroneckerInducing, "
             "FactorInducing, GaussianFactors or Subspace, with learned or fixed scales."
         )
@@ -176,11 +171,11 @@ class UpdateModel(Options, PyroModule):
             between = r_r == r_c if core is None else core[-3:] == (n, *r_r, *r_c)
             if between and A[-3:] == (n, *r_c, d_in) and B[-3:] == (n, d_out, *r_r):
                 return
-            given = f"A {A}, B {B}, {'no core' if core is None else f'core {core}'}"
+            given = f"A {A}, B {B}, core {core}"
         raise ConfigurationError(
-            f"group {self.group.name!r}: {type(self).__name__}.forward returned {given}; it must "
-            f"return a LowRankUpdate of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core "
-            f"(..., {n}, r, r) or None, the identity."
+            f"group {self.group.name!r}: {type(self).__name__}.forward must return a LowRankUpdate "
+            f"of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core (..., {n}, r, r) or "
+            f"None, got {given}."
         )
 
     def site(self, name: str) -> str:
