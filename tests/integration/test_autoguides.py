@@ -45,16 +45,10 @@ def train(blora, batch, steps=30):
 
 
 @pytest.mark.usefixtures("parameter_store")
-@pytest.mark.parametrize("by_user", [False, True])
 @pytest.mark.parametrize("kind", AUTOGUIDES)
-def test_train_and_predict(kind, by_user):
-    batch = tiny.sequences(8)
-    if by_user:
-        blora = tiny.adapted()
-        blora.guide = kind(blora.model)
-    else:
-        blora = tiny.adapted(guide=kind)
-    assert isinstance(blora.guide, kind)
+def test_train_and_predict(kind):
+    blora, batch = tiny.adapted(), tiny.sequences(8)
+    blora.guide = kind(blora.model)
     start = nll(blora.predict(batch, 0), batch)  # an AutoGuide is set up here
     train(blora, batch)
     assert nll(blora.predict(batch, 0), batch) < 0.9 * start
@@ -123,9 +117,6 @@ def test_trace_shows_one_site_for_each_group():
         "data",
     ]
     assert trace.observation_nodes == ["labels"]
-    shapes = trace.format_shapes()
-    assert "q_proj.V" in shapes
-    assert "labels" in shapes
     assert trace.nodes["q_proj.V"]["value"].shape == (2, 2, 2)
 
 
