@@ -210,7 +210,7 @@ class SiteGuide(Options, PyroModule):
         self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:
-        """Raises ConfigurationError where ``size``, of a layer of ``site``, exceeds ``option``."""
+        """``size``, of a layer of ``site``, may not exceed ``option``."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(

@@ -41,9 +41,6 @@ class Amortized(MeanField):
     ``hidden_weight`` (hidden, d) and ``hidden_bias`` (hidden); ``loc_weight`` and ``scale_weight``,
     ``(n, *event_shape, hidden)``, zero at the start.
 
-    Raises:
-        ConfigurationError: there is no size of the context.
-
     Reference:
         Rahmati et al. 2025, "C-LoRA: Contextual low-rank adaptation for uncertainty estimation in
         large language models", arXiv:2505.17773.

@@ -55,10 +55,6 @@ class Flow(MeanField):
     and those of the transforms, each with a first dimension ``n``. A site of one number, or outside
     of the layers' plate, gets the mean-field normal.
 
-    Raises:
-        ConfigurationError: there are no transforms, a name is unknown, or a site has more than
-            ``max_size`` numbers for each layer.
-
     Reference:
         Kingma et al. 2016, "Improving variational inference with inverse autoregressive flow",
         arXiv:1606.04934.

@@ -102,8 +102,8 @@ class UpdateModel(Options, PyroModule):
     def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
         """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.
 
-        Each is an eigenvector of their second moment, as long as its eigenvalue's root; the mean
-        square of a side's lengths is one.
+        They are eigenvectors of the second moment, as long as their eigenvalues' roots but for a
+        factor: the mean square of a side's lengths is one.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for gradients; define inform().")
 
@@ -116,18 +116,11 @@ class UpdateModel(Options, PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define forward().")
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        r"""Turns to updates that are there already, such as a trained LoRA's.
+        r"""Turns to updates that are there already, such as a trained LoRA's; before the guide.
 
-        :class:`~pyro_blora.BayesianLoRA` calls it, before the guide is made, where it is given a
-        ``start``.
-
-        Args:
-            B: ``(n, d_out, r)``; of a layer with a smaller rank the last columns are zero.
-            A: ``(n, r, d_in)``; there the last rows are.
-
-        Returns:
-            The value of each site, by its full name, at which :math:`\Delta W = B A`. Guides start
-            there; a site that is not named starts as ever.
+        ``B`` is ``(n, d_out, r)``, ``A`` ``(n, r, d_in)``, padded with zeros where a layer's rank
+        is smaller. Returns the value of each site, by its full name, at which :math:`\Delta W =
+        B A`. Guides start there; a site that is not named starts as ever.
         """
         raise ConfigurationError(
             f"{self!r} cannot start at a given adapter: {self.no_start}. Take KroneckerInducing, "
@@ -135,11 +128,7 @@ class UpdateModel(Options, PyroModule):
         )
 
     def widened(self, B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``B A`` by factors of a rank that is as large or larger.
-
-        New rows of ``A``, and those of zeros, start as LoRA's do, and ``B`` is zero there: else
-        neither would ever learn.
-        """
+        """``B A`` by factors of ``rank``; new rows of ``A`` start as LoRA's, with ``B`` zero."""
         more = rank - A.shape[-2]
         if more < 0:
             raise ConfigurationError(

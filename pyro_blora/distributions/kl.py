@@ -22,13 +22,7 @@ from pyro_blora.distributions.real_law import CoupledNormal, RealLaw, Reshaped
 
 
 def _to_normals(q: RealLaw, p: Any) -> Tensor:
-    r"""From a product of normals, which needs no more of ``q`` than its moments and entropy.
-
-    .. math::
-
-        \mathrm{KL}[q \,\|\, p] = -H[q] + \sum_i \left( \log s_i + \tfrac12 \log 2\pi
-        + \frac{\mathrm{Var}_q[x_i] + (\mathrm{E}_q[x_i] - \mu_i)^2}{2 s_i^2} \right)
-    """
+    """From a product of normals, which needs no more of ``q`` than its moments and entropy."""
     loc, scale = _normals(p)
     given = q.as_given()
     error = (given.variance + (given.mean - loc).square()) / scale.square()

@@ -47,7 +47,7 @@ class MatrixNormal(RealLaw):
         """The mean, a view of shape ``batch_shape + (m, n)``."""
         return self._unbroadcasted_loc.expand(self.batch_shape + self.event_shape)
 
-    mean = mode = loc
+    mean = loc
 
     @property
     def row_scale_tril(self) -> Tensor:

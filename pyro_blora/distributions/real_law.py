@@ -51,7 +51,7 @@ class RealLaw(TorchDistribution):
         return value
 
     def of_own_draw(self, value: Tensor) -> Tensor | None:
-        r"""The log density of the last draw by its noise, :math:`(k - |\epsilon|^2) / 2 - H[q]`.
+        """The log density of the last draw by its noise ``e``, ``(k - |e|^2) / 2 - H[q]``.
 
         Noise that is solved for has no digits left where a triangle is far from diagonal. ``None``
         of any other value, and of a draw held fixed, whose density has another gradient.
@@ -62,10 +62,6 @@ class RealLaw(TorchDistribution):
         batch = noise.shape[: noise.dim() - len(self.event_shape)]
         squares = noise.square().reshape(*batch, -1).sum(-1)
         return (self.event_shape.numel() - squares) / 2 - self.entropy()
-
-    def __repr__(self) -> str:
-        batch, event = tuple(self.batch_shape), tuple(self.event_shape)
-        return f"{type(self).__name__}(batch_shape={batch}, event_shape={event})"
 
 
 class CoupledNormal(RealLaw):

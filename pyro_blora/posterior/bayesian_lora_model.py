@@ -149,12 +149,6 @@ class BayesianLoRAModel(PyroModule):
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Turns the priors to given updates, ``B A`` by the layers' names; before the guide."""
-        missing = [name for name in self.layer_names if name not in factors]
-        if missing:
-            raise ConfigurationError(
-                f"start= has no factors for {', '.join(missing[:4])}; give (B, A) for each adapted "
-                "layer, or leave the layer out with exclude_modules."
-            )
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
             rank = max(len(A) for _, A in pairs)
@@ -252,16 +246,13 @@ class BayesianLoRAModel(PyroModule):
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
-        if count > 1:
-            if ELBO_PLATE not in open_plates():
-                batch = repeat_batch(batch, count)
-            elif examples % count:
-                divisors = [d for d in range(1, examples + 1) if examples % d == 0]
-                raise ParticleError(
-                    f"{examples} examples cannot be shared out evenly among {count} particles. "
-                    f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
-                    "pyro_blora.fit, which sees to it."
-                )
+        if count > 1 and ELBO_PLATE not in open_plates():
+            batch = repeat_batch(batch, count)
+        elif examples % count:
+            raise ParticleError(
+                f"num_particles must divide the {examples} examples of a batch, got {count}. Drop "
+                "the last incomplete batch, or use pyro_blora.fit, which sees to it."
+            )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
         return updates

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
@@ -27,7 +27,6 @@ from pyro_blora.posterior.bayesian_lora_model import ELBO_PLATE, BayesianLoRAMod
 
 # The plate of ``BayesianLoRA.sample_updates``
 DRAWS_PLATE = "posterior_samples"
-
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
@@ -87,7 +86,10 @@ class StructuredGuide(PyroModule):
         self.reads_context = any(each.reads_context for each in families)
         self.couples_sites = any(each.couples_sites for each in families)
         self.is_symmetric = all(each.symmetric for each in families)
-        size = context_size(model.net) if self.reads_context else 0
+        embeddings = None
+        if self.reads_context:
+            embeddings = getattr(model.net, "get_input_embeddings", lambda: None)()
+        size = 0 if embeddings is None else int(embeddings.weight.shape[-1])
         for site in sites:
             own = chosen[site.group] if isinstance(family, Mapping) else family
             bound = own.bind(replace(site, context_size=size))
@@ -212,21 +214,11 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
         )
 
 
-def context_size(net: nn.Module) -> int:
-    """Size of the network's input embeddings; 0 where it has none."""
-    embeddings = getattr(net, "get_input_embeddings", lambda: None)()
-    return 0 if embeddings is None else int(embeddings.weight.shape[-1])
-
-
 @torch.no_grad()
 def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
     """The batch's ``context``, ``(B, d)``, or the mean of its embeddings, made ``sqrt(d)`` long."""
     if "context" in batch:
         return batch["context"]
-    if "input_ids" not in batch:
-        raise BatchError(
-            f"An amortized guide reads 'context' or 'input_ids', and the batch has {sorted(batch)}."
-        )
     ids = batch["input_ids"]
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     weight = torch.ones_like(ids) if mask is None else mask

@@ -103,12 +103,6 @@ class Prediction:
     @classmethod
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
         """Concatenate over items; where the numbers of choices differ, missing ones get 0."""
-        counts = [p.num_samples for p in predictions]
-        if len(set(counts)) != 1:
-            raise ValueError(
-                f"Prediction.cat needs equal numbers of samples, got {counts or 'none'}: predict "
-                "each batch with the same num_samples."
-            )
         choices = max(p.samples.shape[2] for p in predictions)
         padded = [pad(p.samples, (0, choices - p.samples.shape[2])) for p in predictions]
         return cls(torch.cat(padded, dim=1))

@@ -151,8 +151,7 @@ def mean_updates(
         center = {name: value for name, value in center.items() if name in nodes}
         linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
         if len(linear) == len(center):
-            at_mean: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
-            return {name: update.without_noise() for name, update in at_mean.items()}
+            return {n: update.without_noise() for n, update in nodes["_RETURN"]["value"].items()}
         if isinstance(guide, StructuredGuide) and not guide.couples_sites:
             for name, node in linear.items():  # independent of what is drawn
                 value = center[name]
@@ -177,10 +176,8 @@ def mean_updates(
 def _updates_at(
     model: BayesianLoRAModel, values: Mapping[str, Tensor], size: int
 ) -> dict[str, LowRankUpdate]:
-    """The updates at ``size`` values of each site, which stand outside of the prior's plates."""
     with _plate(model, size):
-        updates: dict[str, LowRankUpdate] = pyro.poutine.condition(model.updates, dict(values))()
-    return updates
+        return pyro.poutine.condition(model.updates, dict(values))()
 
 
 def _plate(model: BayesianLoRAModel, size: int) -> pyro.plate:

@@ -87,8 +87,7 @@ class LayerUpdate:
 class LowRankUpdate:
     """The updates ``dW_l = B_l C_l A_l`` of a group of ``n`` layers.
 
-    The last three dimensions of each tensor are layer, output, input; what stands before them is
-    the particles' (any number of dimensions, each factor its own or none).
+    What stands before the last three dimensions is the particles', each factor its own or none.
 
     Attributes:
         A: ``(..., n, r_c, d_in)``.

@@ -55,13 +55,6 @@ def test_cat_pads_choices():
     assert (both.predictions == torch.cat([a.predictions, b.predictions])).all()
 
 
-def test_cat_errors():
-    with pytest.raises(ValueError, match="got none"):
-        Prediction.cat([])
-    with pytest.raises(ValueError, match=r"equal numbers of samples, got \[5, 2\]"):
-        Prediction.cat([random(), random(samples=2)])
-
-
 def test_is_frozen_and_short():
     p = random(items=1000)
     with pytest.raises(dataclasses.FrozenInstanceError):
