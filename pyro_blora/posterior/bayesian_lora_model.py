@@ -249,9 +249,11 @@ class BayesianLoRAModel(PyroModule):
         if count > 1 and ELBO_PLATE not in open_plates():
             batch = repeat_batch(batch, count)
         elif examples % count:
+            divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
-                f"num_particles must divide the {examples} examples of a batch, got {count}. Drop "
-                "the last incomplete batch, or use pyro_blora.fit, which sees to it."
+                f"{examples} examples cannot be shared out evenly among {count} particles. "
+                f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
+                "pyro_blora.fit, which sees to it."
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
