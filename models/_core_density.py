@@ -67,8 +67,8 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
     * ``"ard"``: a half-Cauchy scale for each column, site ``columns``, so that the posterior
       shrinks the columns it can do without.
 
-    The last two learn the rank between fixed directions, as ``SpectralInducing`` has them; no
-    density of the core keeps learned directions from fitting noise.
+    The last two learn the rank (see :func:`~pyro_blora.effective_ranks`) between fixed directions,
+    as ``SpectralInducing`` has them; no density keeps learned directions from fitting noise.
     """
     if isinstance(core, str):
         return CORES[core](model, shape)

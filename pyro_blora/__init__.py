@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyro_blora import guides, likelihoods, models
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
-    from pyro_blora.evaluation.effective_rank import effective_ranks
+    from pyro_blora.evaluation.metrics import effective_ranks
     from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
     from pyro_blora.network.pretrained import load_pretrained
@@ -39,7 +39,7 @@ _HOMES = {
     "BayesianLoRA": "bayesian_lora",
     "Prediction": "posterior.prediction",
     "bayesianize": "inference",
-    "effective_ranks": "evaluation.effective_rank",
+    "effective_ranks": "evaluation.metrics",
     "fit": "inference",
     "load_pretrained": "network.pretrained",
     "load_task": "data",

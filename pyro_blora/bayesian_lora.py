@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.checkpoints.card import Result
-from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.errors import CheckpointError, ConfigurationError, near_miss
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
@@ -22,6 +21,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.options import check_kind
+from pyro_blora.posterior import predictive
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.guide import (
     GuideFactory,
@@ -32,27 +32,10 @@ from pyro_blora.posterior.guide import (
     warn_of_a_point,
 )
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
-from pyro_blora.posterior.predictive import (
-    Samples,
-    draws_given,
-    linearised_logits,
-    log_predictive,
-    logits_of_draws,
-    sample_updates,
-)
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-__all__ = ["BayesianLoRA"]
-
-
 # What transformers asks of a network besides, a pipeline for one
-_OF_NETWORK = (
-    "dtype",
-    "generation_config",
-    "can_generate",
-    "input_modalities",
-    "output_modalities",
-)
+_PROXIED = {"dtype", "generation_config", "can_generate", "input_modalities", "output_modalities"}
 
 
 class BayesianLoRA(PyroModule):
@@ -90,9 +73,8 @@ class BayesianLoRA(PyroModule):
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, a
-            head is no head, the likelihood is for other networks, or groups of layers and keys of a
-            mapping do not match.
+        ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, or
+            the likelihood, a head or a key of a mapping does not match the network.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -125,12 +107,9 @@ class BayesianLoRA(PyroModule):
     ) -> None:
         super().__init__()
         self._pyro_context = OwnTensors(self)
-        targets = find_targets(
-            net,
-            target_modules,
-            exclude_modules=exclude_modules,
-            layers_to_transform=layers_to_transform,
-        )
+        which: dict[str, Any] = {"exclude_modules": exclude_modules}
+        which["layers_to_transform"] = layers_to_transform
+        targets = find_targets(net, target_modules, **which)
         if method is None:
             method = method_of(type(prior), type(guide))
         #: How it is trained and predicts: a method's record.
@@ -156,7 +135,7 @@ class BayesianLoRA(PyroModule):
         self.model.shortcuts.on = fast
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.net, name) if name in _OF_NETWORK else super().__getattr__(name)
+        return getattr(self.net, name) if name in _PROXIED else super().__getattr__(name)
 
     @property
     def net(self) -> nn.Module:
@@ -185,10 +164,7 @@ class BayesianLoRA(PyroModule):
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained: those of the prior, of the guide and of heads.
-
-        An AutoGuide has its own from its first call on.
-        """
+        """How many numbers are trained; an AutoGuide has its own from its first call on."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> Self:
@@ -198,16 +174,12 @@ class BayesianLoRA(PyroModule):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``to``, ``cuda``, ``half`` and the like move the network, too, with all its adapters.
-
-        What is variational stays in single precision at least: a Cholesky factor has no half.
-        """
+        """``to``, ``cuda``, ``half`` and the like move the network, too, with all its adapters."""
 
         def moved(tensor: Tensor) -> Tensor:
-            to = fn(tensor)
-            if not tensor.is_floating_point():
-                return to
-            return tensor.to(to.device, torch.promote_types(to.dtype, torch.float32))
+            to = fn(tensor)  # in single precision at least: a Cholesky factor has no half
+            kept = torch.promote_types(to.dtype, torch.float32)
+            return tensor.to(to.device, kept) if tensor.is_floating_point() else to
 
         if self.active_adapter is not None:
             self.net._apply(fn)
@@ -225,25 +197,24 @@ class BayesianLoRA(PyroModule):
         return self.net
 
     def sample_updates(
-        self, num_samples: int = 0, batch: Batch | None = None, *, samples: Samples | None = None
+        self,
+        num_samples: int = 0,
+        batch: Batch | None = None,
+        *,
+        samples: predictive.Samples | None = None,
     ) -> dict[str, LowRankUpdate]:
         """Posterior draws of the updates by group, 0 for their mean; or those at ``samples``."""
         if samples is not None:
-            number, draw = draws_given(self.model, samples)
+            number, draw = predictive.draws_given(self.model, samples)
             return draw(number)
-        return sample_updates(self.model, self.guide, num_samples, batch)
+        return predictive.sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager
     def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
-        """Within, the network itself runs under one posterior draw, or under the mean.
+        """Within, the network itself, which is given, runs under draws of U, or 0 for the mean.
 
-        Args:
-            num_samples: 0 for the posterior mean, 1 for one draw of U, held fixed within; ``S``
-                draws share out the rows of whatever batch the network is given. Conditional noise
-                is drawn anew at every call of a layer; the mean has none.
-
-        Yields:
-            The network, for ``net.generate(...)`` and the like.
+        ``num_samples`` draws share out the rows of whatever batch it gets. Conditional noise is
+        drawn anew at every call of a layer; the mean has none.
         """
         self.model.check_on_network()
         with self.model.applied(self.sample_updates(num_samples)) as net:
@@ -257,7 +228,7 @@ class BayesianLoRA(PyroModule):
         *,
         max_rows: int | None = None,
         linearised: bool | None = None,
-        samples: Samples | None = None,
+        samples: predictive.Samples | None = None,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
 
@@ -277,16 +248,14 @@ class BayesianLoRA(PyroModule):
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).
 
         Raises:
-            ConfigurationError: ``num_samples`` is negative, the likelihood has no classes
-                (``CausalLM``; use :meth:`log_predictive`), or ``samples`` lack a site, have an
-                unknown one, or values of another shape.
+            ConfigurationError: the likelihood has no classes (``CausalLM``; use
+                :meth:`log_predictive`), or ``samples`` are not those of the sites.
             BatchError: the batch is not what the likelihood takes.
         """
         if not self.likelihood.has_classes:
             raise ConfigurationError(
-                "predict gives one distribution over classes for each example, and "
-                f"{type(self.likelihood).__name__} has none; use log_predictive(batch), or "
-                "blora.generate(...)."
+                f"predict needs classes, and {type(self.likelihood).__name__} has none; use "
+                "log_predictive(batch), or blora.generate(...)."
             )
         batch = to_device(batch, self.device)
         num_samples = self._draws(num_samples)
@@ -297,9 +266,11 @@ class BayesianLoRA(PyroModule):
         elif linearised:
             raise ConfigurationError("samples= are no draws of the guide, which linearised= needs.")
         if linearised:
-            draws = linearised_logits(self.model, self.guide, batch, num_samples)
+            draws = predictive.linearised_logits(self.model, self.guide, batch, num_samples)
             return Prediction(draws.softmax(-1))
-        passes = logits_of_draws(self.model, self.guide, batch, num_samples, max_rows, samples)
+        passes = predictive.logits_of_draws(
+            self.model, self.guide, batch, num_samples, max_rows, samples
+        )
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     def predict_dataset(
@@ -325,12 +296,12 @@ class BayesianLoRA(PyroModule):
         num_samples: int | None = None,
         *,
         max_rows: int | None = None,
-        samples: Samples | None = None,
+        samples: predictive.Samples | None = None,
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.device)
         draws = self._draws(num_samples)
-        return log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
+        return predictive.log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
 
     def generate(
         self,
@@ -360,7 +331,7 @@ class BayesianLoRA(PyroModule):
         self,
         folder: str | os.PathLike[str],
         *,
-        result: Result | None = None,
+        result: Any = None,
         notes: Mapping[str, object] | None = None,
     ) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
@@ -372,18 +343,9 @@ class BayesianLoRA(PyroModule):
         *,
         private: bool | None = None,
         commit_message: str = "A Bayesian LoRA adapter",
-        result: Result | None = None,
-        notes: Mapping[str, object] | None = None,
+        **about: Any,
     ) -> str:
-        """Writes the adapter to the hub, as :meth:`save_pretrained` does to a folder.
-
-        The repository, ``"user/name"``, is made if it is missing, private or as the account's
-        setting says. Returns the address of the commit.
-
-        Raises:
-            CheckpointError: the hub refuses or cannot be reached.
-        """
-        about = {"result": result, "notes": notes}
+        """:meth:`save_pretrained` to ``"user/name"`` on the hub; gives the commit's address."""
         return checkpoint.push_to_hub(self, repo_id, private, commit_message, **about)
 
     @classmethod
@@ -405,7 +367,7 @@ class BayesianLoRA(PyroModule):
         constructor's; for all else see :func:`pyro_blora.checkpoints.read_pretrained`.
 
         Raises:
-            CheckpointError: the folder is no adapter's, is spoiled, or is one for another base.
+            CheckpointError: the folder is no adapter's, or is one for another base.
 
         Example::
 
@@ -413,9 +375,17 @@ class BayesianLoRA(PyroModule):
             blora.predict(batch, num_samples=10).probs  # B x K
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        parts["trust_remote_code"] = trust_remote_code
-        read: Self = checkpoint.from_pretrained(partial(cls, fast=fast), net, folder, **parts)
-        return read
+        base, place = (None, net) if folder is None else (net, folder)
+        saved = checkpoint.read_pretrained(
+            base, place, trust_remote_code=trust_remote_code, **parts
+        )
+        blora = cls(saved.net, **saved.options, fast=fast)
+        try:
+            saved.load_into(blora)
+        except CheckpointError:
+            blora.unwrap()
+            raise
+        return blora
 
     @classmethod
     def from_peft(
@@ -437,8 +407,8 @@ class BayesianLoRA(PyroModule):
 
         Args:
             net: the base network. Default: loaded by the name that the adapter has for it.
-            folder: what PEFT wrote, or a hub id. Either stands alone, ``from_peft("my_lora")``, and
-                so does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
+            folder: what PEFT wrote, or a hub id. It stands alone, ``from_peft("my_lora")``, and so
+                does a ``peft.PeftModel``, ``from_peft(peft_model)``, which is unloaded.
             method: as in the constructor.
             prior: one that can start there: ``KroneckerInducing``, ``FactorInducing``,
                 ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default: the
@@ -446,12 +416,11 @@ class BayesianLoRA(PyroModule):
             guide: a family whose mean is a parameter. Its width at the start is ``init_scale`` of
                 the prior's. Default: the method's.
             likelihood: as in the constructor. Default: by PEFT's task type.
-            fast: the constructor's.
+            fast: as in the constructor.
 
         Raises:
             CheckpointError: a file is missing or corrupt, or ``net`` is another base.
-            ConfigurationError: the adapter is no plain LoRA (another tuner, DoRA, biases, ...), or
-                the prior or the guide cannot start there.
+            ConfigurationError: it is no plain LoRA, or the prior or the guide cannot start there.
 
         Example::
 
@@ -460,9 +429,7 @@ class BayesianLoRA(PyroModule):
             fit(blora, train, collate=collate, num_steps=100)
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        make = partial(cls, method=method, fast=fast)
-        started: Self = peft.from_peft(make, net, folder, **parts)
-        return started
+        return peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
 
     def export_peft(self, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
         """Writes E[dW], or draws, for PEFT; see :func:`pyro_blora.checkpoints.export_peft`."""
@@ -501,13 +468,6 @@ class BayesianLoRA(PyroModule):
 
         It has a prior, a guide and files of its own; ``options`` are the constructor's. Until it
         is set, this one, which is called ``"default"``, stays on the network.
-
-        Example::
-
-            other = blora.add_adapter("other", likelihood=MultipleChoice(num_data=len(train)))
-            blora.set_adapter("other")
-            fit(other, train, collate=collate, num_steps=100)
-            blora.set_adapter("default")  # and blora predicts again
         """
         return self._add(name, lambda: type(self)(self.net, **options))
 
@@ -526,10 +486,7 @@ class BayesianLoRA(PyroModule):
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter that is not on the network."""
         if self._known(name).model.adapters:
-            raise ConfigurationError(
-                f"adapter {name!r} is active; make another one so first, set_adapter(...), or "
-                "take it off by unwrap()."
-            )
+            raise ConfigurationError(f"adapter {name!r} is active; set another one first.")
         del self._on_net()[name]
 
     @property

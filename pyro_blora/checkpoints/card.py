@@ -1,39 +1,27 @@
 """The model card of an adapter: what it is, what it was trained on, and how to load it."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pyro_blora.likelihoods import SequenceClassification
-
 CARD = "README.md"
 MARK = "<!-- save_pretrained writes this file anew; without this line it leaves it alone. -->"
-
-
-class Result(Protocol):
-    """What a card reads of what ``fit`` returns."""
-
-    history: list[dict[str, float]]
-    validation: list[tuple[int, float]]
-    best_step: int | None
 
 
 def model_card(
     config: Mapping[str, Any],
     blora: Any,
     *,
-    result: Result | None,
+    result: Any,
     notes: Mapping[str, object] | None,
     place: str,
 ) -> str:
     """The text of ``README.md``, with the hub's header; ``place`` is what it says to load."""
     base, kind, model = config["base_model"], config["base"]["class"], blora.model
-    classifies = isinstance(model.likelihood, SequenceClassification)
     header = ModelCardData(
         base_model=base if "/" in base else None,
         library_name="pyro_blora",
-        pipeline_tag="text-classification" if classifies else None,
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
     family, data = blora.guide_family, model.likelihood.num_data
@@ -79,7 +67,7 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 """
 
 
-def _figures(result: Result, data: int | None) -> dict[str, str]:
+def _figures(result: Any, data: int | None) -> dict[str, str]:
     rows = {"steps": f"{len(result.history):,}"}
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:
@@ -88,12 +76,11 @@ def _figures(result: Result, data: int | None) -> dict[str, str]:
             f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "
             f"nats), the mean of the last {len(last)} steps"
         )
-    if result.validation:
-        step, nll = result.validation[-1]
+    for step, nll in result.validation:  # the last one stays
         rows["validation NLL"] = f"{nll:.4g} at step {step}"
-        if result.best_step is not None:
-            best = dict(result.validation)[result.best_step]
-            rows["validation NLL"] += f"; lowest {best:.4g} at step {result.best_step}"
+    if result.best_step is not None:
+        best = dict(result.validation)[result.best_step]
+        rows["validation NLL"] += f"; lowest {best:.4g} at step {result.best_step}"
     return rows
 
 

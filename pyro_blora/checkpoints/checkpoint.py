@@ -29,13 +29,13 @@ import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
-from pyro_blora.checkpoints.card import CARD, MARK, Result, model_card
+from pyro_blora.checkpoints.card import CARD, MARK, model_card
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantised import is_quantised
-from pyro_blora.network.targets import layer_shape, name_in_base
+from pyro_blora.network.targets import layer_shape, name_in_base, without_peft
 from pyro_blora.posterior.guide import start_guide
 
 WEIGHTS = ADAPTER
@@ -48,22 +48,21 @@ def save_pretrained(
     blora: Any,
     folder: str | os.PathLike[str],
     *,
-    result: Result | None = None,
+    result: Any = None,
     notes: Mapping[str, object] | None = None,
     place: str = "path/to/this/folder",
 ) -> None:
-    """Writes the trained tensors, how to rebuild the adapter, and a model card.
+    """Writes a ``BayesianLoRA``: its tensors, how to rebuild it, and a model card.
 
-    The base network is not saved, but its name, where that is one on the hub, and a few numbers by
-    which its weights are known again. A kill at any moment leaves the old adapter or the new one. A
-    ``README.md`` that is not the adapter's own card stays as it is.
+    The base is not saved, only its name on the hub, if it has one, and a few numbers by which its
+    weights are known again. A kill at any moment leaves the old adapter or the new one, and a
+    ``README.md`` of your own stays.
 
     Args:
-        blora: a ``BayesianLoRA``.
+        blora: the adapter.
         folder: where to write; made if it is missing.
         result: what ``fit`` returned, for the card.
-        notes: more lines of the card, by their names, such as ``{"accuracy": 0.93}``; the JSON
-            has them, too.
+        notes: more lines of the card, such as ``{"accuracy": 0.93}``; the JSON has them, too.
         place: what the card says to load.
     """
     folder, model = Path(folder), blora.model
@@ -81,10 +80,8 @@ def save_pretrained(
         "likelihood": _describe(model.likelihood),
         "notes": {name: str(value) for name, value in (notes or {}).items()},
     }
-    tensors = blora.state_dict() | {
-        f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()
-    }
-    write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
+    prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
+    write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     card = folder / CARD
@@ -95,14 +92,7 @@ def save_pretrained(
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder says of an adapter.
-
-    Attributes:
-        net: the base network.
-        options: the arguments of ``BayesianLoRA`` that make it again on its base.
-        tensors: the trained tensors by name.
-        folder: where it was read.
-    """
+    """What a folder says of an adapter: its base, how to make it there, and its tensors."""
 
     net: nn.Module
     options: dict[str, Any]
@@ -110,11 +100,7 @@ class Saved:
     folder: Path
 
     def load_into(self, blora: Any) -> None:
-        """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes.
-
-        Raises:
-            CheckpointError: they differ.
-        """
+        """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes."""
         start_guide(blora.guide, None, alone=True)
         own, tensors = blora.state_dict(), dict(self.tensors)
         if not any(".likelihood." in name for name in tensors):  # another one's are left out
@@ -124,20 +110,19 @@ class Saved:
             parent, _, last = name.rpartition(".")
             constraint, _ = blora.get_submodule(parent)._pyro_params[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
-        expected, given = ({n: tuple(t.shape) for n, t in each.items()} for each in (own, tensors))
-        differ = sorted(n for n in expected | given if expected.get(n) != given.get(n))
-        if differ:
+        try:
+            blora.load_state_dict(tensors)
+        except RuntimeError as error:
             raise CheckpointError(
-                f"{self.folder} has tensors that do not fit; they differ in {differ[:4]}. Pass the "
-                "prior, the guide and the likelihood that were saved (of MultipleChoice the same "
-                "scale=), or leave them out."
-            )
-        blora.load_state_dict(tensors)
+                f"{self.folder} has tensors that do not fit; they differ in this: "
+                f"{' '.join(str(error).split())} Pass the prior, the guide and the likelihood that "
+                "were saved (of the same MultipleChoice scale=), or leave them out."
+            ) from error
 
 
 def read_pretrained(
-    net: nn.Module | None,
-    folder: str | os.PathLike[str],
+    net: Any,
+    folder: Any,
     *,
     prior: Any = None,
     guide: Any = None,
@@ -149,7 +134,7 @@ def read_pretrained(
     A base with other weights of the same shapes is answered with a warning.
 
     Args:
-        net: the base network the adapter was made for. ``None`` loads it by its saved name.
+        net: the base network. ``None`` loads it by its saved name.
         folder: the adapter's folder, or its id on the hub.
         prior: for one that is not of this library, its class or an object of it, which is made
             with the saved options; where several were saved by group, a mapping with some of
@@ -157,15 +142,19 @@ def read_pretrained(
         guide: the same for the guide; or the function that makes it.
         likelihood: the same for the likelihood, but an object is taken as it is.
         trust_remote_code: whether a class that is not of this library may be imported by its name.
-
-    Raises:
-        CheckpointError: a file is missing or corrupt; ``net`` is another base, or cannot be loaded
-            by its name; or a class is not of this library and was neither passed nor is trusted.
     """
-    folder = _fetched(folder)
+    folder = fetched(folder, WEIGHTS, "adapter_config.json")  # the second for a hint
     config, tensors = _read(folder)
-    net = _load_base(config, folder) if net is None else net
-    told = f"{folder} is an adapter for {config['base_model'] or 'another network'!r}"
+    kind, base = config["base"], config["base_model"] or "another network"
+    if net is None and not config["base_model"]:
+        raise CheckpointError(
+            f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass it: "
+            f"BayesianLoRA.from_pretrained(net, {str(folder)!r})."
+        )
+    if net is None:
+        dtype = getattr(torch, kind.get("dtype", "float32"))
+        net = load_network(base, num_labels=kind.get("num_labels"), dtype=dtype)
+    told = f"{folder} is an adapter for {base!r}"
     layers = names_in(net, config["layers"], told)
     heads = names_in(net, dict.fromkeys(config["modules_to_save"]), told)
     prints = {n.removeprefix(_OF_BASE): t for n, t in tensors.items() if n.startswith(_OF_BASE)}
@@ -174,49 +163,17 @@ def read_pretrained(
         warnings.warn(
             f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
             f"those the adapter was trained on, among them {others[0]}; its predictions will be "
-            f"others. Load {config['base_model'] or 'the base it was made for'}, unaltered.",
-            stacklevel=4,
+            f"others. Load {base}, unaltered.",
+            stacklevel=3,
         )
     given = {"prior": prior, "guide": guide, "likelihood": likelihood}
     parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
     if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
         tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
-    options = {
-        "target_modules": "|".join(map(re.escape, layers)),
-        "method": Method(**config["method"]),
-        "modules_to_save": heads,
-        **parts,
-    }
+    options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
+    options["target_modules"] = "|".join(map(re.escape, layers))
     return Saved(net, options, tensors, folder)
-
-
-def from_pretrained(
-    make: Callable[..., Any],
-    net: nn.Module | str | os.PathLike[str] | None,
-    folder: str | os.PathLike[str] | None,
-    **parts: Any,
-) -> Any:
-    """What ``make`` makes, a ``BayesianLoRA``, as it was saved."""
-    if folder is None and not isinstance(net, nn.Module):
-        net, folder = None, net
-    if not isinstance(folder, str | os.PathLike) or not isinstance(net, nn.Module | None):
-        raise CheckpointError(
-            "from_pretrained takes a folder or a hub id, or a network and one of these: "
-            f"from_pretrained('out') or from_pretrained(net, 'out'), not {net!r:.60} and "
-            f"{folder!r:.60}."
-        )
-    saved = read_pretrained(net, folder, **parts)
-    blora = make(saved.net, **saved.options)
-    try:
-        saved.load_into(blora)
-    except CheckpointError:
-        blora.unwrap()
-        raise
-    return blora
-
-
-# Files
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -259,39 +216,24 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
         what = f"{path} does not exist; give"
         if (folder / "adapter_config.json").exists():
-            what = (
-                f"{folder} is a PEFT adapter, a point without a posterior; begin with it by "
-                "BayesianLoRA.from_peft, load it by peft.PeftModel.from_pretrained, or give"
-            )
-        elif (folder / "config.json").exists():
-            what = f"{folder} is a network, no adapter; wrap it by BayesianLoRA(net), or give"
+            what = f"{folder} is a PEFT adapter; begin with it by BayesianLoRA.from_peft, or give"
         raise CheckpointError(f"{what} a folder that save_pretrained or pyro-blora train wrote.")
     header, tensors = read_tensors(path)
-    if _HEADER not in header:
-        raise CheckpointError(f"{path} is not what save_pretrained writes; save the adapter again.")
     return json.loads(header[_HEADER]), tensors
 
 
-# The hub
-
-
-def _fetched(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself, or for a hub id the copy of it in the hub's cache."""
-    path = Path(folder)
-    if path.exists() or path.is_absolute() or isinstance(folder, Path):
+def fetched(source: str | os.PathLike[str], *files: str) -> Path:
+    """The folder itself, or for a hub id the copy of these files in the hub's cache."""
+    path = Path(source)
+    is_id = isinstance(source, str) and source.count("/") == 1 and not path.is_absolute()
+    if path.exists() or not is_id:
         return path
-    files = [WEIGHTS, "adapter_config.json", "config.json"]  # the last two for hints
-    return downloaded(str(folder), files, f"a folder with a {WEIGHTS}, or the id of a repository")
-
-
-def downloaded(repo_id: str, files: Sequence[str], wanted: str) -> Path:
-    """The hub's cache of some files of a repository; ``wanted`` says what to give in its place."""
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(files)))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
         raise CheckpointError(
-            f"{repo_id} does not exist here, and the hub does not give it ({first_line(error)}). "
-            f"Give {wanted}."
+            f"{source} does not exist here, and the hub does not give it ({first_line(error)}). "
+            "Give the adapter's folder, or its id on the hub."
         ) from error
 
 
@@ -315,9 +257,7 @@ def push_to_hub(blora: Any, repo_id: str, private: bool | None, message: str, **
 
 
 def _base_of(net: nn.Module) -> dict[str, Any]:
-    bare: Any = net
-    if hasattr(net, "get_base_model"):  # a PeftModel
-        bare = bare.get_base_model()
+    bare: Any = without_peft(net)
     kind: dict[str, Any] = {"class": type(bare).__name__}
     if isinstance(getattr(bare, "dtype", None), torch.dtype):
         kind["dtype"] = str(bare.dtype).removeprefix("torch.")
@@ -326,31 +266,13 @@ def _base_of(net: nn.Module) -> dict[str, Any]:
     return {"base_model": name_of(bare), "base": kind}
 
 
-def _load_base(config: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The base network, by its saved name."""
-    name, kind = config["base_model"], config["base"]
-    own = f"load it yourself, and pass it: BayesianLoRA.from_pretrained(net, {str(folder)!r})."
-    if not name:
-        raise CheckpointError(f"{folder}: its {kind['class']} has no name on the hub; {own}")
-    dtype = getattr(torch, kind.get("dtype", "float32"))
-    net = load_network(name, num_labels=kind.get("num_labels"), dtype=dtype)
-    if type(net).__name__ != kind["class"]:
-        raise CheckpointError(
-            f"{folder}: its base is a {kind['class']}, and {name!r} loads as a "
-            f"{type(net).__name__}; {own}"
-        )
-    return net
-
-
 def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
-    """The full names in ``net``, which may be a ``PeftModel``, of layers and heads of its base.
+    """The full names in ``net``, maybe a ``PeftModel``, of parts of its base; ``None``: any shape.
 
-    ``wanted`` has names in the base, each with its ``[d_out, d_in]``, or ``None`` for any shape;
     ``told`` begins the message of an error.
     """
-    here: dict[str, str] = {}
-    for name, _ in net.named_modules():
-        here.setdefault(name_in_base(name), name)  # the outermost of what PEFT wraps
+    # the outermost of what PEFT wraps
+    here = {name_in_base(name): name for name, _ in reversed([*net.named_modules()])}
     names = []
     for base, shape in wanted.items():
         name = here.get(base)
@@ -366,10 +288,7 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
 
 
 def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Four numbers of each tensor of the base but ``heads``, of at most 512, evenly spread.
-
-    Quantised weights, and those that are elsewhere (sharded, offloaded), are left out.
-    """
+    """Four numbers of each tensor of the base but ``heads``, of at most 512, evenly spread."""
     within = tuple(f"{name_in_base(head)}." for head in heads)
     found = {name: t for name, t in _plain_tensors(net) if not name.startswith(within)}
     names, count = list(found), min(512, len(found))
@@ -378,10 +297,7 @@ def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
-    """The tensors whose numbers are not as in ``prints``, up to the rounding of the coarser dtype.
-
-    A tensor that is quantised now is not compared.
-    """
+    """The tensors whose numbers are not those of ``prints``, up to the coarser dtype's rounding."""
     found, names = dict(_plain_tensors(net)), []
     for name in prints.keys() & found.keys():
         before, now = prints[name], _numbers(found[name])
@@ -396,7 +312,7 @@ def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
 
 
 def _plain_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a network by their names in the base, without PEFT's own."""
+    """A network's tensors by their names in the base: none of PEFT's, quantised or elsewhere."""
     for path, module in net.named_modules():
         if is_quantised(module):
             continue
@@ -445,30 +361,24 @@ def _describe_guide(family: Any, guide: nn.Module) -> dict[str, Any]:
 
 
 def _described(made: Any, options: Any) -> dict[str, Any]:
-    """No module for a class of this library, and no options where JSON cannot hold them."""
+    """No module for a class of this library or Pyro, no options where JSON cannot hold them."""
     name = getattr(made, "__qualname__", type(made).__qualname__)
     described: dict[str, Any] = {"name": name}
-    homes = [home for several in _HOMES.values() for home in several]
-    home = next((home for home in homes if _public(home, name) is made), None)
-    if home is None and "<" not in name:  # what is local, or a lambda, has no import path
+    known = any(_public(noun, name) is made for noun in _HOMES)
+    if not known and "<" not in name:  # what is local, or a lambda, has no import path
         described["module"] = getattr(made, "__module__", type(made).__module__)
-    elif home is autoguide:
-        described["module"] = home.__name__
     try:
         return {**described, "options": json.loads(json.dumps(options))}
     except (TypeError, ValueError):
         return {**described, "options": None}
 
 
-def _public(home: ModuleType, name: str) -> Any:
-    return getattr(home, name) if name in home.__all__ else None
+def _public(noun: str, name: str) -> Any:
+    return next((getattr(home, name) for home in _HOMES[noun] if name in home.__all__), None)
 
 
 def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> Any:
-    """The part, or the mapping of parts by group, that :func:`_describe` described.
-
-    ``given`` is the user's own: see :func:`read_pretrained`.
-    """
+    """The part, or the mapping by group, that was described; ``given`` is the user's own."""
     if isinstance(given, Mapping) or "by_group" in said:
         groups, given = said.get("by_group", {}), given or {}
         if not isinstance(given, Mapping) or not given.keys() <= groups.keys():
@@ -496,10 +406,9 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
 
 def _found(noun: str, name: str, module: str | None, trusted: bool) -> Any:
     """A class by its name: of this library or of Pyro; or imported, where that is trusted."""
-    for home in _HOMES[noun]:
-        made = _public(home, name) if module in (None, home.__name__) else None
-        if made is not None:
-            return made
+    made = None if module else _public(noun, name)
+    if made is not None:
+        return made
     if not (trusted and module):
         raise CheckpointError(
             f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with the class "

@@ -14,17 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.checkpoint import (
-    WEIGHTS,
-    downloaded,
-    names_in,
-    read_tensors,
-    write_tensors,
-)
+from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import Likelihood, SequenceClassification
-from pyro_blora.models import UpdateModel
+from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -34,36 +27,20 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What makes of a LoRA something else than ``W0 + s B A``
 _VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config"),
 )
 # Initialisations that take a part of the base's weights into the adapter
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-# Reading
-
-
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A plain LoRA, as PEFT keeps it.
+    """A plain LoRA, as PEFT keeps it; all names are the full ones of the base.
 
-    Attributes:
-        factors: ``(B, A)`` by the layers' full names, the scaling within ``B``: ``dW = B A``.
-        others: the other tensors by their full names: those of ``modules_to_save``.
-        modules_to_save: the names, or their ends, of heads that were trained whole.
-        base: what PEFT would load the base network by.
-        task: PEFT's task type, or ``None``.
-        where: what was read, for messages.
+    ``factors`` are ``(B, A)`` by layer, the scaling within ``B``: ``dW = B A``. ``others`` are the
+    tensors of ``modules_to_save``; ``base`` is what PEFT would load the base by.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -82,8 +59,7 @@ class PeftAdapter:
         """The base network by the name that the adapter has for it."""
         classes = None
         if self.task == "SEQ_CLS":  # of a head's matrices, the last one's rows
-            rows = [len(t) for t in self.others.values() if t.dim() == 2]
-            classes = min(rows, default=None)
+            classes = min((len(t) for t in self.others.values() if t.dim() == 2), default=None)
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
                 f"{self.where} names the base {self.base!r} for the task {self.task}, which cannot "
@@ -103,11 +79,6 @@ class PeftAdapter:
         modules = [n for n, _ in net.named_modules() if n and matches(n, self.modules_to_save)]
         heads = [n for n in modules if any(name.startswith(f"{n}.") for name in self.others)]
         own, within = net.state_dict(), tuple(f"{head}." for head in heads)
-        missing = [name for name in own if name.startswith(within) and name not in self.others]
-        if missing:
-            raise CheckpointError(
-                f"{self.where} has a part of a trained head, without {missing[0]}; save it again."
-            )
         for name, tensor in self.others.items():
             there = own.get(name.replace(".base_layer.", "."), torch.empty(0))
             fits = there.shape == tensor.shape
@@ -116,10 +87,9 @@ class PeftAdapter:
                 fits = fits and (there.is_meta or torch.equal(there.cpu().to(tensor), tensor.cpu()))
             if not fits:
                 raise CheckpointError(
-                    f"{self.where} has {name} of {tuple(tensor.shape)} beside its LoRA, and "
-                    f"{type(net).__name__} has it as {tuple(there.shape)}, or of other values: a "
-                    "resized vocabulary, perhaps, or other classes. Give the base it was trained "
-                    "on."
+                    f"{self.where} has {name} of {tuple(tensor.shape)}, and {type(net).__name__} "
+                    f"has it as {tuple(there.shape)}, or of other values: a resized vocabulary, or "
+                    "other classes. Give the base it was trained on."
                 )
         return heads
 
@@ -144,20 +114,10 @@ class PeftAdapter:
 
 
 def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
-    """Reads a plain LoRA; nothing is unpickled, and no network is touched.
+    """Reads a plain LoRA of a ``peft.PeftModel``, of a folder that PEFT wrote, or of a hub id.
 
-    Args:
-        source: a ``peft.PeftModel`` with one active adapter, a folder that PEFT wrote, or the hub
-            id of one.
-
-    Returns:
-        Its factors with all scalings in them: ``alpha / r``, ``alpha / sqrt(r)`` of rslora, and
-        those of ``rank_pattern`` and ``alpha_pattern``; of a ``PeftModel`` the ones in force.
-
-    Raises:
-        CheckpointError: a file is missing, corrupt or no PEFT adapter.
-        ConfigurationError: the adapter is no plain LoRA (another tuner, DoRA, trained biases, ...),
-            or a ``PeftModel`` has several active or is merged.
+    Its factors have all scalings in them: ``alpha / r``, ``alpha / sqrt(r)`` of rslora, and those
+    of ``rank_pattern`` and ``alpha_pattern``; of a ``PeftModel`` the ones in force.
 
     Example::
 
@@ -180,11 +140,6 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
             others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
     factors = {}
     for name, pair in pairs.items():
-        shapes = {side: tuple(tensor.shape) for side, tensor in pair.items()}
-        if pair.keys() != {"A", "B"} or shapes["B"][1] != shapes["A"][0]:
-            raise CheckpointError(
-                f"{where}: {name} has factors {shapes}, expected A (r, d_in) and B (d_out, r)."
-            )
         scale = scales.get(name, _scaling(config, name, len(pair["A"])))
         factors[name] = pair["B"].float() * scale, pair["A"]
     if not factors:
@@ -200,28 +155,20 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
     )
 
 
-# Configuration, tensors, the scalings in force by the layers' names where it is in memory, and what
-# to call it in a message
+# Configuration, tensors, the scalings in force where it is in memory, and its name in a message
 _Source = tuple[dict[str, Any], dict[str, Tensor], dict[str, float], str]
 
 
 def _of_folder(source: Any) -> _Source:
-    folder = Path(source)
-    if not folder.exists() and isinstance(source, str) and source.count("/") == 1:
-        wanted = "a folder that PEFT wrote, or a hub id"
-        folder = downloaded(source, [PEFT_CONFIG, PEFT_WEIGHTS], wanted)
-    if not (folder / PEFT_CONFIG).is_file():
-        hint = "give a folder that PEFT wrote, or the hub id of one."
-        if (folder / WEIGHTS).is_file():
-            hint = "it is a Bayesian adapter; read it by BayesianLoRA.from_pretrained."
-        raise CheckpointError(f"{folder} has no {PEFT_CONFIG}; {hint}")
+    folder = fetched(source, PEFT_CONFIG, PEFT_WEIGHTS)
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} has no {name}; give a folder that PEFT wrote, or the hub id of one. A "
+                "pickle is not read: load adapter_model.bin by PEFT, and save it again."
+            )
     config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     _check_plain(config, str(folder))
-    if not (folder / PEFT_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
-        raise CheckpointError(
-            f"{folder} has a pickle, adapter_model.bin, which is not read here; load it by PEFT "
-            "and save it again, which writes safetensors."
-        )
     return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
 
 
@@ -234,17 +181,14 @@ def _of_model(model: Any) -> _Source:
         )
     from peft import get_peft_model_state_dict
 
-    active = list(model.active_adapters)
-    if len(active) != 1:
+    active, merged = list(model.active_adapters), model.get_model_status().merged_adapters
+    if len(active) != 1 or merged:
         raise ConfigurationError(
-            f"{name} has the active adapters {active}; activate one, model.set_adapter(name)."
+            f"{name} must have one active adapter and none merged, got {active} and {merged}; call "
+            "model.set_adapter(name) or model.unmerge_adapter() first."
         )
     config = model.peft_config[active[0]].to_dict()
     _check_plain(config, name)
-    if merged := model.get_model_status().merged_adapters:
-        raise ConfigurationError(
-            f"{name} has {merged} merged into its base; call model.unmerge_adapter() first."
-        )
     tensors = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
     layers = model.get_base_model().named_modules()
     scales = {n: m.scaling[active[0]] for n, m in layers if active[0] in getattr(m, "lora_A", ())}
@@ -253,21 +197,17 @@ def _of_model(model: Any) -> _Source:
 
 def _check_plain(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
-    kind = str(getattr(kind, "value", kind))
-    variants = [f"{key}={config[key]!r}" for key in _VARIANTS if config.get(key)]
-    variants += [f"bias={b!r}" for b in [config.get("bias") or "none"] if b != "none"]
-    start = config.get("init_lora_weights")
+    kind, start = str(getattr(kind, "value", kind)), str(config.get("init_lora_weights"))
+    found = [f"{key}={config[key]!r}" for key in _VARIANTS if config.get(key)]
     if kind != "LORA":
-        variants = [f"peft_type={kind!r}"]
-    elif isinstance(start, str) and start.lower().startswith(_FROM_BASE):
+        found = [f"peft_type={kind!r}"]
+    if (config.get("bias") or "none") != "none":
+        found.append(f"bias={config['bias']!r}")
+    if start.lower().startswith(_FROM_BASE):
+        found.append(f"init_lora_weights={start!r}, which changes the base")
+    if found:
         raise ConfigurationError(
-            f"{where} was started by init_lora_weights={start!r}, which changes the base, too; "
-            "save it by PEFT with path_initial_model_for_weight_conversion=, which makes a plain "
-            "LoRA of it."
-        )
-    if variants:
-        raise ConfigurationError(
-            f"{where} is no plain LoRA but has {', '.join(variants)}; only dW = s B A can be a "
+            f"{where} is no plain LoRA but has {', '.join(found)}; only dW = s B A can be a "
             "start. Train it without, or merge it into the base and adapt that."
         )
 
@@ -279,33 +219,23 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-# Starting there
-
-
 def from_peft(
     make: Callable[..., Any],
     net: nn.Module | str | os.PathLike[str] | None,
     folder: str | os.PathLike[str] | None,
     *,
-    prior: UpdateModel | Mapping[str, UpdateModel] | None,
-    guide: SiteGuide | Mapping[str, SiteGuide] | None,
-    likelihood: Likelihood | None,
+    prior: Any,
+    guide: Any,
+    likelihood: Any,
     **options: Any,
 ) -> Any:
     """What ``make`` makes, a ``BayesianLoRA``, with its mean at a trained LoRA."""
+    adapter = read_peft(net if folder is None else folder)  # type: ignore[arg-type]
     place: AbstractContextManager[nn.Module]
     if folder is None and isinstance(net, nn.Module):
-        adapter, place = read_peft(net), _unloaded(net)
+        place = _unloaded(net)
     else:
-        base, source = (None, net) if folder is None else (net, folder)
-        if not isinstance(source, str | os.PathLike) or not isinstance(base, nn.Module | None):
-            raise ConfigurationError(
-                "from_peft must get a network and a folder or hub id, got "
-                f"{type(net).__name__} and {type(folder).__name__}; write from_peft(net, "
-                "'my_lora'), or an adapter alone: from_peft('my_lora'), from_peft(peft_model)."
-            )
-        adapter = read_peft(source)
-        place = nullcontext(adapter.load_base() if base is None else base)
+        place = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
     if not isinstance(guide, SiteGuide | Mapping | None):
         raise ConfigurationError(
             f"guide={guide!r} cannot start at a given adapter; take a family of "
@@ -335,15 +265,11 @@ def from_peft(
 
 @contextmanager
 def _unloaded(model: Any) -> Iterator[nn.Module]:
-    """The network that a ``PeftModel`` has wrapped, by PEFT's ``unload``, and its heads untrained.
-
-    Where what is done within fails, the ``PeftModel`` is as it was; else it is done with.
-    """
+    """A ``PeftModel``'s network, its heads untrained; put back where what is within fails."""
     wrapped: Any = model.get_base_model()
-    config, layers = wrapped.peft_config, {}
-    for name, module in wrapped.named_modules():
-        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
-            layers[name] = module
+    config, modules = wrapped.peft_config, dict(wrapped.named_modules())
+    theirs = ("base_layer", "original_module")
+    layers = {n: m for n, m in modules.items() if any(hasattr(m, part) for part in theirs)}
     net: Any = model.unload()
     for name, module in layers.items():
         if hasattr(module, "original_module"):  # PEFT leaves the trained one
@@ -357,9 +283,6 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
         raise
 
 
-# Writing
-
-
 def export_peft(
     model: BayesianLoRAModel,
     guide: nn.Module,
@@ -368,26 +291,19 @@ def export_peft(
 ) -> None:
     """Writes the posterior mean as a LoRA, or draws as one each, and the heads trained as points.
 
-    ``B = Q_r^T E[sigma V]`` and ``A = Q_c`` with ``lora_alpha = r``: ``B A = E[dW]``. The heads are
-    PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter is not written:
-    merge it into the base that PEFT shall load this one on.
+    The heads are PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter
+    is not written: merge it into the base first.
 
     Args:
         model: the model.
         guide: its guide.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        num_samples: 0 for the mean, ``K`` for as many draws, in antithetic pairs as ``predict``
-            takes them, in ``folder/0`` to ``folder/K-1``. The mean of the ``K`` probabilities that
-            they give is the posterior predictive. Default: 0.
-
-    Raises:
-        ConfigurationError: there are no such draws: the conditional has noise that is not of low
-            rank, or the posterior depends on the input.
+        num_samples: 0 for the mean; ``K`` for as many draws, as ``predict`` takes them, in
+            ``folder/0`` to ``folder/K-1``. The mean of the ``K`` probabilities that they give is
+            the posterior predictive.
     """
     if num_samples < 0:
-        raise ConfigurationError(
-            f"num_samples={num_samples} must be 0 (the posterior mean) or a number of draws."
-        )
+        raise ConfigurationError(f"num_samples={num_samples} must be a number of draws, or 0.")
     loras = {Path(folder): mean_updates(model, guide)}
     if num_samples:
         drawn = _draws(model, guide, num_samples)
@@ -402,10 +318,7 @@ def export_peft(
 
 
 def merge_and_unload(blora: Any) -> nn.Module:
-    """The network of a ``BayesianLoRA`` with E[dW] and the trained heads in its weights, by PEFT.
-
-    A tied head that is adapted is untied first: its embeddings stay.
-    """
+    """A ``BayesianLoRA``'s network with E[dW] and the trained heads in its weights, by PEFT."""
     blora.model.check_on_network()
     if hasattr(blora.net, "peft_config"):
         raise ConfigurationError(
@@ -420,7 +333,7 @@ def merge_and_unload(blora: Any) -> nn.Module:
     weight = getattr(head, "weight", None)
     if weight is not None and weight is getattr(embeddings, "weight", None):
         targets = {id(net.get_submodule(name)) for name in config.target_modules}
-        if id(head) in targets:
+        if id(head) in targets:  # untied, so that the embeddings stay
             head.weight = nn.Parameter(weight.detach().clone())  # type: ignore[union-attr]
             net.config.tie_word_embeddings = False
     model = get_peft_model(net, config)
@@ -432,27 +345,21 @@ def merge_and_unload(blora: Any) -> nn.Module:
 def _draws(
     model: BayesianLoRAModel, guide: nn.Module, count: int
 ) -> list[dict[str, LowRankUpdate]]:
-    if getattr(guide, "reads_context", False):
+    drawn = (
+        {} if getattr(guide, "reads_context", False) else draws_in_pairs(model, guide, {})(count)
+    )
+    if not drawn or any(update.noise is not None for update in drawn.values()):
         raise ConfigurationError(
-            "The posterior depends on the input, so no adapter is a draw for all inputs; export "
-            "the mean, or take another guide than Amortized."
-        )
-    drawn = draws_in_pairs(model, guide, {})(count)
-    if any(update.noise is not None for update in drawn.values()):
-        raise ConfigurationError(
-            f"{model.prior!r} adds noise to the layers' output, which no LoRA holds; export the "
-            "mean, or take conditional='deterministic'."
+            "A draw is no LoRA where it depends on the input, as that of Amortized does, or has "
+            f"noise, as {model.prior!r} may; export the mean, or take conditional='deterministic'."
         )
 
-    def nth(factor: Tensor | None, k: int) -> Tensor | None:
-        several = factor is not None and factor.dim() > 3
-        return factor.flatten(0, -4)[k] if several else factor  # type: ignore[union-attr]
+    def nth(factor: Tensor | None, k: int) -> Any:
+        shared = factor is None or factor.dim() == 3
+        return factor if shared else factor.flatten(0, -4)[k]  # type: ignore[union-attr]
 
     return [
-        {
-            name: LowRankUpdate(nth(u.A, k), nth(u.B, k), nth(u.core, k))  # type: ignore[arg-type]
-            for name, u in drawn.items()
-        }
+        {n: LowRankUpdate(nth(u.A, k), nth(u.B, k), nth(u.core, k)) for n, u in drawn.items()}
         for k in range(count)
     ]
 
@@ -461,10 +368,8 @@ def _lora(
     model: BayesianLoRAModel, updates: Mapping[str, LowRankUpdate]
 ) -> tuple[Any, dict[str, Tensor]]:
     """PEFT's configuration and tensors of updates ``(n, ...)`` by group, and of trained heads."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigurationError("This needs PEFT: pip install 'pyro-blora[peft]'.") from error
+    from peft import LoraConfig
+
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for group in model.groups:
@@ -475,14 +380,14 @@ def _lora(
             tensors[f"{name}.lora_A.weight"] = layer.A
             tensors[f"{name}.lora_B.weight"] = B if layer.core is None else B @ layer.core
     rank, heads = max(ranks.values()), model.trained_heads
-    smaller = {re.escape(name): r for name, r in ranks.items() if r < rank}
+    patterns = {re.escape(name): r for name, r in ranks.items() if r < rank}
     tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
     base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or its folder
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        rank_pattern=smaller,
-        alpha_pattern=dict(smaller),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
         target_modules=list(ranks),
         modules_to_save=[name_in_base(name) for name in heads.names] or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
@@ -500,7 +405,4 @@ def _task_type(model: BayesianLoRAModel) -> str | None:
         layers = [f"{name}." for group in model.groups for name in group.module_names]
         return None if any(name.startswith(heads) for name in layers) else "SEQ_CLS"
     generates = getattr(model.net, "can_generate", None)
-    if generates is None or not generates():
-        return None
-    encoder_decoder = getattr(getattr(model.net, "config", None), "is_encoder_decoder", False)
-    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+    return "CAUSAL_LM" if generates is not None and generates() else None

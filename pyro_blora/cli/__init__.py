@@ -11,15 +11,11 @@ from typing import Annotated
 
 import typer
 
+from pyro_blora import errors
 from pyro_blora._version import __version__
 from pyro_blora.cli import compare, evaluate, generate, info, rank, train
-from pyro_blora.errors import (
-    BatchError,
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    NonFiniteLossError,
-)
+
+_MISTAKES = (errors.BatchError, errors.CheckpointError, errors.ConfigurationError, errors.DataError)
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: train, ask, compare, count.",
@@ -68,13 +64,6 @@ def main() -> None:
     _hide("torch.utils._pytree", " Enum subclass")
     try:
         app()
-    except (
-        BatchError,
-        CheckpointError,
-        ConfigurationError,
-        DataError,
-        NonFiniteLossError,
-        OSError,
-    ) as error:
+    except (*_MISTAKES, errors.NonFiniteLossError, OSError) as error:
         print(f"pyro-blora: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

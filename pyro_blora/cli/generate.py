@@ -1,22 +1,14 @@
 """``pyro-blora generate``: text from a saved adapter, coloured by what it does not know."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from pyro_blora.cli import _arguments as o
-from pyro_blora.errors import ConfigurationError
 
-
-class By(str, Enum):
-    """What text is coloured by."""
-
-    mutual_information = "mutual_information"
-    entropy = "entropy"
-    disagreement = "disagreement"
+By = Literal["mutual_information", "entropy", "disagreement"]
 
 
 def run(
@@ -38,7 +30,7 @@ def run(
         float, typer.Option(help="Sample from the likeliest tokens of so much mass.", min=0, max=1)
     ] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beams of a beam search.", min=1)] = 1,
-    by: Annotated[By, typer.Option(help="What to colour by.")] = By.mutual_information,
+    by: Annotated[By, typer.Option(help="What to colour by.")] = "mutual_information",
     abstain_above: Annotated[
         float | None,
         typer.Option(help="Abstain where the mutual information is above, in nats a token.", min=0),
@@ -70,7 +62,11 @@ def run(
     blora = BayesianLoRA.from_pretrained(net, adapter)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = [_turn(tokenizer, text) for text in prompt] if chat else prompt
+    texts = prompt
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in prompt]
+        whole = {"tokenize": False, "add_generation_prompt": True}
+        texts = tokenizer.apply_chat_template(turns, **whole)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     torch.manual_seed(seed)
@@ -87,10 +83,10 @@ def run(
         )
     console = Console(highlight=False)
     found = answers(generation, tokenizer, prompt)
-    console.print(legend(by.value))
+    console.print(legend(by))
     for answer in found:
         console.print(f"\n{answer.prompt}", style="dim", markup=False)
-        console.print(coloured(answer, by.value))
+        console.print(coloured(answer, by))
         if answer.abstained:
             console.print(answer.notice, style="bold")
         console.print(
@@ -101,13 +97,6 @@ def run(
         how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
         draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
         about = f"{base}, {adapter}: {draws}, {how}, seed {seed}"
-        shown = page(found, subtitle=about, by=by.value)
+        shown = page(found, subtitle=about, by=by)
         write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
         console.print(f"\nWritten: {html}")
-
-
-def _turn(tokenizer: Any, text: str) -> str:
-    if not tokenizer.chat_template:
-        raise ConfigurationError("--chat needs a chat template, which this model has not.")
-    turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))

@@ -3,9 +3,8 @@
 import csv
 import json
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,13 +12,8 @@ from rich.console import Console
 from pyro_blora.cli import _arguments as o
 from pyro_blora.data import Task, load_task, read_json_lines, template_for
 
-
-class By(str, Enum):
-    """What items are ranked by."""
-
-    mutual_information = "mutual_information"
-    entropy = "entropy"
-    random = "random"
+_NUMBERS = ("confidence", "entropy", "mutual_information")
+By = Literal["mutual_information", "entropy", "random"]
 
 
 def run(
@@ -37,7 +31,7 @@ def run(
     ] = None,
     by: Annotated[
         By, typer.Option(help="'mutual_information' is BALD: where the posterior's draws disagree.")
-    ] = By.mutual_information,
+    ] = "mutual_information",
     top: Annotated[
         int | None, typer.Option(help="How many items to write; default: all.", min=1)
     ] = None,
@@ -67,29 +61,22 @@ def run(
         data = Task(task, (), (), items, template_for(task))
     out.parent.mkdir(parents=True, exist_ok=True)
     base = o.named(model, saved.get("base_model"), "--model")
-    given: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
-    predict = o.predictor(adapter, base, data, seed=seed, **given)
+    predict = o.predictor(
+        adapter, base, data, num_samples=num_samples, seed=seed, precision=precision
+    )
     with o.phase("predict"):
         prediction, _ = predict(items)
-    order = rank(prediction, by.value, seed=seed)[:top].tolist()
-    columns = {
-        name: getattr(prediction, name).tolist()
-        for name in ("predictions", "confidence", "entropy", "mutual_information")
-    }
-    lines = [
-        {
-            "rank": place,
-            "id": items[i].id,
-            "question": items[i].question,
-            "choices": items[i].choices,
-            "prediction": items[i].choices[columns["predictions"][i]],
-            **{name: columns[name][i] for name in list(columns)[1:]},
-        }
-        for place, i in enumerate(order, start=1)
-    ]
+    order = rank(prediction, by, seed=seed)[:top].tolist()
+    answers = prediction.predictions.tolist()
+    numbers = {name: getattr(prediction, name).tolist() for name in _NUMBERS}
+    lines: list[dict[str, Any]] = []
+    for i in order:
+        item, own = items[i], {name: values[i] for name, values in numbers.items()}
+        line = {"id": item.id, "question": item.question, "choices": item.choices}
+        line["prediction"] = item.choices[answers[i]]
+        lines.append({"rank": len(lines) + 1, **line, **own})
     write_atomically(out, lambda path: _write(path, lines, out.suffix))
-    how = by.value.replace("_", " ")
-    console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {how}")
+    console.print(f"Written: {out}, {len(lines)} of {len(items)} items by {by.replace('_', ' ')}")
 
 
 def _write(path: Path, lines: Sequence[dict[str, Any]], suffix: str) -> None:

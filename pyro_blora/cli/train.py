@@ -34,9 +34,7 @@ def run(
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
         int | None,
-        typer.Option(
-            help="Adapt the top blocks alone, this many, and no head; default: all.", min=1
-        ),
+        typer.Option(help="Adapt so many top blocks alone, and no head; default: all.", min=1),
     ] = None,
     from_peft: Annotated[
         Path | None,
@@ -54,9 +52,7 @@ def run(
     ] = 50,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Go on with a run that was stopped or killed, from OUT/training."
-        ),
+        typer.Option("--resume", help="Go on with a run that was stopped, from OUT/training."),
     ] = False,
     overwrite: o.Overwrite = False,
 ) -> None:
@@ -123,7 +119,11 @@ def run(
     }
     if from_peft is None:
         targets = o.listed(target_modules, "--target-modules")
-        layers = _top_blocks(net, top)
+        layers = None
+        if top is not None:
+            config: Any = net.config
+            depth = config.get_text_config().num_hidden_layers
+            layers = range(max(0, depth - top), depth)
         blora = BayesianLoRA(net, target_modules=targets, layers_to_transform=layers, **parts)
     else:
         blora = BayesianLoRA.from_peft(net, from_peft, **parts)
@@ -132,33 +132,24 @@ def run(
         state.unlink(missing_ok=True)
     elif resume and not state.exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
-    reading: dict[str, Any] = {
-        "collate": collate,
-        "length": item_length,
-        "batch_size": batch_size,
-        "precision": precision,
-    }
+    reading: dict[str, Any] = {"collate": collate, "length": item_length}
+    reading |= {"batch_size": batch_size, "precision": precision}
     result = None
-    try:
-        with o.phase(f"train {method}, seed {seed}"):
-            if max_steps:
-                result = fit(
-                    blora,
-                    data.train,
-                    validation=data.validation or None,
-                    num_steps=max_steps,
-                    seed=seed,
-                    checkpoint_dir=run_dir,
-                    save_every=save_every,
-                    resume=resume,
-                    **reading,
-                )
-            else:
-                finish(blora, data.train, **reading)
-    except KeyboardInterrupt:
-        if state.exists():
-            console.print(f"\nKept in {run_dir}: with --resume the same command goes on.")
-        raise
+    with o.phase(f"train {method}, seed {seed}"):
+        if max_steps:
+            result = fit(
+                blora,
+                data.train,
+                validation=data.validation or None,
+                num_steps=max_steps,
+                seed=seed,
+                checkpoint_dir=run_dir,
+                save_every=save_every,
+                resume=resume,
+                **reading,
+            )
+        else:
+            finish(blora, data.train, **reading)
     if result is not None:
         console.print(result)
         for step, nll in result.validation:
@@ -168,14 +159,3 @@ def run(
     if peft:
         blora.export_peft(out / "peft")
     console.print(f"Written: {out}")
-
-
-def _top_blocks(net: Any, top: int | None) -> range | None:
-    if top is None:
-        return None
-    depth = int(net.config.get_text_config().num_hidden_layers)
-    if top >= depth:
-        raise ConfigurationError(
-            f"--top {top} is not below the network's {depth} blocks; leave it out to adapt all."
-        )
-    return range(depth - top, depth)

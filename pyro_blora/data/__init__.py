@@ -1,10 +1,4 @@
-"""Multiple-choice data: where items come from, and how they become batches.
-
-- :class:`Item` is a question with its choices; :class:`Template` makes a prompt of it;
-- :func:`load_task` reads the splits of a task, out of JSON lines (:func:`read_json_lines`), the
-  Hugging Face hub (:func:`read_hub`) or the embedded set ``"facts"``;
-- :class:`MultipleChoiceCollator` and :class:`LabelTokensCollator` make batches of items.
-"""
+"""Multiple-choice data: where items come from, and how they become batches."""
 
 from typing import TYPE_CHECKING, Any
 

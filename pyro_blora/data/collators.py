@@ -8,14 +8,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.data.items import QUESTION, Item, Scoring, Template, item_of
+from pyro_blora.data.items import QUESTION, Item, Template, item_of
 from pyro_blora.errors import DataError
 
 
 class _Collator:
     """From texts to token ids, and from rows of ids to padded tensors."""
-
-    scoring: Scoring
 
     def __init__(
         self,
@@ -23,11 +21,6 @@ class _Collator:
         template: Template = QUESTION,
         max_length: int = 512,
     ) -> None:
-        if template.scoring != self.scoring:
-            raise DataError(
-                f"{type(self).__name__} needs a template that scores {self.scoring!r}, got "
-                f"{template.scoring!r}: Task.collator chooses the right one"
-            )
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
 
     def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
@@ -44,8 +37,7 @@ class _Collator:
     def _prompt(self, item: Item, answer: int = 0) -> list[int]:
         """The ids of an item's prompt, cut to leave room for ``answer`` more.
 
-        The tokenizer's leading special tokens (such as BOS) are kept. Special tokens that it puts
-        after the text (such as EOS or SEP) are not: the answer goes there.
+        Special tokens before the text (BOS) are kept, those after it (EOS) make way for the answer.
         """
         text = self.template.format(item)
         plain, full = self._ids(text), self._ids(text, special=True)
@@ -80,7 +72,7 @@ class MultipleChoiceCollator(_Collator):
 
     Args:
         tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
-        template: a template with ``scoring="options"``. Default: ``"Question: {q}\nAnswer:"``.
+        template: the prompt. Default: ``"Question: {q}\nAnswer:"``.
         max_length: the longest row T. Longer rows lose the start of the question (leading special
             tokens are kept), by the same amount for all options of an item.
 
@@ -92,8 +84,6 @@ class MultipleChoiceCollator(_Collator):
       throughout a row that fills up K;
     - ``labels``, long, shape (B,).
     """
-
-    scoring = "options"
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         num_options = max(len(item.choices) for item in items)
@@ -128,8 +118,6 @@ class LabelTokensCollator(_Collator):
     ``labels``, long, (B,).
     """
 
-    scoring = "labels"
-
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
     ) -> None:
@@ -149,10 +137,6 @@ class LabelTokensCollator(_Collator):
                     f"item {item.id!r} has {len(item.choices)} choices, expected one for each of "
                     f"the label words {self.template.label_words!r}: use another template"
                 )
-        rows = [self._prompt(item) for item in items]
-        input_ids, attention_mask = self._pad(rows)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": torch.tensor([item.label for item in items]),
-        }
+        input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
+        labels = torch.tensor([item.label for item in items])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

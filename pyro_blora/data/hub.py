@@ -26,16 +26,14 @@ class _Source:
     revision: str | None = None
 
 
-def _lettered(record: _Record, question: str) -> _Parts:
+def _lettered(question: str) -> Callable[[_Record], _Parts]:
     """The answer key is a letter or a digit among the labels of the choices."""
-    choices = record["choices"]
-    return question, tuple(choices["text"]), list(choices["label"]).index(record["answerKey"])
 
+    def convert(record: _Record) -> _Parts:
+        texts, labels = record["choices"]["text"], list(record["choices"]["label"])
+        return record[question], tuple(texts), labels.index(record["answerKey"])
 
-def _arc(config: str) -> _Source:
-    return _Source(
-        "allenai/ai2_arc", lambda r: _lettered(r, r["question"]), _ALL, configs=(config,)
-    )
+    return convert
 
 
 def _winogrande(size: str) -> _Source:
@@ -52,17 +50,15 @@ def _mmlu(subject: str) -> _Source:
     return _Source(
         "cais/mmlu",
         lambda r: (r["question"], tuple(r["choices"]), int(r["answer"])),
-        {"dev": "dev", "test": "test"},
+        {"test": "test"},
         configs=(f"college_{subject}", f"high_school_{subject}"),
     )
 
 
 _SOURCES = {
-    "arc_easy": _arc("ARC-Easy"),
-    "arc_challenge": _arc("ARC-Challenge"),
-    "openbookqa": _Source(
-        "allenai/openbookqa", lambda r: _lettered(r, r["question_stem"]), _ALL, configs=("main",)
-    ),
+    "arc_easy": _Source("allenai/ai2_arc", _lettered("question"), _ALL, ("ARC-Easy",)),
+    "arc_challenge": _Source("allenai/ai2_arc", _lettered("question"), _ALL, ("ARC-Challenge",)),
+    "openbookqa": _Source("allenai/openbookqa", _lettered("question_stem"), _ALL, ("main",)),
     "boolq": _Source(  # the question alone, with one question mark; the passage is left out
         "google/boolq",
         lambda r: (f"{r['question'].strip().rstrip('?')}?", ("false", "true"), int(r["answer"])),
@@ -107,14 +103,14 @@ def hub_tasks() -> tuple[str, ...]:
     return tuple(sorted(_SOURCES))
 
 
-def hub_splits(task: str) -> tuple[str, ...]:
-    """The splits that a task has on the hub, such as ``("test", "train")``."""
+def hub_splits(task: str) -> Mapping[str, str]:
+    """The splits that a task has on the hub, with the hub's names."""
     if task not in _SOURCES:
         raise DataError(
             f"no task {task!r} on the hub; {near_miss(task, [*_SOURCES, 'facts'])} ('facts' is "
             "built in, and --data-dir names a folder of your own JSON lines)"
         )
-    return tuple(sorted(_SOURCES[task].splits))
+    return _SOURCES[task].splits
 
 
 def read_hub(task: str, split: str) -> list[Item]:
@@ -123,34 +119,20 @@ def read_hub(task: str, split: str) -> list[Item]:
     Needs the ``datasets`` package and, at the first call, a network. Where the hub's test split
     has no labels (BoolQ, WinoGrande, PIQA, Social IQa, SST-2), ``"test"`` is the validation split
     and there is no ``"validation"``.
-
-    Args:
-        task: one of :func:`hub_tasks`.
-        split: one of :func:`hub_splits`.
     """
-    hub_splits(task)  # or it is unknown
-    source = _SOURCES[task]
-    items: list[Item] = []
-    for record in _records(source, source.splits[split]):
-        items.append(Item(f"{task}-{split}-{len(items)}", *source.convert(record)))
-    return items
-
-
-def _records(source: _Source, split: str) -> list[_Record]:
-    """The records of all configurations."""
-    fix = "pass --data-dir with JSON lines"
+    theirs = hub_splits(task)[split]
+    source, fix = _SOURCES[task], "pass --data-dir with JSON lines"
     try:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
             f"{source.path} is on the hub: pip install 'pyro-blora[datasets]', or {fix}"
         ) from None
+    records: list[_Record] = []
     try:
-        return [
-            record
-            for config in source.configs
-            for record in load_dataset(source.path, config, split=split, revision=source.revision)
-        ]
+        for config in source.configs:
+            records += load_dataset(source.path, config, split=theirs, revision=source.revision)
     except Exception as error:  # datasets and its transport raise many kinds
         reason = first_line(error)[:160]
         raise DataError(f"{source.path} is out of reach on the hub ({reason}): {fix}") from error
+    return [Item(f"{task}-{split}-{k}", *source.convert(r)) for k, r in enumerate(records)]

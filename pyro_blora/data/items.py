@@ -15,16 +15,8 @@ FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0
 class Item:
     """A question, its candidate answers and the index of the right one.
 
-    Attributes:
-        id: a name of the item, unique in its set, such as ``"arc_easy-test-17"``.
-        question: the plain text, without letters and without a prompt template.
-        choices: the K >= 2 candidate answers, in a fixed order.
-        label: the index of the right answer, ``0 <= label < K``.
-
-    Example::
-
-        >>> Item("sky", "What colour is a clear sky?", ("green", "blue"), 1).answer
-        'blue'
+    The question is plain text without a prompt, of 2 choices or more; ``id`` names the item in its
+    set.
     """
 
     id: str
@@ -41,11 +33,6 @@ class Item:
         last = len(self.choices) - 1
         if type(self.label) is not int or not 0 <= self.label <= last:
             raise DataError(f"label must be an integer from 0 to {last}, got {self.label!r}")
-
-    @property
-    def answer(self) -> str:
-        """The text of the right answer."""
-        return self.choices[self.label]
 
 
 def item_length(item: Item) -> int:
@@ -69,16 +56,9 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
 def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
     r"""Read the items of one split.
 
-    A file is UTF-8 with one JSON object a line::
-
-        {"id": "arc_easy-test-17", "question": "...", "choices": ["...", "..."], "label": 2}
-
-    Further keys are ignored, as are blank lines.
-
-    Args:
-        path: the file, by convention ``DIR/TASK/SPLIT.jsonl``.
-        labelled: whether every item must have a label and an id; in a pool to be labelled one
-            without a label is given 0, which nobody reads, and one without an id its line.
+    A line of it is a JSON object with the fields of an :class:`Item`, and ``choices`` a list.
+    Further keys are ignored, as are blank lines. In a pool to be labelled (``labelled=False``) an
+    item without a label is given 0, which nobody reads, and one without an id its line.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,12 +102,9 @@ class Template:
     ``" " + choice`` after the prompt. With ``scoring="labels"`` the answer is a softmax over the
     tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
 
-    Attributes:
-        prompt: the text, in which ``{q}`` stands for the question.
-        scoring: ``"options"`` or ``"labels"``.
-        label_words: for ``"labels"`` only, one word a class, with its leading space.
-        twins: whether items of the same choices are nearly one question, whose answers tell each
-            other, as in WinoGrande: no split comes between them. Default: no.
+    In ``prompt`` ``{q}`` stands for the question; each of ``label_words`` has its leading space.
+    With ``twins`` items of the same choices are nearly one question, whose answers tell each other,
+    as in WinoGrande: no split comes between them.
     """
 
     prompt: str

@@ -23,12 +23,7 @@ _SPLITS = ("train", "validation", "test")
 class Task:
     """The items of a data set, split, and how they become prompts.
 
-    Attributes:
-        name: the name of the task.
-        train: the training items; empty where a task has none.
-        validation: the items on which settings are chosen; empty where ``train`` is.
-        test: the items that are only ever evaluated on.
-        template: the prompt and the way of scoring.
+    ``train`` and ``validation`` are empty where a task has no training items.
 
     Example::
 
@@ -59,12 +54,7 @@ class Task:
     def likelihood(
         self, collate: Any, scale: Literal["learned", "fixed"] = "learned"
     ) -> "Likelihood":
-        """What the template asks for: ``LabelTokens``, or ``MultipleChoice`` with this ``scale``.
-
-        Args:
-            collate: what :meth:`collator` gave.
-            scale: of the scores, as of ``MultipleChoice``.
-        """
+        """``LabelTokens`` or ``MultipleChoice``, as the template asks; ``collate`` a collator."""
         from pyro_blora.likelihoods import LabelTokens, MultipleChoice
 
         count = len(self.train) or None
@@ -130,26 +120,19 @@ def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[I
     if name == "facts":
         data_dir = Path(__file__).parent
     if data_dir is None:
-        return {s: read_hub(name, s) for s in hub_splits(name) if s in _SPLITS}
+        return {split: read_hub(name, split) for split in hub_splits(name)}
     folder = Path(data_dir) / name
     there = {"test", *splits_in(folder)}
     return {s: read_json_lines(folder / f"{s}.jsonl") for s in _SPLITS if s in there}
-
-
-def _together(items: list[Item]) -> list[Item]:
-    """Each item behind the first one of the same choices."""
-    twins: dict[frozenset[str], list[Item]] = {}
-    for item in items:
-        twins.setdefault(frozenset(item.choices), []).append(item)
-    return [item for group in twins.values() for item in group]
 
 
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int, twins: bool
 ) -> tuple[list[Item], list[Item]]:
     """Train and validation items out of shuffled train items."""
-    if twins:
-        items = _together(items)
+    if twins:  # each behind the first one of the same choices
+        places = {frozenset(item.choices): k for k, item in reversed(list(enumerate(items)))}
+        items = sorted(items, key=lambda item: places[frozenset(item.choices)])
     if max_train is not None and max_train + max_validation <= len(items):
         cut, end = max_train, max_train + max_validation
     else:

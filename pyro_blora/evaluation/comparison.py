@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from pyro_blora.posterior.prediction import Prediction, predict_dataset
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
 _PREDICTED = ("probs", "labels")  # the columns of this file
+_LIMITS = ("data_dir", "max_train", "max_validation", "max_test")
 
 Settings = Mapping[str, Any]  # the options of ``pyro-blora compare``, as results.json has them
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -62,34 +63,30 @@ def compare(
     done: Collection[tuple[str, int]],
     phase: Phase,
 ) -> Iterator[Row]:
-    """Trains and evaluates every method under every seed; a row comes as soon as it is there.
+    """Trains and evaluates every method under every seed but ``done``, a row at a time.
 
-    A seed sets the training subset, the order of the batches and all draws. ``done`` are methods
-    with a seed whose rows are there; ``phase`` makes a context of the name of what runs in it.
+    A seed sets the training subset, the order of the batches and all draws.
     """
     for seed in settings["seeds"]:
-        yield from _Run(settings, net, tokenizer, seed, phase).rows(done)
+        run = _Run(settings, net, tokenizer, seed, phase)
+        shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
+        for method in dict.fromkeys(settings["methods"]):
+            if (method, seed) not in done:
+                shown.setdefault(trained_for(method), []).append(method)
+        for base, names in shown.items():
+            yield from run.trained(base, names)
 
 
 class _Run:
-    """All methods under one seed."""
+    """A method under one seed."""
 
     def __init__(
         self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, phase: Phase
     ) -> None:
         self.settings, self.net, self.seed, self.phase = settings, net, seed, phase
-        names = ("data_dir", "max_train", "max_validation", "max_test")
-        limits = {name: settings[name] for name in names}
+        limits = {name: settings[name] for name in _LIMITS}
         self.task = load_task(settings["task"], seed=seed, **limits)
         self.collate = self.task.collator(tokenizer)
-
-    def rows(self, done: Collection[tuple[str, int]]) -> Iterator[Row]:
-        shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
-        for method in dict.fromkeys(self.settings["methods"]):
-            if (method, self.seed) not in done:
-                shown.setdefault(trained_for(method), []).append(method)
-        for base, names in shown.items():
-            yield from self._trained(base, names)
 
     def _predict(self, predict: Predict, data: Sequence[Item], name: str) -> tuple[Tensor, Tensor]:
         torch.manual_seed(self.seed)
@@ -120,7 +117,7 @@ class _Run:
             scores = (s.acc, s.ece, s.nll, s.brier, s.n)
             yield Row(name, self.seed, *scores, fitted.seconds, numbers, probs, labels)
 
-    def _trained(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
+    def trained(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
         """A prior beside a guide at its last step; then, if asked, at its best validation step."""
         settings, made = self.settings, get_method(base)
         best = [name for name in shown if name.endswith(BEST)]
@@ -201,10 +198,8 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version()}
     for name in ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -213,17 +208,11 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 
     The methods and seeds of ``settings`` are written as those that have rows.
     """
-    there = {
-        "methods": list(_by_method(rows)),
-        "seeds": list(dict.fromkeys(row.seed for row in rows)),
-    }
-    written: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    for row in rows:
-        columns = dict(vars(row))
-        tensors |= {_entry(columns, key): columns.pop(key).clone() for key in _PREDICTED}
-        written.append(columns)
-    document = {"rows": written, "versions": versions(), "settings": {**settings, **there}}
+    seeds = list(dict.fromkeys(row.seed for row in rows))
+    made = {**settings, "methods": list(_by_method(rows)), "seeds": seeds}
+    columns = [dict(vars(row)) for row in rows]
+    tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in _PREDICTED}
+    document = {"rows": columns, "versions": versions(), "settings": made}
     text, data = json.dumps(document, indent=2) + "\n", save(tensors)
     # The predictions first, so that no row in results.json is without
     write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
@@ -231,10 +220,7 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 
 
 def read(settings: Settings, folder: Path) -> list[Row]:
-    """The rows that runs with the same settings and versions left in ``folder``, or none.
-
-    Methods and seeds may be others: a row depends on its own alone. Made otherwise, it is an error.
-    """
+    """The rows that runs with the same settings, but for methods and seeds, left in ``folder``."""
     path = folder / RESULTS
     if not path.exists():
         return []
@@ -249,11 +235,6 @@ def read(settings: Settings, folder: Path) -> list[Row]:
             "folder, or add --overwrite."
         )
     tensors = load_file(folder / PREDICTIONS)
-    return [
-        Row(**{**row, **{key: tensors[_entry(row, key)] for key in _PREDICTED}})
-        for row in document["rows"]
-    ]
-
-
-def _entry(row: dict[str, Any], key: str) -> str:
-    return f"{row['method']}, seed {row['seed']}: {key}"
+    for k, row in enumerate(document["rows"]):
+        row |= {name: tensors[f"{k} {name}"] for name in _PREDICTED}
+    return [Row(**row) for row in document["rows"]]

@@ -15,14 +15,11 @@ from pyro_blora.likelihoods.reading import logits_at, output_head
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
-from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 try:
     from lm_eval.models.huggingface import HFLM
 except ImportError:
     HFLM = None
-
-__all__ = ["PosteriorLM"]
 
 # What a request asks for: the tokens read, and how many of the last ones with one more are scored
 _Row = tuple[tuple[int, ...], int]
@@ -39,21 +36,11 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
     same draws. A continuation is greedy where each of its tokens is the most probable one under
     :math:`p(y_t \mid x, y_{<t}) \propto \sum_s p(y_{<t} \mid x, U_s)\, p(y_t \mid x, y_{<t}, U_s)`.
     Windows of a long text (``loglikelihood_rolling``) are scored one by one and added up. Text
-    (``generate_until``) is written by the posterior mean. A request runs the network ``S`` times;
-    requests that differ in their last token alone share that.
+    (``generate_until``) is written by the posterior mean.
 
-    Args:
-        blora: the adapter, on a causal language model.
-        tokenizer: the network's.
-        num_samples: number of draws ``S``; 0 takes the posterior mean. Default: 10.
-        samples: values of the sites to score under instead, as in :meth:`BayesianLoRA.predict
-            <pyro_blora.BayesianLoRA.predict>`.
-        batch_size: requests at once.
-        options: what else ``lm_eval.models.huggingface.HFLM`` takes: ``max_length``,
-            ``add_bos_token``, ``mixed_precision_dtype``, ....
-
-    Reference:
-        Gao et al., "The Language Model Evaluation Harness".
+    ``num_samples`` and ``samples`` are as in :meth:`BayesianLoRA.predict
+    <pyro_blora.BayesianLoRA.predict>`, and ``options`` those of
+    ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, ....
     """
 
     def __init__(
@@ -80,7 +67,14 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
             blora.net, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options
         )
         self.blora = blora
-        self.draws = _draws(blora, num_samples, samples)
+        if samples is not None:
+            num_samples, draw = draws_given(blora.model, samples)
+        else:
+            warn_of_a_point(blora.guide, num_samples)
+            draw = draws_in_pairs(blora.model, blora.guide, {})
+        self.draws = [draw(1) for _ in range(num_samples)]
+        if not num_samples:
+            self.draws = [sample_updates(blora.model, blora.guide, 0)]
 
     def generate_until(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, by the network under the posterior mean."""
@@ -144,17 +138,3 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         assert total is not None
         mean = total - torch.tensor(len(self.draws), device=self.device).log()
         return mean.split(counts.tolist())
-
-
-def _draws(
-    blora: BayesianLoRA, num_samples: int, samples: Samples | None
-) -> list[dict[str, LowRankUpdate]]:
-    """The updates of each draw by itself."""
-    if samples is not None:
-        num_samples, draw = draws_given(blora.model, samples)
-    elif num_samples:
-        warn_of_a_point(blora.guide, num_samples)
-        draw = draws_in_pairs(blora.model, blora.guide, {})
-    else:
-        return [sample_updates(blora.model, blora.guide, 0)]
-    return [draw(1) for _ in range(num_samples)]

@@ -10,8 +10,10 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
+from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 __all__ = [
     "CRITERIA",
@@ -19,6 +21,7 @@ __all__ = [
     "auroc",
     "doubts",
     "ece_by_chance",
+    "effective_rank",
     "evaluate",
     "fit_temperature",
     "rank",
@@ -30,11 +33,7 @@ CRITERIA = ("mutual_information", "entropy", "random")
 
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a classifier on ``n`` items; see :func:`evaluate`.
-
-    Accuracy and expected calibration error are fractions, the mean negative log-likelihood is in
-    nats, and the Brier score between 0 and 2.
-    """
+    """Scores of a classifier on ``n`` items: fractions, the NLL in nats; see :func:`evaluate`."""
 
     acc: float
     ece: float
@@ -63,14 +62,7 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
     last contains 1. A probability of 0 at a label counts as the smallest normal float32, which
     bounds an item's NLL by 87.3 nats, whatever the dtype of ``probs``.
 
-    Args:
-        probs: probabilities of shape ``(n, K)``, K >= 2; absent choices have probability 0.
-        labels: classes of shape ``(n,)``, integers from 0 to K - 1.
-        num_bins: number of bins of the ECE.
-
-    Reference:
-        M. P. Naeini et al. (2015), "Obtaining Well Calibrated Probabilities Using Bayesian
-        Binning"; G. W. Brier (1950), "Verification of Forecasts Expressed in Terms of Probability".
+    ``probs`` is ``(n, K)``, with 0 for an absent choice, and ``labels`` ``(n,)``.
 
     Example::
 
@@ -103,18 +95,11 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
         \bigl| \sum_{i \in b} (z_i - \max_k p_{ik}) \bigr|, \qquad
         z_i \sim \mathrm{Bernoulli}(\max_k p_{ik})
 
-    An ECE is never below zero, so that a calibrated classifier, too, has one on finitely many
-    items: read that of :func:`evaluate` beside this one. They are not to be subtracted, for luck
-    and error do not add up. The mean of 1,000 draws of labels, always the same ones.
+    Read that of :func:`evaluate` beside this one. They are not to be subtracted, for luck and error
+    do not add up. The mean of 1,000 draws of labels, always the same ones.
 
-    Args:
-        probs: probabilities of shape ``(n, K)``, K >= 2.
-        num_bins: number of bins, as of the ECE.
-
-    Reference:
-        J. Broecker, L. A. Smith (2007), "Increasing the Reliability of Reliability Diagrams";
-        R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
-        arXiv:2012.08668.
+    Reference: R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
+    arXiv:2012.08668.
     """
     check_probabilities(probs, name="probs")
     confidence = probs.detach().float().cpu().amax(-1)
@@ -135,11 +120,7 @@ def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
 
 
 def doubts(prediction: Prediction) -> dict[str, Tensor]:
-    """What may tell that an answer is wrong, large where it should be, ``(n,)`` each.
-
-    ``confidence``, as one minus the probability of the answer; ``entropy``; and of two draws or
-    more ``mutual_information``, both in nats.
-    """
+    """What may tell that an answer is wrong, ``(n,)`` each, large where it should be."""
     found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
         found["mutual_information"] = prediction.mutual_information
@@ -153,25 +134,12 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
         \mathrm{coverage}(t) = \tfrac1n \textstyle\sum_i [d_i \le t], \qquad
         \mathrm{risk}(t) = \frac{\sum_i [d_i \le t] [\hat y_i \ne y_i]}{\sum_i [d_i \le t]}
 
-    Args:
-        doubt: what is not answered where it is large, ``(n,)``: ``1 - confidence``, an entropy.
-        wrong: whether each prediction is wrong, ``(n,)``, boolean.
+    Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each, and the mean risk
+    over all coverages, the area under the curve (AURC). ``doubt`` is what is not answered where it
+    is large, and ``wrong`` boolean, ``(n,)`` each.
 
-    Returns:
-        Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each, and the mean
-        risk over all coverages, the area under the curve (AURC).
-
-    Reference:
-        Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
-        arXiv:1705.08500.
-
-    Example::
-
-        >>> coverage, risk, area = risk_coverage(
-        ...     torch.tensor([0.1, 0.4, 0.2, 0.3]), torch.tensor([False, True, False, True])
-        ... )
-        >>> coverage.tolist(), [round(x, 2) for x in risk.tolist()], round(area, 3)
-        ([0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.33, 0.5], 0.208)
+    Reference: Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
+    arXiv:1705.08500.
     """
     values, order = doubt.double().sort()
     errors = wrong[order].double().cumsum(0)
@@ -186,10 +154,6 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     """The probability that an item of the second set scores higher than one of the first.
 
     The area under the receiver operating characteristic; a tie counts half. 0.5 is chance.
-
-    Args:
-        inside: scores of the known distribution, ``(n,)``, such as mutual information in nats.
-        outside: scores of the other one, ``(m,)``.
     """
     truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     scores = torch.cat([inside, outside])
@@ -204,28 +168,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     .. math::
         \hat T = \arg\min_{T > 0} -\sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
 
-    The objective is convex in :math:`\beta = 1/T`, so that the minimum is unique and bisection
-    finds where the slope :math:`\sum_i \sum_k p_{ik} (z_{ik} - z_{i y_i})` in :math:`\beta`
-    changes its sign. It lies at the end of the range when every item is classified correctly
-    (:math:`T \to 0`) or when the logits say less than nothing (:math:`T \to \infty`); T is
-    bounded to [0.01, 100], and the nearer bound is returned then. If each item's logits are all
-    equal, every T is as good, and it is 1.
+    Divide logits by it, and fit it on data held out from both training and test. The objective is
+    convex in :math:`1/T`, so bisection finds the minimum; T is bounded to [0.01, 100], and is 1 if
+    every T is as good. In ``logits``, ``(n, K)``, ``-inf`` marks a choice that an item does not
+    have.
 
-    Accuracy does not change with T. Fit on data held out from both training and test.
-
-    Args:
-        logits: of shape ``(n, K)``: log-probabilities up to a constant per row; ``-inf`` marks a
-            choice that an item does not have.
-        labels: classes of shape ``(n,)``, integers from 0 to K - 1.
-
-    Returns:
-        T, without a unit: divide logits by it.
-
-    Raises:
-        ValueError: logits contain NaN or ``+inf``, or a label is an absent choice.
-
-    Reference:
-        C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+    Reference: C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
 
     Example::
 
@@ -264,29 +212,11 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
 
     where entropy also asks for items that are ambiguous whatever the weights are.
 
-    Args:
-        prediction: of the pool, ``S x N x K``.
-        by: ``"mutual_information"`` (BALD), ``"entropy"`` or ``"random"``.
-        seed: of the random order.
+    ``by`` is one of ``CRITERIA``. The result is indices, ``(N,)``; of equal ones the earlier comes
+    first.
 
-    Returns:
-        Indices of the items, ``(N,)``; of equal ones the earlier comes first.
-
-    Raises:
-        ConfigurationError: a single draw has no mutual information.
-
-    Reference:
-        N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
-        Learning", arXiv:1112.5745.
-
-    Example::
-
-        >>> sure, torn, open_ = [[0.9, 0.1]] * 2, [[0.9, 0.1], [0.1, 0.9]], [[0.5, 0.5]] * 2
-        >>> pool = Prediction(torch.tensor([sure, torn, open_]).transpose(0, 1))
-        >>> rank(pool).tolist()  # the one on which the draws disagree
-        [1, 0, 2]
-        >>> rank(pool, "entropy").tolist()
-        [1, 2, 0]
+    Reference: N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
+    Learning", arXiv:1112.5745.
     """
     if by == "random":
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
@@ -297,3 +227,42 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
         )
     scores: Tensor = getattr(prediction, by)
     return scores.argsort(descending=True, stable=True)
+
+
+def effective_rank(update: LowRankUpdate) -> Tensor:
+    r"""The effective rank of each layer's update, ``(..., n)``.
+
+    .. math::
+
+        \exp H(p), \qquad p_i = s_i^2 / \textstyle\sum_j s_j^2,
+
+    with the singular values :math:`s` of :math:`\Delta W` and the entropy :math:`H` in nats: ``k``
+    for ``k`` equal singular values, and 0 for no update.
+
+    Reference: O. Roy, M. Vetterli (2007), "The Effective Rank".
+
+    Example::
+
+        >>> A, B = torch.eye(3, 5)[None], torch.eye(4, 3)[None]
+        >>> effective_rank(LowRankUpdate(A=A, B=B)).round()
+        tensor([3.])
+    """
+    B = update.B if update.core is None else update.B @ update.core
+    # the singular values of B A are those of the product of the triangular factors of both
+    R_b, R_a = torch.linalg.qr(B).R, torch.linalg.qr(update.A.mT).R
+    square = torch.linalg.svdvals(R_b @ R_a.mT).square()
+    total = square.sum(-1, keepdim=True)
+    p = square / total.clamp_min(torch.finfo(square.dtype).tiny)
+    rank = torch.special.entr(p).sum(-1).exp()
+    return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+
+
+@torch.no_grad()
+def effective_ranks(blora: BayesianLoRA) -> dict[str, float]:
+    """The effective rank of every adapted layer's posterior mean, by the layer's full name."""
+    updates = blora.sample_updates(0)
+    return {
+        name: float(rank)
+        for group in blora.model.groups
+        for name, rank in zip(group.module_names, effective_rank(updates[group.name]), strict=True)
+    }

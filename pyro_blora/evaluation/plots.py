@@ -13,30 +13,25 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from pyro_blora.checkpoints import write_atomically
-from pyro_blora.evaluation.metrics import (
-    Metrics,
-    auroc,
-    confidence_bins,
-    doubts,
-    evaluate,
-    risk_coverage,
-)
+from pyro_blora.evaluation.metrics import auroc, confidence_bins, doubts, evaluate, risk_coverage
 from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["ood_diagram", "reliability_diagram", "risk_coverage_diagram", "save_figure"]
 
-_INK, _BAR = "#333333", "#a9c1dc"
+_INK = "#333333"
+_LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
 _ACCURACY: dict[str, Any] = {"color": "#2f5f94"}
 _CONFIDENCE: dict[str, Any] = {"color": "#d9484a", "linewidth": 1.3, "linestyle": (0, (3, 2))}
-_GAP: dict[str, Any] = {"hatch": "/////", "linewidth": 0.6}
-_OVER = {**_GAP, "facecolor": "#fbdedd", "edgecolor": "#d9484a"}
-_UNDER = {**_GAP, "facecolor": "#d9efe1", "edgecolor": "#3a8f5c"}
-_INSIDE: dict[str, Any] = {"facecolor": "#a9c1dc99", "edgecolor": "#2f5f94", "linewidth": 1.4}
-_OUTSIDE: dict[str, Any] = {"facecolor": "#f3b3b299", "edgecolor": "#d9484a", "linewidth": 1.4}
-_SCORES: dict[str, dict[str, Any]] = {
-    "confidence": {"color": "#2f5f94"},
-    "entropy": {"color": "#c9872b", "linestyle": (0, (5, 2))},
-    "mutual_information": {"color": "#8a4fa3", "linestyle": (0, (1, 1))},
+_OVER: dict[str, Any] = {"facecolor": "#fbdedd", "edgecolor": "#d9484a", "hatch": "/////"}
+_UNDER: dict[str, Any] = {"facecolor": "#d9efe1", "edgecolor": "#3a8f5c", "hatch": "/////"}
+_SETS: tuple[dict[str, Any], ...] = (  # known and foreign items
+    {"facecolor": "#a9c1dc99", "edgecolor": "#2f5f94", "linewidth": 1.4},
+    {"facecolor": "#f3b3b299", "edgecolor": "#d9484a", "linewidth": 1.4},
+)
+_DOUBTS: dict[str, tuple[str, Any]] = {
+    "confidence": ("#2f5f94", "-"),
+    "entropy": ("#c9872b", (0, (5, 2))),
+    "mutual_information": ("#8a4fa3", (0, (1, 1))),
 }
 
 
@@ -46,52 +41,37 @@ def reliability_diagram(
     """Draw a reliability diagram of each method, next to one another.
 
     Above, the accuracy of each bin of confidence (bars), and the gap to the diagonal, on which a
-    calibrated method lies: red where the method claims too much, green where it claims too little.
-    The title gives the scores of :func:`pyro_blora.evaluation.metrics.evaluate`. Below, the share
-    of the items in each bin, with the mean confidence (dashed) and the accuracy (solid): the
-    distance of the two lines is the net over- or under-confidence.
-
-    Args:
-        results: ``{method: (probs, labels)}``, ``probs`` of shape ``(n, K)`` and ``labels`` of
-            shape ``(n,)``. One column per method, in order; up to five are readable.
-        num_bins: number of bins of confidence, of equal width.
-
-    Returns:
-        The figure, not registered with pyplot: show it as the last line of a notebook's cell, or
-        write it with :func:`save_figure`.
-
-    Reference:
-        A. Niculescu-Mizil, R. Caruana (2005), "Predicting Good Probabilities with Supervised
-        Learning".
+    calibrated method lies. Below, the share of the items in each bin, with the mean confidence
+    (dashed) and the accuracy (solid), whose distance is the net over- or under-confidence.
+    ``results`` is ``{method: (probs, labels)}``, of shapes ``(n, K)`` and ``(n,)``. The figure is
+    not registered with pyplot: show it as the last line of a notebook's cell, or write it with
+    :func:`save_figure`.
     """
     count = len(results)
     figure = _Shown(figsize=(0.7 + 2.5 * count, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for (top, bottom), (name, pair) in zip(axes.T, results.items(), strict=True):
         metrics = evaluate(*pair, num_bins=num_bins)
+        _style(top, share=True)
+        _style(bottom, "Confidence", share=True)
         _draw_bins(top, bottom, *pair, num_bins)
         bottom.axvline(metrics.acc, linewidth=1.5, **_ACCURACY)
         bottom.axvline(float(pair[0].amax(-1).mean()), **_CONFIDENCE)
-        _write_title(top, name, metrics)
-        for ax in (top, bottom):
-            _style(ax)
-            _from_0_to_1(ax)
+        scores = f"ECE {100 * metrics.ece:.1f} %   ACC {100 * metrics.acc:.1f} %"
+        top.set_title(f"{scores}\nNLL {metrics.nll:.3f}", fontsize=8, color=_INK)
+        above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        bold = {"ha": "center", "fontsize": 10, "fontweight": "bold", "color": _INK}
+        top.annotate(name, (0.5, 1), xytext=(0, 30), **above, **bold)
     axes[0, 0].set_ylabel("Accuracy", fontsize=9, color=_INK)
     axes[1, 0].set_ylabel("Share", fontsize=9, color=_INK)
-    figure.legend(
-        handles=[
-            Line2D([], [], linewidth=2, label="accuracy", **_ACCURACY),
-            Line2D([], [], label="mean confidence", **_CONFIDENCE),
-            Patch(label="over-confident", **_OVER),
-            Patch(label="under-confident", **_UNDER),
-        ],
-        loc="outside lower center",
-        ncols=2 if count == 1 else 4,
-        columnspacing=1.6,
-        fontsize=8,
-        frameon=False,
-        handlelength=1.6,
-    )
+    handles = [
+        Line2D([], [], linewidth=2, label="accuracy", **_ACCURACY),
+        Line2D([], [], label="mean confidence", **_CONFIDENCE),
+        Patch(label="over-confident", **_OVER),
+        Patch(label="under-confident", **_UNDER),
+    ]
+    narrow = {"columnspacing": 1.6, "handlelength": 1.6}
+    figure.legend(handles=handles, ncols=2 if count == 1 else 4, **narrow, **_LEGEND)
     return figure
 
 
@@ -102,10 +82,6 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
     information; a good one falls fast to the left. Beside them what cannot be beaten, an oracle
     that leaves the wrong answers out first, and what knows nothing. The legend gives the area under
     each line (AURC), the mean risk over all coverages.
-
-    Args:
-        prediction: of ``n`` items.
-        labels: their classes, ``(n,)``.
     """
     wrong = prediction.predictions.cpu() != labels.cpu()
     figure = _Shown(figsize=(5, 4.6), dpi=150, layout="constrained")
@@ -113,17 +89,16 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
     for name, doubt in doubts(prediction).items():
         coverage, risk, area = risk_coverage(doubt.cpu(), wrong)
         label = f"{name.replace('_', ' ')} (AURC {area:.3f})"
-        ax.plot(coverage, risk, label=label, linewidth=1.8, **_SCORES[name])
+        color, line = _DOUBTS[name]
+        ax.plot(coverage, risk, label=label, linewidth=1.8, color=color, linestyle=line)
     coverage, risk, area = risk_coverage(torch.arange(len(wrong)), wrong.sort().values)
     ax.plot(coverage, risk, color="#8c8c8c", linewidth=1, label=f"oracle (AURC {area:.3f})")
     overall = float(wrong.float().mean())
     ax.axhline(overall, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), label="all answered")
-    _style(ax)
-    _from_0_to_1(ax)
+    _style(ax, "Coverage: share of the items answered", share=True)
     ax.set_ylim(0, None)
-    ax.set_xlabel("Coverage: share of the items answered", fontsize=9, color=_INK)
     ax.set_ylabel("Risk: share of wrong answers", fontsize=9, color=_INK)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(ncols=2, **_LEGEND)
     return figure
 
 
@@ -131,12 +106,7 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
     """Draw how uncertainty is spread over known items and over those of another distribution.
 
     A column for entropy and one for mutual information, in nats; above each the probability that a
-    foreign item has the higher one (AUROC; 50 % is chance).
-
-    Args:
-        inside: prediction of items like the training set's.
-        outside: prediction of the others.
-        names: what the legend calls the two.
+    foreign item has the higher one (AUROC; 50 % is chance). The legend calls the two ``names``.
     """
     figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     columns = figure.subplots(1, 2)
@@ -147,23 +117,17 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
         high = max(high, low + 1e-6)
         edges = torch.linspace(low, high, 21, dtype=torch.float64).tolist()
         for kind in ("stepfilled", "step"):  # the outlines over both faces
-            for values, look in zip(sets, (_INSIDE, _OUTSIDE), strict=True):
+            for values, look in zip(sets, _SETS, strict=True):
                 weights = [1 / len(values)] * len(values)
                 ax.hist(values.tolist(), edges, weights=weights, histtype=kind, **look)
-        _style(ax)
+        _style(ax, f"{name.replace('_', ' ').capitalize()} (nats)")
         ax.set_xlim(low, high)
         ax.locator_params(axis="x", nbins=5)
         ax.set_title(f"AUROC {100 * score:.1f} %", fontsize=9, color=_INK)
-        ax.set_xlabel(f"{name.replace('_', ' ').capitalize()} (nats)", fontsize=9, color=_INK)
     columns[0].set_ylabel("Share of the items", fontsize=9, color=_INK)
-    looks = zip(names, (inside, outside), (_INSIDE, _OUTSIDE), strict=True)
-    figure.legend(
-        handles=[Patch(label=f"{name} ({len(p)} items)", **look) for name, p, look in looks],
-        loc="outside lower center",
-        ncols=2,
-        fontsize=8,
-        frameon=False,
-    )
+    looks = zip(names, (inside, outside), _SETS, strict=True)
+    handles = [Patch(label=f"{name} ({len(p)} items)", **look) for name, p, look in looks]
+    figure.legend(handles=handles, ncols=2, **_LEGEND)
     return figure
 
 
@@ -192,31 +156,22 @@ def _draw_bins(top: Any, bottom: Any, probs: Tensor, labels: Tensor, num_bins: i
         inside = index == k
         accuracy, claimed = float(right[inside].mean()), float(confidence[inside].mean())
         left, bar = k / num_bins, {"width": 1 / num_bins, "align": "edge"}
-        top.bar(left, accuracy, color=_BAR, edgecolor="white", linewidth=0.6, **bar)
+        top.bar(left, accuracy, color="#a9c1dc", edgecolor="white", linewidth=0.6, **bar)
         style = _OVER if claimed > accuracy else _UNDER
-        top.bar(left, claimed - accuracy, bottom=accuracy, **bar, **style)
+        top.bar(left, claimed - accuracy, bottom=accuracy, linewidth=0.6, **bar, **style)
         top.hlines(accuracy, left, left + 1 / num_bins, linewidth=2, **_ACCURACY)
         share = float(inside.float().mean())
         bottom.bar(left, share, color="#c4c4c4", edgecolor="white", **bar)
     top.plot([0, 1], [0, 1], color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
     top.set_ylim(0, 1.01)  # room for the thick line of an accuracy of 1
-    bottom.set_xlabel("Confidence", fontsize=9, color=_INK)
 
 
-def _write_title(ax: Any, name: str, metrics: Metrics) -> None:
-    scores = f"ECE {100 * metrics.ece:.1f} %   ACC {100 * metrics.acc:.1f} %"
-    ax.set_title(f"{scores}\nNLL {metrics.nll:.3f}", fontsize=8, color=_INK)
-    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    bold = {"ha": "center", "fontsize": 10, "fontweight": "bold", "color": _INK}
-    ax.annotate(name, (0.5, 1), xytext=(0, 30), **above, **bold)
-
-
-def _from_0_to_1(ax: Any) -> None:
-    ax.set_xlim(0, 1)
-    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
-
-
-def _style(ax: Any) -> None:
+def _style(ax: Any, label: str = "", share: bool = False) -> None:
+    """The look of all axes; ``share``: what is along them goes from 0 to 1."""
+    if share:
+        ax.set_xlim(0, 1)
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+    ax.set_xlabel(label, fontsize=9, color=_INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(_INK)
     ax.tick_params(labelsize=8, color=_INK, labelcolor=_INK)

@@ -1,16 +1,15 @@
 """Generation under the posterior: transformers' ``generate``, on the average of S sampled models.
 
-The network itself is made to be that average, by two hooks: what goes into a pass is repeated, so
-that each draw has rows of its own (and with them a key-value cache of its own), and the logits that
-come out are averaged to one row again. To ``generate`` it is one network. So greedy, sampling,
-beams, streamers, processors and stopping criteria are transformers' own, unchanged.
+Two hooks make the network that average: what goes into a pass is repeated, so that each draw has
+rows (and a key-value cache) of its own, and the logits that come out are averaged to one row again.
+So greedy, sampling, beams, streamers, processors and stopping criteria are transformers' own.
 """
 
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +27,15 @@ from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
-_SEVERAL_PASSES = "it runs the network other than once for each token"
-_NO_FIELD = "a Generation has no field for it"
-_REFUSED = {
-    "assistant_model": _SEVERAL_PASSES,
-    "prompt_lookup_num_tokens": _SEVERAL_PASSES,
-    "custom_generate": _SEVERAL_PASSES,
-    "guidance_scale": _SEVERAL_PASSES,
-    "prefill_chunk_size": _SEVERAL_PASSES,
-    "output_scores": _NO_FIELD,
-    "output_attentions": _NO_FIELD,
-    "output_hidden_states": _NO_FIELD,
-    "cache": "each call draws models of its own, which need caches of their own",
-    "past_key_values": "each call draws models of its own, which need caches of their own",
-}
+_REFUSED = (  # the first five run the network other than once for each token
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "guidance_scale",
+    "prefill_chunk_size",
+    "cache",
+    "past_key_values",
+)
 
 _GIVEN: Any = None  # the default that ModelOutput wants of every field but the first
 
@@ -58,9 +52,8 @@ class Generation(ModelOutput):
         \texttt{mutual\_information} = H[\bar p] - \tfrac1S\textstyle\sum_s H[p_s], \qquad
         \texttt{disagreement} = \tfrac1S\,\#\{s : \arg\max p_s \ne \arg\max \bar p\}
 
-    A ``ModelOutput``, so transformers' pipelines hand on its fields. ``N`` is the number of
-    prompts times ``num_return_sequences``, ``T`` that of the new tokens; where a sequence has
-    ended before, its entries are NaN.
+    ``N`` is the number of prompts times ``num_return_sequences``, ``T`` that of the new tokens;
+    where a sequence has ended before, its entries are NaN.
 
     Attributes:
         sequences: the prompts, if they were tokens, and what follows; ``(N, T_0 + T)``.
@@ -74,8 +67,7 @@ class Generation(ModelOutput):
 
     Reference:
         A. Malinin and M. Gales (2021), "Uncertainty Estimation in Autoregressive Structured
-        Prediction", arXiv:2002.07650: the average of each token's distributions ("products of
-        expectations"), and scores divided by the length.
+        Prediction", arXiv:2002.07650.
     """
 
     sequences: Tensor
@@ -104,10 +96,8 @@ def generate(
     The draws are held fixed for the whole text. Temperature, ``top_p``, penalties and the like act
     on the average, given as logits at the mean level of the draws' own
     (:math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}`): if all draws are alike, as the
-    network's own logits. The network is evaluated with dropout off, and left in the mode it was in.
-
-    Memory: ``S`` key-value caches, and ``\bar p`` of every token. Conditional noise, where a prior
-    has it, is drawn anew in each pass.
+    network's own logits. Dropout is off. Conditional noise, where a prior has it, is drawn anew in
+    each pass.
 
     Args:
         model: the model.
@@ -119,9 +109,6 @@ def generate(
             ``abstained``. Default: none abstains.
         options: those of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
             ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
-
-    Returns:
-        The tokens and the uncertainty of each, see :class:`Generation`.
     """
     model.check_on_network()
     net = _generator(model.net)
@@ -133,9 +120,8 @@ def generate(
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
-    given = options.pop("inputs", None) if input_ids is None else input_ids
-    if given is not None:
-        options["input_ids"] = given
+    if input_ids is not None:
+        options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}
@@ -156,7 +142,8 @@ def generate(
         stack.enter_context(model.applied(updates))
         if not runs_eagerly(model.net.modules()):  # a graph made before has no hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(average.of(net))
+        stack.enter_context(net.register_forward_pre_hook(average.repeated, with_kwargs=True))
+        stack.enter_context(net.register_forward_hook(average.averaged))
         out = net.generate(**_telling_all(options))
     rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
     if rows is None:
@@ -167,26 +154,13 @@ def generate(
 
 
 class _Average:
-    """Makes a network the average of ``draws`` sampled ones, and notes how they differ.
-
-    Attributes:
-        steps: of each pass entropy, mutual information and disagreement, ``(3, R)``.
-    """
+    """Hooks that make a network the average of ``draws`` sampled ones, and note how they differ."""
 
     def __init__(self, draws: int) -> None:
         self.draws = draws
-        self.steps: list[Tensor] = []
+        self.steps: list[Tensor] = []  # entropy, mutual information and disagreement, (3, R)
 
-    @contextmanager
-    def of(self, net: nn.Module) -> Iterator[None]:
-        """Within, ``net`` takes one row and gives one, and runs one for each draw."""
-        with (
-            net.register_forward_pre_hook(self._repeated, with_kwargs=True),
-            net.register_forward_hook(self._averaged),
-        ):
-            yield
-
-    def _repeated(
+    def repeated(
         self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """All rows of the first draw, then all of the second, as updates share them out."""
@@ -202,7 +176,7 @@ class _Average:
 
         return args, {name: repeated(value) for name, value in kwargs.items()}
 
-    def _averaged(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def averaged(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         logits = output.logits[:, -1].float().unflatten(0, (self.draws, -1))  # S x R x V
         log_probs = logits.log_softmax(-1)
         level = logits.logsumexp(-1, keepdim=True).mean(0)
@@ -214,14 +188,10 @@ class _Average:
 
 
 class _Ends(StoppingCriteria):
-    """The last of the criteria, which ends no row and notes which those before it have ended.
-
-    Attributes:
-        steps: their answer after each pass, ``(R,)``.
-    """
+    """The last of the criteria, which ends no row and notes which those before it have ended."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+        self.steps: list[Tensor] = []  # their answer after each pass, (R,)
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> "_Ends":
         return self
@@ -239,7 +209,6 @@ class _CacheOfDraws(DynamicCache):
         self.draws = draws
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Each draw's rows take the places of their beams."""
         starts = torch.arange(self.draws, device=beam_idx.device) * len(beam_idx)
         super().reorder_cache((starts.unsqueeze(-1) + beam_idx).flatten())
 
@@ -265,10 +234,12 @@ def _check(
             f"abstain_above={abstain_above} needs draws that can disagree: num_samples must be 2 "
             f"or more, got {num_samples}."
         )
-    for name, reason in _REFUSED.items():
-        value = _setting(net, options, name, None)
-        if value is not None and value is not False:
-            raise ConfigurationError(f"generate takes no {name}: {reason}. Leave it out.")
+    for name in _REFUSED:
+        if _setting(net, options, name, None) not in (None, False):
+            raise ConfigurationError(
+                f"generate takes no {name}: each token is one pass of draws of this call's own. "
+                "Leave it out."
+            )
 
 
 def _setting(net: Any, options: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -45,31 +45,19 @@ class Measure:
         return [f"below {self.steps[0]:g}", *inner, f"{self.steps[-1]:g} and more"]
 
 
+_SETTLED = "what the draws do not agree on: more training data could settle it"
+_OPEN = "how open the next token is, for whatever reason"
+_OTHERS = "the share of draws that would have put another token first"
 MEASURES = {
-    "mutual_information": Measure(
-        "Mutual information",
-        "nats",
-        (0.01, 0.03, 0.1, 0.3),
-        "what the draws do not agree on: more training data could settle it",
-    ),
-    "entropy": Measure(
-        "Entropy", "nats", (0.5, 1.0, 2.0, 3.0), "how open the next token is, for whatever reason"
-    ),
-    "disagreement": Measure(
-        "Disagreement",
-        "of the draws",
-        (0.05, 0.2, 0.4, 0.6),
-        "the share of draws that would have put another token first",
-    ),
+    "mutual_information": Measure("Mutual information", "nats", (0.01, 0.03, 0.1, 0.3), _SETTLED),
+    "entropy": Measure("Entropy", "nats", (0.5, 1.0, 2.0, 3.0), _OPEN),
+    "disagreement": Measure("Disagreement", "of the draws", (0.05, 0.2, 0.4, 0.6), _OTHERS),
 }
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token's text, or that of several which make one character, and its uncertainty.
-
-    Of several, ``log_prob`` is the sum and the others are the greatest.
-    """
+    """A token's text and numbers, or of several which make one character: the sum, the greatest."""
 
     text: str
     log_prob: float
@@ -102,10 +90,8 @@ class Answer:
     @property
     def notice(self) -> str:
         """What is said of a sequence that abstained."""
-        return (
-            f"Abstains: the draws do not agree on this text ({self.epistemic:.3g} nats a token, "
-            "which is above the threshold)."
-        )
+        score = f"{self.epistemic:.3g} nats a token, which is above the threshold"
+        return f"Abstains: the draws do not agree on this text ({score})."
 
 
 def answers(generation: Generation, tokenizer: Any, prompts: Sequence[str]) -> list[Answer]:
@@ -180,18 +166,11 @@ def page(
 ) -> str:
     """A self-contained HTML page: text coloured by its uncertainty, a legend, numbers on hover.
 
-    It asks for nothing from elsewhere, and all text is escaped. ``by`` is which of ``MEASURES`` is
-    chosen when it opens; the page has a switch.
+    All text is escaped. ``by`` is which of ``MEASURES`` is chosen when it opens.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["exp"] = math.exp
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        answers=answers,
-        title=title,
-        subtitle=subtitle,
-        by=by,
-        measures=MEASURES,
-        light=_LIGHT,
-        dark=_DARK,
-    )
+    shown = {"answers": answers, "title": title, "subtitle": subtitle, "by": by}
+    colours = {"light": _LIGHT, "dark": _DARK}
+    return environment.from_string(source).render(shown, measures=MEASURES, **colours)

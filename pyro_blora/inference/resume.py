@@ -24,8 +24,6 @@ from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
 
 STATE = "training_state.safetensors"
-# What may be other when a run goes on
-_FREE = ("num_steps", "progress", "callback", "checkpoint_dir", "save_every", "resume")
 
 
 class TrainingState:
@@ -46,25 +44,20 @@ class TrainingState:
         self.found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
         self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first steps
-        if not self.path.exists():
-            # said now, for on another machine "auto" may be the other one
+        if not self.path.exists():  # on another machine "auto" may be the other one
             settings["precision"] = choose_precision(settings["precision"], blora.device)
             return
         if not resume:
             raise CheckpointError(
-                f"{self.path} is there already, of a run before; pass resume=True to go on from "
-                "it, delete it, or name another checkpoint_dir."
+                f"{self.path} is there already; pass resume=True to go on from it, or delete it."
             )
         header, tensors = read_tensors(self.path)
         notes = json.loads(header["training"])
         saved, steps = notes["settings"], len(notes["history"])
         if settings["precision"] == "auto":
             settings["precision"] = saved["precision"]
-        differ = [
-            f"{name} was {saved.get(name, 'absent')}, is {settings.get(name, 'absent')}"
-            for name in {**saved, **settings}
-            if saved.get(name, "absent") != settings.get(name, "absent")
-        ]
+        both = {n: (saved.get(n, "absent"), settings.get(n, "absent")) for n in saved | settings}
+        differ = [f"{n} was {then}, is {now}" for n, (then, now) in both.items() if then != now]
         if others := altered(blora.net, _part(tensors, "base")):
             differ.append(f"the base has other weights, among them {others[0]}")
         if differ:
@@ -74,8 +67,7 @@ class TrainingState:
             )
         if steps > num_steps:
             raise ConfigurationError(
-                f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has "
-                "already; ask for more, or name another folder."
+                f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has."
             )
         self.found = notes, tensors
 
@@ -129,9 +121,8 @@ class TrainingState:
             "numpy": np.random.get_state(),  # noqa: NPY002
         }
         tensors = {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
-        write_tensors(
-            self.path, tensors, {"training": json.dumps(notes, default=np.ndarray.tolist)}
-        )
+        told = json.dumps(notes, default=np.ndarray.tolist)
+        write_tensors(self.path, tensors, {"training": told})
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -141,7 +132,7 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) -> dict[str, Any]:
     """The options, what is told of the data, the three nouns and the layers, flat, for JSON."""
-    found: dict[str, Any] = {n: v for n, v in options.items() if n not in _FREE} | data
+    found: dict[str, Any] = {**options, **data}
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
     for part, given in parts.items():
         for group, made in given.items() if isinstance(given, Mapping) else [("", given)]:

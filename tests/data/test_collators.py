@@ -1,5 +1,3 @@
-import pickle
-
 import pytest
 import torch
 
@@ -29,7 +27,6 @@ class TestMultipleChoice:
         batch = MultipleChoiceCollator(wrapped, OPTIONS)([KEY, COLOR])
         assert set(batch) == {"input_ids", "attention_mask", "option_mask", "labels"}
         assert batch["labels"].tolist() == [0, 1]
-        assert batch["labels"].dtype == torch.long
         length = batch["input_ids"].shape[-1]
         assert batch["input_ids"].shape == (2, 3, length)
         for b, item in enumerate((KEY, COLOR)):
@@ -43,7 +40,6 @@ class TestMultipleChoice:
                 assert batch["attention_mask"][b, k].tolist() == mask
                 scored = [False] * len(prompt) + [True] * len(option) + [False] * rest
                 assert batch["option_mask"][b, k].tolist() == scored
-        assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
         assert batch["option_mask"].dtype == torch.bool
 
     @pytest.mark.parametrize("eos", [None, "</s>"])
@@ -53,14 +49,12 @@ class TestMultipleChoice:
         padding = batch["input_ids"][batch["attention_mask"] == 0]
         assert len(padding)
         assert (padding == (tokenizer.eos_token_id or 0)).all()
-        real = batch["input_ids"][batch["attention_mask"] == 1]
-        assert tokenizer.eos_token_id not in real.tolist()
 
-    def test_cuts_the_question_from_the_left_for_all_options_alike(self, wrapped):
+    @pytest.mark.parametrize("room", [6, 1])
+    def test_cuts_the_question_from_the_left_for_all_options_alike(self, wrapped, room):
         prompt = ids(wrapped, OPTIONS.format(KEY))
         options = [ids(wrapped, " " + choice) for choice in KEY.choices]
         longest = max(map(len, options))
-        room = 6
         batch = MultipleChoiceCollator(wrapped, OPTIONS, max_length=1 + room + longest)([KEY])
         assert batch["input_ids"].shape[-1] == 1 + room + longest
         for k, option in enumerate(options):
@@ -68,12 +62,6 @@ class TestMultipleChoice:
             assert batch["input_ids"][0, k, : len(row)].tolist() == row
             scored = batch["input_ids"][0, k][batch["option_mask"][0, k]]
             assert scored.tolist() == option
-
-    def test_an_option_that_fits_exactly_keeps_one_token_of_the_prompt(self, wrapped):
-        longest = max(len(ids(wrapped, " " + choice)) for choice in KEY.choices)
-        batch = MultipleChoiceCollator(wrapped, OPTIONS, max_length=2 + longest)([KEY])
-        assert not batch["option_mask"][..., :2].any()
-        assert batch["option_mask"][..., 2].all()
         with pytest.raises(DataError, match=r"item 'key': .*raise max_length"):
             MultipleChoiceCollator(wrapped, OPTIONS, max_length=1 + longest)([KEY])
 
@@ -86,15 +74,8 @@ class TestMultipleChoice:
         for given in (rows, [KEY, {**rows[1], "id": "color", "level": 3}]):
             found = MultipleChoiceCollator(wrapped)(given)
             assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-    def test_a_row_that_is_no_item(self, plain):
         with pytest.raises(DataError, match=r"KeyError\('label'\)"):
-            MultipleChoiceCollator(plain)([{"question": "2 + 2?", "choices": ["3", "4"]}])
-
-    def test_can_be_pickled(self, plain):
-        collate = MultipleChoiceCollator(plain, OPTIONS)
-        copy = pickle.loads(pickle.dumps(collate))
-        assert torch.equal(copy([KEY])["input_ids"], collate([KEY])["input_ids"])
+            MultipleChoiceCollator(wrapped)([{"question": "2 + 2?", "choices": ["3", "4"]}])
 
 
 class TestLabelTokens:
@@ -109,25 +90,12 @@ class TestLabelTokens:
             rest = batch["input_ids"].shape[1] - len(prompt)
             assert batch["input_ids"][b].tolist() == prompt + [wrapped.pad_token_id] * rest
             assert batch["attention_mask"][b].tolist() == [1] * len(prompt) + [0] * rest
-
-    def test_token_ids(self, wrapped):
-        token_ids = LabelTokensCollator(wrapped, LABELS).token_ids
-        assert wrapped.decode(list(token_ids)) == " negative positive"
+        assert wrapped.decode(list(collate.token_ids)) == " negative positive"
+        with pytest.raises(DataError, match="item 'color' has 3 choices"):
+            collate([COLOR])
 
     @pytest.mark.parametrize("second", [" unheard", " positive"])
     def test_a_word_of_several_tokens_or_of_another_s(self, plain, second):
         template = Template("{q}", "labels", (" positive", second))
         with pytest.raises(DataError, match="expected exactly one of its own each"):
             LabelTokensCollator(plain, template)
-
-    def test_another_number_of_choices(self, plain):
-        with pytest.raises(DataError, match="item 'color' has 3 choices"):
-            LabelTokensCollator(plain, LABELS)([COLOR])
-
-
-@pytest.mark.parametrize(
-    ("kind", "template"), [(MultipleChoiceCollator, LABELS), (LabelTokensCollator, OPTIONS)]
-)
-def test_a_template_of_the_other_kind(plain, kind, template):
-    with pytest.raises(DataError, match=f"{kind.__name__} needs a template that scores"):
-        kind(plain, template)

@@ -3,7 +3,7 @@ from types import ModuleType
 
 import pytest
 
-from pyro_blora.data import DataError, Item, hub_tasks, read_hub
+from pyro_blora.data import DataError, Item, hub_tasks, load_task, read_hub
 
 CHOICES = {"text": ["a feather", "a stone", "a leaf"], "label": ["1", "2", "3"]}
 CUP = "The cup fits in the box as _ is big."
@@ -70,14 +70,16 @@ def test_sources(hub, task, split, path, configs, theirs):
     assert hub.calls == [(path, config, theirs, revision) for config in configs]
 
 
-def test_configurations_are_joined_and_numbered_on(hub):
+def test_configurations_are_joined_and_a_task_has_all_splits(hub):
     hub.records = [RECORDS["mmlu_physics"]] * 2
-    ids = [item.id for item in read_hub("mmlu_physics", "dev")]
-    assert ids == [f"mmlu_physics-dev-{index}" for index in range(4)]
+    task = load_task("mmlu_physics")
+    assert [item.id for item in task.test] == [f"mmlu_physics-test-{k}" for k in range(4)]
+    hub.records = [RECORDS["sst2"]] * 9
+    task = load_task("sst2", max_train=6, max_validation=2)
+    assert [len(items) for items in (task.train, task.validation, task.test)] == [6, 2, 9]
 
 
 def test_every_task_is_known(hub):
-    assert set(ITEMS) < set(hub_tasks())
     assert len(hub_tasks()) == 13
     for task in hub_tasks():
         read_hub(task, "test")

@@ -1,10 +1,14 @@
 """Items, the files that hold them, and the prompts that are made of them."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
-from pyro_blora.data import DataError, Item, Template, read_json_lines, template_for
+from pyro_blora.data import DataError, Item, Template, facts, read_json_lines, template_for
+
+FACTS = "4de3771ee8beead67435f4fd4e9816be9fe6f9358421fb8e98fc945693ab08f1"
 
 GOOD = {"id": "a-0", "question": "2 + 2?", "choices": ["3", "4"], "label": 1}
 
@@ -28,6 +32,12 @@ def message_of(path):
     return message
 
 
+def test_the_embedded_set_is_always_the_same():
+    files = [Path(facts.__file__).with_name(f"{s}.jsonl") for s in ("train", "validation", "test")]
+    items = [[i.id, i.question, i.choices, i.label] for f in files for i in read_json_lines(f)]
+    assert hashlib.sha256(json.dumps(items).encode("ascii")).hexdigest() == FACTS
+
+
 def test_reads_items_in_file_order_whatever_is_between_and_beside_them(tmp_path):
     bom, question = b"\xef\xbb\xbf", "Caf\u00e9\u2028\u4f60?"
     other = json.dumps(GOOD | {"id": "b", "question": question}, ensure_ascii=False).encode()
@@ -45,7 +55,6 @@ def test_reads_items_in_file_order_whatever_is_between_and_beside_them(tmp_path)
         (line(id=3), "must be texts, got 3"),
         (line(question=" "), "must be texts, got ' '"),
         (line(choices=["3"]), "two answers or more, got ('3',)"),
-        (line(choices="34"), "two answers or more, got '34'"),
         (line(choices=["3", 4]), "must be texts, got 4"),
         (line(label=2), "an integer from 0 to 1, got 2"),
         (line(label=True), "an integer from 0 to 1, got True"),
@@ -57,10 +66,6 @@ def test_a_bad_line_is_named(tmp_path, bad, part):
     message = message_of(path)
     assert message.startswith(f"{path}, line 2")
     assert part in message
-
-
-def test_an_empty_file(tmp_path):
-    assert "has no items" in message_of(write_lines(tmp_path, b"\n \n"))
 
 
 @pytest.mark.parametrize(
@@ -75,22 +80,13 @@ def test_what_is_there_in_place_of_a_missing_file_is_named(tmp_path, missing, pa
     write_lines(tmp_path, line())
     message = message_of(tmp_path / missing)
     assert all(part in message for part in parts)
+    assert "has no items" in message_of(write_lines(tmp_path, b"\n \n"))
 
 
 @pytest.mark.parametrize(
     ("task", "prompt", "words"),
     [
         ("my own task", "Question: Is {this} a %s?\nAnswer:", ()),
-        (
-            "sst2",
-            "Review: Is {this} a %s?\nSentiment (negative or positive):",
-            (" negative", " positive"),
-        ),
-        (
-            "ag_news",
-            "Article: Is {this} a %s?\nTopic (world, sports, business or technology):",
-            (" world", " sports", " business", " technology"),
-        ),
         ("boolq", "Question: Is {this} a %s?\nAnswer (yes or no):", (" no", " yes")),
     ],
 )

@@ -35,13 +35,8 @@ def test_by_hand():
     assert metrics.ece == pytest.approx(0.5 * 0.5625 + 0.5 * 0.125, abs=1e-7)
     nll = -(math.log(0.75) + math.log(0.125) + math.log(0.25) + 0) / 4
     assert metrics.nll == pytest.approx(nll, abs=1e-7)
-    brier = (
-        (0.25**2 + 2 * 0.125**2)
-        + (0.25**2 + 0.625**2 + 0.875**2)
-        + (0.75**2 + 0.25**2 + 0.5**2)
-        + 0
-    ) / 4
-    assert metrics.brier == pytest.approx(brier, abs=1e-7)
+    brier = [0.25**2 + 2 * 0.125**2, 0.25**2 + 0.625**2 + 0.875**2, 0.75**2 + 0.25**2 + 0.5**2]
+    assert metrics.brier == pytest.approx(sum(brier) / 4, abs=1e-7)
 
 
 def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():
@@ -57,6 +52,10 @@ def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
     padded = torch.nn.functional.pad(PROBS, (0, 2))
     assert evaluate(padded, LABELS) == evaluate(PROBS, LABELS.int()) == evaluate(PROBS, LABELS)
+    logits, labels = synthetic(3.0, n=500)
+    padded = torch.nn.functional.pad(logits, (0, 2), value=-math.inf)
+    expected = fit_temperature(logits, labels)
+    assert fit_temperature(padded, labels) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -78,14 +77,6 @@ def test_ece_by_chance_is_the_mean_over_all_that_a_calibrated_classifier_may_sho
         chance = float(torch.where(right, confidence, 1 - confidence).prod())
         expected += chance * evaluate(probs, (~right).long(), num_bins=4).ece
     assert ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
-
-
-@pytest.mark.parametrize("labels", [LABELS + 1, LABELS - 100, LABELS[:3], LABELS[:, None]])
-def test_labels_that_are_no_classes_of_the_items(labels):
-    with pytest.raises((ValueError, RuntimeError)):
-        evaluate(PROBS, labels)
-    with pytest.raises(ValueError, match="softmax"):
-        evaluate(4 * PROBS, LABELS)
 
 
 def synthetic(temperature, n=4000, k=4, seed=0):
@@ -121,21 +112,12 @@ def test_beats_a_grid(seed):
     assert fit_temperature(logits, labels) == pytest.approx(at, rel=5e-3)
 
 
-def test_absent_choices():
-    logits, labels = synthetic(3.0, n=500)
-    padded = torch.nn.functional.pad(logits, (0, 2), value=-math.inf)
-    assert fit_temperature(padded, labels) == pytest.approx(
-        fit_temperature(logits, labels), rel=1e-9
-    )
-
-
 def test_bounds_and_where_every_temperature_is_as_good():
     logits, labels = torch.eye(3), torch.arange(3)
     assert fit_temperature(logits, labels) == pytest.approx(0.01)
     assert fit_temperature(-logits, labels) == pytest.approx(100)
     with pytest.raises(ValueError, match="NaN"):
         fit_temperature(logits * math.nan, labels)
-    labels = torch.arange(3)
     logits = torch.tensor([[0.1, 0.1, -math.inf], [7.0, 7.0, 7.0], [-math.inf, 0.0, 0.0]])
     assert nll(logits, labels, 0.01) == pytest.approx(nll(logits, labels, 100), rel=1e-12)
     assert fit_temperature(logits, labels) == 1
@@ -159,12 +141,6 @@ def test_risk_at_every_threshold_by_counting():
     assert risk.tolist() == pytest.approx([float(wrong[kept].float().mean()) for kept in by_hand])
     shares = [b - a for a, b in zip([0, *coverage.tolist()], coverage.tolist(), strict=False)]
     assert area == pytest.approx(sum(s * r for s, r in zip(shares, risk.tolist(), strict=True)))
-    # a doubt without ties: the mean risk of the k least doubtful
-    order = torch.randperm(40, generator=generator)
-    _, risk, area = risk_coverage(order.float(), wrong)
-    assert area == pytest.approx(float(risk.mean()))
-    kept = wrong[order.argsort()].double().cumsum(0) / torch.arange(1, 41)
-    torch.testing.assert_close(risk, kept)
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -173,9 +149,6 @@ def test_auroc_is_the_share_of_pairs_in_order():
     pairs = outside[:, None] - inside
     share = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean()
     assert auroc(inside, outside) == pytest.approx(float(share))
-    assert auroc(inside, inside) == pytest.approx(0.5)
-    assert auroc(inside, inside + 10) == 1
-    assert auroc(inside + 10, inside) == 0
     assert auroc(torch.zeros(3), torch.zeros(2)) == 0.5
     tiny = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
     assert auroc(tiny, tiny + 3e-9) == 1
@@ -191,12 +164,6 @@ def test_ranks_are_those_of_the_scores():
     assert sorted(orders["random"]) == list(range(60))
     assert orders["random"] == tuple(rank(p, "random", seed=0).tolist())
     assert orders["random"] != tuple(rank(p, "random", seed=1).tolist())
-    state = torch.get_rng_state()
-    rank(p, "random")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_single_draw_has_no_mutual_information_to_rank_by():
     with pytest.raises(ConfigurationError, match="single draw"):
         rank(random(samples=1))
     assert len(rank(random(samples=1), "entropy")) == 60

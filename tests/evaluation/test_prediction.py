@@ -1,6 +1,5 @@
 """Prediction: the decomposition of uncertainty, by hand."""
 
-import dataclasses
 import math
 
 import pytest
@@ -30,20 +29,13 @@ def test_by_hand():
 def test_decomposition_and_bounds():
     p = random()
     assert p.probs.shape == (7, 4)
-    for name in ["entropy", "expected_entropy", "mutual_information", "predictions", "confidence"]:
-        assert getattr(p, name).shape == (7,)
     torch.testing.assert_close(p.entropy, p.expected_entropy + p.mutual_information)
     assert (p.entropy <= math.log(4)).all()
     assert (p.mutual_information > 0).all()
-    assert (p.probs.argmax(-1) == p.predictions).all()
     assert (p.probs.gather(1, p.predictions[:, None])[:, 0] == p.confidence).all()
-
-
-def test_mutual_information_is_never_negative():
-    one = random(samples=1, items=200).samples.float()
-    p = Prediction(one.expand(3, -1, -1))
-    assert (p.mutual_information >= 0).all()
-    assert p.mutual_information.max() < 1e-5
+    alike = Prediction(random(samples=1, items=200).samples.float().expand(3, -1, -1))
+    assert (alike.mutual_information >= 0).all()
+    assert alike.mutual_information.max() < 1e-5
 
 
 def test_cat_pads_choices():
@@ -53,15 +45,7 @@ def test_cat_pads_choices():
     assert (both.samples[:, :7, 2:] == 0).all()
     torch.testing.assert_close(both.entropy, torch.cat([a.entropy, b.entropy]))
     assert (both.predictions == torch.cat([a.predictions, b.predictions])).all()
-
-
-def test_is_frozen_and_short():
-    p = random(items=1000)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        p.samples = p.samples
-    assert len(repr(p)) < 100
-    assert "samples=(5, 1000, 4)" in repr(p)
-    assert repr(Prediction(torch.zeros(2, 0, 3))) == "Prediction(samples=(2, 0, 3))"
+    assert "samples=(5, 10, 4)" in repr(both)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from own_classes import RandomScale
 from torch import nn
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.evaluation.effective_rank import effective_rank, effective_ranks
+from pyro_blora.evaluation.metrics import effective_rank, effective_ranks
 from pyro_blora.guides import MeanField
 from pyro_blora.models import Hierarchical, KroneckerInducing, SpectralInducing
 from pyro_blora.models._core_density import CORES

@@ -86,12 +86,9 @@ def test_it_runs(name, monkeypatch, capsys):
     assert not [line for line in said if "%|" in line and "GGUF" not in line]
 
 
-def test_every_notebook_is_run():
-    assert {*LIGHT, *REDUCED, *REAL} == {path.stem for path in NOTEBOOKS}
-
-
 @each_notebook
-def test_its_outputs_are_of_one_run_without_errors_warnings_or_paths(path):
+def test_its_outputs_are_of_one_run_and_fit_to_be_shown(path):
+    """No errors, warnings or paths; small figures, each with a text below that says what it is."""
     counts = [cell["execution_count"] for cell in code(path)]
     assert counts == list(range(1, len(counts) + 1))
     for output in (output for cell in code(path) for output in cell["outputs"]):
@@ -100,26 +97,16 @@ def test_its_outputs_are_of_one_run_without_errors_warnings_or_paths(path):
         data = {k: v for k, v in output.get("data", {}).items() if k != "image/png"}
         said = json.dumps({**output, "data": data})
         assert not re.search(r"Warning|(?<![\w.])/(tmp|home|root|usr|Users)/|0x[0-9a-f]{6}", said)
-
-
-@each_notebook
-def test_its_figures_are_small_and_the_text_below_says_what_one_sees(path):
-    below = [*cells(path)[1:], {"cell_type": "none"}]
+    below = [*cells(path)[1:], {"source": ()}]
     for cell, text in zip(cells(path), below, strict=True):
         assert all(len(image) < 60_000 for image in images(cell))
-        assert not images(cell) or text["cell_type"] == "markdown"
         assert not images(cell) or "sees: " in "".join(text["source"])
-
-
-@each_notebook
-def test_it_opens_with_what_you_will_be_able_to_do_and_is_listed(path):
-    first = cells(path)[0]
-    assert first["cell_type"] == "markdown"
-    assert "you will be able to" in "".join(first["source"])
+    assert "you will be able to" in "".join(cells(path)[0]["source"])
     assert f"]({path.name})" in LISTED
 
 
-def test_links_resolve_and_pictures_are_small():
+def test_every_notebook_is_run_links_resolve_and_pictures_are_small():
+    assert {*LIGHT, *REDUCED, *REAL} == {path.stem for path in NOTEBOOKS}
     texts = ["".join(c["source"]) for p in NOTEBOOKS for c in cells(p) if "outputs" not in c]
     targets = re.findall(r"\]\(([^)\s]+)\)", "\n".join([*texts, LISTED]))
     for target in targets:
