@@ -24,7 +24,7 @@ class Amortized(MeanField):
     with :math:`c(x)` the mean of the input embeddings of the tokens, scaled to length one root of
     its size, or ``batch["context"]`` where the batch has one. In training each particle sees the
     mean over its own examples, so that with a particle for each example (``fit``'s default) every
-    example has its own posterior; prediction gives every example its own.
+    example has its own posterior, as in prediction.
 
     The KL of the loss is the mean over the particles, counted once for the data set, as published.
     With ``f = g = 0`` (the start) this is the ELBO; away from it it is *no bound* on the evidence

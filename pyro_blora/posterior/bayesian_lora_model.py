@@ -57,9 +57,8 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
     if not isinstance(batch, Mapping):
         raise BatchError(
-            f"A batch is a mapping of tensors by name, and this is a {type(batch).__name__}; make "
-            "one of examples by a collator, task.collator(tokenizer)(items), or of texts by the "
-            "tokenizer."
+            f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
+            "of examples by a collator, task.collator(tokenizer)(items)."
         )
     return {key: _on_device(value, device) for key, value in batch.items()}
 

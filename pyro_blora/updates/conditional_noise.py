@@ -22,10 +22,9 @@ from pyro_blora.updates.kronecker import cholesky
 
 
 def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
-    r"""``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
+    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
 
-    The two conditionals share their mean and differ by the factor ``lambda^2`` in covariance, so
-    the KL does not depend on ``U``. It is shaped as ``lam``, and zero at lambda = 1.
+    The covariances differ by the factor ``lambda^2`` alone, so that it does not depend on ``U``.
     """
     return d_out * d_in * (0.5 * lam.square() - lam.log() - 0.5)
 
