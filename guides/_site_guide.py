@@ -12,11 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import Distribution, Independent, StudentT, biject_to
-from torch.distributions.constraints import (
-    Constraint,
-    MixtureSameFamilyConstraint,
-    independent,
-)
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint, independent
 from torch.distributions.transforms import Transform
 
 from pyro_blora.errors import ConfigurationError
@@ -31,7 +27,6 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _of_components(support: Constraint) -> Constraint:
-    """The support with that of its components for a mixture's, also within an event."""
     if isinstance(support, MixtureSameFamilyConstraint):
         return _of_components(support.base_constraint)
     if isinstance(support, independent):
@@ -200,8 +195,7 @@ class SiteGuide(Options, PyroModule):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        own = vars(cls)
-        if "symmetric" not in own and ("distribution" in own or "widened" in own):
+        if "symmetric" not in vars(cls) and {"distribution", "widened"} & vars(cls).keys():
             cls.symmetric = False
 
     def __init__(self, *, init_scale: float = 0.01) -> None:

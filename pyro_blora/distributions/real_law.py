@@ -200,11 +200,6 @@ class Members(RealLaw):
         """The mean of the points, ``batch_shape + event_shape``."""
         return self.points.mean(0).expand(self.batch_shape + self.event_shape)
 
-    @property
-    def variance(self) -> Tensor:
-        """The variance among the points, ``batch_shape + event_shape``."""
-        return self.points.var(0, unbiased=False).expand(self.batch_shape + self.event_shape)
-
 
 class NormalMixture(dist.MixtureSameFamily):
     """A mixture with reparametrised draws, unbiased as no parameter may load its die."""

@@ -187,8 +187,7 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
     found = sorted({repr(family) for family in families.values() if isinstance(family, PostHoc)})
     if len(found) > 1:
         raise ConfigurationError(
-            f"guide must have one family that finds its width after training, got "
-            f"{' and '.join(found)}; take one of them, beside guides that are trained."
+            f"guide: {' and '.join(found)} both find their width after training; take one of them."
         )
 
 
