@@ -148,6 +148,10 @@ class BayesianLoRAModel(PyroModule):
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Turns the priors to given updates, ``B A`` by the layers' names; before the guide."""
+        if missing := [name for name in self.layer_names if name not in factors]:
+            raise ConfigurationError(
+                f"start= has no factors for {', '.join(missing[:4])}; give (B, A) for each layer."
+            )
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
             rank = max(len(A) for _, A in pairs)
