@@ -1,6 +1,7 @@
 """Guide families: variational distributions over the sites of any prior, one per file.
 
-Pass one as ``BayesianLoRA(net, guide=...)``; write one by subclassing :class:`SiteGuide`.
+Pass one as ``BayesianLoRA(net, guide=...)``; write one by subclassing :class:`SiteGuide`. An option
+out of its range, or a site too large for a family, raises ``ConfigurationError``.
 """
 
 from pyro_blora.guides._site_guide import Site, SiteGuide

@@ -16,13 +16,10 @@ from pyro_blora.guides.delta import Delta
 class Evidence:
     r"""What the data says about the posterior around the trained point; read as it is needed.
 
-    Attributes:
-        scores: runs over the data and gives for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}}
-            (J_{bc} - \sum_k p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J``
-            of the logits in unconstrained coordinates; ``sum g g^T`` is the Gauss-Newton matrix.
-        loss: the mean negative log-likelihood of so many draws for each example, in nats, with the
-            widths as they are now and the same noise every time.
-        num_data: number of training examples ``N``, or ``None``.
+    ``scores`` runs over the data and gives for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}}
+    (J_{bc} - \sum_k p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J`` of the
+    logits in unconstrained coordinates; ``sum g g^T`` is the Gauss-Newton matrix. ``loss`` is the
+    mean negative log-likelihood of so many draws, in nats, under the same noise every time.
     """
 
     scores: Callable[[], Iterator[dict[str, Tensor]]]
@@ -31,11 +28,7 @@ class Evidence:
 
 
 class PostHoc(Delta):
-    """A point mass while it trains; :func:`pyro_blora.inference.finish` then gives it a width.
-
-    ``fit`` calls ``finish`` by itself when the training is over. A subclass writes :meth:`widened`
-    and :meth:`finish`.
-    """
+    """A point mass while it trains; :func:`pyro_blora.inference.finish` then gives it a width."""
 
     _finished: Tensor
     _known: tuple[Tensor, int, bool] | None = None
@@ -67,7 +60,7 @@ class PostHoc(Delta):
     @classmethod
     def finish(cls, families: Mapping[str, Any], evidence: Evidence) -> dict[str, float]:
         """Gives the families of all sites, by the sites' names, their width; returns figures."""
-        raise NotImplementedError(f"{cls.__name__} must define finish(families, evidence).")
+        raise NotImplementedError
 
     def settle(self) -> None:
         """Notes that the width is there."""
@@ -75,7 +68,7 @@ class PostHoc(Delta):
 
     def widened(self) -> TorchDistribution:
         """The law around ``loc`` once it is finished."""
-        raise NotImplementedError(f"{type(self).__name__} must define widened().")
+        raise NotImplementedError
 
     def center(self) -> Tensor:
         """The image of ``loc``."""

@@ -12,11 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import Distribution, Independent, StudentT, biject_to
-from torch.distributions.constraints import (
-    Constraint,
-    MixtureSameFamilyConstraint,
-    independent,
-)
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint, independent
 from torch.distributions.transforms import Transform
 
 from pyro_blora.errors import ConfigurationError
@@ -31,7 +27,6 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _of_components(support: Constraint) -> Constraint:
-    """The support with that of its components for a mixture's, also within an event."""
     if isinstance(support, MixtureSameFamilyConstraint):
         return _of_components(support.base_constraint)
     if isinstance(support, independent):
@@ -107,19 +102,14 @@ class Site:
 
     @property
     def transform(self) -> Transform:
-        """From the real numbers to the support of the site.
-
-        Raises:
-            ConfigurationError: there is no such map.
-        """
+        """From the real numbers to the support of the site."""
         try:
             return biject_to(self.support)
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"Site {self.name!r} is {type(self.prior).__name__}, whose support "
                 f"({self.support}) is no image of the real numbers. Relax a discrete site "
-                "(RelaxedBernoulli), or sum it out (MixtureSameFamily); where a law of real "
-                "numbers does not say so, give it `support = constraints.real`."
+                "(RelaxedBernoulli), or sum it out (MixtureSameFamily)."
             ) from error
 
     @property
@@ -133,11 +123,10 @@ class Site:
     def start(self) -> tuple[Tensor, Tensor]:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
-        The location is the prior's suggestion, where it makes one. Otherwise they are the
-        prior's own mean and standard deviation where the support is real and they are finite.
-        Otherwise they are the median and half the distance between the 16 % and 84 % quantiles, of
-        1,000 draws that are made without touching the global seed; the median of a Student t, and
-        of a real law with an ``icdf``, such as a Cauchy, is exact.
+        The location is the prior's suggestion, where it makes one. Otherwise they are the prior's
+        mean and standard deviation, where it is real and they are finite, or else the median and
+        half the distance between the 16 % and 84 % quantiles, of 1,000 draws that leave the global
+        seed alone. The median of a Student t, and of a real law with an ``icdf``, is exact.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -206,8 +195,7 @@ class SiteGuide(Options, PyroModule):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        own = vars(cls)
-        if "symmetric" not in own and ("distribution" in own or "widened" in own):
+        if "symmetric" not in vars(cls) and {"distribution", "widened"} & vars(cls).keys():
             cls.symmetric = False
 
     def __init__(self, *, init_scale: float = 0.01) -> None:
@@ -216,7 +204,7 @@ class SiteGuide(Options, PyroModule):
         self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:
-        """Raises ConfigurationError where ``size``, of a layer of ``site``, exceeds ``option``."""
+        """``size``, of a layer of ``site``, may not exceed ``option``."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(
@@ -250,11 +238,7 @@ class SiteGuide(Options, PyroModule):
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def center(self) -> Tensor:
-        """The center of q: the image of the mean of :meth:`distribution`.
-
-        Where that law does not know its mean, as a flow does not, it is the mean of a thousand
-        draws, the same every time and made without touching the global seed.
-        """
+        """The center of q: the image of the mean of :meth:`distribution`, or of 1,000 draws."""
         q = self.distribution()
         try:
             mean: Tensor = q.mean

@@ -24,7 +24,7 @@ class Amortized(MeanField):
     with :math:`c(x)` the mean of the input embeddings of the tokens, scaled to length one root of
     its size, or ``batch["context"]`` where the batch has one. In training each particle sees the
     mean over its own examples, so that with a particle for each example (``fit``'s default) every
-    example has its own posterior; prediction gives every example its own.
+    example has its own posterior, as in prediction.
 
     The KL of the loss is the mean over the particles, counted once for the data set, as published.
     With ``f = g = 0`` (the start) this is the ELBO; away from it it is *no bound* on the evidence
@@ -40,9 +40,6 @@ class Amortized(MeanField):
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``;
     ``hidden_weight`` (hidden, d) and ``hidden_bias`` (hidden); ``loc_weight`` and ``scale_weight``,
     ``(n, *event_shape, hidden)``, zero at the start.
-
-    Raises:
-        ConfigurationError: there is no size of the context.
 
     Reference:
         Rahmati et al. 2025, "C-LoRA: Contextual low-rank adaptation for uncertainty estimation in

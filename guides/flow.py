@@ -55,10 +55,6 @@ class Flow(MeanField):
     and those of the transforms, each with a first dimension ``n``. A site of one number, or outside
     of the layers' plate, gets the mean-field normal.
 
-    Raises:
-        ConfigurationError: there are no transforms, a name is unknown, or a site has more than
-            ``max_size`` numbers for each layer.
-
     Reference:
         Kingma et al. 2016, "Improving variational inference with inverse autoregressive flow",
         arXiv:1606.04934.
@@ -147,8 +143,7 @@ def make_chain(flows: Sequence[str | Factory], size: int) -> Chain:
 class _FlowOfLayers(Transform):
     """A chain with another ``state`` for each layer, ``(..., n, k)`` to ``(..., n, k)``.
 
-    It scores the values it has just made; inverting others is left out, as not every transform has
-    an inverse.
+    It scores the values it has just made, for not every transform has an inverse.
     """
 
     domain = codomain = constraints.real_vector
@@ -170,8 +165,6 @@ class _FlowOfLayers(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log |dy/dx|``, of the shape of ``x`` without its last dimension."""
-        x_old, y_old = self._cached_x_y
-        if self._log_det is None or x is not x_old or y is not y_old:
-            self(x)
+        self(x)  # of the cache, where it was just made
         assert self._log_det is not None
         return self._log_det

@@ -30,9 +30,6 @@ class FullRank(SiteGuide):
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``, and
     ``scale_tril``, ``(n, k, k)``.
 
-    Raises:
-        ConfigurationError: a site has more than ``max_size`` numbers for each layer.
-
     Example::
 
         blora = BayesianLoRA(net, guide=FullRank())

@@ -77,11 +77,7 @@ class Isotropic(PostHoc):
 
     @classmethod
     def finish(cls, families: Mapping[str, "Isotropic"], evidence: Evidence) -> dict[str, float]:
-        """Finds the width by bisection of its logarithm.
-
-        The loss at it exceeds that of the point by at most the threshold, but where even a
-        thousandth of ``max_width`` exceeds it: then it is that.
-        """
+        """Finds the width by bisection of its logarithm, at least a thousandth of ``max_width``."""
         first = next(iter(families.values()))
 
         def loss(width: float) -> float:

@@ -79,15 +79,17 @@ class Laplace(PostHoc):
     @classmethod
     def finish(cls, families: Mapping[str, "Laplace"], evidence: Evidence) -> dict[str, float]:
         """Adds up the curvature, scaled to ``num_data``; chooses and returns prior precisions."""
-        curvature = {name: _Curvature(family.is_kron) for name, family in families.items()}
+        sums: dict[str, list[Tensor]] = {}
         seen = 0
         for batch in evidence.scores():
             for name, g in batch.items():
-                curvature[name].add(g)
+                found = families[name]._second_moments(g)
+                before = sums.get(name) or [torch.zeros_like(each) for each in found]
+                sums[name] = [a + b for a, b in zip(before, found, strict=True)]
             seen += len(next(iter(batch.values())))
         chosen = {}
         for name, family in families.items():
-            values, *bases = curvature[name].eigen((evidence.num_data or seen) / seen)
+            values, *bases = family._eigen(sums[name], (evidence.num_data or seen) / seen)
             chosen[name] = delta = best_precision(values, family.loc)
             family.width.copy_((values + delta).rsqrt())
             if family.is_kron:
@@ -95,6 +97,24 @@ class Laplace(PostHoc):
                 family.col_basis.copy_(bases[1])
             family.settle()
         return chosen
+
+    def _second_moments(self, g: Tensor) -> list[Tensor]:
+        """Of scores, ``(B, C, n, *event_shape)``: of rows and of columns, or the diagonal."""
+        if not self.is_kron:
+            return [g.square().sum((0, 1))]
+        return [torch.einsum("bcnij,bcnkj->nik", g, g), torch.einsum("bcnij,bcnik->njk", g, g)]
+
+    def _eigen(self, sums: list[Tensor], scale: float) -> tuple[Tensor, ...]:
+        """Eigenvalues of ``scale H``, ``(n, *event_shape)``, and the bases of a Kronecker product.
+
+        The Kronecker structure is ``H = R (x) C / tr R``, exact where ``H`` is such a product.
+        """
+        if not self.is_kron:
+            return (scale * sums[0],)
+        trace = sums[0].diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
+        (rows, row_basis), (cols, col_basis) = map(torch.linalg.eigh, sums)
+        values = rows.clamp_min(0).unsqueeze(-1) * cols.clamp_min(0).unsqueeze(-2)
+        return scale * values / trace[:, None, None], row_basis, col_basis
 
     def widened(self) -> TorchDistribution:
         """The normal around ``loc``."""
@@ -126,37 +146,6 @@ class _Rotation(Transform):
         return x.new_zeros(x.shape[:-2])
 
 
-class _Curvature:
-    """The sum over the data of the outer products of a site's scores.
-
-    Either a Kronecker product of a row and a column factor, or a diagonal.
-    """
-
-    def __init__(self, is_kron: bool) -> None:
-        self.is_kron = is_kron
-        self.sums: list[Tensor] = []
-
-    def add(self, g: Tensor) -> None:
-        """Adds scores, ``(B, C, n, *event_shape)``."""
-        if self.is_kron:
-            found = [torch.einsum("bcnij,bcnkj->nik", g, g), torch.einsum("bcnij,bcnik->njk", g, g)]
-        else:
-            found = [g.square().sum((0, 1))]
-        self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
-
-    def eigen(self, scale: float) -> tuple[Tensor, ...]:
-        """Eigenvalues of ``scale H``, ``(n, *event_shape)``, and the bases of a Kronecker product.
-
-        The Kronecker structure is ``H = R (x) C / tr R``, exact where ``H`` is such a product.
-        """
-        if not self.is_kron:
-            return (scale * self.sums[0],)
-        trace = self.sums[0].diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
-        (rows, row_basis), (cols, col_basis) = map(torch.linalg.eigh, self.sums)
-        values = rows.clamp_min(0).unsqueeze(-1) * cols.clamp_min(0).unsqueeze(-2)
-        return scale * values / trace[:, None, None], row_basis, col_basis
-
-
 def best_precision(values: Tensor, loc: Tensor) -> float:
     r"""The prior precision :math:`\delta` of the highest marginal likelihood.
 
@@ -166,9 +155,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
     whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
-    / (\lambda_i + \delta)`. That falls with :math:`\delta`, so bisection of the logarithm finds
-    the one root (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles),
-    between 1e-6 and 1e6.
+    / (\lambda_i + \delta)`, which falls with :math:`\delta`: bisection from 1e-6 to 1e6 finds it
+    (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles).
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

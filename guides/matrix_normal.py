@@ -27,9 +27,6 @@ class MatrixNormal(MeanField):
     Parameters, for a site of batch shape ``(n,)``: ``loc`` (n, m_r, m_c), ``row_scale_tril``
     (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c); for other sites ``loc`` and ``scale``.
 
-    Raises:
-        ConfigurationError: a matrix has a side longer than ``max_side``.
-
     Example::
 
         blora = BayesianLoRA(net, guide=MatrixNormal())

@@ -14,9 +14,6 @@ from pyro_blora.models._update_model import UpdateModel
 # A name in CORES, or shape -> distribution of batch shape () and that event shape
 Core = str | Callable[[tuple[int, ...]], TorchDistribution]
 
-# Of independent entries of scale one, from a tensor of ones
-Law = Callable[[Tensor], TorchDistribution]
-
 _SLAB = 2.0  # standard deviation of the entries that the horseshoe leaves alone
 
 
@@ -35,10 +32,14 @@ def _ard(model: UpdateModel, shape: tuple[int, ...]) -> Tensor:
     return _normal(model, shape) * columns.unsqueeze(-2)
 
 
-def _draw(model: UpdateModel, name: str, shape: tuple[int, ...], law: Law) -> Tensor:
+def _draw(
+    model: UpdateModel,
+    name: str,
+    shape: tuple[int, ...],
+    law: Callable[[Tensor], TorchDistribution],  # of entries of scale one, from a tensor of ones
+) -> Tensor:
     fn = law(torch.ones(shape, device=model.group.device))
-    value: Tensor = pyro.sample(model.site(name), fn.to_event(len(shape)))
-    return value
+    return pyro.sample(model.site(name), fn.to_event(len(shape)))
 
 
 CORES: dict[str, Callable[[UpdateModel, tuple[int, ...]], Tensor]] = {
@@ -60,22 +61,15 @@ def check_core(core: Core) -> None:
 def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tensor:
     r"""Samples a core of shape ``(m_r, m_c)`` for each layer of ``model``, inside of its plate.
 
-    ======================  ==========================================================
-    name                    density of the entries
-    ======================  ==========================================================
-    ``"normal"``            standard normal
-    ``"horseshoe"``         regularised horseshoe (Piironen, Vehtari 2017,
-                            arXiv:1707.01694), slab 2: sites ``tau`` for each layer and
-                            ``local`` for each entry, half-Cauchy
-    ``"ard"``               a half-Cauchy scale for each column, site ``columns``, so
-                            that the posterior shrinks the columns it can do without
-    ======================  ==========================================================
+    * ``"normal"``: standard normal entries;
+    * ``"horseshoe"``: the regularised horseshoe (Piironen, Vehtari 2017, arXiv:1707.01694), slab 2,
+      with half-Cauchy sites ``tau`` for each layer and ``local`` for each entry;
+    * ``"ard"``: a half-Cauchy scale for each column, site ``columns``, so that the posterior
+      shrinks the columns it can do without.
 
     The last two learn the rank (see :func:`~pyro_blora.effective_ranks`) between fixed directions,
-    as ``SpectralInducing`` has them; learned directions are point estimates, and no density of the
-    core keeps them from fitting noise.
+    as ``SpectralInducing`` has them; no density keeps learned directions from fitting noise.
     """
     if isinstance(core, str):
         return CORES[core](model, shape)
-    value: Tensor = pyro.sample(model.site("V"), core(shape))
-    return value
+    return pyro.sample(model.site("V"), core(shape))

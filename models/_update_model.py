@@ -93,18 +93,17 @@ class UpdateModel(Options, PyroModule):
 
     @property
     def gradient_ranks(self) -> tuple[int, int] | None:
-        """How many directions of its gradients a prior asks for before training, if any.
+        """How many directions of its gradients a prior asks for, before training.
 
-        They come by :meth:`inform`, from :func:`~pyro_blora.inference.inform`; a buffer
-        ``informed`` says whether they have.
+        They come by :meth:`inform`; a buffer ``informed`` says whether they have.
         """
         return None
 
     def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
         """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.
 
-        Each is an eigenvector of their second moment, as long as its eigenvalue's root; the mean
-        square of a side's lengths is one.
+        They are eigenvectors of the second moment, as long as their eigenvalues' roots but for a
+        factor: the mean square of a side's lengths is one.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for gradients; define inform().")
 
@@ -117,34 +116,19 @@ class UpdateModel(Options, PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define forward().")
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        r"""Turns to updates that are there already, such as a trained LoRA's.
+        r"""Turns to updates that are there already, such as a trained LoRA's; before the guide.
 
-        :class:`~pyro_blora.BayesianLoRA` calls it, before the guide is made, where it is given a
-        ``start``.
-
-        Args:
-            B: ``(n, d_out, r)``; of a layer with a smaller rank the last columns are zero.
-            A: ``(n, r, d_in)``; there the last rows are.
-
-        Returns:
-            The value of each site, by its full name, at which :math:`\Delta W = B A`. Guides start
-            there; a site that is not named starts as ever.
+        ``B`` is ``(n, d_out, r)``, ``A`` ``(n, r, d_in)``, padded with zeros where a layer's rank
+        is smaller. Returns the value of each site, by its full name, at which :math:`\Delta W =
+        B A`. Guides start there; a site that is not named starts as ever.
         """
-        raise self.cannot_start()
-
-    def cannot_start(self) -> ConfigurationError:
-        """The error of a prior that cannot start at a given adapter."""
-        return ConfigurationError(
+        raise ConfigurationError(
             f"{self!r} cannot start at a given adapter: {self.no_start}. Take KroneckerInducing, "
             "FactorInducing, GaussianFactors or Subspace, with learned or fixed scales."
         )
 
     def widened(self, B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``B A`` by factors of a rank that is as large or larger.
-
-        New rows of ``A``, and those of zeros, start as LoRA's do, and ``B`` is zero there: else
-        neither would ever learn.
-        """
+        """``B A`` by factors of ``rank``; new rows of ``A`` start as LoRA's, with ``B`` zero."""
         more = rank - A.shape[-2]
         if more < 0:
             raise ConfigurationError(
@@ -176,11 +160,11 @@ class UpdateModel(Options, PyroModule):
             between = r_r == r_c if core is None else core[-3:] == (n, *r_r, *r_c)
             if between and A[-3:] == (n, *r_c, d_in) and B[-3:] == (n, d_out, *r_r):
                 return
-            given = f"A {A}, B {B}, {'no core' if core is None else f'core {core}'}"
+            given = f"A {A}, B {B}, core {core}"
         raise ConfigurationError(
-            f"group {self.group.name!r}: {type(self).__name__}.forward returned {given}; it must "
-            f"return a LowRankUpdate of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core "
-            f"(..., {n}, r, r) or None, the identity."
+            f"group {self.group.name!r}: {type(self).__name__}.forward must return a LowRankUpdate "
+            f"of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core (..., {n}, r, r) or "
+            f"None, got {given}."
         )
 
     def site(self, name: str) -> str:

@@ -1,7 +1,7 @@
 """Inducing directions along which the network's own gradients lie."""
 
 import warnings
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from pyro.nn import PyroParam
@@ -118,8 +118,5 @@ class FisherInducing(UpdateModel):
                 )
         with self.plate():
             V = sample_core(self, self.core, self.gradient_ranks)
-        if self.scale == "learned":
-            V = cast(Tensor, self.sigma_)[..., None, None] * V
-        else:
-            V = self.sigma * V
-        return LowRankUpdate(A=self.Z_c, core=V, B=self.Z_r.mT)
+        sigma = self.sigma_[..., None, None] if self.scale == "learned" else self.sigma
+        return LowRankUpdate(A=self.Z_c, core=sigma * V, B=self.Z_r.mT)

@@ -149,10 +149,9 @@ class KernelInducing(KroneckerInducing):
     def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
         covariances, names = self._parts[side]
         Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
+        E = torch.eye(Z.shape[-1], device=Z.device).expand(len(Z), -1, -1)
         if self.embedding == "learned":
             E = getattr(self, f"E_{side}")
-        else:
-            E = torch.eye(Z.shape[-1], device=Z.device).expand(len(Z), -1, -1)
         state = {name: getattr(self, attribute) for name, attribute in names.items()}
         K_zz, K_ze, log_prior = functional_call(covariances, state, (Z, E))
         Psi = K_zz + torch.diag_embed(D.square())

@@ -174,7 +174,7 @@ class KroneckerInducing(UpdateModel):
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         """Orthonormal directions and a core; a learned sigma is the core's root mean square."""
         if self.no_start:
-            raise self.cannot_start()
+            return super().start_at(B, A)
         B, A = self.widened(B, A, min(self.ranks))
         self.Z_r, core, self.Z_c = between_orthonormal(B, A, *self.ranks)
         # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal

@@ -32,10 +32,6 @@ class SpectralInducing(KroneckerInducing):
 
     Sites: as in :class:`KroneckerInducing`, with the deterministic conditional.
 
-    Raises:
-        ConfigurationError: the rank exceeds a layer's size, or the weights are quantised by
-            another library than torchao or bitsandbytes.
-
     Reference:
         Balazy et al. 2024, "LoRA-XS", arXiv:2405.17604; Marszalek et al. 2025, "Minimal ranks,
         maximum confidence: parameter-efficient uncertainty quantification for LoRA" (B-LoRA-XS),

@@ -28,7 +28,6 @@ from pyro_blora.posterior.guide import (
     OwnTensors,
     analytic_kl,
     described_groups,
-    described_size,
     make_guide,
     warn_of_a_point,
 )
@@ -540,7 +539,6 @@ class BayesianLoRA(PyroModule):
             f"  prior:      {self.prior!r}",
             f"  guide:      {getattr(family, '__name__', repr(family))}",
             f"  likelihood: {self.likelihood!r}",
-            *described_groups(self.model, self.guide),
-            described_size(self.trainable_parameters, self.net),
+            *described_groups(self.model, self.guide, self.trainable_parameters),
         ]
         return "\n".join(lines)

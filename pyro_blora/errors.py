@@ -3,18 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "BatchError",
-    "CheckpointError",
-    "ConfigurationError",
-    "DataError",
-    "NoTargetError",
-    "NonFiniteLossError",
-    "ParticleError",
-    "first_line",
-    "near_miss",
-]
-
 
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, and all there is."""

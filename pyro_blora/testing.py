@@ -308,11 +308,9 @@ def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: b
 
 
 def _latents(trace: poutine.Trace) -> list[str]:
-    """The names of the sites that are not observed."""
     return list(prune_subsample_sites(trace).stochastic_nodes)
 
 
 def _check_support(name: str, law: Any, *values: Tensor) -> None:
-    """Asserts that a law has the values in its support."""
     for value in values:
         assert Site(name, law, ()).support.check(value).all(), f"{name}: {law} excludes {value}."

@@ -4,21 +4,7 @@ import inspect
 
 import pyro
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+import transformers as hf
 
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.likelihoods import LabelTokens
@@ -45,71 +31,52 @@ def _settled(net):
     return net.eval()
 
 
+def _decoder(name, layers, tied, **options):
+    sizes = {**_SIZES, "num_hidden_layers": layers, "num_key_value_heads": 2}
+    config = getattr(hf, f"{name}Config")(**{**sizes, "tie_word_embeddings": tied, **options})
+    return _settled(getattr(hf, f"{name}ForCausalLM")(config))
+
+
 def llama(layers=2, *, tied=False, **options):
     """``q_proj`` 16 x 16, ``v_proj`` 8 x 16, no biases."""
-    options = {
-        **_SIZES,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": tied,
-        **options,
-    }
-    return _settled(LlamaForCausalLM(LlamaConfig(**options)))
+    return _decoder("Llama", layers, tied, **options)
 
 
 def qwen2(layers=2, *, tied=True):
     """As Llama, with biases on q, k and v."""
-    config = Qwen2Config(
-        **_SIZES, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=tied
-    )
-    return _settled(Qwen2ForCausalLM(config))
-
-
-def gpt2(layers=2):
-    """``c_attn`` 48 x 16 as a Conv1D, whose weight is stored transposed; a tied head."""
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=16,
-        n_layer=layers,
-        n_head=4,
-        n_positions=32,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-    return _settled(GPT2LMHeadModel(config))
+    return _decoder("Qwen2", layers, tied)
 
 
 def mixtral(layers=2):
     """Two experts, of which each token has one."""
-    config = MixtralConfig(
-        **_SIZES,
-        num_hidden_layers=layers,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        experts_implementation="eager",
-    )
-    return _settled(MixtralForCausalLM(config))
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    return _decoder("Mixtral", layers, False, **experts, experts_implementation="eager")
 
 
-def bert(layers=2, *, config=BertConfig, kind=BertForSequenceClassification):
+def gpt2(layers=2):
+    """``c_attn`` 48 x 16 as a Conv1D, whose weight is stored transposed; a tied head."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": layers, "n_head": 4}
+    sizes |= {"n_positions": 32, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    return _settled(hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **dropouts)))
+
+
+def bert(layers=2, *, name="Bert"):
     """A sequence classifier of three classes."""
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **_SIZES}
-    return _settled(kind(config(**options, num_hidden_layers=layers, num_labels=len(ANSWERS))))
+    options |= {"num_hidden_layers": layers, "num_labels": len(ANSWERS)}
+    config = getattr(hf, f"{name}Config")(**options)
+    return _settled(getattr(hf, f"{name}ForSequenceClassification")(config))
 
 
 def roberta(layers=2):
     """The same with two layers in its head."""
-    return bert(layers, config=RobertaConfig, kind=RobertaForSequenceClassification)
+    return bert(layers, name="Roberta")
 
 
 def llama_classifier():
     torch.manual_seed(0)
-    return LlamaForSequenceClassification(llama(num_labels=3).config).eval()
+    return hf.LlamaForSequenceClassification(llama(num_labels=3).config).eval()
 
 
 def checkpoint_activations(net):

@@ -36,7 +36,7 @@ from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantised import is_quantised
 from pyro_blora.network.targets import layer_shape, name_in_base, without_peft
-from pyro_blora.posterior.guide import start_guide_alone
+from pyro_blora.posterior.guide import start_guide
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -101,7 +101,7 @@ class Saved:
 
     def load_into(self, blora: Any) -> None:
         """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes."""
-        start_guide_alone(blora.guide)
+        start_guide(blora.guide, None, alone=True)
         own, tensors = blora.state_dict(), dict(self.tensors)
         if not any(".likelihood." in name for name in tensors):  # another one's are left out
             tensors |= {n: t for n, t in own.items() if ".likelihood." in n}

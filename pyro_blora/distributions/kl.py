@@ -1,9 +1,7 @@
-"""Kullback-Leibler divergences of the distributions of this room, in closed form.
+"""Kullback-Leibler divergences in closed form, registered with torch.
 
-Registered with torch: :func:`torch.distributions.kl_divergence` finds them, and so does
-:class:`pyro.infer.TraceMeanField_ELBO`, which would otherwise fall back, silently, on a Monte Carlo
-estimate. A result is in nats and has the broadcast batch shape of its two arguments; the work is
-done at the batch shape that their parameters were given.
+Without them :class:`pyro.infer.TraceMeanField_ELBO` falls back, silently, on a Monte Carlo
+estimate. The work is done at the batch shape that the laws' parameters were given.
 """
 
 import math
@@ -24,14 +22,8 @@ from pyro_blora.distributions.real_law import CoupledNormal, RealLaw, Reshaped
 
 
 def _to_normals(q: RealLaw, p: Any) -> Tensor:
-    r"""From a product of normals, which needs no more of ``q`` than its moments and entropy.
-
-    .. math::
-
-        \mathrm{KL}[q \,\|\, p] = -H[q] + \sum_i \left( \log s_i + \tfrac12 \log 2\pi
-        + \frac{\mathrm{Var}_q[x_i] + (\mathrm{E}_q[x_i] - \mu_i)^2}{2 s_i^2} \right)
-    """
-    loc, scale = _normals(p, q)
+    """From a product of normals, which needs no more of ``q`` than its moments and entropy."""
+    loc, scale = _normals(p)
     given = q.as_given()
     error = (given.variance + (given.mean - loc).square()) / scale.square()
     cross = scale.log() + 0.5 * (error + math.log(2 * math.pi))
@@ -40,7 +32,6 @@ def _to_normals(q: RealLaw, p: Any) -> Tensor:
 
 
 def _between_matrix_normals(p: MatrixNormal, q: MatrixNormal) -> Tensor:
-    _check_events(p, q)
     row = (inverse(q._unbroadcasted_row) @ p._unbroadcasted_row).square().sum((-2, -1))
     col = (inverse(q._unbroadcasted_col) @ p._unbroadcasted_col).square().sum((-2, -1))
     distance = mahalanobis(q, p._unbroadcasted_loc - q._unbroadcasted_loc)
@@ -49,7 +40,7 @@ def _between_matrix_normals(p: MatrixNormal, q: MatrixNormal) -> Tensor:
 
 
 def _from_normals(p: Any, q: MatrixNormal) -> Tensor:
-    loc, scale = _normals(p, q)
+    loc, scale = _normals(p)
     row = inverse(q._unbroadcasted_row).square().sum(-2).unsqueeze(-1)
     col = inverse(q._unbroadcasted_col).square().sum(-2).unsqueeze(-2)
     terms = 0.5 * (scale.square() * row * col - 1) - scale.log()
@@ -61,25 +52,12 @@ def _expanded(kl: Tensor, p: Distribution, q: Distribution) -> Tensor:
     return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
-def _check_events(p: Distribution, q: Distribution) -> None:
-    if p.event_shape != q.event_shape:
-        raise ValueError(
-            "The Kullback-Leibler divergence needs equal event shapes, got "
-            f"{tuple(p.event_shape)} and {tuple(q.event_shape)}."
-        )
-
-
-def _normals(p: Any, other: Distribution) -> tuple[Tensor, Tensor]:
-    """``loc`` and ``scale`` of a product of normals, without expanded batch dimensions.
-
-    ``Normal.expand`` makes strides of zero, which are undone here so that a prior expanded by a
-    plate costs no more than the one that was written.
-    """
+def _normals(p: Any) -> tuple[Tensor, Tensor]:
+    """``loc`` and ``scale`` of a product of normals, without the dimensions a plate expanded."""
     normal = p.base_dist if isinstance(p, Independent) else p
     if not isinstance(normal, Normal):
         # Pyro answers this with a Monte Carlo estimate, as for every pair without a closed form
         raise NotImplementedError(f"No closed form is known of a KL with {p}.")
-    _check_events(p, other)
     cut = len(p.batch_shape)
     return _collapse(normal.loc, cut), _collapse(normal.scale, cut)
 

@@ -17,26 +17,9 @@ class MatrixNormal(RealLaw):
         X = M + L_r E L_c^\top, \quad E_{ij} \sim N(0, 1), \qquad
         \mathrm{vec}(X) \sim N\bigl(\mathrm{vec}(M),\, L_r L_r^\top \otimes L_c L_c^\top\bigr)
 
-    with the row-major ``vec`` that :meth:`torch.Tensor.flatten` makes. Scaling
-    :math:`L_r` by :math:`a` and :math:`L_c` by :math:`1/a` leaves the distribution unchanged: only
-    the product of the two scales is identified.
-
-    Every method works with the triangular factors alone: no Cholesky factorisation, no ``mn x mn``
-    matrix but for :attr:`covariance_matrix`. Factors keep the batch shape they were given:
-    :meth:`expand` neither copies nor repeats them, and a factor shared by several samples or batch
-    elements enters one wide product.
-
-    Args:
-        loc: the mean :math:`M`, of shape ``(..., m, n)``.
-        row_scale_tril: lower Cholesky factor :math:`L_r` of the covariance between rows, of shape
-            ``(..., m, m)``, with a positive diagonal.
-        col_scale_tril: lower Cholesky factor :math:`L_c` of the covariance between columns, of
-            shape ``(..., n, n)``, with a positive diagonal.
-        validate_args: whether to check the values of the arguments here and of the values in
-            :meth:`log_prob`. Default: torch's global setting.
-
-    Reference:
-        A. K. Gupta, D. K. Nagar (1999), "Matrix Variate Distributions", chapter 2.
+    with the row-major ``vec`` that :meth:`torch.Tensor.flatten` makes (Gupta, Nagar 1999). Every
+    method works with the triangular factors alone: no Cholesky factorisation, no ``mn x mn`` matrix
+    but for :attr:`covariance_matrix`. :meth:`expand` neither copies nor repeats them.
     """
 
     arg_constraints = {  # noqa: RUF012 (torch's own protocol)
@@ -64,7 +47,7 @@ class MatrixNormal(RealLaw):
         """The mean, a view of shape ``batch_shape + (m, n)``."""
         return self._unbroadcasted_loc.expand(self.batch_shape + self.event_shape)
 
-    mean = mode = loc
+    mean = loc
 
     @property
     def row_scale_tril(self) -> Tensor:

@@ -51,7 +51,7 @@ class RealLaw(TorchDistribution):
         return value
 
     def of_own_draw(self, value: Tensor) -> Tensor | None:
-        r"""The log density of the last draw by its noise, :math:`(k - |\epsilon|^2) / 2 - H[q]`.
+        """The log density of the last draw by its noise ``e``, ``(k - |e|^2) / 2 - H[q]``.
 
         Noise that is solved for has no digits left where a triangle is far from diagonal. ``None``
         of any other value, and of a draw held fixed, whose density has another gradient.
@@ -63,10 +63,6 @@ class RealLaw(TorchDistribution):
         squares = noise.square().reshape(*batch, -1).sum(-1)
         return (self.event_shape.numel() - squares) / 2 - self.entropy()
 
-    def __repr__(self) -> str:
-        batch, event = tuple(self.batch_shape), tuple(self.event_shape)
-        return f"{type(self).__name__}(batch_shape={batch}, event_shape={event})"
-
 
 class CoupledNormal(RealLaw):
     r"""``n`` arrays with a joint normal law, correlated through an ``n x n`` factor.
@@ -77,15 +73,9 @@ class CoupledNormal(RealLaw):
         \mathrm{Cov}[X_{li}, X_{kj}] = (L L^\top)_{lk}\, S_i^2\, \delta_{ij}.
 
     The last batch dimension is that of the ``n`` arrays. By the chain rule the ``l``-th entry of
-    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` the entropy
-    of this conditional, so that *sums* over the dimension are those of the joint law: it may stand
-    under a plate that is never subsampled. Dimensions that :meth:`expand` adds have independent
-    copies of the joint law.
-
-    Args:
-        loc: ``M``, ``(n, *event_shape)``.
-        scale: ``S``, ``event_shape``, positive.
-        layer_scale_tril: ``L``, ``(n, n)``, lower triangular with a positive diagonal.
+    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` is alike, so
+    that *sums* over the dimension are those of the joint law: it may stand under a plate that is
+    never subsampled. Dimensions that :meth:`expand` adds have independent copies.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, layer_scale_tril: Tensor) -> None:
@@ -134,14 +124,10 @@ class CoupledNormal(RealLaw):
 
 
 class Reshaped(RealLaw):
-    r"""``base`` over vectors of ``k`` numbers, its event given the shape ``event_shape``.
+    """``base`` over vectors of ``k`` numbers, its event given the shape ``event_shape``.
 
     Unlike ``TransformedDistribution(base, ReshapeTransform(...))`` it keeps the mean, the variance
     and the entropy of its base, and with them the closed form of the KL from a product of normals.
-
-    Args:
-        base: of event shape ``(k,)``, with reparametrised draws.
-        event_shape: of ``k`` numbers in all; ``()`` for ``k = 1``.
     """
 
     def __init__(self, base: TorchDistribution, event_shape: Sequence[int]) -> None:
@@ -182,19 +168,11 @@ class Reshaped(RealLaw):
 
 
 class Members(RealLaw):
-    r"""``K`` points for each batch element, of which each draw takes the next, over and over.
+    """``K`` points, ``(K, *batch_shape, *event_shape)``, of which each draw takes the next.
 
     Draws are stratified, not independent: any ``K`` in a row have every point once, and all
     batch elements (the layers of a group) take the same point, so that a draw is one member of an
-    ensemble through and through. New dimensions on the left are further draws. :meth:`log_prob` is
-    zero, as that of :class:`pyro.distributions.Delta`: point masses have no density, and the
-    entropy is left out of the ELBO.
-
-    Args:
-        points: ``(K, *batch_shape, *event_shape)``.
-        event_dim: number of dimensions of an event.
-        turn: the number of the point that is next, a whole number; drawing moves it on in place, so
-            that the distributions which share it take turns together.
+    ensemble through and through. Drawing moves ``turn`` on in place, for all that share it.
     """
 
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:
@@ -222,17 +200,9 @@ class Members(RealLaw):
         """The mean of the points, ``batch_shape + event_shape``."""
         return self.points.mean(0).expand(self.batch_shape + self.event_shape)
 
-    @property
-    def variance(self) -> Tensor:
-        """The variance among the points, ``batch_shape + event_shape``."""
-        return self.points.var(0, unbiased=False).expand(self.batch_shape + self.event_shape)
-
 
 class NormalMixture(dist.MixtureSameFamily):
-    """A mixture with reparametrised draws, whose die no parameter may load.
-
-    The gradient through the component that was chosen is then unbiased by itself.
-    """
+    """A mixture with reparametrised draws, unbiased as no parameter may load its die."""
 
     has_rsample = True
 

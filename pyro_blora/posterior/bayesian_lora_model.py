@@ -1,8 +1,6 @@
 """The Pyro model: priors over the updates, the wrapped network, the likelihood.
 
-One direction, no back and forth: every site of every group is sampled up-front, the layers receive
-their factors, the transformer runs, the likelihood scores the labels. Sampling before the forward
-is what lets activation checkpointing and compilation work.
+All sites are sampled before the network runs: so activation checkpointing and compilation work.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,9 +57,8 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
     if not isinstance(batch, Mapping):
         raise BatchError(
-            f"A batch is a mapping of tensors by name, and this is a {type(batch).__name__}; make "
-            "one of examples by a collator, task.collator(tokenizer)(items), or of texts by the "
-            "tokenizer."
+            f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
+            "of examples by a collator, task.collator(tokenizer)(items)."
         )
     return {key: _on_device(value, device) for key, value in batch.items()}
 
@@ -77,16 +74,9 @@ def _on_device(value: Any, device: torch.device) -> Any:
 class BayesianLoRAModel(PyroModule):
     """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
 
-    Its latent sites are those of each group's prior, ``"<group>.<site>"``, such as ``"q_proj.V"``;
-    what is observed is called ``"labels"``.
-
-    The frozen network is held where module tracking does not see it, so that Pyro cannot turn its
-    weights into parameters, and ``state_dict`` has the adapter alone.
-
-    Attributes:
-        enabled: whether updates and trained heads are put in place; else it is the network alone.
-        shortcuts: those that this adapter takes, none with ``fast=False``.
-        layer_names: full names of the adapted layers.
+    Its latent sites are those of each group's prior, such as ``"q_proj.V"``; what is observed is
+    ``"labels"``. Module tracking does not see the frozen network, so that ``state_dict`` has the
+    adapter alone. While ``enabled`` is false it is the network alone.
     """
 
     def __init__(
@@ -158,11 +148,9 @@ class BayesianLoRAModel(PyroModule):
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Turns the priors to given updates, ``B A`` by the layers' names; before the guide."""
-        missing = [name for name in self.layer_names if name not in factors]
-        if missing:
+        if missing := [name for name in self.layer_names if name not in factors]:
             raise ConfigurationError(
-                f"start= has no factors for {', '.join(missing[:4])}; give (B, A) for each adapted "
-                "layer, or leave the layer out with exclude_modules."
+                f"start= has no factors for {', '.join(missing[:4])}; give (B, A) for each layer."
             )
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
@@ -244,9 +232,8 @@ class BayesianLoRAModel(PyroModule):
     def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``; without one, samples alone.
 
-        The examples are shared out evenly among the vectorised particles of an ELBO, in order.
-        Under any other leading plate, such as that of ``Predictive(parallel=True)``, each sample
-        sees the whole batch.
+        Vectorised particles of an ELBO share out the examples evenly, in order. Under any other
+        leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all of them.
         """
         if batch is None:
             return self.updates()
@@ -262,16 +249,15 @@ class BayesianLoRAModel(PyroModule):
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
-        if count > 1:
-            if ELBO_PLATE not in open_plates():
-                batch = repeat_batch(batch, count)
-            elif examples % count:
-                divisors = [d for d in range(1, examples + 1) if examples % d == 0]
-                raise ParticleError(
-                    f"{examples} examples cannot be shared out evenly among {count} particles. "
-                    f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
-                    "pyro_blora.fit, which sees to it."
-                )
+        if count > 1 and ELBO_PLATE not in open_plates():
+            batch = repeat_batch(batch, count)
+        elif examples % count:
+            divisors = [d for d in range(1, examples + 1) if examples % d == 0]
+            raise ParticleError(
+                f"{examples} examples cannot be shared out evenly among {count} particles. "
+                f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
+                "pyro_blora.fit, which sees to it."
+            )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
         return updates

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
@@ -28,18 +28,17 @@ from pyro_blora.posterior.bayesian_lora_model import ELBO_PLATE, BayesianLoRAMod
 # The plate of ``BayesianLoRA.sample_updates``
 DRAWS_PLATE = "posterior_samples"
 
-
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 
-def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
+def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None, alone: bool = False) -> None:
     """Runs a guide that reads the model at its first call, as AutoGuides do; others it leaves be.
 
-    Without labels it would take them for latent.
+    It would take absent labels for latent; ``alone``, to be loaded into, it reads the prior.
     """
     if any(True for _ in guide.parameters()):
         return
-    if batch is None or batch.get("labels") is None:
+    if not alone and (batch is None or batch.get("labels") is None):
         raise ConfigurationError(
             f"{type(guide).__name__} reads the model at its first call, which needs labels: train "
             "first, or call blora.guide(batch) with a batch of the training set."
@@ -48,19 +47,9 @@ def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None) -> None:
         guide(batch)
 
 
-def start_guide_alone(guide: nn.Module) -> None:
-    """The same without a batch, to be loaded into: the guide reads the prior alone."""
-    if not any(True for _ in guide.parameters()):
-        with torch.no_grad():
-            guide(None)
-
-
 @contextmanager
 def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, draws are the same every time; afterwards all is as if there had been none.
-
-    The seeds of the CPU and of ``device``, and the turn of an ``Ensemble``.
-    """
+    """Within, draws are the same every time; seeds and turns are as before afterwards."""
     turns = [turn for name, turn in guide.named_buffers() if name.split(".")[-1] == "turn"]
     before = [turn.clone() for turn in turns]
     with forked_rng(device):
@@ -77,9 +66,7 @@ def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
 class StructuredGuide(PyroModule):
     """q over all sites: the product of one :class:`SiteGuide` for each.
 
-    Its sites have the names, plates and order of the model's, as
-    :class:`~pyro.infer.TraceMeanField_ELBO` requires. The family, or that of the site's group, is
-    copied for each.
+    Names, plates and order are the model's, as ``TraceMeanField_ELBO`` requires.
     """
 
     def __init__(
@@ -99,7 +86,10 @@ class StructuredGuide(PyroModule):
         self.reads_context = any(each.reads_context for each in families)
         self.couples_sites = any(each.couples_sites for each in families)
         self.is_symmetric = all(each.symmetric for each in families)
-        size = context_size(model.net) if self.reads_context else 0
+        embeddings = None
+        if self.reads_context:
+            embeddings = getattr(model.net, "get_input_embeddings", lambda: None)()
+        size = 0 if embeddings is None else int(embeddings.weight.shape[-1])
         for site in sites:
             own = chosen[site.group] if isinstance(family, Mapping) else family
             bound = own.bind(replace(site, context_size=size))
@@ -124,12 +114,9 @@ class StructuredGuide(PyroModule):
         return values
 
     def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The center of q at each site: the image of the mean of the unconstrained value.
+        """The image of the mean of the unconstrained value; no mean where a site is constrained.
 
-        That is no mean where the site is constrained; for that of the updates see
-        :func:`~pyro_blora.posterior.predictive.mean_updates`.
-
-        Of an amortized family the means for each example of ``batch``, ``(B, n, *event_shape)``.
+        Of an amortized family for each example of ``batch``, ``(B, n, *event_shape)``.
         """
         self._see(batch, lambda context: context)
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
@@ -168,23 +155,18 @@ def make_guide(
     family: SiteGuide | Mapping[str, SiteGuide] | GuideFactory, model: BayesianLoRAModel
 ) -> nn.Module:
     """The guide of a model, of families or by a callable that makes a guide from the model."""
+    sites = model.sites  # which also checks the prior's update
     if isinstance(family, Mapping):
         _check_families(family)
-        return StructuredGuide(family, model.sites, model)
-    if not callable(family) or (isinstance(family, type) and issubclass(family, SiteGuide)):
-        raise ConfigurationError(
-            f"guide={family!r} is neither a guide family of pyro_blora.guides nor a callable that "
-            "makes a guide from a model, such as pyro.infer.autoguide.AutoNormal. A guide family "
-            "is passed as an object, MatrixNormal(), not as the class."
-        )
-    sites = model.sites  # which also checks the prior's update
-    if isinstance(family, SiteGuide):
+    if isinstance(family, SiteGuide | Mapping):
         return StructuredGuide(family, sites, model)
-    guide = family(model)
+    is_family = isinstance(family, type) and issubclass(family, SiteGuide)
+    guide = family(model) if callable(family) and not is_family else family
     if not isinstance(guide, nn.Module):
         raise ConfigurationError(
-            f"guide={family!r} made a {type(guide).__name__} of the model, which is no guide. Pass "
-            "the class of an AutoGuide, guide=AutoNormal, or a function that makes a guide."
+            f"guide must be a family of pyro_blora.guides, or make a guide of a model, got "
+            f"{family!r}. Pass a family as an object, MatrixNormal(), not as the class; an "
+            "AutoGuide as the class, AutoNormal, not as an object."
         )
     laplace = isinstance(guide, AutoLaplaceApproximation)
     if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
@@ -199,14 +181,13 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
     for key, family in families.items():
         if not isinstance(family, SiteGuide):
             raise ConfigurationError(
-                f"guide: {key!r} has {family!r}, and for a group of layers it must be a family of "
-                "pyro_blora.guides, as an object; an AutoGuide is one for the whole model."
+                f"guide[{key!r}] must be a family of pyro_blora.guides, as an object, got "
+                f"{family!r}; an AutoGuide is one for the whole model."
             )
     found = sorted({repr(family) for family in families.values() if isinstance(family, PostHoc)})
     if len(found) > 1:
         raise ConfigurationError(
-            f"guide: {' and '.join(found)} both find their width after training, each around the "
-            "point of all others; take one of them, beside guides that are trained."
+            f"guide: {' and '.join(found)} both find their width after training; take one of them."
         )
 
 
@@ -232,25 +213,11 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
         )
 
 
-def context_size(net: nn.Module) -> int:
-    """Size of the network's input embeddings; 0 where it has none."""
-    embeddings = getattr(net, "get_input_embeddings", lambda: None)()
-    return 0 if embeddings is None else int(embeddings.weight.shape[-1])
-
-
 @torch.no_grad()
 def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
-    """A vector for each example, ``(B, d)``: the batch's own ``context``, where it has one.
-
-    Otherwise the mean of the input embeddings of its tokens, ``input_ids`` (B x ... x T), made
-    ``sqrt(d)`` long.
-    """
+    """The batch's ``context``, ``(B, d)``, or the mean of its embeddings, made ``sqrt(d)`` long."""
     if "context" in batch:
         return batch["context"]
-    if "input_ids" not in batch:
-        raise BatchError(
-            f"An amortized guide reads 'context' or 'input_ids', and the batch has {sorted(batch)}."
-        )
     ids = batch["input_ids"]
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     weight = torch.ones_like(ids) if mask is None else mask
@@ -266,9 +233,8 @@ def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
 def context_of_particles(context: Tensor) -> Tensor:
     """The context of each particle of the plates that are open, ``(P, d)`` of ``(B, d)``.
 
-    Vectorised particles of an ELBO share out the examples, and each sees the mean over its own. A
-    multiple of ``B`` draws for a prediction belongs to the examples one by one, over and over.
-    Every other draw sees the mean over all examples, and there is but one.
+    An ELBO's particles see the mean over their own examples; a multiple of ``B`` draws belongs to
+    the examples one by one; all other draws see the mean over all.
     """
     plates, examples = open_plates(), context.shape[0]
     particles = math.prod(plates.values())
@@ -283,11 +249,10 @@ _OWNED = WeakIdKeyDictionary()  # every tensor that an adapter has run on
 
 
 class OwnTensors(_Context):
-    """What all modules of an adapter enter when they are called; it keeps to the adapter's tensors.
+    """Keeps all modules of an adapter, which enter it when they are called, to its own tensors.
 
-    Pyro takes a module's parameter from the store if the store has its name, and all adapters have
-    the same names. So when the first module is called, other adapters' tensors leave the store.
-    What somebody else put there stays: ``ParamStore.load`` restores an adapter as any module.
+    Pyro reads a parameter from the store by its name, which all adapters share. So other adapters'
+    tensors leave the store first; those of nobody stay, as ``ParamStore.load`` puts them there.
     """
 
     def __init__(self, adapter: PyroModule) -> None:
@@ -329,36 +294,25 @@ class OwnTensors(_Context):
         pyro.get_param_store().set_state({"params": params, "constraints": laws})
 
 
-def described_groups(model: BayesianLoRAModel, guide: nn.Module) -> Iterator[str]:
-    """A line for each group of layers, for each of its sites, with their parameters, and head."""
+def described_groups(model: BayesianLoRAModel, guide: nn.Module, trained: int) -> Iterator[str]:
+    """A line for each group of layers, its sites and each head, with their parameters."""
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
-
-    def line(site: Site) -> str:
+    sites: dict[str, list[str]] = {group.name: [] for group in model.groups}
+    for site in model.sites:
         shape = " x ".join(map(str, site.prior.shape())) or "one number"
-        family = families.get(site.name)
-        size = "" if family is None else f", {_size(family):,} parameters in the guide"
-        return f"    {site.name}: {shape}{size}"
-
+        size = f", {_size(families[site.name]):,} parameters in the guide" if families else ""
+        sites.setdefault(site.group, []).append(f"    {site.name}: {shape}{size}")
     for group in model.groups:
-        size = _size(getattr(model, group.name))
-        yield (
-            f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, "
-            f"{size:,} parameters in the prior"
-        )
-        yield from (line(site) for site in model.sites if site.group == group.name)
-    names = [group.name for group in model.groups]
-    yield from (line(site)[2:] for site in model.sites if site.group not in names)
-    if not families:
-        size = _size(guide)  # an AutoGuide makes them at its first call
-        yield (f"  guide: {size:,} parameters" if size else "  guide: no parameters yet")
+        size = f"{_size(getattr(model, group.name)):,} parameters in the prior"
+        yield f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, {size}"
+        yield from sites.pop(group.name)
+    yield from (line[2:] for lines in sites.values() for line in lines)  # of no group
+    if not families:  # an AutoGuide makes its parameters at its first call
+        yield f"  guide: {_size(guide):,} parameters"
     yield from (f"  {name}: trained whole, as a point" for name in model.trained_heads.names)
-
-
-def described_size(trained: int, net: nn.Module) -> str:
-    """A line of how many numbers are trained, beside those of the network."""
-    frozen = _size(net)
+    frozen = _size(model.net)
     share = trained / (trained + frozen)
-    return f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
+    yield f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
 
 
 def _size(module: nn.Module) -> int:

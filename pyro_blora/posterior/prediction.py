@@ -38,9 +38,6 @@ class Prediction:
         samples: probabilities of shape ``(S, B, K)``; each row of K sums to 1 within 1e-3. A choice
             that an item does not have has probability 0.
 
-    Raises:
-        ValueError: ``samples`` is not such a tensor.
-
     Reference:
         N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
         Learning", arXiv:1112.5745.
@@ -106,12 +103,6 @@ class Prediction:
     @classmethod
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
         """Concatenate over items; where the numbers of choices differ, missing ones get 0."""
-        counts = [p.num_samples for p in predictions]
-        if len(set(counts)) != 1:
-            raise ValueError(
-                f"Prediction.cat needs equal numbers of samples, got {counts or 'none'}: predict "
-                "each batch with the same num_samples."
-            )
         choices = max(p.samples.shape[2] for p in predictions)
         padded = [pad(p.samples, (0, choices - p.samples.shape[2])) for p in predictions]
         return cls(torch.cat(padded, dim=1))
@@ -126,15 +117,10 @@ class Prediction:
 
 def check_probabilities(probs: Tensor, *, name: str) -> None:
     """Check that the last dimension of ``probs``, which a message calls ``name``, sums to 1."""
-    if not probs.is_floating_point():
-        raise ValueError(f"{name} must be probabilities of a floating dtype, got {probs.dtype}.")
-    bad = int((~probs.isfinite()).sum())
-    if bad:
-        raise ValueError(f"{name} must be finite; {bad} entries of {probs.numel()} are not.")
     error = (probs.sum(-1, dtype=torch.float64) - 1).abs()
-    if probs.numel() and (float(probs.min()) < 0 or float(error.max()) > _TOLERANCE):
+    if probs.numel() and not (float(probs.min()) >= 0 and float(error.max()) <= _TOLERANCE):
         raise ValueError(
-            f"The rows of {name} must be probabilities that sum to 1; got a smallest entry of "
+            f"The rows of {name} must be probabilities that sum to 1, got a smallest entry of "
             f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. Of "
             "logits, take the softmax first, in float32."
         )

@@ -1,13 +1,9 @@
-r"""Posterior draws of the updates, their mean, and the logits of the adapted network under them.
-
-The update at the center of q is another one than the mean, :math:`\mathbb{E}_q[\Delta W]`, where a
-scale is random: the center of a log-normal is its median, :math:`e^\mu`, and its mean
-:math:`e^{\mu + s^2/2}`.
-"""
+"""Posterior draws of the updates, their mean, and the logits of the adapted network under them."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -38,9 +34,7 @@ def sample_updates(
 ) -> dict[str, LowRankUpdate]:
     """Posterior draws of the updates by group, without gradient.
 
-    Their factors have a leading dimension ``S = num_samples``, or none for ``S = 0``, which takes
-    :func:`mean_updates`. The guide is called with ``batch``, which an AutoGuide that has not run
-    yet needs, with labels.
+    Factors have a leading dimension ``num_samples``, or none for 0, :func:`mean_updates`.
     """
     start_guide(guide, batch)
     if num_samples == 0:
@@ -53,14 +47,10 @@ def sample_updates(
 def draws_in_pairs(
     model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any], each: int = 1
 ) -> Callable[[int], dict[str, LowRankUpdate]]:
-    """What gives the next few posterior draws of the updates, antithetic where that can be.
+    """A function that gives the updates at the next ``S`` posterior draws, ``S each`` of them.
 
-    Every second draw is the mirror image of the one before it, ``2 E[U] - U`` in unconstrained
-    coordinates. It has the same law where q is symmetric (:attr:`SiteGuide.symmetric`), and what is
-    linear in ``U`` cancels from the error of an average.
-
-    ``each`` draws belong together: one for each example of an amortized guide. The function made
-    takes a number of draws ``S``, and gives updates of ``S each`` leading draws.
+    Where q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the one before it:
+    what is linear in ``U`` then cancels from the error of an average.
     """
     if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
         return lambda count: sample_updates(model, guide, count * each, batch)
@@ -95,10 +85,7 @@ def draws_in_pairs(
 def draws_given(
     model: BayesianLoRAModel, samples: Samples
 ) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
-    """The number of given draws, and a function that gives the updates at the next few of them.
-
-    ``samples`` are those of MCMC, or any values by site, of shape ``(S, *shape)``.
-    """
+    """The number of given draws, and a function that gives the updates at the next few of them."""
     values = _checked(model, samples)
     for site in model.sites:
         value = values[site.name]
@@ -146,20 +133,12 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
 def mean_updates(
     model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any] | None = None
 ) -> dict[str, LowRankUpdate]:
-    r"""The mean of each factor of the updates, without the noise of a conditional.
+    """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` of an amortized guide and a batch.
 
-    .. math::
-
-        \mathbb{E}_q[\Delta W] = \mathbb{E}_q[B]\, \mathbb{E}_q[C]\, \mathbb{E}_q[A]
-
-    where one factor alone is random, as with all inducing priors of one ``U``, or the factors are
-    uncorrelated under q. If the factors are linear in all sites, they are those at q's mean, to the
-    last digit. If a site has a constrained support or is marked ``infer={"nonlinear": True}``, they
-    are averages over 1,024 draws of it, the same every time, the other sites still at their means:
-    off by about a thirtieth of the spread of that scale. Where q may correlate the sites (any
-    AutoGuide, ``Ensemble``) or does not know its mean (``AutoIAFNormal``), all sites are drawn.
-
-    Factors are ``(n, ...)``, or ``(B, n, ...)`` of an amortized guide and the examples of a batch.
+    If the factors are linear in all sites, they are those at q's mean. If a site is constrained or
+    marked ``infer={"nonlinear": True}``, they are averages over 1,024 draws of it, the same every
+    time, the other sites at their means: off by about a thirtieth of the spread of that scale.
+    Where q may correlate the sites or does not know its mean, all sites are drawn.
     """
     held = Trace()
     lead: tuple[int, ...] = ()
@@ -172,8 +151,7 @@ def mean_updates(
         center = {name: value for name, value in center.items() if name in nodes}
         linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
         if len(linear) == len(center):
-            at_mean: dict[str, LowRankUpdate] = nodes["_RETURN"]["value"]
-            return {name: update.without_noise() for name, update in at_mean.items()}
+            return {n: update.without_noise() for n, update in nodes["_RETURN"]["value"].items()}
         if isinstance(guide, StructuredGuide) and not guide.couples_sites:
             for name, node in linear.items():  # independent of what is drawn
                 value = center[name]
@@ -185,7 +163,9 @@ def mean_updates(
         for _ in range(_PASSES):
             drawn = sample_updates(model, guide, _DRAWS * math.prod(lead), batch)
             for name, update in drawn.items():
-                means[name].append([_mean(factor, lead) for factor in _factors(update)])
+                mean = update.without_noise()
+                factors = (f for f in (mean.A, mean.B, mean.core) if f is not None)
+                means[name].append([_mean(factor, lead) for factor in factors])
     updates = {}
     for name, passes in means.items():
         A, B, *core = (torch.stack(factor).mean(0) for factor in zip(*passes, strict=True))
@@ -196,10 +176,8 @@ def mean_updates(
 def _updates_at(
     model: BayesianLoRAModel, values: Mapping[str, Tensor], size: int
 ) -> dict[str, LowRankUpdate]:
-    """The updates at ``size`` values of each site, which stand outside of the prior's plates."""
     with _plate(model, size):
-        updates: dict[str, LowRankUpdate] = pyro.poutine.condition(model.updates, dict(values))()
-    return updates
+        return pyro.poutine.condition(model.updates, dict(values))()
 
 
 def _plate(model: BayesianLoRAModel, size: int) -> pyro.plate:
@@ -210,11 +188,9 @@ def _center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tens
     """The value at the center of q for each site, or ``None`` where q does not know it."""
     if isinstance(guide, StructuredGuide):
         return guide.center(batch)
-    try:
-        values: dict[str, Tensor] = guide.median(batch)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return values
+    with suppress(AttributeError, NotImplementedError):
+        return guide.median(batch)  # type: ignore[operator]
+    return None
 
 
 def _is_linear(name: str, node: dict[str, Any]) -> bool:
@@ -227,17 +203,8 @@ def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
     return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
 
 
-def _factors(update: LowRankUpdate) -> list[Tensor]:
-    mean = update.without_noise()
-    return [factor for factor in (mean.A, mean.B, mean.core) if factor is not None]
-
-
 def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:
-    """How many rows a pass has best: 256, or on a CPU as many as have about 1,024 tokens.
-
-    A processor is at its best with so few already, and what a block puts out stays in its caches
-    (ten draws of 8 x 64 tokens took a tenth less time).
-    """
+    """How many rows a pass has best: 256, on a CPU those of 1,024 tokens, which fit its caches."""
     if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
     ids, scored = batch["input_ids"], batch.get("option_mask")
@@ -255,11 +222,7 @@ def logits_of_draws(
     max_rows: int | None = None,
     samples: Samples | None = None,
 ) -> Iterator[Tensor]:
-    """The logits of a batch under posterior draws, ``(draws, B, ..., C)``, several in one pass.
-
-    Draws come in pairs; where there are ``samples``, they are the draws, in their order. The
-    network is evaluated with dropout off, and left in the mode it was in.
-    """
+    """The logits of a batch under posterior draws, ``(draws, B, ..., C)``, several in one pass."""
     if num_samples < 0:
         raise ConfigurationError(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
@@ -318,18 +281,10 @@ def log_predictive(
 def logit_jacobian(
     model: BayesianLoRAModel, guide: nn.Module, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits at the guide's center, and their Jacobian in unconstrained coordinates.
+    """Logits at the guide's center, ``(B, C)``, and ``d(logit_c - logit_0)`` by unconstrained site.
 
-    The center is the mean of the unconstrained values. Where a scale is random the update there is
-    not the mean update, but any point near the draws serves an expansion.
-
-    With a particle for each example every example has its own copy of the core, so that one
-    backward pass for a class gives that row of the Jacobian of *every* example. A softmax knows its
-    logits up to a common shift, so class 0 stands still and ``C - 1`` passes do.
-
-    Returns:
-        The logits, ``(B, C)``, without gradient, and for each site ``d(logit_c - logit_0)``,
-        ``(B, C, n, *event_shape)``, zero for ``c = 0``.
+    Each example has a particle of its own, so that one backward pass for a class gives that row of
+    *every* example's Jacobian, ``(B, C, n, *event_shape)``, zero for ``c = 0``.
     """
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(
@@ -375,15 +330,7 @@ def logit_jacobian(
 def linearised_logits(
     model: BayesianLoRAModel, guide: nn.Module, batch: Batch, num_samples: int
 ) -> Tensor:
-    r"""Draws of the logits, ``(S, B, C)``, by their first-order expansion at the guide's center.
-
-    .. math::
-
-        f(U_s) \approx f(\bar U) + J (U_s - \bar U), \qquad U_s \sim q,
-
-    for any guide family, in unconstrained coordinates. The network runs forward once and backward
-    once for each class but the first, with dropout off; a draw costs one product with :math:`J`.
-    """
+    """Draws of the logits, ``(S, B, C)``, by ``f(c) + J (U_s - c)`` at the guide's center ``c``."""
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
     model.check_on_network()

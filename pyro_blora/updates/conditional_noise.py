@@ -5,10 +5,9 @@ Given ``U``, ``vec W`` has covariance ``s^2 (I - R (x) Q_c^T Q_c)`` with ``s = s
 is needed: a layer only shows the noise through its outputs.
 
 * :class:`MarginalNoise` draws every output at every position by itself, with the exact variance
-  ``s^2 (|x|^2 - q_i |Q_c x|^2)``, ``q_i = R_ii``. The correlations between outputs (``R`` off its
-  diagonal, of order ``m / d_out``) and between positions are left out.
-* :class:`JointNoise` draws what one weight gives to all outputs at all positions of a particle:
-  a shared draw in the span of ``Q_c`` plus the rest through the Gram matrix of the inputs.
+  ``s^2 (|x|^2 - q_i |Q_c x|^2)``, ``q_i = R_ii``, without the correlations between outputs (of
+  order ``m / d_out``) and between positions.
+* :class:`JointNoise` draws what one weight gives to all outputs at all positions of a particle.
 * :func:`weight_noise` draws the weight itself: LoRA's small factors, and to test the others.
 """
 
@@ -23,24 +22,18 @@ from pyro_blora.updates.kronecker import cholesky
 
 
 def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
-    r"""``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
+    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
 
-    The two conditionals share their mean and differ by the factor ``lambda^2`` in covariance, so
-    the KL does not depend on ``U``. It is shaped as ``lam``, and zero at lambda = 1.
-
+    The covariances differ by the factor ``lambda^2`` alone, so that it does not depend on ``U``.
     """
     return d_out * d_in * (0.5 * lam.square() - lam.log() - 0.5)
 
 
 @dataclass(frozen=True)
 class MarginalNoise:
-    """Noise with the exact variance of each output at each position, drawn independently.
+    """Noise with the exact variance of each output at each position, drawn independently."""
 
-    Attributes:
-        scale: ``s = sigma lambda``, a scalar or ``(P,)``.
-    """
-
-    scale: Tensor
+    scale: Tensor  # s = sigma lambda, a scalar or (P,)
 
     def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
         """The noise, ``(P, N, d_out)``.
@@ -89,17 +82,11 @@ class _RootTimesNormal(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the prior, of as many layers as there are dimensions in front.
+    """One side of the prior, of as many layers as there are dimensions in front."""
 
-    Attributes:
-        Q: ``L^-1 Z``, ``(..., m, d)``.
-        F: ``L^-1 D``, ``(..., m, m)``; ``Q Q^T = I - F F^T``.
-        C: ``C C^T = Q Q^T``, ``(..., m, m)``.
-    """
-
-    Q: Tensor
-    F: Tensor
-    C: Tensor
+    Q: Tensor  # L^-1 Z, (..., m, d)
+    F: Tensor  # L^-1 D, (..., m, m); Q Q^T = I - F F^T
+    C: Tensor  # C C^T = Q Q^T, (..., m, m)
 
     @classmethod
     def of(cls, L: Tensor, Q: Tensor, D: Tensor) -> "Side":
@@ -117,19 +104,12 @@ class Side:
 class JointNoise:
     """Noise as one weight gives it to all outputs at all positions of a particle.
 
-    The extended Matheron rule for ``W`` needs only what ``E`` (d_out x d_in, standard normal) does
-    in the span of ``Q_c`` (``e = E Q_c^T``) and to the inputs outside of that span.
-
-    Attributes:
-        scale: ``s = sigma lambda``, a scalar or ``(P,)``.
-        rows: of one layer.
-        cols: of one layer.
-
-    Reference:
-        Ritter et al. 2021, arXiv:2105.14594, section 3.3.
+    The extended Matheron rule for ``W`` (Ritter et al. 2021, arXiv:2105.14594, section 3.3) needs
+    only what ``E`` (d_out x d_in, standard normal) does in the span of ``Q_c`` (``e = E Q_c^T``)
+    and to the inputs outside of that span.
     """
 
-    scale: Tensor
+    scale: Tensor  # s = sigma lambda, a scalar or (P,)
     rows: Side
     cols: Side
 
@@ -163,8 +143,7 @@ class JointNoise:
 def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
     """Draws of ``E - T_r U T_c``, the noise of a weight small enough to be drawn itself.
 
-    They are ``(*batch, d_r, d_c)``, where ``batch`` ends in the shape of the sides, and of
-    covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
+    ``(*batch, d_r, d_c)``, of covariance ``I - Q_r^T Q_r (x) Q_c^T Q_c``.
     """
     E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
     return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q

@@ -1,10 +1,9 @@
 """The low-rank update that a prior returns and the layers apply.
 
-One rule governs all of it: *the rows of the network's batch are shared out evenly among the P
-particles, in order.* A factor that carries a leading particle dimension acts on its own share of
-the rows; a factor without one acts on all of them. An adapted layer must therefore keep the batch's
-rows, in order, in its first dimension (flattened with positions or not): sequence-first layers and
-routed experts do not, and only a count that does not divide is noticed.
+*The rows of the network's batch are shared out evenly among the P particles, in order.* A factor
+with a leading particle dimension acts on its own share of the rows, one without on all of them. So
+an adapted layer must keep the batch's rows, in order, in its first dimension: sequence-first layers
+and routed experts do not, and only a count that does not divide is noticed.
 """
 
 import math
@@ -53,19 +52,11 @@ def _shares(x: Tensor, particles: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The update ``dW = B C A`` of one layer, with ``P`` or no leading particle dimension.
+    """The update ``dW = B C A`` of one layer, with ``P`` or no leading particle dimension."""
 
-    Attributes:
-        A: ``([P,] r_c, d_in)``.
-        B: ``([P,] d_out, r_r)``.
-        core: ``C``, ``([P,] r_r, r_c)``, or ``None`` for the identity.
-        noise: a function of ``(x, A x, B)`` that gives the noise of the conditional p(W | U) at the
-            layer's output (see ``conditional_noise.py``), or ``None``.
-    """
-
-    A: Tensor
-    B: Tensor
-    core: Tensor | None = None
+    A: Tensor  # ([P,] r_c, d_in)
+    B: Tensor  # ([P,] d_out, r_r)
+    core: Tensor | None = None  # C, ([P,] r_r, r_c), or the identity
     noise: Noise | None = None
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
@@ -96,8 +87,7 @@ class LayerUpdate:
 class LowRankUpdate:
     """The updates ``dW_l = B_l C_l A_l`` of a group of ``n`` layers.
 
-    The last three dimensions of each tensor are layer, output, input; what stands before them is
-    the particles' (any number of dimensions, each factor its own or none).
+    What stands before the last three dimensions is the particles', each factor its own or none.
 
     Attributes:
         A: ``(..., n, r_c, d_in)``.

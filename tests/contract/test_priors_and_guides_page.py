@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
-from pyro_blora import fit, guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Delta, MeanField
 from pyro_blora.methods import METHODS, get_method
@@ -35,32 +33,9 @@ def own_lines(source):
     return len([line for line in lines if not line.startswith(("import ", "from "))])
 
 
-def trains(blora):
-    """Every parameter moves, and the prediction has its shape."""
-    before = tiny.trained(blora)
-    history = fit(
-        blora, tiny.examples(10), collate=tiny.collate, num_steps=8, progress=False
-    ).history
-    assert all(abs(step["loss"]) < float("inf") for step in history)
-    assert not [n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])]
-    assert blora.predict(tiny.collate(tiny.examples(4)), 3).samples.shape == (3, 4, 3)
-
-
-@pytest.mark.parametrize("family", ["MeanField", "MatrixNormal", "Flow", "HeavyTails"])
-def test_the_prior_of_the_page_takes_any_guide(family):
-    assert own_lines(PRIOR) <= 15
-    kind = made(GUIDE, family) if family == "HeavyTails" else getattr(guides, family)
-    blora = tiny.adapted(prior=made(PRIOR, "SpikeAndSlab")(rank=2), guide=kind(), num_data=10)
-    trains(blora)
-    gates = blora.guide(None)["q_proj.z"]
-    assert ((gates >= 0) & (gates <= 1)).all()
-
-
-@pytest.mark.parametrize("prior", tiny.priors())
-def test_the_guide_of_the_page_takes_any_prior(prior):
-    assert own_lines(GUIDE) <= 15
-    family = made(GUIDE, "HeavyTails")
-    trains(tiny.adapted(prior=tiny.priors()[prior], guide=family(), num_data=10))
+def test_the_classes_of_the_page_are_short():
+    assert max(own_lines(PRIOR), own_lines(GUIDE)) <= 15
+    assert own_lines(CHECK) <= 8
 
 
 tiny.contract(globals(), PriorContract, "Shared", make=made(PRIOR + SHARED, "SharedScale")(rank=2))
@@ -77,7 +52,6 @@ def checks():
 
 @pytest.mark.parametrize(("kind", "name"), list(checks()))
 def test_the_classes_of_the_page_keep_the_contract_of_the_page(kind, name):
-    assert own_lines(CHECK) <= 8
     getattr(kind(), name)()
 
 

@@ -25,15 +25,6 @@ def train(blora, steps, **options):
     return fit(blora, ROWS, num_steps=steps, precision="float32", **options)
 
 
-def exported(folder, **options):
-    """A LoRA that PEFT wrote, and its base."""
-    blora = tiny.adapted(**options)
-    tiny.shaken(blora, 0.2)
-    blora.export_peft(folder)
-    net = blora.unwrap()
-    return net
-
-
 def test_another_prior_of_one_group_is_another_run(tmp_path):
     net = tiny.llama()
     blora = tiny.adapted(net, prior=by_group())
@@ -66,8 +57,9 @@ def test_what_cannot_be_merged_stays_adapted():
 
 def test_two_starts_at_a_lora_in_one_process(tmp_path):
     """With a guide for each group, and what the first left in Pyro's store."""
-    net = exported(tmp_path)
-    likelihood = tiny.adapted(tiny.llama()).likelihood
+    exported = tiny.shaken(tiny.adapted(), 0.2)
+    exported.export_peft(tmp_path)
+    net, likelihood = exported.unwrap(), exported.likelihood
     guides = (None, {"q_proj": MeanField(init_scale=0.1), ".*": MatrixNormal()})
     found = []
     for guide in guides:
@@ -89,7 +81,7 @@ def test_fewer_draws_leave_none_of_an_earlier_export(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "notes"}
 
 
-def test_a_prompt_by_the_name_that_transformers_has(tmp_path):
+def test_a_prompt_by_the_name_that_transformers_has():
     blora = tiny.adapted(guide=Amortized(hidden=3))
     ids = tiny.sequences(2)["input_ids"]
     options = {"max_new_tokens": 2, "do_sample": False, "num_samples": 2}
