@@ -11,9 +11,12 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from pyro_blora.guides import Ensemble, MeanField
-from pyro_blora.inference import loop, optim_args, parameter_groups
+from pyro_blora.inference import fit, loop, optim_args, parameter_groups
+from pyro_blora.inference.objective import Objective
+from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.posterior.prediction import predict_dataset
@@ -318,3 +321,52 @@ def test_predictions_come_back_in_the_order_of_the_data(by_length):
     one_by_one = torch.cat([blora.predict(tiny.collate([row]), 0).samples for row in rows], 1)
     torch.testing.assert_close(prediction.samples, one_by_one)
     assert one_by_one.std(1).max() > 0.01  # the rows do differ
+
+
+class Epochs:
+    """Batches of indices: those of each epoch when it is asked for."""
+
+    def __init__(self, batches, length):
+        self.batches, self.length = iter(batches), length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return itertools.islice(self.batches, self.length)
+
+
+def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
+    batch = tiny.choices(12, seed=3) | {"index": torch.arange(12)}
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(12)]
+    taken, ends, loss = [], [], Objective.__call__
+
+    def told(self, batch):
+        taken.append(batch["index"].tolist())
+        torch.manual_seed(len(taken) % 9)  # the draws of each step
+        return loss(self, batch)
+
+    monkeypatch.setattr(Objective, "__call__", told)
+    how = {"num_steps": 9, "warmup": 0.0, "precision": "float32"}
+    net = tiny.llama()
+    for data in ("examples", "DataLoader", "Trainer"):
+        pyro.set_rng_seed(0)
+        blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=12))
+        loader = DataLoader(rows, batch_sampler=Epochs(taken[:9], 3))
+        if data == "examples":
+            fit(blora, rows, batch_size=4, **how)
+        elif data == "DataLoader":
+            fit(blora, loader, **how)
+        else:
+            options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 9}
+            arguments = TrainingArguments(str(tmp_path), save_strategy="no", **options)
+            trainer = BayesianLoRATrainer(blora, arguments, train_dataset=rows)
+            monkeypatch.setattr(trainer, "get_train_dataloader", lambda it=loader: it)
+            trainer.train()
+        assert taken[-9:] == taken[:9]
+        assert blora.likelihood.score_slope != 1
+        ends.append(tiny.trained(blora))
+        blora.unwrap()
+    for name, value in ends[0].items():
+        for other in ends[1:]:
+            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=name)
