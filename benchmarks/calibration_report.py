@@ -78,7 +78,8 @@ def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doub
     """Predictions, and the doubts of them; each method also with its temperature."""
     runs: Runs = defaultdict(lambda: defaultdict(dict))
     doubted: Doubted = defaultdict(lambda: defaultdict(dict))
-    arrays = np.load(out / "probabilities.npz")
+    with np.load(out / "probabilities.npz") as file:
+        arrays = dict(file)
     of_cell: dict[str, list[str]] = defaultdict(list)
     for path in arrays:
         of_cell[path.split("/")[0]].append(path)

@@ -110,14 +110,15 @@ class Saved:
             parent, _, last = name.rpartition(".")
             constraint, _ = blora.get_submodule(parent)._pyro_params[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
-        try:
-            blora.load_state_dict(tensors)
-        except RuntimeError as error:
+        expected, found = ({n: t.shape for n, t in each.items()} for each in (own, tensors))
+        differ = [n for n in expected | found if expected.get(n) != found.get(n)]
+        if differ:  # torch would load the others
             raise CheckpointError(
-                f"{self.folder} has tensors that do not fit; they differ in this: "
-                f"{' '.join(str(error).split())} Pass the prior, the guide and the likelihood that "
-                "were saved (of the same MultipleChoice scale=), or leave them out."
-            ) from error
+                f"{self.folder} has tensors that do not fit, among them {', '.join(differ[:4])}. "
+                "Pass the prior, the guide and the likelihood that were saved (of the same "
+                "MultipleChoice scale=), or leave them out."
+            )
+        blora.load_state_dict(tensors)
 
 
 def read_pretrained(
@@ -219,6 +220,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             what = f"{folder} is a PEFT adapter; begin with it by BayesianLoRA.from_peft, or give"
         raise CheckpointError(f"{what} a folder that save_pretrained or pyro-blora train wrote.")
     header, tensors = read_tensors(path)
+    if _HEADER not in header:
+        raise CheckpointError(f"{path} must have a configuration in its header, got none.")
     return json.loads(header[_HEADER]), tensors
 
 

@@ -120,6 +120,7 @@ def generate(
     _check(net, num_samples, abstain_above, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
+    input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
     if input_ids is not None:
         options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}

@@ -66,6 +66,11 @@ class Objective:
         """
         blora, count = self.blora, self.blora.likelihood.num_data or 1
         examples = blora.likelihood.examples(batch)
+        if examples > count:  # a particle sees its share alone, which may well be smaller
+            raise BatchError(
+                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
+                "pass num_data=len(train) to the likelihood."
+            )
         if batch.get("labels") is None and blora.likelihood.labels(batch) is None:
             raise BatchError(
                 f"The batch has no labels to learn from, only {', '.join(map(str, batch))}; add "
@@ -78,12 +83,17 @@ class Objective:
             max_plate_nesting=blora.max_plate_nesting,
             vectorize_particles=True,
         )
+        groups = {group.name for group in blora.model.groups}
+
+        def of_the_prior(site: Any) -> bool:
+            return not site["is_observed"] or site["name"].partition(".")[0] in groups
+
         with (
             blora.likelihood.holding_out(),
             pyro.poutine.trace() as seen,
-            # of the labels alone, for the block hides all else from it: this holds for any guide
+            # of what the likelihood observes alone: this holds for any guide
             pyro.poutine.scale(scale=1 / self.kl_weight),
-            pyro.poutine.block(expose=["labels"]),
+            pyro.poutine.block(hide_fn=of_the_prior),
         ):
             loss = elbo.differentiable_loss(blora.model, blora.guide, batch)
         loss = loss * (self.kl_weight / count)

@@ -95,8 +95,8 @@ class Likelihood(Options, PyroModule):
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
         """Scores the labels, the site ``"labels"``, under the data plate.
 
-        ``batch`` has the rows of all particles in order; ``num_data`` is how many examples it has,
-        which are all where the likelihood was not told ``N``.
+        ``batch`` has the rows of all particles in order; ``num_data`` is ``N`` where the likelihood
+        was not told.
         """
         labels = self.labels(batch)  # before the network runs, for a device may be waited for
         logits = self.logits(net, batch)
@@ -112,9 +112,9 @@ class Likelihood(Options, PyroModule):
                 stacklevel=2,
             )
         size = self.num_data or num_data
-        if num_data > size and labels is not None:  # a prediction may be of any size
+        if share > size and labels is not None:  # a prediction may be of any size
             raise BatchError(
-                f"A batch of {num_data} examples is larger than the data set, num_data={size}; "
+                f"A batch of {share} examples is larger than the data set, num_data={size}; "
                 "pass num_data=len(train) to the likelihood."
             )
         q = self.distribution(logits, labels)

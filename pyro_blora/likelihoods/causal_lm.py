@@ -51,7 +51,7 @@ class CausalLM(Likelihood):
         tokens = pyro.distributions.Categorical(logits=logits)
         if labels is None:
             return tokens.to_event(1)
-        return _IgnoringCategorical(logits=logits).mask(labels != -100).to_event(1)
+        return _IgnoringCategorical(logits=logits).mask(labels >= 0).to_event(1)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """As for classes, with -100 allowed."""
@@ -73,7 +73,7 @@ class CausalLM(Likelihood):
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
         # A token is predicted from the one before it, so one without a predecessor is not scored.
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
-        keep = (labels != -100) & before
+        keep = (labels >= 0) & before  # other libraries ignore other numbers
         counts = keep.sum(-1)
         most, count = torch.stack((counts.max(), counts.sum())).tolist()
         mask, (positions, targets) = compact(keep, max(most, 1), index - 1, labels)

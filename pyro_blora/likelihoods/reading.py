@@ -95,17 +95,15 @@ def logits_at(
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` that are counted from the mask, so that rows may be padded on the left.
+    """``position_ids`` that are counted from the mask, where rows are padded on the left.
 
-    Encoders, and networks that take no ``position_ids``, get none and are refused such rows.
+    Encoders, and networks that take no ``position_ids``, are refused such rows.
     """
-    if mask is None or mask.dim() != 2:  # a mask of one's own
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # some count in ways of their own
         return {}
     takes = "position_ids" in inspect.signature(without_peft(net).forward).parameters
     if takes and not _is_encoder(net):
         return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
-    if bool(mask[:, 0].all()):
-        return {}
     raise BatchError(
         f"Rows are padded on the left, and {type(net).__name__} takes no positions that are "
         "counted from the first real token; set tokenizer.padding_side = 'right'."

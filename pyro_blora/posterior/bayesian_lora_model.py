@@ -88,6 +88,11 @@ class BayesianLoRAModel(PyroModule):
         heads: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if getattr(getattr(net, "config", None), "model_type", None) == "xlnet":
+            raise ConfigurationError(
+                "XLNet has the rows of a batch in the second dimension, where particles cannot "
+                "share them out; take another network."
+            )
         priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
         for each in priors.values():
             check_kind("prior", each, UpdateModel)

@@ -108,7 +108,7 @@ def test_it_is_saved(tmp_path):
     torch.testing.assert_close(read.predict(batch, 0).probs, expected)
     read.unwrap()
     with pytest.raises(
-        CheckpointError, match=r"differ in .*score_slope.*MultipleChoice the same scale="
+        CheckpointError, match=r"do not fit, .*score_slope.*of the same MultipleChoice scale="
     ):
         BayesianLoRA.from_pretrained(
             net, tmp_path / "new", likelihood=MultipleChoice(scale="fixed", num_data=12)

@@ -39,10 +39,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("likelihood", "batch", "most"),
     [
-        (LabelTokens(token_ids=tiny.ANSWERS, num_data=12), tiny.sequences, 9),
-        (CausalLM(num_data=12), tiny.texts, 12),
+        (LabelTokens(token_ids=tiny.ANSWERS, num_data=12), tiny.sequences, 10),
+        (CausalLM(num_data=12), tiny.texts, 13),
         (MultipleChoice(num_data=12), tiny.choices, 9),
-        (MultipleChoice(num_data=12, pack=False), tiny.choices, 11),
+        (MultipleChoice(num_data=12, pack=False), tiny.choices, 12),
     ],
 )
 def test_a_step_waits_for_the_device_a_few_times(monkeypatch, likelihood, batch, most):
