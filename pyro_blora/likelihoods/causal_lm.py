@@ -73,7 +73,7 @@ class CausalLM(Likelihood):
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
         # A token is predicted from the one before it, so one without a predecessor is not scored.
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
-        keep = (labels >= 0) & before  # other libraries ignore other numbers
+        keep = (labels != -100) & before
         counts = keep.sum(-1)
         most, count = torch.stack((counts.max(), counts.sum())).tolist()
         mask, (positions, targets) = compact(keep, max(most, 1), index - 1, labels)

@@ -114,8 +114,9 @@ class Shortcuts:
 
 
 def shortcuts_of(net: nn.Module) -> Shortcuts:
-    """The shortcuts of the adapter that runs the network; without one, new ones each time."""
-    return vars(net).get(_ON_NETWORK) or Shortcuts()
+    """The shortcuts of the adapter that runs the network; without one, the network's own."""
+    found: Shortcuts = vars(net).setdefault(_ON_NETWORK, Shortcuts())
+    return found
 
 
 class FrozenPrefix:
