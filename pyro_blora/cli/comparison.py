@@ -107,12 +107,14 @@ class _Run:
     ) -> Iterator[Row]:
         """The rows of one trained method: as it is, or with its temperature, as they are asked."""
         plain, labels = self._predict(predict, self.task.test, shown[0])
+        scaled = [name for name in shown if name.startswith("temperature")]
+        if scaled:  # of one method, so that one temperature serves all its names
+            held, held_labels = self._predict(predict, self.task.validation, scaled[0])
+            temperature = fit_temperature(held.log(), held_labels)
         for name in shown:
             probs, numbers = plain, count
-            if name.startswith("temperature"):
-                held, held_labels = self._predict(predict, self.task.validation, name)
-                scale = fit_temperature(held.log(), held_labels)
-                probs, numbers = (plain.log() / scale).softmax(-1), count + 1
+            if name in scaled:
+                probs, numbers = (plain.log() / temperature).softmax(-1), count + 1
             s = evaluate(probs, labels)
             scores = (s.acc, s.ece, s.nll, s.brier, s.n)
             yield Row(name, self.seed, *scores, fitted.seconds, numbers, probs, labels)
