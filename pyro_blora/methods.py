@@ -46,6 +46,8 @@ class Method:
         scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
         learning_rates: of AdamW, by the role of a parameter; of a role that is missing, and by
             default, ``bayesian-lora``'s.
+        point_epochs: after how many passes over the data points (directions, heads) have learned:
+            their schedule ends there. No KL sees them, and longer they memorise. Default: never.
         num_samples: draws for a prediction, if the method fixes them.
         linearised: whether its predictive is the linearised one.
 
@@ -65,6 +67,7 @@ class Method:
     rank: int = 8
     scale: Literal["learned", "fixed"] = "fixed"
     learning_rates: Mapping[str, float] = field(default_factory=_RATES.copy)
+    point_epochs: float | None = None
     num_samples: int | None = None
     linearised: bool = False
 
@@ -89,6 +92,7 @@ _KNOWN = (
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (begun narrow, its width the weight's)",
         "one inducing matrix for each weight, matrix normal posterior",
         scale="learned",
+        point_epochs=6,
     ),
     Method(
         "fisher",
@@ -98,6 +102,7 @@ _KNOWN = (
         "a core between the top directions of the network's own gradients, from the prior on",
         rank=32,
         scale="learned",
+        point_epochs=6,
     ),
     Method(
         "lora",
@@ -135,6 +140,7 @@ _KNOWN = (
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         "the Kronecker prior with independent normals",
         scale="learned",
+        point_epochs=6,
     ),
     Method(
         "blob",
@@ -244,8 +250,9 @@ def get_method(name: str) -> Method:
         usual = method_of(_class(left, "prior"), _class(right, "guide"))
         pair = Method(name, left, right, citation="", summary=f"{left} with {right}")
         num_samples = 0 if right.rpartition(":")[2] == "Delta" else None
-        kept = {each: getattr(usual, each) for each in ("rank", "learning_rates", "linearised")}
-        return replace(pair, scale="learned", num_samples=num_samples, **kept)
+        kept = ("rank", "learning_rates", "point_epochs", "linearised")
+        own = {each: getattr(usual, each) for each in kept}
+        return replace(pair, scale="learned", num_samples=num_samples, **own)
     if name in SHOWN:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({SHOWN[name][0]}); `pyro-blora compare` has it."

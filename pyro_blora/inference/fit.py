@@ -200,6 +200,7 @@ def fit(
     for family in post_hoc_families(blora).values():
         family.reopen()
     size = blora.likelihood.num_data or 0  # Objective has seen that there is one
+    in_a_step = blora.likelihood.examples(first) if isinstance(train, DataLoader) else batch_size
     if not isinstance(train, DataLoader) and len(train) != size:
         warnings.warn(
             f"The likelihood was told num_data={size}, and train has {len(train)} examples: the KL "
@@ -218,6 +219,7 @@ def fit(
             stream,
             num_steps=num_steps,
             check=objective.check,
+            point_steps=point_steps(blora, in_a_step),
             **schedule,
             validate=validate,
             state=blora.state_dict,
@@ -243,6 +245,12 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
         return cast(int, num_steps)
     size = 1 if isinstance(train, DataLoader) else batch_size
     return max(1, round(num_epochs * math.ceil(len(train) / size)))
+
+
+def point_steps(blora: BayesianLoRA, in_a_step: int) -> int | None:
+    """The steps in which points learn, of so many examples each; ``None`` for all."""
+    epochs, size = blora.method.point_epochs, blora.likelihood.num_data or 0
+    return None if epochs is None else max(1, round(epochs * size / in_a_step))
 
 
 def given_rates(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +228,7 @@ def held_interrupts(held: bool = True) -> Iterator[list[int]]:
 
 def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
     """The learning rate at a step as a share of the full one; that of the first is not zero."""
+    step = min(step, num_steps)  # points have a schedule that ends before the training
     ramp = round(warmup * num_steps)
     if step < ramp:
         return (step + 1) / ramp
@@ -234,6 +236,12 @@ def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
     if decay == "linear":
         return 1 - progress
     return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1.0
+
+
+def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int | None) -> int:
+    """The steps after which a group of parameters has learned, earlier for what no KL sees."""
+    learns_on = point_steps is None or group["name"] not in ("direction", "head")
+    return num_steps if learns_on else min(num_steps, point_steps or 0)
 
 
 def training_loop(
@@ -245,6 +253,7 @@ def training_loop(
     check: Callable[[Batch, int, dict[str, float]], None],
     warmup: float = 0.06,
     decay: str = "linear",
+    point_steps: int | None = None,
     max_grad_norm: float | None = 1.0,
     validate: Callable[[], float] | None = None,
     validate_every: int = 50,
@@ -268,8 +277,11 @@ def training_loop(
     done = len(result.history)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    lengths = [schedule_length(group, num_steps, point_steps) for group in groups]
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate(step, num_steps, warmup, decay), last_epoch=done - 1
+        optimizer,
+        [partial(rate, num_steps=n, warmup=warmup, decay=decay) for n in lengths],
+        done - 1,
     )
     hide = None if progress is None else not progress
     told: dict[str, Any] = {"desc": description, "unit": "step", "disable": hide}

@@ -144,6 +144,7 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) ->
         found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
     found["modules_to_save"] = list(blora.model.trained_heads.names)
     found["learning_rates"] = dict(blora.method.learning_rates)
+    found["point_epochs"] = blora.method.point_epochs
     return dict(json.loads(json.dumps(found, default=_named)))
 
 

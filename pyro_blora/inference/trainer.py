@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -17,7 +18,13 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.fisher import inform, wants_informing
-from pyro_blora.inference.fit import given_rates, parameter_groups, rates_by_group
+from pyro_blora.inference.fit import (
+    given_rates,
+    parameter_groups,
+    point_steps,
+    rates_by_group,
+)
+from pyro_blora.inference.loop import schedule_length
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
@@ -99,6 +106,26 @@ class BayesianLoRATrainer(Trainer):
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """That of ``args``; for directions and heads it ends as early as in ``fit``."""
+        whole = super().create_scheduler(num_training_steps, optimizer)
+        args = self.args
+        in_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        points = point_steps(self.blora, in_a_step)
+        groups = whole.optimizer.param_groups
+        lengths = [schedule_length(group, num_training_steps, points) for group in groups]
+        last = min(lengths)
+        if isinstance(whole, LambdaLR) and last < num_training_steps:
+            self.lr_scheduler = None
+            early = super().create_scheduler(last, optimizer).lr_lambdas[0]
+            for k, length in enumerate(lengths):
+                if length == last:
+                    whole.lr_lambdas[k] = lambda step: early(min(step, last))
+            self.lr_scheduler = whole
+        return whole
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, after the prior has its directions; afterwards the mode is as before."""

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -229,6 +230,27 @@ def test_schedule(decay, expected):
     rates = [loop.rate(step, 8, 0.25, decay) for step in range(8)]
     assert rates == pytest.approx(expected, abs=1e-4)
     assert loop.rate(0, 8, 0.0, "constant") == 1.0
+    assert loop.rate(9, 8, 0.25, "cosine") == 0.0
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_points_learn_for_some_epochs(run, epochs):
+    """Of four steps, two passes over six examples."""
+    blora, still = tiny.adapted(num_data=6), {}
+    blora.method = replace(blora.method, point_epochs=epochs)
+
+    def note(done):
+        now = {n: p.detach().clone() for n, p in blora.model.named_parameters()}
+        still.update({(done, n): bool((p == now[n]).all()) for n, p in note.before.items()})
+        note.before = now
+
+    note.before = {}
+    run(blora, tiny.examples(6), batch_size=3, num_steps=8, callback=note)
+    directions = [n for n in note.before if n.rpartition(".")[2].startswith("Z_")]
+    assert directions
+    for done in range(2, 9):
+        for name in directions:
+            assert still[done, name] == (epochs is not None and done > 4), (done, name)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -352,6 +374,7 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
     for data in ("examples", "DataLoader", "Trainer"):
         pyro.set_rng_seed(0)
         blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=12))
+        blora.method = replace(blora.method, point_epochs=2)  # of the three
         loader = DataLoader(rows, batch_sampler=Epochs(taken[:9], 3))
         if data == "examples":
             fit(blora, rows, batch_size=4, **how)
@@ -359,6 +382,7 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
             fit(blora, loader, **how)
         else:
             options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 9}
+            options["per_device_train_batch_size"] = 4
             arguments = TrainingArguments(str(tmp_path), save_strategy="no", **options)
             trainer = BayesianLoRATrainer(blora, arguments, train_dataset=rows)
             monkeypatch.setattr(trainer, "get_train_dataloader", lambda it=loader: it)
