@@ -189,16 +189,29 @@ def table(methods: Mapping[str, Mapping[int, Run]], *data: str) -> list[str]:
     return rows
 
 
-def each_task(tasks: Mapping[str, Mapping[str, Mapping[int, Run]]]) -> list[str]:
-    """Accuracy, NLL and ECE of each task's test items, and the number of seeds."""
+def each_task(
+    tasks: Mapping[str, Mapping[str, Mapping[int, Run]]], *, own: bool = False
+) -> list[str]:
+    """Accuracy, NLL and ECE of each task's test items, or its ``own``, and the number of seeds."""
     rows = [f"| method | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for name in sorted({name for found in tasks.values() for name in found}):
         cells = []
-        for found in tasks.values():
-            own = [scores(*run["test"]) for run in found.get(name, {}).values()]
-            means = ", ".join(shown(own, key) for key in ("acc", "nll", "ece") if own)
-            cells.append(f"{means} ({len(own)})" if own else "")
+        for task, found in tasks.items():
+            each = [scores(*run[task if own else "test"]) for run in found.get(name, {}).values()]
+            means = ", ".join(shown(each, key) for key in ("acc", "nll", "ece") if each)
+            cells.append(f"{means} ({len(each)})" if each else "")
         rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def after_steps(lengths: Mapping[int, Mapping[str, Mapping[int, Run]]]) -> list[str]:
+    """Test NLL of each seed after trainings of several lengths, of what has run on all of them."""
+    methods = sorted(set.intersection(*(set(found) for found in lengths.values())))
+    rows = [f"| steps | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    for steps, found in sorted(lengths.items()):
+        runs = ([scores(*run["test"]) for _, run in sorted(found[m].items())] for m in methods)
+        cells = (", ".join(f"{score['nll']:.3f}" for score in run) for run in runs)
+        rows.append(f"| {steps} | {' | '.join(cells)} |")
     return rows
 
 
@@ -365,26 +378,34 @@ def write_report(
     runs, doubted = read_runs(lines, out)
     text += summary(runs, ours, kin, chosen_on)
     for (network, task, steps, count), methods in sorted(runs.items()):
+        which = network, task, count
         title = f"{network}: {task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
-        sets = sorted(some, key=lambda name: (name != "test", name))
-        for data in (name for name in sets if name != "validation"):
-            count_of = len(some[data][1])
-            text += [f"## {title}" + ("" if data == "test" else f": {data}"), ""]
-            text += [f"{count_of} items.", "", *table(methods, data)]
-            for name, rows in published.items() if data == "test" else ():
-                acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
-                text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | | |")
-            text.append("")
-            text += [*paired(methods, ours, kin, data), ""]
-        away = [data for data in sets if data not in ("test", "validation")]
+        text += [f"## {title}", "", f"{len(some['test'][1])} items.", "", *table(methods, "test")]
+        for name, rows in published.items():
+            acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
+            text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | | |")
+        text += ["", *paired(methods, ours, kin, "test"), ""]
+        runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
+        if steps == min(runs_of) < max(runs_of):
+            text += [f"## {network}: {task}, {count} training items: NLL by seed", ""]
+            text += [*after_steps(runs_of), ""]
+        met = [set(run) for seeds in methods.values() for run in seeds.values()]
+        away = sorted(set().union(*met) - {"test", "validation"})
+        if not away:
+            continue
         asked = {
-            method: {seed: run for seed, run in found.items() if set(run) & set(away)}
+            m: {s: r for s, r in found.items() if set(away) <= set(r)}
+            for m, found in methods.items()
+        }
+        text += [f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", ""]
+        text += [*table(asked, *away), "", *paired(asked, ours, kin, *away), ""]
+        text += ["ACC %, NLL and ECE %:", "", *each_task({d: asked for d in away}, own=True), ""]
+        unsure = {
+            method: {seed: found[seed] for seed in asked[method]}
             for method, found in doubted[network, task, steps, count].items()
         }
-        if rows := told_apart(asked, away):
-            text += [f"## {title}: other sets told from the task's own", "", "AUROC %.", ""]
-            text += [*rows, ""]
+        text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
     for network, steps, count, _, seeds_of in on_all_tasks(runs):
         whole = {
             method: joined(pair for run in seeds.values() for pair in run.values())

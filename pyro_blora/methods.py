@@ -26,6 +26,7 @@ _RATES = {
     "likelihood": 5e-2,
     "head": 1e-3,
 }
+_POINT_EPOCHS = 6.0
 _SLOWER = {**_RATES, "mean": 2e-2, "scale": 1e-2}
 _LORA_RATES = {**_SLOWER, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
 
@@ -92,7 +93,7 @@ _KNOWN = (
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (begun narrow, its width the weight's)",
         "one inducing matrix for each weight, matrix normal posterior",
         scale="learned",
-        point_epochs=6,
+        point_epochs=_POINT_EPOCHS,
     ),
     Method(
         "fisher",
@@ -102,7 +103,7 @@ _KNOWN = (
         "a core between the top directions of the network's own gradients, from the prior on",
         rank=32,
         scale="learned",
-        point_epochs=6,
+        point_epochs=_POINT_EPOCHS,
     ),
     Method(
         "lora",
@@ -140,7 +141,7 @@ _KNOWN = (
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         "the Kronecker prior with independent normals",
         scale="learned",
-        point_epochs=6,
+        point_epochs=_POINT_EPOCHS,
     ),
     Method(
         "blob",

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
@@ -200,7 +201,6 @@ def fit(
     for family in post_hoc_families(blora).values():
         family.reopen()
     size = blora.likelihood.num_data or 0  # Objective has seen that there is one
-    in_a_step = blora.likelihood.examples(first) if isinstance(train, DataLoader) else batch_size
     if not isinstance(train, DataLoader) and len(train) != size:
         warnings.warn(
             f"The likelihood was told num_data={size}, and train has {len(train)} examples: the KL "
@@ -219,7 +219,7 @@ def fit(
             stream,
             num_steps=num_steps,
             check=objective.check,
-            point_steps=point_steps(blora, in_a_step),
+            point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
             **schedule,
             validate=validate,
             state=blora.state_dict,
@@ -243,14 +243,25 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
         )
     if num_epochs is None:
         return cast(int, num_steps)
-    size = 1 if isinstance(train, DataLoader) else batch_size
-    return max(1, round(num_epochs * math.ceil(len(train) / size)))
+    of_an_epoch = steps_of_an_epoch(train, batch_size)
+    if of_an_epoch is None:
+        raise ConfigurationError(
+            f"num_epochs={num_epochs} must be of data that have a length; give num_steps= instead."
+        )
+    return round(num_epochs * of_an_epoch)
 
 
-def point_steps(blora: BayesianLoRA, in_a_step: int) -> int | None:
-    """The steps in which points learn, of so many examples each; ``None`` for all."""
-    epochs, size = blora.method.point_epochs, blora.likelihood.num_data or 0
-    return None if epochs is None else max(1, round(epochs * size / in_a_step))
+def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
+    """How many batches a pass over the data has; ``None`` of a loader that has no length."""
+    with suppress(TypeError):
+        return math.ceil(len(train) / (1 if isinstance(train, DataLoader) else batch_size))
+    return None
+
+
+def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
+    """The steps in which points learn; ``None`` for all."""
+    epochs = blora.method.point_epochs
+    return None if epochs is None or of_an_epoch is None else round(epochs * of_an_epoch)
 
 
 def given_rates(

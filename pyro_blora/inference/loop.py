@@ -228,7 +228,8 @@ def held_interrupts(held: bool = True) -> Iterator[list[int]]:
 
 def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
     """The learning rate at a step as a share of the full one; that of the first is not zero."""
-    step = min(step, num_steps)  # points have a schedule that ends before the training
+    if step >= num_steps:  # of what has a schedule that ends before the training
+        return 0.0
     ramp = round(warmup * num_steps)
     if step < ramp:
         return (step + 1) / ramp
@@ -240,7 +241,7 @@ def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
 
 def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int | None) -> int:
     """The steps after which a group of parameters has learned, earlier for what no KL sees."""
-    learns_on = point_steps is None or group["name"] not in ("direction", "head")
+    learns_on = point_steps is None or group.get("name") not in ("direction", "head")
     return num_steps if learns_on else min(num_steps, point_steps or 0)
 
 

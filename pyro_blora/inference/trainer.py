@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -23,6 +24,7 @@ from pyro_blora.inference.fit import (
     parameter_groups,
     point_steps,
     rates_by_group,
+    steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
 from pyro_blora.inference.objective import Objective
@@ -110,21 +112,19 @@ class BayesianLoRATrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """That of ``args``; for directions and heads it ends as early as in ``fit``."""
+        """That of ``args``; directions and heads go through it in the method's ``point_epochs``."""
+        given = self.lr_scheduler is not None
         whole = super().create_scheduler(num_training_steps, optimizer)
-        args = self.args
-        in_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        points = point_steps(self.blora, in_a_step)
-        groups = whole.optimizer.param_groups
-        lengths = [schedule_length(group, num_training_steps, points) for group in groups]
-        last = min(lengths)
-        if isinstance(whole, LambdaLR) and last < num_training_steps:
-            self.lr_scheduler = None
-            early = super().create_scheduler(last, optimizer).lr_lambdas[0]
-            for k, length in enumerate(lengths):
-                if length == last:
-                    whole.lr_lambdas[k] = lambda step: early(min(step, last))
-            self.lr_scheduler = whole
+        epoch = steps_of_an_epoch(self.get_train_dataloader(), 1)
+        if given or not isinstance(whole, LambdaLR) or epoch is None:
+            return whole
+        last = point_steps(self.blora, math.ceil(epoch / self.args.gradient_accumulation_steps))
+        for k, group in enumerate(whole.optimizer.param_groups):
+            length = schedule_length(group, num_training_steps, last)
+            if length < num_training_steps:
+                whole.lr_lambdas[k] = partial(
+                    _ended, whole.lr_lambdas[k], num_training_steps, length
+                )
         return whole
 
     def train(self, *arguments: Any, **options: Any) -> Any:
@@ -218,6 +218,11 @@ class _Loss(nn.Module):
             return {"logits": logp}
         likelihood.check_labels(labels, logp)
         return {"loss": nn.functional.nll_loss(logp, labels), "logits": logp}
+
+
+def _ended(share: Callable[..., float], num_steps: int, last: int, step: int) -> float:
+    """A schedule of so many steps in fewer; zero after its end."""
+    return 0.0 if step >= last else share(step * num_steps / last)
 
 
 class _OwnDraws(TrainerCallback):

@@ -147,6 +147,11 @@ class Likelihood(Options, PyroModule):
                 f"{', '.join(map(str, batch))}."
             )
         ids = batch["input_ids"] if "input_ids" in self.keys else None
+        if ids is not None and not isinstance(ids, Tensor):
+            raise BatchError(
+                f"input_ids must be a tensor, got a {type(ids).__name__}; pass collate=, such as "
+                "DataCollatorWithPadding(tokenizer)."
+            )
         if ids is not None and ids.dim() != self.row_dims:
             kinds = {2: "B x T", 3: "B x K x T, multiple choice"}
             raise BatchError(

@@ -230,7 +230,7 @@ def test_schedule(decay, expected):
     rates = [loop.rate(step, 8, 0.25, decay) for step in range(8)]
     assert rates == pytest.approx(expected, abs=1e-4)
     assert loop.rate(0, 8, 0.0, "constant") == 1.0
-    assert loop.rate(9, 8, 0.25, "cosine") == 0.0
+    assert loop.rate(8, 8, 0.25, decay) == 0.0
 
 
 @pytest.mark.parametrize("epochs", [None, 2])

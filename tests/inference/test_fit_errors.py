@@ -39,6 +39,7 @@ def test_what_is_not_finite_is_named(run, part, name, value, told):
 ANSWERS, SIZED = (LabelTokens(token_ids=tiny.ANSWERS, num_data=count) for count in (None, 10))
 UNLABELLED = {key: value for key, value in tiny.sequences().items() if key != "labels"}
 UNLABELLED = DataLoader([UNLABELLED], batch_size=None)
+LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,8 @@ UNLABELLED = DataLoader([UNLABELLED], batch_size=None)
         (SIZED, None, {"learning_rates": {"means": 2}}, r"roles among \['mean', .* \['means'\]"),
         (SIZED, None, {"keep_best": True}, "keep_best=True needs validation="),
         (SIZED, None, {"num_epochs": 1}, "One of num_steps= and num_epochs= must be given"),
+        (SIZED, None, {"num_steps": None, "num_epochs": -1}, "num_steps must be at least 1, got"),
+        (SIZED, LISTS, {"collate": None}, "input_ids must be a tensor, got a list; pass collate="),
     ],
 )
 def test_what_fit_refuses(run, likelihood, rows, options, told):
