@@ -25,7 +25,7 @@ class SpectralInducing(KroneckerInducing):
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 16.
-        sigma: as in :class:`KroneckerInducing`. Default: 0.3.
+        sigma: standard deviation of the core, in units of the weights. Default: 0.3.
         scale: as there. Default: learned.
         core: as there. Default: normal.
         noise_init: as there. Default: 0.1.
