@@ -37,8 +37,8 @@ class MultipleChoice(Likelihood):
     item's options. Nothing says that a mean log-probability is the log-odds of an answer: its scale
     :math:`c` is an unknown like others, and so may be how it depends on the length. Lengths count
     by their ratio, so that questions with longer options elsewhere get no other scale. The scale
-    ``c``, ``score_slope``, is any real number, as a slope of logistic regression is: steps of one
-    size take it to zero, even odds, where a logarithm would creep.
+    ``c`` is ``|score_slope|``: steps of one size take it to zero, even odds, where a logarithm
+    would creep; and it says nowhere that the options of the lowest scores are the right ones.
 
     In training one item in eight, told by its tokens, teaches ``c`` and ``b`` alone, and the others
     all else: an adapter that learned from the same items would have memorised them, and its scores
@@ -123,7 +123,7 @@ class MultipleChoice(Likelihood):
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
-        slope = self.score_slope if self.scale == "learned" else total.new_ones(())
+        slope = self.score_slope.abs() if self.scale == "learned" else total.new_ones(())
         exponent = self.length_exponent if self.learn_length_penalty else total.new_zeros(())
         if apart is not None:
             total = torch.where(apart, total.detach(), total)

@@ -80,21 +80,26 @@ def test_fit_trains_both_past_absent_options():
     assert all(bool(p.isfinite().all()) for p in blora.parameters())
 
 
-def test_the_slope_passes_even_odds_where_the_likely_options_are_wrong():
+def test_the_slope_ends_at_even_odds_if_the_likely_options_are_wrong():
     net, batch = tiny.llama(), tiny.choices(12, 3, seed=3)
     plain = MultipleChoice(scale="fixed").logits(net, batch)
     data = [{k: v[i] for k, v in batch.items()} | {"labels": plain[i].argmin()} for i in range(12)]
     blora = adapted(net)
-    rates = {"mean": 1e-9, "scale": 1e-9, "direction": 1e-9, "likelihood": 0.3}
+    rates = {"mean": 1e-9, "scale": 1e-9, "direction": 1e-9, "likelihood": 0.1}
     fit(
         blora,
         data,
         collate=torch.utils.data.default_collate,
-        num_epochs=9,
+        num_epochs=20,
         batch_size=1,
         learning_rates=rates,
     )
-    assert blora.likelihood.score_slope.item() < 0
+    assert blora.likelihood.score_slope.abs() < 0.3  # it was 1
+    found = []
+    for slope in (2.0, -2.0):
+        torch.nn.init.constant_(blora.likelihood.score_slope, slope)
+        found.append(blora.likelihood.logits(net, batch))
+    assert torch.equal(*found)
 
 
 def test_it_is_saved(tmp_path):
