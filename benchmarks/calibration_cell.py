@@ -238,6 +238,12 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
 
         return found
 
+    def distilled(cell: Cell) -> Outcome:
+        started = time.perf_counter()
+        found = blora.distill(data.task.train, data.collate, length=item_length)
+        more = time.perf_counter() - started
+        return of(blora, more, {"temperature": found}, num_samples=0, linearised=False)(cell)
+
     lora = TemporaryDirectory()
     try:
         if method["method"] != "zero-shot":
@@ -252,6 +258,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
             )
             seconds = time.perf_counter() - started
         yield "last", of(blora, num_samples=draws, linearised=record.linearised)
+        yield "distilled", distilled
         if method["method"] == "lora" and draws == 0:
             assert result.best_state is not None
             blora.export_peft(lora.name)

@@ -5,6 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pyro_blora.likelihoods import LabelTokens, Likelihood, MultipleChoice
+
 CARD = "README.md"
 MARK = "<!-- save_pretrained writes this file anew; without this line it leaves it alone. -->"
 
@@ -65,6 +67,36 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 
 {MARK}
 """
+
+
+def lines_of_use(likelihood: Likelihood, temperature: float) -> tuple[dict[str, Any], str]:
+    """The numbers that make probabilities of an exported adapter's logits, and how in Python."""
+    if isinstance(likelihood, MultipleChoice):
+        slope = (
+            float(likelihood.score_slope.detach().abs()) if likelihood.scale == "learned" else 1.0
+        )
+        found: dict[str, Any] = {"scale": slope / temperature, "score": likelihood.score}
+        each = "" if likelihood.score == "sum" else " / scored.sum(-1)"
+        scores = f"(logp * scored).sum(-1){each}"
+        if likelihood.learn_length_penalty:
+            found["length_exponent"] = exponent = float(likelihood.length_exponent.detach())
+            scores += f" * (scored.sum(-1) / scored.sum(-1).float().mean()) ** {exponent!r}"
+        return (
+            found,
+            f"""# A row for each option, padded on the right; option_mask is true at its tokens
+logp = net(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+logp, scored = logp.gather(-1, ids[:, 1:, None])[..., 0], option_mask[:, 1:]
+probs = ({found["scale"]!r} * {scores}).softmax(-1)""",
+        )
+    found, tokens = {"temperature": temperature}, ""
+    if isinstance(likelihood, LabelTokens):
+        found["token_ids"] = list(likelihood.token_ids)
+        tokens = f"[:, -1, {found['token_ids']}]  # rows are padded on the left"
+    return (
+        found,
+        f"""logits = net(**inputs).logits{tokens}
+probs = (logits / {temperature!r}).softmax(-1)""",
+    )
 
 
 def _figures(result: Any, data: int | None) -> dict[str, str]:

@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
+from pyro_blora.checkpoints.card import CARD, lines_of_use
+from pyro_blora.checkpoints.checkpoint import (
+    fetched,
+    names_in,
+    read_tensors,
+    write_atomically,
+    write_tensors,
+)
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import CausalLM, Likelihood, SequenceClassification
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -292,7 +299,9 @@ def export_peft(
     """Writes the posterior mean as a LoRA, or draws as one each, and the heads trained as points.
 
     The heads are PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter
-    is not written: merge it into the base first.
+    is not written: merge it into the base first. The temperature of :meth:`BayesianLoRA.distill`
+    is in the trained head's weights; else in ``one_pass.json``, with the lines that apply it in
+    ``README.md``; for text in ``generation_config.json``.
 
     Args:
         model: the model.
@@ -305,16 +314,49 @@ def export_peft(
     if num_samples < 0:
         raise ConfigurationError(f"num_samples={num_samples} must be a number of draws, or 0.")
     loras = {Path(folder): mean_updates(model, guide)}
+    temperature = float(model.temperature)
     if num_samples:
+        temperature = 1.0  # that of one pass
         drawn = _draws(model, guide, num_samples)
         loras = {Path(folder) / str(k): updates for k, updates in enumerate(drawn)}
     for place, updates in loras.items():
-        config, tensors = _lora(model, updates)
+        config, tensors = _lora(model, updates, temperature)
         write_tensors(place / PEFT_WEIGHTS, tensors, {})
         config.save_pretrained(str(place))
+        folded = _last_linear(model) is not None
+        _write_use(model.likelihood, place, 1.0 if folded else temperature)
     for old in Path(folder).glob("[0-9]*"):  # draws of an earlier export would be averaged, too
         if num_samples and old not in loras and (old / PEFT_CONFIG).exists():
             shutil.rmtree(old)
+
+
+def _write_use(likelihood: Likelihood, folder: Path, temperature: float) -> None:
+    """What a server has to know beside an exported adapter, or nothing."""
+    if isinstance(likelihood, CausalLM):
+        if temperature != 1:
+            from transformers import GenerationConfig  # whose import sets filters of warnings
+
+            config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0)
+            config.save_pretrained(folder)
+        return
+    numbers, lines = lines_of_use(likelihood, temperature)
+    if numbers == {"temperature": 1.0}:
+        return
+    text = json.dumps(numbers, indent=2) + "\n"
+    write_atomically(folder / "one_pass.json", lambda path: path.write_text(text, "utf-8"))
+    page = f"# A LoRA at the mean of a posterior\n\nIts probabilities:\n\n```python\n{lines}\n```\n"
+    write_atomically(folder / CARD, lambda path: path.write_text(page, "utf-8"))
+
+
+def _last_linear(model: BayesianLoRAModel) -> str | None:
+    """The layer of a classifier's trained head that puts out the logits; ``None`` without one."""
+    found = None
+    if isinstance(model.likelihood, SequenceClassification):
+        for head in model.trained_heads.names:
+            for name, module in model.net.get_submodule(head).named_modules(prefix=head):
+                if isinstance(module, nn.Linear):
+                    found = name_in_base(name)
+    return found
 
 
 def merge_and_unload(blora: Any) -> nn.Module:
@@ -325,7 +367,8 @@ def merge_and_unload(blora: Any) -> nn.Module:
             f"{type(blora.net).__name__} is PEFT's, with an adapter of its own; merge that one "
             "first, and adapt the base."
         )
-    config, tensors = _lora(blora.model, mean_updates(blora.model, blora.guide))
+    model, temperature = blora.model, float(blora.model.temperature)
+    config, tensors = _lora(model, mean_updates(model, blora.guide), temperature)
     from peft import get_peft_model, set_peft_model_state_dict
 
     net = blora.unwrap()
@@ -365,9 +408,12 @@ def _draws(
 
 
 def _lora(
-    model: BayesianLoRAModel, updates: Mapping[str, LowRankUpdate]
+    model: BayesianLoRAModel, updates: Mapping[str, LowRankUpdate], temperature: float
 ) -> tuple[Any, dict[str, Tensor]]:
-    """PEFT's configuration and tensors of updates ``(n, ...)`` by group, and of trained heads."""
+    """PEFT's configuration and tensors of updates ``(n, ...)`` by group, and of trained heads.
+
+    The layer of a head that puts out the logits is over the temperature.
+    """
     from peft import LoraConfig
 
     tensors: dict[str, Tensor] = {}
@@ -381,7 +427,10 @@ def _lora(
             tensors[f"{name}.lora_B.weight"] = B if layer.core is None else B @ layer.core
     rank, heads = max(ranks.values()), model.trained_heads
     patterns = {re.escape(name): r for name, r in ranks.items() if r < rank}
-    tensors |= {name_in_base(name): tensor for name, tensor in heads.tensors().items()}
+    last = f"{_last_linear(model)}."
+    for full, tensor in heads.tensors().items():
+        name = name_in_base(full)
+        tensors[name] = tensor / temperature if name.startswith(last) else tensor
     base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or its folder
     config = LoraConfig(
         r=rank,

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.posterior.one_pass import best_temperature
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
@@ -186,18 +187,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise ValueError(
             "Logits must be finite, or -inf at an absent choice that is no label: look for NaN."
         )
-    excess = logits.double() - chosen  # of each choice over the label
-    present = excess.masked_fill(excess.isneginf(), 0)  # where the probability is 0 as well
-    if not present.any():
-        return 1.0
-    low, high = 0.01, 100.0
-    for _ in range(64):
-        middle = (low * high) ** 0.5
-        if float(((excess / middle).softmax(-1) * present).sum()) <= 0:
-            high = middle
-        else:
-            low = middle
-    return (low * high) ** 0.5
+    return best_temperature(logits.double() - chosen)
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:

@@ -133,6 +133,8 @@ def generate(
     else:
         updates = sample_updates(model, guide, 0, prompt)
     average, ends = _Average(max(1, num_samples)), _Ends()
+    if not num_samples:
+        average.temperature = model.temperature
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):
         known = inspect.signature(type(net).forward).parameters
@@ -158,7 +160,7 @@ class _Average:
     """Hooks that make a network the average of ``draws`` sampled ones, and note how they differ."""
 
     def __init__(self, draws: int) -> None:
-        self.draws = draws
+        self.draws, self.temperature = draws, torch.ones(())
         self.steps: list[Tensor] = []  # entropy, mutual information and disagreement, (3, R)
 
     def repeated(
@@ -178,7 +180,8 @@ class _Average:
         return args, {name: repeated(value) for name, value in kwargs.items()}
 
     def averaged(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        logits = output.logits[:, -1].float().unflatten(0, (self.draws, -1))  # S x R x V
+        logits = output.logits[:, -1].float() / self.temperature.to(output.logits.device)
+        logits = logits.unflatten(0, (self.draws, -1))  # S x R x V
         log_probs = logits.log_softmax(-1)
         level = logits.logsumexp(-1, keepdim=True).mean(0)
         output.logits = (log_probs.logsumexp(0) - math.log(self.draws) + level).unsqueeze(1)

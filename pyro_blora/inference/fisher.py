@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import forked_rng
-from pyro_blora.inference.loop import Collate, batches_of
 from pyro_blora.network.adapter import in_mode, updates_in_place
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.prediction import Collate, batches_of
 
 _OVERSAMPLED = 8  # columns of a sketch beyond the rank
 

@@ -16,15 +16,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fisher import inform, wants_informing
-from pyro_blora.inference.loop import (
-    Batches,
-    Collate,
-    FitResult,
-    batches_of,
-    collator,
-    running,
-    training_loop,
-)
+from pyro_blora.inference.loop import Batches, FitResult, running, training_loop
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.post_hoc import finish, post_hoc_families
 from pyro_blora.inference.resume import TrainingState, settings_of, size_of
@@ -34,6 +26,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.posterior.guide import draws_apart, start_guide
+from pyro_blora.posterior.prediction import Collate, batches_of, collator
 from pyro_blora.posterior.predictive import log_predictive
 
 DECAYS = ("linear", "cosine", "constant")
@@ -131,6 +124,7 @@ def fit(
     """
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_on_network()
+    blora.model.temperature.fill_(1)
     rates = given_rates(blora, learning_rates)
     num_steps = _steps(train, num_steps, num_epochs, batch_size)
     counts = {"num_steps": num_steps, "batch_size": batch_size}

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
+from pyro_blora.posterior.prediction import Collate, collator
 
 if TYPE_CHECKING:
     from pyro_blora.inference.resume import TrainingState
 
-Collate = Callable[[list[Any]], Batch]
 # batch -> loss with gradient, figures to show, on the loss's device
 StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -58,36 +58,6 @@ class FitResult:
         last = ", ".join(f"{k}={v:.4g}" for k, v in (self.history or [{}])[-1].items())
         best = "" if self.best_step is None else f", best validation at step {self.best_step}"
         return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
-
-
-def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
-    """What makes a batch of a list of examples: torch's, where none is given and it can."""
-    if collate or isinstance(data, DataLoader):
-        return collate or default_collate
-    if len(data) and not isinstance(data[0], Mapping):
-        raise ConfigurationError(
-            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch of a "
-            "list of them, such as task.collator(tokenizer)."
-        )
-    return default_collate
-
-
-def batches_of(
-    data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
-) -> Iterator[Batch]:
-    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
-    if isinstance(data, DataLoader):
-        batches: Any = data
-    else:
-        made = collator(data, collate)
-        rows = data if length is None else sorted(data, key=length)
-        starts = range(0, len(rows), size)
-        batches = (made([rows[i] for i in range(s, min(s + size, len(rows)))]) for s in starts)
-    batch = None
-    for batch in batches:
-        yield batch
-    if batch is None:
-        raise BatchError("The data set is empty; check the file, the split or the DataLoader.")
 
 
 @dataclass

@@ -15,12 +15,13 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import forked_rng
-from pyro_blora.inference.loop import Collate, batches_of, running
+from pyro_blora.inference.loop import running
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
 from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.prediction import Collate, batches_of
 from pyro_blora.posterior.predictive import logit_jacobian
 
 
@@ -133,6 +134,7 @@ def finish(
             "finish is for guides that find their width after training (Laplace, Isotropic), not "
             f"for {blora.guide_family!r}."
         )
+    blora.model.temperature.fill_(1)
     batches = list(batches_of(data, collate, length, batch_size))
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress

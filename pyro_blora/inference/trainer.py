@@ -129,6 +129,7 @@ class BayesianLoRATrainer(Trainer):
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, after the prior has its directions; afterwards the mode is as before."""
+        self.blora.model.temperature.fill_(1)
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size
             inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)

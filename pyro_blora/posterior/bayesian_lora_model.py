@@ -79,6 +79,8 @@ class BayesianLoRAModel(PyroModule):
     adapter alone. While ``enabled`` is false it is the network alone.
     """
 
+    temperature: Tensor
+
     def __init__(
         self,
         net: nn.Module,
@@ -113,6 +115,8 @@ class BayesianLoRAModel(PyroModule):
                 )
             setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
+        # of the scores of one pass at the posterior mean
+        self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
         self.shortcuts = Shortcuts()

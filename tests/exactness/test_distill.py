@@ -1,0 +1,180 @@
+"""One pass that stands for the draws: its temperature, who has it, and what PEFT makes of it."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from pyro_blora import BayesianLoRA, fit, guides
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.posterior.guide import draws_apart
+from pyro_blora.posterior.one_pass import best_temperature
+from pyro_blora.posterior.predictive import logits_of_draws
+
+KINDS = {
+    "options": (tiny.llama, MultipleChoice, lambda: tiny.choices(6)),
+    "tokens": (tiny.llama, lambda **o: LabelTokens(token_ids=tiny.ANSWERS, **o), tiny.sequences),
+    "classifier": (tiny.bert, SequenceClassification, tiny.sequences),
+    "text": (tiny.llama, CausalLM, tiny.texts),
+}
+
+
+def adapter(kind, **options):
+    net, likelihood, batch = KINDS[kind]
+    targets = ["query", "value"] if kind == "classifier" else ["q_proj", "v_proj"]
+    likelihood = likelihood(num_data=12)
+    blora = tiny.adapted(net(), likelihood=likelihood, target_modules=targets, **options)
+    with torch.no_grad():
+        for name, parameter in blora.named_parameters():
+            if name.endswith("loc"):
+                parameter.normal_(std=0.5)
+            elif "scale" in name:
+                parameter.add_(1.5)  # draws that differ
+    return blora, batch()
+
+
+def rows_of(batch):
+    """The batch as a ``DataLoader`` of one, without classes to read."""
+    kept = batch["labels"].dim() > 1
+    return DataLoader([{k: v for k, v in batch.items() if kept or k != "labels"}], batch_size=None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_nearest_to_the_draws(kind):
+    """By a grid of temperatures, over the divergence written out."""
+    blora, batch = adapter(kind)
+    with torch.no_grad():
+        mean = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0]
+    found = blora.distill(rows_of(batch), num_samples=32)
+    with draws_apart(blora.guide, torch.device("cpu")), torch.no_grad():
+        next(iter(rows_of(batch)))  # a DataLoader draws a seed
+        blora.sample_updates(32)  # and it makes sure that draws differ
+        draws = torch.cat(list(logits_of_draws(blora.model, blora.guide, batch, 32)))
+    p = draws.double().softmax(-1).mean(0)
+
+    def divergence(temperature):
+        q = (mean.double() / temperature).log_softmax(-1)
+        return float((torch.special.xlogy(p, p) - torch.where(p > 0, p * q, 0.0)).sum())
+
+    grid = [0.01 * 1.01**k for k in range(926)]
+    best = min(grid, key=divergence)
+    assert 0.02 < best < 99
+    assert found == pytest.approx(best, rel=0.01)
+    assert abs(math.log(found)) > 0.02
+    with torch.no_grad():
+        one = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0]
+    torch.testing.assert_close(one, mean / found)
+    if kind != "text":
+        torch.testing.assert_close(blora.predict(batch, 0).probs, (mean / found).softmax(-1))
+    assert f"temperature {found:.3g}" in repr(blora)
+
+
+def test_a_known_answer():
+    """Of two classes with the logit 2 and a target of 3/4: 2 / log 3."""
+    logits, target = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.75, 0.25]])
+    excess = logits.double() - (logits * target).sum(-1, keepdim=True)
+    assert best_temperature(excess) == pytest.approx(2 / math.log(3), rel=1e-6)
+    assert best_temperature(torch.zeros(3, 4)) == 1
+
+
+def test_it_is_saved_and_a_further_training_begins_again(tmp_path):
+    blora, batch = adapter("tokens")
+    state = torch.get_rng_state()
+    found = blora.distill(rows_of(batch))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert blora.distill(rows_of(batch)) == found  # from the mean itself, and with the same draws
+    expected = blora.predict(batch, 0).probs
+    blora.save_pretrained(tmp_path)
+    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+    assert float(read.model.temperature) == pytest.approx(found)
+    assert torch.equal(read.predict(batch, 0).probs, expected)
+    fit(read, tiny.examples(12), collate=tiny.collate, num_steps=1, progress=False)
+    assert read.model.temperature == 1
+
+
+def test_items_of_several_sizes_and_a_few_of_many():
+    blora, _ = adapter("options")
+    items = [{k: v[0] for k, v in tiny.choices(1, n, seed=n).items()} for n in (2, 3, 3, 2)] * 30
+    seen = []
+
+    def collate(rows):
+        seen.extend(rows)
+        return default_collate(rows)
+
+    blora.distill(items, collate, batch_size=1, max_examples=10, progress=False)
+    assert len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "guide", "told"),
+    [
+        ({}, guides.Delta(), "draws differ, got one whose draws are all alike"),
+        ({"num_samples": 1}, None, "num_samples must be 2 or more .* got 1"),
+        ({"max_examples": 0}, None, "max_examples 1 or more, got 16 and 0"),
+    ],
+)
+def test_what_it_refuses(options, guide, told):
+    blora, batch = adapter("tokens", guide=guide)
+    with pytest.raises(ConfigurationError, match=told):
+        blora.distill(rows_of(batch), **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_has_it(kind, tmp_path):
+    """PEFT alone, and the lines of the page, give the probabilities of one pass."""
+    peft = pytest.importorskip("peft")
+    blora, batch = adapter(kind)
+    if kind == "options":
+        torch.nn.init.constant_(blora.likelihood.score_slope, 0.7)
+    temperature = blora.distill(rows_of(batch))
+    with torch.no_grad():
+        expected = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0].softmax(-1)
+    prompt = {"input_ids": torch.tensor([[9, 10, 11]]), "attention_mask": torch.ones(1, 3).long()}
+    if kind == "text":
+        likely = blora.generate(**prompt, num_samples=0, max_new_tokens=4, do_sample=False)
+    blora.export_peft(tmp_path)
+    net = peft.PeftModel.from_pretrained(blora.unwrap(), tmp_path).eval()
+    files = {path.name for path in tmp_path.iterdir()} - {"adapter_config.json"}
+    files -= {"adapter_model.safetensors"}
+    with torch.no_grad():
+        if kind == "classifier":
+            assert not files
+            found = net(**{k: v for k, v in batch.items() if k != "labels"}).logits.softmax(-1)
+        elif kind == "text":
+            assert files == {"generation_config.json"}
+            from transformers import GenerationConfig
+
+            config = GenerationConfig.from_pretrained(tmp_path)
+            assert (config.temperature, config.do_sample, config.top_k) == (temperature, True, 0)
+            torch.manual_seed(0)
+            options = {"max_new_tokens": 4, "output_scores": True, "pad_token_id": 0}
+            told = net.generate(
+                **prompt, **options, return_dict_in_generate=True, generation_config=config
+            )
+            assert told.sequences.shape == likely.sequences.shape
+            found = told.scores[0].softmax(-1).max()
+            expected = likely.log_probs[0, 0].exp()
+        else:
+            assert files == {"README.md", "one_pass.json"}
+            code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+            found = []
+            for row in range(len(batch["input_ids"])):
+                one = {k: v[row] for k, v in batch.items()}
+                place = {"net": net, "torch": torch, "ids": one["input_ids"]}
+                place |= {"mask": one["attention_mask"]}
+                if kind == "options":
+                    place["option_mask"] = one["option_mask"]
+                else:
+                    real = one["attention_mask"].bool()
+                    place["inputs"] = {"input_ids": one["input_ids"][real][None]}
+                exec(code, place)
+                found.append(place["probs"].reshape(-1))
+            found = torch.stack(found)
+            numbers = json.loads((tmp_path / "one_pass.json").read_text())
+            scale = numbers.get("scale") or 1 / numbers["temperature"]
+            assert scale == pytest.approx((0.7 if kind == "options" else 1) / temperature)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
