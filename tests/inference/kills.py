@@ -56,7 +56,8 @@ def main(folder, kills):
     options = {"checkpoint_dir": folder, "save_every": SAVE_EVERY, "resume": True}
     for _ in range(kills):
         saved = steps_in(state)
-        last, seconds = saved + random.randint(1, 2 * SAVE_EVERY), 1e-4 + 0.02 * random.random()
+        last = saved + random.randint(1, 2 * SAVE_EVERY)
+        seconds = 1e-4 + 0.02 * random.random() ** 2  # the saving comes first
         child = os.fork()
         if not child:
             train_and_die(saved, last, seconds, **options)
