@@ -198,18 +198,13 @@ def changed(**options):
     return spoil
 
 
-def renamed(old, new):
-    return lambda folder: (folder / old).rename(folder / new)
-
-
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 SPOILED = [
     (changed(use_dora=True), "use_dora=True"),
     (changed(bias="all"), "bias='all'"),
     (changed(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the base"),
     (changed(peft_type="IA3"), "peft_type='IA3'"),
-    (renamed("adapter_config.json", "config.json"), "has no adapter_config.json; give a folder"),
-    (renamed("adapter_model.safetensors", "adapter_model.bin"), "A pickle is not read"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "A pickle is not read"),
     (tensors(lambda t, k: t.update({FIRST: t[FIRST][:, :5].clone()})), "q_proj of [16, 5]"),
     (tensors(lambda t, k: t.update({k.replace("A.weight", "magnitude"): t[k] + 0})), "magnitude"),
     (tensors(lambda t, k: t.update({"base_model.model.score.weight": t[k] + 0})), "score.weight"),
@@ -251,7 +246,7 @@ def test_a_spoiled_folder_is_refused(saved, tmp_path, spoil, told):
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),
         ({"folder": None}, "no PeftModel"),
-        ({"folder": "nowhere"}, "nowhere has no adapter_config.json"),
+        ({"folder": "nowhere"}, "nowhere has no adapter_config.json; give a folder"),
     ],
 )
 def test_what_cannot_be_a_start_is_refused(saved, options, told):

@@ -133,19 +133,18 @@ def test_of_equal_and_tiny_scales_it_is_zero():
     assert kl_divergence(q, p).abs() < 1e-4
 
 
-def prior(expanded):
-    one = torch.ones((), dtype=torch.float64)
-    if expanded == "normal":
-        return dist.Normal(0 * one, one).expand([NUM, M, N]).to_event(2)
-    if expanded == "auto":  # expanded by the plate alone
-        return dist.Normal(0 * one, one).expand([M, N]).to_event(2)
-    eye_m, eye_n = torch.eye(M, dtype=torch.float64), torch.eye(N, dtype=torch.float64)
-    return MatrixNormal(torch.zeros(M, N, dtype=torch.float64), eye_m, eye_n)
+ZERO, ONE = torch.zeros(M, N, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+EYES = [torch.eye(size, dtype=torch.float64) for size in (M, N)]
+STANDARD = {
+    "whole": dist.Normal(0 * ONE, ONE).expand([NUM, M, N]).to_event(2),
+    "expanded by the plate alone": dist.Normal(0 * ONE, ONE).expand([M, N]).to_event(2),
+    "matrix": MatrixNormal(ZERO, *EYES),
+}
 
 
-@pytest.mark.parametrize("expanded", ["normal", "auto", "matrix"])
+@pytest.mark.parametrize("prior", STANDARD)
 @pytest.mark.parametrize("particles", [1, 3])
-def test_mean_field_elbo_uses_the_closed_form(expanded, particles):
+def test_mean_field_elbo_uses_the_closed_form(prior, particles):
     """With nothing observed the loss is the divergence itself: exact, whatever was drawn."""
     q = make((NUM,), (NUM,), (NUM,))
 
@@ -157,5 +156,5 @@ def test_mean_field_elbo_uses_the_closed_form(expanded, particles):
     standard = dist.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double())
     expected = kl_divergence(dense(q), standard.expand([NUM])).sum().item()
     for _ in range(2):
-        loss = elbo.loss(lambda: sampled(prior(expanded)), lambda: sampled(q))
+        loss = elbo.loss(lambda: sampled(STANDARD[prior]), lambda: sampled(q))
         assert loss == pytest.approx(expected, rel=1e-12)
