@@ -246,6 +246,7 @@ def test_a_spoiled_folder_is_refused(saved, tmp_path, spoil, told):
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),
         ({"folder": None}, "no PeftModel"),
+        ({"folder": None, "net": trained(init_lora_weights="pissa")}, "which changes the base"),
         ({"folder": "nowhere"}, "nowhere has no adapter_config.json; give a folder"),
     ],
 )
