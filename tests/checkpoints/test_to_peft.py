@@ -1,10 +1,14 @@
 """What PEFT loads of an export; and PEFT's habits by PEFT's names."""
 
+import subprocess
+import sys
+
 import pyro
 import pytest
 import tiny
 import torch
 from own_tokenizer import build_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import TorchAoConfig, pipeline
 
 from pyro_blora import fit, guides, models
@@ -47,6 +51,29 @@ TASKS = dict.fromkeys(["bert", "score", "roberta", "wrapped"], "SEQ_CLS") | {"ta
 def answers(logits):
     """Probabilities of the classes, or of the answers at the last real token."""
     return (tiny.answers(logits, BATCH) if logits.dim() == 3 else logits).softmax(-1)
+
+
+ELSEWHERE = """
+import sys, peft, torch, transformers
+from safetensors.torch import load_file, save_file
+folder = sys.argv[1]
+net = transformers.AutoModelForCausalLM.from_pretrained(folder + "/net")
+model = peft.PeftModel.from_pretrained(net, folder + "/mean").eval()
+with torch.no_grad():
+    save_file({"logits": model(**load_file(folder + "/batch")).logits}, folder + "/found")
+"""
+
+
+def test_an_export_loads_in_a_process_without_this_library(tmp_path):
+    net = tiny.llama()
+    net.save_pretrained(tmp_path / "net")
+    blora = moved(net, **HEAD)
+    blora.export_peft(tmp_path / "mean")
+    save_file(BATCH, tmp_path / "batch")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", ELSEWHERE, str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = load_file(tmp_path / "found")["logits"]
+    torch.testing.assert_close(found, mean_logits(blora), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")
