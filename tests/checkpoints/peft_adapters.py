@@ -7,18 +7,12 @@ import tiny
 import torch
 
 BATCH = {key: tiny.sequences()[key] for key in ("input_ids", "attention_mask")}
-
-
+ONE = {r"layers\.1\.self_attn\.q_proj": 1}
 # The base, and what PEFT is told: each scaling, Conv1D, a tied head, a trained head
 CASES = {
     "llama": (
         tiny.llama,
-        {
-            "target_modules": ["q_proj", "v_proj"],
-            "r": 3,
-            "lora_alpha": 5,
-            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 1},
-        },
+        {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 5, "rank_pattern": ONE},
     ),
     "qwen2": (
         tiny.qwen2,
@@ -40,18 +34,16 @@ CASES = {
 }
 
 
-def trained(name="llama", *, spread=0.1, kind=peft.LoraConfig, **options):
+def trained(name="llama", **options):
     """A ``PeftModel`` whose trained tensors are off their start; the same base at every call."""
     torch.manual_seed(0)
     build, told = CASES[name]
-    told = {"target_modules": told["target_modules"]} if kind is not peft.LoraConfig else told
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")
-        model = peft.get_peft_model(build(), kind(**{**told, **options})).eval()
+        model = peft.get_peft_model(build(), peft.LoraConfig(**{**told, **options})).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(spread * torch.randn_like(parameter))
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -64,3 +56,9 @@ def base(name="llama"):
 def logits(net):
     with torch.no_grad():
         return net(**BATCH).logits
+
+
+def mean_logits(blora):
+    """At the posterior mean."""
+    with blora.posterior():
+        return logits(blora.net)

@@ -16,7 +16,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 
 peft = pytest.importorskip("peft")
-from peft_adapters import BATCH, logits, trained  # noqa: E402
+from peft_adapters import BATCH, logits, mean_logits, trained  # noqa: E402
 
 
 def moved(net, **options):
@@ -25,11 +25,6 @@ def moved(net, **options):
         options.setdefault("likelihood", SequenceClassification(num_data=12))
     blora = tiny.adapted(net, **{"target_modules": None, **options})
     return tiny.shaken(blora, 0.2)
-
-
-def mean_logits(blora):
-    with blora.posterior():
-        return logits(blora.net)
 
 
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
@@ -55,10 +50,7 @@ TASKS = dict.fromkeys(["bert", "score", "roberta", "wrapped"], "SEQ_CLS") | {"ta
 
 def answers(logits):
     """Probabilities of the classes, or of the answers at the last real token."""
-    if logits.dim() == 3:
-        last = BATCH["attention_mask"].sum(-1) - 1
-        logits = logits[torch.arange(len(last)), last][:, list(tiny.ANSWERS)]
-    return logits.softmax(-1)
+    return (tiny.answers(logits, BATCH) if logits.dim() == 3 else logits).softmax(-1)
 
 
 ELSEWHERE = """
@@ -157,24 +149,22 @@ def test_a_disabled_adapter_and_its_head_are_out_of_the_way():
     blora = moved(net)
     after, loss = mean_logits(blora), blora.log_predictive(tiny.sequences(), 2)
     with blora.disable_adapter():
-        assert torch.equal(blora(**BATCH).logits, before)
         with blora.disable_adapter():
-            pass
+            assert torch.equal(blora(**BATCH).logits, before)
         assert torch.equal(blora.predict(BATCH, 3).samples.var(0), torch.zeros(4, 3))
     assert torch.equal(mean_logits(blora), after)
     assert loss.shape == (4,)
 
 
 def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
-    model, told = trained(), []
+    model = trained()
     model.print_trainable_parameters()
-    told.append(capsys.readouterr().out)
     blora = moved(model.unload())
     blora.print_trainable_parameters()
-    told.append(capsys.readouterr().out)
-    words = [[w for w in line.split() if not w[0].isdigit()] for line in told]
+    theirs, ours = capsys.readouterr().out.splitlines()
+    words = [[w for w in line.split() if not w[0].isdigit()] for line in (theirs, ours)]
     assert words[0] == words[1]
-    assert f"trainable params: {blora.trainable_parameters:,}" in told[1]
+    assert f"trainable params: {blora.trainable_parameters:,}" in ours
 
 
 @pytest.mark.parametrize("name", EXPORTS)

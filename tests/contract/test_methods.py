@@ -25,6 +25,7 @@ def made(name, net=None, **options):
 @pytest.mark.parametrize("name", [*METHODS, "Hierarchical+Flow"])
 def test_a_method_trains_and_predicts(name):
     blora, known = made(name), get_method(name)
+    assert blora.prior.rank == 2
     result = fit(blora, tiny.examples(10), collate=tiny.collate, num_steps=12, progress=False)
     assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
     batch, found = tiny.collate(tiny.examples(4)), []
@@ -35,17 +36,6 @@ def test_a_method_trains_and_predicts(name):
     assert found[0].isfinite().all()
     assert found[0].shape == (draws or 1, 4, 3)
     assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_says_where_it_comes_from(name):
-    known = METHODS[name]
-    assert known.name == name
-    assert "arXiv:" in known.citation
-    assert known.summary
-    assert known.prior_of(3).rank == 3
-    ours = name in ("fisher", "bayesian-lora", "mean-field", "map")
-    assert known.scale == ("learned" if ours else "fixed")
 
 
 def test_a_prior_has_the_rates_of_the_method_it_is_of(tmp_path):
@@ -119,8 +109,6 @@ def test_lora_is_peft_s():
 
 
 def test_pairs_are_methods_too():
-    assert repr(get_method("Subspace+FullRank").prior_of(4)) == "Subspace(rank=4)"
-    assert isinstance(get_method("Subspace+FullRank").guide_of(), guides.FullRank)
     for prior in tiny.priors():
         for family in tiny.families():
             pair = get_method(f"{prior}+{family}")
@@ -133,7 +121,6 @@ def test_pairs_are_methods_too():
     [
         ("blobb", "method 'blobb' is unknown; .*blob.*KroneckerInducing"),
         ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
-        ("Subspace+Deltas", "guide 'Deltas' is unknown; .*Delta"),
         ("temperature", "no prior beside a guide .*compare"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],

@@ -8,7 +8,6 @@ import torch
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import (
-    CRITERIA,
     auroc,
     confidence_bins,
     ece_by_chance,
@@ -79,11 +78,10 @@ def test_ece_by_chance_is_the_mean_over_all_that_a_calibrated_classifier_may_sho
     assert ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
 
 
-def synthetic(temperature, n=4000, k=4, seed=0):
+def synthetic(temperature, n, k=4):
     """Logits that are right at ``temperature``: labels are drawn from softmax(logits / T)."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = 2 * torch.randn(n, k, generator=generator)
-    labels = torch.multinomial(truth.softmax(-1), 1, generator=generator).squeeze(1)
+    truth = 2 * torch.randn(n, k)
+    labels = torch.multinomial(truth.softmax(-1), 1).squeeze(1)
     return temperature * truth, labels
 
 
@@ -91,25 +89,15 @@ def nll(logits, labels, temperature):
     return float(torch.nn.functional.cross_entropy(logits.double() / temperature, labels))
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.3, 1.0, 4.0, 60.0])
-def test_finds_a_known_temperature(temperature):
-    logits, labels = synthetic(temperature)
-    # 4,000 items: the relative standard error is about 0.03
-    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.1)
-    # Scaling logits scales T
-    base = fit_temperature(synthetic(1.0)[0], labels)
-    assert fit_temperature(logits, labels) == pytest.approx(temperature * base, rel=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_beats_a_grid(seed):
-    logits, labels = synthetic(2.5, n=100, seed=seed)
-    best = nll(logits, labels, fit_temperature(logits, labels))
+@pytest.mark.parametrize("temperature", [0.02, 0.3, 1.0, 2.5, 60.0])
+def test_beats_a_grid(temperature):
+    logits, labels = synthetic(temperature, n=100)
+    found = fit_temperature(logits, labels)
     grid = torch.logspace(-2, 2, 2001, dtype=torch.float64)
     values = [nll(logits, labels, t) for t in grid]
-    assert best <= min(values) + 1e-12
-    at = float(grid[values.index(min(values))])
-    assert fit_temperature(logits, labels) == pytest.approx(at, rel=5e-3)
+    assert nll(logits, labels, found) <= min(values) + 1e-12
+    assert found == pytest.approx(float(grid[values.index(min(values))]), rel=5e-3)
+    assert found == pytest.approx(temperature, rel=0.5)  # of 100 items
 
 
 def test_bounds_and_where_every_temperature_is_as_good():
@@ -125,16 +113,13 @@ def test_bounds_and_where_every_temperature_is_as_good():
     assert fit_temperature(logits, labels) == pytest.approx(0.01)
 
 
-def random(samples=5, items=60, choices=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(samples, items, choices, generator=generator)
-    return Prediction((2 * logits).softmax(-1))
+def random(samples=5):
+    return Prediction((2 * torch.randn(samples, 60, 3)).softmax(-1))
 
 
 def test_risk_at_every_threshold_by_counting():
-    generator = torch.Generator().manual_seed(0)
-    doubt = torch.randint(8, (40,), generator=generator).float()  # with many ties
-    wrong = torch.rand(40, generator=generator) < 0.4
+    doubt = torch.randint(8, (40,)).float()  # with many ties
+    wrong = torch.rand(40) < 0.4
     coverage, risk, area = risk_coverage(doubt, wrong)
     by_hand = [(doubt <= t) for t in sorted(set(doubt.tolist()))]
     assert coverage.tolist() == pytest.approx([float(kept.float().mean()) for kept in by_hand])
@@ -159,11 +144,8 @@ def test_ranks_are_those_of_the_scores():
     for by in ("mutual_information", "entropy"):
         scores = getattr(p, by).tolist()
         assert rank(p, by).tolist() == sorted(range(60), key=lambda i: -scores[i])
-    orders = {by: tuple(rank(p, by).tolist()) for by in CRITERIA}
-    assert len(set(orders.values())) == 3
-    assert sorted(orders["random"]) == list(range(60))
-    assert orders["random"] == tuple(rank(p, "random", seed=0).tolist())
-    assert orders["random"] != tuple(rank(p, "random", seed=1).tolist())
+    first, again, other = (rank(p, "random", seed=seed).tolist() for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(first) == list(range(60))
     with pytest.raises(ConfigurationError, match="single draw"):
         rank(random(samples=1))
-    assert len(rank(random(samples=1), "entropy")) == 60

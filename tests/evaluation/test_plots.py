@@ -18,13 +18,13 @@ from pyro_blora.evaluation.plots import (
 from pyro_blora.posterior.prediction import Prediction
 
 
+def random(samples=5, items=60, choices=3):
+    return Prediction((2 * torch.randn(samples, items, choices)).softmax(-1))
+
+
 def results(methods):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(4, (200,), generator=generator)
-    return {
-        f"method {i}": ((2 * torch.randn(200, 4, generator=generator)).softmax(-1), labels)
-        for i in range(methods)
-    }
+    labels = torch.randint(4, (200,))
+    return {f"method {i}": (random(1, 200, 4).probs, labels) for i in range(methods)}
 
 
 @pytest.mark.parametrize("num_bins", [1, 10, 15])
@@ -44,9 +44,8 @@ def test_draws_the_bins_and_the_scores(num_bins):
     assert sum(share.get_height() for share in shares) == pytest.approx(1)
     assert (acc, ece) == pytest.approx((metrics.acc, metrics.ece), abs=1e-6)
     confidence = float(pairs["method 0"][0].amax(-1).mean())
-    assert [line.get_xdata()[0] for line in bottom.lines] == pytest.approx(
-        [metrics.acc, confidence], abs=1e-6
-    )
+    lines = [line.get_xdata()[0] for line in bottom.lines]
+    assert lines == pytest.approx([metrics.acc, confidence], abs=1e-6)
     assert f"ECE {100 * metrics.ece:.1f} %" in top.get_title()
     assert f"NLL {metrics.nll:.3f}" in top.get_title()
 
@@ -62,12 +61,6 @@ def test_saves_shows_and_leaves_global_state_alone(tmp_path):
         assert (tmp_path / f"figure.{suffix}").stat().st_size > 1000
     assert dict(mpl.rcParams) == before
     assert pyplot.get_fignums() == figures
-
-
-def random(samples=5, items=60, choices=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(samples, items, choices, generator=generator)
-    return Prediction((2 * logits).softmax(-1))
 
 
 def test_the_risk_coverage_picture_has_a_line_for_each_doubt():
@@ -91,7 +84,7 @@ def test_the_risk_coverage_picture_has_a_line_for_each_doubt():
 
 @pytest.mark.parametrize("samples", [1, 5])
 def test_the_ood_picture_shows_all_items_of_both(samples):
-    inside, outside = random(samples), random(samples, items=40, choices=4, seed=1)
+    inside, outside = random(samples), random(samples, items=40, choices=4)
     figure = ood_diagram(inside, outside, ("known", "foreign"))
     for ax, name in zip(figure.axes, ("entropy", "mutual_information"), strict=True):
         score = auroc(getattr(inside, name), getattr(outside, name))

@@ -15,26 +15,18 @@ def random(samples=5, items=7, choices=4):
 
 
 def test_by_hand():
-    samples = torch.tensor([[[1, 0], [0.5, 0.5]], [[0, 1], [0.5, 0.5]]], dtype=torch.float64)
+    samples = torch.tensor([[[1, 0], [0.25, 0.75]], [[0, 1], [0.25, 0.75]]], dtype=torch.float64)
     p = Prediction(samples)
-    log2 = math.log(2)
-    assert p.probs.tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    assert p.entropy.tolist() == pytest.approx([log2, log2])
-    assert p.expected_entropy.tolist() == pytest.approx([0, log2])
+    log2, h = math.log(2), math.log(4) - 0.75 * math.log(3)
+    assert p.probs.tolist() == [[0.5, 0.5], [0.25, 0.75]]
+    assert p.entropy.tolist() == pytest.approx([log2, h])
+    assert p.expected_entropy.tolist() == pytest.approx([0, h])
     assert p.mutual_information.tolist() == pytest.approx([log2, 0])
-    assert p.confidence.tolist() == [0.5, 0.5]
+    assert p.confidence.tolist() == [0.5, 0.75]
+    assert int(p.predictions[1]) == 1
     assert (p.num_samples, len(p)) == (2, 2)
-
-
-def test_decomposition_and_bounds():
-    p = random()
-    assert p.probs.shape == (7, 4)
-    torch.testing.assert_close(p.entropy, p.expected_entropy + p.mutual_information)
-    assert (p.entropy <= math.log(4)).all()
-    assert (p.mutual_information > 0).all()
-    assert (p.probs.gather(1, p.predictions[:, None])[:, 0] == p.confidence).all()
     alike = Prediction(random(samples=1, items=200).samples.float().expand(3, -1, -1))
-    assert (alike.mutual_information >= 0).all()
+    assert (alike.mutual_information >= 0).all()  # whatever is rounded
     assert alike.mutual_information.max() < 1e-5
 
 

@@ -15,7 +15,6 @@ from pyro_blora import guides, likelihoods
 from pyro_blora.errors import ConfigurationError
 
 S, NEW = 3, 5
-NETS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "qwen2": tiny.qwen2}
 
 
 def adapter(net=None, width=0.4, **options):
@@ -26,10 +25,10 @@ def adapter(net=None, width=0.4, **options):
     return blora
 
 
-@pytest.fixture(scope="module", params=NETS)
+@pytest.fixture(scope="module", params=[tiny.llama, tiny.gpt2, tiny.qwen2])
 def blora(request):
     torch.manual_seed(0)
-    return adapter(NETS[request.param]())
+    return adapter(request.param())
 
 
 def prompts(rows=2, padded=0):
@@ -56,6 +55,7 @@ def both(blora, batch, **options):
 
 DECODING = {
     "greedy": {},
+    "no cache": {"use_cache": False},
     "a static cache": {"cache_implementation": "static"},
     "several": {"do_sample": True, "num_return_sequences": 3},
     "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.8},
@@ -74,56 +74,30 @@ def test_tokens_are_those_of_the_average(blora, decoding):
     assert torch.equal(found.sequences, expected)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_numbers_are_those_of_a_loop_by_hand(blora, use_cache):
-    batch = prompts(padded=2)
-    torch.manual_seed(5)
-    nets = merged(blora, S, batch)
-    torch.manual_seed(5)
-    found = blora.generate(
-        **batch, num_samples=S, max_new_tokens=NEW, use_cache=use_cache, eos_token_id=None
-    )
-    for row, ids in enumerate(batch["input_ids"]):
-        ids = ids[batch["attention_mask"][row].bool()]
-        numbers = []
-        for _ in range(NEW):
-            p = torch.stack([net(ids[None], use_cache=False).logits[0, -1] for net in nets])
-            p = p.softmax(-1)
-            mean = p.mean(0)
-            token = mean.argmax()
-            own = -(p * p.log()).sum(-1).mean()
-            entropy = -(mean * mean.log()).sum()
-            differ = (p.argmax(-1) != token).double().mean()
-            numbers.append([mean[token].log(), entropy, entropy - own, differ])
-            ids = torch.cat([ids, token[None]])
-        assert torch.equal(found.sequences[row, 6:], ids[-NEW:])
-        names = ("log_probs", "entropy", "mutual_information", "disagreement")
-        given = torch.stack([found[name][row] for name in names], -1)
-        expected = torch.tensor(numbers).to(given)
-        torch.testing.assert_close(given, expected, atol=2e-5, rtol=1e-4)
-        assert given[:, 2].max() > 1e-4  # the draws do differ
-        torch.testing.assert_close(found.mean_log_prob[row], expected[:, 0].mean())
-        torch.testing.assert_close(
-            found.epistemic[row], expected[:, 2].mean(), atol=1e-5, rtol=1e-4
-        )
+NUMBERS = ("log_probs", "entropy", "mutual_information", "disagreement")
 
 
-def test_of_beams_each_token_has_the_numbers_of_its_own_row(blora):
-    """Those of the final sequence, run again from its start."""
-    batch = prompts()
-    found, _, judge = both(blora, batch, num_beams=3, num_return_sequences=2, eos_token_id=None)
+@pytest.mark.parametrize("decoding", ["greedy", "no cache", "beams"])
+def test_each_token_has_the_numbers_of_its_own_row(blora, decoding):
+    """Those of the final sequence, run again from its start: of beams, whichever they were in."""
+    batch, options = prompts(padded=2), DECODING[decoding]
+    found, _, judge = both(blora, batch, **options, eos_token_id=None)
+    mask = torch.ones_like(found.sequences)
+    mask[:, :6] = batch["attention_mask"].repeat_interleave(len(mask) // 2, 0)
     judge.seen.clear()
     for end in range(6, 6 + NEW):
-        judge(found.sequences[:, :end])
+        judge(found.sequences[:, :end], mask[:, :end])
     p = torch.stack(judge.seen, 2)  # S x N x T x V
-    tokens = found.sequences[:, 6:, None]
-    torch.testing.assert_close(
-        found.log_probs.double(), p.mean(0).gather(-1, tokens)[..., 0].log(), atol=2e-5, rtol=1e-4
-    )
-    total = -torch.special.xlogy(p.mean(0), p.mean(0)).sum(-1)
-    own = -torch.special.xlogy(p, p).sum(-1).mean(0)
-    torch.testing.assert_close(found.entropy.double(), total, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(found.mutual_information.double(), total - own, atol=2e-5, rtol=0)
+    mean = p.mean(0)
+    log_probs = mean.gather(-1, found.sequences[:, 6:, None])[..., 0].log()
+    entropy, own = (-torch.special.xlogy(q, q).sum(-1) for q in (mean, p))
+    differ = (p.argmax(-1) != mean.argmax(-1)).double().mean(0)
+    numbers = torch.stack([log_probs, entropy, entropy - own.mean(0), differ])
+    given = torch.stack([found[name] for name in NUMBERS]).double()
+    torch.testing.assert_close(given, numbers, atol=2e-5, rtol=1e-4)
+    assert given[2].amax(-1).min() > 1e-4  # the draws do differ
+    whole = torch.stack([found.mean_log_prob, found.epistemic]).double()
+    torch.testing.assert_close(whole, numbers[[0, 2]].mean(-1), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +121,7 @@ def test_an_amortised_guide_has_draws_for_each_prompt():
     """Alone or beside another, a prompt's mean is the same; its draws see its own context."""
     blora = adapter(guide=guides.Amortized())
     batch = prompts(3)
-    whole = blora.generate(**batch, num_samples=0, max_new_tokens=NEW, num_return_sequences=1)
+    whole = blora.generate(**batch, num_samples=0, max_new_tokens=NEW)
     for row in range(3):
         one = {name: value[row : row + 1] for name, value in batch.items()}
         alone = blora.generate(**one, num_samples=0, max_new_tokens=NEW)
@@ -174,24 +148,17 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+ENDLESS = {"max_new_tokens": NEW, "eos_token_id": 31, "pad_token_id": 0}
 # How rows may be told to end with a token; none ever picks the end of a text, if that is another
 ENDS = {
     "an end of text": lambda end: {"eos_token_id": end},
     "an end of text that fills, too": lambda end: {"eos_token_id": end, "pad_token_id": end},
     "words of a configuration": lambda end: {
-        "generation_config": GenerationConfig(
-            stop_strings=[string.ascii_letters[end]],
-            max_new_tokens=NEW,
-            eos_token_id=31,
-            pad_token_id=0,
-        ),
+        "generation_config": GenerationConfig(stop_strings=[string.ascii_letters[end]], **ENDLESS),
         "tokenizer": letters(),
     },
     "a criterion": lambda end: {"stopping_criteria": [At(end)]},
-    "a criterion, and no end of text": lambda end: {
-        "stopping_criteria": [At(end)],
-        "eos_token_id": None,
-    },
+    "a criterion, and no end": lambda end: {"stopping_criteria": [At(end)], "eos_token_id": None},
 }
 SURE = {"do_sample": True, "top_k": 1}  # samples, and yet gives the same in any batch
 
@@ -206,12 +173,11 @@ SURE = {"do_sample": True, "top_k": 1}  # samples, and yet gives the same in any
 def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
     """Each row has those that the network alone gives to it as far as it goes on alone."""
     blora, batch = adapter(), prompts(4)
-    common = {"max_new_tokens": NEW, "eos_token_id": 31, "pad_token_id": 0}
     with blora.posterior() as net:
-        free = net.generate(**batch, **common)[:, 6:]
+        free = net.generate(**batch, **ENDLESS)[:, 6:]
     options = ENDS[ends](int(free[0, 1]))
     if "generation_config" not in options:
-        options = {**common, **options}
+        options = {**ENDLESS, **options}
     found = blora.generate(**batch, num_samples=0, **decoding, **options)
     lengths = []
     for row, prompt in enumerate(batch["input_ids"]):
@@ -230,12 +196,12 @@ def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
 def test_a_sequence_abstains_above_the_threshold():
     blora = adapter(width=1.0)
     torch.manual_seed(0)
-    free = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW)
+    options = {**prompts(), "num_samples": S, "max_new_tokens": NEW}
+    free = blora.generate(**options)
     assert not free.abstained.any()
     torch.manual_seed(0)
-    between = float(free.epistemic.mean())
-    out = blora.generate(**prompts(), num_samples=S, max_new_tokens=NEW, abstain_above=between)
-    assert torch.equal(out.abstained, free.epistemic > between)
+    out = blora.generate(**options, abstain_above=float(free.epistemic.mean()))
+    assert torch.equal(out.abstained, free.epistemic > free.epistemic.mean())
     assert out.abstained.sum() == 1
     assert torch.equal(out.sequences, free.sequences)
 
@@ -285,10 +251,3 @@ def test_what_cannot_be_is_refused(message):
     with pytest.raises(ConfigurationError, match=message) as error:
         blora.generate(**{**prompts(), **REFUSED[message]})
     assert "\n" not in str(error.value)
-
-
-def test_a_classifier_generates_nothing():
-    likelihood = likelihoods.SequenceClassification(num_data=3)
-    blora = tiny.adapted(tiny.bert(), target_modules=None, likelihood=likelihood)
-    with pytest.raises(ConfigurationError, match="BertForSequenceClassification is no causal"):
-        blora.generate(**prompts())

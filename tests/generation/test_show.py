@@ -97,9 +97,6 @@ def test_answers_belong_to_their_prompts():
     assert [each.prompt for each in found] == ["a", "a", "b", "b"]
 
 
-TEXT = [piece(f" word{level}", level, entropy=4.0 - level) for level in range(5)]
-
-
 def test_a_page_escapes_what_it_shows():
     html = page([answer(piece(ATTACK), prompt=ATTACK)], title=ATTACK, subtitle=ATTACK)
     assert html.count("<script") == 1
@@ -115,8 +112,8 @@ def test_a_page_in_chromium(tmp_path):
     if program is None:
         pytest.skip("no Chromium is installed")
     file, faults = tmp_path / "page.html", []
-    shown = answer(*TEXT, piece(ATTACK), prompt=ATTACK)
-    file.write_text(page([shown]), encoding="utf-8")
+    text = [piece(f" word{level}", level, entropy=4.0 - level) for level in range(5)]
+    file.write_text(page([answer(*text, piece(ATTACK), prompt=ATTACK)]), encoding="utf-8")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         view = browser.new_page(viewport={"width": 360, "height": 600})

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Isotropic, Laplace, MeanField
 from pyro_blora.guides.laplace import best_precision
 from pyro_blora.inference import finish
-from pyro_blora.inference.post_hoc import anchor_loss, scores
+from pyro_blora.inference.post_hoc import anchor_loss
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import KroneckerInducing
 
@@ -59,13 +59,6 @@ class Logistic:
         with torch.no_grad():
             V = self.family.distribution().sample((draws,)).reshape(draws, -1)
         return V.T.cov(), V.mean(0)
-
-
-def test_scores_add_up_to_the_gauss_newton_matrix():
-    toy = Logistic(Laplace())
-    (g,) = scores(toy.blora, toy.collate(toy.rows)).values()
-    g = g.flatten(-2).squeeze(2)  # B x C x k
-    torch.testing.assert_close(torch.einsum("bck,bcl->kl", g, g), toy.gauss_newton())
 
 
 def test_diagonal_laplace_is_the_dense_one():
@@ -181,11 +174,6 @@ def test_fit_finishes_and_the_width_travels(family):
 def test_what_cannot_be_finished_is_refused():
     with pytest.raises(ConfigurationError, match=r"\(Laplace, Isotropic\), not for Mean"):
         finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
-    blora = tiny.adapted(guide=Laplace())
-    with pytest.raises(BatchError, match="data set is empty"):
-        finish(blora, [], collate=tiny.collate)
-    with pytest.raises(ConfigurationError, match="pass collate="):
-        finish(blora, [(1, 2)])
     with pytest.raises(ConfigurationError, match=r"not one of \('kron', 'diag'\)"):
         Laplace(structure="full")
     with pytest.raises(ConfigurationError, match="threshold=0 must be positive"):

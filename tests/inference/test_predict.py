@@ -27,28 +27,6 @@ def moved(**options):
     return blora
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 5])
-@pytest.mark.parametrize(
-    ("build", "likelihood", "batch"),
-    [
-        (tiny.llama, None, tiny.sequences(4)),
-        (tiny.llama, MultipleChoice(), tiny.choices(4)),
-        (tiny.gpt2, MultipleChoice(pack=False), tiny.choices(4)),
-        (tiny.bert, SequenceClassification(), tiny.sequences(4)),
-    ],
-)
-def test_shapes(build, likelihood, batch, num_samples):
-    options = {} if likelihood is None else {"likelihood": tiny.anew(likelihood)}
-    blora = tiny.adapted(build(), target_modules=None, **options)
-    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-    for given in (batch, unlabelled):
-        prediction = blora.predict(given, num_samples)
-        assert prediction.samples.shape == (max(num_samples, 1), 4, 3)
-        assert prediction.probs.shape == (4, 3)
-        assert not prediction.samples.requires_grad
-        torch.testing.assert_close(prediction.samples.sum(-1), torch.ones(max(num_samples, 1), 4))
-
-
 def test_no_samples_is_the_network_at_the_posterior_mean():
     blora, batch = moved(), tiny.sequences()
     with torch.no_grad(), blora.posterior(0) as net:
@@ -86,23 +64,12 @@ def test_one_draw_is_held():
     assert not torch.allclose(*found, atol=1e-3)
 
 
-@pytest.mark.parametrize("max_rows", [1, 4, 8, 11, 100])
-def test_max_rows_changes_neither_shape_nor_value(max_rows):
-    """A collapsed posterior, so that every draw is the mean."""
-    blora, batch = tiny.asked(moved(guide=MeanField(init_scale=1e-7))), tiny.sequences(4)
-    sizes = []
-    blora.net.register_forward_pre_hook(
-        lambda net, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    samples = blora.predict(batch, 5, max_rows=max_rows).samples
-    assert max(sizes) <= max(max_rows, 4)  # a draw sees the whole batch
-    assert sum(sizes) == 5 * 4
-    torch.testing.assert_close(
-        samples, blora.predict(batch, 0).samples.expand(5, -1, -1), atol=1e-5, rtol=0
-    )
-
-
-def test_a_pass_on_a_cpu_is_small():
+@pytest.mark.parametrize(
+    ("draws", "max_rows", "expected"),
+    [(20, None, [64, 16]), (5, 1, [4] * 5), (5, 8, [8, 8, 4]), (5, 11, [8, 8, 4]), (5, 100, [20])],
+)
+def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
+    """And few of them on a CPU; a draw sees the whole batch."""
     batch = tiny.sequences(4, 16)
     blora, sizes = tiny.asked(tiny.adapted()), []
     assert rows_of_a_pass(blora.model, batch) == 64
@@ -110,8 +77,8 @@ def test_a_pass_on_a_cpu_is_small():
     blora.net.register_forward_pre_hook(
         lambda net, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    assert blora.predict(batch, 20).samples.shape == (20, 4, 3)
-    assert sizes == [64, 16]
+    assert blora.predict(batch, draws, max_rows=max_rows).samples.shape == (draws, 4, 3)
+    assert sizes == expected
 
 
 def test_a_pass_of_packed_options_is_counted_by_the_tokens_that_it_runs():
@@ -208,19 +175,27 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
 @pytest.mark.parametrize("num_samples", [0, 5])
 @pytest.mark.parametrize("max_rows", [4, 100])
 @pytest.mark.parametrize(
-    ("likelihood", "batch"),
+    ("build", "likelihood", "batch"),
     [
-        (LabelTokens(token_ids=tiny.ANSWERS), tiny.sequences(4)),
-        (MultipleChoice(), tiny.choices(4)),
+        (tiny.llama, LabelTokens(token_ids=tiny.ANSWERS), tiny.sequences(4)),
+        (tiny.llama, MultipleChoice(), tiny.choices(4)),
+        (tiny.gpt2, MultipleChoice(pack=False), tiny.choices(4)),
+        (tiny.bert, SequenceClassification(), tiny.sequences(4)),
     ],
 )
-def test_log_predictive_is_that_of_the_mean_probability(likelihood, batch, num_samples, max_rows):
-    blora = moved(likelihood=tiny.anew(likelihood))
+def test_log_predictive_is_that_of_the_mean_probability(
+    build, likelihood, batch, num_samples, max_rows
+):
+    """Of probabilities that no label is needed for."""
+    blora = moved(net=build(), target_modules=None, likelihood=tiny.anew(likelihood))
+    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
     torch.manual_seed(0)
-    probs = blora.predict(batch, num_samples, max_rows=max_rows).probs
+    prediction = blora.predict(unlabelled, num_samples, max_rows=max_rows)
+    assert prediction.samples.shape == (max(num_samples, 1), 4, 3)
+    assert not prediction.samples.requires_grad
     torch.manual_seed(0)
     found = blora.log_predictive(batch, num_samples, max_rows=max_rows)
-    expected = probs.gather(-1, batch["labels"][:, None])[:, 0].log()
+    expected = prediction.probs.gather(-1, batch["labels"][:, None])[:, 0].log()
     torch.testing.assert_close(found, expected)
 
 
