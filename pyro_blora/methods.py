@@ -222,6 +222,10 @@ SHOWN = {
         "another method's log-probabilities scaled on validation items: temperature:NAME",
         "Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599",
     ),
+    "distilled": (
+        "one pass at another method's mean, its temperature from the draws: distilled:NAME",
+        "this library; after Vejendla et al. 2025, arXiv:2505.11731",
+    ),
 }
 
 
@@ -285,14 +289,17 @@ def method_of(prior: Any, guide: Any = None) -> Method:
 
 
 def trained_for(name: str) -> str:
-    """What is trained for a method of a comparison: itself, or what its temperature scales."""
-    name = name.removeprefix("temperature:")
+    """What is trained for a method of a comparison: itself, or what has its temperature."""
+    name = name.removeprefix("temperature:").removeprefix("distilled:")
     return "lora" if name in SHOWN else name
 
 
 def check_method(name: str) -> None:
     """Raises ConfigurationError where a comparison has no such method."""
-    get_method(trained_for(name))
+    if get_method(trained_for(name)).num_samples == 0 and name.startswith("distilled"):
+        raise ConfigurationError(
+            f"{name} must be of a method that has draws, got a point; compare {trained_for(name)}."
+        )
 
 
 def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:

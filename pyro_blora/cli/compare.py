@@ -22,7 +22,7 @@ def run(
         typer.Option(
             help=f"Comma-separated: {', '.join((*METHODS, BEST))}; pairs "
             "such as Subspace+FullRank or my_module:MyPrior+MeanField; temperature:NAME for any of "
-            "them ('temperature': of lora)."
+            "them ('temperature': of lora), distilled:NAME for those that have draws."
         ),
     ] = "lora,lora-best,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",

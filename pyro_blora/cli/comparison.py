@@ -148,7 +148,12 @@ class _Run:
                 )
             draws = settings["num_samples"] if made.num_samples is None else made.num_samples
             predict = partial(blora.predict, num_samples=draws)
-            for names in ([name for name in shown if name not in best], best):
+            short = [name for name in shown if name.startswith("distilled:")]
+            last = [name for name in shown if name not in (*best, *short)]
+            for names in (last, short, best):
+                if names is short and names:
+                    blora.distill(self.task.train, self.collate, length=item_length)
+                    predict = partial(blora.predict, num_samples=0)
                 if names is best and fitted.best_state is not None:
                     blora.load_state_dict(fitted.best_state)
                 if names:
