@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -90,17 +91,12 @@ def test_info_lists_methods_and_breaks_no_word_in_80_columns(run):
 def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
     import huggingface_hub
 
-    asked = []
-
-    def metadata(url):
-        asked.append(url)
-        raise ConnectionError("no such host")
-
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    asked = Mock(side_effect=ConnectionError("no such host"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match=r"no folder .*no such host.*smollm2"):
         load("some/nme")
-    assert len(asked) == 1
+    asked.assert_called_once()
 
 
 @pytest.mark.parametrize(
@@ -118,13 +114,10 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
         ("compare", {"model": "/nowhere/at/all"}, ["/nowhere/at/all", "smollm2"]),
         ("compare", {"out": "/proc/nowhere"}, ["/proc/nowhere"]),
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
-        ("train", {"rank": 64}, ["rank=64", "q_proj"]),
-        ("train", {"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
         ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
         ("evaluate", {"adapter": "adapter", "task": "words"}, ["give --model"]),
-        ("evaluate", {"adapter": "adapter", "task": "words", "ood": "wods"}, ["mean 'words'"]),
         ("rank", {"adapter": "adapter", "out": "x", "task": "words", "pool": "no"}, ["no is miss"]),
     ],
 )
