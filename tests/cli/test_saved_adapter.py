@@ -73,11 +73,10 @@ def test_evaluate_linearised_is_near_the_draws_and_not_the_same(run, adapter, tm
     assert nlls[0] == pytest.approx(nlls[1], rel=0.1)
 
 
-@pytest.mark.parametrize("scale", ["learned", "fixed"])
-def test_evaluate_scores_options_as_the_adapter_does(run, model_dir, data_dir, tmp_path, scale):
+def test_evaluate_scores_options_as_the_adapter_does(run, model_dir, data_dir, tmp_path):
     net, tokenizer = load_pretrained(str(model_dir))
     task = load_task("lengths", data_dir=data_dir)
-    likelihood = likelihoods.MultipleChoice(num_data=len(task.train), scale=scale)
+    likelihood = likelihoods.MultipleChoice(num_data=len(task.train), score="sum")
     blora = BayesianLoRA(net, rank=2, likelihood=likelihood)
     with torch.no_grad():
         for parameter in blora.likelihood.parameters():
