@@ -114,6 +114,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
         ("compare", {"model": "/nowhere/at/all"}, ["/nowhere/at/all", "smollm2"]),
         ("compare", {"out": "/proc/nowhere"}, ["/proc/nowhere"]),
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
+        ("train", {"rank": 64}, ["rank=64", "q_proj"]),
         ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
