@@ -5,6 +5,7 @@ import inspect
 import pyro
 import torch
 import transformers as hf
+from torch.nn.utils.rnn import pad_sequence
 
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.likelihoods import LabelTokens
@@ -133,11 +134,10 @@ def examples(count=10, *, seed=0):
 
 def collate(rows):
     """Right-padded batches of ``examples``."""
-    ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    ids = [row["input_ids"] for row in rows]
     return {
-        "input_ids": ids,
-        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": torch.tensor([row["label"] for row in rows]),
         "index": torch.tensor([row["index"] for row in rows]),
     }

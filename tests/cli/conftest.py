@@ -24,12 +24,6 @@ def items(count, start):
 
 
 @pytest.fixture(scope="session")
-def word_items():
-    """:func:`items`."""
-    return items
-
-
-@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A tiny random Llama and its tokenizer, saved as a hub folder is."""
     folder = tmp_path_factory.mktemp("model")
@@ -42,49 +36,56 @@ def model_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-    """A folder with one task, ``words``."""
-    folder = tmp_path / "data" / "words"
-    folder.mkdir(parents=True)
-    for split, count, start in (("train", 40, 0), ("test", 21, 100)):
-        lines = "".join(json.dumps(item) + "\n" for item in items(count, start))
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    return folder.parent
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with the task ``words``, and others: more words, options of unequal lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    tests = {"words": items(21, 100), "others": items(12, 300), "lengths": items(21, 100)}
+    for item in tests["lengths"]:  # of one, two and three tokens
+        item["choices"] = [" ".join([word] * k) for k, word in enumerate(item["choices"], 1)]
+    for task, made in tests.items():
+        (folder / task).mkdir()
+        for split, part in (("train", items(40, 0)), ("test", made)):
+            lines = "".join(json.dumps(item) + "\n" for item in part)
+            (folder / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command line; gives the exit code, stdout and stderr."""
+    """Runs the command line, whose exit code is one of ``codes``; gives stdout and stderr."""
 
-    def run(*arguments, columns=160):
+    def run(*arguments, codes=(0,), columns=160):
         monkeypatch.setattr(sys, "argv", ["pyro-blora", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", str(columns))
         try:
             cli.main()
             code = 0
         except SystemExit as stop:
-            code = stop.code
+            code = stop.code or 0
         out, err = capsys.readouterr()
-        return code or 0, out, err
+        assert code in codes, err
+        return out, err
 
     return run
 
 
-OWN = """
-from own_classes import Plain, Spread
+@pytest.fixture
+def run_words(run, model_dir, data_dir):
+    """The same for what trains: ``COMMAND OUT ...`` on the task ``words``."""
 
-class Needs(Plain):
-    def __init__(self, what):
-        super().__init__()
-        self.what = what
-"""
+    def run_words(command, out, *options, **expected):
+        words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--out", out]
+        return run(command, *words, *options, **expected)
+
+    return run_words
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """The current folder has a module ``mine`` with a prior and a guide."""
-    (tmp_path / "mine.py").write_text(OWN)
+    classes = "from own_classes import Plain, Spread\nclass Needs(Plain):\n"
+    (tmp_path / "mine.py").write_text(f"{classes}    def __init__(self, what): pass\n")
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("mine", None)

@@ -8,19 +8,14 @@ from safetensors.torch import load_file
 from pyro_blora.cli import comparison
 from pyro_blora.network import precision, pretrained
 
-ROW = {"method", "seed", "acc", "ece", "nll", "brier", "n_test", "train_seconds"}
-ROW |= {"trainable_parameters"}
-
 
 @pytest.fixture
-def compare(run, model_dir, data_dir):
+def compare(run_words):
     """Runs ``compare`` on the task ``words``; what it says, and what results.json has."""
 
-    def compare(out, methods, *options):
-        words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
-        code, text, err = run("compare", *words, "--methods", methods, "--out", out, *options)
-        assert code == 0, err
-        return text, json.loads((out / "results.json").read_text())
+    def compare(out, methods, *options, **expected):
+        said = run_words("compare", out, "--methods", methods, *options, **expected)
+        return "".join(said), json.loads((out / "results.json").read_text())
 
     return compare
 
@@ -35,8 +30,10 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert {(r["method"], r["seed"]) for r in results["rows"]} == {
         (m, s) for m in methods.split(",") for s in (0, 1)
     }
+    scores = {"acc", "ece", "nll", "brier"}
     for row in results["rows"]:
-        assert set(row) == ROW
+        told = {"method", "seed", *scores, "n_test", "train_seconds", "trainable_parameters"}
+        assert set(row) == told
         assert row["n_test"] == 21  # no example dropped
         assert row["train_seconds"] > 0
     by = {(r["method"], r["seed"]): r for r in results["rows"]}
@@ -53,11 +50,8 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert "±" in text
 
 
-def test_an_interrupted_comparison_goes_on_from_there(
-    compare, run, model_dir, data_dir, tmp_path, monkeypatch
-):
+def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):
     methods, options = "lora,temperature,map,tfb", ["--seeds", 0, "--max-steps", 2]
-    words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir]
     whole, out = tmp_path / "whole", tmp_path / "out"
     _, expected = compare(whole, methods, *options)
     fit = comparison.fit
@@ -68,8 +62,7 @@ def test_an_interrupted_comparison_goes_on_from_there(
         return fit(blora, *args, **options)
 
     monkeypatch.setattr(comparison, "fit", stopped)  # while the second method is trained
-    assert run("compare", *words, "--methods", methods, "--out", out, *options)[0] not in (0, 2)
-    kept = json.loads((out / "results.json").read_text())["rows"]
+    kept = compare(out, methods, *options, codes=(1, 130))[1]["rows"]
     assert [row["method"] for row in kept] == ["lora", "temperature"]
 
     monkeypatch.setattr(comparison, "fit", fit)
@@ -87,29 +80,22 @@ def test_an_interrupted_comparison_goes_on_from_there(
     monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("it was read"))
     text, _ = compare(out, methods, *options)
     assert "4 of 4 rows" in text
-    code, _, err = run(
-        "compare", *words, "--methods", methods, "--out", out, *options, "--max-train", 20
-    )
-    assert code == 2
-    assert "made with another max_train" in err
-    assert json.loads((out / "results.json").read_text()) == found
+    told, there = compare(out, methods, *options, "--max-train", 20, codes=(2,))
+    assert "made with another max_train" in told
+    assert there == found
 
 
+@pytest.mark.usefixtures("own_module")
 def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
-    out, short = tmp_path / "out", ["--max-steps", 2]
+    """And classes of one's own are known by their path."""
+    own = ["mine:Plain+MeanField", "temperature:Subspace+mine:Spread"]
+    out, short = tmp_path / "out", ["--max-steps", 2, "--rank", 3]
     _, first = compare(out, "map", "--seeds", "0", *short)
-    text, document = compare(out, "mean-field,map", "--seeds", "0,1", *short)
-    assert "1 of 4 rows" in text
+    text, document = compare(out, ",".join([*own, "map"]), "--seeds", "0,1", *short)
+    assert "1 of 6 rows" in text
     assert document["rows"][:1] == first["rows"]
-    assert document["settings"]["methods"] == ["map", "mean-field"]
+    assert document["settings"]["methods"] == ["map", *own]
     assert document["settings"]["seeds"] == [0, 1]
-    text, again = compare(out, "mean-field", "--seeds", "1", *short)  # fewer are shown, none lost
+    text, again = compare(out, own[0], "--seeds", "1", *short)  # fewer are shown, none lost
     assert not re.search(r"\bmap\b", text)
     assert again == document
-
-
-def test_classes_of_ones_own_by_their_path(compare, tmp_path, own_module):
-    methods = "mine:Plain+MeanField,temperature:Subspace+mine:Spread"
-    options = ["--seeds", 0, "--max-steps", 2, "--rank", 3]
-    _, results = compare(tmp_path / "out", methods, *options)
-    assert [row["method"] for row in results["rows"]] == methods.split(",")

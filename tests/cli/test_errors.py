@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -40,13 +41,12 @@ except SystemExit:
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "rank", "compare", "generate", "info"])
 def test_help_teaches(run, command):
-    code, text, _ = run(command, "--help", columns=400)
-    assert code == 0
+    text, _ = run(command, "--help", columns=400)
     assert "Example: pyro-blora" in text
     if command == "info":
         assert f"({', '.join(pretrained.SHAPES)})" in text
-    assert command in run()[1]  # no arguments show the commands
-    assert run("--version") == (0, f"pyro-blora {__version__}\n", "")
+    assert command in run(codes=(0, 2))[0]  # no arguments show the commands
+    assert run("--version") == (f"pyro-blora {__version__}\n", "")
 
 
 def test_every_name_is_found_and_nothing_but_the_result_is_said():
@@ -71,8 +71,7 @@ assert not hasattr(pyro_blora.data, "nothing")
 
 
 def test_info_counts_llama_2_7b_as_the_papers_do(run):
-    code, text, err = run("info", "--model", "llama-2-7b", "--rank", 8)
-    assert code == 0, err
+    text, _ = run("info", "--model", "llama-2-7b", "--rank", 8)
     # r (d_out + d_in): 64 projections of 4096 x 4096 and a head of 32000 x 4096.
     assert f"{8 * (64 * 8192 + 36096):,}" == "4,483,072"
     assert "4,483,072" in text
@@ -81,8 +80,7 @@ def test_info_counts_llama_2_7b_as_the_papers_do(run):
 
 
 def test_info_lists_methods_and_breaks_no_word_in_80_columns(run):
-    code, text, err = run("info", "--methods", columns=80)
-    assert code == 0, err
+    text, _ = run("info", "--methods", columns=80)
     assert max(map(len, text.splitlines())) <= 80
     words = set(text.split())
     for name, made in METHODS.items():
@@ -93,40 +91,12 @@ def test_info_lists_methods_and_breaks_no_word_in_80_columns(run):
 def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
     import huggingface_hub
 
-    asked = []
-
-    def metadata(url):
-        asked.append(url)
-        raise ConnectionError("no such host")
-
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    asked = Mock(side_effect=ConnectionError("no such host"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match=r"no folder .*no such host.*smollm2"):
         load("some/nme")
-    assert len(asked) == 1
-
-
-@pytest.fixture
-def refused(run, model_dir, data_dir, tmp_path):
-    """Runs a command, on the task ``words`` where it is not told another, that has to fail."""
-
-    def refused(command, told, **changes):
-        options = {"data_dir": data_dir}
-        if command in ("compare", "train"):
-            options |= {"task": "words", "model": model_dir, "max_steps": 1, "rank": 2}
-            options |= {"out": tmp_path / "out"}
-        if command == "compare":
-            options |= {"seeds": 0, "methods": "mean-field"}
-        options |= changes
-        named = {"--" + name.replace("_", "-"): value for name, value in options.items()}
-        code, _, err = run(command, *[part for pair in named.items() for part in pair])
-        assert code == 2
-        assert len(err.strip().splitlines()) == 1
-        assert [word for word in told if word not in err] == []
-        assert not (tmp_path / "out" / "results.json").exists()
-        assert not (tmp_path / "out" / "bayesian_lora_config.json").exists()
-
-    return refused
+    asked.assert_called_once()
 
 
 @pytest.mark.parametrize(
@@ -145,24 +115,21 @@ def refused(run, model_dir, data_dir, tmp_path):
         ("compare", {"out": "/proc/nowhere"}, ["/proc/nowhere"]),
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
         ("train", {"rank": 64}, ["rank=64", "q_proj"]),
-        ("train", {"target_modules": "q_prj"}, ["q_prj", "q_proj"]),
         ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
         ("evaluate", {"adapter": "adapter", "task": "words"}, ["give --model"]),
-        ("evaluate", {"adapter": "adapter", "task": "words", "ood": "wods"}, ["mean 'words'"]),
         ("rank", {"adapter": "adapter", "out": "x", "task": "words", "pool": "no"}, ["no is miss"]),
     ],
 )
-def test_a_mistake(refused, own_module, command, change, told):
-    tiny.adapted(tiny.llama()).save_pretrained("adapter")  # names neither a task nor a base
-    refused(command, told, **change)
-
-
-def test_a_malformed_line_and_a_missing_split_are_named(refused, data_dir):
-    (data_dir / "words" / "test.jsonl").unlink()
-    refused("compare", ["no split 'test'"])
-    path = data_dir / "words" / "train.jsonl"
-    good = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join([*good[:2], "not json", *good[2:]]) + "\n", encoding="utf-8")
-    refused("compare", ["train.jsonl, line 3"])
+@pytest.mark.usefixtures("own_module")
+def test_a_mistake(run, model_dir, data_dir, tmp_path, command, change, told):
+    tiny.adapted().save_pretrained("adapter")  # names neither a task nor a base
+    options = {"data_dir": data_dir}
+    if command in ("compare", "train"):
+        options |= {"task": "words", "model": model_dir, "max_steps": 1, "out": tmp_path / "out"}
+    named = {f"--{name.replace('_', '-')}": value for name, value in (options | change).items()}
+    _, err = run(command, *[part for pair in named.items() for part in pair], codes=(2,))
+    assert len(err.strip().splitlines()) == 1
+    assert [word for word in told if word not in err] == []
+    assert not list(tmp_path.glob("out/*.json"))

@@ -13,14 +13,8 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def build():
-    """The function that builds a tokenizer."""
+    """The function that builds a tokenizer, without special tokens if it is told of none."""
     return partial(build_tokenizer, SENTENCES)
-
-
-@pytest.fixture(scope="session")
-def plain(build):
-    """No special tokens at all."""
-    return build()
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ class TestLabelTokens:
             collate([COLOR])
 
     @pytest.mark.parametrize("second", [" unheard", " positive"])
-    def test_a_word_of_several_tokens_or_of_another_s(self, plain, second):
+    def test_a_word_of_several_tokens_or_of_another_s(self, build, second):
         template = Template("{q}", "labels", (" positive", second))
         with pytest.raises(DataError, match="expected exactly one of its own each"):
-            LabelTokensCollator(plain, template)
+            LabelTokensCollator(build(), template)

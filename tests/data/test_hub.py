@@ -1,5 +1,6 @@
 import sys
-from types import ModuleType
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -35,22 +36,15 @@ ITEMS = {
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for ``datasets``, whose ``load_dataset`` returns ``hub.records``."""
-    stand_in = ModuleType("datasets")
-    stand_in.records, stand_in.calls = [], []
-
-    def load_dataset(path, config, *, split, revision):
-        stand_in.calls.append((path, config, split, revision))
-        return stand_in.records
-
-    stand_in.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    return stand_in
+    """A stand-in for ``datasets.load_dataset``, whose ``return_value`` are the records."""
+    load_dataset = Mock(return_value=[])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return load_dataset
 
 
 @pytest.mark.parametrize("task", ITEMS)
 def test_converters(hub, task):
-    hub.records = [RECORDS[task]]
+    hub.return_value = [RECORDS[task]]
     assert read_hub(task, "test")[0] == Item(f"{task}-test-0", *ITEMS[task])
 
 
@@ -67,14 +61,15 @@ def test_converters(hub, task):
 def test_sources(hub, task, split, path, configs, theirs):
     assert read_hub(task, split) == []
     revision = "refs/convert/parquet" if task in ("piqa", "social_iqa") else None
-    assert hub.calls == [(path, config, theirs, revision) for config in configs]
+    asked = [call(path, config, split=theirs, revision=revision) for config in configs]
+    assert hub.call_args_list == asked
 
 
 def test_configurations_are_joined_and_a_task_has_all_splits(hub):
-    hub.records = [RECORDS["mmlu_physics"]] * 2
+    hub.return_value = [RECORDS["mmlu_physics"]] * 2
     task = load_task("mmlu_physics")
     assert [item.id for item in task.test] == [f"mmlu_physics-test-{k}" for k in range(4)]
-    hub.records = [RECORDS["sst2"]] * 9
+    hub.return_value = [RECORDS["sst2"]] * 9
     task = load_task("sst2", max_train=6, max_validation=2)
     assert [len(items) for items in (task.train, task.validation, task.test)] == [6, 2, 9]
 
@@ -87,17 +82,11 @@ def test_every_task_is_known(hub):
         read_hub("arc_eazy", "test")
 
 
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'pyro-blora\[datasets\]', or .* --data-dir"):
-        read_hub("sst2", "test")
-
-
-def test_without_a_network(hub):
-    def unreachable(*args, **options):
-        raise ConnectionError("no route to host\nsecond line")
-
-    hub.load_dataset = unreachable
+def test_without_a_network_or_the_package(hub, monkeypatch):
+    hub.side_effect = ConnectionError("no route to host\nsecond line")
     with pytest.raises(DataError, match=r"out of reach.*no route.*--data-dir") as error:
         read_hub("sst2", "test")
     assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'pyro-blora\[datasets\]', or .* --data-dir"):
+        read_hub("sst2", "test")

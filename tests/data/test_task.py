@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,19 +12,21 @@ from pyro_blora.data import (
     template_for,
 )
 
+# beside the repository, where there is one
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "commonsense"
+
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads a task, of which it first writes splits whose ids are ``SPLIT-0``, ``SPLIT-1``, ..."""
+    """Loads a task, of which it first writes splits: the records of each, or how many to make."""
 
-    def load(sizes, task="own", **options):
+    def load(splits, task="own", **options):
         (tmp_path / task).mkdir(exist_ok=True)
-        for split, size in sizes.items():
-            records = [
-                {"id": f"{split}-{n}", "question": "?", "choices": ["a", "b"], "label": n % 2}
-                for n in range(size)
-            ]
-            text = "\n".join(json.dumps(record) for record in records)
+        for split, records in splits.items():
+            if isinstance(records, int):
+                made = {"question": "?", "choices": ["a", "b"]}
+                records = [{"id": f"{split}-{n}", **made, "label": n % 2} for n in range(records)]
+            text = "\n".join(map(json.dumps, records))
             (tmp_path / task / f"{split}.jsonl").write_text(text, encoding="utf-8")
         return load_task(task, data_dir=tmp_path, **options)
 
@@ -34,26 +37,19 @@ def ids(items):
     return [item.id for item in items]
 
 
-ALL = {"train": 50, "validation": 30, "test": 20}
-
-
-def test_all_splits(load):
-    task = load(ALL, max_train=10, max_validation=5, max_test=7)
-    assert (task.name, task.template) == ("own", template_for("own"))
-    assert len(task.train) == 10
-    assert all(name.startswith("train-") for name in ids(task.train))
-    assert ids(task.validation) == [f"validation-{n}" for n in range(5)]
-    assert ids(task.test) == [f"test-{n}" for n in range(7)]
-
-
 def test_the_seed_shuffles_train_alone_and_a_smaller_set_is_the_start_of_a_larger_one(load):
-    first, again, other = (load(ALL, seed=seed) for seed in (1, 1, 2))
+    sizes = {"train": 50, "validation": 30, "test": 20}
+    first, again, other = (load(sizes, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first.train != other.train
-    assert sorted(ids(first.train)) == sorted(ids(other.train))
-    assert (first.validation, first.test) == (other.validation, other.test)
-    assert (len(first.train), len(first.validation), len(first.test)) == (50, 30, 20)
-    assert load(ALL, seed=1, max_train=5).train == first.train[:5]
+    for task in (first, other):
+        assert (task.name, task.template) == ("own", template_for("own"))
+        assert sorted(ids(task.train)) == sorted(f"train-{n}" for n in range(50))
+        assert ids(task.validation) == [f"validation-{n}" for n in range(30)]
+        assert ids(task.test) == [f"test-{n}" for n in range(20)]
+    fewer = load(sizes, seed=1, max_train=10, max_validation=5, max_test=7)
+    assert (fewer.train, fewer.validation) == (first.train[:10], first.validation[:5])
+    assert fewer.test == first.test[:7]
 
 
 @pytest.mark.parametrize(
@@ -78,9 +74,8 @@ def test_validation_is_held_out_of_the_train_items(load, max_train, max_validati
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("max_train", "max_validation"), [(None, 200), (160, 33), (100, 31)])
 def test_no_split_comes_between_the_sentences_of_a_winogrande_pair(
-    tmp_path, seed, max_train, max_validation
+    load, seed, max_train, max_validation
 ):
-    (tmp_path / "winogrande_s").mkdir()
     records = [
         {"id": f"{n}-{k}", "question": f"{n} _ {k}", "choices": [f"a{n}", f"b{n}"], "label": k}
         for n in range(80)
@@ -88,47 +83,48 @@ def test_no_split_comes_between_the_sentences_of_a_winogrande_pair(
     ]
     for record in records[::4]:  # in some sets the two of a pair have their options in either order
         record["choices"] = record["choices"][::-1]
-    for split in ("train", "test"):
-        text = "\n".join(map(json.dumps, records))
-        (tmp_path / "winogrande_s" / f"{split}.jsonl").write_text(text)
     limits = {"max_train": max_train, "max_validation": max_validation}
-    task = load_task("winogrande_s", data_dir=tmp_path, seed=seed, **limits)
+    task = load({"train": records, "test": 1}, "winogrande_s", seed=seed, **limits)
     pairs = [{name.split("-")[0] for name in ids(part)} for part in (task.train, task.validation)]
     assert not pairs[0] & pairs[1]
     assert len(pairs[0]) == -(-len(task.train) // 2)  # each whole, but where the limit falls
     assert 31 <= len(task.validation) <= 34
 
 
-def test_no_train_split_no_test_split_and_no_such_task(load, tmp_path):
+def test_no_train_split_no_test_split_and_no_such_task(load):
     task = load({"dev": 10, "test": 20}, max_train=10)
     assert (task.train, task.validation) == ((), ())
     assert len(task.test) == 20
     with pytest.raises(DataError, match=r"no split 'test'.* Known: train"):
         load({"train": 20}, "another")
-    with pytest.raises(DataError, match="did you mean 'own'"):
-        load_task("won", data_dir=tmp_path)
     with pytest.raises(DataError, match=r"did you mean 'arc_easy'.*'facts' is built in"):
         load_task("arc_esy")
     with pytest.raises(DataError, match="negative"):
         load_task("facts", max_train=-1)
 
 
-def test_facts_need_no_data_dir(tmp_path):
-    task = load_task("facts", max_train=20, max_validation=10, max_test=5)
-    assert (len(task.train), len(task.validation), len(task.test)) == (20, 10, 5)
-    assert load_task("facts", data_dir=tmp_path, max_test=5).test == task.test
-
-
-def test_the_collator_and_the_likelihood_are_the_template_s(plain, load):
+def test_the_collator_and_the_likelihood_are_the_template_s(build, load, tmp_path):
     facts = load_task("facts", max_train=30, max_test=3)
-    collate = facts.collator(plain, max_length=64)
+    assert load_task("facts", data_dir=tmp_path, max_train=30, max_test=3) == facts  # its own
+    collate = facts.collator(build(), max_length=64)
     assert isinstance(collate, MultipleChoiceCollator)
     assert collate.max_length == 64
     assert collate(facts.test)["input_ids"].shape[:2] == (3, 4)
     likelihood = facts.likelihood(collate, "fixed")
     assert repr(likelihood) == repr(likelihoods.MultipleChoice(num_data=30, scale="fixed"))
     task = load({"test": 4}, "sst2")
-    collate = task.collator(plain)
+    collate = task.collator(build())
     assert isinstance(collate, LabelTokensCollator)
     assert collate(task.test)["labels"].tolist() == [0, 1, 0, 1]
     assert task.likelihood(collate).token_ids == collate.token_ids
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not REAL.is_dir(), reason="the folder shared/data/commonsense is missing")
+def test_every_item_is_read_and_answers_with_the_label_words():
+    for path in REAL.glob("*/test.jsonl"):
+        task = load_task(path.parent.name, data_dir=REAL)
+        assert len(task.test) == len(path.read_bytes().splitlines())
+        if words := task.template.label_words:
+            assert {item.choices for item in task.test} == {task.test[0].choices}
+            assert len(task.test[0].choices) == len(words)

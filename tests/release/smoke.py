@@ -57,11 +57,8 @@ def tiny() -> None:
         guide=guides.MatrixNormal(),
         likelihood=likelihoods.LabelTokens(token_ids=[5, 6, 7], num_data=8),
     )
-    whole = torch.ones(5, dtype=torch.long)
-    rows = [
-        {"input_ids": torch.randint(8, 32, (5,)), "attention_mask": whole, "labels": label % 3}
-        for label in range(8)
-    ]
+    whole = {"attention_mask": torch.ones(5, dtype=torch.long)}
+    rows = [{"input_ids": torch.randint(8, 32, (5,)), "labels": n % 3, **whole} for n in range(8)]
     fit(blora, rows, num_steps=2, batch_size=4)
     batch = torch.utils.data.default_collate(rows)
     before = blora.predict(batch, num_samples=0).probs

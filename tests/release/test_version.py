@@ -4,21 +4,15 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-import pytest
-
 import pyro_blora
 
 ROOT = Path(__file__).resolve().parents[2]
+FIRST = {"CHANGELOG.md": r"^## ([^,\s]+)", "CITATION.cff": r"^version: (\S+)"}
 
 
-def test_the_installed_version_is_the_one_of_the_source():
+def test_it_is_told_alike():
     assert importlib.metadata.version("pyro-blora") == pyro_blora.__version__
-
-
-@pytest.mark.parametrize(
-    ("file", "first"), [("CHANGELOG.md", r"^## ([^,\s]+)"), ("CITATION.cff", r"^version: (\S+)")]
-)
-def test_it_is_told_alike(file, first):
-    found = re.search(first, (ROOT / file).read_text("utf-8"), re.MULTILINE)
-    assert found
-    assert found[1] == pyro_blora.__version__
+    for file, first in FIRST.items():
+        found = re.search(first, (ROOT / file).read_text("utf-8"), re.MULTILINE)
+        assert found
+        assert found[1] == pyro_blora.__version__, file
