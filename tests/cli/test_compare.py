@@ -23,7 +23,7 @@ def compare(run_words):
 def test_rows_for_every_method_and_seed(compare, tmp_path):
     out = tmp_path / "out"
     methods = "lora,lora-best,temperature,temperature:lora,bayesian-lora,blob"
-    methods += ",temperature:bayesian-lora"
+    methods += ",temperature:bayesian-lora,distilled:bayesian-lora"
     options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
     text, results = compare(out, methods, *options, "--num-samples", 3, "--rank", 4)
     assert set(results) == {"rows", "versions", "settings"}
@@ -42,6 +42,7 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert by["temperature:lora", 0]["nll"] == by["temperature", 0]["nll"]  # one and the same
     assert by["bayesian-lora", 0]["acc"] == by["temperature:bayesian-lora", 0]["acc"]
     assert by["bayesian-lora", 0]["nll"] != by["temperature:bayesian-lora", 0]["nll"]
+    assert by["bayesian-lora", 0]["nll"] != by["distilled:bayesian-lora", 0]["nll"]
     assert by["bayesian-lora", 0]["nll"] != by["bayesian-lora", 1]["nll"]
     assert results["versions"]["torch"]
     assert results["settings"]["precision"] == precision.choose_precision("auto")

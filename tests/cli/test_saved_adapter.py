@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -28,6 +29,19 @@ def adapter(model_dir, data_dir, tmp_path_factory):
 def rows(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_distill_saves_a_temperature(run, adapter, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(adapter[1], folder)
+    own = ["--adapter", folder, *adapter[2:]]
+    before = run("evaluate", *own, "--num-samples", 0)[0]
+    text, _ = run("distill", *own, "--num-samples", 4, "--max-examples", 10, "--peft")
+    (told,) = re.findall(r"temperature ([0-9.]+) of one pass", text)
+    read = BayesianLoRA.from_pretrained(load_pretrained(adapter[-1])[0], folder)
+    assert f"{float(read.model.temperature):.4g}" == told
+    assert run("evaluate", *own, "--num-samples", 0)[0] != before
+    assert (folder / "peft" / "one_pass.json").exists()
 
 
 def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
