@@ -92,15 +92,6 @@ def test_what_is_no_guide(option, told):
         BayesianLoRA(tiny.llama(), **option)
 
 
-def test_trace_shows_one_site_for_each_group():
-    blora, batch = tiny.adapted(), tiny.sequences()
-    trace = pyro.poutine.trace(blora.model).get_trace(batch)
-    sites = [f"{group}.{name}" for group in ("q_proj", "v_proj") for name in ("layers", "V")]
-    assert trace.stochastic_nodes == [*sites, "data"]
-    assert trace.observation_nodes == ["labels"]
-    assert trace.nodes["q_proj.V"]["value"].shape == (2, 2, 2)
-
-
 def test_autolaplace_is_a_point_until_it_is_finished():
     net, batch = tiny.llama(attn_implementation="eager"), tiny.sequences(8)
     blora = tiny.adapted(net, guide=AutoLaplaceApproximation)

@@ -141,8 +141,7 @@ def test_a_bfloat16_base(build, likelihood, batch):
     assert all(p.dtype == torch.float32 for p in blora.parameters())
     for name, gradient in gradients(blora, batch).items():
         assert gradient.dtype == torch.float32
-        assert gradient.isfinite().all()
-        assert gradient.any(), name
+        assert 0 < gradient.abs().max() < torch.inf, name
     if blora.likelihood.has_classes:
         assert blora.predict(batch, 2).samples.dtype == torch.float32
     assert all(p.dtype == torch.bfloat16 for p in net.parameters())
