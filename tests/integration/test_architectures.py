@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pyro
 import pytest
@@ -66,7 +65,6 @@ def nll(blora):
 
 def train_by_fit(blora):
     rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
-    blora.method = replace(blora.method, point_epochs=None)  # an epoch is a step here
     fit(blora, ROWS, collate=collate, num_steps=60, progress=False, learning_rates=rates)
 
 
