@@ -29,6 +29,8 @@ from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.prediction import Collate, batches_of, collator
 from pyro_blora.posterior.predictive import log_predictive
 
+# As few steps teach a new head nothing; of a few examples an epoch is one step
+_POINT_STEPS = 300
 DECAYS = ("linear", "cosine", "constant")
 
 
@@ -255,7 +257,9 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
 def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
     """The steps in which points learn; ``None`` for all."""
     epochs = blora.method.point_epochs
-    return None if epochs is None or of_an_epoch is None else round(epochs * of_an_epoch)
+    if epochs is None or of_an_epoch is None:
+        return None
+    return max(_POINT_STEPS, round(epochs * of_an_epoch))
 
 
 def given_rates(

@@ -214,10 +214,11 @@ def test_schedule(decay, expected):
 
 
 @pytest.mark.parametrize("epochs", [None, 2])
-def test_points_learn_for_some_epochs(run, epochs):
+def test_points_learn_for_some_epochs(run, epochs, monkeypatch):
     """Of four steps, two passes over six examples."""
     blora, still = tiny.adapted(num_data=6), {}
     blora.method = replace(blora.method, point_epochs=epochs)
+    monkeypatch.setitem(fit.__globals__, "_POINT_STEPS", 1)
 
     def note(done):
         now = {n: p.detach().clone() for n, p in blora.model.named_parameters()}
@@ -346,6 +347,7 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
         pyro.set_rng_seed(0)
         blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=12))
         blora.method = replace(blora.method, point_epochs=2)  # of the three
+        monkeypatch.setitem(fit.__globals__, "_POINT_STEPS", 1)
         loader = DataLoader(rows, batch_sampler=Epochs(taken[:9], 3))
         if data == "examples":
             fit(blora, rows, batch_size=4, **how)

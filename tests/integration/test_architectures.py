@@ -16,12 +16,14 @@ from pyro_blora.guides import Delta
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 
+HEAD = ["lm_head"]
 NETS = {
-    "llama": tiny.llama,
-    "llama tied": lambda: tiny.llama(tied=True),
-    "gpt2": tiny.gpt2,
-    "qwen2": tiny.qwen2,
-    "bert": tiny.bert,
+    "llama": (tiny.llama, None),
+    "gpt2": (tiny.gpt2, None),
+    "qwen2": (tiny.qwen2, None),
+    "bert": (tiny.bert, None),
+    "llama's head": (tiny.llama, HEAD),
+    "llama's tied head": (lambda: tiny.llama(tied=True), HEAD),
 }
 
 
@@ -36,11 +38,6 @@ ROWS = tiny.examples(8)
 BATCH = collate(ROWS)
 
 
-@pytest.fixture(params=NETS)
-def net(request):
-    return NETS[request.param]()
-
-
 def adapted(net, *, num_data=8, **options):
     likelihood = SequenceClassification(num_data=num_data)
     if hasattr(net, "lm_head"):
@@ -48,9 +45,18 @@ def adapted(net, *, num_data=8, **options):
     return tiny.adapted(net, likelihood=likelihood, **{"target_modules": None, **options})
 
 
-def logits(net):
+def outputs(net):
+    """The logits, and the embeddings, which a head that is adapted may share."""
+    ids = BATCH["input_ids"]
     with torch.no_grad():
-        return net(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+        logits = net(input_ids=ids, attention_mask=BATCH["attention_mask"]).logits
+        return {"logits": logits, "embeddings": net.get_input_embeddings()(ids)}
+
+
+def objects(net):
+    """Modules and parameters by name; tied ones are one."""
+    parameters = net.named_parameters(remove_duplicate=False)
+    return {name: id(part) for name, part in (*net.named_modules(), *parameters)}
 
 
 def nll(blora):
@@ -70,15 +76,16 @@ def train_by_svi(blora, steps=30, batch=BATCH):
 
 
 @pytest.mark.parametrize("train", [train_by_fit, train_by_svi])
-def test_training_fits_the_batch_and_leaves_the_network(net, train):
+@pytest.mark.parametrize(("build", "targets"), NETS.values(), ids=NETS)
+def test_training_fits_the_batch_and_leaves_the_network(build, targets, train):
+    net = build()
     frozen = next(iter(net.parameters()))
     frozen.requires_grad_(False)  # by its owner: unwrap must not thaw it
     wanted = {name: p.requires_grad for name, p in net.named_parameters()}
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    objects = {name: id(module) for name, module in net.named_modules()}
-    output = logits(net)
+    parts, output = objects(net), outputs(net)
 
-    blora = adapted(net)
+    blora = adapted(net, target_modules=targets)
     assert not any(p.requires_grad for p in net.parameters())
     start = nll(blora)
     train(blora)
@@ -88,29 +95,17 @@ def test_training_fits_the_batch_and_leaves_the_network(net, train):
     assert all(p.grad is None for p in net.parameters())
     assert not net.training  # as it was found
     with blora.posterior(0):
-        assert not torch.allclose(logits(net), output, atol=1e-3)
-    assert torch.equal(logits(net), output)  # outside, the network is as pretrained
+        inside = outputs(net)
+    assert not torch.allclose(inside["logits"], output["logits"], atol=1e-3)
+    assert torch.equal(inside["embeddings"], output["embeddings"])
+    assert tiny.equal(outputs(net), output)  # outside, the network is as pretrained
 
     assert blora.unwrap() is net
-    assert torch.equal(logits(net), output)
+    assert tiny.equal(outputs(net), output)
     assert not any(module._forward_hooks for module in net.modules())
     assert not any(module._forward_pre_hooks for module in net.modules())
-    assert {name: id(module) for name, module in net.named_modules()} == objects
+    assert objects(net) == parts
     assert {name: p.requires_grad for name, p in net.named_parameters()} == wanted
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_adapted_head_leaves_the_embedding(tied):
-    net, ids = tiny.llama(tied=tied), BATCH["input_ids"]
-    embedding = net.get_input_embeddings()
-    base, vectors, weight = logits(net), embedding(ids), embedding.weight.detach().clone()
-    blora = adapted(net, target_modules=["lm_head"])
-    train_by_svi(blora)
-    with blora.posterior(0):
-        assert torch.equal(embedding(ids), vectors)
-        assert not torch.allclose(logits(net), base, atol=1e-3)
-    assert (net.lm_head.weight is embedding.weight) == tied
-    assert torch.equal(embedding.weight, weight)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -180,9 +175,3 @@ def test_an_encoder_decoder_classifies_sequences():
     train_by_svi(blora, 10, batch)
     assert blora.log_predictive(batch, 0).mean() > start
     assert blora.predict(batch, 2).samples.shape == (2, 8, 3)
-
-
-def test_a_start_must_name_every_layer():
-    factors = {"model.layers.0.self_attn.q_proj": (torch.ones(16, 1), torch.ones(1, 16))}
-    with pytest.raises(ConfigurationError, match=r"no factors for model\.layers\."):
-        tiny.adapted(start=factors)

@@ -118,19 +118,7 @@ def test_sites_and_factorisations_do_not_grow_with_the_depth(prior, family):
     assert many.of("mm") > few.of("mm")  # the network itself did grow: the counter counts
 
 
-def test_the_network_runs_once_for_all_particles():
-    net, batch = tiny.llama(), tiny.sequences(8)
-    blora = tiny.asked(tiny.adapted(net))
-    runs = []
-    net.register_forward_pre_hook(lambda *_: runs.append(1))
-    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    elbo(blora.model, blora.guide)(batch)
-    assert len(runs) == 1
-    blora.predict(batch, 10)
-    assert len(runs) == 2
-
-
-def test_only_the_positions_that_are_read_enter_the_head():
+def test_one_pass_for_all_particles_has_the_positions_that_are_read_in_the_head():
     net, batch = tiny.llama(), tiny.sequences(8)
     blora = tiny.asked(tiny.adapted(net))
     shapes, forward = [], net.lm_head.forward
@@ -140,8 +128,10 @@ def test_only_the_positions_that_are_read_enter_the_head():
         return forward(hidden)
 
     net.lm_head.forward = noted
-    blora.model(batch)
-    assert shapes == [8]
+    elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    elbo(blora.model, blora.guide)(batch)
+    blora.predict(batch, 7)
+    assert shapes == [8, 7 * 8]
     with torch.no_grad():
         net(batch["input_ids"])
     assert shapes[-1] == 8 * 7  # and afterwards it sees all of them again

@@ -7,17 +7,7 @@ from pyro.infer import TraceMeanField_ELBO
 
 from pyro_blora import predict_dataset
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network import precision
-
-
-def dropping():
-    net = tiny.bert()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    likelihood = SequenceClassification(num_data=10)
-    return tiny.adapted(net, target_modules=None, likelihood=likelihood)
 
 
 def inputs():
@@ -26,12 +16,16 @@ def inputs():
 
 @pytest.mark.parametrize("how", ["half", "bfloat16", "double"])
 def test_a_dtype_is_the_network_s_and_what_is_variational_keeps_single_precision(how):
+    """An optimizer holds the same tensors as before."""
     blora = tiny.adapted()
     kl, before = blora.kl(), blora.predict(tiny.sequences(), 0).samples
-    getattr(blora, how)()
+    held = dict(blora.named_parameters())
+    moved = blora.to("cpu", torch.float64) if how == "double" else getattr(blora, how)()
+    assert moved is blora
     wide = torch.float64 if how == "double" else torch.float32
     assert {p.dtype for p in blora.net.parameters()} == {getattr(torch, how)}
     assert {p.dtype for p in blora.parameters()} == {wide}
+    assert all(p is held[name] for name, p in blora.named_parameters())
     torch.testing.assert_close(blora.kl().float(), kl)
     after = blora.predict(tiny.sequences(), 0).samples.float()
     torch.testing.assert_close(after, before, atol=1e-4 if how == "double" else 0.05, rtol=0)
@@ -40,15 +34,8 @@ def test_a_dtype_is_the_network_s_and_what_is_variational_keeps_single_precision
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 
-def test_a_move_keeps_the_tensors_that_an_optimizer_holds():
-    blora = tiny.adapted()
-    held = {name: p for name, p in blora.named_parameters()}
-    assert blora.to("cpu", torch.float64) is blora
-    assert all(p is held[name] for name, p in blora.named_parameters())
-
-
 def test_modes_reach_the_network():
-    blora = dropping()
+    blora = tiny.adapted(tiny.llama(attention_dropout=0.5))
     assert blora.training is blora.net.training is False  # as it was given
     blora.train()
     assert all(module.training for module in blora.net.modules())

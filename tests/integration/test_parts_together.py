@@ -16,10 +16,6 @@ peft = pytest.importorskip("peft")
 ROWS = tiny.examples(8)
 
 
-def by_group(sigma=0.2):
-    return {"q_proj": GaussianFactors(rank=2, sigma=sigma), ".*": KroneckerInducing(rank=2)}
-
-
 def train(blora, steps, **options):
     options = {"collate": tiny.collate, "batch_size": 4, "progress": False, **options}
     return fit(blora, ROWS, num_steps=steps, precision="float32", **options)
@@ -27,10 +23,13 @@ def train(blora, steps, **options):
 
 def test_another_prior_of_one_group_is_another_run(tmp_path):
     net = tiny.llama()
-    blora = tiny.adapted(net, prior=by_group())
+    first, other = (
+        {"q_proj": GaussianFactors(rank=2, sigma=sigma), ".*": KroneckerInducing(rank=2)}
+        for sigma in (0.2, 5.0)
+    )
+    blora = tiny.adapted(net, prior=first)
     train(blora, 2, checkpoint_dir=tmp_path, save_every=1)
-    blora.unwrap()
-    blora = tiny.adapted(net, prior=by_group(sigma=5.0))
+    blora = tiny.adapted(blora.unwrap(), prior=other)
     with pytest.raises(CheckpointError, match=r"prior\[q_proj\]\.sigma was 0\.2, is 5\.0"):
         train(blora, 4, checkpoint_dir=tmp_path, resume=True)
 

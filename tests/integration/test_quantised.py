@@ -106,8 +106,7 @@ def test_every_parameter_of_the_adapter_gets_a_gradient(net):
     blora = tiny.adapted(net, target_modules="all-linear")
     elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
     for name, gradient in tiny.gradients(blora, BATCH, elbo).items():
-        assert gradient.isfinite().all(), name
-        assert gradient.any(), name
+        assert 0 < gradient.abs().max() < torch.inf, name
 
 
 @pytest.mark.parametrize("prior", [models.KroneckerInducing, models.SpectralInducing])
@@ -131,11 +130,9 @@ def test_fast_is_plain(net, likelihood):
     options = {} if likelihood is None else {"likelihood": tiny.anew(likelihood)}
     blora = tiny.adapted(net, target_modules=["q_proj", "lm_head"], **options)
     batch = BATCH if likelihood is None else tiny.choices(4)
-    found = {}
-    for fast in (False, True):
-        blora.model.shortcuts.on = fast
-        found[fast] = blora.predict(batch, 0).probs
-    torch.testing.assert_close(found[True], found[False], atol=1e-5, rtol=1e-4)
+    found = blora.predict(batch, 0).probs
+    blora.model.shortcuts.on = False
+    torch.testing.assert_close(found, blora.predict(batch, 0).probs, atol=1e-5, rtol=1e-4)
 
 
 def test_singular_directions_are_those_of_the_weight_as_it_is_applied(net):

@@ -62,7 +62,6 @@ def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
     sizes["gradient_accumulation_steps"] = accumulate
     run = trainer(tmp_path, tiny.adapted(guide=guides.Delta()), **sizes)
     run.train()
-    found = tiny.trained(run.blora)
     pyro.set_rng_seed(0)
     blora = tiny.adapted(guide=guides.Delta())
     elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
@@ -77,8 +76,7 @@ def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
         torch.nn.utils.clip_grad_norm_(blora.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    for name, value in tiny.trained(blora).items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    torch.testing.assert_close(tiny.trained(run.blora), tiny.trained(blora), atol=1e-5, rtol=1e-4)
     assert run.state.log_history[3]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
@@ -92,8 +90,6 @@ def test_a_checkpoint_has_the_adapter_alone(tmp_path):
     saved = load_file(folder / "bayesian_lora.safetensors")
     saved = {name: t for name, t in saved.items() if not name.startswith("base.")}  # four numbers
     assert set(saved) == set(run.blora.state_dict())
-    weights = {tuple(p.shape) for p in run.blora.net.parameters()}
-    assert not weights & {tuple(t.shape) for t in saved.values()}
     trained = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     assert len(trained) == len(tiny.trained(run.blora))
     read = BayesianLoRA.from_pretrained(run.blora.unwrap(), folder)

@@ -15,14 +15,9 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Amortized, Ensemble, Flow, Laplace, LayerCoupled, MeanField, Site
 from pyro_blora.guides.flow import FLOWS, make_chain
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
+from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.methods import METHODS
 from pyro_blora.models import KernelInducing
-
-
-def site(n=3, event=(2, 2)):
-    shape = (n, *event) if n else event
-    return Site("V", dist.Normal(torch.zeros(shape), 1.0).to_event(len(event)), ())
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -39,16 +34,15 @@ def test_every_flow_knows_its_own_jacobian(name):
 def test_a_flow_that_has_run_can_be_copied_and_pickled():
     blora = tiny.adapted(guide=Flow())
     blora.predict(tiny.sequences(), 3)
-    family = blora.guide.families()["q_proj.V"]
-    assert len(pickle.dumps(family._chain)) > 100
-    copy.deepcopy(family._chain)
+    chain = blora.guide.families()["q_proj.V"]._chain
+    assert pickle.dumps(copy.deepcopy(chain))
 
 
 @pytest.mark.parametrize("family", [Flow(), Laplace(), LayerCoupled(), MeanField()], ids=repr)
 @pytest.mark.parametrize("event", [(), (3,), (2, 2)])
 def test_sites_outside_of_the_layers_plate(family, event):
-    q = family.bind(site(n=0, event=event))
-    law = q.distribution()
+    prior = dist.Normal(torch.zeros(event), 1.0).to_event(len(event))
+    law = family.bind(Site("V", prior, ())).distribution()
     assert law.batch_shape == ()
     assert law.sample().shape == event
 
@@ -57,18 +51,13 @@ def test_an_amortised_posterior_is_not_told_the_answer():
     """Only tokens that are scored change, and those before them are scored as before."""
     likelihood = CausalLM(num_data=4)
     blora = tiny.adapted(guide=Amortized(), likelihood=likelihood)
-    with torch.no_grad():
-        for family in blora.guide.families().values():
-            family.loc_weight.normal_()
+    tiny.shaken(blora.guide, 1.0)
     batch = tiny.texts()
     other = {k: v.clone() for k, v in batch.items()}
     scored = batch["labels"] != -100
     other["input_ids"][scored] = (batch["input_ids"][scored] - 8 + 5) % 24 + 8
     other["labels"] = other["input_ids"].masked_fill(~scored, -100)
-    for first, second in zip(
-        blora.guide.center(batch).values(), blora.guide.center(other).values(), strict=True
-    ):
-        torch.testing.assert_close(first, second)
+    torch.testing.assert_close(blora.guide.center(batch), blora.guide.center(other))
 
 
 def test_what_is_loaded_survives_the_next_step(tmp_path):
@@ -88,8 +77,7 @@ def test_what_is_loaded_survives_the_next_step(tmp_path):
     loaded = BayesianLoRA.from_pretrained(net, tmp_path)  # and no warning
     before = tiny.trained(loaded)
     step(loaded, 1e-12)
-    for name, value in tiny.trained(loaded).items():
-        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(tiny.trained(loaded), before, atol=1e-6, rtol=1e-5)
 
 
 def test_an_ensemble_starts_at_the_network():
@@ -102,7 +90,8 @@ def test_an_ensemble_starts_at_the_network():
 
 def test_no_member_of_an_ensemble_keeps_to_its_places():
     """Eight particles and four members: member k must not always have the same examples."""
-    q = Ensemble(members=4).bind(site())
+    prior = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+    q = Ensemble(members=4).bind(Site("V", prior, ()))
     draws = [q.distribution().expand((8, 3)).rsample() for _ in range(4)]
     seen = [next(k for k in range(4) if torch.equal(d[0], q.points[k])) for d in draws]
     assert sorted(seen) == [0, 1, 2, 3]
@@ -132,26 +121,20 @@ def test_a_point_that_waits_for_its_width_says_so():
     blora.predict(tiny.sequences(), 0)
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "batch"),
-    [
+def test_a_likelihood_says_that_the_batch_is_another_s():
+    rows = {**tiny.sequences(), "option_mask": torch.ones(4, 7)}
+    for likelihood, batch in (
         (CausalLM(num_data=4), tiny.choices()),
-        (LabelTokens(token_ids=tiny.ANSWERS, num_data=4), tiny.choices()),
-        (MultipleChoice(num_data=4), {**tiny.sequences(), "option_mask": torch.ones(4, 7)}),
-    ],
-)
-def test_a_likelihood_says_that_the_batch_is_another_s(likelihood, batch):
-    blora = tiny.adapted(likelihood=likelihood)
-    with pytest.raises(BatchError, match="Use the likelihood of your batches"):
-        blora.log_predictive(batch)
+        (MultipleChoice(num_data=4), rows),
+    ):
+        blora = tiny.adapted(likelihood=likelihood)
+        with pytest.raises(BatchError, match="Use the likelihood of your batches"):
+            blora.log_predictive(batch)
 
 
 def test_tokens_outside_of_a_batch_are_not_confused_with_particles():
     """Predictive in parallel shows every draw the whole batch, whatever the guide reads."""
     blora, batch = tiny.adapted(guide=Amortized()), tiny.sequences(4)
-    with torch.no_grad():
-        for family in blora.guide.families().values():
-            family.loc_weight.normal_()
     with pyro.plate("num_samples", 8, dim=-2):
         blora.guide(batch)
     contexts = blora.guide.families()["q_proj.V"].context
