@@ -64,8 +64,6 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 
 `bayesian_lora.safetensors` has its tensors, and in its header how to rebuild it, of which
 `bayesian_lora_config.json` is a copy; nothing is unpickled.
-
-{MARK}
 """
 
 

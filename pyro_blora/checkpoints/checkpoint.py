@@ -84,10 +84,15 @@ def save_pretrained(
     write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_page(folder, model_card(config, blora, result=result, notes=notes, place=place))
+
+
+def write_page(folder: Path, page: str) -> None:
+    """Writes ``README.md``, unless one of your own is there."""
     card = folder / CARD
     if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
-        page = model_card(config, blora, result=result, notes=notes, place=place)
-        write_atomically(card, lambda path: path.write_text(page, encoding="utf-8"))
+        text = f"{page}\n{MARK}\n"
+        write_atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.card import CARD, lines_of_use
+from pyro_blora.checkpoints.card import lines_of_use
 from pyro_blora.checkpoints.checkpoint import (
     fetched,
     names_in,
     read_tensors,
     write_atomically,
+    write_page,
     write_tensors,
 )
 from pyro_blora.errors import CheckpointError, ConfigurationError
@@ -32,6 +33,7 @@ from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NUMBERS = "one_pass.json"
 # What makes of a LoRA something else than ``W0 + s B A``
 _VARIANTS = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication"),
@@ -332,20 +334,20 @@ def export_peft(
 
 def _write_use(likelihood: Likelihood, folder: Path, temperature: float) -> None:
     """What a server has to know beside an exported adapter, or nothing."""
-    if isinstance(likelihood, CausalLM):
-        if temperature != 1:
-            from transformers import GenerationConfig  # whose import sets filters of warnings
+    for name in (_NUMBERS, "generation_config.json"):  # of an export before
+        (folder / name).unlink(missing_ok=True)
+    if isinstance(likelihood, CausalLM) and temperature != 1:
+        from transformers import GenerationConfig  # whose import sets filters of warnings
 
-            config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0)
-            config.save_pretrained(folder)
-        return
-    numbers, lines = lines_of_use(likelihood, temperature)
-    if numbers == {"temperature": 1.0}:
-        return
-    text = json.dumps(numbers, indent=2) + "\n"
-    write_atomically(folder / "one_pass.json", lambda path: path.write_text(text, "utf-8"))
-    page = f"# A LoRA at the mean of a posterior\n\nIts probabilities:\n\n```python\n{lines}\n```\n"
-    write_atomically(folder / CARD, lambda path: path.write_text(page, "utf-8"))
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        GenerationConfig(**options).save_pretrained(folder)
+    elif not isinstance(likelihood, CausalLM):
+        numbers, lines = lines_of_use(likelihood, temperature)
+        if numbers != {"temperature": 1.0}:
+            text = json.dumps(numbers, indent=2) + "\n"
+            write_atomically(folder / _NUMBERS, lambda path: path.write_text(text, "utf-8"))
+            page = f"# A LoRA at the mean of a posterior\n\n```python\n{lines}\n```\n"
+            write_page(folder, page)
 
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:
@@ -354,7 +356,8 @@ def _last_linear(model: BayesianLoRAModel) -> str | None:
     if isinstance(model.likelihood, SequenceClassification):
         for head in model.trained_heads.names:
             for name, module in model.net.get_submodule(head).named_modules(prefix=head):
-                if isinstance(module, nn.Linear):
+                classes = getattr(getattr(model.net, "config", None), "num_labels", None)
+                if isinstance(module, nn.Linear) and module.out_features == classes:
                     found = name_in_base(name)
     return found
 

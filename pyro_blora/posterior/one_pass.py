@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
-from pyro_blora.posterior.guide import draws_apart, warn_of_a_point
+from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.prediction import Collate, batches_of
 from pyro_blora.posterior.predictive import linearised_logits, logits_of_draws, sample_updates
 
@@ -57,26 +57,16 @@ def distill(
 ) -> float:
     """Sets the temperature of ``model``, and gives it; see ``BayesianLoRA.distill``."""
     model.check_on_network()
-    if num_samples < 2 or max_examples < 1:
-        raise ConfigurationError(
-            f"num_samples must be 2 or more and max_examples 1 or more, got {num_samples} and "
-            f"{max_examples}."
-        )
-    warn_of_a_point(guide, num_samples)
     if not isinstance(data, DataLoader):
         chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
         data = [data[i] for i in chosen]
-    bar = tqdm(
-        batches_of(data, collate, length, batch_size),
-        desc="distill",
-        disable=None if progress is None else not progress,
-        unit="batch",
-    )
+    hide = None if progress is None else not progress
+    batches = batches_of(data, collate, length, batch_size)
     device, seen = model.groups[0].device, 0
     excess: list[Tensor] = []
     model.temperature.fill_(1)
     with draws_apart(guide, device), model.autocast(precision):
-        for batch in bar:
+        for batch in tqdm(batches, desc="distill", disable=hide, unit="batch"):
             batch = to_device(batch, device)
             if not excess and _is_point(model, guide, batch, num_samples):
                 raise ConfigurationError(
@@ -92,8 +82,7 @@ def distill(
             scores, probs = (x.flatten(0, -2)[some].double() for x in (scores, probs / num_samples))
             mean = (probs * scores.masked_fill(scores.isneginf(), 0)).sum(-1, keepdim=True)
             excess.append((scores - mean).cpu())
-            seen += model.likelihood.examples(batch)
-            if seen >= max_examples:
+            if (seen := seen + model.likelihood.examples(batch)) >= max_examples:
                 break
     most = max(rows.shape[-1] for rows in excess)  # a choice that an item does not have is absent
     rows = [pad(rows, (0, most - rows.shape[-1]), value=-torch.inf) for rows in excess]
