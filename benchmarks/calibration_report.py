@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_blora.evaluation.metrics import (
@@ -39,6 +40,10 @@ TITLES = {
     "lora-best": "its best step",
     "temperature:lora-best": "that one, temperature scaled",
     "bayesian-lora": "BayesianLoRA(net)",
+}
+PASSES = {
+    **dict.fromkeys(["lora", "bayesian-lora-mean", "bayesian-lora-distilled"], 1),
+    **{"bayesian-lora-4": 4, "bayesian-lora": 8, "bayesian-lora-64": 64},
 }
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
 Run = dict[str, Pair]  # by data set
@@ -360,6 +365,20 @@ def draw(pooled: Mapping[str, Pair], path: Path, ours: str) -> None:
     save_figure(reliability_diagram({TITLES.get(m, m): pooled[m] for m in shown}), path)
 
 
+def draw_passes(methods: Mapping[str, Mapping[int, Run]], tasks: Sequence[str], path: Path) -> None:
+    """NLL after how many passes of the network, mean and standard error over seeds."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, count in PASSES.items():
+        each = [[scores(*run[d]) for d in tasks] for run in methods[name].values()]
+        values = torch.tensor([mean_of(found, "nll") for found in each])
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+        axes.errorbar(count, float(values.mean()), error, fmt="o", capsize=3)
+        axes.annotate(name, (count, float(values.mean())), (6, 4), textcoords="offset points")
+    axes.set(xscale="log", xlim=(0.8, 400), xlabel="passes of the network", ylabel="NLL, nats")
+    save_figure(figure, path)
+
+
 def write_report(
     lines: Lines,
     out: Path,
@@ -406,13 +425,15 @@ def write_report(
             for method, found in doubted[network, task, steps, count].items()
         }
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
-    for network, steps, count, _, seeds_of in on_all_tasks(runs):
+    for network, steps, count, tasks, seeds_of in on_all_tasks(runs):
         whole = {
             method: joined(pair for run in seeds.values() for pair in run.values())
             for method, seeds in seeds_of.items()
             if seeds
         }
         draw(whole, out / "figures" / f"{network}-{count}-{steps}.png", ours)
+        if set(PASSES) <= set(seeds_of):
+            draw_passes(seeds_of, tasks, out / "figures" / f"{network}-passes.png")
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
