@@ -14,10 +14,7 @@ def run(
     model: o.Base = None,
     task: o.OwnTask = None,
     data_dir: o.DataDir = None,
-    num_samples: Annotated[
-        int, typer.Option(help="Posterior draws that one pass is to come near to.", min=2)
-    ] = 16,
-    max_examples: Annotated[int, typer.Option(help="Training items that are read.", min=1)] = 64,
+    num_samples: o.NumSamples = 16,
     precision: o.Precision = "auto",
     peft: Annotated[
         bool, typer.Option(help="Also write the one pass as a PEFT adapter to ADAPTER/peft.")
@@ -41,14 +38,8 @@ def run(
         net, tokenizer = load_pretrained(o.named(model, saved["base_model"], "--model"))
     blora = BayesianLoRA.from_pretrained(net, adapter)
     with o.phase("distill"):
-        found = blora.distill(
-            data.train,
-            data.collator(tokenizer),
-            num_samples,
-            max_examples=max_examples,
-            length=item_length,
-            precision=precision,
-        )
+        reading = {"length": item_length, "precision": precision}
+        found = blora.distill(data.train, data.collator(tokenizer), num_samples, **reading)
     blora.save_pretrained(adapter, notes=saved["notes"])
     if peft:
         blora.export_peft(adapter / "peft")

@@ -103,7 +103,6 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
     ("command", "change", "told"),
     [
         ("compare", {"methods": "lorra"}, ["lorra", "lora"]),
-        ("compare", {"methods": "distilled:lora"}, ["must be of a method that has draws"]),
         ("compare", {"methods": "temperature:blub"}, ["blub", "blob"]),
         ("compare", {"methods": " , "}, ["--methods"]),
         ("compare", {"methods": "nowhere:Prior+MeanField"}, ["'nowhere'", "current folder"]),
