@@ -291,16 +291,17 @@ class BayesianLoRA(PyroModule):
             \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
 
         ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export have
-        it from then on. A further ``fit`` begins again at 1. For text each ``x_i`` is what stands
-        before a token.
+        it from then on; the network itself, under :meth:`posterior`, has not. A further ``fit``
+        begins again at 1. For text each ``x_i`` is what stands before a token.
 
         Args:
             data: inputs, such as the training set; examples, or a ``DataLoader``. Labels are not
                 read, but for text they say which tokens are scored.
             collate: makes a batch of a list of examples, torch's by default.
             num_samples: posterior draws ``S``.
-            options: ``max_examples``, how many are read, a fixed random choice; by default 64.
-                ``length``, ``batch_size``, ``precision`` and ``progress`` are as in ``fit``.
+            options: ``max_examples``, how many are read, a fixed random choice, or the first of a
+                ``DataLoader``; by default 64. ``length``, ``batch_size``, ``precision`` and
+                ``progress`` are as in ``fit``.
 
         Returns:
             The temperature, between 0.01 and 100; above 1 where the mean was surer than the draws.

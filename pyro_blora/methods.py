@@ -291,7 +291,8 @@ def method_of(prior: Any, guide: Any = None) -> Method:
 
 def trained_for(name: str) -> str:
     """What is trained for a method of a comparison: itself, or what has its temperature."""
-    name = name.removeprefix("temperature:").removeprefix("distilled:")
+    kind, _, rest = name.partition(":")
+    name = rest if kind in ("temperature", "distilled") and rest else name
     return "lora" if name in SHOWN else name
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pyro_blora.likelihoods import LabelTokens, Likelihood, MultipleChoice
+from pyro_blora.likelihoods import CausalLM, LabelTokens, Likelihood, MultipleChoice
 
 CARD = "README.md"
-MARK = "<!-- save_pretrained writes this file anew; without this line it leaves it alone. -->"
+MARK = "<!-- {} writes this file anew; without this line it leaves it alone. -->"
 
 
 def model_card(
@@ -69,31 +69,38 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 
 def lines_of_use(likelihood: Likelihood, temperature: float) -> tuple[dict[str, Any], str]:
     """The numbers that make probabilities of an exported adapter's logits, and how in Python."""
-    if isinstance(likelihood, MultipleChoice):
-        slope = (
-            float(likelihood.score_slope.detach().abs()) if likelihood.scale == "learned" else 1.0
-        )
-        found: dict[str, Any] = {"scale": slope / temperature, "score": likelihood.score}
-        each = "" if likelihood.score == "sum" else " / scored.sum(-1)"
-        scores = f"(logp * scored).sum(-1){each}"
-        if likelihood.learn_length_penalty:
-            found["length_exponent"] = exponent = float(likelihood.length_exponent.detach())
-            scores += f" * (scored.sum(-1) / scored.sum(-1).float().mean()) ** {exponent!r}"
+    found: dict[str, Any] = {"temperature": temperature}
+    if isinstance(likelihood, CausalLM):
+        found["in"] = "generation_config.json"
         return (
             found,
-            f"""# A row for each option, padded on the right; option_mask is true at its tokens
-logp = net(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-logp, scored = logp.gather(-1, ids[:, 1:, None])[..., 0], option_mask[:, 1:]
-probs = ({found["scale"]!r} * {scores}).softmax(-1)""",
+            f"net.generate(**inputs, do_sample=True, temperature={temperature!r}, top_k=0)",
         )
-    found, tokens = {"temperature": temperature}, ""
     if isinstance(likelihood, LabelTokens):
-        found["token_ids"] = list(likelihood.token_ids)
-        tokens = f"[:, -1, {found['token_ids']}]  # rows are padded on the left"
+        found["token_ids"] = tokens = list(likelihood.token_ids)
+        return (
+            found,
+            f"""# Rows are padded on the right
+last = inputs["attention_mask"].sum(-1) - 1
+logits = net(**inputs).logits[torch.arange(len(last)), last][:, {tokens}]
+probs = (logits / {temperature!r}).softmax(-1)""",
+        )
+    if not isinstance(likelihood, MultipleChoice):
+        return found, f"probs = (net(**inputs).logits / {temperature!r}).softmax(-1)"
+    slope = float(likelihood.score_slope.detach().abs()) if likelihood.scale == "learned" else 1.0
+    found = {"scale": slope / temperature, "score": likelihood.score}
+    each = "" if likelihood.score == "sum" else " / n.clamp(min=1)"
+    if likelihood.learn_length_penalty:
+        found["length_exponent"] = exponent = float(likelihood.length_exponent.detach())
+        each += f" * (n / n[n > 0].float().mean()) ** {exponent!r}"
     return (
         found,
-        f"""logits = net(**inputs).logits{tokens}
-probs = (logits / {temperature!r}).softmax(-1)""",
+        f"""# A row for each option, padded on the right; option_mask is true at its tokens
+logp = net(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+logp, scored = logp.gather(-1, ids[:, 1:, None])[..., 0], option_mask[:, 1:]
+n = scored.sum(-1)
+scores = {found["scale"]!r} * (logp * scored).sum(-1){each}
+probs = scores.masked_fill(n == 0, -torch.inf).softmax(-1)""",
     )
 
 

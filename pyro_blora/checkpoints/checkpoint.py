@@ -84,14 +84,19 @@ def save_pretrained(
     write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    write_page(folder, model_card(config, blora, result=result, notes=notes, place=place))
+    page = model_card(config, blora, result=result, notes=notes, place=place)
+    write_page(folder, page, "save_pretrained")
 
 
-def write_page(folder: Path, page: str) -> None:
-    """Writes ``README.md``, unless one of your own is there."""
-    card = folder / CARD
-    if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
-        text = f"{page}\n{MARK}\n"
+def write_page(folder: Path, page: str, writer: str) -> None:
+    """Writes ``README.md``, or takes it away if empty, unless it is another's."""
+    card, mark = folder / CARD, MARK.format(writer)
+    if card.exists() and mark not in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    if not page:
+        card.unlink(missing_ok=True)
+    else:
+        text = f"{page}\n{mark}\n"
         write_atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -107,7 +112,7 @@ class Saved:
     def load_into(self, blora: Any) -> None:
         """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes."""
         start_guide(blora.guide, None, alone=True)
-        own, tensors = blora.state_dict(), dict(self.tensors)
+        own, tensors = blora.state_dict(), {"model.temperature": torch.ones(()), **self.tensors}
         if not any(".likelihood." in name for name in tensors):  # another one's are left out
             tensors |= {n: t for n, t in own.items() if ".likelihood." in n}
         # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
@@ -176,7 +181,8 @@ def read_pretrained(
     parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
     if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
-        tensors = {n: t for n, t in tensors.items() if ".likelihood." not in n}  # another's
+        its = (".likelihood.", "model.temperature")  # another's
+        tensors = {n: t for n, t in tensors.items() if not any(part in n for part in its)}
     options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
     options["target_modules"] = "|".join(map(re.escape, layers))
     return Saved(net, options, tensors, folder)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,12 @@ from pyro_blora.checkpoints.checkpoint import (
 )
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import CausalLM, Likelihood, SequenceClassification
+from pyro_blora.likelihoods import (
+    LabelTokens,
+    Likelihood,
+    MultipleChoice,
+    SequenceClassification,
+)
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -333,21 +339,23 @@ def export_peft(
 
 
 def _write_use(likelihood: Likelihood, folder: Path, temperature: float) -> None:
-    """What a server has to know beside an exported adapter, or nothing."""
-    for name in (_NUMBERS, "generation_config.json"):  # of an export before
-        (folder / name).unlink(missing_ok=True)
-    if isinstance(likelihood, CausalLM) and temperature != 1:
-        from transformers import GenerationConfig  # whose import sets filters of warnings
-
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0}
-        GenerationConfig(**options).save_pretrained(folder)
-    elif not isinstance(likelihood, CausalLM):
+    """What a server has to know beside an exported adapter: JSON, and a page; or nothing."""
+    file, page = folder / _NUMBERS, ""
+    if file.exists():  # of an export before
+        if other := json.loads(file.read_text("utf-8")).get("in"):
+            (folder / other).unlink(missing_ok=True)
+        file.unlink()
+    if temperature != 1 or isinstance(likelihood, LabelTokens | MultipleChoice):
         numbers, lines = lines_of_use(likelihood, temperature)
-        if numbers != {"temperature": 1.0}:
-            text = json.dumps(numbers, indent=2) + "\n"
-            write_atomically(folder / _NUMBERS, lambda path: path.write_text(text, "utf-8"))
-            page = f"# A LoRA at the mean of a posterior\n\n```python\n{lines}\n```\n"
-            write_page(folder, page)
+        text = json.dumps(numbers, indent=2) + "\n"
+        write_atomically(file, lambda path: path.write_text(text, "utf-8"))
+        page = f"# A LoRA of a Bayesian adapter\n\n```python\n{lines}\n```\n"
+        if "in" in numbers:
+            from transformers import GenerationConfig  # whose import sets filters of warnings
+
+            options = {"do_sample": True, "temperature": temperature, "top_k": 0}
+            GenerationConfig(**options).save_pretrained(folder)
+    write_page(folder, page, "export_peft")
 
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:
@@ -374,6 +382,12 @@ def merge_and_unload(blora: Any) -> nn.Module:
     config, tensors = _lora(model, mean_updates(model, blora.guide), temperature)
     from peft import get_peft_model, set_peft_model_state_dict
 
+    if temperature != 1 and _last_linear(model) is None:
+        warnings.warn(
+            f"The merged network has no head to hold the temperature {temperature:.4g}; divide its "
+            "scores by that.",
+            stacklevel=3,
+        )
     net = blora.unwrap()
     head, embeddings = head_of(net), getattr(net, "get_input_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)

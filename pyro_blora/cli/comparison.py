@@ -152,7 +152,8 @@ class _Run:
             last = [name for name in shown if name not in (*best, *short)]
             for names in (last, short, best):
                 if names is short and names:
-                    blora.distill(self.task.train, self.collate, length=item_length)
+                    reading: Any = {"length": item_length, "precision": settings["precision"]}
+                    blora.distill(self.task.train, self.collate, **reading)
                     predict = partial(blora.predict, num_samples=0)
                 if names is best and fitted.best_state is not None:
                     blora.load_state_dict(fitted.best_state)

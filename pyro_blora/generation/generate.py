@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.utils import ModelOutput
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import CausalLM
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import runs_eagerly
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -133,7 +134,7 @@ def generate(
     else:
         updates = sample_updates(model, guide, 0, prompt)
     average, ends = _Average(max(1, num_samples)), _Ends()
-    if not num_samples:
+    if not num_samples and model.enabled and isinstance(model.likelihood, CausalLM):
         average.temperature = model.temperature
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):

@@ -126,7 +126,6 @@ def fit(
     """
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_on_network()
-    blora.model.temperature.fill_(1)
     rates = given_rates(blora, learning_rates)
     num_steps = _steps(train, num_steps, num_epochs, batch_size)
     counts = {"num_steps": num_steps, "batch_size": batch_size}
@@ -208,6 +207,7 @@ def fit(
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return objective(to_device(batch, device))
 
+    blora.model.temperature.fill_(1)
     with running(blora, precision, training=True):
         result = training_loop(
             loss_of,

@@ -1,5 +1,6 @@
 """One pass that gives nearly what draws give: a temperature of the posterior mean's scores."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -27,6 +28,10 @@ def best_temperature(excess: Tensor) -> float:
     ``excess`` are logits less their mean under the target, ``(n, K)``: of a label less its logit.
     The sum is convex in ``1 / T``. It is 1 if every T is as good.
     """
+    if not bool((excess < math.inf).all()):
+        raise ValueError(
+            "Logits must be finite, or -inf at an absent choice that is no label: look for NaN."
+        )
     present = excess.masked_fill(excess.isneginf(), 0)  # where the probability is 0 as well
     if not present.any():
         return 1.0
@@ -57,6 +62,10 @@ def distill(
 ) -> float:
     """Sets the temperature of ``model``, and gives it; see ``BayesianLoRA.distill``."""
     model.check_on_network()
+    if num_samples < 2 or not model.enabled:
+        raise ConfigurationError(
+            f"distill must have 2 draws or more of an adapter that is on, got {num_samples}."
+        )
     if not isinstance(data, DataLoader):
         chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
         data = [data[i] for i in chosen]
@@ -64,22 +73,22 @@ def distill(
     batches = batches_of(data, collate, length, batch_size)
     device, seen = model.groups[0].device, 0
     excess: list[Tensor] = []
-    model.temperature.fill_(1)
     with draws_apart(guide, device), model.autocast(precision):
         for batch in tqdm(batches, desc="distill", disable=hide, unit="batch"):
             batch = to_device(batch, device)
             if not excess and _is_point(model, guide, batch, num_samples):
                 raise ConfigurationError(
-                    "distill must have a posterior whose draws differ, got one whose draws are all "
-                    "alike; train a guide that has a width, such as MatrixNormal()."
+                    "distill must have draws that differ, got a posterior whose draws are all "
+                    "alike; take a guide that has a width, such as MatrixNormal(), or call finish."
                 )
-            (scores,) = next(logits_of_draws(model, guide, batch, 0))
+            (scores,) = next(logits_of_draws(model, guide, batch, 0)) * model.temperature
             drawn = logits_of_draws(model, guide, batch, num_samples)
             if linearised:
                 drawn = iter([linearised_logits(model, guide, batch, num_samples)])
-            probs = torch.stack([logits.softmax(-1).sum(0) for logits in drawn]).sum(0)
-            some = slice(None, None, math.ceil(scores[..., 0].numel() / _ROWS))
-            scores, probs = (x.flatten(0, -2)[some].double() for x in (scores, probs / num_samples))
+            scores = scores.flatten(0, -2)
+            some = slice(None, None, math.ceil(len(scores) / _ROWS))
+            parts = (d.flatten(1, -2)[:, some].double().softmax(-1).sum(0) for d in drawn)
+            scores, probs = scores[some].double(), functools.reduce(torch.add, parts) / num_samples
             mean = (probs * scores.masked_fill(scores.isneginf(), 0)).sum(-1, keepdim=True)
             excess.append((scores - mean).cpu())
             if (seen := seen + model.likelihood.examples(batch)) >= max_examples:

@@ -89,14 +89,41 @@ def test_it_is_saved_and_a_further_training_begins_again(tmp_path):
     state = torch.get_rng_state()
     found = blora.distill(rows_of(batch))
     assert torch.equal(torch.get_rng_state(), state)
-    assert blora.distill(rows_of(batch)) == found  # from the mean itself, and with the same draws
+    # from the mean itself, and with the same draws
+    assert blora.distill(rows_of(batch)) == pytest.approx(found, rel=1e-5)
     expected = blora.predict(batch, 0).probs
     blora.save_pretrained(tmp_path)
-    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+    other = CausalLM(num_data=12)  # whose scores are others
+    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, likelihood=other)
+    assert read.model.temperature == 1
+    read = BayesianLoRA.from_pretrained(read.unwrap(), tmp_path)
     assert float(read.model.temperature) == pytest.approx(found)
     assert torch.equal(read.predict(batch, 0).probs, expected)
     fit(read, tiny.examples(12), collate=tiny.collate, num_steps=1, progress=False)
     assert read.model.temperature == 1
+
+
+def test_it_is_of_one_pass_of_the_adapter_and_of_what_was_distilled():
+    blora, batch = adapter("tokens")
+    prompt = {"input_ids": torch.tensor([[9, 10]]), "num_samples": 0, "max_new_tokens": 1}
+    with blora.disable_adapter():
+        base = blora.predict(batch, 0).probs
+    torch.manual_seed(3)
+    draws, written = blora.predict(batch, 4).probs, blora.generate(**prompt).entropy
+    blora.distill(rows_of(batch))
+    with blora.disable_adapter():
+        assert torch.equal(blora.predict(batch, 0).probs, base)
+    torch.manual_seed(3)
+    assert torch.equal(blora.predict(batch, 4).probs, draws)
+    assert torch.equal(blora.generate(**prompt).entropy, written)  # not of the answers alone
+
+
+def test_logits_that_are_no_numbers_are_told():
+    blora, batch = adapter("tokens")
+    with torch.no_grad():
+        blora.net.lm_head.weight[:] = torch.nan
+    with pytest.raises(ValueError, match="look for NaN"):
+        blora.distill(rows_of(batch))
 
 
 def test_items_of_several_sizes_and_a_few_of_many():
@@ -114,7 +141,7 @@ def test_items_of_several_sizes_and_a_few_of_many():
 
 def test_a_point_is_refused():
     blora, batch = adapter("tokens", guide=guides.Delta())
-    with pytest.raises(ConfigurationError, match="draws differ, got one whose draws are all alike"):
+    with pytest.raises(ConfigurationError, match="got a posterior whose draws are all alike"):
         blora.distill(rows_of(batch))
 
 
@@ -150,6 +177,7 @@ def test_an_export_has_it(kind, tmp_path):
     blora, batch = adapter(kind)
     if kind == "options":
         torch.nn.init.constant_(blora.likelihood.score_slope, 0.7)
+        batch["option_mask"][0, 2] = False  # an absent option
     temperature = blora.distill(rows_of(batch))
     with torch.no_grad():
         expected = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0].softmax(-1)
@@ -165,7 +193,7 @@ def test_an_export_has_it(kind, tmp_path):
             assert not files
             found = net(**{k: v for k, v in batch.items() if k != "labels"}).logits.softmax(-1)
         elif kind == "text":
-            assert files == {"generation_config.json"}
+            assert files == {"generation_config.json", "one_pass.json", "README.md"}
             from transformers import GenerationConfig
 
             config = GenerationConfig.from_pretrained(tmp_path)
@@ -189,8 +217,7 @@ def test_an_export_has_it(kind, tmp_path):
                 if kind == "options":
                     place["option_mask"] = one["option_mask"]
                 else:
-                    real = one["attention_mask"].bool()
-                    place["inputs"] = {"input_ids": one["input_ids"][real][None]}
+                    place["inputs"] = {k: one[k][None] for k in ("input_ids", "attention_mask")}
                 exec(code, place)
                 found.append(place["probs"].reshape(-1))
             found = torch.stack(found)
@@ -198,3 +225,22 @@ def test_an_export_has_it(kind, tmp_path):
             scale = numbers.get("scale") or 1 / numbers["temperature"]
             assert scale == pytest.approx((0.7 if kind == "options" else 1) / temperature)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_export_takes_away_what_an_export_wrote_and_nothing_else(tmp_path):
+    pytest.importorskip("peft")
+    blora, batch = adapter("text")
+    blora.export_peft(tmp_path)
+    plain = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "generation_config.json").write_text("{}")
+    blora.export_peft(tmp_path)
+    assert (tmp_path / "generation_config.json").read_text() == "{}"  # one's own
+    blora.distill(rows_of(batch))
+    blora.export_peft(tmp_path)
+    blora.model.temperature.fill_(1)  # as a further training does
+    blora.export_peft(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == plain
+    (tmp_path / "README.md").write_text("mine")
+    blora.distill(rows_of(batch))
+    blora.export_peft(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
