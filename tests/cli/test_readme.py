@@ -82,13 +82,14 @@ def test_the_first_program_runs_and_the_loop_goes_on_from_it(local, capsys):
 def ran(page):
     """The names that the programs of a page define, one after the other.
 
-    On one network, the adapter before taken off; a warning would be an error here.
+    On one network, the adapter before taken off where one is made; a warning would be an error.
     """
     names: dict[str, object] = {}
     exec(QUICK, names)
     for program in BLOCK.findall(page):
+        if re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
+            names["blora"].unwrap()
         exec(program, names)
-        names["blora"].unwrap()
     return names
 
 

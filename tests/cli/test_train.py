@@ -36,7 +36,7 @@ def test_it_shows_its_validation_and_writes_an_adapter(train, tmp_path):
     config = (out / "bayesian_lora_config.json").read_text()
     assert "layers.1." in config
     assert "layers.0." not in config
-    written = {"adapter_config.json", "adapter_model.safetensors"}
+    written = {"adapter_config.json", "adapter_model.safetensors", "one_pass.json", "README.md"}
     assert {p.name for p in (out / "peft").iterdir()} == written
 
 
