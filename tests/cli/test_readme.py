@@ -31,11 +31,12 @@ def test_the_commands_run_one_after_the_other(run, model_dir, tmp_path, monkeypa
         "compare": [*short, "--max-validation", "8", "--max-test", "8"],
         "evaluate": [*tiny, "--max-test", "8"],
         "rank": tiny,
+        "distill": tiny,
         "generate": [*tiny, "--max-new-tokens", "3"],
     }
     lines = re.findall(r"^pyro-blora .*", README, re.MULTILINE)
     commands = [shlex.split(line, comments=True) for line in lines]
-    assert len({command[1] for command in commands}) == 6
+    assert len({command[1] for command in commands}) == 7
     for _, name, *options in commands:
         run(name, *options, *smaller.get(name, []))
     written = ("out/facts/test/reliability.png", "out/next.jsonl", "answer.html")
