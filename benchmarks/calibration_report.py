@@ -369,13 +369,14 @@ def draw_passes(methods: Mapping[str, Mapping[int, Run]], tasks: Sequence[str], 
     """NLL after how many passes of the network, mean and standard error over seeds."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
+    seeds = set.intersection(*(set(methods[name]) for name in PASSES))
     for name, count in PASSES.items():
-        each = [[scores(*run[d]) for d in tasks] for run in methods[name].values()]
+        each = [[scores(*methods[name][seed][d]) for d in tasks] for seed in seeds]
         values = torch.tensor([mean_of(found, "nll") for found in each])
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-        axes.errorbar(count, float(values.mean()), error, fmt="o", capsize=3)
-        axes.annotate(name, (count, float(values.mean())), (6, 4), textcoords="offset points")
-    axes.set(xscale="log", xlim=(0.8, 400), xlabel="passes of the network", ylabel="NLL, nats")
+        axes.errorbar(count, float(values.mean()), error, fmt="o", capsize=3, label=name)
+    axes.legend()
+    axes.set(xscale="log", xlabel="passes of the network", ylabel="NLL, nats")
     save_figure(figure, path)
 
 
