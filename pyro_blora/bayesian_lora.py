@@ -17,8 +17,8 @@ from pyro_blora.errors import CheckpointError, ConfigurationError, near_miss
 from pyro_blora.generation import Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
-from pyro_blora.methods import Method, get_method, method_of
-from pyro_blora.models import KroneckerInducing, UpdateModel
+from pyro_blora.methods import METHODS, Method, get_method, method_of
+from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.options import check_kind
@@ -113,7 +113,8 @@ class BayesianLoRA(PyroModule):
         which["layers_to_transform"] = layers_to_transform
         targets = find_targets(net, target_modules, **which)
         if method is None:
-            method = method_of(KroneckerInducing if prior is None else type(prior), type(guide))
+            usual = METHODS["bayesian-lora"].prior_of() if prior is None else prior
+            method = method_of(type(usual), type(guide))
         #: How it is trained and predicts: a method's record.
         self.method = get_method(method) if isinstance(method, str) else method
         if prior is None:

@@ -147,14 +147,13 @@ class _Run:
                     seed=self.seed,
                 )
             draws = settings["num_samples"] if made.num_samples is None else made.num_samples
-            predict = partial(blora.predict, num_samples=draws)
             short = [name for name in shown if name.startswith("distilled:")]
             last = [name for name in shown if name not in (*best, *short)]
             for names in (last, short, best):
+                predict = partial(blora.predict, num_samples=0 if names is short else draws)
                 if names is short and names:
                     reading: Any = {"length": item_length, "precision": settings["precision"]}
                     blora.distill(self.task.train, self.collate, **reading)
-                    predict = partial(blora.predict, num_samples=0)
                 if names is best and fitted.best_state is not None:
                     blora.load_state_dict(fitted.best_state)
                 if names:

@@ -133,9 +133,9 @@ def generate(
         updates = draws_in_pairs(model, guide, prompt, each)(num_samples)
     else:
         updates = sample_updates(model, guide, 0, prompt)
-    average, ends = _Average(max(1, num_samples)), _Ends()
-    if not num_samples and model.enabled and isinstance(model.likelihood, CausalLM):
-        average.temperature = model.temperature
+    distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
+    temperature = float(model.temperature) if distilled else 1.0
+    average, ends = _Average(max(1, num_samples), temperature), _Ends()
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):
         known = inspect.signature(type(net).forward).parameters
@@ -160,8 +160,8 @@ def generate(
 class _Average:
     """Hooks that make a network the average of ``draws`` sampled ones, and note how they differ."""
 
-    def __init__(self, draws: int) -> None:
-        self.draws, self.temperature = draws, torch.ones(())
+    def __init__(self, draws: int, temperature: float) -> None:
+        self.draws, self.temperature = draws, temperature
         self.steps: list[Tensor] = []  # entropy, mutual information and disagreement, (3, R)
 
     def repeated(
@@ -181,8 +181,9 @@ class _Average:
         return args, {name: repeated(value) for name, value in kwargs.items()}
 
     def averaged(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        logits = output.logits[:, -1].float() / self.temperature.to(output.logits.device)
-        logits = logits.unflatten(0, (self.draws, -1))  # S x R x V
+        logits = output.logits[:, -1].float().unflatten(0, (self.draws, -1))  # S x R x V
+        if self.temperature != 1:
+            logits = logits / self.temperature
         log_probs = logits.log_softmax(-1)
         level = logits.logsumexp(-1, keepdim=True).mean(0)
         output.logits = (log_probs.logsumexp(0) - math.log(self.draws) + level).unsqueeze(1)

@@ -211,8 +211,9 @@ def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
 
 def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int | None) -> int:
     """The steps after which a group of parameters has learned, earlier for what no KL sees."""
-    learns_on = point_steps is None or group.get("name") not in ("direction", "head")
-    return num_steps if learns_on else min(num_steps, point_steps or 0)
+    if point_steps is None or group.get("name") not in ("direction", "head"):
+        return num_steps
+    return min(num_steps, point_steps)
 
 
 def training_loop(

@@ -9,6 +9,7 @@ import tiny
 import torch
 from own_tokenizer import build_tokenizer
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import TorchAoConfig, pipeline
 
 from pyro_blora import fit, guides, models
@@ -57,23 +58,34 @@ ELSEWHERE = """
 import sys, peft, torch, transformers
 from safetensors.torch import load_file, save_file
 folder = sys.argv[1]
-net = transformers.AutoModelForCausalLM.from_pretrained(folder + "/net")
+net = getattr(transformers, sys.argv[2]).from_pretrained(folder + "/net")
 model = peft.PeftModel.from_pretrained(net, folder + "/mean").eval()
 with torch.no_grad():
     save_file({"logits": model(**load_file(folder + "/batch")).logits}, folder + "/found")
 """
 
 
-def test_an_export_loads_in_a_process_without_this_library(tmp_path):
-    net = tiny.llama()
-    net.save_pretrained(tmp_path / "net")
-    blora = moved(net, **HEAD)
-    blora.export_peft(tmp_path / "mean")
-    save_file(BATCH, tmp_path / "batch")
-    command = [sys.executable, "-I", "-W", "ignore", "-c", ELSEWHERE, str(tmp_path)]
+def logits_elsewhere(blora, kind, folder):
+    """Those of its export for BATCH, loaded by an auto class and PEFT in a fresh process."""
+    blora.net.save_pretrained(folder / "net")
+    blora.export_peft(folder / "mean")
+    save_file(BATCH, folder / "batch")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", ELSEWHERE, str(folder), kind]
     subprocess.run(command, check=True, capture_output=True)
-    found = load_file(tmp_path / "found")["logits"]
+    return load_file(folder / "found")["logits"]
+
+
+def test_an_export_loads_in_a_process_without_this_library(tmp_path):
+    blora = moved(tiny.llama(), **HEAD)
+    found = logits_elsewhere(blora, "AutoModelForCausalLM", tmp_path)
     torch.testing.assert_close(found, mean_logits(blora), atol=1e-5, rtol=1e-5)
+
+
+def test_peft_alone_gives_a_distilled_classifier_s_probabilities_in_a_fresh_process(tmp_path):
+    blora = moved(tiny.bert())
+    assert blora.distill(DataLoader([BATCH], batch_size=None)) != 1
+    found = logits_elsewhere(blora, "AutoModelForSequenceClassification", tmp_path).softmax(-1)
+    torch.testing.assert_close(found, blora.predict(BATCH, 0).probs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")

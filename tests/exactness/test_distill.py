@@ -2,13 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, default_collate
 
 from pyro_blora import BayesianLoRA, fit, guides
@@ -143,31 +140,6 @@ def test_a_point_is_refused():
     blora, batch = adapter("tokens", guide=guides.Delta())
     with pytest.raises(ConfigurationError, match="got a posterior whose draws are all alike"):
         blora.distill(rows_of(batch))
-
-
-ELSEWHERE = """
-import sys, peft, torch, transformers
-from safetensors.torch import load_file, save_file
-folder = sys.argv[1]
-net = transformers.AutoModelForSequenceClassification.from_pretrained(folder + "/net")
-model = peft.PeftModel.from_pretrained(net, folder + "/lora").eval()
-with torch.no_grad():
-    save_file({"logits": model(**load_file(folder + "/batch")).logits}, folder + "/found")
-"""
-
-
-def test_peft_alone_gives_a_classifier_s_probabilities_in_a_fresh_process(tmp_path):
-    pytest.importorskip("peft")
-    blora, batch = adapter("classifier")
-    blora.net.save_pretrained(tmp_path / "net")
-    blora.distill(rows_of(batch))
-    blora.export_peft(tmp_path / "lora")
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    save_file(inputs, tmp_path / "batch")
-    command = [sys.executable, "-I", "-W", "ignore", "-c", ELSEWHERE, str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
-    found = load_file(tmp_path / "found")["logits"].softmax(-1)
-    torch.testing.assert_close(found, blora.predict(inputs, 0).probs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
