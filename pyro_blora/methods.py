@@ -27,6 +27,9 @@ _RATES = {
     "head": 1e-3,
 }
 _POINT_EPOCHS = 6.0
+_POINT_STEPS = (
+    300  # at least: as few teach a new head nothing, and of a few examples an epoch is one
+)
 _SLOWER = {**_RATES, "mean": 2e-2, "scale": 1e-2}
 _LORA_RATES = {**_SLOWER, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
 
@@ -72,6 +75,12 @@ class Method:
     point_epochs: float | None = None
     num_samples: int | None = None
     linearised: bool = False
+
+    def point_steps(self, of_an_epoch: int | None) -> int | None:
+        """The steps in which points learn, by the batches of an epoch; ``None`` for all."""
+        if self.point_epochs is None or of_an_epoch is None:
+            return None
+        return max(_POINT_STEPS, round(self.point_epochs * of_an_epoch))
 
     def prior_of(self, rank: int | None = None) -> "UpdateModel":
         """The prior of a rank, or of the rank that suits the method."""

@@ -29,8 +29,6 @@ from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.prediction import Collate, batches_of, collator
 from pyro_blora.posterior.predictive import log_predictive
 
-# As few steps teach a new head nothing; of a few examples an epoch is one step
-_POINT_STEPS = 300
 DECAYS = ("linear", "cosine", "constant")
 
 
@@ -215,7 +213,7 @@ def fit(
             stream,
             num_steps=num_steps,
             check=objective.check,
-            point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
+            point_steps=blora.method.point_steps(steps_of_an_epoch(train, batch_size)),
             **schedule,
             validate=validate,
             state=blora.state_dict,
@@ -252,14 +250,6 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
     with suppress(TypeError):
         return math.ceil(len(train) / (1 if isinstance(train, DataLoader) else batch_size))
     return None
-
-
-def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
-    """The steps in which points learn; ``None`` for all."""
-    epochs = blora.method.point_epochs
-    if epochs is None or of_an_epoch is None:
-        return None
-    return max(_POINT_STEPS, round(epochs * of_an_epoch))
 
 
 def given_rates(

@@ -22,7 +22,6 @@ from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.fit import (
     given_rates,
     parameter_groups,
-    point_steps,
     rates_by_group,
     steps_of_an_epoch,
 )
@@ -118,7 +117,8 @@ class BayesianLoRATrainer(Trainer):
         epoch = steps_of_an_epoch(self.get_train_dataloader(), 1)
         if given or not isinstance(whole, LambdaLR) or epoch is None:
             return whole
-        last = point_steps(self.blora, math.ceil(epoch / self.args.gradient_accumulation_steps))
+        of_an_epoch = math.ceil(epoch / self.args.gradient_accumulation_steps)
+        last = self.blora.method.point_steps(of_an_epoch)
         for k, group in enumerate(whole.optimizer.param_groups):
             length = schedule_length(group, num_training_steps, last)
             if length < num_training_steps:

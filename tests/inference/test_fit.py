@@ -15,6 +15,7 @@ from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from pyro_blora import methods
 from pyro_blora.guides import Ensemble, MeanField
 from pyro_blora.inference import fit, loop, optim_args, parameter_groups
 from pyro_blora.inference.objective import Objective
@@ -218,7 +219,7 @@ def test_points_learn_for_some_epochs(run, epochs, monkeypatch):
     """Of four steps, two passes over six examples."""
     blora, still = tiny.adapted(num_data=6), {}
     blora.method = replace(blora.method, point_epochs=epochs)
-    monkeypatch.setitem(fit.__globals__, "_POINT_STEPS", 1)
+    monkeypatch.setattr(methods, "_POINT_STEPS", 1)
 
     def note(done):
         now = {n: p.detach().clone() for n, p in blora.model.named_parameters()}
@@ -347,7 +348,7 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
         pyro.set_rng_seed(0)
         blora = tiny.adapted(net, likelihood=MultipleChoice(num_data=12))
         blora.method = replace(blora.method, point_epochs=2)  # of the three
-        monkeypatch.setitem(fit.__globals__, "_POINT_STEPS", 1)
+        monkeypatch.setattr(methods, "_POINT_STEPS", 1)
         loader = DataLoader(rows, batch_sampler=Epochs(taken[:9], 3))
         if data == "examples":
             fit(blora, rows, batch_size=4, **how)
