@@ -15,8 +15,6 @@ def model_card(
     config: Mapping[str, Any],
     blora: Any,
     *,
-    result: Any,
-    notes: Mapping[str, object] | None,
     place: str,
 ) -> str:
     """The text of ``README.md``, with the hub's header; ``place`` is what it says to load."""
@@ -36,8 +34,7 @@ def model_card(
         "guide": repr(family) if name in (None, type(family).__qualname__) else name,
         "likelihood": repr(model.likelihood),
         "training examples": "" if data is None else f"{data:,}",
-        **(_figures(result, data) if result is not None else {}),
-        **(notes or {}),
+        **config["notes"],
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v != "")
     net = "" if base else "net, "
@@ -104,7 +101,8 @@ probs = scores.masked_fill(n == 0, -torch.inf).softmax(-1)""",
     )
 
 
-def _figures(result: Any, data: int | None) -> dict[str, str]:
+def figures_of(result: Any, data: int | None) -> dict[str, str]:
+    """What a training says of itself in the notes of an adapter."""
     rows = {"steps": f"{len(result.history):,}"}
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:

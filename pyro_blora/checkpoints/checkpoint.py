@@ -29,7 +29,7 @@ import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
-from pyro_blora.checkpoints.card import CARD, MARK, model_card
+from pyro_blora.checkpoints.card import CARD, MARK, figures_of, model_card
 from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
@@ -61,11 +61,12 @@ def save_pretrained(
     Args:
         blora: the adapter.
         folder: where to write; made if it is missing.
-        result: what ``fit`` returned, for the card.
-        notes: more lines of the card, such as ``{"accuracy": 0.93}``; the JSON has them, too.
+        result: what ``fit`` returned, for the notes.
+        notes: lines of the card and of the JSON, such as ``{"accuracy": 0.93}``.
         place: what the card says to load.
     """
     folder, model = Path(folder), blora.model
+    figures = {} if result is None else figures_of(result, model.likelihood.num_data)
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
         "pyro_blora": __version__,
@@ -78,13 +79,13 @@ def save_pretrained(
         "prior": _describe(model.prior),
         "guide": _describe_guide(blora.guide_family, blora.guide),
         "likelihood": _describe(model.likelihood),
-        "notes": {name: str(value) for name, value in (notes or {}).items()},
+        "notes": {name: str(value) for name, value in {**figures, **(notes or {})}.items()},
     }
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
     write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    page = model_card(config, blora, result=result, notes=notes, place=place)
+    page = model_card(config, blora, place=place)
     write_page(folder, page, "save_pretrained")
 
 

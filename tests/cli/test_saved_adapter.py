@@ -10,6 +10,7 @@ import torch
 from pyro_blora import BayesianLoRA, likelihoods, load_pretrained, load_task
 from pyro_blora.evaluation.metrics import auroc, risk_coverage
 from pyro_blora.guides import MatrixNormal
+from pyro_blora.inference import FitResult
 from pyro_blora.models import KroneckerInducing
 
 
@@ -34,13 +35,15 @@ def test_distill_saves_a_temperature(run, adapter, tmp_path):
     folder = tmp_path / "copy"
     blora = BayesianLoRA.from_pretrained(load_pretrained(adapter[-1])[0], adapter[1])
     blora.model.temperature.fill_(5)
-    blora.save_pretrained(folder, notes={"task": "words"})
+    trained = FitResult(history=[{"loss": 1.0}])
+    blora.save_pretrained(folder, result=trained, notes={"task": "words"})
     own = ["--adapter", folder, *adapter[2:]]
     text, _ = run("distill", *own, "--num-samples", 4, "--peft")
     (told,) = re.findall(r"temperature ([0-9.]+) of one pass", text)
     read = BayesianLoRA.from_pretrained(blora.unwrap(), folder)
     assert f"{float(read.model.temperature):.4g}" == told != "5"
     assert (folder / "peft" / "one_pass.json").exists()
+    assert "| steps | 1 |" in (folder / "README.md").read_text()  # what it was trained by stays
 
 
 def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
