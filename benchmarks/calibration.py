@@ -334,8 +334,7 @@ def report(
             for of in used
             for name, row in settings.get("published", {}).get(of, {}).items()
         }
-        chosen_on = settings["development"]["networks"]
-        write_report(cells, out, ours, kin_of(ours, settings), chosen_on, published)
+        write_report(cells, out, ours, kin_of(ours, settings), published)
 
 
 if __name__ == "__main__":

@@ -29,35 +29,25 @@ COLUMNS = {  # title, factor, digits
     "nll": ("NLL", 1, 3),
     "ece": ("ECE %", 100, 1),
     "chance": ("by chance %", 100, 1),
-    "adaptive_ece": ("adaptive ECE %", 100, 1),
     "brier": ("Brier", 1, 3),
     "auroc": ("AUROC %", 100, 1),
     "aurc": ("AURC %", 100, 1),
 }
 KINDS = ("entropy", "mutual information")
-TITLES = {
-    "lora": "plain LoRA",
-    "lora-best": "its best step",
-    "temperature:lora-best": "that one, temperature scaled",
-    "bayesian-lora": "BayesianLoRA(net)",
-}
-PASSES = {
-    **dict.fromkeys(["lora", "bayesian-lora-mean", "bayesian-lora-distilled"], 1),
-    **{"bayesian-lora-4": 4, "bayesian-lora": 8, "bayesian-lora-64": 64},
+TITLES = {"lora": "LoRA", "bayesian-lora": "BayesianLoRA(net)"}
+PASSES = {  # how they are called and drawn; x is a little beside 1 so that none hides another
+    "lora": ("LoRA", 0.85, "s", "#d9484a"),
+    "bayesian-lora-mean": ("posterior mean", 1, "v", "#c9872b"),
+    "bayesian-lora-distilled": ("distilled", 1.18, "*", "#3a8f5c"),
+    "bayesian-lora-4": ("_", 4, "o", "#2f5f94"),
+    "bayesian-lora": ("4, 8, 64 draws", 8, "o", "#2f5f94"),
+    "bayesian-lora-64": ("_", 64, "o", "#2f5f94"),
 }
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
 Run = dict[str, Pair]  # by data set
 Doubts = dict[str, dict[str, Tensor]]  # by data set, and by what measures it; of each item
 Lines = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, int, str]  # network, task, steps, training items
-
-
-def adaptive_ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
-    """The ECE of the most probable class with bins of equal count (Nguyen, O'Connor 2015)."""
-    confidence, predicted = probs.max(-1)
-    order = confidence.argsort(stable=True)
-    gap = (confidence - (predicted == labels).to(confidence))[order]
-    return sum(abs(float(part.sum())) for part in gap.tensor_split(num_bins)) / len(labels)
 
 
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -67,7 +57,6 @@ def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
     return {
         **asdict(evaluate(probs, labels)),
         "chance": ece_by_chance(probs),
-        "adaptive_ece": adaptive_ece(probs, labels),
         "auroc": auroc(confidence[~right], confidence[right])
         if 0 < right.sum() < len(right)
         else math.nan,
@@ -128,16 +117,10 @@ def on_all_tasks(
         yield network, steps, count, sorted(tasks), pooled
 
 
-def summary(
-    runs: Runs, ours: str, kin: Collection[str], chosen_on: Mapping[str, Collection[str]]
-) -> list[str]:
-    """Means over the tasks of each number of steps, of the methods that have run on all of them.
-
-    And over those of them on which nothing was chosen.
-    """
+def summary(runs: Runs, ours: str, kin: Collection[str]) -> list[str]:
+    """Means over the tasks of each number of steps, of the methods that have run on all of them."""
     text = []
     for network, steps, count, tasks, pooled in on_all_tasks(runs):
-        others = [task for task in tasks if task not in chosen_on.get(network, ())]
         several = {name: seeds for name, seeds in pooled.items() if len(seeds) > 1}
         first = {name: {0: seeds[0]} for name, seeds in pooled.items() if 0 in seeds}
         title = f"## {network}: mean over {', '.join(tasks)}"
@@ -147,29 +130,7 @@ def summary(
         text += [*table(first, *tasks), ""]
         text += ["ACC %, NLL and ECE % of each task, mean over the seeds that have run:", ""]
         text += [*each_task({task: runs[network, task, steps, count] for task in tasks}), ""]
-        if ours in pooled and "lora" in pooled:
-            text += [f"`{ours}` less `lora`: " + ", ".join(shares(pooled, ours, "lora", *tasks))]
-            text[-1] += "."
         text += [*paired(pooled, ours, kin, *tasks), ""]
-        if several and 1 < len(others) < len(tasks):
-            text += [f"Over {', '.join(others)} alone, on which nothing was chosen:", ""]
-            text += [*table(several, *others), "", *paired(pooled, ours, kin, *others), ""]
-    return text
-
-
-def shares(
-    methods: Mapping[str, Mapping[int, Run]], ours: str, other: str, *data: str
-) -> list[str]:
-    """How much lower a method's mean NLL, ECE and Brier score are than another's."""
-    text = []
-    for key in ("nll", "ece", "brier"):
-        means = [
-            mean_of([scores(*run[d]) for run in methods[name].values() for d in data], key)
-            for name in (ours, other)
-        ]
-        text.append(
-            f"{COLUMNS[key][0].removesuffix(' %')} {100 * (means[0] / means[1] - 1):+.0f} %"
-        )
     return text
 
 
@@ -359,24 +320,42 @@ def joined(parts: Iterable[Pair]) -> Pair:
     return torch.cat([pad(p, (0, most - p.shape[1])) for p in probs]), torch.cat(labels)
 
 
-def draw(pooled: Mapping[str, Pair], path: Path, ours: str) -> None:
-    """Reliability diagrams, all seeds and tasks together."""
-    shown = [m for m in ("lora", "lora-best", "temperature:lora-best", ours) if m in pooled]
-    save_figure(reliability_diagram({TITLES.get(m, m): pooled[m] for m in shown}), path)
+def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> None:
+    """Reliability diagrams, all seeds and tasks together; in the titles the means over tasks."""
+    found = {TITLES.get(m, m): methods[m].values() for m in ("lora", ours) if m in methods}
+    pairs = {name: [pair for run in runs for pair in run.values()] for name, runs in found.items()}
+    figure = reliability_diagram({name: joined(each) for name, each in pairs.items()})
+    for axes, each in zip(figure.axes, pairs.values(), strict=False):  # those below have none
+        acc, ece, nll = (shown([scores(*p) for p in each], key) for key in ("acc", "ece", "nll"))
+        axes.set_title(f"ECE {ece} %   ACC {acc} %\nNLL {nll}", fontsize=8)
+    save_figure(figure, path)
 
 
-def draw_passes(methods: Mapping[str, Mapping[int, Run]], tasks: Sequence[str], path: Path) -> None:
-    """NLL after how many passes of the network, mean and standard error over seeds."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    seeds = set.intersection(*(set(methods[name]) for name in PASSES))
-    for name, count in PASSES.items():
-        each = [[scores(*methods[name][seed][d]) for d in tasks] for seed in seeds]
-        values = torch.tensor([mean_of(found, "nll") for found in each])
-        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-        axes.errorbar(count, float(values.mean()), error, fmt="o", capsize=3, label=name)
-    axes.legend()
-    axes.set(xscale="log", xlabel="passes of the network", ylabel="NLL, nats")
+def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: Path) -> None:
+    """NLL less that of 8 draws by passes of each network, mean and standard error over seeds."""
+    figure = Figure(figsize=(2.9 * len(settings), 3.2), layout="constrained")
+    columns = figure.subplots(1, len(settings), squeeze=False)[0]
+    for axes, (network, methods) in zip(columns, settings.items(), strict=True):
+        found = {name: methods[name] for name in PASSES if name in methods}
+        seeds = sorted(set.intersection(*map(set, found.values())))
+        nll = {
+            name: np.array([mean_of([scores(*p) for p in runs[s].values()], "nll") for s in seeds])
+            for name, runs in found.items()
+        }
+        for name, values in nll.items():
+            label, count, mark, color = PASSES[name]
+            gaps = values - nll["bayesian-lora"]
+            error = gaps.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0.0
+            look: dict[str, Any] = {"fmt": mark, "color": color, "capsize": 3, "label": label}
+            axes.errorbar(count, gaps.mean(), error, **look)
+        axes.axhline(0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set(xscale="log", xlabel="passes", title=f"{network}, {len(seeds)} seeds")
+        axes.set_xticks([1, 4, 8, 64], ["1", "4", "8", "64"])
+        axes.minorticks_off()
+    columns[0].set_ylabel("NLL less that of 8 draws, nats")
+    figure.legend(
+        *columns[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
     save_figure(figure, path)
 
 
@@ -385,18 +364,16 @@ def write_report(
     out: Path,
     ours: str,
     kin: Collection[str],
-    chosen_on: Mapping[str, Collection[str]],
     published: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Writes ``report.md`` and a picture of each network.
+    """Writes ``report.md``, and pictures of the setting with most tasks and of one pass.
 
-    ``chosen_on`` has, by network, the tasks on whose validation items settings were chosen;
-    ``published`` what papers print of a task, ``"ACC ECE NLL"``, by method and task.
+    ``published`` has what papers print of a task, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
     runs, doubted = read_runs(lines, out)
-    text += summary(runs, ours, kin, chosen_on)
+    text += summary(runs, ours, kin)
     for (network, task, steps, count), methods in sorted(runs.items()):
         which = network, task, count
         title = f"{network}: {task}, {count} training items, {steps} steps"
@@ -404,7 +381,7 @@ def write_report(
         text += [f"## {title}", "", f"{len(some['test'][1])} items.", "", *table(methods, "test")]
         for name, rows in published.items():
             acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
-            text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | | |")
+            text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | |")
         text += ["", *paired(methods, ours, kin, "test"), ""]
         runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
         if steps == min(runs_of) < max(runs_of):
@@ -426,15 +403,10 @@ def write_report(
             for method, found in doubted[network, task, steps, count].items()
         }
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
-    for network, steps, count, tasks, seeds_of in on_all_tasks(runs):
-        whole = {
-            method: joined(pair for run in seeds.values() for pair in run.values())
-            for method, seeds in seeds_of.items()
-            if seeds
-        }
-        draw(whole, out / "figures" / f"{network}-{count}-{steps}.png", ours)
-        if set(PASSES) <= set(seeds_of):
-            draw_passes(seeds_of, tasks, out / "figures" / f"{network}-passes.png")
+    if found := list(on_all_tasks(runs)):
+        draw(max(found, key=lambda one: len(one[3]))[-1], out / "figures" / "reliability.png", ours)
+    if one_pass := {one[0]: one[-1] for one in found if "bayesian-lora-distilled" in one[-1]}:
+        draw_passes(one_pass, out / "figures" / "passes.png")
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
