@@ -1,5 +1,6 @@
 """One pass that gives nearly what draws give: a temperature of the posterior mean's scores."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -12,13 +13,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods import Batch
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.prediction import Collate, batches_of
-from pyro_blora.posterior.predictive import linearised_logits, logits_of_draws
+from pyro_blora.posterior.predictive import linearised_logits, logits_of_draws, sample_updates
 
 _ROWS = 128  # distributions of a batch that are read, for one number needs no more
-_ALIKE = 1e-4  # probabilities of the draws of a point, by their rounding
 
 
 def best_temperature(excess: Tensor) -> float:
@@ -75,27 +76,33 @@ def distill(
     with draws_apart(guide, device), model.autocast(precision):
         for batch in tqdm(batches, desc="distill", disable=hide, unit="batch"):
             batch = to_device(batch, device)
+            if not excess and _is_point(model, guide, batch, num_samples):
+                raise ConfigurationError(
+                    "distill must have draws that differ, got a posterior whose draws are all "
+                    "alike; take a guide that has a width, such as MatrixNormal(), or call finish."
+                )
             (scores,) = next(logits_of_draws(model, guide, batch, 0)) * model.temperature
             drawn = logits_of_draws(model, guide, batch, num_samples)
             if linearised:
                 drawn = iter([linearised_logits(model, guide, batch, num_samples)])
             scores = scores.flatten(0, -2)
             some = slice(None, None, math.ceil(len(scores) / _ROWS))
-            scores, first, alike, total = scores[some].double(), None, not excess, torch.zeros(())
-            for draws in drawn:
-                probs = draws.flatten(1, -2)[:, some].double().softmax(-1)
-                first, total = probs[0] if first is None else first, total + probs.sum(0)
-                alike = alike and bool(((probs - first).abs() < _ALIKE).all())
-            if alike:
-                raise ConfigurationError(
-                    "distill must have draws that differ, got a posterior whose draws are all "
-                    "alike; take a guide that has a width, such as MatrixNormal(), or call finish."
-                )
-            mean = total / num_samples * scores.masked_fill(scores.isneginf(), 0)
-            excess.append((scores - mean.sum(-1, keepdim=True)).cpu())
+            parts = (d.flatten(1, -2)[:, some].double().softmax(-1).sum(0) for d in drawn)
+            scores, probs = scores[some].double(), functools.reduce(torch.add, parts) / num_samples
+            mean = (probs * scores.masked_fill(scores.isneginf(), 0)).sum(-1, keepdim=True)
+            excess.append((scores - mean).cpu())
             if (seen := seen + model.likelihood.examples(batch)) >= max_examples:
                 break
-    width = max(rows.shape[-1] for rows in excess)  # a choice that an item does not have is absent
-    rows = [pad(rows, (0, width - rows.shape[-1]), value=-torch.inf) for rows in excess]
+    most = max(rows.shape[-1] for rows in excess)  # a choice that an item does not have is absent
+    rows = [pad(rows, (0, most - rows.shape[-1]), value=-torch.inf) for rows in excess]
     model.temperature.fill_(best_temperature(torch.cat(rows)))
     return float(model.temperature)
+
+
+def _is_point(model: BayesianLoRAModel, guide: nn.Module, batch: Batch, count: int) -> bool:
+    """Whether all draws of a posterior are alike."""
+    each = model.likelihood.examples(batch) if getattr(guide, "reads_context", False) else 1
+    drawn = sample_updates(model, guide, count * each, batch).values()
+    factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
+    alike = all(bool((f == f[:1]).all()) for f in factors)
+    return alike and not any(update.is_noisy for update in drawn)

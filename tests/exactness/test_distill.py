@@ -52,6 +52,7 @@ def test_it_is_nearest_to_the_draws(kind):
     found = blora.distill(rows_of(batch), num_samples=32)
     with draws_apart(blora.guide, torch.device("cpu")), torch.no_grad():
         next(iter(rows_of(batch)))  # a DataLoader draws a seed
+        blora.sample_updates(32)  # and it makes sure that draws differ
         draws = torch.cat(list(logits_of_draws(blora.model, blora.guide, batch, 32)))
     p = draws.double().softmax(-1).mean(0)
 
