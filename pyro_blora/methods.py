@@ -27,9 +27,7 @@ _RATES = {
     "head": 1e-3,
 }
 _POINT_EPOCHS = 6.0
-_POINT_STEPS = (
-    300  # at least: as few teach a new head nothing, and of a few examples an epoch is one
-)
+_POINT_STEPS = 300  # at least: fewer teach a new head nothing
 _SLOWER = {**_RATES, "mean": 2e-2, "scale": 1e-2}
 _LORA_RATES = {**_SLOWER, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
 

@@ -61,12 +61,13 @@ def save_pretrained(
     Args:
         blora: the adapter.
         folder: where to write; made if it is missing.
-        result: what ``fit`` returned, for the notes.
+        result: what ``fit`` returned; its figures win over notes of the same names.
         notes: lines of the card and of the JSON, such as ``{"accuracy": 0.93}``.
         place: what the card says to load.
     """
     folder, model = Path(folder), blora.model
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
+    notes = {**figures, **(notes or {}), **figures}
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
         "pyro_blora": __version__,
@@ -79,7 +80,7 @@ def save_pretrained(
         "prior": _describe(model.prior),
         "guide": _describe_guide(blora.guide_family, blora.guide),
         "likelihood": _describe(model.likelihood),
-        "notes": {name: str(value) for name, value in {**figures, **(notes or {})}.items()},
+        "notes": {name: str(value) for name, value in notes.items()},
     }
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
     write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})

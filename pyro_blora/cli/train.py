@@ -115,7 +115,8 @@ def run(
         "method": made,
         "prior": made.prior_of(rank),
         "guide": made.guide_of(),
-        "likelihood": data.likelihood(collate, made.scale),
+        # a LoRA that was trained on these items would teach a scale what it has memorized
+        "likelihood": data.likelihood(collate, "fixed" if lora else made.scale),
     }
     if from_peft is None:
         targets = o.listed(target_modules, "--target-modules")

@@ -122,7 +122,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
         blora, data, collate=tiny.collate, num_steps=4, validation=data[:4], validate_every=2
     )
     blora.save_pretrained(tmp_path)
-    blora.save_pretrained(tmp_path, result=result, notes={"task": "a | b"})
+    blora.save_pretrained(tmp_path, result=result, notes={"task": "a | b", "steps": 9})
     text = (tmp_path / CARD).read_text()
     assert huggingface_hub.ModelCard(text).data.to_dict()["base_model"] == "me/my-base"
     elbo = -sum(10 * f["nll"] + f["kl"] for f in result.history) / 4

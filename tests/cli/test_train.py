@@ -93,6 +93,7 @@ def test_it_starts_from_a_lora_with_or_without_steps(lora, run, model_dir, data_
     assert "k_proj" in said
     blora, found = mean_logits(model_dir, out)
     assert blora.prior.rank == 3
+    assert '"scale": "fixed"' in (out / "bayesian_lora_config.json").read_text()
     assert 0 < (found - expected).abs().max() < 0.5
 
 
