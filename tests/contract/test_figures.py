@@ -1,4 +1,4 @@
-"""Tables of the pages say what the benchmark's report says: ``<!-- report: SECTION -->`` is above."""
+"""Tables of the pages are those of the report that ``<!-- report: SECTION -->`` names above."""
 
 import re
 from pathlib import Path
