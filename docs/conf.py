@@ -11,6 +11,7 @@ project = "pyro_blora"
 version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath", "amsmath"]
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and tests run them
 html_theme = "furo"
 html_title = f"{project} {release}"

@@ -71,6 +71,11 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     folders = [str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "site")]
     done = subprocess.run([*command, *folders], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):  # a formula that is not typeset
+        prose = re.sub(
+            r"<(pre|code|script)\b.*?</\1>", "", page.read_text("utf-8"), flags=re.DOTALL
+        )
+        assert not re.search(r"\$\\", prose), page.name
     pages = sorted((tmp_path / "site" / "reference").glob("*.html"))
     ids = set(re.findall(r' id="([\w.]+)"', "".join(page.read_text("utf-8") for page in pages)))
     assert {name for name in NAMES if name not in ids} == set()
