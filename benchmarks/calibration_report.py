@@ -322,11 +322,15 @@ def joined(parts: Iterable[Pair]) -> Pair:
 
 def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> None:
     """Reliability diagrams, all seeds and tasks together; in the titles the means over tasks."""
-    found = {TITLES.get(m, m): methods[m].values() for m in ("lora", ours) if m in methods}
-    pairs = {name: [pair for run in runs for pair in run.values()] for name, runs in found.items()}
+    pairs = {
+        TITLES.get(name, name): [pair for run in methods[name].values() for pair in run.values()]
+        for name in ("lora", ours)
+        if methods.get(name)
+    }
     figure = reliability_diagram({name: joined(each) for name, each in pairs.items()})
     for axes, each in zip(figure.axes, pairs.values(), strict=False):  # those below have none
-        acc, ece, nll = (shown([scores(*p) for p in each], key) for key in ("acc", "ece", "nll"))
+        metrics = [asdict(evaluate(*pair)) for pair in each]
+        acc, ece, nll = (shown(metrics, key) for key in ("acc", "ece", "nll"))
         axes.set_title(f"ECE {ece} %   ACC {acc} %\nNLL {nll}", fontsize=8)
     save_figure(figure, path)
 
@@ -336,10 +340,10 @@ def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: P
     figure = Figure(figsize=(2.9 * len(settings), 3.2), layout="constrained")
     columns = figure.subplots(1, len(settings), squeeze=False)[0]
     for axes, (network, methods) in zip(columns, settings.items(), strict=True):
-        found = {name: methods[name] for name in PASSES if name in methods}
+        found = {name: methods[name] for name in PASSES if methods.get(name)}
         seeds = sorted(set.intersection(*map(set, found.values())))
         nll = {
-            name: np.array([mean_of([scores(*p) for p in runs[s].values()], "nll") for s in seeds])
+            name: np.array([fmean(evaluate(*p).nll for p in runs[s].values()) for s in seeds])
             for name, runs in found.items()
         }
         for name, values in nll.items():
@@ -349,7 +353,7 @@ def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: P
             look: dict[str, Any] = {"fmt": mark, "color": color, "capsize": 3, "label": label}
             axes.errorbar(count, gaps.mean(), error, **look)
         axes.axhline(0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.set(xscale="log", xlabel="passes", title=f"{network}, {len(seeds)} seeds")
+        axes.set(xscale="log", xlabel="passes", title=f"{network}\n{len(seeds)} seeds")
         axes.set_xticks([1, 4, 8, 64], ["1", "4", "8", "64"])
         axes.minorticks_off()
     columns[0].set_ylabel("NLL less that of 8 draws, nats")
@@ -403,9 +407,15 @@ def write_report(
             for method, found in doubted[network, task, steps, count].items()
         }
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
-    if found := list(on_all_tasks(runs)):
-        draw(max(found, key=lambda one: len(one[3]))[-1], out / "figures" / "reliability.png", ours)
-    if one_pass := {one[0]: one[-1] for one in found if "bayesian-lora-distilled" in one[-1]}:
+    if pooled := list(on_all_tasks(runs)):
+        most = max(pooled, key=lambda one: len(one[3]))
+        draw(most[-1], out / "figures" / "reliability.png", ours)
+    both = ("bayesian-lora", "bayesian-lora-distilled")
+    if one_pass := {
+        f"{network}, {steps} steps": methods
+        for network, steps, _, _, methods in pooled
+        if all(methods.get(name) for name in both)
+    }:
         draw_passes(one_pass, out / "figures" / "passes.png")
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]

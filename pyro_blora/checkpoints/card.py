@@ -11,12 +11,7 @@ CARD = "README.md"
 MARK = "<!-- {} writes this file anew; without this line it leaves it alone. -->"
 
 
-def model_card(
-    config: Mapping[str, Any],
-    blora: Any,
-    *,
-    place: str,
-) -> str:
+def model_card(config: Mapping[str, Any], blora: Any, *, place: str) -> str:
     """The text of ``README.md``, with the hub's header; ``place`` is what it says to load."""
     base, kind, model = config["base_model"], config["base"]["class"], blora.model
     header = ModelCardData(

@@ -67,7 +67,7 @@ def save_pretrained(
     """
     folder, model = Path(folder), blora.model
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
-    notes = {**figures, **(notes or {}), **figures}
+    notes = {**figures, **(notes or {}), **figures}  # first in the card, and they win
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
         "pyro_blora": __version__,

@@ -55,7 +55,7 @@ def tiny(monkeypatch, model_dir, tmp_path):
 def test_the_readme_is_short():
     assert len(README.split()) <= 1200
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE).splitlines()
-    assert [x for x in prose if len(x) > 105 and "](" not in x and x[:1] not in ("|", "<")] == []
+    assert [x for x in prose if len(x) > 100 and "](" not in x and x[:1] not in ("|", "<")] == []
     assert len(FIRST.splitlines()) <= 12
     assert QUICK != FIRST
     assert len([line for line in OWN_PRIOR.split("\n\nblora")[0].splitlines() if line]) <= 15

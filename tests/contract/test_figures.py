@@ -17,7 +17,7 @@ METHODS = {
     "posterior mean": "bayesian-lora-mean",
     "distilled": "bayesian-lora-distilled",
     "`bayesianize`": "bayesianize",
-    "from-peft": "from-peft",
+    "`from_peft`": "from-peft",
 }
 TABLE = re.compile(r"<!-- report: (.*?) -->\n+((?:\|.*\n)+)")
 FIGURE = re.compile(r"\d+\.\d+(?:(?: ±|,) \d+\.\d+)*")
@@ -26,7 +26,7 @@ FIGURE = re.compile(r"\d+\.\d+(?:(?: ±|,) \d+\.\d+)*")
 def body(table):
     """The rows under a table's head: the first cell, and the figures."""
     for line in table.splitlines()[2:]:
-        yield line.split("|")[1].strip().replace("**", ""), FIGURE.findall(line)
+        yield line.split("|")[1].strip(), FIGURE.findall(line)
 
 
 def section(title):
