@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.likelihoods.multiple_choice import scale_scores
 from pyro_blora.posterior.one_pass import best_temperature
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -24,6 +25,7 @@ __all__ = [
     "ece_by_chance",
     "effective_rank",
     "evaluate",
+    "fit_score_scale",
     "fit_temperature",
     "rank",
     "risk_coverage",
@@ -184,6 +186,42 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     chosen = logits.double().gather(1, labels.long()[:, None])
     return best_temperature(logits.double() - chosen)
+
+
+@torch.no_grad()
+def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[float, float]:
+    r"""Find the scale and the length exponent of options' scores that minimize the NLL.
+
+    .. math::
+        \hat c, \hat b = \arg\min_{c > 0,\, |b| \le 2}
+        -\sum_i \log \mathrm{softmax}\bigl(c\, (n_i / \bar n_i)^b\, s_i\bigr)_{y_i}
+
+    A mean log-probability is not on the scale of log-odds, and may favor short or long options. A
+    temperature mends the scale only. ``b = 1`` makes sums of means. Fit both on held-out items.
+
+    Args:
+        scores: mean log-probabilities of the options, ``(N, K)``; of any causal network, with a
+            LoRA or without, ``MultipleChoice(scale="fixed").logits(net, batch)``.
+        lengths: their numbers of tokens, ``batch["option_mask"].sum(-1)``; 0 for an absent option.
+        labels: the right options, ``(N,)``.
+
+    Returns:
+        ``c``, between 0.01 and 100, and ``b``, to 0.02, for
+        :func:`~pyro_blora.likelihoods.scale_scores`.
+
+    Example::
+
+        c, b = fit_score_scale(scores, lengths, labels)
+        probs = scale_scores(new_scores, new_lengths, c, b).softmax(-1)
+    """
+    best = (torch.inf, 1.0, 0.0)
+    for step in range(-100, 101):
+        exponent = 0.02 * step
+        logits = scale_scores(scores.double(), lengths, 1.0, exponent)
+        temperature = fit_temperature(logits, labels)
+        nll = float(torch.nn.functional.cross_entropy(logits / temperature, labels.long()))
+        best = min(best, (nll, 1 / temperature, exponent))
+    return best[1:]
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:

@@ -128,12 +128,7 @@ class MultipleChoice(Likelihood):
         if apart is not None:
             total = torch.where(apart, total.detach(), total)
             slope, exponent = (torch.where(apart, p, p.detach()) for p in (slope, exponent))
-        total = total * slope
-        if self.learn_length_penalty:
-            there = (count > 0).sum(-1, keepdim=True)
-            length = count.clamp_min(1) * there / count.sum(-1, keepdim=True).clamp_min(1)
-            total = total * length**exponent
-        return total.masked_fill(count == 0, -torch.inf)
+        return scale_scores(total, count, slope, exponent)
 
     def examples(self, batch: Batch) -> int:
         """As everywhere, of tensors of one shape."""
@@ -142,6 +137,19 @@ class MultipleChoice(Likelihood):
         if len(set(shapes.values())) > 1:
             raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
         return count
+
+
+def scale_scores(
+    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: Tensor | float = 0.0
+) -> Tensor:
+    r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
+
+    ``scores`` are ``s``, and ``lengths`` the numbers ``n`` of their tokens, 0 for an absent option,
+    whose logit is minus infinity; ``slope`` is ``c`` and ``exponent`` ``b``.
+    """
+    there = (lengths > 0).sum(-1, keepdim=True)
+    ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
+    return (scores * slope * ratio**exponent).masked_fill(lengths == 0, -torch.inf)
 
 
 def _apart(batch: Batch) -> list[bool]:

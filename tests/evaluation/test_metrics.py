@@ -12,10 +12,12 @@ from pyro_blora.evaluation.metrics import (
     confidence_bins,
     ece_by_chance,
     evaluate,
+    fit_score_scale,
     fit_temperature,
     rank,
     risk_coverage,
 )
+from pyro_blora.likelihoods import scale_scores
 from pyro_blora.posterior.prediction import Prediction
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
@@ -111,6 +113,27 @@ def test_bounds_and_where_every_temperature_is_as_good():
     assert fit_temperature(logits, labels) == 1
     logits[0, 0] += 1  # one that is right
     assert fit_temperature(logits, labels) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("scale", "exponent"), [(0.4, -0.8), (1.0, 0.0), (3.0, 1.2)])
+def test_the_score_scale_is_where_no_gradient_is_left(scale, exponent):
+    """By autograd of the formula written out item by item, options of one item absent."""
+    lengths = torch.randint(1, 9, (300, 4))
+    lengths[::3, 3] = 0
+    scores = -4 * torch.rand(300, 4)
+    truth = scale_scores(scores, lengths, scale, exponent)
+    labels = torch.multinomial(truth.softmax(-1), 1).squeeze(1)
+    found = fit_score_scale(scores, lengths, labels)
+    c, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in found)
+    loss = torch.zeros((), dtype=torch.float64)
+    for s, n, label in zip(scores.double(), lengths, labels, strict=True):
+        s, n = s[n > 0], n[n > 0].double()
+        loss -= (c * (n / n.mean()) ** b * s).log_softmax(0)[label] / len(labels)
+    slope_c, slope_b = torch.autograd.grad(loss, (c, b), create_graph=True)
+    (curvature,) = torch.autograd.grad(slope_b, b)
+    assert abs(slope_c.item()) < 1e-6
+    assert abs(slope_b.item()) < 0.02 * curvature.item()  # the grid's step
+    assert found == pytest.approx((scale, exponent), rel=0.4, abs=0.3)  # of 300 items
 
 
 def random(samples=5):
