@@ -185,7 +185,8 @@ def test_print_shows_groups_and_sites():
 
 
 def test_the_page_runs():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "names.md").read_text("utf-8")
+    reference = Path(__file__).resolve().parents[2] / "docs" / "reference"
+    page = (reference / "names.md").read_text("utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {"net": tiny.llama()}
     exec(program, names)
