@@ -1,5 +1,6 @@
 """The documentation: its examples are true, its links lead somewhere, its site is built."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -56,6 +57,17 @@ def test_links_lead_to_files_and_headings(page):
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), f"{page.name}: {target} is not there"
         assert not anchor or anchor in anchors(found), f"{page.name}: {target} has no such heading"
+
+
+def test_the_messages_of_troubleshooting_are_the_library_s():
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    heads = re.findall(r"^### `(.*)`$", page.partition("## Training")[0], re.MULTILINE)
+    quoted = {text for head in heads for text in head.split("`, `")} - {"KeyError: 'labels'", "NaN"}
+    files = [file for room in ("pyro_blora", "models") for file in (ROOT / room).rglob("*.py")]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))))
+    said = " ".join(str(node.value) for node in nodes if isinstance(node, ast.Constant))
+    assert len(quoted) > 10
+    assert {text for text in quoted if text not in said} == set()
 
 
 def test_every_page_is_linked_from_the_readme():
