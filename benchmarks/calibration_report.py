@@ -34,7 +34,7 @@ COLUMNS = {  # title, factor, digits
     "aurc": ("AURC %", 100, 1),
 }
 KINDS = ("entropy", "mutual information")
-TITLES = {"lora": "LoRA", "bayesian-lora": "BayesianLoRA(net)"}
+TITLES = {"lora": "LoRA", "lora-best": "LoRA, best step", "bayesian-lora": "BayesianLoRA(net)"}
 PASSES = {  # how they are called and drawn; x is a little beside 1 so that none hides another
     "lora": ("LoRA", 0.85, "s", "#d9484a"),
     "bayesian-lora-mean": ("posterior mean", 1, "v", "#c9872b"),
@@ -335,6 +335,37 @@ def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> Non
     save_figure(figure, path)
 
 
+def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path, needy: str) -> None:
+    """NLL on the tests of seed 0, a row a method, the lowest on top; hollow with a temperature."""
+    found = {}
+    for name, runs in methods.items():
+        if 0 in runs and not name.removeprefix("temperature:").startswith("bayesian-lora-"):
+            items = [_scores(*pair)[0] for pair in runs[0].values()]
+            error = sum(float(x.var() / len(x)) for x in items) ** 0.5 / len(items)
+            found[name] = (fmean(float(x.mean()) for x in items), error)
+    plain = [name for name in found if ":" not in name]
+    plain.sort(key=lambda name: -min(found[name][0], found.get(f"temperature:{name}", (9,))[0]))
+    figure = Figure(figsize=(6.4, 0.6 + 0.26 * len(plain)), layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(plain):
+        for which, fill in ((name, None), (f"temperature:{name}", "white")):
+            if which in found:
+                color = "#d9484a" if fill or name == needy else "#2f5f94"
+                look: dict[str, Any] = {"fmt": "o", "color": color, "markerfacecolor": fill}
+                axes.errorbar(found[which][0], row, xerr=found[which][1], capsize=2, **look)
+    axes.set_yticks(range(len(plain)), [TITLES.get(name, name) for name in plain])
+    axes.set(xlabel="NLL, nats (± standard error over items)")
+    axes.grid(axis="x", alpha=0.3)
+    for label, color, fill in (
+        ("no validation items", "#2f5f94", "#2f5f94"),
+        ("best step, by validation items", "#d9484a", "#d9484a"),
+        ("temperature, by validation items", "#d9484a", "white"),
+    ):
+        axes.plot([], [], "o", color=color, markerfacecolor=fill, label=label)
+    axes.legend(frameon=False, fontsize=8, loc="center right")
+    save_figure(figure, path)
+
+
 def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: Path) -> None:
     """NLL less that of 8 draws by passes of each network, mean and standard error over seeds."""
     figure = Figure(figsize=(2.9 * len(settings), 3.2), layout="constrained")
@@ -410,6 +441,7 @@ def write_report(
     if pooled := list(on_all_tasks(runs)):
         most = max(pooled, key=lambda one: len(one[3]))
         draw(most[-1], out / "figures" / "reliability.png", ours)
+        draw_nll(most[-1], out / "figures" / "nll.png", "lora-best")
     both = ("bayesian-lora", "bayesian-lora-distilled")
     if one_pass := {
         f"{network}, {steps} steps": methods
