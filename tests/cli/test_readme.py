@@ -1,4 +1,4 @@
-"""The programs and commands of the README, of docs/programs.md and docs/peft.md as they stand."""
+"""The programs and commands of the README and of the pages that go on from it, as they stand."""
 
 import re
 import shlex
@@ -7,14 +7,21 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import pyro_blora
 
 ROOT = Path(__file__).resolve().parents[2]
-README, PROGRAMS, WITH_PEFT = (
-    (ROOT / page).read_text("utf-8") for page in ("README.md", "docs/programs.md", "docs/peft.md")
+README, OWN_DATA, PROGRAMS, WITH_PEFT = (
+    (ROOT / page).read_text("utf-8")
+    for page in ("README.md", "docs/own_data.md", "docs/programs.md", "docs/peft.md")
 )
+COMMAND = re.compile(r"^pyro-blora .*", re.MULTILINE)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FIRST, LOOP, OWN_PRIOR = BLOCK.findall(README)
 QUICK = FIRST.replace("num_steps=100", "num_steps=10")  # nothing else is left out
@@ -34,8 +41,7 @@ def test_the_commands_run_one_after_the_other(run, model_dir, tmp_path, monkeypa
         "distill": tiny,
         "generate": [*tiny, "--max-new-tokens", "3"],
     }
-    lines = re.findall(r"^pyro-blora .*", README, re.MULTILINE)
-    commands = [shlex.split(line, comments=True) for line in lines]
+    commands = [shlex.split(line, comments=True) for line in COMMAND.findall(README)]
     assert len({command[1] for command in commands}) == 7
     for _, name, *options in commands:
         run(name, *options, *smaller.get(name, []))
@@ -45,11 +51,23 @@ def test_the_commands_run_one_after_the_other(run, model_dir, tmp_path, monkeypa
 
 @pytest.fixture
 def tiny(monkeypatch, model_dir, tmp_path):
-    """The README's program, with a tiny network in place of SmolLM2, in a folder of its own."""
+    """The README's program, with a tiny network in place of SmolLM2, in a folder of its own.
+
+    A BERT is as tiny.
+    """
     monkeypatch.chdir(tmp_path)
     net = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    monkeypatch.setattr(pyro_blora, "load_pretrained", lambda name: (net, tokenizer))
+
+    def loaded(name, num_labels=None):
+        if num_labels is None:
+            return net, tokenizer
+        padded = AutoTokenizer.from_pretrained(model_dir, pad_token="</s>")
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "vocab_size": len(padded), "num_labels": num_labels}
+        return BertForSequenceClassification(BertConfig(**sizes)).eval(), padded
+
+    monkeypatch.setattr(pyro_blora, "load_pretrained", loaded)
 
 
 def test_the_readme_is_short():
@@ -82,18 +100,32 @@ def test_the_first_program_runs_and_the_loop_goes_on_from_it(local, capsys):
     assert prediction.samples.shape == (10, *batch["option_mask"].shape[:2])
 
 
-def ran(page):
+def ran(page, *, unwraps=False):
     """The names that the programs of a page define, one after the other.
 
-    On one network, the adapter before taken off where one is made; a warning would be an error.
+    On one network, the adapter before taken off where one is made, if the page does not do so
+    itself; a warning would be an error.
     """
     names: dict[str, object] = {}
     exec(QUICK, names)
     for program in BLOCK.findall(page):
-        if re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
+        if not unwraps and re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
             names["blora"].unwrap()
         exec(program, names)
     return names
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_programs_and_commands_on_own_data_run(run, model_dir, capsys):
+    names = ran(OWN_DATA, unwraps=True)
+    assert re.search(r"ACC .* ECE .* NLL", capsys.readouterr().out)
+    assert names["result"].best_step in (1, 2)
+    assert type(names["classifier"]).__name__ == "BertForSequenceClassification"
+    for line in COMMAND.findall(OWN_DATA):
+        _, name, *options = shlex.split(line, comments=True)
+        short = ["--max-steps", "2"] if name == "train" else []
+        run(name, *options, "--model", model_dir, *short)
+    assert Path("out/odd/test/metrics.json").exists()
 
 
 @pytest.mark.usefixtures("tiny")
