@@ -1,5 +1,6 @@
 """How Sphinx makes the site of these pages: ``make docs``."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,15 @@ from pyro_blora import __version__
 
 project = "pyro_blora"
 version = release = __version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+if os.environ.get("DOCS_INTERSPHINX"):  # reads four inventories from the network
+    extensions.append("sphinx.ext.intersphinx")
+intersphinx_mapping = {
+    "pyro": ("https://docs.pyro.ai/en/stable/", None),
+    "torch": ("https://docs.pytorch.org/docs/stable/", None),
+    "transformers": ("https://huggingface.co/docs/transformers/main/en/", None),
+    "peft": ("https://huggingface.co/docs/peft/main/en/", None),
+}
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "amsmath"]
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and tests run them
