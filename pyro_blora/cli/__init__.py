@@ -18,7 +18,7 @@ from pyro_blora.cli import compare, distill, evaluate, generate, info, rank, tra
 _MISTAKES = (errors.BatchError, errors.CheckpointError, errors.ConfigurationError, errors.DataError)
 
 app = typer.Typer(
-    help="Bayesian low-rank adapters for language models: train, ask, compare, count.",
+    help="Bayesian low-rank adapters for language models: train, evaluate, compare, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

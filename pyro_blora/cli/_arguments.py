@@ -64,12 +64,12 @@ NumSamples = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': bfloat16 where "
+        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': bfloat16 if "
         "the device is made for it.",
         callback=check_precision,
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT already.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUT has.")]
 AdapterFolder = Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")]
 Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 

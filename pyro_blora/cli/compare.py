@@ -25,7 +25,7 @@ def run(
             "them ('temperature': of lora), distilled:NAME for those that have draws."
         ),
     ] = "lora,lora-best,temperature,bayesian-lora",
-    seeds: Annotated[str, typer.Option(help="Seeds, one run of every method for each.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     batch_size: o.BatchSize = 8,
     max_train: o.MaxTrain = 400,
@@ -47,12 +47,12 @@ def run(
     """Fine-tune a model by each method and compare accuracy and calibration on the test set.
 
     Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
-    are all of the probabilities over the candidate answers. `lora` is plain LoRA at its last step,
-    `lora-best` at its best validation step, `temperature` is `lora` with its logits scaled on
-    validation items; the others are priors and guides of this library (see `info --methods`).
+    are those of the probabilities over the candidate answers. `lora` is plain LoRA at its last
+    step, `lora-best` at its best validation step. `temperature` is `lora` with its logits scaled on
+    validation items. The others are priors and guides of this library (see `info --methods`).
 
-    A row is kept as soon as it is there: after an interruption the same command goes on from there,
-    and other --methods or --seeds with the same --out train what is missing alone.
+    Each row is saved when it is done. After an interruption the same command goes on; other
+    --methods or --seeds with the same --out train only what is missing.
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """

@@ -22,8 +22,8 @@ def run(
 ) -> None:
     """Make one pass of an adapter nearly as calibrated as its draws, without a label.
 
-    A temperature of the posterior mean's scores is fitted to the average of the draws, on training
-    items whose labels are not read, and saved with the adapter: `--num-samples 0` has it.
+    Fits a temperature of the posterior mean's scores to the average of the draws, on training items
+    without their labels. It is saved with the adapter, and `--num-samples 0` uses it.
 
     Example: pyro-blora distill --adapter out/facts --peft
     """

@@ -39,18 +39,18 @@ def run(
         Path | None,
         typer.Option(
             help="Folder for metrics.json, items.csv and pictures: reliability, risk and coverage, "
-            "and with --ood how the two tasks' uncertainties are spread."
+            "and with --ood the uncertainties of both tasks."
         ),
     ] = None,
     ood: Annotated[
         str | None,
-        typer.Option(help="Another task, which the adapter was not made for: is its doubt more?"),
+        typer.Option(help="A task that the adapter was not trained on: is its uncertainty higher?"),
     ] = None,
 ) -> None:
-    """Accuracy and calibration of a saved adapter, and what it does not know.
+    """Measure the accuracy, calibration and uncertainty of a saved adapter.
 
     The mutual information is the part of the uncertainty that comes from the posterior of the
-    weights: high where more training data would help.
+    weights. It is high if more training data would help.
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     --ood openbookqa --out out/arc_easy/test

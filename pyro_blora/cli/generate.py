@@ -1,4 +1,4 @@
-"""``pyro-blora generate``: text from a saved adapter, coloured by what it does not know."""
+"""``pyro-blora generate``: text from a saved adapter, colored by its uncertainty."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,25 +12,23 @@ By = Literal["mutual_information", "entropy", "disagreement"]
 
 
 def run(
-    prompt: Annotated[list[str], typer.Argument(help="What to go on from; one or several.")],
+    prompt: Annotated[list[str], typer.Argument(help="The prompts, one or several.")],
     adapter: o.AdapterFolder,
     model: o.Base = None,
     num_samples: o.NumSamples = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 60,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt as a user's turn, by the chat template.")
+        bool, typer.Option("--chat", help="Make each prompt a user's turn by the chat template.")
     ] = False,
     temperature: Annotated[
         float,
-        typer.Option(
-            help="Of sampling, from the average of the draws; 0: the likeliest token.", min=0
-        ),
+        typer.Option(help="Sampling temperature; 0: the likeliest token.", min=0),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of so much mass.", min=0, max=1)
+        float, typer.Option(help="Sample from the likeliest tokens of this mass.", min=0, max=1)
     ] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beams of a beam search.", min=1)] = 1,
-    by: Annotated[By, typer.Option(help="What to colour by.")] = "mutual_information",
+    by: Annotated[By, typer.Option(help="What to color by.")] = "mutual_information",
     abstain_above: Annotated[
         float | None,
         typer.Option(help="Abstain where the mutual information is above, in nats a token.", min=0),
@@ -40,10 +38,10 @@ def run(
         Path | None, typer.Option(help="File for a page with a legend and numbers on hover.")
     ] = None,
 ) -> None:
-    """Write text from the average of posterior draws, coloured by what they do not agree on.
+    """Write text from the average of posterior draws, colored by how much they disagree.
 
     The mutual information is the part of a token's uncertainty that comes from the posterior of
-    the weights: high where more training data would help.
+    the weights. It is high if more training data would help.
 
     Example: pyro-blora generate "Copper is" --adapter out/facts --html answer.html
     """

@@ -1,4 +1,4 @@
-"""``pyro-blora info``: what an adapter would consist of, without weights."""
+"""``pyro-blora info``: the size of an adapter, without weights."""
 
 from collections.abc import Iterator
 from typing import Annotated

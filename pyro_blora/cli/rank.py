@@ -25,12 +25,12 @@ def run(
     pool: Annotated[
         Path | None,
         typer.Option(
-            help='JSON lines of {"question": "...", "choices": ["...", "..."]}, labels and ids as '
-            "there are; default: the training items of TASK. TASK names the prompt in either case."
+            help='JSON lines of {"question": "...", "choices": ["...", "..."]}; labels and ids are '
+            "optional. Default: the training items of TASK. TASK sets the prompt in either case."
         ),
     ] = None,
     by: Annotated[
-        By, typer.Option(help="'mutual_information' is BALD: where the posterior's draws disagree.")
+        By, typer.Option(help="'mutual_information' is BALD: how much the draws disagree.")
     ] = "mutual_information",
     top: Annotated[
         int | None, typer.Option(help="How many items to write; default: all.", min=1)
@@ -41,8 +41,8 @@ def run(
 ) -> None:
     """Rank a pool of items, the one most worth a label first: active learning.
 
-    A line for each item: rank, id, question, choices (in .jsonl), the answer predicted and its
-    confidence, entropy and mutual information in nats.
+    Each item has a line: rank, id, question, choices (in .jsonl), the predicted answer and its
+    confidence, and entropy and mutual information in nats.
 
     Example: pyro-blora rank --adapter out/arc_easy --task arc_easy --pool pool.jsonl --top 20
     --out out/to_label.jsonl

@@ -34,13 +34,13 @@ def run(
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
         int | None,
-        typer.Option(help="Adapt so many top blocks alone, and no head; default: all.", min=1),
+        typer.Option(help="Adapt only this many top blocks, and no head; default: all.", min=1),
     ] = None,
     from_peft: Annotated[
         Path | None,
         typer.Option(
             help="Folder of a LoRA that PEFT wrote: the posterior mean starts there, on its layers "
-            "and with its rank, or a larger one by --rank."
+            "and with its rank, or a larger --rank."
         ),
     ] = None,
     precision: o.Precision = "auto",
@@ -59,17 +59,17 @@ def run(
     """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
 
     Writes safetensors and JSON; the base model is not copied. Read it back with
-    `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(OUT). OUT has a
-    model card with the data's size, ELBO and validation, too.
+    `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(OUT). OUT also
+    has a model card with the data's size, ELBO and validation.
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
     Adapters in the upper blocks alone train and predict in a fraction of the
     time: add --top 10.
 
-    Stopped by Ctrl-C, or killed? The same command with --resume goes on.
+    If the run is stopped or killed, the same command with --resume goes on.
 
-    A trained PEFT LoRA is given a posterior around it, without steps, by
+    A trained PEFT LoRA gets a posterior, without steps, by
     --from-peft DIR --method laplace-lora --max-steps 0.
     """
     if from_peft is not None and top is not None:
