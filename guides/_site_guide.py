@@ -123,10 +123,10 @@ class Site:
     def start(self) -> tuple[Tensor, Tensor]:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
-        The location is the prior's suggestion, where it makes one. Otherwise they are the prior's
-        mean and standard deviation, where it is real and they are finite, or else the median and
-        half the distance between the 16 % and 84 % quantiles, of 1,000 draws that leave the global
-        seed alone. The median of a Student t, and of a real law with an ``icdf``, is exact.
+        The location is the prior's suggestion, if it makes one. Else both are the prior's mean and
+        standard deviation, if it is real and they are finite. If not, they are the median and half
+        the distance between the 16 % and 84 % quantiles. These take 1,000 draws, which leave the
+        global seed alone. The median of a Student t, and of a real law with an ``icdf``, is exact.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -166,7 +166,7 @@ class SiteGuide(Options, PyroModule):
         reads_context: whether q depends on the examples; :attr:`context` then has theirs.
         couples_sites: whether draws of two sites belong together; else they are independent.
         symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
-            pairs of mirror images, of which fewer tell as much. Default: False, also where a
+            pairs of mirror images, of which fewer tell as much. Default: False, also if a
             subclass of a symmetric family has a law of its own.
         context: ``(P, 1, ..., 1, d)`` for ``P`` particles, set before each draw, or ``None``.
 

@@ -21,19 +21,19 @@ class Amortized(MeanField):
         q(U \mid x) = \mathcal{N}\left(\mu + s \odot f(x), \; (s \odot e^{g(x)})^2\right),
         \qquad (f, g) = W h, \quad h = \tanh(W_h c(x) + b_h),
 
-    with :math:`c(x)` the mean of the input embeddings of the tokens, scaled to length one root of
-    its size, or ``batch["context"]`` where the batch has one. In training each particle sees the
-    mean over its own examples, so that with a particle for each example (``fit``'s default) every
+    with :math:`c(x)` the mean of the input embeddings of the tokens, scaled to length
+    :math:`\sqrt d`, or ``batch["context"]`` if the batch has one. In training each particle sees
+    the mean over its own examples. With a particle for each example (``fit``'s default) every
     example has its own posterior, as in prediction.
 
     The KL of the loss is the mean over the particles, counted once for the data set, as published.
-    With ``f = g = 0`` (the start) this is the ELBO; away from it it is *no bound* on the evidence
-    of a model whose ``U`` is shared by all examples. ``fit(..., kl_weight=len(train))`` counts it
-    for every example: then it is one, of the model in which every example draws a ``U`` of its own.
+    With ``f = g = 0`` (the start) this is the ELBO. Elsewhere it is *no bound* on the evidence of a
+    model whose ``U`` all examples share. ``fit(..., kl_weight=len(train))`` counts the KL for every
+    example: a bound for the model in which every example draws its own ``U``.
 
     Args:
         hidden: size of ``h``. Default: 16.
-        context_size: ``d``, where batches have a ``"context"`` of their own. Default: the size of
+        context_size: ``d``, if batches have a ``"context"`` of their own. Default: the size of
             the network's input embeddings.
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
@@ -85,7 +85,7 @@ class Amortized(MeanField):
         self.scale_weight = PyroParam(zeros.clone())
 
     def distribution(self) -> TorchDistribution:
-        """The normals, of batch shape ``(n,)``, or ``(P, n)`` where there are ``P`` contexts."""
+        """The normals, of batch shape ``(n,)``, or ``(P, n)`` for ``P`` contexts."""
         loc, scale = self.loc, self.scale
         if self.context is not None:
             h = torch.tanh(self.context @ self.hidden_weight.mT + self.hidden_bias)

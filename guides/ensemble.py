@@ -15,8 +15,8 @@ from pyro_blora.guides._site_guide import Site, SiteGuide
 class Ensemble(SiteGuide):
     r"""Point masses, :math:`q(U) = \frac1K \sum_k \delta(U - u_k)`.
 
-    The particles take the members in turn, all layers the same one, so a prediction with a multiple
-    of ``K`` draws averages over every member equally. A point mass has an infinite KL from any
+    The particles take the members in turn, all layers the same one. A prediction with a multiple of
+    ``K`` draws averages over every member equally. A point mass has an infinite KL from any
     density; as for :class:`Delta`, its entropy, a constant, is left out. The objective is therefore
     *no bound* on the evidence: it is the mean of the members' MAP objectives,
     :math:`\frac1K \sum_k \log p(D, u_k)`.

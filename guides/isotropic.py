@@ -25,9 +25,9 @@ class Isotropic(PostHoc):
     log-likelihood of draws on an anchor set. Trains as :class:`Delta`; then
     :func:`pyro_blora.inference.finish` finds :math:`s` by bisection.
 
-    Training-free Bayesianization, where this comes from, first turns LoRA's factors by an SVD, so
-    that its noise is isotropic in the weight, takes the model's own answers for labels and a
-    relative threshold; here the noise is isotropic in the site as it stands, with true labels.
+    Training-free Bayesianization, its source, first turns LoRA's factors by an SVD: the noise is
+    isotropic in the weight. It takes the model's own answers for labels and a relative threshold.
+    Here the noise is isotropic in the site as it stands, with true labels.
 
     Args:
         threshold: :math:`\epsilon`, nats for each example. Default: 0.003.

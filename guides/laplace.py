@@ -24,7 +24,7 @@ class Laplace(PostHoc):
         H = \sum_b J_b^\top \Lambda_b J_b,
 
     with :math:`J_b` the Jacobian of example :math:`b`'s logits and :math:`\Lambda_b =
-    \mathrm{diag}(p_b) - p_b p_b^\top` (generalised Gauss-Newton). Trains as :class:`Delta`; then
+    \mathrm{diag}(p_b) - p_b p_b^\top` (generalized Gauss-Newton). Trains as :class:`Delta`; then
     :func:`pyro_blora.inference.finish` computes ``H``, one backward pass for each class, and
     chooses :math:`\delta`, one for each site, by the marginal likelihood.
 

@@ -21,9 +21,8 @@ class LayerCoupled(MeanField):
         \qquad L \in \mathbb{R}^{n \times n}.
 
     The same entry of two layers is correlated by :math:`L L^\top`; within a layer entries are
-    independent, and :math:`s` is common to the layers, whose own scales are the rows of
-    :math:`L`. A site outside of the layers' plate (a scale common to all layers) gets the
-    mean-field normal.
+    independent. The layers share :math:`s`, and their own scales are the rows of :math:`L`. A site
+    outside of the layers' plate (a scale common to all layers) gets the mean-field normal.
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.

@@ -62,7 +62,7 @@ def sample_core(model: UpdateModel, core: Core, shape: tuple[int, ...]) -> Tenso
     r"""Samples a core of shape ``(m_r, m_c)`` for each layer of ``model``, inside of its plate.
 
     * ``"normal"``: standard normal entries;
-    * ``"horseshoe"``: the regularised horseshoe (Piironen, Vehtari 2017, arXiv:1707.01694), slab 2,
+    * ``"horseshoe"``: the regularized horseshoe (Piironen, Vehtari 2017, arXiv:1707.01694), slab 2,
       with half-Cauchy sites ``tau`` for each layer and ``local`` for each entry;
     * ``"ard"``: a half-Cauchy scale for each column, site ``columns``, so that the posterior
       shrinks the columns it can do without.

@@ -25,8 +25,8 @@ class UpdateModel(Options, PyroModule):
     A subclass writes two methods:
 
     * :meth:`setup` registers the trainable tensors, each a :class:`pyro.nn.PyroParam`;
-    * :meth:`forward` samples the sites and returns the update: a site that each layer has of its
-      own inside :meth:`plate`, one that the layers share before it.
+    * :meth:`forward` samples the sites and returns the update: a layer's own site inside
+      :meth:`plate`, a shared one before it.
 
     Its constructor keeps each argument under the argument's own name, so that checkpoints and
     ``repr`` can read it back.
@@ -35,18 +35,18 @@ class UpdateModel(Options, PyroModule):
     ``(P, 1, *event_shape)``; without particles they are ``(n, *event_shape)`` and ``event_shape``.
     Index from the right: a shared scale meets vectors of the layers as ``tau[..., None] * c``.
 
-    One that can take up an adapter that is trained already writes :meth:`start_at`, too; one that
-    inherits it and cannot says why in :attr:`no_start`.
+    A prior that can start at a trained adapter writes :meth:`start_at`, too. One that inherits it
+    and cannot says why in :attr:`no_start`.
 
     A site may say where guides start, if not at its prior's mean: ``pyro.sample(...,
     infer={"start": value})``, as LoRA's random ``A`` needs. A real site in which the update is not
-    linear, such as a log scale, says ``infer={"nonlinear": True}``: the posterior mean is then
-    taken over draws of the update, as it is where a site is constrained.
+    linear, such as a log scale, says ``infer={"nonlinear": True}``. The posterior mean is then
+    taken over draws of the update, as for a constrained site.
 
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
-        no_start: why it cannot start at an adapter that is there already; empty where it can.
+        no_start: why it cannot start at an adapter that is there already; empty if it can.
 
     Example::
 
@@ -102,8 +102,8 @@ class UpdateModel(Options, PyroModule):
     def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
         """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.
 
-        They are eigenvectors of the second moment, as long as their eigenvalues' roots but for a
-        factor: the mean square of a side's lengths is one.
+        They are eigenvectors of the second moment, as long as their eigenvalues' roots. A common
+        factor makes the mean square of a side's lengths one.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for gradients; define inform().")
 
@@ -118,7 +118,7 @@ class UpdateModel(Options, PyroModule):
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         r"""Turns to updates that are there already, such as a trained LoRA's; before the guide.
 
-        ``B`` is ``(n, d_out, r)``, ``A`` ``(n, r, d_in)``, padded with zeros where a layer's rank
+        ``B`` is ``(n, d_out, r)``, ``A`` ``(n, r, d_in)``, padded with zeros if a layer's rank
         is smaller. Returns the value of each site, by its full name, at which :math:`\Delta W =
         B A`. Guides start there; a site that is not named starts as ever.
         """

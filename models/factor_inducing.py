@@ -38,15 +38,15 @@ class FactorInducing(UpdateModel):
     belongs to :math:`E` (extended Matheron's rule): given ``U``, ``vec f`` has covariance
     :math:`\sigma_f^2 \lambda_f^2 (I - T_r Z_r \otimes Z_c^\top T_c)`.
 
-    Where the published code goes astray this does not: the mean update is zero at the start (guides
-    start ``U_B`` at zero and ``U_A`` at a draw); every Cholesky belongs to its own matrix, in this
-    step; the rows of ``Z`` have length one, so that ``D`` has a scale to be compared with and the
-    size of an update is told by sigma alone; lambda is capped smoothly, never at zero or flat.
+    Four points differ from the published code. The mean update is zero at the start: guides start
+    ``U_B`` at zero and ``U_A`` at a draw. Every Cholesky factor is of its own matrix, in this step.
+    The rows of ``Z`` have length one: ``D`` is relative to it, and sigma alone sets an update's
+    size. Lambda is capped smoothly, and is never zero or flat.
 
     Args:
         rank: ``r``. Default: 8.
         inducing: ``m``, the size of each ``U``, at most ``r``. Default: ``r``.
-        sigma: :math:`\sigma_B`, the prior scale of ``B``, in units of weight; the start where it is
+        sigma: :math:`\sigma_B`, the prior scale of ``B``, in units of weight; the start if it is
             learned. :math:`\sigma_A = 1`: only the product tells in dW. Default: 0.1.
         scale: ``"learned"`` (one for each layer) or ``"fixed"``. Default: learned.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``

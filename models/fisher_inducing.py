@@ -17,8 +17,8 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 class FisherInducing(UpdateModel):
     r"""A random core between the top directions of the Fisher information's Kronecker factors.
 
-    Before any training, with labels that the network itself draws, so that none of the data's is
-    seen, :math:`G = \nabla_{W} \log p(y \mid x)` of a layer has the second moments
+    The gradient :math:`G = \nabla_{W} \log p(y \mid x)` of a layer is taken before any training,
+    with labels that the network itself draws: none of the data's is seen. Its second moments are
 
     .. math::
 
@@ -33,13 +33,13 @@ class FisherInducing(UpdateModel):
         \text{so that } \Delta W \sim \mathcal{MN}(0, \sigma^2 C_r, C_c)
 
     cut at rank :math:`m`: an update is expected where the prediction can change. The directions are
-    fixed, so that the KL pays for all that is fitted to the labels but sigma. They come by
-    :func:`~pyro_blora.inference.inform`, which ``fit`` calls; until then they are random.
+    fixed, so the KL counts all that is fitted to the labels but sigma. ``fit`` finds them by
+    :func:`~pyro_blora.inference.inform`; until then they are random.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``; a smaller layer has all its directions. Default: 32.
         sigma: standard deviation of ``dW`` along directions of mean length, in units of weight; the
-            start where it is learned. Default: 0.05.
+            start if it is learned. Default: 0.05.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``. Default:
             learned.
         core: the density of the entries of ``V``, as in :class:`KroneckerInducing`. Default:

@@ -22,8 +22,8 @@ class GaussianFactors(UpdateModel):
 
     With ``random="A"`` and :class:`~pyro_blora.guides.MeanField` this is BLoB's model. A factor
     that is not random is trained. BLoB draws its noise for each example by Flipout, one draw with
-    random signs; here each particle has a draw of its own, which has the same law for one example
-    and is independent between them.
+    random signs. Here each particle has a draw of its own: the law for one example is the same, and
+    two examples are independent.
 
     Args:
         rank: ``r``. Default: 8.

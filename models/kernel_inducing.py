@@ -33,9 +33,9 @@ class KernelInducing(KroneckerInducing):
         Q = L^{-1} k(Z, e), \; L L^\top = k(Z, Z) + D^2,
 
     so that :math:`\mathrm{Cov}[\mathrm{vec}\,\Delta W] = \sigma^2\, Q_r^\top Q_r \otimes Q_c^\top
-    Q_c`, the Nystroem approximation of :math:`\sigma^2\, k_r \otimes k_c` from the inducing points,
-    with an embedding :math:`e` of every output and input neuron and ``m`` inducing points ``Z``
-    among them. The conditional is deterministic. With linear kernels over one-hot embeddings this
+    Q_c`, the Nystroem approximation of :math:`\sigma^2\, k_r \otimes k_c`. Every output and input
+    neuron has an embedding :math:`e`, and ``m`` inducing points ``Z`` lie among them. The
+    conditional is deterministic. With linear kernels over one-hot embeddings this
     is a plain :class:`KroneckerInducing`.
 
     Args:
@@ -45,7 +45,7 @@ class KernelInducing(KroneckerInducing):
             Priors that GPyTorch registers on its hyperparameters enter the ELBO. Default: rbf.
         col_kernel: the same for the columns.
         embedding: ``"learned"``: trained, starting at the pretrained weight's first singular
-            directions where it can be read, at random otherwise; ``"one-hot"``: neuron ``i`` is
+            directions if it can be read, at random otherwise; ``"one-hot"``: neuron ``i`` is
             unit vector ``i``, and an embedding has as many dimensions as there are neurons.
             Default: learned.
         embedding_size: dimensions of a learned embedding. Default: 8.
@@ -56,7 +56,7 @@ class KernelInducing(KroneckerInducing):
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``; where kernels have priors also the factors ``g.hyperprior_r`` and
+    ``(m_r, m_c)``; if kernels have priors also the factors ``g.hyperprior_r`` and
     ``g.hyperprior_c``.
 
     Reference:

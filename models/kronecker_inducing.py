@@ -41,13 +41,13 @@ class KroneckerInducing(UpdateModel):
     :math:`\lambda \to 0` with a collapsed posterior of :math:`U`.
 
     The noise of the conditional is added to the layer's output, never drawn as a
-    ``d_out x d_in`` weight: output :math:`i` at input :math:`x` has variance
+    ``d_out x d_in`` weight. Output :math:`i` at input :math:`x` has variance
     :math:`\sigma^2\lambda^2(|x|^2 - q_i |Q_c x|^2)`, :math:`q_i = |(Q_r)_{\cdot i}|^2`.
 
     Args:
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
-            prior, in units of weight; the start where it is learned. Default: for each layer
+            prior, in units of weight; the start if it is learned. Default: for each layer
             :math:`0.2\, s`, with the root mean square :math:`s` of the singular values of its
             pretrained weight (1 for a weight of zeros, or without data), so that a factor that goes
             from one layer of the network to another changes nothing.
@@ -61,9 +61,9 @@ class KroneckerInducing(UpdateModel):
         lambda_init: where a learned lambda starts. Default: 0.1.
         noise: ``"marginal"`` draws the conditional noise of each output at each position by
             itself, with the exact variance; ``"joint"`` draws it as one weight gives it to all
-            outputs at all positions of a particle. Marginal noise wants the options of a multiple
-            choice in packed rows, where they share that of their question; in rows of their own
-            they would not, unlike under one weight, and are refused. Default: marginal.
+            outputs at all positions of a particle. Marginal noise needs the options of a multiple
+            choice in packed rows, in which they share their question's noise, as under one weight;
+            rows of their own are refused. Default: marginal.
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape

@@ -19,8 +19,8 @@ class SpectralInducing(KroneckerInducing):
         \mathbb{E}[\Delta W \mid V] = \sigma\, P_{:m}\, V\, R_{:m}^\top,
         \qquad V_{ij} \sim \mathcal{N}(0, 1),
 
-    up to the factor :math:`1 / (1 + D^2)` that ``D`` leaves. The directions are fixed, so only
-    ``m_r m_c`` numbers a layer are random and next to none besides are trained: the subspaces of
+    up to the factor :math:`1 / (1 + D^2)` that ``D`` leaves. The directions are fixed:
+    ``m_r m_c`` numbers a layer are random, and few others are trained. These are the subspaces of
     LoRA-XS (a point ``V``) and B-LoRA-XS.
 
     Args:

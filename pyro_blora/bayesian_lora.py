@@ -157,7 +157,7 @@ class BayesianLoRA(PyroModule):
 
     @property
     def max_plate_nesting(self) -> int:
-        """How many dimensions the plates of the prior take, for an ELBO of vectorised particles."""
+        """How many dimensions the plates of the prior take, for an ELBO of vectorized particles."""
         return self.model.max_plate_nesting
 
     @property
@@ -214,7 +214,7 @@ class BayesianLoRA(PyroModule):
 
     @contextmanager
     def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
-        """Within, the network itself, which is given, runs under draws of U, or 0 for the mean.
+        """Gives the network, which within runs under draws of U, or with 0 under the mean.
 
         ``num_samples`` draws share out the rows of whatever batch it gets. Conditional noise is
         drawn anew at every call of a layer; the mean has none.
@@ -285,15 +285,15 @@ class BayesianLoRA(PyroModule):
     ) -> float:
         r"""Makes one pass nearly as calibrated as the average of draws, without a label.
 
-        The temperature of the posterior mean's scores becomes the one that minimises
+        The temperature of the posterior mean's scores becomes the one that minimizes
 
         .. math::
             \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
             \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
 
-        ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export have
-        it from then on; the network itself, under :meth:`posterior`, has not. A further ``fit``
-        begins again at 1. For text each ``x_i`` is what stands before a token.
+        ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it
+        from then on; the network under :meth:`posterior` does not. A further ``fit`` begins again
+        at 1. For text each ``x_i`` is what stands before a token.
 
         Args:
             data: inputs, such as the training set; examples, or a ``DataLoader``. Labels are not
@@ -305,7 +305,7 @@ class BayesianLoRA(PyroModule):
                 ``progress`` are as in ``fit``.
 
         Returns:
-            The temperature, between 0.01 and 100; above 1 where the mean was surer than the draws.
+            The temperature, between 0.01 and 100; above 1 if the mean was surer than the draws.
 
         Raises:
             ConfigurationError: all draws are alike, as those of ``Delta()`` are.
@@ -373,7 +373,7 @@ class BayesianLoRA(PyroModule):
         return 10 if num_samples is None else num_samples
 
     def kl(self) -> Tensor | None:
-        """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
+        """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
         return analytic_kl(self.guide, self.model)
 
     def save_pretrained(
@@ -490,7 +490,7 @@ class BayesianLoRA(PyroModule):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within, all that runs the network runs it as it was, its own heads in place."""
+        """Within, the network runs as it was, with its own heads."""
         model = self.model
         before, model.enabled = model.enabled, False
         try:
@@ -509,7 +509,7 @@ class BayesianLoRA(PyroModule):
 
     @property
     def active_adapter(self) -> str | None:
-        """Which adapter the network has on; ``None`` where :meth:`unwrap` took it off."""
+        """The name of the adapter on the network; ``None`` after :meth:`unwrap`."""
         return next((name for name, each in self._on_net().items() if each.model.adapters), None)
 
     def add_adapter(self, name: str, **options: Any) -> Self:

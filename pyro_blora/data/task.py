@@ -75,14 +75,14 @@ def load_task(
     """Load the splits of a task.
 
     The items come from ``data_dir/name/{train,validation,test}.jsonl``, or from the Hugging Face
-    hub where no ``data_dir`` is given. The name ``"facts"`` is always the embedded set.
+    hub if no ``data_dir`` is given. The name ``"facts"`` is always the embedded set.
 
-    The train items are shuffled by ``seed``, and the first ``max_train`` are taken. Where there
+    The train items are shuffled by ``seed``, and the first ``max_train`` are taken. If there
     is no validation split, the next ``max_validation`` train items become it. If the train items
     are too few for both, or ``max_train`` is ``None``, the last fifth (at most
-    ``max_validation``) is held out for validation and the rest is for training. Twins, such as the
-    two sentences of a WinoGrande pair, are all held out or none, for which a few more may be.
-    Validation and test splits keep their order, and test items serve no other purpose.
+    ``max_validation``) is held out for validation. Twins, such as the two sentences of a
+    WinoGrande pair, are held out together, for which a few more may be. Validation
+    and test splits keep their order, and test items serve no other purpose.
 
     Args:
         name: ``"facts"``, a folder in ``data_dir``, or one of :func:`~pyro_blora.data.hub_tasks`.

@@ -166,7 +166,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 @torch.no_grad()
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    r"""Find the temperature that minimises the negative log-likelihood.
+    r"""Find the temperature that minimizes the negative log-likelihood.
 
     .. math::
         \hat T = \arg\min_{T > 0} -\sum_i \log \mathrm{softmax}(z_i / T)_{y_i}

@@ -59,7 +59,7 @@ def fit(
     callback: Callable[[int], None] | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    r"""Maximises the ELBO by AdamW, a particle for each example.
+    r"""Maximizes the ELBO by AdamW, a particle for each example.
 
     The loss of a batch of :math:`B` of the :math:`N` examples is, per example,
 
@@ -83,7 +83,7 @@ def fit(
         decay: how they fall to zero afterwards, or ``"constant"``.
         max_grad_norm: the gradient's norm, per example, is clipped here; ``None`` does not clip.
         num_particles: draws of the posterior for a batch; each sees its share of the examples. 1
-            is one draw for all; where it does not divide a (last) batch, the largest divisor below
+            is one draw for all; if it does not divide a (last) batch, the largest divisor below
             it is taken. Default: one for each example.
         elbo: the class of the ELBO, an average over particles, each of which sees its own
             examples. Default: ``TraceMeanField_ELBO``, whose KL is analytic where it can be, for a
@@ -101,7 +101,7 @@ def fit(
             stopped or killed can go on. Ctrl-C then ends the step, and saves.
         save_every: steps between two savings.
         resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
-            as if there had been no stop; where there is none, the run begins. With more
+            as if there had been no stop; if there is none, the run begins. With more
             ``num_steps`` a finished run goes on, too.
         callback: called after each step with the number of steps done.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.

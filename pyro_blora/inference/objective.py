@@ -1,4 +1,4 @@
-"""The loss that training minimises: the negative ELBO of a batch, per example."""
+"""The loss that training minimizes: the negative ELBO of a batch, per example."""
 
 import math
 from collections.abc import Mapping

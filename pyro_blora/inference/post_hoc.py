@@ -58,7 +58,7 @@ def bayesianize(
     """Gives a trained LoRA a posterior around it, in one pass over the data.
 
     The posterior mean is the LoRA. ``Laplace`` takes the width from the curvature of the loss
-    there, one pass forward and one backward for each class but the first; ``Isotropic`` reads the
+    there: one pass forward, and one backward for each class but the first. ``Isotropic`` reads the
     data once, and then runs the network about ten times over it.
 
     Args:

@@ -35,9 +35,9 @@ from pyro_blora.posterior.predictive import logits_of_draws
 
 
 class BayesianLoRATrainer(Trainer):
-    r"""A ``transformers.Trainer`` that maximises the ELBO of an adapter.
+    r"""A ``transformers.Trainer`` that maximizes the ELBO of an adapter.
 
-    Training minimises :math:`-\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b) + \frac{1}{N}
+    Training minimizes :math:`-\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b) + \frac{1}{N}
     \mathrm{KL}[q \| p]` as :func:`~pyro_blora.inference.fit` does, and logs the two parts as
     ``nll`` and ``kl``. ``evaluate`` gives the negative log posterior predictive as ``eval_loss``;
     ``predict``, and ``compute_metrics``, get its logarithm for each class.

@@ -22,14 +22,14 @@ Self = TypeVar("Self", bound="Likelihood")
 class Likelihood(Options, PyroModule):
     """p(labels | network, batch).
 
-    A subclass writes :meth:`logits` and, where the labels are not one class for each example,
+    A subclass writes :meth:`logits` and, if the labels are not one class for each example,
     :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
     set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
-    prior's do. They are trained and saved with the adapter. Where they would take what the adapter
-    has memorised for evidence, :meth:`logits` may let some examples teach them alone, and the rest
-    all else, while ``holds_out`` is set: within :meth:`holding_out`. A second adapter that
-    is given the same object gets one of its own, made anew of the options, with a warning.
+    prior's do. They are trained and saved with the adapter. They may take what the adapter has
+    memorized for evidence: :meth:`logits` may let some examples train them alone, and the rest all
+    else, while ``holds_out`` is set (:meth:`holding_out`). A second adapter with the same object
+    gets one of its own, made anew of the options, with a warning.
 
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
@@ -41,7 +41,7 @@ class Likelihood(Options, PyroModule):
     new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
     roles: ClassVar[dict[str, str]] = {}
     is_taken = False  # by an adapter
-    holds_out = False  # whether some examples teach its own parameters alone
+    holds_out = False  # whether some examples train its own parameters alone
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Likelihood(Options, PyroModule):
 
     @contextmanager
     def holding_out(self) -> Iterator[None]:
-        """Within, some examples teach its own parameters alone; ``fit`` and ``Trainer`` do so."""
+        """Within, some examples train its own parameters alone; ``fit`` and ``Trainer`` use it."""
         before, self.holds_out = self.holds_out, True
         try:
             yield
@@ -62,7 +62,7 @@ class Likelihood(Options, PyroModule):
             self.holds_out = before
 
     def bind(self: Self, device: torch.device) -> Self:
-        """This likelihood on ``device``; where it has parameters and an adapter, another one."""
+        """This likelihood on ``device``; if it has parameters and an adapter, another one."""
         if not self.is_taken or not any(True for _ in self.parameters()):
             return self.to(device)
         warnings.warn(
@@ -73,7 +73,7 @@ class Likelihood(Options, PyroModule):
         return type(self)(**copy.deepcopy(self.options())).to(device)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is of another kind; asked when it is adapted."""
+        """Raises ConfigurationError if ``net`` is of another kind; called when it is adapted."""
 
     @property
     def has_classes(self) -> bool:
@@ -81,11 +81,11 @@ class Likelihood(Options, PyroModule):
         return type(self).distribution is Likelihood.distribution
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """Unnormalised log-probabilities of the classes, ``(B, ..., C)``."""
+        """Unnormalized log-probabilities of the classes, ``(B, ..., C)``."""
         raise NotImplementedError(f"{type(self).__name__} must define logits(net, batch).")
 
     def labels(self, batch: Batch) -> Tensor | None:
-        """The observed labels, ``(B, ...)``, or ``None`` where the batch has none."""
+        """The observed labels, ``(B, ...)``, or ``None`` if the batch has none."""
         return batch.get("labels")
 
     def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
@@ -95,7 +95,7 @@ class Likelihood(Options, PyroModule):
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
         """Scores the labels, the site ``"labels"``, under the data plate.
 
-        ``batch`` has the rows of all particles in order; ``num_data`` is ``N`` where the likelihood
+        ``batch`` has the rows of all particles in order; ``num_data`` is ``N`` if the likelihood
         was not told.
         """
         labels = self.labels(batch)  # before the network runs, for a device may be waited for
@@ -122,7 +122,7 @@ class Likelihood(Options, PyroModule):
             pyro.sample("labels", q, obs=labels)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """Raises BatchError where a label names no class; elsewhere than on a CPU it would wait."""
+        """Raises BatchError if a label names no class, which is checked on a CPU alone."""
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
                 f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
@@ -140,7 +140,7 @@ class Likelihood(Options, PyroModule):
             )
 
     def examples(self, batch: Batch) -> int:
-        """Number of examples ``B`` in a batch; BatchError where it lacks a key or is empty."""
+        """Number of examples ``B`` in a batch; BatchError if it lacks a key or is empty."""
         if not set(self.keys) <= set(batch):
             raise BatchError(
                 f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "

@@ -28,7 +28,7 @@ class CausalLM(Likelihood):
     """
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is a classifier or an encoder-decoder."""
+        """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
         check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:

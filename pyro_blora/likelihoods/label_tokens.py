@@ -41,7 +41,7 @@ class LabelTokens(Likelihood):
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is no causal language model."""
+        """Raises ConfigurationError if ``net`` is no causal language model."""
         check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:

@@ -34,26 +34,26 @@ class MultipleChoice(Likelihood):
         s_k = c\, (n / \bar n)^{b} \, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
 
     with ``score="sum"`` without the :math:`\frac1n`; :math:`\bar n` is the mean length of the
-    item's options. Nothing says that a mean log-probability is the log-odds of an answer: its scale
-    :math:`c` is an unknown like others, and so may be how it depends on the length. Lengths count
-    by their ratio, so that questions with longer options elsewhere get no other scale. The scale
-    ``c`` is ``|score_slope|``: steps of one size take it to zero, even odds, where a logarithm
-    would creep; and it says nowhere that the options of the lowest scores are the right ones.
+    item's options. A mean log-probability need not be the log-odds of an answer, so its scale
+    :math:`c` is learned, and its exponent of the length may be. Lengths count by their ratio:
+    longer options in other questions get no other scale. The scale ``c`` is ``|score_slope|``:
+    steps of one size take it to zero, even odds; a logarithm would creep. It never prefers the
+    options of the lowest scores.
 
-    In training one item in eight, told by its tokens, teaches ``c`` and ``b`` alone, and the others
-    all else: an adapter that learned from the same items would have memorised them, and its scores
-    would seem worth more than they are on new ones.
+    In training one item in eight, chosen by its tokens, trains ``c`` and ``b`` alone, and the
+    others all else. The adapter memorizes what it learns from, and its scores on such items would
+    seem worth more than they are on new ones.
 
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
         scale: ``"learned"``: ``c`` is a parameter, which starts at 1, or ``"fixed"``. Default:
             learned.
-        learn_length_penalty: whether ``b`` is a parameter, which starts at 0. What it learns of
-            lengths is of one data set: other questions are answered worse, and surely
+        learn_length_penalty: whether ``b`` is a parameter, which starts at 0. It is learned on
+            one data set, and makes answers to other questions worse, and surer
             (docs/calibration.md). Default: no.
         pack: whether to encode an item's question once for all of its options, which gives the
-            same scores for fewer tokens. Default: where the network supports it (it is asked once).
+            same scores for fewer tokens. Default: if the network supports it (it is tried once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
 
     A batch has ``input_ids``, ``attention_mask`` and ``option_mask`` (true at the tokens to
@@ -101,7 +101,7 @@ class MultipleChoice(Likelihood):
         self.pack = pack
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError where ``net`` is a classifier or an encoder-decoder."""
+        """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
         check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:

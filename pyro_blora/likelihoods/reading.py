@@ -19,7 +19,7 @@ from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
 
 def output_head(net: nn.Module) -> nn.Module:
-    """The head of a causal language model; an error where the network is none."""
+    """The head of a causal language model; an error if the network is none."""
     head = head_of(net)
     if head is None or getattr(getattr(net, "config", None), "is_encoder_decoder", False):
         what = "has no language-model head" if head is None else "is an encoder-decoder"
@@ -31,7 +31,7 @@ def output_head(net: nn.Module) -> nn.Module:
 
 
 def check_causal(net: nn.Module) -> None:
-    """Raises ConfigurationError where a network with a head is no causal language model."""
+    """Raises ConfigurationError if a network with a head is no causal language model."""
     if head_of(net) is not None or is_classifier(net):
         output_head(net)
 
@@ -95,7 +95,7 @@ def logits_at(
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` that are counted from the mask, where rows are padded on the left.
+    """``position_ids`` that are counted from the mask, if rows are padded on the left.
 
     Encoders, and networks that take no ``position_ids``, are refused such rows.
     """

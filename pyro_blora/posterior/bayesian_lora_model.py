@@ -35,7 +35,7 @@ from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-# The name that Pyro's ELBO gives to the plate of vectorised particles
+# The name that Pyro's ELBO gives to the plate of vectorized particles
 ELBO_PLATE = "num_particles_vectorized"
 
 
@@ -241,7 +241,7 @@ class BayesianLoRAModel(PyroModule):
     def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``; without one, samples alone.
 
-        Vectorised particles of an ELBO share out the examples evenly, in order. Under any other
+        Vectorized particles of an ELBO share out the examples evenly, in order. Under any other
         leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all of them.
         """
         if batch is None:

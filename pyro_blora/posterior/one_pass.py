@@ -23,7 +23,7 @@ _ROWS = 128  # distributions of a batch that are read, for one number needs no m
 
 
 def best_temperature(excess: Tensor) -> float:
-    r"""The ``T`` that minimises :math:`\sum_i \log \sum_k e^{z_{ik} / T}`, between 0.01 and 100.
+    r"""The ``T`` that minimizes :math:`\sum_i \log \sum_k e^{z_{ik} / T}`, between 0.01 and 100.
 
     ``excess`` are logits less their mean under the target, ``(n, K)``: of a label less its logit.
     The sum is convex in ``1 / T``. It is 1 if every T is as good.

@@ -24,9 +24,9 @@ Collate = Callable[[list[Any]], Batch]
 class Prediction:
     r"""Class probabilities of B items under S posterior samples.
 
-    The predictive distribution is the mean over samples. Its entropy, the *total* uncertainty,
-    splits into an *aleatoric* part, which more training data would not remove, and an *epistemic*
-    part, which says how much the samples disagree:
+    The predictive distribution is the mean over samples. Its entropy, the *total* uncertainty, has
+    two parts. More training data would not remove the *aleatoric* one; the *epistemic* one says how
+    much the samples disagree:
 
     .. math::
         \underbrace{H\Bigl[\tfrac1S\textstyle\sum_s p_s\Bigr]}_{\texttt{entropy}}
@@ -105,7 +105,7 @@ class Prediction:
 
     @classmethod
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
-        """Concatenate over items; where the numbers of choices differ, missing ones get 0."""
+        """Concatenate over items; if the numbers of choices differ, missing ones get 0."""
         choices = max(p.samples.shape[2] for p in predictions)
         padded = [pad(p.samples, (0, choices - p.samples.shape[2])) for p in predictions]
         return cls(torch.cat(padded, dim=1))
