@@ -47,7 +47,7 @@ class Ensemble(SiteGuide):
         super().__init__()
         if members < 2:
             raise ConfigurationError(
-                f"Ensemble: members={members!r} must be at least 2; use Delta for one."
+                f"Ensemble: members must be at least 2, got {members!r}; use Delta for one."
             )
         self.members = members
         self.spread = spread

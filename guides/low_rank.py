@@ -43,7 +43,7 @@ class LowRank(SiteGuide):
     def __init__(self, *, rank: int = 4, init_scale: float = 0.01) -> None:
         super().__init__(init_scale=init_scale)
         if rank < 1:
-            raise ConfigurationError(f"LowRank: rank={rank!r} must be at least 1.")
+            raise ConfigurationError(f"LowRank: rank must be at least 1, got {rank!r}.")
         self.rank = rank
 
     def setup(self, site: Site) -> None:

@@ -50,7 +50,8 @@ class Mixture(SiteGuide):
         super().__init__(init_scale=init_scale)
         if components < 2:
             raise ConfigurationError(
-                f"Mixture: components={components!r} must be at least 2; use MeanField for one."
+                f"Mixture: components must be at least 2, got {components!r}; use MeanField for "
+                "one."
             )
         self.components = components
         self.spread = spread

@@ -120,7 +120,9 @@ class BayesianLoRA(PyroModule):
         if prior is None:
             prior = self.method.prior_of(rank)
         elif rank is not None:
-            raise ConfigurationError(f"rank={rank} is the method's prior's; give it to your prior.")
+            raise ConfigurationError(
+                f"rank must not stand beside prior=, got {rank}; give it to the prior."
+            )
         family = self.method.guide_of() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
         if likelihood is None:
@@ -257,8 +259,9 @@ class BayesianLoRA(PyroModule):
         """
         if not self.likelihood.has_classes:
             raise ConfigurationError(
-                f"predict needs classes, and {type(self.likelihood).__name__} has none; use "
-                "log_predictive(batch), or blora.generate(...)."
+                "predict must have a likelihood with classes, got "
+                f"{type(self.likelihood).__name__}; use log_predictive(batch), or "
+                "blora.generate(...)."
             )
         batch = to_device(batch, self.device)
         num_samples = self._draws(num_samples)
@@ -267,7 +270,9 @@ class BayesianLoRA(PyroModule):
         if samples is None:
             warn_of_a_point(self.guide, num_samples)
         elif linearised:
-            raise ConfigurationError("samples= are no draws of the guide, which linearised= needs.")
+            raise ConfigurationError(
+                "linearised must be False with samples=, got True; leave one of them out."
+            )
         if linearised:
             draws = predictive.linearised_logits(self.model, self.guide, batch, num_samples)
             return Prediction(draws.softmax(-1))

@@ -18,7 +18,8 @@ class Options:
         """An option must have one of its known values."""
         if getattr(self, option) not in known:
             raise ConfigurationError(
-                f"{type(self).__name__}: {option}={getattr(self, option)!r} is not one of {known}."
+                f"{type(self).__name__}: {option} must be one of {known}, got "
+                f"{getattr(self, option)!r}."
             )
 
     def check_positive(self, *options: str) -> None:
@@ -28,7 +29,7 @@ class Options:
             parts = value if isinstance(value, tuple | list) else (value,)
             if not all(0 < part < math.inf for part in parts):
                 raise ConfigurationError(
-                    f"{type(self).__name__}: {option}={value!r} must be positive and finite."
+                    f"{type(self).__name__}: {option} must be positive and finite, got {value!r}."
                 )
 
     def __repr__(self) -> str:

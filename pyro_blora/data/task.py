@@ -101,8 +101,9 @@ def load_task(
         >>> len(task.train), len(task.validation)
         (100, 50)
     """
-    if min(max_train or 0, max_validation, max_test or 0) < 0:
-        raise DataError("a limit is negative: leave it out for all items")
+    limits = (max_train or 0, max_validation, max_test or 0)
+    if min(limits) < 0:
+        raise DataError(f"limits must be 0 or more, got {min(limits)}: leave one out for all items")
     splits, template = _splits(name, data_dir), template_for(name)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)

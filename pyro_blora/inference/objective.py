@@ -34,9 +34,9 @@ class Objective:
                 "it with num_data=len(train)."
             )
         if num_particles is not None and num_particles < 1:
-            raise ConfigurationError(f"num_particles={num_particles} must be at least 1.")
+            raise ConfigurationError(f"num_particles must be at least 1, got {num_particles}.")
         if not kl_weight > 0:
-            raise ConfigurationError(f"kl_weight={kl_weight} must be positive.")
+            raise ConfigurationError(f"kl_weight must be positive, got {kl_weight}.")
         points = [law for law in _laws(blora.guide) if isinstance(law, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense

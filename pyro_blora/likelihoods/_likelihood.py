@@ -47,8 +47,8 @@ class Likelihood(Options, PyroModule):
         super().__init__()
         if num_data is not None and num_data < 1:
             raise ConfigurationError(
-                f"num_data={num_data} must be the number of training examples, at least 1; is the "
-                "data set empty?"
+                f"num_data must be the number of training examples, at least 1, got {num_data}; "
+                "check that the data set is not empty."
             )
         self.num_data = num_data
 
@@ -125,8 +125,8 @@ class Likelihood(Options, PyroModule):
         """Raises BatchError if a label names no class, which is checked on a CPU alone."""
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
-                f"labels have shape {tuple(labels.shape)}, expected one class for each of the "
-                f"{tuple(logits.shape[:-1])} examples."
+                f"labels must be one class for each example, of shape {tuple(logits.shape[:-1])}, "
+                f"got {tuple(labels.shape)}; for a label at each token use CausalLM."
             )
         if labels.is_floating_point():
             raise BatchError(
@@ -135,16 +135,16 @@ class Likelihood(Options, PyroModule):
         low, high = map(int, labels.aminmax()) if labels.is_cpu else (0, 0)
         if low < 0 or high >= logits.shape[-1]:
             raise BatchError(
-                f"labels range from {low} to {high}, but {type(self).__name__} has classes 0 to "
-                f"{logits.shape[-1] - 1}; check the label mapping of the data set."
+                f"labels must be classes of {type(self).__name__}, 0 to {logits.shape[-1] - 1}, "
+                f"got {low} to {high}; check the label mapping of the data set."
             )
 
     def examples(self, batch: Batch) -> int:
         """Number of examples ``B`` in a batch; BatchError if it lacks a key or is empty."""
         if not set(self.keys) <= set(batch):
             raise BatchError(
-                f"{type(self).__name__} needs {', '.join(self.keys)} in a batch; it has "
-                f"{', '.join(map(str, batch))}."
+                f"A batch must have {', '.join(self.keys)} for {type(self).__name__}, got "
+                f"{', '.join(map(str, batch)) or 'nothing'}; check the collator."
             )
         ids = batch["input_ids"] if "input_ids" in self.keys else None
         if ids is not None and not isinstance(ids, Tensor):
@@ -155,11 +155,11 @@ class Likelihood(Options, PyroModule):
         if ids is not None and ids.dim() != self.row_dims:
             kinds = {2: "B x T", 3: "B x K x T, multiple choice"}
             raise BatchError(
-                f"{type(self).__name__} takes input_ids of {kinds[self.row_dims]}; these have "
-                f"shape {tuple(ids.shape)}. Use the likelihood of your batches: MultipleChoice for "
+                f"input_ids must be {kinds[self.row_dims]}, for {type(self).__name__}, got shape "
+                f"{tuple(ids.shape)}. Use the likelihood of your batches: MultipleChoice for "
                 "options, LabelTokens or SequenceClassification for classes, CausalLM for text."
             )
         count = len(batch[self.keys[0]])
         if not count:
-            raise BatchError("The batch is empty.")
+            raise BatchError("A batch must have an example, got an empty one; check the data set.")
         return count

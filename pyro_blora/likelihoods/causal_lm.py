@@ -57,7 +57,10 @@ class CausalLM(Likelihood):
         """As for classes, with -100 allowed."""
         super().check_labels(labels.clamp_min(0), logits)
         if labels.is_cpu and bool(((labels < 0) & (labels != -100)).any()):
-            raise BatchError("labels must be token ids, or -100 where a token is not scored.")
+            raise BatchError(
+                "labels must be token ids, or -100 for a token that is not scored, got other "
+                "negative ones."
+            )
 
     def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
         real = batch["attention_mask"].bool()
@@ -66,8 +69,8 @@ class CausalLM(Likelihood):
             labels = batch["input_ids"].masked_fill(~real, -100)
         if labels.shape != real.shape:
             raise BatchError(
-                f"labels have shape {tuple(labels.shape)}, expected one for each of the "
-                f"{tuple(real.shape)} tokens; for one class a row use LabelTokens or "
+                f"labels must be one for each token, of shape {tuple(real.shape)}, got "
+                f"{tuple(labels.shape)}; for one class a row use LabelTokens or "
                 "SequenceClassification."
             )
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)

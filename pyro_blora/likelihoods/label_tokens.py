@@ -35,7 +35,8 @@ class LabelTokens(Likelihood):
         super().__init__(num_data=num_data)
         if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
             raise ConfigurationError(
-                f"token_ids={list(token_ids)} must be at least two different tokens, one a class."
+                "token_ids must be two different tokens or more, one a class, got "
+                f"{list(token_ids)}."
             )
         self.token_ids = tuple(token_ids)
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)

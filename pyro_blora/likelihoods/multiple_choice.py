@@ -135,7 +135,9 @@ class MultipleChoice(Likelihood):
         count = super().examples(batch)
         shapes = {key: tuple(batch[key].shape) for key in self.keys}
         if len(set(shapes.values())) > 1:
-            raise BatchError(f"MultipleChoice needs equal B x K x T shapes, got {shapes}.")
+            raise BatchError(
+                f"MultipleChoice must have equal B x K x T shapes, got {shapes}; pad them alike."
+            )
         return count
 
 
@@ -185,13 +187,13 @@ def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[i
     first, left, length, most, count = torch.stack([fact.long() for fact in facts]).tolist()
     if first:
         raise BatchError(
-            "option_mask is true at the first token of a row, which nothing predicts; begin "
+            "option_mask must be false at the first token of a row, which nothing predicts; begin "
             "each row with a question or the tokenizer's beginning-of-text token."
         )
     if left:
         raise BatchError(
-            "attention_mask has padding before a real token, and MultipleChoice takes rows "
-            "padded on the right; set tokenizer.padding_side = 'right'."
+            "Rows must be padded on the right for MultipleChoice, got padding before a real token; "
+            "set tokenizer.padding_side = 'right'."
         )
     return max(length, 1), max(most, 1), count
 

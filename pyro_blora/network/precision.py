@@ -13,7 +13,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 def check_precision(name: str) -> str:
     """Returns ``name``, or raises ConfigurationError where it is none of ``PRECISIONS``."""
     if name not in PRECISIONS:
-        raise ConfigurationError(f"precision={name!r} is not one of {PRECISIONS}.")
+        raise ConfigurationError(f"precision must be one of {PRECISIONS}, got {name!r}.")
     return name
 
 

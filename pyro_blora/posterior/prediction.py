@@ -197,7 +197,9 @@ def predict_dataset(
     device = torch.device(device or getattr(adapter, "device", usual))
     autocast = choose_precision(precision, device) == "bfloat16"
     if not len(data):
-        raise BatchError("There is nothing to predict: the data set is empty.")
+        raise BatchError(
+            "The data set must have an example, got none; check the file or the split."
+        )
     order = list(range(len(data)))
     if length is not None:
         order.sort(key=lambda i: length(data[i]))
@@ -208,8 +210,8 @@ def predict_dataset(
         batch = to_device(collate([data[i] for i in order[start : start + batch_size]]), device)
         if "labels" not in batch:
             raise BatchError(
-                "predict_dataset needs labels in a batch; for data without them call "
-                "blora.predict(batch) yourself."
+                "A batch must have labels for predict_dataset, got none; for data without them "
+                "call blora.predict(batch)."
             )
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             predictions.append(predict(batch))

@@ -99,7 +99,7 @@ def test_no_train_split_no_test_split_and_no_such_task(load):
         load({"train": 20}, "another")
     with pytest.raises(DataError, match=r"did you mean 'arc_easy'.*'facts' is built in"):
         load_task("arc_esy")
-    with pytest.raises(DataError, match="negative"):
+    with pytest.raises(DataError, match="0 or more, got -1"):
         load_task("facts", max_train=-1)
 
 

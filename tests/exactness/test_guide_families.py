@@ -339,7 +339,7 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     ("make", "match"),
     [
         (lambda: bound(FullRank(), event=(8, 200)), r"1,600 is more than max_size=1024; use Mean"),
-        (lambda: LowRank(rank=0), "rank=0 must be at least 1"),
+        (lambda: LowRank(rank=0), "rank must be at least 1, got 0"),
         (lambda: Mixture(components=1), "use MeanField for one"),
         (lambda: Ensemble(members=1), "use Delta for one"),
         (lambda: Flow(flows=()), "must be a tuple"),

@@ -53,10 +53,10 @@ LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
         (ANSWERS, None, {}, r"LabelTokens.*num_data=len\(train\)"),
         (SIZED, None, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
         (SIZED, None, {"decay": "sudden"}, "got 'sudden'"),
-        (SIZED, None, {"precision": "float16"}, "precision='float16'"),
+        (SIZED, None, {"precision": "float16"}, "precision must be .* got 'float16'"),
         (SIZED, None, {"warmup": -0.1}, r"warmup must be .* got -0\.1"),
-        (SIZED, None, {"num_particles": 0}, "num_particles=0"),
-        (SIZED, None, {"kl_weight": NAN}, "kl_weight=nan"),
+        (SIZED, None, {"num_particles": 0}, "num_particles must be .* got 0"),
+        (SIZED, None, {"kl_weight": NAN}, "kl_weight must be .* got nan"),
         # bounds whose particles do not share out the examples
         (SIZED, None, {"elbo": RenyiELBO}, "elbo=RenyiELBO does not average"),
         (SIZED, None, {"elbo": TraceTailAdaptive_ELBO}, "elbo=TraceTailAdaptive_ELBO does not av"),
