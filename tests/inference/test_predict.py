@@ -203,7 +203,7 @@ def test_what_cannot_be_predicted():
     with pytest.raises(ConfigurationError, match="num_samples=-1 must be 0"):
         tiny.adapted().predict(tiny.sequences(), -1)
     blora = tiny.adapted(likelihood=CausalLM(num_data=4))
-    with pytest.raises(ConfigurationError, match="CausalLM has none; use log_predictive"):
+    with pytest.raises(ConfigurationError, match="got CausalLM; use log_predictive"):
         blora.predict(tiny.texts())
     with pytest.raises(BatchError, match="no labels"):
         blora.log_predictive({key: tiny.texts()[key] for key in blora.likelihood.keys})
