@@ -24,7 +24,7 @@ README, OWN_DATA, PROGRAMS, WITH_PEFT = (
 COMMAND = re.compile(r"^pyro-blora .*", re.MULTILINE)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FIRST, LOOP, OWN_PRIOR = BLOCK.findall(README)
-QUICK = FIRST.replace("num_steps=100", "num_steps=10")  # nothing else is left out
+QUICK = FIRST.replace("num_steps=300", "num_steps=10").replace("range(24, 30)", "[0]")
 
 
 def test_the_commands_run_one_after_the_other(run, model_dir, tmp_path, monkeypatch):
@@ -74,8 +74,7 @@ def test_the_readme_is_short():
     assert len(README.split()) <= 1200
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE).splitlines()
     assert [x for x in prose if len(x) > 100 and "](" not in x and x[:1] not in ("|", "<")] == []
-    assert len(FIRST.splitlines()) <= 12
-    assert QUICK != FIRST
+    assert len(FIRST.splitlines()) <= 20
     assert len([line for line in OWN_PRIOR.split("\n\nblora")[0].splitlines() if line]) <= 15
 
 
@@ -86,8 +85,9 @@ def test_the_first_program_runs_and_the_loop_goes_on_from_it(local, capsys):
     with pyro.settings.context(module_local_params=local):
         exec(QUICK, names)
         printed = capsys.readouterr().out.strip().splitlines()
-        assert len(printed) == 4
-        assert all(re.match(r"[01]\.\d\d \d\.\d{3}  \S", line) for line in printed)
+        shape = r" +ACC \d+\.\d  ECE \d+\.\d  NLL \d\.\d{3}  Brier \d\.\d{3}"
+        for name, line in zip(("lora", "bayesian-lora"), printed, strict=True):
+            assert re.fullmatch(name + shape, line)
         blora = names["blora"]
         sites = [f"{group.name}_V" for group in blora.model.groups]
         before = [getattr(blora.guide, site).loc.detach().clone() for site in sites]
