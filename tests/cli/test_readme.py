@@ -145,3 +145,14 @@ def test_the_programs_with_peft_run():
     pytest.importorskip("peft")
     assert len(ran(WITH_PEFT)["probs"]) == 4
     assert {path.name for path in Path("out/draws").iterdir()} == set("0123")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_programs_that_evaluate_run():
+    page = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    names = ran(page.split("## lm-evaluation-harness")[0])
+    held, labels = names["held_out"].probs, names["held_out_labels"]
+    scaled = (held.log() / names["temperature"]).softmax(-1)
+    assert names["evaluate"](scaled, labels).nll < names["evaluate"](held, labels).nll
+    assert names["scaled"].shape == names["prediction"].probs.shape
+    names["blora"].unwrap()
