@@ -141,10 +141,24 @@ def test_all_programs_run():
 
 
 @pytest.mark.usefixtures("tiny")
-def test_the_programs_with_peft_run():
-    pytest.importorskip("peft")
-    assert len(ran(WITH_PEFT)["probs"]) == 4
+def test_the_programs_with_peft_run(capsys):
+    peft = pytest.importorskip("peft")
+    names = ran(WITH_PEFT)
+    assert len(names["probs"]) == 4
     assert {path.name for path in Path("out/draws").iterdir()} == set("0123")
+    printed = re.findall(r"(\S+) +ACC .* NLL (\S+)", capsys.readouterr().out)
+    assert [name for name, _ in printed] == ["LoRA", "bayesianize", "from_peft", "pass"]
+    lora = peft.PeftModel.from_pretrained(names["net"], "my_lora")  # what PEFT itself says of it
+    with torch.no_grad():
+        batches = names["DataLoader"](names["held_out"], 16, collate_fn=names["collate"])
+        nlls = [
+            torch.nn.functional.cross_entropy(
+                names["scores"].logits(lora, batch), batch["labels"], reduction="sum"
+            )
+            for batch in batches
+        ]
+    told = float(torch.stack(nlls).sum()) / len(names["held_out"])
+    assert float(printed[0][1]) == pytest.approx(told, abs=1e-3)
 
 
 @pytest.mark.usefixtures("tiny")
