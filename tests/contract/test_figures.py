@@ -26,7 +26,7 @@ FIGURE = re.compile(r"\d+\.\d+(?:(?: ±|,) \d+\.\d+)*")
 
 
 def body(table):
-    """The rows under a table's head: of what method, or of none in particular; and the figures."""
+    """The rows under a table's head: the method, or None if the head has none; the figures."""
     head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
     for cells in rows:
         name = cells[head.index("method")] if "method" in head else None
@@ -41,7 +41,7 @@ def section(title):
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("README.md", 1), ("docs/calibration.md", 4), ("docs/choose.md", 2)]
+    ("page", "count"), [("README.md", 1), ("docs/calibration.md", 3), ("docs/choose.md", 2)]
 )
 def test_the_tables_of_a_page_are_the_report_s(page, count):
     tables = TABLE.findall((ROOT / page).read_text("utf-8"))
@@ -51,5 +51,6 @@ def test_the_tables_of_a_page_are_the_report_s(page, count):
         for name, figures in body(table):
             row = METHODS[name] if name else None
             told = [figure for found in sections for figure in found.get(row, [])]
+            told += [figure.split(" ±")[0] for figure in told]  # a page may leave the error out
             assert figures
             assert [figure for figure in figures if figure not in told] == [], (titles, name)
