@@ -1,10 +1,14 @@
 """What a training step does is counted, not timed: it does not grow with the depth."""
 
+from pathlib import Path
+
 import pyro
 import pytest
 import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_blora.guides import MeanField
@@ -135,3 +139,20 @@ def test_one_pass_for_all_particles_has_the_positions_that_are_read_in_the_head(
     with torch.no_grad():
         net(batch["input_ids"])
     assert shapes[-1] == 8 * 7  # and afterwards it sees all of them again
+
+
+@pytest.mark.slow
+def test_the_memory_of_fake_tensors_is_that_of_real_ones(monkeypatch):
+    """And the step's is what the formula of docs/large_models.md says."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    from memory import NAMES, measure
+
+    h, f, L, B, T = 256, 688, 8, 4, 128
+    shape = dict(zip(NAMES, (h, f, L, 8, 2, 200, False), strict=True))
+    with pyro.validation_enabled(False):
+        real = measure(shape, B, T, draws=5, top=0)
+        with FakeTensorMode(shape_env=ShapeEnv()):
+            fake = measure(shape, B, T, draws=5, top=0)
+    assert real == pytest.approx(fake, rel=0.02)
+    formula = real["weights"] + real["16 n"] + B * T * L * (18 * h + 6 * f)
+    assert real["step"] == pytest.approx(formula, rel=0.1)
