@@ -18,7 +18,6 @@ NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 REDUCED = {
     "02_a_prior_of_your_own": {"STEPS": 20},
     "07_active_learning": {"SEEDS": 2, "ROUNDS": 1, "STEPS": 5},
-    "09_many_machines": {"STEPS": 2, "REPEATS": 2, "LAUNCHES": {"DDP": []}},
 }
 # those on the embedded language model
 REAL = {
