@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.nn import PyroModule
@@ -363,6 +363,7 @@ class BayesianLoRA(PyroModule):
         *,
         num_samples: int | None = None,
         abstain_above: float | None = None,
+        by: Literal["mutual_information", "entropy"] = "mutual_information",
         **options: Any,
     ) -> Generation:
         """Text from the average of posterior draws, with the uncertainty of each token.
@@ -370,7 +371,7 @@ class BayesianLoRA(PyroModule):
         See :func:`pyro_blora.generation.generate`; ``options`` are those of the network's own.
         """
         draws = self._draws(num_samples)
-        return generate(self.model, self.guide, input_ids, draws, abstain_above, **options)
+        return generate(self.model, self.guide, input_ids, draws, abstain_above, by, **options)
 
     def _draws(self, num_samples: int | None) -> int:
         if num_samples is None:

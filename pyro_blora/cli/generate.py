@@ -9,6 +9,7 @@ from rich.console import Console
 from pyro_blora.cli import _arguments as o
 
 By = Literal["mutual_information", "entropy", "disagreement"]
+AbstainBy = Literal["mutual_information", "entropy"]
 
 
 def run(
@@ -31,8 +32,11 @@ def run(
     by: Annotated[By, typer.Option(help="What to color by.")] = "mutual_information",
     abstain_above: Annotated[
         float | None,
-        typer.Option(help="Abstain where the mutual information is above, in nats a token.", min=0),
+        typer.Option(help="Abstain if the score is above this, in nats a token.", min=0),
     ] = None,
+    abstain_by: Annotated[
+        AbstainBy, typer.Option(help="The score: its mean over the tokens of the text.")
+    ] = "mutual_information",
     seed: Annotated[int, typer.Option(help="Seed of the draws and of sampling.")] = 0,
     html: Annotated[
         Path | None, typer.Option(help="File for a page with a legend and numbers on hover.")
@@ -74,6 +78,7 @@ def run(
             attention_mask=inputs["attention_mask"],
             num_samples=num_samples,
             abstain_above=abstain_above,
+            by=abstain_by,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             pad_token_id=tokenizer.pad_token_id,
@@ -88,8 +93,9 @@ def run(
         if answer.abstained:
             console.print(answer.notice, style="bold")
         console.print(
-            f"{answer.length} tokens, mean log-probability {answer.mean_log_prob:.3f}, epistemic "
-            f"score {answer.epistemic:.4f} nats a token"
+            f"{answer.length} tokens, mean log-probability {answer.mean_log_prob:.3f}, "
+            f"mean entropy {answer.mean_entropy:.3f}, epistemic score {answer.epistemic:.4f} "
+            "nats a token"
         )
     if html is not None:
         how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"

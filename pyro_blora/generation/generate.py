@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ _REFUSED = (  # the first five run the network other than once for each token
     "past_key_values",
 )
 
+By = Literal["mutual_information", "entropy"]
+
 _GIVEN: Any = None  # the default that ModelOutput wants of every field but the first
 
 
@@ -63,8 +65,9 @@ class Generation(ModelOutput):
         mutual_information: in nats, ``(N, T)``: what is due to the weights' posterior.
         disagreement: between 0 and 1, ``(N, T)``.
         mean_log_prob: mean of ``log_probs`` over a sequence's tokens, in nats a token, ``(N,)``.
+        mean_entropy: mean of ``entropy`` over them, in nats a token, ``(N,)``.
         epistemic: mean of ``mutual_information`` over them, in nats a token, ``(N,)``.
-        abstained: whether ``epistemic`` is above the threshold that was given, ``(N,)``.
+        abstained: whether the score that ``by`` names is above the threshold, ``(N,)``.
 
     Reference:
         A. Malinin and M. Gales (2021), "Uncertainty Estimation in Autoregressive Structured
@@ -77,6 +80,7 @@ class Generation(ModelOutput):
     mutual_information: Tensor = _GIVEN
     disagreement: Tensor = _GIVEN
     mean_log_prob: Tensor = _GIVEN
+    mean_entropy: Tensor = _GIVEN
     epistemic: Tensor = _GIVEN
     abstained: Tensor = _GIVEN
 
@@ -88,6 +92,7 @@ def generate(
     input_ids: Tensor | None = None,
     num_samples: int = 10,
     abstain_above: float | None = None,
+    by: By = "mutual_information",
     **options: Any,
 ) -> Generation:
     r"""Text whose next token comes from the average of ``S`` posterior draws.
@@ -106,8 +111,11 @@ def generate(
         input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of several lengths are
             padded on the left and come with their ``attention_mask``.
         num_samples: number of draws ``S``; 0 is the posterior mean. Default: 10.
-        abstain_above: a sequence of a greater ``epistemic`` score, in nats a token, has
-            ``abstained``. Default: none abstains.
+        abstain_above: threshold in nats a token; a sequence whose score is greater has
+            ``abstained``. Default: no sequence abstains.
+        by: the score: ``"entropy"`` is ``mean_entropy``, ``"mutual_information"`` is
+            ``epistemic``. Entropy is high for every open text and needs no draws; mutual
+            information is high only if the draws differ. Default: ``"mutual_information"``.
         options: those of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
             ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
     """
@@ -118,7 +126,7 @@ def generate(
             f"input_ids must be a tensor of tokens, got a {type(input_ids).__name__}; write "
             "generate(**tokenizer(text, return_tensors='pt'))."
         )
-    _check(net, num_samples, abstain_above, options)
+    _check(net, num_samples, abstain_above, by, options)
     warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
     input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
@@ -154,7 +162,7 @@ def generate(
         ended = torch.stack(ends.steps[: len(out.logits)], -1).long()
         here = torch.arange(len(ended), device=ended.device).unsqueeze(-1)
         rows = here.where(ended.cumsum(-1) == ended, -1)  # up to the first end, and that itself
-    return _measured(out, average.steps, rows, abstain_above)
+    return _measured(out, average.steps, rows, abstain_above, by)
 
 
 class _Average:
@@ -233,12 +241,19 @@ def _generator(net: nn.Module) -> Any:
 
 
 def _check(
-    net: Any, num_samples: int, abstain_above: float | None, options: Mapping[str, Any]
+    net: Any,
+    num_samples: int,
+    abstain_above: float | None,
+    by: str,
+    options: Mapping[str, Any],
 ) -> None:
-    if abstain_above is not None and num_samples < 2:
+    if by not in get_args(By):
+        known = " or ".join(map(repr, get_args(By)))
+        raise ConfigurationError(f"by must be {known}, got {by!r}; entropy needs no draws.")
+    if abstain_above is not None and by == "mutual_information" and num_samples < 2:
         raise ConfigurationError(
-            f"abstain_above={abstain_above} needs draws that can disagree: num_samples must be 2 "
-            f"or more, got {num_samples}."
+            f"num_samples must be 2 or more, got {num_samples}: abstain_above={abstain_above} "
+            "compares draws. Or pass by='entropy'."
         )
     for name in _REFUSED:
         if _setting(net, options, name, None) not in (None, False):
@@ -267,7 +282,7 @@ def _telling_all(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(
-    out: Any, steps: list[Tensor], rows: Tensor, abstain_above: float | None
+    out: Any, steps: list[Tensor], rows: Tensor, abstain_above: float | None, by: str
 ) -> Generation:
     """The uncertainty of each new token, from what was noted in the row it was picked from."""
     picked, rows = rows >= 0, rows.clamp_min(0)
@@ -280,6 +295,7 @@ def _measured(
     noted = torch.stack(steps)[torch.arange(length, device=rows.device), :, rows]  # N x T x 3
     values = torch.cat([torch.stack(log_probs, -1).unsqueeze(-1), noted], -1)
     values = values.masked_fill(~picked.unsqueeze(-1), math.nan)
-    mean_log_prob, _, epistemic, _ = values.nanmean(1).unbind(-1)
-    abstained = epistemic > (math.inf if abstain_above is None else abstain_above)
-    return Generation(out.sequences, *values.unbind(-1), mean_log_prob, epistemic, abstained)
+    means = values.nanmean(1).unbind(-1)[:3]  # of log-probability, entropy, mutual information
+    score = means[1 if by == "entropy" else 2]
+    abstained = score > (math.inf if abstain_above is None else abstain_above)
+    return Generation(out.sequences, *values.unbind(-1), *means, abstained)

@@ -83,6 +83,7 @@ class Answer:
     prompt: str  # as text
     pieces: list[Piece]
     mean_log_prob: float
+    mean_entropy: float
     epistemic: float
     abstained: bool
     length: int  # number of tokens
@@ -90,8 +91,8 @@ class Answer:
     @property
     def notice(self) -> str:
         """What is said of a sequence that abstained."""
-        score = f"{self.epistemic:.3g} nats a token, which is above the threshold"
-        return f"Abstains: the draws do not agree on this text ({score})."
+        scores = f"mean entropy {self.mean_entropy:.3g}, epistemic {self.epistemic:.3g}"
+        return f"Abstains: the score is above the threshold ({scores} nats a token)."
 
 
 def answers(generation: Generation, tokenizer: Any, prompts: Sequence[str]) -> list[Answer]:
@@ -102,6 +103,7 @@ def answers(generation: Generation, tokenizer: Any, prompts: Sequence[str]) -> l
             prompt=prompts[index // each],
             pieces=pieces(tokenizer, generation, index),
             mean_log_prob=float(generation.mean_log_prob[index]),
+            mean_entropy=float(generation.mean_entropy[index]),
             epistemic=float(generation.epistemic[index]),
             abstained=bool(generation.abstained[index]),
             length=int((~generation.log_probs[index].isnan()).sum()),

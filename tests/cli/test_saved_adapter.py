@@ -150,7 +150,7 @@ def test_generate_writes_text_its_scores_and_a_page(run, adapter, tmp_path):
     text = generate(*asked, "--html", html)
     assert "Question: [red] <b>" in text
     assert "Entropy, nats:" in text
-    scores = re.findall(r"(\d+) tokens, mean log-probability (-[\d.]+), epistemic score", text)
+    scores = re.findall(r"(\d+) tokens, mean log-probability (-[\d.]+), mean entropy", text)
     assert len(scores) == 2
     page = html.read_text("utf-8")
     assert page.count("<article") == 2
@@ -158,5 +158,7 @@ def test_generate_writes_text_its_scores_and_a_page(run, adapter, tmp_path):
     again = generate(*asked)
     assert re.sub(r"[\d.]+ s\n", "", again) in re.sub(r"[\d.]+ s\n", "", text)
     text = generate("Which word?", "--abstain-above", 0, "--num-beams", 2)
-    assert "Abstains: the draws do not agree" in text
+    assert "Abstains: the score is above the threshold" in text
+    asked = ["Which word?", "--num-samples", 0, "--abstain-above", 0]
+    assert "Abstains" in generate(*asked, "--abstain-by", "entropy")
     assert "Abstains" not in again

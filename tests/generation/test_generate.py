@@ -96,8 +96,8 @@ def test_each_token_has_the_numbers_of_its_own_row(blora, decoding):
     given = torch.stack([found[name] for name in NUMBERS]).double()
     torch.testing.assert_close(given, numbers, atol=2e-5, rtol=1e-4)
     assert given[2].amax(-1).min() > 1e-4  # the draws do differ
-    whole = torch.stack([found.mean_log_prob, found.epistemic]).double()
-    torch.testing.assert_close(whole, numbers[[0, 2]].mean(-1), atol=2e-5, rtol=1e-4)
+    whole = torch.stack([found[f"mean_{n}"] for n in ("log_prob", "entropy")] + [found.epistemic])
+    torch.testing.assert_close(whole.double(), numbers[:3].mean(-1), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -193,17 +193,27 @@ def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
     assert min(lengths) < max(lengths)
 
 
-def test_a_sequence_abstains_above_the_threshold():
+@pytest.mark.parametrize(
+    ("by", "score"), [("mutual_information", "epistemic"), ("entropy", "mean_entropy")]
+)
+def test_a_sequence_abstains_above_the_threshold(by, score):
     blora = adapter(width=1.0)
     torch.manual_seed(0)
     options = {**prompts(), "num_samples": S, "max_new_tokens": NEW}
     free = blora.generate(**options)
     assert not free.abstained.any()
     torch.manual_seed(0)
-    out = blora.generate(**options, abstain_above=float(free.epistemic.mean()))
-    assert torch.equal(out.abstained, free.epistemic > free.epistemic.mean())
+    torch.testing.assert_close(free[score], free[by].nanmean(-1))
+    out = blora.generate(**options, abstain_above=float(free[score].mean()), by=by)
+    assert torch.equal(out.abstained, free[score] > free[score].mean())
     assert out.abstained.sum() == 1
     assert torch.equal(out.sequences, free.sequences)
+
+
+def test_entropy_needs_no_draws():
+    options = {"num_samples": 0, "max_new_tokens": 2, "by": "entropy"}
+    out = adapter().generate(**prompts(), **options, abstain_above=0.0)
+    assert out.abstained.all()
 
 
 def test_the_network_is_left_as_it_was(blora):
@@ -238,7 +248,8 @@ def test_under_peft():
 
 REFUSED = {
     "input_ids must be a tensor of tokens, got a dict": {"input_ids": prompts()},
-    "2 or more": {"abstain_above": 0.1, "num_samples": 1},
+    "2 or more, got 1": {"abstain_above": 0.1, "num_samples": 1},
+    "by must be 'mutual_information' or 'entropy', got 'doubt'": {"by": "doubt"},
     "no prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
     "no guidance_scale": {"guidance_scale": 2.0},
     "no cache": {"cache": ()},

@@ -33,7 +33,8 @@ def generation(rows, prompt_length):
     for index, row in enumerate(rows):
         steps[index, len(row) - prompt_length :] = math.nan
     fields = (-steps, steps, steps / 10, steps / 100)
-    return Generation(sequences, *fields, -steps.nanmean(-1), steps.nanmean(-1), steps[:, 0] > 0)
+    means = (-steps.nanmean(-1), steps.nanmean(-1), steps.nanmean(-1) / 10)
+    return Generation(sequences, *fields, *means, steps[:, 0] > 0)
 
 
 def test_pieces_are_the_text_each_token_with_its_own_numbers():
@@ -70,7 +71,7 @@ def piece(text, level=0, **numbers):
 
 
 def answer(*given, prompt="Why?", abstained=False):
-    return Answer(prompt, list(given), -1.5, 0.25, abstained, len(given))
+    return Answer(prompt, list(given), -1.5, 1.2, 0.25, abstained, len(given))
 
 
 def shown(text, **options):
