@@ -5,6 +5,7 @@ enters the head, a large part of the cost, is narrowed.
 """
 
 import inspect
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -80,7 +81,11 @@ def logits_at(
         rows, chosen = (at // width).to(values.device), columns[at].to(values.device)
         return values[rows, chosen].unsqueeze(0)
 
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    own = threading.get_ident()
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != own:  # a server runs one network in several threads
+            return None
         narrowed.append(True)
         return (gathered(args[0]),)
 

@@ -1,5 +1,8 @@
 """Logits at some positions and of some tokens are those of the full computation."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro
 import pytest
 import tiny
@@ -8,6 +11,7 @@ from tiny import VOCABULARY, adapted, bert, gpt2, llama, qwen2, sequences
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
+from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.likelihoods.reading import logits_at
 
 NETS = {
@@ -140,3 +144,23 @@ def test_a_network_without_a_head_is_refused():
     positions, mask = some()
     with pytest.raises(ConfigurationError, match=r"no language-model head.*SequenceClassification"):
         logits_at(bert(), sequences(6), positions, mask)
+
+
+def test_a_network_may_be_read_in_several_threads():
+    """Both are between the hook on the head and the head itself, with rows of one shape."""
+    net, likelihood = llama().eval(), MultipleChoice(scale="fixed")
+    batches = [tiny.choices(3, seed=seed) for seed in (1, 2)]
+    barrier = threading.Barrier(2, timeout=30)
+
+    @torch.no_grad()
+    def read(batch):
+        return likelihood.logits(net, batch)
+
+    def wait(*_):
+        barrier.wait()
+
+    alone = [read(batch) for batch in batches]
+    with net.model.register_forward_hook(wait), ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(read, batches))
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other)
