@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = sorted((ROOT / "docs/reference").glob("*.md"))
 SHORT = ["docs/index.md", "docs/peft.md", "docs/choose.md", "docs/own_data.md", "docs/theory.md"]
 PAGES = ["README.md", *SHORT, "docs/calibration.md", "docs/large_models.md", "docs/faq.md"]
-PAGES += ["docs/troubleshooting.md"]
+PAGES += ["docs/troubleshooting.md", "docs/priors_and_guides.md", "docs/checkpoints.md"]
+PAGES += ["docs/reading_the_code.md", "docs/evaluation.md", "docs/programs.md", "docs/cost.md"]
+PAGES += ["docs/many_machines.md", *(f"docs/reference/{page.name}" for page in REFERENCE)]
 MOST_WORDS, MOST_FIGURES, MOST_ON_A_PAGE = 25, 2, 600
 
 BOX = re.compile(r"^(`{3,}|:{3,})\{(?:note|tip|warning|important|seealso)\}(.*?)^\1", re.M | re.S)
