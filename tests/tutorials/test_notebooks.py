@@ -104,6 +104,14 @@ def test_its_outputs_are_of_one_run_and_fit_to_be_shown(path):
     assert f"]({path.name})" in LISTED
 
 
+def test_the_table_of_ways_is_the_notebook_s():
+    printed = [
+        o.get("text", ()) for c in code(TUTORIALS / "10_your_lora.ipynb") for o in c["outputs"]
+    ]
+    (table,) = (text for text in map("".join, printed) if text.startswith("|"))
+    assert table in (TUTORIALS.parent / "docs/choose.md").read_text("utf-8")
+
+
 def test_links_resolve_and_pictures_are_small():
     texts = ["".join(c["source"]) for p in NOTEBOOKS for c in cells(p) if "outputs" not in c]
     targets = re.findall(r"\]\(([^)\s]+)\)", "\n".join([*texts, LISTED]))
