@@ -47,7 +47,8 @@ HERE = Path(__file__).parent
 
 def bring_the_tutorials(app: Any) -> None:
     """Sphinx reads what is below its own folder alone: a copy."""
-    shutil.copytree(HERE.parent / "tutorials", HERE / "tutorials", dirs_exist_ok=True)
+    shutil.rmtree(HERE / "tutorials", ignore_errors=True)  # a notebook may have gone
+    shutil.copytree(HERE.parent / "tutorials", HERE / "tutorials")
 
 
 def as_it_stands(
