@@ -121,7 +121,7 @@ class BayesianLoRA(PyroModule):
             prior = self.method.prior_of(rank)
         elif rank is not None:
             raise ConfigurationError(
-                f"rank must not stand beside prior=, got {rank}; give it to the prior."
+                f"rank must be None with prior=, got {rank}; give it to prior."
             )
         family = self.method.guide_of() if guide is None else guide
         self._given = (net, family)  # in a tuple, so that they are no children
@@ -259,9 +259,8 @@ class BayesianLoRA(PyroModule):
         """
         if not self.likelihood.has_classes:
             raise ConfigurationError(
-                "predict must have a likelihood with classes, got "
-                f"{type(self.likelihood).__name__}; use log_predictive(batch), or "
-                "blora.generate(...)."
+                f"predict must have a likelihood with classes, got {type(self.likelihood).__name__}"
+                "; use log_predictive(batch), or blora.generate(...)."
             )
         batch = to_device(batch, self.device)
         num_samples = self._draws(num_samples)

@@ -41,7 +41,7 @@ for name, (make, net, batch) in CASES.items():
 
 
 def test_every_likelihood_is_tested():
-    assert {*CASES, "Batch", "Likelihood"} == set(likelihoods.__all__)
+    assert {*CASES, "Batch", "Likelihood", "scale_scores"} == set(likelihoods.__all__)
 
 
 def test_a_missing_key_and_an_empty_batch(case):

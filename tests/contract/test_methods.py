@@ -149,6 +149,6 @@ def test_packages_may_ship_methods(monkeypatch):
 def test_the_rank_is_the_method_s_prior_s():
     assert repr(BayesianLoRA(tiny.llama(), rank=3).prior) == "KroneckerInducing(rank=3)"
     with pytest.raises(
-        ConfigurationError, match="rank must not stand beside prior=, got 3; give it to"
+        ConfigurationError, match="rank must be None with prior=, got 3; give it to"
     ):
         BayesianLoRA(tiny.llama(), rank=3, prior=models.Subspace())
