@@ -288,6 +288,7 @@ def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
     """
 
     def of(name: str) -> dict[str, float]:
+        name = name.removesuffix("_unconstrained")  # torch's name of it
         by_role, by_group = rates_by_group(blora, {})
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
         if name not in named:  # of a guide of one's own, by pyro.param
