@@ -197,7 +197,8 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
         -\sum_i \log \mathrm{softmax}\bigl(c\, (n_i / \bar n_i)^b\, s_i\bigr)_{y_i}
 
     A mean log-probability is not on the scale of log-odds, and may favor short or long options. A
-    temperature mends the scale only. ``b = 1`` makes sums of means. Fit both on held-out items.
+    temperature mends the scale only. ``b = 1`` makes sums of means. Fit both on held-out items, a
+    hundred or more; a ``c`` of 100 says that so few items can be told apart without an error.
 
     Args:
         scores: mean log-probabilities of the options, ``(N, K)``; of any causal network, with a
