@@ -197,8 +197,8 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
         -\sum_i \log \mathrm{softmax}\bigl(c\, (n_i / \bar n_i)^b\, s_i\bigr)_{y_i}
 
     A mean log-probability is not on the scale of log-odds, and may favor short or long options. A
-    temperature mends the scale only. ``b = 1`` makes sums of means. Fit both on held-out items, a
-    hundred or more; a ``c`` of 100 says that so few items can be told apart without an error.
+    temperature mends the scale only. With ``b = 1`` lengths weigh as in sums. Fit both on a hundred
+    held-out items or more. At a bound, so few items decide nothing.
 
     Args:
         scores: mean log-probabilities of the options, ``(N, K)``; of any causal network, with a
@@ -216,12 +216,13 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
         probs = scale_scores(new_scores, new_lengths, c, b).softmax(-1)
     """
     best = (torch.inf, 1.0, 0.0)
-    for step in range(-100, 101):
+    for step in sorted(range(-100, 101), key=abs):  # 0 if every exponent is as good
         exponent = 0.02 * step
         logits = scale_scores(scores.double(), lengths, 1.0, exponent)
         temperature = fit_temperature(logits, labels)
         nll = float(torch.nn.functional.cross_entropy(logits / temperature, labels.long()))
-        best = min(best, (nll, 1 / temperature, exponent))
+        if nll < best[0]:
+            best = (nll, 1 / temperature, exponent)
     return best[1:]
 
 

@@ -146,12 +146,14 @@ def scale_scores(
 ) -> Tensor:
     r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
 
-    ``scores`` are ``s``, and ``lengths`` the numbers ``n`` of their tokens, 0 for an absent option,
-    whose logit is minus infinity; ``slope`` is ``c`` and ``exponent`` ``b``.
+    ``scores`` are ``s``, and ``lengths`` the numbers ``n`` of their tokens. A length of 0 marks an
+    absent option, whose logit is minus infinity. ``slope`` is ``c`` and ``exponent`` ``b``.
     """
     there = (lengths > 0).sum(-1, keepdim=True)
     ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
-    return (scores * slope * ratio**exponent).masked_fill(lengths == 0, -torch.inf)
+    absent = lengths == 0  # whose score would make the gradients NaN, if it is infinite
+    scaled = scores.masked_fill(absent, 0) * slope * ratio**exponent
+    return scaled.masked_fill(absent, -torch.inf)
 
 
 def _apart(batch: Batch) -> list[bool]:

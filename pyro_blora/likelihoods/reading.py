@@ -84,7 +84,8 @@ def logits_at(
     own = threading.get_ident()
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if threading.get_ident() != own:  # a server runs one network in several threads
+        # A server may run one network in several threads; a compiler traces but one
+        if not torch.compiler.is_compiling() and threading.get_ident() != own:
             return None
         narrowed.append(True)
         return (gathered(args[0]),)

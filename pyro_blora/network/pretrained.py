@@ -98,8 +98,9 @@ def load_network(
     finally:
         if shown:
             logging.enable_progress_bar()
-    if "gguf_file" in source:  # its tensors are plain now: a Trainer may train it, and write it
-        net.hf_quantizer.remove_quantization_config(net)
+    quantizer = getattr(net, "hf_quantizer", None)
+    if quantizer and "gguf_file" in source:  # its tensors are plain now: a Trainer may train it
+        quantizer.remove_quantization_config(net)
     if num_labels is None and info["missing_keys"]:
         raise ConfigurationError(
             f"model {name!r} must be a causal language model, and has no weights for "

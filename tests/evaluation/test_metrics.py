@@ -136,6 +136,16 @@ def test_the_score_scale_is_where_no_gradient_is_left(scale, exponent):
     assert found == pytest.approx((scale, exponent), rel=0.4, abs=0.3)  # of 300 items
 
 
+def test_lengths_that_say_nothing_get_no_exponent_and_absent_options_no_gradient():
+    scores, lengths = -4 * torch.rand(50, 3), torch.full((50, 3), 2)
+    assert fit_score_scale(scores, lengths, torch.arange(50) % 3)[1] == 0
+    lengths[:, 2], scores[:, 2] = 0, -math.inf
+    c, b = (torch.tensor(x, requires_grad=True) for x in (1.5, 0.5))
+    scale_scores(scores, lengths, c, b).softmax(-1)[:, 0].sum().backward()
+    assert c.grad.isfinite()
+    assert b.grad.isfinite()
+
+
 def random(samples=5):
     return Prediction((2 * torch.randn(samples, 60, 3)).softmax(-1))
 

@@ -249,6 +249,7 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
         svi.step(tiny.choices(3))
         likelihood.requires_grad_(False)
         assert optim_args(blora)("model.likelihood.score_slope") == {"lr": 0.0}
+        assert optim_args(blora)("model.likelihood.score_slope_unconstrained") == {"lr": 0.0}
         assert optim_args(blora)("own.loc") == {"lr": RATES["mean"]}
         groups = parameter_groups(blora, blora.method.learning_rates)
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
