@@ -335,7 +335,7 @@ def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> Non
     save_figure(figure, path)
 
 
-def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path, needy: str) -> None:
+def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path) -> None:
     """NLL on the tests of seed 0, a row a method, the lowest on top; hollow with a temperature."""
     found = {}
     for name, runs in methods.items():
@@ -350,7 +350,7 @@ def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path, needy: str) -
     for row, name in enumerate(plain):
         for which, fill in ((name, None), (f"temperature:{name}", "white")):
             if which in found:
-                color = "#d9484a" if fill or name == needy else "#2f5f94"
+                color = "#d9484a" if fill or name == "lora-best" else "#2f5f94"
                 look: dict[str, Any] = {"fmt": "o", "color": color, "markerfacecolor": fill}
                 axes.errorbar(found[which][0], row, xerr=found[which][1], capsize=2, **look)
     axes.set_yticks(range(len(plain)), [TITLES.get(name, name) for name in plain])
@@ -441,7 +441,7 @@ def write_report(
     if pooled := list(on_all_tasks(runs)):
         most = max(pooled, key=lambda one: len(one[3]))
         draw(most[-1], out / "figures" / "reliability.png", ours)
-        draw_nll(most[-1], out / "figures" / "nll.png", "lora-best")
+        draw_nll(most[-1], out / "figures" / "nll.png")
     both = ("bayesian-lora", "bayesian-lora-distilled")
     if one_pass := {
         f"{network}, {steps} steps": methods

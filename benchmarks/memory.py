@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import pyro
+import timing
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from timing import ANSWERS, TARGETS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -29,9 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pyro_blora import BayesianLoRA
 from pyro_blora.likelihoods import LabelTokens
 
-# hidden, inner width of the MLP, blocks, heads, heads of keys and values, vocabulary, tied head
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-NAMES += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
+NAMES = (*timing.NAMES, "tie_word_embeddings")
 SIZES = {
     "1B": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3.2-1B
     "7B": (4096, 11008, 32, 32, 32, 32000, False),  # Llama-2-7B
@@ -79,8 +77,8 @@ def measure(shape: dict[str, Any], rows: int, tokens: int, draws: int, top: int)
         net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         blocks = config.num_hidden_layers
         options = {"layers_to_transform": list(range(blocks - (top or blocks), blocks))}
-        options |= {"likelihood": LabelTokens(token_ids=ANSWERS, num_data=100)}
-        blora = BayesianLoRA(net, target_modules=TARGETS, **options)
+        options |= {"likelihood": LabelTokens(token_ids=timing.ANSWERS, num_data=100)}
+        blora = BayesianLoRA(net, target_modules=timing.TARGETS, **options)
         ids = torch.ones(rows, tokens, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # without padding a network may need no mask

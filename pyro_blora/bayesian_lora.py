@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro.nn import PyroModule
@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.errors import CheckpointError, ConfigurationError, near_miss
-from pyro_blora.generation import Generation, generate
+from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
 from pyro_blora.methods import METHODS, Method, get_method, method_of
@@ -362,7 +362,7 @@ class BayesianLoRA(PyroModule):
         *,
         num_samples: int | None = None,
         abstain_above: float | None = None,
-        by: Literal["mutual_information", "entropy"] = "mutual_information",
+        by: By = "mutual_information",
         **options: Any,
     ) -> Generation:
         """Text from the average of posterior draws, with the uncertainty of each token.

@@ -128,7 +128,7 @@ class MultipleChoice(Likelihood):
         if apart is not None:
             total = torch.where(apart, total.detach(), total)
             slope, exponent = (torch.where(apart, p, p.detach()) for p in (slope, exponent))
-        return scale_scores(total, count, slope, exponent)
+        return scale_scores(total, count, slope, exponent if self.learn_length_penalty else 0.0)
 
     def examples(self, batch: Batch) -> int:
         """As everywhere, of tensors of one shape."""
@@ -149,10 +149,12 @@ def scale_scores(
     ``scores`` are ``s``, and ``lengths`` the numbers ``n`` of their tokens. A length of 0 marks an
     absent option, whose logit is minus infinity. ``slope`` is ``c`` and ``exponent`` ``b``.
     """
-    there = (lengths > 0).sum(-1, keepdim=True)
-    ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
     absent = lengths == 0  # whose score would make the gradients NaN, if it is infinite
-    scaled = scores.masked_fill(absent, 0) * slope * ratio**exponent
+    scaled = scores.masked_fill(absent, 0) * slope
+    if isinstance(exponent, Tensor) or exponent:  # a power of 0 costs, and changes nothing
+        there = (lengths > 0).sum(-1, keepdim=True)
+        ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
+        scaled = scaled * ratio**exponent
     return scaled.masked_fill(absent, -torch.inf)
 
 

@@ -76,6 +76,7 @@ def test_the_readme_is_short():
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE).splitlines()
     assert [x for x in prose if len(x) > 100 and "](" not in x and x[:1] not in ("|", "<")] == []
     assert len(FIRST.splitlines()) <= 20
+    assert QUICK != FIRST
     assert len([line for line in OWN_PRIOR.split("\n\nblora")[0].splitlines() if line]) <= 16
 
 

@@ -23,9 +23,7 @@ REDUCED = {
 REAL = {
     "00_quickstart": {"STEPS": 2, "TRAIN": 16, "TEST": 6},
     "06_uncertainty_while_generating": {"STEPS": 2, "TOWNS": 3, "DRAWS": 2},
-    "10_your_lora": {
-        **{"TASK": '"facts"', "STEPS": 6, "TRAIN": 16, "HELD": 8, "TEST": 8, "CLIENTS": 8},
-    },
+    "10_your_lora": dict(TASK='"facts"', STEPS=6, TRAIN=16, HELD=8, TEST=8, CLIENTS=8),
 }
 # the others make their network and their data, and so run in seconds
 LIGHT = [path.stem for path in NOTEBOOKS if path.stem not in {**REDUCED, **REAL}]
