@@ -245,9 +245,9 @@ class BayesianLoRA(PyroModule):
                 this, at least one; a limit on memory. Default: 256, less on a CPU.
             linearised: takes the draws from the logits' first-order expansion at the centre of
                 the guide: one pass however many draws. Default: what the method does.
-            samples: values of the sites to predict under, all of them, instead of draws of the
-                guide: by the site's name ``(S, *shape)``, such as ``mcmc.get_samples()``. Heads
-                trained as points, and a likelihood's parameters, stay as they are.
+            samples: values of all sites to predict under instead of draws of the guide, by the
+                site's name ``(S, *shape)``: ``mcmc.get_samples()``, or what Pyro's ``Predictive``
+                of another guide gives. Heads and the likelihood's parameters stay as they are.
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).

@@ -5,7 +5,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pyro_blora.likelihoods import CausalLM, LabelTokens, Likelihood, MultipleChoice
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    Likelihood,
+    MultipleChoice,
+    SequenceClassification,
+)
 
 CARD = "README.md"
 MARK = "<!-- {} writes this file anew; without this line it leaves it alone. -->"
@@ -59,41 +65,47 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 """
 
 
-def lines_of_use(likelihood: Likelihood, temperature: float) -> tuple[dict[str, Any], str]:
+def program_of_use(likelihood: Likelihood, temperature: float) -> tuple[dict[str, Any], str]:
     """The numbers that make probabilities of an exported adapter's logits, and how in Python."""
     found: dict[str, Any] = {"temperature": temperature}
+    classifies = isinstance(likelihood, SequenceClassification)
+    kind = "SequenceClassification" if classifies else "CausalLM"
+    program = f"""import torch
+from peft import AutoPeftModelFor{kind}
+from transformers import AutoTokenizer
+
+net = AutoPeftModelFor{kind}.from_pretrained(".").eval()  # this folder
+tokenizer = AutoTokenizer.from_pretrained(net.peft_config["default"].base_model_name_or_path)
+prompt = "Question: ...\\nAnswer:"  # as in training
+"""
+    if isinstance(likelihood, MultipleChoice):
+        learned = likelihood.scale == "learned"
+        slope = float(likelihood.score_slope.detach().abs()) if learned else 1.0
+        found = {"scale": slope / temperature, "score": likelihood.score}
+        each = "" if likelihood.score == "sum" else " / n"
+        if likelihood.learn_length_penalty:
+            found["length_exponent"] = exponent = float(likelihood.length_exponent.detach())
+            each += f" * (n / n.mean()) ** {exponent!r}"
+        program += f"""options = [" ...", " ..."]
+before = tokenizer(prompt)["input_ids"]
+answers = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+n, sums = torch.tensor([float(len(answer)) for answer in answers]), []
+for answer in answers:
+    logp = net(input_ids=torch.tensor([before + answer])).logits[0].log_softmax(-1)
+    sums.append(logp[range(len(before) - 1, len(before) + len(answer) - 1), answer].sum())
+probs = ({found["scale"]!r} * torch.stack(sums){each}).softmax(-1)"""
+        return found, program
+    program += 'inputs = tokenizer(prompt, return_tensors="pt")\n'
     if isinstance(likelihood, CausalLM):
         found["in"] = "generation_config.json"
-        return (
-            found,
-            f"net.generate(**inputs, do_sample=True, temperature={temperature!r}, top_k=0)",
-        )
+        options = f"do_sample=True, temperature={temperature!r}, top_k=0"
+        program += f"print(tokenizer.decode(net.generate(**inputs, {options})[0]))"
+        return found, program
+    logits = "net(**inputs).logits"
     if isinstance(likelihood, LabelTokens):
-        found["token_ids"] = tokens = list(likelihood.token_ids)
-        return (
-            found,
-            f"""# Rows are padded on the right
-last = inputs["attention_mask"].sum(-1) - 1
-logits = net(**inputs).logits[torch.arange(len(last)), last][:, {tokens}]
-probs = (logits / {temperature!r}).softmax(-1)""",
-        )
-    if not isinstance(likelihood, MultipleChoice):
-        return found, f"probs = (net(**inputs).logits / {temperature!r}).softmax(-1)"
-    slope = float(likelihood.score_slope.detach().abs()) if likelihood.scale == "learned" else 1.0
-    found = {"scale": slope / temperature, "score": likelihood.score}
-    each = "" if likelihood.score == "sum" else " / n.clamp(min=1)"
-    if likelihood.learn_length_penalty:
-        found["length_exponent"] = exponent = float(likelihood.length_exponent.detach())
-        each += f" * (n / n[n > 0].float().mean()) ** {exponent!r}"
-    return (
-        found,
-        f"""# A row for each option, padded on the right; option_mask is true at its tokens
-logp = net(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-logp, scored = logp.gather(-1, ids[:, 1:, None])[..., 0], option_mask[:, 1:]
-n = scored.sum(-1)
-scores = {found["scale"]!r} * (logp * scored).sum(-1){each}
-probs = scores.masked_fill(n == 0, -torch.inf).softmax(-1)""",
-    )
+        found["token_ids"] = list(likelihood.token_ids)
+        logits += f"[:, -1, {found['token_ids']}]"
+    return found, f"{program}probs = ({logits} / {temperature!r}).softmax(-1)"
 
 
 def figures_of(result: Any, data: int | None) -> dict[str, str]:

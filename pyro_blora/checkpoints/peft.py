@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.card import lines_of_use
+from pyro_blora.checkpoints.card import program_of_use
 from pyro_blora.checkpoints.checkpoint import (
     fetched,
     names_in,
@@ -77,8 +77,8 @@ class PeftAdapter:
             classes = min((len(t) for t in self.others.values() if t.dim() == 2), default=None)
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
-                f"{self.where} names the base {self.base!r} for the task {self.task}, which cannot "
-                "be loaded by that alone; load the network and give it, from_peft(net, folder)."
+                f"{self.where} must name its base, and the task CAUSAL_LM or SEQ_CLS with a head, "
+                f"got {self.base!r} and {self.task!r}; load the network, from_peft(net, folder)."
             )
         return load_network(self.base, num_labels=classes)
 
@@ -308,7 +308,7 @@ def export_peft(
 
     The heads are PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter
     is not written: merge it into the base first. The temperature of :meth:`BayesianLoRA.distill`
-    is in the trained head's weights; else in ``one_pass.json``, with the lines that apply it in
+    is in the trained head's weights; else in ``one_pass.json``, with a program that applies it in
     ``README.md``; for text in ``generation_config.json``.
 
     Args:
@@ -346,10 +346,10 @@ def _write_use(likelihood: Likelihood, folder: Path, temperature: float) -> None
             (folder / other).unlink(missing_ok=True)
         file.unlink()
     if temperature != 1 or isinstance(likelihood, LabelTokens | MultipleChoice):
-        numbers, lines = lines_of_use(likelihood, temperature)
+        numbers, program = program_of_use(likelihood, temperature)
         text = json.dumps(numbers, indent=2) + "\n"
         write_atomically(file, lambda path: path.write_text(text, "utf-8"))
-        page = f"# A LoRA of a Bayesian adapter\n\n```python\n{lines}\n```\n"
+        page = f"# A LoRA of a Bayesian adapter\n\n```python\n{program}\n```\n"
         if "in" in numbers:
             from transformers import GenerationConfig  # whose import sets filters of warnings
 

@@ -26,13 +26,17 @@ class Item:
 
     def __post_init__(self) -> None:
         if not isinstance(self.choices, tuple) or len(self.choices) < 2:
-            raise DataError(f"choices must be two answers or more, got {self.choices!r}")
+            raise DataError(
+                f"choices must be two answers or more, got {self.choices!r} in {self!r}"
+            )
         for text in (self.id, self.question, *self.choices):
             if not isinstance(text, str) or not text.strip():
-                raise DataError(f"id, question and choices must be texts, got {text!r}")
+                raise DataError(f"id, question and choices must be texts, got {text!r} in {self!r}")
         last = len(self.choices) - 1
         if type(self.label) is not int or not 0 <= self.label <= last:
-            raise DataError(f"label must be an integer from 0 to {last}, got {self.label!r}")
+            raise DataError(
+                f"label must be an integer from 0 to {last}, got {self.label!r} in {self!r}"
+            )
 
 
 def item_length(item: Item) -> int:
@@ -50,7 +54,7 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
         choices = tuple(choices) if isinstance(choices, list) else choices
         return Item(record["id"], record["question"], choices, record["label"])
     except (KeyError, TypeError) as error:
-        raise DataError(f"an item must be {FORMAT}, got another object ({error!r})") from None
+        raise DataError(f"an item must be {FORMAT}, got {record!r} ({error!r})") from None
 
 
 def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
@@ -116,9 +120,10 @@ class Template:
         if "{q}" not in self.prompt:
             raise DataError(f"the prompt {self.prompt!r} has no {{q}}: say where the question goes")
 
-    def format(self, item: Item) -> str:
-        """The prompt of one item, without an answer."""
-        return self.prompt.replace("{q}", item.question)
+    def format(self, item: Item | dict[str, Any]) -> str:
+        """The prompt of one item, or of a dictionary with its keys, without an answer."""
+        question = item.question if isinstance(item, Item) else item["question"]
+        return self.prompt.replace("{q}", question)
 
 
 QUESTION = Template("Question: {q}\nAnswer:", "options")

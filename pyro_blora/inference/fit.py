@@ -310,9 +310,10 @@ def parameter_groups(
     Args:
         module: a model, a guide or both. A parameter without a declared role (an AutoGuide's) is a
             scale if its name says so, and a mean otherwise.
-        rates: learning rates by role.
+        rates: learning rates by role; others are those of ``"bayesian-lora"``.
         by_group: other rates by role, by the name of a group of layers.
     """
+    rates = {**METHODS["bayesian-lora"].learning_rates, **rates}
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
     for path, parameter in module.named_parameters():
         *parents, name = path.removesuffix("_unconstrained").split(".")

@@ -199,8 +199,8 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
         warnings.warn(
             "AutoLaplaceApproximation is still a point, so all draws are alike: once it is "
             "trained, `blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, "
-            "by a Hessian over all latents together, which needs attn_implementation='eager'; the "
-            "family Laplace() is for many latents.",
+            "by a Hessian over all latents together, which needs attn_implementation='eager' and "
+            "a mode. The family Laplace() needs neither.",
             stacklevel=3,
         )
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()

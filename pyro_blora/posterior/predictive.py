@@ -106,13 +106,13 @@ def draws_given(
 def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
     """The values of each site, on the model's device and as precise as its parameters."""
     priors = {site.name: site.prior for site in model.sites}
-    if set(samples) != set(priors):
+    if not set(samples) >= set(priors):  # Predictive adds the labels and what a guide computes
         raise ConfigurationError(
-            f"samples must have a value of each of the sites {', '.join(sorted(priors))}, and of "
-            f"no other, got {', '.join(sorted(map(str, samples))) or 'none'}."
+            f"samples must have a value of each of the sites {', '.join(sorted(priors))}, got "
+            f"{', '.join(sorted(map(str, samples))) or 'none'}."
         )
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
-    count, values = len(next(iter(samples.values()))), {}
+    count, values = len(samples[next(iter(priors))]), {}
     for name, prior in priors.items():
         value, shape = samples[name], (count, *prior.shape())
         if tuple(value.shape) != shape or not count:

@@ -1,14 +1,15 @@
 """One pass that stands for the draws: its temperature, who has it, and what PEFT makes of it."""
 
-import json
 import math
 
 import pytest
 import tiny
 import torch
+from own_tokenizer import build_tokenizer
 from torch.utils.data import DataLoader, default_collate
 
-from pyro_blora import BayesianLoRA, fit, guides
+from pyro_blora import BayesianLoRA, fit, guides, load_pretrained
+from pyro_blora.data import LabelTokensCollator, MultipleChoiceCollator, Template
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.posterior.guide import draws_apart
@@ -142,14 +143,11 @@ def test_a_point_is_refused():
         blora.distill(rows_of(batch))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["classifier", "text"])
 def test_an_export_has_it(kind, tmp_path):
-    """PEFT alone, and the lines of the page, give the probabilities of one pass."""
+    """PEFT alone gives the probabilities of one pass."""
     peft = pytest.importorskip("peft")
     blora, batch = adapter(kind)
-    if kind == "options":
-        torch.nn.init.constant_(blora.likelihood.score_slope, 0.7)
-        batch["option_mask"][0, 2] = False  # an absent option
     temperature = blora.distill(rows_of(batch))
     with torch.no_grad():
         expected = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0].softmax(-1)
@@ -164,7 +162,7 @@ def test_an_export_has_it(kind, tmp_path):
         if kind == "classifier":
             assert not files
             found = net(**{k: v for k, v in batch.items() if k != "labels"}).logits.softmax(-1)
-        elif kind == "text":
+        else:
             assert files == {"generation_config.json", "one_pass.json", "README.md"}
             from transformers import GenerationConfig
 
@@ -178,25 +176,44 @@ def test_an_export_has_it(kind, tmp_path):
             assert told.sequences.shape == likely.sequences.shape
             found = told.scores[0].softmax(-1).max()
             expected = likely.log_probs[0, 0].exp()
-        else:
-            assert files == {"README.md", "one_pass.json"}
-            code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
-            found = []
-            for row in range(len(batch["input_ids"])):
-                one = {k: v[row] for k, v in batch.items()}
-                place = {"net": net, "torch": torch, "ids": one["input_ids"]}
-                place |= {"mask": one["attention_mask"]}
-                if kind == "options":
-                    place["option_mask"] = one["option_mask"]
-                else:
-                    place["inputs"] = {k: one[k][None] for k in ("input_ids", "attention_mask")}
-                exec(code, place)
-                found.append(place["probs"].reshape(-1))
-            found = torch.stack(found)
-            numbers = json.loads((tmp_path / "one_pass.json").read_text())
-            scale = numbers.get("scale") or 1 / numbers["temperature"]
-            assert scale == pytest.approx((0.7 if kind == "options" else 1) / temperature)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "labels"])
+def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch):
+    """It gives the probabilities of one pass, on the base and its tokenizer in a folder."""
+    pytest.importorskip("peft")
+    words = ("no", "yes", "ice melts")
+    tokenizer = build_tokenizer(["Question: Answer: no yes " * 9], bos="<s>", pad="<p>")
+    tiny.llama(vocab_size=400, max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    net = load_pretrained(str(tmp_path / "base"))[0]
+    template = Template("Question: {q}\nAnswer:", "options")
+    if kind == "labels":
+        words = words[:2]
+        template = Template("{q}\nAnswer", "labels", (":", "?"))
+        collate = LabelTokensCollator(tokenizer, template)
+        likelihood = LabelTokens(token_ids=collate.token_ids)
+    else:
+        collate = MultipleChoiceCollator(tokenizer, template)
+        likelihood = MultipleChoice(score=kind, learn_length_penalty=True)
+        torch.nn.init.constant_(likelihood.score_slope, 0.7)
+        torch.nn.init.constant_(likelihood.length_exponent, 0.3)
+    item = {"question": "Does it melt?", "choices": list(words), "label": 0}
+    blora, batch = BayesianLoRA(net, rank=2, likelihood=likelihood), collate([item])
+    tiny.shaken(blora, 0.1)
+    blora.distill(rows_of(batch))
+    expected = blora.predict(batch, 0).probs[0]
+    blora.export_peft(tmp_path / "lora")
+    blora.unwrap()
+    code = (tmp_path / "lora/README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace(r'"Question: ...\nAnswer:"', repr(template.format(item)))
+    code = code.replace('[" ...", " ..."]', repr([f" {word}" for word in words]))
+    monkeypatch.chdir(tmp_path / "lora")
+    place = {}
+    exec(code, place)
+    found = place["probs"].detach().reshape(-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
 
 
 def test_an_export_takes_away_what_an_export_wrote_and_nothing_else(tmp_path):

@@ -72,7 +72,8 @@ def test_a_prediction_is_that_of_the_conditioned_model(make, max_rows):
     blora, batch = make()
     samples = values(blora)
     expected = torch.stack([node["fn"].probs for node in conditioned(blora, samples, batch)])
-    found = blora.predict(batch, samples=samples, max_rows=max_rows)
+    given = {"labels": torch.zeros(3, 4), **samples}  # as Predictive has them
+    found = blora.predict(batch, samples=given, max_rows=max_rows)
     torch.testing.assert_close(found.samples, expected, atol=1e-5, rtol=0)
     assert found.mutual_information.max() > 1e-3  # the values matter
 
@@ -109,9 +110,8 @@ def without(samples, name):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda s: {}, r"each of the sites q_proj\.V, v_proj\.V, .* got none"),
+        (lambda s: {}, r"each of the sites q_proj\.V, v_proj\.V, got none"),
         (lambda s: without(s, V), r"got q_proj\.V\."),
-        (lambda s: {**s, "labels": torch.zeros(3, 4)}, "no other, got labels,"),
         (lambda s: {**s, Q: s[Q][None]}, r"of shape \(2, 2, 2\).*got \(1, 3, 2.*group_by_chain"),
         (lambda s: {**s, Q: s[Q][..., :1]}, r"got \(3, 2, 2, 1\)"),
         (lambda s: {name: value[:0] for name, value in s.items()}, "one or more draws"),
