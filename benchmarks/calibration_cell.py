@@ -225,7 +225,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
     ) -> Callable[[Cell], Outcome]:
         def found(cell: Cell) -> Outcome:
             own = {**usual, **settings["methods"][cell.method]}
-            how = {name: own[name] for name in ("num_samples", "linearised")}
+            how = {name: own[name] for name in ("num_samples", "linearized")}
             return _predicted(
                 cell,
                 data,
@@ -242,7 +242,7 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
         started = time.perf_counter()
         found = blora.distill(data.task.train, data.collate, length=item_length)
         more = time.perf_counter() - started
-        return of(blora, more, {"temperature": found}, num_samples=0, linearised=False)(cell)
+        return of(blora, more, {"temperature": found}, num_samples=0, linearized=False)(cell)
 
     lora = TemporaryDirectory()
     try:
@@ -257,13 +257,13 @@ def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn
                 **options,
             )
             seconds = time.perf_counter() - started
-        yield "last", of(blora, num_samples=draws, linearised=record.linearised)
+        yield "last", of(blora, num_samples=draws, linearized=record.linearized)
         yield "distilled", distilled
         if method["method"] == "lora" and draws == 0:
             assert result.best_state is not None
             blora.export_peft(lora.name)
             blora.load_state_dict(result.best_state)
-            yield "best", of(blora, num_samples=0, linearised=False)
+            yield "best", of(blora, num_samples=0, linearized=False)
     finally:
         blora.unwrap()
     if method["method"] == "lora" and draws == 0:
@@ -300,7 +300,7 @@ def _from_lora(
             **train,
         )
     try:
-        own = {"num_samples": settings["num_samples"], "linearised": False}
+        own = {"num_samples": settings["num_samples"], "linearized": False}
         made = {"then": settings_of(blora, {})}
         return of(blora, time.perf_counter() - started, made, **own)(cell)
     finally:

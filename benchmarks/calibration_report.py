@@ -385,9 +385,10 @@ def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: P
             axes.errorbar(count, gaps.mean(), error, **look)
         axes.axhline(0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set(xscale="log", xlabel="passes", title=f"{network}\n{len(seeds)} seeds")
-        axes.set_xticks([1, 4, 8, 64], ["1", "4", "8", "64"])
+        ticks = sorted({round(PASSES[name][1]) for name in nll})
+        axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
-    columns[0].set_ylabel("NLL less that of 8 draws, nats")
+    columns[0].set_ylabel("NLL - NLL of 8 draws, nats")
     figure.legend(
         *columns[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )

@@ -69,7 +69,7 @@ class PlainLoRA:
         precision: str = "auto",
         seed: int = 0,
     ) -> FitResult:
-        """Minimises the negative log-likelihood; arguments as those of :func:`pyro_blora.fit`."""
+        """Minimizes the negative log-likelihood; arguments as those of :func:`pyro_blora.fit`."""
         torch.manual_seed(seed)
         device = next(self.net.parameters()).device
         autocast = choose_precision(precision, device) == "bfloat16"

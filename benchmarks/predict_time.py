@@ -5,7 +5,7 @@
 
 The rows are interleaved, one after the other in every round; a ratio is to a pass of its own round.
 `plain` is the network's own forward of the same batch, `plain:read` one that computes only what the
-likelihood reads, as all predictions do. `linearised` is the one-pass predictive with 64 draws: one
+likelihood reads, as all predictions do. `linearized` is the one-pass predictive with 64 draws: one
 pass forward, and one back for each class but the first.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     runs["plain:read"] = partial(plain, True)
     for count in map(int, arguments.samples.split(",")):
         runs[f"S = {count}"] = partial(blora.predict, batch, count)
-    runs["linearised"] = partial(blora.predict, batch, 64, linearised=True)
+    runs["linearized"] = partial(blora.predict, batch, 64, linearized=True)
     with blora.model.autocast(arguments.precision):
         timed = {name: lambda _, run=run: run() for name, run in runs.items()}
         seconds = take_turns(timed, arguments.rounds)

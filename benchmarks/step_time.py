@@ -34,7 +34,7 @@ from timing import (
     batches,
     bayesian_step,
     network,
-    optimise,
+    optimize,
     parser_of,
     rows_of,
     table,
@@ -123,7 +123,7 @@ def make(
         return nn.functional.cross_entropy(logits.float(), batch["labels"]) + kl() / 1000
 
     trained = [p for p in net.parameters() if p.requires_grad]
-    return optimise(loss_of, [{"params": trained, "lr": 1e-3}])
+    return optimize(loss_of, [{"params": trained, "lr": 1e-3}])
 
 
 def peak(method: str) -> float:

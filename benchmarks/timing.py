@@ -55,7 +55,7 @@ def batches(count: int, rows: int, length: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def optimise(loss_of: Callable[[dict[str, Tensor]], Tensor], groups: list[dict[str, Any]]) -> Step:
+def optimize(loss_of: Callable[[dict[str, Tensor]], Tensor], groups: list[dict[str, Any]]) -> Step:
     """A step of AdamW on a loss, its gradient clipped; returns the loss."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
@@ -99,7 +99,7 @@ def bayesian_step(blora: BayesianLoRA, particles: int) -> Step:
         max_plate_nesting=blora.max_plate_nesting,
     )(blora.model, blora.guide)
     both = nn.ModuleList([blora.model, blora.guide])
-    return optimise(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
+    return optimize(lambda batch: elbo(batch) / 1000, parameter_groups(both, RATES))
 
 
 def parser_of(about: str | None) -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ intersphinx_mapping = {
 }
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "amsmath"]
+nb_render_image_options = {"alt": "A figure; its title and the text around it say what it shows"}
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and tests run them
 html_theme = "furo"
 html_title = f"{project} {release}"

@@ -42,8 +42,8 @@ class Flow(MeanField):
     Args:
         flows: the transforms in order, each by name (``"affine-autoregressive"``,
             ``"affine-coupling"``, ``"householder"``, ``"planar"``, ``"radial"``, ``"spline"``,
-            ``"block-autoregressive"``) or a function that makes one for a number of entries, such
-            as ``lambda k: transforms.planar(k)``. Such a transform must know its own Jacobian
+            ``"block-autoregressive"``) or by a function of the number of entries, such as
+            ``lambda k: transforms.planar(k)``. Such a transform must know its own Jacobian
             (Pyro's ``sylvester`` does not), and keep all its numbers in parameters and buffers.
             Default: two affine couplings, turned against each other by a Householder reflection.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;

@@ -46,7 +46,7 @@ class Laplace(PostHoc):
 
         blora = BayesianLoRA(net, guide=Laplace())
         fit(blora, train, collate=collate, num_steps=300)  # finishes by itself
-        blora.predict(batch, linearised=True)  # its own predictive; without, networks are drawn
+        blora.predict(batch, linearized=True)  # its own predictive; without, networks are drawn
     """
 
     symmetric: ClassVar[bool] = True

@@ -25,7 +25,7 @@ class MatrixNormal(MeanField):
             LoRA, say) raise an error. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` (n, m_r, m_c), ``row_scale_tril``
-    (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c); for other sites ``loc`` and ``scale``.
+    (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c). Other sites have ``loc`` and ``scale``.
 
     Example::
 

@@ -55,8 +55,8 @@ class FactorInducing(UpdateModel):
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.U_A`` and ``g.U_B``, whitened, batch shape
-    ``(n,)``, event shape ``(m, m)``; with a learned lambda also the factors ``g.conditional_kl_A``
-    and ``g.conditional_kl_B``.
+    ``(n,)``, event shape ``(m, m)``. A learned lambda adds the factors ``g.conditional_kl_A`` and
+    ``g.conditional_kl_B``.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003, as its released code reads it; Ritter et al. 2021,

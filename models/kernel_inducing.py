@@ -13,7 +13,7 @@ from torch.func import functional_call
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.models._core_density import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
-from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.quantized import top_singular
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.kronecker import whiten_or_explain
 
@@ -45,13 +45,11 @@ class KernelInducing(KroneckerInducing):
             Priors that GPyTorch registers on its hyperparameters enter the ELBO. Default: rbf.
         col_kernel: the same for the columns.
         embedding: ``"learned"``: trained, starting at the pretrained weight's first singular
-            directions if it can be read, at random otherwise; ``"one-hot"``: neuron ``i`` is
-            unit vector ``i``, and an embedding has as many dimensions as there are neurons.
-            Default: learned.
+            directions, or at random if it cannot be read. Or ``"one-hot"``: neuron ``i`` is unit
+            vector ``i``, in as many dimensions as there are neurons. Default: learned.
         embedding_size: dimensions of a learned embedding. Default: 8.
-        sigma: standard deviation of an entry of dW at the inducing points under the prior, where
-            the kernels are one at distance zero, less elsewhere; learned for each layer, this is
-            where it starts. Default: 0.01.
+        sigma: standard deviation of an entry of dW at the inducing points under the prior; it is
+            less elsewhere. It is learned for each layer, and starts here. Default: 0.01.
         core: as in :class:`KroneckerInducing`. Default: normal.
         noise_init: where ``D`` starts. Default: 0.1.
 
@@ -128,9 +126,9 @@ class KernelInducing(KroneckerInducing):
         k, n = self.embedding_size, self.group.n
         try:
             left, right, _ = top_singular(self.group, min(k, d), min(k, d))
-        except ConfigurationError:  # a quantised weight
+        except ConfigurationError:  # a quantized weight
             return torch.randn(n, d, k) * k**-0.5
-        # Neighbours at a distance of about one, as GPyTorch's kernels start with lengthscale 0.7
+        # Neighbors at a distance of about one, as GPyTorch's kernels start with lengthscale 0.7
         scale = k**-0.5
         E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
         return torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)

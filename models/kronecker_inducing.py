@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
-from pyro_blora.network.quantised import dense_weight
+from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side, conditional_kl
 from pyro_blora.updates.kronecker import (
@@ -49,7 +49,7 @@ class KroneckerInducing(UpdateModel):
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
             prior, in units of weight; the start if it is learned. Default: for each layer
             :math:`0.2\, s`, with the root mean square :math:`s` of the singular values of its
-            pretrained weight (1 for a weight of zeros, or without data), so that a factor that goes
+            pretrained weight (1 for a weight of zeros, or without data). So a factor that goes
             from one layer of the network to another changes nothing.
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``; random
             ones are those of :class:`Hierarchical`. Default: learned.
@@ -60,10 +60,9 @@ class KroneckerInducing(UpdateModel):
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.
         lambda_init: where a learned lambda starts. Default: 0.1.
         noise: ``"marginal"`` draws the conditional noise of each output at each position by
-            itself, with the exact variance; ``"joint"`` draws it as one weight gives it to all
+            itself, with the exact variance. ``"joint"`` draws it as one weight gives it to all
             outputs at all positions of a particle. Marginal noise needs the options of a multiple
-            choice in packed rows, in which they share their question's noise, as under one weight;
-            rows of their own are refused. Default: marginal.
+            choice in packed rows, in which they share their question's noise. Default: marginal.
         noise_init: where ``D`` starts. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape

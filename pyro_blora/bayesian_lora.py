@@ -67,16 +67,16 @@ class BayesianLoRA(PyroModule):
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train whole, as points, as PEFT does. Default: under
             ``SequenceClassification`` those that hold no target.
-        start: where the posterior mean begins: LoRA's ``(B, A)`` for each adapted layer by its full
-            name, ``dW = B A``, of any ranks up to the prior's; :meth:`from_peft` gives those of a
+        start: where the posterior mean begins: LoRA's ``(B, A)`` by the full name of each adapted
+            layer, ``dW = B A``, of any ranks up to the prior's. :meth:`from_peft` takes those of a
             trained adapter. Default: where the prior says, mostly at ``dW = 0``.
         fast: whether to take the shortcuts that give the network's own logits: logits at the
             positions read, options packed behind one question, frozen blocks run once.
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large or beside a prior, a layer is adapted already, or
-            the likelihood, a head or a key of a mapping does not match the network.
+        ConfigurationError: a rank is too large or beside a prior, or a layer is adapted already.
+            Or the likelihood, a head or a key of a mapping does not match the network.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -232,7 +232,7 @@ class BayesianLoRA(PyroModule):
         num_samples: int | None = None,
         *,
         max_rows: int | None = None,
-        linearised: bool | None = None,
+        linearized: bool | None = None,
         samples: predictive.Samples | None = None,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
@@ -243,11 +243,11 @@ class BayesianLoRA(PyroModule):
                 method's, or 10.
             max_rows: as many draws share a pass of the network as keep draws times examples within
                 this, at least one; a limit on memory. Default: 256, less on a CPU.
-            linearised: takes the draws from the logits' first-order expansion at the centre of
+            linearized: takes the draws from the logits' first-order expansion at the center of
                 the guide: one pass however many draws. Default: what the method does.
-            samples: values of all sites to predict under instead of draws of the guide, by the
-                site's name ``(S, *shape)``: ``mcmc.get_samples()``, or what Pyro's ``Predictive``
-                of another guide gives. Heads and the likelihood's parameters stay as they are.
+            samples: values of all sites, ``(S, *shape)`` by name, instead of draws of the guide:
+                ``mcmc.get_samples()``, or what Pyro's ``Predictive`` of another guide gives.
+                Heads and the likelihood's parameters stay as they are.
 
         Returns:
             Probabilities for every draw, ``S x B x K`` (``S = 1`` for the mean).
@@ -264,16 +264,16 @@ class BayesianLoRA(PyroModule):
             )
         batch = to_device(batch, self.device)
         num_samples = self._draws(num_samples)
-        if linearised is None:
-            linearised = self.method.linearised and samples is None and num_samples > 0
+        if linearized is None:
+            linearized = self.method.linearized and samples is None and num_samples > 0
         if samples is None:
             warn_of_a_point(self.guide, num_samples)
-        elif linearised:
+        elif linearized:
             raise ConfigurationError(
-                "linearised must be False with samples=, got True; leave one of them out."
+                "linearized must be False with samples=, got True; leave one of them out."
             )
-        if linearised:
-            draws = predictive.linearised_logits(self.model, self.guide, batch, num_samples)
+        if linearized:
+            draws = predictive.linearized_logits(self.model, self.guide, batch, num_samples)
             return Prediction(draws.softmax(-1))
         passes = predictive.logits_of_draws(
             self.model, self.guide, batch, num_samples, max_rows, samples
@@ -323,8 +323,8 @@ class BayesianLoRA(PyroModule):
             blora.predict(batch, num_samples=0).probs  # one pass
         """
         options |= {"collate": collate, "num_samples": num_samples}
-        linearised = self.method.linearised
-        return distill(self.model, self.guide, data, linearised=linearised, **options)
+        linearized = self.method.linearized
+        return distill(self.model, self.guide, data, linearized=linearized, **options)
 
     def predict_dataset(
         self,
@@ -332,14 +332,14 @@ class BayesianLoRA(PyroModule):
         collate: Collate,
         num_samples: int | None = None,
         *,
-        linearised: bool | None = None,
+        linearized: bool | None = None,
         **options: Any,
     ) -> tuple[Prediction, Tensor]:
         """:meth:`predict` for a data set, and its labels; see :func:`pyro_blora.predict_dataset`.
 
         ``options`` are ``batch_size``, ``length``, ``precision``, ``progress`` and ``description``.
         """
-        predict = partial(self.predict, num_samples=num_samples, linearised=linearised)
+        predict = partial(self.predict, num_samples=num_samples, linearized=linearized)
         return predict_dataset(predict, data, collate, device=self.device, **options)
 
     @torch.no_grad()

@@ -50,13 +50,13 @@ class Method:
             default, ``bayesian-lora``'s.
         point_epochs: after how many passes over the data points (directions, heads) have learned,
             but 300 steps at least: their schedule ends there. No KL sees them, and longer they
-            memorise. Default: never.
+            memorize. Default: never.
         num_samples: draws for a prediction, if the method fixes them.
-        linearised: whether its predictive is the linearised one.
+        linearized: whether its predictive is the linearized one.
 
     Example::
 
-        get_method("laplace-lora").linearised  # as published
+        get_method("laplace-lora").linearized  # as published
         Method("mine", "my_module:MyPrior", "MeanField", "", "a prior of my own", rank=4)
     """
 
@@ -72,7 +72,7 @@ class Method:
     learning_rates: Mapping[str, float] = field(default_factory=_RATES.copy)
     point_epochs: float | None = None
     num_samples: int | None = None
-    linearised: bool = False
+    linearized: bool = False
 
     def point_steps(self, of_an_epoch: int | None) -> int | None:
         """The steps in which points learn, by the batches of an epoch; ``None`` for all."""
@@ -197,7 +197,7 @@ _KNOWN = (
         "curvature around a trained LoRA, prior precision by the marginal likelihood",
         prior_options={"random": "both", "sigma": 1.0},
         learning_rates=_LORA_RATES,
-        linearised=True,
+        linearized=True,
     ),
     Method(
         "tfb",
@@ -263,7 +263,7 @@ def get_method(name: str) -> Method:
         usual = method_of(_class(left, "prior"), _class(right, "guide"))
         pair = Method(name, left, right, citation="", summary=f"{left} with {right}")
         num_samples = 0 if right.rpartition(":")[2] == "Delta" else None
-        kept = ("rank", "learning_rates", "point_epochs", "linearised")
+        kept = ("rank", "learning_rates", "point_epochs", "linearized")
         own = {each: getattr(usual, each) for each in kept}
         return replace(pair, scale="learned", num_samples=num_samples, **own)
     if name in SHOWN:

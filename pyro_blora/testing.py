@@ -259,8 +259,8 @@ class LikelihoodContract(_Contract):
             except BatchError as error:
                 said = str(error)
             assert str(wrong) in said or "-100" in said, f"Label {wrong}: no BatchError, {said!r}."
-        unlabelled = {key: batch[key] for key in blora.likelihood.keys}
-        site = poutine.trace(blora.model).get_trace(unlabelled).nodes["labels"]
+        unlabeled = {key: batch[key] for key in blora.likelihood.keys}
+        site = poutine.trace(blora.model).get_trace(unlabeled).nodes["labels"]
         assert not site["is_observed"], "labels() must be None where the batch has none."
         _check_support("labels", site["fn"], site["value"])
 

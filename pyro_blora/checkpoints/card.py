@@ -82,18 +82,15 @@ prompt = "Question: ...\\nAnswer:"  # as in training
         learned = likelihood.scale == "learned"
         slope = float(likelihood.score_slope.detach().abs()) if learned else 1.0
         found = {"scale": slope / temperature, "score": likelihood.score}
-        each = "" if likelihood.score == "sum" else " / n"
-        if likelihood.learn_length_penalty:
-            found["length_exponent"] = exponent = float(likelihood.length_exponent.detach())
-            each += f" * (n / n.mean()) ** {exponent!r}"
         program += f"""options = [" ...", " ..."]
 before = tokenizer(prompt)["input_ids"]
 answers = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
-n, sums = torch.tensor([float(len(answer)) for answer in answers]), []
+scores = []
 for answer in answers:
     logp = net(input_ids=torch.tensor([before + answer])).logits[0].log_softmax(-1)
-    sums.append(logp[range(len(before) - 1, len(before) + len(answer) - 1), answer].sum())
-probs = ({found["scale"]!r} * torch.stack(sums){each}).softmax(-1)"""
+    places = range(len(before) - 1, len(before) + len(answer) - 1)
+    scores.append(logp[places, answer].{likelihood.score}())
+probs = ({found["scale"]!r} * torch.stack(scores)).softmax(-1)"""
         return found, program
     program += 'inputs = tokenizer(prompt, return_tensors="pt")\n'
     if isinstance(likelihood, CausalLM):

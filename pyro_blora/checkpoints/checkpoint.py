@@ -34,7 +34,7 @@ from pyro_blora.errors import CheckpointError, first_line
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
-from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import layer_shape, name_in_base, without_peft
 from pyro_blora.posterior.guide import start_guide
 
@@ -54,8 +54,8 @@ def save_pretrained(
 ) -> None:
     """Writes a ``BayesianLoRA``: its tensors, how to rebuild it, and a model card.
 
-    The base is not saved, only its name on the hub, if it has one, and a few numbers by which its
-    weights are known again. A kill at any moment leaves the old adapter or the new one, and a
+    The base is not saved, but its name on the hub and a few numbers by which its weights are known
+    again. A kill at any moment leaves the old adapter or the new one, and a
     ``README.md`` of your own stays.
 
     Args:
@@ -150,8 +150,8 @@ def read_pretrained(
         net: the base network. ``None`` loads it by its saved name.
         folder: the adapter's folder, or its id on the hub.
         prior: for one that is not of this library, its class or an object of it, which is made
-            with the saved options; where several were saved by group, a mapping with some of
-            their keys. An object of another class is taken as it is. Default: rebuilt.
+            with the saved options. If several were saved by group, a mapping with some of their
+            keys. An object of another class is taken as it is. Default: rebuilt.
         guide: the same for the guide; or the function that makes it.
         likelihood: the same for the likelihood, but an object is taken as it is.
         trust_remote_code: whether a class that is not of this library may be imported by its name.
@@ -328,9 +328,9 @@ def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
 
 
 def _plain_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A network's tensors by their names in the base: none of PEFT's, quantised or elsewhere."""
+    """A network's tensors by their names in the base: none of PEFT's, quantized or elsewhere."""
     for path, module in net.named_modules():
-        if is_quantised(module):
+        if is_quantized(module):
             continue
         for name, tensor in module.named_parameters(prefix=path, recurse=False):
             here = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta

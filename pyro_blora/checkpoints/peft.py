@@ -46,7 +46,7 @@ _VARIANTS = (
     *("target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 )
-# Initialisations that take a part of the base's weights into the adapter
+# Initializations that take a part of the base's weights into the adapter
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -78,7 +78,7 @@ class PeftAdapter:
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
                 f"{self.where} must name its base, and the task CAUSAL_LM or SEQ_CLS with a head, "
-                f"got {self.base!r} and {self.task!r}; load the network, from_peft(net, folder)."
+                f"got {self.base!r} and {self.task!r}; load the network and give it, from_peft(net, f)."
             )
         return load_network(self.base, num_labels=classes)
 

@@ -109,7 +109,7 @@ def predictor(
     num_samples: int,
     seed: int,
     precision: str,
-    linearised: bool | None = None,
+    linearized: bool | None = None,
 ) -> "Callable[[Sequence[Item]], tuple[Prediction, Tensor]]":
     """Loads the network and the adapter; what predicts items, as this task has them, and labels."""
     import torch
@@ -130,7 +130,7 @@ def predictor(
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        how: dict[str, Any] = {"linearised": linearised, "precision": precision}
+        how: dict[str, Any] = {"linearized": linearized, "precision": precision}
         return blora.predict_dataset(items, collate, num_samples, length=item_length, **how)
 
     return predict

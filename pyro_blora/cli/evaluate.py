@@ -25,10 +25,10 @@ def run(
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,
     num_samples: o.NumSamples = 10,
-    linearised: Annotated[
+    linearized: Annotated[
         bool | None,
         typer.Option(
-            "--linearised/--no-linearised",
+            "--linearized/--no-linearized",
             help="Draw from the logits' first-order expansion at the posterior mean: one pass of "
             "the network however many draws. Default: what the adapter's method does.",
         ),
@@ -69,7 +69,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     base = o.named(model, saved.get("base_model"), "--model")
     given: dict[str, Any] = {"num_samples": num_samples, "precision": choose_precision(precision)}
-    predict = o.predictor(adapter, base, data, seed=seed, linearised=linearised, **given)
+    predict = o.predictor(adapter, base, data, seed=seed, linearized=linearized, **given)
     with o.phase("predict"):
         prediction, labels = predict(data.test)
         outside = predict(foreign)[0] if foreign else None

@@ -53,7 +53,7 @@ def run(
 
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_config, write_atomically
-    from pyro_blora.generation.show import answers, coloured, legend, page
+    from pyro_blora.generation.show import answers, colored, legend, page
     from pyro_blora.network.pretrained import load_pretrained
 
     base = o.named(model, read_config(adapter).get("base_model"), "--model")
@@ -89,7 +89,7 @@ def run(
     console.print(legend(by))
     for answer in found:
         console.print(f"\n{answer.prompt}", style="dim", markup=False)
-        console.print(coloured(answer, by))
+        console.print(colored(answer, by))
         if answer.abstained:
             console.print(answer.notice, style="bold")
         console.print(

@@ -59,7 +59,7 @@ def run(
 
 def _pair(made: Method) -> str:
     """Prior and guide as Python, and what else the method says."""
-    own = {"num_samples": made.num_samples, "linearised": made.linearised or None}
+    own = {"num_samples": made.num_samples, "linearized": made.linearized or None}
     said = [f"{name}={value}" for name, value in own.items() if value is not None]
     return ", ".join([f"{made.prior_of()!r} + {made.guide_of()!r}", *said])
 

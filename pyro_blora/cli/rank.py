@@ -57,7 +57,7 @@ def run(
         data = load_task(task, data_dir=data_dir)
         items = data.train
     else:
-        items = tuple(read_json_lines(pool, labelled=False))
+        items = tuple(read_json_lines(pool, labeled=False))
         data = Task(task, (), (), items, template_for(task))
     out.parent.mkdir(parents=True, exist_ok=True)
     base = o.named(model, saved.get("base_model"), "--model")

@@ -67,7 +67,7 @@ class MultipleChoiceCollator(_Collator):
     r"""Lay out every option of every item as a row of its own, question first.
 
     A row is the ids of the prompt followed by the ids of ``" " + choice``, padded on the right.
-    The prompt is tokenised once, so the options of an item share its ids exactly. Items with
+    The prompt is tokenized once, so the options of an item share its ids exactly. Items with
     fewer than K options are filled up with rows that hold the prompt alone.
 
     Args:

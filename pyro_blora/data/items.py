@@ -57,11 +57,11 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
         raise DataError(f"an item must be {FORMAT}, got {record!r} ({error!r})") from None
 
 
-def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list[Item]:
+def read_json_lines(path: str | PathLike[str], *, labeled: bool = True) -> list[Item]:
     r"""Read the items of one split.
 
     A line of it is a JSON object with the fields of an :class:`Item`, and ``choices`` a list.
-    Further keys are ignored, as are blank lines. In a pool to be labelled (``labelled=False``) an
+    Further keys are ignored, as are blank lines. In a pool to be labeled (``labeled=False``) an
     item without a label is given 0, which nobody reads, and one without an id its line.
     """
     path = Path(path)
@@ -69,7 +69,7 @@ def read_json_lines(path: str | PathLike[str], *, labelled: bool = True) -> list
         raise DataError(_missing(path))
     items = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        usual = {} if labelled else {"id": f"line {number}", "label": 0}
+        usual = {} if labeled else {"id": f"line {number}", "label": 0}
         try:
             if line.strip():
                 items.append(item_of(json.loads(line), usual))

@@ -11,14 +11,14 @@ from pyro_blora.distributions.real_law import RealLaw
 
 
 class MatrixNormal(RealLaw):
-    r"""Matrix normal distribution, parametrised by Cholesky factors.
+    r"""Matrix normal distribution, parametrized by Cholesky factors.
 
     .. math::
         X = M + L_r E L_c^\top, \quad E_{ij} \sim N(0, 1), \qquad
         \mathrm{vec}(X) \sim N\bigl(\mathrm{vec}(M),\, L_r L_r^\top \otimes L_c L_c^\top\bigr)
 
     with the row-major ``vec`` that :meth:`torch.Tensor.flatten` makes (Gupta, Nagar 1999). Every
-    method works with the triangular factors alone: no Cholesky factorisation, no ``mn x mn`` matrix
+    method works with the triangular factors alone: no Cholesky factorization, no ``mn x mn`` matrix
     but for :attr:`covariance_matrix`. :meth:`expand` neither copies nor repeats them.
     """
 

@@ -73,8 +73,8 @@ class CoupledNormal(RealLaw):
         \mathrm{Cov}[X_{li}, X_{kj}] = (L L^\top)_{lk}\, S_i^2\, \delta_{ij}.
 
     The last batch dimension is that of the ``n`` arrays. By the chain rule the ``l``-th entry of
-    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` is alike, so
-    that *sums* over the dimension are those of the joint law: it may stand under a plate that is
+    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` is alike. So
+    *sums* over the dimension are those of the joint law, and it may stand under a plate that is
     never subsampled. Dimensions that :meth:`expand` adds have independent copies.
     """
 
@@ -127,7 +127,7 @@ class Reshaped(RealLaw):
     """``base`` over vectors of ``k`` numbers, its event given the shape ``event_shape``.
 
     Unlike ``TransformedDistribution(base, ReshapeTransform(...))`` it keeps the mean, the variance
-    and the entropy of its base, and with them the closed form of the KL from a product of normals.
+    and the entropy of its base, so the KL from a product of normals has its closed form.
     """
 
     def __init__(self, base: TorchDistribution, event_shape: Sequence[int]) -> None:
@@ -170,9 +170,9 @@ class Reshaped(RealLaw):
 class Members(RealLaw):
     """``K`` points, ``(K, *batch_shape, *event_shape)``, of which each draw takes the next.
 
-    Draws are stratified, not independent: any ``K`` in a row have every point once, and all
-    batch elements (the layers of a group) take the same point, so that a draw is one member of an
-    ensemble through and through. Drawing moves ``turn`` on in place, for all that share it.
+    Draws are stratified, not independent: any ``K`` in a row have every point once. All batch
+    elements (the layers of a group) take the same point, so a draw is one member of an ensemble
+    through and through. Drawing moves ``turn`` on in place, for all that share it.
     """
 
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:
@@ -202,7 +202,7 @@ class Members(RealLaw):
 
 
 class NormalMixture(dist.MixtureSameFamily):
-    """A mixture with reparametrised draws, unbiased as no parameter may load its die."""
+    """A mixture with reparametrized draws, unbiased as no parameter may load its die."""
 
     has_rsample = True
 

@@ -61,7 +61,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         if getattr(blora.guide, "reads_context", False):
             raise ConfigurationError(
                 f"{blora.guide_family!r} has another posterior for every batch, and a task is "
-                "scored under the same draws throughout; take a guide that is not amortised."
+                "scored under the same draws throughout; take a guide that is not amortized."
             )
         super().__init__(
             blora.net, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options

@@ -62,8 +62,8 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         \mathrm{Brier} &= \tfrac1n \textstyle\sum_i \sum_k (p_{ik} - [k = y_i])^2
 
     The ECE is of the most probable class, with bins ``[low, high)`` of equal width, of which the
-    last contains 1. A probability of 0 at a label counts as the smallest normal float32, which
-    bounds an item's NLL by 87.3 nats, whatever the dtype of ``probs``.
+    last contains 1. A probability of 0 at a label counts as the smallest normal float32, so an
+    item's NLL is at most 87.3 nats.
 
     ``probs`` is ``(n, K)``, with 0 for an absent choice, and ``labels`` ``(n,)``.
 
@@ -137,9 +137,9 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
         \mathrm{coverage}(t) = \tfrac1n \textstyle\sum_i [d_i \le t], \qquad
         \mathrm{risk}(t) = \frac{\sum_i [d_i \le t] [\hat y_i \ne y_i]}{\sum_i [d_i \le t]}
 
-    Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each, and the mean risk
-    over all coverages, the area under the curve (AURC). ``doubt`` is what is not answered where it
-    is large, and ``wrong`` boolean, ``(n,)`` each.
+    Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each. The third is the
+    mean risk over all coverages, the area under the curve (AURC). Items of large ``doubt`` are not
+    answered first; ``wrong`` is boolean, ``(n,)`` each.
 
     Reference: Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
     arXiv:1705.08500.

@@ -41,8 +41,8 @@ def reliability_diagram(
     """Draw a reliability diagram of each method, next to one another.
 
     Above, the accuracy of each bin of confidence (bars), and the gap to the diagonal, on which a
-    calibrated method lies. Below, the share of the items in each bin, with the mean confidence
-    (dashed) and the accuracy (solid), whose distance is the net over- or under-confidence.
+    calibrated method lies. Below, the share of the items in each bin, the mean confidence
+    (dashed) and the accuracy (solid). Their distance is the net over- or under-confidence.
     ``results`` is ``{method: (probs, labels)}``, of shapes ``(n, K)`` and ``(n,)``. The figure is
     not registered with pyplot: show it as the last line of a notebook's cell, or write it with
     :func:`save_figure`.
@@ -105,8 +105,8 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
 def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str]) -> Figure:
     """Draw how uncertainty is spread over known items and over those of another distribution.
 
-    A column for entropy and one for mutual information, in nats; above each the probability that a
-    foreign item has the higher one (AUROC; 50 % is chance). The legend calls the two ``names``.
+    A column for entropy and one for mutual information, in nats. Above each is the probability that
+    a foreign item has the higher one (AUROC; 50 % is chance). The legend calls the two ``names``.
     """
     figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     columns = figure.subplots(1, 2)

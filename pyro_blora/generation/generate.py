@@ -101,9 +101,9 @@ def generate(
 
     The draws are held fixed for the whole text. Temperature, ``top_p``, penalties and the like act
     on the average, given as logits at the mean level of the draws' own
-    (:math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}`): if all draws are alike, as the
-    network's own logits. Dropout is off. Conditional noise, where a prior has it, is drawn anew in
-    each pass.
+    (:math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}`). If all draws are alike, these
+    are the network's own logits. Dropout is off. A prior's conditional noise is drawn anew in each
+    pass.
 
     Args:
         model: the model.
@@ -136,7 +136,7 @@ def generate(
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}
     if num_samples:
-        # An amortised posterior has a draw for each prompt, others one for all of them.
+        # An amortized posterior has a draw for each prompt, others one for all of them.
         each = len(prompt["input_ids"]) if getattr(guide, "reads_context", False) else 1
         updates = draws_in_pairs(model, guide, prompt, each)(num_samples)
     else:

@@ -1,4 +1,4 @@
-"""Generated text coloured by its uncertainty: in a terminal, or as a page for a browser."""
+"""Generated text colored by its uncertainty: in a terminal, or as a page for a browser."""
 
 import math
 from bisect import bisect_right
@@ -12,15 +12,15 @@ from rich.text import Text
 
 from pyro_blora.generation.generate import Generation
 
-__all__ = ["Answer", "answers", "coloured", "legend", "page"]
+__all__ = ["Answer", "answers", "colored", "legend", "page"]
 
 # Of one hue, from nothing to much, so that they are told apart by lightness alone
 _LIGHT = ("transparent", "#fdf0cd", "#fbd58a", "#f4a95b", "#e5773f")
 _DARK = ("transparent", "#3d3215", "#654a12", "#8f4f14", "#b4461c")
 _IN_A_TERMINAL = (
     "",
-    *(f"#1d1c1a on {colour}" for colour in _LIGHT[1:3]),
-    *(f"underline #1d1c1a on {colour}" for colour in _LIGHT[3:]),  # seen without colours, too
+    *(f"#1d1c1a on {color}" for color in _LIGHT[1:3]),
+    *(f"underline #1d1c1a on {color}" for color in _LIGHT[3:]),  # seen without colors, too
 )
 # Control characters, which a terminal would obey, are shown by their pictures.
 _PICTURES = {
@@ -32,7 +32,7 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """What text may be coloured by; levels 1 to 4 begin at ``steps``, the same for every text."""
+    """What text may be colored by; levels 1 to 4 begin at ``steps``, the same for every text."""
 
     label: str
     unit: str
@@ -67,7 +67,7 @@ class Piece:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """The spaces before a word, which are not coloured, and the word."""
+        """The spaces before a word, which are not colored, and the word."""
         word = self.text.lstrip(" ") or self.text
         return self.text[: len(self.text) - len(word)], word
 
@@ -139,8 +139,8 @@ def pieces(tokenizer: Any, generation: Generation, index: int) -> list[Piece]:
     return found
 
 
-def coloured(answer: Answer, by: str = "mutual_information") -> Text:
-    """An answer's text for a terminal, coloured by one of ``MEASURES``."""
+def colored(answer: Answer, by: str = "mutual_information") -> Text:
+    """An answer's text for a terminal, colored by one of ``MEASURES``."""
     text = Text()
     for piece in answer.pieces:
         space, word = piece.parts
@@ -150,7 +150,7 @@ def coloured(answer: Answer, by: str = "mutual_information") -> Text:
 
 
 def legend(by: str = "mutual_information") -> Text:
-    """What the colours of :func:`coloured` mean."""
+    """What the colors of :func:`colored` mean."""
     measure = MEASURES[by]
     text = Text(f"{measure.label}, {measure.unit}:")
     for level, values in enumerate(measure.ranges()):
@@ -166,7 +166,7 @@ def page(
     subtitle: str = "",
     by: str = "mutual_information",
 ) -> str:
-    """A self-contained HTML page: text coloured by its uncertainty, a legend, numbers on hover.
+    """A self-contained HTML page: text colored by its uncertainty, a legend, numbers on hover.
 
     All text is escaped. ``by`` is which of ``MEASURES`` is chosen when it opens.
     """
@@ -174,5 +174,5 @@ def page(
     environment.filters["exp"] = math.exp
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     shown = {"answers": answers, "title": title, "subtitle": subtitle, "by": by}
-    colours = {"light": _LIGHT, "dark": _DARK}
-    return environment.from_string(source).render(shown, measures=MEASURES, **colours)
+    colors = {"light": _LIGHT, "dark": _DARK}
+    return environment.from_string(source).render(shown, measures=MEASURES, **colors)

@@ -100,9 +100,9 @@ def fit(
         checkpoint_dir: a folder of the run's own, where its state is saved, so that a run that was
             stopped or killed can go on. Ctrl-C then ends the step, and saves.
         save_every: steps between two savings.
-        resume: whether to go on from the state in ``checkpoint_dir``, with the same bits on a CPU
-            as if there had been no stop; if there is none, the run begins. With more
-            ``num_steps`` a finished run goes on, too.
+        resume: whether to go on from the state in ``checkpoint_dir``, on a CPU with the same bits
+            as without a stop. If there is none, the run begins. With more ``num_steps`` a finished
+            run goes on, too.
         callback: called after each step with the number of steps done.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
 
@@ -115,8 +115,8 @@ def fit(
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range, or nothing comes of it, or the likelihood
             lacks ``num_data``.
-        CheckpointError: the state in ``checkpoint_dir`` is of another run, which the message tells
-            from this one, or is corrupt; or one is there and ``resume`` is false.
+        CheckpointError: the state in ``checkpoint_dir`` is corrupt, or of another run, and the
+            message says what differs. Or one is there and ``resume`` is false.
 
     Example::
 

@@ -99,7 +99,7 @@ def bayesianize(
             "start by BayesianLoRA.from_peft and go on by fit."
         )
     if method is None:
-        made = replace(made, linearised=isinstance(guide, Laplace))
+        made = replace(made, linearized=isinstance(guide, Laplace))
     blora = BayesianLoRA.from_peft(
         net, folder, method=made, prior=prior, guide=guide, likelihood=likelihood
     )
@@ -153,7 +153,7 @@ def finish(
 
 
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
-    """``g_bc`` of :class:`~pyro_blora.guides._post_hoc.Evidence` at the guide's centre, by site."""
+    """``g_bc`` of :class:`~pyro_blora.guides._post_hoc.Evidence` at the guide's center, by site."""
     logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)
     p = logits.softmax(-1)
     found = {}

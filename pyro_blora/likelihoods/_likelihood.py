@@ -27,8 +27,8 @@ class Likelihood(Options, PyroModule):
     set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
     prior's do. They are trained and saved with the adapter. They may take what the adapter has
-    memorized for evidence: :meth:`logits` may let some examples train them alone, and the rest all
-    else, while ``holds_out`` is set (:meth:`holding_out`). A second adapter with the same object
+    memorized for evidence. While ``holds_out`` is set (:meth:`holding_out`), :meth:`logits` may let
+    some examples train them alone, and the rest all else. A second adapter with the same object
     gets one of its own, made anew of the options, with a warning.
 
     Args:

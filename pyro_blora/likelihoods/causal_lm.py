@@ -17,7 +17,7 @@ class CausalLM(Likelihood):
         num_data: number of training sequences.
 
     A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``B x T`` and padded on
-    either side; labels of -100 are not scored (prompts, padding), and each label stands at its own
+    either side. Labels of -100 are not scored (prompts, padding). Each label stands at its own
     token's position, as everywhere in transformers. Without labels every real token is predicted,
     and the model samples them; training needs labels.
 

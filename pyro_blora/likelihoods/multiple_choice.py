@@ -31,27 +31,20 @@ class MultipleChoice(Likelihood):
 
     .. math::
 
-        s_k = c\, (n / \bar n)^{b} \, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
+        s_k = c\, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
 
-    with ``score="sum"`` without the :math:`\frac1n`; :math:`\bar n` is the mean length of the
-    item's options. A mean log-probability need not be the log-odds of an answer, so its scale
-    :math:`c` is learned, and its exponent of the length may be. Lengths count by their ratio:
-    longer options in other questions get no other scale. The scale ``c`` is ``|score_slope|``:
-    steps of one size take it to zero, even odds; a logarithm would creep. It never prefers the
-    options of the lowest scores.
+    with ``score="sum"`` without the :math:`\frac1n`. A mean log-probability need not be the
+    log-odds of an answer, so its scale :math:`c` is learned. It is ``|score_slope|``: steps of one
+    size take it to zero, even odds; a logarithm would creep.
 
-    In training one item in eight, chosen by its tokens, trains ``c`` and ``b`` alone, and the
-    others all else. The adapter memorizes what it learns from, and its scores on such items would
-    seem worth more than they are on new ones.
+    In training one item in eight, chosen by its tokens, trains ``c`` alone, and the others all
+    else. Scores of items that the adapter has memorized would seem worth more than they are.
 
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
         scale: ``"learned"``: ``c`` is a parameter, which starts at 1, or ``"fixed"``. Default:
             learned.
-        learn_length_penalty: whether ``b`` is a parameter, which starts at 0. It is learned on
-            one data set, and makes answers to other questions worse, and surer
-            (docs/calibration.md). Default: no.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores for fewer tokens. Default: if the network supports it (it is tried once).
             Rows longer than a window or a chunk of attention that it declares are never packed.
@@ -73,10 +66,7 @@ class MultipleChoice(Likelihood):
     """
 
     keys = ("input_ids", "attention_mask", "option_mask")
-    roles: ClassVar[dict[str, str]] = {
-        "score_slope": "likelihood",
-        "length_exponent": "likelihood",
-    }
+    roles: ClassVar[dict[str, str]] = {"score_slope": "likelihood"}
     row_dims = 3
 
     def __init__(
@@ -85,7 +75,6 @@ class MultipleChoice(Likelihood):
         num_data: int | None = None,
         score: Literal["mean", "sum"] = "mean",
         scale: Literal["learned", "fixed"] = "learned",
-        learn_length_penalty: bool = False,
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
@@ -93,11 +82,8 @@ class MultipleChoice(Likelihood):
         self.scale = scale
         self.check_choice("score", ("mean", "sum"))
         self.check_choice("scale", ("learned", "fixed"))
-        self.learn_length_penalty = learn_length_penalty
         if scale == "learned":
             self.score_slope = PyroParam(torch.ones(()))
-        if learn_length_penalty:
-            self.length_exponent = PyroParam(torch.zeros(()))
         self.pack = pack
 
     def check_network(self, net: nn.Module) -> None:
@@ -124,11 +110,10 @@ class MultipleChoice(Likelihood):
         if self.score == "mean":
             total = total / count.clamp_min(1)
         slope = self.score_slope.abs() if self.scale == "learned" else total.new_ones(())
-        exponent = self.length_exponent if self.learn_length_penalty else total.new_zeros(())
         if apart is not None:
             total = torch.where(apart, total.detach(), total)
-            slope, exponent = (torch.where(apart, p, p.detach()) for p in (slope, exponent))
-        return scale_scores(total, count, slope, exponent if self.learn_length_penalty else 0.0)
+            slope = torch.where(apart, slope, slope.detach())
+        return scale_scores(total, count, slope)
 
     def examples(self, batch: Batch) -> int:
         """As everywhere, of tensors of one shape."""

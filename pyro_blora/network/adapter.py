@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.network.quantised import is_quantised
+from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import body_of, head_names, matches, name_in_base
 from pyro_blora.updates.low_rank_update import LayerUpdate
 
@@ -233,9 +233,9 @@ class TrainedHeads(PyroModule):
                 if "original_module" in path.split("."):  # PEFT's wrapper keeps the untrained one
                     continue
                 away = hasattr(owner, "_hf_hook") and any(p.is_meta for p in owner.parameters())
-                if is_quantised(owner) or away:
+                if is_quantized(owner) or away:
                     raise ConfigurationError(
-                        f"{path} is {'offloaded' if away else 'quantised'} and cannot be "
+                        f"{path} is {'offloaded' if away else 'quantized'} and cannot be "
                         "trained; load the network with it whole, or pass modules_to_save=()."
                     )
                 for name, own in owner.named_parameters(recurse=False):

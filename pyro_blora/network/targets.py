@@ -78,7 +78,7 @@ def device_of(modules: Iterable[nn.Module]) -> torch.device:
 
 
 def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """``(d_out, d_in)`` as a linear layer (quantised, or a ``Conv1D``) declares it, or ``None``."""
+    """``(d_out, d_in)`` as a linear layer (quantized, or a ``Conv1D``) declares it, or ``None``."""
     for names in (("out_features", "in_features"), ("nf", "nx")):
         d_out, d_in = (getattr(module, name, None) for name in names)
         if isinstance(d_out, int) and isinstance(d_in, int):

@@ -17,7 +17,7 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.prediction import Collate, batches_of
-from pyro_blora.posterior.predictive import linearised_logits, logits_of_draws, sample_updates
+from pyro_blora.posterior.predictive import linearized_logits, logits_of_draws, sample_updates
 
 _ROWS = 128  # distributions of a batch that are read, for one number needs no more
 
@@ -51,7 +51,7 @@ def distill(
     guide: nn.Module,
     data: Sequence[Any] | DataLoader[Any],
     *,
-    linearised: bool,
+    linearized: bool,
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
     num_samples: int = 16,
@@ -83,8 +83,8 @@ def distill(
                 )
             (scores,) = next(logits_of_draws(model, guide, batch, 0)) * model.temperature
             drawn = logits_of_draws(model, guide, batch, num_samples)
-            if linearised:
-                drawn = iter([linearised_logits(model, guide, batch, num_samples)])
+            if linearized:
+                drawn = iter([linearized_logits(model, guide, batch, num_samples)])
             scores = scores.flatten(0, -2)
             some = slice(None, None, math.ceil(len(scores) / _ROWS))
             parts = (d.flatten(1, -2)[:, some].double().softmax(-1).sum(0) for d in drawn)

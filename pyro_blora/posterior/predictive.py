@@ -291,7 +291,7 @@ def logit_jacobian(
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(
             f"{type(guide).__name__} is not a family of pyro_blora.guides, whose center a "
-            "linearisation needs; use num_samples draws."
+            "linearization needs; use num_samples draws."
         )
     examples = model.likelihood.examples(batch)
     batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
@@ -313,7 +313,7 @@ def logit_jacobian(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.dim() != 2:
             raise ConfigurationError(
-                "A linearisation needs one choice among a few classes for each example, (B, C) "
+                "A linearization needs one choice among a few classes for each example, (B, C) "
                 f"logits; {type(model.likelihood).__name__} has {tuple(logits.shape)}."
             )
         rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]
@@ -329,16 +329,16 @@ def logit_jacobian(
 
 
 @torch.no_grad()
-def linearised_logits(
+def linearized_logits(
     model: BayesianLoRAModel, guide: nn.Module, batch: Batch, num_samples: int
 ) -> Tensor:
     """Draws of the logits, ``(S, B, C)``, by ``f(c) + J (U_s - c)`` at the guide's center ``c``."""
     if num_samples < 1:
-        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearise.")
+        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearize.")
     model.check_on_network()
     if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
         raise ConfigurationError(
-            "A linearisation has no place for the noise of a conditional; use num_samples draws, "
+            "A linearization has no place for the noise of a conditional; use num_samples draws, "
             "or a prior with conditional='deterministic'."
         )
     with in_mode(model.net, training=False):

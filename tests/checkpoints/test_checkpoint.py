@@ -269,7 +269,7 @@ def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
         checkpoints.read_pretrained(net(hidden_size=32), tmp_path)
 
 
-def test_the_same_base_quantised_is_the_same(tmp_path):
+def test_the_same_base_quantized_is_the_same(tmp_path):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

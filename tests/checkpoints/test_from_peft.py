@@ -98,7 +98,7 @@ def test_every_guide_starts_there_or_is_refused():
             refused[name] = str(error)
             continue
         torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
-    assert list(refused) == ["Flow"]  # whose centre is known by draws
+    assert list(refused) == ["Flow"]  # whose center is known by draws
     assert "MatrixNormal, MeanField" in refused["Flow"]
 
 

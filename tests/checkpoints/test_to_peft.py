@@ -37,7 +37,7 @@ EXPORTS = {
     "bert": (tiny.bert, {}),
     "score": (tiny.llama_classifier, {}),
 }
-# Besides: a head of two layers, quantised weights, around a PeftModel, a head that is adapted
+# Besides: a head of two layers, quantized weights, around a PeftModel, a head that is adapted
 MORE = {
     # of different ranks: 16 x 16 and 64 x 16
     "ranks": (tiny.gpt2, {"target_modules": ["c_proj"], "prior": models.FisherInducing(rank=20)}),
@@ -92,12 +92,12 @@ def test_peft_alone_gives_a_distilled_classifier_s_probabilities_in_a_fresh_proc
 @pytest.mark.parametrize("name", EXPORTS | MORE)
 def test_exports_load_in_peft(name, tmp_path):
     build, options = (EXPORTS | MORE)[name]
-    net, quantised = build(), {}
+    net, quantized = build(), {}
     net.save_pretrained(tmp_path / "net")
     if name == "int8":
         torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
-        quantised["quantization_config"] = TorchAoConfig(torchao.Int8WeightOnlyConfig())
-        net = type(net).from_pretrained(tmp_path / "net", **quantised)
+        quantized["quantization_config"] = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+        net = type(net).from_pretrained(tmp_path / "net", **quantized)
     kind = type(net)
     if name == "wrapped":
         net = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS"))
@@ -109,7 +109,7 @@ def test_exports_load_in_peft(name, tmp_path):
     expected = blora.predict(BATCH, 4, max_rows=99).probs
 
     def loaded(folder, **options):
-        base = kind.from_pretrained(tmp_path / "net", **quantised)
+        base = kind.from_pretrained(tmp_path / "net", **quantized)
         return peft.PeftModel.from_pretrained(base, tmp_path / folder, **options).eval()
 
     found = logits(loaded("mean"))

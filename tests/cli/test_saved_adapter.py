@@ -80,9 +80,9 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     assert f"by chance: {100 * metrics['ece_by_chance']:.1f})" in text
 
 
-def test_evaluate_linearised_is_near_the_draws_and_not_the_same(run, adapter, tmp_path):
+def test_evaluate_linearized_is_near_the_draws_and_not_the_same(run, adapter, tmp_path):
     nlls = []
-    for how in ("--linearised", "--no-linearised"):
+    for how in ("--linearized", "--no-linearized"):
         run("evaluate", *adapter, how, "--num-samples", 64, "--out", tmp_path)
         nlls.append(json.loads((tmp_path / "metrics.json").read_text())["nll"])
     assert nlls[0] != nlls[1]
@@ -110,10 +110,10 @@ def test_evaluate_scores_options_as_the_adapter_does(run, model_dir, data_dir, t
 def test_rank_writes_the_pool_by_mutual_information(run, adapter, data_dir, tmp_path):
     pool = tmp_path / "pool.jsonl"
     items = map(json.loads, (data_dir / "others" / "test.jsonl").read_text().splitlines())
-    unlabelled = [{k: item[k] for k in ("id", "question", "choices")} for item in items]
-    del unlabelled[3]["id"]
-    pool.write_text("\n".join(map(json.dumps, unlabelled)), encoding="utf-8")
-    unlabelled[3]["id"] = "line 4"  # as one without an id is called
+    unlabeled = [{k: item[k] for k in ("id", "question", "choices")} for item in items]
+    del unlabeled[3]["id"]
+    pool.write_text("\n".join(map(json.dumps, unlabeled)), encoding="utf-8")
+    unlabeled[3]["id"] = "line 4"  # as one without an id is called
     common = ["rank", *adapter, "--pool", pool, "--num-samples", 4]
     text, _ = run(*common, "--out", tmp_path / "new" / "all.jsonl")
     assert "12 of 12 items by mutual information" in text
@@ -122,7 +122,7 @@ def test_rank_writes_the_pool_by_mutual_information(run, adapter, data_dir, tmp_
     told = [line["mutual_information"] for line in lines]
     assert told == sorted(told, reverse=True)
     assert told[0] > 0
-    given = {item["id"]: item for item in unlabelled}
+    given = {item["id"]: item for item in unlabeled}
     for line in lines:
         assert line["prediction"] in line["choices"]
         assert given.pop(line["id"]).items() <= line.items()

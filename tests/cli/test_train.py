@@ -82,7 +82,7 @@ def test_it_starts_from_a_lora_with_or_without_steps(lora, run, model_dir, data_
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert repr(blora.guide_family) == "Laplace()"
     assert all(family.finished for family in blora.guide.families().values())
-    assert blora.method.linearised
+    assert blora.method.linearized
     asked = ("--adapter", out, "--model", model_dir, "--data-dir", data_dir)
     assert "words, 21 test items" in run("evaluate", *asked)[0]  # what it was made for
     _, err = run(*options, tmp_path / "blob", *no_steps, "blob", codes=(2,))

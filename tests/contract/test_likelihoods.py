@@ -151,14 +151,14 @@ def test_causal_lm_is_the_loss_of_transformers(build):
     blora = tiny.adapted(build(), target_modules=None, likelihood=CausalLM(num_data=4))
     with blora.posterior(0) as net:
         expected = net(**batch).loss * count
-    centre = pyro.condition(blora.model, data=blora.guide.center())
-    torch.testing.assert_close(tiny.scored(centre, batch)[1], expected.detach() / 4)
+    center = pyro.condition(blora.model, data=blora.guide.center())
+    torch.testing.assert_close(tiny.scored(center, batch)[1], expected.detach() / 4)
 
 
 def test_causal_lm_scores_every_real_token_without_labels():
     batch = tiny.texts()
-    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-    logits = CausalLM().logits(tiny.llama(), unlabelled)
+    unlabeled = {key: value for key, value in batch.items() if key != "labels"}
+    logits = CausalLM().logits(tiny.llama(), unlabeled)
     assert logits.shape == (4, 6, tiny.VOCABULARY)  # the first token has no predecessor
 
 

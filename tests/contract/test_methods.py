@@ -30,7 +30,7 @@ def test_a_method_trains_and_predicts(name):
     assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
     batch, found = tiny.collate(tiny.examples(4)), []
     draws = 10 if known.num_samples is None else known.num_samples
-    for options in ({}, {"num_samples": draws, "linearised": known.linearised}):
+    for options in ({}, {"num_samples": draws, "linearized": known.linearized}):
         torch.manual_seed(0)
         found.append(blora.predict(batch, **options).samples.sort(0).values)  # members take turns
     assert found[0].isfinite().all()

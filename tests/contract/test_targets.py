@@ -11,7 +11,7 @@ from pyro_blora.errors import ConfigurationError, NoTargetError
 from pyro_blora.network.targets import find_targets, group_layers
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """Declares its features, and holds no weight of that shape."""
 
     in_features, out_features = 6, 4
@@ -93,7 +93,7 @@ def test_groups_are_layers_of_one_ending_and_shape():
     for group in groups:
         assert all(targets[n] is m for n, m in zip(group.module_names, group.modules, strict=True))
     layers = {f"{i}.q": nn.Linear(d_in, 4) for i, d_in in enumerate((4, 6, 4))}
-    layers["0"] = Quantised()
+    layers["0"] = Quantized()
     assert [(g.name, g.module_names) for g in group_layers(layers)] == [
         ("q_4x4", ("0.q", "2.q")),
         ("q_4x6", ("1.q",)),

@@ -105,7 +105,7 @@ class Toy:
 
     def fit(self):
         """The guide's best, by L-BFGS on the exact ELBO."""
-        maximise(self.elbo, self.blora.guide.parameters())
+        maximize(self.elbo, self.blora.guide.parameters())
         return self
 
     def assert_reached(self, tolerance, of_elbo):
@@ -117,7 +117,7 @@ class Toy:
         torch.testing.assert_close(self.elbo(), self.log_evidence, rtol=0, atol=of_elbo)
 
 
-def maximise(objective, parameters):
+def maximize(objective, parameters):
     """L-BFGS to the last digits."""
     options = {"tolerance_grad": 1e-10, "tolerance_change": 1e-14}
     optimizer = torch.optim.LBFGS(

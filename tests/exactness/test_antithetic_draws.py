@@ -88,11 +88,11 @@ def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):
 
     monkeypatch.setattr(type(blora.model), "updates", watched)
     draws_in_pairs(blora.model, blora.guide, tiny.sequences())(2)
-    centre = blora.guide.families()["q_proj.sigma"].center()
-    torch.testing.assert_close(seen["q_proj.sigma"].log().mean(0), centre.log())
+    center = blora.guide.families()["q_proj.sigma"].center()
+    torch.testing.assert_close(seen["q_proj.sigma"].log().mean(0), center.log())
 
 
-def test_each_example_of_an_amortised_guide_has_a_mirror_image_of_its_own():
+def test_each_example_of_an_amortized_guide_has_a_mirror_image_of_its_own():
     blora = adapted(guides.Amortized())
     batch = tiny.sequences(3)
     core = draws_in_pairs(blora.model, blora.guide, batch, 3)(2)["q_proj"].core

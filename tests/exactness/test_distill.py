@@ -196,9 +196,8 @@ def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch):
         likelihood = LabelTokens(token_ids=collate.token_ids)
     else:
         collate = MultipleChoiceCollator(tokenizer, template)
-        likelihood = MultipleChoice(score=kind, learn_length_penalty=True)
+        likelihood = MultipleChoice(score=kind)
         torch.nn.init.constant_(likelihood.score_slope, 0.7)
-        torch.nn.init.constant_(likelihood.length_exponent, 0.3)
     item = {"question": "Does it melt?", "choices": list(words), "label": 0}
     blora, batch = BayesianLoRA(net, rank=2, likelihood=likelihood), collate([item])
     tiny.shaken(blora, 0.1)

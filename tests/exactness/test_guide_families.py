@@ -10,7 +10,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from linear_gaussian import NOISE, Toy, divergence, maximise
+from linear_gaussian import NOISE, Toy, divergence, maximize
 from pyro.nn import PyroParam
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import ExpTransform
@@ -52,7 +52,7 @@ def bound(family, n=1, event=(1, 2)):
 
 
 def train(q, log_density, steps=1500, draws=64, lr=0.02):
-    """Maximises the ELBO of ``q`` for ``log_density`` of values ``(draws, n, *event)``."""
+    """Maximizes the ELBO of ``q`` for ``log_density`` of values ``(draws, n, *event)``."""
     optimizer = torch.optim.Adam(q.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     for _ in range(steps):
@@ -118,7 +118,7 @@ def test_layer_coupled_reaches_a_posterior_that_correlates_layers():
         exact = dist.Normal(fit, s).log_prob(y).sum() - 0.5 * spread.sum() / s**2
         return exact - kl_divergence(law, prior).sum()
 
-    maximise(objective, q.parameters())
+    maximize(objective, q.parameters())
     precision = torch.eye(3) + torch.outer(a, a) / s**2
     expected = torch.linalg.solve(precision, a[:, None] * y.flatten() / s**2).reshape(3, 2, 2)
     law = q.distribution()
@@ -143,7 +143,7 @@ def two_modes(V):
 
 
 def test_a_flow_follows_a_bent_posterior():
-    """Both densities are normalised: the log evidence is 0."""
+    """Both densities are normalized: the log evidence is 0."""
     best, _ = elbo(train(bound(MeanField()), banana), banana)
     found, error = elbo(train(bound(Flow(init_scale=1.0)), banana), banana)
     assert best < -0.6
@@ -179,13 +179,13 @@ def test_no_elbo_exceeds_the_log_evidence(family, steps):
 
 @pytest.mark.parametrize("family", BOUNDS, ids=repr)
 @torch.no_grad()
-def test_every_density_is_normalised(family):
+def test_every_density_is_normalized(family):
     """``E_q[f(V) / q(V)]`` is one for a narrow normal density ``f`` amid ``q``."""
     q = bound(family, n=2, event=(1, 2))
     law = q.distribution()
     value = law.sample((200_000,))
-    centre, width = value.mean(0), 0.5 * value.std(0)
-    inside = dist.Normal(centre, width).log_prob(value).sum((-3, -2, -1))
+    center, width = value.mean(0), 0.5 * value.std(0)
+    inside = dist.Normal(center, width).log_prob(value).sum((-3, -2, -1))
     weights = (inside - law.log_prob(value).sum(-1)).exp()
     error = weights.std().item() / len(weights) ** 0.5
     assert weights.mean().item() == pytest.approx(1, abs=5 * error + 1e-3)
@@ -282,7 +282,7 @@ class Exponentials(SiteGuide):
 @pytest.mark.parametrize(
     "law", [dist.Normal(torch.zeros(3, 2), 1.0), dist.HalfNormal(torch.ones(3, 2))]
 )
-def test_a_centre_that_no_formula_gives_is_that_of_draws(law):
+def test_a_center_that_no_formula_gives_is_that_of_draws(law):
     """The same every time, and no draw of the global generator is gone."""
     site = Site("V", law.to_event(1), ())
     q = Exponentials().bind(site)

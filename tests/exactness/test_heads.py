@@ -122,7 +122,7 @@ def test_a_replaced_forward_is_kept():
 
 
 class OwnHead(torch.nn.Linear):
-    """Not a plain linear layer, as a quantised one is not: its rows cannot be picked."""
+    """Not a plain linear layer, as a quantized one is not: its rows cannot be picked."""
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, torch.randperm(VOCABULARY).tolist()])

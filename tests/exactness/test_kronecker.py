@@ -40,7 +40,7 @@ def test_whiten(batch):
 
 
 def test_whiten_does_not_change_a_good_psi():
-    """The jitter is for a failing factorisation alone: a tiny Psi keeps its scale."""
+    """The jitter is for a failing factorization alone: a tiny Psi keeps its scale."""
     Z, D = sides()
     Psi = 1e-10 * inducing_covariance(Z, D)
     L, _ = whiten(Z, Psi)

@@ -10,7 +10,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized, FullRank, Laplace, MatrixNormal, MeanField
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
-from pyro_blora.posterior.predictive import linearised_logits, logit_jacobian
+from pyro_blora.posterior.predictive import linearized_logits, logit_jacobian
 
 
 def test_the_jacobian_of_a_linear_network_is_its_design():
@@ -28,7 +28,7 @@ def test_the_jacobian_of_a_linear_network_is_its_design():
 
 def test_where_the_network_is_linear_it_has_the_exact_law():
     toy = Toy(FullRank(), ranks=(2, 3)).fit()
-    draws = linearised_logits(toy.blora.model, toy.blora.guide, toy.batch, 100_000)
+    draws = linearized_logits(toy.blora.model, toy.blora.guide, toy.batch, 100_000)
     mean, covariance = toy.moments()
     relative = draws - draws[..., :1]
     rows = toy.design.reshape(5, 3, 6) - toy.design.reshape(5, 3, 6)[:, :1]
@@ -37,8 +37,8 @@ def test_where_the_network_is_linear_it_has_the_exact_law():
         found = relative[:, b].mT.cov().double()
         torch.testing.assert_close(found, exact, atol=0.02 * float(exact.max()), rtol=0)
     base = toy.blora.net(toy.batch["x"]).detach()  # unadapted: the hooks add nothing now
-    centre = (base + (toy.design @ mean).reshape(5, 3)).detach()
-    expected = centre - centre[:, :1]
+    center = (base + (toy.design @ mean).reshape(5, 3)).detach()
+    expected = center - center[:, :1]
     torch.testing.assert_close(relative.mean(0).double(), expected, atol=0.02, rtol=0)
 
 
@@ -60,7 +60,7 @@ def test_with_a_narrow_posterior_it_is_the_sampled_predictive(prior, family):
                 guide.loc_weight.normal_()
     torch.manual_seed(0)
     sampled = blora.predict(batch, 4000)
-    linear = blora.predict(batch, 4000, linearised=True)
+    linear = blora.predict(batch, 4000, linearized=True)
     mean = blora.predict(batch, 0).probs
     torch.testing.assert_close(linear.probs, sampled.probs, atol=3e-3, rtol=0)
     spread = sampled.samples.std(0)
@@ -75,7 +75,7 @@ def test_the_network_runs_once():
     net = tiny.llama()
     blora, runs = tiny.asked(tiny.adapted(net)), []
     net.register_forward_pre_hook(lambda *_: runs.append(1))
-    assert blora.predict(tiny.sequences(8), 500, linearised=True).samples.shape == (500, 8, 3)
+    assert blora.predict(tiny.sequences(8), 500, linearized=True).samples.shape == (500, 8, 3)
     assert len(runs) == 1
     assert not any(p.grad is not None for p in blora.parameters())
 
@@ -87,37 +87,37 @@ def test_it_runs_under_inference_mode(family):
         with mode():
             torch.manual_seed(0)
             batch = tiny.sequences()
-            found.append(blora.predict(batch, 3, linearised=True).samples.clone())
+            found.append(blora.predict(batch, 3, linearized=True).samples.clone())
     assert torch.equal(*found)
     assert not found[0].requires_grad
 
 
 def test_it_serves_a_finished_laplace():
-    """The predictive of Laplace-LoRA is the linearised one."""
+    """The predictive of Laplace-LoRA is the linearized one."""
     from pyro_blora import fit
 
     blora = tiny.adapted(guide=Laplace(), num_data=10)
     options = {"num_steps": 3, "progress": False}
     fit(blora, tiny.examples(10), collate=tiny.collate, **options)
-    prediction = blora.predict(tiny.collate(tiny.examples(4)), 200, linearised=True)
+    prediction = blora.predict(tiny.collate(tiny.examples(4)), 200, linearized=True)
     assert prediction.mutual_information.mean() > 0
 
 
-def test_what_cannot_be_linearised_is_refused():
+def test_what_cannot_be_linearized_is_refused():
     batch = tiny.sequences()
     blora = tiny.adapted()
     with pytest.raises(ConfigurationError, match="num_samples=0 must be at least 1"):
-        blora.predict(batch, 0, linearised=True)
+        blora.predict(batch, 0, linearized=True)
     net = blora.unwrap()
     blora = tiny.adapted(net, guide=pyro.infer.autoguide.AutoNormal)
     blora.guide(batch)
     with pytest.raises(ConfigurationError, match="AutoNormal is not a family"):
-        blora.predict(batch, 5, linearised=True)
+        blora.predict(batch, 5, linearized=True)
     net = blora.unwrap()
     blora = tiny.adapted(net, likelihood=CausalLM(num_data=4))
     with pytest.raises(ConfigurationError, match="CausalLM has"):
-        linearised_logits(blora.model, blora.guide, tiny.texts(), 5)
+        linearized_logits(blora.model, blora.guide, tiny.texts(), 5)
     net = blora.unwrap()
     blora = tiny.adapted(net, prior=KroneckerInducing(rank=2, conditional="exact"))
     with pytest.raises(ConfigurationError, match="noise of a conditional"):
-        blora.predict(batch, 5, linearised=True)
+        blora.predict(batch, 5, linearized=True)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import FullRank, MeanField
 from pyro_blora.models import GaussianFactors, SpectralInducing, Subspace
-from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.quantized import top_singular
 from pyro_blora.network.targets import group_layers
 
 N = 2
@@ -138,11 +138,11 @@ def test_fixed_directions_leave_little_to_train():
     assert sum(p.numel() for p in blora.model.parameters()) == 4  # sigma of the four layers
 
 
-def test_a_quantised_weight_is_refused():
+def test_a_quantized_weight_is_refused():
     layer = nn.Linear(5, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 5, dtype=torch.int8), requires_grad=False)
     group = group_layers({"a.q": layer})[0]
-    with pytest.raises(ConfigurationError, match=r"a\.q has no weight of .* floats.*unquantised"):
+    with pytest.raises(ConfigurationError, match=r"a\.q has no weight of .* floats.*unquantized"):
         SpectralInducing(rank=2).bind(group)
     with pytest.raises(ConfigurationError, match="too large for group"):
         bind(GaussianFactors(rank=6))

@@ -1,4 +1,4 @@
-"""The learned scale of an option's score, and its exponent of the length."""
+"""The learned scale of an option's score."""
 
 from contextlib import nullcontext
 
@@ -14,15 +14,7 @@ from pyro_blora.likelihoods.multiple_choice import _apart
 
 
 def adapted(net, **options):
-    """With the exponent of the length, unless it is told otherwise."""
-    options = {"learn_length_penalty": True, **options}
     return tiny.adapted(net, likelihood=MultipleChoice(num_data=12, **options))
-
-
-def set_scale(blora, scale, exponent):
-    with torch.no_grad():
-        blora.likelihood.score_slope.fill_(scale)
-        blora.likelihood.length_exponent.fill_(exponent)
 
 
 def items(count=6):
@@ -35,49 +27,17 @@ def items(count=6):
     return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
-@pytest.mark.parametrize("score", ["mean", "sum"])
-def test_the_score_is_scaled_by_a_power_of_the_length(score):
-    net, batch = tiny.llama(), tiny.choices(3)
-    blora = adapted(net, score=score)
-    plain = MultipleChoice(score=score, scale="fixed").logits(net, batch)
-    assert torch.equal(blora.likelihood.logits(net, batch), plain)  # 1 and 0 at the start
-    set_scale(blora, 0.5, 0.3)
-    length = batch["option_mask"].sum(-1).float()
-    length /= length.mean(-1, keepdim=True)  # of the item's options
-    found = blora.likelihood.logits(net, batch)
-    torch.testing.assert_close(found, 0.5 * length**0.3 * plain)
-
-
-def test_a_slope_alone_is_a_factor_that_fit_trains():
+def test_the_slope_is_a_factor_that_fit_trains():
     net, batch = tiny.llama(), tiny.choices(3)
     plain = MultipleChoice(scale="fixed").logits(net, batch)
-    blora = adapted(net, learn_length_penalty=False)
+    blora = adapted(net)
     fit(blora, items(), collate=torch.utils.data.default_collate, num_steps=3, batch_size=3)
     assert [name for name, _ in blora.likelihood.named_pyro_params()] == ["score_slope"]
     slope = blora.likelihood.score_slope
     assert slope.item() != 1
+    assert all(bool(p.isfinite().all()) for p in blora.parameters())  # options are absent, too
     blora.unwrap()
     torch.testing.assert_close(blora.likelihood.logits(net, batch), slope * plain)
-
-
-def test_an_absent_option_has_no_length():
-    net, batch = tiny.llama(), tiny.choices(2, 3)
-    blora = adapted(net)
-    set_scale(blora, 0.5, 0.3)
-    keys = MultipleChoice.keys
-    two = blora.likelihood.logits(net, {key: batch[key][:, :2] for key in keys})
-    for key in keys:
-        batch[key][:, 2] = 0
-    torch.testing.assert_close(blora.likelihood.logits(net, batch)[:, :2], two)
-
-
-def test_fit_trains_both_past_absent_options():
-    net = tiny.llama()
-    blora = adapted(net)
-    fit(blora, items(), collate=torch.utils.data.default_collate, num_steps=3, batch_size=3)
-    assert blora.likelihood.score_slope.item() != 1
-    assert blora.likelihood.length_exponent.item() != 0
-    assert all(bool(p.isfinite().all()) for p in blora.parameters())
 
 
 def test_the_slope_ends_at_even_odds_if_the_likely_options_are_wrong():
@@ -105,7 +65,7 @@ def test_the_slope_ends_at_even_odds_if_the_likely_options_are_wrong():
 def test_it_is_saved(tmp_path):
     net, batch = tiny.llama(), tiny.choices(3)
     blora = adapted(net)
-    set_scale(blora, 0.5, 0.3)
+    torch.nn.init.constant_(blora.likelihood.score_slope, 0.5)
     expected = blora.predict(batch, 0).probs
     blora.save_pretrained(tmp_path / "new")
     blora.unwrap()

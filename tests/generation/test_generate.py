@@ -117,7 +117,7 @@ def test_draws_that_are_alike_generate_as_the_network_itself(options):
         assert not out.disagreement.nan_to_num().any()
 
 
-def test_an_amortised_guide_has_draws_for_each_prompt():
+def test_an_amortized_guide_has_draws_for_each_prompt():
     """Alone or beside another, a prompt's mean is the same; its draws see its own context."""
     blora = adapter(guide=guides.Amortized())
     batch = prompts(3)

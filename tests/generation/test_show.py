@@ -16,7 +16,7 @@ from pyro_blora.generation.show import (
     Answer,
     Piece,
     answers,
-    coloured,
+    colored,
     legend,
     page,
     pieces,
@@ -80,10 +80,10 @@ def shown(text, **options):
     return console.file.getvalue()
 
 
-def test_a_terminal_has_a_colour_for_each_level():
-    text = coloured(answer(*(piece(f" w{level}", level) for level in range(5))))
-    colours = shown(text, force_terminal=True, color_system="truecolor", no_color=False)
-    backgrounds = re.findall(r" ?\x1b\[([\d;]*)m(w\d)", colours)
+def test_a_terminal_has_a_color_for_each_level():
+    text = colored(answer(*(piece(f" w{level}", level) for level in range(5))))
+    colors = shown(text, force_terminal=True, color_system="truecolor", no_color=False)
+    backgrounds = re.findall(r" ?\x1b\[([\d;]*)m(w\d)", colors)
     assert [word for _, word in backgrounds] == ["w1", "w2", "w3", "w4"]  # w0 is as all else
     assert len({style for style, _ in backgrounds}) == 4
     assert [style.startswith("4;") for style, _ in backgrounds] == [False, False, True, True]
@@ -106,7 +106,7 @@ def test_a_page_escapes_what_it_shows():
 
 
 def test_a_page_in_chromium(tmp_path):
-    """Colours by what is chosen, numbers on hover; nothing is asked for, and no text is run."""
+    """Colors by what is chosen, numbers on hover; nothing is asked for, and no text is run."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
@@ -123,19 +123,19 @@ def test_a_page_in_chromium(tmp_path):
         view.on("console", lambda message: faults.append(message.text))
         view.goto(file.as_uri())
 
-        def colours():
+        def colors():
             style = "token => getComputedStyle(token).backgroundColor"
             found = [view.locator(".t", has_text=f"word{level}") for level in range(5)]
             return [token.evaluate(style) for token in found]
 
-        before = colours()
+        before = colors()
         assert len(set(before)) == 5
         assert before[0] == "rgba(0, 0, 0, 0)"
         key = view.locator(".scale:visible li")
         assert key.all_inner_texts() == MEASURES["mutual_information"].ranges()
         view.get_by_label("Entropy").check(force=True)
         assert key.all_inner_texts() == MEASURES["entropy"].ranges()
-        assert colours() == [before[n] for n in (4, 4, 3, 2, 0)]
+        assert colors() == [before[n] for n in (4, 4, 3, 2, 0)]
         tip = view.get_by_role("tooltip")
         assert not tip.is_visible()
         view.locator(".t", has_text="word3").hover()

@@ -156,7 +156,7 @@ def test_two_loops_take_turns_in_either_store(local):
     "ask",
     [
         lambda blora: blora.predict(tiny.sequences(), 2),
-        lambda blora: blora.predict(tiny.sequences(), 2, linearised=True),
+        lambda blora: blora.predict(tiny.sequences(), 2, linearized=True),
         lambda blora: blora.log_predictive(tiny.sequences(), 2),
         lambda blora: blora.generate(tiny.sequences()["input_ids"], max_new_tokens=1),
         lambda blora: blora.model(tiny.sequences()),

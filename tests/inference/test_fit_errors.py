@@ -35,8 +35,8 @@ def test_what_is_not_finite_is_named(run, part, name, value, told):
 
 
 ANSWERS, SIZED = (LabelTokens(token_ids=tiny.ANSWERS, num_data=count) for count in (None, 10))
-UNLABELLED = {key: value for key, value in tiny.sequences().items() if key != "labels"}
-UNLABELLED = DataLoader([UNLABELLED], batch_size=None)
+UNLABELED = {key: value for key, value in tiny.sequences().items() if key != "labels"}
+UNLABELED = DataLoader([UNLABELED], batch_size=None)
 LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
 
 
@@ -46,9 +46,9 @@ LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
         (SIZED, [], {}, "training set is empty"),
         (SIZED, DataLoader([]), {}, "training set is empty"),
         (SIZED, None, {"validation": []}, "validation set is empty"),
-        (SIZED, UNLABELLED, {"validation": [1], "collate": None}, "pass collate="),
-        (SIZED, UNLABELLED, {}, "no labels to learn from"),
-        (CausalLM(num_data=4), UNLABELLED, {}, "no labels to learn from"),
+        (SIZED, UNLABELED, {"validation": [1], "collate": None}, "pass collate="),
+        (SIZED, UNLABELED, {}, "no labels to learn from"),
+        (CausalLM(num_data=4), UNLABELED, {}, "no labels to learn from"),
         (LabelTokens(token_ids=tiny.ANSWERS, num_data=3), None, {}, "batch of 4 ex.*num_data=3"),
         (ANSWERS, None, {}, r"LabelTokens.*num_data=len\(train\)"),
         (SIZED, None, {"num_steps": 0}, "num_steps must be at least 1, got 0"),

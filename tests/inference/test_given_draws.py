@@ -57,7 +57,7 @@ def headed():
     return blora, tiny.sequences()
 
 
-def amortised():
+def amortized():
     return tiny.adapted(guide=Amortized()), tiny.sequences()
 
 
@@ -66,7 +66,7 @@ def untouched():
     return tiny.adapted(guide=AutoNormal), tiny.sequences()
 
 
-@pytest.mark.parametrize("make", [choosing, headed, amortised, untouched])
+@pytest.mark.parametrize("make", [choosing, headed, amortized, untouched])
 @pytest.mark.parametrize("max_rows", [None, 1])
 def test_a_prediction_is_that_of_the_conditioned_model(make, max_rows):
     blora, batch = make()
@@ -128,11 +128,11 @@ def test_bad_values_are_told(spoil, told):
         assert len(str(raised.value).splitlines()) == 1
 
 
-def test_unconstrained_values_and_a_linearisation_are_refused():
+def test_unconstrained_values_and_a_linearization_are_refused():
     blora, batch = headed()
     samples = values(blora)
     tau = next(name for name in samples if name.endswith("tau"))
     with pytest.raises(ConfigurationError, match=r"tau'\] must be in .* outside of it"):
         blora.predict(batch, samples={**samples, tau: samples[tau].log() - 9})
-    with pytest.raises(ConfigurationError, match="linearised"):
-        blora.predict(batch, samples=samples, linearised=True)
+    with pytest.raises(ConfigurationError, match="linearized"):
+        blora.predict(batch, samples=samples, linearized=True)

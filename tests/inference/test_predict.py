@@ -188,9 +188,9 @@ def test_log_predictive_is_that_of_the_mean_probability(
 ):
     """Of probabilities that no label is needed for."""
     blora = moved(net=build(), target_modules=None, likelihood=tiny.anew(likelihood))
-    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
+    unlabeled = {key: value for key, value in batch.items() if key != "labels"}
     torch.manual_seed(0)
-    prediction = blora.predict(unlabelled, num_samples, max_rows=max_rows)
+    prediction = blora.predict(unlabeled, num_samples, max_rows=max_rows)
     assert prediction.samples.shape == (max(num_samples, 1), 4, 3)
     assert not prediction.samples.requires_grad
     torch.manual_seed(0)

@@ -46,8 +46,8 @@ def test_train_and_predict(kind):
     latents = sum(group.n * 2 * 2 for group in blora.model.groups)
     largest = max(parameter.numel() for parameter in blora.guide.parameters())
     assert largest <= latents * getattr(blora.guide, "rank", 1)
-    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-    prediction = blora.predict(unlabelled, 5)
+    unlabeled = {key: value for key, value in batch.items() if key != "labels"}
+    prediction = blora.predict(unlabeled, 5)
     assert prediction.samples.shape == (5, 8, 3)
     spread = prediction.samples.std(0).max()
     assert (spread == 0) == (kind is AutoDelta)

@@ -60,7 +60,7 @@ NOISY = {
 
 @pytest.mark.parametrize("prior", {**tiny.priors(), **NOISY})
 def test_no_tensor_has_the_shape_of_a_weight_but_the_weight(prior):
-    """In a training step, in a prediction by draws and in one that is linearised."""
+    """In a training step, in a prediction by draws and in one that is linearized."""
     # q_proj 40 x 40 and v_proj 20 x 40: sizes that nothing else has
     net, guide = tiny.llama(hidden_size=40), MeanField()
     blora = tiny.adapted(net, prior={**tiny.priors(), **NOISY}[prior], guide=guide)
@@ -72,7 +72,7 @@ def test_no_tensor_has_the_shape_of_a_weight_but_the_weight(prior):
         loss_of(batch).backward()
         blora.predict(batch, 7)
         if prior not in NOISY:
-            blora.predict(batch, 7, linearised=True)
+            blora.predict(batch, 7, linearized=True)
     assert weights.made == []
     with weights:
         blora.sample_updates(0)["q_proj"].layers()[0].weight()
@@ -109,7 +109,7 @@ PRIORS = {**tiny.priors(), "scaled": KroneckerInducing(rank=2, conditional="scal
 
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("family", tiny.families())
-def test_sites_and_factorisations_do_not_grow_with_the_depth(prior, family):
+def test_sites_and_factorizations_do_not_grow_with_the_depth(prior, family):
     """One for each factor, in a group of thirty layers as in one of two; nothing is inverted."""
     pair = {"prior": PRIORS[prior], "guide": tiny.families()[family]}
     (shallow, few, small), (deep, many, large) = (one_step(n, **pair) for n in (2, 30))

@@ -28,7 +28,7 @@ def gradients(blora, batch, *, vectorized=True):
 def test_activation_checkpointing(build, vectorized, conditional):
     """Backward runs the blocks again, each with the update of its own forward pass.
 
-    Particles that are not vectorised are several passes before one backward. The noise of the
+    Particles that are not vectorized are several passes before one backward. The noise of the
     conditional is drawn again from the same generator state.
     """
     net, batch = build(), tiny.sequences()

@@ -47,7 +47,7 @@ def test_sites_outside_of_the_layers_plate(family, event):
     assert law.sample().shape == event
 
 
-def test_an_amortised_posterior_is_not_told_the_answer():
+def test_an_amortized_posterior_is_not_told_the_answer():
     """Only tokens that are scored change, and those before them are scored as before."""
     likelihood = CausalLM(num_data=4)
     blora = tiny.adapted(guide=Amortized(), likelihood=likelihood)

@@ -17,6 +17,7 @@ NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 # `STEPS = 90  # tests make it smaller`
 REDUCED = {
     "02_a_prior_of_your_own": {"STEPS": 20},
+    "05_svi_from_scratch": {"NUTS_DRAWS": 4},
     "07_active_learning": {"SEEDS": 2, "ROUNDS": 1, "STEPS": 5},
 }
 # those on the embedded language model

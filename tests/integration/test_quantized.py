@@ -1,4 +1,4 @@
-"""Bases quantised by torchao and bitsandbytes: the layers stay what they are, the adapter trains.
+"""Bases quantized by torchao and bitsandbytes: the layers stay what they are, the adapter trains.
 
 torchao's ``Int4WeightOnlyConfig`` has no kernel for the CPU (0.18): its test skips there. The same
 values, four bits for groups of weights, are those of ``IntxWeightOnlyConfig``, which runs anywhere
@@ -14,7 +14,7 @@ from torch import nn
 from pyro_blora import models
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import MultipleChoice
-from pyro_blora.network.quantised import top_singular
+from pyro_blora.network.quantized import top_singular
 from pyro_blora.network.targets import find_targets, group_layers
 
 ROWS = tiny.examples(8)
@@ -28,7 +28,7 @@ def network():
 
 
 def torchao(config, **options):
-    """A Llama whose linear layers, the head's too, hold quantised tensors."""
+    """A Llama whose linear layers, the head's too, hold quantized tensors."""
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
     if config == "IntxWeightOnlyConfig":
         options["granularity"] = quantization.PerGroup(8)
@@ -49,11 +49,11 @@ def bitsandbytes(kind, **options):
         new.load_state_dict(old.state_dict())
         # or it packs its weights anew when first evaluated, after which no gradient passes
         new.support_avx512bf16_for_cpu = False
-        net.set_submodule(name, new.to("cpu"))  # which quantises it
+        net.set_submodule(name, new.to("cpu"))  # which quantizes it
     return net.eval()
 
 
-QUANTISED = {
+QUANTIZED = {
     "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
     "torchao int4": lambda: torchao("Int4WeightOnlyConfig", group_size=32),
     "torchao 4 bits": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
@@ -62,9 +62,9 @@ QUANTISED = {
 }
 
 
-@pytest.fixture(params=QUANTISED)
+@pytest.fixture(params=QUANTIZED)
 def net(request):
-    return QUANTISED[request.param]()
+    return QUANTIZED[request.param]()
 
 
 def logits(net):
@@ -73,7 +73,7 @@ def logits(net):
 
 
 def stored(net):
-    """Every tensor that the network stores, those inside of quantised tensors too, copied."""
+    """Every tensor that the network stores, those inside of quantized tensors too, copied."""
     found = {}
     for name, tensor in net.state_dict().items():
         if hasattr(tensor, "__tensor_flatten__"):
@@ -90,7 +90,7 @@ def unit_response(layer):
         return layer(torch.eye(layer.in_features)).mT
 
 
-def test_the_weights_are_quantised(net):
+def test_the_weights_are_quantized(net):
     """Or the tests here would be of nothing."""
     plain = find_targets(network(), "all-linear")
     found = find_targets(net, "all-linear")

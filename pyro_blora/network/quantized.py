@@ -1,4 +1,4 @@
-"""Quantised layers, and what priors read of the pretrained weights of a group."""
+"""Quantized layers, and what priors read of the pretrained weights of a group."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from pyro_blora.network.targets import LayerGroup, layer_shape
 
 
 def _is_of_torchao(weight: Tensor) -> bool:
-    """Whether it knows how to multiply and to dequantise itself, and passes for one of floats."""
+    """Whether it knows how to multiply and to dequantize itself, and passes for one of floats."""
     return type(weight).dequantize is not Tensor.dequantize
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Whether the module is a layer whose own weight torchao or bitsandbytes has quantised."""
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module is a layer whose own weight torchao or bitsandbytes has quantized."""
     weight = module._parameters.get("weight")
     if weight is None:
         return False
@@ -24,9 +24,9 @@ def is_quantised(module: nn.Module) -> bool:
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in torch's default dtype.
 
-    Weights quantised by torchao or bitsandbytes are dequantised; the layer keeps its own.
+    Weights quantized by torchao or bitsandbytes are dequantized; the layer keeps its own.
     """
-    weight = _dequantised(module)
+    weight = _dequantized(module)
     transposed = type(module).__name__ == "Conv1D"
     if weight is not None and transposed:
         weight = weight.mT
@@ -35,12 +35,12 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
         raise ConfigurationError(
             f"{name} has no weight of {shape} floats, which could be read; pass "
             "prior=KroneckerInducing(sigma=...) with a width in units of weight, or load the "
-            "network unquantised or quantised by torchao or bitsandbytes."
+            "network unquantized or quantized by torchao or bitsandbytes."
         )
     return weight.to(torch.get_default_dtype())
 
 
-def _dequantised(module: nn.Module) -> Tensor | None:
+def _dequantized(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
