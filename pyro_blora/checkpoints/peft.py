@@ -78,7 +78,7 @@ class PeftAdapter:
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
                 f"{self.where} must name its base, and the task CAUSAL_LM or SEQ_CLS with a head, "
-                f"got {self.base!r} and {self.task!r}; load the network and give it, from_peft(net, f)."
+                f"got {self.base!r} and {self.task!r}; load the network and give it to from_peft."
             )
         return load_network(self.base, num_labels=classes)
 
