@@ -1,8 +1,10 @@
 """How Sphinx makes the site of these pages: ``make docs``."""
 
+import json
 import os
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ intersphinx_mapping = {
 }
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "amsmath"]
-nb_render_image_options = {"alt": "A figure; its title and the text around it say what it shows"}
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and tests run them
 html_theme = "furo"
 html_title = f"{project} {release}"
@@ -79,6 +80,13 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
         moved = {"](../README.md)": "](index.md)", "](../tutorials/": "](tutorials/"}
     for link, here in moved.items():
         source[0] = source[0].replace(link, here)
+    if source[0].startswith("{"):  # a notebook, whose figures say in words what the text below says
+        notebook = json.loads(source[0])
+        for cell, below in pairwise(notebook["cells"]):
+            if "image/png" in json.dumps(cell.get("outputs", ())):
+                alt = " ".join("".join(below["source"]).partition("\n\n")[0].split())
+                cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
+        source[0] = json.dumps(notebook)
 
 
 def setup(app: Any) -> None:

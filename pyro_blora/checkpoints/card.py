@@ -5,13 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pyro_blora.likelihoods import (
-    CausalLM,
-    LabelTokens,
-    Likelihood,
-    MultipleChoice,
-    SequenceClassification,
-)
+from pyro_blora.likelihoods import CausalLM, LabelTokens, Likelihood, MultipleChoice
 
 CARD = "README.md"
 MARK = "<!-- {} writes this file anew; without this line it leaves it alone. -->"
@@ -65,40 +59,54 @@ prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
 """
 
 
-def program_of_use(likelihood: Likelihood, temperature: float) -> tuple[dict[str, Any], str]:
+def program_of_use(
+    likelihood: Likelihood, temperature: float, base: str | None, classifies: bool
+) -> tuple[dict[str, Any], str]:
     """The numbers that make probabilities of an exported adapter's logits, and how in Python."""
     found: dict[str, Any] = {"temperature": temperature}
-    classifies = isinstance(likelihood, SequenceClassification)
-    kind = "SequenceClassification" if classifies else "CausalLM"
+    kind = f"AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}"
     program = f"""import torch
-from peft import AutoPeftModelFor{kind}
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoTokenizer, {kind}
 
-net = AutoPeftModelFor{kind}.from_pretrained(".").eval()  # this folder
-tokenizer = AutoTokenizer.from_pretrained(net.peft_config["default"].base_model_name_or_path)
+base = {base!r}  # a hub id or a folder
+tokenizer = AutoTokenizer.from_pretrained(base)
+net = {kind}.from_pretrained(base, dtype=torch.float32)
+"""
+    if base == "smollm2":
+        program = """import torch
+from peft import PeftModel
+from pyro_blora import load_pretrained
+
+net, tokenizer = load_pretrained("smollm2")
+"""
+    program += """net = PeftModel.from_pretrained(net, ".").eval()  # this folder
 prompt = "Question: ...\\nAnswer:"  # as in training
+ids = tokenizer(prompt)["input_ids"]
+"""
+    if not classifies:
+        program += """while ids[-1] == tokenizer.eos_token_id:  # the answer goes on from the prompt
+    ids.pop()
 """
     if isinstance(likelihood, MultipleChoice):
         learned = likelihood.scale == "learned"
         slope = float(likelihood.score_slope.detach().abs()) if learned else 1.0
         found = {"scale": slope / temperature, "score": likelihood.score}
-        program += f"""options = [" ...", " ..."]
-before = tokenizer(prompt)["input_ids"]
-answers = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
-scores = []
-for answer in answers:
-    logp = net(input_ids=torch.tensor([before + answer])).logits[0].log_softmax(-1)
-    places = range(len(before) - 1, len(before) + len(answer) - 1)
+        program += f"""options, scores = [" ...", " ..."], []
+for option in options:
+    answer = tokenizer(option, add_special_tokens=False)["input_ids"]
+    logp = net(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+    places = range(len(ids) - 1, len(ids) + len(answer) - 1)
     scores.append(logp[places, answer].{likelihood.score}())
 probs = ({found["scale"]!r} * torch.stack(scores)).softmax(-1)"""
         return found, program
-    program += 'inputs = tokenizer(prompt, return_tensors="pt")\n'
     if isinstance(likelihood, CausalLM):
         found["in"] = "generation_config.json"
-        options = f"do_sample=True, temperature={temperature!r}, top_k=0"
-        program += f"print(tokenizer.decode(net.generate(**inputs, {options})[0]))"
+        options = f'"do_sample": True, "temperature": {temperature!r}, "top_k": 0'
+        program += f"""options = {{"max_new_tokens": 20, {options}}}
+print(tokenizer.decode(net.generate(input_ids=torch.tensor([ids]), **options)[0]))"""
         return found, program
-    logits = "net(**inputs).logits"
+    logits = "net(input_ids=torch.tensor([ids])).logits"
     if isinstance(likelihood, LabelTokens):
         found["token_ids"] = list(likelihood.token_ids)
         logits += f"[:, -1, {found['token_ids']}]"

@@ -28,12 +28,18 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import (
     LabelTokens,
-    Likelihood,
     MultipleChoice,
     SequenceClassification,
 )
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
-from pyro_blora.network.targets import PEFT_PREFIX, head_names, head_of, matches, name_in_base
+from pyro_blora.network.targets import (
+    PEFT_PREFIX,
+    head_names,
+    head_of,
+    is_classifier,
+    matches,
+    name_in_base,
+)
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -332,21 +338,25 @@ def export_peft(
         write_tensors(place / PEFT_WEIGHTS, tensors, {})
         config.save_pretrained(str(place))
         folded = _last_linear(model) is not None
-        _write_use(model.likelihood, place, 1.0 if folded else temperature)
+        base = config.base_model_name_or_path
+        _write_use(model, place, 1.0 if folded else temperature, base)
     for old in Path(folder).glob("[0-9]*"):  # draws of an earlier export would be averaged, too
         if num_samples and old not in loras and (old / PEFT_CONFIG).exists():
             shutil.rmtree(old)
 
 
-def _write_use(likelihood: Likelihood, folder: Path, temperature: float) -> None:
+def _write_use(
+    model: BayesianLoRAModel, folder: Path, temperature: float, base: str | None
+) -> None:
     """What a server has to know beside an exported adapter: JSON, and a page; or nothing."""
     file, page = folder / _NUMBERS, ""
     if file.exists():  # of an export before
         if other := json.loads(file.read_text("utf-8")).get("in"):
             (folder / other).unlink(missing_ok=True)
         file.unlink()
-    if temperature != 1 or isinstance(likelihood, LabelTokens | MultipleChoice):
-        numbers, program = program_of_use(likelihood, temperature)
+    if temperature != 1 or isinstance(model.likelihood, LabelTokens | MultipleChoice):
+        classifies = is_classifier(model.net)
+        numbers, program = program_of_use(model.likelihood, temperature, base, classifies)
         text = json.dumps(numbers, indent=2) + "\n"
         write_atomically(file, lambda path: path.write_text(text, "utf-8"))
         page = f"# A LoRA of a Bayesian adapter\n\n```python\n{program}\n```\n"
@@ -466,9 +476,10 @@ def _lora(
 
 def _task_type(model: BayesianLoRAModel) -> str | None:
     if isinstance(model.likelihood, SequenceClassification):
-        # Under SEQ_CLS PEFT leaves a target alone that is the head: it would not be loaded
+        # Under SEQ_CLS PEFT wants a head of its own, and leaves a target alone that is the head
         heads = tuple(f"{name}." for name in head_names(model.net))
         layers = [f"{name}." for group in model.groups for name in group.module_names]
-        return None if any(name.startswith(heads) for name in layers) else "SEQ_CLS"
+        adapted = any(name.startswith(heads) for name in layers)
+        return "SEQ_CLS" if model.trained_heads.names and not adapted else None
     generates = getattr(model.net, "can_generate", None)
     return "CAUSAL_LM" if generates is not None and generates() else None

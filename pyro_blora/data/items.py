@@ -27,15 +27,17 @@ class Item:
     def __post_init__(self) -> None:
         if not isinstance(self.choices, tuple) or len(self.choices) < 2:
             raise DataError(
-                f"choices must be two answers or more, got {self.choices!r} in {self!r}"
+                f"choices must be two answers or more, got {self.choices!r} in {self!r:.300}"
             )
         for text in (self.id, self.question, *self.choices):
             if not isinstance(text, str) or not text.strip():
-                raise DataError(f"id, question and choices must be texts, got {text!r} in {self!r}")
+                raise DataError(
+                    f"id, question and choices must be texts, got {text!r} in {self!r:.300}"
+                )
         last = len(self.choices) - 1
         if type(self.label) is not int or not 0 <= self.label <= last:
             raise DataError(
-                f"label must be an integer from 0 to {last}, got {self.label!r} in {self!r}"
+                f"label must be an integer from 0 to {last}, got {self.label!r} in {self!r:.300}"
             )
 
 
@@ -54,7 +56,7 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
         choices = tuple(choices) if isinstance(choices, list) else choices
         return Item(record["id"], record["question"], choices, record["label"])
     except (KeyError, TypeError) as error:
-        raise DataError(f"an item must be {FORMAT}, got {record!r} ({error!r})") from None
+        raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
 
 
 def read_json_lines(path: str | PathLike[str], *, labeled: bool = True) -> list[Item]:

@@ -259,13 +259,19 @@ def given_rates(
     if learning_rates is None:
         return {}
     given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
-    roles = METHODS["bayesian-lora"].learning_rates
-    if unknown := sorted(set(given) - set(roles)):
-        raise ConfigurationError(
-            f"learning_rates must have roles among {list(roles)}, got {unknown}; the method's are "
-            f"{dict(blora.method.learning_rates)}."
-        )
+    _usual_but(given)
     return dict(given)
+
+
+def _usual_but(given: Mapping[str, float]) -> dict[str, float]:
+    """The default method's rates by role, but for those that are given."""
+    usual = METHODS["bayesian-lora"].learning_rates
+    if unknown := sorted(set(given) - set(usual)):
+        raise ConfigurationError(
+            f"learning rates must have roles among {list(usual)}, got {unknown}; the default's "
+            f"are {dict(usual)}."
+        )
+    return {**usual, **given}
 
 
 def rates_by_group(
@@ -311,9 +317,9 @@ def parameter_groups(
         module: a model, a guide or both. A parameter without a declared role (an AutoGuide's) is a
             scale if its name says so, and a mean otherwise.
         rates: learning rates by role; others are those of ``"bayesian-lora"``.
-        by_group: other rates by role, by the name of a group of layers.
+        by_group: other rates by role, by the name of a group of layers; else ``rates``.
     """
-    rates = {**METHODS["bayesian-lora"].learning_rates, **rates}
+    rates = _usual_but(rates)
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
     for path, parameter in module.named_parameters():
         *parents, name = path.removesuffix("_unconstrained").split(".")
@@ -321,7 +327,7 @@ def parameter_groups(
         is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
         roles = getattr(module.get_submodule(".".join(parents)), "roles", {})
         role = roles.get(name, "scale" if is_scale else "mean")
-        rate = (by_group or {}).get(_group_of(module, parents), rates)[role]
+        rate = (by_group or {}).get(_group_of(module, parents), rates).get(role, rates[role])
         if parameter.requires_grad:
             found[role].setdefault(rate, []).append(parameter)
     return [

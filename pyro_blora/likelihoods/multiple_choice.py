@@ -127,16 +127,17 @@ class MultipleChoice(Likelihood):
 
 
 def scale_scores(
-    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: Tensor | float = 0.0
+    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: float = 0.0
 ) -> Tensor:
     r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
 
     ``scores`` are ``s``, and ``lengths`` the numbers ``n`` of their tokens. A length of 0 marks an
-    absent option, whose logit is minus infinity. ``slope`` is ``c`` and ``exponent`` ``b``.
+    absent option, whose logit is minus infinity; :math:`\bar n` is the mean of the others.
+    ``slope`` is ``c`` and ``exponent`` ``b``, which is 0 in :class:`MultipleChoice`.
     """
     absent = lengths == 0  # whose score would make the gradients NaN, if it is infinite
     scaled = scores.masked_fill(absent, 0) * slope
-    if isinstance(exponent, Tensor) or exponent:  # a power of 0 costs, and changes nothing
+    if exponent:  # a power of 0 costs, and changes nothing
         there = (lengths > 0).sum(-1, keepdim=True)
         ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
         scaled = scaled * ratio**exponent

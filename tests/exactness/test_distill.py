@@ -1,5 +1,6 @@
 """One pass that stands for the draws: its temperature, who has it, and what PEFT makes of it."""
 
+import json
 import math
 
 import pytest
@@ -7,8 +8,10 @@ import tiny
 import torch
 from own_tokenizer import build_tokenizer
 from torch.utils.data import DataLoader, default_collate
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pyro_blora import BayesianLoRA, fit, guides, load_pretrained
+import pyro_blora
+from pyro_blora import BayesianLoRA, fit, guides
 from pyro_blora.data import LabelTokensCollator, MultipleChoiceCollator, Template
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
@@ -16,6 +19,7 @@ from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.one_pass import best_temperature
 from pyro_blora.posterior.predictive import logits_of_draws
 
+PROMPT = "Question: {q}\nAnswer"
 KINDS = {
     "options": (tiny.llama, MultipleChoice, lambda: tiny.choices(6)),
     "tokens": (tiny.llama, lambda **o: LabelTokens(token_ids=tiny.ANSWERS, **o), tiny.sequences),
@@ -179,40 +183,66 @@ def test_an_export_has_it(kind, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sum", "mean", "labels"])
-def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch):
-    """It gives the probabilities of one pass, on the base and its tokenizer in a folder."""
-    pytest.importorskip("peft")
-    words = ("no", "yes", "ice melts")
-    tokenizer = build_tokenizer(["Question: Answer: no yes " * 9], bos="<s>", pad="<p>")
-    tiny.llama(vocab_size=400, max_position_embeddings=128).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    net = load_pretrained(str(tmp_path / "base"))[0]
-    template = Template("Question: {q}\nAnswer:", "options")
+def the_one_item(kind, folder):
+    """A base and its tokenizer in a folder, and an adapter with the batch of one item."""
+    # an end-of-text token after a prompt, but for one of them
+    tokenizer = build_tokenizer(
+        ["Question: no yes " * 9], "<s>", "</s>" * (kind != "mean") or None, "<p>"
+    )
+    sizes = {"vocab_size": 400, "max_position_embeddings": 128, "num_labels": 3}
+    config = tiny.llama(**sizes).config
+    auto = AutoModelForSequenceClassification if kind == "classifier" else AutoModelForCausalLM
+    auto.from_config(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    net = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    item, options = {"question": "Does it melt?", "choices": ["no", "yes"], "label": 0}, {}
     if kind == "labels":
-        words = words[:2]
-        template = Template("{q}\nAnswer", "labels", (":", "?"))
-        collate = LabelTokensCollator(tokenizer, template)
-        likelihood = LabelTokens(token_ids=collate.token_ids)
-    else:
-        collate = MultipleChoiceCollator(tokenizer, template)
+        collate = LabelTokensCollator(tokenizer, Template(PROMPT, "labels", (":", "?")))
+        batch, likelihood = collate([item]), LabelTokens(token_ids=collate.token_ids)
+    elif kind in ("sum", "mean"):
+        item["choices"].append("ice melts")
+        batch = MultipleChoiceCollator(tokenizer, Template(PROMPT, "options"))([item])
         likelihood = MultipleChoice(score=kind)
         torch.nn.init.constant_(likelihood.score_slope, 0.7)
-    item = {"question": "Does it melt?", "choices": list(words), "label": 0}
-    blora, batch = BayesianLoRA(net, rank=2, likelihood=likelihood), collate([item])
-    tiny.shaken(blora, 0.1)
-    blora.distill(rows_of(batch))
-    expected = blora.predict(batch, 0).probs[0]
+    else:
+        likelihood = SequenceClassification() if kind == "classifier" else CausalLM()
+        batch = dict(tokenizer(PROMPT.format(q=item["question"]), return_tensors="pt"))
+        batch["labels"] = torch.tensor([0]) if kind == "classifier" else batch["input_ids"]
+        options = {"modules_to_save": []}
+    blora = BayesianLoRA(net, rank=2, likelihood=likelihood, **options)
+    return tiny.shaken(blora, 0.1), tokenizer, item, batch
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "labels", "text", "classifier"])
+def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch, capsys):
+    """It gives the probabilities of one pass."""
+    pytest.importorskip("peft")
+    blora, tokenizer, item, batch = the_one_item(kind, tmp_path / "base")
+    temperature = blora.distill(rows_of(batch))
+    if kind != "text":
+        expected = blora.predict(batch, 0).probs[0]
+    if kind == "mean":  # the embedded network, which this library loads
+        blora.config.name_or_path = "smollm2"
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        monkeypatch.setattr(pyro_blora, "load_pretrained", lambda name: (again, tokenizer))
     blora.export_peft(tmp_path / "lora")
     blora.unwrap()
     code = (tmp_path / "lora/README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace(r'"Question: ...\nAnswer:"', repr(template.format(item)))
-    code = code.replace('[" ...", " ..."]', repr([f" {word}" for word in words]))
+    code = code.replace(r'"Question: ...\nAnswer:"', repr(PROMPT.format(q=item["question"])))
+    code = code.replace('[" ...", " ..."]', repr([f" {word}" for word in item["choices"]]))
     monkeypatch.chdir(tmp_path / "lora")
     place = {}
     exec(code, place)
-    found = place["probs"].detach().reshape(-1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
+    numbers = json.loads((tmp_path / "lora/one_pass.json").read_text())
+    if kind == "text":
+        assert "Does it melt?" in capsys.readouterr().out
+    else:
+        torch.testing.assert_close(place["probs"].detach().reshape(-1), expected)
+    if kind in ("sum", "mean"):
+        scale = float(blora.likelihood.score_slope.detach()) / temperature
+        assert numbers == {"scale": pytest.approx(scale), "score": kind}
+    else:
+        assert numbers["temperature"] == temperature
 
 
 def test_an_export_takes_away_what_an_export_wrote_and_nothing_else(tmp_path):

@@ -29,8 +29,11 @@ def items(count=6):
 
 def test_the_slope_is_a_factor_that_fit_trains():
     net, batch = tiny.llama(), tiny.choices(3)
+    for key in MultipleChoice.keys:
+        batch[key][0, 2] = 0  # an absent option
     plain = MultipleChoice(scale="fixed").logits(net, batch)
     blora = adapted(net)
+    assert torch.equal(blora.likelihood.logits(net, batch), plain)  # 1 at the start
     fit(blora, items(), collate=torch.utils.data.default_collate, num_steps=3, batch_size=3)
     assert [name for name, _ in blora.likelihood.named_pyro_params()] == ["score_slope"]
     slope = blora.likelihood.score_slope
