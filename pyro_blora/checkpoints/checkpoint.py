@@ -36,7 +36,7 @@ from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import layer_shape, name_in_base, without_peft
-from pyro_blora.posterior.guide import start_guide
+from pyro_blora.posterior.guide import read_store, start_guide
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -82,6 +82,7 @@ def save_pretrained(
         "likelihood": _describe(model.likelihood),
         "notes": {name: str(value) for name, value in notes.items()},
     }
+    read_store(blora)
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
     write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
     text = json.dumps(config, indent=2) + "\n"

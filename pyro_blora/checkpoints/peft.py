@@ -41,7 +41,7 @@ from pyro_blora.network.targets import (
     name_in_base,
 )
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates
+from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -119,7 +119,7 @@ class PeftAdapter:
         """Puts the trained heads in, and checks that the posterior mean is the adapter."""
         for name, tensor in model.trained_heads.tensors().items():
             tensor.copy_(self.others[name])
-        for group, update in mean_updates(model, guide).items():
+        for group, update in sample_updates(model, guide, 0).items():
             names = next(g.module_names for g in model.groups if g.name == group)
             for name, layer in zip(names, update.layers(), strict=True):
                 B, A = (f.to(layer.A) for f in self.factors[name])
@@ -327,7 +327,7 @@ def export_peft(
     """
     if num_samples < 0:
         raise ConfigurationError(f"num_samples={num_samples} must be a number of draws, or 0.")
-    loras = {Path(folder): mean_updates(model, guide)}
+    loras = {Path(folder): sample_updates(model, guide, 0)}
     temperature = float(model.temperature)
     if num_samples:
         temperature = 1.0  # that of one pass
@@ -389,7 +389,7 @@ def merge_and_unload(blora: Any) -> nn.Module:
             "first, and adapt the base."
         )
     model, temperature = blora.model, float(blora.model.temperature)
-    config, tensors = _lora(model, mean_updates(model, blora.guide), temperature)
+    config, tensors = _lora(model, sample_updates(model, blora.guide, 0), temperature)
     from peft import get_peft_model, set_peft_model_state_dict
 
     if temperature != 1 and _last_linear(model) is None:

@@ -108,7 +108,7 @@ def hub_splits(task: str) -> Mapping[str, str]:
     if task not in _SOURCES:
         raise DataError(
             f"no task {task!r} on the hub; {near_miss(task, [*_SOURCES, 'facts'])} ('facts' is "
-            "built in, and --data-dir names a folder of your own JSON lines)"
+            "built in, and data_dir (--data-dir) names a folder of your own JSON lines)"
         )
     return _SOURCES[task].splits
 
@@ -121,13 +121,11 @@ def read_hub(task: str, split: str) -> list[Item]:
     and there is no ``"validation"``.
     """
     theirs = hub_splits(task)[split]
-    source, fix = _SOURCES[task], "pass --data-dir with JSON lines"
+    source, fix = _SOURCES[task], "pass data_dir (--data-dir) with JSON lines"
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(
-            f"{source.path} is on the hub: pip install 'pyro-blora[datasets]', or {fix}"
-        ) from None
+        raise DataError(f"{source.path} is on the hub: pip install datasets, or {fix}") from None
     records: list[_Record] = []
     try:
         for config in source.configs:

@@ -55,7 +55,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
     ) -> None:
         if HFLM is None:
             raise ConfigurationError(
-                "PosteriorLM needs lm-evaluation-harness: pip install 'pyro-blora[lm-eval]'."
+                "PosteriorLM needs lm-evaluation-harness: pip install lm_eval."
             )
         output_head(blora.net)
         if getattr(blora.guide, "reads_context", False):

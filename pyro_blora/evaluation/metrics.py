@@ -1,5 +1,6 @@
 """Accuracy, calibration and proper scores of class probabilities, and what to do about them."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -172,9 +173,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         \hat T = \arg\min_{T > 0} -\sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
 
     Divide logits by it, and fit it on data held out from both training and test. The objective is
-    convex in :math:`1/T`, so bisection finds the minimum; T is bounded to [0.01, 100], and is 1 if
-    every T is as good. In ``logits``, ``(n, K)``, ``-inf`` marks a choice that an item does not
-    have.
+    convex in :math:`1/T`, so bisection finds the minimum. T is 1 if every T is as good. It is
+    bounded to [0.01, 100]. At 0.01 it warns, for then the items are too few. In ``logits``,
+    ``(n, K)``, ``-inf`` marks a choice that an item does not have.
 
     Reference: C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
 
@@ -184,8 +185,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
         1.8205
     """
-    chosen = logits.double().gather(1, labels.long()[:, None])
-    return best_temperature(logits.double() - chosen)
+    return _told_of_a_bound(_temperature(logits, labels))
+
+
+def _temperature(logits: Tensor, labels: Tensor) -> float:
+    return best_temperature(logits.double() - logits.double().gather(1, labels.long()[:, None]))
+
+
+def _told_of_a_bound(temperature: float) -> float:
+    if temperature < 0.0101:
+        warnings.warn(
+            f"The temperature must be above 0.01, got {temperature:.3g}: the scores are right in "
+            "all of these items; fit it on more of them.",
+            stacklevel=3,
+        )
+    return temperature
 
 
 @torch.no_grad()
@@ -198,7 +212,7 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
 
     A mean log-probability is not on the scale of log-odds, and may favor short or long options. A
     temperature mends the scale only. With ``b = 1`` lengths weigh as in sums. Fit both on a hundred
-    held-out items or more. At a bound, so few items decide nothing.
+    held-out items or more; it warns if ``c`` is at a bound.
 
     Args:
         scores: mean log-probabilities of the options, ``(N, K)``; of any causal network, with a
@@ -219,11 +233,11 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
     for step in sorted(range(-100, 101), key=abs):  # 0 if every exponent is as good
         exponent = 0.02 * step
         logits = scale_scores(scores.double(), lengths, 1.0, exponent)
-        temperature = fit_temperature(logits, labels)
+        temperature = _temperature(logits, labels)
         nll = float(torch.nn.functional.cross_entropy(logits / temperature, labels.long()))
         if nll < best[0]:
-            best = (nll, 1 / temperature, exponent)
-    return best[1:]
+            best = (nll, temperature, exponent)
+    return 1 / _told_of_a_bound(best[1]), best[2]
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:

@@ -287,15 +287,18 @@ def rates_by_group(
     return {**usual, **blora.method.learning_rates, **given}, rates
 
 
-def optim_args(blora: BayesianLoRA) -> Callable[[str], dict[str, float]]:
-    """What an optimizer of Pyro asks for the rate of a parameter: the method's, by its role.
+def optim_args(
+    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
+) -> Callable[[str], dict[str, float]]:
+    """What an optimizer of Pyro asks for the rate of a parameter, by its role; as in :func:`fit`.
 
-    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora)), elbo)``
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``
     """
+    given = given_rates(blora, learning_rates)
 
     def of(name: str) -> dict[str, float]:
         name = name.removesuffix("_unconstrained")  # torch's name of it
-        by_role, by_group = rates_by_group(blora, {})
+        by_role, by_group = rates_by_group(blora, given)
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
         if name not in named:  # of a guide of one's own, by pyro.param
             return {"lr": by_role["scale" if "scale" in name else "mean"]}

@@ -30,8 +30,8 @@ class Objective:
     ) -> None:
         if blora.likelihood.num_data is None:
             raise ConfigurationError(
-                f"{type(blora.likelihood).__name__} was not told the size of the data set; build "
-                "it with num_data=len(train)."
+                f"{type(blora.likelihood).__name__} was not told the size of the data set; pass "
+                "the likelihood of your batches, made with num_data=len(train)."
             )
         if num_particles is not None and num_particles < 1:
             raise ConfigurationError(f"num_particles must be at least 1, got {num_particles}.")

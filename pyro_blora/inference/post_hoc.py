@@ -86,7 +86,7 @@ def bayesianize(
 
     Example::
 
-        likelihood = MultipleChoice()
+        likelihood = MultipleChoice(scale="fixed")
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """

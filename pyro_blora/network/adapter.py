@@ -29,10 +29,6 @@ class Adapter:
     """Adds the current update to the output of one layer; without one, the layer is untouched."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        if adapter_of(module) is not None:
-            raise ConfigurationError(
-                f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds it."
-            )
         self.name = name
         self.update: LayerUpdate | None = None
         self._handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)

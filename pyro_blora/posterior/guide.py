@@ -119,6 +119,7 @@ class StructuredGuide(PyroModule):
         Of an amortized family for each example of ``batch``, ``(B, n, *event_shape)``.
         """
         self._see(batch, lambda context: context)
+        read_store(self)
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
             return {name: family.center() for name, family in self.families().items()}
 
@@ -243,6 +244,14 @@ def context_of_particles(context: Tensor) -> Tensor:
     if DRAWS_PLATE in plates and particles % examples == 0:
         return context.repeat(particles // examples, 1)
     return context.mean(0, keepdim=True)
+
+
+def read_store(*parts: nn.Module) -> None:
+    """Takes what was loaded into Pyro's store, which a module reads only when it is called."""
+    for part in parts:
+        if isinstance(part, PyroModule):
+            with part._pyro_context:
+                dict(part.named_pyro_params())
 
 
 _OWNED = WeakIdKeyDictionary()  # every tensor that an adapter has run on

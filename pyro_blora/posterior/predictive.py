@@ -17,7 +17,13 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
-from pyro_blora.posterior.guide import DRAWS_PLATE, StructuredGuide, draws_apart, start_guide
+from pyro_blora.posterior.guide import (
+    DRAWS_PLATE,
+    StructuredGuide,
+    draws_apart,
+    read_store,
+    start_guide,
+)
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 _PASSES, _DRAWS = 16, 64  # few at once, for the memory
@@ -37,6 +43,7 @@ def sample_updates(
     Factors have a leading dimension ``num_samples``, or none for 0, :func:`mean_updates`.
     """
     start_guide(guide, batch)
+    read_store(model, guide)
     if num_samples == 0:
         return mean_updates(model, guide, batch)
     with torch.no_grad(), _plate(model, num_samples):
@@ -117,8 +124,8 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
         value, shape = samples[name], (count, *prior.shape())
         if tuple(value.shape) != shape or not count:
             raise ConfigurationError(
-                f"samples[{name!r}] must be one or more draws of shape {shape[1:]}, as many of "
-                f"each site, got {tuple(value.shape)}. Join chains: no group_by_chain."
+                f"samples[{name!r}] must be S draws of shape {shape[1:]}, one S for all sites, got "
+                f"{tuple(value.shape)}. One draw is value[None]; no group_by_chain."
             )
         values[name] = value.to(model.groups[0].device, dtype)
         if not prior.support.check(values[name]).all():
@@ -228,6 +235,7 @@ def logits_of_draws(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
         )
     model.check_on_network()
+    read_store(model, guide)
     examples = model.likelihood.examples(batch)
     # An amortized posterior has a draw for each example, others one for all of them.
     each = examples if getattr(guide, "reads_context", False) else 1

@@ -102,16 +102,17 @@ def test_the_first_program_runs_and_the_loop_goes_on_from_it(local, capsys):
     assert prediction.samples.shape == (10, *batch["option_mask"].shape[:2])
 
 
-def ran(page, *, unwraps=False):
+def ran(page, *, alone=False):
     """The names that the programs of a page define, one after the other.
 
     On one network, the adapter before taken off where one is made, if the page does not do so
     itself; a warning would be an error.
     """
     names: dict[str, object] = {}
-    exec(QUICK, names)
+    if not alone:
+        exec(QUICK, names)
     for program in BLOCK.findall(page):
-        if not unwraps and re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
+        if not alone and re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
             names["blora"].unwrap()
         exec(program, names)
     return names
@@ -119,7 +120,7 @@ def ran(page, *, unwraps=False):
 
 @pytest.mark.usefixtures("tiny")
 def test_the_programs_and_commands_on_own_data_run(run, model_dir, capsys):
-    names = ran(OWN_DATA, unwraps=True)
+    names = ran(OWN_DATA, alone=True)
     assert re.search(r"ACC .* ECE .* NLL", capsys.readouterr().out)
     assert names["result"].best_step in (1, 2)
     assert type(names["classifier"]).__name__ == "BertForSequenceClassification"
@@ -145,11 +146,10 @@ def test_all_programs_run():
 @pytest.mark.usefixtures("tiny")
 def test_the_programs_with_peft_run(capsys):
     peft = pytest.importorskip("peft")
-    names = ran(WITH_PEFT)
+    names = ran(WITH_PEFT, alone=True)
     assert len(names["probs"]) == 4
     assert {path.name for path in Path("out/draws").iterdir()} == set("0123")
     printed = re.findall(r"(\S+) +ACC .* NLL (\S+)", capsys.readouterr().out)
-    printed = printed[2:]  # after the README's
     assert [name for name, _ in printed] == ["LoRA", "bayesianize", "from_peft", "pass"]
     lora = peft.PeftModel.from_pretrained(names["net"], "my_lora")  # what PEFT itself says of it
     with torch.no_grad():

@@ -104,12 +104,12 @@ def test_groups_are_layers_of_one_ending_and_shape():
     assert group_layers({"c_attn": c_attn})[0].d_out == 48
 
 
-def test_a_layer_is_adapted_once():
+def test_a_network_is_adapted_once():
     net = tiny.llama()
     first = tiny.adapted(net, target_modules=["v_proj"])
-    with pytest.raises(ConfigurationError, match=r"v_proj is adapted already.*unwrap"):
-        tiny.adapted(net, target_modules=["q_proj", "v_proj"])
-    # The refused one has left no hook on the layers before, so they can be adapted still
+    for others in (["q_proj", "v_proj"], ["q_proj"]):
+        with pytest.raises(ConfigurationError, match=r"v_proj is adapted already.*unwrap"):
+            tiny.adapted(net, target_modules=others)
     first.unwrap()
     for module in net.modules():
         assert not module._forward_hooks

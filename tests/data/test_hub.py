@@ -88,5 +88,5 @@ def test_without_a_network_or_the_package(hub, monkeypatch):
         read_hub("sst2", "test")
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'pyro-blora\[datasets\]', or .* --data-dir"):
+    with pytest.raises(DataError, match=r"pip install datasets, or .*--data-dir"):
         read_hub("sst2", "test")

@@ -24,7 +24,7 @@ import tiny
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.likelihoods import LabelTokens, MultipleChoice
+from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 
 BATCH = tiny.sequences()
@@ -192,15 +192,31 @@ def test_the_likelihood_that_is_given_is_the_one_that_learns(run):
     assert tiny.adapted(likelihood=fresh).likelihood is fresh  # the failure did not use it up
 
 
-def test_what_pyro_loads_into_its_store_is_taken(run, tmp_path):
-    blora, store = tiny.adapted(num_data=10), pyro.get_param_store()
+def saved(blora, folder):
+    blora.save_pretrained(folder)
+    tensors = load_file(folder / "bayesian_lora.safetensors")
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda blora, folder: drawn(blora),
+        lambda blora, folder: blora.predict(tiny.sequences(), 0).probs,
+        saved,
+    ],
+)
+def test_what_pyro_loads_into_its_store_is_taken(run, tmp_path, ask):
+    """The guide's, the prior's, and a head's."""
+    options = {"target_modules": None, "likelihood": SequenceClassification(num_data=10)}
+    blora, store = tiny.adapted(tiny.bert(), **options), pyro.get_param_store()
     run(blora)
-    expected = drawn(blora)
+    expected = ask(blora, tmp_path)
     store.save(tmp_path / "store")
     run(blora)
     run(tiny.adapted(num_data=10))
     store.load(tmp_path / "store")
-    assert torch.equal(drawn(blora), expected)
+    assert torch.equal(ask(blora, tmp_path), expected)
 
 
 def test_one_that_is_off_leaves_the_network_to_the_one_that_is_on(run):

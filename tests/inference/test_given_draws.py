@@ -114,8 +114,8 @@ def without(samples, name):
         (lambda s: without(s, V), r"got q_proj\.V\."),
         (lambda s: {**s, Q: s[Q][None]}, r"of shape \(2, 2, 2\).*got \(1, 3, 2.*group_by_chain"),
         (lambda s: {**s, Q: s[Q][..., :1]}, r"got \(3, 2, 2, 1\)"),
-        (lambda s: {name: value[:0] for name, value in s.items()}, "one or more draws"),
-        (lambda s: {**s, V: s[V][:2]}, r"as many of each site, got \(2, 2, 2, 2\)"),
+        (lambda s: {name: value[:0] for name, value in s.items()}, "must be S draws"),
+        (lambda s: {**s, V: s[V][:2]}, r"one S for all sites, got \(2, 2, 2, 2\)"),
         (lambda s: {**s, Q: s[Q] * math.nan}, "not finite"),
     ],
 )

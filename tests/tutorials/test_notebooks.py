@@ -24,7 +24,7 @@ REDUCED = {
 REAL = {
     "00_quickstart": {"STEPS": 2, "TRAIN": 16, "TEST": 6},
     "06_uncertainty_while_generating": {"STEPS": 2, "TOWNS": 3, "DRAWS": 2},
-    "10_your_lora": dict(TASK='"facts"', STEPS=6, TRAIN=16, HELD=8, TEST=8, CLIENTS=8),
+    "09_your_lora": dict(TASK='"facts"', STEPS=6, TRAIN=16, HELD=8, TEST=8, CLIENTS=8),
 }
 # the others make their network and their data, and so run in seconds
 LIGHT = [path.stem for path in NOTEBOOKS if path.stem not in {**REDUCED, **REAL}]
@@ -105,7 +105,7 @@ def test_its_outputs_are_of_one_run_and_fit_to_be_shown(path):
 
 def test_the_table_of_ways_is_the_notebook_s():
     printed = [
-        o.get("text", ()) for c in code(TUTORIALS / "10_your_lora.ipynb") for o in c["outputs"]
+        o.get("text", ()) for c in code(TUTORIALS / "09_your_lora.ipynb") for o in c["outputs"]
     ]
     (table,) = (text for text in map("".join, printed) if text.startswith("|"))
     assert table in (TUTORIALS.parent / "docs/choose.md").read_text("utf-8")
