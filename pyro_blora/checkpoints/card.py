@@ -73,7 +73,7 @@ base = {base!r}  # a hub id or a folder
 tokenizer = AutoTokenizer.from_pretrained(base)
 net = {kind}.from_pretrained(base, dtype=torch.float32)
 """
-    if base == "smollm2":
+    if base == "smollm2" and not classifies:
         program = """import torch
 from peft import PeftModel
 from pyro_blora import load_pretrained

@@ -195,9 +195,9 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
 def _told_of_a_bound(temperature: float) -> float:
     if temperature < 0.0101:
         warnings.warn(
-            f"The temperature must be above 0.01, got {temperature:.3g}: the scores are right in "
-            "all of these items; fit it on more of them.",
-            stacklevel=3,
+            f"The temperature must be above 0.01, got {temperature:.3g} (a scale of 100): the "
+            "scores are right in all items, or far too small; fit it on more of them.",
+            stacklevel=4,
         )
     return temperature
 
@@ -212,7 +212,7 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
 
     A mean log-probability is not on the scale of log-odds, and may favor short or long options. A
     temperature mends the scale only. With ``b = 1`` lengths weigh as in sums. Fit both on a hundred
-    held-out items or more; it warns if ``c`` is at a bound.
+    held-out items or more; it warns if ``c`` is 100.
 
     Args:
         scores: mean log-probabilities of the options, ``(N, K)``; of any causal network, with a

@@ -25,7 +25,7 @@ from pyro_blora.methods import METHODS, method_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.guide import draws_apart, start_guide
+from pyro_blora.posterior.guide import draws_apart, read_store, start_guide
 from pyro_blora.posterior.prediction import Collate, batches_of, collator
 from pyro_blora.posterior.predictive import log_predictive
 
@@ -151,6 +151,7 @@ def fit(
     first = to_device(stream.peek(), device)
     objective = Objective(blora, elbo, num_particles, kl_weight)
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
+    read_store(blora)
     groups = parameter_groups(
         nn.ModuleList([blora.model, blora.guide]), *rates_by_group(blora, rates)
     )
@@ -259,19 +260,17 @@ def given_rates(
     if learning_rates is None:
         return {}
     given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
-    _usual_but(given)
+    usual = {**METHODS["bayesian-lora"].learning_rates, **blora.method.learning_rates}
+    _check_roles(given, usual)
     return dict(given)
 
 
-def _usual_but(given: Mapping[str, float]) -> dict[str, float]:
-    """The default method's rates by role, but for those that are given."""
-    usual = METHODS["bayesian-lora"].learning_rates
-    if unknown := sorted(set(given) - set(usual)):
+def _check_roles(given: Mapping[str, float], known: Mapping[str, float]) -> None:
+    if unknown := sorted(set(given) - set(known)):
         raise ConfigurationError(
-            f"learning rates must have roles among {list(usual)}, got {unknown}; the default's "
-            f"are {dict(usual)}."
+            f"learning rates must have roles among {list(known)}, got {unknown}; the usual rates "
+            f"are {dict(known)}."
         )
-    return {**usual, **given}
 
 
 def rates_by_group(
@@ -322,7 +321,10 @@ def parameter_groups(
         rates: learning rates by role; others are those of ``"bayesian-lora"``.
         by_group: other rates by role, by the name of a group of layers; else ``rates``.
     """
-    rates = _usual_but(rates)
+    usual = METHODS["bayesian-lora"].learning_rates
+    own = (role for part in module.modules() for role in getattr(part, "roles", {}).values())
+    _check_roles(rates, {**dict.fromkeys(own, 0.0), **usual})
+    rates = {**usual, **rates}
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
     for path, parameter in module.named_parameters():
         *parents, name = path.removesuffix("_unconstrained").split(".")

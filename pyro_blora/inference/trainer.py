@@ -30,7 +30,7 @@ from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.guide import StructuredGuide, draws_apart
+from pyro_blora.posterior.guide import StructuredGuide, draws_apart, read_store
 from pyro_blora.posterior.predictive import logits_of_draws
 
 
@@ -102,6 +102,7 @@ class BayesianLoRATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
+            read_store(self.blora)
             groups = parameter_groups(self.blora, *rates_by_group(self.blora, self.learning_rates))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay

@@ -182,7 +182,7 @@ class BayesianLoRAModel(PyroModule):
             if adapter_of(module) is not None:
                 raise ConfigurationError(
                     f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds the "
-                    "network, or its add_adapter(name)."
+                    "network (before you copy it), or its add_adapter(name)."
                 )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(Adapter, self.layer_names, modules))

@@ -236,6 +236,7 @@ def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch, c
     numbers = json.loads((tmp_path / "lora/one_pass.json").read_text())
     if kind == "text":
         assert "Does it melt?" in capsys.readouterr().out
+        assert place["options"]["temperature"] == temperature
     else:
         torch.testing.assert_close(place["probs"].detach().reshape(-1), expected)
     if kind in ("sum", "mean"):

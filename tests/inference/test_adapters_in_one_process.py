@@ -198,11 +198,19 @@ def saved(blora, folder):
     return torch.cat([t.flatten() for t in tensors.values()])
 
 
+def refitted(blora, folder):
+    """It trains on from the state, all that is to be trained."""
+    options = {"collate": tiny.collate, "num_steps": 5, "progress": False}
+    losses = [figures["loss"] for figures in fit(blora, tiny.examples(), **options).history]
+    return torch.tensor([*losses, *drawn(blora).flatten()])
+
+
 @pytest.mark.parametrize(
     "ask",
     [
         lambda blora, folder: drawn(blora),
         lambda blora, folder: blora.predict(tiny.sequences(), 0).probs,
+        refitted,
         saved,
     ],
 )
@@ -211,8 +219,8 @@ def test_what_pyro_loads_into_its_store_is_taken(run, tmp_path, ask):
     options = {"target_modules": None, "likelihood": SequenceClassification(num_data=10)}
     blora, store = tiny.adapted(tiny.bert(), **options), pyro.get_param_store()
     run(blora)
-    expected = ask(blora, tmp_path)
     store.save(tmp_path / "store")
+    expected = ask(blora, tmp_path)
     run(blora)
     run(tiny.adapted(num_data=10))
     store.load(tmp_path / "store")
