@@ -139,8 +139,8 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
         \mathrm{risk}(t) = \frac{\sum_i [d_i \le t] [\hat y_i \ne y_i]}{\sum_i [d_i \le t]}
 
     Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each. The third is the
-    mean risk over all coverages, the area under the curve (AURC). Items of the
-    largest ``doubt`` are left out first; ``wrong`` is boolean, ``(n,)`` each.
+    mean risk over all coverages, the area under the curve (AURC). Items of the largest ``doubt``
+    are left out first; ``wrong`` is boolean, ``(n,)`` each.
 
     Reference: Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
     arXiv:1705.08500.

@@ -260,16 +260,19 @@ def given_rates(
     if learning_rates is None:
         return {}
     given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
-    usual = {**METHODS["bayesian-lora"].learning_rates, **blora.method.learning_rates}
-    _check_roles(given, usual)
+    _check_roles(given, blora)
     return dict(given)
 
 
-def _check_roles(given: Mapping[str, float], known: Mapping[str, float]) -> None:
+def _check_roles(given: Mapping[str, float], module: nn.Module) -> None:
+    """A rate is that of a usual role, or of one that a part of ``module`` declares."""
+    known = dict.fromkeys(METHODS["bayesian-lora"].learning_rates)
+    for part in module.modules():
+        known |= dict.fromkeys(getattr(part, "roles", {}).values())
     if unknown := sorted(set(given) - set(known)):
         raise ConfigurationError(
-            f"learning rates must have roles among {list(known)}, got {unknown}; the usual rates "
-            f"are {dict(known)}."
+            f"learning rates must have roles among {list(known)}, got {unknown}; the method's are "
+            "blora.method.learning_rates."
         )
 
 
@@ -321,10 +324,8 @@ def parameter_groups(
         rates: learning rates by role; others are those of ``"bayesian-lora"``.
         by_group: other rates by role, by the name of a group of layers; else ``rates``.
     """
-    usual = METHODS["bayesian-lora"].learning_rates
-    own = (role for part in module.modules() for role in getattr(part, "roles", {}).values())
-    _check_roles(rates, {**dict.fromkeys(own, 0.0), **usual})
-    rates = {**usual, **rates}
+    _check_roles(rates, module)
+    rates = {**METHODS["bayesian-lora"].learning_rates, **rates}
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
     for path, parameter in module.named_parameters():
         *parents, name = path.removesuffix("_unconstrained").split(".")

@@ -20,7 +20,7 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
-from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.guide import StructuredGuide, read_store
 from pyro_blora.posterior.prediction import Collate, batches_of
 from pyro_blora.posterior.predictive import logit_jacobian
 
@@ -135,6 +135,7 @@ def finish(
             f"for {blora.guide_family!r}."
         )
     blora.model.temperature.fill_(1)
+    read_store(blora)
     batches = list(batches_of(data, collate, length, batch_size))
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress

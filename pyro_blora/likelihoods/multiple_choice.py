@@ -127,7 +127,7 @@ class MultipleChoice(Likelihood):
 
 
 def scale_scores(
-    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: float = 0.0
+    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: Tensor | float = 0.0
 ) -> Tensor:
     r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
 
@@ -137,7 +137,7 @@ def scale_scores(
     """
     absent = lengths == 0  # whose score would make the gradients NaN, if it is infinite
     scaled = scores.masked_fill(absent, 0) * slope
-    if exponent:  # a power of 0 costs, and changes nothing
+    if isinstance(exponent, Tensor) or exponent:  # a power of 0 costs, and changes nothing
         there = (lengths > 0).sum(-1, keepdim=True)
         ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
         scaled = scaled * ratio**exponent

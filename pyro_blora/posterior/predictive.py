@@ -235,8 +235,6 @@ def logits_of_draws(
             f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
         )
     model.check_on_network()
-    if num_samples:  # else sample_updates does so
-        read_store(model, guide)
     examples = model.likelihood.examples(batch)
     # An amortized posterior has a draw for each example, others one for all of them.
     each = examples if getattr(guide, "reads_context", False) else 1
@@ -244,6 +242,8 @@ def logits_of_draws(
         draw = draws_in_pairs(model, guide, batch, each)
     else:
         num_samples, draw = draws_given(model, samples)
+    if num_samples:  # else sample_updates does so
+        read_store(model, guide)
     if max_rows is None:
         max_rows = rows_of_a_pass(model, batch)
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
@@ -302,7 +302,6 @@ def logit_jacobian(
             f"{type(guide).__name__} is not a family of pyro_blora.guides, whose center a "
             "linearization needs; use num_samples draws."
         )
-    read_store(model, guide)
     examples = model.likelihood.examples(batch)
     batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
     sites = {name: family.site for name, family in guide.families().items()}

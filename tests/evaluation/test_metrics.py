@@ -114,6 +114,9 @@ def test_bounds_and_where_every_temperature_is_as_good():
     logits = torch.tensor([[0.1, 0.1, -math.inf], [7.0, 7.0, 7.0], [-math.inf, 0.0, 0.0]])
     assert nll(logits, labels, 0.01) == pytest.approx(nll(logits, labels, 100), rel=1e-12)
     assert fit_temperature(logits, labels) == 1
+    logits[0, 0] += 1  # one that is right
+    with pytest.warns(UserWarning, match="fit it on more of them"):
+        assert fit_temperature(logits, labels) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("scale", "exponent"), [(0.4, -0.8), (1.0, 0.0), (3.0, 1.2)])

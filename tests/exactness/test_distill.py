@@ -234,6 +234,9 @@ def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch, c
     place = {}
     exec(code, place)
     numbers = json.loads((tmp_path / "lora/one_pass.json").read_text())
+    written = {path.name for path in (tmp_path / "lora").iterdir()} - {"generation_config.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert written - adapter == {"README.md", "one_pass.json"}
     if kind == "text":
         assert "Does it melt?" in capsys.readouterr().out
         assert place["options"]["temperature"] == temperature
