@@ -30,9 +30,9 @@ import yaml
 from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
 
-from pyro_blora.checkpoints import write_atomically
 from pyro_blora.cli.comparison import versions
 from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.files import replace_file
 from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import choose_precision
 
@@ -224,7 +224,7 @@ def keep(
                     with archive.open(f"{outcome.cell}/{name}/{kind}.npy", "w") as array:
                         np.save(array, tensor.numpy())
 
-    write_atomically(file, save)
+    replace_file(file, save)
     line: dict[str, Any] = {
         **vars(outcome.cell),
         "trial": trial,

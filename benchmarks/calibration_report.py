@@ -22,7 +22,7 @@ from pyro_blora.evaluation.metrics import (
     fit_temperature,
     risk_coverage,
 )
-from pyro_blora.evaluation.plots import reliability_diagram, save_figure
+from pyro_blora.evaluation.plots import reliability_diagram
 
 COLUMNS = {  # title, factor, digits
     "acc": ("ACC %", 100, 1),
@@ -332,7 +332,7 @@ def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> Non
         metrics = [asdict(evaluate(*pair)) for pair in each]
         acc, ece, nll = (shown(metrics, key) for key in ("acc", "ece", "nll"))
         axes.set_title(f"ECE {ece} %   ACC {acc} %\nNLL {nll}", fontsize=8)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
 def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path) -> None:
@@ -363,7 +363,7 @@ def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path) -> None:
     ):
         axes.plot([], [], "o", color=color, markerfacecolor=fill, label=label)
     axes.legend(frameon=False, fontsize=8, loc="center right")
-    save_figure(figure, path)
+    figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
 def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: Path) -> None:
@@ -392,7 +392,7 @@ def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: P
     figure.legend(
         *columns[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
-    save_figure(figure, path)
+    figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
 def write_report(

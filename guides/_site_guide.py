@@ -168,7 +168,8 @@ class SiteGuide(Options, PyroModule):
         symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
             pairs of mirror images, of which fewer tell as much. Default: False, also if a
             subclass of a symmetric family has a law of its own.
-        context: ``(P, 1, ..., 1, d)`` for ``P`` particles, set before each draw, or ``None``.
+        context: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all draws, or ``None``; set
+            before each draw.
 
     Example::
 
@@ -200,7 +201,6 @@ class SiteGuide(Options, PyroModule):
 
     def __init__(self, *, init_scale: float = 0.01) -> None:
         super().__init__()
-        self.init_scale = init_scale
         self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:

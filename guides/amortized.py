@@ -64,8 +64,6 @@ class Amortized(MeanField):
         self, *, hidden: int = 16, context_size: int | None = None, init_scale: float = 0.01
     ) -> None:
         super().__init__(init_scale=init_scale)
-        self.hidden = hidden
-        self.context_size = context_size
 
     def setup(self, site: Site) -> None:
         """Registers the normals and the network of the shifts."""
@@ -94,7 +92,8 @@ class Amortized(MeanField):
         return dist.Normal(loc, scale).to_event(self.site.event_dim)
 
     def _shift(self, h: Tensor, weight: Tensor) -> Tensor:
-        """``weight h`` for each context, to broadcast with the site, ``(P, ..., *shape)``."""
+        """``weight h`` of each context, ``(P, ..., *shape)``, or of the one, ``shape``."""
         flat = h.reshape(-1, self.hidden) @ weight.reshape(-1, self.hidden).mT
         outside = (1,) * (h.dim() - 2 - len(self.site.batch_shape))
-        return flat.reshape(-1, *outside, *self.site.shape)
+        lead = () if h.dim() == 1 else (-1, *outside)
+        return flat.reshape((*lead, *self.site.shape))

@@ -8,8 +8,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_blora.distributions import Members
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.options import check_count
 
 
 class Ensemble(SiteGuide):
@@ -45,12 +45,7 @@ class Ensemble(SiteGuide):
 
     def __init__(self, *, members: int = 5, spread: float = 0.1) -> None:
         super().__init__()
-        if members < 2:
-            raise ConfigurationError(
-                f"Ensemble: members must be at least 2, got {members!r}; use Delta for one."
-            )
-        self.members = members
-        self.spread = spread
+        check_count("Ensemble: members", members, 2, "; use Delta for one")
 
     def setup(self, site: Site) -> None:
         """Registers ``points`` around the prior's mean."""

@@ -77,8 +77,6 @@ class Flow(MeanField):
         for flow in flows:
             if isinstance(flow, str) and flow not in FLOWS:
                 raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
-        self.flows = flows
-        self.max_size = max_size
         self._chain: tuple[Chain, dict[str, str]] | None = None  # with the names of its state here
 
     def setup(self, site: Site) -> None:

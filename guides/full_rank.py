@@ -40,7 +40,6 @@ class FullRank(SiteGuide):
 
     def __init__(self, *, init_scale: float = 0.01, max_size: int = 1024) -> None:
         super().__init__(init_scale=init_scale)
-        self.max_size = max_size
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and ``scale_tril``, diagonal."""

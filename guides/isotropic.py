@@ -63,11 +63,7 @@ class Isotropic(PostHoc):
         num_samples: int = 4,
     ) -> None:
         super().__init__()
-        self.threshold = threshold
-        self.max_width = max_width
-        self.iterations = iterations
-        self.num_samples = num_samples
-        self.check_positive(*self.options())
+        self.check_positive("threshold", "max_width", "iterations", "num_samples")
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` and room for the width."""

@@ -56,9 +56,6 @@ class Laplace(PostHoc):
 
     def __init__(self, *, structure: Structure = "kron", max_side: int = 1024) -> None:
         super().__init__()
-        self.structure = structure
-        self.check_choice("structure", ("kron", "diag"))
-        self.max_side = max_side
 
     @property
     def is_kron(self) -> bool:

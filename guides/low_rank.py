@@ -9,8 +9,8 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import Reshaped
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.options import check_count
 
 
 class LowRank(SiteGuide):
@@ -42,9 +42,7 @@ class LowRank(SiteGuide):
 
     def __init__(self, *, rank: int = 4, init_scale: float = 0.01) -> None:
         super().__init__(init_scale=init_scale)
-        if rank < 1:
-            raise ConfigurationError(f"LowRank: rank must be at least 1, got {rank!r}.")
-        self.rank = rank
+        check_count("LowRank: rank", rank)
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``factor`` and ``scale``."""

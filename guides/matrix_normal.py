@@ -41,7 +41,6 @@ class MatrixNormal(MeanField):
 
     def __init__(self, *, init_scale: float = 0.01, max_side: int = 1024) -> None:
         super().__init__(init_scale=init_scale)
-        self.max_side = max_side
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and both factors, diagonal."""

@@ -9,8 +9,8 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import NormalMixture
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site, SiteGuide
+from pyro_blora.options import check_count
 
 
 class Mixture(SiteGuide):
@@ -48,13 +48,7 @@ class Mixture(SiteGuide):
         self, *, components: int = 3, init_scale: float = 0.01, spread: float = 0.01
     ) -> None:
         super().__init__(init_scale=init_scale)
-        if components < 2:
-            raise ConfigurationError(
-                f"Mixture: components must be at least 2, got {components!r}; use MeanField for "
-                "one."
-            )
-        self.components = components
-        self.spread = spread
+        check_count("Mixture: components", components, 2, "; use MeanField for one")
 
     def setup(self, site: Site) -> None:
         """Registers ``locs`` around the prior's mean, and ``scales``."""

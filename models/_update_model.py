@@ -1,6 +1,7 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
+import warnings
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -28,8 +29,8 @@ class UpdateModel(Options, PyroModule):
     * :meth:`forward` samples the sites and returns the update: a layer's own site inside
       :meth:`plate`, a shared one before it.
 
-    Its constructor keeps each argument under the argument's own name, so that checkpoints and
-    ``repr`` can read it back.
+    Each argument of its constructor is an attribute of that name, which checkpoints and ``repr``
+    read back.
 
     With ``P`` particles a site inside the plate is ``(P, n, *event_shape)``, a shared one
     ``(P, 1, *event_shape)``; without particles they are ``(n, *event_shape)`` and ``event_shape``.
@@ -53,7 +54,6 @@ class UpdateModel(Options, PyroModule):
         class Plain(UpdateModel):
             def __init__(self, *, rank: int = 8) -> None:
                 super().__init__()
-                self.rank = rank
 
             def setup(self, group: LayerGroup) -> None:
                 self.A = PyroParam(self.randn(group.n, self.rank, group.d_in) / group.d_in**0.5)
@@ -98,6 +98,17 @@ class UpdateModel(Options, PyroModule):
         They come by :meth:`inform`; a buffer ``informed`` says whether they have.
         """
         return None
+
+    def warn_unless_informed(self) -> None:
+        """Warns where this prior asks for directions and has none yet."""
+        if self.gradient_ranks is not None and not self.informed:
+            warnings.warn(
+                f"group {self.group.name!r}: the directions of FisherInducing are random as yet. "
+                "Before a loop of your own call pyro_blora.inference.inform(blora, train, "
+                "collate=...), as pyro_blora.fit does. Pyro's parameter store does not hold them; "
+                "save_pretrained does.",
+                stacklevel=3,
+            )
 
     def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
         """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.

@@ -87,15 +87,6 @@ class FactorInducing(UpdateModel):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__()
-        self.rank = rank
-        self.inducing = inducing
-        self.sigma = sigma
-        self.scale = scale
-        self.conditional = conditional
-        self.lambda_init = lambda_init
-        self.noise_init = noise_init
-        self.check_choice("conditional", ("deterministic", "exact", "scaled"))
-        self.check_choice("scale", ("learned", "fixed"))
         if not 0 < lambda_init < _LAMBDA_MAX:
             raise ConfigurationError(
                 f"lambda_init={lambda_init!r} must be between 0 and {_LAMBDA_MAX}."

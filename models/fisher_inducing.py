@@ -1,6 +1,5 @@
 """Inducing directions along which the network's own gradients lie."""
 
-import warnings
 from typing import ClassVar, Literal
 
 import torch
@@ -75,11 +74,6 @@ class FisherInducing(UpdateModel):
         core: Core = "normal",
     ) -> None:
         super().__init__()
-        self.rank = rank
-        self.sigma = sigma
-        self.scale = scale
-        self.core = core
-        self.check_choice("scale", ("learned", "fixed"))
         self.check_positive("rank", "sigma")
         check_core(core)
 
@@ -109,13 +103,7 @@ class FisherInducing(UpdateModel):
         """Samples ``V``; the update has ``A = Z_c``, ``core = sigma V``, ``B = Z_r^T``."""
         if torch.is_grad_enabled() and not self._asked:
             self._asked = True  # once: a look at a graphics card takes time
-            if not self.informed:
-                warnings.warn(
-                    f"group {self.group.name!r}: the directions of FisherInducing are random as "
-                    "yet. Before a loop of your own call pyro_blora.inference.inform(blora, train, "
-                    "collate=...), as pyro_blora.fit does.",
-                    stacklevel=2,
-                )
+            self.warn_unless_informed()
         with self.plate():
             V = sample_core(self, self.core, self.gradient_ranks)
         sigma = self.sigma_[..., None, None] if self.scale == "learned" else self.sigma

@@ -55,11 +55,6 @@ class GaussianFactors(UpdateModel):
         alpha: float | None = None,
     ) -> None:
         super().__init__()
-        self.rank = rank
-        self.random = random
-        self.sigma = sigma
-        self.alpha = alpha
-        self.check_choice("random", ("A", "B", "both"))
         self.check_positive("rank", "sigma", *(() if alpha is None else ("alpha",)))
 
     def setup(self, group: LayerGroup) -> None:

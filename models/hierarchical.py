@@ -52,7 +52,6 @@ class Hierarchical(KroneckerInducing):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__(rank=rank, sigma=sigma, scale="fixed", core=core, noise_init=noise_init)
-        self.spread = spread
         self.check_positive("spread")
 
     def layer_scale(self) -> Tensor:

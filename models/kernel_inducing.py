@@ -91,11 +91,6 @@ class KernelInducing(KroneckerInducing):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__(rank=rank, sigma=sigma, core=core, noise_init=noise_init)
-        # Past the module, which would track their parameters
-        self.__dict__.update(row_kernel=row_kernel, col_kernel=col_kernel)
-        self.embedding = embedding
-        self.embedding_size = embedding_size
-        self.check_choice("embedding", ("learned", "one-hot"))
         self.check_positive("embedding_size")
         for kernel in (row_kernel, col_kernel):
             if isinstance(kernel, str) and kernel not in KERNELS:

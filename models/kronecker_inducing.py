@@ -8,6 +8,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._core_density import Core, check_core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.quantized import dense_weight
@@ -107,17 +108,6 @@ class KroneckerInducing(UpdateModel):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__()
-        self.rank = rank
-        self.sigma = sigma
-        self.scale = scale
-        self.core = core
-        self.conditional = conditional
-        self.lambda_init = lambda_init
-        self.noise = noise
-        self.noise_init = noise_init
-        self.check_choice("conditional", ("deterministic", "exact", "scaled"))
-        self.check_choice("noise", ("marginal", "joint"))
-        self.check_choice("scale", ("learned", "fixed"))
         self.check_positive("rank", "lambda_init", "noise_init")
         if sigma is not None:
             self.check_positive("sigma")
@@ -203,4 +193,9 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
         size = torch.ones(()) if weight.is_meta else torch.linalg.vector_norm(weight)
         sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
     found = torch.stack(sizes)
+    if (~found.isfinite()).any():
+        name = group.module_names[int(found.isfinite().long().argmin())]
+        raise ConfigurationError(
+            f"The weight of {name} must be finite, got NaN or infinity; load the network anew."
+        )
     return 0.2 * torch.where(found > 0, found, 1.0)

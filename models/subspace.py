@@ -40,8 +40,6 @@ class Subspace(UpdateModel):
 
     def __init__(self, *, rank: int = 8, sigma: float = 1.0) -> None:
         super().__init__()
-        self.rank = rank
-        self.sigma = sigma
         self.check_positive("rank", "sigma")
 
     def setup(self, group: LayerGroup) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.errors import CheckpointError, ConfigurationError, near_miss
+from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
@@ -21,9 +21,14 @@ from pyro_blora.methods import METHODS, Method, get_method, method_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
-from pyro_blora.options import check_kind
+from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior import predictive
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
+from pyro_blora.posterior.bayesian_lora_model import (
+    LOCK,
+    BayesianLoRAModel,
+    one_at_a_time,
+    to_device,
+)
 from pyro_blora.posterior.guide import (
     GuideFactory,
     OwnTensors,
@@ -89,8 +94,8 @@ class BayesianLoRA(PyroModule):
     """
 
     guide: Any
-    _shared: dict[str, Self]
 
+    @one_at_a_time
     def __init__(
         self,
         net: nn.Module,
@@ -174,33 +179,31 @@ class BayesianLoRA(PyroModule):
 
     def train(self, mode: bool = True) -> Self:
         """Puts the network into this mode, too, and so does ``eval()``."""
-        if self.active_adapter is not None:  # else it is somebody else's
+        if self.model.adapters:  # else it is somebody else's
             self.net.train(mode)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``to``, ``cuda``, ``half`` and the like move the network, too, with all its adapters."""
+        """``to``, ``cuda``, ``half`` and the like move the network, too."""
 
         def moved(tensor: Tensor) -> Tensor:
             to = fn(tensor)  # in single precision at least: a Cholesky factor has no half
             kept = torch.promote_types(to.dtype, torch.float32)
             return tensor.to(to.device, kept) if tensor.is_floating_point() else to
 
-        if self.active_adapter is not None:
+        if self.model.adapters:
             self.net._apply(fn)
-        for each in self._on_net().values():
-            super(BayesianLoRA, each)._apply(moved, recurse)
-        return self
+        return super()._apply(moved, recurse)
 
+    @one_at_a_time
     def unwrap(self) -> nn.Module:
         """Takes the hooks off and gives the network back exactly as it was."""
-        if self.active_adapter is None:  # the network may be another one's by now
-            return self.net
-        for each in self._on_net().values():
-            each.model.detach()
-        self._frozen.thaw()
+        if self.model.adapters:  # else the network may be another one's by now
+            self.model.detach()
+            self._frozen.thaw()
         return self.net
 
+    @one_at_a_time
     def sample_updates(
         self,
         num_samples: int = 0,
@@ -215,16 +218,19 @@ class BayesianLoRA(PyroModule):
         return predictive.sample_updates(self.model, self.guide, num_samples, batch)
 
     @contextmanager
-    def posterior(self, num_samples: int = 0) -> Iterator[nn.Module]:
+    def posterior(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
         """Gives the network, which within runs under draws of U, or with 0 under the mean.
 
         ``num_samples`` draws share out the rows of whatever batch it gets. Conditional noise is
-        drawn anew at every call of a layer; the mean has none.
+        drawn anew at every call of a layer; the mean has none. A posterior that depends on the
+        input is that of ``batch``. Other threads wait.
         """
-        self.model.check_on_network()
-        with self.model.applied(self.sample_updates(num_samples)) as net:
-            yield net
+        with LOCK:
+            self.model.check_on_network()
+            with self.model.applied(self.sample_updates(num_samples, batch)) as net:
+                yield net
 
+    @one_at_a_time
     @torch.no_grad()
     def predict(
         self,
@@ -262,24 +268,33 @@ class BayesianLoRA(PyroModule):
                 f"predict must have a likelihood with classes, got {type(self.likelihood).__name__}"
                 "; use log_predictive(batch), or blora.generate(...)."
             )
-        batch = to_device(batch, self.device)
+        passes = self._logits(batch, num_samples, max_rows, linearized, samples)
+        return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
+
+    def _logits(
+        self,
+        batch: Batch,
+        num_samples: int | None = None,
+        max_rows: int | None = None,
+        linearized: bool | None = None,
+        samples: predictive.Samples | None = None,
+    ) -> Iterator[Tensor]:
+        """The logits of :meth:`predict` before its softmax, ``(draws, B, ..., C)`` a pass."""
         num_samples = self._draws(num_samples)
         if linearized is None:
             linearized = self.method.linearized and samples is None and num_samples > 0
-        if samples is None:
-            warn_of_a_point(self.guide, num_samples)
-        elif linearized:
+        if samples is not None and linearized:
             raise ConfigurationError(
                 "linearized must be False with samples=, got True; leave one of them out."
             )
+        if samples is None:
+            warn_of_a_point(self.model, self.guide, num_samples)
+        batch, parts = to_device(batch, self.device), (self.model, self.guide)
         if linearized:
-            draws = predictive.linearized_logits(self.model, self.guide, batch, num_samples)
-            return Prediction(draws.softmax(-1))
-        passes = predictive.logits_of_draws(
-            self.model, self.guide, batch, num_samples, max_rows, samples
-        )
-        return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
+            return iter([predictive.linearized_logits(*parts, batch, num_samples)])
+        return predictive.logits_of_draws(*parts, batch, num_samples, max_rows, samples)
 
+    @one_at_a_time
     def distill(
         self,
         data: Sequence[Any] | DataLoader[Any],
@@ -342,6 +357,7 @@ class BayesianLoRA(PyroModule):
         predict = partial(self.predict, num_samples=num_samples, linearized=linearized)
         return predict_dataset(predict, data, collate, device=self.device, **options)
 
+    @one_at_a_time
     @torch.no_grad()
     def log_predictive(
         self,
@@ -349,13 +365,16 @@ class BayesianLoRA(PyroModule):
         num_samples: int | None = None,
         *,
         max_rows: int | None = None,
+        linearized: bool | None = None,
         samples: predictive.Samples | None = None,
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; as in :meth:`predict`."""
         batch = to_device(batch, self.device)
-        draws = self._draws(num_samples)
-        return predictive.log_predictive(self.model, self.guide, batch, draws, max_rows, samples)
+        self.likelihood.examples(batch)
+        passes = self._logits(batch, num_samples, max_rows, linearized, samples)
+        return predictive.log_predictive(self.likelihood, batch, passes)
 
+    @one_at_a_time
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -370,17 +389,31 @@ class BayesianLoRA(PyroModule):
         See :func:`pyro_blora.generation.generate`; ``options`` are those of the network's own.
         """
         draws = self._draws(num_samples)
+        if draws:
+            self.check_draws()
         return generate(self.model, self.guide, input_ids, draws, abstain_above, by, **options)
 
     def _draws(self, num_samples: int | None) -> int:
         if num_samples is None:
-            num_samples = self.method.num_samples
-        return 10 if num_samples is None else num_samples
+            num_samples = 10 if self.method.num_samples is None else self.method.num_samples
+        check_count("num_samples", num_samples, 0)
+        return num_samples
 
+    def check_draws(self) -> None:
+        """Raises ConfigurationError where networks under draws are not what the method predicts."""
+        if self.method.linearized:
+            raise ConfigurationError(
+                f"The method {self.method.name!r} averages draws of linearized logits, which are "
+                "those of no network: take num_samples=0, the mean, or a method with "
+                "linearized=False."
+            )
+
+    @one_at_a_time
     def kl(self) -> Tensor | None:
         """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
         return analytic_kl(self.guide, self.model)
 
+    @one_at_a_time
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -403,6 +436,7 @@ class BayesianLoRA(PyroModule):
         return checkpoint.push_to_hub(self, repo_id, private, commit_message, **about)
 
     @classmethod
+    @one_at_a_time
     def from_pretrained(
         cls,
         net: nn.Module | str | os.PathLike[str] | None = None,
@@ -442,6 +476,7 @@ class BayesianLoRA(PyroModule):
         return blora
 
     @classmethod
+    @one_at_a_time
     def from_peft(
         cls,
         net: nn.Module | str | os.PathLike[str] | None = None,
@@ -485,23 +520,26 @@ class BayesianLoRA(PyroModule):
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
         return peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
 
+    @one_at_a_time
     def export_peft(self, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
         """Writes E[dW], or draws, for PEFT; see :func:`pyro_blora.checkpoints.export_peft`."""
-        peft.export_peft(self.model, self.guide, folder, num_samples)
+        peft.export_peft(self, folder, num_samples)
 
+    @one_at_a_time
     def merge_and_unload(self) -> nn.Module:
         """The network with E[dW] and the trained heads in its weights; the posterior is gone."""
         return peft.merge_and_unload(self)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within, the network runs as it was, with its own heads."""
+        """Within, the network runs as it was, with its own heads; other threads wait."""
         model = self.model
-        before, model.enabled = model.enabled, False
-        try:
-            yield
-        finally:
-            model.enabled = before
+        with LOCK:
+            before, model.enabled = model.enabled, False
+            try:
+                yield
+            finally:
+                model.enabled = before
 
     def print_trainable_parameters(self) -> None:
         """Prints how many numbers are trained, in PEFT's words."""
@@ -511,37 +549,6 @@ class BayesianLoRA(PyroModule):
             f"trainable params: {trained:,d} || all params: {both:,d} || "
             f"trainable%: {100 * trained / both:.4f}"
         )
-
-    @property
-    def active_adapter(self) -> str | None:
-        """The name of the adapter on the network; ``None`` after :meth:`unwrap`."""
-        return next((name for name, each in self._on_net().items() if each.model.adapters), None)
-
-    def add_adapter(self, name: str, **options: Any) -> Self:
-        """A second adapter for the same network, which :meth:`set_adapter` puts on in turn.
-
-        It has a prior, a guide and files of its own; ``options`` are the constructor's. Until it
-        is set, this one, which is called ``"default"``, stays on the network.
-        """
-        return self._add(name, lambda: type(self)(self.net, **options))
-
-    def load_adapter(self, folder: str | os.PathLike[str], name: str, **options: Any) -> Self:
-        """As :meth:`add_adapter`, of a saved one; ``options`` are those of ``from_pretrained``."""
-        return self._add(name, lambda: type(self).from_pretrained(self.net, folder, **options))
-
-    def set_adapter(self, name: str) -> Self:
-        """Puts the adapter of that name on the network and gives it; the other one rests."""
-        chosen = self._known(name)
-        for each in self._on_net().values():
-            each.model.detach()
-        chosen.model.attach()
-        return chosen
-
-    def delete_adapter(self, name: str) -> None:
-        """Forgets an adapter that is not on the network."""
-        if self._known(name).model.adapters:
-            raise ConfigurationError(f"adapter {name!r} is active; set another one first.")
-        del self._on_net()[name]
 
     @property
     def config(self) -> Any:
@@ -555,36 +562,8 @@ class BayesianLoRA(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network puts out under the posterior mean."""
-        with self.posterior() as net:
+        with self.posterior(batch=kwargs) as net:
             return net(*args, **kwargs)
-
-    def _on_net(self) -> dict[str, Self]:
-        """All adapters for the network by name, shared by them; this one alone at first."""
-        if "_shared" not in vars(self):
-            self._shared = {"default": self}
-        return self._shared
-
-    def _known(self, name: str) -> Self:
-        known = self._on_net()
-        if name not in known:
-            raise ConfigurationError(f"adapter {name!r} is unknown; {near_miss(name, known)}.")
-        return known[name]
-
-    def _add(self, name: str, make: Callable[[], Self]) -> Self:
-        known, active = self._on_net(), self.active_adapter
-        if active is None:
-            raise ConfigurationError("The network has been unwrapped; wrap it anew to go on.")
-        if name in known:
-            raise ConfigurationError(f"adapter {name!r} is there already; choose another name.")
-        known[active].model.detach()
-        try:
-            other = make()
-            other.model.detach()
-        finally:
-            known[active].model.attach()
-        # what the network was before any of them
-        other._frozen, other._shared, known[name] = self._frozen, known, other
-        return other
 
     def __repr__(self) -> str:
         family = self.guide_family

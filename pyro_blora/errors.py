@@ -1,7 +1,8 @@
 """The exceptions of this library; each says what was given, what was expected and the fix."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
@@ -16,6 +17,20 @@ def near_miss(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def readable(where: object) -> Iterator[None]:
+    """Within, what a file says is looked up; where it does not say so, the error is one line."""
+    try:
+        yield
+    except (ConfigurationError, CheckpointError):
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where} cannot be used ({type(error).__name__}: {first_line(error)}): it was edited, "
+            "is of another version, or does not fit a class of your own. Write it anew."
+        ) from error
 
 
 class ConfigurationError(ValueError):

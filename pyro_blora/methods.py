@@ -2,15 +2,13 @@
 
 ``BayesianLoRA(net)`` is ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` and every
 command take a name of this table, or a pair of class names: ``"Subspace+FullRank"``,
-``"my_module:MyPrior+MeanField"``. Packages may add methods through the entry-point group
-``pyro_blora.methods``; each entry is a :class:`Method`. The records import nothing heavy.
+``"my_module:MyPrior+MeanField"``. The records import nothing heavy.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pyro_blora.errors import ConfigurationError, near_miss
@@ -41,7 +39,6 @@ class Method:
         prior: the prior's class: a name of ``pyro_blora.models``, or ``module:Class``.
         guide: the guide's class, likewise of ``pyro_blora.guides``.
         citation: authors, year, title or venue, arXiv number.
-        summary: what it is, in a line.
         prior_options: of the prior's constructor, besides the rank.
         guide_options: of the guide's constructor.
         rank: what suits it where none is given. Default: 8.
@@ -57,14 +54,13 @@ class Method:
     Example::
 
         get_method("laplace-lora").linearized  # as published
-        Method("mine", "my_module:MyPrior", "MeanField", "", "a prior of my own", rank=4)
+        Method("mine", "my_module:MyPrior", "MeanField", rank=4)
     """
 
     name: str
     prior: str
     guide: str
-    citation: str
-    summary: str
+    citation: str = ""
     prior_options: Mapping[str, Any] = field(default_factory=dict)
     guide_options: Mapping[str, Any] = field(default_factory=dict)
     rank: int = 8
@@ -99,7 +95,6 @@ _KNOWN = (
         "KroneckerInducing",
         "MatrixNormal",
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (begun narrow, its width the weight's)",
-        "one inducing matrix for each weight, matrix normal posterior",
         scale="learned",
         point_epochs=_POINT_EPOCHS,
     ),
@@ -108,7 +103,6 @@ _KNOWN = (
         "FisherInducing",
         "MatrixNormal",
         "this library; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
-        "a core between the top directions of the network's own gradients, from the prior on",
         rank=32,
         scale="learned",
         point_epochs=_POINT_EPOCHS,
@@ -118,7 +112,6 @@ _KNOWN = (
         "GaussianFactors",
         "Delta",
         "Hu et al. 2021, LoRA, arXiv:2106.09685",
-        "maximum likelihood: a point estimate under a prior too wide to be felt",
         prior_options={"random": "both", "sigma": 1e4},
         learning_rates={**_LORA_RATES, "mean": 5e-4},
         num_samples=0,
@@ -128,7 +121,6 @@ _KNOWN = (
         "KroneckerInducing",
         "Delta",
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
-        "the posterior's mode under the Kronecker prior",
         scale="learned",
         num_samples=0,
     ),
@@ -137,7 +129,6 @@ _KNOWN = (
         "FactorInducing",
         "MeanField",
         "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (as its code reads it)",
-        "an inducing matrix for each LoRA factor, conditional noise with a capped lambda",
         prior_options={"conditional": "scaled"},
         guide_options={"init_scale": 0.1},
         learning_rates=_SLOWER,
@@ -147,7 +138,6 @@ _KNOWN = (
         "KroneckerInducing",
         "MeanField",
         "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
-        "the Kronecker prior with independent normals",
         scale="learned",
         point_epochs=_POINT_EPOCHS,
     ),
@@ -156,7 +146,6 @@ _KNOWN = (
         "GaussianFactors",
         "MeanField",
         "Wang et al. 2024, BLoB, arXiv:2406.11675",
-        "A random with independent normals, B a point",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},  # BLoB's eps = 0.05: s = eps^2
         learning_rates=_LORA_RATES,
@@ -166,7 +155,6 @@ _KNOWN = (
         "GaussianFactors",
         "Amortized",
         "Rahmati et al. 2025, C-LoRA, arXiv:2505.17773",
-        "A random with a width that depends on the example, B a point",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},
         learning_rates=_LORA_RATES,
@@ -176,7 +164,6 @@ _KNOWN = (
         "Subspace",
         "MeanField",
         "Samplawski et al. 2025, ScalaBL, arXiv:2506.21408",
-        "r random numbers for each weight between learned factors",
         guide_options={"init_scale": 0.1},
         learning_rates={**_SLOWER, "direction": 1e-3},
     ),
@@ -185,7 +172,6 @@ _KNOWN = (
         "SpectralInducing",
         "FullRank",
         "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
-        "a random core between the weight's singular directions, full covariance (paper: SWAG)",
         guide_options={"init_scale": 0.1},
         learning_rates=_SLOWER,
     ),
@@ -194,7 +180,6 @@ _KNOWN = (
         "GaussianFactors",
         "Laplace",
         "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
-        "curvature around a trained LoRA, prior precision by the marginal likelihood",
         prior_options={"random": "both", "sigma": 1.0},
         learning_rates=_LORA_RATES,
         linearized=True,
@@ -204,7 +189,6 @@ _KNOWN = (
         "GaussianFactors",
         "Isotropic",
         "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
-        "the widest isotropic noise that the loss of a trained LoRA allows (paper: after an SVD)",
         prior_options={"random": "A", "sigma": 1.0},
         learning_rates=_LORA_RATES,
     ),
@@ -213,7 +197,6 @@ _KNOWN = (
         "GaussianFactors",
         "Ensemble",
         "Wang et al. 2023, LoRA ensembles, arXiv:2310.00035",
-        "five LoRAs side by side",
         prior_options={"random": "both", "sigma": 1.0},
         guide_options={"spread": 0.01},  # so little that every member starts at the network itself
         learning_rates=_LORA_RATES,
@@ -225,26 +208,14 @@ METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 # What a comparison shows of a method's training, besides its last step
 BEST = "lora-best"
 SHOWN = {
-    BEST: ("lora at its best validation step", "early stopping"),
-    "temperature": (
-        "another method's log-probabilities scaled on validation items: temperature:NAME",
-        "Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599",
-    ),
-    "distilled": (
-        "one pass at another method's mean, its temperature from the draws: distilled:NAME",
-        "this library; after Vejendla et al. 2025, arXiv:2505.11731",
-    ),
+    BEST: "lora at its best validation step",
+    "temperature": "another's log-probabilities scaled on validation items: temperature:NAME",
+    "distilled": "one pass at another's mean, its temperature from the draws: distilled:NAME",
 }
 
 
-def all_methods() -> dict[str, Method]:
-    """The library's methods and those of installed packages, by name."""
-    found = {entry.name: entry.load() for entry in entry_points(group="pyro_blora.methods")}
-    return {**found, **METHODS}
-
-
 def get_method(name: str) -> Method:
-    """A method by its name in :func:`all_methods`, or by ``"PRIOR+GUIDE"``.
+    """A method by its name in :data:`METHODS`, or by ``"PRIOR+GUIDE"``.
 
     These are class names of ``pyro_blora.models`` and ``pyro_blora.guides``, or ``module:Class``.
 
@@ -255,23 +226,22 @@ def get_method(name: str) -> Method:
         >>> get_method("Subspace+FullRank").prior_of(4)
         Subspace(rank=4)
     """
-    known = all_methods()
-    if name in known:
-        return known[name]
+    if name in METHODS:
+        return METHODS[name]
     if "+" in name:
         left, _, right = name.partition("+")
         usual = method_of(_class(left, "prior"), _class(right, "guide"))
-        pair = Method(name, left, right, citation="", summary=f"{left} with {right}")
+        pair = Method(name, left, right)
         num_samples = 0 if right.rpartition(":")[2] == "Delta" else None
         kept = ("rank", "learning_rates", "point_epochs", "linearized")
         own = {each: getattr(usual, each) for each in kept}
         return replace(pair, scale="learned", num_samples=num_samples, **own)
     if name in SHOWN:
         raise ConfigurationError(
-            f"{name} is no prior beside a guide ({SHOWN[name][0]}); `pyro-blora compare` has it."
+            f"{name} is no prior beside a guide ({SHOWN[name]}); `pyro-blora compare` has it."
         )
     raise ConfigurationError(
-        f"method {name!r} is unknown; {near_miss(name, known)}. Or give a prior and a guide: "
+        f"method {name!r} is unknown; {near_miss(name, METHODS)}. Or give a prior and a guide: "
         "KroneckerInducing+MeanField."
     )
 
@@ -289,7 +259,7 @@ def method_of(prior: Any, guide: Any = None) -> Method:
             for c, here in zip(made.__mro__, own, strict=True)
         ]
 
-    known = {**METHODS, **all_methods()}.values()
+    known = METHODS.values()
     found = [k for n in names(prior, "pyro_blora.models") for k in known if k.prior == n]
     own = [] if guide is None else names(guide, "pyro_blora.guides")
     found.sort(key=lambda each: (each.guide not in own, each.guide == "Delta"))

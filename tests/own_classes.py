@@ -20,7 +20,6 @@ class Plain(UpdateModel):
 
     def __init__(self, *, rank: int = 2) -> None:
         super().__init__()
-        self.rank = rank
 
     def setup(self, group):
         self.A = PyroParam(self.randn(group.n, self.rank, group.d_in) / group.d_in**0.5)

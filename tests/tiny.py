@@ -1,6 +1,7 @@
 """Transformers of a few thousand weights, made from their configurations, and batches for them."""
 
 import inspect
+from pathlib import Path
 
 import pyro
 import torch
@@ -220,6 +221,11 @@ def _smallest(package, contract):
     kinds = {n: k for n, k in kinds.items() if issubclass(k, contract) and k is not contract}
     ranked = {n for n, k in kinds.items() if "rank" in inspect.signature(k).parameters}
     return {n: kind(rank=2) if n in ranked else kind() for n, kind in kinds.items()}
+
+
+def written(folder):
+    """The names in a folder, but for the manifest of what the library wrote there."""
+    return {path.name for path in Path(folder).iterdir()} - {".pyro_blora.json"}
 
 
 def trained(blora):

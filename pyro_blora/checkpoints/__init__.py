@@ -7,12 +7,19 @@ from pyro_blora.checkpoints.checkpoint import (
     read_config,
     read_pretrained,
     save_pretrained,
-    write_atomically,
 )
-from pyro_blora.checkpoints.peft import PeftAdapter, export_peft, read_peft
+from pyro_blora.checkpoints.peft import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PeftAdapter,
+    export_peft,
+    read_peft,
+)
 
 __all__ = [
     "CONFIG",
+    "PEFT_CONFIG",
+    "PEFT_WEIGHTS",
     "WEIGHTS",
     "PeftAdapter",
     "Saved",
@@ -21,5 +28,4 @@ __all__ = [
     "read_peft",
     "read_pretrained",
     "save_pretrained",
-    "write_atomically",
 ]

@@ -1,9 +1,11 @@
 """The model card of an adapter: what it is, what it was trained on, and how to load it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 from pyro_blora.likelihoods import CausalLM, LabelTokens, Likelihood, MultipleChoice
 
@@ -31,86 +33,32 @@ def model_card(config: Mapping[str, Any], blora: Any, *, place: str) -> str:
         "training examples": "" if data is None else f"{data:,}",
         **config["notes"],
     }
-    table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v != "")
-    net = "" if base else "net, "
-    wrap = "" if base else f"net = ...  # the {kind} that it was trained on\n"
-    return f"""---
-{header.to_yaml()}
----
-
-# A Bayesian LoRA adapter
-
-Its low-rank updates are random, so that it says how sure it is: `predict` averages over draws of
-its posterior.
-
-| | |
-|---|---|
-{table}
-
-```python
-from pyro_blora import BayesianLoRA
-
-{wrap}blora = BayesianLoRA.from_pretrained({net}"{place}")
-prediction = blora.predict(batch)  # .probs, .entropy, .mutual_information
-```
-
-`bayesian_lora.safetensors` has its tensors, and in its header how to rebuild it, of which
-`bayesian_lora_config.json` is a copy; nothing is unpickled.
-"""
+    told = {"header": header.to_yaml(), "rows": {k: _cell(v) for k, v in rows.items() if v != ""}}
+    return _page("card.md", told | {"base": base, "kind": kind, "place": place})
 
 
-def program_of_use(
+def _page(template: str, told: Mapping[str, Any]) -> str:
+    page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    source = Path(__file__).with_name(template).read_text("utf-8")
+    return page.from_string(source).render(told)
+
+
+def page_of_use(
     likelihood: Likelihood, temperature: float, base: str | None, classifies: bool
 ) -> tuple[dict[str, Any], str]:
     """The numbers that make probabilities of an exported adapter's logits, and how in Python."""
     found: dict[str, Any] = {"temperature": temperature}
-    kind = f"AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}"
-    program = f"""import torch
-from peft import PeftModel
-from transformers import AutoTokenizer, {kind}
-
-base = {base!r}  # a hub id or a folder
-tokenizer = AutoTokenizer.from_pretrained(base)
-net = {kind}.from_pretrained(base, dtype=torch.float32)
-"""
-    if base == "smollm2" and not classifies:
-        program = """import torch
-from peft import PeftModel
-from pyro_blora import load_pretrained
-
-net, tokenizer = load_pretrained("smollm2")
-"""
-    program += """net = PeftModel.from_pretrained(net, ".").eval()  # this folder
-prompt = "Question: ...\\nAnswer:"  # as in training
-ids = tokenizer(prompt)["input_ids"]
-"""
-    if not classifies:
-        program += """while ids[-1] == tokenizer.eos_token_id:  # the answer goes on from the prompt
-    ids.pop()
-"""
+    kind = "classes"
     if isinstance(likelihood, MultipleChoice):
         learned = likelihood.scale == "learned"
         slope = float(likelihood.score_slope.detach().abs()) if learned else 1.0
-        found = {"scale": slope / temperature, "score": likelihood.score}
-        program += f"""options, scores = [" ...", " ..."], []
-for option in options:
-    answer = tokenizer(option, add_special_tokens=False)["input_ids"]
-    logp = net(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
-    places = range(len(ids) - 1, len(ids) + len(answer) - 1)
-    scores.append(logp[places, answer].{likelihood.score}())
-probs = ({found["scale"]!r} * torch.stack(scores)).softmax(-1)"""
-        return found, program
-    if isinstance(likelihood, CausalLM):
-        found["in"] = "generation_config.json"
-        options = f'"do_sample": True, "temperature": {temperature!r}, "top_k": 0'
-        program += f"""options = {{"max_new_tokens": 20, {options}}}
-print(tokenizer.decode(net.generate(input_ids=torch.tensor([ids]), **options)[0]))"""
-        return found, program
-    logits = "net(input_ids=torch.tensor([ids])).logits"
-    if isinstance(likelihood, LabelTokens):
-        found["token_ids"] = list(likelihood.token_ids)
-        logits += f"[:, -1, {found['token_ids']}]"
-    return found, f"{program}probs = ({logits} / {temperature!r}).softmax(-1)"
+        kind, found = "options", {"scale": slope / temperature, "score": likelihood.score}
+    elif isinstance(likelihood, CausalLM):
+        kind, found["in"] = "text", "generation_config.json"
+    elif isinstance(likelihood, LabelTokens):
+        kind, found["token_ids"] = "tokens", list(likelihood.token_ids)
+    told = {"base": base, "classifies": classifies, "kind": kind, "temperature": temperature}
+    return found, _page("use.md", told | found)
 
 
 def figures_of(result: Any, data: int | None) -> dict[str, str]:

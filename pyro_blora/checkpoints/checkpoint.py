@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,8 @@ import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, figures_of, model_card
-from pyro_blora.errors import CheckpointError, first_line
+from pyro_blora.errors import CheckpointError, first_line, readable
+from pyro_blora.files import check_free, own_files, remove_own, write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
@@ -55,8 +56,8 @@ def save_pretrained(
     """Writes a ``BayesianLoRA``: its tensors, how to rebuild it, and a model card.
 
     The base is not saved, but its name on the hub and a few numbers by which its weights are known
-    again. A kill at any moment leaves the old adapter or the new one, and a
-    ``README.md`` of your own stays.
+    again. A kill at any moment leaves the old adapter or the new one. Files of your own stay, and
+    where one has a name that is needed here, nothing is written.
 
     Args:
         blora: the adapter.
@@ -66,6 +67,8 @@ def save_pretrained(
         place: what the card says to load.
     """
     folder, model = Path(folder), blora.model
+    start_guide(blora.guide)
+    check_free(folder, WEIGHTS, CONFIG)
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
     notes = {**figures, **(notes or {}), **figures}  # first in the card, and they win
     heads = [name_in_base(name) for name in model.trained_heads.names]
@@ -85,22 +88,21 @@ def save_pretrained(
     read_store(blora)
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
     write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    page = model_card(config, blora, place=place)
-    write_page(folder, page, "save_pretrained")
+    write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_page(folder, model_card(config, blora, place=place), "save_pretrained")
 
 
 def write_page(folder: Path, page: str, writer: str) -> None:
-    """Writes ``README.md``, or takes it away if empty, unless it is another's."""
+    """Writes ``README.md``, or takes it away if empty, unless it is another's by now."""
     card, mark = folder / CARD, MARK.format(writer)
-    if card.exists() and mark not in card.read_text(encoding="utf-8", errors="replace"):
-        return
-    if not page:
-        card.unlink(missing_ok=True)
+    if os.path.lexists(card):
+        own = CARD in own_files(folder) and mark in card.read_text("utf-8", errors="replace")
+        if not own:
+            return
+    if page:
+        write_file(card, f"{page}\n{mark}\n")
     else:
-        text = f"{page}\n{mark}\n"
-        write_atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
+        remove_own(folder, [CARD])
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,17 @@ class Saved:
     options: dict[str, Any]
     tensors: dict[str, Tensor]
     folder: Path
+    foreign: tuple[str, ...] = ()  # parts of names of tensors that stay as they are
 
     def load_into(self, blora: Any) -> None:
         """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes."""
-        start_guide(blora.guide, None, alone=True)
-        own, tensors = blora.state_dict(), {"model.temperature": torch.ones(()), **self.tensors}
-        if not any(".likelihood." in name for name in tensors):  # another one's are left out
-            tensors |= {n: t for n, t in own.items() if ".likelihood." in n}
+        # AutoGaussian has a column for each of the examples that it began with, or for fewer
+        columns = (t.shape[-1] for n, t in self.tensors.items() if ".prec_sqrts.labels" in n)
+        start_guide(blora.guide, examples=next(columns, 1))
+        own, tensors = blora.state_dict(), dict(self.tensors)
+        for part in self.foreign:
+            tensors = {n: t for n, t in tensors.items() if part not in n}
+            tensors |= {n: t for n, t in own.items() if part in n}
         # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
         for name in [n for n in tensors if f"{n}_unconstrained" in own]:
             parent, _, last = name.rpartition(".")
@@ -158,57 +164,52 @@ def read_pretrained(
         trust_remote_code: whether a class that is not of this library may be imported by its name.
     """
     folder = fetched(folder, WEIGHTS, "adapter_config.json")  # the second for a hint
-    config, tensors = _read(folder)
-    kind, base = config["base"], config["base_model"] or "another network"
-    if net is None and not config["base_model"]:
-        raise CheckpointError(
-            f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass it: "
-            f"BayesianLoRA.from_pretrained(net, {str(folder)!r})."
-        )
-    if net is None:
-        dtype = getattr(torch, kind.get("dtype", "float32"))
-        net = load_network(base, num_labels=kind.get("num_labels"), dtype=dtype)
-    told = f"{folder} is an adapter for {base!r}"
-    layers = names_in(net, config["layers"], told)
-    heads = names_in(net, dict.fromkeys(config["modules_to_save"]), told)
-    prints = {n.removeprefix(_OF_BASE): t for n, t in tensors.items() if n.startswith(_OF_BASE)}
-    others = altered(net, prints)
-    if others:
-        warnings.warn(
-            f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
-            f"those the adapter was trained on, among them {others[0]}; its predictions will be "
-            f"others. Load {base}, unaltered.",
-            stacklevel=3,
-        )
     given = {"prior": prior, "guide": guide, "likelihood": likelihood}
-    parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
-    if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
-        its = (".likelihood.", "model.temperature")  # another's
-        tensors = {n: t for n, t in tensors.items() if not any(part in n for part in its)}
-    options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
-    options["target_modules"] = "|".join(map(re.escape, layers))
-    return Saved(net, options, tensors, folder)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside ``path`` and moves into place, so that no half-written file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    config, tensors = _read(folder)
+    with readable(folder / WEIGHTS):
+        kind, base = config["base"], config["base_model"]
+        dtype, classes = getattr(torch, kind.get("dtype", "float32")), kind.get("num_labels")
+        unnamed = (
+            f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass"
+        )
+    if net is None and not base:
+        raise CheckpointError(f"{unnamed} it: BayesianLoRA.from_pretrained(net, {str(folder)!r}).")
+    if net is None:
+        net = load_network(base, num_labels=classes, dtype=dtype)
+    with readable(folder / WEIGHTS):
+        base = base or "another network"
+        told = f"{folder} is an adapter for {base!r}"
+        layers = names_in(net, config["layers"], told)
+        heads = names_in(net, dict.fromkeys(config["modules_to_save"]), told)
+        prints = {n.removeprefix(_OF_BASE): t for n, t in tensors.items() if n.startswith(_OF_BASE)}
+        others = altered(net, prints)
+        if others:
+            warnings.warn(
+                f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
+                f"those the adapter was trained on, among them {others[0]}; its predictions will "
+                f"be others. Load {base}, unaltered.",
+                stacklevel=4,
+            )
+        parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
+        foreign: tuple[str, ...] = ()
+        if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
+            foreign = (".likelihood.", "model.temperature")  # another's
+        elif isinstance(given["likelihood"], nn.Module) and not any(
+            ".likelihood." in n for n in tensors
+        ):
+            foreign = (".likelihood.",)  # one of this class that learned nothing was saved
+        options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
+        options["target_modules"] = "|".join(map(re.escape, layers))
+        return Saved(net, options, tensors, folder, foreign)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """A safetensors file, whole or not at all."""
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    dense = {"memory_format": torch.contiguous_format}  # and none that shares memory
+    flat = {name: tensor.detach().cpu().clone(**dense) for name, tensor in tensors.items()}
     header = {"format": "pt", **header}
-    write_atomically(path, lambda place: save_file(flat, place, metadata=header))
+    write_file(path, lambda place: save_file(flat, place, metadata=header))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -236,7 +237,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header, tensors = read_tensors(path)
     if _HEADER not in header:
         raise CheckpointError(f"{path} must have a configuration in its header, got none.")
-    return json.loads(header[_HEADER]), tensors
+    with readable(path):
+        return dict(json.loads(header[_HEADER])), tensors
 
 
 def fetched(source: str | os.PathLike[str], *files: str) -> Path:

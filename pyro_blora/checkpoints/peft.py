@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.card import program_of_use
+from pyro_blora.checkpoints.card import page_of_use
 from pyro_blora.checkpoints.checkpoint import (
     fetched,
     names_in,
     read_tensors,
-    write_atomically,
     write_page,
     write_tensors,
 )
-from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.guides import SiteGuide
+from pyro_blora.errors import CheckpointError, ConfigurationError, readable
+from pyro_blora.files import check_free, claim, own_files, remove_own, write_file
 from pyro_blora.likelihoods import (
     LabelTokens,
     MultipleChoice,
@@ -40,12 +39,14 @@ from pyro_blora.network.targets import (
     matches,
     name_in_base,
 )
+from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
+from pyro_blora.posterior.guide import start_guide
+from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates, sample_updates
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NUMBERS = "one_pass.json"
+_NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"
 # What makes of a LoRA something else than ``W0 + s B A``
 _VARIANTS = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication"),
@@ -119,7 +120,9 @@ class PeftAdapter:
         """Puts the trained heads in, and checks that the posterior mean is the adapter."""
         for name, tensor in model.trained_heads.tensors().items():
             tensor.copy_(self.others[name])
-        for group, update in sample_updates(model, guide, 0).items():
+        start_guide(guide)
+        # an amortized mean, too, is there for any input at the start
+        for group, update in mean_updates(model, guide).items():
             names = next(g.module_names for g in model.groups if g.name == group)
             for name, layer in zip(names, update.layers(), strict=True):
                 B, A = (f.to(layer.A) for f in self.factors[name])
@@ -146,34 +149,35 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
     """
     read = _of_model if isinstance(source, nn.Module) else _of_folder
     config, tensors, scales, where = read(source)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if found and tensor.dim() == 2:
-            pairs.setdefault(found[1], {})[found[2]] = tensor.detach()
-        elif "lora_" in key or not key.startswith(PEFT_PREFIX):
-            raise ConfigurationError(
-                f"{where} has {key} of {tuple(tensor.shape)}, which a plain LoRA of linear layers "
-                "has not; only such adapters can be a start."
-            )
-        else:
-            others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
-    factors = {}
-    for name, pair in pairs.items():
-        scale = scales.get(name, _scaling(config, name, len(pair["A"])))
-        factors[name] = pair["B"].float() * scale, pair["A"]
-    if not factors:
-        raise CheckpointError(f"{where} has no lora_A and lora_B; is it a PEFT adapter?")
-    task = config.get("task_type")
-    return PeftAdapter(
-        factors=factors,
-        others=others,
-        modules_to_save=config.get("modules_to_save") or (),
-        base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
-        task=None if task is None else str(getattr(task, "value", task)),
-        where=where,
-    )
+    with readable(where):
+        pairs: dict[str, dict[str, Tensor]] = {}
+        others = {}
+        for key, tensor in tensors.items():
+            found = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+            if found and tensor.dim() == 2:
+                pairs.setdefault(found[1], {})[found[2]] = tensor.detach()
+            elif "lora_" in key or not key.startswith(PEFT_PREFIX):
+                raise ConfigurationError(
+                    f"{where} has {key} of {tuple(tensor.shape)}, which a plain LoRA of linear "
+                    "layers has not; only such adapters can be a start."
+                )
+            else:
+                others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
+        factors = {}
+        for name, pair in pairs.items():
+            scale = scales.get(name, _scaling(config, name, len(pair["A"])))
+            factors[name] = pair["B"].float() * scale, pair["A"]
+        if not factors:
+            raise CheckpointError(f"{where} has no lora_A and lora_B; is it a PEFT adapter?")
+        task = config.get("task_type")
+        return PeftAdapter(
+            factors=factors,
+            others=others,
+            modules_to_save=config.get("modules_to_save") or (),
+            base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
+            task=None if task is None else str(getattr(task, "value", task)),
+            where=where,
+        )
 
 
 # Configuration, tensors, the scalings in force where it is in memory, and its name in a message
@@ -188,7 +192,8 @@ def _of_folder(source: Any) -> _Source:
                 f"{folder} has no {name}; give a folder that PEFT wrote, or the hub id of one. A "
                 "pickle is not read: load adapter_model.bin by PEFT, and save it again."
             )
-    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    with readable(folder / PEFT_CONFIG):
+        config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
     _check_plain(config, str(folder))
     return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
 
@@ -257,11 +262,6 @@ def from_peft(
         place = _unloaded(net)
     else:
         place = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
-    if not isinstance(guide, SiteGuide | Mapping | None):
-        raise ConfigurationError(
-            f"guide={guide!r} cannot start at a given adapter; take a family of "
-            "pyro_blora.guides, such as MatrixNormal()."
-        )
     if likelihood is None and adapter.task == "SEQ_CLS":
         likelihood = SequenceClassification()
     with place as found:
@@ -304,68 +304,79 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
         raise
 
 
-def export_peft(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
-    folder: str | os.PathLike[str],
-    num_samples: int = 0,
-) -> None:
+def export_peft(blora: Any, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
     """Writes the posterior mean as a LoRA, or draws as one each, and the heads trained as points.
 
     The heads are PEFT's ``modules_to_save``. Of a ``PeftModel`` that was adapted, its own adapter
     is not written: merge it into the base first. The temperature of :meth:`BayesianLoRA.distill`
     is in the trained head's weights; else in ``one_pass.json``, with a program that applies it in
-    ``README.md``; for text in ``generation_config.json``.
+    ``README.md``; for text in ``generation_config.json``. What an export before has left and this
+    one has not is removed; of files of your own, as in ``save_pretrained``, none is touched.
 
     Args:
-        model: the model.
-        guide: its guide.
+        blora: the adapter.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
         num_samples: 0 for the mean; ``K`` for as many draws, as ``predict`` takes them, in
             ``folder/0`` to ``folder/K-1``. The mean of the ``K`` probabilities that they give is
             the posterior predictive.
     """
-    if num_samples < 0:
-        raise ConfigurationError(f"num_samples={num_samples} must be a number of draws, or 0.")
-    loras = {Path(folder): sample_updates(model, guide, 0)}
+    check_count("num_samples", num_samples, 0)
+    model, folder = blora.model, Path(folder)
     temperature = float(model.temperature)
     if num_samples:
+        blora.check_draws()
         temperature = 1.0  # that of one pass
-        drawn = _draws(model, guide, num_samples)
-        loras = {Path(folder) / str(k): updates for k, updates in enumerate(drawn)}
+        loras = {folder / str(k): u for k, u in enumerate(_draws(blora, num_samples))}
+    else:
+        loras = {folder: sample_updates(model, blora.guide, 0)}
+    told = 1.0 if _last_linear(model) is not None else temperature  # else the head has it
+    draws = {place.name for place in loras} if num_samples else set()
+    check_free(folder, *draws)
+    made = {}
     for place, updates in loras.items():
         config, tensors = _lora(model, updates, temperature)
+        texts, page = _use_of(model, told, config.base_model_name_or_path)
+        texts[PEFT_CONFIG] = _saved_text(config, PEFT_CONFIG)
+        made[place] = tensors, texts, page
+        check_free(place, PEFT_WEIGHTS, *texts)
+    own = own_files(folder)
+    if draws:  # at once, because what is in them has manifests of its own
+        claim(folder, own | draws)
+    for place, (tensors, texts, page) in made.items():
         write_tensors(place / PEFT_WEIGHTS, tensors, {})
-        config.save_pretrained(str(place))
-        folded = _last_linear(model) is not None
-        base = config.base_model_name_or_path
-        _write_use(model, place, 1.0 if folded else temperature, base)
-    for old in Path(folder).glob("[0-9]*"):  # draws of an earlier export would be averaged, too
-        if num_samples and old not in loras and (old / PEFT_CONFIG).exists():
-            shutil.rmtree(old)
+        for name, text in texts.items():
+            write_file(place / name, text)
+        write_page(place, page, "export_peft")
+        remove_own(place, {_NUMBERS, _GENERATION} - texts.keys())
+    # what an export before left would be averaged, too
+    left = {name for name in own - draws if (folder / name).is_dir()}
+    if draws:
+        write_page(folder, "", "export_peft")
+        left |= {PEFT_WEIGHTS, PEFT_CONFIG, _NUMBERS, _GENERATION}
+    remove_own(folder, left)
 
 
-def _write_use(
-    model: BayesianLoRAModel, folder: Path, temperature: float, base: str | None
-) -> None:
-    """What a server has to know beside an exported adapter: JSON, and a page; or nothing."""
-    file, page = folder / _NUMBERS, ""
-    if file.exists():  # of an export before
-        if other := json.loads(file.read_text("utf-8")).get("in"):
-            (folder / other).unlink(missing_ok=True)
-        file.unlink()
-    if temperature != 1 or isinstance(model.likelihood, LabelTokens | MultipleChoice):
-        classifies = is_classifier(model.net)
-        numbers, program = program_of_use(model.likelihood, temperature, base, classifies)
-        text = json.dumps(numbers, indent=2) + "\n"
-        write_atomically(file, lambda path: path.write_text(text, "utf-8"))
-        page = f"# A LoRA of a Bayesian adapter\n\n```python\n{program}\n```\n"
-        if "in" in numbers:
-            from transformers import GenerationConfig  # whose import sets filters of warnings
+def _saved_text(config: Any, name: str) -> str:
+    """The file that a configuration of another library writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return (Path(folder) / name).read_text("utf-8")
 
-            options = {"do_sample": True, "temperature": temperature, "top_k": 0}
-            GenerationConfig(**options).save_pretrained(folder)
-    write_page(folder, page, "export_peft")
+
+def _use_of(
+    model: BayesianLoRAModel, temperature: float, base: str | None
+) -> tuple[dict[str, str], str]:
+    """What a server has to know beside an exported adapter: files of JSON, and a page; or none."""
+    if temperature == 1 and not isinstance(model.likelihood, LabelTokens | MultipleChoice):
+        return {}, ""
+    numbers, page = page_of_use(model.likelihood, temperature, base, is_classifier(model.net))
+    texts = {_NUMBERS: json.dumps(numbers, indent=2) + "\n"}
+    if "in" in numbers:
+        from transformers import GenerationConfig  # whose import sets filters of warnings
+
+        config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0)
+        texts[_GENERATION] = _saved_text(config, _GENERATION)
+    return texts, page
 
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:
@@ -396,7 +407,7 @@ def merge_and_unload(blora: Any) -> nn.Module:
         warnings.warn(
             f"The merged network has no head to hold the temperature {temperature:.4g}; divide its "
             "scores by that.",
-            stacklevel=3,
+            stacklevel=4,
         )
     net = blora.unwrap()
     head, embeddings = head_of(net), getattr(net, "get_input_embeddings", lambda: None)()
@@ -412,12 +423,10 @@ def merge_and_unload(blora: Any) -> nn.Module:
     return whole
 
 
-def _draws(
-    model: BayesianLoRAModel, guide: nn.Module, count: int
-) -> list[dict[str, LowRankUpdate]]:
-    drawn = (
-        {} if getattr(guide, "reads_context", False) else draws_in_pairs(model, guide, {})(count)
-    )
+def _draws(blora: Any, count: int) -> list[dict[str, LowRankUpdate]]:
+    model, guide = blora.model, blora.guide
+    amortized = getattr(guide, "reads_context", False)
+    drawn = {} if amortized else draws_in_pairs(model, guide)(count)
     if not drawn or any(update.noise is not None for update in drawn.values()):
         raise ConfigurationError(
             "A draw is no LoRA where it depends on the input, as that of Amortized does, or has "

@@ -13,7 +13,7 @@ import typer
 
 from pyro_blora import errors
 from pyro_blora._version import __version__
-from pyro_blora.cli import compare, distill, evaluate, generate, info, rank, train
+from pyro_blora.cli import compare, distill, evaluate, generate, train
 
 _MISTAKES = (errors.BatchError, errors.CheckpointError, errors.ConfigurationError, errors.DataError)
 
@@ -44,10 +44,8 @@ def _root(
 app.command("train")(train.run)
 app.command("evaluate")(evaluate.run)
 app.command("distill")(distill.run)
-app.command("rank")(rank.run)
 app.command("compare")(compare.run)
 app.command("generate")(generate.run)
-app.command("info")(info.run)
 
 
 def _hide(logger: str, text: str) -> None:

@@ -109,7 +109,6 @@ def predictor(
     num_samples: int,
     seed: int,
     precision: str,
-    linearized: bool | None = None,
 ) -> "Callable[[Sequence[Item]], tuple[Prediction, Tensor]]":
     """Loads the network and the adapter; what predicts items, as this task has them, and labels."""
     import torch
@@ -130,7 +129,7 @@ def predictor(
     torch.manual_seed(seed)
 
     def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        how: dict[str, Any] = {"linearized": linearized, "precision": precision}
-        return blora.predict_dataset(items, collate, num_samples, length=item_length, **how)
+        how: dict[str, Any] = {"length": item_length, "precision": precision}
+        return blora.predict_dataset(items, collate, num_samples, **how)
 
     return predict

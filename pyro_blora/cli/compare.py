@@ -49,7 +49,7 @@ def run(
     Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
     are those of the probabilities over the candidate answers. `lora` is plain LoRA at its last
     step, `lora-best` at its best validation step. `temperature` is `lora` with its logits scaled on
-    validation items. The others are priors and guides of this library (see `info --methods`).
+    validation items. The others are priors and guides of this library (see --methods).
 
     Each row is saved when it is done. After an interruption the same command goes on; other
     --methods or --seeds with the same --out train only what is missing.
@@ -67,7 +67,17 @@ def run(
     for name in names:
         check_method(name)
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
-    from pyro_blora.cli.comparison import RESULTS, compare, draw, read, table, write
+    from pyro_blora.cli.comparison import (
+        DIAGRAM,
+        PREDICTIONS,
+        RESULTS,
+        compare,
+        draw,
+        read,
+        table,
+        write,
+    )
+    from pyro_blora.files import check_free
     from pyro_blora.network.precision import choose_precision
     from pyro_blora.network.pretrained import load_pretrained
 
@@ -79,7 +89,7 @@ def run(
         "target_modules": o.listed(target_modules, "--target-modules"),
         "precision": choose_precision(precision),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    check_free(out, RESULTS, PREDICTIONS, DIAGRAM)
     rows = [] if overwrite else read(settings, out)
     done = {(row.method, row.seed): row for row in rows}
     asked = list(dict.fromkeys(product(names, runs)))
@@ -101,4 +111,4 @@ def run(
     count = len(set(runs))
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
     console.print(table(shown, title))
-    console.print(f"Written: {out / RESULTS} and {out / 'reliability.png'}")
+    console.print(f"Written: {out / RESULTS} and {out / DIAGRAM}")

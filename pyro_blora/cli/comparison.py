@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints import write_atomically
+from pyro_blora.checkpoints.checkpoint import read_tensors
 from pyro_blora.data import Item, load_task
 from pyro_blora.data.items import item_length
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, readable
 from pyro_blora.evaluation.metrics import evaluate, fit_temperature
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
+from pyro_blora.files import write_file
 from pyro_blora.inference import FitResult, fit
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import BEST, get_method, trained_for
@@ -30,6 +31,7 @@ from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
+DIAGRAM = "reliability.png"
 _PREDICTED = ("probs", "labels")  # the columns of this file
 _LIMITS = ("data_dir", "max_train", "max_validation", "max_test")
 
@@ -186,12 +188,12 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Draws ``reliability.png``, which pools the predictions of all seeds."""
+    """Draws the reliability diagram, which pools the predictions of all seeds."""
     pooled = {
         method: (torch.cat([row.probs for row in own]), torch.cat([row.labels for row in own]))
         for method, own in _by_method(rows).items()
     }
-    save_figure(reliability_diagram(pooled), folder / "reliability.png")
+    save_figure(reliability_diagram(pooled), folder / DIAGRAM)
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -222,8 +224,8 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
     document = {"rows": columns, "versions": versions(), "settings": made}
     text, data = json.dumps(document, indent=2) + "\n", save(tensors)
     # The predictions first, so that no row in results.json is without
-    write_atomically(folder / PREDICTIONS, lambda path: path.write_bytes(data))
-    write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(folder / PREDICTIONS, lambda path: path.write_bytes(data))
+    write_file(folder / RESULTS, text)
 
 
 def read(settings: Settings, folder: Path) -> list[Row]:
@@ -231,8 +233,9 @@ def read(settings: Settings, folder: Path) -> list[Row]:
     path = folder / RESULTS
     if not path.exists():
         return []
-    document = json.loads(path.read_text(encoding="utf-8"))
-    found = {**document["versions"], **document["settings"]}
+    with readable(path):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = {**document["versions"], **document["settings"]}
     made = json.loads(json.dumps({**versions(), **settings}))
     keys = [key for key in made | found if key not in ("methods", "seeds")]
     differ = [key for key in keys if made.get(key) != found.get(key)]
@@ -241,7 +244,8 @@ def read(settings: Settings, folder: Path) -> list[Row]:
             f"--out {folder} has a {RESULTS} made with another {', '.join(differ)}; name another "
             "folder, or add --overwrite."
         )
-    tensors = load_file(folder / PREDICTIONS)
-    for k, row in enumerate(document["rows"]):
-        row |= {name: tensors[f"{k} {name}"] for name in _PREDICTED}
-    return [Row(**row) for row in document["rows"]]
+    tensors = read_tensors(folder / PREDICTIONS)[1]
+    with readable(path):
+        for k, row in enumerate(document["rows"]):
+            row |= {name: tensors[f"{k} {name}"] for name in _PREDICTED}
+        return [Row(**row) for row in document["rows"]]

@@ -25,14 +25,6 @@ def run(
     data_dir: o.DataDir = None,
     max_test: o.MaxTest = None,
     num_samples: o.NumSamples = 10,
-    linearized: Annotated[
-        bool | None,
-        typer.Option(
-            "--linearized/--no-linearized",
-            help="Draw from the logits' first-order expansion at the posterior mean: one pass of "
-            "the network however many draws. Default: what the adapter's method does.",
-        ),
-    ] = None,
     seed: o.Seed = 0,
     precision: o.Precision = "auto",
     out: Annotated[
@@ -50,14 +42,15 @@ def run(
     """Measure the accuracy, calibration and uncertainty of a saved adapter.
 
     The mutual information is the part of the uncertainty that comes from the posterior of the
-    weights. It is high if more training data would help.
+    weights: how much the draws disagree, which they may do most where labels are mere noise.
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     --ood openbookqa --out out/arc_easy/test
     """
-    from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.checkpoints import read_config
     from pyro_blora.evaluation import metrics as m
     from pyro_blora.evaluation import plots
+    from pyro_blora.files import check_free, write_file
     from pyro_blora.network.precision import choose_precision
 
     console = Console(highlight=False)
@@ -66,10 +59,11 @@ def run(
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     foreign = _foreign(ood, data, data_dir, max_test)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        more = ("ood.csv", "ood.png") if foreign else ()
+        check_free(out, "metrics.json", "items.csv", "reliability.png", "risk_coverage.png", *more)
     base = o.named(model, saved.get("base_model"), "--model")
     given: dict[str, Any] = {"num_samples": num_samples, "precision": choose_precision(precision)}
-    predict = o.predictor(adapter, base, data, seed=seed, linearized=linearized, **given)
+    predict = o.predictor(adapter, base, data, seed=seed, **given)
     with o.phase("predict"):
         prediction, labels = predict(data.test)
         outside = predict(foreign)[0] if foreign else None
@@ -96,15 +90,14 @@ def run(
         console.print(f"{ood}, {len(outside)} items, told apart (AUROC): {told}")
     if out is None:
         return
-    text = json.dumps(document, indent=2) + "\n"
-    write_atomically(out / "metrics.json", lambda path: path.write_text(text, "utf-8"))
-    write_atomically(out / "items.csv", lambda path: _write_csv(path, data.test, prediction))
+    write_file(out / "metrics.json", json.dumps(document, indent=2) + "\n")
+    write_file(out / "items.csv", lambda path: _write_csv(path, data.test, prediction))
     pictures = {
         "reliability": plots.reliability_diagram({task: (prediction.probs, labels)}),
         "risk_coverage": plots.risk_coverage_diagram(prediction, labels),
     }
     if outside is not None:
-        write_atomically(out / "ood.csv", lambda path: _write_csv(path, foreign, outside))
+        write_file(out / "ood.csv", lambda path: _write_csv(path, foreign, outside))
         pictures["ood"] = plots.ood_diagram(prediction, outside, (task, str(ood)))
     for name, figure in pictures.items():
         plots.save_figure(figure, out / f"{name}.png")

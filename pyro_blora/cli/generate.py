@@ -45,20 +45,21 @@ def run(
     """Write text from the average of posterior draws, colored by how much they disagree.
 
     The mutual information is the part of a token's uncertainty that comes from the posterior of
-    the weights. It is high if more training data would help.
+    the weights: how much the draws disagree.
 
     Example: pyro-blora generate "Copper is" --adapter out/facts --html answer.html
     """
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import read_config, write_atomically
+    from pyro_blora.checkpoints import read_config
+    from pyro_blora.files import check_free, write_file
     from pyro_blora.generation.show import answers, colored, legend, page
     from pyro_blora.network.pretrained import load_pretrained
 
     base = o.named(model, read_config(adapter).get("base_model"), "--model")
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
+        check_free(html.parent, html.name)
     with o.phase("load"):
         net, tokenizer = load_pretrained(base)
     blora = BayesianLoRA.from_pretrained(net, adapter)
@@ -101,6 +102,5 @@ def run(
         how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
         draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
         about = f"{base}, {adapter}: {draws}, {how}, seed {seed}"
-        shown = page(found, subtitle=about, by=by)
-        write_atomically(html, lambda path: path.write_text(shown, "utf-8"))
+        write_file(html, page(found, subtitle=about, by=by))
         console.print(f"\nWritten: {html}")

@@ -85,8 +85,9 @@ def run(
     import torch
 
     from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import WEIGHTS, read_peft
+    from pyro_blora.checkpoints import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS, read_peft
     from pyro_blora.data.items import item_length
+    from pyro_blora.files import check_free, own_files, remove_own
     from pyro_blora.inference import finish, fit
     from pyro_blora.inference.resume import STATE
     from pyro_blora.methods import get_method
@@ -95,18 +96,17 @@ def run(
     run_dir, made, console = out / "training", get_method(method), Console(highlight=False)
     state = run_dir / STATE
     if not (overwrite or resume):
-        if (out / WEIGHTS).exists():
-            raise ConfigurationError(
-                f"--out {out} has an adapter already; name another folder, or add --overwrite."
-            )
-        if state.exists():
-            raise ConfigurationError(
-                f"--out {out} has a run that was stopped; add --resume to go on, or --overwrite."
-            )
+        what = "a run that was stopped; add --resume to go on" if state.exists() else ""
+        what = "an adapter already; name another folder" if (out / WEIGHTS).exists() else what
+        if what:
+            raise ConfigurationError(f"--out {out} has {what}, or add --overwrite.")
+    check_free(out, WEIGHTS, CONFIG)
+    check_free(run_dir, *([] if resume else [STATE]))
+    if peft:
+        check_free(out / "peft", PEFT_WEIGHTS, PEFT_CONFIG)
     lora = None if from_peft is None else read_peft(from_peft)
     if lora is not None:
         model, rank = model or lora.base, rank or lora.rank
-    out.mkdir(parents=True, exist_ok=True)
     with o.phase("load"):
         net, tokenizer = load_pretrained(model or "smollm2")
     collate = data.collator(tokenizer)
@@ -130,7 +130,7 @@ def run(
         blora = BayesianLoRA.from_peft(net, from_peft, **parts)
     console.print(blora)
     if overwrite:
-        state.unlink(missing_ok=True)
+        remove_own(run_dir, [STATE])
     elif resume and not state.exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
     reading: dict[str, Any] = {"collate": collate, "length": item_length}
@@ -142,6 +142,7 @@ def run(
                 blora,
                 data.train,
                 validation=data.validation or None,
+                validate_every=10**9,  # at the end alone, by as many draws as a prediction has
                 num_steps=max_steps,
                 seed=seed,
                 checkpoint_dir=run_dir,
@@ -159,4 +160,6 @@ def run(
     blora.save_pretrained(out, result=result, notes=about)
     if peft:
         blora.export_peft(out / "peft")
+    elif overwrite:  # the adapter that it was of is gone
+        remove_own(out / "peft", own_files(out / "peft"))
     console.print(f"Written: {out}")

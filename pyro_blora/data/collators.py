@@ -22,6 +22,7 @@ class _Collator:
         max_length: int = 512,
     ) -> None:
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self._before = self._ids(":")  # what an answer goes on from
 
     def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of a list of items, or of dictionaries with the same keys, without an id."""
@@ -33,6 +34,11 @@ class _Collator:
     def _ids(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text alone, or with the tokenizer's special tokens."""
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _answer(self, text: str) -> list[int]:
+        """The ids of a text that goes on from another, which some tokenizers begin otherwise."""
+        both, count = self._ids(":" + text), len(self._before)
+        return both[count:] if both[:count] == self._before else self._ids(text)
 
     def _prompt(self, item: Item, answer: int = 0) -> list[int]:
         """The ids of an item's prompt, cut to leave room for ``answer`` more.
@@ -90,7 +96,7 @@ class MultipleChoiceCollator(_Collator):
         rows: list[list[int]] = []
         starts: list[int] = []  # where a row's option begins
         for item in items:
-            options = [self._ids(" " + choice) for choice in item.choices]
+            options = [self._answer(" " + choice) for choice in item.choices]
             if not all(options):
                 raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
             prompt = self._prompt(item, answer=max(map(len, options)))
@@ -122,7 +128,7 @@ class LabelTokensCollator(_Collator):
         self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
     ) -> None:
         super().__init__(tokenizer, template, max_length)
-        words = {word: self._ids(word) for word in template.label_words}
+        words = {word: self._answer(word) for word in template.label_words}
         self.token_ids: tuple[int, ...] = tuple(ids[0] for ids in words.values() if len(ids) == 1)
         if len(set(self.token_ids)) < len(template.label_words):
             raise DataError(
@@ -130,13 +136,24 @@ class LabelTokensCollator(_Collator):
                 "choose other label words, or scoring='options'"
             )
 
+        self._choices: tuple[str, ...] | None = None  # of the first item; a class has one place
+
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        words = tuple(word.strip().casefold() for word in self.template.label_words)
+        letters = all(len(word) == 1 for word in words)  # name places, whatever the choices are
         for item in items:
-            if len(item.choices) != len(self.token_ids):
+            told = tuple(choice.strip().casefold() for choice in item.choices)
+            places = [
+                words.index(choice) if choice in words else k for k, choice in enumerate(told)
+            ]
+            known = self._choices or told
+            if places != list(range(len(words))) or not (letters or told == known):
                 raise DataError(
-                    f"item {item.id!r} has {len(item.choices)} choices, expected one for each of "
-                    f"the label words {self.template.label_words!r}: use another template"
+                    f"item {item.id!r} has {len(told)} choices, {item.choices}, expected those of "
+                    f"all items, one for each of the label words {self.template.label_words!r} and "
+                    "in their order: reorder the choices and labels, or use another template"
                 )
+            self._choices = known
         input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
         labels = torch.tensor([item.label for item in items])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -59,22 +59,20 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
 
 
-def read_json_lines(path: str | PathLike[str], *, labeled: bool = True) -> list[Item]:
-    r"""Read the items of one split.
+def read_json_lines(path: str | PathLike[str]) -> list[Item]:
+    """Read the items of one split.
 
     A line of it is a JSON object with the fields of an :class:`Item`, and ``choices`` a list.
-    Further keys are ignored, as are blank lines. In a pool to be labeled (``labeled=False``) an
-    item without a label is given 0, which nobody reads, and one without an id its line.
+    Further keys are ignored, as are blank lines.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(_missing(path))
     items = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        usual = {} if labeled else {"id": f"line {number}", "label": 0}
         try:
             if line.strip():
-                items.append(item_of(json.loads(line), usual))
+                items.append(item_of(json.loads(line), {}))
         except ValueError as error:  # no JSON, not UTF-8, or no item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:

@@ -13,6 +13,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods.reading import logits_at, output_head
 from pyro_blora.network.adapter import in_mode
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
 
@@ -43,6 +44,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
     ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, ....
     """
 
+    @one_at_a_time
     def __init__(
         self,
         blora: BayesianLoRA,
@@ -63,6 +65,8 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
                 f"{blora.guide_family!r} has another posterior for every batch, and a task is "
                 "scored under the same draws throughout; take a guide that is not amortized."
             )
+        if samples is None and num_samples:
+            blora.check_draws()
         super().__init__(
             blora.net, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options
         )
@@ -70,8 +74,8 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         if samples is not None:
             num_samples, draw = draws_given(blora.model, samples)
         else:
-            warn_of_a_point(blora.guide, num_samples)
-            draw = draws_in_pairs(blora.model, blora.guide, {})
+            warn_of_a_point(blora.model, blora.guide, num_samples)
+            draw = draws_in_pairs(blora.model, blora.guide)
         self.draws = [draw(1) for _ in range(num_samples)]
         if not num_samples:
             self.draws = [sample_updates(blora.model, blora.guide, 0)]
@@ -106,6 +110,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
                         self.cache_hook.add_partial("loglikelihood", text, answers[index])
         return [answers[index] for index in range(len(requests))]
 
+    @one_at_a_time
     @torch.no_grad()
     def _joint(self, rows: Sequence[_Row]) -> Sequence[Tensor]:
         """``log p(y_1 ... y_{t-1}, v | x)`` for every token ``v``, ``(n, V)`` of each row."""

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pyro_blora.checkpoints import write_atomically
 from pyro_blora.evaluation.metrics import auroc, confidence_bins, doubts, evaluate, risk_coverage
+from pyro_blora.files import write_file
 from pyro_blora.posterior.prediction import Prediction
 
 __all__ = ["ood_diagram", "reliability_diagram", "risk_coverage_diagram", "save_figure"]
@@ -132,10 +132,10 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format of the suffix; whole or not at all."""
+    """Write a figure in the format of the suffix, to a file that is free or was written so."""
     path = Path(path)
     options: dict[str, Any] = {"dpi": 200, "format": path.suffix[1:], "bbox_inches": "tight"}
-    write_atomically(path, lambda file: figure.savefig(file, **options))
+    write_file(path, lambda file: figure.savefig(file, **options))
 
 
 class _Shown(Figure):

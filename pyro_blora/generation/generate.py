@@ -127,7 +127,7 @@ def generate(
             "generate(**tokenizer(text, return_tensors='pt'))."
         )
     _check(net, num_samples, abstain_above, by, options)
-    warn_of_a_point(guide, num_samples)
+    warn_of_a_point(model, guide, num_samples)
     device = model.groups[0].device
     input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
     if input_ids is not None:
@@ -136,9 +136,7 @@ def generate(
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}
     if num_samples:
-        # An amortized posterior has a draw for each prompt, others one for all of them.
-        each = len(prompt["input_ids"]) if getattr(guide, "reads_context", False) else 1
-        updates = draws_in_pairs(model, guide, prompt, each)(num_samples)
+        updates = draws_in_pairs(model, guide, prompt)(num_samples)
     else:
         updates = sample_updates(model, guide, 0, prompt)
     distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
@@ -255,7 +253,8 @@ def _check(
             f"num_samples must be 2 or more, got {num_samples}: abstain_above={abstain_above} "
             "compares draws. Or pass by='entropy'."
         )
-    for name in _REFUSED:
+    beams = _setting(net, options, "num_beams", 1) > 1  # whose draws have a cache of their own
+    for name in (*_REFUSED, *(["cache_implementation"] if beams else [])):
         if _setting(net, options, name, None) not in (None, False):
             raise ConfigurationError(
                 f"generate takes no {name}: each token is one pass of draws of this call's own. "

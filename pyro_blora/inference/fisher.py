@@ -26,7 +26,7 @@ from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.network.adapter import in_mode, updates_in_place
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, to_device
 from pyro_blora.posterior.prediction import Collate, batches_of
 
 _OVERSAMPLED = 8  # columns of a sketch beyond the rank
@@ -42,6 +42,7 @@ def _asking(blora: BayesianLoRA) -> list[Any]:
     return [prior for prior in priors if prior.gradient_ranks is not None]
 
 
+@one_at_a_time
 def inform(
     blora: BayesianLoRA,
     data: Sequence[Any] | DataLoader[Any],

@@ -17,21 +17,21 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.loop import Batches, FitResult, running, training_loop
-from pyro_blora.inference.objective import Objective
-from pyro_blora.inference.post_hoc import finish, post_hoc_families
-from pyro_blora.inference.resume import TrainingState, settings_of, size_of
+from pyro_blora.inference.objective import Objective, check_num_data, size_of
+from pyro_blora.inference.post_hoc import draws_of_evaluation, finish, post_hoc_families
+from pyro_blora.inference.resume import TrainingState, settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS, method_of
 from pyro_blora.models import UpdateModel
-from pyro_blora.options import check_kind
-from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.options import check_count, check_kind, check_positive
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, to_device
 from pyro_blora.posterior.guide import draws_apart, read_store, start_guide
 from pyro_blora.posterior.prediction import Collate, batches_of, collator
-from pyro_blora.posterior.predictive import log_predictive
 
 DECAYS = ("linear", "cosine", "constant")
 
 
+@one_at_a_time
 def fit(
     blora: BayesianLoRA,
     train: Sequence[Any] | DataLoader[Any],
@@ -51,6 +51,7 @@ def fit(
     precision: str = "auto",
     validation: Sequence[Any] | DataLoader[Any] | None = None,
     validate_every: int = 50,
+    eval_samples: int | None = None,
     keep_best: bool = False,
     seed: int | None = 0,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -92,8 +93,11 @@ def fit(
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, what is faster on the network's device. The variational part stays in
             single precision.
-        validation: examples whose predictive NLL is watched, or a ``DataLoader`` of batches.
+        validation: examples, or a ``DataLoader`` of batches, whose predictive NLL is watched, the
+            mean of ``-blora.log_predictive(batch, eval_samples)``, as by the Trainer.
         validate_every: steps between validations.
+        eval_samples: posterior draws of a validation; 0 is the posterior mean, which takes less
+            time. Default: those of ``predict``; 0 while a post-hoc guide is a point.
         keep_best: whether to go back to the best validation at the end.
         seed: of the order of the data and of torch's global generator; ``None`` seeds neither. What
             the prior drew when the adapter was made came before: seed that yourself.
@@ -128,11 +132,11 @@ def fit(
     num_steps = _steps(train, num_steps, num_epochs, batch_size)
     counts = {"num_steps": num_steps, "batch_size": batch_size}
     counts |= {"validate_every": validate_every, "save_every": save_every}
+    for name, count in counts.items():
+        check_count(name, count)
+    if max_grad_norm is not None:
+        check_positive("max_grad_norm", max_grad_norm)
     for wrong, told in (
-        *(
-            (count < 1, f"{name} must be at least 1, got {count}.")
-            for name, count in counts.items()
-        ),
         (decay not in DECAYS, f"decay must be one of {DECAYS}, got {decay!r}."),
         (not 0 <= warmup < 1, f"warmup must be a share in [0, 1), got {warmup}."),
         (resume and checkpoint_dir is None, "resume=True needs checkpoint_dir=, the run's folder."),
@@ -163,7 +167,7 @@ def fit(
     if checkpoint_dir is not None:
         settings = {**schedule, "batch_size": batch_size, "precision": precision, "seed": seed}
         settings |= {"num_particles": num_particles, "elbo": elbo}
-        settings |= {"kl_weight": kl_weight, "keep_best": keep_best}
+        settings |= {"kl_weight": kl_weight, "keep_best": keep_best, "eval_samples": eval_samples}
         sizes = {"training data": size_of(train), "validation": size_of(validation)}
         settings = settings_of(blora, settings, **sizes)
         settings["learning_rates"] |= rates  # of the method's
@@ -179,29 +183,23 @@ def fit(
         warnings.warn(
             f"keep_best=True must compare validations, got one, after the last of {num_steps} "
             f"steps (validate_every={validate_every}); choose a smaller validate_every=.",
-            stacklevel=2,
+            stacklevel=3,
         )
+    for family in post_hoc_families(blora).values():
+        family.reopen()
     validate = None
     if validation is not None:
+        samples = draws_of_evaluation(blora, eval_samples)
 
         def validate() -> float:
             """The mean negative log predictive of the validation set."""
             batches = batches_of(validation, collate, length, 2 * batch_size)
             with draws_apart(blora.guide, device), torch.no_grad():
                 moved = (to_device(batch, device) for batch in batches)
-                parts = [log_predictive(blora.model, blora.guide, batch, 0) for batch in moved]
+                parts = [blora.log_predictive(batch, samples) for batch in moved]
             return -float(torch.cat(parts).mean())
 
-    for family in post_hoc_families(blora).values():
-        family.reopen()
-    size = blora.likelihood.num_data or 0  # Objective has seen that there is one
-    if not isinstance(train, DataLoader) and len(train) != size:
-        warnings.warn(
-            f"The likelihood was told num_data={size}, and train has {len(train)} examples: the KL "
-            f"weighs {len(train) / size:.3g} times what it does in the ELBO; pass num_data="
-            "len(train).",
-            stacklevel=2,
-        )
+    check_num_data(blora.likelihood, train)
 
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return objective(to_device(batch, device))
@@ -238,6 +236,8 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
         )
     if num_epochs is None:
         return cast(int, num_steps)
+    check_positive("num_epochs", num_epochs)
+    check_count("batch_size", batch_size)
     of_an_epoch = steps_of_an_epoch(train, batch_size)
     if of_an_epoch is None:
         raise ConfigurationError(
@@ -261,6 +261,12 @@ def given_rates(
         return {}
     given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
     _check_roles(given, blora)
+    for role, rate in given.items():
+        if not 0 <= rate < math.inf:
+            raise ConfigurationError(
+                f"The learning rate of {role!r} must be finite and 0 or more, got {rate!r}; 0 "
+                "holds its parameters."
+            )
     return dict(given)
 
 

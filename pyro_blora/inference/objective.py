@@ -1,6 +1,7 @@
 """The loss that training minimizes: the negative ELBO of a batch, per example."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
-from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.options import check_count, check_positive
 from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.guide import StructuredGuide, analytic_kl
+from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 
 
 class Objective:
@@ -33,11 +36,10 @@ class Objective:
                 f"{type(blora.likelihood).__name__} was not told the size of the data set; pass "
                 "the likelihood of your batches, made with num_data=len(train)."
             )
-        if num_particles is not None and num_particles < 1:
-            raise ConfigurationError(f"num_particles must be at least 1, got {num_particles}.")
-        if not kl_weight > 0:
-            raise ConfigurationError(f"kl_weight must be positive, got {kl_weight}.")
-        points = [law for law in _laws(blora.guide) if isinstance(law, Delta | Members)]
+        if num_particles is not None:
+            check_count("num_particles", num_particles)
+        check_positive("kl_weight", kl_weight)
+        points = [law for law in laws_of(blora.guide) if isinstance(law, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:
@@ -56,8 +58,7 @@ class Objective:
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
         self.kl_weight = kl_weight
         with pyro.validation_enabled(False):  # the first step explains what is not finite
-            exact = analytic and not points  # -log p of a point may be negative
-            self._analytic = exact and analytic_kl(blora.guide, blora.model) is not None
+            self._analytic = analytic and analytic_kl(blora.guide, blora.model) is not None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
@@ -65,6 +66,11 @@ class Objective:
         The figures stay on the device; who reads them gives them to :meth:`check`.
         """
         blora, count = self.blora, self.blora.likelihood.num_data or 1
+        if not blora.model.enabled:
+            raise ConfigurationError(
+                "The adapter is off, within disable_adapter(), where only the KL would train it; "
+                "train outside of that."
+            )
         examples = blora.likelihood.examples(batch)
         if examples > count:  # a particle sees its share alone, which may well be smaller
             raise BatchError(
@@ -122,16 +128,25 @@ class Objective:
             )
 
 
-def _laws(guide: nn.Module) -> list[Any]:
-    """Q of each site of a family of this library, without what makes dimensions an event."""
-    laws: list[Any] = []
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for family in guide.families().values() if isinstance(guide, StructuredGuide) else ():
-            law = family.distribution()
-            while isinstance(law, torch.distributions.Independent):
-                law = law.base_dist
-            laws.append(law)
-    return laws
+def check_num_data(likelihood: Likelihood, data: Any) -> None:
+    """Warns where a data set has another size than the likelihood was told."""
+    batches = (
+        isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None
+    )
+    told, size = likelihood.num_data or 0, None if batches else size_of(data)
+    if size not in (None, told):
+        warnings.warn(
+            f"The likelihood was told num_data={told}, and train has {size} examples: the KL "
+            f"weighs {size / told:.3g} times what it does in the ELBO; pass num_data="
+            "len(train).",
+            stacklevel=4,
+        )
+
+
+def size_of(data: Any) -> int | None:
+    """How many examples a data set or a loader has, where that is known."""
+    data = getattr(data, "dataset", data)
+    return len(data) if hasattr(data, "__len__") else None
 
 
 def _explained(blora: BayesianLoRA, batch: Batch, step: int) -> NonFiniteLossError:

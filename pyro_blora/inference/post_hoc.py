@@ -19,8 +19,8 @@ from pyro_blora.inference.loop import running
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.posterior.bayesian_lora_model import repeat_batch, to_device
-from pyro_blora.posterior.guide import StructuredGuide, read_store
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, repeat_batch, to_device
+from pyro_blora.posterior.guide import StructuredGuide
 from pyro_blora.posterior.prediction import Collate, batches_of
 from pyro_blora.posterior.predictive import logit_jacobian
 
@@ -38,6 +38,12 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
             "MultipleChoice() or LabelTokens(token_ids=...), or take a guide that is trained."
         )
     return found
+
+
+def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:
+    """As told, or those of ``predict``; none while a guide is a point, whose draws are alike."""
+    points = any(not family.finished for family in post_hoc_families(blora).values())
+    return 0 if num_samples is None and points else num_samples
 
 
 def bayesianize(
@@ -112,6 +118,7 @@ def bayesianize(
     return blora
 
 
+@one_at_a_time
 def finish(
     blora: BayesianLoRA,
     data: Sequence[Any] | DataLoader[Any],
@@ -135,7 +142,6 @@ def finish(
             f"for {blora.guide_family!r}."
         )
     blora.model.temperature.fill_(1)
-    read_store(blora)
     batches = list(batches_of(data, collate, length, batch_size))
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress

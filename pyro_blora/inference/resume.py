@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import altered, fingerprint, read_tensors, write_tensors
-from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.errors import CheckpointError, ConfigurationError, readable
+from pyro_blora.files import check_free, claim, own_files
 from pyro_blora.inference.loop import Batches, FitResult
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
@@ -43,17 +44,18 @@ class TrainingState:
         self.blora, self.stream, self.settings = blora, stream, settings
         self.found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
-        self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first steps
         if not self.path.exists():  # on another machine "auto" may be the other one
             settings["precision"] = choose_precision(settings["precision"], blora.device)
+            check_free(self.folder, STATE)  # now, not after the first steps
             return
         if not resume:
             raise CheckpointError(
                 f"{self.path} is there already; pass resume=True to go on from it, or delete it."
             )
         header, tensors = read_tensors(self.path)
-        notes = json.loads(header["training"])
-        saved, steps = notes["settings"], len(notes["history"])
+        with readable(self.path):
+            notes = json.loads(header["training"])
+            saved, steps = dict(notes["settings"]), len(notes["history"])
         if settings["precision"] == "auto":
             settings["precision"] = saved["precision"]
         both = {n: (saved.get(n, "absent"), settings.get(n, "absent")) for n in saved | settings}
@@ -70,31 +72,33 @@ class TrainingState:
                 f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has."
             )
         self.found = notes, tensors
+        claim(self.folder, own_files(self.folder) | {STATE})  # it is this run's, which proves it
 
     def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
         """Puts the state that was found, if one was, into the adapter and into all of these."""
         if self.found is None:
             return
         (notes, tensors), self.found = self.found, None
-        self.blora.load_state_dict(_part(tensors, "adapter"))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _part(tensors, "optimizer").items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]  # with the rates of now
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        result.history, result.seconds = notes["history"], notes["seconds"]
-        result.validation = [(step, loss) for step, loss in notes["validation"]]
-        result.best_step = notes["best_step"]
-        result.best_state = _part(tensors, "best") or None
-        self.stream.go_to(notes["stream"] | _part(tensors, "stream"))
-        version, numbers, spare = notes["python"]
-        random.setstate((version, tuple(numbers), spare))
-        np.random.set_state(tuple(notes["numpy"]))  # noqa: NPY002
-        torch.set_rng_state(tensors["random.torch"])
-        for i in range(torch.cuda.device_count()):
-            if f"random.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random.{i}"], i)
+        with readable(self.path):
+            self.blora.load_state_dict(_part(tensors, "adapter"))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _part(tensors, "optimizer").items():
+                index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+            groups = optimizer.state_dict()["param_groups"]  # with the rates of now
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            result.history, result.seconds = notes["history"], notes["seconds"]
+            result.validation = [(step, loss) for step, loss in notes["validation"]]
+            result.best_step = notes["best_step"]
+            result.best_state = _part(tensors, "best") or None
+            self.stream.go_to(notes["stream"] | _part(tensors, "stream"))
+            version, numbers, spare = notes["python"]
+            random.setstate((version, tuple(numbers), spare))
+            np.random.set_state(tuple(notes["numpy"]))  # noqa: NPY002
+            torch.set_rng_state(tensors["random.torch"])
+            for i in range(torch.cuda.device_count()):
+                if f"random.{i}" in tensors:
+                    torch.cuda.set_rng_state(tensors[f"random.{i}"], i)
 
     def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
         """Writes the state after a step; a kill at any moment leaves this one or the last one."""
@@ -151,9 +155,3 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) ->
 def _named(value: Any) -> str:
     """A name that another process gives it, too."""
     return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))
-
-
-def size_of(data: Any) -> int | None:
-    """How many examples a data set or a loader has, where that is known."""
-    data = getattr(data, "dataset", data)
-    return len(data) if hasattr(data, "__len__") else None

@@ -26,12 +26,12 @@ from pyro_blora.inference.fit import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
-from pyro_blora.inference.objective import Objective
+from pyro_blora.inference.objective import Objective, check_num_data
+from pyro_blora.inference.post_hoc import draws_of_evaluation
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.bayesian_lora_model import to_device
-from pyro_blora.posterior.guide import StructuredGuide, draws_apart, read_store
-from pyro_blora.posterior.predictive import logits_of_draws
+from pyro_blora.posterior.bayesian_lora_model import LOCK, to_device
+from pyro_blora.posterior.guide import draws_apart, read_store, start_guide
 
 
 class BayesianLoRATrainer(Trainer):
@@ -48,10 +48,9 @@ class BayesianLoRATrainer(Trainer):
 
     Args:
         model: the adapter.
-        args: as everywhere; but ``learning_rate`` is not read, for the parameters have roles, and
-            columns of the data set are never removed.
-        num_particles, elbo, learning_rates: as in ``fit``.
-        eval_samples: posterior draws for an evaluation; 0 takes the posterior mean.
+        args: as everywhere; but a ``learning_rate`` is refused, because parameters have one by
+            their role (``learning_rates``), and columns of the data set are never removed.
+        num_particles, elbo, learning_rates, eval_samples: as in ``fit``.
         options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
 
     Example::
@@ -69,16 +68,11 @@ class BayesianLoRATrainer(Trainer):
         *,
         num_particles: int | None = None,
         elbo: type[Trace_ELBO] | None = None,
-        eval_samples: int = 10,
+        eval_samples: int | None = None,
         learning_rates: float | Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
         args = TrainingArguments("out") if args is None else args
-        if not isinstance(model.guide, StructuredGuide):
-            raise ConfigurationError(
-                f"guide={model.guide_family!r} cannot be written to a checkpoint; take a family "
-                "of pyro_blora.guides, or SVI with a loop of your own."
-            )
         if args.learning_rate != TrainingArguments.learning_rate:
             raise ConfigurationError(
                 f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
@@ -102,6 +96,7 @@ class BayesianLoRATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
+            start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
             read_store(self.blora)
             groups = parameter_groups(self.blora, *rates_by_group(self.blora, self.learning_rates))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -131,10 +126,11 @@ class BayesianLoRATrainer(Trainer):
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, after the prior has its directions; afterwards the mode is as before."""
         self.blora.model.temperature.fill_(1)
+        check_num_data(self.blora.likelihood, self.train_dataset)
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size
             inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
-        with self._in_mode(training=True):
+        with LOCK, self._in_mode(training=True):
             return super().train(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -149,7 +145,8 @@ class BayesianLoRATrainer(Trainer):
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """As everywhere, with random numbers of its own, so that training goes on as without."""
         device = self.blora.model.groups[0].device
-        with self._in_mode(training=False), draws_apart(self.blora.guide, device):
+        apart = draws_apart(self.blora.guide, device)
+        with LOCK, self._in_mode(training=False), apart:
             return super().evaluation_loop(*arguments, **options)
 
     @contextmanager
@@ -187,7 +184,7 @@ class _Loss(nn.Module):
 
     accepts_loss_kwargs = False  # the loss is a mean over examples; the Trainer averages batches
 
-    def __init__(self, blora: BayesianLoRA, objective: Objective, num_samples: int) -> None:
+    def __init__(self, blora: BayesianLoRA, objective: Objective, num_samples: int | None) -> None:
         super().__init__()
         self.blora, self.objective, self.num_samples = blora, objective, num_samples
         self.figures: list[tuple[float, float]] = []
@@ -209,11 +206,10 @@ class _Loss(nn.Module):
     @torch.no_grad()
     def _predictive(self, batch: Batch) -> dict[str, Tensor]:
         likelihood = self.blora.likelihood
+        samples = draws_of_evaluation(self.blora, self.num_samples)
         if not likelihood.has_classes:
-            return {"loss": -self.blora.log_predictive(batch, self.num_samples).mean()}
-        draws = torch.cat(
-            list(logits_of_draws(self.blora.model, self.blora.guide, batch, self.num_samples))
-        )
+            return {"loss": -self.blora.log_predictive(batch, samples).mean()}
+        draws = torch.cat([*self.blora._logits(batch, samples)])
         logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
         labels = likelihood.labels(batch)
         if labels is None:

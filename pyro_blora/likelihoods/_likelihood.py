@@ -12,8 +12,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.options import Options
+from pyro_blora.errors import BatchError
+from pyro_blora.options import Options, check_count
 
 Batch = Mapping[str, Any]
 Self = TypeVar("Self", bound="Likelihood")
@@ -45,12 +45,8 @@ class Likelihood(Options, PyroModule):
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
-        if num_data is not None and num_data < 1:
-            raise ConfigurationError(
-                f"num_data must be the number of training examples, at least 1, got {num_data}; "
-                "check that the data set is not empty."
-            )
-        self.num_data = num_data
+        if num_data is not None:
+            check_count("num_data", num_data)
 
     @contextmanager
     def holding_out(self) -> Iterator[None]:
@@ -68,7 +64,7 @@ class Likelihood(Options, PyroModule):
         warnings.warn(
             f"This {type(self).__name__} is another adapter's, and learns with that one; the new "
             "adapter has its own, blora.likelihood. Make one for each adapter.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return type(self)(**copy.deepcopy(self.options())).to(device)
 
@@ -79,6 +75,10 @@ class Likelihood(Options, PyroModule):
     def has_classes(self) -> bool:
         """Whether the labels are one class for each example."""
         return type(self).distribution is Likelihood.distribution
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the network is given of a batch."""
+        return {key: batch[key] for key in (*self.keys, "position_ids") if key in batch}
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Unnormalized log-probabilities of the classes, ``(B, ..., C)``."""
@@ -162,4 +162,16 @@ class Likelihood(Options, PyroModule):
         count = len(batch[self.keys[0]])
         if not count:
             raise BatchError("A batch must have an example, got an empty one; check the data set.")
+        positions = batch.get("position_ids")
+        if ids is not None and positions is not None and positions.shape != ids.shape:
+            raise BatchError(
+                f"position_ids must have the shape of input_ids, {tuple(ids.shape)}, got "
+                f"{tuple(positions.shape)}; give one for each token of each row."
+            )
+        mask = batch.get("attention_mask") if self.row_dims == 2 else None
+        if isinstance(mask, Tensor) and mask.is_cpu and (~mask.any(-1)).any():
+            raise BatchError(
+                "Each row of attention_mask must have a real token, got a row of padding alone; "
+                "leave its example out."
+            )
         return count

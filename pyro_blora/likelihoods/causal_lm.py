@@ -34,8 +34,7 @@ class CausalLM(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits that predict each scored token, ``(B, S, V)``, the real ones first."""
         positions, _, mask, count = self._scored(batch)
-        inputs = {key: batch[key] for key in self.keys}
-        flat = logits_at(net, inputs, positions, mask, count=count)
+        flat = logits_at(net, self.inputs(batch), positions, mask, count=count)
         logits = flat.new_zeros(*mask.shape, flat.shape[-1])
         return logits.masked_scatter(mask.unsqueeze(-1), flat)
 

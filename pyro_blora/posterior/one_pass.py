@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
+from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
-from pyro_blora.posterior.guide import draws_apart
+from pyro_blora.posterior.guide import draws_apart, posteriors_of
 from pyro_blora.posterior.prediction import Collate, batches_of
 from pyro_blora.posterior.predictive import linearized_logits, logits_of_draws, sample_updates
 
@@ -62,9 +63,10 @@ def distill(
 ) -> float:
     """Sets the temperature of ``model``, and gives it; see ``BayesianLoRA.distill``."""
     model.check_on_network()
-    if num_samples < 2 or not model.enabled:
+    check_count("num_samples", num_samples, 2)
+    if not model.enabled:
         raise ConfigurationError(
-            f"distill must have 2 draws or more of an adapter that is on, got {num_samples}."
+            "distill must have an adapter that is on; call it outside of disable_adapter()."
         )
     if not isinstance(data, DataLoader):
         chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
@@ -101,8 +103,7 @@ def distill(
 
 def _is_point(model: BayesianLoRAModel, guide: nn.Module, batch: Batch, count: int) -> bool:
     """Whether all draws of a posterior are alike."""
-    each = model.likelihood.examples(batch) if getattr(guide, "reads_context", False) else 1
-    drawn = sample_updates(model, guide, count * each, batch).values()
+    drawn = sample_updates(model, guide, count * posteriors_of(guide, batch), batch).values()
     factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
     alike = all(bool((f == f[:1]).all()) for f in factors)
     return alike and not any(update.is_noisy for update in drawn)

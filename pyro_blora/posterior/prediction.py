@@ -196,18 +196,15 @@ def predict_dataset(
     adapter = getattr(predict, "__self__", None)
     device = torch.device(device or getattr(adapter, "device", usual))
     autocast = choose_precision(precision, device) == "bfloat16"
-    if not len(data):
-        raise BatchError(
-            "The data set must have an example, got none; check the file or the split."
-        )
     order = list(range(len(data)))
     if length is not None:
         order.sort(key=lambda i: length(data[i]))
     predictions, labels = [], []
     hide = None if progress is None else not progress
-    starts = tqdm(range(0, len(order), batch_size), desc=description, disable=hide, unit="batch")
-    for start in starts:
-        batch = to_device(collate([data[i] for i in order[start : start + batch_size]]), device)
+    batches = batches_of([data[i] for i in order], collate, None, batch_size)
+    total = -(-len(order) // batch_size)
+    for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
+        batch = to_device(given, device)
         if "labels" not in batch:
             raise BatchError(
                 "A batch must have labels for predict_dataset, got none; for data without them "

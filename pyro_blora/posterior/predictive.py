@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._site_guide import Site
-from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
@@ -21,6 +21,7 @@ from pyro_blora.posterior.guide import (
     DRAWS_PLATE,
     StructuredGuide,
     draws_apart,
+    posteriors_of,
     read_store,
     start_guide,
 )
@@ -42,8 +43,9 @@ def sample_updates(
 
     Factors have a leading dimension ``num_samples``, or none for 0, :func:`mean_updates`.
     """
+    posteriors_of(guide, batch)
     start_guide(guide, batch)
-    read_store(model, guide)
+    read_store(model)
     if num_samples == 0:
         return mean_updates(model, guide, batch)
     with torch.no_grad(), _plate(model, num_samples):
@@ -52,13 +54,19 @@ def sample_updates(
 
 
 def draws_in_pairs(
-    model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any], each: int = 1
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    batch: Mapping[str, Any] | None = None,
+    each: int | None = None,
 ) -> Callable[[int], dict[str, LowRankUpdate]]:
     """A function that gives the updates at the next ``S`` posterior draws, ``S each`` of them.
+
+    ``each`` is how many posteriors the batch has, by default as :func:`posteriors_of` says.
 
     Where q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the one before it:
     what is linear in ``U`` then cancels from the error of an average.
     """
+    each = posteriors_of(guide, batch) if each is None else each
     if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
         return lambda count: sample_updates(model, guide, count * each, batch)
     waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
@@ -119,9 +127,13 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
             f"{', '.join(sorted(map(str, samples))) or 'none'}."
         )
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
-    count, values = len(samples[next(iter(priors))]), {}
+    given = {name: torch.as_tensor(samples[name]) for name in priors}
+    count, values = len(given[next(iter(priors))]), {}
     for name, prior in priors.items():
-        value, shape = samples[name], (count, *prior.shape())
+        value, shape = given[name], (count, *prior.shape())
+        # Predictive's draws have a dimension for each plate, of one where a site is outside of it
+        if (more := value.dim() - len(shape)) > 0 and {*value.shape[1 : 1 + more]} == {1}:
+            value = value.flatten(0, more)
         if tuple(value.shape) != shape or not count:
             raise ConfigurationError(
                 f"samples[{name!r}] must be S draws of shape {shape[1:]}, one S for all sites, got "
@@ -150,7 +162,7 @@ def mean_updates(
     held = Trace()
     lead: tuple[int, ...] = ()
     if batch is not None and getattr(guide, "reads_context", False):
-        lead = (model.likelihood.examples(batch),)
+        lead = (posteriors_of(guide, batch),)
     center = _center(guide, batch)
     if center is not None:
         at_center = pyro.poutine.condition(model.updates, data=center)
@@ -230,20 +242,13 @@ def logits_of_draws(
     samples: Samples | None = None,
 ) -> Iterator[Tensor]:
     """The logits of a batch under posterior draws, ``(draws, B, ..., C)``, several in one pass."""
-    if num_samples < 0:
-        raise ConfigurationError(
-            f"num_samples={num_samples} must be 0 (posterior mean) or a number of draws."
-        )
     model.check_on_network()
     examples = model.likelihood.examples(batch)
-    # An amortized posterior has a draw for each example, others one for all of them.
-    each = examples if getattr(guide, "reads_context", False) else 1
     if samples is None:
-        draw = draws_in_pairs(model, guide, batch, each)
+        draw = draws_in_pairs(model, guide, batch)
     else:
         num_samples, draw = draws_given(model, samples)
-    if num_samples:  # else sample_updates does so
-        read_store(model, guide)
+    read_store(model)
     if max_rows is None:
         max_rows = rows_of_a_pass(model, batch)
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
@@ -265,22 +270,13 @@ def logits_of_draws(
         done += draws
 
 
-def log_predictive(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
-    batch: Batch,
-    num_samples: int,
-    max_rows: int | None = None,
-    samples: Samples | None = None,
-) -> Tensor:
-    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
-    likelihood = model.likelihood
-    likelihood.examples(batch)
+def log_predictive(likelihood: Likelihood, batch: Batch, passes: Iterator[Tensor]) -> Tensor:
+    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``, of the draws' logits."""
     labels = likelihood.labels(batch)
     if labels is None:
         raise BatchError("The batch has no labels to take the probability of.")
     parts = []
-    for logits in logits_of_draws(model, guide, batch, num_samples, max_rows, samples):
+    for logits in passes:
         observed = labels.expand(len(logits), *labels.shape)
         likelihood.check_labels(observed, logits)
         parts.append(likelihood.distribution(logits, observed).log_prob(observed))

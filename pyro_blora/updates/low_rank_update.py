@@ -124,6 +124,11 @@ class LowRankUpdate:
         """The same updates without the noise of the conditional: their mean given the sites."""
         return LowRankUpdate(self.A, self.B, self.core) if self.mean is None else self.mean
 
+    def detached(self) -> "LowRankUpdate":
+        """The same factors without gradient, and without noise."""
+        core = None if self.core is None else self.core.detach()
+        return LowRankUpdate(self.A.detach(), self.B.detach(), core)
+
     def layers(self) -> list[LayerUpdate]:
         """The update of each layer; the particles' dimensions are flattened to one."""
         A, B = _unstack(self.A), _unstack(self.B)

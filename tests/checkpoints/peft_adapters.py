@@ -60,5 +60,5 @@ def logits(net):
 
 def mean_logits(blora):
     """At the posterior mean."""
-    with blora.posterior():
+    with blora.posterior(batch=BATCH):
         return logits(blora.net)

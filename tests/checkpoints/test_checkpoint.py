@@ -25,8 +25,9 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_blora import BayesianLoRA, checkpoints, load_pretrained
-from pyro_blora.checkpoints.checkpoint import read_tensors, write_atomically, write_tensors
+from pyro_blora.checkpoints.checkpoint import read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.files import write_file
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network import pretrained
@@ -83,7 +84,7 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     assert tiny.equal(again.state_dict(), state)
     assert repr(again) == repr(blora)
     names = ["README.md", checkpoints.WEIGHTS, checkpoints.CONFIG]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(tiny.written(tmp_path)) == names
     size = (tmp_path / checkpoints.WEIGHTS).stat().st_size
     assert size < 4 * sum(p.numel() for p in base.parameters())
     config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
@@ -109,10 +110,11 @@ def test_round_trip_of_a_trained_head(build, tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    write_atomically(tmp_path / "a", lambda path: path.write_text("old"))
+    write_file(tmp_path / "a", "old")
     with pytest.raises(ZeroDivisionError):
-        write_atomically(tmp_path / "a", lambda path: path.write_text("new") / 0 or 1 / 0)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+        write_file(tmp_path / "a", lambda path: path.write_text("new") / 0 or 1 / 0)
+    assert tiny.written(tmp_path) == {"a"}
+    assert (tmp_path / "a").read_text() == "old"
 
 
 @pytest.mark.parametrize(

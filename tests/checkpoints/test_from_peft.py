@@ -241,7 +241,7 @@ def test_a_spoiled_folder_is_refused(saved, tmp_path, spoil, told):
     [
         ({"prior": models.KroneckerInducing(rank=2)}, "rank=3 or more"),
         ({"prior": models.FactorInducing(rank=3, inducing=2)}, "rank=3 or more"),
-        ({"guide": AutoNormal}, "cannot start at a given adapter"),
+        ({"guide": AutoNormal}, "take a guide whose mean is a parameter"),
         ({"net": tiny.gpt2()}, "has no such layer"),
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),

@@ -9,7 +9,6 @@ import tiny
 
 from pyro_blora._version import __version__
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.methods import METHODS
 from pyro_blora.network import pretrained
 
 HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
@@ -39,12 +38,10 @@ except SystemExit:
     assert done.stderr.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "rank", "compare", "generate", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "generate", "distill"])
 def test_help_teaches(run, command):
     text, _ = run(command, "--help", columns=400)
     assert "Example: pyro-blora" in text
-    if command == "info":
-        assert f"({', '.join(pretrained.SHAPES)})" in text
     assert command in run(codes=(0, 2))[0]  # no arguments show the commands
     assert run("--version") == (f"pyro-blora {__version__}\n", "")
 
@@ -54,7 +51,7 @@ def test_every_name_is_found_and_nothing_but_the_result_is_said():
     program = """
 import sys
 import pyro_blora, pyro_blora.cli
-sys.argv = "pyro-blora info --model smollm2 --target-modules q_proj".split()
+sys.argv = "pyro-blora evaluate --help".split()
 try:
     pyro_blora.cli.main()
 except SystemExit as end:
@@ -70,32 +67,14 @@ assert not hasattr(pyro_blora.data, "nothing")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_info_counts_llama_2_7b_as_the_papers_do(run):
-    text, _ = run("info", "--model", "llama-2-7b", "--rank", 8)
-    # r (d_out + d_in): 64 projections of 4096 x 4096 and a head of 32000 x 4096.
-    assert f"{8 * (64 * 8192 + 36096):,}" == "4,483,072"
-    assert "4,483,072" in text
-    surplus = int(text.split("(0.0")[-2].split()[-1].replace(",", ""))
-    assert 0 < surplus <= 20_000
-
-
-def test_info_lists_methods_and_breaks_no_word_in_80_columns(run):
-    text, _ = run("info", "--methods", columns=80)
-    assert max(map(len, text.splitlines())) <= 80
-    words = set(text.split())
-    for name, made in METHODS.items():
-        assert {name, *made.summary.split(), *made.citation.split()} <= words
-
-
-@pytest.mark.parametrize("load", [pretrained.load_pretrained, pretrained.shape_only])
-def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
     import huggingface_hub
 
     asked = Mock(side_effect=ConnectionError("no such host"))
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match=r"no folder .*no such host.*smollm2"):
-        load("some/nme")
+        pretrained.load_pretrained("some/nme")
     asked.assert_called_once()
 
 
@@ -119,7 +98,6 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, load):
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
         ("evaluate", {"adapter": "adapter", "task": "words"}, ["give --model"]),
-        ("rank", {"adapter": "adapter", "out": "x", "task": "words", "pool": "no"}, ["no is miss"]),
     ],
 )
 @pytest.mark.usefixtures("own_module")

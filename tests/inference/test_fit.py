@@ -68,6 +68,7 @@ def test_the_number_of_particles_divides_the_batch(run, asked, expected):
 # Validation labels that training contradicts, so that an early step is the best one
 CONTRARY = [{**row, "label": (row["label"] + 1) % 3} for row in tiny.examples(10)]
 VALIDATED = {"validation": CONTRARY, "validate_every": 2, "num_steps": 13}
+VALIDATED["eval_samples"] = 0
 VALIDATED["learning_rates"] = {"mean": 0.2, "direction": 0.1}
 
 
@@ -95,7 +96,8 @@ def test_a_loader_validates_as_its_examples_do(run):
     found = []
     for validation in (CONTRARY, loader):
         pyro.set_rng_seed(0)
-        found.append(run(tiny.adapted(num_data=10), validation=validation).validation)
+        options = {"validation": validation, "eval_samples": 0}
+        found.append(run(tiny.adapted(num_data=10), **options).validation)
     assert found[0] == [(6, pytest.approx(found[1][0][1], rel=1e-5))]
 
 

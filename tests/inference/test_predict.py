@@ -200,7 +200,7 @@ def test_log_predictive_is_that_of_the_mean_probability(
 
 
 def test_what_cannot_be_predicted():
-    with pytest.raises(ConfigurationError, match="num_samples=-1 must be 0"):
+    with pytest.raises(ConfigurationError, match=r"num_samples must be .* got -1"):
         tiny.adapted().predict(tiny.sequences(), -1)
     blora = tiny.adapted(likelihood=CausalLM(num_data=4))
     with pytest.raises(ConfigurationError, match="got CausalLM; use log_predictive"):

@@ -214,13 +214,12 @@ def test_each_adapter_has_its_own_shortcuts_and_answers():
     net, batch = tiny.llama(4), tiny.choices(6)
     slow = tiny.adapted(net, target_modules=["q_proj"], likelihood=tiny.anew(CHOICES), fast=False)
     options = {"likelihood": tiny.anew(CHOICES), "layers_to_transform": [2, 3]}
-    fast = slow.add_adapter("fast", target_modules=["v_proj"], **options)
     seen = rows_run(net)
     slow.predict(batch, 2, max_rows=100)
     assert seen == dict.fromkeys(range(4), 2 * 18)
     assert not slow.model.shortcuts._answers
     before = set(vars(net))
-    slow.set_adapter("fast")
+    fast = tiny.adapted(slow.unwrap(), target_modules=["v_proj"], **options)
     fast.predict(batch, 2, max_rows=100)
     assert len(fast.model.shortcuts._answers) == 2
     assert set(vars(net)) == before

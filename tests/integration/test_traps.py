@@ -138,7 +138,7 @@ def test_tokens_outside_of_a_batch_are_not_confused_with_particles():
     with pyro.plate("num_samples", 8, dim=-2):
         blora.guide(batch)
     contexts = blora.guide.families()["q_proj.V"].context
-    assert contexts.shape[0] == 1  # the mean over all examples
+    assert contexts.dim() == 1  # the mean over all examples
 
 
 class Router(torch.nn.Linear):
