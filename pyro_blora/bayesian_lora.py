@@ -142,7 +142,7 @@ class BayesianLoRA(PyroModule):
         self.model.attach()
         self._frozen = Frozen(net)
         super().train(net.training)  # so that train(training) changes nothing
-        self.model.shortcuts.on = fast
+        self.likelihood.shortcuts.on = fast
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name) if name in _PROXIED else super().__getattr__(name)

@@ -134,7 +134,9 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
                 torch.autocast(self.device.type, low, enabled=low is not None),
                 self.blora.model.applied(updates) as net,
             ):
-                logp = logits_at(net, batch, positions, real).log_softmax(-1)
+                logp = logits_at(
+                    net, batch, positions, real, narrow=self.blora.likelihood.shortcuts.on
+                ).log_softmax(-1)
             each = logp.gather(1, targets[:, None]).squeeze(1)
             grid = logp.new_zeros(real.shape).masked_scatter(real, each)
             before = (grid.cumsum(1) - grid)[real]

@@ -91,8 +91,7 @@ def inform(
             batch = to_device(batch, device)
             count = blora.likelihood.examples(batch)
             watched = updates_in_place(blora.model.adapters, updates)
-            shortcuts = blora.model.shortcuts.in_place(blora.net)
-            with watched, shortcuts, torch.autocast(device.type, torch.bfloat16, enabled=low):
+            with watched, torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = blora.likelihood.logits(blora.net, batch)
             law = blora.likelihood.distribution(logits, blora.likelihood.labels(batch))
             gradients = torch.autograd.grad(

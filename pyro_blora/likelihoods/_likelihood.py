@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError
+from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.options import Options, check_count
 
 Batch = Mapping[str, Any]
@@ -28,8 +29,10 @@ class Likelihood(Options, PyroModule):
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
     prior's do. They are trained and saved with the adapter. They may take what the adapter has
     memorized for evidence. While ``holds_out`` is set (:meth:`holding_out`), :meth:`logits` may let
-    some examples train them alone, and the rest all else. A second adapter with the same object
-    gets one of its own, made anew of the options, with a warning.
+    some examples train them alone, and the rest all else.
+
+    As a prior and a guide it is a template: :class:`~pyro_blora.BayesianLoRA` copies it, and
+    ``blora.likelihood`` is the copy that learns.
 
     Args:
         num_data: number of examples in the training set, ``N``. Without it the batch is taken for
@@ -40,11 +43,11 @@ class Likelihood(Options, PyroModule):
     row_dims: ClassVar[int] = 2  # of input_ids: B x T
     new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
     roles: ClassVar[dict[str, str]] = {}
-    is_taken = False  # by an adapter
     holds_out = False  # whether some examples train its own parameters alone
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
+        self.shortcuts = Shortcuts()
         if num_data is not None:
             check_count("num_data", num_data)
 
@@ -58,15 +61,10 @@ class Likelihood(Options, PyroModule):
             self.holds_out = before
 
     def bind(self: Self, device: torch.device) -> Self:
-        """This likelihood on ``device``; if it has parameters and an adapter, another one."""
-        if not self.is_taken or not any(True for _ in self.parameters()):
-            return self.to(device)
-        warnings.warn(
-            f"This {type(self).__name__} is another adapter's, and learns with that one; the new "
-            "adapter has its own, blora.likelihood. Make one for each adapter.",
-            stacklevel=5,
-        )
-        return type(self)(**copy.deepcopy(self.options())).to(device)
+        """A copy of this likelihood on ``device``, with its parameters where they are here."""
+        bound = type(self)(**copy.deepcopy(self.options()))
+        bound.load_state_dict(self.state_dict())
+        return bound.to(device)
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is of another kind; called when it is adapted."""

@@ -34,7 +34,9 @@ class CausalLM(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits that predict each scored token, ``(B, S, V)``, the real ones first."""
         positions, _, mask, count = self._scored(batch)
-        flat = logits_at(net, self.inputs(batch), positions, mask, count=count)
+        flat = logits_at(
+            net, self.inputs(batch), positions, mask, count=count, narrow=self.shortcuts.on
+        )
         logits = flat.new_zeros(*mask.shape, flat.shape[-1])
         return logits.masked_scatter(mask.unsqueeze(-1), flat)
 

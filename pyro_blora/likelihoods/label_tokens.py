@@ -58,4 +58,5 @@ class LabelTokens(Likelihood):
         mask = inputs["attention_mask"]
         index = torch.arange(mask.shape[-1], device=mask.device)
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
-        return logits_at(net, inputs, last, token_ids=self._answers.to(mask.device))
+        ids = self._answers.to(mask.device)
+        return logits_at(net, inputs, last, token_ids=ids, narrow=self.shortcuts.on)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.nn import PyroParam
@@ -20,7 +20,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.reading import check_causal, compact, logits_at, true_entries
 from pyro_blora.network.adapter import adapter_of
-from pyro_blora.network.shortcuts import agree, few_tokens, logits_of, shortcuts_of, window_of
+from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
 from pyro_blora.updates.conditional_noise import MarginalNoise
 
 
@@ -91,8 +91,9 @@ class MultipleChoice(Likelihood):
         if self.holds_out and any(p.requires_grad for p in self.parameters()):
             apart = torch.tensor(_apart(batch)).unsqueeze(-1)
             apart = apart.to(batch["input_ids"].device, non_blocking=True)
-        rows = in_rows(net, {key: batch[key] for key in self.keys}, self.pack)
-        logits = logits_at(net, rows.inputs, rows.positions, rows.mask, count=rows.count)
+        rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
+        how: dict[str, Any] = {"count": rows.count, "narrow": self.shortcuts.on}
+        logits = logits_at(net, rows.inputs, rows.positions, rows.mask, **how)
         real = true_entries(rows.mask, rows.count)
         targets = rows.targets.flatten()[real]
         logp = -functional.cross_entropy(logits, targets, reduction="none")
@@ -276,12 +277,17 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     return Scored(inputs, positions, targets, option.clamp_min(0), mask, count)
 
 
-def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = None) -> Scored:
+def in_rows(
+    net: nn.Module,
+    batch: Mapping[str, Tensor],
+    shortcuts: Shortcuts,
+    packing: bool | None = None,
+) -> Scored:
     """The batch's rows, packed where it changes nothing.
 
     The packed mask takes the place of a window's, so rows longer than a window are not packed.
     """
-    if supports_packing(net) if packing is None else packing:
+    if supports_packing(net, shortcuts) if packing is None else packing:
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
@@ -295,10 +301,11 @@ def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = 
     return unpacked(batch)
 
 
-def supports_packing(net: nn.Module) -> bool:
+def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
     """Whether packed and unpacked rows give this network the same logits."""
     packs = partial(_packs, net)
-    return shortcuts_of(net).verified(net, "options packed behind one question", packs)
+    shortcuts = shortcuts or Shortcuts()
+    return shortcuts.verified(net, "options packed behind one question", packs)
 
 
 def _packs(net: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.network.adapter import adapter_of
-from pyro_blora.network.shortcuts import is_observed, shortcuts_of
+from pyro_blora.network.shortcuts import is_observed
 from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
 
@@ -56,12 +56,14 @@ def logits_at(
     mask: Tensor | None = None,
     token_ids: Tensor | None = None,
     count: int | None = None,
+    narrow: bool = True,
 ) -> Tensor:
     """The logits of a language model at some positions of each row, ``(count, C)``.
 
     ``inputs`` are its arguments, ``R`` rows, ``positions`` are ``(R, S)``, and ``mask`` tells the
     real ones, which are returned in row-major order; ``count`` is how many they are, lest a device
-    is asked. ``token_ids`` are the ``C`` vocabulary entries to return; default all.
+    is asked. ``token_ids`` are the ``C`` vocabulary entries to return, by default all. Without
+    ``narrow`` the head runs at all positions.
     """
     head = output_head(net)
     adapter = adapter_of(head)
@@ -90,8 +92,8 @@ def logits_at(
         narrowed.append(True)
         return (gathered(args[0]),)
 
-    narrows = shortcuts_of(net).on and not is_observed(net, (net, head))
-    with head.register_forward_pre_hook(gather) if narrows else nullcontext():
+    narrow = narrow and not is_observed(net, (net, head))
+    with head.register_forward_pre_hook(gather) if narrow else nullcontext():
         logits: Tensor = net(**inputs, use_cache=False).logits
     logits = (logits if narrowed else gathered(logits)).flatten(0, 1)
     if per_row and real is not None:

@@ -1,10 +1,11 @@
 """Shortcuts that give the network's own logits, and how the network is asked whether they do.
 
-A shortcut is tried on a few tokens against the plain path, once for each adapter.
+A shortcut is tried on a few tokens against the plain path, once for each network.
 """
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -23,30 +24,20 @@ from pyro_blora.network.adapter import (
 )
 from pyro_blora.network.targets import device_of, head_of
 
-_ON_NETWORK = "_pyro_blora_shortcuts"
 _WINDOW = re.compile(r"((window|chunk)(_size)?|index_topk)$")
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 class Shortcuts:
-    """Which shortcuts one adapter takes, and what its network answered."""
+    """Which shortcuts a likelihood takes, and what the networks that it scored have answered."""
 
     def __init__(self) -> None:
         self.on = True
-        self.asking = False  # whether the pass that runs now is a question, not to be shortened
+        self.asking = False  # True during a verification pass, which must not use shortcuts
         self._answers: dict[tuple[Any, ...], bool] = {}
 
-    @contextmanager
-    def in_place(self, net: nn.Module) -> Iterator[None]:
-        """Within, these are the shortcuts of the network."""
-        before = vars(net).pop(_ON_NETWORK, None)
-        vars(net)[_ON_NETWORK] = self
-        try:
-            yield
-        finally:
-            del vars(net)[_ON_NETWORK]
-            if before is not None:
-                vars(net)[_ON_NETWORK] = before
+    def __getstate__(self) -> dict[str, Any]:
+        return {"on": self.on, "asking": False, "_answers": {}}  # a copied network is asked anew
 
     def verified(self, net: nn.Module, shortcut: str, question: Callable[[], bool]) -> bool:
         """Whether a shortcut is on and ``question`` finds the plain path's logits with it.
@@ -59,7 +50,7 @@ class Shortcuts:
         settings = (
             getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts")
         )
-        key = (shortcut, *settings)
+        key = (weakref.ref(net), shortcut, *settings)
         if key not in self._answers:
             with self._as_pretrained(net):
                 self._answers[key] = question()
@@ -111,12 +102,6 @@ class Shortcuts:
             )
         )
         return blocks if usable else []
-
-
-def shortcuts_of(net: nn.Module) -> Shortcuts:
-    """The shortcuts of the adapter that runs the network; without one, the network's own."""
-    found: Shortcuts = vars(net).setdefault(_ON_NETWORK, Shortcuts())
-    return found
 
 
 class FrozenPrefix:

@@ -33,7 +33,6 @@ from pyro_blora.network.adapter import (
     updates_kept_for_backward,
 )
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
 from pyro_blora.updates.low_rank_update import LowRankUpdate
@@ -138,7 +137,6 @@ class BayesianLoRAModel(PyroModule):
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
-        self.shortcuts = Shortcuts()
 
     @property
     def net(self) -> nn.Module:
@@ -192,7 +190,7 @@ class BayesianLoRAModel(PyroModule):
     def skippable_blocks(self) -> list[nn.Module]:
         """The frozen blocks that need not run twice for an example."""
         trained = self.trained_heads.names
-        return self.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
+        return self.likelihood.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers; another adapter's would add its updates, too."""
@@ -204,7 +202,6 @@ class BayesianLoRAModel(PyroModule):
                 )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(Adapter, self.layer_names, modules))
-        self.likelihood.is_taken = True
 
     def detach(self) -> None:
         """Takes the hooks off again."""
@@ -242,7 +239,6 @@ class BayesianLoRAModel(PyroModule):
         self.check_on_network()
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         with ExitStack() as within:
-            within.enter_context(self.shortcuts.in_place(self.net))
             if self.enabled:
                 within.enter_context(self.trained_heads.in_place())
                 within.enter_context(updates_in_place(self.adapters, layers))

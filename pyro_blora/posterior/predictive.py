@@ -254,7 +254,7 @@ def logits_of_draws(
     shows = batch.get("output_hidden_states") or batch.get("output_attentions")
     plain = num_samples < 2 or shows or torch.is_grad_enabled()
     blocks = [] if plain else model.skippable_blocks()
-    prefix = FrozenPrefix(blocks, model.shortcuts)
+    prefix = FrozenPrefix(blocks, model.likelihood.shortcuts)
     most = max(1, min(num_samples, max_rows // examples))
     done = 0
     while done < max(1, num_samples):

@@ -79,7 +79,7 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     blora.save_pretrained(tmp_path, notes={"accuracy": 0.5})
     blora.unwrap()
     again = BayesianLoRA.from_pretrained(base, tmp_path, fast=False)
-    assert not again.model.shortcuts.on
+    assert not again.likelihood.shortcuts.on
     assert torch.equal(again.predict(tiny.sequences(), 0).probs, expected)
     assert tiny.equal(again.state_dict(), state)
     assert repr(again) == repr(blora)

@@ -132,7 +132,7 @@ def test_unknown_names(name, match):
 def test_a_method_of_ones_own_is_an_object():
     blora = made(Method("own", "Subspace", "Delta"), fast=False)
     assert isinstance(blora.guide_family, guides.Delta)
-    assert not blora.model.shortcuts.on
+    assert not blora.likelihood.shortcuts.on
 
 
 def test_the_rank_is_the_method_s_prior_s():

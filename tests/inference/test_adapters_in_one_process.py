@@ -177,20 +177,17 @@ def test_one_that_is_off_its_network_is_refused_before_anything_runs(ask):
     assert other.model.adapters
 
 
-def test_the_likelihood_that_is_given_is_the_one_that_learns(run):
+def test_a_likelihood_is_a_template_as_prior_and_guide_are(run):
     likelihood = MultipleChoice(num_data=10)
     blora = tiny.adapted(likelihood=likelihood)
     rows = [tiny.choices(10, seed=3)] * 10
     fit(blora, rows, collate=lambda rows: rows[0], num_steps=2, progress=False)
-    assert likelihood is blora.likelihood
-    assert likelihood.score_slope != 1
-    with pytest.warns(UserWarning, match="is another adapter's.*Make one for each adapter"):
-        other = tiny.adapted(likelihood=likelihood)
-    assert other.likelihood.score_slope == 1
-    fresh = MultipleChoice(num_data=10)
-    with pytest.raises(ConfigurationError):
-        tiny.adapted(likelihood=fresh, rank=64)
-    assert tiny.adapted(likelihood=fresh).likelihood is fresh  # the failure did not use it up
+    assert blora.likelihood.score_slope != 1
+    assert likelihood.score_slope == 1
+    assert tiny.adapted(likelihood=likelihood).likelihood.score_slope == 1
+    other = tiny.adapted(likelihood=blora.likelihood)  # from where it is
+    assert other.likelihood.score_slope == blora.likelihood.score_slope
+    assert other.likelihood is not blora.likelihood
 
 
 def saved(blora, folder):

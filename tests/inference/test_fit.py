@@ -241,8 +241,8 @@ def test_points_learn_for_some_epochs(run, epochs, monkeypatch):
 @pytest.mark.parametrize("guide", [None, AutoNormal])
 def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
     with pyro.settings.context(module_local_params=local):
-        likelihood = MultipleChoice(num_data=12)
-        blora = tiny.adapted(guide=guide, likelihood=likelihood)
+        blora = tiny.adapted(guide=guide, likelihood=MultipleChoice(num_data=12))
+        likelihood = blora.likelihood
         elbo = TraceMeanField_ELBO(
             num_particles=3, vectorize_particles=True, max_plate_nesting=blora.max_plate_nesting
         )

@@ -131,7 +131,7 @@ def test_fast_is_plain(net, likelihood):
     blora = tiny.adapted(net, target_modules=["q_proj", "lm_head"], **options)
     batch = BATCH if likelihood is None else tiny.choices(4)
     found = blora.predict(batch, 0).probs
-    blora.model.shortcuts.on = False
+    blora.likelihood.shortcuts.on = False
     torch.testing.assert_close(found, blora.predict(batch, 0).probs, atol=1e-5, rtol=1e-4)
 
 

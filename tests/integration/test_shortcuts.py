@@ -143,7 +143,7 @@ def scores(blora, batch, max_rows, draws=5):
 
 
 def assert_fast_is_plain(blora, batch):
-    shortcuts = blora.model.shortcuts
+    shortcuts = blora.likelihood.shortcuts
     shortcuts.on = False
     expected = scores(blora, batch, max_rows=1)
     shortcuts.on = True
@@ -217,11 +217,11 @@ def test_each_adapter_has_its_own_shortcuts_and_answers():
     seen = rows_run(net)
     slow.predict(batch, 2, max_rows=100)
     assert seen == dict.fromkeys(range(4), 2 * 18)
-    assert not slow.model.shortcuts._answers
+    assert not slow.likelihood.shortcuts._answers
     before = set(vars(net))
     fast = tiny.adapted(slow.unwrap(), target_modules=["v_proj"], **options)
     fast.predict(batch, 2, max_rows=100)
-    assert len(fast.model.shortcuts._answers) == 2
+    assert len(fast.likelihood.shortcuts._answers) == 2
     assert set(vars(net)) == before
     seen.update(dict.fromkeys(seen, 0))
     fast.predict(batch, 3, max_rows=100)
@@ -290,7 +290,7 @@ def test_a_likelihood_that_runs_the_network_several_times(row_by_row):
     blora, batch = adapted("llama", likelihood=Twice(token_ids=tiny.ANSWERS, num_data=12))
     blora.likelihood.row_by_row = row_by_row
     found = scores(blora, batch, max_rows=1)
-    blora.model.shortcuts.on = False
+    blora.likelihood.shortcuts.on = False
     torch.testing.assert_close(found, scores(blora, batch, max_rows=1), atol=2e-5, rtol=1e-4)
 
 
