@@ -18,14 +18,19 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.loop import Batches, FitResult, running, training_loop
 from pyro_blora.inference.objective import Objective, check_num_data, size_of
-from pyro_blora.inference.post_hoc import draws_of_evaluation, finish, post_hoc_families
+from pyro_blora.inference.post_hoc import (
+    begin_training,
+    draws_of_evaluation,
+    finish,
+    post_hoc_families,
+)
 from pyro_blora.inference.resume import TrainingState, settings_of
 from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS, method_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_count, check_kind, check_positive
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, to_device
-from pyro_blora.posterior.guide import draws_apart, read_store, start_guide
+from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.prediction import Collate, batches_of, collator
 
 DECAYS = ("linear", "cosine", "constant")
@@ -155,7 +160,7 @@ def fit(
     first = to_device(stream.peek(), device)
     objective = Objective(blora, elbo, num_particles, kl_weight)
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
-    read_store(blora)
+    begin_training(blora)
     groups = parameter_groups(
         nn.ModuleList([blora.model, blora.guide]), *rates_by_group(blora, rates)
     )
@@ -185,8 +190,6 @@ def fit(
             f"steps (validate_every={validate_every}); choose a smaller validate_every=.",
             stacklevel=3,
         )
-    for family in post_hoc_families(blora).values():
-        family.reopen()
     validate = None
     if validation is not None:
         samples = draws_of_evaluation(blora, eval_samples)
@@ -204,7 +207,6 @@ def fit(
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return objective(to_device(batch, device))
 
-    blora.model.temperature.fill_(1)
     with running(blora, precision, training=True):
         result = training_loop(
             loss_of,

@@ -20,7 +20,7 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, repeat_batch, to_device
-from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.guide import StructuredGuide, read_store
 from pyro_blora.posterior.prediction import Collate, batches_of
 from pyro_blora.posterior.predictive import logit_jacobian
 
@@ -38,6 +38,17 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
             "MultipleChoice() or LabelTokens(token_ids=...), or take a guide that is trained."
         )
     return found
+
+
+def begin_training(blora: BayesianLoRA) -> None:
+    """Takes what is in Pyro's store, and gives up what followed a training before.
+
+    That is the temperature of :meth:`BayesianLoRA.distill`, and the width of a post-hoc guide.
+    """
+    read_store(blora)
+    blora.model.temperature.fill_(1)
+    for family in post_hoc_families(blora).values():
+        family.reopen()
 
 
 def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:
@@ -141,7 +152,7 @@ def finish(
             "finish is for guides that find their width after training (Laplace, Isotropic), not "
             f"for {blora.guide_family!r}."
         )
-    blora.model.temperature.fill_(1)
+    begin_training(blora)
     batches = list(batches_of(data, collate, length, batch_size))
     device = blora.model.groups[0].device
     hide = None if progress is None else not progress

@@ -27,11 +27,11 @@ from pyro_blora.inference.fit import (
 )
 from pyro_blora.inference.loop import schedule_length
 from pyro_blora.inference.objective import Objective, check_num_data
-from pyro_blora.inference.post_hoc import draws_of_evaluation
+from pyro_blora.inference.post_hoc import begin_training, draws_of_evaluation
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import LOCK, to_device
-from pyro_blora.posterior.guide import draws_apart, read_store, start_guide
+from pyro_blora.posterior.guide import draws_apart, start_guide
 
 
 class BayesianLoRATrainer(Trainer):
@@ -97,7 +97,6 @@ class BayesianLoRATrainer(Trainer):
         """The optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
-            read_store(self.blora)
             groups = parameter_groups(self.blora, *rates_by_group(self.blora, self.learning_rates))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
@@ -125,7 +124,7 @@ class BayesianLoRATrainer(Trainer):
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, after the prior has its directions; afterwards the mode is as before."""
-        self.blora.model.temperature.fill_(1)
+        begin_training(self.blora)
         check_num_data(self.blora.likelihood, self.train_dataset)
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size

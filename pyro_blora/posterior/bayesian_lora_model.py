@@ -15,8 +15,7 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -59,8 +58,7 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 
 def open_plates() -> dict[str, int]:
     """The names and sizes of the plates within which Pyro is running now."""
-    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
-    return {plate.name: getattr(plate, "subsample_size", plate.size) for plate in plates}
+    return {frame.name: frame.size for frame in get_plates() if frame.vectorized}
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
