@@ -40,6 +40,7 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell pyro_blora models guides tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
 
 docs: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

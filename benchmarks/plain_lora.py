@@ -10,11 +10,11 @@ from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from pyro_blora.errors import NonFiniteLossError
-from pyro_blora.inference.loop import Batches, Collate, FitResult, training_loop
+from pyro_blora.inference.loop import FitResult, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.batches import Batches, Collate, to_device
 from pyro_blora.posterior.prediction import Prediction
 
 

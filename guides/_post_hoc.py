@@ -44,7 +44,7 @@ class PostHoc(Delta):
         now = self._finished
         if now.is_inference():  # without a version
             return bool(now)
-        # the host waits for an answer of a graphics card: it is asked for each change once
+        # reading a CUDA bool synchronizes the device, so it is cached until the buffer changes
         if self._known is None or self._known[0] is not now or self._known[1] != now._version:
             self._known = now, now._version, bool(now)
         return self._known[2]

@@ -23,12 +23,8 @@ from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior import predictive
-from pyro_blora.posterior.bayesian_lora_model import (
-    LOCK,
-    BayesianLoRAModel,
-    one_at_a_time,
-    to_device,
-)
+from pyro_blora.posterior.batches import Collate, to_device
+from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import (
     GuideFactory,
     OwnTensors,
@@ -37,8 +33,9 @@ from pyro_blora.posterior.guide import (
     make_guide,
     warn_of_a_point,
 )
+from pyro_blora.posterior.linearized import linearized_logits
 from pyro_blora.posterior.one_pass import distill
-from pyro_blora.posterior.prediction import Collate, Prediction, predict_dataset
+from pyro_blora.posterior.prediction import Prediction, predict_dataset
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 # What transformers asks of a network besides, a pipeline for one
@@ -129,7 +126,7 @@ class BayesianLoRA(PyroModule):
                 f"rank must be None with prior=, got {rank}; give it to prior."
             )
         family = self.method.guide_of() if guide is None else guide
-        self._given = (net, family)  # in a tuple, so that they are no children
+        self._given = (net, family)  # in a tuple, so that nn.Module does not register them
         if likelihood is None:
             likelihood = SequenceClassification() if is_classifier(net) else CausalLM()
         check_kind("likelihood", likelihood, Likelihood)
@@ -179,7 +176,7 @@ class BayesianLoRA(PyroModule):
 
     def train(self, mode: bool = True) -> Self:
         """Puts the network into this mode, too, and so does ``eval()``."""
-        if self.model.adapters:  # else it is somebody else's
+        if self.model.adapters:  # otherwise the network belongs to another adapter
             self.net.train(mode)
         return super().train(mode)
 
@@ -291,7 +288,7 @@ class BayesianLoRA(PyroModule):
             warn_of_a_point(self.model, self.guide, num_samples)
         batch, parts = to_device(batch, self.device), (self.model, self.guide)
         if linearized:
-            return iter([predictive.linearized_logits(*parts, batch, num_samples)])
+            return iter([linearized_logits(*parts, batch, num_samples)])
         return predictive.logits_of_draws(*parts, batch, num_samples, max_rows, samples)
 
     @one_at_a_time

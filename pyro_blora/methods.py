@@ -45,9 +45,8 @@ class Method:
         scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
         learning_rates: of AdamW, by the role of a parameter; of a role that is missing, and by
             default, ``bayesian-lora``'s.
-        point_epochs: after how many passes over the data points (directions, heads) have learned,
-            but 300 steps at least: their schedule ends there. No KL sees them, and longer they
-            memorize. Default: never.
+        point_epochs: epochs (at least 300 steps) after which the learning rate of directions and
+            heads is zero, because no KL keeps them from memorizing. Default: never.
         num_samples: draws for a prediction, if the method fixes them.
         linearized: whether its predictive is the linearized one.
 

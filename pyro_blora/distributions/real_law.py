@@ -53,8 +53,9 @@ class RealLaw(TorchDistribution):
     def of_own_draw(self, value: Tensor) -> Tensor | None:
         """The log density of the last draw by its noise ``e``, ``(k - |e|^2) / 2 - H[q]``.
 
-        Noise that is solved for has no digits left where a triangle is far from diagonal. ``None``
-        of any other value, and of a draw held fixed, whose density has another gradient.
+        Recovering the noise by a triangular solve would lose all precision for ill-conditioned
+        factors. ``None`` of any other value, and of a draw held fixed, whose density has another
+        gradient.
         """
         noise, drawn = self._drawn or (value, None)
         if value is not drawn or (torch.is_grad_enabled() and value.grad_fn is None):
@@ -202,7 +203,7 @@ class Members(RealLaw):
 
 
 class NormalMixture(dist.MixtureSameFamily):
-    """A mixture with reparametrized draws, unbiased as no parameter may load its die."""
+    """A mixture with reparametrized draws, unbiased because its mixture weights are fixed."""
 
     has_rsample = True
 

@@ -26,8 +26,8 @@ from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.network.adapter import in_mode, updates_in_place
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, to_device
-from pyro_blora.posterior.prediction import Collate, batches_of
+from pyro_blora.posterior.batches import Collate, batches_of, to_device
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 
 _OVERSAMPLED = 8  # columns of a sketch beyond the rank
 

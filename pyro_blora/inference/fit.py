@@ -16,7 +16,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fisher import inform, wants_informing
-from pyro_blora.inference.loop import Batches, FitResult, running, training_loop
+from pyro_blora.inference.loop import FitResult, running, training_loop
 from pyro_blora.inference.objective import Objective, check_num_data, size_of
 from pyro_blora.inference.post_hoc import (
     begin_training,
@@ -29,9 +29,9 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import METHODS, method_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_count, check_kind, check_positive
-from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, to_device
+from pyro_blora.posterior.batches import Batches, Collate, batches_of, collator, to_device
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
-from pyro_blora.posterior.prediction import Collate, batches_of, collator
 
 DECAYS = ("linear", "cosine", "constant")
 

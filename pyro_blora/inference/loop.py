@@ -2,29 +2,23 @@
 
 import copy
 import math
-import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from typing_extensions import Self
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.prediction import Collate, collator
 
 if TYPE_CHECKING:
     from pyro_blora.inference.resume import TrainingState
@@ -60,114 +54,6 @@ class FitResult:
         return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
 
 
-@dataclass
-class _Bucketed:
-    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
-
-    The incomplete batch, whose examples weigh more, is a random few of all and no window's longest.
-    """
-
-    lengths: list[int]
-    size: int
-    random: random.Random
-    skipped: int = 0  # batches to leave out of the next epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(len(self.lengths)))
-        self.random.shuffle(order)
-        whole = len(order) - len(order) % self.size
-        cut = [order[whole:]] if order[whole:] else []
-        for start in range(0, whole, 8 * self.size):
-            near = order[start : min(start + 8 * self.size, whole)]
-            near.sort(key=self.lengths.__getitem__)
-            cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
-        self.random.shuffle(cut)
-        batches, self.skipped = cut[self.skipped :], 0
-        return iter(batches)
-
-
-class Batches:
-    """Batches without end, each epoch in a new order; the order can be told and found again."""
-
-    def __init__(
-        self,
-        data: Sequence[Any] | DataLoader[Any],
-        collate: Collate | None = None,
-        length: Callable[[Any], int] | None = None,
-        *,
-        batch_size: int = 8,
-        seed: int | None = 0,
-    ) -> None:
-        self._order: _Bucketed | None = None
-        if isinstance(data, DataLoader):
-            self._loader, sampler = data, getattr(data, "sampler", None)
-            self._generator = data.generator or getattr(sampler, "generator", None)
-        else:
-            made = collator(data, collate)
-            lengths = [0] * len(data) if length is None else [length(x) for x in data]
-            self._order = _Bucketed(lengths, batch_size, random.Random(seed))
-            places: Any = range(len(data))
-            self._loader = DataLoader(
-                places, batch_sampler=self._order, collate_fn=lambda at: made([data[i] for i in at])
-            )
-            self._generator = None
-        self._epoch: Iterator[Any] = iter(())
-        self._begun: dict[str, Any] = {}
-        self._taken = 0
-        self._held: list[Batch] = []
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        found = self._held.pop() if self._held else self._drawn()
-        self._taken += 1
-        return found
-
-    def peek(self) -> Batch:
-        """The batch that comes next, which still comes next."""
-        self._held = self._held or [self._drawn()]
-        return self._held[0]
-
-    def place(self) -> dict[str, Any]:
-        """Where this is: the random numbers when the epoch began, and the batches taken since."""
-        return {**self._begun, "taken": self._taken}
-
-    def go_to(self, place: dict[str, Any]) -> None:
-        """Goes to a place that :meth:`place` told; a ``DataLoader`` reads its batches once more."""
-        torch.set_rng_state(place["torch"])
-        taken = int(place["taken"])
-        if self._generator is not None:
-            self._generator.set_state(place["generator"])
-        if self._order is not None:
-            version, numbers, spare = place["order"]
-            self._order.random.setstate((version, tuple(numbers), spare))
-            self._order.skipped = taken
-        self._begin()
-        self._held, self._taken = [], taken
-        for _ in islice(self._epoch, taken if self._order is None else 0):
-            pass
-
-    def _drawn(self) -> Batch:
-        drawn: Batch | None = next(self._epoch, None)
-        if drawn is None:
-            self._begin()
-            drawn = next(self._epoch, None)
-        if drawn is None:
-            raise BatchError(
-                "The training set is empty; check the DataLoader, the file or the split."
-            )
-        return drawn
-
-    def _begin(self) -> None:
-        self._begun, self._taken = {"torch": torch.get_rng_state()}, 0
-        if self._generator is not None:
-            self._begun["generator"] = self._generator.get_state()
-        if self._order is not None:
-            self._begun["order"] = self._order.random.getstate()
-        self._epoch = iter(self._loader)
-
-
 @contextmanager
 def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
     """Within, the network runs in this precision and mode, and Pyro checks no values."""
@@ -198,7 +84,7 @@ def held_interrupts(held: bool = True) -> Iterator[list[int]]:
 
 def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
     """The learning rate at a step as a share of the full one; that of the first is not zero."""
-    if step >= num_steps:  # of what has a schedule that ends before the training
+    if step >= num_steps:  # the schedule of this group has ended
         return 0.0
     ramp = round(warmup * num_steps)
     if step < ramp:

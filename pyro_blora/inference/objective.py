@@ -17,7 +17,7 @@ from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.options import check_count, check_positive
-from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.batches import to_device
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 
 

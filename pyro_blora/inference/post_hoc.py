@@ -19,10 +19,10 @@ from pyro_blora.inference.loop import running
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.posterior.bayesian_lora_model import one_at_a_time, repeat_batch, to_device
+from pyro_blora.posterior.batches import Collate, batches_of, repeat_batch, to_device
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import StructuredGuide, read_store
-from pyro_blora.posterior.prediction import Collate, batches_of
-from pyro_blora.posterior.predictive import logit_jacobian
+from pyro_blora.posterior.linearized import logit_jacobian
 
 
 def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:

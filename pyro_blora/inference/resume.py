@@ -20,9 +20,10 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import altered, fingerprint, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
 from pyro_blora.files import check_free, claim, own_files
-from pyro_blora.inference.loop import Batches, FitResult
+from pyro_blora.inference.loop import FitResult
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
+from pyro_blora.posterior.batches import Batches
 
 STATE = "training_state.safetensors"
 
@@ -135,7 +136,7 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) -> dict[str, Any]:
-    """The options, what is told of the data, the three nouns and the layers, flat, for JSON."""
+    """A flat JSON dictionary that identifies a run: options, data, the three nouns, the layers."""
     found: dict[str, Any] = {**options, **data}
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
     for part, given in parts.items():

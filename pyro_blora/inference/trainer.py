@@ -30,7 +30,8 @@ from pyro_blora.inference.objective import Objective, check_num_data
 from pyro_blora.inference.post_hoc import begin_training, draws_of_evaluation
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.bayesian_lora_model import LOCK, to_device
+from pyro_blora.posterior.batches import to_device
+from pyro_blora.posterior.bayesian_lora_model import LOCK
 from pyro_blora.posterior.guide import draws_apart, start_guide
 
 

@@ -27,8 +27,8 @@ class Likelihood(Options, PyroModule):
     :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
     set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
     :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
-    prior's do. They are trained and saved with the adapter. They may take what the adapter has
-    memorized for evidence. While ``holds_out`` is set (:meth:`holding_out`), :meth:`logits` may let
+    prior's do. They are trained and saved with the adapter. Examples that the adapter has memorized
+    would bias them, so while ``holds_out`` is set (:meth:`holding_out`), :meth:`logits` may let
     some examples train them alone, and the rest all else.
 
     As a prior and a guide it is a template: :class:`~pyro_blora.BayesianLoRA` copies it, and

@@ -114,9 +114,9 @@ def updates_in_place(
 def updates_kept_for_backward(
     modules: Sequence[Any], adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
 ) -> Iterator[None]:
-    """Within, those of ``modules`` under activation checkpointing take ``updates`` along.
+    """Within, checkpointed blocks apply ``updates`` again when backward recomputes them.
 
-    Backward runs such a block a second time, when the updates are off the layers again.
+    Otherwise they would be recomputed without, because the updates are off the layers by then.
     """
 
     def taking_along(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

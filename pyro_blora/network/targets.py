@@ -65,7 +65,7 @@ class LayerGroup:
 
 
 def device_of(modules: Iterable[nn.Module]) -> torch.device:
-    """Where the first of ``modules`` that tells computes; the CPU where none has storage."""
+    """The device of the first module with storage, or the CPU."""
     for module in modules:
         # Between passes an offloaded weight is on the meta device
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)

@@ -6,11 +6,10 @@ All sites are sampled before the network runs: so activation checkpointing and c
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -20,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pyro_blora.errors import BatchError, ConfigurationError, ParticleError
+from pyro_blora.errors import ConfigurationError, ParticleError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.models import UpdateModel
@@ -34,6 +33,7 @@ from pyro_blora.network.adapter import (
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup, by_group
 from pyro_blora.options import check_kind
+from pyro_blora.posterior.batches import repeat_batch, to_device
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 # Pyro's handlers and its store are of the process, so one thread at a time runs a model or a guide
@@ -59,32 +59,6 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 def open_plates() -> dict[str, int]:
     """The names and sizes of the plates within which Pyro is running now."""
     return {frame.name: frame.size for frame in get_plates() if frame.vectorized}
-
-
-def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
-    """The whole batch ``times`` over, one after the other, so that each particle sees all of it."""
-    return {
-        key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
-    if not isinstance(batch, Mapping):
-        raise BatchError(
-            f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
-            "of examples by a collator, task.collator(tokenizer)(items)."
-        )
-    return {key: _on_device(value, device) for key, value in batch.items()}
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list | np.ndarray):
-        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
-        with suppress(TypeError, ValueError, RuntimeError):  # texts, rows of several lengths, ...
-            value = torch.tensor(np.asarray(value) if arrays else value)
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class BayesianLoRAModel(PyroModule):
@@ -114,7 +88,7 @@ class BayesianLoRAModel(PyroModule):
         priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
         for each in priors.values():
             check_kind("prior", each, UpdateModel)
-        self._net, self._prior = (net,), (prior,)  # in tuples, so that they are no children
+        self._net, self._prior = (net,), (prior,)  # in tuples, so that nn.Module registers neither
         self._starts: dict[str, Tensor] = {}
         # once: a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]

@@ -52,7 +52,7 @@ def start_guide(
 
 @contextmanager
 def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, draws are the same every time; seeds and turns are as before afterwards."""
+    """Within, draws are the same every time; the RNG state and ensembles' turns are restored."""
     turns = [turn for name, turn in guide.named_buffers() if name.split(".")[-1] == "turn"]
     before = [turn.clone() for turn in turns]
     with forked_rng(device):
@@ -79,7 +79,7 @@ class StructuredGuide(PyroModule):
         model: BayesianLoRAModel,
     ) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple, as AutoGuide does, so that it is no child
+        self._model = (model,)  # in a tuple, as AutoGuide does, so that it is not registered
         self._attributes = {site.name: site.name.replace(".", "_") for site in sites}
         frames = {frame.name: frame for site in sites for frame in site.plates}
         # made once, for all the sites within: a new plate costs as much as a site

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.options import check_count
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, to_device
+from pyro_blora.posterior.batches import Collate, batches_of, to_device
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import draws_apart, posteriors_of
-from pyro_blora.posterior.prediction import Collate, batches_of
-from pyro_blora.posterior.predictive import linearized_logits, logits_of_draws, sample_updates
+from pyro_blora.posterior.linearized import linearized_logits
+from pyro_blora.posterior.predictive import logits_of_draws, sample_updates
 
 _ROWS = 128  # distributions of a batch that are read, for one number needs no more
 

@@ -1,23 +1,20 @@
 """What a Bayesian model predicts: class probabilities per posterior sample, and what follows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.precision import choose_precision
-from pyro_blora.posterior.bayesian_lora_model import to_device
+from pyro_blora.posterior.batches import Collate, batches_of, to_device
 
 _TOLERANCE = 1e-3
-
-Collate = Callable[[list[Any]], Batch]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,36 +128,6 @@ def check_probabilities(probs: Tensor, *, name: str) -> None:
 
 def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
-
-
-def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
-    """What makes a batch of a list of examples: torch's, where none is given and it can."""
-    if collate or isinstance(data, DataLoader):
-        return collate or default_collate
-    if len(data) and not isinstance(data[0], Mapping):
-        raise ConfigurationError(
-            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch of a "
-            "list of them, such as task.collator(tokenizer)."
-        )
-    return default_collate
-
-
-def batches_of(
-    data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
-) -> Iterator[Batch]:
-    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
-    if isinstance(data, DataLoader):
-        batches: Any = data
-    else:
-        made = collator(data, collate)
-        rows = data if length is None else sorted(data, key=length)
-        starts = range(0, len(rows), size)
-        batches = (made([rows[i] for i in range(s, min(s + size, len(rows)))]) for s in starts)
-    batch = None
-    for batch in batches:
-        yield batch
-    if batch is None:
-        raise BatchError("The data set is empty; check the file, the split or the DataLoader.")
 
 
 def predict_dataset(

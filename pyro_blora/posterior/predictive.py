@@ -16,7 +16,8 @@ from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import FrozenPrefix
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
+from pyro_blora.posterior.batches import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import (
     DRAWS_PLATE,
     StructuredGuide,
@@ -282,80 +283,3 @@ def log_predictive(likelihood: Likelihood, batch: Batch, passes: Iterator[Tensor
         parts.append(likelihood.distribution(logits, observed).log_prob(observed))
     joined = torch.cat(parts)
     return joined.logsumexp(0) - math.log(len(joined))
-
-
-@torch.inference_mode(False)  # which forbids derivatives
-def logit_jacobian(
-    model: BayesianLoRAModel, guide: nn.Module, batch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits at the guide's center, ``(B, C)``, and ``d(logit_c - logit_0)`` by unconstrained site.
-
-    Each example has a particle of its own, so that one backward pass for a class gives that row of
-    *every* example's Jacobian, ``(B, C, n, *event_shape)``, zero for ``c = 0``.
-    """
-    if not isinstance(guide, StructuredGuide):
-        raise ConfigurationError(
-            f"{type(guide).__name__} is not a family of pyro_blora.guides, whose center a "
-            "linearization needs; use num_samples draws."
-        )
-    examples = model.likelihood.examples(batch)
-    batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
-    sites = {name: family.site for name, family in guide.families().items()}
-    leaves: dict[str, Tensor] = {}
-    with torch.no_grad():
-        center = guide.center(batch)
-    for name, site in sites.items():
-        point = site.transform.inv(center[name])
-        outside = (1,) * (guide.nesting - len(site.batch_shape))
-        point = point.reshape(-1, *outside, *site.shape)  # of each example, or one for all
-        leaves[name] = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
-    with torch.enable_grad():
-        values = {name: sites[name].transform(x) for name, x in leaves.items()}
-        updates = pyro.poutine.condition(model.updates, data=values)()
-        updates = {name: update.without_noise() for name, update in updates.items()}
-        with model.applied(updates) as net:
-            logits = model.likelihood.logits(net, batch)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if logits.dim() != 2:
-            raise ConfigurationError(
-                "A linearization needs one choice among a few classes for each example, (B, C) "
-                f"logits; {type(model.likelihood).__name__} has {tuple(logits.shape)}."
-            )
-        rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]
-        for c in range(1, logits.shape[-1]):
-            total = (logits[:, c] - logits[:, 0]).sum()
-            keep = c + 1 < logits.shape[-1]
-            rows.append(list(torch.autograd.grad(total, list(leaves.values()), retain_graph=keep)))
-    stacked = (torch.stack(site_rows, 1) for site_rows in zip(*rows, strict=True))
-    return logits.detach(), {
-        name: J.reshape(*J.shape[:2], *site.shape)
-        for (name, site), J in zip(sites.items(), stacked, strict=True)
-    }
-
-
-@torch.no_grad()
-def linearized_logits(
-    model: BayesianLoRAModel, guide: nn.Module, batch: Batch, num_samples: int
-) -> Tensor:
-    """Draws of the logits, ``(S, B, C)``, by ``f(c) + J (U_s - c)`` at the guide's center ``c``."""
-    if num_samples < 1:
-        raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearize.")
-    model.check_on_network()
-    if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
-        raise ConfigurationError(
-            "A linearization has no place for the noise of a conditional; use num_samples draws, "
-            "or a prior with conditional='deterministic'."
-        )
-    with in_mode(model.net, training=False):
-        logits, jacobian = logit_jacobian(model, guide, batch)
-    assert isinstance(guide, StructuredGuide)
-    drawn = logits.repeat(num_samples, 1, 1)
-    with torch.autocast(logits.device.type, enabled=False):
-        for name, family in guide.families().items():
-            center = family.site.transform.inv(family.center())
-            moved = family.distribution().sample(torch.Size([num_samples])) - center
-            size = family.site.shape.numel()
-            moved = moved.reshape(num_samples, -1, size)  # the second is B, or one for all
-            J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
-            drawn += torch.einsum("bck,sbk->sbc", J, moved.expand(-1, len(logits), -1))
-    return drawn

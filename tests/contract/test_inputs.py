@@ -228,7 +228,7 @@ def edited(change, folder):
 CONFIGS = {
     "no JSON": lambda c: "{",
     "a list": lambda c: [c],
-    "an unknown option": lambda c: c["prior"]["options"].update(lenght=3),
+    "an unknown option": lambda c: c["prior"]["options"].update(lengths=3),
     "a newer method": lambda c: c["method"].update(schedule="new"),
 }
 for key in (

@@ -10,9 +10,10 @@ import torch
 from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.fit import rates_by_group
-from pyro_blora.inference.loop import Batches, rate
+from pyro_blora.inference.loop import rate
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.methods import METHODS, Method, get_method
+from pyro_blora.posterior.batches import Batches
 
 
 def made(name, net=None, **options):

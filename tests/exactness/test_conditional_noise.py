@@ -24,7 +24,7 @@ from pyro_blora import guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.posterior.bayesian_lora_model import repeat_batch
+from pyro_blora.posterior.batches import repeat_batch
 from pyro_blora.updates.conditional_noise import MarginalNoise, conditional_kl, weight_noise
 
 RANK = (M_R, M_C)

@@ -10,7 +10,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized, FullRank, Laplace, MatrixNormal, MeanField
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
-from pyro_blora.posterior.predictive import linearized_logits, logit_jacobian
+from pyro_blora.posterior.linearized import linearized_logits, logit_jacobian
 
 
 def test_the_jacobian_of_a_linear_network_is_its_design():

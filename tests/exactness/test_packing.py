@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import MultipleChoice
-from pyro_blora.likelihoods.multiple_choice import pack, supports_packing
+from pyro_blora.likelihoods.packing import pack, supports_packing
 
 NETS = {
     "llama": lambda: llama(attn_implementation="sdpa"),

@@ -22,6 +22,7 @@ from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
+from pyro_blora.posterior.batches import Batches
 from pyro_blora.posterior.prediction import predict_dataset
 
 RATES = METHODS["bayesian-lora"].learning_rates
@@ -262,7 +263,7 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
 def epochs(count, rows, *, by_length=True, seed=0):
     """The indices in each batch of the first epochs."""
     how = length if by_length else None
-    stream = loop.Batches(rows, tiny.collate, how, batch_size=4, seed=seed)
+    stream = Batches(rows, tiny.collate, how, batch_size=4, seed=seed)
     per_epoch = -(-len(rows) // 4)
     drawn = [b["index"].tolist() for b in itertools.islice(stream, count * per_epoch)]
     return [drawn[i : i + per_epoch] for i in range(0, len(drawn), per_epoch)]

@@ -13,7 +13,7 @@ from pyro_blora import guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import SequenceClassification
-from pyro_blora.likelihoods.multiple_choice import supports_packing
+from pyro_blora.likelihoods.packing import supports_packing
 from pyro_blora.likelihoods.reading import logits_at
 from pyro_blora.network.adapter import Adapter, updates_in_place
 from pyro_blora.network.quantized import dense_weight

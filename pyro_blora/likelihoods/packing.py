@@ -1,0 +1,173 @@
+"""Rows of a multiple choice for the network: one for each option, or one for each item.
+
+The K options of an item repeat its question. A packed row holds the shared prefix once and then
+the rest of every option, with position ids and an attention mask that let each option see the
+prefix and itself: the same numbers for about half the tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods.reading import compact
+from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
+from pyro_blora.updates.conditional_noise import MarginalNoise
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows for the network, and which tokens of them are scored for which option."""
+
+    inputs: dict[str, Tensor]  # keyword arguments of the network, R rows
+    positions: Tensor  # where each scored token is predicted, R x S: its predecessor
+    targets: Tensor  # the scored tokens, R x S
+    options: Tensor  # the option each belongs to, R x S
+    mask: Tensor  # which of these entries are real, R x S
+    count: int  # how many are
+
+
+def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[int, int, int]:
+    """Most kept and most scored tokens of a row, and how many are scored in all.
+
+    A device is waited for once in a step, here; so this also checks what no later line would see.
+    """
+    real = batch["attention_mask"].bool()
+    unpredicted = batch["option_mask"][..., 0].any()
+    padded_left = (real[..., 1:] & ~real[..., :-1]).any()
+    counts = scored.sum(-1)
+    facts = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
+    first, left, length, most, count = torch.stack([fact.long() for fact in facts]).tolist()
+    if first:
+        raise BatchError(
+            "option_mask must be false at the first token of a row, which nothing predicts; begin "
+            "each row with a question or the tokenizer's beginning-of-text token."
+        )
+    if left:
+        raise BatchError(
+            "Rows must be padded on the right for MultipleChoice, got padding before a real token; "
+            "set tokenizer.padding_side = 'right'."
+        )
+    return max(length, 1), max(most, 1), count
+
+
+def unpacked(batch: Mapping[str, Tensor]) -> Scored:
+    """One row for each option: ``R = B K``."""
+    items, options, length = batch["input_ids"].shape
+    ids = batch["input_ids"].reshape(-1, length)
+    scored = batch["option_mask"].reshape(-1, length).bool()
+    before = (torch.arange(length, device=ids.device) - 1).expand_as(ids)
+    option = torch.arange(options, device=ids.device).repeat(items).unsqueeze(-1).expand_as(ids)
+    _, most, count = _sizes(batch, scored, scored)
+    mask, (positions, targets, option) = compact(scored, most, before, ids, option)
+    real = batch["attention_mask"].reshape(-1, length)
+    # An absent option is an empty row, and a softmax over nothing is NaN in eager attention.
+    real = torch.where(real.any(-1, keepdim=True), real, (before < 0).to(real.dtype))
+    inputs = {"input_ids": ids, "attention_mask": real}
+    return Scored(inputs, positions, targets, option, mask, count)
+
+
+def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
+    """One row for each item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
+
+    ``additive``: the mask is numbers to add to the attention scores, as eager attention wants it.
+    """
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    scored = batch["option_mask"].bool()
+    items, options, length = ids.shape
+    index = torch.arange(length, device=ids.device)
+    used = scored.any(-1, keepdim=True)
+    # The prefix ends where the options first differ, or where one of them is first scored.
+    differs = ((ids != ids[:, :1]) | (real != real[:, :1])) & used
+    prefix = ((scored | differs).any(1).cumsum(-1) == 0) & real[:, 0]
+    rest = real & used & ~prefix.unsqueeze(1)
+
+    def row(first: Tensor, others: Tensor) -> Tensor:
+        shape = (items, options, length)
+        return torch.cat([first.expand(items, -1), others.expand(shape).reshape(items, -1)], -1)
+
+    segments = torch.arange(options, device=ids.device)[:, None]
+    kept, kept_scored = row(prefix, rest), row(torch.zeros_like(prefix), scored & rest)
+    longest, most, count = _sizes(batch, kept, kept_scored)
+    keep, (tokens, where, segment, score) = compact(
+        kept,
+        longest,
+        row(ids[:, 0], ids),
+        row(index, index),
+        row(torch.full_like(index, -1), segments),
+        kept_scored,
+    )
+    own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
+    seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
+    seen[..., 0] |= ~keep  # a softmax over nothing is NaN, and padding that is seen is no padding
+    attention = seen.unsqueeze(1)
+    if additive:
+        attention = torch.where(attention, 0.0, torch.finfo(torch.float32).min)
+    # The predecessor is the token before, or the prefix's last for an option's first token.
+    place = torch.arange(tokens.shape[-1], device=ids.device).expand_as(tokens)
+    last = prefix.sum(-1, keepdim=True) - 1
+    first = torch.cat([torch.ones_like(keep[:, :1]), segment[:, 1:] != segment[:, :-1]], -1)
+    before = torch.where(first, last, place - 1)
+    mask, (positions, targets, option) = compact(score & keep, most, before, tokens, segment)
+    inputs = {
+        "input_ids": tokens,
+        "position_ids": where.masked_fill(~keep, 0),
+        "attention_mask": attention,
+    }
+    return Scored(inputs, positions, targets, option.clamp_min(0), mask, count)
+
+
+def in_rows(
+    net: nn.Module,
+    batch: Mapping[str, Tensor],
+    shortcuts: Shortcuts,
+    packing: bool | None = None,
+) -> Scored:
+    """The batch's rows, packed where it changes nothing.
+
+    The packed mask takes the place of a window's, so rows longer than a window are not packed.
+    """
+    if supports_packing(net, shortcuts) if packing is None else packing:
+        rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
+        if window is None or rows.inputs["input_ids"].shape[-1] <= window:
+            return rows
+    updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
+    if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
+        raise ConfigurationError(
+            "noise='marginal' needs packed rows, in which options share their question's noise; "
+            "these are not packed (pack=False, or the network cannot). Use a prior with "
+            "noise='joint' or conditional='deterministic'."
+        )
+    return unpacked(batch)
+
+
+def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
+    """Whether packed and unpacked rows give this network the same logits."""
+    packs = partial(_packs, net)
+    shortcuts = shortcuts or Shortcuts()
+    return shortcuts.verified(net, "options packed behind one question", packs)
+
+
+def _packs(net: nn.Module) -> bool:
+    """Whether a question of four tokens with two options packs."""
+    ids = few_tokens(net, 1)
+    ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
+    scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
+    found = []
+    for rows in (pack(batch, additive=_adds_its_mask(net)), unpacked(batch)):
+        logits = logits_of(net, **rows.inputs)
+        index = torch.arange(len(rows.positions), device=ids.device).unsqueeze(-1)
+        if logits is None or logits.dim() != 3:
+            return False
+        found.append(logits[index, rows.positions].flatten(0, 1))
+    return agree(*found)
+
+
+def _adds_its_mask(net: nn.Module) -> bool:
+    """Whether the network's attention adds its mask (eager) rather than selecting by it."""
+    return getattr(getattr(net, "config", None), "_attn_implementation", "eager") == "eager"

@@ -1,0 +1,183 @@
+"""Batches: made of examples, moved, repeated, and without end in an order that can be told."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from typing_extensions import Self
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods import Batch
+
+Collate = Callable[[list[Any]], Batch]
+
+
+def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
+    """The whole batch ``times`` over, one after the other, so that each particle sees all of it."""
+    return {
+        key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
+            "of examples by a collator, task.collator(tokenizer)(items)."
+        )
+    return {key: _on_device(value, device) for key, value in batch.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | np.ndarray):
+        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
+        with suppress(TypeError, ValueError, RuntimeError):  # texts, rows of several lengths, ...
+            value = torch.tensor(np.asarray(value) if arrays else value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
+    """What makes a batch of a list of examples: torch's, where none is given and it can."""
+    if collate or isinstance(data, DataLoader):
+        return collate or default_collate
+    if len(data) and not isinstance(data[0], Mapping):
+        raise ConfigurationError(
+            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch of a "
+            "list of them, such as task.collator(tokenizer)."
+        )
+    return default_collate
+
+
+def batches_of(
+    data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
+) -> Iterator[Batch]:
+    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
+    if isinstance(data, DataLoader):
+        batches: Any = data
+    else:
+        made = collator(data, collate)
+        rows = data if length is None else sorted(data, key=length)
+        starts = range(0, len(rows), size)
+        batches = (made([rows[i] for i in range(s, min(s + size, len(rows)))]) for s in starts)
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
+        raise BatchError("The data set is empty; check the file, the split or the DataLoader.")
+
+
+@dataclass
+class _Bucketed:
+    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
+
+    The incomplete batch, whose examples weigh more, is a random few of all and no window's longest.
+    """
+
+    lengths: list[int]
+    size: int
+    random: random.Random
+    skipped: int = 0  # batches to leave out of the next epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.lengths)))
+        self.random.shuffle(order)
+        whole = len(order) - len(order) % self.size
+        cut = [order[whole:]] if order[whole:] else []
+        for start in range(0, whole, 8 * self.size):
+            near = order[start : min(start + 8 * self.size, whole)]
+            near.sort(key=self.lengths.__getitem__)
+            cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
+        self.random.shuffle(cut)
+        batches, self.skipped = cut[self.skipped :], 0
+        return iter(batches)
+
+
+class Batches:
+    """Batches without end, each epoch in a new order; the order can be told and found again."""
+
+    def __init__(
+        self,
+        data: Sequence[Any] | DataLoader[Any],
+        collate: Collate | None = None,
+        length: Callable[[Any], int] | None = None,
+        *,
+        batch_size: int = 8,
+        seed: int | None = 0,
+    ) -> None:
+        self._order: _Bucketed | None = None
+        if isinstance(data, DataLoader):
+            self._loader, sampler = data, getattr(data, "sampler", None)
+            self._generator = data.generator or getattr(sampler, "generator", None)
+        else:
+            made = collator(data, collate)
+            lengths = [0] * len(data) if length is None else [length(x) for x in data]
+            self._order = _Bucketed(lengths, batch_size, random.Random(seed))
+            places: Any = range(len(data))
+            self._loader = DataLoader(
+                places, batch_sampler=self._order, collate_fn=lambda at: made([data[i] for i in at])
+            )
+            self._generator = None
+        self._epoch: Iterator[Any] = iter(())
+        self._begun: dict[str, Any] = {}
+        self._taken = 0
+        self._held: list[Batch] = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        found = self._held.pop() if self._held else self._drawn()
+        self._taken += 1
+        return found
+
+    def peek(self) -> Batch:
+        """The batch that comes next, which still comes next."""
+        self._held = self._held or [self._drawn()]
+        return self._held[0]
+
+    def place(self) -> dict[str, Any]:
+        """Where this is: the random numbers when the epoch began, and the batches taken since."""
+        return {**self._begun, "taken": self._taken}
+
+    def go_to(self, place: dict[str, Any]) -> None:
+        """Goes to a place that :meth:`place` told; a ``DataLoader`` reads its batches once more."""
+        torch.set_rng_state(place["torch"])
+        taken = int(place["taken"])
+        if self._generator is not None:
+            self._generator.set_state(place["generator"])
+        if self._order is not None:
+            version, numbers, spare = place["order"]
+            self._order.random.setstate((version, tuple(numbers), spare))
+            self._order.skipped = taken
+        self._begin()
+        self._held, self._taken = [], taken
+        for _ in islice(self._epoch, taken if self._order is None else 0):
+            pass
+
+    def _drawn(self) -> Batch:
+        drawn: Batch | None = next(self._epoch, None)
+        if drawn is None:
+            self._begin()
+            drawn = next(self._epoch, None)
+        if drawn is None:
+            raise BatchError(
+                "The training set is empty; check the DataLoader, the file or the split."
+            )
+        return drawn
+
+    def _begin(self) -> None:
+        self._begun, self._taken = {"torch": torch.get_rng_state()}, 0
+        if self._generator is not None:
+            self._begun["generator"] = self._generator.get_state()
+        if self._order is not None:
+            self._begun["order"] = self._order.random.getstate()
+        self._epoch = iter(self._loader)
