@@ -20,7 +20,7 @@ import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize, fit
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
-from pyro_blora.inference.fit import given_rates
+from pyro_blora.inference.learning_rates import given_rates
 from pyro_blora.inference.resume import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -30,6 +30,7 @@ class Evidence:
 class PostHoc(Delta):
     """A point mass while it trains; :func:`pyro_blora.inference.finish` then gives it a width."""
 
+    is_point: ClassVar[bool] = False  # once it is finished
     _finished: Tensor
     _known: tuple[Tensor, int, bool] | None = None
 

@@ -168,6 +168,7 @@ class SiteGuide(Options, PyroModule):
         symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
             pairs of mirror images, of which fewer tell as much. Default: False, also if a
             subclass of a symmetric family has a law of its own.
+        is_point: whether q is a point mass, which has no draws to average.
         context: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all draws, or ``None``; set
             before each draw.
 
@@ -191,6 +192,7 @@ class SiteGuide(Options, PyroModule):
     reads_context: ClassVar[bool] = False
     couples_sites: ClassVar[bool] = False
     symmetric: ClassVar[bool] = False
+    is_point: ClassVar[bool] = False
     context: Tensor | None = None
     site: Site
 

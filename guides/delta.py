@@ -23,6 +23,7 @@ class Delta(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"loc": "mean"}
+    is_point: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,6 +47,10 @@ class UpdateModel(Options, PyroModule):
     Attributes:
         roles: for each trainable tensor, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
+        learning_rates: the rates by role that suit it and its guide, where they are not the usual
+            ones, :data:`pyro_blora.inference.learning_rates.RATES`.
+        point_epochs: epochs (at least 300 steps) after which the learning rate of directions and
+            heads is zero, because no KL keeps them from memorizing. Default: never.
         no_start: why it cannot start at an adapter that is there already; empty if it can.
 
     Example::
@@ -65,6 +69,8 @@ class UpdateModel(Options, PyroModule):
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    learning_rates: ClassVar[dict[str, float]] = {}
+    point_epochs: ClassVar[float | None] = None
     no_start: ClassVar[str] = "it does not define start_at(B, A)"
     group: LayerGroup
 

@@ -74,6 +74,7 @@ class FactorInducing(UpdateModel):
         "lambda_A": "scale",
         "lambda_B": "scale",
     }
+    learning_rates: ClassVar[dict[str, float]] = {"mean": 2e-2, "scale": 1e-2}
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class FisherInducing(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"sigma_": "scale"}
+    point_epochs: ClassVar[float | None] = 6.0
     no_start: ClassVar[str] = "its directions are those of the network's gradients"
     Z_r: Tensor
     Z_c: Tensor

@@ -45,6 +45,8 @@ class GaussianFactors(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
+    # means are LoRA's own factors
+    learning_rates: ClassVar[dict[str, float]] = {"mean": 1e-3, "scale": 1e-2, "direction": 1e-3}
 
     def __init__(
         self,

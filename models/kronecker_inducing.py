@@ -92,6 +92,7 @@ class KroneckerInducing(UpdateModel):
         "sigma_": "scale",
         "lambda_": "scale",
     }
+    point_epochs: ClassVar[float | None] = 6.0
     no_start: ClassVar[str] = ""
     sigma_start: Tensor
 

@@ -42,6 +42,8 @@ class SpectralInducing(KroneckerInducing):
         blora = BayesianLoRA(net, prior=SpectralInducing(rank=16), guide=FullRank())
     """
 
+    learning_rates: ClassVar[dict[str, float]] = {"mean": 2e-2, "scale": 1e-2}
+    point_epochs: ClassVar[float | None] = None
     no_start: ClassVar[str] = "its directions are those of the pretrained weight"
 
     def __init__(

@@ -37,6 +37,7 @@ class Subspace(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
+    learning_rates: ClassVar[dict[str, float]] = {"mean": 2e-2, "scale": 1e-2, "direction": 1e-3}
 
     def __init__(self, *, rank: int = 8, sigma: float = 1.0) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
-from pyro_blora.methods import METHODS, Method, get_method, method_of
+from pyro_blora.methods import METHODS, Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
@@ -54,8 +55,7 @@ class BayesianLoRA(PyroModule):
             ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
         method: a name of :data:`pyro_blora.methods.METHODS`, a pair ``"Subspace+FullRank"``, or a
             :class:`~pyro_blora.methods.Method`: a prior, a guide, and how both are trained and
-            predict. Default: that of the classes of the prior and the guide that are given, of
-            ``GaussianFactors()`` ``"blob"``; else ``"bayesian-lora"``.
+            predict. Default: ``"bayesian-lora"``; a prior that is given brings rates of its own.
         rank: of the method's prior. Default: the method's own, mostly 8.
         prior: what p(U) is and how the update follows; or a mapping of them, by the names of groups
             of layers or regular expressions: ``{"q_proj": Subspace(), ".*": KroneckerInducing()}``.
@@ -115,8 +115,8 @@ class BayesianLoRA(PyroModule):
         which["layers_to_transform"] = layers_to_transform
         targets = find_targets(net, target_modules, **which)
         if method is None:
-            usual = METHODS["bayesian-lora"].prior_of() if prior is None else prior
-            method = method_of(type(usual), type(guide))
+            draws = 0 if getattr(guide, "is_point", False) else None
+            method = replace(METHODS["bayesian-lora"], num_samples=draws)
         #: How it is trained and predicts: a method's record.
         self.method = get_method(method) if isinstance(method, str) else method
         if prior is None:

@@ -2,12 +2,12 @@
 
 ``BayesianLoRA(net)`` is ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` and every
 command take a name of this table, or a pair of class names: ``"Subspace+FullRank"``,
-``"my_module:MyPrior+MeanField"``. The records import nothing heavy.
+``"my_module:MyPrior+MeanField"``. The records import nothing heavy; a page has their papers.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,18 +16,6 @@ from pyro_blora.errors import ConfigurationError, near_miss
 if TYPE_CHECKING:
     from pyro_blora.guides import SiteGuide
     from pyro_blora.models import UpdateModel
-
-_RATES = {
-    "mean": 5e-2,  # of the guide, in units of a whitened core
-    "scale": 2e-2,  # of the guide and of the prior: a step of their logarithm
-    "direction": 5e-3,
-    "likelihood": 5e-2,
-    "head": 1e-3,
-}
-_POINT_EPOCHS = 6.0
-_POINT_STEPS = 300  # at least: fewer teach a new head nothing
-_SLOWER = {**_RATES, "mean": 2e-2, "scale": 1e-2}
-_LORA_RATES = {**_SLOWER, "mean": 1e-3, "direction": 1e-3}  # means are LoRA's own factors
 
 
 @dataclass(frozen=True)
@@ -38,50 +26,35 @@ class Method:
         name: what it is called.
         prior: the prior's class: a name of ``pyro_blora.models``, or ``module:Class``.
         guide: the guide's class, likewise of ``pyro_blora.guides``.
-        citation: authors, year, title or venue, arXiv number.
         prior_options: of the prior's constructor, besides the rank.
         guide_options: of the guide's constructor.
-        rank: what suits it where none is given. Default: 8.
         scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
-        learning_rates: of AdamW, by the role of a parameter; of a role that is missing, and by
-            default, ``bayesian-lora``'s.
-        point_epochs: epochs (at least 300 steps) after which the learning rate of directions and
-            heads is zero, because no KL keeps them from memorizing. Default: never.
+        learning_rates: of AdamW, by the role of a parameter, where they are not the prior's own.
+        point_epochs: as a prior's, where it is another number.
         num_samples: draws for a prediction, if the method fixes them.
         linearized: whether its predictive is the linearized one.
 
     Example::
 
         get_method("laplace-lora").linearized  # as published
-        Method("mine", "my_module:MyPrior", "MeanField", rank=4)
+        Method("mine", "my_module:MyPrior", "MeanField", num_samples=20)
     """
 
     name: str
     prior: str
     guide: str
-    citation: str = ""
     prior_options: Mapping[str, Any] = field(default_factory=dict)
     guide_options: Mapping[str, Any] = field(default_factory=dict)
-    rank: int = 8
     scale: Literal["learned", "fixed"] = "fixed"
-    learning_rates: Mapping[str, float] = field(default_factory=_RATES.copy)
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
     point_epochs: float | None = None
     num_samples: int | None = None
     linearized: bool = False
 
-    def point_steps(self, of_an_epoch: int | None) -> int | None:
-        """The steps in which points learn, by the batches of an epoch; ``None`` for all."""
-        if self.point_epochs is None or of_an_epoch is None:
-            return None
-        return max(_POINT_STEPS, round(self.point_epochs * of_an_epoch))
-
     def prior_of(self, rank: int | None = None) -> "UpdateModel":
-        """The prior of a rank, or of the rank that suits the method."""
-        made = _class(self.prior, "prior")
-        options = dict(self.prior_options)
-        if "rank" in inspect.signature(made).parameters:
-            options["rank"] = self.rank if rank is None else rank
-        return cast("UpdateModel", made(**options))
+        """The prior of a rank, by default its own."""
+        options = dict(self.prior_options) | ({} if rank is None else {"rank": rank})
+        return cast("UpdateModel", _class(self.prior, "prior")(**options))
 
     def guide_of(self) -> "SiteGuide":
         """The guide family."""
@@ -93,112 +66,89 @@ _KNOWN = (
         "bayesian-lora",
         "KroneckerInducing",
         "MatrixNormal",
-        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (begun narrow, its width the weight's)",
         scale="learned",
-        point_epochs=_POINT_EPOCHS,
     ),
     Method(
         "fisher",
         "FisherInducing",
         "MatrixNormal",
-        "this library; after Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003",
-        rank=32,
         scale="learned",
-        point_epochs=_POINT_EPOCHS,
     ),
     Method(
         "lora",
         "GaussianFactors",
         "Delta",
-        "Hu et al. 2021, LoRA, arXiv:2106.09685",
         prior_options={"random": "both", "sigma": 1e4},
-        learning_rates={**_LORA_RATES, "mean": 5e-4},
+        learning_rates={"mean": 5e-4},
         num_samples=0,
     ),
     Method(
         "map",
         "KroneckerInducing",
         "Delta",
-        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (its collapsed limit)",
         scale="learned",
+        point_epochs=1e6,  # never
         num_samples=0,
     ),
     Method(
         "bayesian-lora-factor",
         "FactorInducing",
         "MeanField",
-        "Lin et al. 2026, Bayesian-LoRA, arXiv:2601.21003 (as its code reads it)",
         prior_options={"conditional": "scaled"},
         guide_options={"init_scale": 0.1},
-        learning_rates=_SLOWER,
     ),
     Method(
         "mean-field",
         "KroneckerInducing",
         "MeanField",
-        "Blundell et al. 2015, Weight uncertainty in neural networks, arXiv:1505.05424",
         scale="learned",
-        point_epochs=_POINT_EPOCHS,
     ),
     Method(
         "blob",
         "GaussianFactors",
         "MeanField",
-        "Wang et al. 2024, BLoB, arXiv:2406.11675",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},  # BLoB's eps = 0.05: s = eps^2
-        learning_rates=_LORA_RATES,
     ),
     Method(
         "c-lora",
         "GaussianFactors",
         "Amortized",
-        "Rahmati et al. 2025, C-LoRA, arXiv:2505.17773",
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},
-        learning_rates=_LORA_RATES,
     ),
     Method(
         "scalabl",
         "Subspace",
         "MeanField",
-        "Samplawski et al. 2025, ScalaBL, arXiv:2506.21408",
         guide_options={"init_scale": 0.1},
-        learning_rates={**_SLOWER, "direction": 1e-3},
     ),
     Method(
         "b-lora-xs",
         "SpectralInducing",
         "FullRank",
-        "Marszalek et al. 2025, B-LoRA-XS, arXiv:2502.12122",
+        prior_options={"rank": 8},
         guide_options={"init_scale": 0.1},
-        learning_rates=_SLOWER,
     ),
     Method(
         "laplace-lora",
         "GaussianFactors",
         "Laplace",
-        "Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111",
         prior_options={"random": "both", "sigma": 1.0},
-        learning_rates=_LORA_RATES,
         linearized=True,
     ),
     Method(
         "tfb",
         "GaussianFactors",
         "Isotropic",
-        "Shi et al. 2024, Training-free Bayesianization, arXiv:2412.05723",
         prior_options={"random": "A", "sigma": 1.0},
-        learning_rates=_LORA_RATES,
     ),
     Method(
         "ensemble",
         "GaussianFactors",
         "Ensemble",
-        "Wang et al. 2023, LoRA ensembles, arXiv:2310.00035",
         prior_options={"random": "both", "sigma": 1.0},
         guide_options={"spread": 0.01},  # so little that every member starts at the network itself
-        learning_rates=_LORA_RATES,
         num_samples=5,
     ),
 )
@@ -229,12 +179,9 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     if "+" in name:
         left, _, right = name.partition("+")
-        usual = method_of(_class(left, "prior"), _class(right, "guide"))
-        pair = Method(name, left, right)
-        num_samples = 0 if right.rpartition(":")[2] == "Delta" else None
-        kept = ("rank", "learning_rates", "point_epochs", "linearized")
-        own = {each: getattr(usual, each) for each in kept}
-        return replace(pair, scale="learned", num_samples=num_samples, **own)
+        _class(left, "prior")
+        draws = 0 if _class(right, "guide").is_point else None
+        return Method(name, left, right, scale="learned", num_samples=draws)
     if name in SHOWN:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({SHOWN[name]}); `pyro-blora compare` has it."
@@ -243,26 +190,6 @@ def get_method(name: str) -> Method:
         f"method {name!r} is unknown; {near_miss(name, METHODS)}. Or give a prior and a guide: "
         "KroneckerInducing+MeanField."
     )
-
-
-def method_of(prior: Any, guide: Any = None) -> Method:
-    """The method of these classes, or of what they inherit; else the default's.
-
-    Where none has this guide, it is the prior's first method that is no point estimate.
-    """
-
-    def names(made: Any, ours: str) -> list[str]:
-        own = (c.__module__.startswith(ours) for c in made.__mro__)
-        return [
-            c.__name__ if here else f"{c.__module__}:{c.__qualname__}"
-            for c, here in zip(made.__mro__, own, strict=True)
-        ]
-
-    known = METHODS.values()
-    found = [k for n in names(prior, "pyro_blora.models") for k in known if k.prior == n]
-    own = [] if guide is None else names(guide, "pyro_blora.guides")
-    found.sort(key=lambda each: (each.guide not in own, each.guide == "Delta"))
-    return next(iter(found), METHODS["bayesian-lora"])
 
 
 def trained_for(name: str) -> str:
@@ -277,7 +204,7 @@ def check_method(name: str) -> None:
     get_method(trained_for(name))
 
 
-def _class(name: str, kind: Literal["prior", "guide"]) -> Callable[..., Any]:
+def _class(name: str, kind: Literal["prior", "guide"]) -> Any:
     import pyro_blora.guides as guides
     import pyro_blora.models as models
 

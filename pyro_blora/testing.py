@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError
 from pyro_blora.guides import MeanField, Site
+from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import Hierarchical
 
@@ -117,7 +118,7 @@ class PairContract(_Contract):
     def test_every_parameter_is_a_pyro_param_with_a_role(self) -> None:
         """Only then do both parameter stores see it, and ``fit`` knows its learning rate."""
         blora = self.adapted()
-        roles = blora.method.learning_rates
+        roles = RATES
         for module in blora.modules():
             own = {n.removesuffix("_unconstrained") for n, _ in module.named_parameters("", False)}
             known = set(module._pyro_params) if isinstance(module, PyroModule) else set()

@@ -1,21 +1,24 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import SiteGuide
 from pyro_blora.inference.fisher import inform, wants_informing
+from pyro_blora.inference.learning_rates import (
+    given_rates,
+    parameter_groups,
+    point_steps,
+    steps_of_an_epoch,
+)
 from pyro_blora.inference.loop import FitResult, running, training_loop
 from pyro_blora.inference.objective import Objective, check_num_data, size_of
 from pyro_blora.inference.post_hoc import (
@@ -26,8 +29,6 @@ from pyro_blora.inference.post_hoc import (
 )
 from pyro_blora.inference.resume import TrainingState, settings_of
 from pyro_blora.likelihoods import Batch
-from pyro_blora.methods import METHODS, method_of
-from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_count, check_kind, check_positive
 from pyro_blora.posterior.batches import Batches, Collate, batches_of, collator, to_device
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
@@ -161,9 +162,7 @@ def fit(
     objective = Objective(blora, elbo, num_particles, kl_weight)
     start_guide(blora.guide, first)  # its parameters must exist before the optimizer does
     begin_training(blora)
-    groups = parameter_groups(
-        nn.ModuleList([blora.model, blora.guide]), *rates_by_group(blora, rates)
-    )
+    groups = parameter_groups(blora, rates)
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     schedule: dict[str, Any] = {"warmup": warmup, "decay": decay, "max_grad_norm": max_grad_norm}
@@ -214,7 +213,7 @@ def fit(
             stream,
             num_steps=num_steps,
             check=objective.check,
-            point_steps=blora.method.point_steps(steps_of_an_epoch(train, batch_size)),
+            point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
             **schedule,
             validate=validate,
             state=blora.state_dict,
@@ -246,117 +245,3 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
             f"num_epochs={num_epochs} must be of data that have a length; give num_steps= instead."
         )
     return round(num_epochs * of_an_epoch)
-
-
-def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
-    """How many batches a pass over the data has; ``None`` of a loader that has no length."""
-    with suppress(TypeError):
-        return math.ceil(len(train) / (1 if isinstance(train, DataLoader) else batch_size))
-    return None
-
-
-def given_rates(
-    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None
-) -> dict[str, float]:
-    """The rates that win over the method's, by role; a number is that of the means."""
-    if learning_rates is None:
-        return {}
-    given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
-    _check_roles(given, blora)
-    for role, rate in given.items():
-        if not 0 <= rate < math.inf:
-            raise ConfigurationError(
-                f"The learning rate of {role!r} must be finite and 0 or more, got {rate!r}; 0 "
-                "holds its parameters."
-            )
-    return dict(given)
-
-
-def _check_roles(given: Mapping[str, float], module: nn.Module) -> None:
-    """A rate is that of a usual role, or of one that a part of ``module`` declares."""
-    known = dict.fromkeys(METHODS["bayesian-lora"].learning_rates)
-    for part in module.modules():
-        known |= dict.fromkeys(getattr(part, "roles", {}).values())
-    if unknown := sorted(set(given) - set(known)):
-        raise ConfigurationError(
-            f"learning rates must have roles among {list(known)}, got {unknown}; the method's are "
-            "blora.method.learning_rates."
-        )
-
-
-def rates_by_group(
-    blora: BayesianLoRA, given: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """The rates that :func:`parameter_groups` takes: the method's, or of the group's own prior."""
-    usual, rates = METHODS["bayesian-lora"].learning_rates, {}
-    for group in blora.model.groups:
-        prior = getattr(blora.model, group.name)
-        mixed = isinstance(blora.prior, Mapping) and blora.method == METHODS["bayesian-lora"]
-        own = method_of(type(prior)) if mixed else blora.method
-        rates[group.name] = {**usual, **own.learning_rates, **given}
-    return {**usual, **blora.method.learning_rates, **given}, rates
-
-
-def optim_args(
-    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
-) -> Callable[[str], dict[str, float]]:
-    """What an optimizer of Pyro asks for the rate of a parameter, by its role; as in :func:`fit`.
-
-    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``
-    """
-    given = given_rates(blora, learning_rates)
-
-    def of(name: str) -> dict[str, float]:
-        name = name.removesuffix("_unconstrained")  # torch's name of it
-        by_role, by_group = rates_by_group(blora, given)
-        named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
-        if name not in named:  # of a guide of one's own, by pyro.param
-            return {"lr": by_role["scale" if "scale" in name else "mean"]}
-        groups = parameter_groups(blora, by_role, by_group)
-        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-        return {"lr": rates.get(id(named[name]), 0.0)}  # zero where it is held
-
-    return of
-
-
-def parameter_groups(
-    module: nn.Module,
-    rates: Mapping[str, float],
-    by_group: Mapping[str, Mapping[str, float]] | None = None,
-) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: means, scales, directions and heads, each with its rate.
-
-    Args:
-        module: a model, a guide or both. A parameter without a declared role (an AutoGuide's) is a
-            scale if its name says so, and a mean otherwise.
-        rates: learning rates by role; others are those of ``"bayesian-lora"``.
-        by_group: other rates by role, by the name of a group of layers; else ``rates``.
-    """
-    _check_roles(rates, module)
-    rates = {**METHODS["bayesian-lora"].learning_rates, **rates}
-    found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in rates}
-    for path, parameter in module.named_parameters():
-        *parents, name = path.removesuffix("_unconstrained").split(".")
-        # AutoNormal keeps its scales under "scales", by the names of the sites
-        is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
-        roles = getattr(module.get_submodule(".".join(parents)), "roles", {})
-        role = roles.get(name, "scale" if is_scale else "mean")
-        rate = (by_group or {}).get(_group_of(module, parents), rates).get(role, rates[role])
-        if parameter.requires_grad:
-            found[role].setdefault(rate, []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "name": role}
-        for role, by_rate in found.items()
-        for rate, parameters in by_rate.items()
-    ]
-
-
-def _group_of(module: nn.Module, parents: list[str]) -> str:
-    """The group of layers of the prior or guide family that a part of a module lies in."""
-    for depth in range(len(parents), -1, -1):
-        owner = module.get_submodule(".".join(parents[:depth]))
-        if isinstance(owner, UpdateModel):
-            return owner.group.name
-        if isinstance(owner, SiteGuide):
-            return owner.site.group
-    return ""

@@ -10,7 +10,6 @@ import torch
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.distributions import Members
@@ -130,9 +129,7 @@ class Objective:
 
 def check_num_data(likelihood: Likelihood, data: Any) -> None:
     """Warns where a data set has another size than the likelihood was told."""
-    batches = (
-        isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None
-    )
+    batches = getattr(data, "batch_size", 0) is None and data.batch_sampler is None
     told, size = likelihood.num_data or 0, None if batches else size_of(data)
     if size not in (None, told):
         warnings.warn(

@@ -20,6 +20,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import altered, fingerprint, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
 from pyro_blora.files import check_free, claim, own_files
+from pyro_blora.inference.learning_rates import RATES, point_epochs
 from pyro_blora.inference.loop import FitResult
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
@@ -148,8 +149,8 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) ->
     for group in blora.model.groups:
         found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
     found["modules_to_save"] = list(blora.model.trained_heads.names)
-    found["learning_rates"] = dict(blora.method.learning_rates)
-    found["point_epochs"] = blora.method.point_epochs
+    found["learning_rates"] = {**RATES, **blora.method.learning_rates}
+    found["point_epochs"] = str(point_epochs(blora))
     return dict(json.loads(json.dumps(found, default=_named)))
 
 

@@ -19,10 +19,11 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.fisher import inform, wants_informing
-from pyro_blora.inference.fit import (
+from pyro_blora.inference.learning_rates import (
+    RATES,
     given_rates,
     parameter_groups,
-    rates_by_group,
+    point_steps,
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
@@ -77,8 +78,7 @@ class BayesianLoRATrainer(Trainer):
         if args.learning_rate != TrainingArguments.learning_rate:
             raise ConfigurationError(
                 f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
-                f"directions have their own; pass learning_rates= with some of "
-                f"{dict(model.method.learning_rates)}."
+                f"directions have their own; pass learning_rates= with some of {RATES}."
             )
         self.learning_rates = given_rates(model, learning_rates)
         self.blora = model
@@ -98,7 +98,7 @@ class BayesianLoRATrainer(Trainer):
         """The optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
-            groups = parameter_groups(self.blora, *rates_by_group(self.blora, self.learning_rates))
+            groups = parameter_groups(self.blora, self.learning_rates)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
@@ -114,7 +114,7 @@ class BayesianLoRATrainer(Trainer):
         if given or not isinstance(whole, LambdaLR) or epoch is None:
             return whole
         of_an_epoch = math.ceil(epoch / self.args.gradient_accumulation_steps)
-        last = self.blora.method.point_steps(of_an_epoch)
+        last = point_steps(self.blora, of_an_epoch)
         for k, group in enumerate(whole.optimizer.param_groups):
             length = schedule_length(group, num_training_steps, last)
             if length < num_training_steps:

@@ -133,9 +133,8 @@ class StructuredGuide(PyroModule):
         context = None
         if batch is not None:
             context = arrange(pooled_context(self._model[0].net, batch))
-            context = (
-                context.unflatten(0, (-1, *(1,) * self.nesting)) if context.dim() > 1 else context
-            )
+            if context.dim() > 1:
+                context = context.unflatten(0, (-1, *(1,) * self.nesting))
         for family in self.families().values():
             family.context = context if family.reads_context else None
 

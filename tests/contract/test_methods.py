@@ -1,7 +1,8 @@
-"""Named methods: each trains, predicts and says where it comes from."""
+"""Named methods: each trains and predicts, and a prior brings its rates."""
 
 from dataclasses import replace
 from itertools import islice
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ import torch
 
 from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference.fit import rates_by_group
+from pyro_blora.inference import RATES, parameter_groups
 from pyro_blora.inference.loop import rate
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.methods import METHODS, Method, get_method
@@ -38,23 +39,43 @@ def test_a_method_trains_and_predicts(name):
     assert torch.equal(*found)
 
 
-def test_a_prior_has_the_rates_of_the_method_it_is_of(tmp_path):
+def rates_of(blora, **given):
+    """The rate of each parameter by its name."""
+    by_id = {id(p): g["lr"] for g in parameter_groups(blora, given) for p in g["params"]}
+    return {n.removesuffix("_unconstrained"): by_id[id(p)] for n, p in blora.named_parameters()}
+
+
+def test_a_prior_brings_the_rates_that_suit_it_and_its_guide(tmp_path):
     class Mine(models.GaussianFactors):
         pass
 
-    pairs = {guides.Delta: "lora", guides.MeanField: "blob", guides.Laplace: "laplace-lora"}
     for prior in (models.GaussianFactors, Mine):
-        assert BayesianLoRA(tiny.llama(), prior=prior()).method is METHODS["blob"]
-        for guide, name in pairs.items():
-            assert tiny.adapted(prior=prior(rank=2), guide=guide()).method is METHODS[name]
+        blora = tiny.adapted(prior=prior(rank=2), guide=guides.MeanField())
+        assert set(rates_of(blora).values()) == {*prior.learning_rates.values()}
+        assert blora.predict(tiny.sequences()).num_samples == 10
+        point = tiny.adapted(prior=prior(rank=2), guide=guides.Delta())
+        assert point.predict(tiny.sequences()).num_samples == 1
     mixed = {"q_proj": models.Subspace(rank=2), "v_proj": models.KernelInducing(rank=2)}
-    blora = tiny.adapted(prior=mixed)
-    _, rates = rates_by_group(blora, {"scale": 0.5})
-    expected = {"q_proj": METHODS["scalabl"], "v_proj": METHODS["bayesian-lora"]}
-    assert rates == {n: {**m.learning_rates, "scale": 0.5} for n, m in expected.items()}
+    blora = tiny.adapted(prior=mixed, guide=guides.MeanField())
+    rates = rates_of(blora, scale=0.5)
+    assert rates["guide.q_proj_s.loc"] == models.Subspace.learning_rates["mean"] == 2e-2
+    assert rates["guide.v_proj_V.loc"] == RATES["mean"] == 5e-2
+    assert rates["guide.q_proj_s.scale"] == rates["guide.v_proj_V.scale"] == 0.5
     blora.save_pretrained(tmp_path)
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
-    assert rates_by_group(read, {"scale": 0.5})[1] == rates
+    assert rates_of(read, scale=0.5) == rates
+
+
+def test_a_role_of_ones_own_has_a_rate_or_is_asked_for_one():
+    class Widths(models.KroneckerInducing):
+        roles: ClassVar[dict[str, str]] = {**models.KroneckerInducing.roles, "sigma_": "width"}
+
+    blora = tiny.adapted(prior=Widths(rank=2))
+    with pytest.raises(ConfigurationError, match=r"sigma_.* has the role 'width', of which"):
+        parameter_groups(blora)
+    assert rates_of(blora, width=0.25)["model.q_proj.sigma_"] == 0.25
+    Widths.learning_rates = {"width": 0.125}
+    assert rates_of(blora)["model.q_proj.sigma_"] == 0.125
 
 
 def test_a_method_is_saved(tmp_path):
@@ -66,8 +87,8 @@ def test_a_method_is_saved(tmp_path):
     net = read.unwrap()
     own = replace(METHODS["blob"], name="mine", learning_rates={"mean": 0.5})
     blora = made(own, net)
-    rates = {**METHODS["bayesian-lora"].learning_rates, "mean": 0.5}
-    assert rates_by_group(blora, {})[0] == rates
+    rates = {**models.GaussianFactors.learning_rates, "mean": 0.5}
+    assert set(rates_of(blora).values()) == {*rates.values()}
     blora.save_pretrained(tmp_path / "own")
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "own")
     assert read.method == own

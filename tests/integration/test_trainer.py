@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference import parameter_groups
+from pyro_blora.inference import RATES, parameter_groups
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM
 
@@ -42,7 +42,7 @@ def test_the_parts_of_the_loss_are_logged_and_rates_are_taken(tmp_path):
     for entry in history:
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
-    usual = {"direction": run.blora.method.learning_rates["direction"]}
+    usual = {"direction": RATES["direction"]}
     assert found == {**usual, **rates}
 
 
@@ -66,7 +66,7 @@ def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
     blora = tiny.adapted(guide=guides.Delta())
     elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
     loss_of = elbo(blora.model, blora.guide)
-    groups = parameter_groups(blora, blora.method.learning_rates)
+    groups = parameter_groups(blora)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
     for _ in range(4):

@@ -1,0 +1,135 @@
+"""Learning rates by the role of a parameter, and when those of points end."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import SiteGuide
+from pyro_blora.models import UpdateModel
+
+#: The usual rates; a prior may have others (``learning_rates``), a method, and a call of ``fit``.
+RATES: dict[str, float] = {
+    "mean": 5e-2,  # of the guide, in units of a whitened core
+    "scale": 2e-2,  # of the guide and of the prior: a step of their logarithm
+    "direction": 5e-3,
+    "likelihood": 5e-2,
+    "head": 1e-3,
+}
+_POINT_STEPS = 300  # at least: fewer teach a new head nothing
+
+
+def given_rates(
+    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None
+) -> dict[str, float]:
+    """The rates of a call by role, which win over all others; a number is that of the means."""
+    if learning_rates is None:
+        return {}
+    given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
+    known = dict.fromkeys(RATES)
+    for part in blora.modules():
+        known |= dict.fromkeys(getattr(part, "roles", {}).values())
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigurationError(
+            f"Learning rates must have roles among {list(known)}, got {unknown}."
+        )
+    for role, rate in given.items():
+        if not 0 <= rate < math.inf:
+            raise ConfigurationError(
+                f"The learning rate of {role!r} must be finite and 0 or more, got {rate!r}; 0 "
+                "holds its parameters."
+            )
+    return dict(given)
+
+
+def parameter_groups(
+    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
+
+    The rate of a role is that of ``learning_rates``, of ``blora.method``, of the prior of its group
+    of layers, or the usual one. A parameter without a declared role (an AutoGuide's) is a scale if
+    its name says so, and a mean otherwise.
+    """
+    given = given_rates(blora, learning_rates)
+    found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
+    for path, parameter in blora.named_parameters():
+        role, rate = _role_and_rate(blora, path, given)
+        if parameter.requires_grad:
+            found.setdefault(role, {}).setdefault(rate, []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "name": role}
+        for role, by_rate in found.items()
+        for rate, parameters in by_rate.items()
+    ]
+
+
+def optim_args(
+    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
+) -> Callable[[str], dict[str, float]]:
+    """What an optimizer of Pyro asks for the rate of a parameter, by its role; as in :func:`fit`.
+
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``
+    """
+    given = given_rates(blora, learning_rates)
+
+    def of(name: str) -> dict[str, float]:
+        named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
+        parameter = named.get(name.removesuffix("_unconstrained"))  # torch's name, or Pyro's
+        held = parameter is not None and not parameter.requires_grad
+        return {"lr": 0.0 if held else _role_and_rate(blora, name, given)[1]}
+
+    return of
+
+
+def _role_and_rate(blora: BayesianLoRA, path: str, given: Mapping[str, float]) -> tuple[str, float]:
+    *parents, name = path.removesuffix("_unconstrained").split(".")
+    owners: list[Any] = [blora]
+    for parent in parents:  # none of them where a guide of one's own calls pyro.param
+        owners.append(getattr(owners[-1], "_modules", {}).get(parent))
+    # AutoNormal keeps its scales under "scales", by the names of the sites
+    is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
+    role = getattr(owners[-1], "roles", {}).get(name, "scale" if is_scale else "mean")
+    groups = [o.group.name for o in owners if isinstance(o, UpdateModel)]
+    groups += [o.site.group for o in owners if isinstance(o, SiteGuide)]
+    prior = getattr(blora.model, groups[0]) if groups else None
+    own = getattr(prior, "learning_rates", {})
+    for rates in (given, blora.method.learning_rates, own, RATES):
+        if role in rates:
+            return role, rates[role]
+    raise ConfigurationError(
+        f"{path} has the role {role!r}, of which there is no rate; pass one in learning_rates=."
+    )
+
+
+def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
+    """How many batches a pass over the data has; ``None`` of a loader that has no length."""
+    with suppress(TypeError):
+        return math.ceil(len(train) / (1 if isinstance(train, DataLoader) else batch_size))
+    return None
+
+
+def point_epochs(blora: BayesianLoRA) -> float:
+    """The epochs after which directions and heads have learned: the method's, or the prior's.
+
+    They never end beside a guide that is a point itself.
+    """
+    if blora.method.point_epochs is not None:
+        return blora.method.point_epochs
+    priors = (getattr(blora.model, group.name) for group in blora.model.groups)
+    found = [p.point_epochs for p in priors if p.point_epochs is not None]
+    is_point = getattr(blora.guide_family, "is_point", False)
+    return math.inf if is_point else max(found, default=math.inf)
+
+
+def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
+    """The steps in which points learn, by the batches of an epoch; ``None`` for all."""
+    epochs = point_epochs(blora)
+    if of_an_epoch is None or epochs == math.inf:
+        return None
+    return max(_POINT_STEPS, round(epochs * of_an_epoch))
