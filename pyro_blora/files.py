@@ -41,7 +41,9 @@ def check_free(folder: Path, *names: str) -> None:
                 f"{folder / name} must be free or a file that pyro_blora wrote, as {MANIFEST} "
                 "beside it tells, got another one; move it away, or name another folder."
             )
-    with _made(folder), tempfile.TemporaryFile(dir=folder):
+    # nothing is made and removed here: another process may be writing into a new folder already
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    with tempfile.TemporaryFile(dir=there):
         pass
 
 
