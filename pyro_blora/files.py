@@ -43,8 +43,14 @@ def check_free(folder: Path, *names: str) -> None:
             )
     # nothing is made and removed here: another process may be writing into a new folder already
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    with tempfile.TemporaryFile(dir=there):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder} must be a folder that can be written, got {error.strerror!r} from the "
+            "system; name another folder."
+        ) from error
 
 
 @contextmanager

@@ -299,6 +299,10 @@ class OwnTensors(_Context):
     tensors leave the store first. Those of nobody, as ``ParamStore.load`` puts them there, are
     copied into the adapter's own: Pyro would leave plain parameters as they are, and all where
     each module has a store of its own.
+
+    Pyro's own way, a name for each adapter (``PyroModule(name=)``), does not do this: a store that
+    was saved under one name is not read under another, sites would be called by it, and the store
+    would keep the tensors of adapters that are gone.
     """
 
     def __init__(self, adapter: PyroModule) -> None:

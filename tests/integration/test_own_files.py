@@ -15,7 +15,7 @@ from pyro_blora import fit
 from pyro_blora.checkpoints import peft
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.evaluation.plots import save_figure
-from pyro_blora.files import MANIFEST, own_files, remove_own, write_file
+from pyro_blora.files import MANIFEST, check_free, own_files, remove_own, write_file
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM
 
@@ -151,7 +151,7 @@ def test_no_path_is_taken_from_a_file(wrong, blora, tmp_path):
 def test_a_folder_that_cannot_be_is_told_before_and_none_is_left(blora, tmp_path):
     put(tmp_path, ["file"])
     before = tree(tmp_path)
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ConfigurationError, match="file/below must be a folder that can"):
         blora.save_pretrained(tmp_path / "file/below")
     with pytest.raises(ZeroDivisionError):
         write_file(tmp_path / "a/b/c", lambda path: 1 / 0)
@@ -159,3 +159,8 @@ def test_a_folder_that_cannot_be_is_told_before_and_none_is_left(blora, tmp_path
     write_file(tmp_path / "a/b/c", "text")
     remove_own(tmp_path / "a/b", own_files(tmp_path / "a/b"))
     assert not (tmp_path / "a/b").exists()
+
+
+def test_a_check_makes_no_folder_that_another_process_may_be_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("a folder is made"))
+    check_free(tmp_path / "a/b", "c")
