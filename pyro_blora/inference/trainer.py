@@ -32,7 +32,7 @@ from pyro_blora.inference.post_hoc import begin_training, draws_of_evaluation
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.batches import to_device
-from pyro_blora.posterior.bayesian_lora_model import LOCK
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 
 
@@ -123,6 +123,7 @@ class BayesianLoRATrainer(Trainer):
                 )
         return whole
 
+    @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As everywhere, after the prior has its directions; afterwards the mode is as before."""
         begin_training(self.blora)
@@ -130,7 +131,7 @@ class BayesianLoRATrainer(Trainer):
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size
             inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
-        with LOCK, self._in_mode(training=True):
+        with self._in_mode(training=True):
             return super().train(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -142,11 +143,11 @@ class BayesianLoRATrainer(Trainer):
             logs = {**logs, "nll": nll, "kl": kl}
         super().log(logs, start_time)
 
+    @one_at_a_time
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """As everywhere, with random numbers of its own, so that training goes on as without."""
         device = self.blora.model.groups[0].device
-        apart = draws_apart(self.blora.guide, device)
-        with LOCK, self._in_mode(training=False), apart:
+        with self._in_mode(training=False), draws_apart(self.blora.guide, device):
             return super().evaluation_loop(*arguments, **options)
 
     @contextmanager

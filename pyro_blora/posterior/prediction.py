@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError
@@ -168,7 +169,8 @@ def predict_dataset(
         order.sort(key=lambda i: length(data[i]))
     predictions, labels = [], []
     hide = None if progress is None else not progress
-    batches = batches_of([data[i] for i in order], collate, None, batch_size)
+    rows: Any = Subset(data, order)  # type: ignore[arg-type]  # which reads an example in its turn
+    batches = batches_of(rows, collate, None, batch_size)
     total = -(-len(order) // batch_size)
     for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
         batch = to_device(given, device)
