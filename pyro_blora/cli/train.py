@@ -142,7 +142,7 @@ def run(
                 blora,
                 data.train,
                 validation=data.validation or None,
-                validate_every=10**9,  # at the end alone, by as many draws as a prediction has
+                validate_every=max_steps,  # at the end alone, by as many draws as a prediction has
                 num_steps=max_steps,
                 seed=seed,
                 checkpoint_dir=run_dir,

@@ -135,7 +135,6 @@ class LabelTokensCollator(_Collator):
                 f"the label words have the tokens {words}, expected exactly one of its own each: "
                 "choose other label words, or scoring='options'"
             )
-
         self._choices: tuple[str, ...] | None = None  # of the first item; a class has one place
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
