@@ -71,6 +71,6 @@ class PostHoc(Delta):
         """The law around ``loc`` once it is finished."""
         raise NotImplementedError
 
-    def center(self) -> Tensor:
+    def center(self, context: Tensor | None = None) -> Tensor:
         """The image of ``loc``."""
         return self.loc if self.site.is_real else self.site.transform(self.loc)

@@ -163,14 +163,14 @@ class SiteGuide(Options, PyroModule):
     Attributes:
         roles: for each parameter, the learning rate it takes in
             :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
-        reads_context: whether q depends on the examples; :attr:`context` then has theirs.
+        reads_context: whether q depends on the examples; then :meth:`distribution` takes their
+            ``context``, which is ``(P, 1, ..., 1, d)`` for ``P`` particles and ``(d,)`` for one
+            context that all draws share, and ``None`` stands for no context.
         couples_sites: whether draws of two sites belong together; else they are independent.
         symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
             pairs of mirror images, of which fewer tell as much. Default: False, also if a
             subclass of a symmetric family has a law of its own.
         is_point: whether q is a point mass, which has no draws to average.
-        context: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all draws, or ``None``; set
-            before each draw.
 
     Example::
 
@@ -193,7 +193,6 @@ class SiteGuide(Options, PyroModule):
     couples_sites: ClassVar[bool] = False
     symmetric: ClassVar[bool] = False
     is_point: ClassVar[bool] = False
-    context: Tensor | None = None
     site: Site
 
     def __init_subclass__(cls) -> None:
@@ -231,17 +230,23 @@ class SiteGuide(Options, PyroModule):
         """The law q of the unconstrained value, batch and event shapes as in ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
-    def forward(self) -> TorchDistribution:
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The law q of the value of the site itself, in the prior's support."""
-        q = self.distribution()
+        q = self.law(context)
         if self.site.is_real:
             return q
         # with a cache, as a flow scores none but the value it has just made
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
-    def center(self) -> Tensor:
+    def law(self, context: Tensor | None = None) -> TorchDistribution:
+        """The law q of the unconstrained value, given the context if the family reads one."""
+        if context is None or not self.reads_context:
+            return self.distribution()
+        return self.distribution(context)  # type: ignore[call-arg]  # by a family that reads it
+
+    def center(self, context: Tensor | None = None) -> Tensor:
         """The center of q: the image of the mean of :meth:`distribution`, or of 1,000 draws."""
-        q = self.distribution()
+        q = self.law(context)
         try:
             mean: Tensor = q.mean
         except NotImplementedError:

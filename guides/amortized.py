@@ -82,11 +82,11 @@ class Amortized(MeanField):
         self.loc_weight = PyroParam(zeros)
         self.scale_weight = PyroParam(zeros.clone())
 
-    def distribution(self) -> TorchDistribution:
+    def distribution(self, context: Tensor | None = None) -> TorchDistribution:
         """The normals, of batch shape ``(n,)``, or ``(P, n)`` for ``P`` contexts."""
         loc, scale = self.loc, self.scale
-        if self.context is not None:
-            h = torch.tanh(self.context @ self.hidden_weight.mT + self.hidden_bias)
+        if context is not None:
+            h = torch.tanh(context @ self.hidden_weight.mT + self.hidden_bias)
             loc = loc + scale * self._shift(h, self.loc_weight)
             scale = scale * self._shift(h, self.scale_weight).exp()
         return dist.Normal(loc, scale).to_event(self.site.event_dim)

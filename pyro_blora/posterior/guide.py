@@ -105,11 +105,11 @@ class StructuredGuide(PyroModule):
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """Samples every site; ``batch`` is read by amortized families alone."""
-        self._see(batch, context_of_particles)
+        context = self.context(batch, context_of_particles)
         values: dict[str, Tensor] = {}
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
             for name, family in self.families().items():
-                q = family()
+                q = family(context)
                 with ExitStack() as stack:
                     for frame in family.site.plates:
                         stack.enter_context(self._plates[frame.name])
@@ -121,22 +121,21 @@ class StructuredGuide(PyroModule):
 
         Of an amortized family for each example of ``batch``, ``(B, n, *event_shape)``.
         """
-        self._see(batch, lambda context: context)
+        context = self.context(batch)
         read_store(self)
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
-            return {name: family.center() for name, family in self.families().items()}
+            return {name: family.center(context) for name, family in self.families().items()}
 
-    def _see(self, batch: Mapping[str, Any] | None, arrange: Callable[[Tensor], Tensor]) -> None:
-        """Shows amortized families the examples' contexts, arranged, outside of all plates."""
-        if not self.reads_context:
-            return
-        context = None
-        if batch is not None:
-            context = arrange(pooled_context(self._model[0].net, batch))
-            if context.dim() > 1:
-                context = context.unflatten(0, (-1, *(1,) * self.nesting))
-        for family in self.families().values():
-            family.context = context if family.reads_context else None
+    def context(
+        self,
+        batch: Mapping[str, Any] | None,
+        arrange: Callable[[Tensor], Tensor] = lambda context: context,
+    ) -> Tensor | None:
+        """The contexts of the examples, arranged, outside of all plates; none if no family asks."""
+        if batch is None or not self.reads_context:
+            return None
+        context = arrange(pooled_context(self._model[0].net, batch))
+        return context if context.dim() == 1 else context.unflatten(0, (-1, *(1,) * self.nesting))
 
 
 def laws_of(guide: nn.Module) -> list[Any]:
@@ -144,7 +143,6 @@ def laws_of(guide: nn.Module) -> list[Any]:
     laws: list[Any] = []
     if not isinstance(guide, StructuredGuide):
         return laws
-    guide._see(None, lambda context: context)
     with torch.no_grad(), pyro.validation_enabled(False):
         for family in guide.families().values():
             law = family.distribution()

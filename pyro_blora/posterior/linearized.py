@@ -80,9 +80,10 @@ def linearized_logits(
     assert isinstance(guide, StructuredGuide)
     drawn = logits.repeat(num_samples, 1, 1)
     with torch.autocast(logits.device.type, enabled=False):
+        context = guide.context(batch)
         for name, family in guide.families().items():
-            center = family.site.transform.inv(family.center())
-            moved = family.distribution().sample(torch.Size([num_samples])) - center
+            center = family.site.transform.inv(family.center(context))
+            moved = family.law(context).sample(torch.Size([num_samples])) - center
             size = family.site.shape.numel()
             moved = moved.reshape(num_samples, -1, size)  # the second is B, or one for all
             J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)

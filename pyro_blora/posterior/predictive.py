@@ -21,6 +21,7 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import (
     DRAWS_PLATE,
     StructuredGuide,
+    context_of_particles,
     draws_apart,
     posteriors_of,
     read_store,
@@ -75,11 +76,11 @@ def draws_in_pairs(
     def mirrored(fresh: int) -> dict[str, Tensor]:
         """Draws, each followed by its mirror image: ``(2 fresh, each, ...)``."""
         with _plate(model, fresh * each):
-            values = guide(batch)
+            values, context = guide(batch), guide.context(batch, context_of_particles)
         pairs = {}
         for name, family in guide.families().items():
             value, transform = values[name], family.site.transform
-            image = transform(2 * transform.inv(family.center()) - transform.inv(value))
+            image = transform(2 * transform.inv(family.center(context)) - transform.inv(value))
             both = (v.unflatten(0, (fresh, each)) for v in (value, image))
             pairs[name] = torch.stack(list(both), 1).flatten(0, 1)
         return pairs

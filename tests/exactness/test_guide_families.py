@@ -300,8 +300,8 @@ def test_a_center_that_no_formula_gives_is_that_of_draws(law):
 
 def test_amortized_starts_as_mean_field():
     a, b = bound(Amortized(context_size=3)), bound(MeanField())
-    a.context = torch.randn(5, 1, 3)
-    law = a.distribution()
+    context = torch.randn(5, 1, 3)
+    law = a.distribution(context)
     assert law.batch_shape == (5, 1)
     for found in law.mean, law.variance:
         assert found.shape == (5, 1, 1, 2)
@@ -315,15 +315,14 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     evidence = dist.Normal(0.0, (x.square() + s**2).sqrt()).log_prob(y).mean()
 
     def local_elbo(q, repeats):
-        law = q.distribution().expand((24, 1))
+        law = q.law(context).expand((24, 1))
         V = law.rsample((repeats,))
         fit = dist.Normal(x * V[..., 0, 0, 0], s).log_prob(y)
         return (fit - (law.log_prob(V) - q.site.prior.log_prob(V))[..., 0]).mean()
 
-    found = {}
+    found, context = {}, torch.stack([x, y, x * y], -1)[:, None]
     for name, family in {"amortized": Amortized(context_size=3), "shared": MeanField()}.items():
         q = bound(family, event=(1, 1))
-        q.context = torch.stack([x, y, x * y], -1)[:, None]
         optimizer = torch.optim.Adam(q.parameters(), lr=0.02)
         for _ in range(600):
             optimizer.zero_grad()
