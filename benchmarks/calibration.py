@@ -1,15 +1,16 @@
 """The calibration of every method on every task: one fair benchmark, resumable cell by cell.
 
-    python benchmarks/calibration.py tune --data-dir DATA    # trials, on validation items alone
-    python benchmarks/calibration.py run --data-dir DATA     # the cells that are not there yet
-    python benchmarks/calibration.py report                  # tables and pictures of those that are
+    python benchmarks/calibration.py tune --data-dir DATA    # trials, scored on validation items
+    python benchmarks/calibration.py run --data-dir DATA     # the cells that are missing
+    python benchmarks/calibration.py report                  # tables and figures of all cells
 
-A cell is a network, a task, a method, a number of steps and a seed: one line of ``cells.jsonl``,
-and its probabilities in ``probabilities.npz``; a kill loses the cell at work, and the same command
-goes on. Two commands at once want two folders. ``calibration.yaml`` says what is run. Every method
-has the same items and budget of steps; those whose trials have run have the one with the lowest
-mean NLL on validation items of the network's development tasks. Early stopping and temperatures see
-a task's own validation items; test items are scored once.
+A cell is a network, a task, a method, a number of steps and a seed. It has one line in
+``cells.jsonl``, and its probabilities are in ``probabilities.npz``. A killed command loses the cell
+that it was running, and the same command goes on from there; two commands at once need two folders.
+``calibration.yaml`` lists what is run. All methods have the same items and the same number of
+steps. A method whose trials have run takes the trial with the lowest mean NLL on the validation
+items of the network's development tasks. Early stopping and temperatures use the validation items
+of the task itself; test items are scored once.
 """
 
 import copy
@@ -17,7 +18,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +29,9 @@ import torch
 import typer
 import yaml
 from calibration_cell import Cell, Outcome, outcomes
-from calibration_report import trials_table, write_report
+from calibration_report import OURS, trials_table, write_report
 
 from pyro_blora.cli.comparison import versions
-from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.files import replace_file
 from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import choose_precision
@@ -39,94 +39,101 @@ from pyro_blora.network.precision import choose_precision
 HERE = Path(__file__).resolve().parent
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
 
-Config = Annotated[Path, typer.Option(help="What to run.", exists=True)]
+Config = Annotated[Path, typer.Option(help="The settings of the benchmark.", exists=True)]
 DataDir = Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl; default: the hub.")]
-Out = Annotated[Path, typer.Option(help="Where results are, and are added.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, to see that it runs.")]
+Out = Annotated[Path, typer.Option(help="The folder of the results, to which new ones are added.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, as a quick test.")]
 Only = Annotated[
-    list[str] | None, typer.Option(help="Networks, methods, tasks or sweeps to run alone.")
+    list[str] | None, typer.Option(help="Run these networks, methods, tasks or sweeps alone.")
 ]
-Seed = Annotated[list[int] | None, typer.Option(help="Seeds to run alone.")]
-Model = Annotated[str | None, typer.Option(help="In place of the networks' model.")]
-Ours = Annotated[str, typer.Option(help="The method that all others are compared with.")]
+Seed = Annotated[list[int] | None, typer.Option(help="Run these seeds alone.")]
+Model = Annotated[str | None, typer.Option(help="A model in place of the one in the settings.")]
 
 SMOKE_STEPS = 4
 DEFAULT_CONFIG = HERE / "calibration.yaml"
 DEFAULT_OUT = HERE / "results" / "calibration"
 
+Settings = dict[str, Any]
+Line = Mapping[str, Any]
+Trials = Mapping[tuple[str, str], int]  # the chosen trial by network and method
 
-def read_settings(config: Path, data_dir: str | None, smoke: bool) -> dict[str, Any]:
-    """The settings of a file; ``--smoke`` makes them small."""
-    settings: dict[str, Any] = yaml.safe_load(config.read_text("utf-8"))
+
+def read_settings(config: Path, data_dir: str | None, smoke: bool) -> Settings:
+    """The settings of a file, and of the file that it extends; ``smoke`` makes them small."""
+    settings: Settings = yaml.safe_load(config.read_text("utf-8"))
     if base := settings.pop("extends", None):
         base = yaml.safe_load((config.parent / base).read_text("utf-8"))
         methods = base["methods"] | settings.get("methods", {})
         settings = base | settings | {"methods": methods}
-    settings |= {"data_dir": data_dir, "tune": False}
+    settings |= {"data_dir": data_dir, "tune": False, "smoke": smoke}
     if smoke:
         settings |= {"max_train": 16, "max_validation": 8, "max_test": 8, "num_samples": 2}
-        settings["smoke"] = True
         settings["development"]["steps"] = SMOKE_STEPS
     return settings
 
 
-def base_of(method: str, settings: Mapping[str, Any]) -> str:
-    """The method whose training ``method`` reads."""
+def base_of(method: str, settings: Settings) -> str:
+    """The method whose training a method uses."""
     return str(settings["methods"][method].get("of", method))
 
 
-def changed(settings: dict[str, Any], trials: Mapping[str, int]) -> dict[str, Any]:
-    """The settings with the trial that was chosen for each method."""
+def with_trial(settings: Settings, name: str, trial: int | None) -> Settings:
+    """The settings with the changes that a trial of a method makes."""
     settings = copy.deepcopy(settings)
-    for name, index in trials.items():
-        method = settings["methods"].get(name, {})
-        for key, change in (method.get("trials") or [{}])[index].items():
-            method[key] = {**method.get(key, {}), **change} if isinstance(change, dict) else change
+    method = settings["methods"][name]
+    for key, change in method["trials"][trial].items() if trial is not None else ():
+        method[key] = {**method.get(key, {}), **change} if isinstance(change, dict) else change
     return settings
 
 
-def without_trials(method: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings, without what else there was to try."""
+def without_trials(method: Line) -> Settings:
+    """The settings of a method, without its list of trials."""
     return {name: value for name, value in method.items() if name != "trials"}
 
 
-def trial_key(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a trial's line is of: a change of steps or settings, not of other trials, is another."""
-    settings = without_trials(line["settings"])
-    kinds = ("network", "method", "trial", "task", "seed", "steps")
-    return tuple(json.dumps(part, sort_keys=True) for part in (*(line[k] for k in kinds), settings))
+def trial_of(cell: Cell, trial: int, settings: Settings) -> Settings:
+    """What identifies the line of a trial."""
+    place = {name: getattr(cell, name) for name in ("network", "task", "method", "steps", "seed")}
+    base = base_of(cell.method, settings)
+    return {**place, "trial": trial, "settings": with_trial(settings, base, trial)["methods"][base]}
 
 
-def chosen_trials(
-    settings: dict[str, Any], trials: Iterable[Mapping[str, Any]]
-) -> dict[tuple[str, str], int]:
+def trial_key(line: Line) -> str:
+    """A key of a trial's line: with other steps or settings it is another trial."""
+    kinds = ("network", "task", "method", "steps", "seed", "trial")
+    found = {kind: line[kind] for kind in kinds} | {"of": without_trials(line["settings"])}
+    return json.dumps(found, sort_keys=True)
+
+
+def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str, str], int]:
     """The trial of each network and method with the lowest mean NLL on the development tasks.
 
-    Trials that have not run on every development task and seed are no candidates. A network without
-    tasks of its own has the choices of the first.
+    A trial must have run on every development task and seed. A network without development tasks
+    takes the choices of the first network.
     """
     where = settings["development"]
     tried = {trial_key(line): line["nll"] for line in trials}
     chosen = {}
     for network, method in product(settings["networks"], settings["methods"]):
         of = network if network in where["networks"] else next(iter(where["networks"]))
-        pairs = product(where["networks"][of], where["seeds"])
-        runs = [{"network": of, "task": task, "seed": seed} for task, seed in pairs]
         base, means = base_of(method, settings), {}
-        last = settings["methods"][method].get("state") == "from-lora"  # goes on from its last step
+        starts_from_lora = settings["methods"][method].get("state") == "from-lora"
+        tuned = base if starts_from_lora else method
+        runs = [
+            Cell(of, task, tuned, where["steps"], seed, None)
+            for task, seed in product(where["networks"][of], where["seeds"])
+        ]
         for trial in range(len(settings["methods"][base].get("trials", []))):
-            line = {"method": base if last else method, "trial": trial, "steps": where["steps"]}
-            line["settings"] = changed(settings, {base: trial})["methods"][base]
-            found = [tried.get(trial_key({**line, **run})) for run in runs]
-            if all(nll is not None for nll in found):
-                means[trial] = sum(nll for nll in found if nll is not None)
+            found = [tried.get(trial_key(trial_of(cell, trial, settings))) for cell in runs]
+            if None not in found:
+                means[trial] = sum(found)
         if means:
             chosen[network, method] = min(means, key=means.__getitem__)
     return chosen
 
 
-def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
-    """Ours and the methods of the same prior, as they are and with a temperature."""
+def kin_of(ours: str, settings: Settings) -> set[str]:
+    """The methods with the prior of ours, as they are and with a temperature."""
 
     def prior(name: str) -> str:
         spec = settings["methods"][base_of(name, settings)]
@@ -138,50 +145,47 @@ def kin_of(ours: str, settings: Mapping[str, Any]) -> set[str]:
 
 
 def narrowed(only: Sequence[str] | None, *kinds: Iterable[str]) -> Callable[..., bool]:
-    """Whether names, one of each kind, are what ``only`` has of their kind, or it has none."""
+    """Tells whether names, one of each kind, are in ``only``, if it has any of their kind."""
     asked = [set(only or ()) & set(kind) for kind in kinds]
     if unknown := set(only or ()) - set().union(*asked):
-        raise typer.BadParameter(f"--only: {sorted(unknown)} are not among what can be run.")
+        raise typer.BadParameter(f"--only must name what can be run, got {sorted(unknown)}.")
     return lambda *names: all(not a or n in a for n, a in zip(names, asked, strict=True))
 
 
-def cells_of(settings: Mapping[str, Any], only: Sequence[str] | None) -> list[Cell]:
-    """The cells of all sweeps, in order, each once; ``only`` narrows what it names a kind of."""
-    found = {}
-    sweeps = settings["sweeps"]
+def cells_of(settings: Settings, only: Sequence[str] | None) -> list[Cell]:
+    """The cells of all sweeps in order, each once."""
+    found, sweeps = {}, settings["sweeps"]
     tasks = {task for sweep in sweeps.values() for task in sweep["tasks"]}
     asked = narrowed(only, sweeps, settings["networks"], tasks, settings["methods"])
-    for sweep, spec in settings["sweeps"].items():
+    for sweep, spec in sweeps.items():
         kinds = (spec[kind] for kind in ("networks", "tasks", "seeds", "steps"))
         methods = spec.get("methods", settings["methods"])
         for network, task, seed, steps, method in product(*kinds, methods):
-            if settings.get("smoke"):
-                steps = SMOKE_STEPS
             if asked(sweep, network, task, method):
-                found[Cell(network, task, method, steps, seed, settings["max_train"])] = None
+                count = SMOKE_STEPS if settings["smoke"] else steps
+                found[Cell(network, task, method, count, seed, settings["max_train"])] = None
     return list(found)
 
 
-Group = tuple[list[Cell], dict[str, Any]]  # cells of one training, and its settings
-Trials = Mapping[tuple[str, str], int]  # what was chosen, by network and method
-
-
-def shared(cells: Sequence[Cell], settings: dict[str, Any], trials: Trials) -> list[Group]:
-    """Cells in groups that share one training: one network, task, seed, method and trial of it."""
+def shared(
+    cells: Sequence[Cell], settings: Settings, trials: Trials
+) -> list[tuple[list[Cell], Settings]]:
+    """Cells in groups that share one training and one trial of it, with their settings."""
 
     def training(cell: Cell) -> tuple[Any, ...]:
-        base, trial = base_of(cell.method, settings), trials.get((cell.network, cell.method), -1)
+        base, trial = base_of(cell.method, settings), trials.get((cell.network, cell.method))
         data = (cell.network, cell.seed, cell.task, cell.steps, str(cell.max_train))
-        return (*data, base, trial)
+        return (*data, base, -1 if trial is None else trial)
 
-    groups = []
-    for (*_, base, trial), group in groupby(sorted(cells, key=training), key=training):
-        groups.append((list(group), changed(settings, {base: trial} if trial >= 0 else {})))
-    return groups
+    groups = groupby(sorted(cells, key=training), key=training)
+    return [
+        (list(group), with_trial(settings, base, trial if trial >= 0 else None))
+        for (*_, base, trial), group in groups
+    ]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; one that a kill has cut is taken off."""
+    """The lines of a file; a last one that a kill cut short is removed."""
     text = path.read_text("utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
@@ -189,58 +193,47 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def is_of_other_settings(line: Mapping[str, Any], settings: dict[str, Any], trials: Trials) -> bool:
-    """Whether a cell's line was written with other settings of its method than these."""
-    base = base_of(line["method"], settings)
-    key = line["network"], line["method"]
-    trial = {base: trials[key]} if key in trials else {}
-    now = changed(settings, trial)["methods"][base]
-    return without_trials(now) != without_trials(line["settings"])
-
-
-def commit() -> str:
-    """The commit of the code at work, with a mark where files differ from it; or nothing."""
-    told = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(told, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
+def append(path: Path, line: Line) -> None:
+    """Adds a line to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def keep(
-    outcome: Outcome, settings: Mapping[str, Any], trial: int | None, out: Path, code: str
-) -> None:
-    """Writes a cell's probabilities, and then its line, without which they are nothing."""
-    file = out / "probabilities.npz"
+def commit() -> str:
+    """The commit of the code, with a mark if files differ from it; empty outside of git."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def keep(outcome: Outcome, settings: Settings, trial: int | None, out: Path, code: str) -> None:
+    """Writes the probabilities of a cell, and then its line, which tells that they are there."""
+    cell, result, file = outcome.cell, outcome.result, out / "probabilities.npz"
 
     def save(path: Path) -> None:
         if file.exists():
             shutil.copyfile(file, path)
         with ZipFile(path, "a", ZIP_DEFLATED) as archive:
-            for kind in ("probs", "labels", "epistemic"):
-                for name, tensor in getattr(outcome, kind).items():
-                    with archive.open(f"{outcome.cell}/{name}/{kind}.npy", "w") as array:
+            for name, (prediction, labels) in result.predictions.items():
+                arrays = {"probs": prediction.probs, "labels": labels}
+                arrays["epistemic"] = prediction.mutual_information
+                for kind, tensor in arrays.items():
+                    with archive.open(f"{cell}/{name}/{kind}.npy", "w") as array:
                         np.save(array, tensor.numpy())
 
     replace_file(file, save)
-    line: dict[str, Any] = {
-        **vars(outcome.cell),
+    line: Settings = {
+        **vars(cell),
         "trial": trial,
-        "metrics": {
-            name: asdict(evaluate(probs, outcome.labels[name]))
-            for name, probs in outcome.probs.items()
-        },
-        "parameters": outcome.parameters,
-        "seconds": round(outcome.seconds, 1),
-        "settings": settings["methods"][base_of(outcome.cell.method, settings)],
+        "metrics": {name: asdict(found) for name, found in result.metrics.items()},
+        "parameters": result.parameters,
+        "seconds": round(result.fitted.seconds, 1),
+        "settings": settings["methods"][base_of(cell.method, settings)],
         "made": outcome.made,
         "versions": {**versions(), "commit": code, "threads": torch.get_num_threads()},
         "precision": choose_precision("auto"),
     }
     append(out / "cells.jsonl", line)
-    print(f"{outcome.cell}: {line['metrics']['test']}", flush=True)
+    print(f"{cell}: {line['metrics']['test']}", flush=True)
 
 
 @app.command()
@@ -251,36 +244,31 @@ def tune(
     only: Only = None,
     smoke: Smoke = False,
 ) -> None:
-    """Tries each method's trials on the development tasks; trials.jsonl has what came out."""
+    """Tries the trials of each method on the development tasks, and writes trials.jsonl."""
     settings = read_settings(config, data_dir, smoke) | {"tune": True}
-    where, out = settings["development"], out / "trials.jsonl"
-    tasks = {task for tasks in where["networks"].values() for task in tasks}
-    asked = narrowed(only, where["networks"], settings["methods"], tasks)
+    where, methods, out = settings["development"], settings["methods"], out / "trials.jsonl"
+    places = [(network, task) for network, tasks in where["networks"].items() for task in tasks]
+    asked = narrowed(only, where["networks"], methods, {task for _, task in places})
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {trial_key(line) for line in lines(out)}
-    for base, spec in settings["methods"].items():
-        family = [name for name in settings["methods"] if base_of(name, settings) == base]
-        for trial in range(len(spec.get("trials", []))):
-            tried = changed(settings, {base: trial})
-            places = [(n, task) for n, tasks in where["networks"].items() for task in tasks]
-            for (network, task), seed in product(places, where["seeds"]):
-                cells = []
-                place = {"network": network, "trial": trial, "task": task, "seed": seed}
-                for name in family if asked(network, base, task) else []:
-                    line = {**place, "method": name, "steps": where["steps"]}
-                    line |= {"settings": tried["methods"][base]}
-                    state = settings["methods"][name].get("state")
-                    if state != "from-lora" and trial_key(line) not in done:
-                        count = settings["max_train"]
-                        cells.append(Cell(network, task, name, where["steps"], seed, count))
-                for outcome in outcomes(cells, tried) if cells else ():
-                    cell = outcome.cell
-                    found = evaluate(outcome.probs["validation"], outcome.labels["validation"])
-                    line = {**place, "method": cell.method, "steps": cell.steps, **asdict(found)}
-                    line |= {"parameters": outcome.parameters}
-                    line |= {"settings": tried["methods"][base], "versions": versions()}
-                    print(f"{cell.method}, trial {trial}, {task}, seed {seed}: {found}", flush=True)
-                    append(out, line)
+    for base, spec in methods.items():
+        family = [name for name in methods if base_of(name, settings) == base]
+        family = [name for name in family if methods[name].get("state") != "from-lora"]
+        trials = range(len(spec.get("trials", [])))
+        for trial, (network, task), seed in product(trials, places, where["seeds"]):
+            cells = [
+                Cell(network, task, name, where["steps"], seed, settings["max_train"])
+                for name in family
+                if asked(network, base, task)
+            ]
+            cells = [c for c in cells if trial_key(trial_of(c, trial, settings)) not in done]
+            tried = with_trial(settings, base, trial)
+            for outcome in outcomes(cells, tried) if cells else ():
+                found = outcome.result.metrics["validation"]
+                line = trial_of(outcome.cell, trial, settings) | asdict(found)
+                line |= {"parameters": outcome.result.parameters, "versions": versions()}
+                append(out, line)
+                print(f"{outcome.cell}, trial {trial}: {found}", flush=True)
 
 
 @app.command()
@@ -293,7 +281,7 @@ def run(
     seed: Seed = None,
     model: Model = None,
 ) -> None:
-    """Runs the cells that are not there yet, with each method's chosen trial."""
+    """Runs the cells that are missing, with the chosen trial of each method."""
     out.mkdir(parents=True, exist_ok=True)
     code, settings = commit(), read_settings(config, data_dir, smoke)  # before files may change
     for network in settings["networks"].values() if model else ():
@@ -301,13 +289,18 @@ def run(
     trials = chosen_trials(settings, lines(out / "trials.jsonl"))
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
     there = {
-        Cell(*(line[k] for k in Cell.__dataclass_fields__)): line
+        Cell(*(line[key.name] for key in fields(Cell))): without_trials(line["settings"])
         for line in lines(out / "cells.jsonl")
     }
-    done = [cell for cell in cells if cell in there]
-    groups = shared([cell for cell in cells if cell not in there], settings, trials)
-    print(f"{len(cells)} cells, {len(done)} of them there, {len(groups)} trainings to go")
-    if old := [str(cell) for cell in done if is_of_other_settings(there[cell], settings, trials)]:
+    old, groups = [], []
+    for group, used in shared(cells, settings, trials):
+        now = without_trials(used["methods"][base_of(group[0].method, settings)])
+        old += [str(cell) for cell in group if there.get(cell, now) != now]
+        if missing := [cell for cell in group if cell not in there]:
+            groups.append((missing, used))
+    done = sum(cell in there for cell in cells)
+    print(f"{len(cells)} cells, {done} of them there, {len(groups)} trainings to go")
+    if old:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
     for group, used in groups:
         for outcome in outcomes(group, used):
@@ -316,13 +309,8 @@ def run(
 
 
 @app.command()
-def report(
-    config: Config = DEFAULT_CONFIG,
-    out: Out = DEFAULT_OUT,
-    ours: Ours = "bayesian-lora",
-    model: Model = None,
-) -> None:
-    """Prints the trials; writes report.md and the pictures of the cells that are there."""
+def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT, model: Model = None) -> None:
+    """Prints the trials, and writes report.md and the figures of all cells."""
     if trials := lines(out / "trials.jsonl"):
         print("\n".join(trials_table(trials)))
     if cells := lines(out / "cells.jsonl"):
@@ -334,7 +322,7 @@ def report(
             for of in used
             for name, row in settings.get("published", {}).get(of, {}).items()
         }
-        write_report(cells, out, ours, kin_of(ours, settings), published)
+        write_report(cells, out, kin_of(OURS, settings), published)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""One cell of the calibration benchmark: one method trained on one task, and all it predicts."""
+"""Cells of the calibration benchmark that share one training, and everything that they predict."""
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,32 +13,24 @@ from zipfile import ZipFile
 
 import torch
 from plain_lora import PlainLoRA
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pyro_blora.guides as guides
-from pyro_blora import BayesianLoRA, bayesianize, fit
+from pyro_blora import BayesianLoRA, bayesianize
+from pyro_blora.cli.comparison import Result, View, train_and_score
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
-from pyro_blora.inference.learning_rates import given_rates
-from pyro_blora.inference.resume import settings_of
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
-from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
 Settings = dict[str, Any]
-# what a cell is trained with, where nothing else is said
-_USUAL = {
-    name: value
-    for name, value in (fit.__kwdefaults__ or {}).items()
-    if name not in ("num_epochs", "collate", "length", "validation")
-}
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """What one line of the results is of."""
+    """The key of one line of the results."""
 
     network: str
     task: str
@@ -54,75 +46,16 @@ class Cell:
 
 @dataclass
 class Outcome:
-    """What a cell predicts, by data set: ``N x K`` probabilities, labels, epistemic scores."""
+    """The result of a cell, and all options of its training."""
 
     cell: Cell
-    parameters: int
-    seconds: float
-    made: dict[str, Any] = field(default_factory=dict)  # all options of what was trained
-    probs: dict[str, Tensor] = field(default_factory=dict)
-    labels: dict[str, Tensor] = field(default_factory=dict)
-    epistemic: dict[str, Tensor] = field(default_factory=dict)  # mutual information, nats
-
-
-@dataclass
-class _Data:
-    """The items of a cell: the same for every method."""
-
-    task: Task
-    collate: Any
-    sets: dict[str, tuple[Sequence[Item], Any]]  # with the collator of the task they are of
-
-    @classmethod
-    def load(cls, cell: Cell, settings: Settings, net: nn.Module, tokenizer: Any) -> "_Data":
-        def task_of(name: str) -> Task:
-            return load_task(
-                name,
-                data_dir=settings["data_dir"],
-                max_train=cell.max_train,
-                max_validation=settings["max_validation"],
-                seed=cell.seed,
-            )
-
-        def chosen(task: Task) -> Sequence[Item]:
-            """The same items in every cell, by no seed of the training."""
-            items = list(task.test)
-            random.Random(0).shuffle(items)
-            return items[: settings["max_test"]]
-
-        task = task_of(cell.task)
-        collate = _collator(task, tokenizer, settings)
-        sets: dict[str, tuple[Sequence[Item], Any]] = {"validation": (task.validation, collate)}
-        if not settings["tune"]:
-            sets["test"] = (chosen(task), collate)
-            for name in settings["out_of_distribution"].get(cell.task, []):
-                other = task_of(name)
-                items = chosen(other)[: settings["max_out_of_distribution"]]
-                sets[name] = (items, other.collator(tokenizer))
-        return cls(task, collate, sets)
-
-    def likelihood(self, settings: Settings, scale: Any, **options: Any) -> Likelihood:
-        """A new one: an adapter may train it."""
-        if settings["model"] == "minilm":
-            return SequenceClassification(num_data=len(self.task.train))
-        made = self.task.likelihood(self.collate, scale)
-        return type(made)(**made.options() | options) if isinstance(made, MultipleChoice) else made
-
-
-def _collator(task: Task, tokenizer: Any, settings: Settings) -> Any:
-    """The task's own, or of the text alone for a classifier."""
-
-    def collate(items: Sequence[Item]) -> Batch:
-        texts = [item.question for item in items]
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-        return {**batch, "labels": torch.tensor([item.label for item in items])}
-
-    return collate if settings["model"] == "minilm" else task.collator(tokenizer)
+    result: Result
+    made: Settings
 
 
 @lru_cache(maxsize=1)
 def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """A network and its tokenizer; of `minilm`, all-MiniLM-L6-v2 with a new head of a seed."""
+    """A network and its tokenizer; `minilm` is all-MiniLM-L6-v2 with a new head of a seed."""
     if model != "minilm":
         return load_pretrained(model)
     (place,) = find_spec("all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr, misc]
@@ -133,214 +66,179 @@ def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
         return net.eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def made_of(blora: BayesianLoRA, result: Result) -> Settings:
+    """All options of an adapter, and of its training."""
+    parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
+    made = {name: {"class": type(part).__name__} | part.options() for name, part in parts.items()}
+    settings = result.fitted.settings
+    return made | ({"fit": asdict(settings)} if settings else {})
+
+
 def outcomes(cells: Sequence[Cell], settings: Settings) -> Iterator[Outcome]:
-    """The outcomes of cells that share one training: a method, and what is ``of`` it.
+    """The outcomes of cells that share one training: a method, and others that are ``of`` it.
 
     Args:
-        cells: of one network, task, seed and number of steps.
+        cells: cells of one network, task, seed and number of steps.
         settings: those of the file, with ``data_dir`` and ``tune``.
     """
-    first, methods = cells[0], settings["methods"]
-    settings = settings | settings["networks"][first.network]
-    classes = 0
-    if settings["model"] == "minilm":
-        classes = len(load_task(first.task, data_dir=settings["data_dir"]).test[0].choices)
-    net, tokenizer = network_of(settings["model"], classes, first.seed if classes else 0)
-    name = methods[first.method].get("of", first.method)
-    method, data = methods[name], _Data.load(first, settings, net, tokenizer)
-    own = settings.get("fit", {}).get(name, {})
-    method = {"method": name, **method, "fit": {**method.get("fit", {}), **own}}
-    torch.manual_seed(first.seed)
-    train = _dropout if "dropout" in method else _pair
-    for state, found in train(first, method, settings, data, net):
-        for cell in cells:
-            if methods[cell.method].get("state", "last") == state:
-                yield found(cell)
+    training = _Training(cells[0], settings)
+    yield from (training.dropout if "dropout" in training.method else training.pair)(cells)
 
 
-def _predicted(
-    cell: Cell,
-    data: _Data,
-    net: nn.Module,
-    predict: Callable[[Batch], Prediction],
-    **figures: Any,
-) -> Outcome:
-    outcome = Outcome(cell, **figures)
-    for name, (items, collate) in data.sets.items():
+class _Training:
+    """The network, the method and the items of a cell; the items are the same for every method."""
+
+    def __init__(self, cell: Cell, settings: Settings) -> None:
+        self.cell, self.methods = cell, settings["methods"]
+        self.settings = settings = settings | settings["networks"][cell.network]
+        name = self.methods[cell.method].get("of", cell.method)
+        self.method = {"method": name, **self.methods[name]}
+        self.fit = self.method.get("fit", {}) | settings.get("fit", {}).get(name, {})
+        self.task = self._task(cell.task)
+        self.is_classifier = settings["model"] == "minilm"
+        classes = len(self.task.test[0].choices) if self.is_classifier else 0
+        key = settings["model"], classes, cell.seed if classes else 0
+        self.net, self.tokenizer = network_of(*key)
+        self.collate = self._texts if self.is_classifier else self.task.collator(self.tokenizer)
+        self.data: dict[str, Any] = {"validation": (self.task.validation, self.collate)}
+        if not settings["tune"]:
+            self.data["test"] = (self._tested(self.task), self.collate)
+            for name in settings["out_of_distribution"].get(cell.task, []):
+                other = self._task(name)
+                items = self._tested(other)[: settings["max_out_of_distribution"]]
+                self.data[name] = (items, other.collator(self.tokenizer))
+        blocks, self.blocks = settings["blocks"], None
+        if blocks:
+            depth = int(self.net.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+            self.blocks = list(range(depth - blocks, depth))
+
+    def _task(self, name: str) -> Task:
+        return load_task(
+            name,
+            data_dir=self.settings["data_dir"],
+            max_train=self.cell.max_train,
+            max_validation=self.settings["max_validation"],
+            seed=self.cell.seed,
+        )
+
+    def _tested(self, task: Task) -> list[Item]:
+        """A random choice of test items, the same for every cell because its seed is fixed."""
+        items = list(task.test)
+        random.Random(0).shuffle(items)
+        return items[: self.settings["max_test"]]
+
+    def _texts(self, items: Sequence[Item]) -> Batch:
+        """A batch for a classifier, which reads the text alone."""
+        texts = [item.question for item in items]
+        how = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
+        return {
+            **self.tokenizer(texts, **how),
+            "labels": torch.tensor([item.label for item in items]),
+        }
+
+    def likelihood(self, scale: Any, **options: Any) -> Likelihood:
+        """A new one for each adapter, which may train it."""
+        if self.is_classifier:
+            return SequenceClassification(num_data=len(self.task.train))
+        made = self.task.likelihood(self.collate, scale)
+        return type(made)(**made.options() | options) if isinstance(made, MultipleChoice) else made
+
+    def scored(
+        self, blora: Any, views: dict[str, View], steps: int, **options: Any
+    ) -> Iterator[Result]:
+        """The results of an adapter that is trained on the items of the cell."""
+        how = {"collate": self.collate, "data": self.data, "seed": self.cell.seed}
+        return train_and_score(blora, self.task, views=views, num_steps=steps, **how, **options)
+
+    def pair(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
+        """A prior beside a guide, trained by ``fit``; and whatever starts from a trained LoRA."""
+        method, settings, seed = self.method, self.settings, self.cell.seed
+        is_trained = method["method"] != "zero-shot"
+        record = METHODS[method["method"] if is_trained else "lora"]
+        record = replace(
+            record,
+            prior_options={**record.prior_options, **method.get("prior", {})},
+            guide_options={**record.guide_options, **method.get("guide", {})},
+            scale=method.get("scale", record.scale),
+        )
+        torch.manual_seed(seed)
+        blora = BayesianLoRA(
+            self.net,
+            method=record,
+            rank=settings["rank"],
+            target_modules=settings["target_modules"],
+            layers_to_transform=self.blocks,
+            likelihood=self.likelihood(record.scale, **method.get("likelihood", {})),
+        )
+        options = {"batch_size": settings["batch_size"], "validate_every": settings["best_every"]}
+        options |= self.fit
+        draws = settings["num_samples"] if record.num_samples is None else record.num_samples
+        named, views, from_lora = {str(cell): cell for cell in cells}, {}, []
+        for name, cell in named.items():
+            own = self.methods[cell.method]
+            state = own.get("state", "last")
+            usual = 0 if state == "distilled" else draws
+            if state == "from-lora":
+                from_lora.append(cell)
+                views.setdefault("lora", View("last", 0))
+            else:
+                views[name] = View(state, own.get("num_samples", usual), own.get("linearized"))
+        steps = self.cell.steps * method.get("passes", 1) if is_trained else 0
+        with TemporaryDirectory() as folder:
+            for result in self.scored(blora, views, steps, **options):
+                made, seconds = made_of(blora, result), result.fitted.seconds
+                if from_lora and views[result.view].state == "last":
+                    blora.export_peft(folder)
+                if views[result.view].state == "distilled":
+                    made["temperature"] = float(blora.model.temperature)
+                if result.view in named:
+                    yield Outcome(named[result.view], result, made)
+            for cell in from_lora:
+                result, then = self.from_lora(cell, folder, options)
+                result.fitted.seconds += seconds
+                yield Outcome(cell, result, {**made, "then": then})
+
+    def from_lora(self, cell: Cell, folder: str, options: Settings) -> tuple[Result, Settings]:
+        """A posterior around a trained LoRA, or a hundred steps that start there."""
+        own, train = self.methods[cell.method], self.task.train
         torch.manual_seed(cell.seed)
-        prediction, labels = predict_dataset(
-            predict,
-            items,
-            collate,
-            length=item_length,
-            device=next(net.parameters()).device,
-            description=f"{cell}: {name}",
-        )
-        outcome.probs[name], outcome.labels[name] = prediction.probs, labels
-        outcome.epistemic[name] = prediction.mutual_information
-    return outcome
-
-
-States = Iterator[tuple[str, Callable[[Cell], Outcome]]]
-
-
-def _blocks(settings: Settings, net: nn.Module) -> list[int] | None:
-    depth = int(net.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-    return list(range(depth - settings["blocks"], depth)) if settings["blocks"] else None
-
-
-def _pair(cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn.Module) -> States:
-    """A prior beside a guide, ``fit`` to the last step; and what starts from a LoRA."""
-    record = METHODS["lora" if method["method"] == "zero-shot" else method["method"]]
-    changes = {
-        "prior_options": {**record.prior_options, **method.get("prior", {})},
-        "guide_options": {**record.guide_options, **method.get("guide", {})},
-        "scale": method.get("scale", record.scale),
-    }
-    record = replace(record, **changes)
-    blora = BayesianLoRA(
-        net,
-        method=record,
-        rank=settings["rank"],
-        target_modules=settings["target_modules"],
-        layers_to_transform=_blocks(settings, net),
-        likelihood=data.likelihood(settings, record.scale, **method.get("likelihood", {})),
-    )
-    draws = settings["num_samples"] if record.num_samples is None else record.num_samples
-    steps, seconds = cell.steps * method.get("passes", 1), 0.0
-    options: Settings = {
-        "batch_size": settings["batch_size"],
-        "validate_every": settings["best_every"],
-        "seed": cell.seed,
-        **method["fit"],
-    }
-    rates = given_rates(blora, options.get("learning_rates"))
-    made = settings_of(blora, {**_USUAL, **options})
-    made["learning_rates"] |= rates  # of the method's
-    made = {name: value for name, value in made.items() if not name.startswith("layer ")}
-    train: Settings = {"collate": data.collate, "length": item_length}
-
-    def of(
-        blora: BayesianLoRA, more: float = 0.0, more_made: Settings | None = None, **usual: Any
-    ) -> Callable[[Cell], Outcome]:
-        def found(cell: Cell) -> Outcome:
-            own = {**usual, **settings["methods"][cell.method]}
-            how = {name: own[name] for name in ("num_samples", "linearized")}
-            return _predicted(
-                cell,
-                data,
-                net,
-                lambda batch: blora.predict(batch, **how),
-                parameters=blora.trainable_parameters,
-                seconds=seconds + more,
-                made=made | (more_made or {}),
-            )
-
-        return found
-
-    def distilled(cell: Cell) -> Outcome:
-        started = time.perf_counter()
-        found = blora.distill(data.task.train, data.collate, length=item_length)
-        more = time.perf_counter() - started
-        return of(blora, more, {"temperature": found}, num_samples=0, linearized=False)(cell)
-
-    lora = TemporaryDirectory()
-    try:
-        if method["method"] != "zero-shot":
-            started = time.perf_counter()
-            result = fit(
-                blora,
-                data.task.train,
-                num_steps=steps,
-                validation=data.task.validation if draws == 0 else None,
-                **train,
-                **options,
-            )
-            seconds = time.perf_counter() - started
-        yield "last", of(blora, num_samples=draws, linearized=record.linearized)
-        yield "distilled", distilled
-        if method["method"] == "lora" and draws == 0:
-            assert result.best_state is not None
-            blora.export_peft(lora.name)
-            blora.load_state_dict(result.best_state)
-            yield "best", of(blora, num_samples=0, linearized=False)
-    finally:
-        blora.unwrap()
-    if method["method"] == "lora" and draws == 0:
-        yield "from-lora", partial(_from_lora, lora.name, options, settings, data, net, train, of)
-    lora.cleanup()
-
-
-def _from_lora(
-    folder: str,
-    options: Settings,
-    settings: Settings,
-    data: _Data,
-    net: nn.Module,
-    train: Settings,
-    of: Callable[..., Callable[[Cell], Outcome]],
-    cell: Cell,
-) -> Outcome:
-    """What a person does who has a LoRA: a posterior around it, or a hundred steps from there."""
-    method = settings["methods"][cell.method]
-    torch.manual_seed(cell.seed)
-    started = time.perf_counter()
-    if method["by"] == "fit":
-        likelihood = data.likelihood(settings, "fixed")  # its items have been learned from
-        blora = BayesianLoRA.from_peft(net, folder, likelihood=likelihood)
+        started, steps = time.perf_counter(), 0
+        likelihood = self.likelihood("fixed")  # the LoRA has learned from these items
+        if own["by"] == "fit":
+            blora, steps = BayesianLoRA.from_peft(self.net, folder, likelihood=likelihood), 100
+        else:
+            how = {"guide": getattr(guides, own["by"])(), "likelihood": likelihood}
+            reading = {"collate": self.collate, "length": item_length}
+            blora = bayesianize(self.net, folder, data=train, **how, **reading)
+        seconds = time.perf_counter() - started
+        draws = own.get("num_samples", self.settings["num_samples"])
+        views = {str(cell): View("last", draws, own.get("linearized", False))}
         usual = {name: value for name, value in options.items() if name != "learning_rates"}
-        fit(blora, data.task.train, num_steps=100, **train, **usual)
-    else:
-        blora = bayesianize(
-            net,
-            folder,
-            data=data.task.train,
-            guide=getattr(guides, method["by"])(),
-            likelihood=data.likelihood(settings, "fixed"),
-            **train,
+        (result,) = self.scored(blora, views, steps, **usual)
+        result.fitted.seconds += seconds
+        return result, made_of(blora, result)
+
+    def dropout(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
+        """PEFT's LoRA with its dropout left on in prediction."""
+        settings = self.settings
+        torch.manual_seed(self.cell.seed)
+        lora = PlainLoRA(
+            self.net,
+            settings["target_modules"],
+            self.likelihood("fixed"),
+            rank=settings["rank"],
+            dropout=self.method["dropout"],
+            layers_to_transform=self.blocks,
         )
-    try:
-        own = {"num_samples": settings["num_samples"], "linearized": False}
-        made = {"then": settings_of(blora, {})}
-        return of(blora, time.perf_counter() - started, made, **own)(cell)
-    finally:
-        blora.unwrap()
-
-
-def _dropout(
-    cell: Cell, method: Settings, settings: Settings, data: _Data, net: nn.Module
-) -> States:
-    """PEFT's LoRA, its dropout left on in prediction."""
-    rank = settings["rank"]
-    lora = PlainLoRA(
-        net,
-        settings["target_modules"],
-        data.likelihood(settings, "fixed"),
-        rank=rank,
-        dropout=method["dropout"],
-        layers_to_transform=_blocks(settings, net),
-    )
-    try:
-        result = lora.fit(
-            data.task.train,
-            data.collate,
-            num_steps=cell.steps,
+        fitted = lora.fit(
+            self.task.train,
+            self.collate,
+            1e-3,
+            num_steps=self.cell.steps,
             batch_size=settings["batch_size"],
-            seed=cell.seed,
-            lr=1e-3,
-            length=item_length,
+            seed=self.cell.seed,
         )
-
-        def found(cell: Cell) -> Outcome:
-            return _predicted(
-                cell,
-                data,
-                net,
-                lambda batch: lora.predict(batch, settings["num_samples"]),
-                parameters=lora.trainable_parameters,
-                seconds=result.seconds,
-            )
-
-        yield "last", found
-    finally:
-        lora.unload()
+        views = {str(cell): View("last", settings["num_samples"]) for cell in cells}
+        for cell, result in zip(cells, self.scored(lora, views, 0), strict=True):
+            result.fitted = fitted
+            yield Outcome(cell, result, {})

@@ -1,11 +1,11 @@
-"""Tables and pictures of the calibration benchmark, from the probabilities that its cells left."""
+"""Tables and figures of the calibration benchmark, from the saved probabilities of its cells."""
 
 import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -43,64 +43,62 @@ PASSES = {  # how they are called and drawn; x is a little beside 1 so that none
     "bayesian-lora": ("4, 8, 64 draws", 8, "o", "#2f5f94"),
     "bayesian-lora-64": ("_", 64, "o", "#2f5f94"),
 }
+OURS = "bayesian-lora"  # all others are compared with it
+
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
 Run = dict[str, Pair]  # by data set
-Doubts = dict[str, dict[str, Tensor]]  # by data set, and by what measures it; of each item
+Methods = Mapping[str, Mapping[int, Run]]  # by method and seed
+Doubts = dict[str, dict[str, Tensor]]  # of each item, by data set and measure
 Lines = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, int, str]  # network, task, steps, training items
+Runs = dict[Key, dict[str, dict[int, Run]]]
+Doubted = dict[Key, dict[str, dict[int, Doubts]]]
 
 
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
     """All metrics of one set of predictions."""
     confidence, predicted = probs.max(-1)
     right = predicted == labels
+    both = 0 < right.sum() < len(right)
     return {
         **asdict(evaluate(probs, labels)),
         "chance": ece_by_chance(probs),
-        "auroc": auroc(confidence[~right], confidence[right])
-        if 0 < right.sum() < len(right)
-        else math.nan,
+        "auroc": auroc(confidence[~right], confidence[right]) if both else math.nan,
         "aurc": risk_coverage(-confidence, ~right)[2],
     }
 
 
-Runs = dict[Key, dict[str, dict[int, Run]]]  # by task, method and seed
-Doubted = dict[Key, dict[str, dict[int, Doubts]]]
-
-
-def read_runs(lines: Sequence[Mapping[str, Any]], out: Path) -> tuple[Runs, Doubted]:
-    """Predictions, and the doubts of them; each method also with its temperature."""
+def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted]:
+    """The predictions of all cells and their doubts, without and with a temperature."""
     runs: Runs = defaultdict(lambda: defaultdict(dict))
     doubted: Doubted = defaultdict(lambda: defaultdict(dict))
+    of_cell: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     with np.load(out / "probabilities.npz") as file:
-        arrays = dict(file)
-    of_cell: dict[str, list[str]] = defaultdict(list)
-    for path in arrays:
-        of_cell[path.split("/")[0]].append(path)
+        for path, array in file.items():
+            cell, data, kind = path.split("/")
+            of_cell[cell][data][kind] = torch.from_numpy(array)
     for line in lines:
-        data = "all" if line["max_train"] is None else str(line["max_train"])
-        name = "-".join(map(str, (line["network"], line["task"], data, line["steps"])))
-        paths = of_cell[f"{name}-{line['method']}-{line['seed']}"]
-        found = {path.split("/", 1)[1]: torch.from_numpy(arrays[path]) for path in paths}
-        sets = {key.split("/")[0] for key in found}
-        run = {s: (found[f"{s}/probs"], found[f"{s}/labels"]) for s in sets}
-        key = line["network"], line["task"], line["steps"], data
+        count = "all" if line["max_train"] is None else str(line["max_train"])
+        key = line["network"], line["task"], line["steps"], count
         method, seed = line["method"], line["seed"]
-        runs[key][method][seed] = run
+        name = "-".join(map(str, (*key[:2], count, line["steps"], method, seed)))
+        found = of_cell[name]
+        run = {data: (own["probs"], own["labels"]) for data, own in found.items()}
         held, labels = run["validation"]
         scale = fit_temperature(held.log(), labels)
         scaled = {s: ((p.log() / scale).softmax(-1), labels) for s, (p, labels) in run.items()}
-        runs[key][f"temperature:{method}"][seed] = scaled
-        epistemic = {s: found[f"{s}/epistemic"] for s in sets}
-        doubted[key][method][seed] = doubts(run, epistemic)
-        doubted[key][f"temperature:{method}"][seed] = doubts(scaled, {})
+        epistemic = {data: own["epistemic"] for data, own in found.items()}
+        for shown_as, own, more in (
+            (method, run, epistemic),
+            (f"temperature:{method}", scaled, {}),
+        ):
+            runs[key][shown_as][seed] = own
+            doubted[key][shown_as][seed] = doubts(own, more)
     return runs, doubted
 
 
-def on_all_tasks(
-    runs: Runs,
-) -> Iterator[tuple[str, int, str, list[str], dict[str, dict[int, Run]]]]:
-    """For each setting its tasks, and the predictions of what has run on all of them."""
+def on_all_tasks(runs: Runs) -> Iterator[tuple[str, int, str, list[str], Methods]]:
+    """For each setting its tasks, and the test predictions of the methods that ran on all."""
     for network, steps, count in sorted({(key[0], *key[2:]) for key in runs}):
         tasks = {
             k[1]: found for k, found in runs.items() if (k[0], *k[2:]) == (network, steps, count)
@@ -117,8 +115,8 @@ def on_all_tasks(
         yield network, steps, count, sorted(tasks), pooled
 
 
-def summary(runs: Runs, ours: str, kin: Collection[str]) -> list[str]:
-    """Means over the tasks of each number of steps, of the methods that have run on all of them."""
+def summary(runs: Runs, kin: Collection[str]) -> list[str]:
+    """Means over the tasks of each setting, for the methods that have run on all of them."""
     text = []
     for network, steps, count, tasks, pooled in on_all_tasks(runs):
         several = {name: seeds for name, seeds in pooled.items() if len(seeds) > 1}
@@ -130,106 +128,103 @@ def summary(runs: Runs, ours: str, kin: Collection[str]) -> list[str]:
         text += [*table(first, *tasks), ""]
         text += ["ACC %, NLL and ECE % of each task, mean over the seeds that have run:", ""]
         text += [*each_task({task: runs[network, task, steps, count] for task in tasks}), ""]
-        text += [*paired(pooled, ours, kin, *tasks), ""]
+        text += [*paired(pooled, kin, *tasks), ""]
     return text
 
 
-def table(methods: Mapping[str, Mapping[int, Run]], *data: str) -> list[str]:
-    """Mean over data sets, and mean and standard error over seeds, a line for each method."""
-    rows = ["| method | seeds | " + " | ".join(t for t, _, _ in COLUMNS.values()) + " |"]
-    rows.append("|---" * (len(COLUMNS) + 2) + "|")
-    found: dict[str, list[dict[str, float]]] = {}
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table."""
+    head = list(head)
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|"] + [
+        f"| {' | '.join(row)} |" for row in rows
+    ]
+
+
+def table(methods: Methods, *data: str) -> list[str]:
+    """Means over data sets, with the mean and standard error over seeds, by method."""
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for name, seeds in methods.items():
         for run in seeds.values():
             if all(d in run for d in data):
                 each = [scores(*run[d]) for d in data]
-                found.setdefault(name, []).append({key: mean_of(each, key) for key in COLUMNS})
+                found[name].append({key: mean_of(each, key) for key in COLUMNS})
+    rows = []
     for name in sorted(found, key=lambda name: mean_of(found[name], "nll")):
-        cells = []
+        rows.append([name, str(len(found[name]))])
         for key, (_, factor, digits) in COLUMNS.items():
             values = factor * torch.tensor([run[key] for run in found[name]], dtype=torch.float64)
             error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
             spread = "" if error is None else f" ± {error:.{digits}f}"
-            cells.append(f"{float(values.mean()):.{digits}f}{spread}")
-        rows.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
-    return rows
+            rows[-1].append(f"{float(values.mean()):.{digits}f}{spread}")
+    return markdown(["method", "seeds", *(title for title, _, _ in COLUMNS.values())], rows)
 
 
-def each_task(
-    tasks: Mapping[str, Mapping[str, Mapping[int, Run]]], *, own: bool = False
-) -> list[str]:
-    """Accuracy, NLL and ECE of each task's test items, or its ``own``, and the number of seeds."""
-    rows = [f"| method | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+def each_task(tasks: Mapping[str, Methods], *, own: bool = False) -> list[str]:
+    """Accuracy, NLL and ECE by task on its test items, or on its ``own``, and the seeds."""
+    rows = []
     for name in sorted({name for found in tasks.values() for name in found}):
-        cells = []
+        rows.append([name])
         for task, found in tasks.items():
             each = [scores(*run[task if own else "test"]) for run in found.get(name, {}).values()]
             means = ", ".join(shown(each, key) for key in ("acc", "nll", "ece") if each)
-            cells.append(f"{means} ({len(each)})" if each else "")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return rows
+            rows[-1].append(f"{means} ({len(each)})" if each else "")
+    return markdown(["method", *tasks], rows)
 
 
-def after_steps(lengths: Mapping[int, Mapping[str, Mapping[int, Run]]]) -> list[str]:
-    """Test NLL of each seed after trainings of several lengths, of what has run on all of them."""
+def after_steps(lengths: Mapping[int, Methods]) -> list[str]:
+    """Test NLL of each seed by the length of the training, for methods that ran at all lengths."""
     methods = sorted(set.intersection(*(set(found) for found in lengths.values())))
-    rows = [f"| steps | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    rows = []
     for steps, found in sorted(lengths.items()):
         runs = ([scores(*run["test"]) for _, run in sorted(found[m].items())] for m in methods)
-        cells = (", ".join(f"{score['nll']:.3f}" for score in run) for run in runs)
-        rows.append(f"| {steps} | {' | '.join(cells)} |")
-    return rows
+        rows.append([str(steps), *(", ".join(f"{s['nll']:.3f}" for s in run) for run in runs)])
+    return markdown(["steps", *methods], rows)
 
 
 def trials_table(trials: Lines) -> list[str]:
-    """What was tried, on validation items: a line a trial, the lowest mean NLL first."""
-    tasks = sorted({f"{line['network']}, {line['task']}" for line in trials})
-    rows = ["| method | " + " | ".join(f"{t}: NLL | ECE % | ACC %" for t in tasks) + " | trained |"]
-    rows.append("|---" * (3 * len(tasks) + 2) + "|")
+    """All trials on validation items, the lowest mean NLL first."""
     tried: dict[tuple[str, int], dict[str, list[Mapping[str, Any]]]] = defaultdict(dict)
     for line in trials:
-        tried[line["method"], line["trial"]].setdefault(
-            f"{line['network']}, {line['task']}", []
-        ).append(line)
-    order = sorted(tried, key=lambda key: mean_of([*chain(*tried[key].values())], "nll"))
-    for method, trial in order:
+        place = f"{line['network']}, {line['task']}"
+        tried[line["method"], line["trial"]].setdefault(place, []).append(line)
+    tasks = sorted({place for found in tried.values() for place in found})
+    rows = []
+    for method, trial in sorted(
+        tried, key=lambda key: mean_of([*chain(*tried[key].values())], "nll")
+    ):
         found = tried[method, trial]
-        cells = []
-        for task in tasks:
-            own = found.get(task, [])
-            cells += [shown(own, key) if own else "" for key in ("nll", "ece", "acc")]
         several = len({t for m, t in tried if m == method}) > 1
-        name = f"{method}, trial {trial}" if several else method
-        numbers = next(iter(found.values()))[0]["parameters"]
-        rows.append(f"| {name} | " + " | ".join(cells) + f" | {numbers:,} |")
-    return rows
+        rows.append([f"{method}, trial {trial}" if several else method])
+        for own in (found.get(task, []) for task in tasks):
+            rows[-1] += [shown(own, key) if own else "" for key in ("nll", "ece", "acc")]
+        rows[-1].append(f"{next(chain(*found.values()))['parameters']:,}")
+    heads = [(f"{task}: NLL", "ECE %", "ACC %") for task in tasks]
+    return markdown(["method", *chain(*heads), "trained"], rows)
 
 
 def shown(runs: Sequence[Mapping[str, float]], key: str) -> str:
-    """The mean of a metric, in its column's unit and digits."""
+    """The mean of a metric, in the unit and with the digits of its column."""
     _, factor, digits = COLUMNS[key]
     return f"{factor * mean_of(runs, key):.{digits}f}"
 
 
 def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
+    """The mean of a metric."""
     return sum(run[key] for run in runs) / len(runs)
 
 
-def paired(
-    methods: Mapping[str, Mapping[int, Run]], ours: str, kin: Collection[str], *data: str
-) -> list[str]:
+def paired(methods: Methods, kin: Collection[str], *data: str) -> list[str]:
     """The difference of NLL, Brier score and ECE to the three best others, mean over data sets.
 
-    Each is compared on the seeds that both have. There are two errors of the mean: over items, each
-    item's differences averaged over seeds first, and over seeds, where there are several.
-
+    The seeds are those that both methods have. The mean has two errors: over items, after the
+    differences of an item are averaged over seeds, and over seeds, if there are several.
     """
-    found = {}
-    for name in set(methods) - {ours, *kin} if ours in methods else ():
+    found, ours = {}, methods.get(OURS, {})
+    for name in set(methods) - {OURS, *kin} if ours else ():
         gaps = [
-            [_scores(*methods[ours][seed][d]) - _scores(*methods[name][seed][d]) for d in data]
-            for seed in sorted(set(methods[ours]) & set(methods[name]))
-            if set(data) <= set(methods[ours][seed]) & set(methods[name][seed])
+            [_scores(*ours[seed][d]) - _scores(*methods[name][seed][d]) for d in data]
+            for seed in sorted(set(ours) & set(methods[name]))
+            if set(data) <= set(ours[seed]) & set(methods[name][seed])
         ]
         if gaps:
             found[name] = [torch.stack(gap) for gap in zip(*gaps, strict=True)]
@@ -244,7 +239,7 @@ def paired(
             each = [gap[:, index].mean(0) for gap in found[other]]
             error = sum(float(gap.var()) / len(gap) for gap in each) ** 0.5 / len(data)
             means = by_seed(other)
-            text = f"{title} of `{ours}` less that of `{other}`: {float(means.mean()):+.4f}"
+            text = f"{title} of `{OURS}` less that of `{other}`: {float(means.mean()):+.4f}"
             text += f" ± {error:.4f} over items"
             if len(means) > 1:
                 text += f", ± {float(means.std()) / len(means) ** 0.5:.4f} over {len(means)} seeds"
@@ -253,10 +248,10 @@ def paired(
 
 
 def _scores(probs: Tensor, labels: Tensor) -> Tensor:
-    """NLL and Brier score of each item, and what it adds to the ECE's mean, ``3 x N``.
+    """NLL and Brier score of each item, and its term in the ECE, ``3 x N``.
 
-    The ECE is the mean of confidence less correctness, with the sign that its sum has in the item's
-    bin: to first order, where no sign changes, the variance of these is that of the ECE.
+    The ECE is the mean over items of confidence less correctness, times the sign of their sum in
+    the bin of the item. The variance of these terms is that of the ECE as long as no sign changes.
     """
     probs = probs.double()
     nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
@@ -269,10 +264,10 @@ def _scores(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def doubts(run: Mapping[str, Pair], epistemic: Mapping[str, Tensor]) -> Doubts:
-    """The doubts of a run's items, in nats.
+    """The doubts about the items of a run, in nats.
 
-    Items are those with as many options as the first test item has: more make more entropy.
-    The mutual information of a point is zero, and left out.
+    Only items with as many options as the first test item count, because more options mean more
+    entropy. The mutual information is left out if it is zero, as for a point estimate.
     """
     found: Doubts = defaultdict(dict)
     options = int((run["test"][0][0] > 0).sum())
@@ -288,43 +283,40 @@ def doubts(run: Mapping[str, Pair], epistemic: Mapping[str, Tensor]) -> Doubts:
 
 
 def told_apart(runs: Mapping[str, Mapping[int, Doubts]], sets: Sequence[str]) -> list[str]:
-    """A table of the AUROC in % of each doubt for another set's items against the test items.
+    """A table of the AUROC in % of each doubt for the items of other sets against the test items.
 
-    Means over seeds; the last column is that over sets, with its standard error over seeds. 50 is
-    chance, and below it other sets' items are doubted less. Empty where there is nothing to tell.
+    It has means over seeds; the last column is the mean over sets with its standard error over
+    seeds. 50 is chance, and below it the other items are doubted less. Empty without other sets.
     """
     rows: list[tuple[float, str]] = []
     sets = [d for d in sets if all(d in run for seeds in runs.values() for run in seeds.values())]
-    for method, seeds in runs.items():
-        for kind in KINDS if sets else ():
-            asked = [run for run in seeds.values() if all(kind in run[d] for d in ["test", *sets])]
-            found = [[100 * auroc(run["test"][kind], run[d][kind]) for d in sets] for run in asked]
-            if found:
-                each = " | ".join(f"{fmean(column):.1f}" for column in zip(*found, strict=True))
-                means = [fmean(row) for row in found]
-                spread = f" ± {stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
-                mean = fmean(means)
-                text = f"| {method} | {kind} | {len(means)} | {each} | {mean:.1f}{spread} |"
-                rows.append((-mean, text))
-    if not rows:
-        return []
-    head = f"| method | doubt | seeds | {' | '.join(sets)} | mean |"
-    return [head, "|---" * (len(sets) + 4) + "|", *(row for _, row in sorted(rows))]
+    for (method, seeds), kind in product(runs.items(), KINDS if sets else ()):
+        asked = [run for run in seeds.values() if all(kind in run[d] for d in ["test", *sets])]
+        found = [[100 * auroc(run["test"][kind], run[d][kind]) for d in sets] for run in asked]
+        if found:
+            each = [f"{fmean(column):.1f}" for column in zip(*found, strict=True)]
+            means = [fmean(row) for row in found]
+            spread = f" ± {stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
+            mean = fmean(means)
+            row = [method, kind, str(len(means)), *each, f"{mean:.1f}{spread}"]
+            rows.append((-mean, " | ".join(row)))
+    head = ["method", "doubt", "seeds", *sets, "mean"]
+    return markdown(head, ([row] for _, row in sorted(rows))) if rows else []
 
 
 def joined(parts: Iterable[Pair]) -> Pair:
-    """The items of several tasks as of one; an option that a task has not has probability zero."""
+    """The items of several tasks as one set; the probability of a missing option is zero."""
     probs, labels = zip(*parts, strict=True)
     most = max(p.shape[1] for p in probs)
     pad = torch.nn.functional.pad
     return torch.cat([pad(p, (0, most - p.shape[1])) for p in probs]), torch.cat(labels)
 
 
-def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> None:
-    """Reliability diagrams, all seeds and tasks together; in the titles the means over tasks."""
+def draw(methods: Methods, path: Path) -> None:
+    """Reliability diagrams of all seeds and tasks pooled; the titles have the means over tasks."""
     pairs = {
         TITLES.get(name, name): [pair for run in methods[name].values() for pair in run.values()]
-        for name in ("lora", ours)
+        for name in ("lora", OURS)
         if methods.get(name)
     }
     figure = reliability_diagram({name: joined(each) for name, each in pairs.items()})
@@ -335,8 +327,8 @@ def draw(methods: Mapping[str, Mapping[int, Run]], path: Path, ours: str) -> Non
     figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
-def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path) -> None:
-    """NLL on the tests of seed 0, a row a method, the lowest on top; hollow with a temperature."""
+def draw_nll(methods: Methods, path: Path) -> None:
+    """Test NLL with seed 0 by method, the lowest on top; hollow marks are with a temperature."""
     found = {}
     for name, runs in methods.items():
         if 0 in runs and not name.removeprefix("temperature:").startswith("bayesian-lora-"):
@@ -366,8 +358,8 @@ def draw_nll(methods: Mapping[str, Mapping[int, Run]], path: Path) -> None:
     figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
-def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: Path) -> None:
-    """NLL less that of 8 draws by passes of each network, mean and standard error over seeds."""
+def draw_passes(settings: Mapping[str, Methods], path: Path) -> None:
+    """NLL less the NLL of 8 draws, by the number of passes, with standard errors over seeds."""
     figure = Figure(figsize=(2.9 * len(settings), 3.2), layout="constrained")
     columns = figure.subplots(1, len(settings), squeeze=False)[0]
     for axes, (network, methods) in zip(columns, settings.items(), strict=True):
@@ -398,18 +390,17 @@ def draw_passes(settings: Mapping[str, Mapping[str, Mapping[int, Run]]], path: P
 def write_report(
     lines: Lines,
     out: Path,
-    ours: str,
     kin: Collection[str],
     published: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Writes ``report.md``, and pictures of the setting with most tasks and of one pass.
+    """Writes ``report.md``, and figures of the setting with most tasks and of single passes.
 
-    ``published`` has what papers print of a task, ``"ACC ECE NLL"``, by method and task.
+    ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
     runs, doubted = read_runs(lines, out)
-    text += summary(runs, ours, kin)
+    text += summary(runs, kin)
     for (network, task, steps, count), methods in sorted(runs.items()):
         which = network, task, count
         title = f"{network}: {task}, {count} training items, {steps} steps"
@@ -418,7 +409,7 @@ def write_report(
         for name, rows in published.items():
             acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
             text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | |")
-        text += ["", *paired(methods, ours, kin, "test"), ""]
+        text += ["", *paired(methods, kin, "test"), ""]
         runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
         if steps == min(runs_of) < max(runs_of):
             text += [f"## {network}: {task}, {count} training items: NLL by seed", ""]
@@ -432,7 +423,7 @@ def write_report(
             for m, found in methods.items()
         }
         text += [f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", ""]
-        text += [*table(asked, *away), "", *paired(asked, ours, kin, *away), ""]
+        text += [*table(asked, *away), "", *paired(asked, kin, *away), ""]
         text += ["ACC %, NLL and ECE %:", "", *each_task({d: asked for d in away}, own=True), ""]
         unsure = {
             method: {seed: found[seed] for seed in asked[method]}
@@ -441,7 +432,7 @@ def write_report(
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
     if pooled := list(on_all_tasks(runs)):
         most = max(pooled, key=lambda one: len(one[3]))
-        draw(most[-1], out / "figures" / "reliability.png", ours)
+        draw(most[-1], out / "figures" / "reliability.png")
         draw_nll(most[-1], out / "figures" / "nll.png")
     both = ("bayesian-lora", "bayesian-lora-distilled")
     if one_pass := {

@@ -1,14 +1,11 @@
-"""The memory table of docs/large_models.md: computed with fake tensors, without a weight or a card.
+"""The memory table of docs/large_models.md, computed with fake tensors: no weights, no GPU.
 
-    python benchmarks/memory.py                        the table in GiB, seven minutes
-    python benchmarks/memory.py --sizes 7B --rows 4 --tokens 1024 --top 8
-
-A fake tensor has a shape and no values. A training step and a prediction by draws run on them, and
-the bytes of all storages that are alive are added up. What an allocator, its kernels and a card's
-context hold besides is not in it. The network is in bfloat16, a particle for each example.
+It takes seven minutes. A fake tensor has a shape but no values. A training step and a prediction
+with draws run on such tensors, and the bytes of all live storages are summed. The sum does not
+include the allocator's overhead, workspaces of kernels and the CUDA context. The network is in
+bfloat16, a batch has 8 rows of 256 tokens with one particle each, and a prediction has 10 draws.
 """
 
-import argparse
 import gc
 import weakref
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.models import KroneckerInducing
 
 NAMES = (*timing.NAMES, "tie_word_embeddings")
 SIZES = {
@@ -38,7 +36,7 @@ SIZES = {
 
 
 class Bytes(TorchDispatchMode):
-    """Adds up the bytes of the storages that are alive; fake tensors' values are all no or one."""
+    """Sums the bytes of all live storages; a value read from a fake tensor is False, or 1.0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,9 +44,9 @@ class Bytes(TorchDispatchMode):
         self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator and notes what it made."""
+        """Runs an operator and counts the storages of its results."""
         if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "fake_mode"):
-            return args[0].dtype.is_floating_point and 1.0  # False, which is 0, for all others
+            return args[0].dtype.is_floating_point and 1.0
         made = func(*args, **(kwargs or {}))
         for value in tree_leaves(made):
             if isinstance(value, Tensor):
@@ -65,23 +63,22 @@ class Bytes(TorchDispatchMode):
             weakref.finalize(storage, self.free, key, size)
 
     def free(self, key: int, size: int) -> None:
-        """A storage is no more."""
+        """Subtracts a storage that was freed."""
         self.alive.remove(key)
         self.now -= size
 
 
-def measure(shape: dict[str, Any], rows: int, tokens: int, draws: int, top: int) -> dict[str, int]:
-    """Bytes of the weights, as they are and in 4 bits, trained numbers, and peaks in bytes."""
+def measure(shape: dict[str, Any], rows: int, tokens: int, draws: int) -> dict[str, int]:
+    """Bytes of the weights, in bfloat16 and in 4 bits, bytes of the adapter, and peaks."""
     with Bytes() as count:
         config = LlamaConfig(**shape)
         net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        blocks = config.num_hidden_layers
-        options = {"layers_to_transform": list(range(blocks - (top or blocks), blocks))}
-        options |= {"likelihood": LabelTokens(token_ids=timing.ANSWERS, num_data=100)}
-        blora = BayesianLoRA(net, target_modules=timing.TARGETS, **options)
+        likelihood = LabelTokens(token_ids=timing.ANSWERS, num_data=100)
+        prior = KroneckerInducing(sigma=0.1)  # the default reads the norms of the weights
+        blora = BayesianLoRA(net, target_modules=timing.TARGETS, prior=prior, likelihood=likelihood)
         ids = torch.ones(rows, tokens, dtype=torch.long)
         mask = torch.ones_like(ids)
-        mask[0, -1] = 0  # without padding a network may need no mask
+        mask[0, -1] = 0  # a row with padding, because a network may drop the mask without it
         batch = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0]}
         found = training(count, blora, batch)
         for name, most in (("a draw", rows), ("all draws", rows * draws)):
@@ -89,13 +86,13 @@ def measure(shape: dict[str, Any], rows: int, tokens: int, draws: int, top: int)
     weights = sum(p.nbytes for p in net.parameters())
     linear = sum(p.numel() for p in net.model.layers.parameters() if p.dim() == 2)
     found |= {"weights": weights, "16 n": 16 * blora.trainable_parameters}
-    # As bitsandbytes stores the blocks: half a byte, and 4 bytes for each 64 weights
+    # bitsandbytes stores half a byte for each weight of a block, and 4 bytes for each 64 weights
     found["in 4 bits"] = weights - int(linear * (2 - 0.5 - 4 / 64))
     return found
 
 
 def training(count: Bytes, blora: BayesianLoRA, batch: dict[str, Tensor]) -> dict[str, int]:
-    """The peak of a step of AdamW, and of one whose activations are checkpointed."""
+    """The peak of a step of AdamW, without and with activation checkpointing."""
     rows = len(batch["labels"])
     bound = TraceMeanField_ELBO(rows, max_plate_nesting=1, vectorize_particles=True)
     loss_of = bound(blora.model, blora.guide)
@@ -105,10 +102,10 @@ def training(count: Bytes, blora: BayesianLoRA, batch: dict[str, Tensor]) -> dic
         loss_of(batch).backward()
         optimizer.step()
 
-    step()  # which makes the optimizer's state
+    step()  # the first step makes the optimizer's state
     found = {"step": peak(count, step)}
     blora.net.activation_checkpointing_enable({"use_reentrant": False})
-    blora.net.train()  # in evaluation mode transformers checkpoints nothing
+    blora.net.train()  # transformers checkpoints in training mode alone
     found["checkpointed"] = peak(count, step)
     blora.net.eval()
     optimizer.zero_grad()
@@ -116,7 +113,7 @@ def training(count: Bytes, blora: BayesianLoRA, batch: dict[str, Tensor]) -> dic
 
 
 def peak(count: Bytes, run: Callable[[], Any]) -> int:
-    """The most bytes alive during ``run``."""
+    """The largest number of live bytes during ``run``."""
     gc.collect()
     count.peak = count.now
     run()
@@ -124,23 +121,13 @@ def peak(count: Bytes, run: Callable[[], Any]) -> int:
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", default=",".join(SIZES), help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=8, help="of a batch; default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=256, help="of a row; default: %(default)s")
-    parser.add_argument("--draws", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--top", type=int, default=0, help="adapted blocks; default: all")
-    chosen = parser.parse_args()
-    pyro.enable_validation(False)  # as in `fit`; the checks would ask for values
+    """Prints the table, in GiB."""
+    pyro.enable_validation(False)  # as in `fit`: the checks would read values
     columns = ("weights", "in 4 bits", "16 n", "step", "checkpointed", "a draw", "all draws")
     print("| Llama | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for size in chosen.sizes.split(","):
-        shape = dict(zip(NAMES, SIZES[size], strict=True))
+    for size, shape in SIZES.items():
         with FakeTensorMode(shape_env=ShapeEnv()):
-            found = measure(shape, chosen.rows, chosen.tokens, chosen.draws, chosen.top)
+            found = measure(dict(zip(NAMES, shape, strict=True)), rows=8, tokens=256, draws=10)
         cells = [f"{found[name] / 2**30:.{2 if found[name] < 2**30 else 1}f}" for name in columns]
         print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
 

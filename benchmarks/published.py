@@ -1,6 +1,7 @@
-"""The layers of other projects, run from a checkout of theirs beside ours in ``step_time.py``.
+"""The layers of other projects, which ``step_time.py`` runs from a checkout beside ours.
 
-Nothing of them is copied here: the functions import or execute what the checkout has.
+None of their code is copied here: each function imports or executes it from the checkout, and
+returns the KL of all layers in nats, to be called once after each forward pass.
 """
 
 import ast
@@ -19,8 +20,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-# What a step needs: called before it, and the KL of all layers in nats
-Published = tuple[Callable[[], None], Callable[[], Tensor]]
+KL = Callable[[], Tensor]
 
 
 def _with_lora(net: nn.Module, targets: list[str], rank: int) -> nn.Module:
@@ -28,10 +28,12 @@ def _with_lora(net: nn.Module, targets: list[str], rank: int) -> nn.Module:
     return get_peft_model(net, config)  # type: ignore[arg-type]
 
 
-def bayesian_lora(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> Published:
+def bayesian_lora(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> KL:
     """The code published with arXiv:2601.21003 (needs ``nflows``), at its own settings."""
     sys.path.insert(0, str(checkout))
-    sys.modules["bnn.nn.nets"] = ModuleType("bnn.nn.nets")  # its image networks need more packages
+    sys.modules["bnn.nn.nets"] = ModuleType(
+        "bnn.nn.nets"
+    )  # its image networks import further packages
     from bnn.bayesianize import bayesianize_  # type: ignore[import-not-found]
 
     settings = yaml.safe_load((checkout / "configs/inducing/inducing8.yaml").read_text())
@@ -39,21 +41,18 @@ def bayesian_lora(net: nn.Module, targets: list[str], rank: int, checkout: Path)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
         bayesianize_(_with_lora(net, targets, rank), settings)
     layers = [m for m in net.modules() if hasattr(m, "kl_divergence")]
-    if not layers:
-        raise SystemExit(f"{checkout} put no layer of its own into the network.")
-
-    def reset() -> None:
-        for layer in layers:
-            layer.reset_cache()
 
     def kl() -> Tensor:
-        return torch.stack([layer.kl_divergence() for layer in layers]).sum()
+        total = torch.stack([layer.kl_divergence() for layer in layers]).sum()
+        for layer in layers:
+            layer.reset_cache()  # before the next pass
+        return total
 
-    return reset, kl
+    return kl
 
 
-def blob(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> Published:
-    """BLoB's layers (arXiv:2406.11675) from ``modelwrappers/blob.py``, at their own settings."""
+def blob(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> KL:
+    """BLoB's layers (arXiv:2406.11675), ``modelwrappers/blob.py``, at their own settings."""
     path = checkout / "modelwrappers" / "blob.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     wanted = {"blob_linear_forward", "div_posterior_prior"}
@@ -61,7 +60,7 @@ def blob(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> Publi
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "BLoB":
             body += [n for n in node.body if getattr(n, "name", "") == "_wrap_lora_layer"]
-    # the file itself imports what its project's command line needs
+    # the rest of the file imports the requirements of its command line
     space: dict[str, Any] = {"torch": torch, "nn": nn, "math": math, "Any": Any}
     exec(compile(ast.Module(body, []), str(path), "exec"), space)
     _with_lora(net, targets, rank)
@@ -71,7 +70,5 @@ def blob(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> Publi
         space["_wrap_lora_layer"](settings, layer)
         layer.forward = space["blob_linear_forward"].__get__(layer)  # type: ignore[method-assign]
 
-    def kl() -> Tensor:
-        return torch.stack([space["div_posterior_prior"](layer) for layer in layers]).sum()
-
-    return lambda: None, kl
+    kl = space["div_posterior_prior"]
+    return lambda: torch.stack([kl(layer) for layer in layers]).sum()

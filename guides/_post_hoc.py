@@ -1,4 +1,4 @@
-"""What guide families share that widen a point estimate after training."""
+"""The base of guide families that give a point estimate its width after training."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,18 +8,17 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.delta import Delta
 
 
 @dataclass(frozen=True)
 class Evidence:
-    r"""What the data says about the posterior around the trained point; read as it is needed.
+    r"""Functions of the data that describe the posterior around the trained point.
 
-    ``scores`` runs over the data and gives for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}}
-    (J_{bc} - \sum_k p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J`` of the
-    logits in unconstrained coordinates; ``sum g g^T`` is the Gauss-Newton matrix. ``loss`` is the
-    mean negative log-likelihood of so many draws, in nats, under the same noise every time.
+    ``scores()`` yields for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}} (J_{bc} - \sum_k
+    p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J`` of the logits in
+    unconstrained coordinates; ``sum g g^T`` is the Gauss-Newton matrix. ``loss(num_samples)`` is
+    the mean negative log-likelihood of draws, in nats, with the same noise in every call.
     """
 
     scores: Callable[[], Iterator[dict[str, Tensor]]]
@@ -30,45 +29,36 @@ class Evidence:
 class PostHoc(Delta):
     """A point mass while it trains; :func:`pyro_blora.inference.finish` then gives it a width."""
 
-    is_point: ClassVar[bool] = False  # once it is finished
-    _finished: Tensor
-    _known: tuple[Tensor, int, bool] | None = None
+    is_point: ClassVar[bool] = False
+    finished = False  # whether the width is known; a plain bool, so that no device is synchronized
 
-    def setup(self, site: Site) -> None:
-        """Registers ``loc`` at the prior's mean."""
-        super().setup(site)
-        self.register_buffer("_finished", torch.zeros((), dtype=torch.bool, device=self.loc.device))
+    def get_extra_state(self) -> Tensor:
+        """``finished`` as a tensor of the state dict."""
+        return torch.tensor(self.finished)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the width is there."""
-        now = self._finished
-        if now.is_inference():  # without a version
-            return bool(now)
-        # reading a CUDA bool synchronizes the device, so it is cached until the buffer changes
-        if self._known is None or self._known[0] is not now or self._known[1] != now._version:
-            self._known = now, now._version, bool(now)
-        return self._known[2]
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores ``finished`` from a state dict."""
+        self.finished = bool(state)
 
     def reopen(self) -> None:
-        """Takes the width away again, for more training."""
-        self._finished.fill_(False)
+        """Makes the guide a point again, for more training."""
+        self.finished = False
 
     def distribution(self) -> TorchDistribution:
-        """The point mass at ``loc``, or what :meth:`widened` says."""
+        """The point mass at ``loc``, or :meth:`widened` once the width is known."""
         return self.widened() if self.finished else super().distribution()
 
     @classmethod
     def finish(cls, families: Mapping[str, Any], evidence: Evidence) -> dict[str, float]:
-        """Gives the families of all sites, by the sites' names, their width; returns figures."""
+        """Finds the widths of the families of all sites, given by site; returns figures to log."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Notes that the width is there."""
-        self._finished.fill_(True)
+        """Marks the width as known."""
+        self.finished = True
 
     def widened(self) -> TorchDistribution:
-        """The law around ``loc`` once it is finished."""
+        """The law around ``loc``."""
         raise NotImplementedError
 
     def center(self, context: Tensor | None = None) -> Tensor:

@@ -22,11 +22,12 @@ Self = TypeVar("Self", bound="SiteGuide")
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Within, random numbers may be seeded at will; afterwards the global seeds are as before."""
+    """Within it random numbers may be seeded; afterwards the global state is restored."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _of_components(support: Constraint) -> Constraint:
+    """A mixture's support, which ``biject_to`` does not know, replaced by its components'."""
     if isinstance(support, MixtureSameFamilyConstraint):
         return _of_components(support.base_constraint)
     if isinstance(support, independent):
@@ -39,7 +40,7 @@ def _median(law: Distribution, unknown: Tensor) -> Tensor:
     """The exact median of a law of real numbers, or ``unknown``."""
     if isinstance(law, Independent):
         return _median(law.base_dist, unknown)
-    if isinstance(law, StudentT):  # symmetric, and without an icdf
+    if isinstance(law, StudentT):  # which has no icdf, but is symmetric
         return law.loc
     try:
         return law.icdf(unknown.new_tensor(0.5))
@@ -49,13 +50,13 @@ def _median(law: Distribution, unknown: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """What a guide family may know of a latent site; read from a trace of the prior.
+    """A latent site as a guide family sees it, read from a trace of the prior.
 
     Attributes:
         name: the site's name.
         prior: its distribution, batch shape ``(..., n)`` for ``n`` layers.
-        plates: the plates around it, outermost last dimension first.
-        suggested: where guides start, if the prior says so, ``(n, *event_shape)``.
+        plates: the plates around it.
+        suggested: where guides start, if the prior suggests it, ``(n, *event_shape)``.
         context_size: size of the context of an amortized family.
     """
 
@@ -67,7 +68,7 @@ class Site:
 
     @property
     def group(self) -> str:
-        """The name of the group of layers it belongs to: what stands before the first dot."""
+        """The name of the site's group of layers, which is the part before the first dot."""
         return self.name.partition(".")[0]
 
     @property
@@ -77,7 +78,7 @@ class Site:
 
     @property
     def event_dim(self) -> int:
-        """Number of trailing dimensions that one draw spans, unconstrained."""
+        """Number of dimensions of one draw, unconstrained."""
         return len(self.event_shape)
 
     @property
@@ -92,17 +93,17 @@ class Site:
 
     @property
     def size(self) -> int:
-        """How many unconstrained numbers one draw has."""
+        """Number of entries of one draw, unconstrained."""
         return self.event_shape.numel()
 
     @property
     def support(self) -> Constraint:
-        """The prior's support; of a mixture that of its components."""
+        """The support of the prior, or of its components if it is a mixture."""
         return _of_components(self.prior.support)
 
     @property
     def transform(self) -> Transform:
-        """From the real numbers to the support of the site."""
+        """The transform from real numbers to the support of the site."""
         try:
             return biject_to(self.support)
         except NotImplementedError as error:
@@ -123,10 +124,10 @@ class Site:
     def start(self) -> tuple[Tensor, Tensor]:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
-        The location is the prior's suggestion, if it makes one. Else both are the prior's mean and
-        standard deviation, if it is real and they are finite. If not, they are the median and half
-        the distance between the 16 % and 84 % quantiles. These take 1,000 draws, which leave the
-        global seed alone. The median of a Student t, and of a real law with an ``icdf``, is exact.
+        They are the mean and the standard deviation if the prior is real and these are finite,
+        otherwise the median and half the distance between the 16 % and 84 % quantiles of 1,000
+        draws, which do not change the global seed. The median of a Student t, or of a real law with
+        an ``icdf``, is exact. A suggestion of the prior takes the place of the location.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -148,29 +149,25 @@ class Site:
 class SiteGuide(Options, PyroModule):
     r"""A guide family: :math:`q(U)` of one site of any prior.
 
-    A family is made before it knows the sites, as an AutoGuide reads them: shape, plates and
-    support come from the prior. :class:`~pyro_blora.posterior.guide.StructuredGuide`
-    calls :meth:`bind` once for each site. A subclass writes two methods:
-
-    * :meth:`setup` registers the parameters, each a :class:`pyro.nn.PyroParam`, so that q starts
-      from the prior;
-    * :meth:`distribution` returns q over the *unconstrained* value of the site.
+    A family is made before the sites are known; :meth:`bind` copies it for each site, of which it
+    reads shape, plates and support from the prior, as an AutoGuide does. A subclass defines
+    :meth:`setup`, which registers the parameters of q, each a :class:`pyro.nn.PyroParam`, and
+    :meth:`distribution`, which returns q over the *unconstrained* value of the site.
 
     Args:
         init_scale: standard deviation of q at the start, in units of the prior's. 1 starts at the
             prior itself, where KL[q || p] = 0; a small value starts near a plain LoRA.
 
     Attributes:
-        roles: for each parameter, the learning rate it takes in
-            :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
-        reads_context: whether q depends on the examples; then :meth:`distribution` takes their
-            ``context``, which is ``(P, 1, ..., 1, d)`` for ``P`` particles and ``(d,)`` for one
-            context that all draws share, and ``None`` stands for no context.
-        couples_sites: whether draws of two sites belong together; else they are independent.
-        symmetric: whether :meth:`distribution` is symmetric around its mean; draws then come in
-            pairs of mirror images, of which fewer tell as much. Default: False, also if a
-            subclass of a symmetric family has a law of its own.
-        is_point: whether q is a point mass, which has no draws to average.
+        roles: the learning rate of each parameter in :func:`~pyro_blora.inference.fit`:
+            ``"mean"``, ``"scale"`` or ``"direction"``.
+        reads_context: whether q depends on the examples. Then :meth:`distribution` takes a
+            ``context``: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all, or ``None``.
+        couples_sites: whether draws of two sites depend on each other.
+        symmetric: whether q is symmetric around its mean. Then draws are made in pairs of mirror
+            images, because an average needs fewer of them. Default: False, also for a subclass of a
+            symmetric family that defines a law of its own.
+        is_point: whether q is a point mass, so that draws need not be averaged.
 
     Example::
 
@@ -205,7 +202,7 @@ class SiteGuide(Options, PyroModule):
         self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:
-        """``size``, of a layer of ``site``, may not exceed ``option``."""
+        """Raises an error if ``size``, in each layer of ``site``, exceeds ``option``."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(
@@ -216,18 +213,18 @@ class SiteGuide(Options, PyroModule):
 
     def bind(self: Self, site: Site) -> Self:
         """A copy of this family for ``site``, with its parameters registered."""
-        # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
+        # Constructed anew, because a deep copy would keep the parameter-store mode of the original
         bound = type(self)(**copy.deepcopy(self.options()))
         bound.site = site
         bound.setup(site)
         return bound
 
     def setup(self, site: Site) -> None:
-        """Registers the parameters of q for ``site``, started from the prior."""
+        """Registers the parameters of q for ``site``, which start from the prior."""
         raise NotImplementedError(f"{type(self).__name__} must define setup(site).")
 
     def distribution(self) -> TorchDistribution:
-        """The law q of the unconstrained value, batch and event shapes as in ``site.shape``."""
+        """The law q of the unconstrained value, of batch and event shape ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -235,17 +232,17 @@ class SiteGuide(Options, PyroModule):
         q = self.law(context)
         if self.site.is_real:
             return q
-        # with a cache, as a flow scores none but the value it has just made
+        # with a cache, because a flow can only score the value that it has just drawn
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def law(self, context: Tensor | None = None) -> TorchDistribution:
         """The law q of the unconstrained value, given the context if the family reads one."""
         if context is None or not self.reads_context:
             return self.distribution()
-        return self.distribution(context)  # type: ignore[call-arg]  # by a family that reads it
+        return self.distribution(context)  # type: ignore[call-arg]
 
     def center(self, context: Tensor | None = None) -> Tensor:
-        """The center of q: the image of the mean of :meth:`distribution`, or of 1,000 draws."""
+        """The center of q: the image of the mean of :meth:`distribution`, by draws if unknown."""
         q = self.law(context)
         try:
             mean: Tensor = q.mean

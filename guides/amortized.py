@@ -22,19 +22,18 @@ class Amortized(MeanField):
         \qquad (f, g) = W h, \quad h = \tanh(W_h c(x) + b_h),
 
     with :math:`c(x)` the mean of the input embeddings of the tokens, scaled to length
-    :math:`\sqrt d`, or ``batch["context"]`` if the batch has one. In training each particle sees
+    :math:`\sqrt d`, or ``batch["context"]`` if the batch has one. In training each particle takes
     the mean over its own examples. With a particle for each example (``fit``'s default) every
     example has its own posterior, as in prediction.
 
-    The KL of the loss is the mean over the particles, counted once for the data set, as published.
-    With ``f = g = 0`` (the start) this is the ELBO. Elsewhere it is *no bound* on the evidence of a
-    model whose ``U`` all examples share. ``fit(..., kl_weight=len(train))`` counts the KL for every
-    example: a bound for the model in which every example draws its own ``U``.
+    The loss counts the KL, a mean over the particles, once for the data set, as published. With
+    ``f = g = 0`` (the start) this is the ELBO. Otherwise it is *no bound* on the evidence of a
+    model in which all examples share ``U``. ``fit(..., kl_weight=len(train))`` counts the KL once
+    for each example: a bound for the model in which every example has its own ``U``.
 
     Args:
         hidden: size of ``h``. Default: 16.
-        context_size: ``d``, if batches have a ``"context"`` of their own. Default: the size of
-            the network's input embeddings.
+        context_size: ``d``, if batches have a ``"context"``. Default: the input embeddings' size.
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``;
@@ -42,8 +41,7 @@ class Amortized(MeanField):
     ``(n, *event_shape, hidden)``, zero at the start.
 
     Reference:
-        Rahmati et al. 2025, "C-LoRA: Contextual low-rank adaptation for uncertainty estimation in
-        large language models", arXiv:2505.17773.
+        Rahmati et al. 2025, "C-LoRA: Contextual low-rank adaptation", arXiv:2505.17773.
 
     Example::
 
@@ -66,7 +64,7 @@ class Amortized(MeanField):
         super().__init__(init_scale=init_scale)
 
     def setup(self, site: Site) -> None:
-        """Registers the normals and the network of the shifts."""
+        """Registers the normals and the network that shifts them."""
         super().setup(site)
         size = self.context_size or site.context_size
         if size < 1:
@@ -74,11 +72,10 @@ class Amortized(MeanField):
                 "Amortized: the network has no input embeddings; give batches a 'context' (B x d) "
                 "and pass context_size=d."
             )
-        device = self.loc.device
-        weight = torch.randn(self.hidden, size, device=device)
+        zeros = torch.zeros(*self.loc.shape, self.hidden, device=self.loc.device)
+        weight = torch.randn(self.hidden, size, device=self.loc.device)
         self.hidden_weight = PyroParam(weight * size**-0.5)
-        self.hidden_bias = PyroParam(torch.zeros(self.hidden, device=device))
-        zeros = torch.zeros(*self.loc.shape, self.hidden, device=device)
+        self.hidden_bias = PyroParam(torch.zeros_like(weight[:, 0]))
         self.loc_weight = PyroParam(zeros)
         self.scale_weight = PyroParam(zeros.clone())
 
@@ -92,8 +89,7 @@ class Amortized(MeanField):
         return dist.Normal(loc, scale).to_event(self.site.event_dim)
 
     def _shift(self, h: Tensor, weight: Tensor) -> Tensor:
-        """``weight h`` of each context, ``(P, ..., *shape)``, or of the one, ``shape``."""
+        """``weight h``, ``(P, ..., *shape)`` for ``P`` contexts or ``shape`` for a single one."""
         flat = h.reshape(-1, self.hidden) @ weight.reshape(-1, self.hidden).mT
-        outside = (1,) * (h.dim() - 2 - len(self.site.batch_shape))
-        lead = () if h.dim() == 1 else (-1, *outside)
-        return flat.reshape((*lead, *self.site.shape))
+        contexts = h.shape[: h.dim() - 1 - len(self.site.batch_shape)]
+        return flat.reshape(contexts + self.site.shape)

@@ -1,4 +1,4 @@
-"""A point estimate: MAP training, plain LoRA's collapsed posterior."""
+"""A point estimate, as in MAP training."""
 
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ class Delta(SiteGuide):
     r"""A point mass, :math:`q(U) = \delta(U - u)`; the ELBO is then the MAP objective.
 
     With ``KroneckerInducing(conditional="deterministic")`` this is plain LoRA with
-    ``B = sigma T_r U``, ``A = T_c`` and a Gaussian penalty on ``U``. Starts at the prior's mean.
+    ``B = sigma T_r U``, ``A = T_c`` and a Gaussian penalty on ``U``.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``.
 

@@ -15,19 +15,19 @@ from pyro_blora.options import check_count
 class Ensemble(SiteGuide):
     r"""Point masses, :math:`q(U) = \frac1K \sum_k \delta(U - u_k)`.
 
-    The particles take the members in turn, all layers the same one. A prediction with a multiple of
-    ``K`` draws averages over every member equally. A point mass has an infinite KL from any
-    density; as for :class:`Delta`, its entropy, a constant, is left out. The objective is therefore
-    *no bound* on the evidence: it is the mean of the members' MAP objectives,
+    The particles take the members in turn, and all layers take the same one, so that a multiple of
+    ``K`` draws averages over all members equally. The KL of a point mass to a density is infinite;
+    as in :class:`Delta` its entropy, which is constant, is left out. The objective is therefore *no
+    bound* on the evidence, but the mean of the members' MAP objectives,
     :math:`\frac1K \sum_k \log p(D, u_k)`.
 
     Args:
         members: ``K``. Default: 5.
-        spread: how far members start from their common mean, which is the prior's, in units of the
-            prior's standard deviation. Default: 0.1.
+        spread: standard deviation of the members at the start, around the prior's mean and in units
+            of the prior's standard deviation. Default: 0.1.
 
     Parameters, for a site of batch shape ``(n,)``: ``points``, ``(K, n, *event_shape)``. Buffer:
-    ``turn``, the number of the member that is next.
+    ``turn``, the index of the next member.
 
     Reference:
         Lakshminarayanan, Pritzel, Blundell 2017, arXiv:1612.01474; for LoRA, Wang, Aitchison,
@@ -40,7 +40,7 @@ class Ensemble(SiteGuide):
     """
 
     roles: ClassVar[dict[str, str]] = {"points": "mean"}
-    couples_sites: ClassVar[bool] = True  # a draw is one member in all of them
+    couples_sites: ClassVar[bool] = True  # a draw takes the same member at every site
     turn: Tensor
 
     def __init__(self, *, members: int = 5, spread: float = 0.1) -> None:
@@ -55,5 +55,5 @@ class Ensemble(SiteGuide):
         self.register_buffer("turn", torch.zeros((), dtype=torch.long, device=loc.device))
 
     def distribution(self) -> TorchDistribution:
-        """The members, beginning with the one whose turn it is."""
+        """The members, beginning with the next in turn."""
         return Members(self.points, self.site.event_dim, self.turn)

@@ -11,19 +11,19 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from torch.distributions.transforms import AffineTransform, ReshapeTransform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, ReshapeTransform
 from torch.func import functional_call, stack_module_state
 
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-# Makes a transform of vectors of the given number of entries
+# Makes a transform of vectors from their number of entries
 Factory = Callable[[int], Any]
 
 FLOWS: dict[str, Factory] = {
     "affine-autoregressive": transforms.affine_autoregressive,
-    # Pyro's own hidden layer, ten times the input, would be millions of numbers in every layer.
+    # Pyro's default hidden layer, ten times the input, has millions of parameters.
     "affine-coupling": lambda size: transforms.affine_coupling(size, hidden_dims=[32]),
     "block-autoregressive": transforms.block_autoregressive,
     "householder": transforms.householder,
@@ -36,28 +36,27 @@ FLOWS: dict[str, Factory] = {
 class Flow(MeanField):
     r"""Noise through a chain of transforms, :math:`U = \mu + s \odot f(\epsilon)`.
 
-    Each layer has parameters of its own in :math:`f`, and the layers run in turn. The KL has no
-    closed form, so the ELBO estimates it.
+    Each layer has its own parameters of :math:`f`, and the layers are computed one by one. The KL
+    has no closed form, so the ELBO estimates it.
 
     Args:
         flows: the transforms in order, each by name (``"affine-autoregressive"``,
             ``"affine-coupling"``, ``"householder"``, ``"planar"``, ``"radial"``, ``"spline"``,
             ``"block-autoregressive"``) or by a function of the number of entries, such as
-            ``lambda k: transforms.planar(k)``. Such a transform must know its own Jacobian
-            (Pyro's ``sylvester`` does not), and keep all its numbers in parameters and buffers.
-            Default: two affine couplings, turned against each other by a Householder reflection.
+            ``lambda k: transforms.planar(k)``. Such a transform must define its log-determinant
+            (Pyro's ``sylvester`` does not) and hold its tensors as parameters and buffers.
+            Default: two affine couplings with a Householder reflection between them.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
             :math:`f` starts as Pyro starts it. Default: 0.01.
-        max_size: the largest number of entries for which transforms are made; larger sites (the
-            factors of a LoRA, say) raise an error. Default: 4096.
+        max_size: the largest number of entries of a layer; larger sites, such as the factors of a
+            LoRA, raise an error. Default: 4096.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
     and those of the transforms, each with a first dimension ``n``. A site of one number, or outside
-    of the layers' plate, gets the mean-field normal.
+    the layers' plate, gets the mean-field normal.
 
     Reference:
-        Kingma et al. 2016, "Improving variational inference with inverse autoregressive flow",
-        arXiv:1606.04934.
+        Kingma et al. 2016, on inverse autoregressive flows, arXiv:1606.04934.
 
     Example::
 
@@ -77,7 +76,8 @@ class Flow(MeanField):
         for flow in flows:
             if isinstance(flow, str) and flow not in FLOWS:
                 raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
-        self._chain: tuple[Chain, dict[str, str]] | None = None  # with the names of its state here
+        # the chain of one layer, and the attributes that hold its tensors for all layers
+        self._chain: tuple[Chain, dict[str, str]] | None = None
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``scale`` and the transforms' parameters."""
@@ -91,12 +91,12 @@ class Flow(MeanField):
         self.roles = {**self.roles, **{names[name]: "scale" for name in parameters}}  # type: ignore[misc]
         for name, tensor in parameters.items():
             setattr(self, names[name], PyroParam(tensor.detach().to(self.loc.device)))
-        for name, tensor in buffers.items():  # masks, which are drawn anew at every setup
+        for name, tensor in buffers.items():  # such as masks, which every setup draws anew
             self.register_buffer(names[name], tensor.to(self.loc.device))
         self._chain = chains[0], names
 
     def distribution(self) -> TorchDistribution:
-        """The law of ``U``; only values that it has just drawn can be scored."""
+        """The law of ``U``, which can only score the value that it has just drawn."""
         if self._chain is None:
             return super().distribution()
         chain, names = self._chain
@@ -113,7 +113,7 @@ class Flow(MeanField):
 
 
 class Chain(nn.Module):
-    """Pyro's transforms one after the other, with the log-determinant of the whole."""
+    """A composition of Pyro's transforms, with its log-determinant."""
 
     def __init__(self, parts: Sequence[Transform]) -> None:
         super().__init__()
@@ -121,36 +121,33 @@ class Chain(nn.Module):
         self.modules_ = nn.ModuleList([p for p in parts if isinstance(p, nn.Module)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x``, ``(..., k)``, to ``y``, ``(..., k)``, and ``log |dy/dx|``, ``(...)``."""
-        total = x.new_zeros(x.shape[:-1])
-        for part in self.parts:
-            once = copy.copy(part)  # its cache, of a graph, goes with it
-            y = once(x)
-            log_det = once.log_abs_det_jacobian(x, y)
-            # a transform of single numbers gives a term for each of them
-            total = total + (log_det.sum(-1) if log_det.dim() == x.dim() else log_det)
-            x = y
-        return x, total
+        """Maps ``x``, ``(..., k)``, to ``y``, ``(..., k)``, and ``log |dy/dx|``, ``(...)``."""
+        # Copies, because a transform keeps the graph of its last call in its cache
+        chain = ComposeTransform([copy.copy(part) for part in self.parts])
+        y = chain(x)
+        log_det = chain.log_abs_det_jacobian(x, y)
+        # one term for each entry if all parts are elementwise
+        return y, log_det.sum(-1) if log_det.dim() == x.dim() else log_det
 
 
 def make_chain(flows: Sequence[str | Factory], size: int) -> Chain:
-    """The chain of the named or given transforms over vectors of ``size`` numbers."""
+    """The chain of the named or given transforms for vectors of ``size`` entries."""
     return Chain([(FLOWS[flow] if isinstance(flow, str) else flow)(size) for flow in flows])
 
 
 class _FlowOfLayers(Transform):
-    """A chain with another ``state`` for each layer, ``(..., n, k)`` to ``(..., n, k)``.
+    """A chain with its own ``state`` for each layer, from ``(..., n, k)`` to ``(..., n, k)``.
 
-    It scores the values it has just made, for not every transform has an inverse.
+    It can only score values that are in its cache, because not every transform has an inverse.
     """
 
     domain = codomain = constraints.real_vector
     bijective = True
+    _log_det: Tensor
 
     def __init__(self, chain: Chain, state: Mapping[str, Tensor]) -> None:
         super().__init__(cache_size=1)
         self.chain, self.state = chain, state
-        self._log_det: Tensor | None = None
 
     def _call(self, x: Tensor) -> Tensor:
         layers = [
@@ -163,6 +160,5 @@ class _FlowOfLayers(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log |dy/dx|``, of the shape of ``x`` without its last dimension."""
-        self(x)  # of the cache, where it was just made
-        assert self._log_det is not None
+        self(x)  # does nothing if x is in the cache
         return self._log_det

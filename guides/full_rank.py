@@ -1,6 +1,5 @@
 """A normal with a full covariance for each layer."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -10,12 +9,12 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions import Reshaped
+from pyro_blora.distributions.real_law import RealNormal, Reshaped
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 
 class FullRank(SiteGuide):
-    r"""A normal with every correlation within a layer, none between layers.
+    r"""A normal with all correlations within a layer, and none between layers.
 
     .. math::
 
@@ -24,8 +23,7 @@ class FullRank(SiteGuide):
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
-        max_size: the largest ``k`` for which a ``k x k`` factor is made; larger sites (the factors
-            of a LoRA, say) raise an error. Default: 1024.
+        max_size: the largest ``k``; larger sites (factors of a LoRA) are an error. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``, and
     ``scale_tril``, ``(n, k, k)``.
@@ -50,17 +48,17 @@ class FullRank(SiteGuide):
         self.scale_tril = PyroParam(torch.diag_embed(flat), constraints.lower_cholesky)
 
     def distribution(self) -> TorchDistribution:
-        """The normal, its event shaped as the site's."""
+        """The normal, with the event shape of the site."""
         loc = self.loc.reshape(*self.site.batch_shape, self.site.size)
         q = dist.MultivariateNormal(loc, scale_tril=self.scale_tril)
         return _Normal(q, self.site.event_shape)
 
 
-class _Normal(Reshaped):
-    """A normal that knows the noise of its draws."""
+class _Normal(RealNormal, Reshaped):
+    """A multivariate normal that scores its draws by their noise."""
 
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        q = self._base
-        noise = torch.randn_like(q.loc.expand(*sample_shape, *q.loc.shape))
-        error = torch.einsum("...ij,...j->...i", q._unbroadcasted_scale_tril, noise)
-        return self.made_of(self._shown(noise), self._shown(q.loc + error))
+    _log_density = Reshaped.log_prob
+
+    def _error(self, noise: Tensor) -> Tensor:
+        factor = self.base_dist._unbroadcasted_scale_tril
+        return self._shaped(torch.einsum("...ij,...j->...i", factor, self._flat(noise)))

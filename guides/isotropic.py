@@ -1,4 +1,4 @@
-"""One width for everything, the largest that the loss on an anchor set allows."""
+"""A single width, the largest that the loss on an anchor set allows."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pyro_blora.guides._site_guide import Site
 
 
 class Isotropic(PostHoc):
-    r"""A normal of one width :math:`s` around a point estimate, :math:`s` found without training.
+    r"""A normal of one width :math:`s` around a point estimate, found without more training.
 
     .. math::
 
@@ -22,32 +22,29 @@ class Isotropic(PostHoc):
         s = \max \{ s : \mathcal{L}(s) \le \mathcal{L}(0) + \epsilon \},
 
     with :math:`\tau` the prior's standard deviations and :math:`\mathcal{L}` the mean negative
-    log-likelihood of draws on an anchor set. Trains as :class:`Delta`; then
+    log-likelihood of draws on an anchor set. It trains like :class:`Delta`; then
     :func:`pyro_blora.inference.finish` finds :math:`s` by bisection.
 
-    Training-free Bayesianization, its source, first turns LoRA's factors by an SVD: the noise is
-    isotropic in the weight. It takes the model's own answers for labels and a relative threshold.
-    Here the noise is isotropic in the site as it stands, with true labels.
+    Training-free Bayesianization, its source, rotates LoRA's factors by an SVD, so that the noise
+    is isotropic in the weight, and takes the model's own answers as labels and a relative
+    threshold. Here the noise is isotropic in the site, and the labels come from the data.
 
     Args:
         threshold: :math:`\epsilon`, nats for each example. Default: 0.003.
         max_width: the largest ``s`` that is tried. Default: 1, the prior's own width.
-        iterations: bisections of ``log s``, which starts between ``max_width`` and a thousandth of
-            it. Default: 8.
-        num_samples: draws for each example in the estimate of the loss, the same noise for every
-            ``s``. Default: 4.
+        iterations: bisections of ``log s``, from ``max_width`` and a thousandth of it. Default: 8.
+        num_samples: draws for each example in the estimate of the loss. Default: 4.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers:
     ``unit``, :math:`\tau`, and ``width``, :math:`s`.
 
     Reference:
-        Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
-        models", arXiv:2412.05723.
+        Shi et al. 2024, "Training-free Bayesianization for low-rank adapters", arXiv:2412.05723.
 
     Example::
 
         blora = BayesianLoRA(net, guide=Isotropic())
-        fit(blora, train, collate=collate, num_steps=300)  # finishes by itself, on the training set
+        fit(blora, train, collate=collate, num_steps=300)  # also finds the width
     """
 
     symmetric: ClassVar[bool] = True
@@ -66,14 +63,14 @@ class Isotropic(PostHoc):
         self.check_positive("threshold", "max_width", "iterations", "num_samples")
 
     def setup(self, site: Site) -> None:
-        """Registers ``loc`` and room for the width."""
+        """Registers ``loc``, the prior's standard deviations and the width."""
         super().setup(site)
         self.register_buffer("unit", site.start()[1])
         self.register_buffer("width", torch.ones((), device=self.loc.device))
 
     @classmethod
     def finish(cls, families: Mapping[str, "Isotropic"], evidence: Evidence) -> dict[str, float]:
-        """Finds the width by bisection of its logarithm, at least a thousandth of ``max_width``."""
+        """Finds the width by bisection of its logarithm."""
         first = next(iter(families.values()))
 
         def loss(width: float) -> float:
@@ -83,8 +80,7 @@ class Isotropic(PostHoc):
             return evidence.loss(first.num_samples)
 
         try:
-            # of the point, under the noise that all widths have
-            allowed = loss(0.0) + first.threshold
+            allowed = loss(0.0) + first.threshold  # a point, but with the noise of the other widths
             high = math.log(first.max_width)
             low = high - math.log(1000)
             if loss(math.exp(high)) <= allowed:
@@ -94,7 +90,7 @@ class Isotropic(PostHoc):
                     middle = (low + high) / 2
                     fits = loss(math.exp(middle)) <= allowed
                     low, high = (middle, high) if fits else (low, middle)
-        except BaseException:  # a width that was only tried is none
+        except BaseException:  # the width so far is only a trial
             for family in families.values():
                 family.reopen()
             raise

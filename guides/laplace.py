@@ -24,15 +24,15 @@ class Laplace(PostHoc):
         H = \sum_b J_b^\top \Lambda_b J_b,
 
     with :math:`J_b` the Jacobian of example :math:`b`'s logits and :math:`\Lambda_b =
-    \mathrm{diag}(p_b) - p_b p_b^\top` (generalized Gauss-Newton). Trains as :class:`Delta`; then
-    :func:`pyro_blora.inference.finish` computes ``H``, one backward pass for each class, and
-    chooses :math:`\delta`, one for each site, by the marginal likelihood.
+    \mathrm{diag}(p_b) - p_b p_b^\top` (generalized Gauss-Newton). It trains like :class:`Delta`;
+    then :func:`pyro_blora.inference.finish` computes ``H`` by one backward pass for each class, and
+    chooses :math:`\delta` for each site by the marginal likelihood.
 
     Args:
         structure: ``"kron"`` for a Kronecker product of a row and a column factor in each layer,
             ``"diag"`` for the diagonal. A site whose event is not a matrix, or a matrix with a
             side longer than ``max_side``, takes the diagonal. Default: kron.
-        max_side: the longest side for which a factor is kept. Default: 1024.
+        max_side: the longest side of a factor. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers: the
     eigenvectors ``row_basis`` (n, m_r, m_r) and ``col_basis`` (n, m_c, m_c) of the factors, and
@@ -45,8 +45,8 @@ class Laplace(PostHoc):
     Example::
 
         blora = BayesianLoRA(net, guide=Laplace())
-        fit(blora, train, collate=collate, num_steps=300)  # finishes by itself
-        blora.predict(batch, linearized=True)  # its own predictive; without, networks are drawn
+        fit(blora, train, collate=collate, num_steps=300)  # also computes the curvature
+        blora.predict(batch, linearized=True)  # the usual predictive of Laplace-LoRA
     """
 
     symmetric: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class Laplace(PostHoc):
         return self.structure == "kron" and fits and len(self.site.batch_shape) == 1
 
     def setup(self, site: Site) -> None:
-        """Registers ``loc`` and room for the curvature."""
+        """Registers ``loc``, the widths and the bases."""
         super().setup(site)
         self.register_buffer("width", torch.zeros_like(self.loc))
         if self.is_kron:
@@ -75,39 +75,36 @@ class Laplace(PostHoc):
 
     @classmethod
     def finish(cls, families: Mapping[str, "Laplace"], evidence: Evidence) -> dict[str, float]:
-        """Adds up the curvature, scaled to ``num_data``; chooses and returns prior precisions."""
+        """Sums the curvature, scaled to ``num_data``; chooses and returns the prior precisions."""
         sums: dict[str, list[Tensor]] = {}
         seen = 0
         for batch in evidence.scores():
             for name, g in batch.items():
                 found = families[name]._second_moments(g)
-                before = sums.get(name) or [torch.zeros_like(each) for each in found]
+                before = sums.get(name, [g.new_zeros(())] * len(found))
                 sums[name] = [a + b for a, b in zip(before, found, strict=True)]
-            seen += len(next(iter(batch.values())))
+            seen += len(g)
         chosen = {}
         for name, family in families.items():
             values, *bases = family._eigen(sums[name], (evidence.num_data or seen) / seen)
             chosen[name] = delta = best_precision(values, family.loc)
             family.width.copy_((values + delta).rsqrt())
-            if family.is_kron:
-                family.row_basis.copy_(bases[0])
-                family.col_basis.copy_(bases[1])
+            for side, basis in zip(("row_basis", "col_basis"), bases, strict=False):
+                getattr(family, side).copy_(basis)
             family.settle()
         return chosen
 
     def _second_moments(self, g: Tensor) -> list[Tensor]:
-        """Of scores, ``(B, C, n, *event_shape)``: of rows and of columns, or the diagonal."""
+        """Second moments of the rows and of the columns of scores, or the diagonal of all."""
         if not self.is_kron:
             return [g.square().sum((0, 1))]
         return [torch.einsum("bcnij,bcnkj->nik", g, g), torch.einsum("bcnij,bcnik->njk", g, g)]
 
     def _eigen(self, sums: list[Tensor], scale: float) -> tuple[Tensor, ...]:
-        """Eigenvalues of ``scale H``, ``(n, *event_shape)``, and the bases of a Kronecker product.
-
-        The Kronecker structure is ``H = R (x) C / tr R``, exact where ``H`` is such a product.
-        """
+        """Eigenvalues of ``scale H``, ``(n, *event_shape)``, and the bases of the two factors."""
         if not self.is_kron:
             return (scale * sums[0],)
+        # H = R (x) C / tr R, which is exact if H is a Kronecker product
         trace = sums[0].diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
         (rows, row_basis), (cols, col_basis) = map(torch.linalg.eigh, sums)
         values = rows.clamp_min(0).unsqueeze(-1) * cols.clamp_min(0).unsqueeze(-2)
@@ -125,8 +122,7 @@ class Laplace(PostHoc):
 class _Rotation(Transform):
     """``y = loc + R x C^T`` with orthogonal ``R`` and ``C``."""
 
-    domain = constraints.independent(constraints.real, 2)
-    codomain = constraints.independent(constraints.real, 2)
+    domain = codomain = constraints.independent(constraints.real, 2)
     bijective = True
 
     def __init__(self, row: Tensor, col: Tensor, loc: Tensor) -> None:
@@ -152,8 +148,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
     whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
-    / (\lambda_i + \delta)`, which falls with :math:`\delta`: bisection from 1e-6 to 1e6 finds it
-    (MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` may go in circles).
+    / (\lambda_i + \delta)`, which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds it;
+    MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` need not converge.
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

@@ -21,8 +21,8 @@ class LayerCoupled(MeanField):
         \qquad L \in \mathbb{R}^{n \times n}.
 
     The same entry of two layers is correlated by :math:`L L^\top`; within a layer entries are
-    independent. The layers share :math:`s`, and their own scales are the rows of :math:`L`. A site
-    outside of the layers' plate (a scale common to all layers) gets the mean-field normal.
+    independent. The layers share :math:`s`, and differ in scale by the rows of :math:`L`. A site
+    outside the layers' plate (a scale common to all layers) gets the mean-field normal.
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
@@ -43,7 +43,7 @@ class LayerCoupled(MeanField):
         super().setup(site)
         if len(site.batch_shape) != 1:
             return
-        # The best product of a profile over layers and one within a layer for the prior's scales.
+        # the best fit to the prior's scales by a product over layers and entries
         root = self.scale.detach().log()
         layers = root.reshape(len(root), -1).mean(-1)
         self.scale = PyroParam((root.mean(0) - layers.mean()).exp(), constraints.positive)
@@ -51,7 +51,7 @@ class LayerCoupled(MeanField):
         self.layer_scale_tril = PyroParam(factor, constraints.lower_cholesky)
 
     def distribution(self) -> TorchDistribution:
-        """The normal; its batch dimension is that of the layers."""
+        """The normal, with the layers as its batch dimension."""
         if len(self.site.batch_shape) != 1:
             return super().distribution()
         return CoupledNormal(self.loc, self.scale, self.layer_scale_tril)

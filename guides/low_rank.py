@@ -26,11 +26,10 @@ class LowRank(SiteGuide):
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
-    and ``factor``, ``(n, k, r)``; at the start it holds a hundredth of the variance.
+    and ``factor``, ``(n, k, r)``, which accounts for a hundredth of the variance at the start.
 
     Reference:
-        Ong, Nott, Smith 2018, "Gaussian variational approximation with a factor covariance
-        structure", arXiv:1701.03208.
+        Ong, Nott, Smith 2018, on factor covariance structure, arXiv:1701.03208.
 
     Example::
 
@@ -58,7 +57,7 @@ class LowRank(SiteGuide):
         self.scale = PyroParam(rest.reshape(scale.shape), constraints.positive)
 
     def distribution(self) -> TorchDistribution:
-        """The normal, its event shaped as the site's."""
+        """The normal, with the event shape of the site."""
         flat = (*self.site.batch_shape, self.site.size)
         q = dist.LowRankMultivariateNormal(
             self.loc.reshape(flat), self.factor, self.scale.square().reshape(flat)

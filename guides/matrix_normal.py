@@ -15,14 +15,12 @@ from pyro_blora.guides.mean_field import MeanField
 class MatrixNormal(MeanField):
     r"""A matrix normal, :math:`q(U) = \mathcal{MN}(M, L_r L_r^\top, L_c L_c^\top)`.
 
-    Rows share one covariance and columns another, ``m_r^2 + m_c^2`` numbers in place of
-    ``m_r^2 m_c^2``. A site whose event is not a matrix (a learned scale, say) gets the mean-field
-    normal instead.
+    Rows share one covariance and columns another: ``m_r^2 + m_c^2`` numbers, not ``m_r^2 m_c^2``.
+    A site whose event is not a matrix, such as a scale, gets the mean-field normal.
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
-        max_side: the longest side for which a factor is made; longer ones (of the factors of a
-            LoRA, say) raise an error. Default: 1024.
+        max_side: the longest side; longer ones (factors of a LoRA) are an error. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` (n, m_r, m_c), ``row_scale_tril``
     (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c). Other sites have ``loc`` and ``scale``.
@@ -50,16 +48,16 @@ class MatrixNormal(MeanField):
         loc, scale = site.start()
         self.loc = PyroParam(loc)
         self.check_size(site, "max_side", max(site.event_shape))
-        # The best product of a row and a column profile for the prior's standard deviations.
+        # the best fit to the prior's standard deviations by a product over rows and columns
         root = (self.init_scale * scale).log()
-        row = root.mean(-1) - root.mean((-1, -2)).unsqueeze(-1) / 2
-        col = root.mean(-2) - root.mean((-1, -2)).unsqueeze(-1) / 2
+        half = root.mean((-1, -2)).unsqueeze(-1) / 2
+        row, col = root.mean(-1) - half, root.mean(-2) - half
         factor = constraints.lower_cholesky
         self.row_scale_tril = PyroParam(torch.diag_embed(row.exp()), factor)
         self.col_scale_tril = PyroParam(torch.diag_embed(col.exp()), factor)
 
     def distribution(self) -> TorchDistribution:
-        """The matrix normal; no Cholesky is taken, the factors are the parameters."""
+        """The matrix normal, whose Cholesky factors are the parameters themselves."""
         if self.site.event_dim != 2:
             return super().distribution()
         return distributions.MatrixNormal(self.loc, self.row_scale_tril, self.col_scale_tril)

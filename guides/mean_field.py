@@ -13,7 +13,7 @@ from pyro_blora.guides._site_guide import Site, SiteGuide
 class MeanField(SiteGuide):
     r"""Independent normals, :math:`q(U) = \prod_{ij} \mathcal{N}(U_{ij}; \mu_{ij}, s_{ij}^2)`.
 
-    If the posterior is correlated, it reports the conditional variances, which are too small.
+    If the posterior is correlated, it finds the conditional variances, which are too small.
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
@@ -29,11 +29,11 @@ class MeanField(SiteGuide):
     symmetric: ClassVar[bool] = True
 
     def setup(self, site: Site) -> None:
-        """Registers ``loc`` at the prior's mean and ``scale`` at ``init_scale`` of its own."""
+        """Registers ``loc`` at the prior's mean and ``scale`` at ``init_scale`` times its scale."""
         loc, scale = site.start()
         self.loc = PyroParam(loc)
         self.scale = PyroParam(self.init_scale * scale, constraints.positive)
 
     def distribution(self) -> TorchDistribution:
-        """``Normal(loc, scale)``, all event dimensions one event."""
+        """``Normal(loc, scale)``, as one event."""
         return dist.Normal(self.loc, self.scale).to_event(self.site.event_dim)

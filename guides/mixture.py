@@ -20,15 +20,14 @@ class Mixture(SiteGuide):
 
         q(U) = \frac1K \sum_k \prod_{ij} \mathcal{N}(U_{ij}; \mu_{kij}, s_{kij}^2).
 
-    Each layer chooses its component by itself, all with equal chances: components that lie on one
-    another make a heavier one. The KL has no closed form, so the ELBO estimates it.
+    Each layer chooses its component independently, with equal probabilities; several components
+    may coincide to give a mode more weight. The KL has no closed form, so the ELBO estimates it.
 
     Args:
         components: ``K``, at least 2. Default: 3.
-        init_scale: standard deviation of a component at the start in units of the prior's.
-            Default: 0.01.
-        spread: how far the components' means start from their common mean, which is the prior's,
-            in units of the prior's standard deviation. Default: 0.01.
+        init_scale: a component's standard deviation at the start over the prior's. Default: 0.01.
+        spread: standard deviation of the components' means at the start, around the prior's mean
+            and in units of the prior's standard deviation. Default: 0.01.
 
     Parameters, for a site of batch shape ``(n,)``: ``locs`` and ``scales``, ``(K, n,
     *event_shape)``.

@@ -19,39 +19,34 @@ Self = TypeVar("Self", bound="UpdateModel")
 
 
 class UpdateModel(Options, PyroModule):
-    r"""A prior: :math:`p(U)`, and how the update :math:`\Delta W` follows from :math:`U`.
+    r"""A prior: :math:`p(U)`, and the update :math:`\Delta W` as a function of :math:`U`.
 
-    A prior is made before it knows the layers. :class:`~pyro_blora.BayesianLoRA` then calls
-    :meth:`bind` once for each group, which copies the prior and hands the copy its group.
-    A subclass writes two methods:
+    A prior is made before the layers are known; :meth:`bind` copies it for each group. A subclass
+    defines :meth:`setup`, which registers the trainable tensors, each a
+    :class:`pyro.nn.PyroParam`, and :meth:`forward`, which samples the sites and returns the update.
+    The arguments of its constructor are attributes of the same names, which checkpoints and
+    ``repr`` read.
 
-    * :meth:`setup` registers the trainable tensors, each a :class:`pyro.nn.PyroParam`;
-    * :meth:`forward` samples the sites and returns the update: a layer's own site inside
-      :meth:`plate`, a shared one before it.
+    Sites of the layers are sampled inside :meth:`plate`, those that the layers share before it.
+    With ``P`` particles they are ``(P, n, *event_shape)`` and ``(P, 1, *event_shape)``, without
+    particles ``(n, *event_shape)`` and ``event_shape``. So index from the right: a shared scale
+    multiplies vectors as ``tau[..., None] * c``.
 
-    Each argument of its constructor is an attribute of that name, which checkpoints and ``repr``
-    read back.
-
-    With ``P`` particles a site inside the plate is ``(P, n, *event_shape)``, a shared one
-    ``(P, 1, *event_shape)``; without particles they are ``(n, *event_shape)`` and ``event_shape``.
-    Index from the right: a shared scale meets vectors of the layers as ``tau[..., None] * c``.
-
-    A prior that can start at a trained adapter writes :meth:`start_at`, too. One that inherits it
-    and cannot says why in :attr:`no_start`.
-
-    A site may say where guides start, if not at its prior's mean: ``pyro.sample(...,
-    infer={"start": value})``, as LoRA's random ``A`` needs. A real site in which the update is not
-    linear, such as a log scale, says ``infer={"nonlinear": True}``. The posterior mean is then
-    taken over draws of the update, as for a constrained site.
+    Guides start a site at its prior's mean, or at ``value`` if it has ``infer={"start": value}``,
+    as LoRA's random ``A`` needs. A real site in which the update is not linear, such as a log
+    scale, needs ``infer={"nonlinear": True}``; the posterior mean of the update is then an average
+    over draws, as for a constrained site.
 
     Attributes:
-        roles: for each trainable tensor, the learning rate it takes in
-            :func:`~pyro_blora.inference.fit`: ``"mean"``, ``"scale"`` or ``"direction"``.
-        learning_rates: the rates by role that suit it and its guide, where they are not the usual
-            ones, :data:`pyro_blora.inference.learning_rates.RATES`.
+        roles: the learning rate of each trainable tensor in :func:`~pyro_blora.inference.fit`:
+            ``"mean"``, ``"scale"`` or ``"direction"``.
+        learning_rates: rates by role that suit the prior and its guide, if they differ from the
+            defaults, :data:`pyro_blora.inference.learning_rates.RATES`.
         point_epochs: epochs (at least 300 steps) after which the learning rate of directions and
             heads is zero, because no KL keeps them from memorizing. Default: never.
-        no_start: why it cannot start at an adapter that is there already; empty if it can.
+        no_start: why the prior cannot start at a given adapter; empty if it can.
+        gradient_ranks: the numbers ``(m_r, m_c)`` of directions of the network's gradients that
+            its method ``inform(Z_r, Z_c)`` must be given before training. Default: none.
 
     Example::
 
@@ -72,12 +67,13 @@ class UpdateModel(Options, PyroModule):
     learning_rates: ClassVar[dict[str, float]] = {}
     point_epochs: ClassVar[float | None] = None
     no_start: ClassVar[str] = "it does not define start_at(B, A)"
+    gradient_ranks: tuple[int, int] | None = None
     group: LayerGroup
 
-    _plate: tuple[pyro.plate] | None = None
+    _plate: pyro.plate | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> LowRankUpdate:
-        """Runs :meth:`forward` with a plate of its own: a second one would repeat its site."""
+        """Runs :meth:`forward` with one plate, because two would be two sites of one name."""
         self._plate = None
         update: LowRankUpdate = super().__call__(*args, **kwargs)
         self._plate = None
@@ -85,7 +81,7 @@ class UpdateModel(Options, PyroModule):
 
     def bind(self: Self, group: LayerGroup) -> Self:
         """A copy of this prior for ``group``, with its parameters registered."""
-        # Built anew, not copied whole: a copy would keep the parameter-store mode of its original
+        # Constructed anew, because a deep copy would keep the parameter-store mode of the original
         bound = type(self)(**copy.deepcopy(self.options()))
         bound.group = group
         bound.setup(group)
@@ -97,16 +93,8 @@ class UpdateModel(Options, PyroModule):
             )
         return bound
 
-    @property
-    def gradient_ranks(self) -> tuple[int, int] | None:
-        """How many directions of its gradients a prior asks for, before training.
-
-        They come by :meth:`inform`; a buffer ``informed`` says whether they have.
-        """
-        return None
-
     def warn_unless_informed(self) -> None:
-        """Warns where this prior asks for directions and has none yet."""
+        """Warns if this prior still lacks the directions of the gradients."""
         if self.gradient_ranks is not None and not self.informed:
             warnings.warn(
                 f"group {self.group.name!r}: the directions of FisherInducing are random as yet. "
@@ -115,14 +103,6 @@ class UpdateModel(Options, PyroModule):
                 "save_pretrained does.",
                 stacklevel=3,
             )
-
-    def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
-        """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.
-
-        They are eigenvectors of the second moment, as long as their eigenvalues' roots. A common
-        factor makes the mean square of a side's lengths one.
-        """
-        raise NotImplementedError(f"{type(self).__name__} asks for gradients; define inform().")
 
     def setup(self, group: LayerGroup) -> None:
         """Registers the trainable tensors of this prior for ``group``."""
@@ -133,11 +113,11 @@ class UpdateModel(Options, PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define forward().")
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        r"""Turns to updates that are there already, such as a trained LoRA's; before the guide.
+        r"""Moves the prior to given updates, such as a trained LoRA's.
 
         ``B`` is ``(n, d_out, r)``, ``A`` ``(n, r, d_in)``, padded with zeros if a layer's rank
-        is smaller. Returns the value of each site, by its full name, at which :math:`\Delta W =
-        B A`. Guides start there; a site that is not named starts as ever.
+        is smaller. Returns the values of sites, by full name, at which :math:`\Delta W = B A`.
+        Guides, which are made afterwards, start there.
         """
         raise ConfigurationError(
             f"{self!r} cannot start at a given adapter: {self.no_start}. Take KroneckerInducing, "
@@ -145,7 +125,7 @@ class UpdateModel(Options, PyroModule):
         )
 
     def widened(self, B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``B A`` by factors of ``rank``; new rows of ``A`` start as LoRA's, with ``B`` zero."""
+        """``B`` and ``A`` at a larger rank; new rows of ``A`` start as in LoRA, ``B`` at zero."""
         more = rank - A.shape[-2]
         if more < 0:
             raise ConfigurationError(
@@ -157,7 +137,7 @@ class UpdateModel(Options, PyroModule):
         return B * used.mT, torch.where(used, A, self.lora_start(rank).to(A.dtype))
 
     def check_rank(self, rank: int | tuple[int, int], group: LayerGroup) -> None:
-        """A rank may not exceed the size of the group's layers."""
+        """Raises an error if the rank exceeds the size of the group's layers."""
         m_r, m_c = (rank, rank) if isinstance(rank, int) else rank
         if m_r > group.d_out or m_c > group.d_in:
             raise ConfigurationError(
@@ -167,7 +147,7 @@ class UpdateModel(Options, PyroModule):
             )
 
     def check_update(self, update: object) -> None:
-        """Whether :meth:`forward` returns an update of the group; asked once, before training."""
+        """Raises an error unless ``update`` is an update of this group."""
         n, d_out, d_in = self.group.n, self.group.d_out, self.group.d_in
         given = f"a {type(update).__name__}"
         if isinstance(update, LowRankUpdate):
@@ -189,17 +169,17 @@ class UpdateModel(Options, PyroModule):
         return f"{self.group.name}.{name}"
 
     def plate(self) -> pyro.plate:
-        """The plate over the group's ``n`` layers, at dimension -1; any number of times."""
+        """The plate over the group's ``n`` layers, at dimension -1; it can be entered again."""
         if self._plate is None:
-            self._plate = (pyro.plate(self.site("layers"), self.group.n, dim=-1),)
-        return self._plate[0]
+            self._plate = pyro.plate(self.site("layers"), self.group.n, dim=-1)
+        return self._plate
 
     def randn(self, *shape: int) -> Tensor:
-        """Standard normal numbers on the group's device, to start a parameter with."""
+        """Standard normal numbers on the group's device, for the start of a parameter."""
         return torch.randn(*shape, device=self.group.device)
 
     def lora_start(self, rank: int) -> Tensor:
-        """Where LoRA starts ``A``: uniform with variance ``1 / (3 d_in)``, ``(n, r, d_in)``."""
+        """The start of ``A`` in LoRA, ``(n, r, d_in)``: uniform with variance ``1 / (3 d_in)``."""
         uniform = 2 * torch.rand(self.group.n, rank, self.group.d_in) - 1
         return self.group.d_in**-0.5 * uniform.to(self.group.device)
 

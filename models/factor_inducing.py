@@ -1,4 +1,4 @@
-"""The published code's reading: an inducing matrix for each of LoRA's two factors."""
+"""The prior of the published code, with an inducing matrix for each of LoRA's two factors."""
 
 from typing import ClassVar, Literal
 
@@ -34,32 +34,31 @@ class FactorInducing(UpdateModel):
         f = \sigma_f \left(T_r U_f T_c + \lambda_f\, (E - T_r \bar U T_c)\right),
 
     with :math:`\Psi = Z Z^\top + D^2`, :math:`T_r = Z_r^\top \Psi_r^{-1}`, :math:`T_c =
-    \Psi_c^{-1} Z_c`, :math:`E \sim \mathcal{N}(0, 1)` and :math:`\bar U` the inducing matrix that
-    belongs to :math:`E` (extended Matheron's rule): given ``U``, ``vec f`` has covariance
+    \Psi_c^{-1} Z_c`, :math:`E \sim \mathcal{N}(0, 1)` and :math:`\bar U` the inducing matrix of
+    :math:`E` by the extended Matheron rule: given ``U``, ``vec f`` has the covariance
     :math:`\sigma_f^2 \lambda_f^2 (I - T_r Z_r \otimes Z_c^\top T_c)`.
 
-    Four points differ from the published code. The mean update is zero at the start: guides start
-    ``U_B`` at zero and ``U_A`` at a draw. Every Cholesky factor is of its own matrix, in this step.
-    The rows of ``Z`` have length one: ``D`` is relative to it, and sigma alone sets an update's
-    size. Lambda is capped smoothly, and is never zero or flat.
+    Four points differ from the published code. The mean update is zero at the start, because guides
+    start ``U_B`` at zero and ``U_A`` at a draw. Each Cholesky factor is computed anew in every
+    step, from its own matrix. The rows of ``Z`` are normalized, so that sigma alone sets the size
+    of an update. The cap of lambda is smooth, so that it always has a gradient.
 
     Args:
         rank: ``r``. Default: 8.
         inducing: ``m``, the size of each ``U``, at most ``r``. Default: ``r``.
         sigma: :math:`\sigma_B`, the prior scale of ``B``, in units of weight; the start if it is
-            learned. :math:`\sigma_A = 1`: only the product tells in dW. Default: 0.1.
+            learned. :math:`\sigma_A` is 1, as only their product affects dW. Default: 0.1.
         scale: ``"learned"`` (one for each layer) or ``"fixed"``. Default: learned.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, its KL in the ELBO). Default: deterministic.
-        lambda_init: where a learned lambda starts, below its cap of 0.03. Default: 0.001.
-        noise_init: where ``D`` starts. Default: 0.1.
+        lambda_init: the start of a learned lambda, below its cap of 0.03. Default: 0.001.
+        noise_init: the start of ``D``. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.U_A`` and ``g.U_B``, whitened, batch shape
-    ``(n,)``, event shape ``(m, m)``. A learned lambda adds the factors ``g.conditional_kl_A`` and
-    ``g.conditional_kl_B``.
+    ``(n,)``, event shape ``(m, m)``. A learned lambda adds factors ``g.conditional_kl_A, _B``.
 
     Reference:
-        Bayesian-LoRA, arXiv:2601.21003, as its released code reads it; Ritter et al. 2021,
+        Bayesian-LoRA, arXiv:2601.21003, as in its released code; Ritter et al. 2021,
         arXiv:2105.14594, section 3.
 
     Example::
@@ -102,7 +101,7 @@ class FactorInducing(UpdateModel):
         return self.rank if self.inducing is None else self.inducing
 
     def setup(self, group: LayerGroup) -> None:
-        """Registers for each factor ``Z`` (n x m x d), ``D`` (n x m) and lambda (n); sigma (n)."""
+        """Registers ``Z`` (n x m x d), ``D`` (n x m) and lambda (n) of each factor; sigma (n)."""
         self.check_rank(self.rank, group)
         ones = torch.ones(group.n, device=group.device)
         for factor, shape in self._shapes(group).items():
@@ -116,12 +115,12 @@ class FactorInducing(UpdateModel):
                 setattr(self, f"lambda_{factor}", PyroParam(self.lambda_init * ones, cap))
         if self.scale == "learned":
             self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
-        self._start = (self.randn(group.n, self.size, self.size),)
+        self._start = self.randn(group.n, self.size, self.size)
 
     def forward(self) -> LowRankUpdate:
         """Samples both ``U``; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
         scale = self.sigma_[:, None, None] if self.scale == "learned" else self.sigma
-        mean_A, A = self._factor("A", {"start": self._start[0]})
+        mean_A, A = self._factor("A", {"start": self._start})
         mean_B, B = self._factor("B", {})
         mean = LowRankUpdate(A=mean_A, B=scale * mean_B)
         if self.conditional == "deterministic":
@@ -129,33 +128,31 @@ class FactorInducing(UpdateModel):
         return LowRankUpdate(A=A, B=scale * B, mean=mean)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Orthonormal directions for each factor, with ``U_A`` of unit size."""
+        """Takes orthonormal directions for each factor; ``U_A`` has a root mean square of one."""
         B, A = self.widened(B, A, self.size)
         eye = torch.eye(self.rank, self.size, dtype=A.dtype, device=A.device).expand(len(A), -1, -1)
-        cores = {}
+        cores = []
         for factor, sides in {"A": (eye, A), "B": (B, eye.mT)}.items():
-            Z_r, core, Z_c = between_orthonormal(*sides, self.size, self.size)
+            D = (getattr(self, f"D_{side}_{factor}") for side in "rc")
+            Z_r, core, Z_c = between_orthonormal(*sides, *D)
             setattr(self, f"Z_r_{factor}", Z_r)
             setattr(self, f"Z_c_{factor}", Z_c)
-            # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
-            rows, cols = (1 + getattr(self, f"D_{s}_{factor}").square() for s in "rc")
-            cores[factor] = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
-        size_A, size_B = (c.square().mean((-1, -2), keepdim=True).sqrt() for c in cores.values())
-        sigma = torch.where(size_B > 0, size_A * size_B, self.sigma)
+            cores.append(core)
+        size_A, size_B = (core.square().mean((-1, -2), keepdim=True).sqrt() for core in cores)
+        sigma: Tensor | float = self.sigma
         if self.scale == "learned":
+            sigma = torch.where(size_B > 0, size_A * size_B, sigma)
             self.sigma_ = sigma[:, 0, 0]
-        else:
-            sigma = torch.full_like(sigma, self.sigma)
         return {
-            self.site("U_A"): cores["A"] / size_A,
-            self.site("U_B"): cores["B"] * size_A / sigma,
+            self.site("U_A"): cores[0] / size_A,
+            self.site("U_B"): cores[1] * size_A / sigma,
         }
 
     def _shapes(self, group: LayerGroup) -> dict[str, tuple[int, int]]:
         return {"A": (self.rank, group.d_in), "B": (group.d_out, self.rank)}
 
     def _factor(self, factor: str, infer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factor's conditional mean, and a draw around it."""
+        """The conditional mean of the factor, and a draw around it."""
         (L_r, Q_r), (L_c, Q_c) = self._whitened("r", factor), self._whitened("c", factor)
         with self.plate():
             prior = self.normal(self.size, self.size)

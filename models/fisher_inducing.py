@@ -3,54 +3,50 @@
 from typing import ClassVar, Literal
 
 import torch
-from pyro.nn import PyroParam
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyro_blora.models._core_density import Core, check_core, sample_core
-from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.models._core_density import Core
+from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 
-class FisherInducing(UpdateModel):
+class FisherInducing(KroneckerInducing):
     r"""A random core between the top directions of the Fisher information's Kronecker factors.
 
     The gradient :math:`G = \nabla_{W} \log p(y \mid x)` of a layer is taken before any training,
-    with labels that the network itself draws: none of the data's is seen. Its second moments are
+    with labels that are drawn from the network itself. Its second moments are
 
     .. math::
 
         C_r = \mathbb{E}[G G^\top], \qquad C_c = \mathbb{E}[G^\top G], \qquad
         C \approx Z^\top Z
 
-    with :math:`Z` the first :math:`m` eigenvectors, each as long as its eigenvalue's root. A priori
+    where the rows of :math:`Z` are the top :math:`m` eigenvectors, scaled by the roots of their
+    eigenvalues. A priori
 
     .. math::
 
         \Delta W = \sigma\, Z_r^\top V Z_c, \quad V_{ij} \sim \mathcal{N}(0, 1), \qquad
         \text{so that } \Delta W \sim \mathcal{MN}(0, \sigma^2 C_r, C_c)
 
-    cut at rank :math:`m`: an update is expected where the prediction can change. The directions are
-    fixed, so the KL counts all that is fitted to the labels but sigma. ``fit`` finds them by
-    :func:`~pyro_blora.inference.inform`; until then they are random.
+    truncated at rank :math:`m`: an update is expected where it can change the prediction. The
+    directions are fixed and independent of the data's labels, so that the KL covers everything that
+    is fitted to the labels except sigma. ``fit`` finds them by
+    :func:`~pyro_blora.inference.inform`; before, they are random.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``; a smaller layer has all its directions. Default: 32.
         sigma: standard deviation of ``dW`` along directions of mean length, in units of weight; the
             start if it is learned. Default: 0.05.
-        scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``. Default:
-            learned.
-        core: the density of the entries of ``V``, as in :class:`KroneckerInducing`. Default:
-            normal.
+        scale, core: as in :class:`KroneckerInducing`. Defaults: learned, normal.
 
-    Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``.
+    Sites: as in :class:`KroneckerInducing`, with the deterministic conditional.
 
     Reference:
-        The factors are those of Martens, Grosse 2015, "Optimizing neural networks with
-        Kronecker-factored approximate curvature", arXiv:1503.05671, with an example's tokens summed
-        before the square; Wang et al. 2024, "LoRA-GA", arXiv:2407.05000, start a point there.
+        The factors are as in Martens, Grosse 2015 (K-FAC), arXiv:1503.05671, except that an
+        example's tokens are summed before the square; Wang et al. 2024, "LoRA-GA",
+        arXiv:2407.05000, start a point estimate along them.
 
     Example::
 
@@ -58,11 +54,7 @@ class FisherInducing(UpdateModel):
         fit(blora, train, collate=collate, num_steps=300)  # finds the directions first
     """
 
-    roles: ClassVar[dict[str, str]] = {"sigma_": "scale"}
-    point_epochs: ClassVar[float | None] = 6.0
-    no_start: ClassVar[str] = "its directions are those of the network's gradients"
-    Z_r: Tensor
-    Z_c: Tensor
+    no_start: ClassVar[str] = "its directions come from the network's gradients"
     informed: Tensor
     _asked = False
 
@@ -74,28 +66,28 @@ class FisherInducing(UpdateModel):
         scale: Literal["learned", "fixed"] = "learned",
         core: Core = "normal",
     ) -> None:
-        super().__init__()
-        self.check_positive("rank", "sigma")
-        check_core(core)
-
-    def setup(self, group: LayerGroup) -> None:
-        """Registers ``Z_r, Z_c`` (n x m x d), which are no parameters, and sigma (n)."""
-        m_r, m_c = self.gradient_ranks
-        self.register_buffer("Z_r", self.randn(group.n, m_r, group.d_out) * group.d_out**-0.5)
-        self.register_buffer("Z_c", self.randn(group.n, m_c, group.d_in) * group.d_in**-0.5)
-        self.register_buffer("informed", torch.tensor(False, device=group.device))
-        if self.scale == "learned":
-            ones = torch.ones(group.n, device=group.device)
-            self.sigma_ = PyroParam(self.sigma * ones, constraints.positive)
+        super().__init__(rank=rank, sigma=sigma, scale=scale, core=core)
 
     @property
-    def gradient_ranks(self) -> tuple[int, int]:
+    def ranks(self) -> tuple[int, int]:
         """``(m_r, m_c)`` of this group's layers."""
-        m_r, m_c = (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
+        m_r, m_c = super().ranks
         return min(m_r, self.group.d_out), min(m_c, self.group.d_in)
 
+    gradient_ranks = ranks
+
+    def setup(self, group: LayerGroup) -> None:
+        """Registers the buffers ``Z_r, Z_c`` (n x m x d) and ``informed``, and sigma (n)."""
+        for side, m, d in zip("rc", self.ranks, (group.d_out, group.d_in), strict=True):
+            self.register_buffer(f"Z_{side}", self._directions(side, m, d))
+        self.register_buffer("informed", torch.tensor(False, device=group.device))
+        self._set_scale()
+
     def inform(self, Z_r: Tensor, Z_c: Tensor) -> None:
-        """Takes the directions that were found in the gradients."""
+        """Takes the top directions of the gradients, ``(n, m_r, d_out)`` and ``(n, m_c, d_in)``.
+
+        They are scaled by a common factor, so that the mean square of a side's lengths is one.
+        """
         self.Z_r.copy_(Z_r)
         self.Z_c.copy_(Z_c)
         self.informed.fill_(True)
@@ -103,9 +95,11 @@ class FisherInducing(UpdateModel):
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Z_c``, ``core = sigma V``, ``B = Z_r^T``."""
         if torch.is_grad_enabled() and not self._asked:
-            self._asked = True  # once: a look at a graphics card takes time
+            self._asked = True  # only once, because reading a CUDA bool synchronizes the device
             self.warn_unless_informed()
-        with self.plate():
-            V = sample_core(self, self.core, self.gradient_ranks)
-        sigma = self.sigma_[..., None, None] if self.scale == "learned" else self.sigma
-        return LowRankUpdate(A=self.Z_c, core=sigma * V, B=self.Z_r.mT)
+        return super().forward()
+
+    def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
+        """No factor, because only conditional noise needs it, and ``Z`` in place of ``Q``."""
+        Z = getattr(self, f"Z_{side}")
+        return Z.new_empty(0), Z

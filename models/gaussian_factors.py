@@ -3,7 +3,6 @@
 from typing import ClassVar, Literal
 
 import pyro
-import torch
 from pyro.nn import PyroParam
 from torch import Tensor
 
@@ -20,10 +19,9 @@ class GaussianFactors(UpdateModel):
         A_{ij} \sim \mathcal{N}(0, \sigma^2) \quad\text{and/or}\quad
         B_{ij} \sim \mathcal{N}(0, \sigma^2).
 
-    With ``random="A"`` and :class:`~pyro_blora.guides.MeanField` this is BLoB's model. A factor
-    that is not random is trained. BLoB draws its noise for each example by Flipout, one draw with
-    random signs. Here each particle has a draw of its own: the law for one example is the same, and
-    two examples are independent.
+    A factor that is not random is trained. ``random="A"`` with
+    :class:`~pyro_blora.guides.MeanField` is BLoB's model, but particles have independent draws,
+    while BLoB derives the draw of each example from a common one by the random signs of Flipout.
 
     Args:
         rank: ``r``. Default: 8.
@@ -36,8 +34,7 @@ class GaussianFactors(UpdateModel):
     ``1 / (3 d_in)``, and ``B`` at zero, so that dW is zero in the mean.
 
     Reference:
-        Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation for large language
-        models", arXiv:2406.11675.
+        Wang et al. 2024, "BLoB: Bayesian low-rank adaptation by backpropagation", arXiv:2406.11675.
 
     Example::
 
@@ -45,7 +42,7 @@ class GaussianFactors(UpdateModel):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "direction", "B": "direction"}
-    # means are LoRA's own factors
+    # small for the means, because they are LoRA's factors
     learning_rates: ClassVar[dict[str, float]] = {"mean": 1e-3, "scale": 1e-2, "direction": 1e-3}
 
     def __init__(
@@ -60,25 +57,24 @@ class GaussianFactors(UpdateModel):
         self.check_positive("rank", "sigma", *(() if alpha is None else ("alpha",)))
 
     def setup(self, group: LayerGroup) -> None:
-        """Registers the factor that is not random; remembers where ``A`` starts."""
+        """Registers the factor that is not random, and keeps the start of a random ``A``."""
         self.check_rank(self.rank, group)
         start = self.lora_start(self.rank)
         if self.random == "B":
             self.A = PyroParam(start)
         else:
-            self._start = (start,)  # for the guide alone, so that it is in no state dict
+            self._start = start  # not a buffer, because the guide holds the trained copy
         if self.random == "A":
-            zero = torch.zeros(group.n, group.d_out, self.rank, device=group.device)
-            self.B = PyroParam(zero)
+            self.B = PyroParam(start.new_zeros(group.n, group.d_out, self.rank))
 
     def forward(self) -> LowRankUpdate:
-        """Samples what is random; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
-        group, scale = self.group, self._scale
-        A, B = self._factor("A", self.rank, group.d_in), self._factor("B", group.d_out, self.rank)
-        return LowRankUpdate(A=A, B=scale * B)
+        """Samples random factors; ``A`` is ``(..., n, r, d_in)``, ``B`` ``(..., n, d_out, r)``."""
+        A = self._factor("A", self.rank, self.group.d_in)
+        B = self._factor("B", self.group.d_out, self.rank)
+        return LowRankUpdate(A=A, B=self._scale * B)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """The factors as they are, but for alpha."""
+        """Takes the factors as they are, with ``B`` divided by ``alpha / r``."""
         B, A = self.widened(B, A, self.rank)
         starts = {}
         for name, value in {"A": A, "B": B / self._scale}.items():
@@ -95,7 +91,7 @@ class GaussianFactors(UpdateModel):
     def _factor(self, name: str, rows: int, columns: int) -> Tensor:
         if self.random not in (name, "both"):
             return getattr(self, name)
-        infer = {"start": self._start[0]} if name == "A" else {}
+        infer = {"start": self._start} if name == "A" else {}
         with self.plate():
             prior = self.normal(rows, columns, scale=self.sigma)
             return pyro.sample(self.site(name), prior, infer=infer)

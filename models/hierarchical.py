@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 
 from pyro_blora.models._core_density import Core
@@ -19,15 +18,13 @@ class Hierarchical(KroneckerInducing):
         \tau \sim \mathrm{HalfCauchy}(s), \qquad z_l \sim \mathcal{N}(0, 1), \qquad
         \sigma_l = \tau\, e^{\omega z_l}.
 
-    Layers that learn little pull the common scale down, and each layer may still depart from it.
+    Layers that learn little pull the common scale down, and each layer can still depart from it.
 
     Args:
         rank: as in :class:`KroneckerInducing`. Default: 8.
         sigma: ``s``, the scale of the hyperprior. Default: 0.3.
-        spread: ``omega``, how far layers depart, as a standard deviation of ``log sigma``.
-            Default: 0.5.
-        core: as in :class:`KroneckerInducing`. Default: normal.
-        noise_init: as there. Default: 0.1.
+        spread: ``omega``, the standard deviation of ``log sigma`` between layers. Default: 0.5.
+        core, noise_init: as in :class:`KroneckerInducing`. Defaults: normal, 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.tau``, batch shape ``()``; ``g.z``, ``(n,)``;
     ``g.V``, ``(n,)``, event shape ``(m_r, m_c)``.
@@ -56,9 +53,7 @@ class Hierarchical(KroneckerInducing):
 
     def layer_scale(self) -> Tensor:
         """Samples the scales, ``(..., n)``."""
-        like = torch.ones((), device=self.group.device)
         tau = pyro.sample(self.site("tau"), dist.HalfCauchy(self.sigma_start.mean()))
         with self.plate():
-            standard = dist.Normal(0 * like, like)
-            z = pyro.sample(self.site("z"), standard, infer={"nonlinear": True})
+            z = pyro.sample(self.site("z"), self.normal(), infer={"nonlinear": True})
         return tau * (self.spread * z).exp()

@@ -1,4 +1,4 @@
-"""Row and column covariances by any GPyTorch kernels over embeddings of the neurons."""
+"""Row and column covariances from any GPyTorch kernels over embeddings of the neurons."""
 
 from typing import Any, ClassVar, Literal
 
@@ -34,9 +34,9 @@ class KernelInducing(KroneckerInducing):
 
     so that :math:`\mathrm{Cov}[\mathrm{vec}\,\Delta W] = \sigma^2\, Q_r^\top Q_r \otimes Q_c^\top
     Q_c`, the Nystroem approximation of :math:`\sigma^2\, k_r \otimes k_c`. Every output and input
-    neuron has an embedding :math:`e`, and ``m`` inducing points ``Z`` lie among them. The
-    conditional is deterministic. With linear kernels over one-hot embeddings this
-    is a plain :class:`KroneckerInducing`.
+    neuron has an embedding :math:`e`, and ``m`` inducing points ``Z`` start at random embeddings.
+    The conditional is deterministic. Linear kernels over one-hot embeddings give a
+    :class:`KroneckerInducing`.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 8.
@@ -44,23 +44,20 @@ class KernelInducing(KroneckerInducing):
             or one of ``"rbf"``, ``"matern"``, ``"linear"``, with hyperparameters for each layer.
             Priors that GPyTorch registers on its hyperparameters enter the ELBO. Default: rbf.
         col_kernel: the same for the columns.
-        embedding: ``"learned"``: trained, starting at the pretrained weight's first singular
-            directions, or at random if it cannot be read. Or ``"one-hot"``: neuron ``i`` is unit
+        embedding: ``"learned"``: trained from the pretrained weight's first singular directions,
+            or from random numbers if the weight is quantized. ``"one-hot"``: neuron ``i`` is unit
             vector ``i``, in as many dimensions as there are neurons. Default: learned.
         embedding_size: dimensions of a learned embedding. Default: 8.
-        sigma: standard deviation of an entry of dW at the inducing points under the prior; it is
-            less elsewhere. It is learned for each layer, and starts here. Default: 0.01.
-        core: as in :class:`KroneckerInducing`. Default: normal.
-        noise_init: where ``D`` starts. Default: 0.1.
+        sigma: standard deviation of an entry of dW at the inducing points under the prior, which is
+            smaller elsewhere; the start, since it is learned for each layer. Default: 0.01.
+        core, noise_init: as in :class:`KroneckerInducing`. Defaults: normal, 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``; if kernels have priors also the factors ``g.hyperprior_r`` and
-    ``g.hyperprior_c``.
+    ``(m_r, m_c)``. Priors of the kernels add the factors ``g.hyperprior_r`` and ``g.hyperprior_c``.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003, with kernels in place of inner products; neuron embeddings
-        as in Karaletsos, Bui 2020, "Hierarchical Gaussian process priors for Bayesian neural
-        network weights", arXiv:2002.04033.
+        as in Karaletsos, Bui 2020, arXiv:2002.04033.
 
     Example::
 
@@ -73,8 +70,7 @@ class KernelInducing(KroneckerInducing):
         "E_r": "direction",
         "E_c": "direction",
     }
-
-    no_start: ClassVar[str] = "its directions are those that kernels give"
+    no_start: ClassVar[str] = "its directions come from kernels"
     row_kernel: str | Kernel
     col_kernel: str | Kernel
 
@@ -100,7 +96,7 @@ class KernelInducing(KroneckerInducing):
                 )
 
     def setup(self, group: LayerGroup) -> None:
-        """Registers ``E`` (n x d x k), ``Z`` (n x m x k), ``D`` (n x m), sigma, the kernels'."""
+        """Registers ``E`` (n x d x k), ``Z`` (n x m x k), ``D`` (n x m), sigma and the kernels."""
         self.roles = dict(type(self).roles)  # type: ignore[misc]
         self._parts: dict[str, tuple[_Covariances, dict[str, str]]] = {}
         super().setup(group)
@@ -108,14 +104,13 @@ class KernelInducing(KroneckerInducing):
         self._set_kernel("c", self.col_kernel)
 
     def _directions(self, side: str, m: int, d: int) -> Tensor:
-        """Registers the embedding, and chooses inducing points among it."""
-        n, device = self.group.n, self.group.device
+        """Registers the embedding and chooses the inducing points from it."""
         if self.embedding == "one-hot":
             return super()._directions(side, m, d)
         E = self._embedding(side, d)
-        setattr(self, f"E_{side}", PyroParam(E.to(device)))
-        chosen = torch.stack([torch.randperm(d)[:m] for _ in range(n)])
-        return E[torch.arange(n)[:, None], chosen].to(device)
+        setattr(self, f"E_{side}", PyroParam(E.to(self.group.device)))
+        points = torch.stack([embeddings[torch.randperm(d)[:m]] for embeddings in E])
+        return points.to(self.group.device)
 
     def _embedding(self, side: str, d: int) -> Tensor:
         k, n = self.embedding_size, self.group.n
@@ -123,7 +118,7 @@ class KernelInducing(KroneckerInducing):
             left, right, _ = top_singular(self.group, min(k, d), min(k, d))
         except ConfigurationError:  # a quantized weight
             return torch.randn(n, d, k) * k**-0.5
-        # Neighbors at a distance of about one, as GPyTorch's kernels start with lengthscale 0.7
+        # Distances of about one, because GPyTorch's kernels start with lengthscale 0.7
         scale = k**-0.5
         E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
         return torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)
@@ -146,22 +141,21 @@ class KernelInducing(KroneckerInducing):
         if self.embedding == "learned":
             E = getattr(self, f"E_{side}")
         state = {name: getattr(self, attribute) for name, attribute in names.items()}
-        K_zz, K_ze, log_prior = functional_call(covariances, state, (Z, E))
+        K_zz, K_ze, log_priors = functional_call(covariances, state, (Z, E))
         Psi = K_zz + torch.diag_embed(D.square())
-        if any(True for _ in covariances.kernel.named_priors()):
-            pyro.factor(self.site(f"hyperprior_{side}"), log_prior)
+        if log_priors:
+            pyro.factor(self.site(f"hyperprior_{side}"), sum(log_priors))
         return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")
 
 
 class _Covariances(nn.Module):
-    """What is needed of a kernel, as one function of its parameters."""
+    """The covariances and log priors of a kernel in one call, for ``functional_call``."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
 
-    def forward(self, Z: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_prior = Z.new_zeros(())
-        for _, module, prior, closure, _ in self.kernel.named_priors():
-            log_prior = log_prior + prior.log_prob(closure(module)).sum()
-        return self.kernel(Z, Z).to_dense(), self.kernel(Z, E).to_dense(), log_prior
+    def forward(self, Z: Tensor, E: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        priors = self.kernel.named_priors()
+        log_priors = [prior.log_prob(value(owner)).sum() for _, owner, prior, value, _ in priors]
+        return self.kernel(Z, Z).to_dense(), self.kernel(Z, E).to_dense(), log_priors

@@ -1,4 +1,4 @@
-"""The paper's prior in the product reading: one inducing matrix for each adapted weight."""
+"""The prior of the Bayesian-LoRA paper, with one inducing matrix for each adapted weight."""
 
 from typing import ClassVar, Literal, cast
 
@@ -8,8 +8,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.models._core_density import Core, check_core, sample_core
+from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.models._core_density import CORES, Core, sample_core
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import LayerGroup
@@ -41,8 +41,8 @@ class KroneckerInducing(UpdateModel):
     LoRA's letters :math:`B = \sigma T_r U` and :math:`A = T_c`: plain LoRA is the limit
     :math:`\lambda \to 0` with a collapsed posterior of :math:`U`.
 
-    The noise of the conditional is added to the layer's output, never drawn as a
-    ``d_out x d_in`` weight. Output :math:`i` at input :math:`x` has variance
+    The noise of the conditional is drawn at the layer's output, not as a ``d_out x d_in`` weight.
+    Output :math:`i` at input :math:`x` has the noise variance
     :math:`\sigma^2\lambda^2(|x|^2 - q_i |Q_c x|^2)`, :math:`q_i = |(Q_r)_{\cdot i}|^2`.
 
     Args:
@@ -50,28 +50,27 @@ class KroneckerInducing(UpdateModel):
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
             prior, in units of weight; the start if it is learned. Default: for each layer
             :math:`0.2\, s`, with the root mean square :math:`s` of the singular values of its
-            pretrained weight (1 for a weight of zeros, or without data). So a factor that goes
-            from one layer of the network to another changes nothing.
-        scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``; random
-            ones are those of :class:`Hierarchical`. Default: learned.
-        core: the density of the entries of ``V``: a name (see
-            :func:`~pyro_blora.models._core_density.sample_core`) or a function from a shape to a
-            distribution. Default: normal.
+            pretrained weight (1 for a weight of zeros, or without data), so that moving a factor
+            from one layer of the network to another does not change the prior.
+        scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``; see
+            :class:`Hierarchical` for random scales. Default: learned.
+        core: the density of ``V``: a name (see
+            :func:`~pyro_blora.models._core_density.sample_core`) or a function of its shape.
+            Default: normal.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.
-        lambda_init: where a learned lambda starts. Default: 0.1.
-        noise: ``"marginal"`` draws the conditional noise of each output at each position by
-            itself, with the exact variance. ``"joint"`` draws it as one weight gives it to all
-            outputs at all positions of a particle. Marginal noise needs the options of a multiple
-            choice in packed rows, in which they share their question's noise. Default: marginal.
-        noise_init: where ``D`` starts. Default: 0.1.
+        lambda_init: the start of a learned lambda. Default: 0.1.
+        noise: ``"marginal"`` draws the conditional noise of each output at each position
+            independently, with the exact variance. ``"joint"`` draws the noise of one weight for
+            all outputs and positions of a particle. With marginal noise a multiple choice must be
+            packed, so that the options share the noise of their question. Default: marginal.
+        noise_init: the start of ``D``. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
-    ``(m_r, m_c)``; with a learned lambda also the factor ``g.conditional_kl``, ``(n,)``.
+    ``(m_r, m_c)``. A learned lambda adds the factor ``g.conditional_kl``, ``(n,)``.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003; the inducing weights are those of Ritter et al. 2021,
-        "Sparse uncertainty representation in deep learning with inducing weights",
         arXiv:2105.14594, section 3.
 
     Example::
@@ -94,6 +93,8 @@ class KroneckerInducing(UpdateModel):
     }
     point_epochs: ClassVar[float | None] = 6.0
     no_start: ClassVar[str] = ""
+    Z_r: Tensor
+    Z_c: Tensor
     sigma_start: Tensor
 
     def __init__(
@@ -112,9 +113,13 @@ class KroneckerInducing(UpdateModel):
         self.check_positive("rank", "lambda_init", "noise_init")
         if sigma is not None:
             self.check_positive("sigma")
-        check_core(core)
+        if not callable(core) and core not in CORES:
+            raise ConfigurationError(
+                f"core={core!r} is unknown; {near_miss(core, CORES)}. Or give a function shape -> "
+                "distribution."
+            )
         if core in ("horseshoe", "ard"):
-            self.no_start = "with a random scale the mean of the update is known by draws"  # type: ignore[misc]
+            self.no_start = "under a random scale the update has no mean in closed form"  # type: ignore[misc]
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -131,16 +136,21 @@ class KroneckerInducing(UpdateModel):
         D = self.noise_init * ones.unsqueeze(-1)
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
         self.D_c = PyroParam(D.expand(-1, m_c).clone(), constraints.positive)
-        start = _usual_sigma(group) if self.sigma is None else self.sigma * ones
-        self.register_buffer("sigma_start", start, persistent=self.scale != "learned")
-        if self.scale == "learned":
-            self.sigma_ = PyroParam(start.clone(), constraints.positive)
+        self._set_scale()
         if self.conditional == "scaled":
             self.lambda_ = PyroParam(self.lambda_init * ones, constraints.positive)
 
     def _directions(self, side: str, m: int, d: int) -> Tensor:
-        # Rows of norm one: Z Z^T is near the identity, and D sets how far Q is from orthonormal.
+        # Rows of norm about one: Z Z^T is near the identity, and D sets how far Q is from it.
         return self.randn(self.group.n, m, d) * d**-0.5
+
+    def _set_scale(self) -> None:
+        """Registers ``sigma_`` if it is learned, and its start."""
+        ones = torch.ones(self.group.n, device=self.group.device)
+        start = _usual_sigma(self.group) if self.sigma is None else self.sigma * ones
+        self.register_buffer("sigma_start", start, persistent=self.scale != "learned")
+        if self.scale == "learned":
+            self.sigma_ = PyroParam(start.clone(), constraints.positive)
 
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
@@ -153,7 +163,7 @@ class KroneckerInducing(UpdateModel):
                 pyro.factor(self.site("conditional_kl"), -kl)
         noise: tuple[Noise, ...] | None = None
         if self.conditional != "deterministic":
-            scales = (sigma * (self.lambda_ if self.conditional == "scaled" else 1.0)).unbind(-1)
+            scales = (sigma * self.lambda_ if self.conditional == "scaled" else sigma).unbind(-1)
             noise = tuple(MarginalNoise(s) for s in scales)
             if self.noise == "joint":
                 rows, cols = Side.of(L_r, Q_r, self.D_r), Side.of(L_c, Q_c, self.D_c)
@@ -162,14 +172,11 @@ class KroneckerInducing(UpdateModel):
         return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Orthonormal directions and a core; a learned sigma is the core's root mean square."""
+        """Takes orthonormal directions; a learned sigma becomes the core's root mean square."""
         if self.no_start:
             return super().start_at(B, A)
         B, A = self.widened(B, A, min(self.ranks))
-        self.Z_r, core, self.Z_c = between_orthonormal(B, A, *self.ranks)
-        # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
-        rows, cols = (1 + D.square() for D in (self.D_r, self.D_c))
-        core = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
+        self.Z_r, core, self.Z_c = between_orthonormal(B, A, self.D_r, self.D_c)
         if self.scale == "learned":
             size = core.square().mean((-1, -2)).sqrt()
             self.sigma_ = torch.where(size > 0, size, self.sigma_start)
@@ -192,11 +199,10 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
     for name, module in zip(group.module_names, group.modules, strict=True):
         weight = dense_weight(module, name)
         size = torch.ones(()) if weight.is_meta else torch.linalg.vector_norm(weight)
+        if not size.isfinite():
+            raise ConfigurationError(
+                f"The weight of {name} must be finite, got NaN or infinity; load the network anew."
+            )
         sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
     found = torch.stack(sizes)
-    if (~found.isfinite()).any():
-        name = group.module_names[int(found.isfinite().long().argmin())]
-        raise ConfigurationError(
-            f"The weight of {name} must be finite, got NaN or infinity; load the network anew."
-        )
     return 0.2 * torch.where(found > 0, found, 1.0)

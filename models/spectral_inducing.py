@@ -19,23 +19,20 @@ class SpectralInducing(KroneckerInducing):
         \mathbb{E}[\Delta W \mid V] = \sigma\, P_{:m}\, V\, R_{:m}^\top,
         \qquad V_{ij} \sim \mathcal{N}(0, 1),
 
-    up to the factor :math:`1 / (1 + D^2)` that ``D`` leaves. The directions are fixed:
-    ``m_r m_c`` numbers a layer are random, and few others are trained. These are the subspaces of
-    LoRA-XS (a point ``V``) and B-LoRA-XS.
+    up to the factor :math:`1 / (1 + D^2)`. The directions are fixed, so that only the ``m_r m_c``
+    numbers of the core and sigma are learned in each layer. These are the subspaces of LoRA-XS,
+    where ``V`` is a point, and of B-LoRA-XS.
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 16.
-        sigma: standard deviation of the core, in units of the weights. Default: 0.3.
-        scale: as there. Default: learned.
-        core: as there. Default: normal.
-        noise_init: as there. Default: 0.1.
+        sigma: standard deviation of the core, in units of weight. Default: 0.3.
+        scale, core, noise_init: as in :class:`KroneckerInducing`. Defaults: learned, normal, 0.1.
 
     Sites: as in :class:`KroneckerInducing`, with the deterministic conditional.
 
     Reference:
         Balazy et al. 2024, "LoRA-XS", arXiv:2405.17604; Marszalek et al. 2025, "Minimal ranks,
-        maximum confidence: parameter-efficient uncertainty quantification for LoRA" (B-LoRA-XS),
-        arXiv:2502.12122.
+        maximum confidence" (B-LoRA-XS), arXiv:2502.12122.
 
     Example::
 
@@ -44,7 +41,7 @@ class SpectralInducing(KroneckerInducing):
 
     learning_rates: ClassVar[dict[str, float]] = {"mean": 2e-2, "scale": 1e-2}
     point_epochs: ClassVar[float | None] = None
-    no_start: ClassVar[str] = "its directions are those of the pretrained weight"
+    no_start: ClassVar[str] = "its directions come from the pretrained weight"
 
     def __init__(
         self,
@@ -58,11 +55,9 @@ class SpectralInducing(KroneckerInducing):
         super().__init__(rank=rank, sigma=sigma, scale=scale, core=core, noise_init=noise_init)
 
     def setup(self, group: LayerGroup) -> None:
-        """Registers what the Kronecker prior does; ``Z`` and ``D`` are buffers."""
+        """Registers the tensors of the Kronecker prior, with ``Z`` and ``D`` as buffers."""
         super().setup(group)
-        m_r, m_c = self.ranks
-        Z_r, Z_c, _ = top_singular(group, m_r, m_c)
-        self.Z_r, self.Z_c = Z_r.to(group.device), Z_c.to(group.device)
+        self.Z_r, self.Z_c, _ = (each.to(group.device) for each in top_singular(group, *self.ranks))
         for name in ("Z_r", "Z_c", "D_r", "D_c"):
             value = getattr(self, name).detach()
             delattr(self, name)

@@ -13,7 +13,7 @@ from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 
 class Subspace(UpdateModel):
-    r"""``r`` random numbers a layer: :math:`\Delta W = B\, \mathrm{diag}(s)\, A`.
+    r"""``r`` random numbers in each layer: :math:`\Delta W = B\, \mathrm{diag}(s)\, A`.
 
     .. math::
 
@@ -23,13 +23,12 @@ class Subspace(UpdateModel):
         rank: ``r``. Default: 8.
         sigma: standard deviation of ``s`` under the prior. Default: 1.
 
-    ``A`` starts as LoRA does, ``B`` at zero, and guides start ``s`` at ``sigma``.
+    ``A`` and ``B`` are trained and start as in LoRA; guides start ``s`` at ``sigma``.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.s``, batch shape ``(n,)``, event shape ``(r,)``.
 
     Reference:
-        Samplawski et al. 2025, "Scalable Bayesian low-rank adaptation of large language models via
-        stochastic variational subspace inference" (ScalaBL), arXiv:2506.21408.
+        Samplawski et al. 2025, "Scalable Bayesian low-rank adaptation" (ScalaBL), arXiv:2506.21408.
 
     Example::
 
@@ -50,7 +49,7 @@ class Subspace(UpdateModel):
         self.B = PyroParam(torch.zeros(group.n, group.d_out, self.rank, device=group.device))
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """The factors as they are, with ``s`` at ``sigma``."""
+        """Takes the factors as they are, with ``s`` at ``sigma``."""
         B, self.A = self.widened(B, A, self.rank)
         self.B = B / self.sigma
         return {self.site("s"): torch.full_like(B[:, 0], self.sigma)}
@@ -58,7 +57,7 @@ class Subspace(UpdateModel):
     def forward(self) -> LowRankUpdate:
         """Samples ``s``; the core is its diagonal matrix."""
         prior = self.normal(self.rank, scale=self.sigma)
-        start = self.sigma * torch.ones(self.group.n, self.rank, device=self.group.device)
+        start = torch.full_like(self.B[:, 0], self.sigma)
         with self.plate():
             s = pyro.sample(self.site("s"), prior, infer={"start": start})
         return LowRankUpdate(A=self.A, core=torch.diag_embed(s), B=self.B)

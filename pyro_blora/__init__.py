@@ -1,14 +1,15 @@
 """Bayesian low-rank adapters for language models, as Pyro models with Kronecker inducing variables.
 
-Three nouns: a prior (``pyro_blora.models``), a guide (``pyro_blora.guides``) and a likelihood
-(``pyro_blora.likelihoods``); each is swapped by passing another object to :class:`BayesianLoRA`.
+A :class:`BayesianLoRA` has three parts, each of which is swapped by passing another object: a prior
+(``pyro_blora.models``), a guide (``pyro_blora.guides``) and a likelihood
+(``pyro_blora.likelihoods``).
 """
 
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from pyro_blora._version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pyro_blora import guides, likelihoods, models
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pyro_blora.data import load_task
     from pyro_blora.evaluation.metrics import effective_ranks
     from pyro_blora.inference import bayesianize
-    from pyro_blora.inference.fit import fit  # the package would do but for mypy: it has the module
+    from pyro_blora.inference.fit import fit  # mypy takes inference.fit for the module
     from pyro_blora.network.pretrained import load_pretrained
     from pyro_blora.posterior.prediction import Prediction, predict_dataset
 
@@ -48,7 +49,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use (PEP 562): torch takes seconds, and the commands start without it."""
+    """Imports a name on first use (PEP 562), because commands start without torch."""
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):

@@ -1,4 +1,4 @@
-"""The exceptions of this library; each says what was given, what was expected and the fix."""
+"""The exceptions; each message says what was expected, what was given, and the fix."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -6,22 +6,22 @@ from contextlib import contextmanager
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what was probably meant, and all there is."""
+    """The end of a message about an unknown name: likely corrections, and all known names."""
     known = sorted(set(known))
-    begun = [each for each in known if each.startswith(f"{name}_")]
-    close = begun or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    longer = [each for each in known if each.startswith(f"{name}_")]
+    close = longer or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}Known: {', '.join(known)}"
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """The first line of another library's error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def readable(where: object) -> Iterator[None]:
-    """Within, what a file says is looked up; where it does not say so, the error is one line."""
+    """Turns the errors of a block that reads a file's content into a one-line CheckpointError."""
     try:
         yield
     except (ConfigurationError, CheckpointError):
@@ -29,16 +29,16 @@ def readable(where: object) -> Iterator[None]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{where} cannot be used ({type(error).__name__}: {first_line(error)}): it was edited, "
-            "is of another version, or does not fit a class of your own. Write it anew."
+            "is of another version, or does not fit a class of your own. Write it again."
         ) from error
 
 
 class ConfigurationError(ValueError):
-    """An option has a value that cannot work."""
+    """An option has an invalid value."""
 
 
 class DataError(ValueError):
-    """Data or a request for data is wrong; the message is one line and ends with the fix."""
+    """Data is malformed, or a task or split does not exist."""
 
 
 class NoTargetError(ConfigurationError):
@@ -50,12 +50,12 @@ class BatchError(ValueError):
 
 
 class ParticleError(BatchError):
-    """The rows of a batch cannot be shared out evenly among the particles."""
+    """The particles cannot share the rows of a batch evenly."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the sites at fault."""
+    """The loss became NaN or infinite; the message names the sites that caused it."""
 
 
 class CheckpointError(ValueError):
-    """A saved adapter is corrupt, incomplete or made for another base network."""
+    """A saved adapter is corrupt, incomplete or belongs to another base network."""

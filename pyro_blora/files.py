@@ -1,6 +1,7 @@
-"""The files that this library writes: it replaces and removes those that a manifest says are its.
+"""Writes files whole or not at all, and replaces and removes only those that this library wrote.
 
-Another file where one is to be written stops the call before anything is written.
+A manifest in each folder names them. A call that would replace a user's file raises an error
+before it writes anything.
 """
 
 import json
@@ -17,7 +18,7 @@ MANIFEST = ".pyro_blora.json"
 
 
 def own_files(folder: Path) -> set[str]:
-    """The names in ``folder`` that this library wrote, by the manifest there."""
+    """The names of the files in ``folder`` that this library wrote, from its manifest."""
     path = folder / MANIFEST
     if not path.exists():
         return set()
@@ -33,18 +34,18 @@ def own_files(folder: Path) -> set[str]:
 
 
 def check_free(folder: Path, *names: str) -> None:
-    """Raises an error, before anything is written, where these files cannot be or are another's."""
+    """Raises ConfigurationError if these files cannot be written, or would replace a user's."""
     own = own_files(folder)
     for name in names:
         if os.path.lexists(folder / name) and name not in own:
             raise ConfigurationError(
-                f"{folder / name} must be free or a file that pyro_blora wrote, as {MANIFEST} "
-                "beside it tells, got another one; move it away, or name another folder."
+                f"{folder / name} must be free or a file that pyro_blora wrote and {MANIFEST} "
+                "beside it lists, got another file; move it away, or name another folder."
             )
-    # nothing is made and removed here: another process may be writing into a new folder already
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    # tries the nearest existing folder, because another process may be creating the new one
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ConfigurationError(
@@ -54,8 +55,8 @@ def check_free(folder: Path, *names: str) -> None:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Within, a folder is there; afterwards those that were made for it go again if empty."""
+def _created(folder: Path) -> Iterator[None]:
+    """Creates a folder, and removes what it created if that is empty afterwards."""
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,33 +68,25 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Writes beside ``path`` and moves into place, so that no half-written file is ever seen."""
-    with _made(path.parent):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            if callable(content):
-                content(Path(name))
-            else:
-                Path(name).write_text(content, "utf-8")
-            Path(name).chmod(0o644)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    """Writes a file beside ``path`` and moves it there, so that nobody sees half of it."""
+    with _created(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as place:
+        file = Path(place) / path.name
+        if callable(content):
+            content(file)
+        else:
+            file.write_text(content, "utf-8")
+        file.replace(path)
 
 
 def write_file(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Writes a text, or what a function writes to the path it is given, whole or not at all.
-
-    The file must be free or the library's own, and is named in the manifest from then on.
-    """
+    """Writes a text, or what a function writes to the path it gets, and adds it to the manifest."""
     check_free(path.parent, path.name)
     replace_file(path, content)
     claim(path.parent, own_files(path.parent) | {path.name})
 
 
 def claim(folder: Path, names: set[str]) -> None:
-    """Makes ``names`` the manifest of a folder, which has none where it names nothing."""
+    """Writes ``names`` as the manifest of a folder; without names, removes the manifest."""
     if not names:
         (folder / MANIFEST).unlink(missing_ok=True)
     elif names != own_files(folder):
@@ -101,10 +94,7 @@ def claim(folder: Path, names: set[str]) -> None:
 
 
 def remove_own(folder: Path, names: Iterable[str]) -> None:
-    """Removes those of these files, and folders of files, that this library wrote.
-
-    A folder that has no other file goes, too.
-    """
+    """Removes the named files and subfolders that this library wrote, and the folder if empty."""
     own = own_files(folder)
     gone = own.intersection(names)
     for name in gone:

@@ -1,8 +1,8 @@
-"""Methods by name: a prior beside a guide, and how such a pair is trained and predicts.
+"""Named methods: pairs of a prior and a guide, with their options for training and prediction.
 
-``BayesianLoRA(net)`` is ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` and every
-command take a name of this table, or a pair of class names: ``"Subspace+FullRank"``,
-``"my_module:MyPrior+MeanField"``. The records import nothing heavy; a page has their papers.
+``BayesianLoRA(net)`` uses ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` and all
+commands take a name from :data:`METHODS` or a pair of class names, ``"Subspace+FullRank"`` or
+``"my_module:MyPrior+MeanField"``. Importing this module does not import torch.
 """
 
 import inspect
@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pyro_blora.errors import ConfigurationError, near_miss
+from pyro_blora.options import check_count
 
 if TYPE_CHECKING:
     from pyro_blora.guides import SiteGuide
@@ -20,23 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """A prior beside a guide, and all that training and prediction are told of the pair.
+    """A prior, a guide, and how the pair is trained and predicts.
 
     Attributes:
-        name: what it is called.
-        prior: the prior's class: a name of ``pyro_blora.models``, or ``module:Class``.
-        guide: the guide's class, likewise of ``pyro_blora.guides``.
-        prior_options: of the prior's constructor, besides the rank.
-        guide_options: of the guide's constructor.
-        scale: that of an option's score, as of ``MultipleChoice``. Default: fixed.
-        learning_rates: of AdamW, by the role of a parameter, where they are not the prior's own.
-        point_epochs: as a prior's, where it is another number.
-        num_samples: draws for a prediction, if the method fixes them.
-        linearized: whether its predictive is the linearized one.
+        name: the method's name.
+        prior: the prior's class: a name in ``pyro_blora.models``, or ``module:Class``.
+        guide: the guide's class: a name in ``pyro_blora.guides``, or ``module:Class``.
+        prior_options: arguments of the prior's constructor, besides the rank.
+        guide_options: arguments of the guide's constructor.
+        scale: the ``scale`` of ``MultipleChoice`` in the commands. Default: fixed.
+        learning_rates: AdamW's rates by parameter role that differ from the prior's own.
+        point_epochs: replaces the prior's own number.
+        num_samples: number of posterior draws for a prediction. Default: 10.
+        linearized: whether predictions use the linearized network.
 
     Example::
 
-        get_method("laplace-lora").linearized  # as published
+        get_method("laplace-lora").linearized  # True, as published
         Method("mine", "my_module:MyPrior", "MeanField", num_samples=20)
     """
 
@@ -52,28 +53,33 @@ class Method:
     linearized: bool = False
 
     def prior_of(self, rank: int | None = None) -> "UpdateModel":
-        """The prior of a rank, by default its own."""
+        """Makes the prior, by default with the method's own rank."""
         options = dict(self.prior_options) | ({} if rank is None else {"rank": rank})
         return cast("UpdateModel", _class(self.prior, "prior")(**options))
 
+    def draws(self, num_samples: int | None) -> int:
+        """The number of posterior draws for a prediction: as passed, the method's own, or 10."""
+        if num_samples is None:
+            num_samples = 10 if self.num_samples is None else self.num_samples
+        check_count("num_samples", num_samples, 0)
+        return num_samples
+
+    def check_draws(self) -> None:
+        """Raises ConfigurationError if no network under draws predicts as the method does."""
+        if self.linearized:
+            raise ConfigurationError(
+                f"The method {self.name!r} averages draws of linearized logits, which no network "
+                "gives; take num_samples=0, the mean, or a method with linearized=False."
+            )
+
     def guide_of(self) -> "SiteGuide":
-        """The guide family."""
+        """Makes the guide family."""
         return cast("SiteGuide", _class(self.guide, "guide")(**self.guide_options))
 
 
 _KNOWN = (
-    Method(
-        "bayesian-lora",
-        "KroneckerInducing",
-        "MatrixNormal",
-        scale="learned",
-    ),
-    Method(
-        "fisher",
-        "FisherInducing",
-        "MatrixNormal",
-        scale="learned",
-    ),
+    Method("bayesian-lora", "KroneckerInducing", "MatrixNormal", scale="learned"),
+    Method("fisher", "FisherInducing", "MatrixNormal", scale="learned"),
     Method(
         "lora",
         "GaussianFactors",
@@ -97,18 +103,13 @@ _KNOWN = (
         prior_options={"conditional": "scaled"},
         guide_options={"init_scale": 0.1},
     ),
-    Method(
-        "mean-field",
-        "KroneckerInducing",
-        "MeanField",
-        scale="learned",
-    ),
+    Method("mean-field", "KroneckerInducing", "MeanField", scale="learned"),
     Method(
         "blob",
         "GaussianFactors",
         "MeanField",
         prior_options={"random": "A", "sigma": 0.2},
-        guide_options={"init_scale": 0.0125},  # BLoB's eps = 0.05: s = eps^2
+        guide_options={"init_scale": 0.0125},  # s = eps^2 with eps = 0.05, as in BLoB
     ),
     Method(
         "c-lora",
@@ -117,12 +118,7 @@ _KNOWN = (
         prior_options={"random": "A", "sigma": 0.2},
         guide_options={"init_scale": 0.0125},
     ),
-    Method(
-        "scalabl",
-        "Subspace",
-        "MeanField",
-        guide_options={"init_scale": 0.1},
-    ),
+    Method("scalabl", "Subspace", "MeanField", guide_options={"init_scale": 0.1}),
     Method(
         "b-lora-xs",
         "SpectralInducing",
@@ -137,24 +133,21 @@ _KNOWN = (
         prior_options={"random": "both", "sigma": 1.0},
         linearized=True,
     ),
-    Method(
-        "tfb",
-        "GaussianFactors",
-        "Isotropic",
-        prior_options={"random": "A", "sigma": 1.0},
-    ),
+    Method("tfb", "GaussianFactors", "Isotropic", prior_options={"random": "A", "sigma": 1.0}),
     Method(
         "ensemble",
         "GaussianFactors",
         "Ensemble",
         prior_options={"random": "both", "sigma": 1.0},
-        guide_options={"spread": 0.01},  # so little that every member starts at the network itself
+        guide_options={
+            "spread": 0.01
+        },  # so small that every member starts at the pretrained network
         num_samples=5,
     ),
 )
 METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 
-# What a comparison shows of a method's training, besides its last step
+# Rows of a comparison that are computed from the training of another method
 BEST = "lora-best"
 SHOWN = {
     BEST: "lora at its best validation step",
@@ -164,9 +157,9 @@ SHOWN = {
 
 
 def get_method(name: str) -> Method:
-    """A method by its name in :data:`METHODS`, or by ``"PRIOR+GUIDE"``.
+    """The method with a name of :data:`METHODS`, or of ``"PRIOR+GUIDE"``.
 
-    These are class names of ``pyro_blora.models`` and ``pyro_blora.guides``, or ``module:Class``.
+    ``PRIOR`` and ``GUIDE`` are class names as in :class:`Method`.
 
     Example::
 
@@ -184,7 +177,7 @@ def get_method(name: str) -> Method:
         return Method(name, left, right, scale="learned", num_samples=draws)
     if name in SHOWN:
         raise ConfigurationError(
-            f"{name} is no prior beside a guide ({SHOWN[name]}); `pyro-blora compare` has it."
+            f"{name} is no prior beside a guide ({SHOWN[name]}); use it in `pyro-blora compare`."
         )
     raise ConfigurationError(
         f"method {name!r} is unknown; {near_miss(name, METHODS)}. Or give a prior and a guide: "
@@ -193,14 +186,14 @@ def get_method(name: str) -> Method:
 
 
 def trained_for(name: str) -> str:
-    """What is trained for a method of a comparison: itself, or what has its temperature."""
+    """The method to train for a row of a comparison: itself, or the one that it derives from."""
     kind, _, rest = name.partition(":")
     name = rest if kind in ("temperature", "distilled") and rest else name
     return "lora" if name in SHOWN else name
 
 
 def check_method(name: str) -> None:
-    """Raises ConfigurationError where a comparison has no such method."""
+    """Raises ConfigurationError unless a comparison can have a row of this name."""
     get_method(trained_for(name))
 
 
@@ -216,8 +209,8 @@ def _class(name: str, kind: Literal["prior", "guide"]) -> Any:
             package = import_module(path)
         except ImportError as error:
             raise ConfigurationError(
-                f"{kind} {name!r}: module {path!r} cannot be imported ({error}); it must lie in "
-                "the current folder or be installed."
+                f"{kind} {name!r}: module {path!r} cannot be imported ({error}); it must be in the "
+                "current folder or installed."
             ) from error
     found = {
         n: made

@@ -1,4 +1,4 @@
-"""Objects that remember their constructor's arguments, for checkpoints and for ``repr``."""
+"""Constructor arguments as attributes, for checkpoints and ``repr``, and checks of arguments."""
 
 import functools
 import inspect
@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args, get_origin
 from pyro_blora.errors import ConfigurationError
 
 
-def _keeping(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor whose arguments are attributes before it runs, as :class:`Options` says."""
+def _storing(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that first stores its arguments as attributes, as :class:`Options` says."""
     signature = inspect.signature(init)
-    with suppress(NameError):  # of what is imported for the type checker alone
+    with suppress(NameError):  # a name that is imported only for the type checker
         signature = inspect.signature(init, eval_str=True)
 
     @functools.wraps(init)
     def run(self: Any, *arguments: Any, **options: Any) -> None:
-        with suppress(TypeError):  # which the constructor itself raises
+        with suppress(TypeError):  # which the constructor itself will raise
             bound = signature.bind(self, *arguments, **options)
             bound.apply_defaults()
             for name, value in [*bound.arguments.items()][1:]:
@@ -35,19 +35,19 @@ def _keeping(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class Options:
-    """Mixin of priors, guides and likelihoods, of which an argument is an attribute of its name.
+    """Mixin of priors, guides and likelihoods that stores constructor arguments as attributes.
 
-    It is there before the constructor runs. One whose type is a ``Literal`` must be one of its
-    values. Modules among the arguments are not registered as submodules.
+    They are stored before the constructor runs; modules among them are not registered as
+    submodules. An argument annotated as a ``Literal`` must have one of its values.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "__init__" in vars(cls):
-            cls.__init__ = _keeping(vars(cls)["__init__"])  # type: ignore[method-assign]
+            cls.__init__ = _storing(vars(cls)["__init__"])  # type: ignore[method-assign]
 
     def register_buffer(self, name: str, *arguments: Any, **options: Any) -> None:
-        """As everywhere; an argument of that name gives way."""
+        """Registers a buffer, which replaces a stored argument of the same name."""
         vars(self).pop(name, None)
         super().register_buffer(name, *arguments, **options)  # type: ignore[misc]
 
@@ -56,13 +56,13 @@ class Options:
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def check_positive(self, *options: str) -> None:
-        """Each of these options must be positive and finite, and a rank a whole number."""
+        """Checks that these options are positive and finite, and that a rank is a whole number."""
         for option in options:
-            value, told = getattr(self, option), f"{type(self).__name__}: {option}"
-            check_positive(told, value)
+            value, name = getattr(self, option), f"{type(self).__name__}: {option}"
+            check_positive(name, value)
             if option == "rank":
                 for part in value if isinstance(value, tuple | list) else (value,):
-                    check_count(told, part)
+                    check_count(name, part)
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters
@@ -75,7 +75,7 @@ class Options:
 
 
 def check_count(option: str, value: object, least: int = 1, remedy: str = "") -> None:
-    """A count must be a whole number that is not too small; a remedy ends the message."""
+    """Checks that a count is a whole number of at least ``least``."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < least:  # type: ignore[operator]
         wanted = f"at least {least}" if whole else f"a whole number, {least} or more"
@@ -83,15 +83,15 @@ def check_count(option: str, value: object, least: int = 1, remedy: str = "") ->
 
 
 def check_positive(option: str, value: object) -> None:
-    """A number, and each part of one of several parts, must be positive and finite."""
+    """Checks that a number, or each number of a sequence, is positive and finite."""
     for part in value if isinstance(value, tuple | list) else (value,):
         if isinstance(part, bool) or not (isinstance(part, Real) and 0 < float(part) < math.inf):
             raise ConfigurationError(f"{option} must be positive and finite, got {value!r}.")
 
 
 def check_kind(option: str, value: object, kind: type) -> None:
-    """An option must be an object of its kind, not a class of it."""
+    """Checks that an option is an instance of a class, not the class itself."""
     if not isinstance(value, kind):
-        made = " Pass an object, not the class." if isinstance(value, type) else ""
-        given = repr(value).splitlines()[0]  # that of a network has hundreds
-        raise ConfigurationError(f"{option}={given} is not of {kind.__name__}.{made}")
+        remedy = " Pass an object, not the class." if isinstance(value, type) else ""
+        given = repr(value).splitlines()[0]  # the repr of a network has hundreds of lines
+        raise ConfigurationError(f"{option} must be of {kind.__name__}, got {given}.{remedy}")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pyro
 import torch
 import transformers as hf
+from pyro.infer import TraceMeanField_ELBO
 from torch.nn.utils.rnn import pad_sequence
 
-from pyro_blora import BayesianLoRA, guides, models
+from pyro_blora import BayesianLoRA, fit, guides, models
+from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import LabelTokens
 
 VOCABULARY = 32
@@ -49,12 +51,6 @@ def qwen2(layers=2, *, tied=True):
     return _decoder("Qwen2", layers, tied)
 
 
-def mixtral(layers=2):
-    """Two experts, of which each token has one."""
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    return _decoder("Mixtral", layers, False, **experts, experts_implementation="eager")
-
-
 def gpt2(layers=2):
     """``c_attn`` 48 x 16 as a Conv1D, whose weight is stored transposed; a tied head."""
     sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": layers, "n_head": 4}
@@ -79,12 +75,6 @@ def roberta(layers=2):
 def llama_classifier():
     torch.manual_seed(0)
     return hf.LlamaForSequenceClassification(llama(num_labels=3).config).eval()
-
-
-def checkpoint_activations(net):
-    """By the name that the installed transformers has for it."""
-    newer = hasattr(net, "activation_checkpointing_enable")
-    (net.activation_checkpointing_enable if newer else net.gradient_checkpointing_enable)()
 
 
 def sequences(rows=4, length=7, *, seed=0):
@@ -154,6 +144,29 @@ def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options)
         guide=guides.MatrixNormal(init_scale=0.1) if guide is None else guide,
         **options,
     )
+
+
+def train(blora, rows=None, **options):
+    """``fit`` on ten rows of differing lengths in batches of four, so that the last holds two."""
+    usual = {"collate": collate, "num_steps": 6, "batch_size": 4, "progress": False}
+    return fit(blora, examples() if rows is None else rows, **{**usual, **options})
+
+
+def trainer(folder, blora, rows=None, **options):
+    """A silent trainer on the CPU; options are split by whom they belong to."""
+    names = ("compute_metrics", "data_collator", "eval_dataset", "eval_samples")
+    names += ("learning_rates", "num_particles")
+    own = {name: options.pop(name) for name in names if name in options}
+    usual = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = hf.TrainingArguments(str(folder), **{**usual, **options})
+    return BayesianLoRATrainer(
+        blora, arguments, train_dataset=rows, **{"data_collator": collate, **own}
+    )
+
+
+def elbo(particles=8):
+    """Of particles that share out the rows."""
+    return TraceMeanField_ELBO(particles, max_plate_nesting=1, vectorize_particles=True)
 
 
 def anew(part):

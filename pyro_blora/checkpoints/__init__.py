@@ -1,9 +1,10 @@
-"""Saving and loading adapters: one safetensors file with JSON in its header; PEFT in and out."""
+"""Saving, loading and publishing adapters, and conversion from and to PEFT's format."""
 
 from pyro_blora.checkpoints.checkpoint import (
     CONFIG,
     WEIGHTS,
     Saved,
+    push_to_hub,
     read_config,
     read_pretrained,
     save_pretrained,
@@ -24,6 +25,7 @@ __all__ = [
     "PeftAdapter",
     "Saved",
     "export_peft",
+    "push_to_hub",
     "read_config",
     "read_peft",
     "read_pretrained",

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, what it was trained on, and how to load it."""
+"""The model card of a saved adapter, and the README of an export for PEFT."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,23 +8,26 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from pyro_blora.likelihoods import CausalLM, LabelTokens, Likelihood, MultipleChoice
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
 CARD = "README.md"
-MARK = "<!-- {} writes this file anew; without this line it leaves it alone. -->"
+MARK = "<!-- {} overwrites this file; remove this line to keep the file. -->"
 
 
-def model_card(config: Mapping[str, Any], blora: Any, *, place: str) -> str:
-    """The text of ``README.md``, with the hub's header; ``place`` is what it says to load."""
-    base, kind, model = config["base_model"], config["base"]["class"], blora.model
+def model_card(
+    config: Mapping[str, Any], model: BayesianLoRAModel, family: object, place: str
+) -> str:
+    """The text of ``README.md`` with the hub's header; its example loads the adapter ``place``."""
+    base, kind = config["base_model"], config["base"]["class"]
     header = ModelCardData(
         base_model=base if "/" in base else None,
         library_name="pyro_blora",
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
-    family, data = blora.guide_family, model.likelihood.num_data
-    name = config["guide"].get("name")  # none where there is a guide for each group
+    data = model.likelihood.num_data
+    name = config["guide"].get("name")  # absent if there is one for each group
     rows = {
-        "base": f"{base or 'a network that has no name on the hub'} ({kind})",
+        "base": f"{base or 'a network without a name on the hub'} ({kind})",
         "layers": ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups),
         "heads trained as points": ", ".join(config["modules_to_save"]),
         "prior": repr(model.prior),
@@ -46,7 +49,7 @@ def _page(template: str, told: Mapping[str, Any]) -> str:
 def page_of_use(
     likelihood: Likelihood, temperature: float, base: str | None, classifies: bool
 ) -> tuple[dict[str, Any], str]:
-    """The numbers that make probabilities of an exported adapter's logits, and how in Python."""
+    """How an exported LoRA's logits become probabilities: the numbers, and a program for them."""
     found: dict[str, Any] = {"temperature": temperature}
     kind = "classes"
     if isinstance(likelihood, MultipleChoice):
@@ -62,7 +65,7 @@ def page_of_use(
 
 
 def figures_of(result: Any, data: int | None) -> dict[str, str]:
-    """What a training says of itself in the notes of an adapter."""
+    """The figures of a training for an adapter's notes."""
     rows = {"steps": f"{len(result.history):,}"}
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:
@@ -71,7 +74,7 @@ def figures_of(result: Any, data: int | None) -> dict[str, str]:
             f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "
             f"nats), the mean of the last {len(last)} steps"
         )
-    for step, nll in result.validation:  # the last one stays
+    for step, nll in result.validation:  # keeps the last one
         rows["validation NLL"] = f"{nll:.4g} at step {step}"
     if result.best_step is not None:
         best = dict(result.validation)[result.best_step]

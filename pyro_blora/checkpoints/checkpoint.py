@@ -1,7 +1,7 @@
-"""An adapter in a folder or on the hub: written, read, and checked against its base.
+"""Saving an adapter to a folder or the hub, and loading it onto its base.
 
-One safetensors file has all of it: the tensors, and in its header, as JSON, how to rebuild the
-adapter. Beside it lie a copy of that JSON for people, and the model card. Nothing is unpickled.
+One safetensors file is the whole adapter: the tensors, and a header with the JSON configuration
+that rebuilds it. A readable copy of the JSON and a model card are next to it. Nothing is unpickled.
 """
 
 import functools
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 import pyro.infer.autoguide as autoguide
@@ -28,8 +28,9 @@ from torch.distributions import transform_to
 import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
-from pyro_blora._version import __version__
+from pyro_blora import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, figures_of, model_card
+from pyro_blora.debts import pyro_params
 from pyro_blora.errors import CheckpointError, first_line, readable
 from pyro_blora.files import check_free, own_files, remove_own, write_file
 from pyro_blora.guides import SiteGuide
@@ -37,40 +38,56 @@ from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import layer_shape, name_in_base, without_peft
-from pyro_blora.posterior.guide import read_store, start_guide
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.guide import GuideFactory, read_store, start_guide
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
 _HEADER = "bayesian_lora"
-_OF_BASE = "base."  # how the names of the base's fingerprint begin, beside the adapter's tensors
+_OF_BASE = "base."  # prefix of the tensors that identify the base
+
+
+class Adapted(Protocol):
+    """An adapter as this package needs it; :class:`~pyro_blora.BayesianLoRA` is one."""
+
+    model: BayesianLoRAModel
+    guide: nn.Module
+    method: Method
+
+    @property
+    def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
+        """The family, families by group, or function that the guide was made from."""
+
+    def unwrap(self) -> nn.Module:
+        """Removes the adapter from the network and returns the network."""
 
 
 def save_pretrained(
-    blora: Any,
+    blora: Adapted,
     folder: str | os.PathLike[str],
     *,
     result: Any = None,
     notes: Mapping[str, object] | None = None,
     place: str = "path/to/this/folder",
 ) -> None:
-    """Writes a ``BayesianLoRA``: its tensors, how to rebuild it, and a model card.
+    """Writes an adapter: its tensors, its configuration, and a model card.
 
-    The base is not saved, but its name on the hub and a few numbers by which its weights are known
-    again. A kill at any moment leaves the old adapter or the new one. Files of your own stay, and
-    where one has a name that is needed here, nothing is written.
+    Of the base it writes only the name on the hub and a few numbers that identify the weights. A
+    kill at any moment leaves either the old adapter or the new one. Your own files are kept, and
+    nothing is written if one of them has a name that is needed.
 
     Args:
         blora: the adapter.
-        folder: where to write; made if it is missing.
-        result: what ``fit`` returned; its figures win over notes of the same names.
-        notes: lines of the card and of the JSON, such as ``{"accuracy": 0.93}``.
-        place: what the card says to load.
+        folder: the folder to write to, which is created if needed.
+        result: the result of ``fit``, whose figures override notes of the same names.
+        notes: further rows of the card and the JSON, such as ``{"accuracy": 0.93}``.
+        place: the folder or hub id that the card tells to load.
     """
     folder, model = Path(folder), blora.model
     start_guide(blora.guide)
     check_free(folder, WEIGHTS, CONFIG)
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
-    notes = {**figures, **(notes or {}), **figures}  # first in the card, and they win
+    notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
         "pyro_blora": __version__,
@@ -85,20 +102,24 @@ def save_pretrained(
         "likelihood": _describe(model.likelihood),
         "notes": {name: str(value) for name, value in notes.items()},
     }
-    read_store(blora)
+    read_store(model)
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
-    write_tensors(folder / WEIGHTS, blora.state_dict() | prints, {_HEADER: json.dumps(config)})
+    tensors = _parts(blora).state_dict() | prints
+    write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    write_page(folder, model_card(config, blora, place=place), "save_pretrained")
+    card = model_card(config, model, blora.guide_family, place)
+    write_page(folder, card, "save_pretrained")
+
+
+def _parts(blora: Adapted) -> nn.ModuleDict:
+    return nn.ModuleDict({"model": blora.model, "guide": blora.guide})
 
 
 def write_page(folder: Path, page: str, writer: str) -> None:
-    """Writes ``README.md``, or takes it away if empty, unless it is another's by now."""
-    card, mark = folder / CARD, MARK.format(writer)
-    if os.path.lexists(card):
-        own = CARD in own_files(folder) and mark in card.read_text("utf-8", errors="replace")
-        if not own:
-            return
+    """Writes ``README.md``, or removes it if ``page`` is empty, unless the user has changed it."""
+    card, mark, own = folder / CARD, MARK.format(writer), CARD in own_files(folder)
+    if os.path.lexists(card) and not (own and mark in card.read_text("utf-8", errors="replace")):
+        return
     if page:
         write_file(card, f"{page}\n{mark}\n")
     else:
@@ -107,37 +128,42 @@ def write_page(folder: Path, page: str, writer: str) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder says of an adapter: its base, how to make it there, and its tensors."""
+    """A saved adapter: its base, the arguments of ``BayesianLoRA`` to rebuild it, its tensors."""
 
     net: nn.Module
     options: dict[str, Any]
     tensors: dict[str, Tensor]
     folder: Path
-    foreign: tuple[str, ...] = ()  # parts of names of tensors that stay as they are
+    foreign: tuple[str, ...] = ()  # tensors with these in their names are not loaded
 
-    def load_into(self, blora: Any) -> None:
-        """Puts the tensors into a ``BayesianLoRA`` of the same names and shapes."""
-        # AutoGaussian has a column for each of the examples that it began with, or for fewer
+    def load_into(self, blora: Adapted) -> None:
+        """Loads the tensors into an adapter that has the same names and shapes."""
+        # The columns of AutoGaussian depend on the number of examples in its first batch
         columns = (t.shape[-1] for n, t in self.tensors.items() if ".prec_sqrts.labels" in n)
         start_guide(blora.guide, examples=next(columns, 1))
-        own, tensors = blora.state_dict(), dict(self.tensors)
+        parts = _parts(blora)
+        own, tensors = parts.state_dict(), dict(self.tensors)
         for part in self.foreign:
             tensors = {n: t for n, t in tensors.items() if part not in n}
             tensors |= {n: t for n, t in own.items() if part in n}
-        # What AutoLaplaceApproximation leaves are the values themselves, by their bare names
+        # AutoLaplaceApproximation's normal has constrained values under their bare names, and a
+        # Cholesky factor with another diagonal than the ones that its constraint would make of it
+        if (diagonal := tensors.get("guide.scale_tril", torch.empty(0, 0)).diagonal()).numel():
+            tensors["guide.scale_tril"] = tensors["guide.scale_tril"] / diagonal.unsqueeze(-1)
+            tensors["guide.scale"] = tensors["guide.scale"] * diagonal
         for name in [n for n in tensors if f"{n}_unconstrained" in own]:
             parent, _, last = name.rpartition(".")
-            constraint, _ = blora.get_submodule(parent)._pyro_params[last]
+            constraint = pyro_params(parts.get_submodule(parent))[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, found = ({n: t.shape for n, t in each.items()} for each in (own, tensors))
         differ = [n for n in expected | found if expected.get(n) != found.get(n)]
-        if differ:  # torch would load the others
+        if differ:
             raise CheckpointError(
                 f"{self.folder} has tensors that do not fit, among them {', '.join(differ[:4])}. "
                 "Pass the prior, the guide and the likelihood that were saved (of the same "
                 "MultipleChoice scale=), or leave them out."
             )
-        blora.load_state_dict(tensors)
+        parts.load_state_dict(tensors)
 
 
 def read_pretrained(
@@ -149,34 +175,33 @@ def read_pretrained(
     likelihood: Any = None,
     trust_remote_code: bool = False,
 ) -> Saved:
-    """Reads what :func:`save_pretrained` wrote and checks it against its base.
+    """Reads what :func:`save_pretrained` wrote, and compares the base with the saved one.
 
-    A base with other weights of the same shapes is answered with a warning.
+    Other weights of the same shapes give a warning.
 
     Args:
         net: the base network. ``None`` loads it by its saved name.
         folder: the adapter's folder, or its id on the hub.
-        prior: for one that is not of this library, its class or an object of it, which is made
-            with the saved options. If several were saved by group, a mapping with some of their
-            keys. An object of another class is taken as it is. Default: rebuilt.
-        guide: the same for the guide; or the function that makes it.
-        likelihood: the same for the likelihood, but an object is taken as it is.
-        trust_remote_code: whether a class that is not of this library may be imported by its name.
+        prior: for a prior of your own, its class, or an object of it, which is made again with the
+            saved options. If priors were saved by group, a mapping with some of the groups. An
+            object of another class is used as it is. Default: rebuilt from the file.
+        guide: likewise for the guide, or the function that makes it.
+        likelihood: likewise for the likelihood, but an object is always used as it is.
+        trust_remote_code: whether a class from outside this library may be imported by its name.
     """
-    folder = fetched(folder, WEIGHTS, "adapter_config.json")  # the second for a hint
+    folder = fetched(folder, WEIGHTS, "adapter_config.json")  # the latter for an error's hint
     given = {"prior": prior, "guide": guide, "likelihood": likelihood}
     config, tensors = _read(folder)
     with readable(folder / WEIGHTS):
-        kind, base = config["base"], config["base_model"]
+        base, kind = config["base_model"], config["base"]
         dtype, classes = getattr(torch, kind.get("dtype", "float32")), kind.get("num_labels")
-        unnamed = (
-            f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass"
-        )
-    if net is None and not base:
-        raise CheckpointError(f"{unnamed} it: BayesianLoRA.from_pretrained(net, {str(folder)!r}).")
-    if net is None:
-        net = load_network(base, num_labels=classes, dtype=dtype)
-    with readable(folder / WEIGHTS):
+        if net is None and not base:
+            raise CheckpointError(
+                f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass "
+                f"it: BayesianLoRA.from_pretrained(net, {str(folder)!r})."
+            )
+        if net is None:
+            net = load_network(base, num_labels=classes, dtype=dtype)
         base = base or "another network"
         told = f"{folder} is an adapter for {base!r}"
         layers = names_in(net, config["layers"], told)
@@ -185,35 +210,35 @@ def read_pretrained(
         others = altered(net, prints)
         if others:
             warnings.warn(
-                f"{folder}: {len(others)} of the {len(prints)} weights that were looked at are not "
+                f"{folder}: {len(others)} of the {len(prints)} weights that were compared are not "
                 f"those the adapter was trained on, among them {others[0]}; its predictions will "
-                f"be others. Load {base}, unaltered.",
+                f"change. Load {base}, unaltered.",
                 stacklevel=4,
             )
         parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
         tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
         foreign: tuple[str, ...] = ()
         if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
-            foreign = (".likelihood.", "model.temperature")  # another's
+            foreign = (".likelihood.", "model.temperature")  # of another class
         elif isinstance(given["likelihood"], nn.Module) and not any(
             ".likelihood." in n for n in tensors
         ):
-            foreign = (".likelihood.",)  # one of this class that learned nothing was saved
+            foreign = (".likelihood.",)  # the saved one has no parameters
         options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
         options["target_modules"] = "|".join(map(re.escape, layers))
         return Saved(net, options, tensors, folder, foreign)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
-    dense = {"memory_format": torch.contiguous_format}  # and none that shares memory
+    """Writes a safetensors file, whole or not at all."""
+    dense = {"memory_format": torch.contiguous_format}  # safetensors refuses shared memory
     flat = {name: tensor.detach().cpu().clone(**dense) for name, tensor in tensors.items()}
     header = {"format": "pt", **header}
     write_file(path, lambda place: save_file(flat, place, metadata=header))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and the tensors of a safetensors file."""
+    """Reads the header and the tensors of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -223,7 +248,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an adapter's folder says of it: how to rebuild it, its base's name, and the notes."""
+    """Reads an adapter's configuration: its parts, the name of its base, and the notes."""
     return _read(Path(folder))[0]
 
 
@@ -232,47 +257,57 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
         what = f"{path} does not exist; give"
         if (folder / "adapter_config.json").exists():
-            what = f"{folder} is a PEFT adapter; begin with it by BayesianLoRA.from_peft, or give"
+            what = f"{folder} is a PEFT adapter; start from it with BayesianLoRA.from_peft, or give"
         raise CheckpointError(f"{what} a folder that save_pretrained or pyro-blora train wrote.")
     header, tensors = read_tensors(path)
-    if _HEADER not in header:
-        raise CheckpointError(f"{path} must have a configuration in its header, got none.")
     with readable(path):
         return dict(json.loads(header[_HEADER])), tensors
 
 
 def fetched(source: str | os.PathLike[str], *files: str) -> Path:
-    """The folder itself, or for a hub id the copy of these files in the hub's cache."""
+    """The folder itself, or for a hub id a download of these files."""
     path = Path(source)
     is_id = isinstance(source, str) and source.count("/") == 1 and not path.is_absolute()
     if path.exists() or not is_id:
         return path
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
-    except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
+    except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise CheckpointError(
-            f"{source} does not exist here, and the hub does not give it ({first_line(error)}). "
-            "Give the adapter's folder, or its id on the hub."
+            f"{source} does not exist here, and cannot be fetched from the hub "
+            f"({first_line(error)}). Pass the adapter's folder, or its id on the hub."
         ) from error
 
 
-def push_to_hub(blora: Any, repo_id: str, private: bool | None, message: str, **about: Any) -> str:
-    """Uploads what :func:`save_pretrained` writes, and gives the address of the commit."""
+def push_to_hub(
+    blora: Adapted,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str = "A Bayesian LoRA adapter",
+    **about: Any,
+) -> str:
+    """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
+
+    ``about`` are ``result`` and ``notes``.
+    """
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(blora, folder, place=repo_id, **about)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-        except Exception as error:  # as above
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
+        except Exception as error:  # as in fetched
             raise CheckpointError(
                 f"{repo_id} was not pushed ({first_line(error)}). Log in by `hf auth login` with a "
-                "token that may write, give an id 'user/name', and see that the hub can be reached."
+                "token that may write, pass an id 'user/name', and check the connection to the hub."
             ) from error
     return str(done.commit_url)
 
 
-# The base: its name, its kind, its layers, and whether its weights are the same
+# The base: its name, its class, its layers, and whether its weights are the same
 
 
 def _base_of(net: nn.Module) -> dict[str, Any]:
@@ -286,11 +321,8 @@ def _base_of(net: nn.Module) -> dict[str, Any]:
 
 
 def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
-    """The full names in ``net``, maybe a ``PeftModel``, of parts of its base; ``None``: any shape.
-
-    ``told`` begins the message of an error.
-    """
-    # the outermost of what PEFT wraps
+    """Full names in ``net``, maybe a ``PeftModel``, of base modules with these shapes or any."""
+    # Reversed, so that PEFT's wrapper of a module wins over what it wraps
     here = {name_in_base(name): name for name, _ in reversed([*net.named_modules()])}
     names = []
     for base, shape in wanted.items():
@@ -307,7 +339,7 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
 
 
 def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Four numbers of each tensor of the base but ``heads``, of at most 512, evenly spread."""
+    """Four elements of each of up to 512 evenly spaced tensors of the base, without ``heads``."""
     within = tuple(f"{name_in_base(head)}." for head in heads)
     found = {name: t for name, t in _plain_tensors(net) if not name.startswith(within)}
     names, count = list(found), min(512, len(found))
@@ -316,7 +348,7 @@ def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
-    """The tensors whose numbers are not those of ``prints``, up to the coarser dtype's rounding."""
+    """Names of tensors that differ from their fingerprint by more than the coarser dtype rounds."""
     found, names = dict(_plain_tensors(net)), []
     for name in prints.keys() & found.keys():
         before, now = prints[name], _numbers(found[name])
@@ -331,7 +363,7 @@ def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
 
 
 def _plain_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A network's tensors by their names in the base: none of PEFT's, quantized or elsewhere."""
+    """The base's tensors that can be compared: not PEFT's, quantized, sharded or offloaded."""
     for path, module in net.named_modules():
         if is_quantized(module):
             continue
@@ -349,9 +381,9 @@ def _numbers(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)[at].cpu()
 
 
-# A prior, a guide and a likelihood as a file has them: a name, an import path and options
+# A prior, a guide or a likelihood in a file: its class name, import path and options
 
-# Whose public names may be made without being trusted
+# Public classes of these modules need no trust_remote_code
 _HOMES: dict[str, tuple[ModuleType, ...]] = {
     "prior": (models,),
     "guide": (guides, autoguide),
@@ -360,14 +392,14 @@ _HOMES: dict[str, tuple[ModuleType, ...]] = {
 
 
 def _describe(part: Any) -> dict[str, Any]:
-    """Name, module and options of a part, or those of a mapping of parts by group."""
+    """Name, module and options of a part, or of each part of a mapping by group."""
     if isinstance(part, Mapping):
         return {"by_group": {key: _describe(each) for key, each in part.items()}}
     return _described(type(part), part.options())
 
 
 def _describe_guide(family: Any, guide: nn.Module) -> dict[str, Any]:
-    """The same of a family, or of what makes a guide; another in its place counts by its class."""
+    """Describes the guide family or function; a guide that was replaced, by its own class."""
     if isinstance(family, SiteGuide | Mapping):
         ours = type(guide).__module__.startswith("pyro_blora.")
         return _describe(family) if ours else _described(type(guide), {})
@@ -380,11 +412,11 @@ def _describe_guide(family: Any, guide: nn.Module) -> dict[str, Any]:
 
 
 def _described(made: Any, options: Any) -> dict[str, Any]:
-    """No module for a class of this library or Pyro, no options where JSON cannot hold them."""
+    """Leaves out the module of a public class, and options that JSON cannot represent."""
     name = getattr(made, "__qualname__", type(made).__qualname__)
     described: dict[str, Any] = {"name": name}
     known = any(_public(noun, name) is made for noun in _HOMES)
-    if not known and "<" not in name:  # what is local, or a lambda, has no import path
+    if not known and "<" not in name:  # a local class or a lambda has no import path
         described["module"] = getattr(made, "__module__", type(made).__module__)
     try:
         return {**described, "options": json.loads(json.dumps(options))}
@@ -397,7 +429,7 @@ def _public(noun: str, name: str) -> Any:
 
 
 def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> Any:
-    """The part, or the mapping by group, that was described; ``given`` is the user's own."""
+    """Rebuilds a part, or a mapping by group, from its description and the user's ``given``."""
     if isinstance(given, Mapping) or "by_group" in said:
         groups, given = said.get("by_group", {}), given or {}
         if not isinstance(given, Mapping) or not given.keys() <= groups.keys():
@@ -411,11 +443,11 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
         same = type(given).__name__ == name.rpartition(".")[2]
         if noun == "likelihood" or not same or options is None:
             return given
-        given = type(given)  # the tensors were trained with the saved options
+        given = type(given)  # because the tensors were trained with the saved options
     if options is None:
         raise CheckpointError(
-            f"The options of the {noun} {name} could not be written to a file; pass {noun}= with "
-            "an object like the one that was saved."
+            f"The options of the {noun} {name} could not be saved as JSON; pass {noun}= with an "
+            "object like the one that was saved."
         )
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     if noun == "guide" and not (isinstance(given, type) and issubclass(given, SiteGuide)):
@@ -424,7 +456,7 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
 
 
 def _found(noun: str, name: str, module: str | None, trusted: bool) -> Any:
-    """A class by its name: of this library or of Pyro; or imported, where that is trusted."""
+    """A public class of this library or Pyro by its name, or an imported one if trusted."""
     made = None if module else _public(noun, name)
     if made is not None:
         return made

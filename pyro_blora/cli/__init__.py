@@ -1,7 +1,6 @@
-"""The command ``pyro-blora``: one file for each sub-command.
+"""The command ``pyro-blora``, with one module for each sub-command.
 
-What imports torch is imported by a command at work, so that help and a slip of the pen are answered
-at once.
+A command imports torch only once it runs, so that help and a mistyped option are answered at once.
 """
 
 import logging
@@ -11,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pyro_blora import errors
-from pyro_blora._version import __version__
+from pyro_blora import __version__, errors
 from pyro_blora.cli import compare, distill, evaluate, generate, train
 
 _MISTAKES = (errors.BatchError, errors.CheckpointError, errors.ConfigurationError, errors.DataError)
@@ -54,13 +52,13 @@ def _hide(logger: str, text: str) -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
-    # Nothing a user can act on: linear_operator still decorates with torch.jit.script, and torchao,
-    # where it is installed, tells of its kernels for other machines and registers enums twice.
+    # Users cannot act on these: linear_operator still decorates with torch.jit.script, and an
+    # installed torchao reports kernels for other machines and registers enums twice.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-    if "" not in sys.path:  # the current folder, for classes of a user's own; last, to hide nothing
-        sys.path.append("")
     _hide("torchao", "Failed to load ")
     _hide("torch.utils._pytree", " Enum subclass")
+    if "" not in sys.path:  # for classes in the current folder; last, so that it hides no package
+        sys.path.append("")
     try:
         app()
     except (*_MISTAKES, errors.NonFiniteLossError, OSError) as error:

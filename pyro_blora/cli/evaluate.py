@@ -1,4 +1,4 @@
-"""``pyro-blora evaluate``: a saved adapter on a test set."""
+"""``pyro-blora evaluate``: measure a saved adapter on a test set."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from pyro_blora.cli import _arguments as o
 from pyro_blora.data import load_task
 
 if TYPE_CHECKING:
-    from pyro_blora.data import Item, Task
+    from pyro_blora.data import Item
     from pyro_blora.posterior.prediction import Prediction
 
 
@@ -30,99 +30,91 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for metrics.json, items.csv and pictures: reliability, risk and coverage, "
+            help="Folder for metrics.json, items.csv and plots: reliability, risk and coverage, "
             "and with --ood the uncertainties of both tasks."
         ),
     ] = None,
     ood: Annotated[
         str | None,
-        typer.Option(help="A task that the adapter was not trained on: is its uncertainty higher?"),
+        typer.Option(help="A task out of distribution, on which uncertainty should be higher."),
     ] = None,
 ) -> None:
     """Measure the accuracy, calibration and uncertainty of a saved adapter.
 
     The mutual information is the part of the uncertainty that comes from the posterior of the
-    weights: how much the draws disagree, which they may do most where labels are mere noise.
+    weights: how much the draws disagree. It may be highest where the labels are mere noise.
 
     Example: pyro-blora evaluate --adapter out/arc_easy --task arc_easy --data-dir data
     --ood openbookqa --out out/arc_easy/test
     """
+    import torch
+
     from pyro_blora.checkpoints import read_config
+    from pyro_blora.data.items import item_length
     from pyro_blora.evaluation import metrics as m
     from pyro_blora.evaluation import plots
     from pyro_blora.files import check_free, write_file
     from pyro_blora.network.precision import choose_precision
 
     console = Console(highlight=False)
-    saved = read_config(adapter)
-    task = o.named(task, saved.get("notes", {}).get("task"), "--task")
+    task = o.named(task, read_config(adapter)["notes"].get("task"), "--task")
     data = load_task(task, data_dir=data_dir, max_test=max_test)
-    foreign = _foreign(ood, data, data_dir, max_test)
+    foreign = load_task(ood, data_dir=data_dir, max_test=max_test).test if ood else ()
+    if data.template.scoring == "labels":  # score them by the label words of the task
+        foreign = tuple(replace(i, choices=data.test[0].choices, label=0) for i in foreign)
     if out is not None:
-        more = ("ood.csv", "ood.png") if foreign else ()
+        more = ("ood.csv", "ood.png") if ood else ()
         check_free(out, "metrics.json", "items.csv", "reliability.png", "risk_coverage.png", *more)
-    base = o.named(model, saved.get("base_model"), "--model")
-    given: dict[str, Any] = {"num_samples": num_samples, "precision": choose_precision(precision)}
-    predict = o.predictor(adapter, base, data, seed=seed, **given)
+    precision = choose_precision(precision)
+    blora, tokenizer = o.load_adapter(adapter, model, data)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"collate": data.collator(tokenizer), "num_samples": num_samples}
+    options |= {"length": item_length, "precision": precision}
     with o.phase("predict"):
-        prediction, labels = predict(data.test)
-        outside = predict(foreign)[0] if foreign else None
+        prediction, labels = blora.predict_dataset(data.test, **options)
+        outside = blora.predict_dataset(foreign, **options)[0] if foreign else None
     scores = m.evaluate(prediction.probs, labels)
     chance = m.ece_by_chance(prediction.probs)
-    console.print(f"{task}, {scores.n} test items: {scores}")
+    entropy = float(prediction.entropy.mean())
+    information = float(prediction.mutual_information.mean())
     console.print(
-        "(the ECE expected of a perfectly calibrated adapter with these confidences, by chance: "
-        f"{100 * chance:.1f})"
+        f"{task}, {scores.n} test items: {scores}\n"
+        "(expected ECE of a perfectly calibrated adapter with these confidences, by chance: "
+        f"{100 * chance:.1f})\n"
+        f"entropy {entropy:.3f} nats, of which {information:.4f} from the posterior"
     )
-    own = {name: getattr(prediction, name) for name in ("entropy", "mutual_information")}
-    means = {name: float(values.mean()) for name, values in own.items()}
-    console.print(
-        f"entropy {means['entropy']:.3f} nats, of which {means['mutual_information']:.4f} from the "
-        "posterior"
-    )
+    document = {"task": task, "num_samples": num_samples, "precision": precision, **asdict(scores)}
+    document |= {"ece_by_chance": chance, "entropy": entropy, "mutual_information": information}
     doubt, wrong = m.doubts(prediction), prediction.predictions != labels
-    document = {"task": task, **given, **asdict(scores), "ece_by_chance": chance, **means}
     document["aurc"] = {name: m.risk_coverage(d, wrong)[2] for name, d in doubt.items()}
     if outside is not None:
         found = {name: m.auroc(doubt[name], d) for name, d in m.doubts(outside).items()}
         document["ood"] = {"task": ood, "n": len(outside), "auroc": found}
-        told = ", ".join(f"{100 * v:.1f} % by {n.replace('_', ' ')}" for n, v in found.items())
-        console.print(f"{ood}, {len(outside)} items, told apart (AUROC): {told}")
+        shown = ", ".join(f"{100 * v:.1f} % by {n.replace('_', ' ')}" for n, v in found.items())
+        console.print(f"{ood}, {len(outside)} items, AUROC: {shown}")
     if out is None:
         return
     write_file(out / "metrics.json", json.dumps(document, indent=2) + "\n")
     write_file(out / "items.csv", lambda path: _write_csv(path, data.test, prediction))
-    pictures = {
+    figures = {
         "reliability": plots.reliability_diagram({task: (prediction.probs, labels)}),
         "risk_coverage": plots.risk_coverage_diagram(prediction, labels),
     }
     if outside is not None:
         write_file(out / "ood.csv", lambda path: _write_csv(path, foreign, outside))
-        pictures["ood"] = plots.ood_diagram(prediction, outside, (task, str(ood)))
-    for name, figure in pictures.items():
+        figures["ood"] = plots.ood_diagram(prediction, outside, (task, str(ood)))
+    for name, figure in figures.items():
         plots.save_figure(figure, out / f"{name}.png")
-    console.print(f"Written to {out}: metrics.json, items.csv, {', '.join(pictures)} (.png)")
-
-
-def _foreign(
-    name: str | None, task: "Task", data_dir: Path | None, most: int | None
-) -> "tuple[Item, ...]":
-    """The test items of another task, as this one asks: label words are its own."""
-    if name is None:
-        return ()
-    items = load_task(name, data_dir=data_dir, max_test=most).test
-    if task.template.scoring == "labels":
-        return tuple(replace(i, choices=task.test[0].choices, label=0) for i in items)
-    return items
+    console.print(f"Written to {out}: metrics.json, items.csv, {', '.join(figures)} (.png)")
 
 
 def _write_csv(path: Path, items: "Sequence[Item]", prediction: "Prediction") -> None:
-    """A line for each item; a choice that an item does not have is empty."""
+    """One row per item; the probabilities of absent choices are left empty."""
     names = ("predictions", "confidence", "entropy", "mutual_information")
     columns = [getattr(prediction, name).tolist() for name in names]
     choices = range(prediction.probs.shape[1])
     with path.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["id", "label", "prediction", *names[1:], *(f"p{k}" for k in choices)])
+        rows = csv.writer(file)
+        rows.writerow(["id", "label", "prediction", *names[1:], *(f"p{k}" for k in choices)])
         for item, probs, *own in zip(items, prediction.probs.tolist(), *columns, strict=True):
-            lines.writerow([item.id, item.label, *own, *probs[: len(item.choices)]])
+            rows.writerow([item.id, item.label, *own, *probs[: len(item.choices)]])

@@ -13,29 +13,24 @@ AbstainBy = Literal["mutual_information", "entropy"]
 
 
 def run(
-    prompt: Annotated[list[str], typer.Argument(help="The prompts, one or several.")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     adapter: o.AdapterFolder,
     model: o.Base = None,
     num_samples: o.NumSamples = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 60,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Make each prompt a user's turn by the chat template.")
-    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.", min=1)] = 60,
     temperature: Annotated[
-        float,
-        typer.Option(help="Sampling temperature; 0: the likeliest token.", min=0),
+        float, typer.Option(help="Sampling temperature; 0 takes the most probable token.", min=0)
     ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this mass.", min=0, max=1)
-    ] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beams of a beam search.", min=1)] = 1,
-    by: Annotated[By, typer.Option(help="What to color by.")] = "mutual_information",
+    by: Annotated[By, typer.Option(help="The measure that colors the text.")] = (
+        "mutual_information"
+    ),
     abstain_above: Annotated[
         float | None,
-        typer.Option(help="Abstain if the score is above this, in nats a token.", min=0),
+        typer.Option(help="Abstain if the score is above this, in nats per token.", min=0),
     ] = None,
     abstain_by: Annotated[
-        AbstainBy, typer.Option(help="The score: its mean over the tokens of the text.")
+        AbstainBy, typer.Option(help="The score: the mean of this measure over the tokens.")
     ] = "mutual_information",
     seed: Annotated[int, typer.Option(help="Seed of the draws and of sampling.")] = 0,
     html: Annotated[
@@ -51,27 +46,16 @@ def run(
     """
     import torch
 
-    from pyro_blora.bayesian_lora import BayesianLoRA
-    from pyro_blora.checkpoints import read_config
     from pyro_blora.files import check_free, write_file
     from pyro_blora.generation.show import answers, colored, legend, page
-    from pyro_blora.network.pretrained import load_pretrained
 
-    base = o.named(model, read_config(adapter).get("base_model"), "--model")
     if html is not None:
         check_free(html.parent, html.name)
-    with o.phase("load"):
-        net, tokenizer = load_pretrained(base)
-    blora = BayesianLoRA.from_pretrained(net, adapter)
+    blora, tokenizer = o.load_adapter(adapter, model)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = prompt
-    if chat:
-        turns = [[{"role": "user", "content": text}] for text in prompt]
-        whole = {"tokenize": False, "add_generation_prompt": True}
-        texts = tokenizer.apply_chat_template(turns, **whole)
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    inputs = tokenizer(prompt, return_tensors="pt", padding=True)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0}
     torch.manual_seed(seed)
     with o.phase("generate"):
         generation = blora.generate(
@@ -91,16 +75,10 @@ def run(
     for answer in found:
         console.print(f"\n{answer.prompt}", style="dim", markup=False)
         console.print(colored(answer, by))
-        if answer.abstained:
-            console.print(answer.notice, style="bold")
-        console.print(
-            f"{answer.length} tokens, mean log-probability {answer.mean_log_prob:.3f}, "
-            f"mean entropy {answer.mean_entropy:.3f}, epistemic score {answer.epistemic:.4f} "
-            "nats a token"
-        )
+        console.print(answer.figures, style="bold" if answer.abstained else "")
     if html is not None:
-        how = f"temperature {temperature:g}" if temperature else "the likeliest tokens"
+        how = f"temperature {temperature:g}" if temperature else "the most probable tokens"
         draws = f"the average of {num_samples} draws" if num_samples else "the posterior mean"
-        about = f"{base}, {adapter}: {draws}, {how}, seed {seed}"
+        about = f"{adapter}: {draws}, {how}, seed {seed}"
         write_file(html, page(found, subtitle=about, by=by))
         console.print(f"\nWritten: {html}")

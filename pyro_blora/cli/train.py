@@ -22,8 +22,8 @@ def run(
     max_steps: Annotated[
         int,
         typer.Option(
-            help="Optimizer steps; 0 for laplace-lora, tfb and other post-hoc guides around the "
-            "LoRA of --from-peft.",
+            help="Optimizer steps; 0 for a post-hoc guide, such as that of laplace-lora or tfb, "
+            "around the LoRA of --from-peft.",
             min=0,
         ),
     ] = 300,
@@ -34,49 +34,44 @@ def run(
     target_modules: o.Targets = "q_proj,v_proj",
     top: Annotated[
         int | None,
-        typer.Option(help="Adapt only this many top blocks, and no head; default: all.", min=1),
+        typer.Option(help="Adapt only this many top blocks, and no head. Default: all.", min=1),
     ] = None,
     from_peft: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a LoRA that PEFT wrote: the posterior mean starts there, on its layers "
-            "and with its rank, or a larger --rank."
+            help="Folder of a LoRA that PEFT wrote. The posterior mean starts there, on the same "
+            "layers and with the LoRA's rank, or a larger --rank."
         ),
     ] = None,
     precision: o.Precision = "auto",
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between savings of the run's state, in OUT/training.", min=1)
-    ] = 50,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with a run that was stopped, from OUT/training."),
+        typer.Option("--resume", help="Continue a run that was stopped, from OUT/training."),
     ] = False,
     overwrite: o.Overwrite = False,
 ) -> None:
     """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
 
-    Writes safetensors and JSON; the base model is not copied. Read it back with
-    `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(OUT). OUT also
-    has a model card with the data's size, ELBO and validation.
+    Writes safetensors, JSON and a model card; the base model is not copied. Read the adapter back
+    with `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(OUT).
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
-    Adapters in the upper blocks alone train and predict in a fraction of the
-    time: add --top 10.
+    Adapters in the upper blocks alone train and predict in a fraction of the time: add --top 10.
 
-    If the run is stopped or killed, the same command with --resume goes on.
+    If the run is stopped or killed, the same command with --resume continues it.
 
-    A trained PEFT LoRA gets a posterior, without steps, by
+    A trained PEFT LoRA gets a posterior without any steps by
     --from-peft DIR --method laplace-lora --max-steps 0.
     """
     if from_peft is not None and top is not None:
         raise ConfigurationError("--top is not for --from-peft, which has its own layers.")
     if resume and overwrite:
         raise ConfigurationError(
-            "--resume goes on, --overwrite begins anew: leave one of them out."
+            "--resume continues a run and --overwrite starts anew: leave one of them out."
         )
     check_method(method)
     data = load_task(
@@ -96,38 +91,45 @@ def run(
     run_dir, made, console = out / "training", get_method(method), Console(highlight=False)
     state = run_dir / STATE
     if not (overwrite or resume):
-        what = "a run that was stopped; add --resume to go on" if state.exists() else ""
-        what = "an adapter already; name another folder" if (out / WEIGHTS).exists() else what
-        if what:
-            raise ConfigurationError(f"--out {out} has {what}, or add --overwrite.")
+        for file, found in (
+            (out / WEIGHTS, "an adapter already; name another folder"),
+            (state, "a run that was stopped; add --resume to go on"),
+        ):
+            if file.exists():
+                raise ConfigurationError(f"--out {out} has {found}, or add --overwrite.")
     check_free(out, WEIGHTS, CONFIG)
     check_free(run_dir, *([] if resume else [STATE]))
     if peft:
         check_free(out / "peft", PEFT_WEIGHTS, PEFT_CONFIG)
-    lora = None if from_peft is None else read_peft(from_peft)
-    if lora is not None:
-        model, rank = model or lora.base, rank or lora.rank
+    if from_peft is not None:
+        model = model or read_peft(from_peft).base
     with o.phase("load"):
         net, tokenizer = load_pretrained(model or "smollm2")
     collate = data.collator(tokenizer)
     torch.manual_seed(seed)
-    parts: dict[str, Any] = {
-        "method": made,
-        "prior": made.prior_of(rank),
-        "guide": made.guide_of(),
-        # a LoRA that was trained on these items would teach a scale what it has memorized
-        "likelihood": data.likelihood(collate, "fixed" if lora else made.scale),
-    }
     if from_peft is None:
-        targets = o.listed(target_modules, "--target-modules")
         layers = None
         if top is not None:
             config: Any = net.config
             depth = config.get_text_config().num_hidden_layers
             layers = range(max(0, depth - top), depth)
-        blora = BayesianLoRA(net, target_modules=targets, layers_to_transform=layers, **parts)
+        blora = BayesianLoRA(
+            net,
+            target_modules=o.listed(target_modules, "--target-modules"),
+            layers_to_transform=layers,
+            method=made,
+            rank=rank,
+            likelihood=data.likelihood(collate, made.scale),
+        )
     else:
-        blora = BayesianLoRA.from_peft(net, from_peft, **parts)
+        blora = BayesianLoRA.from_peft(
+            net,
+            from_peft,
+            method=made,
+            prior=None if rank is None else made.prior_of(rank),
+            # fixed, because a LoRA that was trained on these items would bias a learned scale
+            likelihood=data.likelihood(collate, "fixed"),
+        )
     console.print(blora)
     if overwrite:
         remove_own(run_dir, [STATE])
@@ -142,11 +144,10 @@ def run(
                 blora,
                 data.train,
                 validation=data.validation or None,
-                validate_every=max_steps,  # at the end alone, by as many draws as a prediction has
+                validate_every=max_steps,  # once, at the end
                 num_steps=max_steps,
                 seed=seed,
                 checkpoint_dir=run_dir,
-                save_every=save_every,
                 resume=resume,
                 **reading,
             )
@@ -156,10 +157,9 @@ def run(
         console.print(result)
         for step, nll in result.validation:
             console.print(f"step {step}: NLL {nll:.3f} on {len(data.validation)} validation items")
-    about = {"task": task, "method": method, "seed": seed}
-    blora.save_pretrained(out, result=result, notes=about)
+    blora.save_pretrained(out, result=result, notes={"task": task, "method": method, "seed": seed})
     if peft:
         blora.export_peft(out / "peft")
-    elif overwrite:  # the adapter that it was of is gone
+    elif overwrite:  # an export of the replaced adapter would be stale
         remove_own(out / "peft", own_files(out / "peft"))
     console.print(f"Written: {out}")

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Only the collators import torch, which a command need not wait for to name a task."""
+    """Imports the collators on first use, because only they need torch."""
     if name in ("LabelTokensCollator", "MultipleChoiceCollator"):
         from pyro_blora.data import collators
 

@@ -1,4 +1,4 @@
-"""Batches of token ids, made from lists of items."""
+"""Collators, which make batches of token ids from lists of items."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from pyro_blora.errors import DataError
 
 
 class _Collator:
-    """From texts to token ids, and from rows of ids to padded tensors."""
+    """Turns texts into token ids, and rows of ids into padded tensors."""
 
     def __init__(
         self,
@@ -22,46 +22,44 @@ class _Collator:
         max_length: int = 512,
     ) -> None:
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
-        self._before = self._ids(":")  # what an answer goes on from
+        self._before = self._ids(":")  # stands for the text before an answer
 
     def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of a list of items, or of dictionaries with the same keys, without an id."""
+        """The batch of a list of items, or of dictionaries with their fields but the id."""
         return self._batch([item_of(row, {"id": f"row {k}"}) for k, row in enumerate(rows)])
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a text alone, or with the tokenizer's special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
-        """The ids of a text that goes on from another, which some tokenizers begin otherwise."""
+        """The ids of a text that continues another, which may differ from those at a start."""
         both, count = self._ids(":" + text), len(self._before)
         return both[count:] if both[:count] == self._before else self._ids(text)
 
     def _prompt(self, item: Item, answer: int = 0) -> list[int]:
-        """The ids of an item's prompt, cut to leave room for ``answer`` more.
+        """The ids of an item's prompt, cut on the left to leave room for ``answer`` more.
 
-        Special tokens before the text (BOS) are kept, those after it (EOS) make way for the answer.
+        Leading special tokens (BOS) are kept; trailing ones (EOS) are dropped, because the answer
+        follows.
         """
         text = self.template.format(item)
-        plain, full = self._ids(text), self._ids(text, special=True)
-        starts = range(len(full) - len(plain) + 1) if plain else ()
-        found = [k for k in starts if full[k : k + len(plain)] == plain]
-        if not found:
-            raise DataError(f"item {item.id!r}: the tokenizer makes no tokens of the prompt")
-        special = full[: found[0]]
-        room = self.max_length - len(special) - answer
+        encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+        plain = [token for token, added in zip(ids, special, strict=True) if not added]
+        start = ids[: special.index(0)]
+        room = self.max_length - len(start) - answer
         if room < 1:
             raise DataError(
-                f"item {item.id!r}: {len(special)} special tokens and an option of {answer} leave "
-                f"no room for the question at max_length={self.max_length}: raise max_length"
+                f"item {item.id!r}: {len(start)} special tokens and an option of {answer} leave no "
+                f"room for the question at max_length={self.max_length}: raise max_length"
             )
-        return special + plain[-room:]
+        return start + plain[-room:]
 
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, ``(rows, T)``, padded on the right by any token there is."""
+        """Ids and attention mask, ``(rows, T)``, padded on the right."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         value = next(token for token in known if isinstance(token, int))
         tensors = [torch.tensor(row) for row in rows]
@@ -70,14 +68,13 @@ class _Collator:
 
 
 class MultipleChoiceCollator(_Collator):
-    r"""Lay out every option of every item as a row of its own, question first.
+    r"""Makes a row of every option of every item: the prompt, then ``" " + choice``.
 
-    A row is the ids of the prompt followed by the ids of ``" " + choice``, padded on the right.
-    The prompt is tokenized once, so the options of an item share its ids exactly. Items with
-    fewer than K options are filled up with rows that hold the prompt alone.
+    The prompt is tokenized once, so the options of an item share its ids exactly. Rows are padded
+    on the right. An item with fewer than K options is filled up with rows of the prompt alone.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; one without a pad token is fine.
+        tokenizer: a Hugging Face tokenizer; it needs no pad token.
         template: the prompt. Default: ``"Question: {q}\nAnswer:"``.
         max_length: the longest row T. Longer rows lose the start of the question (leading special
             tokens are kept), by the same amount for all options of an item.
@@ -94,11 +91,9 @@ class MultipleChoiceCollator(_Collator):
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         num_options = max(len(item.choices) for item in items)
         rows: list[list[int]] = []
-        starts: list[int] = []  # where a row's option begins
+        starts: list[int] = []  # where the option of each row begins
         for item in items:
             options = [self._answer(" " + choice) for choice in item.choices]
-            if not all(options):
-                raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
             prompt = self._prompt(item, answer=max(map(len, options)))
             fillers: list[list[int]] = [[]] * (num_options - len(options))
             rows += [prompt + option for option in options + fillers]
@@ -116,12 +111,12 @@ class MultipleChoiceCollator(_Collator):
 
 
 class LabelTokensCollator(_Collator):
-    """Lay out every item as its prompt; the answer is read off at the last token.
+    """Makes a row of the prompt of every item; the answer is predicted at its last token.
 
-    Arguments are those of :class:`MultipleChoiceCollator`, for a template with
-    ``scoring="labels"``; ``token_ids`` has the token of each label word, in the order of the
-    classes. A batch is ``input_ids`` and ``attention_mask``, long, (B, T), padded on the right, and
-    ``labels``, long, (B,).
+    Takes the arguments of :class:`MultipleChoiceCollator`, with a template of ``scoring="labels"``.
+    ``token_ids`` has the token of each label word, in the order of the classes. A batch has
+    ``input_ids`` and ``attention_mask``, long, (B, T), padded on the right, and ``labels``, long,
+    (B,).
     """
 
     def __init__(
@@ -135,22 +130,20 @@ class LabelTokensCollator(_Collator):
                 f"the label words have the tokens {words}, expected exactly one of its own each: "
                 "choose other label words, or scoring='options'"
             )
-        self._choices: tuple[str, ...] | None = None  # of the first item; a class has one place
+        self._choices: tuple[str, ...] | None = None  # those of the first item, and so of all
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         words = tuple(word.strip().casefold() for word in self.template.label_words)
-        letters = all(len(word) == 1 for word in words)  # name places, whatever the choices are
+        letters = all(len(word) == 1 for word in words)  # such as A and B, for any choices
         for item in items:
-            told = tuple(choice.strip().casefold() for choice in item.choices)
-            places = [
-                words.index(choice) if choice in words else k for k, choice in enumerate(told)
-            ]
-            known = self._choices or told
-            if places != list(range(len(words))) or not (letters or told == known):
+            choices = tuple(choice.strip().casefold() for choice in item.choices)
+            classes = [words.index(c) if c in words else k for k, c in enumerate(choices)]
+            known = self._choices or choices
+            if classes != list(range(len(words))) or not (letters or choices == known):
                 raise DataError(
-                    f"item {item.id!r} has {len(told)} choices, {item.choices}, expected those of "
-                    f"all items, one for each of the label words {self.template.label_words!r} and "
-                    "in their order: reorder the choices and labels, or use another template"
+                    f"item {item.id!r} has {len(choices)} choices, {item.choices}, expected those "
+                    f"of all items, one for each of the label words {self.template.label_words!r} "
+                    "and in their order: reorder the choices and labels, or use another template"
                 )
             self._choices = known
         input_ids, attention_mask = self._pad([self._prompt(item) for item in items])

@@ -1,4 +1,4 @@
-"""Questions with candidate answers: one item, the prompt that is made of it, and files of many."""
+"""Questions with candidate answers: the item, its prompt, and files of items."""
 
 import json
 from dataclasses import dataclass, replace
@@ -13,10 +13,9 @@ FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0
 
 @dataclass(frozen=True)
 class Item:
-    """A question, its candidate answers and the index of the right one.
+    """A question, its candidate answers (two or more) and the index of the right one.
 
-    The question is plain text without a prompt, of 2 choices or more; ``id`` names the item in its
-    set.
+    The question is plain text without a prompt; ``id`` names the item in its data set.
     """
 
     id: str
@@ -25,33 +24,28 @@ class Item:
     label: int
 
     def __post_init__(self) -> None:
+        where = f" in {self!r:.300}"
         if not isinstance(self.choices, tuple) or len(self.choices) < 2:
-            raise DataError(
-                f"choices must be two answers or more, got {self.choices!r} in {self!r:.300}"
-            )
+            raise DataError(f"choices must be two answers or more, got {self.choices!r}{where}")
         for text in (self.id, self.question, *self.choices):
             if not isinstance(text, str) or not text.strip():
-                raise DataError(
-                    f"id, question and choices must be texts, got {text!r} in {self!r:.300}"
-                )
+                raise DataError(f"id, question and choices must be texts, got {text!r}{where}")
         last = len(self.choices) - 1
         if type(self.label) is not int or not 0 <= self.label <= last:
-            raise DataError(
-                f"label must be an integer from 0 to {last}, got {self.label!r} in {self!r:.300}"
-            )
+            raise DataError(f"label must be an integer from 0 to {last}, got {self.label!r}{where}")
 
 
 def item_length(item: Item) -> int:
-    """Characters of an item, by which batches of like lengths are made."""
+    """Number of characters of an item, by which batches group items of similar length."""
     return len(item.question) + sum(map(len, item.choices))
 
 
-def item_of(record: Any, usual: dict[str, Any]) -> Item:
-    """A record, a dictionary, as an item; the keys that it lacks are those of ``usual``."""
+def item_of(record: Any, defaults: dict[str, Any]) -> Item:
+    """The item of a dictionary, whose missing keys are taken from ``defaults``."""
     if isinstance(record, Item):
         return record
     try:
-        record = {**usual, **record}
+        record = {**defaults, **record}
         choices = record["choices"]
         choices = tuple(choices) if isinstance(choices, list) else choices
         return Item(record["id"], record["question"], choices, record["label"])
@@ -60,10 +54,10 @@ def item_of(record: Any, usual: dict[str, Any]) -> Item:
 
 
 def read_json_lines(path: str | PathLike[str]) -> list[Item]:
-    """Read the items of one split.
+    """Reads the items of one split.
 
-    A line of it is a JSON object with the fields of an :class:`Item`, and ``choices`` a list.
-    Further keys are ignored, as are blank lines.
+    Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list.
+    Other keys and blank lines are ignored.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,7 +67,7 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
         try:
             if line.strip():
                 items.append(item_of(json.loads(line), {}))
-        except ValueError as error:  # no JSON, not UTF-8, or no item
+        except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:
         raise DataError(f"{path} has no items: write one object a line, {FORMAT}")
@@ -82,11 +76,11 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
 
 def splits_in(folder: Path) -> list[str]:
     """The names of the splits (``SPLIT.jsonl``) in a task's folder."""
-    return [file.stem for file in folder.glob("*.jsonl") if file.is_file()]
+    return [file.stem for file in folder.glob("*.jsonl")]
 
 
 def _missing(path: Path) -> str:
-    """What is there instead of a file."""
+    """Says that a file is missing, and names the splits or tasks that exist instead."""
     folder, data_dir = path.parent, path.parent.parent
     if splits := splits_in(folder):
         return f"{path} is missing: no split {path.stem!r}; {near_miss(path.stem, splits)}"
@@ -95,24 +89,21 @@ def _missing(path: Path) -> str:
     return f"{path} is missing, and {data_dir} has no TASK/SPLIT.jsonl: name another folder"
 
 
-Scoring = Literal["options", "labels"]
-
-
 @dataclass(frozen=True)
 class Template:
-    r"""A prompt with a way of scoring.
+    r"""A prompt and a way of scoring the answers.
 
     With ``scoring="options"`` each choice is scored by its log-likelihood as the text
     ``" " + choice`` after the prompt. With ``scoring="labels"`` the answer is a softmax over the
     tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
 
-    In ``prompt`` ``{q}`` stands for the question; each of ``label_words`` has its leading space.
-    With ``twins`` items of the same choices are nearly one question, whose answers tell each other,
-    as in WinoGrande: no split comes between them.
+    In ``prompt``, ``{q}`` stands for the question. Each of ``label_words`` has its leading space.
+    With ``twins``, items of the same choices are nearly one question and give each other's answer
+    away, as in WinoGrande, so they are never split between training and validation.
     """
 
     prompt: str
-    scoring: Scoring
+    scoring: Literal["options", "labels"]
     label_words: tuple[str, ...] = ()
     twins: bool = False
 
@@ -120,10 +111,9 @@ class Template:
         if "{q}" not in self.prompt:
             raise DataError(f"the prompt {self.prompt!r} has no {{q}}: say where the question goes")
 
-    def format(self, item: Item | dict[str, Any]) -> str:
-        """The prompt of one item, or of a dictionary with its keys, without an answer."""
-        question = item.question if isinstance(item, Item) else item["question"]
-        return self.prompt.replace("{q}", question)
+    def format(self, item: Item) -> str:
+        """The prompt of one item, without an answer."""
+        return self.prompt.replace("{q}", item.question)
 
 
 QUESTION = Template("Question: {q}\nAnswer:", "options")
@@ -138,7 +128,7 @@ _TEMPLATES = {
         "labels",
         (" world", " sports", " business", " technology"),
     ),
-    # the question of the data ends with its own question mark; choices are ("false", "true")
+    # the questions end with a question mark, and the choices are ("false", "true")
     "boolq": Template("Question: {q}\nAnswer (yes or no):", "labels", (" no", " yes")),
     "winogrande_xs": _PAIRED,
     "winogrande_s": _PAIRED,
@@ -147,5 +137,5 @@ _TEMPLATES = {
 
 
 def template_for(task: str) -> Template:
-    """The template of a task: label words for ``sst2``, ``ag_news`` and ``boolq``, else options."""
+    """The template of a task, with label words for ``sst2``, ``ag_news`` and ``boolq``."""
     return _TEMPLATES.get(task, QUESTION)

@@ -1,4 +1,4 @@
-"""A data set ready for training: three splits and a template."""
+"""A task, which is a data set ready for training: three splits and a template."""
 
 import random
 from dataclasses import dataclass
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
     from pyro_blora.likelihoods import Likelihood
 
-_SPLITS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class Task:
-    """The items of a data set, split, and how they become prompts.
+    """The items of a data set by split, and the template that makes prompts of them.
 
-    ``train`` and ``validation`` are empty where a task has no training items.
+    ``train`` and ``validation`` are empty if the task has no training items.
 
     Example::
 
@@ -44,7 +42,7 @@ class Task:
     def collator(
         self, tokenizer: "PreTrainedTokenizerBase", max_length: int = 512
     ) -> "MultipleChoiceCollator | LabelTokensCollator":
-        """What turns a list of this task's items into a batch of rows of at most ``max_length``."""
+        """The collator of this task's items, whose rows have at most ``max_length`` tokens."""
         from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
 
         labels = self.template.scoring == "labels"
@@ -54,7 +52,7 @@ class Task:
     def likelihood(
         self, collate: Any, scale: Literal["learned", "fixed"] = "learned"
     ) -> "Likelihood":
-        """``LabelTokens`` or ``MultipleChoice``, as the template asks; ``collate`` a collator."""
+        """``LabelTokens`` or ``MultipleChoice``, by the template; ``collate`` is its collator."""
         from pyro_blora.likelihoods import LabelTokens, MultipleChoice
 
         count = len(self.train) or None
@@ -72,28 +70,25 @@ def load_task(
     max_test: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """Load the splits of a task.
+    """Loads the splits of a task.
 
-    The items come from ``data_dir/name/{train,validation,test}.jsonl``, or from the Hugging Face
-    hub if no ``data_dir`` is given. The name ``"facts"`` is always the embedded set.
-
-    The train items are shuffled by ``seed``, and the first ``max_train`` are taken. If there
-    is no validation split, the next ``max_validation`` train items become it. If the train items
-    are too few for both, or ``max_train`` is ``None``, the last fifth (at most
-    ``max_validation``) is held out for validation. Twins, such as the two sentences of a
-    WinoGrande pair, are held out together, for which a few more may be. Validation
-    and test splits keep their order, and test items serve no other purpose.
+    The training items are shuffled by ``seed``, and the first ``max_train`` are taken. If there is
+    no validation split, the next ``max_validation`` training items become it. If they are too few
+    for both, or ``max_train`` is ``None``, the last fifth (at most ``max_validation``) is held out.
+    Twins, such as the two sentences of a WinoGrande pair, are held out together, so there may be a
+    few more. Validation and test splits keep their order, and test items are used for nothing else.
 
     Args:
-        name: ``"facts"``, a folder in ``data_dir``, or one of :func:`~pyro_blora.data.hub_tasks`.
-        data_dir: a folder of JSON lines. Default: the hub.
-        max_train: the most training items. Default: all.
-        max_validation: the most validation items.
-        max_test: the most test items. Default: all.
-        seed: of the shuffle.
+        name: ``"facts"``, which is always the built-in data set, a folder in ``data_dir``, or one
+            of :func:`~pyro_blora.data.hub_tasks`.
+        data_dir: a folder with ``name/{train,validation,test}.jsonl``. Default: the hub.
+        max_train: maximum number of training items. Default: all.
+        max_validation: maximum number of validation items.
+        max_test: maximum number of test items. Default: all.
+        seed: seed of the shuffle.
 
     Raises:
-        DataError: the task has no such name or no test split, or a file is malformed.
+        DataError: there is no task of this name, it has no test split, or a file is malformed.
 
     Example::
 
@@ -117,21 +112,21 @@ def load_task(
 
 
 def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[Item]]:
-    """The items of each split that there is; of ``"test"`` always."""
+    """The items of each split that exists, and always of ``"test"``."""
     if name == "facts":
         data_dir = Path(__file__).parent
     if data_dir is None:
         return {split: read_hub(name, split) for split in hub_splits(name)}
     folder = Path(data_dir) / name
-    there = {"test", *splits_in(folder)}
-    return {s: read_json_lines(folder / f"{s}.jsonl") for s in _SPLITS if s in there}
+    names = [s for s in ("train", "validation", "test") if s in ("test", *splits_in(folder))]
+    return {split: read_json_lines(folder / f"{split}.jsonl") for split in names}
 
 
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int, twins: bool
 ) -> tuple[list[Item], list[Item]]:
-    """Train and validation items out of shuffled train items."""
-    if twins:  # each behind the first one of the same choices
+    """Splits shuffled training items into training and validation items."""
+    if twins:  # move each item behind the first one with the same choices
         places = {frozenset(item.choices): k for k, item in reversed(list(enumerate(items)))}
         items = sorted(items, key=lambda item: places[frozenset(item.choices)])
     if max_train is not None and max_train + max_validation <= len(items):

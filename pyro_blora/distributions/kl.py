@@ -1,7 +1,7 @@
 """Kullback-Leibler divergences in closed form, registered with torch.
 
-Without them :class:`pyro.infer.TraceMeanField_ELBO` falls back, silently, on a Monte Carlo
-estimate. The work is done at the batch shape that the laws' parameters were given.
+Without them :class:`pyro.infer.TraceMeanField_ELBO` silently falls back on a Monte Carlo estimate.
+They are computed at the batch shape of the parameters, before any expansion.
 """
 
 import math
@@ -12,19 +12,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.kl import register_kl
 
-from pyro_blora.distributions.matrix_normal import (
-    MatrixNormal,
-    half_log_det,
-    inverse,
-    mahalanobis,
-)
+from pyro_blora.distributions.matrix_normal import MatrixNormal, half_log_det, inverse, mahalanobis
 from pyro_blora.distributions.real_law import CoupledNormal, RealLaw, Reshaped
 
 
 def _to_normals(q: RealLaw, p: Any) -> Tensor:
-    """From a product of normals, which needs no more of ``q`` than its moments and entropy."""
+    """To a product of normals, for which the moments and the entropy of ``q`` are enough."""
     loc, scale = _normals(p)
-    given = q.as_given()
+    given = q.expand(q.given_shape)
     error = (given.variance + (given.mean - loc).square()) / scale.square()
     cross = scale.log() + 0.5 * (error + math.log(2 * math.pi))
     cross = cross.sum(tuple(range(-len(q.event_shape), 0))) if q.event_shape else cross
@@ -53,11 +48,11 @@ def _expanded(kl: Tensor, p: Distribution, q: Distribution) -> Tensor:
 
 
 def _normals(p: Any) -> tuple[Tensor, Tensor]:
-    """``loc`` and ``scale`` of a product of normals, without the dimensions a plate expanded."""
+    """``loc`` and ``scale`` of a product of normals, of length 1 where a plate expanded them."""
     normal = p.base_dist if isinstance(p, Independent) else p
     if not isinstance(normal, Normal):
-        # Pyro answers this with a Monte Carlo estimate, as for every pair without a closed form
-        raise NotImplementedError(f"No closed form is known of a KL with {p}.")
+        # Pyro then takes a Monte Carlo estimate
+        raise NotImplementedError(f"The KL with {p} has no closed form.")
     cut = len(p.batch_shape)
     return _collapse(normal.loc, cut), _collapse(normal.scale, cut)
 

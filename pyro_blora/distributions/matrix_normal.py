@@ -1,25 +1,24 @@
 """The matrix normal distribution; its Kullback-Leibler divergences are in ``kl.py``."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions.real_law import RealLaw
+from pyro_blora.distributions.real_law import RealNormal
 
 
-class MatrixNormal(RealLaw):
+class MatrixNormal(RealNormal):
     r"""Matrix normal distribution, parametrized by Cholesky factors.
 
     .. math::
         X = M + L_r E L_c^\top, \quad E_{ij} \sim N(0, 1), \qquad
         \mathrm{vec}(X) \sim N\bigl(\mathrm{vec}(M),\, L_r L_r^\top \otimes L_c L_c^\top\bigr)
 
-    with the row-major ``vec`` that :meth:`torch.Tensor.flatten` makes (Gupta, Nagar 1999). Every
-    method works with the triangular factors alone: no Cholesky factorization, no ``mn x mn`` matrix
-    but for :attr:`covariance_matrix`. :meth:`expand` neither copies nor repeats them.
+    with the row-major ``vec`` of :meth:`torch.Tensor.flatten` (Gupta, Nagar 1999). Every method
+    works with the triangular factors alone: there is no Cholesky factorization, and only
+    :attr:`covariance_matrix` makes an ``mn x mn`` matrix. :meth:`expand` does not copy the factors.
     """
 
     arg_constraints = {  # noqa: RUF012 (torch's own protocol)
@@ -35,17 +34,15 @@ class MatrixNormal(RealLaw):
         col_scale_tril: Tensor,
         validate_args: bool | None = None,
     ) -> None:
-        self._unbroadcasted_loc = loc
-        self._unbroadcasted_row = row_scale_tril
-        self._unbroadcasted_col = col_scale_tril
         given = loc, row_scale_tril, col_scale_tril
+        self._unbroadcasted_loc, self._unbroadcasted_row, self._unbroadcasted_col = given
         batch_shape = torch.broadcast_shapes(*(x.shape[:-2] for x in given))
         super().__init__(batch_shape, loc.shape[-2:], validate_args)
 
     @property
     def loc(self) -> Tensor:
         """The mean, a view of shape ``batch_shape + (m, n)``."""
-        return self._unbroadcasted_loc.expand(self.batch_shape + self.event_shape)
+        return self._unbroadcasted_loc.expand(self.shape())
 
     mean = loc
 
@@ -63,7 +60,7 @@ class MatrixNormal(RealLaw):
     def variance(self) -> Tensor:
         """The variance of each entry, of shape ``batch_shape + (m, n)``."""
         row, col = (x.square().sum(-1) for x in (self._unbroadcasted_row, self._unbroadcasted_col))
-        return (row.unsqueeze(-1) * col.unsqueeze(-2)).expand(self.batch_shape + self.event_shape)
+        return (row.unsqueeze(-1) * col.unsqueeze(-2)).expand(self.shape())
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -72,19 +69,10 @@ class MatrixNormal(RealLaw):
         size = self.event_shape.numel()
         return torch.einsum("...ij,...kl->...ikjl", row, col).reshape(*row.shape[:-2], size, size)
 
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draw with gradients, of shape ``sample_shape + batch_shape + (m, n)``."""
-        loc, shape = self._unbroadcasted_loc, self._extended_shape(torch.Size(sample_shape))
-        noise = torch.randn(shape, dtype=loc.dtype, device=loc.device)
-        error = multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
-        return self.made_of(noise, loc + error)
+    def _error(self, noise: Tensor) -> Tensor:
+        return multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The log density in nats, of the broadcast batch shape."""
-        if self._validate_args:
-            self._validate_sample(value)
-        if (own := self.of_own_draw(value)) is not None:
-            return own
+    def _log_density(self, value: Tensor) -> Tensor:
         log_prob = (
             -0.5 * mahalanobis(self, value - self._unbroadcasted_loc)
             - half_log_det(self)
@@ -99,12 +87,12 @@ class MatrixNormal(RealLaw):
 
 
 def multiply(row: Tensor, x: Tensor, col: Tensor) -> Tensor:
-    """``row x col^T``; matmul would repeat a factor along each batch dimension that it lacks."""
+    """``row x col^T`` by einsum, because matmul copies a factor along each missing dimension."""
     return torch.einsum("...ij,...kj->...ik", torch.einsum("...ij,...jk->...ik", row, x), col)
 
 
 def inverse(factor: Tensor) -> Tensor:
-    """The inverse of a lower triangle, at its own batch shape."""
+    """The inverse of a lower triangular factor, at its own batch shape."""
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, eye, upper=False)
 
@@ -117,6 +105,6 @@ def half_log_det(d: MatrixNormal) -> Tensor:
 
 
 def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
-    """``|L_r^-1 difference L_c^-T|^2``, batched as difference and factors are."""
+    """``|L_r^-1 difference L_c^-T|^2``, at the broadcast batch shape of its arguments."""
     row, col = inverse(d._unbroadcasted_row), inverse(d._unbroadcasted_col)
     return multiply(row, difference, col).square().sum((-2, -1))

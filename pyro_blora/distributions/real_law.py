@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pyro.distributions as dist
@@ -15,16 +15,15 @@ Self = TypeVar("Self", bound="RealLaw")
 
 
 class RealLaw(TorchDistribution):
-    """A law over real arrays whose parameters stay as they were given when it is expanded."""
+    """A law over real arrays, whose parameters keep their own shapes when it is expanded."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own protocol)
     has_rsample = True
-    _drawn: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, batch_shape: torch.Size, event_shape: torch.Size, validate_args: bool | None = False
     ) -> None:
-        self._given_shape = batch_shape
+        self.given_shape = batch_shape  # the batch shape before any expansion
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     @property
@@ -34,38 +33,49 @@ class RealLaw(TorchDistribution):
 
     def expand(self: Self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same law at ``batch_shape``; it shares the storage of the parameters."""
-        torch.empty(self.batch_shape, device="meta").expand(batch_shape)  # raises if it does not
         new = copy.copy(self)
         new._batch_shape = torch.Size(batch_shape)
         return new
 
-    def as_given(self: Self) -> Self:
-        """The law before it was expanded."""
-        new = copy.copy(self)
-        new._batch_shape = self._given_shape
-        return new
+    def _flat(self, x: Tensor) -> Tensor:
+        """``x`` with one event dimension in place of however many there are."""
+        return x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
 
-    def made_of(self, noise: Tensor, value: Tensor) -> Tensor:
-        """``value``, a draw of a normal law, which :meth:`of_own_draw` is to know."""
+
+class RealNormal(RealLaw):
+    """A normal law, drawn as its mean plus a linear function ``_error`` of standard normal noise.
+
+    :meth:`log_prob` depends on the identity of its argument: it scores the very tensor that was
+    drawn last by its noise ``e`` as ``(k - |e|^2) / 2 - H[q]``, because recovering the noise by a
+    triangular solve loses all precision for ill-conditioned factors. Any other value is scored by
+    ``_log_density``. So is a draw that is held fixed, because the gradient of the first formula is
+    that of a draw that moves with the parameters.
+    """
+
+    _error: Callable[[Tensor], Tensor]
+    _log_density: Callable[[Tensor], Tensor]
+    _drawn: tuple[Tensor, Tensor] | None = None
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
+        mean, shape = self.mean, self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=mean.dtype, device=mean.device)
+        value = mean + self._error(noise)
         self._drawn = noise, value
         return value
 
-    def of_own_draw(self, value: Tensor) -> Tensor | None:
-        """The log density of the last draw by its noise ``e``, ``(k - |e|^2) / 2 - H[q]``.
-
-        Recovering the noise by a triangular solve would lose all precision for ill-conditioned
-        factors. ``None`` of any other value, and of a draw held fixed, whose density has another
-        gradient.
-        """
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density in nats, of the broadcast batch shape."""
+        if self._validate_args:
+            self._validate_sample(value)
         noise, drawn = self._drawn or (value, None)
         if value is not drawn or (torch.is_grad_enabled() and value.grad_fn is None):
-            return None
-        batch = noise.shape[: noise.dim() - len(self.event_shape)]
-        squares = noise.square().reshape(*batch, -1).sum(-1)
+            return self._log_density(value)
+        squares = self._flat(noise.square()).sum(-1)
         return (self.event_shape.numel() - squares) / 2 - self.entropy()
 
 
-class CoupledNormal(RealLaw):
+class CoupledNormal(RealNormal):
     r"""``n`` arrays with a joint normal law, correlated through an ``n x n`` factor.
 
     .. math::
@@ -73,27 +83,20 @@ class CoupledNormal(RealLaw):
         X_{l} = M_{l} + S \odot \sum_{k \le l} L_{lk} E_k, \quad E \sim N(0, 1), \qquad
         \mathrm{Cov}[X_{li}, X_{kj}] = (L L^\top)_{lk}\, S_i^2\, \delta_{ij}.
 
-    The last batch dimension is that of the ``n`` arrays. By the chain rule the ``l``-th entry of
-    :meth:`log_prob` is :math:`\log q(X_l \mid X_{<l})`, and that of :meth:`entropy` is alike. So
-    *sums* over the dimension are those of the joint law, and it may stand under a plate that is
-    never subsampled. Dimensions that :meth:`expand` adds have independent copies.
+    The ``n`` arrays lie along the last batch dimension. By the chain rule the ``l``-th entries of
+    :meth:`log_prob` and :meth:`entropy` are the log density and the entropy of :math:`X_l` given
+    :math:`X_{<l}`. Their *sums* over the dimension belong to the joint law, so a plate over it must
+    never be subsampled. Dimensions that :meth:`expand` adds have independent copies.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, layer_scale_tril: Tensor) -> None:
         self.loc, self.scale, self.layer_scale_tril = loc, scale, layer_scale_tril
         super().__init__(loc.shape[:1], scale.shape)
 
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        error = self.scale * (self.layer_scale_tril @ self._flat(noise)).reshape(shape)
-        return self.made_of(noise, self.loc + error)
+    def _error(self, noise: Tensor) -> Tensor:
+        return self.scale * (self.layer_scale_tril @ self._flat(noise)).reshape(noise.shape)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """``log q(X_l | X_<l)`` in nats, of the broadcast batch shape."""
-        if (own := self.of_own_draw(value)) is not None:
-            return own
+    def _log_density(self, value: Tensor) -> Tensor:
         error = self._flat((value - self.loc) / self.scale)
         white = torch.linalg.solve_triangular(self.layer_scale_tril, error, upper=False)
         return -0.5 * (white.square() + math.log(2 * math.pi)).sum(-1) - self._log_scale()
@@ -104,9 +107,6 @@ class CoupledNormal(RealLaw):
         entropy = 0.5 * size * (1 + math.log(2 * math.pi)) + self._log_scale()
         return entropy.expand(self.batch_shape)
 
-    def _flat(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
-
     def _log_scale(self) -> Tensor:
         diagonal = self.layer_scale_tril.diagonal().log()
         return self.event_shape.numel() * diagonal + self.scale.log().sum()
@@ -114,18 +114,18 @@ class CoupledNormal(RealLaw):
     @property
     def mean(self) -> Tensor:
         """Of shape ``batch_shape + event_shape``."""
-        return self.loc.expand(self.batch_shape + self.event_shape)
+        return self.loc.expand(self.shape())
 
     @property
     def variance(self) -> Tensor:
         """Marginal variance of each entry, ``batch_shape + event_shape``."""
         layers = self.layer_scale_tril.square().sum(-1)
         layers = layers.reshape(layers.shape + (1,) * len(self.event_shape))
-        return (layers * self.scale.square()).expand(self.batch_shape + self.event_shape)
+        return (layers * self.scale.square()).expand(self.shape())
 
 
 class Reshaped(RealLaw):
-    """``base`` over vectors of ``k`` numbers, its event given the shape ``event_shape``.
+    """``base`` over vectors of ``k`` numbers, its event reshaped to ``event_shape``.
 
     Unlike ``TransformedDistribution(base, ReshapeTransform(...))`` it keeps the mean, the variance
     and the entropy of its base, so the KL from a product of normals has its closed form.
@@ -139,29 +139,26 @@ class Reshaped(RealLaw):
     def _base(self) -> TorchDistribution:
         return self.base_dist.expand(self.batch_shape)
 
-    def _shown(self, x: Tensor) -> Tensor:
+    def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[:-1] + self.event_shape)
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
-        return self._shown(self._base.rsample(torch.Size(sample_shape)))
+        return self._shaped(self._base.rsample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density in nats, of the broadcast batch shape."""
-        if (own := self.of_own_draw(value)) is not None:
-            return own
-        batch = value.shape[: value.dim() - len(self.event_shape)]
-        return self._base.log_prob(value.reshape(*batch, self.event_shape.numel()))
+        return self._base.log_prob(self._flat(value))
 
     @property
     def mean(self) -> Tensor:
         """Of shape ``batch_shape + event_shape``."""
-        return self._shown(self._base.mean)
+        return self._shaped(self._base.mean)
 
     @property
     def variance(self) -> Tensor:
         """Of each entry, ``batch_shape + event_shape``."""
-        return self._shown(self._base.variance)
+        return self._shaped(self._base.variance)
 
     def entropy(self) -> Tensor:
         """In nats, ``batch_shape``."""
@@ -169,16 +166,15 @@ class Reshaped(RealLaw):
 
 
 class Members(RealLaw):
-    """``K`` points, ``(K, *batch_shape, *event_shape)``, of which each draw takes the next.
+    """``K`` points, ``(K, *batch_shape, *event_shape)``, which successive draws take in turn.
 
-    Draws are stratified, not independent: any ``K`` in a row have every point once. All batch
-    elements (the layers of a group) take the same point, so a draw is one member of an ensemble
-    through and through. Drawing moves ``turn`` on in place, for all that share it.
+    Draws are stratified, not independent: any ``K`` in a row contain every point once. All batch
+    elements (the layers of a group) take the same point, so that a draw is one member of an
+    ensemble in every layer. Drawing advances ``turn`` in place for every law that shares it.
     """
 
-    def __init__(self, points: Tensor, event_dim: int, turn: Tensor | None = None) -> None:
-        self.points = points
-        self.turn = points.new_zeros((), dtype=torch.long) if turn is None else turn
+    def __init__(self, points: Tensor, event_dim: int, turn: Tensor) -> None:
+        self.points, self.turn = points, turn
         cut = points.dim() - event_dim
         super().__init__(points.shape[1:cut], points.shape[cut:])
 
@@ -187,19 +183,20 @@ class Members(RealLaw):
         shape = self._extended_shape(torch.Size(sample_shape))
         draws = shape[: len(shape) - self.points.dim() + 1].numel()
         index = (self.turn + torch.arange(draws, device=self.points.device)) % len(self.points)
-        # Were the members to go round whole times, each would see the same places of every batch.
+        # After a multiple of K draws the turn moves on by one more, because otherwise each member
+        # would see the same places of every batch.
         self.turn.add_(draws + (draws % len(self.points) == 0)).remainder_(len(self.points))
         return self.points[index].reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Zero, of the broadcast batch shape."""
-        batch = value.shape[: value.dim() - len(self.event_shape)]
+        batch = self._flat(value).shape[:-1]
         return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
 
     @property
     def mean(self) -> Tensor:
         """The mean of the points, ``batch_shape + event_shape``."""
-        return self.points.mean(0).expand(self.batch_shape + self.event_shape)
+        return self.points.mean(0).expand(self.shape())
 
 
 class NormalMixture(dist.MixtureSameFamily):
@@ -210,9 +207,8 @@ class NormalMixture(dist.MixtureSameFamily):
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
         each = self.component_distribution.rsample(torch.Size(sample_shape))
-        die = self.mixture_distribution.sample(torch.Size(sample_shape))
-        # not by one_hot, which looks at the die, and the host waits for it
-        each_one = torch.arange(self._num_component, device=die.device)
-        chosen = (die.unsqueeze(-1) == each_one).to(each.dtype)
-        chosen = chosen.reshape(chosen.shape + (1,) * self._event_ndims)
-        return (chosen * each).sum(-1 - self._event_ndims)
+        chosen = self.mixture_distribution.sample(torch.Size(sample_shape))
+        # not one_hot, which reads the largest class and so synchronizes the device
+        mask = chosen.unsqueeze(-1) == torch.arange(self._num_component, device=chosen.device)
+        mask = mask.to(each.dtype).reshape(mask.shape + (1,) * self._event_ndims)
+        return (mask * each).sum(-1 - self._event_ndims)

@@ -1,1 +1,1 @@
-"""What a method is worth: metrics, temperature, plots, plain LoRA, comparisons and their files."""
+"""Metrics, temperatures, plots and the lm-evaluation-harness."""

@@ -1,5 +1,6 @@
 """The tasks of EleutherAI's lm-evaluation-harness under the posterior predictive."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +17,14 @@ from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
+from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 try:
     from lm_eval.models.huggingface import HFLM
 except ImportError:
     HFLM = None
 
-# What a request asks for: the tokens read, and how many of the last ones with one more are scored
+# The input tokens of a request, and the number of scored tokens, which follow the last inputs
 _Row = tuple[tuple[int, ...], int]
 
 
@@ -33,14 +35,14 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
 
         \log p(y \mid x) = \log \frac1S \sum_s \prod_t p(y_t \mid x, y_{<t}, U_s)
 
-    The same ``S`` models score every request, so that the options of an item are compared under the
-    same draws. A continuation is greedy where each of its tokens is the most probable one under
+    The same ``S`` draws score every request, so that the options of an item are compared under the
+    same draws. A continuation is greedy if each of its tokens is the most probable one under
     :math:`p(y_t \mid x, y_{<t}) \propto \sum_s p(y_{<t} \mid x, U_s)\, p(y_t \mid x, y_{<t}, U_s)`.
     Windows of a long text (``loglikelihood_rolling``) are scored one by one and added up. Text
     (``generate_until``) is written by the posterior mean.
 
     ``num_samples`` and ``samples`` are as in :meth:`BayesianLoRA.predict
-    <pyro_blora.BayesianLoRA.predict>`, and ``options`` those of
+    <pyro_blora.BayesianLoRA.predict>`; ``options`` are those of
     ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, ....
     """
 
@@ -62,26 +64,25 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         output_head(blora.net)
         if getattr(blora.guide, "reads_context", False):
             raise ConfigurationError(
-                f"{blora.guide_family!r} has another posterior for every batch, and a task is "
-                "scored under the same draws throughout; take a guide that is not amortized."
+                f"{blora.guide_family!r} has another posterior for every batch, but all requests "
+                "of a task must be scored under the same draws; take a guide that is not amortized."
             )
         if samples is None and num_samples:
-            blora.check_draws()
+            blora.method.check_draws()
         super().__init__(
             blora.net, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options
         )
         self.blora = blora
+        parts = (blora.model, blora.guide)
         if samples is not None:
             num_samples, draw = draws_given(blora.model, samples)
         else:
-            warn_of_a_point(blora.model, blora.guide, num_samples)
-            draw = draws_in_pairs(blora.model, blora.guide)
-        self.draws = [draw(1) for _ in range(num_samples)]
-        if not num_samples:
-            self.draws = [sample_updates(blora.model, blora.guide, 0)]
+            warn_of_a_point(*parts, num_samples)
+            draw = draws_in_pairs(*parts)
+        self.draws = [draw(1) for _ in range(num_samples)] or [sample_updates(*parts, 0)]
 
     def generate_until(self, *arguments: Any, **options: Any) -> Any:
-        """As everywhere, by the network under the posterior mean."""
+        """Text by the network under the posterior mean; see ``HFLM``."""
         with self.blora.posterior():
             return super().generate_until(*arguments, **options)
 
@@ -95,7 +96,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         for index, (_, context, continuation) in enumerate(requests):
             read = (context + continuation)[-self.max_length - 1 : -1]
             rows[tuple(read), len(continuation)].append(index)
-        longest = sorted(rows, key=lambda row: -len(row[0]))  # first, so that memory fails at once
+        longest = sorted(rows, key=lambda row: -len(row[0]))  # first, so that memory fails early
         size = override_bs or self.batch_size
         answers: dict[int, tuple[float, bool]] = {}
         for start in tqdm(range(0, len(longest), size), desc="posterior", disable=disable_tqdm):
@@ -113,35 +114,32 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
     @one_at_a_time
     @torch.no_grad()
     def _joint(self, rows: Sequence[_Row]) -> Sequence[Tensor]:
-        """``log p(y_1 ... y_{t-1}, v | x)`` for every token ``v``, ``(n, V)`` of each row."""
-        texts = [torch.tensor(text, device=self.device) for text, _ in rows]
-        inputs = pad_sequence(texts, batch_first=True)
-        masks = [torch.ones_like(text) for text in texts]
-        counts = torch.tensor([count for _, count in rows], device=self.device)
-        lengths = torch.tensor([len(text) for text in texts], device=self.device)
-        steps = torch.arange(int(counts.max()), device=self.device)
-        real = steps < counts[:, None]
-        last = inputs.shape[1] - 1
-        positions = ((lengths - counts)[:, None] + steps).clamp(max=last)
-        following = (positions + 1).clamp(max=last)  # after a row's last one nothing is weighed
-        targets = inputs.gather(1, following)[real]
-        batch = {"input_ids": inputs, "attention_mask": pad_sequence(masks, batch_first=True)}
+        """``log p(y_1 ... y_{t-1}, v | x)`` for every token ``v``, ``(n, V)`` for each row."""
+        texts = [torch.tensor(text) for text, _ in rows]
+        counts = [count for _, count in rows]
+        spans = [torch.arange(len(t) - n, len(t)) for t, n in zip(texts, counts, strict=True)]
+        ones = [[torch.ones_like(part) for part in parts] for parts in (texts, spans)]
+        inputs, positions, attended, real = (
+            pad_sequence(parts, batch_first=True).to(self.device) for parts in (texts, spans, *ones)
+        )
+        batch = {"input_ids": inputs, "attention_mask": attended}
+        # the token after each position; after the last position of a row it is not used
+        following = inputs.gather(1, (positions + 1).clamp(max=inputs.shape[1] - 1))
+        index = following[real.bool()][:, None]
         low = self.mixed_precision_dtype
-        total = None
-        for updates in self.draws:
+
+        def scores(updates: dict[str, LowRankUpdate]) -> Tensor:
             with (
                 in_mode(self.blora.net, training=False),
                 torch.autocast(self.device.type, low, enabled=low is not None),
                 self.blora.model.applied(updates) as net,
             ):
                 logp = logits_at(
-                    net, batch, positions, real, narrow=self.blora.likelihood.shortcuts.on
+                    net, batch, positions, real.bool(), narrow=self.blora.likelihood.shortcuts.on
                 ).log_softmax(-1)
-            each = logp.gather(1, targets[:, None]).squeeze(1)
-            grid = logp.new_zeros(real.shape).masked_scatter(real, each)
-            before = (grid.cumsum(1) - grid)[real]
-            scores = before[:, None] + logp
-            total = scores if total is None else torch.logaddexp(total, scores)
-        assert total is not None
-        mean = total - torch.tensor(len(self.draws), device=self.device).log()
-        return mean.split(counts.tolist())
+            each = logp.gather(1, index).squeeze(1)
+            before = torch.cat([part.cumsum(0) - part for part in each.split(counts)])
+            return before[:, None] + logp
+
+        total = functools.reduce(torch.logaddexp, map(scores, self.draws))
+        return (total - total.new_tensor(len(self.draws)).log()).split(counts)

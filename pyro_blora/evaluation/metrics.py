@@ -1,10 +1,10 @@
-"""Accuracy, calibration and proper scores of class probabilities, and what to do about them."""
+"""Accuracy, calibration and proper scores of class probabilities, temperatures and rankings."""
 
 import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     binary_auroc,
     multiclass_accuracy,
@@ -37,7 +37,7 @@ CRITERIA = ("mutual_information", "entropy", "random")
 
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a classifier on ``n`` items: fractions, the NLL in nats; see :func:`evaluate`."""
+    """Scores of a classifier on ``n`` items, as :func:`evaluate` defines them; NLL in nats."""
 
     acc: float
     ece: float
@@ -53,7 +53,7 @@ class Metrics:
 
 
 def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
-    r"""Score class probabilities against labels.
+    r"""Scores class probabilities against labels.
 
     .. math::
         \mathrm{ACC} &= \tfrac1n \textstyle\sum_i [\hat y_i = y_i], \quad
@@ -62,11 +62,10 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         \mathrm{NLL} &= -\tfrac1n \textstyle\sum_i \log p_{i y_i}\\
         \mathrm{Brier} &= \tfrac1n \textstyle\sum_i \sum_k (p_{ik} - [k = y_i])^2
 
-    The ECE is of the most probable class, with bins ``[low, high)`` of equal width, of which the
-    last contains 1. A probability of 0 at a label counts as the smallest normal float32, so an
-    item's NLL is at most 87.3 nats.
-
-    ``probs`` is ``(n, K)``, with 0 for an absent choice, and ``labels`` ``(n,)``.
+    The ECE bins the confidence in the most probable class into ``[low, high)`` of equal width; the
+    last bin contains 1. A probability of 0 at a label counts as the smallest normal float32, so the
+    NLL of an item is at most 87.3 nats. ``probs`` is ``(n, K)``, with 0 for an absent choice, and
+    ``labels`` is ``(n,)``.
 
     Example::
 
@@ -75,32 +74,32 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
     """
     check_probabilities(probs, name="probs")
-    # torchmetrics takes anything above 1, if by rounding, for logits, and has a bin of its own for
-    # a confidence of exactly 1
+    # torchmetrics takes values above 1, even by rounding, for logits, and puts a confidence of
+    # exactly 1 into a bin of its own
     top = probs.float().clamp(0, 1 - torch.finfo(torch.float32).eps / 2)
     k = probs.shape[1]
     probs, labels = probs.double(), labels.long()
     log_probs = probs.clamp(min=torch.finfo(torch.float32).tiny).log()
-    one_hot = torch.nn.functional.one_hot(labels, k)
+    one_hot = nn.functional.one_hot(labels, k)
     return Metrics(
         acc=float(multiclass_accuracy(top, labels, num_classes=k, average="micro")),
         ece=float(multiclass_calibration_error(top, labels, num_classes=k, n_bins=num_bins)),
-        nll=float(torch.nn.functional.nll_loss(log_probs, labels)),
+        nll=float(nn.functional.nll_loss(log_probs, labels)),
         brier=float((probs - one_hot).square().sum(-1).mean()),
         n=len(labels),
     )
 
 
 def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
-    r"""The expected calibration error that a calibrated classifier shows on as many items.
+    r"""The ECE that a perfectly calibrated classifier shows on average, on as many items.
 
     .. math::
         \operatorname{E} \textstyle\sum_b \tfrac1n
         \bigl| \sum_{i \in b} (z_i - \max_k p_{ik}) \bigr|, \qquad
         z_i \sim \mathrm{Bernoulli}(\max_k p_{ik})
 
-    Read that of :func:`evaluate` beside this one. They are not to be subtracted, for luck and error
-    do not add up. The mean of 1,000 draws of labels, always the same ones.
+    Compare the ECE of :func:`evaluate` with this one, but do not subtract it, because chance and
+    miscalibration do not add up. It is the mean over 1,000 draws of labels with a fixed seed.
 
     Reference: R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
     arXiv:2012.08668.
@@ -117,14 +116,14 @@ def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
 
 
 def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
-    """The bin that the ECE of :func:`evaluate` has each confidence in, ``(n,)``, from 0 on."""
-    confidence = confidence.float()  # as evaluate has it and torchmetrics its edges
+    """The index of the bin in which :func:`evaluate` puts each confidence, ``(n,)``."""
+    confidence = confidence.float()  # like the edges of torchmetrics
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device=confidence.device)
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
 
 
 def doubts(prediction: Prediction) -> dict[str, Tensor]:
-    """What may tell that an answer is wrong, ``(n,)`` each, large where it should be."""
+    """Scores that should be large where an answer is wrong, ``(n,)`` each."""
     found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
         found["mutual_information"] = prediction.mutual_information
@@ -132,24 +131,23 @@ def doubts(prediction: Prediction) -> dict[str, Tensor]:
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
-    r"""How often a classifier is wrong that answers only where it doubts little.
+    r"""The error rate of a classifier that answers only the items of which it is surest.
 
     .. math::
         \mathrm{coverage}(t) = \tfrac1n \textstyle\sum_i [d_i \le t], \qquad
         \mathrm{risk}(t) = \frac{\sum_i [d_i \le t] [\hat y_i \ne y_i]}{\sum_i [d_i \le t]}
 
-    Coverage and risk at each threshold ``t`` that parts the items, ``(m,)`` each. The third is the
-    mean risk over all coverages, the area under the curve (AURC). Items of the largest ``doubt``
-    are left out first; ``wrong`` is boolean, ``(n,)`` each.
+    Returns the coverage and the risk at each distinct ``doubt`` as the threshold ``t``, ``(m,)``
+    each, and the mean risk over all coverages, the area under the curve (AURC). ``doubt`` and the
+    boolean ``wrong`` are ``(n,)``.
 
     Reference: Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
     arXiv:1705.08500.
     """
     values, order = doubt.double().sort()
-    errors = wrong[order].double().cumsum(0)
-    parts = torch.cat([values[1:] > values[:-1], torch.ones_like(values[:1], dtype=torch.bool)])
-    counts = torch.arange(1, len(values) + 1, device=values.device)[parts].double()
-    risk, coverage = errors[parts] / counts, counts / len(values)
+    counts = values.unique_consecutive(return_counts=True)[1].cumsum(0)
+    errors = wrong[order].double().cumsum(0)[counts - 1]
+    risk, coverage = errors / counts, counts.double() / len(values)
     width = coverage.diff(prepend=coverage.new_zeros(1))
     return coverage, risk, float((risk * width).sum())
 
@@ -157,25 +155,26 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """The probability that an item of the second set scores higher than one of the first.
 
-    The area under the receiver operating characteristic; a tie counts half. 0.5 is chance.
+    This is the area under the receiver operating characteristic. A tie counts half; 0.5 is chance.
     """
     truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     scores = torch.cat([inside, outside])
-    _, ranks = scores.unique(return_inverse=True)  # binary_auroc would squash what leaves [0, 1]
+    # binary_auroc takes values outside [0, 1] for logits
+    _, ranks = scores.unique(return_inverse=True)
     return float(binary_auroc(ranks.float() / max(1, int(ranks.max())), truth.to(scores.device)))
 
 
 @torch.no_grad()
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    r"""Find the temperature that minimizes the negative log-likelihood.
+    r"""Finds the temperature that minimizes the negative log-likelihood.
 
     .. math::
         \hat T = \arg\min_{T > 0} -\sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
 
     Divide logits by it, and fit it on data held out from both training and test. The objective is
-    convex in :math:`1/T`, so bisection finds the minimum. T is 1 if every T is as good. It is
-    bounded to [0.01, 100]. At 0.01 it warns, for then the items are too few. In ``logits``,
-    ``(n, K)``, ``-inf`` marks a choice that an item does not have.
+    convex in :math:`1/T`, so bisection finds the minimum in [0.01, 100]; it is 1 if every T is as
+    good. A temperature of 0.01 warns, because the items are then too few. ``logits`` is ``(n, K)``,
+    with ``-inf`` for an absent choice.
 
     Reference: C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
 
@@ -185,43 +184,40 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
         1.8205
     """
-    return _told_of_a_bound(_temperature(logits, labels))
+    temperature = _temperature(logits, labels)
+    if temperature < 0.0101:
+        warnings.warn(
+            f"The temperature must be above 0.01, got {temperature:.3g} (a scale of 100): the "
+            "scores are right on all items, or far too small; fit it on more of them.",
+            stacklevel=3,
+        )
+    return temperature
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
     return best_temperature(logits.double() - logits.double().gather(1, labels.long()[:, None]))
 
 
-def _told_of_a_bound(temperature: float) -> float:
-    if temperature < 0.0101:
-        warnings.warn(
-            f"The temperature must be above 0.01, got {temperature:.3g} (a scale of 100): the "
-            "scores are right in all items, or far too small; fit it on more of them.",
-            stacklevel=4,
-        )
-    return temperature
-
-
 @torch.no_grad()
 def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[float, float]:
-    r"""Find the scale and the length exponent of options' scores that minimize the NLL.
+    r"""Finds the scale and the length exponent of options' scores that minimize the NLL.
 
     .. math::
         \hat c, \hat b = \arg\min_{c > 0,\, |b| \le 2}
         -\sum_i \log \mathrm{softmax}\bigl(c\, (n_i / \bar n_i)^b\, s_i\bigr)_{y_i}
 
-    A mean log-probability is not on the scale of log-odds, and may favor short or long options. A
-    temperature mends the scale only. With ``b = 1`` lengths weigh as in sums. Fit both on a hundred
-    held-out items or more; it warns if ``c`` is 100.
+    A mean log-probability is not on the scale of log-odds, and may favor short or long options; a
+    temperature corrects the scale alone. ``b = 1`` gives sums of log-probabilities. Fit both on a
+    hundred held-out items or more; a ``c`` of 100 warns.
 
     Args:
-        scores: mean log-probabilities of the options, ``(N, K)``; of any causal network, with a
-            LoRA or without, ``MultipleChoice(scale="fixed").logits(net, batch)``.
+        scores: mean log-probabilities of the options, ``(N, K)``: for any causal network, with or
+            without a LoRA, ``MultipleChoice(scale="fixed").logits(net, batch)``.
         lengths: their numbers of tokens, ``batch["option_mask"].sum(-1)``; 0 for an absent option.
         labels: the right options, ``(N,)``.
 
     Returns:
-        ``c``, between 0.01 and 100, and ``b``, to 0.02, for
+        ``c``, between 0.01 and 100, and ``b``, in steps of 0.02, for
         :func:`~pyro_blora.likelihoods.scale_scores`.
 
     Example::
@@ -229,34 +225,23 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
         c, b = fit_score_scale(scores, lengths, labels)
         probs = scale_scores(new_scores, new_lengths, c, b).softmax(-1)
     """
-    best = (torch.inf, 1.0, 0.0)
-    for step in sorted(range(-100, 101), key=abs):  # 0 if every exponent is as good
-        exponent = 0.02 * step
-        logits = scale_scores(scores.double(), lengths, 1.0, exponent)
-        temperature = _temperature(logits, labels)
-        nll = float(torch.nn.functional.cross_entropy(logits / temperature, labels.long()))
-        if nll < best[0]:
-            best = (nll, temperature, exponent)
-    return 1 / _told_of_a_bound(best[1]), best[2]
+    scores, labels = scores.double(), labels.long()
+
+    def nll(exponent: float) -> float:
+        logits = scale_scores(scores, lengths, 1.0, exponent)
+        return float(nn.functional.cross_entropy(logits / _temperature(logits, labels), labels))
+
+    exponents = [0.02 * step for step in sorted(range(-100, 101), key=abs)]  # 0 wins a tie
+    best = min(exponents, key=nll)
+    return 1 / fit_temperature(scale_scores(scores, lengths, 1.0, best), labels), best
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:
-    r"""The items of a pool, the one most worth a label first: the acquisition of active learning.
+    """Orders the items of a pool, the one most worth a label first, for active learning.
 
-    BALD asks for the label that tells most of the weights,
-
-    .. math::
-
-        \arg\max_i\, I[y_i; U] = H\Bigl[\tfrac1S \textstyle\sum_s p_{si}\Bigr]
-        - \tfrac1S \textstyle\sum_s H[p_{si}],
-
-    where entropy also asks for items that are ambiguous whatever the weights are.
-
-    ``by`` is one of ``CRITERIA``. The result is indices, ``(N,)``; of equal ones the earlier comes
-    first.
-
-    Reference: N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
-    Learning", arXiv:1112.5745.
+    ``by`` is one of ``CRITERIA``. The mutual information, known as BALD, asks for the labels that
+    say most about the weights; entropy also asks for items that are ambiguous whatever the weights
+    are. Returns indices, ``(N,)``; among equal items the earlier comes first.
     """
     if by == "random":
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
@@ -276,8 +261,8 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
 
         \exp H(p), \qquad p_i = s_i^2 / \textstyle\sum_j s_j^2,
 
-    with the singular values :math:`s` of :math:`\Delta W` and the entropy :math:`H` in nats: ``k``
-    for ``k`` equal singular values, and 0 for no update.
+    with the singular values :math:`s` of :math:`\Delta W` and the entropy :math:`H` in nats. It is
+    ``k`` for ``k`` equal singular values, and 0 for no update.
 
     Reference: O. Roy, M. Vetterli (2007), "The Effective Rank".
 
@@ -288,7 +273,7 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
         tensor([3.])
     """
     B = update.B if update.core is None else update.B @ update.core
-    # the singular values of B A are those of the product of the triangular factors of both
+    # B A has the singular values of the product of the triangular factors of B and A
     R_b, R_a = torch.linalg.qr(B).R, torch.linalg.qr(update.A.mT).R
     square = torch.linalg.svdvals(R_b @ R_a.mT).square()
     total = square.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Reliability, risk and coverage, in and out of distribution: without global state."""
+"""Plots of reliability, risk and coverage, and uncertainty out of distribution."""
 
 import io
 import os
@@ -24,7 +24,7 @@ _ACCURACY: dict[str, Any] = {"color": "#2f5f94"}
 _CONFIDENCE: dict[str, Any] = {"color": "#d9484a", "linewidth": 1.3, "linestyle": (0, (3, 2))}
 _OVER: dict[str, Any] = {"facecolor": "#fbdedd", "edgecolor": "#d9484a", "hatch": "/////"}
 _UNDER: dict[str, Any] = {"facecolor": "#d9efe1", "edgecolor": "#3a8f5c", "hatch": "/////"}
-_SETS: tuple[dict[str, Any], ...] = (  # known and foreign items
+_SETS: tuple[dict[str, Any], ...] = (  # in and out of distribution
     {"facecolor": "#a9c1dc99", "edgecolor": "#2f5f94", "linewidth": 1.4},
     {"facecolor": "#f3b3b299", "edgecolor": "#d9484a", "linewidth": 1.4},
 )
@@ -38,14 +38,13 @@ _DOUBTS: dict[str, tuple[str, Any]] = {
 def reliability_diagram(
     results: Mapping[str, tuple[Tensor, Tensor]], *, num_bins: int = 15
 ) -> Figure:
-    """Draw a reliability diagram of each method, next to one another.
+    """Draws the reliability diagrams of several methods side by side.
 
-    Above, the accuracy of each bin of confidence (bars), and the gap to the diagonal, on which a
-    calibrated method lies. Below, the share of the items in each bin, the mean confidence
-    (dashed) and the accuracy (solid). Their distance is the net over- or under-confidence.
+    Above are the accuracy in each bin of confidence (bars) and the gap to the diagonal, on which a
+    calibrated method lies. Below are the share of the items in each bin, the mean confidence
+    (dashed) and the accuracy (solid); their distance is the net over- or under-confidence.
     ``results`` is ``{method: (probs, labels)}``, of shapes ``(n, K)`` and ``(n,)``. The figure is
-    not registered with pyplot: show it as the last line of a notebook's cell, or write it with
-    :func:`save_figure`.
+    not registered with pyplot; a notebook shows it, and :func:`save_figure` writes it.
     """
     count = len(results)
     figure = _Shown(figsize=(0.7 + 2.5 * count, 4.4), dpi=150, layout="constrained")
@@ -59,9 +58,9 @@ def reliability_diagram(
         bottom.axvline(float(pair[0].amax(-1).mean()), **_CONFIDENCE)
         scores = f"ECE {100 * metrics.ece:.1f} %   ACC {100 * metrics.acc:.1f} %"
         top.set_title(f"{scores}\nNLL {metrics.nll:.3f}", fontsize=8, color=_INK)
-        above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
         bold = {"ha": "center", "fontsize": 10, "fontweight": "bold", "color": _INK}
-        top.annotate(name, (0.5, 1), xytext=(0, 30), **above, **bold)
+        top.annotate(name, (0.5, 1), xytext=(0, 30), **place, **bold)
     axes[0, 0].set_ylabel("Accuracy", fontsize=9, color=_INK)
     axes[1, 0].set_ylabel("Share", fontsize=9, color=_INK)
     handles = [
@@ -76,12 +75,12 @@ def reliability_diagram(
 
 
 def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
-    """Draw how often the answers are wrong when the most doubtful items go unanswered.
+    """Draws the share of wrong answers if the most doubtful items are left unanswered.
 
-    A line for each doubt: that of confidence, entropy and (of two draws or more) mutual
-    information; a good one falls fast to the left. Beside them what cannot be beaten, an oracle
-    that leaves the wrong answers out first, and what knows nothing. The legend gives the area under
-    each line (AURC), the mean risk over all coverages.
+    There is a line for each score of doubt: confidence, entropy and, for two draws or more, mutual
+    information; a good one falls fast to the left. Two more lines are an oracle, which leaves the
+    wrong answers out first, and a score that knows nothing. The legend gives the area under each
+    line (AURC), the mean risk over all coverages.
     """
     wrong = prediction.predictions.cpu() != labels.cpu()
     figure = _Shown(figsize=(5, 4.6), dpi=150, layout="constrained")
@@ -103,10 +102,11 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
 
 
 def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str]) -> Figure:
-    """Draw how uncertainty is spread over known items and over those of another distribution.
+    """Draws histograms of the uncertainty of items in and out of distribution.
 
-    A column for entropy and one for mutual information, in nats. Above each is the probability that
-    a foreign item has the higher one (AUROC; 50 % is chance). The legend calls the two ``names``.
+    The two panels are entropy and mutual information, in nats. Above each is the probability that
+    an item out of distribution has the higher one (AUROC; 50 % is chance). The legend calls the two
+    data sets by ``names``.
     """
     figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     columns = figure.subplots(1, 2)
@@ -116,7 +116,7 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
         low, high = (float(end) for end in torch.cat(sets).aminmax())
         high = max(high, low + 1e-6)
         edges = torch.linspace(low, high, 21, dtype=torch.float64).tolist()
-        for kind in ("stepfilled", "step"):  # the outlines over both faces
+        for kind in ("stepfilled", "step"):  # outlines on top of both faces
             for values, look in zip(sets, _SETS, strict=True):
                 weights = [1 / len(values)] * len(values)
                 ax.hist(values.tolist(), edges, weights=weights, histtype=kind, **look)
@@ -132,14 +132,12 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format of the suffix, to a file that is free or was written so."""
-    path = Path(path)
-    options: dict[str, Any] = {"dpi": 200, "format": path.suffix[1:], "bbox_inches": "tight"}
-    write_file(path, lambda file: figure.savefig(file, **options))
+    """Writes a figure in the format of the suffix; replaces only a file of this library."""
+    write_file(Path(path), lambda file: figure.savefig(file, dpi=200, bbox_inches="tight"))
 
 
 class _Shown(Figure):
-    """A figure that a notebook shows also where nothing has imported pyplot."""
+    """A figure that a notebook shows even if nothing has imported pyplot."""
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -148,7 +146,7 @@ class _Shown(Figure):
 
 
 def _draw_bins(top: Any, bottom: Any, probs: Tensor, labels: Tensor, num_bins: int) -> None:
-    """Accuracy, gap and share of each bin of confidence, as the ECE has them, that has an item."""
+    """Draws accuracy, gap and share in each bin of the ECE that has an item."""
     confidence, predicted = probs.float().cpu().max(-1)
     right = (predicted == labels.cpu()).float()
     index = confidence_bins(confidence, num_bins)
@@ -167,7 +165,7 @@ def _draw_bins(top: Any, bottom: Any, probs: Tensor, labels: Tensor, num_bins: i
 
 
 def _style(ax: Any, label: str = "", share: bool = False) -> None:
-    """The look of all axes; ``share``: what is along them goes from 0 to 1."""
+    """Sets the look of axes; with ``share``, the x axis is a share from 0 to 1."""
     if share:
         ax.set_xlim(0, 1)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])

@@ -1,4 +1,4 @@
-"""Text from the average of posterior draws, and what the draws do not agree on in it."""
+"""Text from the average of posterior draws, with the uncertainty of each token."""
 
 from pyro_blora.generation.generate import Generation, generate
 

@@ -1,8 +1,8 @@
 """Generation under the posterior: transformers' ``generate``, on the average of S sampled models.
 
-Two hooks make the network that average: what goes into a pass is repeated, so that each draw has
-rows (and a key-value cache) of its own, and the logits that come out are averaged to one row again.
-So greedy, sampling, beams, streamers, processors and stopping criteria are transformers' own.
+Two hooks turn the network into that average: one repeats the inputs of a pass, so that each draw
+has its own rows and key-value cache, and the other averages the logits of the draws. Decoding,
+streamers, processors and stopping criteria are therefore transformers' own.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation import stopping_criteria as stopping
 from transformers.utils import ModelOutput
 
 from pyro_blora.errors import ConfigurationError
@@ -28,46 +28,40 @@ from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
-_REFUSED = (  # the first five run the network other than once for each token
-    "assistant_model",
-    "prompt_lookup_num_tokens",
-    "custom_generate",
-    "guidance_scale",
-    "prefill_chunk_size",
-    "cache",
-    "past_key_values",
-)
+# Options that do not run the network exactly once per token, and caches without rows per draw
+_REFUSED = ["assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale"]
+_REFUSED += ["prefill_chunk_size", "cache", "past_key_values"]
 
 By = Literal["mutual_information", "entropy"]
 
-_GIVEN: Any = None  # the default that ModelOutput wants of every field but the first
+_GIVEN: Any = None  # ModelOutput requires a default for every field but the first
 
 
 @dataclass
 class Generation(ModelOutput):
-    r"""Sequences whose tokens come from the average of S sampled models, with its uncertainty.
+    r"""Sequences generated from the average of S sampled models, and their uncertainty.
 
-    Of the distributions :math:`p_s` of the next token under the draws, and their average
-    :math:`\bar p = \tfrac1S\sum_s p_s`, as they are before temperature, penalties and the like:
+    Let :math:`p_s` be the distribution of the next token under a draw, before temperature,
+    penalties and the like, and :math:`\bar p = \tfrac1S\sum_s p_s` the average. Then
 
     .. math::
         \texttt{entropy} = H[\bar p], \qquad
         \texttt{mutual\_information} = H[\bar p] - \tfrac1S\textstyle\sum_s H[p_s], \qquad
         \texttt{disagreement} = \tfrac1S\,\#\{s : \arg\max p_s \ne \arg\max \bar p\}
 
-    ``N`` is the number of prompts times ``num_return_sequences``, ``T`` that of the new tokens;
-    where a sequence has ended before, its entries are NaN.
+    ``N`` is the number of prompts times ``num_return_sequences``, and ``T`` the number of new
+    tokens. Entries after the end of a sequence are NaN.
 
     Attributes:
-        sequences: the prompts, if they were tokens, and what follows; ``(N, T_0 + T)``.
-        log_probs: :math:`\log\bar p` of each new token, in nats, ``(N, T)``.
+        sequences: the prompts, if they were tokens, and the new tokens, ``(N, T_0 + T)``.
+        log_probs: :math:`\log\bar p` of each new token in nats, ``(N, T)``.
         entropy: in nats, ``(N, T)``.
-        mutual_information: in nats, ``(N, T)``: what is due to the weights' posterior.
+        mutual_information: the part of the entropy due to the posterior, in nats, ``(N, T)``.
         disagreement: between 0 and 1, ``(N, T)``.
-        mean_log_prob: mean of ``log_probs`` over a sequence's tokens, in nats a token, ``(N,)``.
-        mean_entropy: mean of ``entropy`` over them, in nats a token, ``(N,)``.
-        epistemic: mean of ``mutual_information`` over them, in nats a token, ``(N,)``.
-        abstained: whether the score that ``by`` names is above the threshold, ``(N,)``.
+        mean_log_prob: mean of ``log_probs`` over the new tokens, in nats per token, ``(N,)``.
+        mean_entropy: mean of ``entropy`` likewise.
+        epistemic: mean of ``mutual_information`` likewise.
+        abstained: whether the score chosen by ``by`` is above the threshold, ``(N,)``.
 
     Reference:
         A. Malinin and M. Gales (2021), "Uncertainty Estimation in Autoregressive Structured
@@ -95,41 +89,41 @@ def generate(
     by: By = "mutual_information",
     **options: Any,
 ) -> Generation:
-    r"""Text whose next token comes from the average of ``S`` posterior draws.
+    r"""Generates text whose next token comes from the average of ``S`` posterior draws.
 
     .. math:: \bar p(y_t \mid y_{<t}) = \tfrac1S \textstyle\sum_s p(y_t \mid y_{<t}, U_s)
 
-    The draws are held fixed for the whole text. Temperature, ``top_p``, penalties and the like act
-    on the average, given as logits at the mean level of the draws' own
-    (:math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}`). If all draws are alike, these
-    are the network's own logits. Dropout is off. A prior's conditional noise is drawn anew in each
-    pass.
+    The draws are the same for the whole text, dropout is off, and a prior's conditional noise is
+    drawn anew in each pass. Temperature, ``top_p``, penalties and the like act on the logits
+    :math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}` of the average; these are the
+    network's own logits if all draws are alike.
 
     Args:
         model: the model.
         guide: its guide.
-        input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of several lengths are
-            padded on the left and come with their ``attention_mask``.
-        num_samples: number of draws ``S``; 0 is the posterior mean. Default: 10.
-        abstain_above: threshold in nats a token; a sequence whose score is greater has
+        input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of different lengths
+            must be padded on the left and come with their ``attention_mask``.
+        num_samples: number of draws ``S``; 0 uses the posterior mean. Default: 10.
+        abstain_above: threshold in nats per token; a sequence with a greater score has
             ``abstained``. Default: no sequence abstains.
-        by: the score: ``"entropy"`` is ``mean_entropy``, ``"mutual_information"`` is
-            ``epistemic``. Entropy is high for every open text and needs no draws; mutual
+        by: the score, ``"entropy"`` (``mean_entropy``) or ``"mutual_information"``
+            (``epistemic``). Entropy is high for every open text and needs no draws; mutual
             information is high only if the draws differ. Default: ``"mutual_information"``.
-        options: those of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
+        options: options of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
             ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
     """
     model.check_on_network()
     net = _generator(model.net)
-    if input_ids is not None and not isinstance(input_ids, Tensor):
-        raise ConfigurationError(
-            f"input_ids must be a tensor of tokens, got a {type(input_ids).__name__}; write "
-            "generate(**tokenizer(text, return_tensors='pt'))."
-        )
-    _check(net, num_samples, abstain_above, by, options)
+    several_beams = (_setting(net, options, "num_beams") or 1) > 1
+    _check(num_samples, abstain_above, by)
+    for name in (*_REFUSED, *(["cache_implementation"] if several_beams else [])):
+        if _setting(net, options, name) not in (None, False):
+            raise ConfigurationError(
+                f"generate takes no {name}, because each token must be one pass under the draws of "
+                "this call; leave it out."
+            )
     warn_of_a_point(model, guide, num_samples)
     device = model.groups[0].device
-    input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
     if input_ids is not None:
         options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
@@ -141,44 +135,44 @@ def generate(
         updates = sample_updates(model, guide, 0, prompt)
     distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
     temperature = float(model.temperature) if distilled else 1.0
-    average, ends = _Average(max(1, num_samples), temperature), _Ends()
-    options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
-    if _setting(net, options, "num_beams", 1) > 1 and _setting(net, options, "use_cache", True):
+    average, ends = _Average(max(1, num_samples), temperature), _Ends(net, options)
+    options["stopping_criteria"] = [ends]
+    if several_beams and _setting(net, options, "use_cache") is not False:
         known = inspect.signature(type(net).forward).parameters
-        name = "cache" if "cache" in known else "past_key_values"  # of older transformers
+        name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
         options[name] = _CacheOfDraws(average.draws, net.config)
     with ExitStack() as stack:
         stack.enter_context(in_mode(model.net, training=False))
         stack.enter_context(model.applied(updates))
-        if not runs_eagerly(model.net.modules()):  # a graph made before has no hooks
+        if not runs_eagerly(model.net.modules()):  # an existing graph has no hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(net.register_forward_pre_hook(average.repeated, with_kwargs=True))
         stack.enter_context(net.register_forward_hook(average.averaged))
-        out = net.generate(**_telling_all(options))
-    rows = getattr(out, "beam_indices", None)  # of each token the row it was picked from, or -1
+        out = net.generate(**_with_logits(options))
+    rows = getattr(out, "beam_indices", None)  # the row of each token, -1 after the end
     if rows is None:
         ended = torch.stack(ends.steps[: len(out.logits)], -1).long()
         here = torch.arange(len(ended), device=ended.device).unsqueeze(-1)
-        rows = here.where(ended.cumsum(-1) == ended, -1)  # up to the first end, and that itself
+        rows = here.where(ended.cumsum(-1) == ended, -1)  # up to and including the first end
     return _measured(out, average.steps, rows, abstain_above, by)
 
 
 class _Average:
-    """Hooks that make a network the average of ``draws`` sampled ones, and note how they differ."""
+    """Hooks that turn a network into the average of ``draws`` models and record uncertainties."""
 
     def __init__(self, draws: int, temperature: float) -> None:
         self.draws, self.temperature = draws, temperature
-        self.steps: list[Tensor] = []  # entropy, mutual information and disagreement, (3, R)
+        self.steps: list[Tensor] = []  # entropy, mutual information, disagreement: (3, R)
 
     def repeated(
         self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """All rows of the first draw, then all of the second, as updates share them out."""
+        """Repeats all rows for the first draw, then for the second, as the updates expect them."""
         given = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
         rows = next(len(value) for value in given if value is not None)
 
         def repeated(value: Any) -> Any:
-            if isinstance(value, dict):  # masks of several kinds of attention
+            if isinstance(value, dict):  # masks by the kind of attention
                 return {kind: repeated(mask) for kind, mask in value.items()}
             if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != rows:
                 return value
@@ -199,22 +193,25 @@ class _Average:
         return output
 
 
-class _Ends(StoppingCriteria):
-    """The last of the criteria, which ends no row and notes which those before it have ended."""
+class _Ends(stopping.StoppingCriteria):
+    """The criteria that end single rows, and a record of which rows they ended."""
 
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []  # their answer after each pass, (R,)
+    def __init__(self, net: Any, options: Mapping[str, Any]) -> None:
+        self.steps: list[Tensor] = []  # one bool per row, (R,), for each pass
+        self.criteria = stopping.StoppingCriteriaList(options.get("stopping_criteria") or ())
+        if (eos := _setting(net, options, "eos_token_id")) is not None:
+            self.criteria.append(stopping.EosTokenCriteria(eos))
+        strings, tokenizer = _setting(net, options, "stop_strings"), options.get("tokenizer")
+        if strings and tokenizer is not None:
+            self.criteria.append(stopping.StopStringCriteria(tokenizer, strings))
 
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> "_Ends":
-        return self
-
-    def __ror__(self, ended: Tensor) -> Tensor:  # transformers: ended | criterion(...)
-        self.steps.append(ended)
-        return ended
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        self.steps.append(self.criteria(input_ids, scores, **options))
+        return self.steps[-1]
 
 
 class _CacheOfDraws(DynamicCache):
-    """A cache whose rows are the beams of the first draw, then of the second, and so on."""
+    """A cache with the rows of all beams for the first draw, then for the second, and so on."""
 
     def __init__(self, draws: int, config: Any) -> None:
         super().__init__(config=config.get_text_config(decoder=True))
@@ -226,25 +223,19 @@ class _CacheOfDraws(DynamicCache):
 
 
 def _generator(net: nn.Module) -> Any:
-    """The module that generates: ``net``, or what it wraps (PEFT, a compiled module)."""
-    from transformers import GenerationMixin  # whose import sets filters of warnings
+    """The module that generates: ``net``, or the module that it wraps (PEFT, torch.compile)."""
+    from transformers import GenerationMixin  # here, because its import sets warning filters
 
     for module in net.modules():
         if isinstance(module, GenerationMixin) and module.can_generate():
             return module
     raise ConfigurationError(
-        f"{type(net).__name__} is no causal language model, which generate needs; load it with "
+        f"generate needs a causal language model, got {type(net).__name__}; load it with "
         "AutoModelForCausalLM."
     )
 
 
-def _check(
-    net: Any,
-    num_samples: int,
-    abstain_above: float | None,
-    by: str,
-    options: Mapping[str, Any],
-) -> None:
+def _check(num_samples: int, abstain_above: float | None, by: str) -> None:
     if by not in get_args(By):
         known = " or ".join(map(repr, get_args(By)))
         raise ConfigurationError(f"by must be {known}, got {by!r}; entropy needs no draws.")
@@ -253,29 +244,23 @@ def _check(
             f"num_samples must be 2 or more, got {num_samples}: abstain_above={abstain_above} "
             "compares draws. Or pass by='entropy'."
         )
-    beams = _setting(net, options, "num_beams", 1) > 1  # whose draws have a cache of their own
-    for name in (*_REFUSED, *(["cache_implementation"] if beams else [])):
-        if _setting(net, options, name, None) not in (None, False):
-            raise ConfigurationError(
-                f"generate takes no {name}: each token is one pass of draws of this call's own. "
-                "Leave it out."
-            )
 
 
-def _setting(net: Any, options: Mapping[str, Any], name: str, default: Any) -> Any:
-    """An option's value as ``generate`` finds it, or ``default`` for none."""
+def _setting(net: Any, options: Mapping[str, Any], name: str) -> Any:
+    """The value of an option as transformers resolves it, or ``None`` if it is not set."""
+    if name in options:
+        return options[name]
     configs = (options.get("generation_config"), net.generation_config)
-    found = [getattr(config, name, None) for config in configs]
-    found = [options[name]] if name in options else found
-    return next((value for value in found if value is not None), default)
+    found = (getattr(config, name, None) for config in configs)
+    return next((value for value in found if value is not None), None)
 
 
-def _telling_all(options: dict[str, Any]) -> dict[str, Any]:
-    """So that what was averaged is returned with the tokens, and the row that each came from."""
+def _with_logits(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with which ``generate`` also returns the logits and the row of each token."""
     wanted = {"return_dict_in_generate": True, "output_logits": True}
     if options.get("generation_config") is None:
         return {**options, **wanted}
-    config = copy.deepcopy(options["generation_config"])  # transformers wants all in one place
+    config = copy.deepcopy(options["generation_config"])  # then other options are not allowed
     config.update(**wanted)
     return {**options, "generation_config": config}
 
@@ -283,7 +268,7 @@ def _telling_all(options: dict[str, Any]) -> dict[str, Any]:
 def _measured(
     out: Any, steps: list[Tensor], rows: Tensor, abstain_above: float | None, by: str
 ) -> Generation:
-    """The uncertainty of each new token, from what was noted in the row it was picked from."""
+    """Collects the recorded uncertainty of each new token from the row that it came from."""
     picked, rows = rows >= 0, rows.clamp_min(0)
     length = rows.shape[1]
     tokens = out.sequences[:, -length:]
@@ -294,7 +279,7 @@ def _measured(
     noted = torch.stack(steps)[torch.arange(length, device=rows.device), :, rows]  # N x T x 3
     values = torch.cat([torch.stack(log_probs, -1).unsqueeze(-1), noted], -1)
     values = values.masked_fill(~picked.unsqueeze(-1), math.nan)
-    means = values.nanmean(1).unbind(-1)[:3]  # of log-probability, entropy, mutual information
+    means = values.nanmean(1).unbind(-1)[:3]  # log-probability, entropy, mutual information
     score = means[1 if by == "entropy" else 2]
     abstained = score > (math.inf if abstain_above is None else abstain_above)
     return Generation(out.sequences, *values.unbind(-1), *means, abstained)

@@ -1,4 +1,4 @@
-"""Generated text colored by its uncertainty: in a terminal, or as a page for a browser."""
+"""Shows generated text colored by its uncertainty, in a terminal or as a page for a browser."""
 
 import math
 from bisect import bisect_right
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Template
 from rich.text import Text
 
 from pyro_blora.generation.generate import Generation
 
 __all__ = ["Answer", "answers", "colored", "legend", "page"]
 
-# Of one hue, from nothing to much, so that they are told apart by lightness alone
+# The levels have one hue and differ in lightness, so that they are told apart without color vision
 _LIGHT = ("transparent", "#fdf0cd", "#fbd58a", "#f4a95b", "#e5773f")
 _DARK = ("transparent", "#3d3215", "#654a12", "#8f4f14", "#b4461c")
 _IN_A_TERMINAL = (
     "",
     *(f"#1d1c1a on {color}" for color in _LIGHT[1:3]),
-    *(f"underline #1d1c1a on {color}" for color in _LIGHT[3:]),  # seen without colors, too
+    *(f"underline #1d1c1a on {color}" for color in _LIGHT[3:]),  # visible without colors, too
 )
-# Control characters, which a terminal would obey, are shown by their pictures.
+# Control characters, which a terminal would obey, are replaced by their pictures
 _PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
@@ -32,7 +32,7 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """What text may be colored by; levels 1 to 4 begin at ``steps``, the same for every text."""
+    """A measure that colors text; levels 1 to 4 begin at ``steps``, the same for every text."""
 
     label: str
     unit: str
@@ -40,24 +40,25 @@ class Measure:
     meaning: str
 
     def ranges(self) -> list[str]:
-        """The values of each level, in words."""
+        """The range of values of each level, in words."""
         inner = [f"{a:g} to {b:g}" for a, b in zip(self.steps, self.steps[1:], strict=False)]
         return [f"below {self.steps[0]:g}", *inner, f"{self.steps[-1]:g} and more"]
 
 
-_SETTLED = "what the draws do not agree on: more training data could settle it"
-_OPEN = "how open the next token is, for whatever reason"
-_OTHERS = "the share of draws that would have put another token first"
 MEASURES = {
-    "mutual_information": Measure("Mutual information", "nats", (0.01, 0.03, 0.1, 0.3), _SETTLED),
-    "entropy": Measure("Entropy", "nats", (0.5, 1.0, 2.0, 3.0), _OPEN),
-    "disagreement": Measure("Disagreement", "of the draws", (0.05, 0.2, 0.4, 0.6), _OTHERS),
+    "mutual_information": Measure(
+        "Mutual information", "nats", (0.01, 0.03, 0.1, 0.3), "how much the draws disagree"
+    ),
+    "entropy": Measure("Entropy", "nats", (0.5, 1.0, 2.0, 3.0), "how open the next token is"),
+    "disagreement": Measure(
+        "Disagreement", "share of the draws", (0.05, 0.2, 0.4, 0.6), "how many prefer another token"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token's text and numbers, or of several which make one character: the sum, the greatest."""
+    """A token's text and numbers; for several tokens of one character, their sum and maxima."""
 
     text: str
     log_prob: float
@@ -78,9 +79,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated sequence, ready to be shown; its scores are in nats a token."""
+    """One generated sequence; its prompt as text, and its scores in nats per token."""
 
-    prompt: str  # as text
+    prompt: str
     pieces: list[Piece]
     mean_log_prob: float
     mean_entropy: float
@@ -89,31 +90,32 @@ class Answer:
     length: int  # number of tokens
 
     @property
-    def notice(self) -> str:
-        """What is said of a sequence that abstained."""
-        scores = f"mean entropy {self.mean_entropy:.3g}, epistemic {self.epistemic:.3g}"
-        return f"Abstains: the score is above the threshold ({scores} nats a token)."
+    def figures(self) -> str:
+        """The length and the scores, and whether the sequence abstained, in one line."""
+        return (
+            f"{'Abstains: the score is above the threshold. ' if self.abstained else ''}"
+            f"{self.length} tokens, mean log-probability {self.mean_log_prob:.3f}, mean entropy "
+            f"{self.mean_entropy:.3f}, epistemic score {self.epistemic:.4f} nats per token"
+        )
 
 
 def answers(generation: Generation, tokenizer: Any, prompts: Sequence[str]) -> list[Answer]:
-    """The sequences of ``generation``, which has as many for each of ``prompts``, in order."""
+    """The sequences of a generation, of which each prompt has equally many, in order."""
     each = len(generation.sequences) // len(prompts)
+    scores = ("mean_log_prob", "mean_entropy", "epistemic", "abstained")
     return [
         Answer(
             prompt=prompts[index // each],
             pieces=pieces(tokenizer, generation, index),
-            mean_log_prob=float(generation.mean_log_prob[index]),
-            mean_entropy=float(generation.mean_entropy[index]),
-            epistemic=float(generation.epistemic[index]),
-            abstained=bool(generation.abstained[index]),
             length=int((~generation.log_probs[index].isnan()).sum()),
+            **{name: generation[name][index].item() for name in scores},
         )
         for index in range(len(generation.sequences))
     ]
 
 
 def pieces(tokenizer: Any, generation: Generation, index: int) -> list[Piece]:
-    """The new tokens of sequence ``index``, special ones included, control characters visible."""
+    """The new tokens of one sequence, including special ones, with control characters visible."""
 
     def text_of(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -123,15 +125,14 @@ def pieces(tokenizer: Any, generation: Generation, index: int) -> list[Piece]:
     numbers = [own for own in columns if not math.isnan(own[0])]
     ids = generation.sequences[index].tolist()
     start = len(ids) - generation.log_probs.shape[1]
-    last = start + len(numbers)
     found: list[Piece] = []
     waiting: list[tuple[float, ...]] = []
     before = text_of(ids[:start])
     for end, own in enumerate(numbers, start + 1):
         waiting.append(own)
         text = text_of(ids[:end])
-        if text.endswith("\ufffd") and end < last:
-            continue  # the bytes of a character are not all there yet
+        if text.endswith("\ufffd") and end < start + len(numbers):
+            continue  # the next token may complete the bytes of the character
         log_probs, *others = zip(*waiting, strict=True)
         shown = text[len(before) :].translate(_PICTURES)
         found.append(Piece(shown, sum(log_probs), *(max(values) for values in others)))
@@ -150,7 +151,7 @@ def colored(answer: Answer, by: str = "mutual_information") -> Text:
 
 
 def legend(by: str = "mutual_information") -> Text:
-    """What the colors of :func:`colored` mean."""
+    """The legend of the colors of :func:`colored`."""
     measure = MEASURES[by]
     text = Text(f"{measure.label}, {measure.unit}:")
     for level, values in enumerate(measure.ranges()):
@@ -168,11 +169,9 @@ def page(
 ) -> str:
     """A self-contained HTML page: text colored by its uncertainty, a legend, numbers on hover.
 
-    All text is escaped. ``by`` is which of ``MEASURES`` is chosen when it opens.
+    All text is escaped. ``by`` is the measure that is selected at first.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["exp"] = math.exp
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    shown = {"answers": answers, "title": title, "subtitle": subtitle, "by": by}
-    colors = {"light": _LIGHT, "dark": _DARK}
-    return environment.from_string(source).render(shown, measures=MEASURES, **colors)
+    shown: dict[str, Any] = {"answers": answers, "title": title, "subtitle": subtitle, "by": by}
+    shown |= {"measures": MEASURES, "light": _LIGHT, "dark": _DARK, "exp": math.exp}
+    return Template(source, autoescape=True).render(shown)

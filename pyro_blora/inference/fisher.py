@@ -1,15 +1,16 @@
 r"""Directions for a prior from the network's own gradients, before any training.
 
-A low-rank update can only act within its directions. Learned by maximum likelihood they are half a
-million numbers that no KL pays for; drawn at random they miss what matters. The gradients at the
-pretrained weights know: with :math:`G_i = \nabla_W \log p(y_i \mid x_i)` for labels that the
-network itself draws (so that no label of the data is seen), the top eigenvectors of
+A low-rank update can only act within its directions. If they are learned by maximum likelihood,
+they are half a million numbers without a KL; if they are drawn at random, they miss most of what
+changes a prediction. The gradients at the pretrained weights show what does: with :math:`G_i =
+\nabla_W \log p(y_i \mid x_i)`, for labels that the network itself draws so that no label of the
+data is used, the top eigenvectors of
 
 .. math::
 
     C_r = \tfrac1N \sum_i G_i G_i^\top, \qquad C_c = \tfrac1N \sum_i G_i^\top G_i
 
-are the directions in which a layer's outputs and inputs can change the prediction.
+are the directions in which a layer's outputs and inputs change the prediction most.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +30,11 @@ from pyro_blora.network.targets import LayerGroup
 from pyro_blora.posterior.batches import Collate, batches_of, to_device
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 
-_OVERSAMPLED = 8  # columns of a sketch beyond the rank
+_OVERSAMPLED = 8  # the columns of a sketch beyond the rank
 
 
 def wants_informing(blora: BayesianLoRA) -> bool:
-    """Whether a prior takes its directions from gradients and has none yet."""
+    """Whether a prior takes its directions from gradients and does not have them yet."""
     return any(not prior.informed for prior in _asking(blora))
 
 
@@ -55,18 +56,18 @@ def inform(
     seed: int = 0,
     progress: bool | None = None,
 ) -> None:
-    """Gives a prior that asks for directions of its gradients (``FisherInducing``) what it needs.
+    """Computes the directions of a prior that takes them from gradients (``FisherInducing``).
 
-    :func:`~pyro_blora.inference.fit` calls it; before a loop of your own, call it yourself. It is
-    one pass forward and backward over ``num_examples`` examples at random, of a ``DataLoader`` the
-    first; their labels are not used. Other options are those of ``fit``. Each second moment is
-    sketched by its products with ``m + 8`` random columns (a Nystroem approximation), so that no
-    ``d x d`` matrix is made.
+    :func:`~pyro_blora.inference.fit` calls this; call it yourself before a loop of your own. It
+    makes one forward and backward pass over ``num_examples`` random examples, or the first ones of
+    a ``DataLoader``, without using their labels. Other options are as in ``fit``. Each second
+    moment is sketched by its products with ``m + 8`` random columns (a Nystroem approximation), so
+    that no ``d x d`` matrix is formed.
 
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", arXiv:0909.4061,
-        algorithm 5.5; gradients' directions for a point are those of Wang et al. 2024, "LoRA-GA",
-        arXiv:2407.05000.
+        algorithm 5.5; Wang et al. 2024, "LoRA-GA", arXiv:2407.05000, starts a point estimate at
+        the directions of gradients.
     """
     device = blora.model.groups[0].device
     generator = torch.Generator().manual_seed(seed)
@@ -110,13 +111,13 @@ def inform(
 
 
 class _Probe:
-    """Stands where a layer's update stands: sees its input, and its output's gradient."""
+    """Takes the place of a layer's update to record its input and the gradient of its output."""
 
     input: Tensor
     output: Tensor
 
     def __init__(self, device: torch.device) -> None:
-        self.A = torch.empty(0, device=device)  # where an adapter looks for an update's device
+        self.A = torch.empty(0, device=device)  # an adapter reads an update's device from A
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
         self.input, self.output = x.detach(), torch.zeros_like(output, requires_grad=True)
@@ -140,12 +141,13 @@ class _Sketch:
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """Adds ``B`` examples: ``G = gradient^T x`` with ``(B, T, d_out)`` and ``(B, T, d_in)``."""
         left, right = self.random
-        gradient, x = gradient.to(left.device), x.to(left.device)  # a group may lie on several
+        device = left.device  # a group's layers may be on several devices
+        gradient, x = gradient.to(device), x.to(device)
         self.products[0] += (gradient.mT @ (x @ (x.mT @ (gradient @ left)))).sum(0)
         self.products[1] += (x.mT @ (gradient @ (gradient.mT @ (x @ right)))).sum(0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``Z_r`` (m_r x d_out) and ``Z_c``: eigenvectors, as long as their eigenvalues' roots."""
+        """``Z_r`` (m_r x d_out) and ``Z_c``: eigenvectors times the roots of their eigenvalues."""
         sides = zip(self.products, self.random, self.ranks, strict=True)
         factors = (_top(product, random)[:, :m].mT for product, random, m in sides)
         rows, columns = (Z / Z.square().sum(-1).mean().sqrt() for Z in factors)
@@ -157,7 +159,7 @@ def _top(product: Tensor, random: Tensor) -> Tensor:
     Y, wide = product.double(), random.double()
     values, vectors = torch.linalg.eigh(wide.mT @ Y)
     least = len(values) * torch.finfo(product.dtype).eps * values[-1]
-    inverse = values.clamp_min(least).rsqrt() * (values > least)  # what is rounding counts as none
+    inverse = values.clamp_min(least).rsqrt() * (values > least)  # smaller ones are rounding errors
     left, lengths, _ = torch.linalg.svd(Y @ vectors * inverse, full_matrices=False)
     return (left * lengths).to(product.dtype)
 
@@ -165,7 +167,7 @@ def _top(product: Tensor, random: Tensor) -> Tensor:
 def _by_example(x: Tensor, count: int) -> Tensor:
     if x[..., 0].numel() % count:
         raise ConfigurationError(
-            f"A layer must be given rows of {count} examples, got {tuple(x.shape)} (a router's, "
-            "perhaps); take another prior."
+            f"A layer's input must have rows of {count} examples, got {tuple(x.shape)}, as that of "
+            "a router; take another prior."
         )
     return x.reshape(count, -1, x.shape[-1]).to(torch.get_default_dtype())

@@ -1,4 +1,4 @@
-"""Learning rates by the role of a parameter, and when those of points end."""
+"""Learning rates by the role of a parameter, and the steps after which points stop learning."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,21 +13,21 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import SiteGuide
 from pyro_blora.models import UpdateModel
 
-#: The usual rates; a prior may have others (``learning_rates``), a method, and a call of ``fit``.
+#: The usual rates, which a prior (``learning_rates``), a method or a call of ``fit`` may override.
 RATES: dict[str, float] = {
     "mean": 5e-2,  # of the guide, in units of a whitened core
-    "scale": 2e-2,  # of the guide and of the prior: a step of their logarithm
+    "scale": 2e-2,  # of the guide and of the prior, in units of their logarithm
     "direction": 5e-3,
     "likelihood": 5e-2,
     "head": 1e-3,
 }
-_POINT_STEPS = 300  # at least: fewer teach a new head nothing
+_POINT_STEPS = 300  # the least, because a new head learns nothing in fewer
 
 
 def given_rates(
     blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None
 ) -> dict[str, float]:
-    """The rates of a call by role, which win over all others; a number is that of the means."""
+    """The rates of a call by role; a single number is the rate of the means."""
     if learning_rates is None:
         return {}
     given = learning_rates if isinstance(learning_rates, Mapping) else {"mean": learning_rates}
@@ -42,7 +42,7 @@ def given_rates(
         if not 0 <= rate < math.inf:
             raise ConfigurationError(
                 f"The learning rate of {role!r} must be finite and 0 or more, got {rate!r}; 0 "
-                "holds its parameters."
+                "keeps its parameters fixed."
             )
     return dict(given)
 
@@ -52,9 +52,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
 
-    The rate of a role is that of ``learning_rates``, of ``blora.method``, of the prior of its group
-    of layers, or the usual one. A parameter without a declared role (an AutoGuide's) is a scale if
-    its name says so, and a mean otherwise.
+    The rate of a role comes from ``learning_rates``, or else from ``blora.method``, from the prior
+    of the parameter's group of layers, or from :data:`RATES`. A parameter without a declared role,
+    as in an AutoGuide, is a scale if its name says so, and otherwise a mean.
     """
     given = given_rates(blora, learning_rates)
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
@@ -72,7 +72,7 @@ def parameter_groups(
 def optim_args(
     blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
 ) -> Callable[[str], dict[str, float]]:
-    """What an optimizer of Pyro asks for the rate of a parameter, by its role; as in :func:`fit`.
+    """The function by which an optimizer of Pyro asks for a parameter's rate, as in :func:`fit`.
 
     ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``
     """
@@ -90,9 +90,9 @@ def optim_args(
 def _role_and_rate(blora: BayesianLoRA, path: str, given: Mapping[str, float]) -> tuple[str, float]:
     *parents, name = path.removesuffix("_unconstrained").split(".")
     owners: list[Any] = [blora]
-    for parent in parents:  # none of them where a guide of one's own calls pyro.param
-        owners.append(getattr(owners[-1], "_modules", {}).get(parent))
-    # AutoNormal keeps its scales under "scales", by the names of the sites
+    for parent in parents:  # a user's guide that calls pyro.param has no such parents
+        owners.append(getattr(owners[-1], parent, None))
+    # AutoNormal has its scales in a submodule "scales", under the names of the sites
     is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
     role = getattr(owners[-1], "roles", {}).get(name, "scale" if is_scale else "mean")
     groups = [o.group.name for o in owners if isinstance(o, UpdateModel)]
@@ -103,21 +103,21 @@ def _role_and_rate(blora: BayesianLoRA, path: str, given: Mapping[str, float]) -
         if role in rates:
             return role, rates[role]
     raise ConfigurationError(
-        f"{path} has the role {role!r}, of which there is no rate; pass one in learning_rates=."
+        f"{path} must have a role with a rate, got {role!r}; pass its rate in learning_rates=."
     )
 
 
 def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
-    """How many batches a pass over the data has; ``None`` of a loader that has no length."""
+    """The number of batches in a pass over the data, or ``None`` if the data have no length."""
     with suppress(TypeError):
         return math.ceil(len(train) / (1 if isinstance(train, DataLoader) else batch_size))
     return None
 
 
 def point_epochs(blora: BayesianLoRA) -> float:
-    """The epochs after which directions and heads have learned: the method's, or the prior's.
+    """The epochs after which directions and heads stop learning, as the method or the prior says.
 
-    They never end beside a guide that is a point itself.
+    Beside a guide that is a point itself they never stop.
     """
     if blora.method.point_epochs is not None:
         return blora.method.point_epochs
@@ -128,7 +128,7 @@ def point_epochs(blora: BayesianLoRA) -> float:
 
 
 def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
-    """The steps in which points learn, by the batches of an epoch; ``None`` for all."""
+    """The steps in which points learn, given the batches per epoch; ``None`` for all steps."""
     epochs = point_epochs(blora)
     if of_an_epoch is None or epochs == math.inf:
         return None

@@ -1,4 +1,4 @@
-"""Batches without end, and the training loop that every method shares."""
+"""The training loop that every method shares, its settings, and its result."""
 
 import copy
 import math
@@ -9,37 +9,75 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 import pyro
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
+from pyro_blora.options import check_count, check_positive
 
-if TYPE_CHECKING:
-    from pyro_blora.inference.resume import TrainingState
+Decay = Literal["linear", "cosine", "constant"]
 
-# batch -> loss with gradient, figures to show, on the loss's device
+# batch -> the loss with its gradient, and the figures to show, which stay on the loss's device
 StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
-# Figures wait on the device for so many steps, or so many seconds: each reading stops the host.
+# Reading a figure synchronizes the device, so figures are read after this many steps or seconds
 _READ_EVERY, _SECONDS = 10, 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains; the fields are the arguments of :func:`~pyro_blora.fit` of these names.
+
+    A resumed run must have the same ones, but for ``num_steps`` and ``save_every``, and the card
+    of a saved adapter lists them.
+    """
+
+    num_steps: int
+    batch_size: int = 8
+    warmup: float = 0.06
+    decay: Decay = "linear"
+    max_grad_norm: float | None = 1.0
+    num_particles: int | None = None
+    elbo: type[Trace_ELBO] | None = None
+    kl_weight: float = 1.0
+    precision: str = "auto"
+    validate_every: int = 50
+    eval_samples: int | None = None
+    keep_best: bool = False
+    seed: int | None = 0
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "validate_every", "save_every"):
+            check_count(name, getattr(self, name))
+        if self.max_grad_norm is not None:
+            check_positive("max_grad_norm", self.max_grad_norm)
+        if self.decay not in get_args(Decay):
+            raise ConfigurationError(f"decay must be one of {get_args(Decay)}, got {self.decay!r}.")
+        if not 0 <= self.warmup < 1:
+            raise ConfigurationError(f"warmup must be a share in [0, 1), got {self.warmup}.")
 
 
 @dataclass
 class FitResult:
-    """What a training run did.
+    """The history of a training run.
 
     Attributes:
-        history: for every step the figures shown on the progress bar.
-        validation: for every validation its step and loss.
-        best_step: the step of lowest validation loss, or ``None``.
+        history: the figures of every step, as the progress bar shows them.
+        validation: the step and the loss of every validation.
+        best_step: the step with the lowest validation loss, or ``None``.
         best_state: the trained tensors at that step, or ``None``.
-        seconds: time of the training steps, without validation.
+        seconds: the time that the training steps took, without validation.
+        settings: how the run trained, or ``None`` if the result was made by hand.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -47,6 +85,7 @@ class FitResult:
     best_step: int | None = None
     best_state: dict[str, Tensor] | None = None
     seconds: float = 0.0
+    settings: Settings | None = None
 
     def __repr__(self) -> str:
         last = ", ".join(f"{k}={v:.4g}" for k, v in (self.history or [{}])[-1].items())
@@ -54,9 +93,21 @@ class FitResult:
         return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
 
 
+class Keeper(Protocol):
+    """Keeps the state of a run in a folder, so that the run can go on after it was stopped."""
+
+    folder: Path
+
+    def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Restores the saved state, if there is one."""
+
+    def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
+        """Writes the state after a step."""
+
+
 @contextmanager
 def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
-    """Within, the network runs in this precision and mode, and Pyro checks no values."""
+    """Within, the network runs in this precision and mode, and Pyro does not validate values."""
     mode = in_mode(blora.net, training=training)
     with blora.model.autocast(precision), mode, pyro.validation_enabled(False):
         yield
@@ -64,26 +115,26 @@ def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[
 
 @contextmanager
 def held_interrupts(held: bool = True) -> Iterator[list[int]]:
-    """Within, the first Ctrl-C is only noted in the list, unless another handler was set."""
+    """Within, the first Ctrl-C is only noted in the list, unless the program handles it itself."""
     noted: list[int] = []
     main = threading.current_thread() is threading.main_thread()
-    usual = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    held = held and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    if held and usual:
+    if held:
         signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
-        if held and usual:
+        if held:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
-    """The learning rate at a step as a share of the full one; that of the first is not zero."""
+    """The learning rate at a step as a share of the full one; the first step's is not zero."""
     if step >= num_steps:  # the schedule of this group has ended
         return 0.0
     ramp = round(warmup * num_steps)
@@ -96,7 +147,7 @@ def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
 
 
 def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int | None) -> int:
-    """The steps after which a group of parameters has learned, earlier for what no KL sees."""
+    """The steps in which a group's rate falls to zero, which are fewer for points without a KL."""
     if point_steps is None or group.get("name") not in ("direction", "head"):
         return num_steps
     return min(num_steps, point_steps)
@@ -106,49 +157,44 @@ def training_loop(
     loss_of: StepLoss,
     groups: list[dict[str, Any]],
     stream: Iterator[Batch],
+    settings: Settings,
     *,
-    num_steps: int,
     check: Callable[[Batch, int, dict[str, float]], None],
-    warmup: float = 0.06,
-    decay: str = "linear",
     point_steps: int | None = None,
-    max_grad_norm: float | None = 1.0,
     validate: Callable[[], float] | None = None,
-    validate_every: int = 50,
     state: Callable[[], dict[str, Tensor]] = dict,
-    keeper: "TrainingState | None" = None,
-    save_every: int = 50,
+    keeper: Keeper | None = None,
     callback: Callable[[int], None] | None = None,
     progress: bool | None = None,
     description: str = "fit",
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches; of a ``keeper`` the state is taken and kept.
+    """Runs AdamW on the losses of a stream of batches, from where the ``keeper`` says, if one does.
 
-    ``check`` sees the figures of each step once they are read, before anything is validated or
-    saved. The gradient of a step whose loss is not finite counts as zero, so ``check`` can say why.
+    ``check`` sees the figures of each step before anything is validated or saved. The gradient of a
+    step whose loss is not finite counts as zero, so that ``check`` still finds finite parameters
+    and can say which site is at fault.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
-    result = FitResult()
+    num_steps, result = settings.num_steps, FitResult(settings=settings)
     if keeper:
         keeper.load(optimizer, result)
     done = len(result.history)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     lengths = [schedule_length(group, num_steps, point_steps) for group in groups]
+    share = partial(rate, warmup=settings.warmup, decay=settings.decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        [partial(rate, num_steps=n, warmup=warmup, decay=decay) for n in lengths],
-        done - 1,
+        optimizer, [partial(share, num_steps=length) for length in lengths], done - 1
     )
-    hide = None if progress is None else not progress
-    told: dict[str, Any] = {"desc": description, "unit": "step", "disable": hide}
-    bar = tqdm(range(done, num_steps), initial=done, total=num_steps, **told)
+    told: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
+    told["disable"] = None if progress is None else not progress
+    bar = tqdm(range(done, num_steps), initial=done, **told)
     waiting: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 
     def read() -> None:
-        """Waits for the device, once for all the steps that were not read yet."""
+        """Reads the figures of all waiting steps at once, which synchronizes the device."""
         nonlocal read_at
         read_at = time.perf_counter()
         if not waiting:
@@ -172,13 +218,14 @@ def training_loop(
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
-            if max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             schedule.step()
             waiting.append((batch, figures))
             done = step + 1
-            validates = validate is not None and (done % validate_every == 0 or done == num_steps)
+            due = done % settings.validate_every == 0 or done == num_steps
+            validates = validate is not None and due
             late = len(waiting) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
             if late or validates or done == num_steps:
                 read()
@@ -190,14 +237,14 @@ def training_loop(
                 if all(loss_now < before for _, before in result.validation):
                     result.best_step, result.best_state = done, copy.deepcopy(state())
                 result.validation.append((done, loss_now))
-            if keeper and (done % save_every == 0 or done == num_steps or interrupts):
+            if keeper and (done % settings.save_every == 0 or done == num_steps or interrupts):
                 read()
                 keeper.save(optimizer, result)
             if interrupts:
                 break
     if keeper and interrupts:
         raise KeyboardInterrupt(
-            f"Stopped after step {done} of {num_steps}, which is saved in {keeper.folder}: the "
-            "same call with resume=True goes on from there."
+            f"The run was stopped after step {done} of {num_steps}, and its state is saved in "
+            f"{keeper.folder}; the same call with resume=True goes on from there."
         )
     return result

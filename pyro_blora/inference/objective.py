@@ -16,12 +16,11 @@ from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.options import check_count, check_positive
-from pyro_blora.posterior.batches import to_device
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 
 
 class Objective:
-    """The loss of a batch per example; arguments are those of :func:`~pyro_blora.fit`."""
+    """The loss of a batch per example; the arguments are those of :func:`~pyro_blora.fit`."""
 
     def __init__(
         self,
@@ -32,8 +31,8 @@ class Objective:
     ) -> None:
         if blora.likelihood.num_data is None:
             raise ConfigurationError(
-                f"{type(blora.likelihood).__name__} was not told the size of the data set; pass "
-                "the likelihood of your batches, made with num_data=len(train)."
+                f"{type(blora.likelihood).__name__} must know the size of the data set, got "
+                "num_data=None; make it with num_data=len(train)."
             )
         if num_particles is not None:
             check_count("num_particles", num_particles)
@@ -55,36 +54,36 @@ class Objective:
                 f"{type(blora.guide).__name__} makes of its draws; use Trace_ELBO, the default."
             )
         self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
-        self.kl_weight = kl_weight
-        with pyro.validation_enabled(False):  # the first step explains what is not finite
+        self.num_data, self.kl_weight = blora.likelihood.num_data, kl_weight
+        with pyro.validation_enabled(False):  # check() explains values that are not finite
             self._analytic = analytic and analytic_kl(blora.guide, blora.model) is not None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
 
-        The figures stay on the device; who reads them gives them to :meth:`check`.
+        The figures stay on the device until the caller reads them and passes them to
+        :meth:`check`.
         """
-        blora, count = self.blora, self.blora.likelihood.num_data or 1
+        blora = self.blora
         if not blora.model.enabled:
             raise ConfigurationError(
                 "The adapter is off, within disable_adapter(), where only the KL would train it; "
                 "train outside of that."
             )
-        examples = blora.likelihood.examples(batch)
-        if examples > count:  # a particle sees its share alone, which may well be smaller
+        batch = blora.model.prepared(batch)
+        if batch.examples > self.num_data:  # a particle sees its share alone, which may be smaller
             raise BatchError(
-                f"A batch of {examples} examples is larger than the data set, num_data={count}; "
-                "pass num_data=len(train) to the likelihood."
+                f"A batch of {batch.examples} examples is larger than the data set, "
+                f"num_data={self.num_data}; pass num_data=len(train) to the likelihood."
             )
         if batch.get("labels") is None and blora.likelihood.labels(batch) is None:
             raise BatchError(
-                f"The batch has no labels to learn from, only {', '.join(map(str, batch))}; add "
+                f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
                 "them, for a language model a copy of input_ids with -100 at the padding."
             )
-        most = examples if self.num_particles is None else min(self.num_particles, examples)
-        particles = next(p for p in range(most, 0, -1) if examples % p == 0)
+        most = min(self.num_particles or batch.examples, batch.examples)
         elbo = self.elbo(
-            num_particles=particles,
+            num_particles=next(p for p in range(most, 0, -1) if batch.examples % p == 0),
             max_plate_nesting=blora.max_plate_nesting,
             vectorize_particles=True,
         )
@@ -96,29 +95,28 @@ class Objective:
         with (
             blora.likelihood.holding_out(),
             pyro.poutine.trace() as seen,
-            # of what the likelihood observes alone: this holds for any guide
+            # scaling the log-likelihood alone, and the loss back, weighs the KL of any guide
             pyro.poutine.scale(scale=1 / self.kl_weight),
             pyro.poutine.block(hide_fn=of_the_prior),
         ):
             loss = elbo.differentiable_loss(blora.model, blora.guide, batch)
-        loss = loss * (self.kl_weight / count)
+        loss = loss * (self.kl_weight / self.num_data)
         labels = seen.trace.nodes.get("labels")
         if labels is None:
             raise ConfigurationError(
-                f"{type(blora.likelihood).__name__} observed no site called 'labels', of which the "
-                "loss is told apart from the KL; name it so in its observe()."
+                f"{type(blora.likelihood).__name__} must observe a site called 'labels', by which "
+                "the NLL is separated from the KL, got none; name it so in its observe()."
             )
         with torch.no_grad():
             nll = -labels["fn"].log_prob(labels["value"]).mean()
-            kl = (loss - nll) * (count / self.kl_weight)
+            kl = (loss - nll) * (self.num_data / self.kl_weight)
         return loss, {"loss": loss.detach(), "nll": nll, "kl": kl}
 
     def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
-        """Raises where the figures of a step tell that something is wrong, and says what."""
+        """Raises an error if the figures of a step show that something is wrong, and says what."""
         if not math.isfinite(figures["loss"]):
-            device = self.blora.model.groups[0].device
-            raise _explained(self.blora, to_device(batch, device), step)
-        scale = (self.blora.likelihood.num_data or 1) / self.kl_weight
+            raise _explained(self.blora, self.blora.model.prepared(batch), step)
+        scale = self.num_data / self.kl_weight
         if self._analytic and figures["kl"] < -1e-3 * (1 + abs(figures["nll"]) * scale):
             raise ConfigurationError(  # beyond rounding
                 f"KL[q || p] = {figures['kl']:.4g} nats at step {step}, and no KL is negative: the "
@@ -128,7 +126,7 @@ class Objective:
 
 
 def check_num_data(likelihood: Likelihood, data: Any) -> None:
-    """Warns where a data set has another size than the likelihood was told."""
+    """Warns if a data set has another size than the likelihood was given."""
     batches = getattr(data, "batch_size", 0) is None and data.batch_sampler is None
     told, size = likelihood.num_data or 0, None if batches else size_of(data)
     if size not in (None, told):
@@ -141,13 +139,13 @@ def check_num_data(likelihood: Likelihood, data: Any) -> None:
 
 
 def size_of(data: Any) -> int | None:
-    """How many examples a data set or a loader has, where that is known."""
+    """The number of examples of a data set or a loader, if it is known."""
     data = getattr(data, "dataset", data)
     return len(data) if hasattr(data, "__len__") else None
 
 
 def _explained(blora: BayesianLoRA, batch: Batch, step: int) -> NonFiniteLossError:
-    """The error to raise for a NaN or infinite loss: which parameter or site is at fault."""
+    """The error for a NaN or infinite loss, which names the parameters or sites at fault."""
     bad = [
         name.removesuffix("_unconstrained")
         for name, parameter in nn.ModuleList([blora.model, blora.guide]).named_parameters()

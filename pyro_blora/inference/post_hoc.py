@@ -1,4 +1,4 @@
-"""Methods that find the width of a posterior around a point: after training, or without any."""
+"""Guides that find the width of a posterior around a point, after training or without it."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from pyro_blora.inference.loop import running
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.posterior.batches import Collate, batches_of, repeat_batch, to_device
+from pyro_blora.posterior.batches import Collate, batches_of, repeat_batch
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import StructuredGuide, read_store
 from pyro_blora.posterior.linearized import logit_jacobian
@@ -33,17 +33,17 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
     found = {name: f for name, f in guide.families().items() if isinstance(f, PostHoc)}
     if found and not blora.likelihood.has_classes:
         raise ConfigurationError(
-            f"{blora.guide_family!r} needs one choice among a few classes for each example, and "
-            f"{type(blora.likelihood).__name__} has none; pass likelihood=, such as "
-            "MultipleChoice() or LabelTokens(token_ids=...), or take a guide that is trained."
+            f"{blora.guide_family!r} must have a likelihood with classes, got "
+            f"{type(blora.likelihood).__name__}; pass likelihood=, such as MultipleChoice() or "
+            "LabelTokens(token_ids=...), or take a guide that is trained."
         )
     return found
 
 
 def begin_training(blora: BayesianLoRA) -> None:
-    """Takes what is in Pyro's store, and gives up what followed a training before.
+    """Reads Pyro's store, and resets what an earlier training left behind.
 
-    That is the temperature of :meth:`BayesianLoRA.distill`, and the width of a post-hoc guide.
+    That is the temperature of :meth:`BayesianLoRA.distill` and the width of a post-hoc guide.
     """
     read_store(blora)
     blora.model.temperature.fill_(1)
@@ -52,7 +52,7 @@ def begin_training(blora: BayesianLoRA) -> None:
 
 
 def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:
-    """As told, or those of ``predict``; none while a guide is a point, whose draws are alike."""
+    """The draws of a validation: 0 by default while a guide is a point, whose draws are equal."""
     points = any(not family.finished for family in post_hoc_families(blora).values())
     return 0 if num_samples is None and points else num_samples
 
@@ -74,9 +74,9 @@ def bayesianize(
 ) -> BayesianLoRA:
     """Gives a trained LoRA a posterior around it, in one pass over the data.
 
-    The posterior mean is the LoRA. ``Laplace`` takes the width from the curvature of the loss
-    there: one pass forward, and one backward for each class but the first. ``Isotropic`` reads the
-    data once, and then runs the network about ten times over it.
+    The posterior mean is the LoRA. ``Laplace`` takes the width from the curvature of the loss at
+    the mean, which needs one forward pass, and one backward pass for each class but the first.
+    ``Isotropic`` reads the data once, and then runs the network about ten times over them.
 
     Args:
         net: the base network, as in :meth:`~pyro_blora.BayesianLoRA.from_peft`.
@@ -84,18 +84,18 @@ def bayesianize(
         data: the training set for ``Laplace``, an anchor set for ``Isotropic``; examples, or a
             ``DataLoader`` of batches.
         collate: makes a batch of a list of examples.
-        method: one with such a guide, ``"laplace-lora"`` or ``"tfb"``. Default: ``Laplace()`` with
-            the prior ``KroneckerInducing`` of the adapter's rank.
+        method: a method with such a guide, ``"laplace-lora"`` or ``"tfb"``. Default:
+            ``Laplace()`` with the prior ``KroneckerInducing`` of the adapter's rank.
         prior: as in ``from_peft``. Default: the method's.
         guide: ``Laplace`` or ``Isotropic``. Default: the method's.
-        likelihood: one with classes. Default: by PEFT's task type.
+        likelihood: a likelihood with classes. Default: by PEFT's task type.
         length: as in ``fit``.
         batch_size: as in ``fit``.
         precision: as in ``fit``.
         progress: as in ``fit``.
 
     Raises:
-        ConfigurationError: the guide is none of these, or the likelihood has no classes.
+        ConfigurationError: the guide is another one, or the likelihood has no classes.
 
     Reference:
         Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111; Shi et al. 2024, Training-free
@@ -112,8 +112,8 @@ def bayesianize(
         guide = cast(PostHoc, made.guide_of()) if method else Laplace()
     if not isinstance(guide, PostHoc):
         raise ConfigurationError(
-            f"guide={guide!r} is trained; bayesianize takes Laplace() or Isotropic(). For others "
-            "start by BayesianLoRA.from_peft and go on by fit."
+            f"guide must be Laplace() or Isotropic() for bayesianize, got {guide!r}, which is "
+            "trained; start by BayesianLoRA.from_peft and go on by fit."
         )
     if method is None:
         made = replace(made, linearized=isinstance(guide, Laplace))
@@ -143,27 +143,26 @@ def finish(
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
 
     ``data`` is the training set for ``Laplace``, whose curvature is scaled to ``num_data``, and the
-    anchor set for ``Isotropic``. Options are those of ``fit``. Returns what the family says of its
-    width: ``Laplace`` the prior precision of each site, ``Isotropic`` the width.
+    anchor set for ``Isotropic``. The options are those of ``fit``. Returns the figures of the
+    family: for ``Laplace`` the prior precision of each site, for ``Isotropic`` the width.
     """
     families = post_hoc_families(blora)
     if not families:
         raise ConfigurationError(
-            "finish is for guides that find their width after training (Laplace, Isotropic), not "
-            f"for {blora.guide_family!r}."
+            "finish must have a guide that finds its width after training (Laplace, Isotropic), "
+            f"got {blora.guide_family!r}, which needs no finish."
         )
     begin_training(blora)
     batches = list(batches_of(data, collate, length, batch_size))
-    device = blora.model.groups[0].device
     hide = None if progress is None else not progress
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
         for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
-            found = scores(blora, to_device(batch, device))
+            found = scores(blora, blora.model.prepared(batch))
             yield {name: found[name] for name in families}
 
     def loss(num_samples: int) -> float:
-        return anchor_loss(blora, (to_device(batch, device) for batch in batches), num_samples)
+        return anchor_loss(blora, batches, num_samples)
 
     with running(blora, precision, training=False):
         evidence = Evidence(all_scores, loss, blora.likelihood.num_data)
@@ -183,19 +182,18 @@ def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def anchor_loss(blora: BayesianLoRA, batches: Iterable[Batch], num_samples: int) -> float:
-    """Mean negative log-likelihood of draws in nats for each example, the same noise every time."""
+    """Mean negative log-likelihood of draws in nats per example, with the same noise every time."""
     total, count = 0.0, 0
     with forked_rng(blora.model.groups[0].device):
         torch.manual_seed(0)
-        for batch in batches:
-            examples = blora.likelihood.examples(batch)
+        for batch in map(blora.model.prepared, batches):
             rows = repeat_batch(batch, num_samples)
-            updates = blora.sample_updates(num_samples * examples, batch)
+            updates = blora.sample_updates(num_samples * batch.examples, batch)
             with blora.model.applied(updates) as net:
                 logits = blora.likelihood.logits(net, rows)
             labels = blora.likelihood.labels(rows)
             assert labels is not None
             q = blora.likelihood.distribution(logits, labels)
             total -= float(q.log_prob(labels).sum()) / num_samples
-            count += examples
+            count += batch.examples
     return total / count

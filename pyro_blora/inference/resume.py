@@ -1,7 +1,8 @@
-"""What a training run needs to go on after a stop: one safetensors file in a folder of its own.
+"""The state of a training run, from which it goes on after a stop: one file in a folder of its own.
 
-It has the tensors of the adapter, the optimizer, the best step and the random numbers; and in its
-header, as JSON, all the rest. It appears whole or not at all. Nothing is unpickled.
+The safetensors file holds the tensors of the adapter, of the optimizer and of the best step, and
+the random numbers; its header holds everything else as JSON. The file is replaced as a whole, so a
+kill at any moment leaves a complete one, and nothing is unpickled.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from pyro_blora.checkpoints.checkpoint import altered, fingerprint, read_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
 from pyro_blora.files import check_free, claim, own_files
 from pyro_blora.inference.learning_rates import RATES, point_epochs
-from pyro_blora.inference.loop import FitResult
+from pyro_blora.inference.loop import FitResult, Settings
+from pyro_blora.inference.objective import size_of
 from pyro_blora.network.precision import choose_precision
 from pyro_blora.options import Options
 from pyro_blora.posterior.batches import Batches
@@ -30,37 +33,39 @@ STATE = "training_state.safetensors"
 
 
 class TrainingState:
-    """The state of a run in its folder; ``settings`` are what :func:`settings_of` says."""
+    """The state of a run in its folder, which refuses to go on with another run's settings."""
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         blora: BayesianLoRA,
         stream: Batches,
-        settings: dict[str, Any],
+        settings: Settings,
+        rates: Mapping[str, float],
+        data: Mapping[str, Any],
         *,
-        num_steps: int,
         resume: bool,
     ) -> None:
         self.folder, self.path = Path(folder), Path(folder) / STATE
-        self.blora, self.stream, self.settings = blora, stream, settings
+        self.blora, self.stream = blora, stream
         self.found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._run = _description(blora, settings, rates, data)
         self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
-        if not self.path.exists():  # on another machine "auto" may be the other one
-            settings["precision"] = choose_precision(settings["precision"], blora.device)
+        if not self.path.exists():  # "auto" may mean another precision on another machine
+            self._run["precision"] = choose_precision(settings.precision, blora.device)
             check_free(self.folder, STATE)  # now, not after the first steps
             return
         if not resume:
             raise CheckpointError(
-                f"{self.path} is there already; pass resume=True to go on from it, or delete it."
+                f"{self.path} exists already; pass resume=True to go on from it, or delete it."
             )
         header, tensors = read_tensors(self.path)
         with readable(self.path):
             notes = json.loads(header["training"])
             saved, steps = dict(notes["settings"]), len(notes["history"])
-        if settings["precision"] == "auto":
-            settings["precision"] = saved["precision"]
-        both = {n: (saved.get(n, "absent"), settings.get(n, "absent")) for n in saved | settings}
+        if settings.precision == "auto":
+            self._run["precision"] = saved["precision"]
+        both = {n: (saved.get(n, "absent"), self._run.get(n, "absent")) for n in saved | self._run}
         differ = [f"{n} was {then}, is {now}" for n, (then, now) in both.items() if then != now]
         if others := altered(blora.net, _part(tensors, "base")):
             differ.append(f"the base has other weights, among them {others[0]}")
@@ -69,15 +74,21 @@ class TrainingState:
                 f"{self.path} is of another run: {'; '.join(differ[:5])}. Train with what was "
                 "saved, or name another folder."
             )
-        if steps > num_steps:
+        if steps > settings.num_steps:
             raise ConfigurationError(
-                f"num_steps={num_steps} must be at least {steps}, which the run in {folder} has."
+                f"num_steps must be at least {steps}, which the run in {folder} has, got "
+                f"{settings.num_steps}."
             )
         self.found = notes, tensors
-        claim(self.folder, own_files(self.folder) | {STATE})  # it is this run's, which proves it
+        claim(self.folder, own_files(self.folder) | {STATE})  # a copied folder has no manifest
+
+    @property
+    def precision(self) -> str:
+        """The precision of the run, never ``"auto"``."""
+        return str(self._run["precision"])
 
     def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
-        """Puts the state that was found, if one was, into the adapter and into all of these."""
+        """Restores the saved state, if there was one, in the adapter, data and optimizer."""
         if self.found is None:
             return
         (notes, tensors), self.found = self.found, None
@@ -87,7 +98,7 @@ class TrainingState:
             for name, tensor in _part(tensors, "optimizer").items():
                 index, key = name.split(".")
                 moments.setdefault(int(index), {})[key] = tensor
-            groups = optimizer.state_dict()["param_groups"]  # with the rates of now
+            groups = optimizer.state_dict()["param_groups"]  # with the rates of this call
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
             result.history, result.seconds = notes["history"], notes["seconds"]
             result.validation = [(step, loss) for step, loss in notes["validation"]]
@@ -103,7 +114,7 @@ class TrainingState:
                     torch.cuda.set_rng_state(tensors[f"random.{i}"], i)
 
     def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
-        """Writes the state after a step; a kill at any moment leaves this one or the last one."""
+        """Writes the state after a step."""
         place, moments = self.stream.place(), optimizer.state_dict()["state"]
         numbers = {"torch": torch.get_rng_state()}
         if self.blora.device.type == "cuda":
@@ -117,7 +128,7 @@ class TrainingState:
             "base": self._prints,
         }
         notes = {
-            "settings": self.settings,
+            "settings": self._run,
             "history": result.history,
             "validation": result.validation,
             "best_step": result.best_step,
@@ -136,9 +147,12 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
 
-def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) -> dict[str, Any]:
-    """A flat JSON dictionary that identifies a run: options, data, the three nouns, the layers."""
-    found: dict[str, Any] = {**options, **data}
+def _description(
+    blora: BayesianLoRA, settings: Settings, rates: Mapping[str, float], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A flat JSON dictionary that identifies a run: settings, data, the three nouns, the layers."""
+    found: dict[str, Any] = asdict(settings) | {name: size_of(own) for name, own in data.items()}
+    del found["num_steps"], found["save_every"]  # which a resumed run may change
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
     for part, given in parts.items():
         for group, made in given.items() if isinstance(given, Mapping) else [("", given)]:
@@ -149,11 +163,11 @@ def settings_of(blora: BayesianLoRA, options: Mapping[str, Any], **data: Any) ->
     for group in blora.model.groups:
         found |= {f"layer {name}": [group.d_out, group.d_in] for name in group.module_names}
     found["modules_to_save"] = list(blora.model.trained_heads.names)
-    found["learning_rates"] = {**RATES, **blora.method.learning_rates}
+    found["learning_rates"] = {**RATES, **blora.method.learning_rates, **rates}
     found["point_epochs"] = str(point_epochs(blora))
     return dict(json.loads(json.dumps(found, default=_named)))
 
 
 def _named(value: Any) -> str:
-    """A name that another process gives it, too."""
+    """A name that is the same in another process."""
     return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))

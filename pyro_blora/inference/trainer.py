@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
+from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.learning_rates import (
@@ -31,9 +32,9 @@ from pyro_blora.inference.objective import Objective, check_num_data
 from pyro_blora.inference.post_hoc import begin_training, draws_of_evaluation
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.batches import to_device
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
+from pyro_blora.posterior.linearized import predictive_logits
 
 
 class BayesianLoRATrainer(Trainer):
@@ -41,19 +42,20 @@ class BayesianLoRATrainer(Trainer):
 
     Training minimizes :math:`-\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b) + \frac{1}{N}
     \mathrm{KL}[q \| p]` as :func:`~pyro_blora.inference.fit` does, and logs the two parts as
-    ``nll`` and ``kl``. ``evaluate`` gives the negative log posterior predictive as ``eval_loss``;
-    ``predict``, and ``compute_metrics``, get its logarithm for each class.
+    ``nll`` and ``kl``. ``evaluate`` reports the negative log posterior predictive as ``eval_loss``;
+    ``predict`` and ``compute_metrics`` receive the log probability of each class.
 
-    A checkpoint has the adapter as ``save_pretrained`` writes it, and the ``Trainer``'s own state;
-    ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads it. Of the base nothing is written. A
-    post-hoc guide (``Laplace``) gets its width by :func:`~pyro_blora.inference.finish` afterwards.
+    A checkpoint holds the adapter as ``save_pretrained`` writes it, which
+    ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads, and the state of the ``Trainer``, but
+    nothing of the base. A post-hoc guide (``Laplace``) needs
+    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point.
 
     Args:
         model: the adapter.
-        args: as everywhere; but a ``learning_rate`` is refused, because parameters have one by
-            their role (``learning_rates``), and columns of the data set are never removed.
+        args: as for a ``Trainer``; but a ``learning_rate`` is refused, because each role has a rate
+            of its own (``learning_rates``), and columns of the data set are never removed.
         num_particles, elbo, learning_rates, eval_samples: as in ``fit``.
-        options: what else a ``Trainer`` takes: ``train_dataset``, ``data_collator``, ....
+        options: the other arguments of a ``Trainer``: ``train_dataset``, ``data_collator``, ....
 
     Example::
 
@@ -87,7 +89,7 @@ class BayesianLoRATrainer(Trainer):
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy the adapter, not the network
+        use_one_gpu(args)
         loss = _Loss(model, Objective(model, elbo, num_particles), eval_samples)
         super().__init__(model=loss, args=args, **options)
         self.add_callback(_OwnDraws)
@@ -95,7 +97,7 @@ class BayesianLoRATrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that ``args`` names, with a rate for each role."""
+        """Makes the optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
             groups = parameter_groups(self.blora, self.learning_rates)
@@ -107,7 +109,7 @@ class BayesianLoRATrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """That of ``args``; directions and heads go through it in the method's ``point_epochs``."""
+        """Makes the scheduler of ``args``, in which points end after their ``point_epochs``."""
         given = self.lr_scheduler is not None
         whole = super().create_scheduler(num_training_steps, optimizer)
         epoch = steps_of_an_epoch(self.get_train_dataloader(), 1)
@@ -125,7 +127,7 @@ class BayesianLoRATrainer(Trainer):
 
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As everywhere, after the prior has its directions; afterwards the mode is as before."""
+        """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
         begin_training(self.blora)
         check_num_data(self.blora.likelihood, self.train_dataset)
         if wants_informing(self.blora):
@@ -135,7 +137,7 @@ class BayesianLoRATrainer(Trainer):
             return super().train(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of ``nll`` and ``kl`` since the last time to those of the loss."""
+        """Logs the means of ``nll`` and ``kl`` since the last time beside the loss."""
         if "loss" in logs and self.model.figures:
             parts = torch.tensor(self.model.figures, device=self.args.device).mean(0, keepdim=True)
             self.model.figures = []
@@ -145,14 +147,14 @@ class BayesianLoRATrainer(Trainer):
 
     @one_at_a_time
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
-        """As everywhere, with random numbers of its own, so that training goes on as without."""
+        """Evaluates with random numbers of its own, so that evaluations do not change training."""
         device = self.blora.model.groups[0].device
         with self._in_mode(training=False), draws_apart(self.blora.guide, device):
             return super().evaluation_loop(*arguments, **options)
 
     @contextmanager
     def _in_mode(self, *, training: bool) -> Iterator[None]:
-        """The network, which may have parts in different modes, and what the ``Trainer`` sees."""
+        """Within, the network and the ``Trainer``'s model are in this mode, whatever theirs was."""
         with in_mode(self.blora.net, training=training), in_mode(self.model, training=training):
             yield
 
@@ -181,7 +183,7 @@ class BayesianLoRATrainer(Trainer):
 
 
 class _Loss(nn.Module):
-    """What the ``Trainer`` takes for its model: in training the ELBO, else the predictive."""
+    """The model that the ``Trainer`` calls: the ELBO in training, otherwise the predictive."""
 
     accepts_loss_kwargs = False  # the loss is a mean over examples; the Trainer averages batches
 
@@ -193,14 +195,13 @@ class _Loss(nn.Module):
             self.hf_device_map = blora.net.hf_device_map
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
-        batch = to_device(batch, self.blora.model.groups[0].device)
         if not self.training:
-            return self._predictive(batch)
+            return self._predictive(self.blora.model.prepared(batch))
         with pyro.validation_enabled(False):
             loss, figures = self.objective(batch)
             values = torch.stack(list(figures.values())).tolist()
             read = dict(zip(figures, values, strict=True))
-            self.objective.check(batch, 0, read)  # the Trainer waits for each loss, too
+            self.objective.check(batch, 0, read)  # the Trainer reads each loss at once, too
         self.figures.append((read["nll"], read["kl"]))
         return {"loss": loss}
 
@@ -210,7 +211,8 @@ class _Loss(nn.Module):
         samples = draws_of_evaluation(self.blora, self.num_samples)
         if not likelihood.has_classes:
             return {"loss": -self.blora.log_predictive(batch, samples).mean()}
-        draws = torch.cat([*self.blora._logits(batch, samples)])
+        parts = (self.blora.model, self.blora.guide, self.blora.method)
+        draws = torch.cat([*predictive_logits(*parts, batch, samples)])
         logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
         labels = likelihood.labels(batch)
         if labels is None:
@@ -220,12 +222,12 @@ class _Loss(nn.Module):
 
 
 def _ended(share: Callable[..., float], num_steps: int, last: int, step: int) -> float:
-    """A schedule of so many steps in fewer; zero after its end."""
+    """The share of a schedule that is compressed to ``last`` steps, and zero after them."""
     return 0.0 if step >= last else share(step * num_steps / last)
 
 
 class _OwnDraws(TrainerCallback):
-    """Each process draws its own particles; the Trainer gives all of them one seed."""
+    """Seeds each process apart, because the Trainer's one seed would give all the same draws."""
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         if args.world_size > 1:

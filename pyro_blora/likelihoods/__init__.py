@@ -1,4 +1,4 @@
-"""Likelihoods: how the logits of the wrapped transformer explain a batch."""
+"""Likelihoods: distributions of a batch's labels given the logits of the wrapped transformer."""
 
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.causal_lm import CausalLM

@@ -1,8 +1,8 @@
-"""The contract of a likelihood: how the wrapped network's logits explain a batch."""
+"""The base class of likelihoods."""
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -18,32 +18,50 @@ from pyro_blora.options import Options, check_count
 
 Batch = Mapping[str, Any]
 Self = TypeVar("Self", bound="Likelihood")
+T = TypeVar("T")
+
+
+class Prepared(dict[str, Any]):
+    """A batch on the device of an adapter, checked by its likelihood and counted once."""
+
+    def __init__(self, batch: Batch, examples: int) -> None:
+        super().__init__(batch)
+        self.examples = examples
+        self._made: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` returns, which is called the first time alone."""
+        if name not in self._made:
+            self._made[name] = make()
+        found: T = self._made[name]
+        return found
 
 
 class Likelihood(Options, PyroModule):
     """p(labels | network, batch).
 
-    A subclass writes :meth:`logits` and, if the labels are not one class for each example,
-    :meth:`distribution` and :meth:`labels`. The log-likelihood of a batch is scaled to the data
-    set by ``pyro.plate("data", num_data, ...)``. It may have parameters, each a
-    :class:`pyro.nn.PyroParam` made in the constructor; ``roles`` names their learning rates, as a
-    prior's do. They are trained and saved with the adapter. Examples that the adapter has memorized
-    would bias them, so while ``holds_out`` is set (:meth:`holding_out`), :meth:`logits` may let
-    some examples train them alone, and the rest all else.
+    A subclass defines :meth:`logits` and, if the labels are not one class per example,
+    :meth:`distribution` and :meth:`labels`. ``pyro.plate("data", num_data, ...)`` scales the
+    log-likelihood of a batch to the data set.
 
-    As a prior and a guide it is a template: :class:`~pyro_blora.BayesianLoRA` copies it, and
-    ``blora.likelihood`` is the copy that learns.
+    A subclass may create parameters, each a :class:`pyro.nn.PyroParam`, in its constructor; its
+    ``roles`` give their learning rates, as in a prior. They are trained and saved with the adapter.
+    Examples that the adapter has memorized would bias them, so within :meth:`holding_out`
+    :meth:`logits` may reserve some examples for training them.
+
+    Like a prior and a guide, a likelihood is a template: :class:`~pyro_blora.BayesianLoRA` copies
+    it, and ``blora.likelihood`` is the copy that is trained.
 
     Args:
-        num_data: number of examples in the training set, ``N``. Without it the batch is taken for
-            the whole data set, with a warning: the KL would outweigh the data by ``N / B``.
+        num_data: number of examples in the training set, ``N``. Without it each batch counts as
+            the whole data set, with a warning, because the KL weighs ``N / B`` times too much.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
-    row_dims: ClassVar[int] = 2  # of input_ids: B x T
-    new_head: ClassVar[bool] = False  # whether it reads a head that may start at random numbers
+    row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T
+    new_head: ClassVar[bool] = False  # whether the network's head may be randomly initialized
     roles: ClassVar[dict[str, str]] = {}
-    holds_out = False  # whether some examples train its own parameters alone
+    holds_out = False  # whether some examples train only the likelihood's own parameters
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
@@ -53,29 +71,30 @@ class Likelihood(Options, PyroModule):
 
     @contextmanager
     def holding_out(self) -> Iterator[None]:
-        """Within, some examples train its own parameters alone; ``fit`` and ``Trainer`` use it."""
+        """Within, some examples train only the likelihood's own parameters, as ``fit`` has it."""
         before, self.holds_out = self.holds_out, True
         try:
             yield
         finally:
             self.holds_out = before
 
-    def bind(self: Self, device: torch.device) -> Self:
-        """A copy of this likelihood on ``device``, with its parameters where they are here."""
+    def bind(self: Self, device: torch.device, *, fast: bool = True) -> Self:
+        """A copy on ``device`` with the same parameter values, and with shortcuts if ``fast``."""
         bound = type(self)(**copy.deepcopy(self.options()))
+        bound.shortcuts.on = fast
         bound.load_state_dict(self.state_dict())
         return bound.to(device)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError if ``net`` is of another kind; called when it is adapted."""
+        """Raises ConfigurationError if ``net`` is of an unsuitable kind; by default never."""
 
     @property
     def has_classes(self) -> bool:
-        """Whether the labels are one class for each example."""
+        """Whether each example has one class as its label."""
         return type(self).distribution is Likelihood.distribution
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the network is given of a batch."""
+        """The network's keyword arguments for a batch."""
         return {key: batch[key] for key in (*self.keys, "position_ids") if key in batch}
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
@@ -91,12 +110,11 @@ class Likelihood(Options, PyroModule):
         return pyro.distributions.Categorical(logits=logits)
 
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
-        """Scores the labels, the site ``"labels"``, under the data plate.
+        """Observes the labels at the site ``"labels"`` under the data plate.
 
-        ``batch`` has the rows of all particles in order; ``num_data`` is ``N`` if the likelihood
-        was not told.
+        ``batch`` has the rows of all particles in order; ``num_data`` stands for a missing ``N``.
         """
-        labels = self.labels(batch)  # before the network runs, for a device may be waited for
+        labels = self.labels(batch)  # before the network runs, because it may synchronize a device
         logits = self.logits(net, batch)
         share = logits.shape[0] // max(particles.numel(), 1)
         if labels is not None:
@@ -106,11 +124,11 @@ class Likelihood(Options, PyroModule):
         if self.num_data is None:
             warnings.warn(
                 f"{type(self).__name__} was not told num_data and takes this batch of {num_data} "
-                "for the whole data set; pass num_data=len(train).",
+                "as the whole data set; pass num_data=len(train).",
                 stacklevel=2,
             )
         size = self.num_data or num_data
-        if share > size and labels is not None:  # a prediction may be of any size
+        if share > size and labels is not None:  # a prediction may have any size
             raise BatchError(
                 f"A batch of {share} examples is larger than the data set, num_data={size}; "
                 "pass num_data=len(train) to the likelihood."
@@ -120,16 +138,14 @@ class Likelihood(Options, PyroModule):
             pyro.sample("labels", q, obs=labels)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """Raises BatchError if a label names no class, which is checked on a CPU alone."""
+        """Raises BatchError for invalid labels; their range is checked only on a CPU."""
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
-                f"labels must be one class for each example, of shape {tuple(logits.shape[:-1])}, "
-                f"got {tuple(labels.shape)}; for a label at each token use CausalLM."
+                f"labels must be one class per example, of shape {tuple(logits.shape[:-1])}, got "
+                f"{tuple(labels.shape)}; for a label at each token use CausalLM."
             )
         if labels.is_floating_point():
-            raise BatchError(
-                f"labels must be whole numbers, got {labels.dtype}; give labels.long()."
-            )
+            raise BatchError(f"labels must be integers, got {labels.dtype}; pass labels.long().")
         low, high = map(int, labels.aminmax()) if labels.is_cpu else (0, 0)
         if low < 0 or high >= logits.shape[-1]:
             raise BatchError(
@@ -138,7 +154,7 @@ class Likelihood(Options, PyroModule):
             )
 
     def examples(self, batch: Batch) -> int:
-        """Number of examples ``B`` in a batch; BatchError if it lacks a key or is empty."""
+        """Number of examples ``B`` in a batch; raises BatchError for an invalid batch."""
         if not set(self.keys) <= set(batch):
             raise BatchError(
                 f"A batch must have {', '.join(self.keys)} for {type(self).__name__}, got "
@@ -164,12 +180,12 @@ class Likelihood(Options, PyroModule):
         if ids is not None and positions is not None and positions.shape != ids.shape:
             raise BatchError(
                 f"position_ids must have the shape of input_ids, {tuple(ids.shape)}, got "
-                f"{tuple(positions.shape)}; give one for each token of each row."
+                f"{tuple(positions.shape)}; pass one for each token."
             )
         mask = batch.get("attention_mask") if self.row_dims == 2 else None
         if isinstance(mask, Tensor) and mask.is_cpu and (~mask.any(-1)).any():
             raise BatchError(
                 "Each row of attention_mask must have a real token, got a row of padding alone; "
-                "leave its example out."
+                "leave that example out."
             )
         return count

@@ -1,4 +1,4 @@
-"""Token-level likelihood for free-form fine-tuning."""
+"""The next-token likelihood for fine-tuning on text."""
 
 import pyro
 import torch
@@ -6,7 +6,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood, Prepared
 from pyro_blora.likelihoods.reading import check_causal, compact, logits_at
 
 
@@ -17,9 +17,8 @@ class CausalLM(Likelihood):
         num_data: number of training sequences.
 
     A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``B x T`` and padded on
-    either side. Labels of -100 are not scored (prompts, padding). Each label stands at its own
-    token's position, as everywhere in transformers. Without labels every real token is predicted,
-    and the model samples them; training needs labels.
+    either side. Labels are at their tokens' own positions, as in transformers, and labels of -100
+    (prompts, padding) are not scored. Without labels the model samples every real token.
 
     Example::
 
@@ -32,7 +31,7 @@ class CausalLM(Likelihood):
         check_causal(net)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """Logits that predict each scored token, ``(B, S, V)``, the real ones first."""
+        """Logits that predict the scored tokens, ``(B, S, V)``, zero past a row's last one."""
         positions, _, mask, count = self._scored(batch)
         flat = logits_at(
             net, self.inputs(batch), positions, mask, count=count, narrow=self.shortcuts.on
@@ -48,34 +47,37 @@ class CausalLM(Likelihood):
         return targets.masked_fill(~mask, -100)
 
     def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
-        """Independent categoricals over the scored tokens, one event a sequence."""
+        """Independent categoricals over the scored tokens; a sequence is one event."""
         tokens = pyro.distributions.Categorical(logits=logits)
         if labels is None:
             return tokens.to_event(1)
         return _IgnoringCategorical(logits=logits).mask(labels >= 0).to_event(1)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """As for classes, with -100 allowed."""
+        """Raises BatchError for invalid labels, as the base class does, but allows -100."""
         super().check_labels(labels.clamp_min(0), logits)
         if labels.is_cpu and bool(((labels < 0) & (labels != -100)).any()):
             raise BatchError(
-                "labels must be token ids, or -100 for a token that is not scored, got other "
-                "negative ones."
+                "labels must be token ids, or -100 for tokens that are not scored, got another "
+                "negative number."
             )
 
     def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Positions, targets and mask of the scored tokens, and how many they are."""
+        if isinstance(batch, Prepared):  # found once in a step, because it synchronizes the device
+            return batch.once("scored", lambda: self._scored(dict(batch)))
         real = batch["attention_mask"].bool()
         labels = batch.get("labels")
         if labels is None:
             labels = batch["input_ids"].masked_fill(~real, -100)
         if labels.shape != real.shape:
             raise BatchError(
-                f"labels must be one for each token, of shape {tuple(real.shape)}, got "
-                f"{tuple(labels.shape)}; for one class a row use LabelTokens or "
+                f"labels must be one per token, of shape {tuple(real.shape)}, got "
+                f"{tuple(labels.shape)}; for one class per row use LabelTokens or "
                 "SequenceClassification."
             )
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
-        # A token is predicted from the one before it, so one without a predecessor is not scored.
+        # A token is predicted at its predecessor, so one without a real predecessor is not scored
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
         keep = (labels != -100) & before
         counts = keep.sum(-1)
@@ -85,7 +87,7 @@ class CausalLM(Likelihood):
 
 
 class _IgnoringCategorical(pyro.distributions.Categorical):
-    """A categorical that accepts -100; the mask around it drops those scores."""
+    """A categorical that accepts -100, whose scores are masked outside."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value.clamp_min(0))

@@ -1,4 +1,4 @@
-"""Classification by the next token, restricted to the answer tokens."""
+"""Classification by the next token among a few answer tokens."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ from pyro_blora.network.targets import head_of
 
 
 class LabelTokens(Likelihood):
-    r"""A softmax over single answer tokens at the last position of the prompt.
+    r"""A softmax over single answer tokens after the prompt.
 
-    :math:`p(y = c \mid x) \propto \exp \ell_{a_c}(x)`, with :math:`\ell` the logits after the last
-    token and :math:`a_c` the token that stands for class :math:`c`. This is the protocol of the
-    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA papers. The head
-    is computed at that one position alone.
+    :math:`p(y = c \mid x) \propto \exp \ell_{a_c}(x)`, where :math:`\ell` are the logits at the
+    prompt's last token and :math:`a_c` is the answer token of class :math:`c`, as in the papers of
+    Laplace-LoRA (arXiv:2308.13111), BLoB (arXiv:2406.11675) and Bayesian-LoRA. The head runs at
+    that position only.
 
     Args:
-        token_ids: the answer tokens, one for each class, in the order of the classes.
+        token_ids: the answer tokens, one per class, in the order of the classes.
         num_data: number of training examples.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``, padded on either side) and
@@ -43,7 +43,7 @@ class LabelTokens(Likelihood):
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError if ``net`` is no causal language model with these tokens."""
+        """Raises ConfigurationError unless ``net`` is a causal language model with these tokens."""
         check_causal(net)
         size = getattr(head_of(net), "out_features", None)
         if size is not None and max(self.token_ids) >= size:
@@ -53,10 +53,10 @@ class LabelTokens(Likelihood):
             )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """The answer tokens' logits after the prompt's last token, ``(B, C)``."""
+        """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""
         inputs = self.inputs(batch)
         mask = inputs["attention_mask"]
         index = torch.arange(mask.shape[-1], device=mask.device)
-        last = (index * mask.bool()).argmax(-1, keepdim=True)  # right for either padding
+        last = (index * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
         ids = self._answers.to(mask.device)
         return logits_at(net, inputs, last, token_ids=ids, narrow=self.shortcuts.on)

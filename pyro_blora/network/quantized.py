@@ -1,20 +1,21 @@
-"""Quantized layers, and what priors read of the pretrained weights of a group."""
+"""Reading the pretrained weights of linear layers, quantized ones included."""
 
 import torch
 from torch import Tensor, nn
 
+from pyro_blora.debts import is_offloaded, slots_of
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup, layer_shape
 
 
 def _is_of_torchao(weight: Tensor) -> bool:
-    """Whether it knows how to multiply and to dequantize itself, and passes for one of floats."""
+    # A subclass that pretends to be a float tensor, and dequantizes itself
     return type(weight).dequantize is not Tensor.dequantize
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module is a layer whose own weight torchao or bitsandbytes has quantized."""
-    weight = module._parameters.get("weight")
+    """Whether the module's own weight is quantized by torchao or bitsandbytes."""
+    weight = slots_of(module).get("weight")
     if weight is None:
         return False
     of_bitsandbytes = hasattr(weight, "quant_state") or not weight.is_floating_point()
@@ -24,7 +25,7 @@ def is_quantized(module: nn.Module) -> bool:
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in torch's default dtype.
 
-    Weights quantized by torchao or bitsandbytes are dequantized; the layer keeps its own.
+    Weights quantized by torchao or bitsandbytes are dequantized; the layer itself stays as it is.
     """
     weight = _dequantized(module)
     transposed = type(module).__name__ == "Conv1D"
@@ -33,8 +34,8 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
     shape, plain = layer_shape(module), weight is not None and weight.is_floating_point()
     if weight is None or not plain or weight.element_size() == 1 or weight.shape != shape:
         raise ConfigurationError(
-            f"{name} has no weight of {shape} floats, which could be read; pass "
-            "prior=KroneckerInducing(sigma=...) with a width in units of weight, or load the "
+            f"{name} has no weight of {shape} floats that can be read; pass "
+            "prior=KroneckerInducing(sigma=...) with a width in units of the weights, or load the "
             "network unquantized or quantized by torchao or bitsandbytes."
         )
     return weight.to(torch.get_default_dtype())
@@ -44,13 +45,13 @@ def _dequantized(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    if weight.is_meta and getattr(getattr(module, "_hf_hook", None), "offload", False):
-        from accelerate.utils import align_module_device  # it has put the weight away
+    if is_offloaded(module):
+        from accelerate.utils import align_module_device
 
         with align_module_device(module):
             weight = module.weight
             assert isinstance(weight, Tensor)
-    if hasattr(weight, "full_tensor"):  # a DTensor, which has a share of it
+    if hasattr(weight, "full_tensor"):  # a DTensor holds only a shard
         weight = weight.full_tensor()
     if getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8:
         from transformers.integrations import bitsandbytes
@@ -63,9 +64,9 @@ def _dequantized(module: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first singular directions of each pretrained weight of a group, and all singular values.
+    """The leading singular vectors of each pretrained weight of a group, and its singular values.
 
-    ``(n, left, d_out)``, ``(n, right, d_in)`` and ``(n, min(d_out, d_in))``.
+    The shapes are ``(n, left, d_out)``, ``(n, right, d_in)`` and ``(n, min(d_out, d_in))``.
     """
     lefts, rights, values = [], [], []
     for name, module in zip(group.module_names, group.modules, strict=True):

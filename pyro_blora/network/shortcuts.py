@@ -1,6 +1,6 @@
-"""Shortcuts that give the network's own logits, and how the network is asked whether they do.
+"""Shortcuts that save computation without changing the logits, and their verification.
 
-A shortcut is tried on a few tokens against the plain path, once for each network.
+Each shortcut is compared with the plain path on a few tokens, once for each network.
 """
 
 import re
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_blora.debts import attention_of, experts_of, hooks_of, is_compiled
 from pyro_blora.network.adapter import (
     adapter_of,
     in_mode,
@@ -29,7 +30,7 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 class Shortcuts:
-    """Which shortcuts a likelihood takes, and what the networks that it scored have answered."""
+    """Whether a likelihood takes shortcuts, and which of them its networks have passed."""
 
     def __init__(self) -> None:
         self.on = True
@@ -37,56 +38,41 @@ class Shortcuts:
         self._answers: dict[tuple[Any, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"on": self.on, "asking": False, "_answers": {}}  # a copied network is asked anew
+        # A copy is for another network, which is verified anew
+        return {"on": self.on, "asking": False, "_answers": {}}
 
     def verified(self, net: nn.Module, shortcut: str, question: Callable[[], bool]) -> bool:
-        """Whether a shortcut is on and ``question`` finds the plain path's logits with it.
-
-        It is asked once for each implementation of attention and of experts.
-        """
+        """Whether shortcuts are on and ``question`` has found this one to keep the logits."""
         if not self.on or getattr(_text_config(net), "vocab_size", 0) < 8:
             return False
-        config = getattr(net, "config", None)
-        settings = (
-            getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts")
-        )
-        key = (weakref.ref(net), shortcut, *settings)
+        key = (weakref.ref(net), shortcut, attention_of(net), experts_of(net))
         if key not in self._answers:
-            with self._as_pretrained(net):
-                self._answers[key] = question()
+            adapters = [a for a in map(adapter_of, net.modules()) if a is not None]
+            eager = runs_eagerly(net.modules())
+            with (
+                in_mode(net, training=False),
+                torch.no_grad(),
+                torch.autocast(device_of(net.modules()).type, enabled=False),
+                updates_in_place(adapters, [None] * len(adapters)),
+                nullcontext() if eager else torch.compiler.set_stance("force_eager"),
+            ):
+                try:
+                    self.asking = True
+                    self._answers[key] = question()
+                finally:
+                    self.asking = False
             if not self._answers[key]:
                 warnings.warn(
                     f"{type(net).__name__} does not give the same logits with {shortcut}; it runs "
-                    "without, which is right and slower, as all does with fast=False.",
+                    "without this shortcut, which is correct but slower (fast=False uses none).",
                     stacklevel=2,
                 )
         return self._answers[key]
 
-    @contextmanager
-    def _as_pretrained(self, net: nn.Module) -> Iterator[None]:
-        """Within, a question is asked: no dropout, updates, gradients, autocast or graphs."""
-        adapters = [a for a in map(adapter_of, net.modules()) if a is not None]
-        eager = runs_eagerly(net.modules())
-        with (
-            in_mode(net, training=False),
-            torch.no_grad(),
-            torch.autocast(device_of(net.modules()).type, enabled=False),
-            updates_in_place(adapters, [None] * len(adapters)),
-            nullcontext() if eager else torch.compiler.set_stance("force_eager"),
-        ):
-            self.asking = True
-            try:
-                yield
-            finally:
-                self.asking = False
-
     def skippable_blocks(
         self, net: nn.Module, names: Sequence[str], trained: Sequence[str] = ()
     ) -> list[nn.Module]:
-        """The frozen blocks, where the network gives the same logits without running them again.
-
-        None where one is compiled, sharded or observed, or a ``trained`` module stands before them.
-        """
+        """The frozen blocks that need not run for every draw, because the logits stay the same."""
         blocks = frozen_blocks(net, names)
         if not blocks or not self.on:
             return []
@@ -95,7 +81,7 @@ class Shortcuts:
         usable = (
             not any(net.get_submodule(name) in before for name in trained)
             and runs_eagerly(net.modules())
-            and not any(hasattr(p, "full_tensor") for p in net.parameters())  # of sharded weights
+            and not any(hasattr(p, "full_tensor") for p in net.parameters())  # sharded
             and not is_observed(net, inside)
             and self.verified(
                 net, "its frozen blocks skipped", partial(_skips, net, FrozenPrefix(blocks, self))
@@ -105,24 +91,21 @@ class Shortcuts:
 
 
 class FrozenPrefix:
-    """What the frozen blocks put out for one batch, recorded once for all draws of a prediction.
-
-    The first pass records what the last block puts out, and later passes give the record back.
-    """
+    """Records the frozen blocks' output for a batch in one pass, and reuses it in later ones."""
 
     def __init__(self, blocks: Sequence[nn.Module], shortcuts: Shortcuts) -> None:
         self.blocks, self.shortcuts = blocks, shortcuts
         self.kept: Tensor | None = None
-        self._tuples: dict[int, tuple[type, int]] = {}  # of blocks that put out several things
+        self._tuples: dict[int, tuple[type, int]] = {}  # type and length of a block's outputs
         self._copies, self._passes = 1, 0
         self._asked = self._skips = False
 
     @contextmanager
     def copies(self, number: int) -> Iterator[None]:
-        """Within, a pass of the network is the batch that many times over; first of all once."""
+        """Within, a pass runs ``number`` copies of the batch; the recording pass must run one."""
         self._copies, self._passes = number, 0
         self._asked = self.shortcuts.asking
-        before = [vars(block).get("forward") for block in self.blocks]  # another library's
+        before = [vars(block).get("forward") for block in self.blocks]  # set by another library
         for index, block in enumerate(self.blocks):
             block.forward = partial(self._forward, index, block.forward)
         try:
@@ -138,7 +121,7 @@ class FrozenPrefix:
         if index == 0:
             self._passes += 1
             self._skips = self.kept is not None and len(hidden) == len(self.kept) * self._copies
-        if self._passes > 1:  # another input of the same rows, or row by row
+        if self._passes > 1:  # a likelihood that runs the network again, on another input
             return own(*args, **kwargs)
         if self._skips and self.kept is not None:
             hidden = self.kept.repeat(self._copies, 1, 1) if last else hidden
@@ -155,16 +138,13 @@ class FrozenPrefix:
 
 
 def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The blocks that come before every adapted layer (named in full), in order.
-
-    None where they cannot be told, as with layers in two lists (an encoder and a decoder).
-    """
+    """The blocks before all adapted layers, in order; none if there are several block lists."""
     found = {name: _BLOCK.match(name) for name in names}
     head = head_of(net)
     if any(match is None and net.get_submodule(name) is not head for name, match in found.items()):
         return []
     inside = [match for match in found.values() if match is not None]
-    if not inside:  # the head alone is adapted
+    if not inside:  # only the head is adapted
         lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         return list(lists[0]) if len(lists) == 1 else []
     blocks = net.get_submodule(inside[0][1])
@@ -175,7 +155,7 @@ def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def _skips(net: nn.Module, prefix: FrozenPrefix) -> bool:
-    """Whether rows that come again, twice over, skip the blocks."""
+    """Whether the logits stay the same when the same rows, once and twice, skip the blocks."""
     ids = few_tokens(net, 3)
     mask = (torch.arange(8, device=ids.device) < ids.new_tensor([[8], [5], [4]])).long()
     for copies in (1, 2):
@@ -191,7 +171,7 @@ def _skips(net: nn.Module, prefix: FrozenPrefix) -> bool:
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether two answers are the same but for rounding, relative to what varies in them."""
+    """Whether two tensors agree up to rounding, relative to the spread of their values."""
     if given is None or expected is None or given.shape != expected.shape:
         return False
     half = expected.dtype in (torch.float16, torch.bfloat16)
@@ -200,14 +180,14 @@ def agree(given: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def few_tokens(net: nn.Module, rows: int) -> Tensor:
-    """A few rows of eight tokens, of the first of any vocabulary."""
+    """A few rows of eight token ids from 1 to 7."""
     ids = torch.arange(8 * rows, device=device_of(net.modules()))
     return (ids * 5 % 7 + 1).reshape(rows, 8)
 
 
 def logits_of(net: nn.Module, **inputs: Tensor) -> Tensor | None:
-    """The network's logits; ``None`` where it refuses the input, in whatever way it does."""
-    for options in ({"use_cache": False}, {}):  # an encoder may not know of caches
+    """The network's logits; ``None`` if it raises any exception on this input."""
+    for options in ({"use_cache": False}, {}):  # an encoder may not take use_cache
         with suppress(Exception):
             logits: Tensor = net(**inputs, **options).logits
             return logits
@@ -215,24 +195,19 @@ def logits_of(net: nn.Module, **inputs: Tensor) -> Tensor | None:
 
 
 def window_of(net: nn.Module) -> int | None:
-    """The fewest positions that a layer declares to attend to: a window, a chunk, the top few."""
+    """The shortest attention span that the configuration declares: a window, chunk or top-k."""
     declared = getattr(_text_config(net), "__dict__", {}).items()
     windows = [v for name, v in declared if _WINDOW.search(name) and type(v) is int and v > 0]
     return min(windows, default=None)
 
 
 def runs_eagerly(modules: Iterable[nn.Module]) -> bool:
-    """Whether the modules run as they stand, and not from a compiled graph."""
-    return not any(
-        module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in modules
-    )
+    """Whether no module runs from a compiled graph."""
+    return not any(map(is_compiled, modules))
 
 
 def is_observed(net: nn.Module, modules: Iterable[nn.Module]) -> bool:
-    """Whether the configuration or a hook of others looks at what ``modules`` get or put out."""
+    """Whether the configuration or another library's hook reads what goes through ``modules``."""
     configs = (getattr(net, "config", None), _text_config(net))
     names = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, None) for config in configs for name in names):
@@ -240,14 +215,14 @@ def is_observed(net: nn.Module, modules: Iterable[nn.Module]) -> bool:
     homes = {
         str(getattr(hook, "__module__", "")).split(".")[0]
         for module in modules
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for hook in hooks_of(module)
     }
     return bool(homes - {"torch", "transformers", "pyro_blora"})
 
 
 def _text_config(net: nn.Module) -> Any:
-    """What the network declares of its text, which has a part of its own beside images."""
+    """The configuration of a network, of its text part if it is multimodal."""
     config: Any = getattr(net, "config", None)
-    with suppress(Exception):  # whatever a class of one's own makes of the question
+    with suppress(Exception):  # a user's own configuration class may do anything here
         return config.get_text_config()
     return config

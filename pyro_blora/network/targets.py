@@ -1,8 +1,8 @@
 """Which layers of a network are adapted, and how they are grouped.
 
-Targets are named as PEFT names them: a list of name suffixes, one regular expression, or
-``"all-linear"``. Layers of equal name ending and shape form one :class:`LayerGroup`, and one group
-is one sample site under one plate: the cost of Pyro does not grow with the depth of the network.
+Targets are given as in PEFT: a list of name suffixes, one regular expression, or ``"all-linear"``.
+Layers with the same last name and the same shape form a :class:`LayerGroup`, which is one sample
+site under one plate, so that Pyro's overhead does not grow with the depth of the network.
 """
 
 import re
@@ -15,13 +15,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from pyro_blora.debts import execution_device
 from pyro_blora.errors import ConfigurationError, NoTargetError, near_miss
 
 T = TypeVar("T")
 
-PEFT_PREFIX = "base_model.model."  # how PEFT's names of a network's parts begin
+PEFT_PREFIX = "base_model.model."  # a PeftModel puts this before the names of the base
 
-# Tried in order when target_modules is not given; the attention projections LoRA's authors adapt.
+# Tried in order if target_modules is not given: the attention projections of the LoRA paper
 _DEFAULT_TARGETS = (
     ("q_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, OPT, ...
     ("c_attn",),  # GPT-2
@@ -31,7 +32,7 @@ _DEFAULT_TARGETS = (
     ("q", "v"),  # T5
 )
 
-# Of networks that do not say what their body is
+# The heads of a network that does not declare base_model
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
@@ -40,11 +41,11 @@ class LayerGroup:
     """``n`` layers of one kind and shape, adapted by one stacked update.
 
     Attributes:
-        name: what the group is called in site and parameter names, e.g. ``"q_proj"``.
+        name: the group's name in site and parameter names, e.g. ``"q_proj"``.
         module_names: the full names of the ``n`` layers inside the network.
         d_out: number of output features of each layer.
         d_in: number of input features of each layer.
-        modules: the layers themselves; read by priors that start from the pretrained weight.
+        modules: the layers themselves, for priors that read the pretrained weight.
     """
 
     name: str
@@ -60,17 +61,15 @@ class LayerGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where the first of the layers computes; see :func:`device_of`."""
+        """Device of the first layer; see :func:`device_of`."""
         return device_of(self.modules)
 
 
 def device_of(modules: Iterable[nn.Module]) -> torch.device:
     """The device of the first module with storage, or the CPU."""
     for module in modules:
-        # Between passes an offloaded weight is on the meta device
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
+        if (device := execution_device(module)) is not None:
+            return device
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.device.type != "meta":
                 return tensor.device
@@ -78,7 +77,7 @@ def device_of(modules: Iterable[nn.Module]) -> torch.device:
 
 
 def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """``(d_out, d_in)`` as a linear layer (quantized, or a ``Conv1D``) declares it, or ``None``."""
+    """``(d_out, d_in)`` of a linear layer, also a quantized one or a ``Conv1D``, else ``None``."""
     for names in (("out_features", "in_features"), ("nf", "nx")):
         d_out, d_in = (getattr(module, name, None) for name in names)
         if isinstance(d_out, int) and isinstance(d_in, int):
@@ -87,14 +86,14 @@ def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def matches(name: str, pattern: str | Sequence[str]) -> bool:
-    """Whether a module's full name ends in one of ``pattern``, or is what a string describes."""
+    """Whether a full name ends in one of several suffixes, or matches a regular expression."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(f".{name}".endswith(f".{suffix}") for suffix in pattern)
 
 
 def name_in_base(name: str) -> str:
-    """A module's or tensor's name without what a ``PeftModel`` puts around a network's parts."""
+    """The name in the base of a module or tensor that may be inside a ``PeftModel``."""
     bare = name.removeprefix(PEFT_PREFIX)
     if bare == name:
         return name
@@ -108,33 +107,30 @@ def head_of(net: nn.Module) -> nn.Module | None:
 
 
 def without_peft(net: nn.Module) -> nn.Module:
-    """The network that a ``PeftModel`` holds, or the network itself."""
+    """The base network of a ``PeftModel``, or the network itself."""
     getter = getattr(net, "get_base_model", None)
     found: nn.Module = getter() if callable(getter) else net
     return found
 
 
 def body_of(net: nn.Module) -> str | None:
-    """The name of the part of a transformer below its heads, or ``None`` where it has no such."""
+    """The name of a transformer's body, to which its heads are attached, or ``None``."""
     body = getattr(without_peft(net), "base_model", None)
     return next((name for name, module in net.named_modules() if name and module is body), None)
 
 
 def head_names(net: nn.Module) -> list[str]:
-    """Full names of a network's heads: what has parameters and stands beside its body."""
+    """Full names of a network's heads: the siblings of its body that have parameters."""
     body = body_of(net)
     if body is None:
         return [name for name, _ in net.named_modules() if matches(name, _CLASSIFICATION_HEADS)]
-    parent = body.rpartition(".")[0]
-    beside = {
-        f"{parent}.{name}".removeprefix("."): module
-        for name, module in net.get_submodule(parent).named_children()
-    }
-    return [name for name, m in beside.items() if name != body and list(m.parameters())]
+    parent, dot, last = body.rpartition(".")
+    beside = net.get_submodule(parent).named_children()
+    return [f"{parent}{dot}{n}" for n, m in beside if n != last and list(m.parameters())]
 
 
 def is_classifier(net: nn.Module) -> bool:
-    """Whether a network has heads, and no language model's."""
+    """Whether a network has a head that is not a language model's."""
     return head_of(net) is None and bool(head_names(net))
 
 
@@ -145,9 +141,9 @@ def find_targets(
     exclude_modules: str | Sequence[str] = (),
     layers_to_transform: int | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
-    """The linear layers of ``net`` that ``target_modules`` names, by full name, in order.
+    """The linear layers of ``net`` that match ``target_modules``, by full name, in order.
 
-    As in PEFT, ``"all-linear"`` leaves out heads, ``layers_to_transform`` what is in no block.
+    As in PEFT, ``"all-linear"`` leaves out the heads, and ``layers_to_transform`` all other layers.
     """
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     if target_modules is None:
@@ -167,7 +163,7 @@ def find_targets(
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     if chosen:
         idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
-        if idle and names is target_modules:  # a slip of the pen more often than not
+        if idle and names is target_modules:  # most likely a typo
             warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=4)
         return {name: linear[name] for name in chosen}
     if named:
@@ -176,8 +172,8 @@ def find_targets(
             f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
             f"none of them; loosen it. Matched: {', '.join(named[:4])}."
         )
-    text = " A text is a regular expression of whole names; endings go in a list."
-    hint = "" if names is target_modules else text
+    text = " A string is a regular expression of whole names; endings go in a list."
+    hint = text if isinstance(target_modules, str) else ""
     raise NoTargetError(f"target_modules={target_modules!r} {_nothing(names, linear)}{hint}")
 
 
@@ -200,15 +196,15 @@ def _suffixes(names: Iterable[str]) -> list[str]:
 
 
 def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
-    """Groups layers of equal name ending and shape, in the order of their first member.
+    """Groups layers with the same last name and shape, in the order of their first member.
 
-    A group is called by the ending, ``"q_proj"``, or ``"layer"`` where that is a number; where
-    layers of one ending differ in shape, theirs is added: ``"q_proj_16x32"``.
+    The group has that last name, ``"q_proj"``, or ``"layer"`` if it is a number. If layers of one
+    name differ in shape, the shape is added: ``"q_proj_16x32"``.
     """
     kinds: dict[tuple[str, tuple[int, int]], dict[str, nn.Module]] = defaultdict(dict)
     for name, module in targets.items():
         shape, ending = layer_shape(module), name.rsplit(".", 1)[-1]
-        assert shape is not None, f"{name} is no linear layer"
+        assert shape is not None
         kinds["layer" if ending.isdigit() else ending, shape][name] = module
     shapes = Counter(ending for ending, _ in kinds)
     groups = []
@@ -219,21 +215,21 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 
 
 def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGroup]) -> dict[str, T]:
-    """What ``given`` says of each group, by the group's name: one object, or a mapping.
+    """The object for each group by its name; ``given`` is one object for all, or a mapping.
 
-    Its keys are names of groups, or regular expressions of a whole name, of which the first counts.
+    Its keys are group names or regular expressions of whole names, and the first match counts.
     """
     names = [group.name for group in groups]
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
     for key in given:
-        if not any(_is_of(key, name) for name in names):
+        if not any(re.fullmatch(key, name) for name in names):
             raise ConfigurationError(
                 f"{option}: {key!r} matches no group of layers; {near_miss(str(key), names)}."
             )
     chosen = {}
     for name in names:
-        keys = [name] if name in given else [k for k in given if _is_of(k, name)]
+        keys = [name] if name in given else [k for k in given if re.fullmatch(k, name)]
         if not keys:
             raise ConfigurationError(
                 f"{option}: no key of {list(given)} matches group {name!r}; add it, or '.*' at the "
@@ -241,7 +237,3 @@ def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGrou
             )
         chosen[name] = given[keys[0]]
     return chosen
-
-
-def _is_of(key: str, name: str) -> bool:
-    return key == name or re.fullmatch(key, name) is not None

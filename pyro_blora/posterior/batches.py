@@ -1,4 +1,4 @@
-"""Batches: made of examples, moved, repeated, and without end in an order that can be told."""
+"""Batches: collated from examples, moved to a device, repeated, and streamed without end."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ Collate = Callable[[list[Any]], Batch]
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
-    """The whole batch ``times`` over, one after the other, so that each particle sees all of it."""
+    """The batch ``times`` in a row, so that each particle or draw sees all of its examples."""
     return {
         key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
         for key, value in batch.items()
@@ -28,11 +28,11 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device``, its lists and arrays of numbers as tensors, all else as it is."""
+    """The batch on ``device``, with its lists and arrays of numbers as tensors."""
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
-            "of examples by a collator, task.collator(tokenizer)(items)."
+            "from examples by a collator, such as task.collator(tokenizer)(items)."
         )
     return {key: _on_device(value, device) for key, value in batch.items()}
 
@@ -40,19 +40,19 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 def _on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | np.ndarray):
         arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
-        with suppress(TypeError, ValueError, RuntimeError):  # texts, rows of several lengths, ...
+        with suppress(TypeError, ValueError, RuntimeError):  # of texts or ragged rows
             value = torch.tensor(np.asarray(value) if arrays else value)
     return value.to(device) if isinstance(value, Tensor) else value
 
 
 def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
-    """What makes a batch of a list of examples: torch's, where none is given and it can."""
+    """The function that collates examples: as passed, or torch's if it can do so."""
     if collate or isinstance(data, DataLoader):
         return collate or default_collate
     if len(data) and not isinstance(data[0], Mapping):
         raise ConfigurationError(
-            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch of a "
-            "list of them, such as task.collator(tokenizer)."
+            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch from a "
+            "list of examples, such as task.collator(tokenizer)."
         )
     return default_collate
 
@@ -60,7 +60,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
 def batches_of(
     data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
 ) -> Iterator[Batch]:
-    """All examples in batches of like lengths; of a ``DataLoader`` its batches."""
+    """The examples in batches of similar lengths, or the batches of a ``DataLoader``."""
     if isinstance(data, DataLoader):
         batches: Any = data
     else:
@@ -77,15 +77,16 @@ def batches_of(
 
 @dataclass
 class _Bucketed:
-    """Batches of like lengths: shuffled, sorted within windows of a few batches, shuffled again.
+    """Batches of similar lengths: shuffled, sorted within windows of eight batches, reshuffled.
 
-    The incomplete batch, whose examples weigh more, is a random few of all and no window's longest.
+    The incomplete batch, whose examples weigh more, is cut off before the sorting, so that it does
+    not always hold the longest examples.
     """
 
     lengths: list[int]
     size: int
     random: random.Random
-    skipped: int = 0  # batches to leave out of the next epoch
+    skipped: int = 0  # batches to skip in the next epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
@@ -102,7 +103,7 @@ class _Bucketed:
 
 
 class Batches:
-    """Batches without end, each epoch in a new order; the order can be told and found again."""
+    """Endless batches, in a new order each epoch, whose position can be saved and restored."""
 
     def __init__(
         self,
@@ -140,16 +141,16 @@ class Batches:
         return found
 
     def peek(self) -> Batch:
-        """The batch that comes next, which still comes next."""
+        """The next batch, without taking it."""
         self._held = self._held or [self._drawn()]
         return self._held[0]
 
     def place(self) -> dict[str, Any]:
-        """Where this is: the random numbers when the epoch began, and the batches taken since."""
+        """The position: the random state when the epoch began, and the batches taken since."""
         return {**self._begun, "taken": self._taken}
 
     def go_to(self, place: dict[str, Any]) -> None:
-        """Goes to a place that :meth:`place` told; a ``DataLoader`` reads its batches once more."""
+        """Goes to a saved position; a ``DataLoader`` reads the batches before it once more."""
         torch.set_rng_state(place["torch"])
         taken = int(place["taken"])
         if self._generator is not None:

@@ -1,6 +1,7 @@
 """The Pyro model: priors over the updates, the wrapped network, the likelihood.
 
-All sites are sampled before the network runs: so activation checkpointing and compilation work.
+All sites are sampled before the network runs, so that activation checkpointing and compilation
+work.
 """
 
 import functools
@@ -13,15 +14,16 @@ from typing import Any, ParamSpec, TypeVar
 import pyro
 import torch
 from pyro.nn import PyroModule
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.runtime import _PYRO_STACK, get_plates
+from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pyro_blora.debts import ELBO_PLATE, is_enumerating
 from pyro_blora.errors import ConfigurationError, ParticleError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.likelihoods._likelihood import Prepared
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
     Adapter,
@@ -36,17 +38,14 @@ from pyro_blora.options import check_kind
 from pyro_blora.posterior.batches import repeat_batch, to_device
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-# Pyro's handlers and its store are of the process, so one thread at a time runs a model or a guide
+# Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
 LOCK = threading.RLock()
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# The name that Pyro's ELBO gives to the plate of vectorized particles
-ELBO_PLATE = "num_particles_vectorized"
-
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, for which other threads wait, and which waits for theirs."""
+    """Makes ``function`` wait until no other thread is in such a function."""
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> T:
@@ -57,16 +56,16 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def open_plates() -> dict[str, int]:
-    """The names and sizes of the plates within which Pyro is running now."""
+    """The names and sizes of the vectorized plates that are open now."""
     return {frame.name: frame.size for frame in get_plates() if frame.vectorized}
 
 
 class BayesianLoRAModel(PyroModule):
     """p(labels, U | batch), an ordinary Pyro model of one argument, the batch.
 
-    Its latent sites are those of each group's prior, such as ``"q_proj.V"``; what is observed is
-    ``"labels"``. Module tracking does not see the frozen network, so that ``state_dict`` has the
-    adapter alone. While ``enabled`` is false it is the network alone.
+    Its latent sites are the sites of each group's prior, such as ``"q_proj.V"``; the observed site
+    is ``"labels"``. The frozen network is not registered as a submodule, so that ``state_dict``
+    holds the adapter alone. While ``enabled`` is false, the network runs without updates.
     """
 
     temperature: Tensor
@@ -78,34 +77,36 @@ class BayesianLoRAModel(PyroModule):
         prior: UpdateModel | Mapping[str, UpdateModel],
         likelihood: Likelihood,
         heads: Sequence[str] = (),
+        *,
+        fast: bool = True,
     ) -> None:
         super().__init__()
         if getattr(getattr(net, "config", None), "model_type", None) == "xlnet":
             raise ConfigurationError(
-                "XLNet has the rows of a batch in the second dimension, where particles cannot "
-                "share them out; take another network."
+                "The rows of a batch must be in the first dimension, got XLNet, which has them in "
+                "the second; take another network."
             )
         priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
         for each in priors.values():
             check_kind("prior", each, UpdateModel)
-        self._net, self._prior = (net,), (prior,)  # in tuples, so that nn.Module registers neither
+        self._net, self._prior = (net,), (prior,)  # in tuples, so that neither is registered
         self._starts: dict[str, Tensor] = {}
-        # once: a network has thousands of modules
+        # found once, because a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
         self.groups = tuple(groups)
         self.enabled = True
         self._precision = "float32"
         bound = {group.name: priors[group.name].bind(group) for group in groups}
-        self.likelihood = likelihood.bind(self.groups[0].device)
+        self.likelihood = likelihood.bind(self.groups[0].device, fast=fast)
         for name, own in bound.items():
             if hasattr(self, name):
                 raise ConfigurationError(
-                    f"Layers called {name!r} have the name of a part of the model; leave "
-                    "them out with exclude_modules, or call them otherwise in the network."
+                    f"Layers must not be called {name!r}, the name of a part of the model; leave "
+                    "them out with exclude_modules, or rename them in the network."
                 )
             setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
-        # of the scores of one pass at the posterior mean
+        # of the scores of a pass at the posterior mean, set by distill()
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
@@ -117,12 +118,12 @@ class BayesianLoRAModel(PyroModule):
 
     @property
     def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
-        """The prior, or those by group, as given, before they knew the layers."""
+        """The prior, or the priors by group, as passed and not bound."""
         return self._prior[0]
 
     @cached_property
     def _traced(self) -> tuple[list[Site], int]:
-        """Sites and nesting; not before Pyro knows whose part this module is."""
+        """Sites and nesting, traced lazily, after the adapter owns this module."""
         with torch.no_grad():
             trace = pyro.poutine.trace(self.updates).get_trace()
         for group in self.groups:
@@ -136,19 +137,19 @@ class BayesianLoRAModel(PyroModule):
 
     @property
     def sites(self) -> list[Site]:
-        """The latent sites of the prior, whose update is checked on the way."""
+        """The latent sites of the prior; finding them checks the prior's update, too."""
         return self._traced[0]
 
     @property
     def max_plate_nesting(self) -> int:
-        """How many dimensions the prior's plates take; the particles' stands just outside."""
+        """The number of dimensions of the prior's plates; the particles' dimension is next."""
         return self._traced[1]
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Turns the priors to given updates, ``B A`` by the layers' names; before the guide."""
+        """Starts the priors at ``B A`` by the layers' names, before the guide is made."""
         if missing := [name for name in self.layer_names if name not in factors]:
             raise ConfigurationError(
-                f"start= has no factors for {', '.join(missing[:4])}; give (B, A) for each layer."
+                f"start must have (B, A) for each layer, got none for {', '.join(missing[:4])}."
             )
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
@@ -160,44 +161,51 @@ class BayesianLoRAModel(PyroModule):
                 self._starts |= getattr(self, group.name).start_at(B, A)
 
     def skippable_blocks(self) -> list[nn.Module]:
-        """The frozen blocks that need not run twice for an example."""
+        """The frozen blocks that can be skipped when the same examples run again."""
         trained = self.trained_heads.names
         return self.likelihood.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
 
     def attach(self) -> None:
-        """Puts the hooks on the network's layers; another adapter's would add its updates, too."""
+        """Puts the hooks on the network's layers, unless another adapter has hooks there."""
         for name, module in self.net.named_modules():
             if adapter_of(module) is not None:
                 raise ConfigurationError(
-                    f"{name} is adapted already; call .unwrap() on the BayesianLoRA that holds the "
-                    "network (before you copy it)."
+                    f"{name} is adapted already; call .unwrap() on the BayesianLoRA that has the "
+                    "network, and before you copy it."
                 )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(Adapter, self.layer_names, modules))
 
     def detach(self) -> None:
-        """Takes the hooks off again."""
+        """Removes the hooks."""
         for adapter in self.adapters:
             adapter.remove()
         self.adapters = ()
 
     def updates(self) -> dict[str, LowRankUpdate]:
-        """Samples the sites of every group, in single precision also under autocast."""
+        """Samples the sites of every group, in single precision even under autocast."""
         device = self.groups[0].device.type
         with torch.autocast(device, enabled=False):
             return {group.name: getattr(self, group.name)() for group in self.groups}
 
     def check_on_network(self) -> None:
-        """Raises ConfigurationError if this adapter cannot be asked; before a draw is made."""
+        """Raises ConfigurationError if the network has been unwrapped."""
         if not self.adapters:
             raise ConfigurationError(
-                "The network has been unwrapped, and may have another adapter on: wrap it in a new "
-                "BayesianLoRA, or read a saved one by from_pretrained, to go on."
+                "The adapter must be on its network, got one that was unwrapped; wrap the network "
+                "in a new BayesianLoRA, or read a saved adapter by from_pretrained."
             )
+
+    def prepared(self, batch: Batch) -> Prepared:
+        """The batch on the adapter's device, after the likelihood has checked it."""
+        if isinstance(batch, Prepared):
+            return batch
+        batch = to_device(batch, self.groups[0].device)
+        return Prepared(batch, self.likelihood.examples(batch))
 
     @contextmanager
     def autocast(self, precision: str) -> Iterator[None]:
-        """Within, the network runs in this precision; the variational part stays in single."""
+        """Within, the network runs in this precision, and the variational part in float32."""
         before = self._precision
         self._precision = choose_precision(precision, self.groups[0].device)
         try:
@@ -206,8 +214,17 @@ class BayesianLoRAModel(PyroModule):
             self._precision = before
 
     @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within, the network runs without updates and with its own heads."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Within, the network's layers add ``updates`` and its heads are as trained; yields it."""
+        """Yields the network, which within adds ``updates`` and has the trained heads."""
         self.check_on_network()
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         with ExitStack() as within:
@@ -221,25 +238,25 @@ class BayesianLoRAModel(PyroModule):
             yield self.net
 
     def forward(self, batch: Batch | int | None = None) -> dict[str, LowRankUpdate]:
-        """Samples the updates and scores the labels of ``batch``; without one, samples alone.
+        """Samples the updates and scores the labels of ``batch``; without a batch it only samples.
 
         Vectorized particles of an ELBO share out the examples evenly, in order. Under any other
-        leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all of them.
-        A number stands for so many examples without data: an outline of what labels depend on.
+        leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all examples.
+        An integer in place of a batch gives the model's outline: that many labels without data,
+        which depend on all updates, so that an AutoGuide can read the structure.
         """
         if batch is None:
             return self.updates()
         if isinstance(batch, int):
             return self._outlined(batch)
         self.check_on_network()
-        batch = to_device(batch, self.groups[0].device)
-        examples = self.likelihood.examples(batch)
+        prepared = self.prepared(batch)
+        batch, examples = prepared, prepared.examples
         updates = self.updates()
-        enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
-        if enumerates and any(update.is_noisy for update in updates.values()):
+        if is_enumerating() and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(
-                "HMC, NUTS and enumeration need the same density at every call of the model, and "
-                "this prior draws noise in each; use a prior with conditional='deterministic'."
+                "HMC, NUTS and enumeration must have a prior whose density is the same at every "
+                "call, got one that draws noise in each; pass conditional='deterministic'."
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
@@ -250,15 +267,15 @@ class BayesianLoRAModel(PyroModule):
             raise ParticleError(
                 f"{examples} examples cannot be shared out evenly among {count} particles. "
                 f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
-                "pyro_blora.fit, which sees to it."
+                "pyro_blora.fit, which chooses a divisor itself."
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
-        # without gradient: an AutoGuide keeps what its first call gave, and is copied with it
+        # detached, because an AutoGuide keeps the result of its first call, and may be copied
         return {name: update.detached() for name, update in updates.items()}
 
     def _outlined(self, examples: int) -> dict[str, LowRankUpdate]:
-        """Labels of no meaning, each of which depends on every update."""
+        """Labels without meaning, each of which depends on every update."""
         updates = self.updates()
         factors = [f for u in updates.values() for f in (u.A, u.B, u.core) if f is not None]
         law = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)

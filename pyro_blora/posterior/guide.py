@@ -13,25 +13,25 @@ import torch
 from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoMessenger
 from pyro.nn import PyroModule
-from pyro.nn.module import _Context
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_blora.debts import ELBO_PLATE, PyroContext, context_of, pyro_params
 from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Ensemble
 from pyro_blora.guides._post_hoc import PostHoc
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import by_group
 from pyro_blora.posterior.bayesian_lora_model import (
-    ELBO_PLATE,
     BayesianLoRAModel,
     open_plates,
 )
 
-# The plate of ``BayesianLoRA.sample_updates``
+# The name of the plate of ``BayesianLoRA.sample_updates``
 DRAWS_PLATE = "posterior_samples"
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
@@ -40,20 +40,25 @@ GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 def start_guide(
     guide: nn.Module, batch: Mapping[str, Any] | None = None, examples: int = 1
 ) -> None:
-    """Runs an AutoGuide that has not read the model yet; others it leaves be.
-
-    It would take absent labels for latent, so without any it reads an outline of ``examples``.
-    """
+    """Runs an AutoGuide that has not read the model yet, so that its parameters exist."""
     if isinstance(guide, AutoGuide | AutoMessenger) and not any(True for _ in guide.parameters()):
-        labeled = batch is not None and batch.get("labels") is not None
         with torch.no_grad():
-            guide(batch if labeled else examples)
+            guide(with_labels(batch, examples))
+
+
+def with_labels(batch: Mapping[str, Any] | None, examples: int = 1) -> Mapping[str, Any] | int:
+    """The batch if it has labels, otherwise the number for which the model has an outline.
+
+    A guide of Pyro that reads the model would take absent labels for a latent site.
+    """
+    return examples if batch is None or batch.get("labels") is None else batch
 
 
 @contextmanager
 def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, draws are the same every time; the RNG state and ensembles' turns are restored."""
-    turns = [turn for name, turn in guide.named_buffers() if name.split(".")[-1] == "turn"]
+    families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
+    turns = [family.turn for family in families if isinstance(family, Ensemble)]
     before = [turn.clone() for turn in turns]
     with forked_rng(device):
         torch.manual_seed(0)
@@ -67,9 +72,9 @@ def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class StructuredGuide(PyroModule):
-    """q over all sites: the product of one :class:`SiteGuide` for each.
+    """q over all sites: the product of one :class:`SiteGuide` per site.
 
-    Names, plates and order are the model's, as ``TraceMeanField_ELBO`` requires.
+    Sites have the names, plates and order of the model, as ``TraceMeanField_ELBO`` requires.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class StructuredGuide(PyroModule):
         self._model = (model,)  # in a tuple, as AutoGuide does, so that it is not registered
         self._attributes = {site.name: site.name.replace(".", "_") for site in sites}
         frames = {frame.name: frame for site in sites for frame in site.plates}
-        # made once, for all the sites within: a new plate costs as much as a site
+        # made once for all sites, because a new plate costs as much as a site
         self._plates = {n: pyro.plate(n, frame.size, dim=frame.dim) for n, frame in frames.items()}
         chosen: dict[str, SiteGuide] = by_group("guide", family, model.groups)
         families = list(chosen.values())
@@ -117,9 +122,9 @@ class StructuredGuide(PyroModule):
         return values
 
     def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The image of the mean of the unconstrained value; no mean where a site is constrained.
+        """The center of each site: its mean if the site is real, or the image of the mean.
 
-        Of an amortized family for each example of ``batch``, ``(B, n, *event_shape)``.
+        An amortized family has one for each example of ``batch``, ``(B, n, *event_shape)``.
         """
         context = self.context(batch)
         read_store(self)
@@ -131,7 +136,7 @@ class StructuredGuide(PyroModule):
         batch: Mapping[str, Any] | None,
         arrange: Callable[[Tensor], Tensor] = lambda context: context,
     ) -> Tensor | None:
-        """The contexts of the examples, arranged, outside of all plates; none if no family asks."""
+        """The examples' contexts, outside of all plates, or ``None`` if no family reads them."""
         if batch is None or not self.reads_context:
             return None
         context = arrange(pooled_context(self._model[0].net, batch))
@@ -139,7 +144,7 @@ class StructuredGuide(PyroModule):
 
 
 def laws_of(guide: nn.Module) -> list[Any]:
-    """Q of each site of a family of this library, without what makes dimensions an event."""
+    """The law q of each site, without ``Independent``; none of an AutoGuide."""
     laws: list[Any] = []
     if not isinstance(guide, StructuredGuide):
         return laws
@@ -153,9 +158,9 @@ def laws_of(guide: nn.Module) -> list[Any]:
 
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
-    """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` where it is not analytic."""
+    """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
     points = any(isinstance(law, Delta | Members) for law in laws_of(guide))
-    if not isinstance(guide, StructuredGuide) or points:  # -log p of a point is no KL
+    if not isinstance(guide, StructuredGuide) or points:  # a point mass has no KL
         return None
     with torch.no_grad():
         q = pyro.poutine.trace(guide).get_trace()
@@ -173,8 +178,8 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
 def make_guide(
     family: SiteGuide | Mapping[str, SiteGuide] | GuideFactory, model: BayesianLoRAModel
 ) -> nn.Module:
-    """The guide of a model, of families or by a callable that makes a guide from the model."""
-    sites = model.sites  # which also checks the prior's update
+    """The guide of a model, made from families, or by a callable that takes the model."""
+    sites = model.sites  # this also checks the prior's update
     if isinstance(family, Mapping):
         _check_families(family)
     if isinstance(family, SiteGuide | Mapping):
@@ -183,9 +188,8 @@ def make_guide(
     guide = family(model) if callable(family) and not is_family else family
     if not isinstance(guide, nn.Module):
         raise ConfigurationError(
-            f"guide must be a family of pyro_blora.guides, or make a guide of a model, got "
-            f"{family!r}. Pass a family as an object, MatrixNormal(), not as the class; an "
-            "AutoGuide as the class, AutoNormal, not as an object."
+            "guide must be a family of pyro_blora.guides as an object, MatrixNormal(), or an "
+            f"AutoGuide as the class, AutoNormal, got {family!r}."
         )
     laplace = isinstance(guide, AutoLaplaceApproximation)
     if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
@@ -201,34 +205,35 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
         if not isinstance(family, SiteGuide):
             raise ConfigurationError(
                 f"guide[{key!r}] must be a family of pyro_blora.guides, as an object, got "
-                f"{family!r}; an AutoGuide is one for the whole model."
+                f"{family!r}; pass an AutoGuide alone, because it is for the whole model."
             )
     found = sorted({repr(family) for family in families.values() if isinstance(family, PostHoc)})
     if len(found) > 1:
         raise ConfigurationError(
-            f"guide: {' and '.join(found)} both find their width after training; take one of them."
+            f"guide must have one family that finds its width after training, got "
+            f"{' and '.join(found)}; take one of them."
         )
 
 
 def warn_of_a_point(model: BayesianLoRAModel, guide: nn.Module, num_samples: int) -> None:
-    """Warns where a prior has no directions yet, or draws are asked of a guide without a width."""
+    """Warns if a prior has no directions yet, or if a guide has no width and draws are taken."""
     for group in model.groups:
         getattr(model, group.name).warn_unless_informed()
     if not num_samples:
         return
     if isinstance(guide, AutoLaplaceApproximation):
         warnings.warn(
-            "AutoLaplaceApproximation is still a point, so all draws are alike: once it is "
-            "trained, `blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, "
-            "by a Hessian over all latents together, which needs attn_implementation='eager' and "
-            "a mode. The family Laplace() needs neither.",
+            "AutoLaplaceApproximation is still a point, so all draws are equal: after training, "
+            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal by the "
+            "Hessian of all latents, which needs attn_implementation='eager' and a mode. The "
+            "family Laplace() needs neither.",
             stacklevel=6,
         )
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
     points = {type(f).__name__ for f in families if isinstance(f, PostHoc) and not f.finished}
     for name in points:
         warnings.warn(
-            f"{name} is still a point, so all draws are alike: train with pyro_blora.fit, or call "
+            f"{name} is still a point, so all draws are equal: train with pyro_blora.fit, or call "
             "pyro_blora.inference.finish(blora, train, collate=...) after a loop of your own.",
             stacklevel=6,
         )
@@ -236,23 +241,23 @@ def warn_of_a_point(model: BayesianLoRAModel, guide: nn.Module, num_samples: int
 
 @torch.no_grad()
 def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
-    """The batch's ``context``, ``(B, d)``, or the mean of its embeddings, made ``sqrt(d)`` long."""
+    """The batch's ``context``, ``(B, d)``, or its mean embedding of length ``sqrt(d)``."""
     if "context" in batch:
         return batch["context"]
     ids = batch["input_ids"]
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     weight = torch.ones_like(ids) if mask is None else mask
     if labels is not None and labels.shape == ids.shape:
-        weight = weight * (labels == -100)  # tokens that are scored are not told beforehand
+        weight = weight * (labels == -100)  # the context must not depend on the labels
     embedded = net.get_input_embeddings()(ids)  # type: ignore[operator]
     embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
     dims = tuple(range(1, ids.dim()))
-    mean = (embedded * weight.unsqueeze(-1)).sum(dims)  # its length is set below
+    mean = (embedded * weight.unsqueeze(-1)).sum(dims)  # up to a factor, which normalize() drops
     return nn.functional.normalize(mean, dim=-1) * float(mean.shape[-1]) ** 0.5
 
 
 def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
-    """How many posteriors a batch has: of an amortized guide one for each example, else one."""
+    """The number of posteriors: one per example for an amortized guide, otherwise one."""
     if not getattr(guide, "reads_context", False):
         return 1
     for key in ("context", "input_ids"):
@@ -260,16 +265,16 @@ def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
             return len(batch[key])
     raise ConfigurationError(
         "A guide that depends on the input, such as Amortized, must have a batch with input_ids or "
-        "a context, got none: it has no one mean that an export, merge_and_unload or posterior() "
-        "could use. Pass batch=, or call predict(batch)."
+        "a context, got none, and it has no single mean to export, merge or run; pass batch=, or "
+        "call predict(batch)."
     )
 
 
 def context_of_particles(context: Tensor) -> Tensor:
-    """The context of each particle of the plates that are open, ``(P, d)`` of ``(B, d)``; or one.
+    """The context of each particle of the open plates, ``(P, d)``, or one for all, ``(d,)``.
 
-    An ELBO's particles see the mean over their own examples; a multiple of ``B`` draws belongs to
-    the examples one by one; all other draws see the mean over all, ``(d,)``.
+    A particle of an ELBO has the mean context of its own examples. A multiple of ``B`` draws is
+    shared out to the examples one by one; any other number of draws has the mean over all examples.
     """
     plates, examples = open_plates(), context.shape[0]
     particles = math.prod(plates.values())
@@ -281,32 +286,32 @@ def context_of_particles(context: Tensor) -> Tensor:
 
 
 def read_store(part: nn.Module) -> None:
-    """Takes what was loaded into Pyro's store, which a module reads only when it is called."""
+    """Reads Pyro's parameter store, which a module otherwise does only when it is called."""
     if isinstance(part, PyroModule):
-        with part._pyro_context:
+        with context_of(part):
             pass
 
 
-_OWNED = WeakIdKeyDictionary()  # every tensor that an adapter has run on
+_OWNED = WeakIdKeyDictionary()  # the tensors of all adapters that have run
 
 
-class OwnTensors(_Context):
-    """Keeps all modules of an adapter, which enter it when they are called, to its own tensors.
+class OwnTensors(PyroContext):
+    """The context that all modules of an adapter enter when called, so that they use its tensors.
 
-    Pyro reads a parameter from the store by its name, which all adapters share. So other adapters'
-    tensors leave the store first. Those of nobody, as ``ParamStore.load`` puts them there, are
-    copied into the adapter's own: Pyro would leave plain parameters as they are, and all where
-    each module has a store of its own.
+    Pyro reads a parameter from the store by its name, and all adapters have the same names. So this
+    removes other adapters' tensors from the store first. Tensors that belong to no adapter, because
+    ``ParamStore.load`` put them there, are copied into the adapter's own; Pyro alone would ignore
+    them for plain parameters, and for all parameters if each module has a store of its own.
 
-    Pyro's own way, a name for each adapter (``PyroModule(name=)``), does not do this: a store that
-    was saved under one name is not read under another, sites would be called by it, and the store
-    would keep the tensors of adapters that are gone.
+    A name for each adapter (``PyroModule(name=)``) does not replace this: a store saved under one
+    name cannot be read under another, the name would become part of every site's name, and the
+    store would keep the tensors of deleted adapters.
     """
 
     def __init__(self, adapter: PyroModule) -> None:
         super().__init__()
         self._adapter = adapter
-        # whatever the mode of the store is when it runs
+        # also without module_local_params, which may be switched on later
         self.param_state: StateDict = {"params": {}, "constraints": {}}
 
     def __enter__(self) -> None:
@@ -321,7 +326,7 @@ class OwnTensors(_Context):
                     with torch.no_grad():
                         named[name][0].copy_(held)
                 if loaded or held in _OWNED:
-                    with suppress(KeyError):  # of a tensor that had two names
+                    with suppress(KeyError):  # a tensor with two names is gone already
                         del store[name]
         super().__enter__()
 
@@ -338,23 +343,28 @@ class OwnTensors(_Context):
                 self._tell_names()
 
     def _named(self) -> dict[str, tuple[Tensor, Any]]:
-        """The adapter's parameters and their constraints by the names that Pyro's store has."""
+        """The adapter's parameters and their constraints, by their names in Pyro's store."""
         found = {}
         for path, parameter in self._adapter.named_parameters():
             parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
-            params = getattr(self._adapter.get_submodule(parent), "_pyro_params", {})
-            found[f"{parent}.{name}"] = parameter, params.get(name, (constraints.real,))[0]
+            params = pyro_params(self._adapter.get_submodule(parent))
+            found[f"{parent}.{name}"] = parameter, params.get(name, constraints.real)
         return found
 
     def _tell_names(self) -> None:
-        """Where each module has a store of its own, Pyro's optimizers still ask the global one."""
+        """Fills the global store, which Pyro's optimizers read even if modules have their own."""
         found = self._named()
         params, laws = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
         pyro.get_param_store().set_state({"params": params, "constraints": laws})
 
 
-def described_groups(model: BayesianLoRAModel, guide: nn.Module, trained: int) -> Iterator[str]:
-    """A line for each group of layers, its sites and each head, with their parameters."""
+def described(
+    model: BayesianLoRAModel, guide: nn.Module, family: object, trained: int
+) -> Iterator[str]:
+    """A line for each noun, group of layers, site and head, with the numbers of parameters."""
+    yield f"  prior:      {model.prior!r}"
+    yield f"  guide:      {getattr(family, '__name__', repr(family))}"
+    yield f"  likelihood: {model.likelihood!r}"
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
     sites: dict[str, list[str]] = {group.name: [] for group in model.groups}
     for site in model.sites:
@@ -366,12 +376,14 @@ def described_groups(model: BayesianLoRAModel, guide: nn.Module, trained: int) -
         yield f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, {size}"
         yield from sites.pop(group.name)
     yield from (line[2:] for lines in sites.values() for line in lines)  # of no group
-    if not families:  # an AutoGuide makes its parameters at its first call
+    if not families:  # an AutoGuide has no parameters before its first call
         yield f"  guide: {_size(guide):,} parameters"
     yield from (f"  {name}: trained whole, as a point" for name in model.trained_heads.names)
     frozen = _size(model.net)
     share = trained / (trained + frozen)
     yield f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
+    if (temperature := float(model.temperature)) != 1:
+        yield f"  one pass:   temperature {temperature:.3g}, distilled from draws"
 
 
 def _size(module: nn.Module) -> int:

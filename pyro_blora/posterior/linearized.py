@@ -1,16 +1,19 @@
 """The logits' first-order expansion at the guide's center, and draws of it."""
 
+from collections.abc import Iterator
+
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
+from pyro_blora.methods import Method
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.batches import repeat_batch
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import StructuredGuide
-from pyro_blora.posterior.predictive import sample_updates
+from pyro_blora.posterior.guide import StructuredGuide, warn_of_a_point
+from pyro_blora.posterior.predictive import Samples, logits_of_draws, sample_updates
 
 
 @torch.inference_mode(False)  # which forbids derivatives
@@ -19,16 +22,16 @@ def logit_jacobian(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at the guide's center, ``(B, C)``, and ``d(logit_c - logit_0)`` by unconstrained site.
 
-    Each example has a particle of its own, so that one backward pass for a class gives that row of
-    *every* example's Jacobian, ``(B, C, n, *event_shape)``, zero for ``c = 0``.
+    Each example has a particle of its own, so that one backward pass per class gives that row of
+    *every* example's Jacobian, ``(B, C, n, *event_shape)``, which is zero for ``c = 0``.
     """
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(
-            f"{type(guide).__name__} is not a family of pyro_blora.guides, whose center a "
-            "linearization needs; use num_samples draws."
+            f"{type(guide).__name__} is not a family of pyro_blora.guides, around whose center a "
+            "linearization expands; use num_samples draws."
         )
     examples = model.likelihood.examples(batch)
-    batch = repeat_batch(batch, 1)  # a copy, for autograd keeps no tensor made in inference mode
+    batch = repeat_batch(batch, 1)  # a copy, because autograd saves no inference tensor
     sites = {name: family.site for name, family in guide.families().items()}
     leaves: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -36,7 +39,7 @@ def logit_jacobian(
     for name, site in sites.items():
         point = site.transform.inv(center[name])
         outside = (1,) * (guide.nesting - len(site.batch_shape))
-        point = point.reshape(-1, *outside, *site.shape)  # of each example, or one for all
+        point = point.reshape(-1, *outside, *site.shape)  # one per example, or one for all
         leaves[name] = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
     with torch.enable_grad():
         values = {name: sites[name].transform(x) for name, x in leaves.items()}
@@ -47,8 +50,8 @@ def logit_jacobian(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.dim() != 2:
             raise ConfigurationError(
-                "A linearization needs one choice among a few classes for each example, (B, C) "
-                f"logits; {type(model.likelihood).__name__} has {tuple(logits.shape)}."
+                f"{type(model.likelihood).__name__} has logits {tuple(logits.shape)}, and a "
+                "linearization must have one choice per example, (B, C); use num_samples draws."
             )
         rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]
         for c in range(1, logits.shape[-1]):
@@ -72,8 +75,8 @@ def linearized_logits(
     model.check_on_network()
     if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
         raise ConfigurationError(
-            "A linearization has no place for the noise of a conditional; use num_samples draws, "
-            "or a prior with conditional='deterministic'."
+            "A linearization must have a deterministic update, got one with the noise of a "
+            "conditional; use num_samples draws, or a prior with conditional='deterministic'."
         )
     with in_mode(model.net, training=False):
         logits, jacobian = logit_jacobian(model, guide, batch)
@@ -85,7 +88,34 @@ def linearized_logits(
             center = family.site.transform.inv(family.center(context))
             moved = family.law(context).sample(torch.Size([num_samples])) - center
             size = family.site.shape.numel()
-            moved = moved.reshape(num_samples, -1, size)  # the second is B, or one for all
+            moved = moved.reshape(num_samples, -1, size)  # (S, B, size), or (S, 1, size)
             J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
             drawn += torch.einsum("bck,sbk->sbc", J, moved.expand(-1, len(logits), -1))
     return drawn
+
+
+def predictive_logits(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    method: Method,
+    batch: Batch,
+    num_samples: int | None = None,
+    *,
+    linearized: bool | None = None,
+    max_rows: int | None = None,
+    samples: Samples | None = None,
+) -> Iterator[Tensor]:
+    """The logits that a prediction averages, ``(draws, B, ..., C)`` per pass of the network."""
+    draws = method.draws(num_samples)
+    if linearized is None:
+        linearized = method.linearized and samples is None and draws > 0
+    if samples is None:
+        warn_of_a_point(model, guide, draws)
+    elif linearized:
+        raise ConfigurationError(
+            "linearized must be False with samples=, got True; leave one of them out."
+        )
+    batch = model.prepared(batch)
+    if linearized:
+        return iter([linearized_logits(model, guide, batch, draws)])
+    return logits_of_draws(model, guide, batch, draws, max_rows, samples)

@@ -1,4 +1,4 @@
-"""One pass that gives nearly what draws give: a temperature of the posterior mean's scores."""
+"""One pass nearly as calibrated as draws, by a temperature of the posterior mean's scores."""
 
 import functools
 import math
@@ -15,26 +15,27 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.options import check_count
-from pyro_blora.posterior.batches import Collate, batches_of, to_device
+from pyro_blora.posterior.batches import Collate, batches_of
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import draws_apart, posteriors_of
 from pyro_blora.posterior.linearized import linearized_logits
 from pyro_blora.posterior.predictive import logits_of_draws, sample_updates
 
-_ROWS = 128  # distributions of a batch that are read, for one number needs no more
+_ROWS = 128  # distributions read from a batch, because a single number needs no more
 
 
 def best_temperature(excess: Tensor) -> float:
     r"""The ``T`` that minimizes :math:`\sum_i \log \sum_k e^{z_{ik} / T}`, between 0.01 and 100.
 
-    ``excess`` are logits less their mean under the target, ``(n, K)``: of a label less its logit.
-    The sum is convex in ``1 / T``. It is 1 if every T is as good.
+    ``excess``, ``(n, K)``, are logits minus their mean under the target; for a label as the target
+    that mean is its logit. The sum is convex in ``1 / T``. If every T is equally good, T is 1.
     """
     if not bool((excess < math.inf).all()):
         raise ValueError(
-            "Logits must be finite, or -inf at an absent choice that is no label: look for NaN."
+            "Logits must be finite, or -inf at an absent choice that is not the label, got others; "
+            "look for NaN."
         )
-    present = excess.masked_fill(excess.isneginf(), 0)  # where the probability is 0 as well
+    present = excess.masked_fill(excess.isneginf(), 0)  # the probability is 0 there
     if not present.any():
         return 1.0
     low, high = 0.01, 100.0
@@ -62,7 +63,43 @@ def distill(
     precision: str = "auto",
     progress: bool | None = None,
 ) -> float:
-    """Sets the temperature of ``model``, and gives it; see ``BayesianLoRA.distill``."""
+    r"""Makes one pass nearly as calibrated as the average of draws, without a label.
+
+    The temperature of the posterior mean's scores becomes the one that minimizes
+
+    .. math::
+        \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
+        \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
+
+    ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it from
+    then on; the network under ``posterior()`` does not. Another ``fit`` starts again at 1. For text
+    each ``x_i`` is the text before a token.
+
+    Args:
+        model: the model of the adapter.
+        guide: its guide.
+        data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are not read,
+            but for text they say which tokens are scored.
+        linearized: whether draws are linearized, as the method says.
+        collate: makes a batch of a list of examples; by default torch's.
+        length: as in ``fit``.
+        num_samples: number of posterior draws ``S``.
+        max_examples: number of examples to read: a fixed random choice, or the first ones of a
+            ``DataLoader``.
+        batch_size: as in ``fit``.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
+
+    Returns:
+        The temperature, between 0.01 and 100; above 1 if the mean was more confident than the
+        draws.
+
+    Raises:
+        ConfigurationError: all draws are equal, as those of ``Delta()`` are.
+
+    Reference:
+        H. Vejendla et al. (2025), arXiv:2505.11731, which trains a student on this divergence.
+    """
     model.check_on_network()
     check_count("num_samples", num_samples, 2)
     if not model.enabled:
@@ -77,12 +114,12 @@ def distill(
     device, seen = model.groups[0].device, 0
     excess: list[Tensor] = []
     with draws_apart(guide, device), model.autocast(precision):
-        for batch in tqdm(batches, desc="distill", disable=hide, unit="batch"):
-            batch = to_device(batch, device)
+        for given in tqdm(batches, desc="distill", disable=hide, unit="batch"):
+            batch = model.prepared(given)
             if not excess and _is_point(model, guide, batch, num_samples):
                 raise ConfigurationError(
                     "distill must have draws that differ, got a posterior whose draws are all "
-                    "alike; take a guide that has a width, such as MatrixNormal(), or call finish."
+                    "alike; take a guide with a width, such as MatrixNormal(), or call finish."
                 )
             (scores,) = next(logits_of_draws(model, guide, batch, 0)) * model.temperature
             drawn = logits_of_draws(model, guide, batch, num_samples)
@@ -94,16 +131,16 @@ def distill(
             scores, probs = scores[some].double(), functools.reduce(torch.add, parts) / num_samples
             mean = (probs * scores.masked_fill(scores.isneginf(), 0)).sum(-1, keepdim=True)
             excess.append((scores - mean).cpu())
-            if (seen := seen + model.likelihood.examples(batch)) >= max_examples:
+            if (seen := seen + batch.examples) >= max_examples:
                 break
-    most = max(rows.shape[-1] for rows in excess)  # a choice that an item does not have is absent
+    most = max(rows.shape[-1] for rows in excess)  # items with fewer choices are padded
     rows = [pad(rows, (0, most - rows.shape[-1]), value=-torch.inf) for rows in excess]
     model.temperature.fill_(best_temperature(torch.cat(rows)))
     return float(model.temperature)
 
 
 def _is_point(model: BayesianLoRAModel, guide: nn.Module, batch: Batch, count: int) -> bool:
-    """Whether all draws of a posterior are alike."""
+    """Whether all draws of a posterior are equal."""
     drawn = sample_updates(model, guide, count * posteriors_of(guide, batch), batch).values()
     factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
     alike = all(bool((f == f[:1]).all()) for f in factors)

@@ -1,4 +1,4 @@
-"""What a Bayesian model predicts: class probabilities per posterior sample, and what follows."""
+"""Predictions: class probabilities per posterior sample, and the uncertainties they imply."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ _TOLERANCE = 1e-3
 class Prediction:
     r"""Class probabilities of B items under S posterior samples.
 
-    The predictive distribution is the mean over samples. Its entropy, the *total* uncertainty, has
-    two parts. More training data would not remove the *aleatoric* one; the *epistemic* one says how
-    much the samples disagree:
+    The predictive distribution is the mean over samples. Its entropy, the *total* uncertainty, is
+    the sum of the *aleatoric* uncertainty, which more training data would not remove, and the
+    *epistemic* one, which measures how much the samples disagree:
 
     .. math::
         \underbrace{H\Bigl[\tfrac1S\textstyle\sum_s p_s\Bigr]}_{\texttt{entropy}}
@@ -32,12 +32,12 @@ class Prediction:
         + \underbrace{I[y; s]}_{\texttt{mutual\_information}},
         \qquad H[p] = -\sum_k p_k \log p_k, \quad 0 \log 0 = 0
 
-    Entropies are in nats, between 0 and :math:`\log K`. The mutual information is what active
-    learning knows as BALD.
+    Entropies are in nats, between 0 and :math:`\log K`. Active learning knows the mutual
+    information as BALD.
 
     Attributes:
-        samples: probabilities of shape ``(S, B, K)``; each row of K sums to 1 within 1e-3. A choice
-            that an item does not have has probability 0.
+        samples: probabilities of shape ``(S, B, K)``; each row of K sums to 1 within 1e-3. If an
+            item has fewer choices, the missing ones have probability 0.
 
     Reference:
         N. Houlsby et al. (2011), "Bayesian Active Learning for Classification and Preference
@@ -57,8 +57,8 @@ class Prediction:
     def __post_init__(self) -> None:
         if self.samples.dim() != 3 or 0 in (self.samples.shape[0], self.samples.shape[2]):
             raise ValueError(
-                "samples must have the shape (samples, items, choices), with one sample and one "
-                f"choice at least; got {tuple(self.samples.shape)}."
+                "samples must have the shape (samples, items, choices), with at least one sample "
+                f"and one choice, got {tuple(self.samples.shape)}."
             )
         check_probabilities(self.samples, name="samples")
 
@@ -98,12 +98,12 @@ class Prediction:
     @property
     def mutual_information(self) -> Tensor:
         """Epistemic uncertainty: ``entropy - expected_entropy``, in nats, of shape ``(B,)``."""
-        # By Jensen's inequality not negative, but for rounding
+        # Jensen's inequality makes it nonnegative up to rounding
         return (self.entropy - self.expected_entropy).clamp(min=0)
 
     @classmethod
     def cat(cls, predictions: Sequence["Prediction"]) -> "Prediction":
-        """Concatenate over items; if the numbers of choices differ, missing ones get 0."""
+        """Concatenates over items; where items have fewer choices, the missing ones get 0."""
         choices = max(p.samples.shape[2] for p in predictions)
         padded = [pad(p.samples, (0, choices - p.samples.shape[2])) for p in predictions]
         return cls(torch.cat(padded, dim=1))
@@ -117,13 +117,13 @@ class Prediction:
 
 
 def check_probabilities(probs: Tensor, *, name: str) -> None:
-    """Check that the last dimension of ``probs``, which a message calls ``name``, sums to 1."""
+    """Raises ValueError unless ``probs`` sum to 1 over the last dimension."""
     error = (probs.sum(-1, dtype=torch.float64) - 1).abs()
     if probs.numel() and not (float(probs.min()) >= 0 and float(error.max()) <= _TOLERANCE):
         raise ValueError(
             f"The rows of {name} must be probabilities that sum to 1, got a smallest entry of "
-            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. Of "
-            "logits, take the softmax first, in float32."
+            f"{float(probs.min()):.4g} and a sum that is off by {float(error.max()):.4g}. Take the "
+            "softmax of logits first, in float32."
         )
 
 
@@ -149,13 +149,13 @@ def predict_dataset(
         predict: the prediction of one batch, such as ``blora.predict``.
         data: the examples.
         collate: makes a batch of a list of examples; its ``labels`` are passed through.
-        batch_size: examples at once.
-        length: the length of an example; batches of like lengths waste no padding.
-        device: where the network is. Default: where ``predict`` has its adapter, if it is a method
-            of one; else the accelerator if there is one, or the CPU.
+        batch_size: number of examples in a batch.
+        length: the length of an example; batches of similar lengths waste little padding.
+        device: the device of the network. Default: the adapter's, if ``predict`` is a method of
+            one; otherwise the accelerator if there is one, or the CPU.
         precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``, as in ``fit``.
         progress: whether to show a progress bar; ``None`` shows it on a terminal.
-        description: what the progress bar says.
+        description: label of the progress bar.
 
     Returns:
         The prediction, ``S x N x K``, and the labels, ``N``.
@@ -169,15 +169,15 @@ def predict_dataset(
         order.sort(key=lambda i: length(data[i]))
     predictions, labels = [], []
     hide = None if progress is None else not progress
-    rows: Any = Subset(data, order)  # type: ignore[arg-type]  # which reads an example in its turn
+    rows: Any = Subset(data, order)  # type: ignore[arg-type]  # reads examples lazily
     batches = batches_of(rows, collate, None, batch_size)
     total = -(-len(order) // batch_size)
     for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
         batch = to_device(given, device)
         if "labels" not in batch:
             raise BatchError(
-                "A batch must have labels for predict_dataset, got none; for data without them "
-                "call blora.predict(batch)."
+                "A batch must have labels for predict_dataset, got none; call blora.predict(batch) "
+                "for data without labels."
             )
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             predictions.append(predict(batch))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoMessenger
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -26,13 +27,14 @@ from pyro_blora.posterior.guide import (
     posteriors_of,
     read_store,
     start_guide,
+    with_labels,
 )
 from pyro_blora.updates.low_rank_update import LowRankUpdate
 
-_PASSES, _DRAWS = 16, 64  # few at once, for the memory
+_PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
 _ROWS, _TOKENS_ON_CPU = 256, 1024
 
-Samples = Mapping[str, Tensor]  # by site, (S, *shape of the site), as MCMC.get_samples has them
+Samples = Mapping[str, Tensor]  # (S, *shape) by site, as MCMC.get_samples returns them
 
 
 def sample_updates(
@@ -43,15 +45,16 @@ def sample_updates(
 ) -> dict[str, LowRankUpdate]:
     """Posterior draws of the updates by group, without gradient.
 
-    Factors have a leading dimension ``num_samples``, or none for 0, :func:`mean_updates`.
+    Factors have a leading dimension ``num_samples``; 0 gives :func:`mean_updates`, without it.
     """
     posteriors_of(guide, batch)
     start_guide(guide, batch)
     read_store(model)
     if num_samples == 0:
         return mean_updates(model, guide, batch)
+    given = with_labels(batch) if isinstance(guide, AutoMessenger) else batch
     with torch.no_grad(), _plate(model, num_samples):
-        trace = pyro.poutine.trace(guide).get_trace(batch)
+        trace = pyro.poutine.trace(guide).get_trace(given)
         return pyro.poutine.replay(model.updates, trace=trace)()
 
 
@@ -61,12 +64,11 @@ def draws_in_pairs(
     batch: Mapping[str, Any] | None = None,
     each: int | None = None,
 ) -> Callable[[int], dict[str, LowRankUpdate]]:
-    """A function that gives the updates at the next ``S`` posterior draws, ``S each`` of them.
+    """A function that returns the updates at the next ``S`` draws of each of ``each`` posteriors.
 
-    ``each`` is how many posteriors the batch has, by default as :func:`posteriors_of` says.
-
-    Where q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the one before it:
-    what is linear in ``U`` then cancels from the error of an average.
+    ``each`` is 1 but for an amortized guide, which has a posterior for each example of the batch.
+    If q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the draw before it,
+    so that the error of an average has no part that is linear in ``U``.
     """
     each = posteriors_of(guide, batch) if each is None else each
     if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
@@ -74,7 +76,7 @@ def draws_in_pairs(
     waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
 
     def mirrored(fresh: int) -> dict[str, Tensor]:
-        """Draws, each followed by its mirror image: ``(2 fresh, each, ...)``."""
+        """Draws, each followed by its mirror image, of shape ``(2 fresh, each, ...)``."""
         with _plate(model, fresh * each):
             values, context = guide(batch), guide.context(batch, context_of_particles)
         pairs = {}
@@ -102,7 +104,7 @@ def draws_in_pairs(
 def draws_given(
     model: BayesianLoRAModel, samples: Samples
 ) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
-    """The number of given draws, and a function that gives the updates at the next few of them."""
+    """The number of draws in ``samples``, and a function that returns the next few updates."""
     values = _checked(model, samples)
     for site in model.sites:
         value = values[site.name]
@@ -121,11 +123,11 @@ def draws_given(
 
 
 def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
-    """The values of each site, on the model's device and as precise as its parameters."""
+    """The values of each site, on the model's device and in its parameters' dtype."""
     priors = {site.name: site.prior for site in model.sites}
-    if not set(samples) >= set(priors):  # Predictive adds the labels and what a guide computes
+    if not set(samples) >= set(priors):  # Predictive adds labels and deterministic sites
         raise ConfigurationError(
-            f"samples must have a value of each of the sites {', '.join(sorted(priors))}, got "
+            f"samples must have values of the sites {', '.join(sorted(priors))}, got those of "
             f"{', '.join(sorted(map(str, samples))) or 'none'}."
         )
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
@@ -133,19 +135,20 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
     count, values = len(given[next(iter(priors))]), {}
     for name, prior in priors.items():
         value, shape = given[name], (count, *prior.shape())
-        # Predictive's draws have a dimension for each plate, of one where a site is outside of it
+        # Predictive's draws have a dimension of size 1 for each plate that a site is outside of
         if (more := value.dim() - len(shape)) > 0 and {*value.shape[1 : 1 + more]} == {1}:
             value = value.flatten(0, more)
         if tuple(value.shape) != shape or not count:
             raise ConfigurationError(
-                f"samples[{name!r}] must be S draws of shape {shape[1:]}, one S for all sites, got "
-                f"{tuple(value.shape)}. One draw is value[None]; no group_by_chain."
+                f"samples[{name!r}] must be S draws of shape {shape[1:]}, with the same S for all "
+                f"sites, got {tuple(value.shape)}; pass a single draw as value[None], and leave "
+                "group_by_chain out."
             )
         values[name] = value.to(model.groups[0].device, dtype)
         if not prior.support.check(values[name]).all():
             raise ConfigurationError(
-                f"samples[{name!r}] must be in {prior.support}, the support of the site itself, "
-                "got values outside of it, such as unconstrained ones, or not finite."
+                f"samples[{name!r}] must be in the support of the site, {prior.support}, got "
+                "values outside of it; pass constrained and finite values."
             )
     return values
 
@@ -154,12 +157,12 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
 def mean_updates(
     model: BayesianLoRAModel, guide: nn.Module, batch: Mapping[str, Any] | None = None
 ) -> dict[str, LowRankUpdate]:
-    """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` of an amortized guide and a batch.
+    """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` for an amortized guide and a batch.
 
-    If the factors are linear in all sites, they are those at q's mean. If a site is constrained or
-    marked ``infer={"nonlinear": True}``, they are averages over 1,024 draws of it, the same every
-    time, the other sites at their means: off by about a thirtieth of the spread of that scale.
-    Where q may correlate the sites or does not know its mean, all sites are drawn.
+    If the factors are linear in all sites, the mean is their value at q's mean. If a site is
+    constrained or marked ``infer={"nonlinear": True}``, the mean is an average over 1,024 draws of
+    it, with fixed seeds and the other sites at their means, which is off by about a thirtieth of
+    the spread. If q may correlate the sites or its mean is not known, all sites are drawn.
     """
     held = Trace()
     lead: tuple[int, ...] = ()
@@ -174,9 +177,9 @@ def mean_updates(
         if len(linear) == len(center):
             return {n: update.without_noise() for n, update in nodes["_RETURN"]["value"].items()}
         if isinstance(guide, StructuredGuide) and not guide.couples_sites:
-            for name, node in linear.items():  # independent of what is drawn
+            for name, node in linear.items():  # independent of the sites that are drawn
                 value = center[name]
-                if guide.families()[name].reads_context:  # it has one for each example
+                if guide.families()[name].reads_context:  # one mean per example
                     value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1))
                 held.add_node(name, **{**node, "value": value, "is_observed": False})
     means: dict[str, list[list[Tensor]]] = defaultdict(list)
@@ -206,7 +209,7 @@ def _plate(model: BayesianLoRAModel, size: int) -> pyro.plate:
 
 
 def _center(guide: nn.Module, batch: Mapping[str, Any] | None) -> dict[str, Tensor] | None:
-    """The value at the center of q for each site, or ``None`` where q does not know it."""
+    """The center of q for each site, or ``None`` if the guide cannot compute it."""
     if isinstance(guide, StructuredGuide):
         return guide.center(batch)
     with suppress(AttributeError, NotImplementedError):
@@ -219,18 +222,18 @@ def _is_linear(name: str, node: dict[str, Any]) -> bool:
 
 
 def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
-    if factor.dim() == 3:  # the same in every draw
+    if factor.dim() == 3:  # every draw has the same
         return factor
     return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
 
 
 def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:
-    """How many rows a pass has best: 256, on a CPU those of 1,024 tokens, which fit its caches."""
+    """The best number of rows in a pass: 256, or on a CPU 1,024 tokens, which fit its caches."""
     if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
     ids, scored = batch["input_ids"], batch.get("option_mask")
     tokens = int(ids.numel()) // len(ids)
-    if scored is not None:  # packed, most often: what options share is run once
+    if scored is not None:  # packed, so that the options' common question is run once
         tokens = ids.shape[-1] + (ids.shape[1] - 1) * int(scored.sum(-1).max())
     return max(1, min(_ROWS, _TOKENS_ON_CPU // tokens))
 
@@ -243,9 +246,10 @@ def logits_of_draws(
     max_rows: int | None = None,
     samples: Samples | None = None,
 ) -> Iterator[Tensor]:
-    """The logits of a batch under posterior draws, ``(draws, B, ..., C)``, several in one pass."""
+    """The logits of a batch under posterior draws, ``(draws, B, ..., C)`` per pass."""
     model.check_on_network()
-    examples = model.likelihood.examples(batch)
+    batch = model.prepared(batch)
+    examples = batch.examples
     if samples is None:
         draw = draws_in_pairs(model, guide, batch)
     else:
@@ -260,9 +264,9 @@ def logits_of_draws(
     most = max(1, min(num_samples, max_rows // examples))
     done = 0
     while done < max(1, num_samples):
-        # what the frozen blocks put out is recorded from one draw alone
+        # the first pass has one draw, because it records the output of the frozen blocks
         draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
-        with in_mode(model.net, training=False):  # between two passes the network is the caller's
+        with in_mode(model.net, training=False):  # left between passes, when the caller runs
             updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
             with prefix.copies(draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))
@@ -273,10 +277,10 @@ def logits_of_draws(
 
 
 def log_predictive(likelihood: Likelihood, batch: Batch, passes: Iterator[Tensor]) -> Tensor:
-    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``, of the draws' logits."""
+    """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``, from draws' logits."""
     labels = likelihood.labels(batch)
     if labels is None:
-        raise BatchError("The batch has no labels to take the probability of.")
+        raise BatchError("A batch must have labels for a log predictive, got none; add them.")
     parts = []
     for logits in passes:
         observed = labels.expand(len(logits), *labels.shape)

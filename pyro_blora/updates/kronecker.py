@@ -6,7 +6,7 @@ or its transpose (rows). With ``L L^T = Psi`` and the whitened core ``V``, ``U =
 
     E[dW | U] = sigma T_r U T_c = sigma Q_r^T V Q_c,   Q = L^-1 Z   (m x d)
 
-so only the *whitened directions* ``Q`` are ever needed on the hot path.
+so only the *whitened directions* ``Q`` are needed on the hot path.
 """
 
 import torch
@@ -20,16 +20,16 @@ from pyro_blora.errors import NonFiniteLossError
 
 
 def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
-    """``Psi = Z Z^T + D^2``, of ``Z``, ``(..., m, d)``, and ``D``, ``(..., m)``."""
+    """``Psi = Z Z^T + D^2`` from ``Z``, ``(..., m, d)``, and ``D``, ``(..., m)``."""
     return Z @ Z.mT + torch.diag_embed(D.square())
 
 
 def cholesky(Psi: Tensor) -> Tensor:
-    """The lower factor of ``Psi``, with jitter where rounding has left it indefinite.
+    """The lower Cholesky factor of ``Psi``, with jitter where rounding has made it indefinite.
 
-    ``psd_safe_cholesky`` looks whether a try was good, and on a graphics card the host waits for
-    that. So with Pyro's checks off, as ``fit`` has them, all its tries are made unseen, and where
-    none is good the factor is NaN, as the loss then is.
+    ``psd_safe_cholesky`` synchronizes a CUDA device, because it reads whether each try succeeded.
+    With Pyro's validation off, as in ``fit``, this function makes the same tries without reading
+    the result, and returns NaN, which the loss then shows, where all of them fail.
     """
     if is_validation_enabled():
         return psd_safe_cholesky(Psi)
@@ -50,7 +50,7 @@ def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
-    """As :func:`whiten`, with the remedy where ``Psi_{side}`` of ``where`` has no factor."""
+    """:func:`whiten`, with an error that names ``Psi_{side}`` of ``where`` and the remedy."""
     try:
         return whiten(Z, Psi)
     except (NanError, NotPSDError) as error:
@@ -60,16 +60,21 @@ def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Te
         ) from error
 
 
-def between_orthonormal(B: Tensor, A: Tensor, m_r: int, m_c: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``Q_r``, ``C``, ``Q_c`` with ``B A = Q_r^T C Q_c`` and orthonormal rows in both ``Q``.
+def between_orthonormal(
+    B: Tensor, A: Tensor, D_r: Tensor, D_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Z_r``, ``V``, ``Z_c`` with ``B A = Q_r^T V Q_c`` and orthonormal rows in both ``Z``.
 
-    ``Q_r`` is ``(..., m_r, d_out)`` with ``m_r`` at least ``r``; rows that ``B`` does not need are
-    random. The same for ``Q_c``.
+    ``Z_r`` is ``(..., m_r, d_out)`` and ``Z_c`` ``(..., m_c, d_in)``, with ``m`` at least ``r``;
+    rows beyond the rank of ``B A`` are random.
     """
-    wide = B.double(), A.double()
-    Q_r, Q_c = _basis(wide[0], m_r), _basis(wide[1].mT, m_c)
-    core = (Q_r.mT @ wide[0]) @ (wide[1] @ Q_c)
-    return Q_r.mT.to(B.dtype), core.to(B.dtype), Q_c.mT.to(B.dtype)
+    dtype, B, A = B.dtype, B.double(), A.double()
+    Z_r, Z_c = _basis(B, D_r.shape[-1]), _basis(A.mT, D_c.shape[-1])
+    core = ((Z_r.mT @ B) @ (A @ Z_c)).to(dtype)
+    # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
+    rows, cols = (1 + D.square() for D in (D_r, D_c))
+    V = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
+    return Z_r.mT.to(dtype), V, Z_c.mT.to(dtype)
 
 
 def _basis(X: Tensor, m: int) -> Tensor:

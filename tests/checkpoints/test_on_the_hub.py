@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora import BayesianLoRA, checkpoints, fit
+from pyro_blora import BayesianLoRA, checkpoints
 from pyro_blora.checkpoints import checkpoint
 from pyro_blora.errors import CheckpointError
 from pyro_blora.likelihoods import SequenceClassification
@@ -36,38 +36,29 @@ def loads(monkeypatch):
     return asked
 
 
-class Hub:
-    """Keeps repositories in a folder."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Keeps repositories in a folder; somebody else's cannot be written."""
+    root = tmp_path / "hub"
 
-    def __init__(self, root):
-        self.root = root
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        assert exist_ok
+    def create_repo(repo_id, *, private, exist_ok):
         if repo_id.startswith("other/"):
             raise OSError("403 Forbidden\nmore lines")
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        shutil.copytree(folder_path, self.root / repo_id)
+    def upload_folder(*, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, root / repo_id)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/0")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    root = tmp_path / "hub"
 
     def download(repo_id, *, allow_patterns):
         if not (root / repo_id).exists():
             raise OSError("404 Not Found\nmore lines")
-        shutil.copytree(
-            root / repo_id,
-            tmp_path / "cache",
-            ignore=lambda _, names: {n for n in names if n not in allow_patterns},
-        )
-        return str(tmp_path / "cache")
+        only = set(allow_patterns)
+        ignore = lambda _, names: set(names) - only  # noqa: E731
+        return str(shutil.copytree(root / repo_id, tmp_path / "cache", ignore=ignore))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(root))
+    api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return root
 
@@ -117,10 +108,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(hub):
 def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
     """It is written anew, but a page of the user's own stays."""
     blora = tiny.adapted(net(), num_data=10)
-    data = tiny.examples(10)
-    result = fit(
-        blora, data, collate=tiny.collate, num_steps=4, validation=data[:4], validate_every=2
-    )
+    result = tiny.train(blora, num_steps=4, validation=tiny.examples(4), validate_every=2)
     blora.save_pretrained(tmp_path)
     blora.save_pretrained(tmp_path, result=result, notes={"task": "a | b", "steps": 9})
     text = (tmp_path / CARD).read_text()

@@ -7,64 +7,41 @@ from unittest.mock import Mock
 import pytest
 import tiny
 
-from pyro_blora._version import __version__
+from pyro_blora import __version__
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network import pretrained
 
-HEAVY = ("torch", "pyro", "transformers", "gpytorch", "matplotlib")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["compare", "--help"],
-        ["compare", "--methods", "lorra"],
-        ["train", "--out", "x", "--precision", "half"],
-        ["train", "--out", "x", "--task", "fact"],
-    ],
-)
-def test_help_and_mistakes_do_not_wait_for_torch(arguments):
-    program = f"""
+PROBE = """
 import sys
 import pyro_blora
 from pyro_blora import cli
-sys.argv = ["pyro-blora", *{arguments!r}]
-try:
-    cli.main()
-except SystemExit:
-    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+for arguments in (
+    "compare --help",
+    "compare --methods lorra",
+    "train --out x --precision half",
+    "train --out x --task fact",
+):
+    sys.argv = ["pyro-blora", *arguments.split()]
+    try:
+        cli.main()
+    except SystemExit:
+        heavy = {"torch", "pyro", "transformers", "gpytorch", "matplotlib"} & sys.modules.keys()
+        assert not heavy, (arguments, heavy)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=True)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "compare", "generate", "distill"])
 def test_help_teaches(run, command):
-    text, _ = run(command, "--help", columns=400)
-    assert "Example: pyro-blora" in text
+    assert "Example: pyro-blora" in run(command, "--help", columns=400)[0]
     assert command in run(codes=(0, 2))[0]  # no arguments show the commands
+
+
+def test_the_version(run):
     assert run("--version") == (f"pyro-blora {__version__}\n", "")
-
-
-def test_every_name_is_found_and_nothing_but_the_result_is_said():
-    """Not even by torchao, where it is installed."""
-    program = """
-import sys
-import pyro_blora, pyro_blora.cli
-sys.argv = "pyro-blora evaluate --help".split()
-try:
-    pyro_blora.cli.main()
-except SystemExit as end:
-    assert not end.code
-from pyro_blora import *
-assert set(pyro_blora.__all__) <= set(dir(pyro_blora)) & {*globals(), "__version__"}
-assert pyro_blora.inference.fit is fit and pyro_blora.network.adapter
-assert not hasattr(pyro_blora, "nothing")
-from pyro_blora.data import *
-assert not hasattr(pyro_blora.data, "nothing")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
@@ -81,7 +58,6 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "change", "told"),
     [
-        ("compare", {"methods": "lorra"}, ["lorra", "lora"]),
         ("compare", {"methods": "temperature:blub"}, ["blub", "blob"]),
         ("compare", {"methods": " , "}, ["--methods"]),
         ("compare", {"methods": "nowhere:Prior+MeanField"}, ["'nowhere'", "current folder"]),
@@ -90,7 +66,6 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
         ("compare", {"methods": "mine:Needs+MeanField"}, ["without a default, what"]),
         ("compare", {"seeds": "0,x"}, ["--seeds", "0,1,2"]),
         ("compare", {"task": "wrds"}, ["wrds", "words"]),
-        ("compare", {"model": "/nowhere/at/all"}, ["/nowhere/at/all", "smollm2"]),
         ("compare", {"out": "/proc/nowhere"}, ["/proc/nowhere"]),
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
         ("train", {"rank": 64}, ["rank=64", "q_proj"]),

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from pyro_blora import BayesianLoRA, likelihoods, load_pretrained, load_task
-from pyro_blora.evaluation.metrics import auroc, risk_coverage
+from pyro_blora.evaluation.metrics import auroc
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.inference import FitResult
 from pyro_blora.models import KroneckerInducing
@@ -36,8 +36,8 @@ def test_distill_saves_a_temperature(run, adapter, tmp_path):
     folder = tmp_path / "copy"
     blora = BayesianLoRA.from_pretrained(load_pretrained(adapter[-1])[0], adapter[1])
     blora.model.temperature.fill_(5)
-    trained = FitResult(history=[{"loss": 1.0}])
-    blora.save_pretrained(folder, result=trained, notes={"task": "words"})
+    result = FitResult(history=[{"loss": 1.0}])
+    blora.save_pretrained(folder, result=result, notes={"task": "words"})
     own = ["--adapter", folder, *adapter[2:]]
     text, _ = run("distill", *own, "--num-samples", 4, "--peft")
     (told,) = re.findall(r"temperature ([0-9.]+) of one pass", text)
@@ -53,14 +53,13 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     assert "words, 21 test items" in text  # its own task
     pictures = {"reliability.png", "risk_coverage.png", "ood.png"}
     assert tiny.written(out) == {*pictures, "metrics.json", "items.csv", "ood.csv"}
-    assert len({(out / name).read_bytes() for name in pictures}) == 3
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["aurc"]) == {"confidence", "entropy", "mutual_information"}
-    assert metrics["ood"]["task"] == "others"
+    assert (metrics["ood"]["task"], metrics["ood"]["n"]) == ("others", 12)
     # The numbers in the document are those of the lines in the files
     known, foreign = rows(out / "items.csv"), rows(out / "ood.csv")
     assert [line["id"] for line in known] == [str(i) for i in range(100, 121)]
-    assert [len(foreign), metrics["ood"]["n"]] == [12, 12]
+    assert len(foreign) == 12
     right = sum(line["label"] == line["prediction"] for line in known)
     assert right / 21 == pytest.approx(metrics["acc"])
     for line in known:
@@ -74,10 +73,6 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
         sign = -1 if name == "confidence" else 1  # doubt is what is left of it
         assert score == pytest.approx(auroc(*(sign * scores for scores in of)), abs=1e-4)
         assert f"{100 * score:.1f} % by {name.replace('_', ' ')}" in text
-    doubt = torch.tensor([1 - float(row["confidence"]) for row in known])
-    wrong = torch.tensor([row["label"] != row["prediction"] for row in known])
-    area = risk_coverage(doubt, wrong)[2]
-    assert metrics["aurc"]["confidence"] == pytest.approx(area, abs=1e-3)
     assert f"by chance: {100 * metrics['ece_by_chance']:.1f})" in text
 
 
@@ -117,8 +112,7 @@ def test_generate_writes_text_its_scores_and_a_page(run, adapter, tmp_path):
     assert "the average of 3 draws, temperature 0.7, seed 0" in page
     again = generate(*asked)
     assert re.sub(r"[\d.]+ s\n", "", again) in re.sub(r"[\d.]+ s\n", "", text)
-    text = generate("Which word?", "--abstain-above", 0, "--num-beams", 2)
-    assert "Abstains: the score is above the threshold" in text
+    assert "Abstains" not in again
+    assert "Abstains" in generate("Which word?", "--abstain-above", 0, "--num-beams", 2)
     asked = ["Which word?", "--num-samples", 0, "--abstain-above", 0]
     assert "Abstains" in generate(*asked, "--abstain-by", "entropy")
-    assert "Abstains" not in again

@@ -27,7 +27,7 @@ def made(name, net=None, **options):
 def test_a_method_trains_and_predicts(name):
     blora, known = made(name), get_method(name)
     assert blora.prior.rank == 2
-    result = fit(blora, tiny.examples(10), collate=tiny.collate, num_steps=12, progress=False)
+    result = fit(blora, tiny.examples(10), collate=tiny.collate, num_steps=2, progress=False)
     assert torch.tensor([step["nll"] for step in result.history]).isfinite().all()
     batch, found = tiny.collate(tiny.examples(4)), []
     draws = 10 if known.num_samples is None else known.num_samples
@@ -71,7 +71,7 @@ def test_a_role_of_ones_own_has_a_rate_or_is_asked_for_one():
         roles: ClassVar[dict[str, str]] = {**models.KroneckerInducing.roles, "sigma_": "width"}
 
     blora = tiny.adapted(prior=Widths(rank=2))
-    with pytest.raises(ConfigurationError, match=r"sigma_.* has the role 'width', of which"):
+    with pytest.raises(ConfigurationError, match=r"sigma_.*'width'"):
         parameter_groups(blora)
     assert rates_of(blora, width=0.25)["model.q_proj.sigma_"] == 0.25
     Widths.learning_rates = {"width": 0.125}
@@ -79,19 +79,12 @@ def test_a_role_of_ones_own_has_a_rate_or_is_asked_for_one():
 
 
 def test_a_method_is_saved(tmp_path):
-    blora = made("laplace-lora")
-    assert blora.method is METHODS["laplace-lora"]
-    blora.save_pretrained(tmp_path)
-    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
-    assert read.method == METHODS["laplace-lora"]
-    net = read.unwrap()
-    own = replace(METHODS["blob"], name="mine", learning_rates={"mean": 0.5})
-    blora = made(own, net)
+    own = replace(METHODS["blob"], name="mine", learning_rates={"mean": 0.5}, linearized=True)
+    blora = made(own)
     rates = {**models.GaussianFactors.learning_rates, "mean": 0.5}
     assert set(rates_of(blora).values()) == {*rates.values()}
-    blora.save_pretrained(tmp_path / "own")
-    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "own")
-    assert read.method == own
+    blora.save_pretrained(tmp_path)
+    assert BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path).method == own
 
 
 def test_lora_is_peft_s():
@@ -129,20 +122,11 @@ def test_lora_is_peft_s():
     torch.testing.assert_close(blora.predict(batch, 0).probs, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_pairs_are_methods_too():
-    for prior in tiny.priors():
-        for family in tiny.families():
-            pair = get_method(f"{prior}+{family}")
-            assert type(pair.prior_of(2)) is getattr(models, prior)
-            assert type(pair.guide_of()) is getattr(guides, family)
-
-
 @pytest.mark.parametrize(
     ("name", "match"),
     [
         ("blobb", "method 'blobb' is unknown; .*blob.*KroneckerInducing"),
-        ("Subspaces+Delta", "prior 'Subspaces' is unknown; .*Subspace"),
-        ("temperature", "no prior beside a guide .*compare"),
+        ("temperature", "compare"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],
 )
@@ -157,9 +141,7 @@ def test_a_method_of_ones_own_is_an_object():
     assert not blora.likelihood.shortcuts.on
 
 
-def test_the_rank_is_the_method_s_prior_s():
+def test_the_rank_is_that_of_the_prior_of_the_method():
     assert repr(BayesianLoRA(tiny.llama(), rank=3).prior) == "KroneckerInducing(rank=3)"
-    with pytest.raises(
-        ConfigurationError, match="rank must be None with prior=, got 3; give it to"
-    ):
+    with pytest.raises(ConfigurationError, match="rank must be None"):
         BayesianLoRA(tiny.llama(), rank=3, prior=models.Subspace())

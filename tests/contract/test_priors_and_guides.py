@@ -1,4 +1,4 @@
-"""What every prior must do with every guide, in both training loops and both parameter stores.
+"""What every prior and guide must do, and every pair of them in both loops and both stores.
 
 The classes are read from ``__all__``, so a new one is held to the contract by being exported.
 """
@@ -16,17 +16,19 @@ from pyro_blora.testing import GuideContract, PairContract, PriorContract
 
 PRIORS, FAMILIES = tiny.priors(), tiny.families()
 NO_NORMAL_AT_THE_START = {"Flow", "LowRank", "Mixture"}
+# Roles, checkpoints and the fall of the loss do not depend on what a class is paired with
+OF_ONE_CLASS = ("the_loss_falls", "a_trained_adapter_travels")
+OF_ONE_CLASS += ("every_parameter_is_a_pyro_param_with_a_role",)
 
+LEFT_OUT = {f"test_{name}": None for name in OF_ONE_CLASS}
 for prior in PRIORS:
     for family in FAMILIES:
         pair = {"prior": PRIORS[prior], "guide": FAMILIES[family]}
-        tiny.contract(globals(), PairContract, prior + family, parts=pair)
-# Each class by itself, and, since no pair of the library is to be checked twice, with one of
-# the user's own.
+        tiny.contract(globals(), PairContract, prior + family, parts=pair, **LEFT_OUT)
+# Each class by itself, with one of the user's own
 for prior, made in PRIORS.items():
-    tiny.contract(
-        globals(), PriorContract, prior, make=made, parts={"prior": made, "guide": Spread()}
-    )
+    parts = {"prior": made, "guide": Spread()}
+    tiny.contract(globals(), PriorContract, prior, make=made, parts=parts)
 for family, made in FAMILIES.items():
     tiny.contract(
         globals(),

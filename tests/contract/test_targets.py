@@ -11,6 +11,10 @@ from pyro_blora.errors import ConfigurationError, NoTargetError
 from pyro_blora.network.targets import find_targets, group_layers
 
 
+def endings(names):
+    return [name.rsplit(".", 1)[-1] for name in names]
+
+
 class Quantized(nn.Module):
     """Declares its features, and holds no weight of that shape."""
 
@@ -19,17 +23,10 @@ class Quantized(nn.Module):
 
 @pytest.mark.parametrize(
     ("build", "expected"),
-    [
-        (tiny.llama, ["q_proj", "v_proj"]),
-        (tiny.qwen2, ["q_proj", "v_proj"]),
-        (tiny.gpt2, ["c_attn"]),
-        (tiny.bert, ["query", "value"]),
-    ],
+    [(tiny.llama, ["q_proj", "v_proj"]), (tiny.gpt2, ["c_attn"]), (tiny.bert, ["query", "value"])],
 )
 def test_default_per_architecture(build, expected):
-    found = find_targets(build(layers=3))
-    assert sorted({name.rsplit(".", 1)[-1] for name in found}) == expected
-    assert len(found) == 3 * len(expected)
+    assert endings(find_targets(build(2))) == 2 * expected
 
 
 SECOND = "model.layers.1."
@@ -50,17 +47,12 @@ SECOND = "model.layers.1."
 def test_which_layers_of_the_second_block(wanted, options, expected):
     names = find_targets(tiny.llama(layers=3), wanted, **options)
     assert [n.removeprefix(SECOND) for n in names if n.startswith(SECOND)] == expected
-    assert not options.get("layers_to_transform") or "lm_head" not in names
+    assert "lm_head" not in names
 
 
 def test_all_linear_has_all_but_the_head():
-    found = {name.rsplit(".", 1)[-1] for name in find_targets(tiny.llama(tied=True), "all-linear")}
-    assert found == set(
-        ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    )
-
-
-LEFT = "matches 2 layers, but "
+    found = set(endings(find_targets(tiny.llama(tied=True), "all-linear")))
+    assert found == {f"{name}_proj" for name in ("down", "gate", "k", "o", "q", "up", "v")}
 
 
 @pytest.mark.parametrize(
@@ -68,21 +60,21 @@ LEFT = "matches 2 layers, but "
     [
         (["qproj"], {}, "did you mean 'q_proj'.* Known: down_proj"),
         (["proj"], {}, "proj"),  # the end of a name, but not of a part
-        ("q_proj", {}, "regular expression of whole names; endings go in a list"),
-        (["q_proj"], {"exclude_modules": ["q_proj"]}, LEFT + r"exclude_modules.*0\.self_attn\.q"),
-        (None, {"net": nn.Sequential(nn.Linear(4, 3))}, r"Sequential has none.*\['0'\] or 'all"),
-        (["q_proj"], {"layers_to_transform": 9}, LEFT + r"layers_.*0\.self_attn\.q"),
+        ("q_proj", {}, "regular expression"),
+        (["q_proj"], {"exclude_modules": ["q_proj"]}, r"2 layers.*exclude_modules.*attn\.q"),
+        (["q_proj"], {"layers_to_transform": 9}, r"2 layers.*layers_to_transform.*attn\.q"),
+        (None, {"net": nn.Sequential(nn.Linear(4, 3))}, r"Sequential.*\['0'\] or 'all-linear'"),
     ],
 )
 def test_no_target(wanted, options, told):
     with pytest.raises(NoTargetError, match=told):
-        find_targets(options.pop("net", tiny.llama()), wanted, **options)
+        find_targets(**{"net": tiny.llama(), "target_modules": wanted, **options})
 
 
 def test_one_of_several_names_that_matches_nothing_is_told():
-    with pytest.warns(UserWarning, match=r"\['value'\] of target_modules matches no linear layer"):
+    with pytest.warns(UserWarning, match=r"\['value'\] of target_modules"):
         found = find_targets(tiny.llama(), ["q_proj", "value"])
-    assert all(name.endswith("q_proj") for name in found)
+    assert endings(found) == ["q_proj", "q_proj"]
 
 
 def test_groups_are_layers_of_one_ending_and_shape():
@@ -108,7 +100,7 @@ def test_a_network_is_adapted_once():
     net = tiny.llama()
     first = tiny.adapted(net, target_modules=["v_proj"])
     for others in (["q_proj", "v_proj"], ["q_proj"]):
-        with pytest.raises(ConfigurationError, match=r"v_proj is adapted already.*unwrap"):
+        with pytest.raises(ConfigurationError, match=r"v_proj.*unwrap"):
             tiny.adapted(net, target_modules=others)
     first.unwrap()
     for module in net.modules():

@@ -6,32 +6,16 @@ import pytest
 
 from pyro_blora.data import DataError, Item, hub_tasks, load_task, read_hub
 
-CHOICES = {"text": ["a feather", "a stone", "a leaf"], "label": ["1", "2", "3"]}
-CUP = "The cup fits in the box as _ is big."
-KIM = {"context": "Kim lost a key.", "question": "How does Kim feel?", "label": "1"}
+LETTERED = {"choices": {"text": ["a leaf", "a stone"], "label": ["1", "2"]}, "answerKey": "2"}
+TEXTS = ("a leaf", "a stone")
+CUP = {"sentence": "The _ is big.", "option1": "cup", "option2": "box", "answer": "2"}
+SOUP = {"goal": "Cool it.", "sol1": "Blow.", "sol2": "Heat.", "label": 0}
+KIM = {"context": "Kim fell.", "question": "How?", "label": "1"}
+KIM |= {"answerA": "sad", "answerB": "glad", "answerC": "proud"}
+FORCE = {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0}
+FILM = {"idx": 0, "sentence": "a fine film ", "label": 1}
+NEWS = ("World", "Sports", "Business", "Sci/Tech")
 BOTH = ["college_chemistry", "high_school_chemistry"]
-RECORDS = {
-    "arc_easy": {"question": "Heaviest?", "choices": CHOICES, "answerKey": "2"},
-    "openbookqa": {"question_stem": "Ice is", "choices": CHOICES, "answerKey": "3"},
-    "boolq": {"question": "is ice cold??", "answer": True, "passage": "Ice ..."},
-    "winogrande_s": {"sentence": CUP, "option1": "the cup", "option2": "the box", "answer": "2"},
-    "piqa": {"goal": "Cool soup.", "sol1": "Blow on it.", "sol2": "Heat it.", "label": 0},
-    "social_iqa": {**KIM, "answerA": "worried", "answerB": "glad", "answerC": "proud"},
-    "mmlu_physics": {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0},
-    "sst2": {"idx": 0, "sentence": "a fine film ", "label": 1},
-    "ag_news": {"text": "Stocks rise.", "label": 2},
-}
-ITEMS = {
-    "arc_easy": ("Heaviest?", ("a feather", "a stone", "a leaf"), 1),
-    "openbookqa": ("Ice is", ("a feather", "a stone", "a leaf"), 2),
-    "boolq": ("is ice cold?", ("false", "true"), 1),
-    "winogrande_s": (CUP, ("the cup", "the box"), 1),
-    "piqa": ("Cool soup.", ("Blow on it.", "Heat it."), 0),
-    "social_iqa": ("Kim lost a key. How does Kim feel?", ("worried", "glad", "proud"), 0),
-    "mmlu_physics": ("Unit of force?", ("N", "J", "W", "V"), 0),
-    "sst2": ("a fine film", ("negative", "positive"), 1),
-    "ag_news": ("Stocks rise.", ("World", "Sports", "Business", "Sci/Tech"), 2),
-}
 
 
 @pytest.fixture
@@ -42,34 +26,45 @@ def hub(monkeypatch):
     return load_dataset
 
 
-@pytest.mark.parametrize("task", ITEMS)
-def test_converters(hub, task):
-    hub.return_value = [RECORDS[task]]
-    assert read_hub(task, "test")[0] == Item(f"{task}-test-0", *ITEMS[task])
+@pytest.mark.parametrize(
+    ("task", "record", "parts"),
+    [
+        ("arc_easy", {"question": "Heavy?", **LETTERED}, ("Heavy?", TEXTS, 1)),
+        ("openbookqa", {"question_stem": "Heavy is", **LETTERED}, ("Heavy is", TEXTS, 1)),
+        ("boolq", {"question": "cold??", "answer": True}, ("cold?", ("false", "true"), 1)),
+        ("winogrande_s", CUP, ("The _ is big.", ("cup", "box"), 1)),
+        ("piqa", SOUP, ("Cool it.", ("Blow.", "Heat."), 0)),
+        ("social_iqa", KIM, ("Kim fell. How?", ("sad", "glad", "proud"), 0)),
+        ("mmlu_physics", FORCE, ("Unit of force?", ("N", "J", "W", "V"), 0)),
+        ("sst2", FILM, ("a fine film", ("negative", "positive"), 1)),
+        ("ag_news", {"text": "Stocks rise.", "label": 2}, ("Stocks rise.", NEWS, 2)),
+    ],
+)
+def test_a_record_is_an_item(hub, task, record, parts):
+    hub.return_value = [record]
+    assert read_hub(task, "test")[0] == Item(f"{task}-test-0", *parts)
 
 
 @pytest.mark.parametrize(
     ("task", "split", "path", "configs", "theirs"),
     [
         ("arc_challenge", "train", "allenai/ai2_arc", ["ARC-Challenge"], "train"),
-        ("boolq", "test", "google/boolq", [None], "validation"),
-        ("winogrande_xs", "train", "allenai/winogrande", ["winogrande_xs"], "train"),
         ("piqa", "test", "ybisk/piqa", [None], "validation"),
         ("mmlu_chemistry", "test", "cais/mmlu", BOTH, "test"),
     ],
 )
-def test_sources(hub, task, split, path, configs, theirs):
+def test_where_a_task_is_on_the_hub(hub, task, split, path, configs, theirs):
     assert read_hub(task, split) == []
-    revision = "refs/convert/parquet" if task in ("piqa", "social_iqa") else None
+    revision = "refs/convert/parquet" if task == "piqa" else None
     asked = [call(path, config, split=theirs, revision=revision) for config in configs]
     assert hub.call_args_list == asked
 
 
 def test_configurations_are_joined_and_a_task_has_all_splits(hub):
-    hub.return_value = [RECORDS["mmlu_physics"]] * 2
+    hub.return_value = [FORCE] * 2
     task = load_task("mmlu_physics")
     assert [item.id for item in task.test] == [f"mmlu_physics-test-{k}" for k in range(4)]
-    hub.return_value = [RECORDS["sst2"]] * 9
+    hub.return_value = [FILM] * 9
     task = load_task("sst2", max_train=6, max_validation=2)
     assert [len(items) for items in (task.train, task.validation, task.test)] == [6, 2, 9]
 

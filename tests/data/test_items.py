@@ -1,14 +1,10 @@
 """Items, the files that hold them, and the prompts that are made of them."""
 
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
 
-from pyro_blora.data import DataError, Item, Template, facts, read_json_lines, template_for
-
-FACTS = "4de3771ee8beead67435f4fd4e9816be9fe6f9358421fb8e98fc945693ab08f1"
+from pyro_blora.data import DataError, Item, Template, read_json_lines, template_for
 
 GOOD = {"id": "a-0", "question": "2 + 2?", "choices": ["3", "4"], "label": 1}
 
@@ -32,12 +28,6 @@ def message_of(path):
     return message
 
 
-def test_the_embedded_set_is_always_the_same():
-    files = [Path(facts.__file__).with_name(f"{s}.jsonl") for s in ("train", "validation", "test")]
-    items = [[i.id, i.question, i.choices, i.label] for f in files for i in read_json_lines(f)]
-    assert hashlib.sha256(json.dumps(items).encode("ascii")).hexdigest() == FACTS
-
-
 def test_reads_items_in_file_order_whatever_is_between_and_beside_them(tmp_path):
     bom, question = b"\xef\xbb\xbf", "Caf\u00e9\u2028\u4f60?"
     other = json.dumps(GOOD | {"id": "b", "question": question}, ensure_ascii=False).encode()
@@ -52,7 +42,6 @@ def test_reads_items_in_file_order_whatever_is_between_and_beside_them(tmp_path)
         (b"{", "Expecting"),
         (b"[1]", "an item must be"),
         (b"\xff", "utf-8"),
-        (line(id=3), "must be texts, got 3"),
         (line(question=" "), "must be texts, got ' '"),
         (line(choices=["3"]), "two answers or more, got ('3',)"),
         (line(choices=["3", 4]), "must be texts, got 4"),
@@ -83,17 +72,14 @@ def test_what_is_there_in_place_of_a_missing_file_is_named(tmp_path, missing, pa
     assert "has no items" in message_of(write_lines(tmp_path, b"\n \n"))
 
 
-@pytest.mark.parametrize(
-    ("task", "prompt", "words"),
-    [
-        ("my own task", "Question: Is {this} a %s?\nAnswer:", ()),
-        ("boolq", "Question: Is {this} a %s?\nAnswer (yes or no):", (" no", " yes")),
-    ],
-)
-def test_the_template_of_a_task(task, prompt, words):
-    template = template_for(task)
-    assert template.scoring == ("labels" if words else "options")
-    assert template.label_words == words
-    assert template.format(Item("a", "Is {this} a %s?", ("false", "true"), 1)) == prompt
+def test_the_template_of_a_task():
+    own, boolq = template_for("my own task"), template_for("boolq")
+    item = Item("a", "Is {this} a %s?", ("false", "true"), 1)
+    assert own.format(item) == "Question: Is {this} a %s?\nAnswer:"
+    assert boolq.format(item) == "Question: Is {this} a %s?\nAnswer (yes or no):"
+    assert [(t.scoring, t.label_words) for t in (own, boolq)] == [
+        ("options", ()),
+        ("labels", (" no", " yes")),
+    ]
     with pytest.raises(DataError, match=r"has no \{q\}"):
         Template("Question:", "options")

@@ -16,10 +16,7 @@ M, N, NUM = 3, 2, 4
 BATCHES = [
     ((), (), ()),
     ((4,), (), ()),
-    ((), (4,), ()),
-    ((), (), (4,)),
     ((4,), (4,), (4,)),
-    ((5, 1), (4,), ()),
     ((5, 4), (5, 1), (1, 4)),
     ((4,), (5, 1), (2, 1, 1)),
 ]
@@ -59,12 +56,12 @@ def assert_close(actual, expected):
 
 @pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("expand", [(), (3,)])
-@pytest.mark.parametrize("event", [(M, N), (1, 4), (2, 1)])
+@pytest.mark.parametrize("event", [(M, N), (2, 1)])
 def test_agrees_with_dense(batches, expand, event):
     d = make(*batches, *event)
     d = d.expand(torch.Size(expand) + d.batch_shape)
     reference = dense(d)
-    for sample_shape in [(), (7,), (2, 1)]:
+    for sample_shape in [(), (2, 1)]:
         torch.manual_seed(1)
         own = d.rsample(sample_shape)
         torch.manual_seed(1)
@@ -82,7 +79,7 @@ def test_agrees_with_dense(batches, expand, event):
 
 
 @pytest.mark.parametrize("p_batches", BATCHES)
-@pytest.mark.parametrize("q_batches", [((), (), ()), ((4,), (4,), (4,)), ((4,), (5, 1), ())])
+@pytest.mark.parametrize("q_batches", [((4,), (4,), (4,)), ((4,), (5, 1), ())])
 @pytest.mark.parametrize(("first", "second"), [(make, make), (make, normal), (normal, make)])
 def test_kl_agrees_with_dense(p_batches, q_batches, first, second):
     p, q = first(*p_batches), second(*q_batches)

@@ -27,7 +27,7 @@ def results(methods):
     return {f"method {i}": (random(1, 200, 4).probs, labels) for i in range(methods)}
 
 
-@pytest.mark.parametrize("num_bins", [1, 10, 15])
+@pytest.mark.parametrize("num_bins", [1, 10])
 def test_draws_the_bins_and_the_scores(num_bins):
     pairs = results(1)
     metrics = evaluate(*pairs["method 0"], num_bins=num_bins)
@@ -68,18 +68,17 @@ def test_the_risk_coverage_picture_has_a_line_for_each_doubt():
     figure = risk_coverage_diagram(p, labels)
     (ax,) = figure.axes
     wrong = p.predictions != labels
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    for line, name, (key, doubt) in zip(ax.lines, names, doubts(p).items(), strict=False):
+    *lines, oracle, overall = ax.lines
+    for line, (key, doubt) in zip(lines, doubts(p).items(), strict=True):
         coverage, risk, area = risk_coverage(doubt, wrong)
         assert list(line.get_xdata()) == pytest.approx(coverage.tolist())
         assert list(line.get_ydata()) == pytest.approx(risk.tolist())
-        assert name == f"{key.replace('_', ' ')} (AURC {area:.3f})"
-    assert len(names) == 5
-    overall = float(wrong.float().mean())
-    assert list(ax.lines[-1].get_ydata()) == pytest.approx([overall, overall])
+        assert line.get_label() == f"{key.replace('_', ' ')} (AURC {area:.3f})"
+    assert len(figure.legends[0].get_texts()) == len(ax.lines)
+    assert not oracle.get_ydata()[: int((~wrong).sum())].any()  # wrong answers come last
+    assert list(overall.get_ydata()) == pytest.approx(2 * [float(wrong.float().mean())])
     mean = Prediction(p.samples[:1])  # of the posterior mean there is no mutual information
-    names = [t.get_text() for t in risk_coverage_diagram(mean, labels).legends[0].get_texts()]
-    assert not any("mutual" in name for name in names)
+    assert len(risk_coverage_diagram(mean, labels).axes[0].lines) == len(ax.lines) - 1
 
 
 @pytest.mark.parametrize("samples", [1, 5])

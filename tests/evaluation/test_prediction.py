@@ -9,8 +9,7 @@ from pyro_blora.posterior.prediction import Prediction
 
 
 def random(samples=5, items=7, choices=4):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(samples, items, choices, generator=generator, dtype=torch.float64)
+    logits = torch.randn(samples, items, choices, dtype=torch.float64)
     return Prediction((3 * logits).softmax(-1))
 
 
@@ -46,7 +45,6 @@ def test_cat_pads_choices():
         (torch.full((2, 2), 0.5), "shape"),
         (torch.zeros(0, 2, 2), "one sample"),
         (torch.tensor([[[math.nan, 1.0]]]), "entry of nan"),
-        (torch.tensor([[[math.inf, 1.0]]]), "off by inf"),
         (torch.tensor([[[2.0, -1.0]]]), "softmax"),
         (torch.tensor([[[0.5, 0.4]]]), "off by 0.1"),
     ],

@@ -1,26 +1,16 @@
-"""Generated text in pieces, in a terminal, and as a page that Chromium is asked about."""
+"""Generated text in pieces, in a terminal, and as a page."""
 
 import io
 import math
 import re
-import shutil
 
 import pytest
 import torch
 from own_tokenizer import build_tokenizer
 from rich.console import Console
 
-from pyro_blora.generation import Generation
-from pyro_blora.generation.show import (
-    MEASURES,
-    Answer,
-    Piece,
-    answers,
-    colored,
-    legend,
-    page,
-    pieces,
-)
+from pyro_blora.generation import Generation, show
+from pyro_blora.generation.show import Answer, Piece, answers, page, pieces
 
 ATTACK = "<script>window.harm = 1</script>\"'><img src=x onerror='window.harm = 2'>{{ 7 * 7 }}"
 
@@ -64,14 +54,13 @@ def test_control_characters_are_shown_and_not_obeyed():
     assert "".join(piece.text for piece in found) == "␛[31m␇␡\ufffd\tb\n"
 
 
-def piece(text, level=0, **numbers):
-    value = (0.0, *MEASURES["mutual_information"].steps)[level]
-    given = {"log_prob": math.log(0.25), "entropy": 0.0, "disagreement": 0.0}
-    return Piece(text, **{**given, "mutual_information": value, **numbers})
+def piece(text, level=0):
+    value = (0.0, *show.MEASURES["mutual_information"].steps)[level]
+    return Piece(text, log_prob=-1.0, entropy=0.0, mutual_information=value, disagreement=0.0)
 
 
-def answer(*given, prompt="Why?", abstained=False):
-    return Answer(prompt, list(given), -1.5, 1.2, 0.25, abstained, len(given))
+def answer(*given, prompt="Why?"):
+    return Answer(prompt, list(given), -1.5, 1.2, 0.25, False, len(given))
 
 
 def shown(text, **options):
@@ -81,14 +70,14 @@ def shown(text, **options):
 
 
 def test_a_terminal_has_a_color_for_each_level():
-    text = colored(answer(*(piece(f" w{level}", level) for level in range(5))))
+    text = show.colored(answer(*(piece(f" w{level}", level) for level in range(5))))
     colors = shown(text, force_terminal=True, color_system="truecolor", no_color=False)
     backgrounds = re.findall(r" ?\x1b\[([\d;]*)m(w\d)", colors)
     assert [word for _, word in backgrounds] == ["w1", "w2", "w3", "w4"]  # w0 is as all else
     assert len({style for style, _ in backgrounds}) == 4
     assert [style.startswith("4;") for style, _ in backgrounds] == [False, False, True, True]
     assert shown(text) == " w0 w1 w2 w3 w4\n"  # into a file
-    assert "0.03 to 0.1" in shown(legend()).replace("\n", "")
+    assert "0.03 to 0.1" in shown(show.legend()).replace("\n", "")
 
 
 def test_answers_belong_to_their_prompts():
@@ -100,51 +89,6 @@ def test_answers_belong_to_their_prompts():
 
 def test_a_page_escapes_what_it_shows():
     html = page([answer(piece(ATTACK), prompt=ATTACK)], title=ATTACK, subtitle=ATTACK)
-    assert html.count("<script") == 1
+    assert "<script" not in html
     assert "<img" not in html
     assert "harm" in html
-
-
-def test_a_page_in_chromium(tmp_path):
-    """Colors by what is chosen, numbers on hover; nothing is asked for, and no text is run."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("no Chromium is installed")
-    file, faults = tmp_path / "page.html", []
-    text = [piece(f" word{level}", level, entropy=4.0 - level) for level in range(5)]
-    file.write_text(page([answer(*text, piece(ATTACK), prompt=ATTACK)]), encoding="utf-8")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        view = browser.new_page(viewport={"width": 360, "height": 600})
-        view.on("request", lambda r: r.url == file.as_uri() or faults.append(r.url))
-        view.on("pageerror", lambda error: faults.append(str(error)))
-        view.on("console", lambda message: faults.append(message.text))
-        view.goto(file.as_uri())
-
-        def colors():
-            style = "token => getComputedStyle(token).backgroundColor"
-            found = [view.locator(".t", has_text=f"word{level}") for level in range(5)]
-            return [token.evaluate(style) for token in found]
-
-        before = colors()
-        assert len(set(before)) == 5
-        assert before[0] == "rgba(0, 0, 0, 0)"
-        key = view.locator(".scale:visible li")
-        assert key.all_inner_texts() == MEASURES["mutual_information"].ranges()
-        view.get_by_label("Entropy").check(force=True)
-        assert key.all_inner_texts() == MEASURES["entropy"].ranges()
-        assert colors() == [before[n] for n in (4, 4, 3, 2, 0)]
-        tip = view.get_by_role("tooltip")
-        assert not tip.is_visible()
-        view.locator(".t", has_text="word3").hover()
-        told = re.split(r"\s+", tip.inner_text().strip())
-        assert " ".join(told) == (
-            "␣word3 Probability 0.25 Mutual information 0.100 Entropy 1.000 Disagreement 0.000"
-        )
-        assert view.evaluate("document.documentElement.scrollWidth") == 360
-        assert view.locator(".prompt").text_content() == ATTACK
-        assert view.evaluate("window.harm") is None
-        browser.close()
-    assert faults == []

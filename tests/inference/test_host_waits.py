@@ -42,7 +42,6 @@ class Waits(TorchDispatchMode):
         (LabelTokens(token_ids=tiny.ANSWERS, num_data=12), tiny.sequences, 12),
         (CausalLM(num_data=12), tiny.texts, 15),
         (MultipleChoice(num_data=12), tiny.choices, 13),
-        (MultipleChoice(num_data=12, pack=False), tiny.choices, 16),
     ],
 )
 def test_a_step_waits_for_the_device_a_few_times(monkeypatch, likelihood, batch, most):

@@ -1,30 +1,20 @@
-"""Two ways of asking one thing give one answer, or one of them says no.
+"""Two ways of asking one thing give one answer, or one of them says no."""
 
-Run as a program, this file reads in a process of its own what the test of AutoGuides has saved.
-"""
-
-import sys
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import subprocess
-
-import own_classes
 import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import Predictive, autoguide
-from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
-from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
-from pyro_blora import BayesianLoRA, effective_ranks, fit, guides, models
+from pyro_blora import BayesianLoRA, effective_ranks, guides, models
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.evaluation.lm_eval import HFLM, PosteriorLM
 from pyro_blora.inference import finish
-from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 from pyro_blora.likelihoods.multiple_choice import _apart
 from pyro_blora.methods import METHODS
@@ -57,22 +47,21 @@ def method(request):
 
 
 def test_every_way_of_asking_takes_the_predictive_of_the_method(method, tmp_path):
-    batch = tiny.collate(ROWS)
-    expected = seeded(method.predict, batch, 4000)
+    batch, draws = tiny.collate(ROWS), 4000 if method.method.linearized else 300
+    expected = seeded(method.predict, batch, draws)
     labels = batch["labels"].unsqueeze(-1)
     logp = expected.probs.gather(-1, labels).log().squeeze(-1)
-    found = seeded(method.log_predictive, batch, 4000)
+    found = seeded(method.log_predictive, batch, draws)
     torch.testing.assert_close(found, logp, atol=1e-5, rtol=1e-4)
-    found, _ = seeded(method.predict_dataset, ROWS, tiny.collate, 4000, progress=False)
+    found, _ = seeded(method.predict_dataset, ROWS, tiny.collate, draws, progress=False)
     torch.testing.assert_close(found.samples, expected.samples)
-    args = TrainingArguments(tmp_path, report_to=[], disable_tqdm=True, use_cpu=True)
-    how = {"eval_dataset": ROWS, "data_collator": tiny.collate, "eval_samples": 4000}
-    trainer = BayesianLoRATrainer(method, args, **how)  # whose loaders draw a number, too
+    # whose loaders draw a number, too
+    trainer = tiny.trainer(tmp_path, method, eval_dataset=ROWS, eval_samples=draws)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(-float(logp.mean()), abs=0.015)
     scores = torch.tensor(trainer.predict(ROWS).predictions)
     torch.testing.assert_close(scores.softmax(-1), expected.probs, atol=0.02, rtol=0)
     if method.method.linearized:  # the tolerance tells the two apart
-        apart = seeded(method.log_predictive, batch, 4000, linearized=False).mean()
+        apart = seeded(method.log_predictive, batch, 300, linearized=False).mean()
         assert abs(apart - logp.mean()) > 0.03
 
 
@@ -80,14 +69,13 @@ def test_every_way_of_asking_takes_the_predictive_of_the_method(method, tmp_path
 def test_a_validation_is_the_trainers_evaluation(samples, tmp_path):
     """Of as many draws as a prediction has, unless another number is told."""
     blora = tiny.adapted(num_data=4)
-    how = {"collate": tiny.collate, "num_steps": 2, "progress": False, "eval_samples": samples}
-    (_, nll), *others = fit(blora, ROWS, validation=ROWS, **how).validation
+    how = {"num_steps": 2, "eval_samples": samples}
+    (_, nll), *others = tiny.train(blora, ROWS, validation=ROWS, **how).validation
     assert not others
     expected = -seeded(blora.log_predictive, tiny.collate(ROWS), samples).mean()
     assert nll == pytest.approx(float(expected), rel=1e-5)
-    args = TrainingArguments(tmp_path, report_to=[], disable_tqdm=True, use_cpu=True)
-    how = {"eval_dataset": ROWS, "data_collator": tiny.collate, "eval_samples": samples}
-    found = BayesianLoRATrainer(blora, args, **how).evaluate()["eval_loss"]
+    trainer = tiny.trainer(tmp_path, blora, eval_dataset=ROWS, eval_samples=samples)
+    found = trainer.evaluate()["eval_loss"]
     assert found == pytest.approx(nll, abs=1e-6 if samples == 0 else 0.1)
 
 
@@ -110,69 +98,9 @@ def test_what_samples_networks_says_no_to_a_method_that_linearizes(tmp_path):
     blora.generate(BATCH["input_ids"], num_samples=0, max_new_tokens=1)
 
 
-# What is trained can be saved and read
-
-
-def listed(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoNormal(pyro.poutine.block(model, hide=["v_proj.V"])))
-    guide.append(AutoMultivariateNormal(pyro.poutine.block(model, hide=["q_proj.V"])))
-    return guide
-
-
-def autoguides():
-    """All of Pyro's that work on the model, by name; base classes and such are no guides."""
-    no = {"Guide", "Callable", "Continuous", "DiscreteParallel", "GuideList", "Messenger"}
-    names = [n for n in autoguide.__all__ if n.startswith("Auto") and n[4:] not in no]
-    flow = partial(pyro.distributions.transforms.iterated, 1, pyro.distributions.transforms.planar)
-    made = {name: getattr(autoguide, name) for name in names}
-    made["AutoNormalizingFlow"] = partial(autoguide.AutoNormalizingFlow, init_transform_fn=flow)
-    made["mvn"] = partial(autoguide.AutoStructured, conditionals="mvn", dependencies="linear")
-    return {**made, "listed": listed}
-
-
-def predicted(blora):
-    return torch.cat([seeded(blora.predict, BATCH, n).samples for n in (0, 3)])
-
-
 def base():
     torch.manual_seed(0)
     return tiny.llama(1)
-
-
-@pytest.mark.slow
-def test_every_autoguide_that_trains_is_read_in_another_process(tmp_path):
-    for name, kind in autoguides().items():
-        pyro.clear_param_store()
-        torch.manual_seed(1)
-        blora = tiny.adapted(base(), guide=kind)
-        rows = tiny.examples(12)
-        how = {"batch_size": 4, "num_steps": 3, "precision": "float32", "progress": False}
-        fit(blora, rows, collate=tiny.collate, checkpoint_dir=tmp_path / f"{name}-run", **how)
-        blora.save_pretrained(tmp_path / name)
-        save_file({"expected": predicted(blora)}, tmp_path / name / "expected")
-    script = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    subprocess.run(script, check=True, timeout=300)
-    for name in autoguides():
-        expected, found = (load_file(tmp_path / name / n) for n in ("expected", "found"))
-        torch.testing.assert_close(found["found"], expected["expected"], msg=name)
-
-
-def read_all(folder):
-    for name, kind in autoguides().items():
-        torch.manual_seed(2)
-        given = {"guide": kind} if name in ("AutoNormalizingFlow", "listed") else {}
-        blora = BayesianLoRA.from_pretrained(base(), folder / name, **given)
-        save_file({"found": predicted(blora)}, folder / name / "found")
-
-
-def test_an_autoguide_that_never_ran_is_saved_as_it_starts(tmp_path):
-    blora = tiny.adapted(base(), guide=AutoNormal)
-    blora.save_pretrained(tmp_path)
-    expected = predicted(blora)
-    blora.unwrap()
-    read = BayesianLoRA.from_pretrained(blora.net, tmp_path)
-    assert torch.equal(predicted(read), expected)
 
 
 class Lazy(torch.nn.Module):
@@ -203,7 +131,7 @@ def test_a_second_training_of_a_post_hoc_guide_validates_a_point_again(monkeypat
     note = lambda blora, batch, samples: asked.append(samples) or own(blora, batch, samples)  # noqa: E731
     monkeypatch.setattr(BayesianLoRA, "log_predictive", note)
     for _ in range(2):
-        fit(blora, ROWS, validation=ROWS, collate=tiny.collate, num_steps=1, progress=False)
+        tiny.train(blora, ROWS, validation=ROWS, num_steps=1)
     assert asked == [0, 0]
 
 
@@ -212,9 +140,7 @@ def test_a_second_training_of_a_post_hoc_guide_validates_a_point_again(monkeypat
 STORED = {
     "MatrixNormal": {},
     "AutoNormal": {"guide": AutoNormal},
-    "AutoDiagonalNormal": {"guide": autoguide.AutoDiagonalNormal},
-    "AutoMultivariateNormal": {"guide": AutoMultivariateNormal},
-    "AutoLowRank": {"guide": partial(autoguide.AutoLowRankMultivariateNormal, rank=3)},
+    "AutoLowRank": {"guide": partial(AutoLowRankMultivariateNormal, rank=3)},
 }
 
 
@@ -225,42 +151,61 @@ def with_head(parts, seed):
     return tiny.shaken(blora, 0.1 * seed)
 
 
+def generated(blora, num_samples):
+    how = {"max_new_tokens": 2, "do_sample": False, "num_samples": num_samples}
+    return seeded(blora.generate, BATCH["input_ids"], **how).log_probs.nan_to_num()
+
+
 QUESTIONS = {
     "draws": lambda blora: seeded(blora.predict, BATCH, 3).samples,
     "mean": lambda blora: blora.predict(BATCH, 0).samples,
     "log": lambda blora: blora.log_predictive(BATCH, 0),
-    "generate": lambda blora: seeded(
-        blora.generate, BATCH["input_ids"], max_new_tokens=2, do_sample=False, num_samples=2
-    ).log_probs.nan_to_num(),
-    "generate the mean": lambda blora: blora.generate(
-        BATCH["input_ids"], max_new_tokens=2, do_sample=False, num_samples=0
-    ).log_probs.nan_to_num(),
+    "generate": lambda blora: generated(blora, 2),
+    "generate the mean": lambda blora: generated(blora, 0),
 }
 
 
+def saved(blora, folder):
+    blora.save_pretrained(folder)
+    tensors = load_file(folder / "bayesian_lora.safetensors")
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
+def refitted(blora):
+    """It trains on from the state, all that is to be trained."""
+    history = tiny.train(blora, num_steps=3, precision="float32").history
+    losses = [figures["loss"] for figures in history]
+    return torch.tensor([*losses, *QUESTIONS["draws"](blora).flatten()])
+
+
 @pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("parts", STORED)
-def test_a_state_from_the_store_is_taken_whole(parts, question, local, tmp_path):
-    ask = QUESTIONS[question]
+def test_a_state_from_the_store_is_taken_whole(parts, local, tmp_path):
+    """The guide's, the prior's and a head's, whatever is asked first."""
+    store = pyro.get_param_store()
+    asks = {**QUESTIONS, "save": partial(saved, folder=tmp_path)}
+    if parts == "MatrixNormal":
+        asks["fit"] = refitted  # the last, for it changes the state
     with pyro.settings.context(module_local_params=local):
         blora = with_head(STORED[parts], 1)
-        expected = ask(blora)
-        pyro.get_param_store().save(tmp_path / "store")
-        pyro.clear_param_store()
-        other = with_head(STORED[parts], 2)
-        assert not torch.allclose(ask(other), expected, atol=1e-3)
-        held = {n: id(p) for n, p in other.named_parameters()}
-        pyro.get_param_store().load(tmp_path / "store")
-        torch.testing.assert_close(ask(other), expected)
-        assert {n: id(p) for n, p in other.named_parameters()} == held  # an optimizer has these
-        torch.testing.assert_close(ask(other), expected)
+        store.save(tmp_path / "store")
+        expected = {name: ask(blora) for name, ask in asks.items()}
+        for name, ask in asks.items():
+            store.clear()
+            other = with_head(STORED[parts], 2)
+            held = {n: id(p) for n, p in other.named_parameters()}
+            assert not torch.allclose(QUESTIONS["mean"](other), expected["mean"], atol=1e-3)
+            store.load(tmp_path / "store")
+            torch.testing.assert_close(ask(other), expected[name], msg=name)
+            assert {n: id(p) for n, p in other.named_parameters()} == held  # an optimizer has these
+            if name != "fit":
+                torch.testing.assert_close(ask(other), expected[name], msg=name)
 
 
 def test_directions_that_the_store_does_not_hold_are_told(tmp_path):
     prior = models.FisherInducing(rank=2)
     blora = tiny.adapted(prior=prior, num_data=4)
-    fit(blora, ROWS, collate=tiny.collate, num_steps=2, progress=False)
+    tiny.train(blora, ROWS, num_steps=2)
     pyro.get_param_store().save(tmp_path / "store")
     pyro.clear_param_store()
     other = tiny.adapted(prior=tiny.anew(prior), num_data=4)
@@ -270,43 +215,13 @@ def test_directions_that_the_store_does_not_hold_are_told(tmp_path):
             ask(other)
 
 
-# Draws that are given
-
-PRIORS = {**tiny.priors(), "shared": own_classes.RandomScale()}
-PRIORS["horseshoe"] = models.KroneckerInducing(rank=2, core="horseshoe")
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("prior", PRIORS)
-def test_draws_of_predictive_are_taken(prior, parallel):
-    guide = guides.MeanField(init_scale=0.3)
-    blora = tiny.shaken(tiny.adapted(prior=PRIORS[prior], guide=guide), 0.1)
-    samples = Predictive(blora.guide, num_samples=3, parallel=parallel)(BATCH)
-    found = blora.predict(BATCH, samples=samples)
-    for k, expected in enumerate(found.samples):  # of the conditioned model, one at a time
-        shapes = {site.name: site.prior.shape() for site in blora.model.sites}
-        one = {name: samples[name][k].reshape(shape) for name, shape in shapes.items()}
-        updates = pyro.poutine.condition(blora.model.updates, data=one)()
-        with torch.no_grad(), blora.model.applied(updates) as net:
-            logits = blora.likelihood.logits(net, BATCH)
-        torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-5, rtol=1e-4)
-    lists = {name: samples[name].tolist() for name in shapes}
-    torch.testing.assert_close(blora.predict(BATCH, samples=lists).samples, found.samples)
-    arrays = {name: samples[name].numpy() for name in shapes}
-    assert torch.equal(blora.predict(BATCH, samples=arrays).samples, found.samples)
-
-
 # A posterior that depends on the input
 
-WIDE = {"MeanField": None, "Hierarchical": PRIORS["Hierarchical"], "horseshoe": PRIORS["horseshoe"]}
 
-
-@pytest.mark.parametrize("prior", WIDE)
+@pytest.mark.parametrize("prior", [models.KroneckerInducing(rank=2), models.Hierarchical(rank=2)])
 def test_an_amortized_mean_is_that_of_the_input_or_there_is_none(prior, tmp_path):
     guide = guides.Amortized(hidden=3)
-    blora = tiny.shaken(
-        tiny.adapted(prior=WIDE[prior] and tiny.anew(WIDE[prior]), guide=guide), 0.3
-    )
+    blora = tiny.shaken(tiny.adapted(prior=prior, guide=guide), 0.3)
     expected = blora.predict(BATCH, 0).probs
     logits = blora(**UNLABELED).logits
     torch.testing.assert_close(tiny.answers(logits, BATCH).softmax(-1), expected)
@@ -326,6 +241,22 @@ def test_an_amortized_mean_is_that_of_the_input_or_there_is_none(prior, tmp_path
     for labeled in (BATCH, UNLABELED):  # of Pyro, in parallel
         draws = Predictive(blora.model, guide=blora.guide, num_samples=3, parallel=True)(labeled)
         assert draws["labels"].shape == (3, 4)
+
+
+def test_a_batch_may_bring_a_context_of_its_own():
+    """The rows are alike, so that only their contexts can tell their labels."""
+    batch = {key: value[:1].expand(6, -1) for key, value in UNLABELED.items()}
+    labels = torch.arange(6) % 3
+    batch |= {"labels": labels, "context": 2 * torch.eye(3)[labels]}
+    blora = tiny.adapted(num_data=6, guide=guides.Amortized(context_size=3, init_scale=0.1))
+    data, rates = DataLoader([batch], batch_size=None), {"mean": 0.05, "direction": 0.1}
+    tiny.train(blora, data, num_steps=30, learning_rates=rates, kl_weight=0.1)
+    found = blora.predict(batch, 0).probs
+    assert found.gather(-1, labels[:, None]).min() > 0.5
+    other = {**batch, "context": batch["context"].roll(1, 0)}
+    torch.testing.assert_close(blora.predict(other, 0).probs, found.roll(1, 0))
+    drawn = blora.predict(other, 20).probs
+    assert drawn.gather(-1, labels.roll(1)[:, None]).min() > 0.5
 
 
 @pytest.mark.parametrize("num_samples", [0, 3])
@@ -348,26 +279,14 @@ def test_an_amortized_adapter_of_options_writes_text(num_samples):
 
 @pytest.mark.parametrize("likelihood", [LabelTokens(token_ids=tiny.ANSWERS), CausalLM()])
 def test_position_ids_are_used(likelihood):
-    text = isinstance(likelihood, CausalLM)
-    batch = tiny.texts() if text else BATCH
-    blora = tiny.adapted(likelihood=likelihood)
-    plain = blora.log_predictive(batch, 0)
-    positions = torch.arange(7).expand(4, -1)
-    same = blora.log_predictive({**batch, "position_ids": positions}, 0)
+    batch = tiny.texts() if isinstance(likelihood, CausalLM) else BATCH
+    blora, positions = tiny.adapted(likelihood=likelihood), torch.arange(7).expand(4, -1)
+    plain, same, apart = (
+        blora.log_predictive({**batch, **own}, 0)
+        for own in ({}, {"position_ids": positions}, {"position_ids": 3 * positions})
+    )
     torch.testing.assert_close(same, plain)
-    apart = {**batch, "position_ids": 3 * positions}
-    found = blora.log_predictive(apart, 0)
-    assert (found - plain).abs().max() > 1e-3
-    given = {n: t for n, t in apart.items() if n != "labels"}
-    with torch.no_grad(), blora.posterior() as net:
-        logits = net(**given).logits
-    labels = batch["labels"]
-    if text:
-        scores = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:, None].clamp_min(0))
-        expected = (scores.squeeze(-1) * (labels[:, 1:] >= 0)).sum(-1)
-    else:
-        expected = tiny.answers(logits, batch).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (apart - plain).abs().max() > 1e-3
 
 
 def test_position_ids_are_one_for_each_token():
@@ -391,7 +310,3 @@ def test_the_order_of_options_does_not_say_who_is_held_out():
         shuffled = {n: t if n == "labels" else t[:, order] for n, t in batch.items()}
         assert _apart(shuffled) == held
     assert _apart(tiny.choices(400, seed=1)) != held
-
-
-if __name__ == "__main__":
-    read_all(Path(sys.argv[1]))

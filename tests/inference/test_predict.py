@@ -1,16 +1,12 @@
 """The posterior predictive of a batch."""
 
-import itertools
-
 import pytest
 import tiny
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_blora import fit
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import Laplace, MeanField
+from pyro_blora.guides import Laplace
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import FisherInducing, KroneckerInducing
 from pyro_blora.network.adapter import in_mode
@@ -65,8 +61,7 @@ def test_one_draw_is_held():
 
 
 @pytest.mark.parametrize(
-    ("draws", "max_rows", "expected"),
-    [(20, None, [64, 16]), (5, 1, [4] * 5), (5, 8, [8, 8, 4]), (5, 11, [8, 8, 4]), (5, 100, [20])],
+    ("draws", "max_rows", "expected"), [(20, None, [64, 16]), (5, 1, [4] * 5), (5, 11, [8, 8, 4])]
 )
 def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
     """And few of them on a CPU; a draw sees the whole batch."""
@@ -87,15 +82,6 @@ def test_a_pass_of_packed_options_is_counted_by_the_tokens_that_it_runs():
     scored = int(batch["option_mask"].sum(-1).max())
     assert rows_of_a_pass(blora.model, batch) == 1024 // (16 + 3 * scored)
     assert blora.predict(batch, 40).samples.shape == (40, 3, 4)
-
-
-def test_draws_are_independent_and_their_mean_is_reported():
-    blora, batch = moved(guide=MeanField(init_scale=1.0)), tiny.sequences(4)
-    prediction = blora.predict(batch, 6, max_rows=8)
-    for a, b in itertools.combinations(prediction.samples, 2):
-        assert not torch.allclose(a, b, atol=1e-4)
-    torch.testing.assert_close(prediction.probs, prediction.samples.mean(0))
-    assert (prediction.mutual_information > 0).all()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -155,31 +141,23 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
     def collate(rows):
         return {name: plain(value) for name, value in tiny.collate(rows).items()} | others
 
-    others, rows = {"name": ["a", "b"], "parts": [[1], [1, 2]]}, tiny.examples(8)
-    blora, expected, found = moved(), tiny.collate(rows), collate(rows)
-    assert torch.equal(blora.predict(found, 0).samples, blora.predict(expected, 0).samples)
-    assert torch.equal(blora.log_predictive(found, 0), blora.log_predictive(expected, 0))
-    ends = []
+    others, ends = {"name": ["a", "b"], "parts": [[1], [1, 2]]}, []
     for made in (tiny.collate, collate):
         torch.manual_seed(0)
-        blora = tiny.adapted(
-            prior=FisherInducing(rank=2), guide=Laplace(), layers_to_transform=[1], num_data=8
-        )
-        how = {"num_steps": 3, "batch_size": 4, "progress": False}
-        fit(blora, rows, collate=made, validation=rows, seed=0, **how)
-        loss = TraceMeanField_ELBO()(blora.model, blora.guide)(made(rows))
-        ends.append({**tiny.trained(blora), "loss": loss.detach()})
+        blora = tiny.adapted(prior=FisherInducing(rank=2), guide=Laplace(), num_data=10)
+        tiny.train(blora, collate=made, validation=tiny.examples(8), seed=0)
+        batch = made(tiny.examples(8))
+        answers = {"mean": blora.predict(batch, 0).samples, "log": blora.log_predictive(batch, 0)}
+        ends.append({**tiny.trained(blora), **answers})
     assert tiny.equal(*ends)
 
 
-@pytest.mark.parametrize("num_samples", [0, 5])
-@pytest.mark.parametrize("max_rows", [4, 100])
+@pytest.mark.parametrize(("num_samples", "max_rows"), [(0, 100), (5, 4)])
 @pytest.mark.parametrize(
     ("build", "likelihood", "batch"),
     [
         (tiny.llama, LabelTokens(token_ids=tiny.ANSWERS), tiny.sequences(4)),
         (tiny.llama, MultipleChoice(), tiny.choices(4)),
-        (tiny.gpt2, MultipleChoice(pack=False), tiny.choices(4)),
         (tiny.bert, SequenceClassification(), tiny.sequences(4)),
     ],
 )
@@ -205,5 +183,5 @@ def test_what_cannot_be_predicted():
     blora = tiny.adapted(likelihood=CausalLM(num_data=4))
     with pytest.raises(ConfigurationError, match="got CausalLM; use log_predictive"):
         blora.predict(tiny.texts())
-    with pytest.raises(BatchError, match="no labels"):
+    with pytest.raises(BatchError, match="must have labels"):
         blora.log_predictive({key: tiny.texts()[key] for key in blora.likelihood.keys})

@@ -1,4 +1,4 @@
-"""The calibration benchmark: small, by its own command, broken off and gone on with."""
+"""The calibration benchmark in a small setting, by its own command, interrupted and continued."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ import yaml
 from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
+from pyro_blora.cli import comparison
 from pyro_blora.data import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,15 +110,13 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
 
 
 def test_early_stopping_sees_validation_items_alone(run, config, tmp_path, monkeypatch):
-    import calibration_cell
-
-    seen, fit = [], calibration_cell.fit
+    seen, fit = [], comparison.fit
 
     def watched(*arguments, validation, **options):
         seen.append(validation)
         return fit(*arguments, validation=validation, **options)
 
-    monkeypatch.setattr(calibration_cell, "fit", watched)
+    monkeypatch.setattr(comparison, "fit", watched)
     small = ["--config", str(config), "--smoke", "--seed", "0", "--only", "lora-best"]
     run("run", tmp_path / "results", *small)
     task = load_task("facts", max_train=16, max_validation=8, seed=0)
@@ -126,7 +125,7 @@ def test_early_stopping_sees_validation_items_alone(run, config, tmp_path, monke
 
 
 def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
-    from calibration_report import paired
+    from calibration_report import OURS, paired
 
     from pyro_blora.evaluation.metrics import evaluate
 
@@ -139,8 +138,8 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
         found = [evaluate(probs[items], labels[items]).ece for probs in (ours, other)]
         return found[0] - found[1]
 
-    methods = {"ours": {0: {"test": (ours, labels)}}, "other": {0: {"test": (other, labels)}}}
-    row = paired(methods, "ours", set(), "test")[2]
+    methods = {OURS: {0: {"test": (ours, labels)}}, "other": {0: {"test": (other, labels)}}}
+    row = paired(methods, set(), "test")[2]
     mean, error = (float(row.split()[i]) for i in (7, 9))
     assert mean == pytest.approx(gap(torch.arange(2000)), abs=1e-4)
     anew = torch.tensor([gap(torch.randint(2000, (2000,))) for _ in range(200)])
@@ -148,7 +147,7 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
 
 
 def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_tasks():
-    from calibration import changed, chosen_trials
+    from calibration import chosen_trials, with_trial
 
     trials = [{"fit": {"learning_rates": rate}} for rate in (1.0, 2.0, 3.0)]
     settings = {
@@ -164,7 +163,7 @@ def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_ta
     nlls = {"lora": [(0.5, 0.9), (0.6, 0.6), (0.1, None)], "lora-best": [(0.3, 0.3), (0.4, 0.4)]}
     lines = [
         {"network": "small", "method": method, "trial": trial, "task": task, "seed": 0, "steps": 4}
-        | {"nll": nll, "settings": changed(settings, {"lora": trial})["methods"]["lora"]}
+        | {"nll": nll, "settings": with_trial(settings, "lora", trial)["methods"]["lora"]}
         for method, found in nlls.items()
         for trial, both in enumerate(found)
         for task, nll in zip("ab", both, strict=True)

@@ -150,9 +150,9 @@ def test_the_memory_of_fake_tensors_is_that_of_real_ones(monkeypatch):
     h, f, L, B, T = 256, 688, 8, 4, 128
     shape = dict(zip(NAMES, (h, f, L, 8, 2, 200, False), strict=True))
     with pyro.validation_enabled(False):
-        real = measure(shape, B, T, draws=5, top=0)
+        real = measure(shape, B, T, draws=5)
         with FakeTensorMode(shape_env=ShapeEnv()):
-            fake = measure(shape, B, T, draws=5, top=0)
+            fake = measure(shape, B, T, draws=5)
     assert real == pytest.approx(fake, rel=0.02)
     formula = real["weights"] + real["16 n"] + B * T * L * (18 * h + 6 * f)
     assert real["step"] == pytest.approx(formula, rel=0.1)

@@ -9,14 +9,11 @@ import tiny
 from matplotlib.figure import Figure
 from neighbors import NEIGHBORS, put, tree
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
-from pyro_blora import fit
 from pyro_blora.checkpoints import peft
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.evaluation.plots import save_figure
 from pyro_blora.files import MANIFEST, check_free, own_files, remove_own, write_file
-from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM
 
 pytest.importorskip("peft")
@@ -36,30 +33,20 @@ def text(folder):
     made.export_peft(folder)
 
 
-def trained(folder):
-    fit(
-        tiny.adapted(num_data=10),
-        tiny.examples(10),
-        collate=tiny.collate,
-        num_steps=2,
-        checkpoint_dir=folder,
-        progress=False,
-    )
-
-
 def with_trainer(folder):
-    args = TrainingArguments(
-        folder / "t", max_steps=1, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True
-    )
-    how = {"train_dataset": tiny.examples(10), "data_collator": tiny.collate}
-    BayesianLoRATrainer(tiny.adapted(num_data=10), args, **how).train()
+    options = {"max_steps": 1, "save_steps": 1, "save_strategy": "steps"}
+    tiny.trainer(folder / "t", tiny.adapted(), tiny.examples(), **options).train()
+
+
+def trained(folder):
+    tiny.train(tiny.adapted(num_data=10), num_steps=2, checkpoint_dir=folder)
 
 
 # What writes, and a file in whose place it may not write
 WRITERS = {
     "save_pretrained": (lambda b, folder: b.save_pretrained(folder), ADAPTER),
     "export_peft": (lambda b, folder: b.export_peft(folder), (*PEFT, "one_pass.json")),
-    "draws": (lambda b, folder: b.export_peft(folder, num_samples=2), ("0", "1/one_pass.json")),
+    "draws": (lambda b, folder: b.export_peft(folder, num_samples=2), ("1/one_pass.json",)),
     "text": (lambda b, folder: text(folder), ("generation_config.json", "one_pass.json")),
     "fit": (lambda b, folder: trained(folder), ("training_state.safetensors",)),
     "Trainer": (lambda b, folder: with_trainer(folder), ("t/checkpoint-1/" + ADAPTER[0],)),
@@ -157,6 +144,10 @@ def test_a_folder_that_cannot_be_is_told_before_and_none_is_left(blora, tmp_path
         write_file(tmp_path / "a/b/c", lambda path: 1 / 0)
     assert tree(tmp_path) == before
     write_file(tmp_path / "a/b/c", "text")
+    before = tree(tmp_path)
+    with pytest.raises(ZeroDivisionError):  # and an old file stays whole
+        write_file(tmp_path / "a/b/c", lambda path: path.write_text("new") / 0)
+    assert tree(tmp_path) == before
     remove_own(tmp_path / "a/b", own_files(tmp_path / "a/b"))
     assert not (tmp_path / "a/b").exists()
 

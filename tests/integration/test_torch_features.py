@@ -22,9 +22,10 @@ def gradients(blora, batch, *, vectorized=True):
     return tiny.gradients(blora, batch, elbo)
 
 
-@pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
-@pytest.mark.parametrize("vectorized", [True, False])
-@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize(
+    ("build", "vectorized", "conditional"),
+    [(tiny.llama, False, "deterministic"), (tiny.gpt2, True, "scaled")],
+)
 def test_activation_checkpointing(build, vectorized, conditional):
     """Backward runs the blocks again, each with the update of its own forward pass.
 
@@ -40,7 +41,9 @@ def test_activation_checkpointing(build, vectorized, conditional):
     block = net.base_model.layers[0] if build is tiny.llama else net.base_model.h[0]
     net.base_model.register_forward_pre_hook(lambda *_: runs.append("network"))
     block.get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append("block"))
-    tiny.checkpoint_activations(net)
+    # by the name that the installed transformers has for it
+    newer = hasattr(net, "activation_checkpointing_enable")
+    (net.activation_checkpointing_enable if newer else net.gradient_checkpointing_enable)()
     checkpoint = block._gradient_checkpointing_func
     found = gradients(blora, batch, vectorized=vectorized)
     assert runs.count("block") == 2 * runs.count("network")  # it did run again
@@ -48,8 +51,7 @@ def test_activation_checkpointing(build, vectorized, conditional):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("particles", [1, 4])
-def test_compiles_without_a_graph_break(particles):
+def test_compiles_without_a_graph_break():
     """``fullgraph`` fails at a graph break; the graph is not made again for another draw."""
     net, ids = tiny.llama(), tiny.sequences()["input_ids"]
     blora = tiny.adapted(net)
@@ -62,8 +64,8 @@ def test_compiles_without_a_graph_break(particles):
     torch._dynamo.reset()
     compiled = torch.compile(net, backend=counting, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        for _ in range(3):
-            with blora.model.applied(blora.sample_updates(particles)):
+        for _ in range(2):
+            with blora.model.applied(blora.sample_updates(4)):
                 eager, fast = net(ids).logits, compiled(ids).logits
             torch.testing.assert_close(fast, eager, atol=1e-5, rtol=1e-5)
             assert not torch.allclose(eager, net(ids).logits, atol=1e-3)
@@ -73,16 +75,15 @@ def test_compiles_without_a_graph_break(particles):
 
 # Dynamo looks at the .grad of every tensor that it finds on a module, the factors included
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("own_forward", [False, True])
-def test_blocks_compiled_one_by_one_train(own_forward):
+def test_blocks_compiled_one_by_one_train():
     """Blocks of one class share a graph, and one of a block without adapters adds no update."""
-    net, batch = tiny.llama(layers=4), tiny.sequences()
+    net, batch = tiny.llama(), tiny.sequences()
     torch._dynamo.reset()
-    for block in net.model.layers:
-        if own_forward:  # as accelerate's hooks leave it
+    for index, block in enumerate(net.model.layers):
+        if index:  # as accelerate's hooks leave it
             block.self_attn.q_proj.forward = block.self_attn.q_proj.forward
         block.compile(backend="aot_eager", dynamic=False)
-    for layers in ([2, 3], [1, 3], [0, 1]):
+    for layers in ([0, 1], [1]):
         blora = tiny.adapted(net, layers_to_transform=layers, target_modules=["q_proj"])
         found = gradients(blora, batch)
         with torch.compiler.set_stance("force_eager"):
@@ -91,15 +92,13 @@ def test_blocks_compiled_one_by_one_train(own_forward):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("conditional", ["deterministic", "scaled"])
-def test_autocast_trains_in_bfloat16(conditional):
-    prior = KroneckerInducing(rank=2, conditional=conditional, lambda_init=0.01)
+def test_autocast_trains_in_bfloat16():
+    prior = KroneckerInducing(rank=2, conditional="scaled", lambda_init=0.01)
     blora, seen = tiny.asked(tiny.adapted(num_data=8, prior=prior)), []
     layer = blora.net.model.layers[0].self_attn.q_proj
     layer.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
-    options = {"num_steps": 80, "learning_rates": {"mean": 0.1, "scale": 0.05}}
-    options |= {"collate": tiny.collate, "precision": "bfloat16"}
-    result = fit(blora, tiny.examples(8), **options)
+    options = {"num_steps": 60, "learning_rates": {"mean": 0.1, "scale": 0.05}}
+    result = tiny.train(blora, tiny.examples(8), precision="bfloat16", batch_size=8, **options)
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in blora.parameters())
     nlls = [h["nll"] for h in result.history]
@@ -124,18 +123,15 @@ def test_autocast_keeps_the_guide_in_single_precision():
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "batch"),
+    ("build", "likelihood", "batch"),
     [
-        (None, tiny.sequences(8)),
-        (CausalLM(num_data=8), tiny.texts(8)),
-        (MultipleChoice(num_data=8), tiny.choices(8)),
+        (tiny.gpt2, CausalLM(num_data=8), tiny.texts(8)),
+        (tiny.llama, MultipleChoice(num_data=8), tiny.choices(8)),
     ],
 )
-@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_a_bfloat16_base(build, likelihood, batch):
     net = build().to(torch.bfloat16)
-    options = {} if likelihood is None else {"likelihood": tiny.anew(likelihood)}
-    blora = tiny.adapted(net, target_modules=None, **options)
+    blora = tiny.adapted(net, target_modules=None, likelihood=likelihood)
     assert all(p.dtype == torch.float32 for p in blora.parameters())
     for name, gradient in gradients(blora, batch).items():
         assert gradient.dtype == torch.float32

@@ -4,34 +4,21 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
-pytest.importorskip("accelerate")
-from transformers import TrainingArguments
-
 from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference import RATES, parameter_groups
-from pyro_blora.inference.trainer import BayesianLoRATrainer
+from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import CausalLM
 
 ROWS = tiny.examples(12)
 
 
-def trainer(folder, blora=None, *, collate=tiny.collate, rows=ROWS, evaluate=None, **options):
-    """A trainer in ``folder``, silent and on the CPU; options are split by whom they belong to."""
-    names = ("eval_samples", "learning_rates", "num_particles", "compute_metrics")
-    own = {name: options.pop(name) for name in names if name in options}
-    options = {"max_steps": 4, "save_strategy": "no", "logging_steps": 1, **options}
-    arguments = TrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **options
-    )
+def trainer(folder, blora=None, *, rows=ROWS, **options):
     blora = tiny.adapted() if blora is None else blora
-    data = {"train_dataset": rows, "eval_dataset": evaluate, "data_collator": collate}
-    return BayesianLoRATrainer(blora, arguments, **data, **own)
+    return tiny.trainer(folder, blora, rows, **{"max_steps": 4, "logging_steps": 1, **options})
 
 
 def test_the_parts_of_the_loss_are_logged_and_rates_are_taken(tmp_path):
@@ -56,28 +43,16 @@ def test_it_informs_a_prior_that_asks_for_it_once(tmp_path):
     assert torch.equal(prior.Z_r, before)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_point_ends_where_a_loop_by_hand_ends(tmp_path, accumulate):
-    sizes = {"per_device_train_batch_size": len(ROWS) // accumulate}
-    sizes["gradient_accumulation_steps"] = accumulate
-    run = trainer(tmp_path, tiny.adapted(guide=guides.Delta()), **sizes)
-    run.train()
-    pyro.set_rng_seed(0)
-    blora = tiny.adapted(guide=guides.Delta())
-    elbo = TraceMeanField_ELBO(vectorize_particles=True, max_plate_nesting=1)
-    loss_of = elbo(blora.model, blora.guide)
-    groups = parameter_groups(blora)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = loss_of(tiny.collate(ROWS)) / len(ROWS)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(blora.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    torch.testing.assert_close(tiny.trained(run.blora), tiny.trained(blora), atol=1e-5, rtol=1e-4)
-    assert run.state.log_history[3]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+def test_a_batch_may_be_accumulated(tmp_path):
+    """The point draws nothing, so that two half batches are one whole batch."""
+    ends = []
+    for parts in (1, 2):
+        pyro.set_rng_seed(0)
+        sizes = {"per_device_train_batch_size": 12 // parts, "gradient_accumulation_steps": parts}
+        run = trainer(tmp_path, tiny.adapted(guide=guides.Delta()), **sizes)
+        run.train()
+        ends.append((tiny.trained(run.blora), run.state.log_history[3]["loss"]))
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-4)
 
 
 def test_a_checkpoint_has_the_adapter_alone(tmp_path):
@@ -97,16 +72,15 @@ def test_a_checkpoint_has_the_adapter_alone(tmp_path):
 
 
 @pytest.mark.usefixtures("parameter_store")
-@pytest.mark.parametrize("family", [guides.MatrixNormal(), guides.Ensemble()], ids=repr)
-def test_it_resumes_where_it_stopped(tmp_path, family):
+def test_it_resumes_where_it_stopped(tmp_path):
     """Draws, momentum, rates and the order of the data go on; nothing is left of the old run."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer(tmp_path, tiny.adapted(guide=family), **options)
+    whole = trainer(tmp_path, tiny.adapted(guide=guides.Ensemble()), **options)
     whole.train()
     pyro.set_rng_seed(7)
     net = tiny.llama()
     net.load_state_dict(whole.blora.net.state_dict())
-    resumed = trainer(tmp_path, tiny.adapted(net, guide=family), **options)
+    resumed = trainer(tmp_path, tiny.adapted(net, guide=guides.Ensemble()), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert tiny.equal(tiny.trained(resumed.blora), tiny.trained(whole.blora))
     losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (whole, resumed)]
@@ -114,32 +88,26 @@ def test_it_resumes_where_it_stopped(tmp_path, family):
 
 
 def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
-    held = tiny.examples(10, seed=5)
-
     def accuracy(found):
         return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
 
-    run = trainer(tmp_path, evaluate=held, eval_samples=0, compute_metrics=accuracy)
+    held = tiny.examples(10, seed=5)
+    run = trainer(tmp_path, eval_dataset=held, eval_samples=0, compute_metrics=accuracy)
     run.train()
-    blora = run.blora
     batch = tiny.collate(held)
-    metrics = run.evaluate()
-    expected = -float(blora.log_predictive(batch, 0).mean())
-    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    prediction = blora.predict(batch, 0)
+    prediction = run.blora.predict(batch, 0)
     right = (prediction.predictions == batch["labels"]).float().mean()
-    assert metrics["eval_accuracy"] == pytest.approx(float(right))
+    assert run.evaluate()["eval_accuracy"] == pytest.approx(float(right))
     found = torch.tensor(run.predict(held).predictions).exp()
     torch.testing.assert_close(found, prediction.probs, atol=1e-5, rtol=1e-4)
-    assert not blora.net.training
+    assert not run.blora.net.training
 
 
 def test_it_ends_with_the_best_evaluation(tmp_path):
     torch.manual_seed(0)
     each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    each |= {"max_steps": 6, "load_best_model_at_end": True, "evaluate": tiny.examples(10, seed=5)}
-    worse = {"mean": 10.0}
-    run = trainer(tmp_path, eval_samples=0, learning_rates=worse, **each)
+    each |= {"load_best_model_at_end": True, "eval_dataset": tiny.examples(10, seed=5)}
+    run = trainer(tmp_path, max_steps=6, eval_samples=0, learning_rates={"mean": 10.0}, **each)
     run.train()
     losses = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
     assert min(losses) < losses[-1]
@@ -150,9 +118,8 @@ def test_free_text(tmp_path):
     texts = tiny.texts(6)
     rows = [{key: value[i] for key, value in texts.items()} for i in range(6)]
     blora = tiny.adapted(likelihood=CausalLM(num_data=6))
-    run = trainer(
-        tmp_path, blora, rows=rows, collate=default_collate, evaluate=rows, eval_samples=0
-    )
+    data = {"rows": rows, "data_collator": default_collate, "eval_dataset": rows}
+    run = trainer(tmp_path, blora, **data, eval_samples=0)
     run.train()
     expected = -float(blora.log_predictive(texts, 0).mean())
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
@@ -181,13 +148,12 @@ def test_options_that_cannot_work(tmp_path, parts, options, told):
         trainer(tmp_path, tiny.adapted(**parts), **options)
 
 
-@pytest.mark.parametrize("family", [guides.MeanField(), guides.Ensemble()], ids=repr)
-def test_evaluation_leaves_no_trace_in_training(tmp_path, family):
+def test_evaluation_leaves_no_trace_in_training(tmp_path):
     net, found = tiny.llama(), []
     for options in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         pyro.set_rng_seed(0)
-        blora = tiny.adapted(net, guide=family)
-        trainer(tmp_path, blora, evaluate=ROWS[:5], **options).train()
+        blora = tiny.adapted(net, guide=guides.Ensemble())
+        trainer(tmp_path, blora, eval_dataset=ROWS[:5], **options).train()
         found.append({k: v.clone() for k, v in blora.state_dict().items()})
         blora.unwrap()
     assert tiny.equal(*found)

