@@ -5,10 +5,11 @@ PRECISION ?= auto
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-lowest lint docs dist clean
+.PHONY: help demo check test test-lowest lint docs dist clean
 
 help:
 	@echo "make demo   install into .venv, fine-tune SmolLM2-135M by each method, compare (5 to 6 minutes on two cores with AVX512)"
+	@echo "make check  lint, check types, and run the exactness and contract tests (90 seconds on two cores)"
 	@echo "make test   install into .venv and run the tests, the linter and the type checker"
 	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
 	@echo "make docs   install into .venv and build the site, out/docs/index.html"
@@ -31,6 +32,9 @@ demo: $(BIN)/.installed
 	$(BIN)/pyro-blora compare --model smollm2 --task facts --seeds 0 --max-steps 180 \
 		--max-train 240 --max-validation 60 --max-test 200 --num-samples 4 \
 		--precision $(PRECISION) --out out/demo --overwrite
+
+check: $(BIN)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests/exactness tests/contract
 
 test: $(BIN)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

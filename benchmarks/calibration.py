@@ -34,7 +34,7 @@ from calibration_report import OURS, trials_table, write_report
 from pyro_blora.cli.comparison import versions
 from pyro_blora.files import replace_file
 from pyro_blora.methods import METHODS
-from pyro_blora.network.precision import choose_precision
+from pyro_blora.options import choose_precision
 
 HERE = Path(__file__).resolve().parent
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)

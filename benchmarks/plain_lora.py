@@ -13,7 +13,7 @@ from pyro_blora.data.items import item_length
 from pyro_blora.inference.loop import FitResult, Settings, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.network.adapter import Frozen, in_mode
-from pyro_blora.network.precision import choose_precision
+from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Batches, Collate, to_device
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
 

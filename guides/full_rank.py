@@ -9,7 +9,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions.real_law import RealNormal, Reshaped
+from pyro_blora.distributions import RealNormal, Reshaped
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 

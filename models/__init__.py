@@ -14,7 +14,7 @@ from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.models.spectral_inducing import SpectralInducing
 from pyro_blora.models.subspace import Subspace
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 __all__ = [
     "FactorInducing",

@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,9 +15,16 @@ from torch.nn.functional import pad
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.options import Options
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 Self = TypeVar("Self", bound="UpdateModel")
+
+# A name in CORES, or a function from a shape to a distribution of that event shape
+Core = str | Callable[[tuple[int, ...]], TorchDistribution]
+
+CORES = ("normal", "horseshoe", "ard")
+
+_SLAB = 2.0  # standard deviation of an entry that the horseshoe does not shrink
 
 
 class UpdateModel(Options, PyroModule):
@@ -188,3 +197,32 @@ class UpdateModel(Options, PyroModule):
         scale = torch.as_tensor(scale, device=self.group.device)
         base = pyro.distributions.Normal(torch.zeros_like(scale), scale)
         return base.expand(event_shape).to_event(len(event_shape))
+
+    def sample_core(self, core: Core, shape: tuple[int, ...]) -> Tensor:
+        r"""Samples a core of shape ``(m_r, m_c)`` for each layer, within the plate.
+
+        * ``"normal"``: standard normal entries;
+        * ``"horseshoe"``: the regularized horseshoe (Piironen, Vehtari 2017, arXiv:1707.01694),
+          slab 2, with half-Cauchy sites ``tau`` for each layer and ``local`` for each entry;
+        * ``"ard"``: a half-Cauchy scale for each column, site ``columns``, so that the posterior
+          shrinks columns that the data does not need.
+
+        The last two learn the rank (see :func:`~pyro_blora.effective_ranks`) between fixed
+        directions, such as those of ``SpectralInducing``; learned ones fit noise under any core.
+        """
+
+        def half_cauchy(name: str, shape: tuple[int, ...]) -> Tensor:
+            law = pyro.distributions.HalfCauchy(torch.ones(shape, device=self.group.device))
+            return pyro.sample(self.site(name), law.to_event(len(shape)))
+
+        def entries() -> Tensor:
+            law = core(shape) if callable(core) else self.normal(*shape)
+            return pyro.sample(self.site("V"), law)
+
+        if core == "horseshoe":
+            width = half_cauchy("tau", ())[..., None, None] * half_cauchy("local", shape)
+            return entries() * _SLAB * width / (_SLAB**2 + width.square()).sqrt()
+        if core == "ard":
+            columns = half_cauchy("columns", shape[-1:])
+            return entries() * columns.unsqueeze(-2)
+        return entries()

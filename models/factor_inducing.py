@@ -12,13 +12,15 @@ from torch.nn.functional import normalize
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.conditional_noise import Side, conditional_kl, weight_noise
-from pyro_blora.updates.kronecker import (
+from pyro_blora.updates import (
+    LowRankUpdate,
+    Side,
     between_orthonormal,
+    conditional_kl,
     inducing_covariance,
+    weight_noise,
     whiten_or_explain,
 )
-from pyro_blora.updates.low_rank_update import LowRankUpdate
 
 _LAMBDA_MAX = 0.03  # the published code's cap
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 
 class GaussianFactors(UpdateModel):

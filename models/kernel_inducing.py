@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.models._core_density import Core
+from pyro_blora.models._update_model import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.quantized import top_singular
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.kronecker import whiten_or_explain
+from pyro_blora.updates import whiten_or_explain
 
 KERNELS: dict[str, Any] = {
     "rbf": gpytorch.kernels.RBFKernel,

@@ -9,17 +9,20 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_blora.errors import ConfigurationError, near_miss
-from pyro_blora.models._core_density import CORES, Core, sample_core
-from pyro_blora.models._update_model import UpdateModel
+from pyro_blora.models._update_model import CORES, Core, UpdateModel
 from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side, conditional_kl
-from pyro_blora.updates.kronecker import (
+from pyro_blora.updates import (
+    JointNoise,
+    LowRankUpdate,
+    MarginalNoise,
+    Noise,
+    Side,
     between_orthonormal,
+    conditional_kl,
     inducing_covariance,
     whiten_or_explain,
 )
-from pyro_blora.updates.low_rank_update import LowRankUpdate, Noise
 
 Conditional = Literal["deterministic", "exact", "scaled"]
 
@@ -55,7 +58,7 @@ class KroneckerInducing(UpdateModel):
         scale: ``"learned"`` (the ELBO learns sigma, one for each layer) or ``"fixed"``; see
             :class:`Hierarchical` for random scales. Default: learned.
         core: the density of ``V``: a name (see
-            :func:`~pyro_blora.models._core_density.sample_core`) or a function of its shape.
+            :func:`~pyro_blora.models.UpdateModel.sample_core`) or a function of its shape.
             Default: normal.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.
@@ -157,7 +160,7 @@ class KroneckerInducing(UpdateModel):
         (L_r, Q_r), (L_c, Q_c) = self._whitened("r"), self._whitened("c")
         sigma = self.layer_scale()
         with self.plate():
-            V = sample_core(self, self.core, self.ranks)
+            V = self.sample_core(self.core, self.ranks)
             if self.conditional == "scaled":
                 kl = conditional_kl(self.lambda_, self.group.d_out, self.group.d_in)
                 pyro.factor(self.site("conditional_kl"), -kl)

@@ -31,7 +31,7 @@ from pyro_blora.posterior.guide import GuideFactory, OwnTensors, analytic_kl, de
 from pyro_blora.posterior.linearized import predictive_logits
 from pyro_blora.posterior.one_pass import distill
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 
 class BayesianLoRA(PyroModule):

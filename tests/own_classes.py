@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyro_blora.guides import SiteGuide
 from pyro_blora.models import KroneckerInducing, UpdateModel
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 
 class Plain(UpdateModel):

@@ -11,7 +11,7 @@ import typer
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.methods import METHODS
-from pyro_blora.network.precision import check_precision
+from pyro_blora.options import check_precision
 
 if TYPE_CHECKING:
     from pyro_blora.bayesian_lora import BayesianLoRA

@@ -69,8 +69,8 @@ def run(
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
     from pyro_blora.cli import comparison
     from pyro_blora.files import check_free
-    from pyro_blora.network.precision import choose_precision
     from pyro_blora.network.pretrained import load_pretrained
+    from pyro_blora.options import choose_precision
 
     console = Console(highlight=False)
     settings |= {

@@ -54,7 +54,7 @@ def run(
     from pyro_blora.evaluation import metrics as m
     from pyro_blora.evaluation import plots
     from pyro_blora.files import check_free, write_file
-    from pyro_blora.network.precision import choose_precision
+    from pyro_blora.options import choose_precision
 
     console = Console(highlight=False)
     task = o.named(task, read_config(adapter)["notes"].get("task"), "--task")

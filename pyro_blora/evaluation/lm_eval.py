@@ -17,7 +17,7 @@ from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 try:
     from lm_eval.models.huggingface import HFLM

@@ -16,7 +16,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods.multiple_choice import scale_scores
 from pyro_blora.posterior.one_pass import best_temperature
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 __all__ = [
     "CRITERIA",

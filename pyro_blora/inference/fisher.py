@@ -25,8 +25,8 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.network.adapter import in_mode, updates_in_place
-from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup
+from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Collate, batches_of, to_device
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 

@@ -16,6 +16,7 @@ from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.options import check_count, check_positive
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 
 
@@ -29,9 +30,10 @@ class Objective:
         num_particles: int | None = None,
         kl_weight: float = 1.0,
     ) -> None:
-        if blora.likelihood.num_data is None:
+        likelihood = blora.likelihood
+        if likelihood.num_data is None:
             raise ConfigurationError(
-                f"{type(blora.likelihood).__name__} must know the size of the data set, got "
+                f"{type(likelihood).__name__} must know the size of the data set, got "
                 "num_data=None; make it with num_data=len(train)."
             )
         if num_particles is not None:
@@ -53,8 +55,9 @@ class Objective:
                 f"elbo={elbo.__name__} loses the density of the sites that "
                 f"{type(blora.guide).__name__} makes of its draws; use Trace_ELBO, the default."
             )
-        self.blora, self.elbo, self.num_particles = blora, elbo, num_particles
-        self.num_data, self.kl_weight = blora.likelihood.num_data, kl_weight
+        self.model, self.guide, self.likelihood = blora.model, blora.guide, likelihood
+        self.elbo, self.num_particles = elbo, num_particles
+        self.num_data, self.kl_weight = likelihood.num_data, kl_weight
         with pyro.validation_enabled(False):  # check() explains values that are not finite
             self._analytic = analytic and analytic_kl(blora.guide, blora.model) is not None
 
@@ -64,19 +67,18 @@ class Objective:
         The figures stay on the device until the caller reads them and passes them to
         :meth:`check`.
         """
-        blora = self.blora
-        if not blora.model.enabled:
+        if not self.model.enabled:
             raise ConfigurationError(
                 "The adapter is off, within disable_adapter(), where only the KL would train it; "
                 "train outside of that."
             )
-        batch = blora.model.prepared(batch)
+        batch = self.model.prepared(batch)
         if batch.examples > self.num_data:  # a particle sees its share alone, which may be smaller
             raise BatchError(
                 f"A batch of {batch.examples} examples is larger than the data set, "
                 f"num_data={self.num_data}; pass num_data=len(train) to the likelihood."
             )
-        if batch.get("labels") is None and blora.likelihood.labels(batch) is None:
+        if batch.get("labels") is None and self.likelihood.labels(batch) is None:
             raise BatchError(
                 f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
                 "them, for a language model a copy of input_ids with -100 at the padding."
@@ -84,27 +86,27 @@ class Objective:
         most = min(self.num_particles or batch.examples, batch.examples)
         elbo = self.elbo(
             num_particles=next(p for p in range(most, 0, -1) if batch.examples % p == 0),
-            max_plate_nesting=blora.max_plate_nesting,
+            max_plate_nesting=self.model.max_plate_nesting,
             vectorize_particles=True,
         )
-        groups = {group.name for group in blora.model.groups}
+        groups = {group.name for group in self.model.groups}
 
         def of_the_prior(site: Any) -> bool:
             return not site["is_observed"] or site["name"].partition(".")[0] in groups
 
         with (
-            blora.likelihood.holding_out(),
+            self.likelihood.holding_out(),
             pyro.poutine.trace() as seen,
             # scaling the log-likelihood alone, and the loss back, weighs the KL of any guide
             pyro.poutine.scale(scale=1 / self.kl_weight),
             pyro.poutine.block(hide_fn=of_the_prior),
         ):
-            loss = elbo.differentiable_loss(blora.model, blora.guide, batch)
+            loss = elbo.differentiable_loss(self.model, self.guide, batch)
         loss = loss * (self.kl_weight / self.num_data)
         labels = seen.trace.nodes.get("labels")
         if labels is None:
             raise ConfigurationError(
-                f"{type(blora.likelihood).__name__} must observe a site called 'labels', by which "
+                f"{type(self.likelihood).__name__} must observe a site called 'labels', by which "
                 "the NLL is separated from the KL, got none; name it so in its observe()."
             )
         with torch.no_grad():
@@ -115,7 +117,7 @@ class Objective:
     def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
         """Raises an error if the figures of a step show that something is wrong, and says what."""
         if not math.isfinite(figures["loss"]):
-            raise _explained(self.blora, self.blora.model.prepared(batch), step)
+            raise _explained(self.model, self.guide, self.model.prepared(batch), step)
         scale = self.num_data / self.kl_weight
         if self._analytic and figures["kl"] < -1e-3 * (1 + abs(figures["nll"]) * scale):
             raise ConfigurationError(  # beyond rounding
@@ -144,18 +146,20 @@ def size_of(data: Any) -> int | None:
     return len(data) if hasattr(data, "__len__") else None
 
 
-def _explained(blora: BayesianLoRA, batch: Batch, step: int) -> NonFiniteLossError:
+def _explained(
+    model: BayesianLoRAModel, guide: nn.Module, batch: Batch, step: int
+) -> NonFiniteLossError:
     """The error for a NaN or infinite loss, which names the parameters or sites at fault."""
     bad = [
         name.removesuffix("_unconstrained")
-        for name, parameter in nn.ModuleList([blora.model, blora.guide]).named_parameters()
+        for name, parameter in nn.ModuleList([model, guide]).named_parameters()
         if not bool(parameter.isfinite().all())
     ]
     found = [f"the parameter {name[2:]}" for name in bad[:6]]
     if not found:
         with torch.no_grad(), pyro.validation_enabled(False):
-            q = pyro.poutine.trace(blora.guide).get_trace(batch)
-            p = pyro.poutine.trace(pyro.poutine.replay(blora.model, trace=q)).get_trace(batch)
+            q = pyro.poutine.trace(guide).get_trace(batch)
+            p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(batch)
         for label, trace in (("guide", q), ("model", p)):
             trace.compute_log_prob()
             for name in [*trace.stochastic_nodes, *trace.observation_nodes]:

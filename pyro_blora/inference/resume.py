@@ -25,8 +25,7 @@ from pyro_blora.files import check_free, claim, own_files
 from pyro_blora.inference.learning_rates import RATES, point_epochs
 from pyro_blora.inference.loop import FitResult, Settings
 from pyro_blora.inference.objective import size_of
-from pyro_blora.network.precision import choose_precision
-from pyro_blora.options import Options
+from pyro_blora.options import Options, choose_precision
 from pyro_blora.posterior.batches import Batches
 
 STATE = "training_state.safetensors"

@@ -17,7 +17,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods.reading import compact
 from pyro_blora.network.adapter import adapter_of
 from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
-from pyro_blora.updates.conditional_noise import MarginalNoise
+from pyro_blora.updates import MarginalNoise
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pyro_blora.debts import checkpointing_through, hooks_of, is_offloaded, slot
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import body_of, head_names, matches, name_in_base
-from pyro_blora.updates.low_rank_update import LayerUpdate
+from pyro_blora.updates import LayerUpdate
 
 # The names under which blocks and layers take their input
 _INPUTS = ("hidden_states", "hidden_state", "input", "x")

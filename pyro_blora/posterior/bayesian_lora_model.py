@@ -32,11 +32,10 @@ from pyro_blora.network.adapter import (
     updates_in_place,
     updates_kept_for_backward,
 )
-from pyro_blora.network.precision import choose_precision
 from pyro_blora.network.targets import LayerGroup, by_group
-from pyro_blora.options import check_kind
+from pyro_blora.options import check_kind, choose_precision
 from pyro_blora.posterior.batches import repeat_batch, to_device
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 # Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
 LOCK = threading.RLock()

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.network.precision import choose_precision
+from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Collate, batches_of, to_device
 
 _TOLERANCE = 1e-3

@@ -29,7 +29,7 @@ from pyro_blora.posterior.guide import (
     start_guide,
     with_labels,
 )
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 _PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
 _ROWS, _TOKENS_ON_CPU = 256, 1024

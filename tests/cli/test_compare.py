@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_blora.cli import comparison
-from pyro_blora.network import precision, pretrained
+from pyro_blora.network import pretrained
+from pyro_blora.options import choose_precision
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert by["bayesian-lora", 0]["nll"] != by["distilled:bayesian-lora", 0]["nll"]
     assert by["bayesian-lora", 0]["nll"] != by["bayesian-lora", 1]["nll"]
     assert results["versions"]["torch"]
-    assert results["settings"]["precision"] == precision.choose_precision("auto")
+    assert results["settings"]["precision"] == choose_precision("auto")
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert "bayesian-lora" in text
     assert "±" in text

@@ -60,6 +60,7 @@ def test_the_version_is_told_alike():
         assert first.format(pyro_blora.__version__) in (ROOT / file).read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     """Sphinx warns of a page without a place in the menu, and of a name that is not there."""
     for name in ("sphinx", "furo", "myst_nb"):

@@ -12,7 +12,7 @@ from torch import nn
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Delta, Ensemble, Laplace, MeanField, Site
 from pyro_blora.testing import GuideContract, PriorContract
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 ONE = torch.ones(1)
 

@@ -9,7 +9,7 @@ from own_classes import Plain, Spread
 
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.testing import GuideContract, LikelihoodContract, PriorContract
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 
 def broken(base, **members):

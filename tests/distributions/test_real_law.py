@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_blora.distributions.real_law import CoupledNormal, NormalMixture
+from pyro_blora.distributions import CoupledNormal, NormalMixture
 
 N, EVENT, K, DRAWS = 3, (2, 2), 4, 200_000
 

@@ -4,8 +4,8 @@ import tiny
 import torch
 from torch import nn
 
+from pyro_blora import updates as conditional
 from pyro_blora.network.targets import group_layers
-from pyro_blora.updates import conditional_noise as conditional
 
 N, D_OUT, D_IN, M_R, M_C = 2, 4, 5, 2, 3
 
@@ -71,7 +71,7 @@ def assert_covariance(draws, expected, errors=4):
 def noise_covariance(monkeypatch, draw):
     """The exact covariance of a linear function of standard normal numbers.
 
-    ``draw()`` runs once for every number it asks ``pyro_blora.updates.conditional_noise`` for,
+    ``draw()`` runs once for every number it asks ``pyro_blora.updates`` for,
     with that number one and the others zero: the columns of its matrix, and no Monte Carlo.
     """
     state = {"hot": -1, "asked": 0}

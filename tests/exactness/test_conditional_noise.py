@@ -25,7 +25,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.posterior.batches import repeat_batch
-from pyro_blora.updates.conditional_noise import MarginalNoise, conditional_kl, weight_noise
+from pyro_blora.updates import MarginalNoise, conditional_kl, weight_noise
 
 RANK = (M_R, M_C)
 DRAWS = 40_000

@@ -15,8 +15,8 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.evaluation.metrics import effective_rank, effective_ranks
 from pyro_blora.guides import MeanField
 from pyro_blora.models import Hierarchical, KroneckerInducing, SpectralInducing
-from pyro_blora.models._core_density import CORES
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.models._update_model import CORES
+from pyro_blora.updates import LowRankUpdate
 
 
 def draws(prior, count=100_000):

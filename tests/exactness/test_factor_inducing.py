@@ -18,8 +18,7 @@ from torch.distributions import kl_divergence
 from pyro_blora import fit
 from pyro_blora.guides import MeanField
 from pyro_blora.models import FactorInducing
-from pyro_blora.updates.conditional_noise import Side, conditional_kl, weight_noise
-from pyro_blora.updates.kronecker import inducing_covariance, whiten
+from pyro_blora.updates import Side, conditional_kl, inducing_covariance, weight_noise, whiten
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_factor.json").read_text("utf-8"))
 

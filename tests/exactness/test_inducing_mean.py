@@ -8,7 +8,7 @@ from dense_algebra import M_C, M_R, Dense, N, bind, psi
 
 from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.updates.kronecker import whiten
+from pyro_blora.updates import whiten
 
 RANK = (M_R, M_C)
 

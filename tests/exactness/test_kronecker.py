@@ -7,7 +7,7 @@ from linear_operator.settings import cholesky_jitter
 from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 
-from pyro_blora.updates.kronecker import inducing_covariance, whiten
+from pyro_blora.updates import inducing_covariance, whiten
 
 BATCHES = [(), (3,), (2, 3)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_blora.errors import ParticleError
-from pyro_blora.updates.low_rank_update import LowRankUpdate
+from pyro_blora.updates import LowRankUpdate
 
 N, ROWS, LENGTH = 3, 6, 4  # layers, rows of the batch, positions
 

@@ -24,7 +24,6 @@ from pyro_blora.inference.loop import held_interrupts
 from pyro_blora.inference.resume import STATE
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.models import FisherInducing, GaussianFactors, KroneckerInducing
-from pyro_blora.network import precision
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -207,7 +206,7 @@ def test_a_head_that_is_trained_is_no_part_of_the_base(tmp_path):
 
 
 def test_auto_is_the_precision_that_it_was(stopped, monkeypatch):
-    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: True)
+    monkeypatch.setattr("pyro_blora.options._bfloat16_pays", lambda kind: True)
     blora, seen = anew(llama, {}), []
     blora.net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     tiny.train(blora, checkpoint_dir=stopped, resume=True, validation=CONTRARY)

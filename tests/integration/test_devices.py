@@ -17,8 +17,7 @@ from pyro_blora.likelihoods.reading import logits_at
 from pyro_blora.network.adapter import Adapter, updates_in_place
 from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import device_of, group_layers
-from pyro_blora.updates.conditional_noise import JointNoise, MarginalNoise, Side
-from pyro_blora.updates.low_rank_update import LayerUpdate
+from pyro_blora.updates import JointNoise, LayerUpdate, MarginalNoise, Side
 
 accelerate = pytest.importorskip("accelerate")
 # Two devices on any machine: with fake tensors, which have no storage

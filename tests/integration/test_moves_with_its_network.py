@@ -5,7 +5,6 @@ import tiny
 import torch
 
 from pyro_blora import predict_dataset
-from pyro_blora.network import precision
 
 
 def inputs():
@@ -46,7 +45,7 @@ def test_modes_reach_the_network():
 def test_a_data_set_is_predicted_on_the_adapter_s_own_device(monkeypatch):
     """No card is here: what the choice of precision is asked about tells the device."""
     asked = []
-    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: asked.append(kind))
+    monkeypatch.setattr("pyro_blora.options._bfloat16_pays", lambda kind: asked.append(kind))
     blora, rows = tiny.adapted(), tiny.examples()
     monkeypatch.setattr(type(blora), "device", property(lambda self: torch.device("cuda")))
     for place in ("posterior.prediction", "posterior.bayesian_lora_model"):

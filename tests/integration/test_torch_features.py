@@ -12,7 +12,6 @@ from pyro_blora.guides import Isotropic
 from pyro_blora.inference import finish, fit
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.network import precision
 from pyro_blora.posterior.prediction import predict_dataset
 
 
@@ -151,7 +150,7 @@ def predict(blora, rows, collate, **options):
     [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, False)],
 )
 def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expected):
-    monkeypatch.setattr(precision, "_bfloat16_pays", lambda kind: pays)
+    monkeypatch.setattr("pyro_blora.options._bfloat16_pays", lambda kind: pays)
     net, seen = tiny.llama(), set()
     net.model.layers[0].register_forward_pre_hook(
         lambda *_: seen.add(torch.is_autocast_enabled("cpu"))

@@ -1,0 +1,353 @@
+r"""The low-rank update that a prior returns and the layers apply, and what it is made of.
+
+*The rows of the network's batch are divided evenly among the P particles, in order.* A factor with
+a leading particle dimension acts on each particle's share of the rows, a factor without one on all
+rows. An adapted layer must therefore keep the rows of the batch, in order, in its first dimension.
+Sequence-first layers and routed experts do not, which is an error only if P does not divide them.
+
+With inducing directions ``Z`` (m x d) and noise ``D``, the covariance of one side is
+``Psi = Z Z^T + D^2`` and the map from inducing variables to weights is ``T = Psi^-1 Z`` (columns)
+or its transpose (rows). With ``L L^T = Psi`` and the whitened core ``V``, ``U = L_r V L_c^T``::
+
+    E[dW | U] = sigma T_r U T_c = sigma Q_r^T V Q_c,   Q = L^-1 Z   (m x d)
+
+so only the *whitened directions* ``Q`` are needed on the hot path. Given ``U``, ``vec W`` has the
+covariance ``s^2 (I - Q_r^T Q_r (x) Q_c^T Q_c)`` with ``s = sigma lambda``. :class:`MarginalNoise`
+and :class:`JointNoise` draw only its effect on a layer's outputs, so that no ``d_out x d_in``
+sample is needed; :func:`weight_noise` draws the weight itself.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from linear_operator import settings
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError, NotPSDError
+from pyro.distributions.util import is_validation_enabled
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from pyro_blora.errors import NonFiniteLossError, ParticleError
+
+# Takes x (P x N x d_in), h = A x and B; returns the noise of the layer's output, P x N x d_out
+Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _particle_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``, with each particle's weight applied to its own share of the rows."""
+    if weight.dim() == 2:
+        return functional.linear(x, weight)
+    shares = torch.bmm(_shares(x, weight.shape[0]), weight.mT)
+    return shares.reshape(*x.shape[:-1], weight.shape[-2])
+
+
+def _add_particle_linear(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``output + x @ weight^T`` by one kernel; not in place, for other hooks may hold it."""
+    if weight.dim() == 2:
+        added = output.flatten(0, -2).addmm(x.flatten(0, -2), weight.mT)
+    else:
+        particles = weight.shape[0]
+        added = _shares(output, particles).baddbmm(_shares(x, particles), weight.mT)
+    return added.view(output.shape)
+
+
+def _shares(x: Tensor, particles: int) -> Tensor:
+    if x.shape[0] % particles:
+        raise ParticleError(
+            f"{x.shape[0]} rows cannot be shared out evenly among {particles} particles; choose a "
+            "num_particles that divides the batch size."
+        )
+    return x.reshape(particles, -1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The update ``dW = B C A`` of one layer; each factor may have a particle dimension ``P``."""
+
+    A: Tensor  # ([P,] r_c, d_in)
+    B: Tensor  # ([P,] d_out, r_r)
+    core: Tensor | None = None  # C, ([P,] r_r, r_c), or the identity
+    noise: Noise | None = None
+
+    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
+        """``output + B C A x`` plus noise, for the layer's input ``x``, (R, ..., d_in)."""
+        B = self.B.to(output.dtype)
+        h = _particle_linear(x, self.A.to(x.dtype))
+        g = h if self.core is None else _particle_linear(h, self.core.to(h.dtype))
+        output = _add_particle_linear(output, g.to(output.dtype), B)
+        if self.noise is not None:
+            shares = (self.particles, -1)
+            x, h = x.reshape(*shares, x.shape[-1]), h.reshape(*shares, h.shape[-1])
+            noise = self.noise(x, h, B).reshape(output.shape)
+            output = output + noise.to(output.dtype)  # noise has the dtype of x, not autocast's
+        return output
+
+    @property
+    def particles(self) -> int:
+        """``P``, or 1 if no factor has a particle dimension."""
+        factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
+        return max(f.shape[0] if f.dim() == 3 else 1 for f in factors)
+
+    def weight(self) -> Tensor:
+        """``dW = B C A`` without its noise, ``([P,] d_out, d_in)``."""
+        return (self.B if self.core is None else self.B @ self.core) @ self.A
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The updates ``dW_l = B_l C_l A_l`` of a group of ``n`` layers.
+
+    Any dimensions before the last three are particles; each factor may have them or not.
+
+    Attributes:
+        A: ``(..., n, r_c, d_in)``.
+        B: ``(..., n, d_out, r_r)``.
+        core: ``C``, ``(..., n, r_r, r_c)``, or ``None`` for the identity.
+        noise: one function for each layer, a ``Noise``, or ``None``.
+        mean: the same updates without noise, if the factors themselves contain noise.
+
+    Example::
+
+        >>> update = LowRankUpdate(torch.ones(2, 1, 4), torch.ones(2, 3, 1))
+        >>> update.layers()[0].weight().shape
+        torch.Size([3, 4])
+    """
+
+    A: Tensor
+    B: Tensor
+    core: Tensor | None = None
+    noise: tuple[Noise, ...] | None = None
+    mean: "LowRankUpdate | None" = None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the updates have noise of their own, beyond the randomness of the sites."""
+        return self.noise is not None or self.mean is not None
+
+    @property
+    def particle_shape(self) -> torch.Size:
+        """The particle dimensions, broadcast over the factors."""
+        factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
+        return torch.broadcast_shapes(*(factor.shape[:-3] for factor in factors))
+
+    def without_noise(self) -> "LowRankUpdate":
+        """The mean of the updates given the sites."""
+        return LowRankUpdate(self.A, self.B, self.core) if self.mean is None else self.mean
+
+    def detached(self) -> "LowRankUpdate":
+        """The same factors without gradients and without noise."""
+        core = None if self.core is None else self.core.detach()
+        return LowRankUpdate(self.A.detach(), self.B.detach(), core)
+
+    def layers(self) -> list[LayerUpdate]:
+        """The update of each layer, with all particle dimensions flattened to one."""
+        A, B = _unstack(self.A), _unstack(self.B)
+        core = [None] * len(A) if self.core is None else _unstack(self.core)
+        noise = self.noise or (None,) * len(A)
+        return [LayerUpdate(*factors) for factors in zip(A, B, core, noise, strict=True)]
+
+
+def _unstack(factor: Tensor) -> tuple[Tensor, ...]:
+    if math.prod(factor.shape[:-3]) == 1:  # a single draw needs no batched product
+        return factor.reshape(factor.shape[-3:]).unbind(0)
+    return factor.reshape(-1, *factor.shape[-3:]).unbind(1)
+
+
+def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
+    """``Psi = Z Z^T + D^2`` from ``Z``, ``(..., m, d)``, and ``D``, ``(..., m)``."""
+    return Z @ Z.mT + torch.diag_embed(D.square())
+
+
+def cholesky(Psi: Tensor) -> Tensor:
+    """The lower Cholesky factor of ``Psi``, with jitter where rounding has made it indefinite.
+
+    ``psd_safe_cholesky`` synchronizes a CUDA device, because it reads whether each try succeeded.
+    With Pyro's validation off, as in ``fit``, this function makes the same tries without reading
+    the result, and returns NaN, which the loss then shows, where all of them fail.
+    """
+    if is_validation_enabled():
+        return psd_safe_cholesky(Psi)
+    jitter = Psi.new_zeros(Psi.shape[:-1])
+    with torch.no_grad():
+        for step in range(settings.cholesky_max_tries.value()):
+            failed = torch.linalg.cholesky_ex(Psi + torch.diag_embed(jitter)).info > 0
+            size = settings.cholesky_jitter.value(Psi.dtype) * 10**step
+            jitter = jitter.masked_fill(failed.unsqueeze(-1), size)
+    L, info = torch.linalg.cholesky_ex(Psi + torch.diag_embed(jitter))
+    return L.masked_fill((info > 0)[..., None, None], torch.nan)
+
+
+def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``."""
+    L = cholesky(Psi)
+    return L, torch.linalg.solve_triangular(L, Z, upper=False)
+
+
+def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
+    """:func:`whiten`, with an error that names ``Psi_{side}`` of ``where`` and the remedy."""
+    try:
+        return whiten(Z, Psi)
+    except (NanError, NotPSDError) as error:
+        raise NonFiniteLossError(
+            f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of "
+            f"the directions Z_{side}, or raise noise_init."
+        ) from error
+
+
+def between_orthonormal(
+    B: Tensor, A: Tensor, D_r: Tensor, D_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Z_r``, ``V``, ``Z_c`` with ``B A = Q_r^T V Q_c`` and orthonormal rows in both ``Z``.
+
+    ``Z_r`` is ``(..., m_r, d_out)`` and ``Z_c`` ``(..., m_c, d_in)``, with ``m`` at least ``r``;
+    rows beyond the rank of ``B A`` are random.
+    """
+    dtype, B, A = B.dtype, B.double(), A.double()
+    Z_r, Z_c = _basis(B, D_r.shape[-1]), _basis(A.mT, D_c.shape[-1])
+    core = ((Z_r.mT @ B) @ (A @ Z_c)).to(dtype)
+    # Z Z^T is the identity, so that Psi = 1 + D^2 is diagonal
+    rows, cols = (1 + D.square() for D in (D_r, D_c))
+    V = core * (rows.unsqueeze(-1) * cols.unsqueeze(-2)).sqrt()
+    return Z_r.mT.to(dtype), V, Z_c.mT.to(dtype)
+
+
+def _basis(X: Tensor, m: int) -> Tensor:
+    X = torch.nn.functional.pad(X, (0, m - X.shape[-1]))
+    return torch.linalg.qr(torch.where(X.any(-2, keepdim=True), X, torch.randn_like(X))).Q
+
+
+def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
+    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
+
+    It does not depend on ``U``, because the two covariances differ only by the factor ``lambda^2``.
+    """
+    return d_out * d_in * (0.5 * lam.square() - lam.log() - 0.5)
+
+
+@dataclass(frozen=True)
+class MarginalNoise:
+    """Noise with the exact variance of each output at each position, drawn independently.
+
+    It lacks the correlations between outputs, of order ``m / d_out``, and between positions.
+    """
+
+    scale: Tensor  # s = sigma lambda, a scalar or (P,)
+
+    def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """P x N x d_out, for ``x`` P x N x d_in, ``h = Q_c x`` P x N x m_c, ``B`` d_out x m_r."""
+        noise: Tensor = _RootTimesNormal.apply(*self._terms(x, h, B))
+        return noise.to(x.dtype)
+
+    def variance(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """``s^2 (|x|^2 - q_i |h|^2)``, P x N x d_out, with ``q`` the diagonal of ``Q_r^T Q_r``."""
+        a, b, q = self._terms(x, h, B)
+        return (a - b * q).clamp_min(0)
+
+    def _terms(self, x: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        lengths = (torch.linalg.vector_norm(v.to(dtype), dim=-1, keepdim=True) for v in (x, h))
+        a, b = ((self.scale.reshape(-1, 1, 1) * length).square() for length in lengths)
+        return a, b, B.to(dtype).square().sum(-1)
+
+
+class _RootTimesNormal(torch.autograd.Function):
+    """``(a - b q)^1/2 e`` with standard normal ``e``, which saves one large tensor instead of four.
+
+    ``a`` and ``b`` are (P, N, 1), ``q`` is (d_out). Noise and gradient are zero where rounding
+    leaves the variance at zero or below.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, q: Tensor) -> Tensor:
+        root = torch.addcmul(a, b, q, value=-1).clamp_min_(0).sqrt_()
+        e = torch.randn(root.shape, dtype=root.dtype, device=root.device)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(torch.where(root > 0, e / root, 0), b, q)
+        return e.mul_(root)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ratio, b, q = ctx.saved_tensors
+        slope = grad * ratio  # twice the gradient of the variance
+        da, db = (slope @ torch.stack((q.new_full(q.shape, 0.5), -0.5 * q), -1)).split(1, -1)
+        dq = -0.5 * (b.reshape(1, -1) @ slope.reshape(-1, slope.shape[-1])).squeeze(0)
+        return da, db, dq
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the prior, for any batch of layers."""
+
+    Q: Tensor  # L^-1 Z, (..., m, d)
+    F: Tensor  # L^-1 D, (..., m, m); Q Q^T = I - F F^T
+    C: Tensor  # C C^T = Q Q^T, (..., m, m)
+
+    @classmethod
+    def of(cls, L: Tensor, Q: Tensor, D: Tensor) -> "Side":
+        """From the Cholesky factor of ``Psi``, the whitened directions and the noise."""
+        F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
+        return cls(Q, F, cholesky(Q @ Q.mT))  # with jitter, for equal directions are singular
+
+    def unbind(self) -> list["Side"]:
+        """One side for each layer of the first dimension."""
+        return [Side(*each) for each in zip(self.Q, self.F, self.C, strict=True)]
+
+
+@dataclass(frozen=True)
+class JointNoise:
+    """The noise of one weight for each particle, shared by all outputs and positions.
+
+    By the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3) a weight is
+    drawn from ``E``, d_out x d_in and standard normal. Its outputs need only ``e = E Q_c^T`` and
+    the products of ``E`` with the components of the inputs outside the span of ``Q_c``.
+    """
+
+    scale: Tensor  # s = sigma lambda, a scalar or (P,)
+    rows: Side
+    cols: Side
+
+    def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """Takes and returns the tensors of :class:`MarginalNoise`."""
+        Q_r, Q_c, C_c = self.rows.Q, self.cols.Q, self.cols.C
+        dtype, out = Q_r.dtype, x.dtype
+        x, h = x.to(dtype), h.to(dtype)
+        particles, d_out = x.shape[0], Q_r.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):
+            e = _randn(x, particles, d_out, C_c.shape[-1]) @ C_c.mT  # E Q_c^T
+            U = _matheron(e, self.rows, self.cols)
+            g = torch.cholesky_solve(h.mT, C_c)  # G_c^-1 h, P x m_c x N, with G_c = Q_c Q_c^T
+            inside = g.mT @ e.mT
+            # Double precision and jitter, because the Gram matrix is singular if there are more
+            # positions than directions outside the span of Q_c.
+            outer = x.double() - g.mT.double() @ Q_c.double()
+            gram = outer @ outer.mT
+            jitter = 1e-12 + 1e-10 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=x.device)
+            root, failed = torch.linalg.cholesky_ex(gram + jitter[:, None, None] * eye)
+            root = root.masked_fill((failed > 0)[:, None, None], torch.nan).to(dtype)
+            outside = root @ _randn(x, particles, x.shape[1], d_out)
+            noise = inside + outside - (h @ U.mT) @ Q_r
+            return (self.scale.reshape(-1, 1, 1) * noise).to(out)
+
+
+def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
+    """Draws ``(*batch, d_r, d_c)`` of the noise of a small weight, with ``s = 1``."""
+    E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
+    return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q
+
+
+def _matheron(e: Tensor, rows: Side, cols: Side) -> Tensor:
+    """A draw of the whitened ``U`` given ``e = E Q_c^T``, ``(..., m_r, m_c)``."""
+    shape = (*e.shape[:-2], rows.F.shape[-1], cols.F.shape[-1])
+    E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
+    noise = rows.C @ E2 @ cols.F.mT + rows.F @ E3 @ cols.C.mT + rows.F @ E4 @ cols.F.mT
+    return rows.Q @ e + noise
+
+
+def _randn(like: Tensor, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=like.dtype, device=like.device)

@@ -1,1 +1,0 @@
-"""The low-rank update that a prior returns, its Kronecker algebra and its conditional noise."""
