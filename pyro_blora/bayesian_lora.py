@@ -324,7 +324,7 @@ class BayesianLoRA(PyroModule):
         self,
         folder: str | os.PathLike[str],
         *,
-        result: Any = None,
+        result: checkpoint.Training | None = None,
         notes: Mapping[str, object] | None = None,
     ) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""

@@ -1,8 +1,9 @@
 """The model card of a saved adapter, and the README of an export for PEFT."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -64,9 +65,22 @@ def page_of_use(
     return found, _page("use.md", told | found)
 
 
-def figures_of(result: Any, data: int | None) -> dict[str, str]:
-    """The figures of a training for an adapter's notes."""
+class Training(Protocol):
+    """The result of a training as the card tells it; ``fit`` returns one."""
+
+    history: list[dict[str, float]]
+    validation: list[tuple[int, float]]
+    best_step: int | None
+    settings: Any  # a dataclass, or None
+
+
+def figures_of(result: Training, data: int | None) -> dict[str, str]:
+    """The figures and the settings of a training for an adapter's notes."""
     rows = {"steps": f"{len(result.history):,}"}
+    if result.settings is not None:
+        given = {n: v for n, v in asdict(result.settings).items() if v is not None}
+        given = {n: getattr(v, "__name__", v) for n, v in given.items()}
+        rows["settings"] = ", ".join(f"{name}={value}" for name, value in given.items())
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:
         nll, kl = (sum(f[key] for f in last) / len(last) for key in ("nll", "kl"))

@@ -29,7 +29,7 @@ import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora import __version__
-from pyro_blora.checkpoints.card import CARD, MARK, figures_of, model_card
+from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
 from pyro_blora.debts import pyro_params
 from pyro_blora.errors import CheckpointError, first_line, readable
 from pyro_blora.files import check_free, own_files, remove_own, write_file
@@ -66,7 +66,7 @@ def save_pretrained(
     blora: Adapted,
     folder: str | os.PathLike[str],
     *,
-    result: Any = None,
+    result: Training | None = None,
     notes: Mapping[str, object] | None = None,
     place: str = "path/to/this/folder",
 ) -> None:
