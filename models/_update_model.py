@@ -60,7 +60,9 @@ class UpdateModel(Options, PyroModule):
     Example::
 
         class Plain(UpdateModel):
-            def __init__(self, *, rank: int = 8) -> None:
+            roles = {"A": "direction"}
+
+            def __init__(self, *, rank: int = 8) -> None:  # self.rank is 8
                 super().__init__()
 
             def setup(self, group: LayerGroup) -> None:

@@ -205,7 +205,7 @@ class BayesianLoRA(PyroModule):
         the input is the one of ``batch``. Other threads wait.
         """
         with LOCK:
-            self.model.check_on_network()
+            self.model.check_attached()
             with self.model.applied(self.sample_updates(num_samples, batch)) as net:
                 yield net
 

@@ -64,7 +64,7 @@ def is_enumerating() -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.11.
+    """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.8.
 
     An adapter is found by its hook. Without it a layer could be adapted twice, and a shortcut would
     change what another library's hook sees.
@@ -73,7 +73,7 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def slots_of(module: nn.Module) -> dict[str, Any]:
-    """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.11.
+    """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.8.
 
     A trained head is a tensor with a history, which ``setattr`` refuses in a parameter's place.
     Without it ``modules_to_save`` does not work.
@@ -82,7 +82,7 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs from a graph, by any of three names of torch 2.11's compiler.
+    """Whether a module runs from a graph, by any of three names of torch 2.8's compiler.
 
     Such a graph does not see a forward that is replaced. Without it a skipped block would be run,
     or a recorded one not be recorded.
@@ -98,7 +98,7 @@ def is_compiled(module: nn.Module) -> bool:
 def checkpointing_through(
     blocks: Sequence[Any], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Wraps the function that checkpoints: ``_gradient_checkpointing_func`` of transformers 5.8.
+    """Wraps the function that checkpoints: ``_gradient_checkpointing_func`` of transformers 5.6.
 
     Within, blocks with activation checkpointing call ``wrap(theirs)``. Without it backward
     recomputes a block without its updates, and gradients are silently wrong.
@@ -115,16 +115,16 @@ def checkpointing_through(
 
 
 def attention_of(net: nn.Module) -> str | None:
-    """How the network computes attention: ``_attn_implementation`` of transformers 5.8.
+    """How the network computes attention: ``_attn_implementation`` of transformers 5.6.
 
-    Eager attention adds its mask, others select by it. Without it packed options would be verified
-    with the wrong mask, and the network would run unpacked.
+    Eager attention adds its mask to the scores, and the others take a mask of booleans. Without it
+    packed options would be verified with the wrong mask, and the network would run unpacked.
     """
     return getattr(getattr(net, "config", None), "_attn_implementation", None)
 
 
 def experts_of(net: nn.Module) -> str | None:
-    """How the network computes its experts: ``_experts_implementation`` of transformers 5.8.
+    """How the network computes its experts: ``_experts_implementation`` of transformers 5.6.
 
     Shortcuts are verified anew when it changes; without it the old answer would stand.
     """
@@ -132,7 +132,7 @@ def experts_of(net: nn.Module) -> str | None:
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Keeps a ``Trainer`` from wrapping its model in DataParallel: ``_n_gpu`` of transformers 5.8.
+    """Keeps a ``Trainer`` from wrapping its model in DataParallel: ``_n_gpu`` of transformers 5.6.
 
     DataParallel would copy the adapter to every card, but not the network that it holds.
     """

@@ -266,7 +266,7 @@ class Reshaped(RealLaw):
 
     @property
     def variance(self) -> Tensor:
-        """Of each entry, ``batch_shape + event_shape``."""
+        """The variance of each entry, ``batch_shape + event_shape``."""
         return self._shaped(self._base.variance)
 
     def entropy(self) -> Tensor:

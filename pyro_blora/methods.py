@@ -65,7 +65,7 @@ class Method:
         return num_samples
 
     def check_draws(self) -> None:
-        """Raises ConfigurationError if no network under draws predicts as the method does."""
+        """Raises ConfigurationError if the method averages linearized logits, not networks."""
         if self.linearized:
             raise ConfigurationError(
                 f"The method {self.name!r} averages draws of linearized logits, which no network "
@@ -151,8 +151,8 @@ METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 BEST = "lora-best"
 SHOWN = {
     BEST: "lora at its best validation step",
-    "temperature": "another's log-probabilities scaled on validation items: temperature:NAME",
-    "distilled": "one pass at another's mean, its temperature from the draws: distilled:NAME",
+    "temperature": "temperature:NAME, NAME with a temperature fitted on validation items",
+    "distilled": "distilled:NAME, one pass at the mean of NAME with a temperature from its draws",
 }
 
 

@@ -291,7 +291,7 @@ class Side:
     def of(cls, L: Tensor, Q: Tensor, D: Tensor) -> "Side":
         """From the Cholesky factor of ``Psi``, the whitened directions and the noise."""
         F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
-        return cls(Q, F, cholesky(Q @ Q.mT))  # with jitter, for equal directions are singular
+        return cls(Q, F, cholesky(Q @ Q.mT))  # with jitter: equal directions make it singular
 
     def unbind(self) -> list["Side"]:
         """One side for each layer of the first dimension."""

@@ -265,7 +265,7 @@ def write(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
     tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in _PREDICTED}
     document = {"rows": columns, "versions": versions(), "settings": made}
     text, data = json.dumps(document, indent=2) + "\n", save(tensors)
-    # The predictions first, so that no row in results.json is without
+    # The predictions come first, so that every row in results.json has its predictions
     write_file(folder / PREDICTIONS, lambda path: path.write_bytes(data))
     write_file(folder / RESULTS, text)
 

@@ -173,8 +173,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Divide logits by it, and fit it on data held out from both training and test. The objective is
     convex in :math:`1/T`, so bisection finds the minimum in [0.01, 100]; it is 1 if every T is as
-    good. A temperature of 0.01 warns, because the items are then too few. ``logits`` is ``(n, K)``,
-    with ``-inf`` for an absent choice.
+    good. If it is 0.01, a warning says that the items are probably too few. ``logits`` is
+    ``(n, K)``, with ``-inf`` for an absent choice.
 
     Reference: C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
 
@@ -208,7 +208,7 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
 
     A mean log-probability is not on the scale of log-odds, and may favor short or long options; a
     temperature corrects the scale alone. ``b = 1`` gives sums of log-probabilities. Fit both on a
-    hundred held-out items or more; a ``c`` of 100 warns.
+    hundred held-out items or more; if ``c`` is 100, a warning says that they are too few.
 
     Args:
         scores: mean log-probabilities of the options, ``(N, K)``: for any causal network, with or

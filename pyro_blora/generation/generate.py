@@ -112,7 +112,7 @@ def generate(
         options: options of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
             ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
     """
-    model.check_on_network()
+    model.check_attached()
     net = _generator(model.net)
     several_beams = (_setting(net, options, "num_beams") or 1) > 1
     _check(num_samples, abstain_above, by)

@@ -14,9 +14,9 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.learning_rates import (
-    given_rates,
     parameter_groups,
     point_steps,
+    rate_overrides,
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import Decay, FitResult, Settings, running, training_loop
@@ -131,9 +131,9 @@ def fit(
         fit(blora, train, collate=collate, num_steps=300, validation=held_out, keep_best=True)
     """
     check_kind("blora", blora, BayesianLoRA)
-    blora.model.check_on_network()
-    rates = given_rates(blora, learning_rates)
-    settings = Settings(
+    blora.model.check_attached()
+    rates = rate_overrides(blora, learning_rates)
+    settings = Settings(  # which checks them
         num_steps=_steps(train, num_steps, num_epochs, batch_size),
         batch_size=batch_size,
         warmup=warmup,
@@ -151,50 +151,50 @@ def fit(
     )
     if resume and checkpoint_dir is None:
         raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
-    if validation is not None:  # checked now, so that no error comes after fifty steps
+    if keep_best and validation is None:
+        raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
+    if validation is not None:  # checked now, not at the first validation
         if not len(validation):
             raise BatchError("The validation set is empty; leave validation= out to train without.")
-        collator(validation, collate)
-    elif keep_best:
-        raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
-    if keep_best and settings.num_steps <= validate_every:
+        collator(validation, collate)  # for its error
+    if keep_best and settings.num_steps <= settings.validate_every:
         warnings.warn(
             "keep_best=True must have several validations to compare, got one, after the last of "
             f"{settings.num_steps} steps (validate_every={validate_every}); choose a smaller "
             "validate_every=.",
-            stacklevel=3,
+            stacklevel=3,  # past the wrapper of one_at_a_time
         )
+    begin_training(blora)
     if seed is not None:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
     stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
     objective = Objective(blora, elbo, num_particles, kl_weight)
+    check_num_data(blora.likelihood, train)
     # an AutoGuide makes its parameters at its first call, and the optimizer needs them
     start_guide(blora.guide, blora.model.prepared(stream.peek()))
-    begin_training(blora)
     groups = parameter_groups(blora, rates)
     if not groups:
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-    state = None
+    run = None
     if checkpoint_dir is not None:
-        data = {"training data": train, "validation": validation}
-        state = TrainingState(checkpoint_dir, blora, stream, settings, rates, data, resume=resume)
-        settings = replace(settings, precision=state.precision)
+        data = {"training data": train, "validation": validation}  # whose sizes are compared
+        run = TrainingState(checkpoint_dir, blora, stream, settings, rates, data, resume=resume)
+        settings = replace(settings, precision=run.precision)  # what "auto" was when it began
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
     reading |= {"precision": settings.precision, "progress": progress}
-    if wants_informing(blora) and not (state and state.found):
+    if wants_informing(blora) and not (run and run.found):  # a resumed run has the directions
         inform(blora, train, **reading)
     validate = None
     if validation is not None:
         samples = draws_of_evaluation(blora, eval_samples)
 
         def validate() -> float:
-            """The mean negative log predictive of the validation set."""
-            batches = batches_of(validation, collate, length, 2 * batch_size)
+            """The mean negative log predictive of the validation set, in the run's precision."""
+            batches = batches_of(validation, collate, length, 2 * batch_size)  # without gradients
             with draws_apart(blora.guide, blora.device), torch.no_grad():
                 parts = [blora.log_predictive(batch, samples) for batch in batches]
             return -float(torch.cat(parts).mean())
 
-    check_num_data(blora.likelihood, train)
     with running(blora, settings.precision, training=True):
         result = training_loop(
             objective,
@@ -202,16 +202,17 @@ def fit(
             stream,
             settings,
             check=objective.check,
+            # directions and heads stop early, because no KL keeps them from memorizing
             point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
             validate=validate,
             state=blora.state_dict,
-            keeper=state,
+            keeper=run,
             callback=callback,
             progress=progress,
         )
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
-    if post_hoc_families(blora):
+    if post_hoc_families(blora):  # Laplace and Isotropic have no width yet
         finish(blora, train, **reading)
     return result
 

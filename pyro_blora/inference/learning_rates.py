@@ -24,7 +24,7 @@ RATES: dict[str, float] = {
 _POINT_STEPS = 300  # the least, because a new head learns nothing in fewer
 
 
-def given_rates(
+def rate_overrides(
     blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None
 ) -> dict[str, float]:
     """The rates of a call by role; a single number is the rate of the means."""
@@ -56,7 +56,7 @@ def parameter_groups(
     of the parameter's group of layers, or from :data:`RATES`. A parameter without a declared role,
     as in an AutoGuide, is a scale if its name says so, and otherwise a mean.
     """
-    given = given_rates(blora, learning_rates)
+    given = rate_overrides(blora, learning_rates)
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
     for path, parameter in blora.named_parameters():
         role, rate = _role_and_rate(blora, path, given)
@@ -76,7 +76,7 @@ def optim_args(
 
     ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``
     """
-    given = given_rates(blora, learning_rates)
+    given = rate_overrides(blora, learning_rates)
 
     def of(name: str) -> dict[str, float]:
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
@@ -117,7 +117,7 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
 def point_epochs(blora: BayesianLoRA) -> float:
     """The epochs after which directions and heads stop learning, as the method or the prior says.
 
-    Beside a guide that is a point itself they never stop.
+    If the guide is itself a point, they never stop unless the method gives a number.
     """
     if blora.method.point_epochs is not None:
         return blora.method.point_epochs

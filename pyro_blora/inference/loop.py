@@ -76,7 +76,7 @@ class FitResult:
         validation: the step and the loss of every validation.
         best_step: the step with the lowest validation loss, or ``None``.
         best_state: the trained tensors at that step, or ``None``.
-        seconds: the time that the training steps took, without validation.
+        seconds: the time that the training steps took, without loading batches and validation.
         settings: how the run trained, or ``None`` if the result was made by hand.
     """
 
@@ -168,53 +168,54 @@ def training_loop(
     progress: bool | None = None,
     description: str = "fit",
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches, from where the ``keeper`` says, if one does.
+    """Runs AdamW on the losses of a stream of batches, from the state of the ``keeper`` if any.
 
-    ``check`` sees the figures of each step before anything is validated or saved. The gradient of a
-    step whose loss is not finite counts as zero, so that ``check`` still finds finite parameters
-    and can say which site is at fault.
+    ``check`` sees the figures of each step before anything is validated or saved, and ``callback``
+    runs before both. The gradient of a step whose loss is not finite counts as zero, so that
+    ``check`` still finds finite parameters and can say which site is at fault.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
-    num_steps, result = settings.num_steps, FitResult(settings=settings)
+    num_steps = settings.num_steps
+    result = FitResult(settings=settings)
     if keeper:
-        keeper.load(optimizer, result)
+        keeper.load(optimizer, result)  # and the adapter, the random numbers and the stream
     done = len(result.history)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"]  # LambdaLR requires it of a resumed run
     lengths = [schedule_length(group, num_steps, point_steps) for group in groups]
-    share = partial(rate, warmup=settings.warmup, decay=settings.decay)
+    multiplier = partial(rate, warmup=settings.warmup, decay=settings.decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [partial(share, num_steps=length) for length in lengths], done - 1
+        optimizer, [partial(multiplier, num_steps=n) for n in lengths], last_epoch=done - 1
     )
-    told: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
-    told["disable"] = None if progress is None else not progress
-    bar = tqdm(range(done, num_steps), initial=done, **told)
-    waiting: list[tuple[Batch, dict[str, Tensor]]] = []
+    shown: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
+    shown["disable"] = None if progress is None else not progress  # None: off a terminal
+    bar = tqdm(range(done, num_steps), initial=done, **shown)
+    unread: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 
-    def read() -> None:
-        """Reads the figures of all waiting steps at once, which synchronizes the device."""
+    def read_figures() -> None:
+        """Reads the figures of all unread steps at once, which synchronizes the device."""
         nonlocal read_at
         read_at = time.perf_counter()
-        if not waiting:
+        if not unread:
             return
-        rows = torch.stack([torch.stack(list(found.values())) for _, found in waiting]).tolist()
-        for (batch, found), row in zip(waiting, rows, strict=True):
+        rows = torch.stack([torch.stack(list(found.values())) for _, found in unread]).tolist()
+        for (batch, found), row in zip(unread, rows, strict=True):
             figures = dict(zip(found, row, strict=True))
             check(batch, len(result.history), figures)
             result.history.append(figures)
         bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})
-        waiting.clear()
+        unread.clear()
 
-    with held_interrupts(keeper is not None) as interrupts:
+    with held_interrupts(keeper is not None) as interrupts:  # filled by the signal's handler
         for step in bar:
             batch = next(stream)
             start = time.perf_counter()
             optimizer.zero_grad()
             loss, figures = loss_of(batch)
             loss.backward()
-            broken = ~loss.detach().isfinite()
+            broken = ~loss.detach().isfinite()  # masked on the device, without reading it
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
@@ -222,23 +223,22 @@ def training_loop(
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             schedule.step()
-            waiting.append((batch, figures))
+            unread.append((batch, figures))
             done = step + 1
-            due = done % settings.validate_every == 0 or done == num_steps
-            validates = validate is not None and due
-            late = len(waiting) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
-            if late or validates or done == num_steps:
-                read()
+            validation_due = done % settings.validate_every == 0 or done == num_steps
+            late = len(unread) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
+            if late or (validate and validation_due) or done == num_steps:
+                read_figures()
             result.seconds += time.perf_counter() - start
             if callback is not None:
                 callback(done)
-            if validate and validates:
+            if validate and validation_due:
                 loss_now = validate()
                 if all(loss_now < before for _, before in result.validation):
                     result.best_step, result.best_state = done, copy.deepcopy(state())
                 result.validation.append((done, loss_now))
             if keeper and (done % settings.save_every == 0 or done == num_steps or interrupts):
-                read()
+                read_figures()  # and check them before anything is saved
                 keeper.save(optimizer, result)
             if interrupts:
                 break

@@ -49,17 +49,15 @@ class Objective:
                 f"elbo={elbo.__name__} does not average over particles, so they cannot share out "
                 "the examples; use Trace_ELBO or TraceMeanField_ELBO."
             )
-        analytic = issubclass(elbo, TraceMeanField_ELBO)
-        if analytic and not structured:
+        mean_field = issubclass(elbo, TraceMeanField_ELBO)
+        if mean_field and not structured:
             raise ConfigurationError(
-                f"elbo={elbo.__name__} loses the density of the sites that "
-                f"{type(blora.guide).__name__} makes of its draws; use Trace_ELBO, the default."
+                f"elbo={elbo.__name__} ignores the log density of the Delta sites of "
+                f"{type(blora.guide).__name__}; use Trace_ELBO, the default."
             )
         self.model, self.guide, self.likelihood = blora.model, blora.guide, likelihood
         self.elbo, self.num_particles = elbo, num_particles
-        self.num_data, self.kl_weight = likelihood.num_data, kl_weight
-        with pyro.validation_enabled(False):  # check() explains values that are not finite
-            self._analytic = analytic and analytic_kl(blora.guide, blora.model) is not None
+        self.num_data, self.kl_weight, self._mean_field = likelihood.num_data, kl_weight, mean_field
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
@@ -73,11 +71,12 @@ class Objective:
                 "train outside of that."
             )
         batch = self.model.prepared(batch)
-        if batch.examples > self.num_data:  # a particle sees its share alone, which may be smaller
+        if batch.examples > self.num_data:  # the likelihood sees the share of a particle only
             raise BatchError(
                 f"A batch of {batch.examples} examples is larger than the data set, "
                 f"num_data={self.num_data}; pass num_data=len(train) to the likelihood."
             )
+        # a likelihood of the user's own may take its labels from another key
         if batch.get("labels") is None and self.likelihood.labels(batch) is None:
             raise BatchError(
                 f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
@@ -85,42 +84,46 @@ class Objective:
             )
         most = min(self.num_particles or batch.examples, batch.examples)
         elbo = self.elbo(
+            # the largest divisor, because the last batch may be smaller
             num_particles=next(p for p in range(most, 0, -1) if batch.examples % p == 0),
             max_plate_nesting=self.model.max_plate_nesting,
             vectorize_particles=True,
         )
         groups = {group.name for group in self.model.groups}
 
-        def of_the_prior(site: Any) -> bool:
+        def hidden_from_scale(site: Any) -> bool:
+            """Latent sites, and factors of a prior such as q_proj.conditional_kl."""
             return not site["is_observed"] or site["name"].partition(".")[0] in groups
 
+        # The trace and the scale see only what the block lets through, the labels. Scaling their
+        # log-likelihood and scaling the whole loss back weighs a KL that is sampled, too.
         with (
-            self.likelihood.holding_out(),
+            self.likelihood.holding_out(),  # some items train the scale of the scores alone
             pyro.poutine.trace() as seen,
-            # scaling the log-likelihood alone, and the loss back, weighs the KL of any guide
             pyro.poutine.scale(scale=1 / self.kl_weight),
-            pyro.poutine.block(hide_fn=of_the_prior),
+            pyro.poutine.block(hide_fn=hidden_from_scale),
         ):
             loss = elbo.differentiable_loss(self.model, self.guide, batch)
-        loss = loss * (self.kl_weight / self.num_data)
-        labels = seen.trace.nodes.get("labels")
-        if labels is None:
+        loss = loss * (self.kl_weight / self.num_data)  # mean NLL + kl_weight / N * KL
+        site = seen.trace.nodes.get("labels")
+        if site is None:
             raise ConfigurationError(
                 f"{type(self.likelihood).__name__} must observe a site called 'labels', by which "
                 "the NLL is separated from the KL, got none; name it so in its observe()."
             )
         with torch.no_grad():
-            nll = -labels["fn"].log_prob(labels["value"]).mean()
-            kl = (loss - nll) * (self.num_data / self.kl_weight)
+            nll = -site["fn"].log_prob(site["value"]).mean()  # without any scale
+            kl = (loss - nll) * (self.num_data / self.kl_weight)  # the rest, without its weight
         return loss, {"loss": loss.detach(), "nll": nll, "kl": kl}
 
     def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
         """Raises an error if the figures of a step show that something is wrong, and says what."""
         if not math.isfinite(figures["loss"]):
             raise _explained(self.model, self.guide, self.model.prepared(batch), step)
-        scale = self.num_data / self.kl_weight
-        if self._analytic and figures["kl"] < -1e-3 * (1 + abs(figures["nll"]) * scale):
-            raise ConfigurationError(  # beyond rounding
+        rounding = 1e-3 * (1 + abs(figures["nll"]) * self.num_data / self.kl_weight)
+        negative = self._mean_field and figures["kl"] < -rounding
+        if negative and analytic_kl(self.guide, self.model) is not None:
+            raise ConfigurationError(
                 f"KL[q || p] = {figures['kl']:.4g} nats at step {step}, and no KL is negative: the "
                 "closed form registered for the laws of a prior and a guide of yours is wrong. "
                 "Correct it, or pass elbo=Trace_ELBO, which needs none."

@@ -22,9 +22,9 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.learning_rates import (
     RATES,
-    given_rates,
     parameter_groups,
     point_steps,
+    rate_overrides,
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
@@ -82,7 +82,7 @@ class BayesianLoRATrainer(Trainer):
                 f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
                 f"directions have their own; pass learning_rates= with some of {RATES}."
             )
-        self.learning_rates = given_rates(model, learning_rates)
+        self.learning_rates = rate_overrides(model, learning_rates)
         self.blora = model
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
         args.label_names = args.label_names or ["labels"]

@@ -30,7 +30,7 @@ class Prepared(dict[str, Any]):
         self._made: dict[str, Any] = {}
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What ``make`` returns, which is called the first time alone."""
+        """The result of ``make``, which is called only the first time."""
         if name not in self._made:
             self._made[name] = make()
         found: T = self._made[name]

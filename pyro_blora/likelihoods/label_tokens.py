@@ -36,7 +36,7 @@ class LabelTokens(Likelihood):
         super().__init__(num_data=num_data)
         if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
             raise ConfigurationError(
-                "token_ids must be two different tokens or more, one a class, got "
+                "token_ids must be at least two different tokens, one per class, got "
                 f"{list(token_ids)}."
             )
         self.token_ids = tuple(token_ids)

@@ -143,7 +143,8 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """The linear layers of ``net`` that match ``target_modules``, by full name, in order.
 
-    As in PEFT, ``"all-linear"`` leaves out the heads, and ``layers_to_transform`` all other layers.
+    As in PEFT, ``"all-linear"`` leaves out the heads, and ``layers_to_transform`` restricts the
+    targets to the blocks with these indices.
     """
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     if target_modules is None:

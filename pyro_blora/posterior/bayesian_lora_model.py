@@ -105,7 +105,7 @@ class BayesianLoRAModel(PyroModule):
                 )
             setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
-        # of the scores of a pass at the posterior mean, set by distill()
+        # divides the scores of a pass at the posterior mean; distill() sets it
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
@@ -187,7 +187,7 @@ class BayesianLoRAModel(PyroModule):
         with torch.autocast(device, enabled=False):
             return {group.name: getattr(self, group.name)() for group in self.groups}
 
-    def check_on_network(self) -> None:
+    def check_attached(self) -> None:
         """Raises ConfigurationError if the network has been unwrapped."""
         if not self.adapters:
             raise ConfigurationError(
@@ -224,7 +224,7 @@ class BayesianLoRAModel(PyroModule):
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
         """Yields the network, which within adds ``updates`` and has the trained heads."""
-        self.check_on_network()
+        self.check_attached()
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         with ExitStack() as within:
             if self.enabled:
@@ -248,7 +248,7 @@ class BayesianLoRAModel(PyroModule):
             return self.updates()
         if isinstance(batch, int):
             return self._outlined(batch)
-        self.check_on_network()
+        self.check_attached()
         prepared = self.prepared(batch)
         batch, examples = prepared, prepared.examples
         updates = self.updates()

@@ -16,7 +16,7 @@ from pyro_blora.posterior.guide import StructuredGuide, warn_of_a_point
 from pyro_blora.posterior.predictive import Samples, logits_of_draws, sample_updates
 
 
-@torch.inference_mode(False)  # which forbids derivatives
+@torch.inference_mode(False)  # off, because inference mode forbids derivatives
 def logit_jacobian(
     model: BayesianLoRAModel, guide: nn.Module, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,7 +72,7 @@ def linearized_logits(
     """Draws of the logits, ``(S, B, C)``, by ``f(c) + J (U_s - c)`` at the guide's center ``c``."""
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearize.")
-    model.check_on_network()
+    model.check_attached()
     if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
         raise ConfigurationError(
             "A linearization must have a deterministic update, got one with the noise of a "

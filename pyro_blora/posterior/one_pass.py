@@ -100,7 +100,7 @@ def distill(
     Reference:
         H. Vejendla et al. (2025), arXiv:2505.11731, which trains a student on this divergence.
     """
-    model.check_on_network()
+    model.check_attached()
     check_count("num_samples", num_samples, 2)
     if not model.enabled:
         raise ConfigurationError(

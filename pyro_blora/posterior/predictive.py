@@ -247,7 +247,7 @@ def logits_of_draws(
     samples: Samples | None = None,
 ) -> Iterator[Tensor]:
     """The logits of a batch under posterior draws, ``(draws, B, ..., C)`` per pass."""
-    model.check_on_network()
+    model.check_attached()
     batch = model.prepared(batch)
     examples = batch.examples
     if samples is None:
@@ -266,7 +266,7 @@ def logits_of_draws(
     while done < max(1, num_samples):
         # the first pass has one draw, because it records the output of the frozen blocks
         draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
-        with in_mode(model.net, training=False):  # left between passes, when the caller runs
+        with in_mode(model.net, training=False):  # per pass, so that the caller has its own mode
             updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
             with prefix.copies(draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))

@@ -13,7 +13,7 @@ from pyro_blora.guides.laplace import best_precision
 from pyro_blora.inference import finish
 from pyro_blora.inference.post_hoc import anchor_loss
 from pyro_blora.likelihoods import Likelihood
-from pyro_blora.models import KroneckerInducing
+from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 
 class Classes(Likelihood):
@@ -153,7 +153,9 @@ def test_the_width_is_no_matter_of_the_noise_that_the_point_has_too():
 
 @pytest.mark.parametrize("family", [Laplace(), Isotropic()], ids=repr)
 def test_fit_finishes_and_the_width_travels(family):
-    blora = tiny.adapted(tiny.llama(), guide=family, num_data=10)
+    """Of a prior so narrow that the density of a point is above one, which is no negative KL."""
+    prior = GaussianFactors(rank=2, random="A", sigma=0.2)
+    blora = tiny.adapted(tiny.llama(), prior=prior, guide=family, num_data=10)
     tiny.train(blora)
     assert all(f.finished for f in blora.guide.families().values())
     batch = tiny.collate(tiny.examples(4))
@@ -161,7 +163,7 @@ def test_fit_finishes_and_the_width_travels(family):
     mean = blora.predict(batch, 0).samples
     state = blora.state_dict()
     net = blora.unwrap()
-    fresh = tiny.adapted(net, guide=family, num_data=10)
+    fresh = tiny.adapted(net, prior=prior, guide=family, num_data=10)
     assert fresh.predict(batch, 5).mutual_information.abs().max() < 1e-6  # still a point
     fresh.load_state_dict(state)
     assert torch.equal(fresh.predict(batch, 0).samples, mean)
