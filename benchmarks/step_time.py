@@ -137,7 +137,8 @@ def timed(options: Namespace, names: list[str]) -> dict[str, list[float]]:
     for name in names:
         net = base if len(names) == 1 else copy.deepcopy(base)
         if options.checkpoint:
-            net.activation_checkpointing_enable({"use_reentrant": False})
+            older = net.gradient_checkpointing_enable  # before transformers 5.24
+            getattr(net, "activation_checkpointing_enable", older)({"use_reentrant": False})
         if options.compile:
             net.model.compile(dynamic=False)
         steps[name] = partial(step_of(name, net, options), batch)

@@ -237,9 +237,9 @@ class SiteGuide(Options, PyroModule):
 
     def law(self, context: Tensor | None = None) -> TorchDistribution:
         """The law q of the unconstrained value, given the context if the family reads one."""
-        if context is None or not self.reads_context:
-            return self.distribution()
-        return self.distribution(context)  # type: ignore[call-arg]
+        if self.reads_context:
+            return self.distribution(context)  # type: ignore[call-arg]
+        return self.distribution()
 
     def center(self, context: Tensor | None = None) -> Tensor:
         """The center of q: the image of the mean of :meth:`distribution`, by draws if unknown."""

@@ -64,7 +64,7 @@ def is_enumerating() -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.8.
+    """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.10.
 
     An adapter is found by its hook. Without it a layer could be adapted twice, and a shortcut would
     change what another library's hook sees.
@@ -73,7 +73,7 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def slots_of(module: nn.Module) -> dict[str, Any]:
-    """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.8.
+    """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.10.
 
     A trained head is a tensor with a history, which ``setattr`` refuses in a parameter's place.
     Without it ``modules_to_save`` does not work.
@@ -82,7 +82,7 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs from a graph, by any of three names of torch 2.8's compiler.
+    """Whether a module runs from a graph, by any of three names of torch 2.10's compiler.
 
     Such a graph does not see a forward that is replaced. Without it a skipped block would be run,
     or a recorded one not be recorded.

@@ -75,6 +75,7 @@ def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
             content(file)
         else:
             file.write_text(content, "utf-8")
+        file.chmod(0o644)  # safetensors would let nobody else read it
         file.replace(path)
 
 

@@ -61,6 +61,15 @@ class Adapted(Protocol):
     def unwrap(self) -> nn.Module:
         """Removes the adapter from the network and returns the network."""
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As of ``nn.Module``."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As of ``nn.Module``."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """As of ``nn.Module``."""
+
 
 def save_pretrained(
     blora: Adapted,
@@ -107,15 +116,11 @@ def save_pretrained(
     }
     read_store(model)
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
-    tensors = _parts(blora).state_dict() | prints
+    tensors = blora.state_dict() | prints
     write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     card = model_card(config, model, blora.guide_family, place)
     write_page(folder, card, "save_pretrained")
-
-
-def _parts(blora: Adapted) -> nn.ModuleDict:
-    return nn.ModuleDict({"model": blora.model, "guide": blora.guide})
 
 
 def write_page(folder: Path, page: str, writer: str) -> None:
@@ -144,8 +149,7 @@ class Saved:
         # The columns of AutoGaussian depend on the number of examples in its first batch
         columns = (t.shape[-1] for n, t in self.tensors.items() if ".prec_sqrts.labels" in n)
         start_guide(blora.guide, examples=next(columns, 1))
-        parts = _parts(blora)
-        own, tensors = parts.state_dict(), dict(self.tensors)
+        own, tensors = blora.state_dict(), dict(self.tensors)
         for part in self.foreign:
             tensors = {n: t for n, t in tensors.items() if part not in n}
             tensors |= {n: t for n, t in own.items() if part in n}
@@ -156,7 +160,7 @@ class Saved:
             tensors["guide.scale"] = tensors["guide.scale"] * diagonal
         for name in [n for n in tensors if f"{n}_unconstrained" in own]:
             parent, _, last = name.rpartition(".")
-            constraint = pyro_params(parts.get_submodule(parent))[last]
+            constraint = pyro_params(blora.get_submodule(parent))[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, found = ({n: t.shape for n, t in each.items()} for each in (own, tensors))
         differ = [n for n in expected | found if expected.get(n) != found.get(n)]
@@ -166,7 +170,7 @@ class Saved:
                 "Pass the prior, the guide and the likelihood that were saved (of the same "
                 "MultipleChoice scale=), or leave them out."
             )
-        parts.load_state_dict(tensors)
+        blora.load_state_dict(tensors)
 
 
 def read_pretrained(

@@ -31,8 +31,8 @@ class _Collator:
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
         """The ids of a text that continues another, which may differ from those at a start."""
@@ -46,10 +46,12 @@ class _Collator:
         follows.
         """
         text = self.template.format(item)
-        encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
-        ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
-        plain = [token for token, added in zip(ids, special, strict=True) if not added]
-        start = ids[: special.index(0)]
+        plain, full = self._ids(text), self._ids(text, special=True)
+        starts = range(len(full) - len(plain) + 1) if plain else ()
+        found = [k for k in starts if full[k : k + len(plain)] == plain]
+        if not found:
+            raise DataError(f"item {item.id!r}: the tokenizer makes no tokens of the prompt")
+        start = full[: found[0]]
         room = self.max_length - len(start) - answer
         if room < 1:
             raise DataError(
@@ -94,6 +96,8 @@ class MultipleChoiceCollator(_Collator):
         starts: list[int] = []  # where the option of each row begins
         for item in items:
             options = [self._answer(" " + choice) for choice in item.choices]
+            if not all(options):
+                raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
             prompt = self._prompt(item, answer=max(map(len, options)))
             fillers: list[list[int]] = [[]] * (num_options - len(options))
             rows += [prompt + option for option in options + fillers]

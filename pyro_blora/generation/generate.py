@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.generation import stopping_criteria as stopping
+from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.utils import ModelOutput
 
 from pyro_blora.errors import ConfigurationError
@@ -124,6 +124,7 @@ def generate(
             )
     warn_of_a_point(model, guide, num_samples)
     device = model.groups[0].device
+    input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
     if input_ids is not None:
         options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
@@ -135,8 +136,8 @@ def generate(
         updates = sample_updates(model, guide, 0, prompt)
     distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
     temperature = float(model.temperature) if distilled else 1.0
-    average, ends = _Average(max(1, num_samples), temperature), _Ends(net, options)
-    options["stopping_criteria"] = [ends]
+    average, ends = _Average(max(1, num_samples), temperature), _Ends()
+    options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if several_beams and _setting(net, options, "use_cache") is not False:
         known = inspect.signature(type(net).forward).parameters
         name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
@@ -193,21 +194,22 @@ class _Average:
         return output
 
 
-class _Ends(stopping.StoppingCriteria):
-    """The criteria that end single rows, and a record of which rows they ended."""
+class _Ends(StoppingCriteria):
+    """The last criterion, which ends no row but records the rows that the others have ended.
 
-    def __init__(self, net: Any, options: Mapping[str, Any]) -> None:
+    transformers joins the criteria by ``ended | criterion(...)`` and tells nobody the result, so
+    the answer of this one is itself, and its ``__ror__`` sees what the others have answered.
+    """
+
+    def __init__(self) -> None:
         self.steps: list[Tensor] = []  # one bool per row, (R,), for each pass
-        self.criteria = stopping.StoppingCriteriaList(options.get("stopping_criteria") or ())
-        if (eos := _setting(net, options, "eos_token_id")) is not None:
-            self.criteria.append(stopping.EosTokenCriteria(eos))
-        strings, tokenizer = _setting(net, options, "stop_strings"), options.get("tokenizer")
-        if strings and tokenizer is not None:
-            self.criteria.append(stopping.StopStringCriteria(tokenizer, strings))
 
-    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
-        self.steps.append(self.criteria(input_ids, scores, **options))
-        return self.steps[-1]
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> "_Ends":
+        return self
+
+    def __ror__(self, ended: Tensor) -> Tensor:
+        self.steps.append(ended)
+        return ended
 
 
 class _CacheOfDraws(DynamicCache):

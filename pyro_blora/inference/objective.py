@@ -55,9 +55,12 @@ class Objective:
                 f"elbo={elbo.__name__} ignores the log density of the Delta sites of "
                 f"{type(blora.guide).__name__}; use Trace_ELBO, the default."
             )
-        self.model, self.guide, self.likelihood = blora.model, blora.guide, likelihood
-        self.elbo, self.num_particles = elbo, num_particles
-        self.num_data, self.kl_weight, self._mean_field = likelihood.num_data, kl_weight, mean_field
+        self.elbo, self.num_particles, self.kl_weight = elbo, num_particles, kl_weight
+        self._blora, self._mean_field = blora, mean_field  # its guide may be replaced by the user
+
+    @property
+    def _num_data(self) -> int:
+        return self._blora.model.likelihood.num_data or 1
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
@@ -65,19 +68,21 @@ class Objective:
         The figures stay on the device until the caller reads them and passes them to
         :meth:`check`.
         """
-        if not self.model.enabled:
+        model, guide = self._blora.model, self._blora.guide
+        likelihood, num_data = model.likelihood, self._num_data
+        if not model.enabled:
             raise ConfigurationError(
                 "The adapter is off, within disable_adapter(), where only the KL would train it; "
                 "train outside of that."
             )
-        batch = self.model.prepared(batch)
-        if batch.examples > self.num_data:  # the likelihood sees the share of a particle only
+        batch = model.prepared(batch)
+        if batch.examples > num_data:  # the likelihood sees the share of a particle only
             raise BatchError(
                 f"A batch of {batch.examples} examples is larger than the data set, "
-                f"num_data={self.num_data}; pass num_data=len(train) to the likelihood."
+                f"num_data={num_data}; pass num_data=len(train) to the likelihood."
             )
         # a likelihood of the user's own may take its labels from another key
-        if batch.get("labels") is None and self.likelihood.labels(batch) is None:
+        if batch.get("labels") is None and likelihood.labels(batch) is None:
             raise BatchError(
                 f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
                 "them, for a language model a copy of input_ids with -100 at the padding."
@@ -86,10 +91,10 @@ class Objective:
         elbo = self.elbo(
             # the largest divisor, because the last batch may be smaller
             num_particles=next(p for p in range(most, 0, -1) if batch.examples % p == 0),
-            max_plate_nesting=self.model.max_plate_nesting,
+            max_plate_nesting=model.max_plate_nesting,
             vectorize_particles=True,
         )
-        groups = {group.name for group in self.model.groups}
+        groups = {group.name for group in model.groups}
 
         def hidden_from_scale(site: Any) -> bool:
             """Latent sites, and factors of a prior such as q_proj.conditional_kl."""
@@ -98,31 +103,31 @@ class Objective:
         # The trace and the scale see only what the block lets through, the labels. Scaling their
         # log-likelihood and scaling the whole loss back weighs a KL that is sampled, too.
         with (
-            self.likelihood.holding_out(),  # some items train the scale of the scores alone
+            likelihood.holding_out(),  # some items train the scale of the scores alone
             pyro.poutine.trace() as seen,
             pyro.poutine.scale(scale=1 / self.kl_weight),
             pyro.poutine.block(hide_fn=hidden_from_scale),
         ):
-            loss = elbo.differentiable_loss(self.model, self.guide, batch)
-        loss = loss * (self.kl_weight / self.num_data)  # mean NLL + kl_weight / N * KL
+            loss = elbo.differentiable_loss(model, guide, batch)
+        loss = loss * (self.kl_weight / num_data)  # mean NLL + kl_weight / N * KL
         site = seen.trace.nodes.get("labels")
         if site is None:
             raise ConfigurationError(
-                f"{type(self.likelihood).__name__} must observe a site called 'labels', by which "
+                f"{type(likelihood).__name__} must observe a site called 'labels', by which "
                 "the NLL is separated from the KL, got none; name it so in its observe()."
             )
         with torch.no_grad():
             nll = -site["fn"].log_prob(site["value"]).mean()  # without any scale
-            kl = (loss - nll) * (self.num_data / self.kl_weight)  # the rest, without its weight
+            kl = (loss - nll) * (num_data / self.kl_weight)  # the rest, without its weight
         return loss, {"loss": loss.detach(), "nll": nll, "kl": kl}
 
     def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
         """Raises an error if the figures of a step show that something is wrong, and says what."""
         if not math.isfinite(figures["loss"]):
-            raise _explained(self.model, self.guide, self.model.prepared(batch), step)
-        rounding = 1e-3 * (1 + abs(figures["nll"]) * self.num_data / self.kl_weight)
+            raise _explained(self._blora.model, self._blora.guide, batch, step)
+        rounding = 1e-3 * (1 + abs(figures["nll"]) * self._num_data / self.kl_weight)
         negative = self._mean_field and figures["kl"] < -rounding
-        if negative and analytic_kl(self.guide, self.model) is not None:
+        if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
             raise ConfigurationError(
                 f"KL[q || p] = {figures['kl']:.4g} nats at step {step}, and no KL is negative: the "
                 "closed form registered for the laws of a prior and a guide of yours is wrong. "
@@ -160,6 +165,7 @@ def _explained(
     ]
     found = [f"the parameter {name[2:]}" for name in bad[:6]]
     if not found:
+        batch = model.prepared(batch)
         with torch.no_grad(), pyro.validation_enabled(False):
             q = pyro.poutine.trace(guide).get_trace(batch)
             p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(batch)

@@ -21,13 +21,22 @@ Self = TypeVar("Self", bound="Likelihood")
 T = TypeVar("T")
 
 
-class Prepared(dict[str, Any]):
-    """A batch on the device of an adapter, checked by its likelihood and counted once."""
+class Prepared(Batch):
+    """A batch on the device of ``owner``, a model whose likelihood has checked it; read only."""
 
-    def __init__(self, batch: Batch, examples: int) -> None:
-        super().__init__(batch)
-        self.examples = examples
+    def __init__(self, batch: Batch, examples: int, owner: nn.Module) -> None:
+        self.examples, self.owner = examples, owner
+        self._batch = dict(batch)
         self._made: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._batch[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """The result of ``make``, which is called only the first time."""

@@ -197,10 +197,10 @@ class BayesianLoRAModel(PyroModule):
 
     def prepared(self, batch: Batch) -> Prepared:
         """The batch on the adapter's device, after the likelihood has checked it."""
-        if isinstance(batch, Prepared):
+        if isinstance(batch, Prepared) and batch.owner is self:
             return batch
         batch = to_device(batch, self.groups[0].device)
-        return Prepared(batch, self.likelihood.examples(batch))
+        return Prepared(batch, self.likelihood.examples(batch), self)
 
     @contextmanager
     def autocast(self, precision: str) -> Iterator[None]:

@@ -57,8 +57,7 @@ def with_labels(batch: Mapping[str, Any] | None, examples: int = 1) -> Mapping[s
 @contextmanager
 def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, draws are the same every time; the RNG state and ensembles' turns are restored."""
-    families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
-    turns = [family.turn for family in families if isinstance(family, Ensemble)]
+    turns = [family.turn for family in guide.modules() if isinstance(family, Ensemble)]
     before = [turn.clone() for turn in turns]
     with forked_rng(device):
         torch.manual_seed(0)
@@ -150,7 +149,7 @@ def laws_of(guide: nn.Module) -> list[Any]:
         return laws
     with torch.no_grad(), pyro.validation_enabled(False):
         for family in guide.families().values():
-            law = family.distribution()
+            law = family.law()
             while isinstance(law, torch.distributions.Independent):
                 law = law.base_dist
             laws.append(law)

@@ -149,6 +149,14 @@ def test_a_class_of_ones_own_is_imported_if_trusted(part, tmp_path):
         assert torch.equal(read(tmp_path, **{part: given}), expected)
 
 
+def test_a_module_of_ones_own_on_the_adapter_is_not_lost_in_silence(tmp_path):
+    blora = tiny.adapted()
+    blora.calibration = torch.nn.Linear(1, 1)
+    blora.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"do not fit, among them calibration"):
+        BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+
+
 def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
     (tmp_path / "untrusted.py").write_text("from own_classes import Plain as Mine\n")
     monkeypatch.syspath_prepend(tmp_path)

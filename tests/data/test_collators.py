@@ -2,7 +2,7 @@ import pytest
 import torch
 from own_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pyro_blora.data import DataError, Item, LabelTokensCollator, MultipleChoiceCollator
@@ -139,3 +139,14 @@ def test_a_tokenizer_that_begins_each_text_with_a_space_of_its_own():
     assert LabelTokensCollator(tokenizer, LABELS).token_ids == (4, 5)
     batch = MultipleChoiceCollator(tokenizer)([film(("negative", "positive"))])
     assert batch["input_ids"][batch["option_mask"]].tolist() == [4, 5]
+
+
+@pytest.mark.parametrize(("question", "told"), [("a", "an option"), ("?", "of the prompt")])
+def test_text_of_which_the_tokenizer_makes_nothing_is_refused(question, told):
+    tokenizer = Tokenizer(BPE(vocab={"a": 0, "b": 1}, merges=[]))  # drops all other letters
+    collate = MultipleChoiceCollator(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer), Template("{q}", "options")
+    )
+    choices = ("a", "?") if question == "a" else ("a", "b")
+    with pytest.raises(DataError, match=told):
+        collate([Item("x", question, choices, 0)])

@@ -9,6 +9,7 @@ import torch
 from average_net import AverageNet, merged
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from pyro_blora import guides, likelihoods
 from pyro_blora.errors import ConfigurationError
@@ -163,6 +164,21 @@ def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
         torch.testing.assert_close(found.mean_log_prob[row], log_probs.mean(), atol=1e-5, rtol=0)
         assert found.entropy[row, length:].isnan().all()
     assert min(lengths) < max(lengths)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs"])
+def test_criteria_of_ones_own_end_and_fill_rows_as_they_do_without_an_adapter(name):
+    blora, batch = adapter(), prompts(4)
+    batch = {name: batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with blora.posterior() as net:
+        net.generation_config.eos_token_id = None
+        end = int(net.generate(**batch, max_new_tokens=NEW)[0, 7])
+        options = {"stopping_criteria": [EosTokenCriteria(end)], "pad_token_id": 0}
+        expected = net.generate(**batch, **options, max_new_tokens=NEW)
+    assert (expected[0, 8:] == 0).all()
+    assert torch.equal(
+        blora.generate(**batch, **options, num_samples=0, max_new_tokens=NEW).sequences, expected
+    )
 
 
 @pytest.mark.parametrize(

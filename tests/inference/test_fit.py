@@ -24,6 +24,7 @@ from pyro_blora.inference import (
 )
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 from pyro_blora.posterior.batches import Batches
+from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.prediction import predict_dataset
 
 
@@ -309,3 +310,12 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
         blora.unwrap()
     for other in ends[1:]:
         torch.testing.assert_close(other, ends[0], atol=1e-5, rtol=1e-4)
+
+
+def test_an_ensemble_within_a_guide_of_ones_own_is_not_moved_on_by_a_validation():
+    inner = tiny.adapted(guide=Ensemble(members=3)).guide
+    (family, *_) = inner.families().values()
+    with draws_apart(torch.nn.ModuleList([inner]), torch.device("cpu")):
+        inner()
+        assert family.turn
+    assert not family.turn

@@ -1,5 +1,7 @@
 """Pyro's own SVI, as in the README, against ``fit``, number for number."""
 
+from collections.abc import Mapping
+
 import pyro
 import pytest
 import tiny
@@ -23,7 +25,7 @@ def seeded(guide):
     blora = tiny.adapted(guide=guide, likelihood=MultipleChoice(num_data=N))
 
     def seed(module, args):
-        if args and isinstance(args[0], dict):
+        if args and isinstance(args[0], Mapping):
             torch.manual_seed(int(args[0]["input_ids"].sum()))
 
     blora.guide.register_forward_pre_hook(seed)

@@ -63,7 +63,9 @@ def test_neighbors_are_as_they_were_and_a_second_time_it_is_its_own(name, blora,
         write(blora, tmp_path)
         after = tree(tmp_path)
         assert {n: after.get(n) for n in before} == before
-    assert after.keys() - before.keys()
+    new = after.keys() - before.keys()
+    assert new
+    assert all((tmp_path / n).stat().st_mode & 0o044 == 0o044 for n in new)  # read by servers, too
 
 
 @pytest.mark.parametrize(

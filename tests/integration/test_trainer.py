@@ -125,6 +125,14 @@ def test_free_text(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_guide_that_takes_the_place_of_the_first_is_trained(tmp_path):
+    blora = tiny.adapted()
+    run = trainer(tmp_path, blora)
+    blora.guide = AutoNormal(blora.model)
+    run.train()
+    assert blora.guide.locs.q_proj.V.abs().max() > 1e-3
+
+
 def test_an_autoguide_is_trained_and_its_checkpoint_read(tmp_path):
     blora = tiny.adapted(guide=AutoNormal)
     run = trainer(tmp_path, blora, save_strategy="steps", save_steps=4)
