@@ -20,7 +20,7 @@ from pyro_blora.inference.learning_rates import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import Decay, FitResult, Settings, running, training_loop
-from pyro_blora.inference.objective import Objective, check_num_data
+from pyro_blora.inference.objective import Objective, check_num_data, size_of
 from pyro_blora.inference.post_hoc import (
     begin_training,
     draws_of_evaluation,
@@ -133,7 +133,7 @@ def fit(
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     rates = rate_overrides(blora, learning_rates)
-    settings = Settings(  # which checks them
+    settings = Settings(  # which checks what the loop reads; Objective checks its own
         num_steps=_steps(train, num_steps, num_epochs, batch_size),
         batch_size=batch_size,
         warmup=warmup,
@@ -154,7 +154,7 @@ def fit(
     if keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
     if validation is not None:  # checked now, not at the first validation
-        if not len(validation):
+        if size_of(validation) == 0:
             raise BatchError("The validation set is empty; leave validation= out to train without.")
         collator(validation, collate)  # for its error
     if keep_best and settings.num_steps <= settings.validate_every:
@@ -164,7 +164,7 @@ def fit(
             "validate_every=.",
             stacklevel=3,  # past the wrapper of one_at_a_time
         )
-    begin_training(blora)
+    begin_training(blora)  # undoes a distill, and a post-hoc width, of an earlier training
     if seed is not None:
         torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
     stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
@@ -182,7 +182,7 @@ def fit(
         settings = replace(settings, precision=run.precision)  # what "auto" was when it began
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
     reading |= {"precision": settings.precision, "progress": progress}
-    if wants_informing(blora) and not (run and run.found):  # a resumed run has the directions
+    if wants_informing(blora) and not (run and run.found):  # the loop loads theirs
         inform(blora, train, **reading)
     validate = None
     if validation is not None:
@@ -190,7 +190,9 @@ def fit(
 
         def validate() -> float:
             """The mean negative log predictive of the validation set, in the run's precision."""
-            batches = batches_of(validation, collate, length, 2 * batch_size)  # without gradients
+            # without gradients there is room for twice the batch
+            batches = batches_of(validation, collate, length, 2 * batch_size)
+            # the same draws each time, apart from those of the training; dropout is off
             with draws_apart(blora.guide, blora.device), torch.no_grad():
                 parts = [blora.log_predictive(batch, samples) for batch in batches]
             return -float(torch.cat(parts).mean())
@@ -206,7 +208,7 @@ def fit(
             point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
             validate=validate,
             state=blora.state_dict,
-            keeper=run,
+            keeper=run,  # which loads the state, and saves it every save_every steps
             callback=callback,
             progress=progress,
         )

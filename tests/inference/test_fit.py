@@ -12,7 +12,7 @@ import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.optim import ClippedAdam
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_blora.guides import Delta, Ensemble, MeanField
 from pyro_blora.inference import (
@@ -319,3 +319,16 @@ def test_an_ensemble_within_a_guide_of_ones_own_is_not_moved_on_by_a_validation(
         inner()
         assert family.turn
     assert not family.turn
+
+
+class Unsized(IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        return iter(tiny.examples(4))
+
+
+def test_a_validation_may_be_a_loader_without_a_length():
+    loader = DataLoader(Unsized(), 2, collate_fn=tiny.collate)
+    result = tiny.train(tiny.adapted(num_data=10), num_steps=2, validation=loader)
+    assert len(result.validation) == 1
