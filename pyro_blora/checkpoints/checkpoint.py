@@ -155,7 +155,8 @@ class Saved:
             tensors |= {n: t for n, t in own.items() if part in n}
         # AutoLaplaceApproximation's normal has constrained values under their bare names, and a
         # Cholesky factor with another diagonal than the ones that its constraint would make of it
-        if (diagonal := tensors.get("guide.scale_tril", torch.empty(0, 0)).diagonal()).numel():
+        if "guide.scale_tril" in tensors and "guide.scale_tril_unconstrained" in own:
+            diagonal = tensors["guide.scale_tril"].diagonal()
             tensors["guide.scale_tril"] = tensors["guide.scale_tril"] / diagonal.unsqueeze(-1)
             tensors["guide.scale"] = tensors["guide.scale"] * diagonal
         for name in [n for n in tensors if f"{n}_unconstrained" in own]:

@@ -180,6 +180,21 @@ def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
     assert torch.equal(read(tmp_path, guide=guide), expected)
 
 
+def factored(model):
+    """A guide with a Cholesky factor of its own, whose name Pyro's normals have, too."""
+    guide = AutoNormal(model)
+    guide.register_buffer("scale_tril", torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+    return guide
+
+
+def test_a_factor_of_a_guide_of_ones_own_is_read_as_it_was_saved(tmp_path):
+    blora = tiny.adapted(net(), guide=factored)
+    blora.save_pretrained(tmp_path)
+    expected = blora.guide.scale_tril.clone()
+    read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, guide=factored)
+    assert torch.equal(read.guide.scale_tril, expected)
+
+
 # The base
 
 
