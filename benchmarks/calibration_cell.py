@@ -21,6 +21,7 @@ from pyro_blora import BayesianLoRA, bayesianize
 from pyro_blora.cli.comparison import Result, View, train_and_score
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
+from pyro_blora.inference.post_hoc import hold_out
 from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
@@ -136,11 +137,11 @@ class _Training:
             "labels": torch.tensor([item.label for item in items]),
         }
 
-    def likelihood(self, scale: Any, **options: Any) -> Likelihood:
+    def likelihood(self, **options: Any) -> Likelihood:
         """A new one for each adapter, which may train it."""
         if self.is_classifier:
             return SequenceClassification(num_data=len(self.task.train))
-        made = self.task.likelihood(self.collate, scale)
+        made = self.task.likelihood(self.collate)
         return type(made)(**made.options() | options) if isinstance(made, MultipleChoice) else made
 
     def scored(
@@ -159,7 +160,6 @@ class _Training:
             record,
             prior_options={**record.prior_options, **method.get("prior", {})},
             guide_options={**record.guide_options, **method.get("guide", {})},
-            scale=method.get("scale", record.scale),
         )
         torch.manual_seed(seed)
         blora = BayesianLoRA(
@@ -168,7 +168,7 @@ class _Training:
             rank=settings["rank"],
             target_modules=settings["target_modules"],
             layers_to_transform=self.blocks,
-            likelihood=self.likelihood(record.scale, **method.get("likelihood", {})),
+            likelihood=self.likelihood(**method.get("likelihood", {})),
         )
         options = {"batch_size": settings["batch_size"], "validate_every": settings["best_every"]}
         options |= self.fit
@@ -203,7 +203,7 @@ class _Training:
         own, train = self.methods[cell.method], self.task.train
         torch.manual_seed(cell.seed)
         started, steps = time.perf_counter(), 0
-        likelihood = self.likelihood("fixed")  # the LoRA has learned from these items
+        likelihood = self.likelihood()
         if own["by"] == "fit":
             blora, steps = BayesianLoRA.from_peft(self.net, folder, likelihood=likelihood), 100
         else:
@@ -225,19 +225,22 @@ class _Training:
         lora = PlainLoRA(
             self.net,
             settings["target_modules"],
-            self.likelihood("fixed"),
+            self.likelihood(),
             rank=settings["rank"],
             dropout=self.method["dropout"],
             layers_to_transform=self.blocks,
         )
+        train, held_out = hold_out(self.task.train, self.method.get("held_out", 0))
         fitted = lora.fit(
-            self.task.train,
+            train,
             self.collate,
             1e-3,
             num_steps=self.cell.steps,
             batch_size=settings["batch_size"],
             seed=self.cell.seed,
         )
+        if held_out:
+            lora.calibrate(held_out, self.collate, settings["num_samples"])
         views = {str(cell): View("last", settings["num_samples"]) for cell in cells}
         for cell, result in zip(cells, self.scored(lora, views, 0), strict=True):
             result.fitted = fitted

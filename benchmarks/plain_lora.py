@@ -16,6 +16,7 @@ from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Batches, Collate, to_device
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.temperature import temperature_of_draws
 
 
 class PlainLoRA:
@@ -37,6 +38,7 @@ class PlainLoRA:
         layers_to_transform: Sequence[int] | None = None,
     ) -> None:
         self.net, self.likelihood = net, likelihood
+        self.temperature = 1.0
         self.device = next(net.parameters()).device
         self._frozen = Frozen(net)
         config = LoraConfig(
@@ -88,7 +90,12 @@ class PlainLoRA:
                 if num_samples and ".lora_dropout." in name:
                     module.train()
             passes = [self.likelihood.logits(self.net, batch) for _ in range(max(1, num_samples))]
-        return Prediction(torch.stack(passes).softmax(-1))
+        return Prediction((torch.stack(passes) / self.temperature).softmax(-1))
+
+    def calibrate(self, held_out: Sequence[Any], collate: Collate, num_samples: int) -> None:
+        """Sets the temperature of the average of draws by labels, as a ``BayesianLoRA`` does."""
+        found, labels = self.predict_dataset(held_out, collate, num_samples, linearized=None)
+        self.temperature = temperature_of_draws(found.samples.log(), labels)
 
     def predict_dataset(
         self, data: Sequence[Any], collate: Collate, num_samples: int, **options: Any

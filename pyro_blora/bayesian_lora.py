@@ -29,8 +29,8 @@ from pyro_blora.posterior.batches import Collate
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, OwnTensors, analytic_kl, described, make_guide
 from pyro_blora.posterior.linearized import predictive_logits
-from pyro_blora.posterior.one_pass import distill
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.temperature import calibrate, distill
 from pyro_blora.updates import LowRankUpdate
 
 
@@ -259,15 +259,29 @@ class BayesianLoRA(PyroModule):
         """Makes one pass nearly as calibrated as the average of draws, without a label.
 
         Sets and returns the temperature of the posterior mean's scores; for the formula and the
-        ``options`` see :func:`pyro_blora.posterior.one_pass.distill`.
+        ``options`` see :func:`pyro_blora.posterior.temperature.distill`.
 
         Example::
 
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        options |= {"collate": collate, "linearized": self.method.linearized}
-        return distill(self.model, self.guide, data, **options)
+        return distill(self.model, self.guide, self.method, data, collate=collate, **options)
+
+    @one_at_a_time
+    def calibrate(
+        self, data: Sequence[Any] | DataLoader[Any], collate: Collate | None = None, **options: Any
+    ) -> float:
+        """Sets the temperatures of predictions by labels that were not in the training.
+
+        ``fit`` does this with the examples that it holds out; after a loop of your own call it
+        yourself. See :func:`pyro_blora.posterior.temperature.calibrate`.
+
+        Example::
+
+            blora.calibrate(held_out, collate)
+        """
+        return calibrate(self.model, self.guide, self.method, data, collate=collate, **options)
 
     def predict_dataset(
         self,
@@ -412,7 +426,10 @@ class BayesianLoRA(PyroModule):
             fit(blora, train, collate=collate, num_steps=100)
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        return peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
+        blora = peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
+        # an example that the LoRA may have learned from says nothing of how sure to be
+        blora.method = replace(blora.method, held_out=0.0)
+        return blora
 
     @one_at_a_time
     def export_peft(self, folder: str | os.PathLike[str], num_samples: int = 0) -> None:

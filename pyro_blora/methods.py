@@ -29,9 +29,9 @@ class Method:
         guide: the guide's class: a name in ``pyro_blora.guides``, or ``module:Class``.
         prior_options: arguments of the prior's constructor, besides the rank.
         guide_options: arguments of the guide's constructor.
-        scale: the ``scale`` of ``MultipleChoice`` in the commands. Default: fixed.
         learning_rates: AdamW's rates by parameter role that differ from the prior's own.
         point_epochs: replaces the prior's own number.
+        held_out: ``fit``'s own; ``None`` for the likelihood's.
         num_samples: number of posterior draws for a prediction. Default: 10.
         linearized: whether predictions use the linearized network.
 
@@ -46,9 +46,9 @@ class Method:
     guide: str
     prior_options: Mapping[str, Any] = field(default_factory=dict)
     guide_options: Mapping[str, Any] = field(default_factory=dict)
-    scale: Literal["learned", "fixed"] = "fixed"
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     point_epochs: float | None = None
+    held_out: float | None = 0.0
     num_samples: int | None = None
     linearized: bool = False
 
@@ -78,8 +78,8 @@ class Method:
 
 
 _KNOWN = (
-    Method("bayesian-lora", "KroneckerInducing", "MatrixNormal", scale="learned"),
-    Method("fisher", "FisherInducing", "MatrixNormal", scale="learned"),
+    Method("bayesian-lora", "KroneckerInducing", "MatrixNormal", held_out=None),
+    Method("fisher", "FisherInducing", "MatrixNormal", held_out=None),
     Method(
         "lora",
         "GaussianFactors",
@@ -92,8 +92,8 @@ _KNOWN = (
         "map",
         "KroneckerInducing",
         "Delta",
-        scale="learned",
         point_epochs=1e6,  # never
+        held_out=None,
         num_samples=0,
     ),
     Method(
@@ -103,7 +103,7 @@ _KNOWN = (
         prior_options={"conditional": "scaled"},
         guide_options={"init_scale": 0.1},
     ),
-    Method("mean-field", "KroneckerInducing", "MeanField", scale="learned"),
+    Method("mean-field", "KroneckerInducing", "MeanField", held_out=None),
     Method(
         "blob",
         "GaussianFactors",
@@ -151,6 +151,7 @@ METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 BEST = "lora-best"
 SHOWN = {
     BEST: "lora at its best validation step",
+    "split": "split:NAME, NAME on seven eighths of the items, with a temperature by the others",
     "temperature": "temperature:NAME, NAME with a temperature fitted on validation items",
     "distilled": "distilled:NAME, one pass at the mean of NAME with a temperature from its draws",
 }
@@ -174,7 +175,7 @@ def get_method(name: str) -> Method:
         left, _, right = name.partition("+")
         _class(left, "prior")
         draws = 0 if _class(right, "guide").is_point else None
-        return Method(name, left, right, scale="learned", num_samples=draws)
+        return Method(name, left, right, num_samples=draws, held_out=None)
     if name in SHOWN:
         raise ConfigurationError(
             f"{name} is no prior beside a guide ({SHOWN[name]}); use it in `pyro-blora compare`."
@@ -188,7 +189,7 @@ def get_method(name: str) -> Method:
 def trained_for(name: str) -> str:
     """The method to train for a row of a comparison: itself, or the one that it derives from."""
     kind, _, rest = name.partition(":")
-    name = rest if kind in ("temperature", "distilled") and rest else name
+    name = rest if kind in ("split", "temperature", "distilled") and rest else name
     return "lora" if name in SHOWN else name
 
 

@@ -113,7 +113,7 @@ def check_precision(name: str) -> str:
 def choose_precision(name: str, device: "str | torch.device | None" = None) -> str:
     """The precision that ``"auto"`` means on a device; any other name is returned as is.
 
-    It means bfloat16 on a GPU with native bfloat16 and on a CPU with AMX, else float32.
+    It means bfloat16 on a GPU or a CPU with native bfloat16 (AMX, AVX512_BF16), else float32.
     """
     if check_precision(name) != "auto":
         return name
@@ -128,7 +128,8 @@ def _bfloat16_pays(kind: str) -> bool:
 
     if kind == "cpu":
         capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
-        return bool(capabilities().get("amx_bf16"))
+        found = capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)

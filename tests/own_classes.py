@@ -9,6 +9,7 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.guides import SiteGuide
+from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.updates import LowRankUpdate
 
@@ -69,3 +70,17 @@ class Spread(SiteGuide):
     def distribution(self):
         scale = self.scale.reshape(self.scale.shape + (1,) * self.site.event_dim)
         return dist.Normal(self.loc, scale).to_event(self.site.event_dim)
+
+
+class Sloped(MultipleChoice):
+    """Scores with a slope that is learned."""
+
+    roles: ClassVar[dict[str, str]] = {"slope": "likelihood"}
+    held_out: ClassVar[float] = 0.0
+
+    def __init__(self, *, num_data=None):
+        super().__init__(num_data=num_data)
+        self.slope = PyroParam(torch.ones(()))
+
+    def logits(self, net, batch):
+        return self.slope * super().logits(net, batch)

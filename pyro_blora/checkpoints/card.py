@@ -54,9 +54,7 @@ def page_of_use(
     found: dict[str, Any] = {"temperature": temperature}
     kind = "classes"
     if isinstance(likelihood, MultipleChoice):
-        learned = likelihood.scale == "learned"
-        slope = float(likelihood.score_slope.detach().abs()) if learned else 1.0
-        kind, found = "options", {"scale": slope / temperature, "score": likelihood.score}
+        kind, found = "options", found | {"score": likelihood.score}
     elif isinstance(likelihood, CausalLM):
         kind, found["in"] = "text", "generation_config.json"
     elif isinstance(likelihood, LabelTokens):

@@ -227,7 +227,8 @@ def read_pretrained(
         tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
         foreign: tuple[str, ...] = ()
         if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
-            foreign = (".likelihood.", "model.temperature")  # of another class
+            mine = ("temperature", "mean_temperature")
+            foreign = (".likelihood.", *(f"model.{name}" for name in mine))  # of another class
         elif isinstance(given["likelihood"], nn.Module) and not any(
             ".likelihood." in n for n in tensors
         ):

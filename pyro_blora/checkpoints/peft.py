@@ -322,9 +322,9 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
     places = [folder / str(k) for k in range(num_samples)] or [folder]
     if num_samples:
         blora.method.check_draws()
-        updates, temperature = _draws(blora, num_samples), 1.0  # distill() is for the mean
+        updates, temperature = _draws(blora, num_samples), float(model.temperature)
     else:
-        updates, temperature = sample_updates(model, blora.guide, 0), float(model.temperature)
+        updates, temperature = sample_updates(model, blora.guide, 0), float(model.mean_temperature)
     draws = {str(k) for k in range(num_samples)}
     check_free(folder, *draws)
     made = {}
@@ -383,7 +383,7 @@ def _last_linear(model: BayesianLoRAModel) -> str | None:
 
 def merge_and_unload(blora: Adapted) -> nn.Module:
     """The network with E[dW] and the trained heads merged into its weights by PEFT."""
-    model, temperature = blora.model, float(blora.model.temperature)
+    model, temperature = blora.model, float(blora.model.mean_temperature)
     model.check_attached()
     if hasattr(model.net, "peft_config"):
         raise ConfigurationError(

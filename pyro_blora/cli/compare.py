@@ -22,9 +22,10 @@ def run(
         typer.Option(
             help=f"Comma-separated: {', '.join((*METHODS, BEST))}; pairs "
             "such as Subspace+FullRank or my_module:MyPrior+MeanField; temperature:NAME for any of "
-            "them ('temperature': of lora), distilled:NAME for those that have draws."
+            "them ('temperature': of lora), split:NAME with one by an eighth of the training "
+            "items, distilled:NAME for those that have draws."
         ),
-    ] = "lora,lora-best,temperature,bayesian-lora",
+    ] = "lora,split:lora,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     batch_size: o.BatchSize = 8,
@@ -49,7 +50,9 @@ def run(
     Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
     are those of the probabilities over the candidate answers. `lora` is plain LoRA at its last
     step, `lora-best` at its best validation step. `temperature` is `lora` with its logits scaled on
-    validation items. The others are priors and guides of this library (see --methods).
+    validation items, and `split:lora` is scaled on an eighth of the training items, which it does
+    not train on. The others are priors and guides of this library (see --methods). The table says
+    how many labeled items each row needs beside the training items.
 
     Each row is saved when it is done. After an interruption the same command goes on; other
     --methods or --seeds with the same --out train only what is missing.

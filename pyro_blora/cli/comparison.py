@@ -24,6 +24,7 @@ from pyro_blora.evaluation.metrics import Metrics, evaluate, fit_temperature
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import write_file
 from pyro_blora.inference import FitResult, fit
+from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.methods import BEST, get_method, trained_for
 from pyro_blora.posterior.batches import Collate
 from pyro_blora.posterior.prediction import Prediction
@@ -70,6 +71,8 @@ class Row:
     nll: float
     brier: float
     n_test: int
+    labels_beside_training: int
+    passes: int
     train_seconds: float
     trainable_parameters: int
     probs: Tensor
@@ -153,11 +156,13 @@ def compare(
     for seed in settings["seeds"]:
         task = load_task(settings["task"], seed=seed, **{name: settings[name] for name in limits})
         collate = task.collator(tokenizer)
-        shown: dict[str, list[str]] = {}  # rows by the method that is trained for them
+        # rows by the method that is trained for them, and whether an eighth is held out
+        shown: dict[tuple[str, bool], list[str]] = {}
         for name in dict.fromkeys(settings["methods"]):
             if (name, seed) not in done:
-                shown.setdefault(trained_for(name), []).append(name)
-        for base, names in shown.items():
+                training = trained_for(name), name.startswith("split:")
+                shown.setdefault(training, []).append(name)
+        for (base, split), names in shown.items():
             made, data = get_method(base), {"test": (task.test, collate)}
             if any(name.startswith("temperature") for name in names):
                 data["validation"] = (task.validation, collate)
@@ -168,7 +173,7 @@ def compare(
                 method=made,
                 rank=settings["rank"],
                 target_modules=settings["target_modules"],
-                likelihood=task.likelihood(collate, made.scale),
+                likelihood=task.likelihood(collate),
             )
             for result in train_and_score(
                 blora,
@@ -183,8 +188,9 @@ def compare(
                 validate_every=max(1, settings["max_steps"] // 3),
                 batch_size=settings["batch_size"],
                 learning_rates=settings["lora_lr"] if base == "lora" else None,
+                held_out=MultipleChoice.held_out if split else None,
             ):
-                yield _row(result, seed)
+                yield _row(result, seed, len(task.validation))
 
 
 def _view(name: str, draws: int) -> View:
@@ -193,8 +199,9 @@ def _view(name: str, draws: int) -> View:
     return View("best" if name.endswith(BEST) else "last", draws)
 
 
-def _row(result: Result, seed: int) -> Row:
+def _row(result: Result, seed: int, num_validation: int) -> Row:
     """The row of a view, whose test predictions have a temperature if its name says so."""
+    beside = result.view.startswith("temperature") or result.view.endswith(BEST)
     (prediction, labels), scores = result.predictions["test"], result.metrics["test"]
     probs, numbers = prediction.probs, result.parameters
     if result.view.startswith("temperature"):
@@ -203,7 +210,8 @@ def _row(result: Result, seed: int) -> Row:
         probs, numbers = (probs.log() / temperature).softmax(-1), numbers + 1
         scores = evaluate(probs, labels)
     s = (scores.acc, scores.ece, scores.nll, scores.brier, scores.n)
-    return Row(result.view, seed, *s, result.fitted.seconds, numbers, probs, labels)
+    passes, used = prediction.num_samples, num_validation if beside else 0
+    return Row(result.view, seed, *s, used, passes, result.fitted.seconds, numbers, probs, labels)
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
@@ -217,7 +225,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     }
     view = Table(title=title)
     view.add_column("method", overflow="fold")
-    for name in (*columns, "parameters"):
+    for name in (*columns, "labels beside training", "passes", "parameters"):
         view.add_column(name, justify="right")
     for method, own in _by_method(rows).items():
         cells = []
@@ -225,7 +233,9 @@ def table(rows: Sequence[Row], title: str) -> Table:
             values = [factor * getattr(row, key) for row in own]
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
-        view.add_row(method, *cells, f"{own[0].trainable_parameters:,}")
+        first = own[0]
+        counts = (first.labels_beside_training, first.passes, first.trainable_parameters)
+        view.add_row(method, *cells, *(f"{count:,}" for count in counts))
     return view
 
 

@@ -119,7 +119,7 @@ def run(
             layers_to_transform=layers,
             method=made,
             rank=rank,
-            likelihood=data.likelihood(collate, made.scale),
+            likelihood=data.likelihood(collate),
         )
     else:
         blora = BayesianLoRA.from_peft(
@@ -127,8 +127,7 @@ def run(
             from_peft,
             method=made,
             prior=None if rank is None else made.prior_of(rank),
-            # fixed, because a LoRA that was trained on these items would bias a learned scale
-            likelihood=data.likelihood(collate, "fixed"),
+            likelihood=data.likelihood(collate),
         )
     console.print(blora)
     if overwrite:

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pyro_blora.data.hub import hub_splits, read_hub
 from pyro_blora.data.items import Item, Template, read_json_lines, splits_in, template_for
@@ -49,16 +49,14 @@ class Task:
         kind = LabelTokensCollator if labels else MultipleChoiceCollator
         return kind(tokenizer, self.template, max_length)
 
-    def likelihood(
-        self, collate: Any, scale: Literal["learned", "fixed"] = "learned"
-    ) -> "Likelihood":
+    def likelihood(self, collate: Any) -> "Likelihood":
         """``LabelTokens`` or ``MultipleChoice``, by the template; ``collate`` is its collator."""
         from pyro_blora.likelihoods import LabelTokens, MultipleChoice
 
         count = len(self.train) or None
         if self.template.scoring == "labels":
             return LabelTokens(token_ids=collate.token_ids, num_data=count)
-        return MultipleChoice(num_data=count, scale=scale)
+        return MultipleChoice(num_data=count)
 
 
 def load_task(

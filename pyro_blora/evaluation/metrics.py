@@ -13,9 +13,8 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods.multiple_choice import scale_scores
-from pyro_blora.posterior.one_pass import best_temperature
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
+from pyro_blora.posterior.temperature import best_temperature
 from pyro_blora.updates import LowRankUpdate
 
 __all__ = [
@@ -212,13 +211,13 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
 
     Args:
         scores: mean log-probabilities of the options, ``(N, K)``: for any causal network, with or
-            without a LoRA, ``MultipleChoice(scale="fixed").logits(net, batch)``.
+            without a LoRA, ``MultipleChoice().logits(net, batch)``.
         lengths: their numbers of tokens, ``batch["option_mask"].sum(-1)``; 0 for an absent option.
         labels: the right options, ``(N,)``.
 
     Returns:
         ``c``, between 0.01 and 100, and ``b``, in steps of 0.02, for
-        :func:`~pyro_blora.likelihoods.scale_scores`.
+        :func:`scale_scores`.
 
     Example::
 
@@ -234,6 +233,24 @@ def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[fl
     exponents = [0.02 * step for step in sorted(range(-100, 101), key=abs)]  # 0 wins a tie
     best = min(exponents, key=nll)
     return 1 / fit_temperature(scale_scores(scores, lengths, 1.0, best), labels), best
+
+
+def scale_scores(
+    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: Tensor | float = 0.0
+) -> Tensor:
+    r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
+
+    ``scores`` are :math:`s`, ``lengths`` the options' token counts :math:`n`, ``slope`` is
+    :math:`c`, and ``exponent`` is :math:`b`. A length of 0 marks an absent option, whose logit is
+    minus infinity; :math:`\bar n` is the mean of the others.
+    """
+    absent = lengths == 0
+    scaled = scores.masked_fill(absent, 0) * slope  # an infinite score would give NaN gradients
+    if isinstance(exponent, Tensor) or exponent:
+        there = (lengths > 0).sum(-1, keepdim=True)
+        ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
+        scaled = scaled * ratio**exponent
+    return scaled.masked_fill(absent, -torch.inf)
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:

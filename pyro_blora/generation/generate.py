@@ -135,7 +135,7 @@ def generate(
     else:
         updates = sample_updates(model, guide, 0, prompt)
     distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
-    temperature = float(model.temperature) if distilled else 1.0
+    temperature = float(model.mean_temperature) if distilled else 1.0
     average, ends = _Average(max(1, num_samples), temperature), _Ends()
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if several_beams and _setting(net, options, "use_cache") is not False:

@@ -25,7 +25,9 @@ from pyro_blora.inference.post_hoc import (
     begin_training,
     draws_of_evaluation,
     finish,
+    hold_out,
     post_hoc_families,
+    share_to_hold_out,
 )
 from pyro_blora.inference.resume import TrainingState
 from pyro_blora.options import check_count, check_kind, check_positive
@@ -51,6 +53,7 @@ def fit(
     num_particles: int | None = None,
     elbo: type[Trace_ELBO] | None = None,
     kl_weight: float = Settings.kl_weight,
+    held_out: float | None = None,
     precision: str = Settings.precision,
     validation: Sequence[Any] | DataLoader[Any] | None = None,
     validate_every: int = Settings.validate_every,
@@ -94,6 +97,11 @@ def fit(
             examples. Default: ``TraceMeanField_ELBO``, with an analytic KL where there is one, for
             a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
         kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
+        held_out: share of the examples that are kept out of the training, and at its end set the
+            temperatures of predictions (:meth:`BayesianLoRA.calibrate
+            <pyro_blora.BayesianLoRA.calibrate>`); :math:`N` is then the number of the others. A
+            ``DataLoader`` holds out nothing. Default: an eighth with ``MultipleChoice``, whose
+            scores have no scale of their own, and otherwise, and for a published method, 0.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes what is faster on the network's device. The variational part
             stays in single precision.
@@ -142,6 +150,7 @@ def fit(
         num_particles=num_particles,
         elbo=elbo,
         kl_weight=kl_weight,
+        held_out=share_to_hold_out(blora, train, held_out),
         precision=precision,
         validate_every=validate_every,
         eval_samples=eval_samples,
@@ -167,9 +176,10 @@ def fit(
     begin_training(blora)  # undoes a distill, and a post-hoc width, of an earlier training
     if seed is not None:
         torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
+    every, (train, held) = train, hold_out(train, settings.held_out)
     stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
-    objective = Objective(blora, elbo, num_particles, kl_weight)
-    check_num_data(blora.likelihood, train)
+    objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
+    check_num_data(blora.likelihood, every)
     # an AutoGuide makes its parameters at its first call, and the optimizer needs them
     start_guide(blora.guide, blora.model.prepared(stream.peek()))
     groups = parameter_groups(blora, rates)
@@ -177,7 +187,7 @@ def fit(
         raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     run = None
     if checkpoint_dir is not None:
-        data = {"training data": train, "validation": validation}  # whose sizes are compared
+        data = {"training data": every, "validation": validation}  # whose sizes are compared
         run = TrainingState(checkpoint_dir, blora, stream, settings, rates, data, resume=resume)
         settings = replace(settings, precision=run.precision)  # what "auto" was when it began
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
@@ -216,6 +226,8 @@ def fit(
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora):  # Laplace and Isotropic have no width yet
         finish(blora, train, **reading)
+    if held:
+        blora.calibrate(held, **reading)
     return result
 
 

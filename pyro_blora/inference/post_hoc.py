@@ -1,13 +1,14 @@
 """Guides that find the width of a posterior around a point, after training or without it."""
 
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -40,13 +41,38 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
     return found
 
 
+def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> float:
+    """The share of the training examples that calibrate: as passed, or the usual one."""
+    sized = hasattr(train, "__len__") and not isinstance(train, DataLoader)
+    if sized and blora.likelihood.has_classes:
+        share = blora.method.held_out if share is None else share
+        return blora.likelihood.held_out if share is None else share
+    if share:
+        raise ConfigurationError(
+            f"held_out={share} must be of examples with classes, got a DataLoader or a likelihood "
+            "of text; leave it out, and call blora.calibrate(data, collate) for classes."
+        )
+    return 0.0
+
+
+def hold_out(train: Any, share: float) -> tuple[Any, Any]:
+    """The examples that train, and those that calibrate: a fixed random choice, in order."""
+    count = int(share * len(train)) if share else 0
+    if not count:
+        return train, ()
+    chosen = set(random.Random(0).sample(range(len(train)), count))
+    others = [i for i in range(len(train)) if i not in chosen]
+    return Subset(train, others), Subset(train, sorted(chosen))
+
+
 def begin_training(blora: BayesianLoRA) -> None:
     """Reads Pyro's store, and resets what an earlier training left behind.
 
-    That is the temperature of :meth:`BayesianLoRA.distill` and the width of a post-hoc guide.
+    That is the temperatures of predictions and the width of a post-hoc guide.
     """
     read_store(blora)
-    blora.model.temperature.fill_(1)
+    for temperature in (blora.model.temperature, blora.model.mean_temperature):
+        temperature.fill_(1)
     for family in post_hoc_families(blora).values():
         family.reopen()
 
@@ -103,7 +129,7 @@ def bayesianize(
 
     Example::
 
-        likelihood = MultipleChoice(scale="fixed")
+        likelihood = MultipleChoice()
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """

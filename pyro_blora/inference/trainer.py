@@ -29,7 +29,12 @@ from pyro_blora.inference.learning_rates import (
 )
 from pyro_blora.inference.loop import schedule_length
 from pyro_blora.inference.objective import Objective, check_num_data
-from pyro_blora.inference.post_hoc import begin_training, draws_of_evaluation
+from pyro_blora.inference.post_hoc import (
+    begin_training,
+    draws_of_evaluation,
+    hold_out,
+    share_to_hold_out,
+)
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
@@ -54,7 +59,7 @@ class BayesianLoRATrainer(Trainer):
         model: the adapter.
         args: as for a ``Trainer``; but a ``learning_rate`` is refused, because each role has a rate
             of its own (``learning_rates``), and columns of the data set are never removed.
-        num_particles, elbo, learning_rates, eval_samples: as in ``fit``.
+        num_particles, elbo, learning_rates, eval_samples, held_out: as in ``fit``.
         options: the other arguments of a ``Trainer``: ``train_dataset``, ``data_collator``, ....
 
     Example::
@@ -74,6 +79,7 @@ class BayesianLoRATrainer(Trainer):
         elbo: type[Trace_ELBO] | None = None,
         eval_samples: int | None = None,
         learning_rates: float | Mapping[str, float] | None = None,
+        held_out: float | None = None,
         **options: Any,
     ) -> None:
         args = TrainingArguments("out") if args is None else args
@@ -90,8 +96,12 @@ class BayesianLoRATrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         use_one_gpu(args)
-        loss = _Loss(model, Objective(model, elbo, num_particles), eval_samples)
-        super().__init__(model=loss, args=args, **options)
+        every = options.get("train_dataset")
+        share = 0.0 if every is None else share_to_hold_out(model, every, held_out)
+        options["train_dataset"], self._held_out = hold_out(every, share)
+        self._every = every
+        objective = Objective(model, elbo, num_particles, held_out=len(self._held_out))
+        super().__init__(model=_Loss(model, objective, eval_samples), args=args, **options)
         self.add_callback(_OwnDraws)
 
     optimizer: torch.optim.Optimizer | None
@@ -129,12 +139,16 @@ class BayesianLoRATrainer(Trainer):
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
         begin_training(self.blora)
-        check_num_data(self.blora.likelihood, self.train_dataset)
+        check_num_data(self.blora.likelihood, self._every)
         if wants_informing(self.blora):
             size = self.args.per_device_train_batch_size
             inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
         with self._in_mode(training=True):
-            return super().train(*arguments, **options)
+            result = super().train(*arguments, **options)
+        if self._held_out:
+            size = self.args.per_device_eval_batch_size
+            self.blora.calibrate(self._held_out, self.data_collator, batch_size=size)
+        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of ``nll`` and ``kl`` since the last time beside the loss."""

@@ -3,7 +3,7 @@
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods.causal_lm import CausalLM
 from pyro_blora.likelihoods.label_tokens import LabelTokens
-from pyro_blora.likelihoods.multiple_choice import MultipleChoice, scale_scores
+from pyro_blora.likelihoods.multiple_choice import MultipleChoice
 from pyro_blora.likelihoods.sequence_classification import SequenceClassification
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "Likelihood",
     "MultipleChoice",
     "SequenceClassification",
-    "scale_scores",
 ]

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -55,8 +54,6 @@ class Likelihood(Options, PyroModule):
 
     A subclass may create parameters, each a :class:`pyro.nn.PyroParam`, in its constructor; its
     ``roles`` give their learning rates, as in a prior. They are trained and saved with the adapter.
-    Examples that the adapter has memorized would bias them, so within :meth:`holding_out`
-    :meth:`logits` may reserve some examples for training them.
 
     Like a prior and a guide, a likelihood is a template: :class:`~pyro_blora.BayesianLoRA` copies
     it, and ``blora.likelihood`` is the copy that is trained.
@@ -70,22 +67,13 @@ class Likelihood(Options, PyroModule):
     row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T
     new_head: ClassVar[bool] = False  # whether the network's head may be randomly initialized
     roles: ClassVar[dict[str, str]] = {}
-    holds_out = False  # whether some examples train only the likelihood's own parameters
+    held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates by
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
         self.shortcuts = Shortcuts()
         if num_data is not None:
             check_count("num_data", num_data)
-
-    @contextmanager
-    def holding_out(self) -> Iterator[None]:
-        """Within, some examples train only the likelihood's own parameters, as ``fit`` has it."""
-        before, self.holds_out = self.holds_out, True
-        try:
-            yield
-        finally:
-            self.holds_out = before
 
     def bind(self: Self, device: torch.device, *, fast: bool = True) -> Self:
         """A copy on ``device`` with the same parameter values, and with shortcuts if ``fast``."""

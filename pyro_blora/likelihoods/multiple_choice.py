@@ -1,10 +1,8 @@
 """Multiple choice by the log-likelihoods of the options after the question."""
 
-import hashlib
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,19 +19,15 @@ class MultipleChoice(Likelihood):
 
     .. math::
 
-        s_k = c\, \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
+        s_k = \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
 
-    or without the factor :math:`\frac1n` if ``score="sum"``. The scale :math:`c` is learned,
-    because mean log-probabilities need not be on the scale of log-odds. It is ``|score_slope|``
-    rather than an exponential, so that it can reach zero, where predictions are uniform.
-
-    In training, one item in eight, selected by a hash of its tokens, trains only ``c``, and the
-    other items train everything else. Items that the adapter has memorized would bias ``c`` upward.
+    or without the factor :math:`\frac1n` if ``score="sum"``. Mean log-probabilities need not be on
+    the scale of log-odds. So ``fit`` holds out an eighth of the examples, by which it sets a
+    temperature at the end (:meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>`).
 
     Args:
         num_data: number of training examples.
         score: ``"mean"`` over the option's tokens or their ``"sum"``. Default: mean.
-        scale: ``"learned"``, a parameter that starts at 1, or ``"fixed"`` at 1. Default: learned.
         pack: whether to encode an item's question once for all of its options, which gives the
             same scores with fewer tokens. Default: if the network supports it, which is tested
             once. Rows longer than the network's attention window or chunk are never packed.
@@ -55,20 +49,17 @@ class MultipleChoice(Likelihood):
     """
 
     keys = ("input_ids", "attention_mask", "option_mask")
-    roles: ClassVar[dict[str, str]] = {"score_slope": "likelihood"}
     row_dims = 3
+    held_out = 1 / 8
 
     def __init__(
         self,
         *,
         num_data: int | None = None,
         score: Literal["mean", "sum"] = "mean",
-        scale: Literal["learned", "fixed"] = "learned",
         pack: bool | None = None,
     ) -> None:
         super().__init__(num_data=num_data)
-        if scale == "learned":
-            self.score_slope = PyroParam(torch.ones(()))
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
@@ -76,10 +67,6 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        apart = None  # found before the network runs, because it synchronizes the device
-        if self.holds_out and any(p.requires_grad for p in self.parameters()):
-            apart = torch.tensor(_apart(batch)).unsqueeze(-1)
-            apart = apart.to(batch["input_ids"].device, non_blocking=True)
         rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
         how: dict[str, Any] = {"count": rows.count, "narrow": self.shortcuts.on}
         logits = logits_at(net, rows.inputs, rows.positions, rows.mask, **how)
@@ -94,11 +81,7 @@ class MultipleChoice(Likelihood):
         count = batch["option_mask"].sum(-1)
         if self.score == "mean":
             total = total / count.clamp_min(1)
-        slope = self.score_slope.abs() if self.scale == "learned" else total.new_ones(())
-        if apart is not None:
-            total = torch.where(apart, total.detach(), total)
-            slope = torch.where(apart, slope, slope.detach())
-        return scale_scores(total, count, slope)
+        return total.masked_fill(count == 0, -torch.inf)
 
     def examples(self, batch: Batch) -> int:
         """Number of examples ``B``; all tensors must share one shape."""
@@ -132,30 +115,3 @@ class MultipleChoice(Likelihood):
                     "check the order of the options."
                 )
         return labels
-
-
-def scale_scores(
-    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: Tensor | float = 0.0
-) -> Tensor:
-    r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
-
-    ``scores`` are :math:`s`, ``lengths`` the options' token counts :math:`n`, ``slope`` is
-    :math:`c`, and ``exponent`` is :math:`b`, 0 in :class:`MultipleChoice`. A length of 0 marks an
-    absent option, whose logit is minus infinity; :math:`\bar n` is the mean of the others.
-    """
-    absent = lengths == 0
-    scaled = scores.masked_fill(absent, 0) * slope  # an infinite score would give NaN gradients
-    if isinstance(exponent, Tensor) or exponent:
-        there = (lengths > 0).sum(-1, keepdim=True)
-        ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
-        scaled = scaled * ratio**exponent
-    return scaled.masked_fill(absent, -torch.inf)
-
-
-def _apart(batch: Batch) -> list[bool]:
-    # Whether each example trains only the scale: independent of batching and order of options
-    there = batch["attention_mask"].bool() & batch["option_mask"].any(-1, keepdim=True)
-    items = batch["input_ids"].masked_fill(~there, -1).cpu().numpy()
-    options = (sorted(ids[ids >= 0].tobytes() for ids in rows) for rows in items)
-    digests = [hashlib.sha256(b"".join(rows)).digest() for rows in options]
-    return [digest[0] % 8 == 0 for digest in digests]

@@ -68,6 +68,7 @@ class BayesianLoRAModel(PyroModule):
     """
 
     temperature: Tensor
+    mean_temperature: Tensor
 
     def __init__(
         self,
@@ -105,8 +106,9 @@ class BayesianLoRAModel(PyroModule):
                 )
             setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
-        # divides the scores of a pass at the posterior mean; distill() sets it
+        # they divide the scores of draws, and of a pass at the mean; calibrate() sets both
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
+        self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
 

@@ -381,8 +381,10 @@ def described(
     frozen = _size(model.net)
     share = trained / (trained + frozen)
     yield f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
-    if (temperature := float(model.temperature)) != 1:
-        yield f"  one pass:   temperature {temperature:.3g}, distilled from draws"
+    ways = {"draws": model.temperature, "mean": model.mean_temperature}
+    if any(float(temperature) != 1 for temperature in ways.values()):
+        told = (f"of the {way} {float(of):.3g}" for way, of in ways.items())
+        yield f"  temperatures: {', '.join(told)}"
 
 
 def _size(module: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """The logits' first-order expansion at the guide's center, and draws of it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import torch
@@ -100,13 +101,33 @@ def predictive_logits(
     method: Method,
     batch: Batch,
     num_samples: int | None = None,
+    samples: Samples | None = None,
+    **options: Any,
+) -> Iterator[Tensor]:
+    """The logits whose softmax a prediction averages, ``(draws, B, ..., C)`` per pass.
+
+    They are :func:`untempered_logits` over the temperature of the guide's draws or of its mean.
+    """
+    draws = method.draws(num_samples)
+    passes = untempered_logits(model, guide, method, batch, draws, samples=samples, **options)
+    if samples is not None or not model.enabled:  # of another posterior, or of the bare network
+        return passes
+    temperature = model.temperature if draws else model.mean_temperature
+    return (logits / temperature for logits in passes)
+
+
+def untempered_logits(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    method: Method,
+    batch: Batch,
+    draws: int,
     *,
     linearized: bool | None = None,
     max_rows: int | None = None,
     samples: Samples | None = None,
 ) -> Iterator[Tensor]:
-    """The logits that a prediction averages, ``(draws, B, ..., C)`` per pass of the network."""
-    draws = method.draws(num_samples)
+    """The logits under draws of the guide, under its mean for 0, or under ``samples``."""
     if linearized is None:
         linearized = method.linearized and samples is None and draws > 0
     if samples is None:

@@ -270,8 +270,6 @@ def logits_of_draws(
             updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
             with prefix.copies(draws), model.applied(updates) as net:
                 logits = model.likelihood.logits(net, repeat_batch(batch, draws))
-        if not num_samples and model.enabled:
-            logits = logits / model.temperature
         yield logits.unflatten(0, (draws, examples))
         done += draws
 

@@ -24,7 +24,7 @@ def compare(run_words):
 def test_rows_for_every_method_and_seed(compare, tmp_path):
     out = tmp_path / "out"
     methods = "lora,lora-best,temperature,temperature:lora,bayesian-lora,blob"
-    methods += ",temperature:bayesian-lora,distilled:bayesian-lora"
+    methods += ",temperature:bayesian-lora,distilled:bayesian-lora,split:lora"
     options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
     text, results = compare(out, methods, *options, "--num-samples", 3, "--rank", 4)
     assert set(results) == {"rows", "versions", "settings"}
@@ -34,6 +34,7 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     scores = {"acc", "ece", "nll", "brier"}
     for row in results["rows"]:
         told = {"method", "seed", *scores, "n_test", "train_seconds", "trainable_parameters"}
+        told |= {"labels_beside_training", "passes"}
         assert set(row) == told
         assert row["n_test"] == 21  # no example dropped
         assert row["train_seconds"] > 0
@@ -45,6 +46,12 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert by["bayesian-lora", 0]["nll"] != by["temperature:bayesian-lora", 0]["nll"]
     assert by["bayesian-lora", 0]["nll"] != by["distilled:bayesian-lora", 0]["nll"]
     assert by["bayesian-lora", 0]["nll"] != by["bayesian-lora", 1]["nll"]
+    assert by["split:lora", 0]["nll"] != by["lora", 0]["nll"]
+    used = {name: row["labels_beside_training"] for (name, _), row in by.items()}
+    needs = ("lora-best", "temperature", "temperature:lora", "temperature:bayesian-lora")
+    assert {name for name, count in used.items() if count} == set(needs)
+    passes = {name: row["passes"] for (name, _), row in by.items()}
+    assert (passes["lora"], passes["bayesian-lora"], passes["distilled:bayesian-lora"]) == (1, 3, 1)
     assert results["versions"]["torch"]
     assert results["settings"]["precision"] == choose_precision("auto")
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")

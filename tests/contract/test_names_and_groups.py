@@ -49,7 +49,7 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
     total = 0.0
     for name, (prior, guide) in alone.items():
         blora = tiny.adapted(both.net, target_modules=[name], prior=prior, guide=guide)
-        own = (name, "temperature")
+        own = (name, "temperature", "mean_temperature")
         blora.load_state_dict({k: v for k, v in state.items() if k.split(".")[1].startswith(own)})
         total += blora.kl()
         found = blora.sample_updates(0)[name].layers()

@@ -96,8 +96,8 @@ def test_the_collator_and_the_likelihood_are_the_template_s(build, load, tmp_pat
     assert isinstance(collate, MultipleChoiceCollator)
     assert collate.max_length == 64
     assert collate(facts.test)["input_ids"].shape[:2] == (3, 4)
-    likelihood = facts.likelihood(collate, "fixed")
-    assert repr(likelihood) == repr(likelihoods.MultipleChoice(num_data=30, scale="fixed"))
+    likelihood = facts.likelihood(collate)
+    assert repr(likelihood) == repr(likelihoods.MultipleChoice(num_data=30))
     task = load({"test": 4}, "sst2")
     collate = task.collator(build())
     assert isinstance(collate, LabelTokensCollator)

@@ -16,8 +16,8 @@ from pyro_blora.evaluation.metrics import (
     fit_temperature,
     rank,
     risk_coverage,
+    scale_scores,
 )
-from pyro_blora.likelihoods import scale_scores
 from pyro_blora.posterior.prediction import Prediction
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong

@@ -148,7 +148,7 @@ def test_a_network_without_a_head_is_refused():
 
 def test_a_network_may_be_read_in_several_threads():
     """Both are between the hook on the head and the head itself, with rows of one shape."""
-    net, likelihood = llama().eval(), MultipleChoice(scale="fixed")
+    net, likelihood = llama().eval(), MultipleChoice()
     batches = [tiny.choices(3, seed=seed) for seed in (1, 2)]
     barrier = threading.Barrier(2, timeout=30)
 

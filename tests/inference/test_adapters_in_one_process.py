@@ -7,13 +7,14 @@ import pyro
 import pytest
 import tiny
 import torch
+from own_classes import Sloped
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
 from safetensors.torch import load_file
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods import LabelTokens, MultipleChoice
+from pyro_blora.likelihoods import LabelTokens
 
 BATCH = tiny.sequences()
 
@@ -161,15 +162,15 @@ def test_one_that_is_off_its_network_is_refused_before_anything_runs(ask):
 
 
 def test_a_likelihood_is_a_template_as_prior_and_guide_are():
-    likelihood = MultipleChoice(num_data=10)
+    likelihood = Sloped(num_data=10)
     blora = tiny.adapted(likelihood=likelihood)
     rows = [tiny.choices(10, seed=3)] * 10
     tiny.train(blora, rows, collate=lambda rows: rows[0])
-    assert blora.likelihood.score_slope != 1
-    assert likelihood.score_slope == 1
-    assert tiny.adapted(likelihood=likelihood).likelihood.score_slope == 1
+    assert blora.likelihood.slope != 1
+    assert likelihood.slope == 1
+    assert tiny.adapted(likelihood=likelihood).likelihood.slope == 1
     other = tiny.adapted(likelihood=blora.likelihood)  # from where it is
-    assert other.likelihood.score_slope == blora.likelihood.score_slope
+    assert other.likelihood.slope == blora.likelihood.slope
     assert other.likelihood is not blora.likelihood
 
 

@@ -9,6 +9,7 @@ import pyro
 import pytest
 import tiny
 import torch
+from own_classes import Sloped
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.optim import ClippedAdam
@@ -22,7 +23,7 @@ from pyro_blora.inference import (
     optim_args,
     parameter_groups,
 )
-from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.posterior.batches import Batches
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.prediction import predict_dataset
@@ -213,18 +214,18 @@ def test_points_learn_for_some_epochs(epochs, monkeypatch):
 @pytest.mark.parametrize(("guide", "local"), [(None, True), (AutoNormal, False)])
 def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
     with pyro.settings.context(module_local_params=local):
-        blora = tiny.adapted(guide=guide, likelihood=MultipleChoice(num_data=12))
+        blora = tiny.adapted(guide=guide, likelihood=Sloped(num_data=12))
         likelihood = blora.likelihood
         optimizer = ClippedAdam(optim_args(blora))
         SVI(blora.model, blora.guide, optimizer, tiny.elbo(3)).step(tiny.choices(3))
         likelihood.requires_grad_(False)
-        assert optim_args(blora)("model.likelihood.score_slope") == {"lr": 0.0}
-        assert optim_args(blora)("model.likelihood.score_slope_unconstrained") == {"lr": 0.0}
+        assert optim_args(blora)("model.likelihood.slope") == {"lr": 0.0}
+        assert optim_args(blora)("model.likelihood.slope_unconstrained") == {"lr": 0.0}
         assert optim_args(blora)("own.loc") == {"lr": RATES["mean"]}
         groups = parameter_groups(blora)
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         found = {id(p): each.defaults["lr"] for p, each in optimizer.optim_objs.items()}
-        assert found == rates | {id(likelihood.score_slope_unconstrained): RATES["likelihood"]}
+        assert found == rates | {id(likelihood.slope_unconstrained): RATES["likelihood"]}
 
 
 def epochs(count, rows, *, by_length=True, seed=0):
@@ -297,7 +298,7 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
     net, ends = tiny.llama(), []
     for data in (rows, DataLoader(rows, 12), None):
         pyro.set_rng_seed(0)
-        blora = tiny.adapted(net, guide=Delta(), likelihood=MultipleChoice(num_data=12))
+        blora = tiny.adapted(net, guide=Delta(), likelihood=Sloped(num_data=12))
         blora.method = replace(blora.method, point_epochs=2)
         if data is None:
             options = {"max_steps": 9, "per_device_train_batch_size": 12, "data_collator": None}
@@ -305,7 +306,7 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
         else:
             how = {"num_steps": 9, "batch_size": 12, "warmup": 0.0, "precision": "float32"}
             tiny.train(blora, data, collate=None, **how)
-        assert blora.likelihood.score_slope != 1
+        assert blora.likelihood.slope != 1
         ends.append(tiny.trained(blora))
         blora.unwrap()
     for other in ends[1:]:

@@ -6,12 +6,13 @@ import pyro
 import pytest
 import tiny
 import torch
+from own_classes import Sloped
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Amortized, MeanField
-from pyro_blora.likelihoods import CausalLM, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import CausalLM, SequenceClassification
 from pyro_blora.models import Hierarchical, KroneckerInducing
 
 
@@ -35,10 +36,8 @@ def conditioned(blora, samples, batch):
 
 def choosing():
     """GPT-2 whose scores have a scale that was learned."""
-    blora = tiny.adapted(
-        tiny.gpt2(), target_modules=["c_attn"], likelihood=MultipleChoice(num_data=12)
-    )
-    torch.nn.init.constant_(blora.likelihood.score_slope, 2.5)
+    blora = tiny.adapted(tiny.gpt2(), target_modules=["c_attn"], likelihood=Sloped(num_data=12))
+    torch.nn.init.constant_(blora.likelihood.slope, 2.5)
     return blora, tiny.choices()
 
 

@@ -16,7 +16,6 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.evaluation.lm_eval import HFLM, PosteriorLM
 from pyro_blora.inference import finish
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
-from pyro_blora.likelihoods.multiple_choice import _apart
 from pyro_blora.methods import METHODS
 
 BATCH = tiny.sequences()
@@ -300,13 +299,3 @@ def test_position_ids_of_options_are_refused():
     batch["position_ids"] = torch.arange(8).expand(3, 3, -1)
     with pytest.raises(BatchError, match="position_ids must be left out for MultipleChoice"):
         blora.predict(batch)
-
-
-def test_the_order_of_options_does_not_say_who_is_held_out():
-    batch = tiny.choices(400)
-    held = _apart(batch)
-    assert 20 < sum(held) < 80
-    for order in ([2, 0, 1], [1, 0, 2]):
-        shuffled = {n: t if n == "labels" else t[:, order] for n, t in batch.items()}
-        assert _apart(shuffled) == held
-    assert _apart(tiny.choices(400, seed=1)) != held

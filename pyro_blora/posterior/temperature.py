@@ -1,4 +1,4 @@
-"""One pass nearly as calibrated as draws, by a temperature of the posterior mean's scores."""
+"""Temperatures: of the average of draws by held-out labels, and of one pass by the draws."""
 
 import functools
 import math
@@ -12,15 +12,17 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
+from pyro_blora.methods import Method
 from pyro_blora.options import check_count
 from pyro_blora.posterior.batches import Collate, batches_of
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import draws_apart, posteriors_of
-from pyro_blora.posterior.linearized import linearized_logits
+from pyro_blora.posterior.linearized import predictive_logits, untempered_logits
 from pyro_blora.posterior.predictive import logits_of_draws, sample_updates
 
+_PRIOR_SD = 0.5  # of a temperature's logarithm
 _ROWS = 128  # distributions read from a batch, because a single number needs no more
 
 
@@ -48,13 +50,111 @@ def best_temperature(excess: Tensor) -> float:
     return (low * high) ** 0.5
 
 
+def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
+    r"""The temperature of the average of draws, ``(S, n, K)``, by the labels, ``(n,)``.
+
+    .. math::
+
+        \hat T = \arg\max_T \sum_i \log \tfrac1S \sum_s
+        \mathrm{softmax}(z_{si} / T)_{y_i} + \log p(T), \qquad
+        \log T \sim \mathcal{N}(0, 0.5^2),
+
+    between 0.01 and 100. The prior keeps a few labels from moving it far.
+    """
+    logits = logits.double()
+    chosen = labels.long().expand(len(logits), -1).unsqueeze(-1)
+
+    def loss(log_temperature: float) -> float:
+        logp = (logits / math.exp(log_temperature)).log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        nll = math.log(len(logp)) * logp.shape[1] - float(logp.logsumexp(0).sum())
+        return nll + 0.5 * (log_temperature / _PRIOR_SD) ** 2
+
+    # the sum may have several minima, so the best of a grid is refined
+    step, best = 0.25, 0.0
+    grid = [step * k for k in range(-18, 19)]
+    while step > 1e-3:
+        best = min(grid, key=loss)
+        grid = [best + step * k / 4 for k in range(-4, 5)]
+        step /= 4
+    return math.exp(best)
+
+
+@torch.no_grad()
+def calibrate(
+    model: BayesianLoRAModel,
+    guide: nn.Module,
+    method: Method,
+    data: Sequence[Any] | DataLoader[Any],
+    *,
+    collate: Collate | None = None,
+    length: Callable[[Any], int] | None = None,
+    num_samples: int | None = None,
+    batch_size: int = 8,
+    precision: str = "auto",
+    progress: bool | None = None,
+) -> float:
+    """Sets the temperatures of predictions by labels that the adapter has not learned from.
+
+    One is that of the average of draws, as ``predict`` makes it, and one that of the posterior
+    mean (see :func:`temperature_of_draws`). ``fit`` calls this at its end with the examples that it
+    holds out; call it yourself after a loop of your own. Another ``fit`` starts again at 1.
+
+    Args:
+        model: the model of the adapter.
+        guide: its guide.
+        method: its method, which says how draws are made.
+        data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
+        collate: makes a batch of a list of examples; by default torch's.
+        length: as in ``fit``.
+        num_samples: number of posterior draws. Default: as in ``predict``.
+        batch_size: as in ``fit``.
+        precision: as in ``fit``.
+        progress: as in ``fit``.
+
+    Returns:
+        The temperature of the draws; above 1 if they claimed too much.
+
+    Raises:
+        ConfigurationError: the likelihood has no classes, or the adapter is off.
+    """
+    likelihood, draws = model.likelihood, method.draws(num_samples)
+    if not (likelihood.has_classes and model.enabled):
+        raise ConfigurationError(
+            f"calibrate must have a likelihood with classes and an adapter that is on, got "
+            f"{type(likelihood).__name__}; for text use distill, or leave the temperature at 1."
+        )
+    hide = None if progress is None else not progress
+    batches = batches_of(data, collate, length, batch_size)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with draws_apart(guide, model.groups[0].device), model.autocast(precision):
+        for given in tqdm(batches, desc="calibrate", disable=hide, unit="batch"):
+            batch = model.prepared(given)
+            labels = likelihood.labels(batch)
+            if labels is None:
+                raise BatchError("A batch must have labels to calibrate by, got none; add them.")
+            mean = next(logits_of_draws(model, guide, batch, 0))
+            likelihood.check_labels(labels, mean[0])
+            drawn = torch.cat([*untempered_logits(model, guide, method, batch, draws)])
+            found.append((mean.cpu(), drawn.cpu(), labels.cpu()))
+    by_mean, by_draws, of = zip(*found, strict=True)
+    model.temperature.fill_(temperature_of_draws(_joined(by_draws), torch.cat(of)))
+    model.mean_temperature.fill_(temperature_of_draws(_joined(by_mean), torch.cat(of)))
+    return float(model.temperature)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Logits of all batches, ``(S, n, K)``; items with fewer choices are padded."""
+    most = max(part.shape[-1] for part in parts)
+    return torch.cat([pad(z, (0, most - z.shape[-1]), value=-torch.inf) for z in parts], -2)
+
+
 @torch.no_grad()
 def distill(
     model: BayesianLoRAModel,
     guide: nn.Module,
+    method: Method,
     data: Sequence[Any] | DataLoader[Any],
     *,
-    linearized: bool,
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
     num_samples: int = 16,
@@ -78,9 +178,9 @@ def distill(
     Args:
         model: the model of the adapter.
         guide: its guide.
+        method: its method, which says how draws are made.
         data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are not read,
             but for text they say which tokens are scored.
-        linearized: whether draws are linearized, as the method says.
         collate: makes a batch of a list of examples; by default torch's.
         length: as in ``fit``.
         num_samples: number of posterior draws ``S``.
@@ -121,10 +221,8 @@ def distill(
                     "distill must have draws that differ, got a posterior whose draws are all "
                     "alike; take a guide with a width, such as MatrixNormal(), or call finish."
                 )
-            (scores,) = next(logits_of_draws(model, guide, batch, 0)) * model.temperature
-            drawn = logits_of_draws(model, guide, batch, num_samples)
-            if linearized:
-                drawn = iter([linearized_logits(model, guide, batch, num_samples)])
+            (scores,) = next(logits_of_draws(model, guide, batch, 0))
+            drawn = predictive_logits(model, guide, method, batch, num_samples)
             scores = scores.flatten(0, -2)
             some = slice(None, None, math.ceil(len(scores) / _ROWS))
             parts = (d.flatten(1, -2)[:, some].double().softmax(-1).sum(0) for d in drawn)
@@ -133,10 +231,8 @@ def distill(
             excess.append((scores - mean).cpu())
             if (seen := seen + batch.examples) >= max_examples:
                 break
-    most = max(rows.shape[-1] for rows in excess)  # items with fewer choices are padded
-    rows = [pad(rows, (0, most - rows.shape[-1]), value=-torch.inf) for rows in excess]
-    model.temperature.fill_(best_temperature(torch.cat(rows)))
-    return float(model.temperature)
+    model.mean_temperature.fill_(best_temperature(_joined(excess)))
+    return float(model.mean_temperature)
 
 
 def _is_point(model: BayesianLoRAModel, guide: nn.Module, batch: Batch, count: int) -> bool:
