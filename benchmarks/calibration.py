@@ -160,10 +160,15 @@ def cells_of(settings: Settings, only: Sequence[str] | None) -> list[Cell]:
     for sweep, spec in sweeps.items():
         kinds = (spec[kind] for kind in ("networks", "tasks", "seeds", "steps"))
         methods = spec.get("methods", settings["methods"])
+        items = (
+            settings["max_train"]
+            if settings["smoke"]
+            else spec.get("max_train", settings["max_train"])
+        )
         for network, task, seed, steps, method in product(*kinds, methods):
             if asked(sweep, network, task, method):
                 count = SMOKE_STEPS if settings["smoke"] else steps
-                found[Cell(network, task, method, count, seed, settings["max_train"])] = None
+                found[Cell(network, task, method, count, seed, items)] = None
     return list(found)
 
 
@@ -226,6 +231,7 @@ def keep(outcome: Outcome, settings: Settings, trial: int | None, out: Path, cod
         "trial": trial,
         "metrics": {name: asdict(found) for name, found in result.metrics.items()},
         "parameters": result.parameters,
+        "passes": result.predictions["test"][0].num_samples,
         "seconds": round(result.fitted.seconds, 1),
         "settings": settings["methods"][base_of(cell.method, settings)],
         "made": outcome.made,
@@ -316,9 +322,8 @@ def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT, model: Model
     if cells := lines(out / "cells.jsonl"):
         settings = read_settings(config, None, False)
         used = {model or network["model"] for network in settings["networks"].values()}
-        tasks = settings["sweeps"]["table"]["tasks"]
         published = {
-            name: dict(zip(tasks, row, strict=True))
+            name: dict(zip(settings["sweeps"]["table"]["tasks"], row, strict=True))
             for of in used
             for name, row in settings.get("published", {}).get(of, {}).items()
         }

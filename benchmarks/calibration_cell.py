@@ -234,7 +234,7 @@ class _Training:
         fitted = lora.fit(
             train,
             self.collate,
-            1e-3,
+            self.method.get("rate", 1e-3),
             num_steps=self.cell.steps,
             batch_size=settings["batch_size"],
             seed=self.cell.seed,

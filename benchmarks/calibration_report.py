@@ -53,6 +53,7 @@ Lines = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, int, str]  # network, task, steps, training items
 Runs = dict[Key, dict[str, dict[int, Run]]]
 Doubted = dict[Key, dict[str, dict[int, Doubts]]]
+Needs = dict[str, tuple[int, int]]
 
 
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -68,8 +69,12 @@ def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted]:
-    """The predictions of all cells and their doubts, without and with a temperature."""
+def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted, Needs]:
+    """The predictions of all cells and their doubts, without and with a temperature.
+
+    Last come the labels beside training and the passes of a prediction that each method needs.
+    """
+    needs: Needs = {}
     runs: Runs = defaultdict(lambda: defaultdict(dict))
     doubted: Doubted = defaultdict(lambda: defaultdict(dict))
     of_cell: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
@@ -93,8 +98,10 @@ def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted]:
             (f"temperature:{method}", scaled, {}),
         ):
             runs[key][shown_as][seed] = own
+            beside = shown_as != method or method.endswith("-best")
+            needs[shown_as] = len(labels) if beside else 0, line["passes"]
             doubted[key][shown_as][seed] = doubts(own, more)
-    return runs, doubted
+    return runs, doubted, needs
 
 
 def on_all_tasks(runs: Runs) -> Iterator[tuple[str, int, str, list[str], Methods]]:
@@ -115,7 +122,7 @@ def on_all_tasks(runs: Runs) -> Iterator[tuple[str, int, str, list[str], Methods
         yield network, steps, count, sorted(tasks), pooled
 
 
-def summary(runs: Runs, kin: Collection[str]) -> list[str]:
+def summary(runs: Runs, kin: Collection[str], needs: Needs) -> list[str]:
     """Means over the tasks of each setting, for the methods that have run on all of them."""
     text = []
     for network, steps, count, tasks, pooled in on_all_tasks(runs):
@@ -123,9 +130,9 @@ def summary(runs: Runs, kin: Collection[str]) -> list[str]:
         first = {name: {0: seeds[0]} for name, seeds in pooled.items() if 0 in seeds}
         title = f"## {network}: mean over {', '.join(tasks)}"
         text += [f"{title}, {count} training items, {steps} steps", ""]
-        text += [*table(several, *tasks), ""] if several else []
+        text += [*table(needs, several, *tasks), ""] if several else []
         text += ["Of seed 0 alone, so that all are of the same items:", ""]
-        text += [*table(first, *tasks), ""]
+        text += [*table(needs, first, *tasks), ""]
         text += ["ACC %, NLL and ECE % of each task, mean over the seeds that have run:", ""]
         text += [*each_task({task: runs[network, task, steps, count] for task in tasks}), ""]
         text += [*paired(pooled, kin, *tasks), ""]
@@ -140,7 +147,7 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     ]
 
 
-def table(methods: Methods, *data: str) -> list[str]:
+def table(needs: Needs, methods: Methods, *data: str) -> list[str]:
     """Means over data sets, with the mean and standard error over seeds, by method."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for name, seeds in methods.items():
@@ -150,13 +157,14 @@ def table(methods: Methods, *data: str) -> list[str]:
                 found[name].append({key: mean_of(each, key) for key in COLUMNS})
     rows = []
     for name in sorted(found, key=lambda name: mean_of(found[name], "nll")):
-        rows.append([name, str(len(found[name]))])
+        rows.append([name, *map(str, needs[name]), str(len(found[name]))])
         for key, (_, factor, digits) in COLUMNS.items():
             values = factor * torch.tensor([run[key] for run in found[name]], dtype=torch.float64)
             error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
             spread = "" if error is None else f" ± {error:.{digits}f}"
             rows[-1].append(f"{float(values.mean()):.{digits}f}{spread}")
-    return markdown(["method", "seeds", *(title for title, _, _ in COLUMNS.values())], rows)
+    head = ["method", "labels beside training", "passes", "seeds"]
+    return markdown([*head, *(title for title, _, _ in COLUMNS.values())], rows)
 
 
 def each_task(tasks: Mapping[str, Methods], *, own: bool = False) -> list[str]:
@@ -214,37 +222,29 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
 
 
 def paired(methods: Methods, kin: Collection[str], *data: str) -> list[str]:
-    """The difference of NLL, Brier score and ECE to the three best others, mean over data sets.
+    """The NLL, Brier score and ECE of the default less those of each other method.
 
-    The seeds are those that both methods have. The mean has two errors: over items, after the
-    differences of an item are averaged over seeds, and over seeds, if there are several.
+    They are means over the data sets and over the seeds that both methods have. The first error is
+    over items, after the differences of an item are averaged over seeds; the second is over seeds.
     """
-    found, ours = {}, methods.get(OURS, {})
+    ours, rows = methods.get(OURS, {}), []
     for name in set(methods) - {OURS, *kin} if ours else ():
-        gaps = [
-            [_scores(*ours[seed][d]) - _scores(*methods[name][seed][d]) for d in data]
-            for seed in sorted(set(ours) & set(methods[name]))
-            if set(data) <= set(ours[seed]) & set(methods[name][seed])
+        seeds = [s for s in ours if set(data) <= set(ours[s]) & set(methods[name].get(s, ()))]
+        if not seeds:
+            continue
+        gaps = [  # of each data set, seeds x 3 x items
+            torch.stack([_scores(*ours[s][d]) - _scores(*methods[name][s][d]) for s in seeds])
+            for d in data
         ]
-        if gaps:
-            found[name] = [torch.stack(gap) for gap in zip(*gaps, strict=True)]
-    rows = []
-    for index, title in enumerate(("NLL", "Brier", "ECE")):
-
-        def by_seed(name: str, index: int = index) -> Tensor:
-            return torch.stack([gap[:, index].mean(-1) for gap in found[name]]).mean(0)
-
-        behind = sorted(found, key=lambda name: (-float(by_seed(name).mean()), name))
-        for other in behind[:3]:
-            each = [gap[:, index].mean(0) for gap in found[other]]
-            error = sum(float(gap.var()) / len(gap) for gap in each) ** 0.5 / len(data)
-            means = by_seed(other)
-            text = f"{title} of `{OURS}` less that of `{other}`: {float(means.mean()):+.4f}"
-            text += f" ± {error:.4f} over items"
-            if len(means) > 1:
-                text += f", ± {float(means.std()) / len(means) ** 0.5:.4f} over {len(means)} seeds"
-            rows.append(text + ".")
-    return rows
+        means = torch.stack([gap.mean(-1) for gap in gaps]).mean(0)
+        errors = sum(gap.mean(0).var(-1) / gap.shape[-1] for gap in gaps).sqrt() / len(data)
+        row = [f"{m:+.4f} ± {e:.4f}" for m, e in zip(means.mean(0), errors, strict=True)]
+        if len(seeds) > 1:
+            spread = means.std(0) / len(seeds) ** 0.5
+            row = [f"{cell} ± {e:.4f}" for cell, e in zip(row, spread, strict=True)]
+        rows.append((float(means[:, 0].mean()), [name, str(len(seeds)), *row]))
+    head = [f"`{OURS}` less", "seeds", "NLL ± items ± seeds", "Brier", "ECE"]
+    return markdown(head, (row for _, row in sorted(rows, reverse=True))) if rows else []
 
 
 def _scores(probs: Tensor, labels: Tensor) -> Tensor:
@@ -399,16 +399,22 @@ def write_report(
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
-    runs, doubted = read_runs(lines, out)
-    text += summary(runs, kin)
+    runs, doubted, needs = read_runs(lines, out)
+    text += summary(runs, kin, needs)
     for (network, task, steps, count), methods in sorted(runs.items()):
         which = network, task, count
         title = f"{network}: {task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
-        text += [f"## {title}", "", f"{len(some['test'][1])} items.", "", *table(methods, "test")]
+        text += [
+            f"## {title}",
+            "",
+            f"{len(some['test'][1])} items.",
+            "",
+            *table(needs, methods, "test"),
+        ]
         for name, rows in published.items():
             acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
-            text.append(f"| {name}, published | | {acc} | {nll} | {ece} | | | | |")
+            text.append(f"| {name}, published | | | | {acc} | {nll} | {ece} | | | | |")
         text += ["", *paired(methods, kin, "test"), ""]
         runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
         if steps == min(runs_of) < max(runs_of):
@@ -423,7 +429,7 @@ def write_report(
             for m, found in methods.items()
         }
         text += [f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", ""]
-        text += [*table(asked, *away), "", *paired(asked, kin, *away), ""]
+        text += [*table(needs, asked, *away), "", *paired(asked, kin, *away), ""]
         text += ["ACC %, NLL and ECE %:", "", *each_task({d: asked for d in away}, own=True), ""]
         unsure = {
             method: {seed: found[seed] for seed in asked[method]}

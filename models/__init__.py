@@ -6,7 +6,6 @@ option out of its range, or a rank above a layer's size, raises ``ConfigurationE
 
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.models.factor_inducing import FactorInducing
-from pyro_blora.models.fisher_inducing import FisherInducing
 from pyro_blora.models.gaussian_factors import GaussianFactors
 from pyro_blora.models.hierarchical import Hierarchical
 from pyro_blora.models.kernel_inducing import KernelInducing
@@ -18,7 +17,6 @@ from pyro_blora.updates import LowRankUpdate
 
 __all__ = [
     "FactorInducing",
-    "FisherInducing",
     "GaussianFactors",
     "Hierarchical",
     "KernelInducing",

@@ -1,7 +1,6 @@
 """The contract of a prior: a Pyro model of the low-rank update of one group of layers."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -54,8 +53,6 @@ class UpdateModel(Options, PyroModule):
         point_epochs: epochs (at least 300 steps) after which the learning rate of directions and
             heads is zero, because no KL keeps them from memorizing. Default: never.
         no_start: why the prior cannot start at a given adapter; empty if it can.
-        gradient_ranks: the numbers ``(m_r, m_c)`` of directions of the network's gradients that
-            its method ``inform(Z_r, Z_c)`` must be given before training. Default: none.
 
     Example::
 
@@ -78,7 +75,6 @@ class UpdateModel(Options, PyroModule):
     learning_rates: ClassVar[dict[str, float]] = {}
     point_epochs: ClassVar[float | None] = None
     no_start: ClassVar[str] = "it does not define start_at(B, A)"
-    gradient_ranks: tuple[int, int] | None = None
     group: LayerGroup
 
     _plate: pyro.plate | None = None
@@ -103,17 +99,6 @@ class UpdateModel(Options, PyroModule):
                 "pyro.nn.PyroParam."
             )
         return bound
-
-    def warn_unless_informed(self) -> None:
-        """Warns if this prior still lacks the directions of the gradients."""
-        if self.gradient_ranks is not None and not self.informed:
-            warnings.warn(
-                f"group {self.group.name!r}: the directions of FisherInducing are random as yet. "
-                "Before a loop of your own call pyro_blora.inference.inform(blora, train, "
-                "collate=...), as pyro_blora.fit does. Pyro's parameter store does not hold them; "
-                "save_pretrained does.",
-                stacklevel=3,
-            )
 
     def setup(self, group: LayerGroup) -> None:
         """Registers the trainable tensors of this prior for ``group``."""

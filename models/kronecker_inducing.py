@@ -139,21 +139,16 @@ class KroneckerInducing(UpdateModel):
         D = self.noise_init * ones.unsqueeze(-1)
         self.D_r = PyroParam(D.expand(-1, m_r).clone(), constraints.positive)
         self.D_c = PyroParam(D.expand(-1, m_c).clone(), constraints.positive)
-        self._set_scale()
+        start = _usual_sigma(group) if self.sigma is None else self.sigma * ones
+        self.register_buffer("sigma_start", start, persistent=self.scale != "learned")
+        if self.scale == "learned":
+            self.sigma_ = PyroParam(start.clone(), constraints.positive)
         if self.conditional == "scaled":
             self.lambda_ = PyroParam(self.lambda_init * ones, constraints.positive)
 
     def _directions(self, side: str, m: int, d: int) -> Tensor:
         # Rows of norm about one: Z Z^T is near the identity, and D sets how far Q is from it.
         return self.randn(self.group.n, m, d) * d**-0.5
-
-    def _set_scale(self) -> None:
-        """Registers ``sigma_`` if it is learned, and its start."""
-        ones = torch.ones(self.group.n, device=self.group.device)
-        start = _usual_sigma(self.group) if self.sigma is None else self.sigma * ones
-        self.register_buffer("sigma_start", start, persistent=self.scale != "learned")
-        if self.scale == "learned":
-            self.sigma_ = PyroParam(start.clone(), constraints.positive)
 
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""

@@ -79,7 +79,6 @@ class Method:
 
 _KNOWN = (
     Method("bayesian-lora", "KroneckerInducing", "MatrixNormal", held_out=None),
-    Method("fisher", "FisherInducing", "MatrixNormal", held_out=None),
     Method(
         "lora",
         "GaussianFactors",

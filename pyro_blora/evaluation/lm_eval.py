@@ -77,7 +77,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         if samples is not None:
             num_samples, draw = draws_given(blora.model, samples)
         else:
-            warn_of_a_point(*parts, num_samples)
+            warn_of_a_point(blora.guide, num_samples)
             draw = draws_in_pairs(*parts)
         self.draws = [draw(1) for _ in range(num_samples)] or [sample_updates(*parts, 0)]
 

@@ -122,7 +122,7 @@ def generate(
                 f"generate takes no {name}, because each token must be one pass under the draws of "
                 "this call; leave it out."
             )
-    warn_of_a_point(model, guide, num_samples)
+    warn_of_a_point(guide, num_samples)
     device = model.groups[0].device
     input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
     if input_ids is not None:

@@ -1,6 +1,5 @@
 """Training and prediction loops."""
 
-from pyro_blora.inference.fisher import inform
 from pyro_blora.inference.fit import fit
 from pyro_blora.inference.learning_rates import RATES, optim_args, parameter_groups
 from pyro_blora.inference.loop import FitResult
@@ -12,7 +11,6 @@ __all__ = [
     "bayesianize",
     "finish",
     "fit",
-    "inform",
     "optim_args",
     "parameter_groups",
 ]

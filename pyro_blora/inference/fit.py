@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -192,8 +191,6 @@ def fit(
         settings = replace(settings, precision=run.precision)  # what "auto" was when it began
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
     reading |= {"precision": settings.precision, "progress": progress}
-    if wants_informing(blora) and not (run and run.found):  # the loop loads theirs
-        inform(blora, train, **reading)
     validate = None
     if validation is not None:
         samples = draws_of_evaluation(blora, eval_samples)

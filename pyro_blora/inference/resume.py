@@ -47,7 +47,7 @@ class TrainingState:
     ) -> None:
         self.folder, self.path = Path(folder), Path(folder) / STATE
         self.blora, self.stream = blora, stream
-        self.found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._run = _description(blora, settings, rates, data)
         self._prints = fingerprint(blora.net, blora.model.trained_heads.names)
         if not self.path.exists():  # "auto" may mean another precision on another machine
@@ -78,7 +78,7 @@ class TrainingState:
                 f"num_steps must be at least {steps}, which the run in {folder} has, got "
                 f"{settings.num_steps}."
             )
-        self.found = notes, tensors
+        self._found = notes, tensors
         claim(self.folder, own_files(self.folder) | {STATE})  # a copied folder has no manifest
 
     @property
@@ -88,9 +88,9 @@ class TrainingState:
 
     def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
         """Restores the saved state, if there was one, in the adapter, data and optimizer."""
-        if self.found is None:
+        if self._found is None:
             return
-        (notes, tensors), self.found = self.found, None
+        (notes, tensors), self._found = self._found, None
         with readable(self.path):
             self.blora.load_state_dict(_part(tensors, "adapter"))
             moments: dict[int, dict[str, Tensor]] = {}

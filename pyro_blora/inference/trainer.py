@@ -19,7 +19,6 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
 from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.inference.fisher import inform, wants_informing
 from pyro_blora.inference.learning_rates import (
     RATES,
     parameter_groups,
@@ -140,9 +139,6 @@ class BayesianLoRATrainer(Trainer):
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
         begin_training(self.blora)
         check_num_data(self.blora.likelihood, self._every)
-        if wants_informing(self.blora):
-            size = self.args.per_device_train_batch_size
-            inform(self.blora, self.train_dataset, collate=self.data_collator, batch_size=size)
         with self._in_mode(training=True):
             result = super().train(*arguments, **options)
         if self._held_out:

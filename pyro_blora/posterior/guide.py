@@ -214,10 +214,8 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
         )
 
 
-def warn_of_a_point(model: BayesianLoRAModel, guide: nn.Module, num_samples: int) -> None:
-    """Warns if a prior has no directions yet, or if a guide has no width and draws are taken."""
-    for group in model.groups:
-        getattr(model, group.name).warn_unless_informed()
+def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
+    """Warns if draws are taken of a guide that has no width yet."""
     if not num_samples:
         return
     if isinstance(guide, AutoLaplaceApproximation):

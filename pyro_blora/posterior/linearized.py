@@ -131,7 +131,7 @@ def untempered_logits(
     if linearized is None:
         linearized = method.linearized and samples is None and draws > 0
     if samples is None:
-        warn_of_a_point(model, guide, draws)
+        warn_of_a_point(guide, draws)
     elif linearized:
         raise ConfigurationError(
             "linearized must be False with samples=, got True; leave one of them out."

@@ -22,7 +22,7 @@ from pyro_blora.posterior.guide import draws_apart, posteriors_of
 from pyro_blora.posterior.linearized import predictive_logits, untempered_logits
 from pyro_blora.posterior.predictive import logits_of_draws, sample_updates
 
-_PRIOR_SD = 0.5  # of a temperature's logarithm
+_PRIOR_SD = 1.0  # of a temperature's logarithm
 _ROWS = 128  # distributions read from a batch, because a single number needs no more
 
 
@@ -57,7 +57,7 @@ def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
 
         \hat T = \arg\max_T \sum_i \log \tfrac1S \sum_s
         \mathrm{softmax}(z_{si} / T)_{y_i} + \log p(T), \qquad
-        \log T \sim \mathcal{N}(0, 0.5^2),
+        \log T \sim \mathcal{N}(0, 1),
 
     between 0.01 and 100. The prior keeps a few labels from moving it far.
     """

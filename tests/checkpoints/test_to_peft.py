@@ -34,10 +34,10 @@ EXPORTS = {
     "bert": (tiny.bert, {}),
     "score": (tiny.llama_classifier, {}),
 }
+OF_A_SHAPE = {"c_proj_16x16": models.KroneckerInducing(rank=(3, 5)), ".*": models.Subspace(rank=2)}
 # Besides: layers of different ranks, quantized weights, around a PeftModel, a head that is adapted
 MORE = {
-    # 16 x 16 and 64 x 16
-    "ranks": (tiny.gpt2, {"target_modules": ["c_proj"], "prior": models.FisherInducing(rank=20)}),
+    "ranks": (tiny.gpt2, {"target_modules": ["c_proj"], "prior": OF_A_SHAPE}),
     "int8": (tiny.llama, {}),
     "wrapped": (tiny.bert, {}),
     "target": (tiny.bert, {"target_modules": ["query", "classifier"]}),

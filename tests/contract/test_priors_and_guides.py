@@ -7,7 +7,6 @@ import pyro
 import pytest
 import tiny
 from own_classes import Plain, Spread
-from pyro.infer import TraceMeanField_ELBO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_blora.guides import MeanField
@@ -65,11 +64,9 @@ DRAWN += [(KroneckerInducing(rank=2), family) for family in FAMILIES.values()]
 @pytest.mark.parametrize(("prior", "family"), DRAWN, ids=repr)
 def test_no_draw_of_the_guide_or_the_prior_waits_for_the_host(prior, family):
     blora, batch = tiny.adapted(prior=prior, guide=family), tiny.sequences(4)
-    elbo = TraceMeanField_ELBO(4, blora.max_plate_nesting, vectorize_particles=True)
-    with pyro.validation_enabled(False):
-        elbo.loss(blora.model, blora.guide, batch)  # FisherInducing asks once
-        with Waits() as waits, pyro.plate("draws", 4, dim=-1 - blora.max_plate_nesting):
-            q = pyro.poutine.trace(blora.guide).get_trace(batch)
-            p = pyro.poutine.trace(pyro.poutine.replay(blora.model.updates, trace=q)).get_trace()
-            q.compute_log_prob(), p.compute_log_prob()
+    draws = pyro.plate("draws", 4, dim=-1 - blora.max_plate_nesting)
+    with pyro.validation_enabled(False), Waits() as waits, draws:
+        q = pyro.poutine.trace(blora.guide).get_trace(batch)
+        p = pyro.poutine.trace(pyro.poutine.replay(blora.model.updates, trace=q)).get_trace()
+        q.compute_log_prob(), p.compute_log_prob()
     assert waits.count == 0

@@ -147,14 +147,14 @@ def test_minus_the_density_of_a_point_may_be_negative(family):
 
 
 def test_steps_of_a_wide_guide_stay_at_the_elbo():
-    """By draws as by the closed form, where 256 entries of a layer are correlated."""
+    """By draws as by the closed form, where 128 entries of a layer are correlated."""
     torch.set_default_dtype(torch.float32)
-    blora = adapted(prior=models.FisherInducing(), guide=guides.FullRank())
+    blora = adapted(prior=models.KroneckerInducing(rank=(8, 16)), guide=guides.FullRank())
     svi = SVI(blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     for _ in range(6):
         loss = svi.step(BATCH)
     exact = TraceMeanField_ELBO().loss(blora.model, blora.guide, BATCH)
-    assert loss == pytest.approx(exact, abs=100)  # of 384 entries a draw has 14 nats of noise
+    assert loss == pytest.approx(exact, abs=100)  # of 256 entries a draw has 11 nats of noise
 
 
 class Sharpened(guides.MeanField):

@@ -201,19 +201,6 @@ def test_a_state_from_the_store_is_taken_whole(parts, local, tmp_path):
                 torch.testing.assert_close(ask(other), expected[name], msg=name)
 
 
-def test_directions_that_the_store_does_not_hold_are_told(tmp_path):
-    prior = models.FisherInducing(rank=2)
-    blora = tiny.adapted(prior=prior, num_data=4)
-    tiny.train(blora, ROWS, num_steps=2)
-    pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    other = tiny.adapted(prior=tiny.anew(prior), num_data=4)
-    pyro.get_param_store().load(tmp_path / "store")
-    for ask in QUESTIONS.values():
-        with pytest.warns(UserWarning, match=r"are random as yet.*store does not hold them"):
-            ask(other)
-
-
 # A posterior that depends on the input
 
 

@@ -1,11 +1,13 @@
-"""A small world in which LoRA is over-confident, because its labels cannot be learned."""
+"""Small worlds whose labels can be learned, and such where LoRA is over-confident of a coin."""
+
+import math
 
 import pytest
 import tiny
 import torch
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import LabelTokens, MultipleChoice
 
 
 def coin_flips(rows, seed):
@@ -35,3 +37,39 @@ def test_the_default_is_less_confident_than_lora_where_nothing_can_be_known(seed
     assert lora[1] > 0.7
     assert default[0] < lora[0] - 0.05
     assert default[1] < lora[1] - 0.05
+
+
+def questions(rows, seed, *, known):
+    """Three options of a token each, of which the right one is token 9 if it can be known."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, tiny.VOCABULARY, (rows, 3, 4), generator=generator)
+    ids[..., :3] = ids[:, :1, :3]  # the question
+    labels = torch.randint(3, (rows,), generator=generator)
+    if known:
+        ids[torch.arange(rows), labels, 3] = 9
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    scored[..., 3] = True
+    masks = {"attention_mask": torch.ones_like(ids), "option_mask": scored}
+    return {"input_ids": ids, **masks, "labels": labels}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_options_are_even_only_where_nothing_can_be_known(seed):
+    """The scale of the scores can neither collapse nor claim what is not there."""
+    net, nll, count = tiny.llama(), {}, 160
+    for known in (True, False):
+        torch.manual_seed(seed)
+        blora = BayesianLoRA(
+            net, target_modules="all-linear", likelihood=MultipleChoice(num_data=count)
+        )
+        rows = questions(count, seed, known=known)
+        train = [{key: value[i] for key, value in rows.items()} for i in range(count)]
+        fit(blora, train, num_steps=80, batch_size=8, seed=seed, progress=False)
+        new = questions(300, 100 + seed, known=known)
+        nll[known] = -float(blora.log_predictive(new).mean())
+        prediction = blora.predict(new)
+        if known:
+            assert (prediction.predictions == new["labels"]).float().mean() > 0.9
+        blora.unwrap()
+    assert nll[True] < 0.5
+    assert nll[False] < math.log(3) + 0.1

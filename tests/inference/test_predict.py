@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
-from pyro_blora.models import FisherInducing, KroneckerInducing
+from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.predictive import logits_of_draws, rows_of_a_pass
 
@@ -144,7 +144,7 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
     others, ends = {"name": ["a", "b"], "parts": [[1], [1, 2]]}, []
     for made in (tiny.collate, collate):
         torch.manual_seed(0)
-        blora = tiny.adapted(prior=FisherInducing(rank=2), guide=Laplace(), num_data=10)
+        blora = tiny.adapted(guide=Laplace(), num_data=10)
         tiny.train(blora, collate=made, validation=tiny.examples(8), seed=0)
         batch = made(tiny.examples(8))
         answers = {"mean": blora.predict(batch, 0).samples, "log": blora.log_predictive(batch, 0)}

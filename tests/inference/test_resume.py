@@ -23,7 +23,7 @@ from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.inference.loop import held_interrupts
 from pyro_blora.inference.resume import STATE
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
-from pyro_blora.models import FisherInducing, GaussianFactors, KroneckerInducing
+from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -68,7 +68,6 @@ def loader_of_choices():
 CASES = {
     "early best": (llama, {}, {**BEST, "length": length}),
     "likelihood": (multiple_choice, {}, {"rows": loader_of_choices}),
-    "informed": (llama, {"prior": FisherInducing(rank=2)}, {}),
     "ensemble": (llama, {"guide": Ensemble(members=3)}, BEST),
     "autoguide": (llama, {"guide": AutoNormal}, {"decay": "cosine"}),
     "shuffled by torch": (dropping, {}, {"rows": loader, "seed": None}),

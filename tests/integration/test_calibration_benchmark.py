@@ -1,6 +1,7 @@
 """The calibration benchmark in a small setting, by its own command, interrupted and continued."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pyro_blora.cli import comparison
 from pyro_blora.data import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("zero-shot", "lora", "lora-best", "dropout", "laplace-lora", "bayesian-lora")
+METHODS = ("zero-shot", "lora", "lora-best", "dropout-split", "laplace-lora", "bayesian-lora")
 FROM_LORA = ("bayesianize", "from-peft")
 
 
@@ -101,10 +102,23 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     config.write_text(yaml.safe_dump(settings))
     run("report", out, "--config", str(config))
     report = (out / "report.md").read_text()
-    assert "| a paper, published | | 55.0 | n/a | 4.0 |" in report
+    assert "| a paper, published | | | | 55.0 | n/a | 4.0 |" in report
     seeds = dict.fromkeys((*METHODS, "temperature:lora-best"), 2) | dict.fromkeys(FROM_LORA, 1)
-    assert [name for name, count in seeds.items() if f"| {name} | {count} |" not in report] == []
-    assert "NLL of `bayesian-lora` less that of" in report
+    found = set(re.findall(r"^\| ([\w:-]+) \| (\d+ \| \d+ \| \d) \| \d", report, re.MULTILINE))
+    draws = {
+        "bayesian-lora": 2,
+        "dropout-split": 2,
+        "laplace-lora": 2,
+        "from-peft": 2,
+        "bayesianize": 2,
+    }
+    expected = {
+        name: f"{8 if name.endswith('-best') else 0} | {draws.get(name, 1)} | {count}"
+        for name, count in seeds.items()
+    }
+    expected["temperature:lora-best"] = "8 | 1 | 2"
+    assert expected.items() <= found
+    assert "| `bayesian-lora` less | seeds |" in report
     assert "| lora | entropy | 2 | 50.0 | 50.0 ± 0.0 |" in report  # the other set is the test's own
     assert "| bayesian-lora | mutual information | 2 | 50.0 | 50.0 ± 0.0 |" in report
 
@@ -139,8 +153,8 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
         return found[0] - found[1]
 
     methods = {OURS: {0: {"test": (ours, labels)}}, "other": {0: {"test": (other, labels)}}}
-    row = paired(methods, set(), "test")[2]
-    mean, error = (float(row.split()[i]) for i in (7, 9))
+    (row,) = paired(methods, set(), "test")[2:]
+    mean, error = (float(number) for number in row.split("|")[5].split("±"))
     assert mean == pytest.approx(gap(torch.arange(2000)), abs=1e-4)
     anew = torch.tensor([gap(torch.randint(2000, (2000,))) for _ in range(200)])
     assert error == pytest.approx(float(anew.std()), rel=0.2)
@@ -188,6 +202,7 @@ def test_the_report_s_temperatures_are_of_validation_items(tmp_path):
         arrays |= {f"net-a-16-4-lora-0/{name}/{k}": array for k, array in columns.items()}
     np.savez(tmp_path / "probabilities.npz", **arrays)
     line = {"network": "net", "task": "a", "method": "lora", "steps": 4, "seed": 0, "max_train": 16}
-    runs, _ = read_runs([line], tmp_path)
+    runs, _, needs = read_runs([line | {"passes": 1}], tmp_path)
+    assert needs == {"lora": (0, 1), "temperature:lora": (20, 1)}
     probs, _ = runs["net", "a", 4, "16"]["temperature:lora"][0]["test"]
     torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]).to(probs), atol=1e-3, rtol=0)

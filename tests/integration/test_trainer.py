@@ -8,7 +8,7 @@ from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
-from pyro_blora import BayesianLoRA, guides, models
+from pyro_blora import BayesianLoRA, guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import CausalLM
@@ -31,16 +31,6 @@ def test_the_parts_of_the_loss_are_logged_and_rates_are_taken(tmp_path):
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
     usual = {"direction": RATES["direction"]}
     assert found == {**usual, **rates}
-
-
-def test_it_informs_a_prior_that_asks_for_it_once(tmp_path):
-    run = trainer(tmp_path, tiny.adapted(prior=models.FisherInducing(rank=2)), max_steps=1)
-    run.train()
-    prior = run.blora.model.q_proj
-    assert prior.informed
-    before = prior.Z_r.clone()
-    run.train()
-    assert torch.equal(prior.Z_r, before)
 
 
 def test_a_batch_may_be_accumulated(tmp_path):
