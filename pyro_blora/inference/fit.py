@@ -99,8 +99,9 @@ def fit(
         held_out: share of the examples that are kept out of the training, and at its end set the
             temperatures of predictions (:meth:`BayesianLoRA.calibrate
             <pyro_blora.BayesianLoRA.calibrate>`); :math:`N` is then the number of the others. A
-            ``DataLoader`` holds out nothing. Default: an eighth with ``MultipleChoice``, whose
-            scores have no scale of their own, and otherwise, and for a published method, 0.
+            ``DataLoader`` holds out nothing, with a warning. Default: an eighth with
+            ``MultipleChoice``, whose scores have no scale of their own, and otherwise, and for a
+            published method, 0.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes what is faster on the network's device. The variational part
             stays in single precision.
@@ -140,6 +141,8 @@ def fit(
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     rates = rate_overrides(blora, learning_rates)
+    share = share_to_hold_out(blora, train, held_out)
+    every, (train, held) = train, hold_out(train, share)
     settings = Settings(  # which checks what the loop reads; Objective checks its own
         num_steps=_steps(train, num_steps, num_epochs, batch_size),
         batch_size=batch_size,
@@ -149,7 +152,7 @@ def fit(
         num_particles=num_particles,
         elbo=elbo,
         kl_weight=kl_weight,
-        held_out=share_to_hold_out(blora, train, held_out),
+        held_out=share,
         precision=precision,
         validate_every=validate_every,
         eval_samples=eval_samples,
@@ -175,7 +178,6 @@ def fit(
     begin_training(blora)  # undoes a distill, and a post-hoc width, of an earlier training
     if seed is not None:
         torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
-    every, (train, held) = train, hold_out(train, settings.held_out)
     stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
     objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
     check_num_data(blora.likelihood, every)

@@ -64,8 +64,6 @@ class Settings:
             check_positive("max_grad_norm", self.max_grad_norm)
         if self.decay not in get_args(Decay):
             raise ConfigurationError(f"decay must be one of {get_args(Decay)}, got {self.decay!r}.")
-        if not 0 <= self.held_out < 1:
-            raise ConfigurationError(f"held_out must be a share in [0, 1), got {self.held_out}.")
         if not 0 <= self.warmup < 1:
             raise ConfigurationError(f"warmup must be a share in [0, 1), got {self.warmup}.")
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -43,14 +44,24 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
 
 def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     """The share of the training examples that calibrate: as passed, or the usual one."""
+    if share is not None and not 0 <= share < 1:
+        raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
     sized = hasattr(train, "__len__") and not isinstance(train, DataLoader)
+    usual = blora.method.held_out
+    usual = blora.likelihood.held_out if usual is None else usual
     if sized and blora.likelihood.has_classes:
-        share = blora.method.held_out if share is None else share
-        return blora.likelihood.held_out if share is None else share
+        return usual if share is None else share
     if share:
         raise ConfigurationError(
             f"held_out={share} must be of examples with classes, got a DataLoader or a likelihood "
             "of text; leave it out, and call blora.calibrate(data, collate) for classes."
+        )
+    if usual and share is None:
+        warnings.warn(
+            f"The scores of {type(blora.likelihood).__name__} need a temperature, and a DataLoader "
+            "holds no examples out for it: pass the examples themselves, or held_out=0.0 and call "
+            "blora.calibrate(data, collate) afterwards.",
+            stacklevel=4,
         )
     return 0.0
 

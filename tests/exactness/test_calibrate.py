@@ -1,5 +1,7 @@
 """The temperature of the average of draws, and the examples that set it and teach nothing else."""
 
+import warnings
+
 import numpy as np
 import pytest
 import tiny
@@ -121,8 +123,12 @@ def test_predictions_have_it_and_so_does_what_is_saved(tmp_path):
 def test_what_cannot_be_held_out_is_not():
     loader = DataLoader(items(), 4)
     blora = adapter()
-    fit(blora, loader, num_steps=1, progress=False)
+    with pytest.warns(UserWarning, match="The scores of MultipleChoice need a temperature"):
+        fit(blora, loader, num_steps=1, progress=False)
     assert blora.model.temperature == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(blora, loader, num_steps=1, held_out=0.0, progress=False)
     with pytest.raises(ConfigurationError, match=r"held_out=0.5 must be of examples with classes"):
         fit(blora, loader, num_steps=1, held_out=0.5, progress=False)
     with pytest.raises(ConfigurationError, match=r"held_out must be a share in \[0, 1\), got 1"):

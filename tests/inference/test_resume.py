@@ -60,14 +60,14 @@ def loader_of_its_own():
     return loader(generator=torch.Generator().manual_seed(9))
 
 
-def loader_of_choices():
+def choices():
     rows = tiny.choices(10)
-    return DataLoader([{k: v[i] for k, v in rows.items()} for i in range(10)], 4, shuffle=True)
+    return [{key: value[i] for key, value in rows.items()} for i in range(10)]
 
 
 CASES = {
     "early best": (llama, {}, {**BEST, "length": length}),
-    "likelihood": (multiple_choice, {}, {"rows": loader_of_choices}),
+    "held out": (multiple_choice, {}, {"rows": choices, "collate": None}),
     "ensemble": (llama, {"guide": Ensemble(members=3)}, BEST),
     "autoguide": (llama, {"guide": AutoNormal}, {"decay": "cosine"}),
     "shuffled by torch": (dropping, {}, {"rows": loader, "seed": None}),

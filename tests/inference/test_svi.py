@@ -41,6 +41,7 @@ def test_svi_takes_the_steps_of_fit(guide, elbo):
     loader = DataLoader(data, BATCH)
     made = [seeded(guide) for _ in range(2)]
     plain = {"warmup": 0.0, "decay": "constant", "max_grad_norm": None, "precision": "float32"}
+    plain["held_out"] = 0.0  # as in the loop
     result = fit(made[0], loader, num_steps=STEPS, **plain, progress=False)
     ours = [figures["loss"] for figures in result.history]
 
