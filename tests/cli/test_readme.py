@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 COMMAND = re.compile(r"^pyro-blora .*", re.MULTILINE)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-SMALLER = {"num_steps=300": "num_steps=2", "range(24, 30)": "[0]", "openbookqa": "facts"}
+SMALLER = {"num_steps=300": "num_steps=2", "sst2": "facts"}
 SMALLER |= {"max_train=400, max_test=300": "max_train=24, max_test=20"}
 SMALLER |= {"[:64]": "[:8]", "[:100]": "[:8]"}
 
