@@ -190,7 +190,7 @@ class _Training:
                 if from_lora and views[result.view].state == "last":
                     blora.export_peft(folder)
                 if views[result.view].state == "distilled":
-                    made["temperature"] = float(blora.model.temperature)
+                    made["temperature"] = float(blora.model.mean_temperature)
                 if result.view in named:
                     yield Outcome(named[result.view], result, made)
             for cell in from_lora:

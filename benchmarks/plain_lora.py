@@ -95,7 +95,7 @@ class PlainLoRA:
     def calibrate(self, held_out: Sequence[Any], collate: Collate, num_samples: int) -> None:
         """Sets the temperature of the average of draws by labels, as a ``BayesianLoRA`` does."""
         found, labels = self.predict_dataset(held_out, collate, num_samples, linearized=None)
-        self.temperature = temperature_of_draws(found.samples.log(), labels)
+        self.temperature = temperature_of_draws(found.samples.clamp_min(1e-38).log(), labels)
 
     def predict_dataset(
         self, data: Sequence[Any], collate: Collate, num_samples: int, **options: Any

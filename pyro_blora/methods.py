@@ -194,6 +194,8 @@ def trained_for(name: str) -> str:
 
 def check_method(name: str) -> None:
     """Raises ConfigurationError unless a comparison can have a row of this name."""
+    if name.startswith("split:") and name.removeprefix("split:") in SHOWN:
+        raise ConfigurationError(f"{name!r} must be split: and a method, such as split:lora.")
     get_method(trained_for(name))
 
 

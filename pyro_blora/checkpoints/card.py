@@ -81,6 +81,7 @@ def figures_of(result: Training, data: int | None) -> dict[str, str]:
         rows["settings"] = ", ".join(f"{name}={value}" for name, value in given.items())
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:
+        data -= int(getattr(result.settings, "held_out", 0.0) * data)  # which had no part in it
         nll, kl = (sum(f[key] for f in last) / len(last) for key in ("nll", "kl"))
         rows["ELBO"] = (
             f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "

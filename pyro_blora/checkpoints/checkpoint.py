@@ -82,7 +82,7 @@ def save_pretrained(
     """Writes an adapter: its tensors, its configuration, and a model card.
 
     The tensors are the parameters and buffers of the priors, the guide, the likelihood and the
-    trained heads, and the temperature of ``distill``. The configuration says how to rebuild them.
+    trained heads, and the temperatures. The configuration says how to rebuild them.
 
     Of the base it writes only the name on the hub and a few numbers that identify the weights. A
     kill at any moment leaves either the old adapter or the new one. Your own files are kept, and

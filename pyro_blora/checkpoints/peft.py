@@ -305,7 +305,7 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
     """Writes the posterior mean as one LoRA, or each of several draws, with the trained heads.
 
     The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
-    not written, so merge it into the base first. The temperature of :meth:`BayesianLoRA.distill` is
+    not written, so merge it into the base first. The temperature of the mean, or of the draws, is
     in the weights of a trained head. Without one it is in ``one_pass.json``, with a program that
     applies it in ``README.md``, and for text in ``generation_config.json``. Leftovers of an earlier
     export are removed, and your own files are kept, as in ``save_pretrained``.

@@ -100,13 +100,15 @@ def fit(
             temperatures of predictions (:meth:`BayesianLoRA.calibrate
             <pyro_blora.BayesianLoRA.calibrate>`); :math:`N` is then the number of the others. A
             ``DataLoader`` holds out nothing, with a warning. Default: an eighth with
-            ``MultipleChoice``, whose scores have no scale of their own, and otherwise, and for a
-            published method, 0.
+            ``MultipleChoice``, whose scores have no scale of their own; 0 otherwise, for a
+            published method, and after ``from_peft``. The choice is by the examples' places, so
+            train further on the same examples in the same order.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes what is faster on the network's device. The variational part
             stays in single precision.
         validation: examples, or a ``DataLoader`` of batches, on which the predictive NLL is
-            measured, the mean of ``-blora.log_predictive(batch, eval_samples)``.
+            measured, the mean of ``-blora.log_predictive(batch, eval_samples)``, without the
+            temperature, which is set at the end.
         validate_every: steps between validations.
         eval_samples: posterior draws in a validation; 0 is the posterior mean, which is faster.
             Default: as in ``predict``; 0 while a post-hoc guide is a point.
@@ -224,7 +226,7 @@ def fit(
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora):  # Laplace and Isotropic have no width yet
-        finish(blora, train, **reading)
+        finish(blora, train, **reading, held_out=len(held))
     if held:
         blora.calibrate(held, **reading)
     return result

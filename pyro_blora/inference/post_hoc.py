@@ -5,11 +5,12 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -46,7 +47,7 @@ def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> f
     """The share of the training examples that calibrate: as passed, or the usual one."""
     if share is not None and not 0 <= share < 1:
         raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
-    sized = hasattr(train, "__len__") and not isinstance(train, DataLoader)
+    sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
     usual = blora.method.held_out
     usual = blora.likelihood.held_out if usual is None else usual
     if sized and blora.likelihood.has_classes:
@@ -73,7 +74,9 @@ def hold_out(train: Any, share: float) -> tuple[Any, Any]:
         return train, ()
     chosen = set(random.Random(0).sample(range(len(train)), count))
     others = [i for i in range(len(train)) if i not in chosen]
-    return Subset(train, others), Subset(train, sorted(chosen))
+    # a data set of `datasets` keeps its columns, which a Trainer may sort by
+    part = getattr(train, "select", None) or partial(Subset, train)
+    return part(others), part(sorted(chosen))
 
 
 def begin_training(blora: BayesianLoRA) -> None:
@@ -176,12 +179,16 @@ def finish(
     batch_size: int = 8,
     precision: str = "auto",
     progress: bool | None = None,
+    held_out: int = 0,
 ) -> dict[str, float]:
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
 
     ``data`` is the training set for ``Laplace``, whose curvature is scaled to ``num_data``, and the
-    anchor set for ``Isotropic``. The options are those of ``fit``. Returns the figures of the
-    family: for ``Laplace`` the prior precision of each site, for ``Isotropic`` the width.
+    anchor set for ``Isotropic``. The options are those of ``fit``, but ``held_out`` is the number
+    of the ``num_data`` examples that were not in the training. Temperatures begin again at 1, so
+    :meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>` comes afterwards. Returns the
+    figures of the family: for ``Laplace`` the prior precision of each site, for ``Isotropic`` the
+    width.
     """
     families = post_hoc_families(blora)
     if not families:
@@ -202,7 +209,8 @@ def finish(
         return anchor_loss(blora, batches, num_samples)
 
     with running(blora, precision, training=False):
-        evidence = Evidence(all_scores, loss, blora.likelihood.num_data)
+        count = blora.likelihood.num_data
+        evidence = Evidence(all_scores, loss, None if count is None else count - held_out)
         return type(next(iter(families.values()))).finish(families, evidence)
 
 

@@ -32,6 +32,7 @@ from pyro_blora.inference.post_hoc import (
     begin_training,
     draws_of_evaluation,
     hold_out,
+    post_hoc_families,
     share_to_hold_out,
 )
 from pyro_blora.likelihoods import Batch
@@ -51,8 +52,10 @@ class BayesianLoRATrainer(Trainer):
 
     A checkpoint holds the adapter as ``save_pretrained`` writes it, which
     ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads, and the state of the ``Trainer``, but
-    nothing of the base. A post-hoc guide (``Laplace``) needs
-    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point.
+    nothing of the base. It has no temperature, which is set after the last step; what
+    ``save_model`` writes afterwards has it. A post-hoc guide (``Laplace``) needs
+    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point, and holds
+    nothing out.
 
     Args:
         model: the adapter.
@@ -96,7 +99,10 @@ class BayesianLoRATrainer(Trainer):
             args.ddp_find_unused_parameters = False
         use_one_gpu(args)
         every = options.get("train_dataset")
-        share = 0.0 if every is None else share_to_hold_out(model, every, held_out)
+        if every is None or (held_out is None and post_hoc_families(model)):
+            share = 0.0  # a width is found after the training, and a temperature after it
+        else:
+            share = share_to_hold_out(model, every, held_out)
         options["train_dataset"], self._held_out = hold_out(every, share)
         self._every = every
         objective = Objective(model, elbo, num_particles, held_out=len(self._held_out))

@@ -56,10 +56,10 @@ def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
     .. math::
 
         \hat T = \arg\max_T \sum_i \log \tfrac1S \sum_s
-        \mathrm{softmax}(z_{si} / T)_{y_i} + \log p(T), \qquad
-        \log T \sim \mathcal{N}(0, 1),
+        \mathrm{softmax}(z_{si} / T)_{y_i} + \log \mathcal{N}(\log T; 0, 1),
 
-    between 0.01 and 100. The prior keeps a few labels from moving it far.
+    between 0.01 and 100. The prior of its logarithm keeps a few labels from moving it far. Raises
+    ValueError if no temperature gives the labels a finite loss.
     """
     logits = logits.double()
     chosen = labels.long().expand(len(logits), -1).unsqueeze(-1)
@@ -72,11 +72,16 @@ def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
     # the sum may have several minima, so the best of a grid is refined
     step, best = 0.25, 0.0
     grid = [step * k for k in range(-18, 19)]
+    if not math.isfinite(loss(0.0)):
+        raise ValueError(
+            "Logits must be finite, or -inf at an absent choice that is not the label, got others; "
+            "look for NaN."
+        )
     while step > 1e-3:
         best = min(grid, key=loss)
         grid = [best + step * k / 4 for k in range(-4, 5)]
         step /= 4
-    return math.exp(best)
+    return min(max(math.exp(best), 0.01), 100.0)
 
 
 @torch.no_grad()
@@ -121,7 +126,7 @@ def calibrate(
     if not (likelihood.has_classes and model.enabled):
         raise ConfigurationError(
             f"calibrate must have a likelihood with classes and an adapter that is on, got "
-            f"{type(likelihood).__name__}; for text use distill, or leave the temperature at 1."
+            f"{type(likelihood).__name__}; call it outside of disable_adapter(), and not for text."
         )
     hide = None if progress is None else not progress
     batches = batches_of(data, collate, length, batch_size)

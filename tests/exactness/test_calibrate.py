@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from scipy.optimize import minimize_scalar
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from transformers import TrainingArguments
 
 from pyro_blora import BayesianLoRA, fit, guides
@@ -57,19 +58,22 @@ def test_it_minimizes_the_loss_of_the_average(scale, draws):
 
 
 def test_a_few_labels_move_it_little():
+    with pytest.raises(ValueError, match="look for NaN"):
+        temperature_of_draws(torch.tensor([[[0.0, -torch.inf]]]), torch.tensor([1]))
     logits = torch.tensor([[[3.0, 0.0], [3.0, 0.0]]])
     right, wrong = (temperature_of_draws(logits, torch.full((2,), k)) for k in (0, 1))
     assert 0.5 < right < 1 < wrong < 4
     assert temperature_of_draws(torch.zeros(2, 3, 4), torch.zeros(3).long()) == 1
 
 
-@pytest.mark.parametrize("trainer", [False, True])
-def test_the_examples_held_out_teach_nothing_and_the_others_have_the_elbo_of_their_number(trainer):
+@pytest.mark.parametrize("way", ["fit", "Laplace", "trainer"])
+def test_the_examples_held_out_teach_nothing_and_the_others_have_the_elbo_of_their_number(way):
     """Training with a quarter held out is training on the others, and then calibrating."""
     held, every = {0, 6, 12, 15}, items()  # what random.Random(0) samples
     data = [item for i, item in enumerate(every) if i not in held]
-    one, other = adapter(), adapter(N - 4)
-    if trainer:
+    parts = {"guide": guides.Laplace()} if way == "Laplace" else {}
+    one, other = adapter(**parts), adapter(N - 4, **parts)
+    if way == "trainer":
         args = TrainingArguments(
             "unused", max_steps=4, per_device_train_batch_size=4, save_strategy="no",
             report_to="none", disable_tqdm=True, use_cpu=True,
@@ -118,6 +122,27 @@ def test_predictions_have_it_and_so_does_what_is_saved(tmp_path):
     assert (read.model.temperature, read.model.mean_temperature) == temperatures
     fit(read, items(), num_steps=1, held_out=0.0, progress=False)
     assert read.model.temperature == read.model.mean_temperature == 1
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return N
+
+    def __iter__(self):
+        return iter(items())
+
+
+def test_a_trainer_holds_out_nothing_of_a_stream_or_before_a_width_is_found():
+    args = TrainingArguments("unused", report_to="none", use_cpu=True, max_steps=1)
+    how = {"args": args, "data_collator": default_collate}
+    with pytest.warns(UserWarning, match="need a temperature"):
+        BayesianLoRATrainer(adapter(), train_dataset=Stream(), **how)
+    made = BayesianLoRATrainer(adapter(guide=guides.Laplace()), train_dataset=items(), **how)
+    assert len(made.train_dataset) == N
+    columns = Dataset.from_list([{"labels": k, "length": k} for k in range(N)])
+    made = BayesianLoRATrainer(adapter(), train_dataset=columns, **how)
+    assert made.train_dataset.column_names == ["labels", "length"]
+    assert len(made.train_dataset) == N - 2
 
 
 def test_what_cannot_be_held_out_is_not():

@@ -59,7 +59,13 @@ def test_a_step_waits_for_the_device_a_few_times(monkeypatch, likelihood, batch,
         look = lambda x, own=own, name=name: waits.places.update([name]) or own(x)  # noqa: E731
         monkeypatch.setattr(torch.Tensor, name, look)
     with waits:
-        fit(blora, rows, num_steps=5, held_out=0.0, callback=lambda _: seen.append(Counter(waits.places)))
+        fit(
+            blora,
+            rows,
+            num_steps=5,
+            held_out=0.0,
+            callback=lambda _: seen.append(Counter(waits.places)),
+        )
     step = seen[4] - seen[3]
     assert sum(step.values()) <= most, step
 

@@ -203,6 +203,6 @@ def test_the_report_s_temperatures_are_of_validation_items(tmp_path):
     np.savez(tmp_path / "probabilities.npz", **arrays)
     line = {"network": "net", "task": "a", "method": "lora", "steps": 4, "seed": 0, "max_train": 16}
     runs, _, needs = read_runs([line | {"passes": 1}], tmp_path)
-    assert needs == {"lora": (0, 1), "temperature:lora": (20, 1)}
+    assert needs["net", "a", 4, "16"] == {"lora": (0, 1), "temperature:lora": (20, 1)}
     probs, _ = runs["net", "a", 4, "16"]["temperature:lora"][0]["test"]
     torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]).to(probs), atol=1e-3, rtol=0)
