@@ -443,6 +443,7 @@ def write_report(
             for method, found in doubted[network, task, steps, count].items()
         }
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
+    (out / "figures").mkdir(exist_ok=True)
     if pooled := list(on_all_tasks(runs)):
         most = max(pooled, key=lambda one: len(one[3]))
         draw(most[-1], out / "figures" / "reliability.png")
