@@ -22,7 +22,10 @@ from pyro_blora.posterior.guide import draws_apart, posteriors_of
 from pyro_blora.posterior.linearized import predictive_logits, untempered_logits
 from pyro_blora.posterior.predictive import logits_of_draws, sample_updates
 
-_PRIOR_SD = 1.0  # of a temperature's logarithm
+_NOT_FINITE = (
+    "Logits must be finite, or -inf at an absent choice that is not the label, got others; look "
+    "for NaN."
+)
 _ROWS = 128  # distributions read from a batch, because a single number needs no more
 
 
@@ -33,10 +36,7 @@ def best_temperature(excess: Tensor) -> float:
     that mean is its logit. The sum is convex in ``1 / T``. If every T is equally good, T is 1.
     """
     if not bool((excess < math.inf).all()):
-        raise ValueError(
-            "Logits must be finite, or -inf at an absent choice that is not the label, got others; "
-            "look for NaN."
-        )
+        raise ValueError(_NOT_FINITE)
     present = excess.masked_fill(excess.isneginf(), 0)  # the probability is 0 there
     if not present.any():
         return 1.0
@@ -67,16 +67,13 @@ def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         logp = (logits / math.exp(log_temperature)).log_softmax(-1).gather(-1, chosen).squeeze(-1)
         nll = math.log(len(logp)) * logp.shape[1] - float(logp.logsumexp(0).sum())
-        return nll + 0.5 * (log_temperature / _PRIOR_SD) ** 2
+        return nll + 0.5 * log_temperature**2
 
+    if not math.isfinite(loss(0.0)):
+        raise ValueError(_NOT_FINITE)
     # the sum may have several minima, so the best of a grid is refined
     step, best = 0.25, 0.0
     grid = [step * k for k in range(-18, 19)]
-    if not math.isfinite(loss(0.0)):
-        raise ValueError(
-            "Logits must be finite, or -inf at an absent choice that is not the label, got others; "
-            "look for NaN."
-        )
     while step > 1e-3:
         best = min(grid, key=loss)
         grid = [best + step * k / 4 for k in range(-4, 5)]
@@ -139,7 +136,9 @@ def calibrate(
                 raise BatchError("A batch must have labels to calibrate by, got none; add them.")
             mean = next(logits_of_draws(model, guide, batch, 0))
             likelihood.check_labels(labels, mean[0])
-            drawn = torch.cat([*untempered_logits(model, guide, method, batch, draws)])
+            drawn = mean  # of a point, which needs no second pass
+            if draws:
+                drawn = torch.cat([*untempered_logits(model, guide, method, batch, draws)])
             found.append((mean.cpu(), drawn.cpu(), labels.cpu()))
     by_mean, by_draws, of = zip(*found, strict=True)
     model.temperature.fill_(temperature_of_draws(_joined(by_draws), torch.cat(of)))
