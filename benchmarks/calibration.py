@@ -108,27 +108,26 @@ def trial_key(line: Line) -> str:
 def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str, str], int]:
     """The trial of each network and method with the lowest mean NLL on the development tasks.
 
-    A trial must have run on every development task and seed. A network without development tasks
-    takes the choices of the first network.
+    Only a development task on which every trial of a method has run counts for it. A network may
+    take the choices of another one, that of its ``like``.
     """
     where = settings["development"]
     tried = {trial_key(line): line["nll"] for line in trials}
     chosen = {}
     for network, method in product(settings["networks"], settings["methods"]):
-        of = network if network in where["networks"] else next(iter(where["networks"]))
-        base, means = base_of(method, settings), {}
+        of = settings["networks"][network].get("like", network)
+        base = base_of(method, settings)
         starts_from_lora = settings["methods"][method].get("state") == "from-lora"
         tuned = base if starts_from_lora else method
-        runs = [
-            Cell(of, task, tuned, where["steps"], seed, None)
-            for task, seed in product(where["networks"][of], where["seeds"])
-        ]
-        for trial in range(len(settings["methods"][base].get("trials", []))):
-            found = [tried.get(trial_key(trial_of(cell, trial, settings))) for cell in runs]
-            if None not in found:
-                means[trial] = sum(found)
-        if means:
-            chosen[network, method] = min(means, key=means.__getitem__)
+        count = len(settings["methods"][base].get("trials", []))
+        means = np.zeros(count)
+        for task, seed in product(where["networks"][of], where["seeds"]):
+            cell = Cell(of, task, tuned, where["steps"], seed, None)
+            keys = [trial_key(trial_of(cell, trial, settings)) for trial in range(count)]
+            if tried.keys() >= set(keys):
+                means += [tried[key] for key in keys]
+        if means.any():
+            chosen[network, method] = int(means.argmin())
     return chosen
 
 

