@@ -264,7 +264,7 @@ def tune(
             cells = [
                 Cell(network, task, name, where["steps"], seed, settings["max_train"])
                 for name in family
-                if asked(network, base, task)
+                if asked(network, name, task)
             ]
             cells = [c for c in cells if trial_key(trial_of(c, trial, settings)) not in done]
             tried = with_trial(settings, base, trial)
