@@ -326,7 +326,8 @@ def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT, model: Model
             for of in used
             for name, row in settings.get("published", {}).get(of, {}).items()
         }
-        write_report(cells, out, kin_of(OURS, settings), published)
+        apart = settings["sweeps"].get("cannot", {}).get("tasks", [])
+        write_report(cells, out, kin_of(OURS, settings), published, apart)
 
 
 if __name__ == "__main__":

@@ -104,28 +104,48 @@ def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted, dict[Key, Needs]]
     return runs, doubted, needs
 
 
-def on_all_tasks(runs: Runs) -> Iterator[tuple[str, int, str, list[str], Methods]]:
-    """For each setting its tasks, and the test predictions of the methods that ran on all."""
-    for network, steps, count in sorted({(key[0], *key[2:]) for key in runs}):
-        tasks = {
-            k[1]: found for k, found in runs.items() if (k[0], *k[2:]) == (network, steps, count)
-        }
+def on_all_tasks(
+    runs: Runs, apart: Collection[str]
+) -> Iterator[tuple[str, int, str, list[str], Methods]]:
+    """For each setting its tasks, and the test predictions of the methods that ran on all.
+
+    Tasks that stand ``apart`` are a setting of their own.
+    """
+
+    def setting(key: Key) -> tuple[str, int, str, bool]:
+        return key[0], *key[2:], key[1] in apart
+
+    for found in sorted({setting(key) for key in runs}):
+        network, steps, count, _ = found
+        tasks = {key[1]: methods for key, methods in runs.items() if setting(key) == found}
         if len(tasks) < 2:
             continue
         pooled: dict[str, dict[int, Run]] = {}
-        for method in sorted(set.intersection(*(set(found) for found in tasks.values()))):
-            seeds = set.intersection(*(set(found[method]) for found in tasks.values()))
+        for method in sorted(set.intersection(*map(set, tasks.values()))):
+            seeds = set.intersection(*(set(methods[method]) for methods in tasks.values()))
             pooled[method] = {
-                seed: {task: found[method][seed]["test"] for task, found in tasks.items()}
+                seed: {task: methods[method][seed]["test"] for task, methods in tasks.items()}
                 for seed in seeds
             }
         yield network, steps, count, sorted(tasks), pooled
 
 
-def summary(runs: Runs, kin: Collection[str], needs: Mapping[Key, Needs]) -> list[str]:
+def add_uniform(methods: dict[str, dict[int, Run]], needs: Needs) -> None:
+    """Adds a method without parameters, which gives every option the same probability."""
+    some: Mapping[int, Run] = next(iter(methods.values()))
+    needs["uniform"] = 0, 0
+    methods["uniform"] = {
+        seed: {name: ((p > 0) / (p > 0).sum(-1, keepdim=True), y) for name, (p, y) in run.items()}
+        for seed, run in some.items()
+    }
+
+
+def summary(
+    runs: Runs, kin: Collection[str], needs: Mapping[Key, Needs], apart: Collection[str]
+) -> list[str]:
     """Means over the tasks of each setting, for the methods that have run on all of them."""
     text = []
-    for network, steps, count, tasks, pooled in on_all_tasks(runs):
+    for network, steps, count, tasks, pooled in on_all_tasks(runs, apart):
         several = {name: seeds for name, seeds in pooled.items() if len(seeds) > 1}
         first = {name: {0: seeds[0]} for name, seeds in pooled.items() if 0 in seeds}
         all_needs = [needs[network, task, steps, count] for task in tasks]
@@ -394,15 +414,20 @@ def write_report(
     out: Path,
     kin: Collection[str],
     published: Mapping[str, Mapping[str, str]],
+    apart: Collection[str],
 ) -> None:
     """Writes ``report.md``, and figures of the setting with most tasks and of single passes.
 
-    ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task.
+    ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task. Tasks
+    that stand ``apart`` are compared with a uniform answer, and are in no mean of other tasks.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
     runs, doubted, needs = read_runs(lines, out)
-    text += summary(runs, kin, needs)
+    for key in runs:
+        if key[1] in apart:
+            add_uniform(runs[key], needs[key])
+    text += summary(runs, kin, needs, apart)
     for (network, task, steps, count), methods in sorted(runs.items()):
         which = network, task, count
         title = f"{network}: {task}, {count} training items, {steps} steps"
@@ -444,7 +469,7 @@ def write_report(
         }
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
     (out / "figures").mkdir(exist_ok=True)
-    if pooled := list(on_all_tasks(runs)):
+    if pooled := list(on_all_tasks(runs, apart)):
         most = max(pooled, key=lambda one: len(one[3]))
         draw(most[-1], out / "figures" / "reliability.png")
         draw_nll(most[-1], out / "figures" / "nll.png")

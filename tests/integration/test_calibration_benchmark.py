@@ -160,13 +160,13 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
     assert error == pytest.approx(float(anew.std()), rel=0.2)
 
 
-def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_tasks():
+def test_a_trial_is_chosen_by_its_mean_on_the_development_tasks_that_saw_all_trials():
     from calibration import chosen_trials, with_trial
 
     trials = [{"fit": {"learning_rates": rate}} for rate in (1.0, 2.0, 3.0)]
     settings = {
-        "networks": {"small": {}, "all": {}},
-        "development": {"networks": {"small": ["a", "b"]}, "seeds": [0], "steps": 4},
+        "networks": {"small": {}, "all": {"like": "small"}, "other": {}},
+        "development": {"networks": {"small": ["a", "b"], "other": []}, "seeds": [0], "steps": 4},
         "methods": {
             "lora": {"trials": trials},
             "lora-best": {"of": "lora"},
@@ -174,7 +174,10 @@ def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_ta
             "map": {},
         },
     }
-    nlls = {"lora": [(0.5, 0.9), (0.6, 0.6), (0.1, None)], "lora-best": [(0.3, 0.3), (0.4, 0.4)]}
+    nlls = {  # of b one trial of lora is missing
+        "lora": [(0.5, 0.9), (0.4, 0.9), (0.6, None)],
+        "lora-best": [(0.3, 0.3), (0.4, 0.1), (0.5, 0.9)],
+    }
     lines = [
         {"network": "small", "method": method, "trial": trial, "task": task, "seed": 0, "steps": 4}
         | {"nll": nll, "settings": with_trial(settings, "lora", trial)["methods"]["lora"]}
@@ -183,12 +186,27 @@ def test_a_trial_is_chosen_by_its_mean_on_validation_items_of_all_development_ta
         for task, nll in zip("ab", both, strict=True)
         if nll is not None
     ]
-    expected = {"lora": 1, "lora-best": 0, "from-peft": 1}  # which begins at the last step
+    expected = {"lora": 1, "lora-best": 1, "from-peft": 1}  # which begins at the last step
     assert chosen_trials(settings, lines) == {
         (network, name): trial for network in ("small", "all") for name, trial in expected.items()
     }
     lines = [{**line, "steps": 8} for line in lines]  # of another budget
     assert chosen_trials(settings, lines) == {}
+
+
+def test_a_task_that_stands_apart_is_in_no_mean_and_beside_a_uniform_answer():
+    from calibration_report import add_uniform, on_all_tasks
+
+    probs = torch.tensor([[0.2, 0.8, 0.0], [0.5, 0.3, 0.2]])
+    run = {0: {"test": (probs, torch.tensor([0, 1]))}}
+    runs = {("net", task, 4, "16"): {"lora": run} for task in "abcd"}
+    needs = {}
+    for key in list(runs)[2:]:
+        add_uniform(runs[key], needs)
+    found = [(tasks, sorted(methods)) for *_, tasks, methods in on_all_tasks(runs, "cd")]
+    assert found == [(["a", "b"], ["lora"]), (["c", "d"], ["lora", "uniform"])]
+    uniform, _ = runs["net", "c", 4, "16"]["uniform"][0]["test"]
+    torch.testing.assert_close(uniform, torch.tensor([[0.5, 0.5, 0.0], [1 / 3] * 3]))
 
 
 def test_the_report_s_temperatures_are_of_validation_items(tmp_path):
