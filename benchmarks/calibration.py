@@ -230,7 +230,7 @@ def keep(outcome: Outcome, settings: Settings, trial: int | None, out: Path, cod
         "trial": trial,
         "metrics": {name: asdict(found) for name, found in result.metrics.items()},
         "parameters": result.parameters,
-        "passes": result.predictions["test"][0].num_samples,
+        "passes": result.passes,
         "seconds": round(result.fitted.seconds, 1),
         "settings": settings["methods"][base_of(cell.method, settings)],
         "made": outcome.made,

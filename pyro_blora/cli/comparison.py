@@ -56,6 +56,7 @@ class Result:
     view: str
     predictions: dict[str, tuple[Prediction, Tensor]]
     metrics: dict[str, Metrics]
+    passes: int
     fitted: FitResult
     parameters: int
 
@@ -134,7 +135,12 @@ def train_and_score(
                 metrics = {
                     key: evaluate(p.probs, labels) for key, (p, labels) in predictions.items()
                 }
-                found[view] = predictions, metrics
+                (first, _), linear = next(iter(predictions.values())), view.linearized
+                if linear is None and view.num_samples:
+                    linear = getattr(blora, "method", None) and blora.method.linearized
+                # of a linearization one forward and a backward for each class but the first
+                passes = first.probs.shape[-1] if linear else first.num_samples
+                found[view] = predictions, metrics, passes
             yield Result(name, *found[view], fitted, blora.trainable_parameters)
     finally:
         blora.unwrap()
@@ -210,8 +216,10 @@ def _row(result: Result, seed: int, num_validation: int) -> Row:
         probs, numbers = (probs.log() / temperature).softmax(-1), numbers + 1
         scores = evaluate(probs, labels)
     s = (scores.acc, scores.ece, scores.nll, scores.brier, scores.n)
-    passes, used = prediction.num_samples, num_validation if beside else 0
-    return Row(result.view, seed, *s, used, passes, result.fitted.seconds, numbers, probs, labels)
+    used = num_validation if beside else 0
+    return Row(
+        result.view, seed, *s, used, result.passes, result.fitted.seconds, numbers, probs, labels
+    )
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
