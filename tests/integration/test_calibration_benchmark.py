@@ -46,7 +46,7 @@ def config(tmp_path):
     settings = yaml.safe_load((ROOT / "benchmarks" / "calibration.yaml").read_text())
     settings |= {"rank": 2, "best_every": 2}
     net = {"model": str(tmp_path / "net"), "blocks": 1, "target_modules": ["q_proj", "v_proj"]}
-    settings["networks"] = {"tiny": net, "tiny-all": {**net, "blocks": 0}}
+    settings["networks"] = {"tiny": net, "tiny-all": {**net, "blocks": 0, "like": "tiny"}}
     settings["methods"] = {name: settings["methods"][name] for name in (*METHODS, *FROM_LORA)}
     settings["methods"]["bayesian-lora"]["guide"] = {"init_scale": 1.0}  # few steps
     cells = {"tasks": ["facts"], "steps": [300], "seeds": [0, 1]}
@@ -64,7 +64,7 @@ def config(tmp_path):
 def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_path):
     small = ["--config", str(config), "--smoke"]
     out = tmp_path / "results"
-    run("tune", out, *small, "--only", "lora", "--only", "facts")
+    run("tune", out, *small, "--only", "lora", "--only", "lora-best", "--only", "facts")
     trials = len(yaml.safe_load(config.read_text())["methods"]["lora"]["trials"])
     tried = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert len(tried) == 2 * trials  # last, best
@@ -105,15 +105,11 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     assert "| a paper, published | | | | 55.0 | n/a | 4.0 |" in report
     seeds = dict.fromkeys((*METHODS, "temperature:lora-best"), 2) | dict.fromkeys(FROM_LORA, 1)
     found = set(re.findall(r"^\| ([\w:-]+) \| (\d+ \| \d+ \| \d) \| \d", report, re.MULTILINE))
-    draws = {
-        "bayesian-lora": 2,
-        "dropout-split": 2,
-        "laplace-lora": 2,
-        "from-peft": 2,
-        "bayesianize": 2,
-    }
+    options = len(load_task("facts").test[0].choices)
+    passes = dict.fromkeys(("bayesian-lora", "dropout-split", "from-peft"), 2)  # a draw each
+    passes |= dict.fromkeys(("laplace-lora", "bayesianize"), options)  # linearized
     expected = {
-        name: f"{8 if name.endswith('-best') else 0} | {draws.get(name, 1)} | {count}"
+        name: f"{8 if name.endswith('-best') else 0} | {passes.get(name, 1)} | {count}"
         for name, count in seeds.items()
     }
     expected["temperature:lora-best"] = "8 | 1 | 2"
