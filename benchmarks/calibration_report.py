@@ -132,11 +132,11 @@ def on_all_tasks(
 
 def add_uniform(methods: dict[str, dict[int, Run]], needs: Needs) -> None:
     """Adds a method without parameters, which gives every option the same probability."""
-    some: Mapping[int, Run] = next(iter(methods.values()))
+    runs = {seed: run for seeds in methods.values() for seed, run in seeds.items()}
     needs["uniform"] = 0, 0
     methods["uniform"] = {
         seed: {name: ((p > 0) / (p > 0).sum(-1, keepdim=True), y) for name, (p, y) in run.items()}
-        for seed, run in some.items()
+        for seed, run in runs.items()
     }
 
 
@@ -429,7 +429,7 @@ def write_report(
             add_uniform(runs[key], needs[key])
     text += summary(runs, kin, needs, apart)
     for (network, task, steps, count), methods in sorted(runs.items()):
-        which = network, task, count
+        which, needed = (network, task, count), needs[network, task, steps, count]
         title = f"{network}: {task}, {count} training items, {steps} steps"
         some = next(iter(next(iter(methods.values())).values()))
         text += [
@@ -437,7 +437,7 @@ def write_report(
             "",
             f"{len(some['test'][1])} items.",
             "",
-            *table(needs[network, task, steps, count], methods, "test"),
+            *table(needed, methods, "test"),
         ]
         for name, rows in published.items():
             acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
@@ -456,12 +456,7 @@ def write_report(
             for m, found in methods.items()
         }
         text += [f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", ""]
-        text += [
-            *table(needs[network, task, steps, count], asked, *away),
-            "",
-            *paired(asked, kin, *away),
-            "",
-        ]
+        text += [*table(needed, asked, *away), "", *paired(asked, kin, *away), ""]
         text += ["ACC %, NLL and ECE %:", "", *each_task({d: asked for d in away}, own=True), ""]
         unsure = {
             method: {seed: found[seed] for seed in asked[method]}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_blora.data.items import item_length
 from pyro_blora.inference.loop import FitResult, Settings, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.methods import METHODS
 from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Batches, Collate, to_device
@@ -26,6 +27,8 @@ class PlainLoRA:
     twice the rank, so that the update is ``2 B A``. The ``dropout`` of the inputs of ``A`` is on in
     training, and in prediction if there are draws (Gal, Ghahramani 2016, arXiv:1506.02142).
     """
+
+    method = METHODS["lora"]
 
     def __init__(
         self,

@@ -135,11 +135,11 @@ def train_and_score(
                 metrics = {
                     key: evaluate(p.probs, labels) for key, (p, labels) in predictions.items()
                 }
-                (first, _), linear = next(iter(predictions.values())), view.linearized
-                if linear is None and view.num_samples:
-                    linear = getattr(blora, "method", None) and blora.method.linearized
-                # of a linearization one forward and a backward for each class but the first
-                passes = first.probs.shape[-1] if linear else first.num_samples
+                linear = blora.method.linearized if view.linearized is None else view.linearized
+                first, _ = next(iter(predictions.values()))
+                passes = first.num_samples
+                if linear and view.num_samples:  # a forward, and a backward for each other class
+                    passes = first.probs.shape[-1]
                 found[view] = predictions, metrics, passes
             yield Result(name, *found[view], fitted, blora.trainable_parameters)
     finally:

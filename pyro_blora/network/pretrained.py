@@ -98,11 +98,15 @@ def load_network(
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """The path or hub id for transformers' ``from_pretrained``, and its further arguments."""
-    if name != "smollm2" and Path(name).suffix != ".gguf":
+    file = Path(name)
+    if name == "smollm2":
+        found = _smollm2_files()
+        if not found:
+            raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
+        file = found[0]
+    elif file.suffix != ".gguf":
         return name, {}
-    for file in _smollm2_files() if name == "smollm2" else [Path(name)]:
-        return str(file.parent), {"gguf_file": file.name}
-    raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
+    return str(file.parent), {"gguf_file": file.name}
 
 
 def _check_reachable(name: str) -> None:
