@@ -34,7 +34,7 @@ COLUMNS = {  # title, factor, digits
     "aurc": ("AURC %", 100, 1),
 }
 KINDS = ("entropy", "mutual information")
-TITLES = {"lora": "LoRA", "lora-best": "LoRA, best step", "bayesian-lora": "BayesianLoRA(net)"}
+TITLES = {"lora": "LoRA", "lora-split": "LoRA, split", "bayesian-lora": "BayesianLoRA(net)"}
 PASSES = {  # how they are called and drawn; x is a little beside 1 so that none hides another
     "lora": ("LoRA", 0.85, "s", "#d9484a"),
     "bayesian-lora-mean": ("posterior mean", 1, "v", "#c9872b"),
@@ -334,19 +334,20 @@ def joined(parts: Iterable[Pair]) -> Pair:
     return torch.cat([pad(p, (0, most - p.shape[1])) for p in probs]), torch.cat(labels)
 
 
-def draw(methods: Methods, path: Path) -> None:
-    """Reliability diagrams of all seeds and tasks pooled; the titles have the means over tasks."""
-    pairs = {
-        TITLES.get(name, name): [pair for run in methods[name].values() for pair in run.values()]
-        for name in ("lora", OURS)
-        if methods.get(name)
-    }
-    figure = reliability_diagram({name: joined(each) for name, each in pairs.items()})
-    for axes, each in zip(figure.axes, pairs.values(), strict=False):  # those below have none
-        metrics = [asdict(evaluate(*pair)) for pair in each]
-        acc, ece, nll = (shown(metrics, key) for key in ("acc", "ece", "nll"))
-        axes.set_title(f"ECE {ece} %   ACC {acc} %\nNLL {nll}", fontsize=8)
-    figure.savefig(path, dpi=200, bbox_inches="tight")
+def draw(runs: Runs, network: str, path: Path) -> None:
+    """Reliability diagrams of a network; all seeds are pooled, and the tasks of one setting."""
+    settings: dict[tuple[int, str], list[Methods]] = defaultdict(list)
+    for key, methods in runs.items():
+        if key[0] == network and {"lora", OURS} <= set(methods):
+            settings[key[2:]].append(methods)
+    for most in sorted(settings.values(), key=len)[-1:]:
+        shown = [name for name in TITLES if all(name in methods for methods in most)]
+        pairs = {
+            TITLES[name]: joined(run["test"] for methods in most for run in methods[name].values())
+            for name in shown
+        }
+        figure = reliability_diagram(pairs)
+        figure.savefig(path, dpi=200, bbox_inches="tight")
 
 
 def draw_nll(methods: Methods, path: Path) -> None:
@@ -416,7 +417,7 @@ def write_report(
     published: Mapping[str, Mapping[str, str]],
     apart: Collection[str],
 ) -> None:
-    """Writes ``report.md``, and figures of the setting with most tasks and of single passes.
+    """Writes ``report.md``, and figures of each network, all methods and single passes.
 
     ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task. Tasks
     that stand ``apart`` are compared with a uniform answer, and are in no mean of other tasks.
@@ -447,8 +448,8 @@ def write_report(
         if steps == min(runs_of) < max(runs_of):
             text += [f"## {network}: {task}, {count} training items: NLL by seed", ""]
             text += [*after_steps(runs_of), ""]
-        met = [set(run) for seeds in methods.values() for run in seeds.values()]
-        away = sorted(set().union(*met) - {"test", "validation"})
+        met = [set(run) for seeds in methods.values() for run in seeds.values() if len(run) > 2]
+        away = sorted(set.intersection(*met) - {"test", "validation"}) if met else []
         if not away:
             continue
         asked = {
@@ -464,9 +465,11 @@ def write_report(
         }
         text += ["Told from the task's own, AUROC %:", "", *told_apart(unsure, away), ""]
     (out / "figures").mkdir(exist_ok=True)
+    learned = {key: methods for key, methods in runs.items() if key[1] not in apart}
+    for network in {key[0] for key in learned}:
+        draw(learned, network, out / "figures" / f"{network}.png")
     if pooled := list(on_all_tasks(runs, apart)):
         most = max(pooled, key=lambda one: len(one[3]))
-        draw(most[-1], out / "figures" / "reliability.png")
         draw_nll(most[-1], out / "figures" / "nll.png")
     both = ("bayesian-lora", "bayesian-lora-distilled")
     if one_pass := {
