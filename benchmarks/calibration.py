@@ -109,7 +109,7 @@ def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str,
     """The trial of each network and method with the lowest mean NLL on the development tasks.
 
     Only a development task on which every trial of a method has run counts for it. A network may
-    take the choices of another one, that of its ``like``.
+    take the choices of another one, that of its ``like``, and some of another method.
     """
     where = settings["development"]
     tried = {trial_key(line): line["nll"] for line in trials}
@@ -119,6 +119,7 @@ def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str,
         base = base_of(method, settings)
         starts_from_lora = settings["methods"][method].get("state") == "from-lora"
         tuned = base if starts_from_lora else method
+        tuned = settings["networks"][of].get("choices", {}).get(tuned, tuned)
         count = len(settings["methods"][base].get("trials", []))
         means = np.zeros(count)
         for task, seed in product(where["networks"][of], where["seeds"]):
