@@ -22,7 +22,7 @@ from pyro_blora.cli.comparison import Result, View, train_and_score
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
 from pyro_blora.inference.post_hoc import hold_out
-from pyro_blora.likelihoods import Batch, Likelihood, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
 
@@ -108,7 +108,7 @@ class _Training:
         self.settings = settings = settings | settings["networks"][cell.network]
         name = self.methods[cell.method].get("of", cell.method)
         self.method = {"method": name, **self.methods[name]}
-        self.fit = self.method.get("fit", {}) | settings.get("fit", {}).get(name, {})
+        self.fit = self.method.get("fit", {})
         self.task = self._task(cell.task)
         self.is_classifier = settings["model"] == "minilm"
         classes = len(self.task.test[0].choices) if self.is_classifier else 0
@@ -151,12 +151,11 @@ class _Training:
             "labels": torch.tensor([item.label for item in items]),
         }
 
-    def likelihood(self, **options: Any) -> Likelihood:
-        """A new one for each adapter, which may train it."""
+    def likelihood(self) -> Likelihood:
+        """A new one for each adapter, which may change it."""
         if self.is_classifier:
             return SequenceClassification(num_data=len(self.task.train))
-        made = self.task.likelihood(self.collate)
-        return type(made)(**made.options() | options) if isinstance(made, MultipleChoice) else made
+        return self.task.likelihood(self.collate)
 
     def scored(
         self, blora: Any, views: dict[str, View], steps: int, **options: Any
@@ -182,7 +181,7 @@ class _Training:
             rank=settings["rank"],
             target_modules=settings["target_modules"],
             layers_to_transform=self.blocks,
-            likelihood=self.likelihood(**method.get("likelihood", {})),
+            likelihood=self.likelihood(),
         )
         options = {"batch_size": settings["batch_size"], "validate_every": settings["best_every"]}
         options |= self.fit
@@ -255,7 +254,7 @@ class _Training:
         )
         if held_out:
             lora.calibrate(held_out, self.collate, settings["num_samples"])
-        views = {str(cell): View("last", settings["num_samples"]) for cell in cells}
+        views = {str(cell): View("last", settings["num_samples"], False) for cell in cells}
         for cell, result in zip(cells, self.scored(lora, views, 0), strict=True):
             result.fitted = fitted
             yield Outcome(cell, result, {})

@@ -10,10 +10,11 @@ from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from pyro_blora.data.items import item_length
+from pyro_blora.inference.learning_rates import RATES
 from pyro_blora.inference.loop import FitResult, Settings, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.methods import METHODS
 from pyro_blora.network.adapter import Frozen, in_mode
+from pyro_blora.network.targets import head_names
 from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Batches, Collate, to_device
 from pyro_blora.posterior.prediction import Prediction, predict_dataset
@@ -24,11 +25,10 @@ class PlainLoRA:
     """A PEFT LoRA adapter by maximum likelihood, which predicts as a ``BayesianLoRA`` does.
 
     PEFT puts its layers into the network, and :meth:`unwrap` takes them out. Its ``lora_alpha`` is
-    twice the rank, so that the update is ``2 B A``. The ``dropout`` of the inputs of ``A`` is on in
-    training, and in prediction if there are draws (Gal, Ghahramani 2016, arXiv:1506.02142).
+    twice the rank, so that the update is ``2 B A``; a classifier's new head is trained, too. The
+    ``dropout`` of the inputs of ``A`` is on in training, and in prediction if there are draws (Gal,
+    Ghahramani 2016, arXiv:1506.02142).
     """
-
-    method = METHODS["lora"]
 
     def __init__(
         self,
@@ -52,12 +52,18 @@ class PlainLoRA:
             layers_to_transform=layers_to_transform,
         )
         self._lora = LoraModel(net, config, "default")
-        self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.trainable_parameters = sum(p.numel() for p in self.parameters)
+        self.factors = [p for p in net.parameters() if p.requires_grad]
+        heads = [net.get_submodule(name) for name in head_names(net) if likelihood.new_head]
+        self.heads = [p.requires_grad_() for head in heads for p in head.parameters()]
+        self._untrained = [p.detach().clone() for p in self.heads]
+        self.trainable_parameters = sum(p.numel() for p in self.factors + self.heads)
 
     def unwrap(self) -> None:
         """Gives the network back as it was."""
         self._lora.unload()
+        with torch.no_grad():
+            for p, before in zip(self.heads, self._untrained, strict=True):
+                p.copy_(before)
         vars(self.net).pop("peft_config", None)  # of an older PEFT
         self._frozen.thaw()
 
@@ -80,7 +86,10 @@ class PlainLoRA:
 
         size, seed = settings.batch_size, settings.seed
         stream = Batches(train, collate, item_length, batch_size=size, seed=seed)
-        groups = [{"params": self.parameters, "lr": lr}]
+        groups = [
+            {"params": self.factors, "lr": lr},
+            {"params": self.heads, "lr": RATES["head"]},
+        ]
         with in_mode(self.net, training=True):
             return training_loop(loss_of, groups, stream, settings, check=check)
 
@@ -97,13 +106,13 @@ class PlainLoRA:
 
     def calibrate(self, held_out: Sequence[Any], collate: Collate, num_samples: int) -> None:
         """Sets the temperature of the average of draws by labels, as a ``BayesianLoRA`` does."""
-        found, labels = self.predict_dataset(held_out, collate, num_samples, linearized=None)
+        found, labels = self.predict_dataset(held_out, collate, num_samples)
         self.temperature = temperature_of_draws(found.samples.clamp_min(1e-38).log(), labels)
 
     def predict_dataset(
         self, data: Sequence[Any], collate: Collate, num_samples: int, **options: Any
     ) -> tuple[Prediction, Tensor]:
         """The predictions of a data set and its labels, as by ``BayesianLoRA``."""
-        del options["linearized"]
+        options.pop("linearized", None)
         predict = partial(self.predict, num_samples=num_samples)
         return predict_dataset(predict, data, collate, device=self.device, **options)

@@ -220,3 +220,26 @@ def test_the_report_s_temperatures_are_of_validation_items(tmp_path):
     assert needs["net", "a", 4, "16"] == {"lora": (0, 1), "temperature:lora": (20, 1)}
     probs, _ = runs["net", "a", 4, "16"]["temperature:lora"][0]["test"]
     torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]).to(probs), atol=1e-3, rtol=0)
+
+
+def test_plain_lora_trains_a_new_head_and_gives_it_back():
+    from plain_lora import PlainLoRA
+
+    from pyro_blora import BayesianLoRA
+    from pyro_blora.likelihoods import SequenceClassification
+
+    net = tiny.bert()
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    likelihood = SequenceClassification(num_data=8)
+    ours = BayesianLoRA(net, method="lora", rank=2, likelihood=likelihood)
+    ours.unwrap()
+    lora = PlainLoRA(net, ["query", "value"], likelihood, rank=2)
+    assert lora.trainable_parameters == ours.trainable_parameters
+    items = load_task("facts").train[:8]
+    batch = {"input_ids": torch.arange(24).view(8, 3) + 1, "labels": torch.arange(8) % 2}
+    lora.fit(items, lambda _: batch, 1e-3, num_steps=2)
+    assert not torch.equal(lora.heads[0], before["classifier.weight"])
+    lora.unwrap()
+    after = net.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], p) for name, p in before.items())
