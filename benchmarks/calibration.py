@@ -9,8 +9,9 @@ A cell is a network, a task, a method, a number of steps and a seed. It has one 
 that it was running, and the same command goes on from there; two commands at once need two folders.
 ``calibration.yaml`` lists what is run. All methods have the same items and the same number of
 steps. A method whose trials have run takes the trial with the lowest mean NLL on the validation
-items of the network's development tasks. Early stopping and temperatures use the validation items
-of the task itself; test items are scored once.
+items of the network's development tasks, or the one of another network or method that the settings
+name. Early stopping and temperatures use the validation items of the task itself; test items are
+scored once.
 """
 
 import copy
@@ -306,6 +307,11 @@ def run(
             groups.append((missing, used))
     done = sum(cell in there for cell in cells)
     print(f"{len(cells)} cells, {done} of them there, {len(groups)} trainings to go")
+    tuned = {
+        c.method for c in cells if settings["methods"][base_of(c.method, settings)].get("trials")
+    }
+    if usual := sorted({c.method for c in cells if (c.network, c.method) not in trials} & tuned):
+        print(f"At their usual rates, because trials of them are missing: {usual}")
     if old:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
     for group, used in groups:

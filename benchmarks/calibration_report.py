@@ -132,7 +132,8 @@ def on_all_tasks(
 
 def add_uniform(methods: dict[str, dict[int, Run]], needs: Needs) -> None:
     """Adds a method without parameters, which gives every option the same probability."""
-    runs = {seed: run for seeds in methods.values() for seed, run in seeds.items()}
+    plain = [seeds for name, seeds in methods.items() if ":" not in name]
+    runs = {seed: run for seeds in plain for seed, run in seeds.items()}
     needs["uniform"] = 0, 0
     methods["uniform"] = {
         seed: {name: ((p > 0) / (p > 0).sum(-1, keepdim=True), y) for name, (p, y) in run.items()}
@@ -340,45 +341,14 @@ def draw(runs: Runs, network: str, path: Path) -> None:
     for key, methods in runs.items():
         if key[0] == network and {"lora", OURS} <= set(methods):
             settings[key[2:]].append(methods)
-    for most in sorted(settings.values(), key=len)[-1:]:
-        shown = [name for name in TITLES if all(name in methods for methods in most)]
+    if settings:
+        most = max(settings.values(), key=len)
         pairs = {
-            TITLES[name]: joined(run["test"] for methods in most for run in methods[name].values())
-            for name in shown
+            title: joined(run["test"] for methods in most for run in methods[name].values())
+            for name, title in TITLES.items()
+            if all(name in methods for methods in most)
         }
-        figure = reliability_diagram(pairs)
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-
-
-def draw_nll(methods: Methods, path: Path) -> None:
-    """Test NLL with seed 0 by method, the lowest on top; hollow marks are with a temperature."""
-    found = {}
-    for name, runs in methods.items():
-        if 0 in runs and not name.removeprefix("temperature:").startswith("bayesian-lora-"):
-            items = [_scores(*pair)[0] for pair in runs[0].values()]
-            error = sum(float(x.var() / len(x)) for x in items) ** 0.5 / len(items)
-            found[name] = (fmean(float(x.mean()) for x in items), error)
-    plain = [name for name in found if ":" not in name]
-    plain.sort(key=lambda name: -min(found[name][0], found.get(f"temperature:{name}", (9,))[0]))
-    figure = Figure(figsize=(6.4, 0.6 + 0.26 * len(plain)), layout="constrained")
-    axes = figure.subplots()
-    for row, name in enumerate(plain):
-        for which, fill in ((name, None), (f"temperature:{name}", "white")):
-            if which in found:
-                color = "#d9484a" if fill or name == "lora-best" else "#2f5f94"
-                look: dict[str, Any] = {"fmt": "o", "color": color, "markerfacecolor": fill}
-                axes.errorbar(found[which][0], row, xerr=found[which][1], capsize=2, **look)
-    axes.set_yticks(range(len(plain)), [TITLES.get(name, name) for name in plain])
-    axes.set(xlabel="NLL, nats (± standard error over items)")
-    axes.grid(axis="x", alpha=0.3)
-    for label, color, fill in (
-        ("no validation items", "#2f5f94", "#2f5f94"),
-        ("best step, by validation items", "#d9484a", "#d9484a"),
-        ("temperature, by validation items", "#d9484a", "white"),
-    ):
-        axes.plot([], [], "o", color=color, markerfacecolor=fill, label=label)
-    axes.legend(frameon=False, fontsize=8, loc="center right")
-    figure.savefig(path, dpi=200, bbox_inches="tight")
+        reliability_diagram(pairs).savefig(path, dpi=200, bbox_inches="tight")
 
 
 def draw_passes(settings: Mapping[str, Methods], path: Path) -> None:
@@ -417,13 +387,19 @@ def write_report(
     published: Mapping[str, Mapping[str, str]],
     apart: Collection[str],
 ) -> None:
-    """Writes ``report.md``, and figures of each network, all methods and single passes.
+    """Writes ``report.md``, and figures of each network and of single passes.
 
     ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task. Tasks
     that stand ``apart`` are compared with a uniform answer, and are in no mean of other tasks.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
+    text += [
+        "Labels beside training: those of the task that the method reads. Those that chose the "
+        "learning rates of the rivals, and all settings of the default, on the development tasks "
+        "are not counted.",
+        "",
+    ]
     runs, doubted, needs = read_runs(lines, out)
     for key in runs:
         if key[1] in apart:
@@ -468,13 +444,10 @@ def write_report(
     learned = {key: methods for key, methods in runs.items() if key[1] not in apart}
     for network in {key[0] for key in learned}:
         draw(learned, network, out / "figures" / f"{network}.png")
-    if pooled := list(on_all_tasks(runs, apart)):
-        most = max(pooled, key=lambda one: len(one[3]))
-        draw_nll(most[-1], out / "figures" / "nll.png")
     both = ("bayesian-lora", "bayesian-lora-distilled")
     if one_pass := {
         f"{network}, {steps} steps": methods
-        for network, steps, _, _, methods in pooled
+        for network, steps, _, _, methods in on_all_tasks(runs, apart)
         if all(methods.get(name) for name in both)
     }:
         draw_passes(one_pass, out / "figures" / "passes.png")

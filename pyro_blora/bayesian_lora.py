@@ -229,7 +229,9 @@ class BayesianLoRA(PyroModule):
             max_rows: limits memory: draws share a pass of the network while draws times examples
                 are within this number. Default: 256, less on a CPU.
             linearized: whether the draws come from the logits' first-order expansion at the center
-                of the guide, in one pass for any number of draws. Default: as the method says.
+                of the guide. That takes a forward pass, and a backward one for each class but the
+                first, however many draws there are; their temperature is the one of draws of the
+                network. Default: as the method says.
             samples: values of all sites, ``(S, *shape)`` by name, in place of draws of the guide:
                 ``mcmc.get_samples()``, or the samples that Pyro's ``Predictive`` returns. Heads and
                 the likelihood's parameters stay as they are.
@@ -427,8 +429,8 @@ class BayesianLoRA(PyroModule):
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
         blora = peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
-        # an example that the LoRA may have learned from says nothing of how sure to be
-        blora.method = replace(blora.method, held_out=0.0)
+        if blora.method.held_out is None:  # the LoRA may have learned from all examples
+            blora.method = replace(blora.method, held_out=0.0)
         return blora
 
     @one_at_a_time

@@ -31,7 +31,7 @@ class Method:
         guide_options: arguments of the guide's constructor.
         learning_rates: AdamW's rates by parameter role that differ from the prior's own.
         point_epochs: replaces the prior's own number.
-        held_out: ``fit``'s own; ``None`` for the likelihood's.
+        held_out: share of the examples that ``fit`` calibrates by; ``None`` for the likelihood's.
         num_samples: number of posterior draws for a prediction. Default: 10.
         linearized: whether predictions use the linearized network.
 
@@ -194,8 +194,9 @@ def trained_for(name: str) -> str:
 
 def check_method(name: str) -> None:
     """Raises ConfigurationError unless a comparison can have a row of this name."""
-    if name.startswith("split:") and name.removeprefix("split:") in SHOWN:
-        raise ConfigurationError(f"{name!r} must be split: and a method, such as split:lora.")
+    kind, _, rest = name.partition(":")
+    if kind in ("split", "distilled") and (not rest or rest in SHOWN):
+        raise ConfigurationError(f"{name!r} must be {kind}: and a method, such as {kind}:lora.")
     get_method(trained_for(name))
 
 

@@ -81,14 +81,14 @@ def figures_of(result: Training, data: int | None) -> dict[str, str]:
         rows["settings"] = ", ".join(f"{name}={value}" for name, value in given.items())
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:
-        data -= int(getattr(result.settings, "held_out", 0.0) * data)  # which had no part in it
+        data -= int(getattr(result.settings, "held_out", 0.0) * data)  # which were not trained on
         nll, kl = (sum(f[key] for f in last) / len(last) for key in ("nll", "kl"))
         rows["ELBO"] = (
             f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "
             f"nats), the mean of the last {len(last)} steps"
         )
     for step, nll in result.validation:  # keeps the last one
-        rows["validation NLL"] = f"{nll:.4g} at step {step}"
+        rows["validation NLL"] = f"{nll:.4g} at step {step}, without a temperature"
     if result.best_step is not None:
         best = dict(result.validation)[result.best_step]
         rows["validation NLL"] += f"; lowest {best:.4g} at step {result.best_step}"

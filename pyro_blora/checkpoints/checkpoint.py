@@ -168,8 +168,7 @@ class Saved:
         if differ:
             raise CheckpointError(
                 f"{self.folder} has tensors that do not fit, among them {', '.join(differ[:4])}. "
-                "Pass the prior, the guide and the likelihood that were saved (of the same "
-                "MultipleChoice scale=), or leave them out."
+                "Pass the prior, the guide and the likelihood that were saved, or leave them out."
             )
         blora.load_state_dict(tensors)
 
@@ -229,10 +228,6 @@ def read_pretrained(
         if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
             mine = ("temperature", "mean_temperature")
             foreign = (".likelihood.", *(f"model.{name}" for name in mine))  # of another class
-        elif isinstance(given["likelihood"], nn.Module) and not any(
-            ".likelihood." in n for n in tensors
-        ):
-            foreign = (".likelihood.",)  # the saved one has no parameters
         options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
         options["target_modules"] = "|".join(map(re.escape, layers))
         return Saved(net, options, tensors, folder, foreign)

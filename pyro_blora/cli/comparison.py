@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, stdev
@@ -173,6 +173,7 @@ def compare(
             if any(name.startswith("temperature") for name in names):
                 data["validation"] = (task.validation, collate)
             draws = settings["num_samples"] if made.num_samples is None else made.num_samples
+            made = replace(made, num_samples=draws)  # by which ``fit`` calibrates, too
             torch.manual_seed(seed)
             blora = BayesianLoRA(
                 net,

@@ -138,7 +138,7 @@ def fit(
 
     Example::
 
-        fit(blora, train, collate=collate, num_steps=300, validation=held_out, keep_best=True)
+        fit(blora, train, collate=collate, num_steps=300, validation=others, keep_best=True)
     """
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
@@ -177,7 +177,7 @@ def fit(
             "validate_every=.",
             stacklevel=3,  # past the wrapper of one_at_a_time
         )
-    begin_training(blora)  # undoes a distill, and a post-hoc width, of an earlier training
+    begin_training(blora)  # undoes temperatures, and a post-hoc width, of an earlier training
     if seed is not None:
         torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
     stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
@@ -226,7 +226,7 @@ def fit(
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora):  # Laplace and Isotropic have no width yet
-        finish(blora, train, **reading, held_out=len(held))
+        finish(blora, train, **reading, num_held_out=len(held))
     if held:
         blora.calibrate(held, **reading)
     return result

@@ -23,7 +23,7 @@ from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 class Objective:
     """The loss of a batch per example; the arguments are those of :func:`~pyro_blora.fit`.
 
-    ``held_out`` of the likelihood's ``num_data`` examples are not in the training.
+    ``num_held_out`` of the likelihood's ``num_data`` examples are not in the training.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Objective:
         elbo: type[Trace_ELBO] | None = None,
         num_particles: int | None = None,
         kl_weight: float = 1.0,
-        held_out: int = 0,
+        num_held_out: int = 0,
     ) -> None:
         likelihood = blora.likelihood
         if likelihood.num_data is None:
@@ -43,7 +43,7 @@ class Objective:
         if num_particles is not None:
             check_count("num_particles", num_particles)
         check_positive("kl_weight", kl_weight)
-        kl_weight *= likelihood.num_data / max(1, likelihood.num_data - held_out)
+        kl_weight *= likelihood.num_data / max(1, likelihood.num_data - num_held_out)
         points = [law for law in laws_of(blora.guide) if isinstance(law, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense

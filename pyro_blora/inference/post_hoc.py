@@ -179,13 +179,13 @@ def finish(
     batch_size: int = 8,
     precision: str = "auto",
     progress: bool | None = None,
-    held_out: int = 0,
+    num_held_out: int = 0,
 ) -> dict[str, float]:
     """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
 
     ``data`` is the training set for ``Laplace``, whose curvature is scaled to ``num_data``, and the
-    anchor set for ``Isotropic``. The options are those of ``fit``, but ``held_out`` is the number
-    of the ``num_data`` examples that were not in the training. Temperatures begin again at 1, so
+    anchor set for ``Isotropic``. ``num_held_out`` of the ``num_data`` examples were not in the
+    training; the other options are those of ``fit``. Temperatures begin again at 1, so
     :meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>` comes afterwards. Returns the
     figures of the family: for ``Laplace`` the prior precision of each site, for ``Isotropic`` the
     width.
@@ -210,7 +210,7 @@ def finish(
 
     with running(blora, precision, training=False):
         count = blora.likelihood.num_data
-        evidence = Evidence(all_scores, loss, None if count is None else count - held_out)
+        evidence = Evidence(all_scores, loss, None if count is None else count - num_held_out)
         return type(next(iter(families.values()))).finish(families, evidence)
 
 

@@ -105,7 +105,7 @@ class BayesianLoRATrainer(Trainer):
             share = share_to_hold_out(model, every, held_out)
         options["train_dataset"], self._held_out = hold_out(every, share)
         self._every = every
-        objective = Objective(model, elbo, num_particles, held_out=len(self._held_out))
+        objective = Objective(model, elbo, num_particles, num_held_out=len(self._held_out))
         super().__init__(model=_Loss(model, objective, eval_samples), args=args, **options)
         self.add_callback(_OwnDraws)
 

@@ -106,7 +106,7 @@ class BayesianLoRAModel(PyroModule):
                 )
             setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
-        # they divide the scores of draws, and of a pass at the mean; calibrate() sets both
+        # they divide scores of draws, and of the mean: calibrate() sets both, distill() the second
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()

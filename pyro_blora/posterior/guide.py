@@ -224,7 +224,7 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal by the "
             "Hessian of all latents, which needs attn_implementation='eager' and a mode. The "
             "family Laplace() needs neither.",
-            stacklevel=6,
+            stacklevel=7,
         )
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
     points = {type(f).__name__ for f in families if isinstance(f, PostHoc) and not f.finished}
@@ -232,7 +232,7 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
         warnings.warn(
             f"{name} is still a point, so all draws are equal: train with pyro_blora.fit, or call "
             "pyro_blora.inference.finish(blora, train, collate=...) after a loop of your own.",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

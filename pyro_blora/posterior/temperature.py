@@ -176,7 +176,8 @@ def distill(
         \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
 
     ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it from
-    then on; the network under ``posterior()`` does not. Another ``fit`` starts again at 1. For text
+    then on, in place of the one that ``calibrate`` found for the mean; the network under
+    ``posterior()`` does not. Another ``fit`` starts again at 1. For text
     each ``x_i`` is the text before a token.
 
     Args:

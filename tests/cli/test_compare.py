@@ -60,8 +60,9 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
 
 
 def test_a_best_step_cannot_have_a_temperature_of_the_last(run_words, tmp_path):
-    said = run_words("compare", tmp_path, "--methods", "split:lora-best", codes=(2,))
-    assert "must be split: and a method" in "".join(said)
+    for name in ("split:lora-best", "split", "distilled"):
+        said = run_words("compare", tmp_path, "--methods", name, codes=(2,))
+        assert f"must be {name.partition(':')[0]}: and a method" in "".join(said)
 
 
 def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):

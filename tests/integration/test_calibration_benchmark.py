@@ -81,7 +81,9 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
     assert len(keys) == len(lines) == 15
     chosen = {line["trial"] for line in lines if line["method"] == "lora-best"}
     assert chosen == {min(nlls, key=nlls.__getitem__)}
-    assert run("run", out, *small).strip().endswith("0 trainings to go")
+    again = run("run", out, *small)
+    assert "15 of them there, 0 trainings to go" in again
+    assert again.strip().endswith("missing: ['dropout-split', 'laplace-lora']")
     other = yaml.safe_load(config.read_text())
     other["methods"]["bayesian-lora"]["prior"] = {"sigma": 0.8}
     changed = tmp_path / "other.yaml"
