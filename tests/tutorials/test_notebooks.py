@@ -31,8 +31,8 @@ SMALLER = {  # what is replaced in a notebook
     "06": {"STEPS = 120": "STEPS = 2", "TOWNS = 6": "TOWNS = 3", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
     "08": {"num_steps=300": "num_steps=3"},
-    "09": {'"arc_easy"': '"facts"', "STEPS = 300": "STEPS = 6", "TRAIN = 400": "TRAIN = 16"}
-    | {"HELD = 200": "HELD = 8", "TEST = 300": "TEST = 8", "CLIENTS = 16": "CLIENTS = 8"},
+    "09": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 6", "TRAIN = 400": "TRAIN = 16"}
+    | {"HELD = 200": "HELD = 8", "TEST = 600": "TEST = 8", "CLIENTS = 16": "CLIENTS = 8"},
 }
 
 
