@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import groupby, product
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -109,8 +110,8 @@ def trial_key(line: Line) -> str:
 def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str, str], int]:
     """The trial of each network and method with the lowest mean NLL on the development tasks.
 
-    Only a development task on which every trial of a method has run counts for it. A network may
-    take the choices of another one, that of its ``like``, and some of another method.
+    A trial that has not run on all of these tasks does not count. A network may take the choices of
+    another one, that of its ``like``, and some of another method.
     """
     where = settings["development"]
     tried = {trial_key(line): line["nll"] for line in trials}
@@ -121,15 +122,15 @@ def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str,
         starts_from_lora = settings["methods"][method].get("state") == "from-lora"
         tuned = base if starts_from_lora else method
         tuned = settings["networks"][of].get("choices", {}).get(tuned, tuned)
-        count = len(settings["methods"][base].get("trials", []))
-        means = np.zeros(count)
-        for task, seed in product(where["networks"][of], where["seeds"]):
-            cell = Cell(of, task, tuned, where["steps"], seed, None)
-            keys = [trial_key(trial_of(cell, trial, settings)) for trial in range(count)]
-            if tried.keys() >= set(keys):
-                means += [tried[key] for key in keys]
-        if means.any():
-            chosen[network, method] = int(means.argmin())
+        places = [*product(where["networks"].get(of, ()), where["seeds"])]
+        cells = [Cell(of, task, tuned, where["steps"], seed, None) for task, seed in places]
+        means = {}
+        for trial in range(len(settings["methods"][base].get("trials", []))):
+            keys = [trial_key(trial_of(cell, trial, settings)) for cell in cells]
+            if keys and tried.keys() >= set(keys):
+                means[trial] = fmean(tried[key] for key in keys)
+        if means:
+            chosen[network, method] = min(means, key=means.__getitem__)
     return chosen
 
 
