@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_blora.evaluation.metrics import (
@@ -35,14 +34,6 @@ COLUMNS = {  # title, factor, digits
 }
 KINDS = ("entropy", "mutual information")
 TITLES = {"lora": "LoRA", "lora-split": "LoRA, split", "bayesian-lora": "BayesianLoRA(net)"}
-PASSES = {  # how they are called and drawn; x is a little beside 1 so that none hides another
-    "lora": ("LoRA", 0.85, "s", "#d9484a"),
-    "bayesian-lora-mean": ("posterior mean", 1, "v", "#c9872b"),
-    "bayesian-lora-distilled": ("distilled", 1.18, "*", "#3a8f5c"),
-    "bayesian-lora-4": ("_", 4, "o", "#2f5f94"),
-    "bayesian-lora": ("4, 10, 64 draws", 10, "o", "#2f5f94"),
-    "bayesian-lora-64": ("_", 64, "o", "#2f5f94"),
-}
 OURS = "bayesian-lora"  # all others are compared with it
 
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
@@ -351,35 +342,6 @@ def draw(runs: Runs, network: str, path: Path) -> None:
         reliability_diagram(pairs).savefig(path, dpi=200, bbox_inches="tight")
 
 
-def draw_passes(settings: Mapping[str, Methods], path: Path) -> None:
-    """NLL less the NLL of 10 draws, by the number of passes, with standard errors over seeds."""
-    figure = Figure(figsize=(2.9 * len(settings), 3.2), layout="constrained")
-    columns = figure.subplots(1, len(settings), squeeze=False)[0]
-    for axes, (network, methods) in zip(columns, settings.items(), strict=True):
-        found = {name: methods[name] for name in PASSES if methods.get(name)}
-        seeds = sorted(set.intersection(*map(set, found.values())))
-        nll = {
-            name: np.array([fmean(evaluate(*p).nll for p in runs[s].values()) for s in seeds])
-            for name, runs in found.items()
-        }
-        for name, values in nll.items():
-            label, count, mark, color = PASSES[name]
-            gaps = values - nll["bayesian-lora"]
-            error = gaps.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0.0
-            look: dict[str, Any] = {"fmt": mark, "color": color, "capsize": 3, "label": label}
-            axes.errorbar(count, gaps.mean(), error, **look)
-        axes.axhline(0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.set(xscale="log", xlabel="passes", title=f"{network}\n{len(seeds)} seeds")
-        ticks = sorted({round(PASSES[name][1]) for name in nll})
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
-    columns[0].set_ylabel("NLL - NLL of 10 draws, nats")
-    figure.legend(
-        *columns[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
-    )
-    figure.savefig(path, dpi=200, bbox_inches="tight")
-
-
 def write_report(
     lines: Lines,
     out: Path,
@@ -387,7 +349,7 @@ def write_report(
     published: Mapping[str, Mapping[str, str]],
     apart: Collection[str],
 ) -> None:
-    """Writes ``report.md``, and figures of each network and of single passes.
+    """Writes ``report.md``, and reliability diagrams of each network.
 
     ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task. Tasks
     that stand ``apart`` are compared with a uniform answer, and are in no mean of other tasks.
@@ -444,13 +406,6 @@ def write_report(
     learned = {key: methods for key, methods in runs.items() if key[1] not in apart}
     for network in {key[0] for key in learned}:
         draw(learned, network, out / "figures" / f"{network}.png")
-    both = ("bayesian-lora", "bayesian-lora-distilled")
-    if one_pass := {
-        f"{network}, {steps} steps": methods
-        for network, steps, _, _, methods in on_all_tasks(runs, apart)
-        if all(methods.get(name) for name in both)
-    }:
-        draw_passes(one_pass, out / "figures" / "passes.png")
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
