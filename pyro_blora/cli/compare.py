@@ -22,8 +22,9 @@ def run(
         typer.Option(
             help=f"Comma-separated: {', '.join((*METHODS, BEST))}; pairs "
             "such as Subspace+FullRank or my_module:MyPrior+MeanField; temperature:NAME for any of "
-            "them ('temperature': of lora), split:NAME with one by an eighth of the training "
-            "items, distilled:NAME for those that have draws."
+            "them with a temperature by the validation items ('temperature': of lora), split:NAME "
+            "with one by an eighth of the training items, on which NAME then does not train; "
+            "distilled:NAME for those that have draws."
         ),
     ] = "lora,split:lora,temperature,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",

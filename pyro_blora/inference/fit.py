@@ -102,7 +102,8 @@ def fit(
             ``DataLoader`` holds out nothing, with a warning. Default: an eighth with
             ``MultipleChoice``, whose scores have no scale of their own; 0 otherwise, for a
             published method, and after ``from_peft``. The choice is by the examples' places, so
-            train further on the same examples in the same order.
+            train further on the same examples in the same order; pass 0.0 if an earlier training
+            has held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes what is faster on the network's device. The variational part
             stays in single precision.
