@@ -31,11 +31,10 @@ import torch
 import typer
 import yaml
 from calibration_cell import Cell, Outcome, outcomes
-from calibration_report import OURS, trials_table, write_report
+from calibration_report import trials_table, write_report
 
 from pyro_blora.cli.comparison import versions
 from pyro_blora.files import replace_file
-from pyro_blora.methods import METHODS
 from pyro_blora.options import choose_precision
 
 HERE = Path(__file__).resolve().parent
@@ -132,18 +131,6 @@ def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str,
         if means:
             chosen[network, method] = min(means, key=means.__getitem__)
     return chosen
-
-
-def kin_of(ours: str, settings: Settings) -> set[str]:
-    """The methods with the prior of ours, as they are and with a temperature."""
-
-    def prior(name: str) -> str:
-        spec = settings["methods"][base_of(name, settings)]
-        known = METHODS.get(spec.get("method", base_of(name, settings)))
-        return known.prior if known else ""
-
-    names = {name for name in settings["methods"] if prior(name) == prior(ours)}
-    return names | {f"temperature:{name}" for name in names}
 
 
 def narrowed(only: Sequence[str] | None, *kinds: Iterable[str]) -> Callable[..., bool]:
@@ -335,7 +322,7 @@ def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT, model: Model
             for name, row in settings.get("published", {}).get(of, {}).items()
         }
         apart = settings["sweeps"].get("cannot", {}).get("tasks", [])
-        write_report(cells, out, kin_of(OURS, settings), published, apart)
+        write_report(cells, out, published, apart)
 
 
 if __name__ == "__main__":

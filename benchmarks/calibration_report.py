@@ -132,9 +132,7 @@ def add_uniform(methods: dict[str, dict[int, Run]], needs: Needs) -> None:
     }
 
 
-def summary(
-    runs: Runs, kin: Collection[str], needs: Mapping[Key, Needs], apart: Collection[str]
-) -> list[str]:
+def summary(runs: Runs, needs: Mapping[Key, Needs], apart: Collection[str]) -> list[str]:
     """Means over the tasks of each setting, for the methods that have run on all of them."""
     text = []
     for network, steps, count, tasks, pooled in on_all_tasks(runs, apart):
@@ -149,7 +147,7 @@ def summary(
         text += [*table(most, first, *tasks), ""]
         text += ["ACC %, NLL and ECE % of each task, mean over the seeds that have run:", ""]
         text += [*each_task({task: runs[network, task, steps, count] for task in tasks}), ""]
-        text += [*paired(pooled, kin, *tasks), ""]
+        text += [*paired(pooled, *tasks), ""]
     return text
 
 
@@ -235,14 +233,14 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
-def paired(methods: Methods, kin: Collection[str], *data: str) -> list[str]:
+def paired(methods: Methods, *data: str) -> list[str]:
     """The NLL, Brier score and ECE of the default less those of each other method.
 
     They are means over the data sets and over the seeds that both methods have. The first error is
     over items, after the differences of an item are averaged over seeds; the second is over seeds.
     """
     ours, rows = methods.get(OURS, {}), []
-    for name in set(methods) - {OURS, *kin} if ours else ():
+    for name in set(methods) - {OURS} if ours else ():
         seeds = [s for s in ours if set(data) <= set(ours[s]) & set(methods[name].get(s, ()))]
         if not seeds:
             continue
@@ -345,7 +343,6 @@ def draw(runs: Runs, network: str, path: Path) -> None:
 def write_report(
     lines: Lines,
     out: Path,
-    kin: Collection[str],
     published: Mapping[str, Mapping[str, str]],
     apart: Collection[str],
 ) -> None:
@@ -366,7 +363,7 @@ def write_report(
     for key in runs:
         if key[1] in apart:
             add_uniform(runs[key], needs[key])
-    text += summary(runs, kin, needs, apart)
+    text += summary(runs, needs, apart)
     for (network, task, steps, count), methods in sorted(runs.items()):
         which, needed = (network, task, count), needs[network, task, steps, count]
         title = f"{network}: {task}, {count} training items, {steps} steps"
@@ -381,7 +378,7 @@ def write_report(
         for name, rows in published.items():
             acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
             text.append(f"| {name}, published | | | | {acc} | {nll} | {ece} | | | | |")
-        text += ["", *paired(methods, kin, "test"), ""]
+        text += ["", *paired(methods, "test"), ""]
         runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
         if steps == min(runs_of) < max(runs_of):
             text += [f"## {network}: {task}, {count} training items: NLL by seed", ""]
@@ -395,7 +392,7 @@ def write_report(
             for m, found in methods.items()
         }
         text += [f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", ""]
-        text += [*table(needed, asked, *away), "", *paired(asked, kin, *away), ""]
+        text += [*table(needed, asked, *away), "", *paired(asked, *away), ""]
         text += ["ACC %, NLL and ECE %:", "", *each_task({d: asked for d in away}, own=True), ""]
         unsure = {
             method: {seed: found[seed] for seed in asked[method]}

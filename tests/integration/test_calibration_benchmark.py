@@ -151,7 +151,7 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
         return found[0] - found[1]
 
     methods = {OURS: {0: {"test": (ours, labels)}}, "other": {0: {"test": (other, labels)}}}
-    (row,) = paired(methods, set(), "test")[2:]
+    (row,) = paired(methods, "test")[2:]
     mean, error = (float(number) for number in row.split("|")[5].split("±"))
     assert mean == pytest.approx(gap(torch.arange(2000)), abs=1e-4)
     anew = torch.tensor([gap(torch.randint(2000, (2000,))) for _ in range(200)])
