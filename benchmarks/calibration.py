@@ -295,11 +295,10 @@ def run(
             groups.append((missing, used))
     done = sum(cell in there for cell in cells)
     print(f"{len(cells)} cells, {done} of them there, {len(groups)} trainings to go")
-    tuned = {
-        c.method for c in cells if settings["methods"][base_of(c.method, settings)].get("trials")
-    }
-    if usual := sorted({c.method for c in cells if (c.network, c.method) not in trials} & tuned):
-        print(f"At their usual rates, because trials of them are missing: {usual}")
+    usual = {c.method for c in cells if (c.network, c.method) not in trials}
+    usual = {m for m in usual if "trials" in settings["methods"][base_of(m, settings)]}
+    if usual:
+        print(f"At their usual rates, because trials of them are missing: {sorted(usual)}")
     if old:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
     for group, used in groups:

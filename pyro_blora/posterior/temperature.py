@@ -177,8 +177,8 @@ def distill(
 
     ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it from
     then on, in place of the one that ``calibrate`` found for the mean; the network under
-    ``posterior()`` does not. Another ``fit`` starts again at 1. For text
-    each ``x_i`` is the text before a token.
+    ``posterior()`` does not. Another ``fit`` starts again at 1. For text each ``x_i`` is the text
+    before a token.
 
     Args:
         model: the model of the adapter.

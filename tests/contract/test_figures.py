@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = (ROOT / "benchmarks/results/calibration/report.md").read_text("utf-8")
-PAGES = ("README.md", "docs/calibration.md")
+MARKED = [page for page in ROOT.glob("docs/*.md") if "<!-- report:" in page.read_text("utf-8")]
+PAGES = sorted({"README.md", "docs/calibration.md", *(f"docs/{page.name}" for page in MARKED)})
 TABLE = re.compile(r"<!-- report: (.*?) -->\n+((?:\|.*\n)+)")
 FIGURE = re.compile(r"(?<![\d:.])\d+\.\d+(?: ± \d+\.\d+)?")  # and no arXiv:2106.09685
 
