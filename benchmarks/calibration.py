@@ -33,7 +33,7 @@ import yaml
 from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
 
-from pyro_blora.cli.comparison import versions
+from pyro_blora.evaluation.comparison import versions
 from pyro_blora.files import replace_file
 from pyro_blora.options import choose_precision
 
@@ -118,7 +118,7 @@ def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str,
     for network, method in product(settings["networks"], settings["methods"]):
         of = settings["networks"][network].get("like", network)
         base = base_of(method, settings)
-        starts_from_lora = settings["methods"][method].get("state") == "from-lora"
+        starts_from_lora = settings["methods"][method].get("kind") == "from-lora"
         tuned = base if starts_from_lora else method
         tuned = settings["networks"][of].get("choices", {}).get(tuned, tuned)
         places = [*product(where["networks"].get(of, ()), where["seeds"])]
@@ -219,7 +219,7 @@ def keep(outcome: Outcome, settings: Settings, trial: int | None, out: Path, cod
         **vars(cell),
         "trial": trial,
         "metrics": {name: asdict(found) for name, found in result.metrics.items()},
-        "parameters": result.parameters,
+        "parameters": result.blora.trainable_parameters,
         "passes": result.passes,
         "seconds": round(result.fitted.seconds, 1),
         "settings": settings["methods"][base_of(cell.method, settings)],
@@ -248,7 +248,7 @@ def tune(
     done = {trial_key(line) for line in lines(out)}
     for base, spec in methods.items():
         family = [name for name in methods if base_of(name, settings) == base]
-        family = [name for name in family if methods[name].get("state") != "from-lora"]
+        family = [name for name in family if methods[name].get("kind") != "from-lora"]
         trials = range(len(spec.get("trials", [])))
         for trial, (network, task), seed in product(trials, places, where["seeds"]):
             cells = [
@@ -261,7 +261,10 @@ def tune(
             for outcome in outcomes(cells, tried) if cells else ():
                 found = outcome.result.metrics["validation"]
                 line = trial_of(outcome.cell, trial, settings) | asdict(found)
-                line |= {"parameters": outcome.result.parameters, "versions": versions()}
+                line |= {
+                    "parameters": outcome.result.blora.trainable_parameters,
+                    "versions": versions(),
+                }
                 append(out, line)
                 print(f"{outcome.cell}, trial {trial}: {found}", flush=True)
 

@@ -18,11 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize
-from pyro_blora.cli.comparison import Result, View, train_and_score
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.items import item_length
+from pyro_blora.evaluation.comparison import Result, View, scored, train_and_score
 from pyro_blora.inference.post_hoc import hold_out
-from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
 
@@ -81,8 +80,9 @@ def _place(package: str) -> Path:
     return Path(place)
 
 
-def made_of(blora: BayesianLoRA, result: Result) -> Settings:
+def made_of(result: Result) -> Settings:
     """All options of an adapter, and of its training."""
+    blora = result.blora
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
     made = {name: {"class": type(part).__name__} | part.options() for name, part in parts.items()}
     settings = result.fitted.settings
@@ -114,7 +114,8 @@ class _Training:
         classes = len(self.task.test[0].choices) if self.is_classifier else 0
         key = settings["model"], classes, cell.seed if classes else 0
         self.net, self.tokenizer = network_of(*key)
-        self.collate = self._texts if self.is_classifier else self.task.collator(self.tokenizer)
+        limits = {"max_length": 64} if self.is_classifier else {}
+        self.collate = self.task.collator(self.tokenizer, net=self.net, **limits)
         self.data: dict[str, Any] = {"validation": (self.task.validation, self.collate)}
         if not settings["tune"]:
             self.data["test"] = (self._tested(self.task), self.collate)
@@ -142,70 +143,57 @@ class _Training:
         random.Random(0).shuffle(items)
         return items[: self.settings["max_test"]]
 
-    def _texts(self, items: Sequence[Item]) -> Batch:
-        """A batch for a classifier, which reads the text alone."""
-        texts = [item.question for item in items]
-        how = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
-        return {
-            **self.tokenizer(texts, **how),
-            "labels": torch.tensor([item.label for item in items]),
-        }
-
-    def likelihood(self) -> Likelihood:
-        """A new one for each adapter, which may change it."""
-        if self.is_classifier:
-            return SequenceClassification(num_data=len(self.task.train))
-        return self.task.likelihood(self.collate)
-
     def scored(
         self, blora: Any, views: dict[str, View], steps: int, **options: Any
     ) -> Iterator[Result]:
         """The results of an adapter that is trained on the items of the cell."""
         how = {"collate": self.collate, "data": self.data, "seed": self.cell.seed}
-        return train_and_score(blora, self.task, views=views, num_steps=steps, **how, **options)
+        return scored(blora, self.task, views=views, num_steps=steps, **how, **options)
 
     def pair(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
-        """A prior beside a guide, trained by ``fit``; and whatever starts from a trained LoRA."""
-        method, settings, seed = self.method, self.settings, self.cell.seed
-        is_trained = method["method"] != "zero-shot"
-        record = METHODS[method["method"] if is_trained else "lora"]
+        """A prior beside a guide, as `compare` trains it; and whatever starts from that LoRA."""
+        method, settings = self.method, self.settings
+        name = method["method"]
+        is_trained = name != "zero-shot"
+        record = METHODS[name if is_trained else "lora"]
         record = replace(
             record,
             prior_options={**record.prior_options, **method.get("prior", {})},
             guide_options={**record.guide_options, **method.get("guide", {})},
         )
-        torch.manual_seed(seed)
-        blora = BayesianLoRA(
-            self.net,
-            method=record,
-            rank=settings["rank"],
-            target_modules=settings["target_modules"],
-            layers_to_transform=self.blocks,
-            likelihood=self.likelihood(),
-        )
         options = {"batch_size": settings["batch_size"], "validate_every": settings["best_every"]}
         options |= self.fit
-        draws = settings["num_samples"] if record.num_samples is None else record.num_samples
-        named, views, from_lora = {str(cell): cell for cell in cells}, {}, []
-        for name, cell in named.items():
-            own = self.methods[cell.method]
-            state = own.get("state", "last")
-            usual = 0 if state == "distilled" else draws
-            if state == "from-lora":
+        rows: dict[str, Cell] = {}
+        from_lora = []
+        for cell in cells:
+            kind = self.methods[cell.method].get("kind", "")
+            if kind == "from-lora":
                 from_lora.append(cell)
-                views.setdefault("lora", View("last", 0))
             else:
-                views[name] = View(state, own.get("num_samples", usual), own.get("linearized"))
-        steps = self.cell.steps * method.get("passes", 1) if is_trained else 0
+                rows[f"{kind}:{name}" if kind else name] = cell
         with TemporaryDirectory() as folder:
-            for result in self.scored(blora, views, steps, **options):
-                made, seconds = made_of(blora, result), result.fitted.seconds
-                if from_lora and views[result.view].state == "last":
-                    blora.export_peft(folder)
-                if views[result.view].state == "distilled":
-                    made["temperature"] = float(blora.model.mean_temperature)
-                if result.view in named:
-                    yield Outcome(named[result.view], result, made)
+            for result in train_and_score(
+                self.net,
+                self.task,
+                [*rows] if not from_lora else list(dict.fromkeys([*rows, name])),
+                known={name: record},
+                collate=self.collate,
+                data=self.data,
+                seed=self.cell.seed,
+                num_samples=settings["num_samples"],
+                rank=settings["rank"],
+                target_modules=settings["target_modules"],
+                layers_to_transform=self.blocks,
+                num_steps=self.cell.steps * method.get("passes", 1) if is_trained else 0,
+                **options,
+            ):
+                made, seconds = made_of(result), result.fitted.seconds
+                if from_lora and result.row == name:
+                    result.blora.export_peft(folder)
+                if result.row.startswith("distilled:"):
+                    made["temperature"] = float(result.blora.model.mean_temperature)
+                if result.row in rows:
+                    yield Outcome(rows[result.row], result, made)
             for cell in from_lora:
                 result, then = self.from_lora(cell, folder, options)
                 result.fitted.seconds += seconds
@@ -216,7 +204,7 @@ class _Training:
         own, train = self.methods[cell.method], self.task.train
         torch.manual_seed(cell.seed)
         started, steps = time.perf_counter(), 0
-        likelihood = self.likelihood()
+        likelihood = self.task.likelihood(self.collate)
         if own["by"] == "fit":
             blora, steps = BayesianLoRA.from_peft(self.net, folder, likelihood=likelihood), 100
         else:
@@ -229,7 +217,7 @@ class _Training:
         usual = {name: value for name, value in options.items() if name != "learning_rates"}
         (result,) = self.scored(blora, views, steps, **usual)
         result.fitted.seconds += seconds
-        return result, made_of(blora, result)
+        return result, made_of(result)
 
     def dropout(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
         """PEFT's LoRA with its dropout left on in prediction."""
@@ -238,7 +226,7 @@ class _Training:
         lora = PlainLoRA(
             self.net,
             settings["target_modules"],
-            self.likelihood(),
+            self.task.likelihood(self.collate),
             rank=settings["rank"],
             dropout=self.method["dropout"],
             layers_to_transform=self.blocks,

@@ -19,6 +19,7 @@ from pyro_blora.evaluation.metrics import (
     ece_by_chance,
     evaluate,
     fit_temperature,
+    item_scores,
     risk_coverage,
 )
 from pyro_blora.evaluation.plots import reliability_diagram
@@ -245,7 +246,9 @@ def paired(methods: Methods, *data: str) -> list[str]:
         if not seeds:
             continue
         gaps = [  # of each data set, seeds x 3 x items
-            torch.stack([_scores(*ours[s][d]) - _scores(*methods[name][s][d]) for s in seeds])
+            torch.stack(
+                [item_scores(*ours[s][d]) - item_scores(*methods[name][s][d]) for s in seeds]
+            )
             for d in data
         ]
         means = torch.stack([gap.mean(-1) for gap in gaps]).mean(0)
@@ -257,22 +260,6 @@ def paired(methods: Methods, *data: str) -> list[str]:
         rows.append((float(means[:, 0].mean()), [name, str(len(seeds)), *row]))
     head = [f"`{OURS}` less", "seeds", "NLL ± items ± seeds", "Brier", "ECE"]
     return markdown(head, (row for _, row in sorted(rows, reverse=True))) if rows else []
-
-
-def _scores(probs: Tensor, labels: Tensor) -> Tensor:
-    """NLL and Brier score of each item, and its term in the ECE, ``3 x N``.
-
-    The ECE is the mean over items of confidence less correctness, times the sign of their sum in
-    the bin of the item. The variance of these terms is that of the ECE as long as no sign changes.
-    """
-    probs = probs.double()
-    nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
-    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
-    confidence, predicted = probs.max(1)
-    gap = confidence - (predicted == labels).double()
-    bins = (15 * confidence).ceil().long()
-    sign = torch.zeros(16).double().index_add(0, bins, gap).sign()[bins]
-    return torch.stack([nll, (probs - one_hot).square().sum(1), sign * gap])
 
 
 def doubts(run: Mapping[str, Pair], epistemic: Mapping[str, Tensor]) -> Doubts:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyro_blora import guides, likelihoods, models
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import load_task
+    from pyro_blora.evaluation.comparison import Comparison, compare
     from pyro_blora.evaluation.metrics import effective_ranks
     from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # mypy takes inference.fit for the module
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BayesianLoRA",
+    "Comparison",
     "Prediction",
     "__version__",
     "bayesianize",
+    "compare",
     "effective_ranks",
     "fit",
     "guides",
@@ -38,8 +41,10 @@ __all__ = [
 
 _HOMES = {
     "BayesianLoRA": "bayesian_lora",
+    "Comparison": "evaluation.comparison",
     "Prediction": "posterior.prediction",
     "bayesianize": "inference",
+    "compare": "evaluation.comparison",
     "effective_ranks": "evaluation.metrics",
     "fit": "inference",
     "load_pretrained": "network.pretrained",

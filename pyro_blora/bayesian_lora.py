@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
+from pyro_blora.data.collators import reading
 from pyro_blora.debts import enter_through
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
@@ -64,6 +64,8 @@ class BayesianLoRA(PyroModule):
         start: where the posterior mean begins: LoRA's ``(B, A)`` by the full name of each adapted
             layer, ``dW = B A``, of any ranks up to the prior's. :meth:`from_peft` passes the
             factors of a trained adapter. Default: where the prior says, mostly at ``dW = 0``.
+        tokenizer: reads rows of text as the likelihood says, where no ``collate`` is given; ``fit``
+            then takes a file or a data frame as well. It may be set later.
         fast: whether to take the shortcuts that leave the network's logits as they are: logits only
             at the positions read, options packed behind one question, frozen blocks run once.
 
@@ -99,6 +101,7 @@ class BayesianLoRA(PyroModule):
         layers_to_transform: int | Sequence[int] | None = None,
         modules_to_save: Sequence[str] | None = None,
         start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        tokenizer: Any = None,
         fast: bool = True,
     ) -> None:
         super().__init__()
@@ -118,6 +121,8 @@ class BayesianLoRA(PyroModule):
                 f"rank must be None with prior=, got {rank}; give it to prior."
             )
         family = self.method.guide_of() if guide is None else guide
+        #: Reads rows of text, if there is one.
+        self.tokenizer = tokenizer
         self._given = (net, family)  # in a tuple, so that nn.Module does not register them
         if likelihood is None:
             likelihood = SequenceClassification() if is_classifier(net) else CausalLM()
@@ -162,6 +167,11 @@ class BayesianLoRA(PyroModule):
     def trainable_parameters(self) -> int:
         """The number of trained numbers; an AutoGuide has its own after its first call."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def reading(self, data: Any, collate: Collate | None = None) -> tuple[Any, Collate | None]:
+        """The examples and their collator; see :func:`pyro_blora.data.collators.reading`."""
+        parts: dict[str, Any] = {"net": self.net, "likelihood": self.likelihood}
+        return reading(data, collate, **parts, tokenizer=self.tokenizer)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""
@@ -255,9 +265,7 @@ class BayesianLoRA(PyroModule):
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     @one_at_a_time
-    def distill(
-        self, data: Sequence[Any] | DataLoader[Any], collate: Collate | None = None, **options: Any
-    ) -> float:
+    def distill(self, data: Any, collate: Collate | None = None, **options: Any) -> float:
         """Makes one pass nearly as calibrated as the average of draws, without a label.
 
         Sets and returns the temperature of the posterior mean's scores; for the formula and the
@@ -268,12 +276,11 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
+        data, collate = self.reading(data, collate)
         return distill(self.model, self.guide, self.method, data, collate=collate, **options)
 
     @one_at_a_time
-    def calibrate(
-        self, data: Sequence[Any] | DataLoader[Any], collate: Collate | None = None, **options: Any
-    ) -> float:
+    def calibrate(self, data: Any, collate: Collate | None = None, **options: Any) -> float:
         """Sets the temperatures of predictions by labels that were not in the training.
 
         ``fit`` does this with the examples that it holds out; after a loop of your own call it
@@ -283,12 +290,13 @@ class BayesianLoRA(PyroModule):
 
             blora.calibrate(held_out, collate)
         """
+        data, collate = self.reading(data, collate)
         return calibrate(self.model, self.guide, self.method, data, collate=collate, **options)
 
     def predict_dataset(
         self,
-        data: Sequence[Any],
-        collate: Collate,
+        data: Any,
+        collate: Collate | None = None,
         num_samples: int | None = None,
         *,
         linearized: bool | None = None,
@@ -298,6 +306,7 @@ class BayesianLoRA(PyroModule):
 
         ``options`` are ``batch_size``, ``length``, ``precision``, ``progress`` and ``description``.
         """
+        data, collate = self.reading(data, collate)
         predict = partial(self.predict, num_samples=num_samples, linearized=linearized)
         return predict_dataset(predict, data, collate, device=self.device, **options)
 
@@ -361,13 +370,14 @@ class BayesianLoRA(PyroModule):
         guide: SiteGuide | type[SiteGuide] | Mapping[str, SiteGuide] | GuideFactory | None = None,
         likelihood: Likelihood | type[Likelihood] | None = None,
         trust_remote_code: bool = False,
+        tokenizer: Any = None,
         fast: bool = True,
     ) -> Self:
         """An adapter from its folder or its hub id, on its base.
 
         ``from_pretrained(net, folder)`` adapts a loaded network, ``from_pretrained(folder)`` loads
-        the base by its saved name and in its saved dtype. ``fast`` is as in the constructor; for
-        the other arguments see :func:`pyro_blora.checkpoints.read_pretrained`.
+        the base by its saved name and in its saved dtype. ``tokenizer`` and ``fast`` are as in the
+        constructor; for the other arguments see :func:`pyro_blora.checkpoints.read_pretrained`.
 
         Raises:
             CheckpointError: the folder holds no adapter, or an adapter of another base.
@@ -377,7 +387,7 @@ class BayesianLoRA(PyroModule):
         saved = checkpoint.read_pretrained(
             base, place, trust_remote_code=trust_remote_code, **parts
         )
-        blora = cls(saved.net, **saved.options, fast=fast)
+        blora = cls(saved.net, **saved.options, tokenizer=tokenizer, fast=fast)
         try:
             saved.load_into(blora)
         except CheckpointError:
@@ -396,6 +406,7 @@ class BayesianLoRA(PyroModule):
         prior: UpdateModel | Mapping[str, UpdateModel] | None = None,
         guide: SiteGuide | Mapping[str, SiteGuide] | None = None,
         likelihood: Likelihood | None = None,
+        tokenizer: Any = None,
         fast: bool = True,
     ) -> Self:
         r"""An adapter whose posterior mean is a trained LoRA, to continue from.
@@ -414,6 +425,7 @@ class BayesianLoRA(PyroModule):
             guide: a family whose mean is a parameter; it starts with the width ``init_scale``.
                 Default: the method's.
             likelihood: as in the constructor. Default: by PEFT's task type.
+            tokenizer: as in the constructor.
             fast: as in the constructor.
 
         Raises:
@@ -428,7 +440,8 @@ class BayesianLoRA(PyroModule):
             fit(blora, train, collate=collate, num_steps=100)
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-        blora = peft.from_peft(partial(cls, method=method, fast=fast), net, folder, **parts)
+        make = partial(cls, method=method, tokenizer=tokenizer, fast=fast)
+        blora = peft.from_peft(make, net, folder, **parts)
         if blora.method.held_out is None:  # the LoRA may have learned from all examples
             blora.method = replace(blora.method, held_out=0.0)
         return blora

@@ -146,13 +146,14 @@ _KNOWN = (
 )
 METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 
-# Rows of a comparison that are computed from the training of another method
-BEST = "lora-best"
-SHOWN = {
-    BEST: "lora at its best validation step",
-    "split": "split:NAME, NAME on seven eighths of the items, with a temperature by the others",
-    "temperature": "temperature:NAME, NAME with a temperature fitted on validation items",
-    "distilled": "distilled:NAME, one pass at the mean of NAME with a temperature from its draws",
+#: Rows of a comparison, ``KIND:NAME``, that come from the training of another method.
+KINDS = {
+    "split": "NAME on seven eighths of the items, with a temperature by the others",
+    "temperature": "NAME with a temperature by validation items",
+    "best": "NAME at its best of three validations",
+    "mean": "the posterior mean of NAME, in one pass",
+    "linearized": "NAME with draws of the linearized network",
+    "distilled": "the posterior mean of NAME with a temperature from its draws, in one pass",
 }
 
 
@@ -175,9 +176,10 @@ def get_method(name: str) -> Method:
         _class(left, "prior")
         draws = 0 if _class(right, "guide").is_point else None
         return Method(name, left, right, num_samples=draws, held_out=None)
-    if name in SHOWN:
+    if kind := kind_of(name)[0] or (name in KINDS and name):
         raise ConfigurationError(
-            f"{name} is no prior beside a guide ({SHOWN[name]}); use it in `pyro-blora compare`."
+            f"{name} must be a row of a comparison, {kind}:NAME ({KINDS[kind]}), and no method; "
+            "use it in `pyro-blora compare` or pyro_blora.compare."
         )
     raise ConfigurationError(
         f"method {name!r} is unknown; {near_miss(name, METHODS)}. Or give a prior and a guide: "
@@ -185,19 +187,10 @@ def get_method(name: str) -> Method:
     )
 
 
-def trained_for(name: str) -> str:
-    """The method to train for a row of a comparison: itself, or the one that it derives from."""
-    kind, _, rest = name.partition(":")
-    name = rest if kind in ("split", "temperature", "distilled") and rest else name
-    return "lora" if name in SHOWN else name
-
-
-def check_method(name: str) -> None:
-    """Raises ConfigurationError unless a comparison can have a row of this name."""
-    kind, _, rest = name.partition(":")
-    if kind in ("split", "distilled") and (not rest or rest in SHOWN):
-        raise ConfigurationError(f"{name!r} must be {kind}: and a method, such as {kind}:lora.")
-    get_method(trained_for(name))
+def kind_of(row: str) -> tuple[str, str]:
+    """The kind of a row of a comparison, or ``""``, and the method that is trained for it."""
+    kind, _, name = row.partition(":")
+    return (kind, name) if kind in KINDS and name else ("", row)
 
 
 def _class(name: str, kind: Literal["prior", "guide"]) -> Any:

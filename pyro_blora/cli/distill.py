@@ -33,8 +33,8 @@ def run(
 
     notes = read_config(adapter)["notes"]
     data = load_task(o.named(task, notes.get("task"), "--task"), data_dir=data_dir)
-    blora, tokenizer = o.load_adapter(adapter, model)
-    collate = data.collator(tokenizer)
+    blora = o.load_adapter(adapter, model)
+    collate = None if o.classifies(adapter) else data.collator(blora.tokenizer)
     with o.phase("distill"):
         options = {"num_samples": num_samples, "length": item_length, "precision": precision}
         found = blora.distill(data.train, collate, **options)

@@ -59,16 +59,18 @@ def run(
     console = Console(highlight=False)
     task = o.named(task, read_config(adapter)["notes"].get("task"), "--task")
     data = load_task(task, data_dir=data_dir, max_test=max_test)
-    foreign = load_task(ood, data_dir=data_dir, max_test=max_test).test if ood else ()
-    if data.template.scoring == "labels":  # score them by the label words of the task
+    other = load_task(ood, data_dir=data_dir, max_test=max_test) if ood else None
+    foreign, task = other.test if other else (), data.name
+    if data.template.scoring == "labels" or o.classifies(adapter):  # score its own classes
         foreign = tuple(replace(i, choices=data.test[0].choices, label=0) for i in foreign)
     if out is not None:
         more = ("ood.csv", "ood.png") if ood else ()
         check_free(out, "metrics.json", "items.csv", "reliability.png", "risk_coverage.png", *more)
     precision = choose_precision(precision)
-    blora, tokenizer = o.load_adapter(adapter, model, data)
+    blora = o.load_adapter(adapter, model, data)
+    collate = None if o.classifies(adapter) else data.collator(blora.tokenizer)
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"collate": data.collator(tokenizer), "num_samples": num_samples}
+    options: dict[str, Any] = {"collate": collate, "num_samples": num_samples}
     options |= {"length": item_length, "precision": precision}
     with o.phase("predict"):
         prediction, labels = blora.predict_dataset(data.test, **options)
@@ -87,9 +89,9 @@ def run(
     document |= {"ece_by_chance": chance, "entropy": entropy, "mutual_information": information}
     doubt, wrong = m.doubts(prediction), prediction.predictions != labels
     document["aurc"] = {name: m.risk_coverage(d, wrong)[2] for name, d in doubt.items()}
-    if outside is not None:
+    if outside is not None and other is not None:
         found = {name: m.auroc(doubt[name], d) for name, d in m.doubts(outside).items()}
-        document["ood"] = {"task": ood, "n": len(outside), "auroc": found}
+        document["ood"] = {"task": other.name, "n": len(outside), "auroc": found}
         shown = ", ".join(f"{100 * v:.1f} % by {n.replace('_', ' ')}" for n, v in found.items())
         console.print(f"{ood}, {len(outside)} items, AUROC: {shown}")
     if out is None:
@@ -100,9 +102,9 @@ def run(
         "reliability": plots.reliability_diagram({task: (prediction.probs, labels)}),
         "risk_coverage": plots.risk_coverage_diagram(prediction, labels),
     }
-    if outside is not None:
+    if outside is not None and other is not None:
         write_file(out / "ood.csv", lambda path: _write_csv(path, foreign, outside))
-        figures["ood"] = plots.ood_diagram(prediction, outside, (task, str(ood)))
+        figures["ood"] = plots.ood_diagram(prediction, outside, (task, other.name))
     for name, figure in figures.items():
         plots.save_figure(figure, out / f"{name}.png")
     console.print(f"Written to {out}: metrics.json, items.csv, {', '.join(figures)} (.png)")

@@ -51,7 +51,8 @@ def run(
 
     if html is not None:
         check_free(html.parent, html.name)
-    blora, tokenizer = o.load_adapter(adapter, model)
+    blora = o.load_adapter(adapter, model)
+    tokenizer = blora.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     inputs = tokenizer(prompt, return_tensors="pt", padding=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from pyro_blora.cli import _arguments as o
 from pyro_blora.data import load_task
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.methods import check_method
+from pyro_blora.methods import get_method
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
     max_train: o.MaxTrain = None,
     max_validation: o.MaxValidation = 200,
     rank: o.Rank = None,
-    target_modules: o.Targets = "q_proj,v_proj",
+    target_modules: o.Targets = None,
     top: Annotated[
         int | None,
         typer.Option(help="Adapt only this many top blocks, and no head. Default: all.", min=1),
@@ -73,7 +73,7 @@ def run(
         raise ConfigurationError(
             "--resume continues a run and --overwrite starts anew: leave one of them out."
         )
-    check_method(method)
+    made = get_method(method)
     data = load_task(
         task, data_dir=data_dir, max_train=max_train, max_validation=max_validation, seed=seed
     )
@@ -85,10 +85,9 @@ def run(
     from pyro_blora.files import check_free, own_files, remove_own
     from pyro_blora.inference import finish, fit
     from pyro_blora.inference.resume import STATE
-    from pyro_blora.methods import get_method
-    from pyro_blora.network.pretrained import load_pretrained
+    from pyro_blora.network.pretrained import load_for
 
-    run_dir, made, console = out / "training", get_method(method), Console(highlight=False)
+    run_dir, console = out / "training", Console(highlight=False)
     state = run_dir / STATE
     if not (overwrite or resume):
         for file, found in (
@@ -104,8 +103,8 @@ def run(
     if from_peft is not None:
         model = model or read_peft(from_peft).base
     with o.phase("load"):
-        net, tokenizer = load_pretrained(model or "smollm2")
-    collate = data.collator(tokenizer)
+        net, tokenizer = load_for(model or "smollm2", len(data.test[0].choices), seed)
+    collate = data.collator(tokenizer, net=net)
     torch.manual_seed(seed)
     if from_peft is None:
         layers = None
@@ -115,7 +114,7 @@ def run(
             layers = range(max(0, depth - top), depth)
         blora = BayesianLoRA(
             net,
-            target_modules=o.listed(target_modules, "--target-modules"),
+            target_modules=target_modules and o.listed(target_modules, "--target-modules"),
             layers_to_transform=layers,
             method=made,
             rank=rank,

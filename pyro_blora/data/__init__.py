@@ -1,4 +1,4 @@
-"""Multiple-choice data: where items come from, and how they become batches."""
+"""Data: where items and rows come from, and how they become batches."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,15 +8,22 @@ from pyro_blora.data.task import Task, load_task
 from pyro_blora.errors import DataError
 
 if TYPE_CHECKING:
-    from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
+    from pyro_blora.data.collators import (
+        ClassificationCollator,
+        LabelTokensCollator,
+        MultipleChoiceCollator,
+        TextCollator,
+    )
 
 __all__ = [
+    "ClassificationCollator",
     "DataError",
     "Item",
     "LabelTokensCollator",
     "MultipleChoiceCollator",
     "Task",
     "Template",
+    "TextCollator",
     "hub_tasks",
     "load_task",
     "read_hub",
@@ -27,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports the collators on first use, because only they need torch."""
-    if name in ("LabelTokensCollator", "MultipleChoiceCollator"):
+    if name.endswith("Collator"):
         from pyro_blora.data import collators
 
         return getattr(collators, name)

@@ -1,15 +1,26 @@
-"""Collators, which make batches of token ids from lists of items."""
+"""Collators, which make batches of token ids from lists of items or rows."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
 
 from pyro_blora.data.items import QUESTION, Item, Template, item_of
-from pyro_blora.errors import DataError
+from pyro_blora.data.tables import label_of, names_of, read_table, text_of
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.likelihoods import CausalLM, Likelihood, MultipleChoice, SequenceClassification
+from pyro_blora.network.targets import without_peft
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
 class _Collator:
@@ -153,3 +164,151 @@ class LabelTokensCollator(_Collator):
         input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
         labels = torch.tensor([item.label for item in items])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class ClassificationCollator:
+    """Makes a row of every text, for a network with a classification head.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a pad token.
+        classes: the names of the classes, in the order of the logits, if labels are texts.
+        max_length: the longest row T, cut at its end. Default: the tokenizer's, at most 512.
+
+    Called on B items, or dictionaries with ``text``, perhaps ``text_pair``, and ``label`` (a name
+    or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``, long, ``(B,)``,
+    unless the first row has none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Sequence[str] = (),
+        max_length: int | None = None,
+    ) -> None:
+        self.tokenizer, self.classes = tokenizer, tuple(classes)
+        self.max_length = max_length or min(tokenizer.model_max_length, 512)
+
+    def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of a list of rows."""
+        made = [
+            {"text": row.question, "label": row.choices[row.label] if self.classes else row.label}
+            if isinstance(row, Item)
+            else row
+            for row in rows
+        ]
+        columns = [[text_of(row, name) for row in made] for name in _TEXTS if name in made[0]]
+        how = {"padding": True, "truncation": True, "max_length": self.max_length}
+        batch = dict(self.tokenizer(*(columns or [[text_of(made[0])]]), **how, return_tensors="pt"))
+        if "label" in made[0]:
+            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in made])
+        return batch
+
+
+_TEXTS = ("text", "text_pair")
+
+
+class TextCollator(_Collator):
+    """Makes a row of every text, for the next-token likelihood.
+
+    Takes the tokenizer and ``max_length`` of :class:`MultipleChoiceCollator`. Called on B
+    dictionaries with ``text``, or with ``prompt`` and ``completion``, it returns ``input_ids``,
+    ``attention_mask`` and ``labels``, long, ``(B, T)``, padded on the right. Each row ends with the
+    end-of-text token, if there is one. Prompts and padding are not scored (-100). A row that is too
+    long loses its end, or the start of its prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch of a list of rows."""
+        made, starts, end = [], [], self.tokenizer.eos_token_id
+        for row in rows:
+            if "completion" in row:
+                prompt = self._ids(text_of(row, "prompt"), special=True)
+                scored = self._answer(text_of(row, "completion"))
+            else:
+                prompt, scored = [], self._ids(text_of(row), special=True)
+            while prompt and prompt[-1] == end:  # the completion follows
+                prompt.pop()
+            if end is not None and scored[-1:] != [end]:
+                scored.append(end)
+            scored = scored[: self.max_length]
+            kept = prompt[max(0, len(prompt) + len(scored) - self.max_length) :]
+            made.append(kept + scored)
+            starts.append(len(kept))
+        input_ids, attention_mask = self._pad(made)
+        scored_at = torch.arange(input_ids.shape[-1]) >= torch.tensor(starts).unsqueeze(-1)
+        labels = input_ids.masked_fill(~(scored_at & attention_mask.bool()), -100)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def reading(
+    data: Any,
+    collate: Collate | None,
+    *,
+    net: nn.Module,
+    likelihood: Likelihood,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[Any, Collate | None]:
+    """The examples in ``data``, and what makes their batches unless ``collate`` is given.
+
+    Before one of transformers' collators, rows of token ids lose the columns that neither the
+    network nor the likelihood takes, as under its ``Trainer``. A classifier's likelihood
+    without names of classes takes those of the network, or else of the rows.
+    """
+    if isinstance(data, DataLoader | IterableDataset):
+        return data, collate
+    rows = read_table(data)
+    first = rows[0] if len(rows) else None
+    if isinstance(first, Mapping) and "input_ids" in first:
+        if collate is None and tokenizer is not None and likelihood.row_dims == 2:
+            texts = isinstance(likelihood, CausalLM)
+            collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
+        if not type(collate).__module__.startswith("transformers."):
+            return rows, collate  # one of the user's own, which may read any column
+        known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
+        known |= {"labels", "label", "label_ids"}
+        padded: Any = collate
+        return rows, lambda part: padded([{k: row[k] for k in row if k in known} for row in part])
+    if collate is not None or not isinstance(first, Mapping | Item):
+        return rows, collate
+    if tokenizer is None:
+        if isinstance(first, Mapping) and not any(isinstance(v, str) for v in first.values()):
+            return rows, None  # tensors, which torch collates
+        raise ConfigurationError(
+            "Rows of text must have a tokenizer to read them, got none; make the adapter with "
+            "tokenizer=, set blora.tokenizer, or pass collate=."
+        )
+    if isinstance(likelihood, SequenceClassification):
+        if likelihood.classes is None:
+            names = first.choices if isinstance(first, Item) else names_of(rows)
+            likelihood.classes = class_names(net, names) or None
+        return rows, ClassificationCollator(tokenizer, likelihood.classes or ())
+    if isinstance(likelihood, MultipleChoice):
+        return rows, MultipleChoiceCollator(tokenizer)
+    if isinstance(likelihood, CausalLM) and isinstance(first, Mapping) and "label" not in first:
+        return rows, TextCollator(tokenizer)
+    columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
+    raise ConfigurationError(
+        f"{type(likelihood).__name__} must be given collate= for rows of {columns}; LabelTokens "
+        "takes LabelTokensCollator(tokenizer, template). CausalLM reads text, or prompt and "
+        "completion; a label needs another likelihood, such as MultipleChoice()."
+    )
+
+
+def class_names(net: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
+    config: Any = net.config
+    own = tuple(str(config.id2label[k]) for k in range(config.num_labels))
+    places = range(len(own))
+    if list(names) == [str(k) for k in range(len(names))]:
+        return ()
+    if own != tuple(f"LABEL_{k}" for k in places):
+        return own
+    if len(names) != len(own):
+        raise ConfigurationError(
+            f"The network must have a logit for each of the classes {list(names)}, got {len(own)}; "
+            f"load it with num_labels={len(names)}."
+        )
+    return tuple(names)

@@ -1,6 +1,7 @@
 """Questions with candidate answers: the item, its prompt, and files of items."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 from pyro_blora.errors import DataError, near_miss
 
+FILES = (".csv", ".json", ".jsonl", ".parquet")
 FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
@@ -53,8 +55,10 @@ def item_of(record: Any, defaults: dict[str, Any]) -> Item:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
 
 
-def read_json_lines(path: str | PathLike[str]) -> list[Item]:
-    """Reads the items of one split.
+def read_json_lines(
+    path: str | PathLike[str], make: Callable[[Any], Any] | None = None
+) -> list[Any]:
+    """Reads the items of one split, or what ``make`` makes of each line.
 
     Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list.
     Other keys and blank lines are ignored.
@@ -66,7 +70,8 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                items.append(item_of(json.loads(line), {}))
+                record = json.loads(line)
+                items.append(make(record) if make else item_of(record, {}))
         except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:
@@ -74,9 +79,9 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
     return items
 
 
-def splits_in(folder: Path) -> list[str]:
-    """The names of the splits (``SPLIT.jsonl``) in a task's folder."""
-    return [file.stem for file in folder.glob("*.jsonl")]
+def splits_in(folder: Path) -> dict[str, Path]:
+    """The files of the splits in a task's folder, such as ``train.jsonl``, by name."""
+    return {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in FILES}
 
 
 def _missing(path: Path) -> str:

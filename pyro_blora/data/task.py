@@ -1,20 +1,25 @@
 """A task, which is a data set ready for training: three splits and a template."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_blora.data.hub import hub_splits, read_hub
-from pyro_blora.data.items import Item, Template, read_json_lines, splits_in, template_for
+from pyro_blora.data.items import FILES, Item, Template, splits_in, template_for
+from pyro_blora.data.tables import items_of
 from pyro_blora.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
     from pyro_blora.likelihoods import Likelihood
+
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -40,27 +45,42 @@ class Task:
         return f"Task({self.name!r}: {sizes}, scored by {self.template.scoring})"
 
     def collator(
-        self, tokenizer: "PreTrainedTokenizerBase", max_length: int = 512
-    ) -> "MultipleChoiceCollator | LabelTokensCollator":
-        """The collator of this task's items, whose rows have at most ``max_length`` tokens."""
-        from pyro_blora.data.collators import LabelTokensCollator, MultipleChoiceCollator
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int = 512,
+        net: "nn.Module | None" = None,
+    ) -> Any:
+        """The collator of this task's items, whose rows have at most ``max_length`` tokens.
 
-        labels = self.template.scoring == "labels"
-        kind = LabelTokensCollator if labels else MultipleChoiceCollator
+        It asks a language model, unless ``net`` is given and is a classifier.
+        """
+        from pyro_blora.data import collators
+        from pyro_blora.network.targets import is_classifier
+
+        if net is not None and is_classifier(net):
+            names = collators.class_names(net, self.test[0].choices)
+            return collators.ClassificationCollator(tokenizer, names, max_length)
+        words = self.template.scoring == "labels"
+        kind = collators.LabelTokensCollator if words else collators.MultipleChoiceCollator
         return kind(tokenizer, self.template, max_length)
 
     def likelihood(self, collate: Any) -> "Likelihood":
-        """``LabelTokens`` or ``MultipleChoice``, by the template; ``collate`` is its collator."""
-        from pyro_blora.likelihoods import LabelTokens, MultipleChoice
+        """The likelihood of these items, by ``collate``, which is their collator."""
+        from pyro_blora import likelihoods
+        from pyro_blora.data import collators
 
         count = len(self.train) or None
-        if self.template.scoring == "labels":
-            return LabelTokens(token_ids=collate.token_ids, num_data=count)
-        return MultipleChoice(num_data=count)
+        if isinstance(collate, collators.ClassificationCollator):
+            return likelihoods.SequenceClassification(
+                num_data=count, classes=collate.classes or None
+            )
+        if isinstance(collate, collators.LabelTokensCollator):
+            return likelihoods.LabelTokens(token_ids=collate.token_ids, num_data=count)
+        return likelihoods.MultipleChoice(num_data=count)
 
 
 def load_task(
-    name: str,
+    data: Any,
     *,
     data_dir: str | PathLike[str] | None = None,
     max_train: int | None = None,
@@ -77,27 +97,37 @@ def load_task(
     few more. Validation and test splits keep their order, and test items are used for nothing else.
 
     Args:
-        name: ``"facts"``, which is always the built-in data set, a folder in ``data_dir``, or one
-            of :func:`~pyro_blora.data.hub_tasks`.
-        data_dir: a folder with ``name/{train,validation,test}.jsonl``. Default: the hub.
+        data: ``"facts"``, which is always the built-in data set; a folder in ``data_dir``; one of
+            :func:`~pyro_blora.data.hub_tasks`; or data of your own: a CSV, JSON-lines, JSON or
+            Parquet file, a folder with ``train`` and ``test`` files, a data frame, a
+            ``datasets.Dataset`` or ``DatasetDict``, or a list of dictionaries. Rows have the
+            columns ``text`` and ``label``, whose classes are then the choices, or ``question``,
+            ``choices`` and ``label``. Without a test split a fifth of the rows are test items, the
+            same for every seed.
+        data_dir: a folder with ``data/{train,validation,test}.jsonl``. Default: the hub.
         max_train: maximum number of training items. Default: all.
         max_validation: maximum number of validation items.
         max_test: maximum number of test items. Default: all.
         seed: seed of the shuffle.
 
     Raises:
-        DataError: there is no task of this name, it has no test split, or a file is malformed.
+        DataError: there is no task of this name, it has no test split, or a row or a column cannot
+            be used.
 
     Example::
 
         >>> task = load_task("facts", max_train=100, max_validation=50)
         >>> len(task.train), len(task.validation)
         (100, 50)
+        >>> rows = [{"text": f"{k} degrees", "label": "cold"[: 4 - k % 2]} for k in range(50)]
+        >>> load_task(rows)
+        Task('data': 32 train, 8 validation, 10 test, scored by options)
     """
     limits = (max_train or 0, max_validation, max_test or 0)
     if min(limits) < 0:
         raise DataError(f"limits must be 0 or more, got {min(limits)}: leave one out for all items")
-    splits, template = _splits(name, data_dir), template_for(name)
+    name, splits = _splits(data, data_dir)
+    template = template_for(name)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)
     if "validation" in splits or not train:
@@ -109,15 +139,26 @@ def load_task(
     return Task(name, tuple(train), tuple(validation), tuple(test), template)
 
 
-def _splits(name: str, data_dir: str | PathLike[str] | None) -> dict[str, list[Item]]:
-    """The items of each split that exists, and always of ``"test"``."""
-    if name == "facts":
-        data_dir = Path(__file__).parent
-    if data_dir is None:
-        return {split: read_hub(name, split) for split in hub_splits(name)}
-    folder = Path(data_dir) / name
-    names = [s for s in ("train", "validation", "test") if s in ("test", *splits_in(folder))]
-    return {split: read_json_lines(folder / f"{split}.jsonl") for split in names}
+def _splits(data: Any, data_dir: str | PathLike[str] | None) -> tuple[str, dict[str, list[Item]]]:
+    """The name of a task, and the items of each split that exists, and always of ``"test"``."""
+    if not isinstance(data, str | PathLike):
+        name, given = "data", dict(data) if isinstance(data, Mapping) else {"train": data}
+    elif data_dir is None and Path(data).suffix in FILES:
+        name, given = Path(data).stem, {"train": data}
+    elif data_dir is None and data != "facts" and not splits_in(Path(data)):
+        name = str(data)
+        return name, {split: read_hub(name, split) for split in hub_splits(name)}
+    else:
+        folder = Path(__file__).parent if data == "facts" else Path(data_dir or "")
+        name, folder = Path(data).name, folder / data
+        given = {"test": folder / "test.jsonl"} | splits_in(folder)
+    splits = items_of({split: given[split] for split in SPLITS if split in given})
+    if "test" not in splits:
+        every = splits["train"]
+        chosen = set(random.Random(0).sample(range(len(every)), len(every) // 5))
+        splits["train"] = [item for k, item in enumerate(every) if k not in chosen]
+        splits["test"] = [item for k, item in enumerate(every) if k in chosen]
+    return name, splits
 
 
 def _hold_out(

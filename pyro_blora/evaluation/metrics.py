@@ -89,6 +89,22 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
     )
 
 
+def item_scores(probs: Tensor, labels: Tensor) -> Tensor:
+    """NLL and Brier score of each item, and its term in the ECE, ``3 x N``.
+
+    The ECE is the mean over items of confidence less correctness, times the sign of their sum in
+    the bin of the item. The variance of these terms is that of the ECE as long as no sign changes.
+    """
+    probs = probs.double()
+    nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
+    confidence, predicted = probs.max(1)
+    gap = confidence - (predicted == labels).double()
+    bins = (15 * confidence).ceil().long()
+    sign = torch.zeros(16).double().index_add(0, bins, gap).sign()[bins]
+    return torch.stack([nll, (probs - one_hot).square().sum(1), sign * gap])
+
+
 def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
     r"""The ECE that a perfectly calibrated classifier shows on average, on as many items.
 

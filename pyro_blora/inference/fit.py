@@ -2,13 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
-from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -38,7 +37,7 @@ from pyro_blora.posterior.guide import draws_apart, start_guide
 @one_at_a_time
 def fit(
     blora: BayesianLoRA,
-    train: Sequence[Any] | DataLoader[Any],
+    train: Any,
     *,
     num_steps: int | None = None,
     num_epochs: float | None = None,
@@ -54,7 +53,7 @@ def fit(
     kl_weight: float = Settings.kl_weight,
     held_out: float | None = None,
     precision: str = Settings.precision,
-    validation: Sequence[Any] | DataLoader[Any] | None = None,
+    validation: Any = None,
     validate_every: int = Settings.validate_every,
     eval_samples: int | None = None,
     keep_best: bool = Settings.keep_best,
@@ -76,11 +75,16 @@ def fit(
 
     Args:
         blora: the adapter to train.
-        train: examples, or a ``DataLoader`` of batches.
+        train: examples: a list, a ``datasets.Dataset``, a data frame, or a CSV, JSON-lines, JSON
+            or Parquet file; or a ``DataLoader`` of batches. Their number becomes the likelihood's
+            ``num_data`` if it has none.
         num_steps: number of optimizer steps.
         num_epochs: passes over the training data, in place of ``num_steps``.
         batch_size: examples per step; a ``DataLoader`` has its own.
-        collate: makes a batch of a list of examples; by default torch's.
+        collate: makes a batch of a list of examples. Default: the adapter's tokenizer, as the
+            likelihood says: rows have ``text`` and ``label`` for classes; ``question``,
+            ``choices`` and ``label`` for options; ``text``, or ``prompt`` and ``completion``, for
+            ``CausalLM``. Without a tokenizer, torch's.
         length: the length of an example; batches of similar lengths waste little padding.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``; a single number is the rate of the means. Other roles
@@ -107,7 +111,7 @@ def fit(
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes what is faster on the network's device. The variational part
             stays in single precision.
-        validation: examples, or a ``DataLoader`` of batches, on which the predictive NLL is
+        validation: examples as in ``train``, on which the predictive NLL is
             measured, the mean of ``-blora.log_predictive(batch, eval_samples)``, without the
             temperature, which is set at the end.
         validate_every: steps between validations.
@@ -132,8 +136,9 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites. It is
             raised within ten steps, and before anything is saved.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
-        ConfigurationError: an option is out of range or has no effect, or the likelihood has no
-            ``num_data``.
+        ConfigurationError: an option is out of range or has no effect, or neither the likelihood
+            nor the data says how many examples there are.
+        DataError: a row or a column cannot be used.
         CheckpointError: the state in ``checkpoint_dir`` is corrupt or of another run (the message
             says what differs), or there is one and ``resume`` is false.
 
@@ -144,6 +149,9 @@ def fit(
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     rates = rate_overrides(blora, learning_rates)
+    if validation is not None:
+        validation, of_validation = blora.reading(validation, collate)
+    train, collate = blora.reading(train, collate)
     share = share_to_hold_out(blora, train, held_out)
     every, (train, held) = train, hold_out(train, share)
     settings = Settings(  # which checks what the loop reads; Objective checks its own
@@ -170,7 +178,7 @@ def fit(
     if validation is not None:  # checked now, not at the first validation
         if size_of(validation) == 0:
             raise BatchError("The validation set is empty; leave validation= out to train without.")
-        collator(validation, collate)  # for its error
+        collator(validation, of_validation)  # for its error
     if keep_best and settings.num_steps <= settings.validate_every:
         warnings.warn(
             "keep_best=True must have several validations to compare, got one, after the last of "
@@ -182,8 +190,8 @@ def fit(
     if seed is not None:
         torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
     stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
-    objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
     check_num_data(blora.likelihood, every)
+    objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
     # an AutoGuide makes its parameters at its first call, and the optimizer needs them
     start_guide(blora.guide, blora.model.prepared(stream.peek()))
     groups = parameter_groups(blora, rates)
@@ -203,7 +211,7 @@ def fit(
         def validate() -> float:
             """The mean negative log predictive of the validation set, in the run's precision."""
             # without gradients there is room for twice the batch
-            batches = batches_of(validation, collate, length, 2 * batch_size)
+            batches = batches_of(validation, of_validation, length, 2 * batch_size)
             # the same draws each time, apart from those of the training; dropout is off
             with draws_apart(blora.guide, blora.device), torch.no_grad():
                 parts = [blora.log_predictive(batch, samples) for batch in batches]

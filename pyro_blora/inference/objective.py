@@ -140,10 +140,11 @@ class Objective:
 
 
 def check_num_data(likelihood: Likelihood, data: Any) -> None:
-    """Warns if a data set has another size than the likelihood was given."""
+    """Gives the likelihood the size of the data set, or warns if it has another one."""
     batches = getattr(data, "batch_size", 0) is None and data.batch_sampler is None
-    told, size = likelihood.num_data or 0, None if batches else size_of(data)
-    if size not in (None, told):
+    size = None if batches else size_of(data)
+    told = likelihood.num_data = likelihood.num_data or size
+    if told and size not in (None, told):
         warnings.warn(
             f"The likelihood was told num_data={told}, and train has {size} examples: the KL "
             f"weighs {size / told:.3g} times what it does in the ELBO; pass num_data="

@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -101,8 +101,9 @@ def bayesianize(
     net: nn.Module | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
     *,
-    data: Sequence[Any] | DataLoader[Any],
+    data: Any,
     collate: Collate | None = None,
+    tokenizer: Any = None,
     method: str | Method | None = None,
     prior: UpdateModel | None = None,
     guide: PostHoc | None = None,
@@ -121,9 +122,9 @@ def bayesianize(
     Args:
         net: the base network, as in :meth:`~pyro_blora.BayesianLoRA.from_peft`.
         folder: what PEFT wrote, or a hub id; it or a ``PeftModel`` may stand alone.
-        data: the training set for ``Laplace``, an anchor set for ``Isotropic``; examples, or a
-            ``DataLoader`` of batches.
-        collate: makes a batch of a list of examples.
+        data: the training set for ``Laplace``, an anchor set for ``Isotropic``, as in ``fit``.
+        collate: as in ``fit``.
+        tokenizer: as in :class:`~pyro_blora.BayesianLoRA`.
         method: a method with such a guide, ``"laplace-lora"`` or ``"tfb"``. Default:
             ``Laplace()`` with the prior ``KroneckerInducing`` of the adapter's rank.
         prior: as in ``from_peft``. Default: the method's.
@@ -157,9 +158,8 @@ def bayesianize(
         )
     if method is None:
         made = replace(made, linearized=isinstance(guide, Laplace))
-    blora = BayesianLoRA.from_peft(
-        net, folder, method=made, prior=prior, guide=guide, likelihood=likelihood
-    )
+    parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
+    blora = BayesianLoRA.from_peft(net, folder, method=made, **parts, tokenizer=tokenizer)
     reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
     try:
         finish(blora, data, **reading, precision=precision, progress=progress)
@@ -172,7 +172,7 @@ def bayesianize(
 @one_at_a_time
 def finish(
     blora: BayesianLoRA,
-    data: Sequence[Any] | DataLoader[Any],
+    data: Any,
     *,
     collate: Collate | None = None,
     length: Callable[[Any], int] | None = None,
@@ -197,6 +197,7 @@ def finish(
             f"got {blora.guide_family!r}, which needs no finish."
         )
     begin_training(blora)
+    data, collate = blora.reading(data, collate)
     batches = list(batches_of(data, collate, length, batch_size))
     hide = None if progress is None else not progress
 

@@ -27,7 +27,7 @@ from pyro_blora.inference.learning_rates import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
-from pyro_blora.inference.objective import Objective, check_num_data
+from pyro_blora.inference.objective import Objective, check_num_data, size_of
 from pyro_blora.inference.post_hoc import (
     begin_training,
     draws_of_evaluation,
@@ -60,9 +60,11 @@ class BayesianLoRATrainer(Trainer):
     Args:
         model: the adapter.
         args: as for a ``Trainer``; but a ``learning_rate`` is refused, because each role has a rate
-            of its own (``learning_rates``), and columns of the data set are never removed.
+            of its own (``learning_rates``).
         num_particles, elbo, learning_rates, eval_samples, held_out: as in ``fit``.
-        options: the other arguments of a ``Trainer``: ``train_dataset``, ``data_collator``, ....
+        options: the other arguments of a ``Trainer``: ``train_dataset``, ``processing_class``, ....
+            The data sets are as in ``fit``, and ``processing_class`` is the adapter's tokenizer
+            if it has none.
 
     Example::
 
@@ -98,6 +100,13 @@ class BayesianLoRATrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         use_one_gpu(args)
+        if model.tokenizer is None:
+            model.tokenizer = options.get("processing_class")
+        given = options.get("data_collator")
+        for name in ("eval_dataset", "train_dataset"):
+            if options.get(name) is not None and not isinstance(options[name], Mapping):
+                options[name], collate = model.reading(options[name], given)
+                options["data_collator"] = collate or given
         every = options.get("train_dataset")
         if every is None or (held_out is None and post_hoc_families(model)):
             share = 0.0  # a width is found after the training, and a temperature after it
@@ -105,6 +114,8 @@ class BayesianLoRATrainer(Trainer):
             share = share_to_hold_out(model, every, held_out)
         options["train_dataset"], self._held_out = hold_out(every, share)
         self._every = every
+        if model.likelihood.num_data is None and every is not None:
+            model.likelihood.num_data = size_of(every)
         objective = Objective(model, elbo, num_particles, num_held_out=len(self._held_out))
         super().__init__(model=_Loss(model, objective, eval_samples), args=args, **options)
         self.add_callback(_OwnDraws)

@@ -1,5 +1,7 @@
 """Classification of whole sequences by a classification head."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ class SequenceClassification(Likelihood):
 
     Args:
         num_data: number of training examples.
+        classes: the names of the classes, in the order of the logits. Default: ``fit`` takes those
+            of the network or of the rows, if labels are texts.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
     network, and ``labels`` (``B``).
@@ -29,6 +33,11 @@ class SequenceClassification(Likelihood):
     """
 
     new_head = True
+
+    def __init__(
+        self, *, num_data: int | None = None, classes: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(num_data=num_data)
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""

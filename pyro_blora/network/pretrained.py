@@ -54,6 +54,25 @@ def load_pretrained(
         ) from error
 
 
+def load_for(name: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
+    """A language model; or an encoder or a classifier with ``classes``, and the head of a seed."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
+
+    num_labels = None
+    if name != "smollm2" and not name.endswith(".gguf"):
+        _check_reachable(name)
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError):
+            return load_pretrained(name)  # which says what is wrong
+        (made, *_) = getattr(config, "architectures", None) or ("",)
+        encodes = type(config) in ENCODERS and not made.endswith(("LMHeadModel", "ForCausalLM"))
+        num_labels = classes if encodes or made.endswith("ForSequenceClassification") else None
+    torch.manual_seed(seed)
+    return load_pretrained(name, num_labels=num_labels)
+
+
 def load_network(
     name: str,
     *,

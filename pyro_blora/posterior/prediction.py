@@ -134,7 +134,7 @@ def _entropy(probs: Tensor) -> Tensor:
 def predict_dataset(
     predict: Callable[[Batch], Prediction],
     data: Sequence[Any],
-    collate: Collate,
+    collate: Collate | None = None,
     *,
     batch_size: int = 16,
     length: Callable[[Any], int] | None = None,
@@ -148,7 +148,8 @@ def predict_dataset(
     Args:
         predict: the prediction of one batch, such as ``blora.predict``.
         data: the examples.
-        collate: makes a batch of a list of examples; its ``labels`` are passed through.
+        collate: makes a batch of a list of examples, by default torch's; its ``labels`` are passed
+            through.
         batch_size: number of examples in a batch.
         length: the length of an example; batches of similar lengths waste little padding.
         device: the device of the network. Default: the adapter's, if ``predict`` is a method of

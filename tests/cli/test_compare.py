@@ -5,8 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyro_blora.cli import comparison
-from pyro_blora.network import pretrained
+from pyro_blora.evaluation import comparison
 from pyro_blora.options import choose_precision
 
 
@@ -23,7 +22,7 @@ def compare(run_words):
 
 def test_rows_for_every_method_and_seed(compare, tmp_path):
     out = tmp_path / "out"
-    methods = "lora,lora-best,temperature,temperature:lora,bayesian-lora,blob"
+    methods = "lora,best:lora,temperature:lora,bayesian-lora,blob,mean:bayesian-lora"
     methods += ",temperature:bayesian-lora,distilled:bayesian-lora,split:lora"
     options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
     text, results = compare(out, methods, *options, "--num-samples", 3, "--rank", 4)
@@ -34,21 +33,20 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     scores = {"acc", "ece", "nll", "brier"}
     for row in results["rows"]:
         told = {"method", "seed", *scores, "n_test", "train_seconds", "trainable_parameters"}
-        told |= {"labels_beside_training", "passes"}
+        told |= {"labels_beside_training", "passes", "temperature_by"}
         assert set(row) == told
         assert row["n_test"] == 21  # no example dropped
         assert row["train_seconds"] > 0
     by = {(r["method"], r["seed"]): r for r in results["rows"]}
     # Scaling by a temperature keeps the order of the answers.
-    assert by["lora", 0]["acc"] == by["temperature", 0]["acc"]
-    assert by["temperature:lora", 0]["nll"] == by["temperature", 0]["nll"]  # one and the same
+    assert by["lora", 0]["acc"] == by["temperature:lora", 0]["acc"]
     assert by["bayesian-lora", 0]["acc"] == by["temperature:bayesian-lora", 0]["acc"]
     assert by["bayesian-lora", 0]["nll"] != by["temperature:bayesian-lora", 0]["nll"]
     assert by["bayesian-lora", 0]["nll"] != by["distilled:bayesian-lora", 0]["nll"]
     assert by["bayesian-lora", 0]["nll"] != by["bayesian-lora", 1]["nll"]
     assert by["split:lora", 0]["nll"] != by["lora", 0]["nll"]
     used = {name: row["labels_beside_training"] for (name, _), row in by.items()}
-    needs = ("lora-best", "temperature", "temperature:lora", "temperature:bayesian-lora")
+    needs = ("best:lora", "temperature:lora", "temperature:bayesian-lora")
     assert {name for name, count in used.items() if count} == set(needs)
     passes = {name: row["passes"] for (name, _), row in by.items()}
     assert (passes["lora"], passes["bayesian-lora"], passes["distilled:bayesian-lora"]) == (1, 3, 1)
@@ -60,13 +58,13 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
 
 
 def test_a_best_step_cannot_have_a_temperature_of_the_last(run_words, tmp_path):
-    for name in ("split:lora-best", "split", "distilled"):
+    for name in ("split:best:lora", "split", "distilled"):
         said = run_words("compare", tmp_path, "--methods", name, codes=(2,))
-        assert f"must be {name.partition(':')[0]}: and a method" in "".join(said)
+        assert "must be a row of a comparison" in "".join(said)
 
 
 def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):
-    methods, options = "lora,temperature,map,tfb", ["--seeds", 0, "--max-steps", 2]
+    methods, options = "lora,temperature:lora,map,tfb", ["--seeds", 0, "--max-steps", 2]
     whole, out = tmp_path / "whole", tmp_path / "out"
     _, expected = compare(whole, methods, *options)
     fit = comparison.fit
@@ -78,11 +76,12 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
 
     monkeypatch.setattr(comparison, "fit", stopped)  # while the second method is trained
     kept = compare(out, methods, *options, codes=(1, 130))[1]["rows"]
-    assert [row["method"] for row in kept] == ["lora", "temperature"]
+    assert [row["method"] for row in kept] == ["lora", "temperature:lora"]
 
     monkeypatch.setattr(comparison, "fit", fit)
     text, found = compare(out, methods, *options)
-    assert "2 of 4 rows" in text
+    assert text.index("lora, seed 0: ACC") < text.index("load ...")  # found, not trained again
+    assert "train lora" not in text
     for phase in ("load ...", "train map, seed 0 ...", "predict tfb, seed 0 ..."):
         assert phase in text
     assert found["rows"][:2] == kept
@@ -92,9 +91,9 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
     torch.testing.assert_close(names[0], names[1], atol=0, rtol=0)
 
     # All there: nothing is loaded
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("it was read"))
+    monkeypatch.setattr(comparison, "load_for", lambda *_: pytest.fail("it was read"))
     text, _ = compare(out, methods, *options)
-    assert "4 of 4 rows" in text
+    assert "tfb, seed 0: ACC" in text
     told, there = compare(out, methods, *options, "--max-train", 20, codes=(2,))
     assert "made with another max_train" in told
     assert there == found
@@ -107,10 +106,10 @@ def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
     out, short = tmp_path / "out", ["--max-steps", 2, "--rank", 3]
     _, first = compare(out, "map", "--seeds", "0", *short)
     text, document = compare(out, ",".join([*own, "map"]), "--seeds", "0,1", *short)
-    assert "1 of 6 rows" in text
+    assert "train map, seed 0" not in text
     assert document["rows"][:1] == first["rows"]
-    assert document["settings"]["methods"] == ["map", *own]
-    assert document["settings"]["seeds"] == [0, 1]
+    keys = {(row["method"], row["seed"]) for row in document["rows"]}
+    assert keys == {(name, seed) for name in ("map", *own) for seed in (0, 1)}
     text, again = compare(out, own[0], "--seeds", "1", *short)  # fewer are shown, none lost
     assert not re.search(r"\bmap\b", text)
     assert again == document

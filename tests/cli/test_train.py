@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from own_tokenizer import build_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pyro_blora import BayesianLoRA
+from pyro_blora import BayesianLoRA, load_pretrained
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import MultipleChoice
 
@@ -125,3 +126,30 @@ def test_it_stops_and_goes_on(train, tmp_path, monkeypatch):
     assert len(steps) == 6
     train(out, *short, "--overwrite", codes=STOPPED)
     assert len(steps) == 10
+
+
+def test_a_bert_and_a_csv_file_are_trained_evaluated_and_compared(run, tmp_path):
+    """The head of the saved adapter and its classes come back, and no class is mistaken."""
+    rows = [f"it was {word} {k},{word}" for k, word in enumerate(["wet", "dry", "hot"] * 20)]
+    (tmp_path / "own.csv").write_text("\n".join(["text,label", *rows]))
+    tokenizer = build_tokenizer([line.split(",")[0] for line in rows], bos="<s>", pad="<pad>")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    net = tiny.bert()
+    net.resize_token_embeddings(len(tokenizer))
+    torch.nn.init.normal_(net.get_input_embeddings().weight)
+    net.bert.save_pretrained(tmp_path / "bert")
+    own = ["--model", tmp_path / "bert", "--task", tmp_path / "own.csv"]
+    run("train", *own, "--out", tmp_path / "out", "--max-steps", 60, "--batch-size", 12)
+    said, _ = run("evaluate", *own, "--adapter", tmp_path / "out", "--out", tmp_path / "test")
+    document = json.loads((tmp_path / "test" / "metrics.json").read_text())
+    assert document["n"] == 12
+    assert document["acc"] > 0.8, said
+    net, words = load_pretrained(str(tmp_path / "bert"), num_labels=3)
+    blora = BayesianLoRA.from_pretrained(net, tmp_path / "out", tokenizer=words)
+    assert blora.likelihood.classes == ("dry", "hot", "wet")
+    prediction, labels = blora.predict_dataset(tmp_path / "own.csv", progress=False)
+    assert float((prediction.predictions == labels).float().mean()) > 0.8
+    run("distill", "--model", tmp_path / "bert", "--adapter", tmp_path / "out", *own[2:])
+    short = ["--max-steps", 2, "--seeds", 0, "--out", tmp_path / "compared"]
+    said, _ = run("compare", *own, "--methods", "lora,bayesian-lora", *short)
+    assert "NLL less lora's" in said

@@ -37,6 +37,7 @@ def test_what_is_not_finite_is_named(part, name, value, told):
 ANSWERS, SIZED = (LabelTokens(token_ids=tiny.ANSWERS, num_data=count) for count in (None, 10))
 UNLABELED = {key: value for key, value in tiny.sequences().items() if key != "labels"}
 UNLABELED = DataLoader([UNLABELED], batch_size=None)
+WHOLE_BATCHES = DataLoader([tiny.sequences()], batch_size=None)  # of a number that no one knows
 LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
 
 
@@ -49,7 +50,7 @@ LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
         (SIZED, UNLABELED, {"validation": [1], "collate": None}, "pass collate="),
         (SIZED, UNLABELED, {}, "must have labels to learn"),
         (LabelTokens(token_ids=tiny.ANSWERS, num_data=3), None, {}, "batch of 4 ex.*num_data=3"),
-        (ANSWERS, None, {}, r"LabelTokens.*num_data=len\(train\)"),
+        (ANSWERS, WHOLE_BATCHES, {}, r"LabelTokens.*num_data=len\(train\)"),
         (SIZED, None, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
         (SIZED, None, {"decay": "sudden"}, "got 'sudden'"),
         (SIZED, None, {"precision": "float16"}, "precision must be .* got 'float16'"),

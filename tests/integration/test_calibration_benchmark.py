@@ -12,8 +12,8 @@ import yaml
 from own_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
-from pyro_blora.cli import comparison
 from pyro_blora.data import load_task
+from pyro_blora.evaluation import comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("zero-shot", "lora", "lora-best", "dropout-split", "laplace-lora", "bayesian-lora")
@@ -168,7 +168,7 @@ def test_a_trial_is_chosen_by_its_mean_on_the_development_tasks_that_saw_all_tri
         "methods": {
             "lora": {"trials": trials},
             "lora-best": {"of": "lora"},
-            "from-peft": {"of": "lora", "state": "from-lora"},
+            "from-peft": {"of": "lora", "kind": "from-lora"},
             "map": {},
         },
     }

@@ -1,0 +1,525 @@
+"""Methods side by side on one task: the same data, budget, scoring and metrics for each."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from os import PathLike
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal, get_args
+
+import torch
+from rich.table import Table
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.checkpoints.checkpoint import read_tensors
+from pyro_blora.data import Item, Task, load_task
+from pyro_blora.data.items import item_length
+from pyro_blora.errors import ConfigurationError, readable
+from pyro_blora.evaluation.metrics import Metrics, evaluate, fit_temperature, item_scores
+from pyro_blora.evaluation.plots import reliability_diagram, save_figure
+from pyro_blora.files import check_free, write_file
+from pyro_blora.guides import SiteGuide
+from pyro_blora.inference import FitResult, fit
+from pyro_blora.likelihoods import Likelihood, MultipleChoice
+from pyro_blora.methods import METHODS, Method, get_method, kind_of
+from pyro_blora.models import UpdateModel
+from pyro_blora.network.pretrained import load_for
+from pyro_blora.network.targets import is_classifier
+from pyro_blora.options import choose_precision
+from pyro_blora.posterior.batches import Collate
+from pyro_blora.posterior.prediction import Prediction
+
+RESULTS = "results.json"
+PREDICTIONS = "predictions.safetensors"
+DIAGRAM = "reliability.png"
+_PREDICTED = ("probs", "labels")  # the columns of this file
+_MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "NLL": ("nll", 1, 3)}
+_MEASURED |= {"Brier": ("brier", 1, 3), "train s": ("train_seconds", 1, 0)}
+_LINEARIZED_DRAWS = 256  # they cost no passes
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+Own = Method | tuple[UpdateModel, SiteGuide]  # a method of one's own
+Data = Mapping[str, tuple[Sequence[Item], Collate]]  # items by the name of their data set
+State = Literal["last", "distilled", "best"]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a trained adapter predicts: after its last step, distilled there, or at its best step."""
+
+    state: State = "last"
+    num_samples: int | None = None
+    linearized: bool | None = None
+
+
+@dataclass
+class Result:
+    """The predictions of one view with their labels, and the metrics, by data set."""
+
+    row: str
+    predictions: dict[str, tuple[Prediction, Tensor]]
+    metrics: dict[str, Metrics]
+    passes: int
+    fitted: FitResult
+    blora: BayesianLoRA
+
+
+@dataclass
+class Row:
+    """One method under one seed: the columns of ``results.json``, and the predictions."""
+
+    method: str
+    seed: int
+    acc: float
+    ece: float
+    nll: float
+    brier: float
+    n_test: int
+    temperature_by: str
+    labels_beside_training: int
+    passes: int
+    train_seconds: float
+    trainable_parameters: int
+    probs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found: a row for each method and seed.
+
+    It prints as a table of means and deviations over the seeds, and a notebook shows it as one.
+
+    Attributes:
+        rows: the metrics, and the test items' ``probs`` and ``labels``, of each method and seed.
+        title: what was compared.
+    """
+
+    rows: list[Row]
+    title: str = ""
+
+    def by_method(self) -> dict[str, list[Row]]:
+        """The rows of each method, in the order in which they were asked for."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.method, []).append(row)
+        return found
+
+    def differences(
+        self, reference: str | None = None
+    ) -> dict[str, dict[str, tuple[float, float]]]:
+        r"""The NLL and Brier score of each method less those of a reference, with their errors.
+
+        The difference is paired: of the same item under the same seed. Its squared error is
+        :math:`v_n / n + v_S / S`, of the variance over :math:`n` items of their means over seeds,
+        and over :math:`S` seeds of their means over items.
+
+        Args:
+            reference: a method. Default: the first one.
+
+        Returns:
+            By method and by ``"nll"`` or ``"brier"``, the mean difference and its standard error.
+        """
+        by = self.by_method()
+        reference = next(iter(by)) if reference is None else reference
+        if reference not in by:
+            raise ConfigurationError(f"reference must be one of {list(by)}, got {reference!r}.")
+        base = {row.seed: row for row in by[reference]}
+        found = {}
+        for method, own in by.items():
+            pairs = [(row, base[row.seed]) for row in own if row.seed in base]
+            if method == reference or not pairs:
+                continue
+            gaps = torch.stack([_losses(row) - _losses(other) for row, other in pairs])
+            error = gaps.mean(0).var(-1) / gaps.shape[-1]
+            if len(pairs) > 1:
+                error += gaps.mean(-1).var(0) / len(pairs)
+            both = zip(gaps.mean((0, -1)).tolist(), error.sqrt().tolist(), strict=True)
+            found[method] = dict(zip(("nll", "brier"), both, strict=True))
+        return found
+
+    def columns(self) -> dict[str, list[str]]:
+        """The table's columns by title, an entry for each method."""
+        by = self.by_method()
+        found: dict[str, list[str]] = {"method": list(by)}
+        for title, (key, factor, digits) in _MEASURED.items():
+            found[title] = []
+            for own in by.values():
+                values = [factor * getattr(row, key) for row in own]
+                spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+                found[title].append(f"{mean(values):.{digits}f}{spread}")
+        if len(by) > 1:
+            gaps = {name: gap["nll"] for name, gap in self.differences().items()}
+            told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
+            found[f"NLL less {next(iter(by))}'s"] = [told.get(name, "") for name in by]
+        first = [own[0] for own in by.values()]
+        found["temperature by"] = [row.temperature_by for row in first]
+        found["labels beside training"] = [str(row.labels_beside_training) for row in first]
+        found["passes"] = [str(row.passes) for row in first]
+        return found
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with a row for each method and seed."""
+        import pandas
+
+        rows = [{k: v for k, v in vars(row).items() if k not in _PREDICTED} for row in self.rows]
+        return pandas.DataFrame(rows)
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        columns = self.columns()
+        lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
+        lines += map(list, zip(*columns.values(), strict=True))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    __str__ = _repr_markdown_ = to_markdown
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.title or None)
+        for name in self.columns():
+            table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+        for line in zip(*self.columns().values(), strict=True):
+            table.add_row(*line)
+        return table
+
+    def plot(self) -> Any:
+        """A reliability diagram for each method, which pools the predictions of all seeds."""
+        pooled = {
+            method: (torch.cat([row.probs for row in own]), torch.cat([row.labels for row in own]))
+            for method, own in self.by_method().items()
+        }
+        return reliability_diagram(pooled)
+
+
+def _losses(row: Row) -> Tensor:
+    return item_scores(row.probs, row.labels)[:2]
+
+
+def compare(
+    network: str | tuple[nn.Module, Any],
+    data: Any,
+    methods: Sequence[str] = ("lora", "split:lora", "temperature:lora", "bayesian-lora"),
+    *,
+    own: Mapping[str, Own] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    num_steps: int = 300,
+    max_train: int | None = None,
+    max_validation: int = 200,
+    max_test: int | None = None,
+    data_dir: str | PathLike[str] | None = None,
+    rank: int | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    num_samples: int = 10,
+    precision: str = "auto",
+    out: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    callback: Callable[[Row], None] | None = None,
+    phase: Phase = nullcontext,
+    **training: Any,
+) -> Comparison:
+    """Trains methods on the same examples, and scores each on the same test items.
+
+    A seed sets the training items, a new head, the order of the batches and all draws, alike for
+    every method. A method whose scores need a temperature sets it by an eighth of its training
+    items; the column ``temperature by`` says which do.
+
+    Args:
+        network: a name for :func:`~pyro_blora.load_pretrained`, or a network and its tokenizer. By
+            name, an encoder becomes a classifier of the data's classes, with a new head for each
+            seed.
+        data: as for :func:`~pyro_blora.load_task`: a CSV file, a data frame, a
+            ``datasets.Dataset``, or the name of a task.
+        methods: the rows: names of :data:`~pyro_blora.methods.METHODS`, pairs ``"PRIOR+GUIDE"``,
+            those of ``own``, or ``"KIND:NAME"`` of one of them, with a kind of
+            :data:`~pyro_blora.methods.KINDS`. Differences are to the first one.
+        own: methods of your own, or other ones in place of those of the same names: a
+            :class:`~pyro_blora.methods.Method`, or a prior and a guide.
+        seeds: one run of every method for each.
+        num_steps: optimizer steps.
+        max_train: as in ``load_task``.
+        max_validation: as in ``load_task``.
+        max_test: as in ``load_task``.
+        data_dir: as in ``load_task``.
+        rank: as in :class:`~pyro_blora.BayesianLoRA`.
+        target_modules: as in :class:`~pyro_blora.BayesianLoRA`.
+        num_samples: posterior draws of a prediction, for methods without a number of their own.
+        precision: as in ``fit``.
+        out: a folder for the results. The same call goes on from there after an interruption;
+            other methods or seeds train only what is missing. Default: nothing is written.
+        overwrite: whether to replace earlier results in ``out``.
+        callback: called with each row when it is done, and first with those found in ``out``.
+        phase: makes a context, around each training or prediction, from a line that describes it.
+        training: further options of ``fit``, for all methods.
+
+    Raises:
+        ConfigurationError: a method is unknown, or ``out`` has results of other settings.
+        DataError: the data cannot be used.
+
+    Example::
+
+        table = compare("bert-base-uncased", "reviews.csv", max_train=400)
+        print(table)  # accuracy, ECE, NLL, Brier score, differences with their errors
+        table.plot().savefig("reliability.png")
+    """
+    known: dict[str, Own] = {**METHODS, **(own or {})}
+    for name in methods:
+        if kind_of(name)[1] not in known:
+            known[kind_of(name)[1]] = get_method(kind_of(name)[1])
+    limits: dict[str, Any] = {
+        "max_train": max_train,
+        "max_validation": max_validation,
+        "max_test": max_test,
+    }
+    tasks = {s: load_task(data, data_dir=data_dir, seed=s, **limits) for s in dict.fromkeys(seeds)}
+    how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
+    how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
+    task = tasks[seeds[0]]
+    settings: dict[str, Any] = {
+        "network": network if isinstance(network, str) else type(network[0]).__name__
+    }
+    settings |= {"task": task.name, **limits, **how}
+    settings["test"] = hashlib.sha256(repr((task.template, task.test)).encode()).hexdigest()[:16]
+    title, folder = f"{settings['network']} on {task.name}", None if out is None else Path(out)
+    done: dict[tuple[str, int], Row] = {}
+    if folder is not None:
+        check_free(folder, RESULTS, PREDICTIONS, DIAGRAM)
+        done = {} if overwrite else {(r.method, r.seed): r for r in read(settings, folder)}
+    asked = list(dict.fromkeys(product(methods, tasks)))
+    for key in asked:
+        if callback and key in done:
+            callback(done[key])
+    pair: Any = None if isinstance(network, str) else network
+    for seed, task in tasks.items():
+        names = [name for name in dict.fromkeys(methods) if (name, seed) not in done]
+        if not names:
+            continue
+        if isinstance(network, str) and (pair is None or is_classifier(pair[0])):
+            with phase("load"):  # a classifier anew, for a head of this seed
+                pair = load_for(network, len(task.test[0].choices), seed)
+        collate = task.collator(pair[1], net=pair[0])
+        sets = {"test": (task.test, collate)}
+        if any(kind_of(name)[0] == "temperature" for name in names):
+            sets["validation"] = (task.validation, collate)
+        for result in train_and_score(
+            pair[0],
+            task,
+            names,
+            known=known,
+            collate=collate,
+            data=sets,
+            seed=seed,
+            phase=phase,
+            **{"validate_every": max(1, num_steps // 3), **how},
+        ):
+            row = done[result.row, seed] = _row(result, seed, len(task.validation))
+            if folder is not None:
+                write(list(done.values()), settings, folder)
+            if callback:
+                callback(row)
+    found = Comparison([done[key] for key in asked], title)
+    if folder is not None:
+        save_figure(found.plot(), folder / DIAGRAM)
+    return found
+
+
+def train_and_score(
+    net: nn.Module,
+    task: Task,
+    rows: Sequence[str],
+    *,
+    known: Mapping[str, Own],
+    collate: Collate,
+    data: Data,
+    seed: int,
+    num_samples: int = 10,
+    likelihood: Callable[[], Likelihood] | None = None,
+    rank: int | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    layers_to_transform: Sequence[int] | None = None,
+    **training: Any,
+) -> Iterator[Result]:
+    """The results of the rows of a comparison under one seed, one training for those that share it.
+
+    Args:
+        net: the network, which is given back after each training.
+        task: its training items train, and its validation items choose the best step.
+        rows: the rows, as in :func:`compare`.
+        known: the methods by name.
+        collate: makes a batch of a list of these items.
+        data: the data sets to predict by each row, with the collators of their tasks.
+        seed: of the prior's draws at the start, of the training, and of the draws of predictions.
+        num_samples: posterior draws, for methods without a number of their own.
+        likelihood: makes a likelihood for each training. Default: the task's.
+        rank: as in :class:`~pyro_blora.BayesianLoRA`, like the next two.
+        target_modules: which layers.
+        layers_to_transform: of which blocks.
+        training: options of :func:`scored`, and further ones of ``fit``.
+    """
+    groups: dict[tuple[str, bool], list[str]] = {}  # by method, and whether an eighth is held out
+    for name in rows:
+        kind, base = kind_of(name)
+        groups.setdefault((base, kind == "split"), []).append(name)
+    for (base, split), names in groups.items():
+        made, parts = known[base], dict[str, Any]()
+        if isinstance(made, tuple):
+            parts = {"prior": made[0], "guide": made[1]}
+            made = replace(METHODS["bayesian-lora"], num_samples=0 if made[1].is_point else None)
+        draws = num_samples if made.num_samples is None else made.num_samples
+        torch.manual_seed(seed)
+        blora = BayesianLoRA(
+            net,
+            method=replace(made, name=base, num_samples=draws),  # by which ``fit`` calibrates, too
+            **parts,
+            rank=None if parts else rank,
+            target_modules=target_modules,
+            layers_to_transform=layers_to_transform,
+            likelihood=likelihood() if likelihood else task.likelihood(collate),
+        )
+        views = {name: _view(kind_of(name)[0], draws) for name in names}
+        how: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
+        how |= {"collate": collate, "data": data, "seed": seed, **training}
+        yield from scored(blora, task, views=views, **how)
+
+
+def scored(
+    blora: BayesianLoRA,
+    task: Task,
+    *,
+    collate: Collate,
+    views: Mapping[str, View],
+    data: Data,
+    num_steps: int,
+    seed: int = 0,
+    precision: str = "auto",
+    phase: Phase = nullcontext,
+    **training: Any,
+) -> Iterator[Result]:
+    """Trains an adapter on a task, predicts and scores by each view, and unwraps its network.
+
+    Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is; ``phase`` and
+    ``training`` are those of :func:`compare`.
+    """
+    how: dict[str, Any] = {"length": item_length, "precision": precision}
+    by_state = sorted(views, key=lambda name: get_args(State).index(views[name].state))
+    fitted, found = FitResult(), {}
+    try:
+        if num_steps:
+            if any(view.state == "best" for view in views.values()):
+                training["validation"] = task.validation
+            training |= {"collate": collate, "num_steps": num_steps, "seed": seed, **how}
+            with phase(f"train {blora.method.name}, seed {seed}"):
+                fitted = fit(blora, task.train, **training)
+        for name in by_state:
+            view, told = views[name], f"{name}, seed {seed}"
+            if view not in found:
+                if view.state == "distilled":
+                    blora.distill(task.train, collate, **how)
+                elif view.state == "best" and fitted.best_state is not None:
+                    blora.load_state_dict(fitted.best_state)
+                options = {"linearized": view.linearized, "description": told, **how}
+                predictions = {}
+                for key, (items, own) in data.items():
+                    torch.manual_seed(seed)
+                    with phase(f"predict {told}"):
+                        predictions[key] = blora.predict_dataset(
+                            items, own, view.num_samples, **options
+                        )
+                metrics = {
+                    key: evaluate(p.probs, labels) for key, (p, labels) in predictions.items()
+                }
+                linear = blora.method.linearized if view.linearized is None else view.linearized
+                first, _ = next(iter(predictions.values()))
+                passes = first.num_samples
+                if linear and view.num_samples:  # a forward, and a backward for each other class
+                    passes = first.probs.shape[-1]
+                found[view] = predictions, metrics, passes
+            yield Result(name, *found[view], fitted, blora)
+    finally:
+        blora.unwrap()
+
+
+def _view(kind: str, draws: int) -> View:
+    if kind in ("distilled", "mean"):
+        return View("distilled" if kind == "distilled" else "last", 0)
+    if kind == "linearized":
+        return View("last", _LINEARIZED_DRAWS, True)
+    return View("best" if kind == "best" else "last", draws)
+
+
+def _row(result: Result, seed: int, num_validation: int) -> Row:
+    """The row of a result, whose test predictions have a temperature if its name says so."""
+    kind, by = kind_of(result.row)[0], "none"
+    (prediction, labels), metrics = result.predictions["test"], result.metrics["test"]
+    probs, numbers = prediction.probs, result.blora.trainable_parameters
+    if result.fitted.settings and result.fitted.settings.held_out:
+        by = f"{result.fitted.settings.held_out:.3g} of training"
+    if kind == "distilled":
+        by = "draws"
+    if kind == "temperature":
+        held, held_labels = result.predictions["validation"]
+        temperature = fit_temperature(held.probs.log(), held_labels)
+        probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
+        metrics = evaluate(probs, labels)
+    values = (metrics.acc, metrics.ece, metrics.nll, metrics.brier, metrics.n)
+    used = num_validation if kind in ("temperature", "best") else 0
+    return Row(
+        result.row,
+        seed,
+        *values,
+        by,
+        used,
+        result.passes,
+        result.fitted.seconds,
+        numbers,
+        probs,
+        labels,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> None:
+    """Writes ``results.json`` and the rows' predictions, each file whole or not at all."""
+    columns = [dict(vars(row)) for row in rows]
+    tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in _PREDICTED}
+    document = {"rows": columns, "versions": versions(), "settings": dict(settings)}
+    text, data = json.dumps(document, indent=2) + "\n", save(tensors)
+    # The predictions come first, so that every row in results.json has its predictions
+    write_file(folder / PREDICTIONS, lambda path: path.write_bytes(data))
+    write_file(folder / RESULTS, text)
+
+
+def read(settings: Mapping[str, Any], folder: Path) -> list[Row]:
+    """The rows that runs with the same settings left in ``folder``."""
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    with readable(path):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = {**document["versions"], **document["settings"]}
+    made = json.loads(json.dumps({**versions(), **settings}))
+    if differ := [key for key in made | found if made.get(key) != found.get(key)]:
+        raise ConfigurationError(
+            f"out={str(folder)!r} must be empty or of the same settings, got a {RESULTS} made with "
+            f"another {', '.join(differ)}; name another folder, or overwrite it."
+        )
+    tensors = read_tensors(folder / PREDICTIONS)[1]
+    with readable(path):
+        for k, row in enumerate(document["rows"]):
+            row |= {name: tensors[f"{k} {name}"] for name in _PREDICTED}
+        return [Row(**row) for row in document["rows"]]

@@ -1,0 +1,108 @@
+"""``compare`` in Python: own networks, data, priors and guides, beside dense figures."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from own_tokenizer import build_tokenizer
+from rich.console import Console
+
+from pyro_blora import Comparison, compare
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.comparison import Row
+from pyro_blora.guides import Delta, MeanField
+from pyro_blora.models import Subspace
+
+WORDS = ("cold", "warm", "wet")
+ROWS = [{"text": f"it was {WORDS[k % 3]} and {k}", "label": WORDS[k % 3]} for k in range(60)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The folder of a tiny BERT without a head."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = build_tokenizer([row["text"] for row in ROWS], bos="<s>", eos="</s>", pad="<pad>")
+    tokenizer.save_pretrained(folder)
+    net = tiny.bert()
+    net.resize_token_embeddings(len(tokenizer))
+    net.bert.save_pretrained(folder)
+    return folder
+
+
+def row(method, seed, probs, labels):
+    nll = -probs.gather(1, labels[:, None]).log().mean()
+    how = {"temperature_by": "none", "labels_beside_training": 0, "passes": 1, "n_test": len(probs)}
+    how |= {"train_seconds": 1.0, "trainable_parameters": 1}
+    return Row(method, seed, 0.5, 0.1, float(nll), 0.2, **how, probs=probs, labels=labels)
+
+
+def test_differences_are_paired_and_their_error_is_of_items_and_seeds():
+    """By Monte Carlo: item and seed effects of known size give the error that repeats show."""
+    torch.manual_seed(0)
+    labels = torch.zeros(80, dtype=torch.long)
+    found, errors = [], []
+    for _ in range(300):
+        item, rows = 0.3 * torch.randn(80), []
+        for seed in range(6):
+            base = 1 + 0.5 * torch.randn(80)  # shared, so that a pairing cancels it
+            gap = 0.2 + item + 0.1 * torch.randn(()) + 0.1 * torch.randn(80)
+            for method, z in (("a", base), ("b", base + gap)):
+                probs = torch.stack([z.sigmoid(), (-z).sigmoid()], 1)
+                rows.append(row(method, seed, probs, labels))
+        gap, error = Comparison(rows).differences()["b"]["nll"]
+        found.append(gap)
+        errors.append(error)
+    spread = float(torch.tensor(found).std())
+    assert math.isclose(sum(errors) / 300, spread, rel_tol=0.15)
+    dense = [
+        float((other.probs[:, 0].log() - mine.probs[:, 0].log()).mean())
+        for mine, other in zip(rows[1::2], rows[::2], strict=True)
+    ]
+    assert math.isclose(gap, sum(dense) / 6, abs_tol=1e-6)
+
+
+def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
+    """A row trained alone is the same, and a head of one seed is the same for every method."""
+    names = ["lora", "temperature:lora", "bayesian-lora", "mine", "point", "mean:mine"]
+    own = {"mine": (Subspace(rank=2), MeanField()), "point": (Subspace(rank=2), Delta())}
+    how = {"own": own, "num_steps": 4, "num_samples": 3, "target_modules": ["query"]}
+    how |= {"max_validation": 9, "seeds": (0, 1), "batch_size": 6, "progress": False}
+    seen = []
+    table = compare(str(encoder), ROWS, names, **how, out=tmp_path, callback=seen.append)
+    assert [(r.method, r.seed) for r in table.rows] == [(n, s) for n in names for s in (0, 1)]
+    assert sorted(map(id, seen)) == sorted(map(id, table.rows))
+    assert {r.n_test for r in table.rows} == {12}
+    alone = compare(str(encoder), ROWS, ["mine"], **how)
+    for one, other in zip(alone.rows, table.by_method()["mine"], strict=True):
+        torch.testing.assert_close(one.probs, other.probs, atol=0, rtol=0)
+    assert [r.passes for r in table.rows[::2]] == [1, 1, 3, 3, 1, 1]
+    by = [row.temperature_by for row in table.rows[::2]]
+    assert by == ["none", "validation", "none", "none", "none", "none"]
+    frame = table.to_pandas()
+    assert list(frame["method"]) == [name for name in names for _ in (0, 1)]
+    text = table.to_markdown()
+    for one in ("NLL less lora's", "| mine |", "labels beside training"):
+        assert one in text
+    console = Console(record=True, width=200)
+    console.print(table)
+    assert "temperature:lora" in console.export_text()
+    assert len(table.plot().axes) >= len(names)
+    with pytest.raises(ConfigurationError, match="reference must be one of"):
+        table.differences("nothing")
+    trained = []
+    again = compare(str(encoder), ROWS, names, **how, out=tmp_path, phase=trained.append)
+    assert not trained
+    assert again.to_markdown() == text
+    with pytest.raises(ConfigurationError, match="another num_steps"):
+        compare(str(encoder), ROWS, names, **{**how, "num_steps": 5}, out=tmp_path)
+
+
+def test_a_network_of_ones_own_is_given_back(encoder):
+    net, tokenizer = tiny.bert(), build_tokenizer([r["text"] for r in ROWS], pad="<pad>")
+    net.resize_token_embeddings(len(tokenizer))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    table = compare((net, tokenizer), ROWS, ["map", "lora"], num_steps=2, seeds=[3], progress=False)
+    assert [row.seed for row in table.rows] == [3, 3]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
