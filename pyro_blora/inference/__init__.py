@@ -1,16 +1,20 @@
 """Training and prediction loops."""
 
+from pyro_blora.inference.callbacks import logs_to, tensorboard
 from pyro_blora.inference.fit import fit
 from pyro_blora.inference.learning_rates import RATES, optim_args, parameter_groups
-from pyro_blora.inference.loop import FitResult
+from pyro_blora.inference.loop import FitResult, Step
 from pyro_blora.inference.post_hoc import bayesianize, finish
 
 __all__ = [
     "RATES",
     "FitResult",
+    "Step",
     "bayesianize",
     "finish",
     "fit",
+    "logs_to",
     "optim_args",
     "parameter_groups",
+    "tensorboard",
 ]

@@ -17,7 +17,7 @@ from pyro_blora.inference.learning_rates import (
     rate_overrides,
     steps_of_an_epoch,
 )
-from pyro_blora.inference.loop import Decay, FitResult, Settings, running, training_loop
+from pyro_blora.inference.loop import Callback, Decay, FitResult, Settings, running, training_loop
 from pyro_blora.inference.objective import Objective, check_num_data, size_of
 from pyro_blora.inference.post_hoc import (
     begin_training,
@@ -57,11 +57,12 @@ def fit(
     validate_every: int = Settings.validate_every,
     eval_samples: int | None = None,
     keep_best: bool = Settings.keep_best,
+    patience: int | None = Settings.patience,
     seed: int | None = Settings.seed,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     save_every: int = Settings.save_every,
     resume: bool = False,
-    callback: Callable[[int], None] | None = None,
+    callback: Callback | None = None,
     progress: bool | None = None,
 ) -> FitResult:
     r"""Maximizes the ELBO by AdamW, a particle for each example.
@@ -118,6 +119,8 @@ def fit(
         eval_samples: posterior draws in a validation; 0 is the posterior mean, which is faster.
             Default: as in ``predict``; 0 while a post-hoc guide is a point.
         keep_best: whether to return to the parameters of the best validation at the end.
+        patience: number of validations in a row without a loss below the lowest so far after which
+            the training stops, before the rates have fallen to zero; ``None`` never stops.
         seed: seed of the order of the data and of torch's global generator; ``None`` seeds neither.
             It does not cover what the prior drew when the adapter was made.
         checkpoint_dir: a folder for the state of the run, from which it can go on after it was
@@ -125,8 +128,10 @@ def fit(
         save_every: steps between two saves of the state.
         resume: whether to continue from the state in ``checkpoint_dir``, on a CPU bit for bit as
             without the stop. Without a state the run begins; with more ``num_steps`` a finished run
-            continues.
-        callback: called after each step with the number of steps done.
+            continues, and with more ``patience`` one that stopped early.
+        callback: called after each step, and after its validation, with its figures, a
+            :class:`~pyro_blora.inference.Step`. The price is that they are read after every step,
+            which waits for the device, and not after ten.
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
@@ -168,6 +173,7 @@ def fit(
         validate_every=validate_every,
         eval_samples=eval_samples,
         keep_best=keep_best,
+        patience=patience,
         seed=seed,
         save_every=save_every,
     )
@@ -175,6 +181,8 @@ def fit(
         raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
     if keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
+    if patience is not None and validation is None:
+        raise ConfigurationError(f"patience={patience} needs validation=, which can end the run.")
     if validation is not None:  # checked now, not at the first validation
         if size_of(validation) == 0:
             raise BatchError("The validation set is empty; leave validation= out to train without.")

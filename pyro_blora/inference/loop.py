@@ -29,7 +29,8 @@ Decay = Literal["linear", "cosine", "constant"]
 # batch -> the loss with its gradient, and the figures to show, which stay on the loss's device
 StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
-# Reading a figure synchronizes the device, so figures are read after this many steps or seconds
+# Reading a figure synchronizes the device, so figures are read after this many steps or seconds,
+# unless a callback is told those of every step
 _READ_EVERY, _SECONDS = 10, 1.0
 
 
@@ -37,8 +38,8 @@ _READ_EVERY, _SECONDS = 10, 1.0
 class Settings:
     """How a run trains; the fields are the arguments of :func:`~pyro_blora.fit` of these names.
 
-    A resumed run must have the same ones, but for ``num_steps`` and ``save_every``, and the card
-    of a saved adapter lists them.
+    A resumed run must have the same ones, but for ``num_steps``, ``patience`` and ``save_every``,
+    and the card of a saved adapter lists them.
     """
 
     num_steps: int
@@ -54,12 +55,15 @@ class Settings:
     validate_every: int = 50
     eval_samples: int | None = None
     keep_best: bool = False
+    patience: int | None = None
     seed: int | None = 0
     save_every: int = 50
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "validate_every", "save_every"):
             check_count(name, getattr(self, name))
+        if self.patience is not None:
+            check_count("patience", self.patience)
         if self.max_grad_norm is not None:
             check_positive("max_grad_norm", self.max_grad_norm)
         if self.decay not in get_args(Decay):
@@ -88,10 +92,38 @@ class FitResult:
     seconds: float = 0.0
     settings: Settings | None = None
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validations ran out of ``patience`` before the last of ``num_steps``."""
+        run = self.settings
+        if run is None or run.patience is None or len(self.history) >= run.num_steps:
+            return False
+        return sum(step > (self.best_step or 0) for step, _ in self.validation) >= run.patience
+
     def __repr__(self) -> str:
         last = ", ".join(f"{k}={v:.4g}" for k, v in (self.history or [{}])[-1].items())
         best = "" if self.best_step is None else f", best validation at step {self.best_step}"
-        return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s: {last}{best})"
+        early = ", stopped early" if self.stopped_early else ""
+        return f"FitResult({len(self.history)} steps in {self.seconds:.0f} s{early}: {last}{best})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a ``callback`` of :func:`~pyro_blora.fit` is told of a step.
+
+    Attributes:
+        step: the number of steps done.
+        figures: ``loss``, ``nll`` and ``kl`` as in the history, in nats: ``loss`` and ``nll`` per
+            example, ``kl`` whole.
+        validation: the loss of the validation after this step, or ``None`` if there was none.
+    """
+
+    step: int
+    figures: Mapping[str, float]
+    validation: float | None = None
+
+
+Callback = Callable[[Step], object]
 
 
 class Keeper(Protocol):
@@ -165,15 +197,16 @@ def training_loop(
     validate: Callable[[], float] | None = None,
     state: Callable[[], dict[str, Tensor]] = dict,
     keeper: Keeper | None = None,
-    callback: Callable[[int], None] | None = None,
+    callback: Callback | None = None,
     progress: bool | None = None,
     description: str = "fit",
 ) -> FitResult:
     """Runs AdamW on the losses of a stream of batches, from the state of the ``keeper`` if any.
 
     ``check`` sees the figures of each step before anything is validated or saved, and ``callback``
-    runs before both. The gradient of a step whose loss is not finite counts as zero, so that
-    ``check`` still finds finite parameters and can say which site is at fault.
+    runs between the validation and the saving. The gradient of a step whose loss is not finite
+    counts as zero, so that ``check`` still finds finite parameters and can say which site is at
+    fault.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
@@ -211,6 +244,9 @@ def training_loop(
 
     with held_interrupts(keeper is not None) as interrupts:  # filled by the signal's handler
         for step in bar:
+            if result.stopped_early:  # by the step before, or before this run was resumed
+                bar.set_description(f"{description} stopped early")
+                break
             batch = next(stream)
             start = time.perf_counter()
             optimizer.zero_grad()
@@ -228,17 +264,19 @@ def training_loop(
             done = step + 1
             validation_due = done % settings.validate_every == 0 or done == num_steps
             late = len(unread) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
-            if late or (validate and validation_due) or done == num_steps:
+            if late or callback is not None or (validate and validation_due) or done == num_steps:
                 read_figures()
             result.seconds += time.perf_counter() - start
-            if callback is not None:
-                callback(done)
+            loss_now = None
             if validate and validation_due:
                 loss_now = validate()
                 if all(loss_now < before for _, before in result.validation):
                     result.best_step, result.best_state = done, copy.deepcopy(state())
                 result.validation.append((done, loss_now))
-            if keeper and (done % settings.save_every == 0 or done == num_steps or interrupts):
+            if callback is not None:
+                callback(Step(done, result.history[-1], loss_now))
+            ends = done == num_steps or interrupts or result.stopped_early
+            if keeper and (done % settings.save_every == 0 or ends):
                 read_figures()  # and check them before anything is saved
                 keeper.save(optimizer, result)
             if interrupts:

@@ -151,7 +151,8 @@ def _description(
 ) -> dict[str, Any]:
     """A flat JSON dictionary that identifies a run: settings, data, the three nouns, the layers."""
     found: dict[str, Any] = asdict(settings) | {name: size_of(own) for name, own in data.items()}
-    del found["num_steps"], found["save_every"]  # which a resumed run may change
+    for name in ("num_steps", "patience", "save_every"):  # which a resumed run may change
+        del found[name]
     parts = {"prior": blora.prior, "guide": blora.guide_family, "likelihood": blora.likelihood}
     for part, given in parts.items():
         for group, made in given.items() if isinstance(given, Mapping) else [("", given)]:

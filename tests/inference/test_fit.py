@@ -92,6 +92,34 @@ def test_keep_best_goes_back_to_the_best_validation(keep, validation):
     assert all(torch.equal(value, result.best_state[name]) for name, value in own) == keep
 
 
+@pytest.mark.parametrize(("patience", "validations"), [(1, 2), (2, 5), (3, 6), (4, 6), (None, 6)])
+def test_patience_ends_with_the_validations_that_are_not_lower(
+    patience, validations, capsys, monkeypatch
+):
+    """An equal loss is not lower, a lower one resets the count, and the last step is not early."""
+    blora, losses = tiny.adapted(num_data=10), [3.0, 4.0, 2.0, 3.0, 2.0, 2.0]
+    told = iter(losses)
+    monkeypatch.setattr(blora, "log_predictive", lambda *_: -torch.tensor([next(told)]))
+    options = {"validation": tiny.examples(4), "validate_every": 2, "num_steps": 12}
+    result = tiny.train(blora, patience=patience, progress=True, **options)
+    early, steps = validations < 6, 2 * validations
+    assert result.validation == [(2 * i + 2, losses[i]) for i in range(validations)]
+    assert (len(result.history), result.stopped_early) == (steps, early)
+    shown = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+    assert f" {steps}/12 [" in shown
+    assert ("stopped early" in shown) == ("s, stopped early: loss=" in repr(result)) == early
+
+
+def test_a_callback_is_told_the_figures_of_each_step_and_its_validation():
+    blora, told = tiny.adapted(num_data=10), []
+    options = {"validation": CONTRARY, "validate_every": 2, "num_steps": 5}
+    result = tiny.train(blora, callback=told.append, **options)
+    found = [(step.step, step.figures, step.validation) for step in told]
+    losses = dict(result.validation)
+    assert set(losses) == {2, 4, 5}
+    assert found == [(i, f, losses.get(i)) for i, f in enumerate(result.history, 1)]
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(2, 6), (0.5, 2)])
 def test_epochs_instead_of_steps(epochs, steps):
     loader = DataLoader(tiny.examples(10), 4, collate_fn=tiny.collate)
@@ -197,7 +225,8 @@ def test_points_learn_for_some_epochs(epochs, monkeypatch):
     blora.method = replace(blora.method, point_epochs=epochs)
     monkeypatch.setattr(learning_rates, "_POINT_STEPS", 1)
 
-    def note(done):
+    def note(step):
+        done = step.step
         now = {n: p.detach().clone() for n, p in blora.model.named_parameters()}
         still.update({(done, n): bool((p == now[n]).all()) for n, p in note.before.items()})
         note.before = now

@@ -83,7 +83,7 @@ def steps_in(path):
 
 def stop_after(step):
     """A callback that presses Ctrl-C in the middle of the last step."""
-    return lambda done: os.kill(os.getpid(), signal.SIGINT) if done == step else None
+    return lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == step else None
 
 
 def anew(make, parts, seed=1):
@@ -155,6 +155,24 @@ def test_a_finished_run_returns_at_once_or_goes_on(stopped):
     assert len(result.history) == steps_in(stopped / STATE) == 9
     with pytest.raises(ConfigurationError, match=r"num_steps must be at least 9.*got 8"):
         tiny.train(anew(llama, {}), **{**options, "num_steps": 8})
+
+
+def test_a_run_that_stopped_early_has_ended_unless_it_may_go_on(tmp_path):
+    """It is stopped between the two validations that its patience counts."""
+    options = {**BEST, "num_steps": 12, "learning_rates": 1.0}
+    expected = outcome(blora := anew(llama, {}), tiny.train(blora, **options))
+    options |= {"patience": 2, "checkpoint_dir": tmp_path, "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(anew(llama, {}), callback=stop_after(9), **options)
+    result = tiny.train(blora := anew(llama, {}, 2), **options)
+    early = outcome(blora, result)
+    assert result.stopped_early
+    assert (result.best_step, len(result.history)) == (6, 10)
+    again = anew(llama, {}, 3)
+    again.model.register_forward_pre_hook(lambda *_: pytest.fail("it trains"))
+    assert same(outcome(again, tiny.train(again, **options)), early)
+    blora = anew(llama, {}, 4)
+    assert same(outcome(blora, tiny.train(blora, **{**options, "patience": None})), expected)
 
 
 def by_group():
@@ -260,7 +278,7 @@ def test_a_kill_within_a_save_leaves_a_state_to_go_on_from(step, owner, name, le
         raise Killed
 
     def arm(done):
-        if done == step:  # which is saved after this
+        if done.step == step:  # which is saved after this
             patch.setattr(owner, name, kill)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
