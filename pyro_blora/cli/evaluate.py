@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -89,6 +90,15 @@ def run(
     document |= {"ece_by_chance": chance, "entropy": entropy, "mutual_information": information}
     doubt, wrong = m.doubts(prediction), prediction.predictions != labels
     document["aurc"] = {name: m.risk_coverage(d, wrong)[2] for name, d in doubt.items()}
+    with warnings.catch_warnings():  # if there is none, nothing is said of it
+        warnings.simplefilter("ignore")
+        limit = m.threshold_for(prediction, labels)
+    if kept := float((doubt["entropy"] <= limit).double().mean()):
+        document["abstain_above"] = {"entropy": limit, "risk": 0.05, "kept": kept}
+        console.print(
+            f"{100 * kept:.0f} % of the items have an entropy of at most {limit:.3f} nats; of such "
+            "answers at most 5 % are wrong, with 95 % confidence"
+        )
     if outside is not None and other is not None:
         found = {name: m.auroc(doubt[name], d) for name, d in m.doubts(outside).items()}
         document["ood"] = {"task": other.name, "n": len(outside), "auroc": found}

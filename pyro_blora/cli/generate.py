@@ -27,7 +27,11 @@ def run(
     ),
     abstain_above: Annotated[
         float | None,
-        typer.Option(help="Abstain if the score is above this, in nats per token.", min=0),
+        typer.Option(
+            help="Abstain if the score is above this, in nats per token. threshold_for of "
+            "pyro_blora.evaluation.metrics finds it from prompts whose answers you know.",
+            min=0,
+        ),
     ] = None,
     abstain_by: Annotated[
         AbstainBy, typer.Option(help="The score: the mean of this measure over the tokens.")

@@ -1,10 +1,12 @@
 """Accuracy, calibration and proper scores of class probabilities, temperatures and rankings."""
 
+import math
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Binomial
 from torchmetrics.functional.classification import (
     binary_auroc,
     multiclass_accuracy,
@@ -13,6 +15,7 @@ from torchmetrics.functional.classification import (
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.generation.generate import Generation
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.posterior.temperature import best_temperature
 from pyro_blora.updates import LowRankUpdate
@@ -29,6 +32,7 @@ __all__ = [
     "fit_temperature",
     "rank",
     "risk_coverage",
+    "threshold_for",
 ]
 
 CRITERIA = ("mutual_information", "entropy", "random")
@@ -137,8 +141,10 @@ def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
 
 
-def doubts(prediction: Prediction) -> dict[str, Tensor]:
+def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
     """Scores that should be large where an answer is wrong, ``(n,)`` each."""
+    if isinstance(prediction, Generation):
+        return {"entropy": prediction.mean_entropy, "mutual_information": prediction.epistemic}
     found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
         found["mutual_information"] = prediction.mutual_information
@@ -159,12 +165,114 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
     Reference: Y. Geifman, R. El-Yaniv (2017), "Selective Classification for Deep Neural Networks",
     arXiv:1705.08500.
     """
-    values, order = doubt.double().sort()
-    counts = values.unique_consecutive(return_counts=True)[1].cumsum(0)
-    errors = wrong[order].double().cumsum(0)[counts - 1]
-    risk, coverage = errors / counts, counts.double() / len(values)
+    _, kept, errors = _at_thresholds(doubt, wrong)
+    risk, coverage = errors.double() / kept, kept.double() / len(doubt)
     width = coverage.diff(prepend=coverage.new_zeros(1))
     return coverage, risk, float((risk * width).sum())
+
+
+def _at_thresholds(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each distinct ``doubt`` in order, and how many items it keeps, and wrong ones among them."""
+    values, order = doubt.double().sort()
+    distinct, counts = values.unique_consecutive(return_counts=True)
+    kept = counts.cumsum(0)
+    return distinct, kept, wrong[order].long().cumsum(0)[kept - 1]
+
+
+def threshold_for(
+    prediction: Prediction | Generation,
+    labels: Tensor,
+    *,
+    risk: float = 0.05,
+    confidence: float = 0.95,
+    by: str = "entropy",
+) -> float:
+    r"""The score above which to abstain, so that few of the answers that are given are wrong.
+
+    .. math::
+        \Pr\bigl(\Pr(\hat y \ne y \mid d \le \hat t) \le r\bigr) \ge 1 - \delta
+
+    An answer is given if its score :math:`d` is at most the threshold :math:`\hat t`, as in
+    ``generate(abstain_above=)``. The outer probability is over the labeled items, which must be
+    like those to come and serve neither training nor the choice of ``risk`` and ``by``. The bound
+    is proven if scores are distinct and errors do not become rarer as they grow, and holds in
+    simulations of ties and of other errors.
+
+    Thresholds are tested from the strictest to the laxest, and the last that passes is returned:
+    ``e`` errors in ``k`` answers pass if :math:`\Pr(\mathrm{Bin}(k, r) \le e)` is at most the
+    level. It starts from 0 and grows by :math:`\delta / m` at ``m`` points, the first where no
+    error at all would pass, each next at twice as many answers. A test that fails sets it to 0.
+
+    Args:
+        prediction: of ``n`` labeled items, or the texts that ``n`` prompts gave.
+        labels: classes, ``(n,)``; for texts, whether each is right, boolean.
+        risk: the largest share :math:`r` of wrong answers among those given. Default: 0.05.
+        confidence: :math:`1 - \delta`. Default: 0.95.
+        by: ``"entropy"`` or ``"mutual_information"``, for texts the mean over their tokens, or for
+            classes ``"confidence"``, which is 1 minus the largest probability. Default:
+            ``"entropy"``.
+
+    Returns:
+        The threshold, in nats unless ``by="confidence"``. If none passes, it is ``-inf`` (always
+        abstain), with a warning; by default it takes 59 answers without an error, or more.
+
+    Raises:
+        ConfigurationError: if ``risk`` or ``confidence`` is not between 0 and 1, ``by`` is unknown,
+            or ``labels`` are not of the kind of ``prediction``.
+
+    References:
+        A. Angelopoulos et al. (2021), "Learn then Test", arXiv:2110.01052. Y. Geifman, R. El-Yaniv
+        (2017), "Selective Classification for Deep Neural Networks", arXiv:1705.08500. B. Wiens, A.
+        Dmitrienko (2005), "The Fallback Procedure for Evaluating a Single Family of Hypotheses".
+
+    Example::
+
+        >>> prediction = Prediction(torch.tensor([[[0.9, 0.1]] * 60 + [[0.5, 0.5]] * 40]))
+        >>> round(threshold_for(prediction, torch.tensor([0] * 60 + [0, 1] * 20)), 3)
+        0.325
+    """
+    if not (0 < risk < 1 and 0 < confidence < 1):
+        raise ConfigurationError(
+            f"risk and confidence must be shares between 0 and 1, got {risk} and {confidence}; "
+            "0.05 is 5 %."
+        )
+    scores = doubts(prediction)
+    if by not in scores:
+        known = " or ".join(map(repr, scores))
+        raise ConfigurationError(
+            f"by must be {known}, got {by!r}; mutual information needs two draws or more."
+        )
+    if isinstance(prediction, Generation) != (labels.dtype == torch.bool):
+        raise ConfigurationError(
+            "labels must be boolean for a Generation (is the text right?) and classes for a "
+            f"Prediction, got {labels.dtype} for a {type(prediction).__name__}; convert them."
+        )
+    labels, delta = labels.cpu(), 1 - confidence
+    texts = isinstance(prediction, Generation)
+    wrong = ~labels if texts else prediction.predictions.cpu() != labels
+
+    def fewest(m: int) -> int:  # (1 - risk)^k is the p-value of no error in k answers
+        return math.ceil(math.log(delta / m) / math.log1p(-risk))
+
+    m = max((m for m in range(2, 64) if fewest(m) << m - 1 <= len(wrong)), default=1)
+    begins = [fewest(m) << i for i in range(m)]
+    threshold, level, before = -math.inf, 0.0, 0
+    thresholds = _at_thresholds(scores[by].cpu(), wrong)
+    for value, kept, errors in zip(*(x.tolist() for x in thresholds), strict=True):
+        level += delta / m * sum(before < begin <= kept for begin in begins)
+        before = kept
+        if level:
+            law = Binomial(kept, torch.tensor(risk, dtype=torch.float64))
+            p_value = law.log_prob(torch.arange(errors + 1).double()).exp().sum()
+            threshold, level = (value, level) if p_value <= level else (threshold, 0.0)
+    if threshold == -math.inf:
+        warnings.warn(
+            f"No threshold has a risk of at most {risk} at confidence {confidence}: it takes at "
+            f"least {begins[0]} answers without an error, got {int(wrong.sum())} errors in "
+            f"{len(wrong)}; label more items, or allow a greater risk.",
+            stacklevel=2,
+        )
+    return threshold
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

@@ -105,7 +105,8 @@ def generate(
             must be padded on the left and come with their ``attention_mask``.
         num_samples: number of draws ``S``; 0 uses the posterior mean. Default: 10.
         abstain_above: threshold in nats per token; a sequence with a greater score has
-            ``abstained``. Default: no sequence abstains.
+            ``abstained``; :func:`~pyro_blora.evaluation.metrics.threshold_for` finds one. Default:
+            no sequence abstains.
         by: the score, ``"entropy"`` (``mean_entropy``) or ``"mutual_information"``
             (``epistemic``). Entropy is high for every open text and needs no draws; mutual
             information is high only if the draws differ. Default: ``"mutual_information"``.

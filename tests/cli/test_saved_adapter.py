@@ -76,6 +76,26 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     assert f"by chance: {100 * metrics['ece_by_chance']:.1f})" in text
 
 
+def test_evaluate_says_above_which_entropy_to_abstain(run, adapter, data_dir, tmp_path):
+    """If its own answers are the labels of 63 items, and not of labels that it does not know."""
+    data, file = tmp_path / "data", tmp_path / "data" / "words" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    lines = 3 * (data_dir / "words" / "test.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    for out in ("before", "after"):
+        file.write_text("".join(json.dumps(item) + "\n" for item in items))
+        own = [*adapter[:2], *adapter[4:], "--data-dir", data, "--out", tmp_path / out]
+        text, _ = run("evaluate", *own, "--num-samples", 3)
+        found = rows(tmp_path / out / "items.csv")
+        for item, row in zip(items, found, strict=True):
+            item["label"] = int(row["prediction"])
+        metrics = json.loads((tmp_path / out / "metrics.json").read_text())
+        assert ("abstain_above" in metrics) == ("95 % confidence" in text) == (out == "after")
+    highest = max(float(row["entropy"]) for row in found)
+    assert metrics["abstain_above"] == {"entropy": highest, "risk": 0.05, "kept": 1}
+    assert f"100 % of the items have an entropy of at most {highest:.3f} nats" in text
+
+
 def test_evaluate_scores_options_as_the_adapter_does(run, model_dir, data_dir, tmp_path):
     net, tokenizer = load_pretrained(str(model_dir))
     task = load_task("lengths", data_dir=data_dir)

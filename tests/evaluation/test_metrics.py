@@ -5,6 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from scipy.stats import binom
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import (
@@ -17,7 +18,9 @@ from pyro_blora.evaluation.metrics import (
     rank,
     risk_coverage,
     scale_scores,
+    threshold_for,
 )
+from pyro_blora.generation import Generation
 from pyro_blora.posterior.prediction import Prediction
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
@@ -159,6 +162,106 @@ def test_risk_at_every_threshold_by_counting():
     assert risk.tolist() == pytest.approx([float(wrong[kept].float().mean()) for kept in by_hand])
     shares = [b - a for a, b in pairwise([0, *coverage.tolist()])]
     assert area == pytest.approx(sum(s * r for s, r in zip(shares, risk.tolist(), strict=True)))
+
+
+def answered(u, wrong):
+    """Items of two classes whose entropy grows with u, in (0, 1); their labels."""
+    top = 1 - u.double() / 2
+    return Prediction(torch.stack([top, 1 - top], -1)[None]), wrong.long()
+
+
+RATES = {  # errors at the quantile u of the score; the ties, if any, are of so many values
+    "flat, just too high": (lambda u: 0.0 * u + 0.0505, None),
+    "flat, with ties": (lambda u: 0.0 * u + 0.0505, 37),
+    "too high from the middle on": (lambda u: torch.where(u < 0.5, 0.045, 0.07), None),
+    "rising and falling": (lambda u: 0.0505 + 0.05 * torch.sin(60 * u), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:No threshold has")
+@pytest.mark.parametrize("rate", RATES)
+def test_the_risk_above_the_threshold_is_too_high_in_few_sets_of_labels(rate):
+    """By 1,000 sets of 600 items, whose tests begin three times."""
+    rate, ties = RATES[rate]
+    grid = (torch.arange(100_000) + 0.5) / 100_000
+    risk = rate(grid).cumsum(0) / torch.arange(1, 100_001)
+    failed, sets = 0, 1000
+    for _ in range(sets):
+        u = torch.rand(600)
+        wrong = torch.rand(600) < rate(u)
+        u = (u * ties).ceil() / ties if ties else u
+        prediction, labels = answered(u, wrong)
+        kept = prediction.entropy <= threshold_for(prediction, labels)
+        failed += bool(kept.any() and risk[int(u[kept].max() * 99_999)] > 0.05)
+    assert failed / sets <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / sets)
+
+
+def test_much_is_kept_where_much_can_be():
+    """As the risk passes 5 % at 0.71 of the items, and where all may be kept."""
+    u = (torch.arange(2000) + 0.5) / 2000
+    found = []
+    for rate in (0.3 * u**2, torch.full_like(u, 0.03)):
+        prediction, labels = answered(u, torch.rand(len(u)) < rate)
+        found.append(
+            float((prediction.entropy <= threshold_for(prediction, labels)).float().mean())
+        )
+    assert 0.5 < found[0] < 0.75
+    assert found[1] == 1
+
+
+def test_the_threshold_is_the_last_before_a_p_value_is_too_high():
+    """45 are right, then every fifth is wrong, among 60 items, which are enough to begin once."""
+    wrong = torch.zeros(60, dtype=torch.bool)
+    wrong[45::5] = True
+    prediction, labels = answered(torch.arange(1, 61) / 61, wrong)
+    p_values = binom.cdf(wrong.cumsum(0), range(1, 61), 0.1)
+    first = next(k for k in range(60) if binom.cdf(0, k, 0.1) <= 0.05)
+    last = next(k for k in range(first, 60) if p_values[k] > 0.05)
+    order = torch.randperm(60)
+    found = threshold_for(Prediction(prediction.samples[:, order]), labels[order], risk=0.1)
+    assert int((prediction.entropy <= found).sum()) == last > 46
+
+
+@pytest.mark.filterwarnings("ignore:No threshold has")
+@pytest.mark.parametrize("errors", range(5, 13))
+def test_tests_begin_again_with_a_third_of_the_level(errors):
+    """Of 400 items the first are wrong: too many for 80 and for 160 items, not always for 320."""
+    prediction, labels = answered(torch.arange(1, 401) / 401, torch.arange(400) < errors)
+    kept = prediction.entropy <= threshold_for(prediction, labels)
+    assert kept.all() if binom.cdf(errors, 320, 0.05) <= 0.05 / 3 else not kept.any()
+
+
+def test_ties_are_kept_or_dropped_together():
+    u = torch.tensor([0.1] * 60 + [0.2] * 60)
+    wrong = torch.zeros(120, dtype=torch.bool)
+    wrong[110:] = True  # the p-values of the first fifty of the second value are low enough
+    prediction, labels = answered(u, wrong)
+    assert threshold_for(prediction, labels) == float(prediction.entropy[0])
+    wrong[50] = True
+    prediction, labels = answered(u, wrong)
+    with pytest.warns(UserWarning, match="at least 59 answers without an error, got 11 errors in"):
+        assert threshold_for(prediction, labels) == -math.inf
+
+
+def test_the_threshold_of_texts_is_for_the_rule_of_generate():
+    scores = torch.rand(2, 80)
+    right = scores[1] <= scores[1].sort().values[69]
+    texts = Generation(torch.zeros(80, 1), mean_entropy=scores[0], epistemic=scores[1])
+    found = threshold_for(texts, right, by="mutual_information")
+    abstained = scores[1] > found  # as generate has it
+    assert right[~abstained].float().mean() > 0.95
+    assert 59 < int((~abstained).sum()) < 80
+    with pytest.warns(UserWarning, match="No threshold"):
+        assert threshold_for(texts, ~right) == -math.inf
+
+
+def test_thresholds_refuse_what_they_cannot_read():
+    prediction, labels = answered(torch.rand(5), torch.rand(5) < 0.5)
+    for options in ({"risk": 0}, {"confidence": 95}, {"by": "mutual_information"}):
+        with pytest.raises(ConfigurationError, match="must be"):
+            threshold_for(prediction, labels, **options)
+    with pytest.raises(ConfigurationError, match="boolean"):
+        threshold_for(prediction, labels.bool())
 
 
 def test_auroc_is_the_share_of_pairs_in_order():

@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from pyro_blora import guides, likelihoods
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.metrics import threshold_for
 
 S, NEW = 3, 5
 
@@ -192,7 +193,10 @@ def test_a_sequence_abstains_above_the_threshold(by, score):
     assert not free.abstained.any()
     torch.manual_seed(0)
     torch.testing.assert_close(free[score], free[by].nanmean(-1))
-    out = blora.generate(**options, abstain_above=float(free[score].mean()), by=by)
+    right = free[score] < free[score].mean()
+    found = threshold_for(free, right, risk=0.5, confidence=0.4, by=by)
+    assert found == float(free[score].min())  # of the one that is right, which is kept
+    out = blora.generate(**options, abstain_above=found, by=by)
     assert torch.equal(out.abstained, free[score] > free[score].mean())
     assert out.abstained.sum() == 1
     assert torch.equal(out.sequences, free.sequences)
