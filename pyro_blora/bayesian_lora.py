@@ -15,7 +15,7 @@ from typing_extensions import Self
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.data.collators import reading
 from pyro_blora.debts import enter_through
-from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
@@ -29,7 +29,7 @@ from pyro_blora.posterior.batches import Collate
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, OwnTensors, analytic_kl, described, make_guide
 from pyro_blora.posterior.linearized import predictive_logits
-from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.prediction import Prediction, over_dataset, predict_dataset
 from pyro_blora.posterior.temperature import calibrate, distill
 from pyro_blora.updates import LowRankUpdate
 
@@ -257,7 +257,7 @@ class BayesianLoRA(PyroModule):
         if not self.likelihood.has_classes:
             raise ConfigurationError(
                 f"predict must have a likelihood with classes, got {type(self.likelihood).__name__}"
-                "; use log_predictive(batch), or blora.generate(...)."
+                "; use log_predictive(batch), log_predictive_dataset(data), or generate(...)."
             )
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
         parts = self.model, self.guide, self.method
@@ -319,6 +319,33 @@ class BayesianLoRA(PyroModule):
         batch, parts = self.model.prepared(batch), (self.model, self.guide, self.method)
         passes = predictive_logits(*parts, batch, num_samples, **options)
         return predictive.log_predictive(self.likelihood, batch, passes)
+
+    def log_predictive_dataset(
+        self,
+        data: Any,
+        collate: Collate | None = None,
+        num_samples: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`log_predictive` for a data set, ``(n,)``, and its scored tokens, ``(n,)``.
+
+        ``options`` are those of :meth:`predict_dataset`. A class counts as one token.
+
+        Example::
+
+            print(evaluate_text(*blora.log_predictive_dataset(answers)))  # NLL and perplexity
+        """
+        data, collate = self.reading(data, collate)
+
+        def scored(batch: Batch) -> tuple[Tensor, Tensor]:
+            labels = self.likelihood.labels(self.model.prepared(batch))
+            if labels is None:
+                raise BatchError("A batch must have labels to score, got none; add them.")
+            count = (labels.reshape(len(labels), -1) >= 0).sum(-1)
+            return self.log_predictive(batch, num_samples).cpu(), count
+
+        found, counts, back = over_dataset(scored, data, collate, self.device, **options)
+        return torch.cat(found)[back], counts
 
     @one_at_a_time
     def generate(

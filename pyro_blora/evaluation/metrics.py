@@ -23,13 +23,15 @@ from pyro_blora.updates import LowRankUpdate
 __all__ = [
     "CRITERIA",
     "Metrics",
+    "TextMetrics",
     "auroc",
     "doubts",
     "ece_by_chance",
     "effective_rank",
     "evaluate",
-    "fit_score_scale",
+    "evaluate_text",
     "fit_temperature",
+    "item_scores",
     "rank",
     "risk_coverage",
     "threshold_for",
@@ -307,7 +309,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
         1.8205
     """
-    temperature = _temperature(logits, labels)
+    temperature = best_temperature(
+        logits.double() - logits.double().gather(1, labels.long()[:, None])
+    )
     if temperature < 0.0101:
         warnings.warn(
             f"The temperature must be above 0.01, got {temperature:.3g} (a scale of 100): the "
@@ -317,64 +321,42 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return temperature
 
 
-def _temperature(logits: Tensor, labels: Tensor) -> float:
-    return best_temperature(logits.double() - logits.double().gather(1, labels.long()[:, None]))
+@dataclass(frozen=True)
+class TextMetrics:
+    """Scores of ``n`` texts or answers, as :func:`evaluate_text` defines them; NLL in nats."""
+
+    nll_per_token: float
+    perplexity: float
+    nll_per_text: float
+    n: int
+
+    def __str__(self) -> str:
+        return (
+            f"NLL {self.nll_per_token:.3f} per token, {self.nll_per_text:.3f} per text; "
+            f"perplexity {self.perplexity:.2f}"
+        )
 
 
-@torch.no_grad()
-def fit_score_scale(scores: Tensor, lengths: Tensor, labels: Tensor) -> tuple[float, float]:
-    r"""Finds the scale and the length exponent of options' scores that minimize the NLL.
+def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
+    r"""Scores texts by their log probabilities, as ``blora.log_predictive_dataset`` gives them.
 
     .. math::
-        \hat c, \hat b = \arg\min_{c > 0,\, |b| \le 2}
-        -\sum_i \log \mathrm{softmax}\bigl(c\, (n_i / \bar n_i)^b\, s_i\bigr)_{y_i}
-
-    A mean log-probability is not on the scale of log-odds, and may favor short or long options; a
-    temperature corrects the scale alone. ``b = 1`` gives sums of log-probabilities. Fit both on a
-    hundred held-out items or more; if ``c`` is 100, a warning says that they are too few.
+        \mathrm{NLL}_{\text{token}} = -\frac{\sum_i \log p_i}{\sum_i n_i}, \quad
+        \mathrm{perplexity} = \exp \mathrm{NLL}_{\text{token}}, \quad
+        \mathrm{NLL}_{\text{text}} = -\tfrac1n \textstyle\sum_i \log p_i
 
     Args:
-        scores: mean log-probabilities of the options, ``(N, K)``: for any causal network, with or
-            without a LoRA, ``MultipleChoice().logits(net, batch)``.
-        lengths: their numbers of tokens, ``batch["option_mask"].sum(-1)``; 0 for an absent option.
-        labels: the right options, ``(N,)``.
-
-    Returns:
-        ``c``, between 0.01 and 100, and ``b``, in steps of 0.02, for
-        :func:`scale_scores`.
+        log_probs: of each text's scored tokens together, in nats, ``(n,)``.
+        num_tokens: how many they are, ``(n,)``.
 
     Example::
 
-        c, b = fit_score_scale(scores, lengths, labels)
-        probs = scale_scores(new_scores, new_lengths, c, b).softmax(-1)
+        print(evaluate_text(*blora.log_predictive_dataset(answers)))
     """
-    scores, labels = scores.double(), labels.long()
-
-    def nll(exponent: float) -> float:
-        logits = scale_scores(scores, lengths, 1.0, exponent)
-        return float(nn.functional.cross_entropy(logits / _temperature(logits, labels), labels))
-
-    exponents = [0.02 * step for step in sorted(range(-100, 101), key=abs)]  # 0 wins a tie
-    best = min(exponents, key=nll)
-    return 1 / fit_temperature(scale_scores(scores, lengths, 1.0, best), labels), best
-
-
-def scale_scores(
-    scores: Tensor, lengths: Tensor, slope: Tensor | float, exponent: Tensor | float = 0.0
-) -> Tensor:
-    r"""The logits of options: :math:`c\, (n / \bar n)^b\, s`, ``(B, K)``.
-
-    ``scores`` are :math:`s`, ``lengths`` the options' token counts :math:`n`, ``slope`` is
-    :math:`c`, and ``exponent`` is :math:`b`. A length of 0 marks an absent option, whose logit is
-    minus infinity; :math:`\bar n` is the mean of the others.
-    """
-    absent = lengths == 0
-    scaled = scores.masked_fill(absent, 0) * slope  # an infinite score would give NaN gradients
-    if isinstance(exponent, Tensor) or exponent:
-        there = (lengths > 0).sum(-1, keepdim=True)
-        ratio = lengths.clamp_min(1) * there / lengths.sum(-1, keepdim=True).clamp_min(1)
-        scaled = scaled * ratio**exponent
-    return scaled.masked_fill(absent, -torch.inf)
+    total = -float(log_probs.double().sum())
+    per_token = total / max(1, int(num_tokens.sum()))
+    per_text = total / max(1, len(log_probs))
+    return TextMetrics(per_token, math.exp(min(per_token, 700.0)), per_text, len(log_probs))
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:

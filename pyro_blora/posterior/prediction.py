@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pyro_blora.options import choose_precision
 from pyro_blora.posterior.batches import Collate, batches_of, to_device
 
 _TOLERANCE = 1e-3
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -164,25 +165,47 @@ def predict_dataset(
     usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
     adapter = getattr(predict, "__self__", None)
     device = torch.device(device or getattr(adapter, "device", usual))
-    autocast = choose_precision(precision, device) == "bfloat16"
-    order = list(range(len(data)))
-    if length is not None:
-        order.sort(key=lambda i: length(data[i]))
-    predictions, labels = [], []
-    hide = None if progress is None else not progress
-    rows: Any = Subset(data, order)  # type: ignore[arg-type]  # reads examples lazily
-    batches = batches_of(rows, collate, None, batch_size)
-    total = -(-len(order) // batch_size)
-    for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
-        batch = to_device(given, device)
+
+    def predicted(batch: Batch) -> tuple[Prediction, Tensor]:
         if "labels" not in batch:
             raise BatchError(
                 "A batch must have labels for predict_dataset, got none; call blora.predict(batch) "
                 "for data without labels."
             )
+        return predict(batch), batch["labels"]
+
+    how: dict[str, Any] = {"batch_size": batch_size, "length": length, "precision": precision}
+    how |= {"progress": progress, "description": description}
+    predictions, labels, back = over_dataset(predicted, data, collate, device, **how)
+    return Prediction(Prediction.cat(predictions).samples.cpu()[:, back]), labels
+
+
+def over_dataset(
+    of_batch: Callable[[Batch], tuple[Found, Tensor]],
+    data: Sequence[Any],
+    collate: Collate | None,
+    device: torch.device,
+    *,
+    batch_size: int = 16,
+    length: Callable[[Any], int] | None = None,
+    precision: str = "auto",
+    progress: bool | None = None,
+    description: str = "predict",
+) -> tuple[list[Found], Tensor, Tensor]:
+    """What ``of_batch`` finds, its second tensors in the data's order, and that order's index."""
+    autocast = choose_precision(precision, device) == "bfloat16"
+    order = list(range(len(data)))
+    if length is not None:
+        order.sort(key=lambda i: length(data[i]))
+    found, others = [], []
+    hide = None if progress is None else not progress
+    rows: Any = Subset(data, order)  # type: ignore[arg-type]  # reads examples lazily
+    batches = batches_of(rows, collate, None, batch_size)
+    total = -(-len(order) // batch_size)
+    for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            predictions.append(predict(batch))
-        labels.append(batch["labels"].cpu())
+            one, other = of_batch(to_device(given, device))
+        found.append(one)
+        others.append(other.cpu())
     back = torch.tensor(order).argsort()
-    joined = Prediction.cat(predictions)
-    return Prediction(joined.samples.cpu()[:, back]), torch.cat(labels)[back]
+    return found, torch.cat(others)[back], back

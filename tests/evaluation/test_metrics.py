@@ -13,11 +13,9 @@ from pyro_blora.evaluation.metrics import (
     confidence_bins,
     ece_by_chance,
     evaluate,
-    fit_score_scale,
     fit_temperature,
     rank,
     risk_coverage,
-    scale_scores,
     threshold_for,
 )
 from pyro_blora.generation import Generation
@@ -109,9 +107,6 @@ def test_bounds_and_where_every_temperature_is_as_good():
     logits, labels = torch.eye(3), torch.arange(3)
     with pytest.warns(UserWarning, match="got 0.01"):
         assert fit_temperature(logits, labels) == pytest.approx(0.01)
-    with pytest.warns(UserWarning, match="more"):
-        assert fit_score_scale(logits, torch.ones(3, 3), labels)[0] == pytest.approx(100)
-    assert fit_temperature(-logits, labels) == pytest.approx(100)
     with pytest.raises(ValueError, match="NaN"):
         fit_temperature(logits * math.nan, labels)
     logits = torch.tensor([[0.1, 0.1, -math.inf], [7.0, 7.0, 7.0], [-math.inf, 0.0, 0.0]])
@@ -120,37 +115,6 @@ def test_bounds_and_where_every_temperature_is_as_good():
     logits[0, 0] += 1  # one that is right
     with pytest.warns(UserWarning, match="more"):
         assert fit_temperature(logits, labels) == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize(("scale", "exponent"), [(0.4, -0.8), (3.0, 1.2)])
-def test_the_score_scale_is_where_no_gradient_is_left(scale, exponent):
-    """By autograd of the formula written out item by item, options of one item absent."""
-    lengths = torch.randint(1, 9, (300, 4))
-    lengths[::3, 3] = 0
-    scores = -4 * torch.rand(300, 4)
-    truth = scale_scores(scores, lengths, scale, exponent)
-    labels = torch.multinomial(truth.softmax(-1), 1).squeeze(1)
-    found = fit_score_scale(scores, lengths, labels)
-    c, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in found)
-    loss = torch.zeros((), dtype=torch.float64)
-    for s, n, label in zip(scores.double(), lengths, labels, strict=True):
-        s, n = s[n > 0], n[n > 0].double()
-        loss -= (c * (n / n.mean()) ** b * s).log_softmax(0)[label] / len(labels)
-    slope_c, slope_b = torch.autograd.grad(loss, (c, b), create_graph=True)
-    (curvature,) = torch.autograd.grad(slope_b, b)
-    assert abs(slope_c.item()) < 1e-6
-    assert abs(slope_b.item()) < 0.02 * curvature.item()  # the grid's step
-    assert found == pytest.approx((scale, exponent), rel=0.4, abs=0.3)  # of 300 items
-
-
-def test_lengths_that_say_nothing_get_no_exponent_and_absent_options_no_gradient():
-    scores, lengths = -4 * torch.rand(50, 3), torch.full((50, 3), 2)
-    assert fit_score_scale(scores, lengths, torch.arange(50) % 3)[1] == 0
-    lengths[:, 2], scores[:, 2] = 0, -math.inf
-    c, b = (torch.tensor(x, requires_grad=True) for x in (1.5, 0.5))
-    scale_scores(scores, lengths, c, b).softmax(-1)[:, 0].sum().backward()
-    assert c.grad.isfinite()
-    assert b.grad.isfinite()
 
 
 def test_risk_at_every_threshold_by_counting():
