@@ -1,7 +1,6 @@
 """Questions with candidate answers: the item, its prompt, and files of items."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -55,13 +54,11 @@ def item_of(record: Any, defaults: dict[str, Any]) -> Item:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
 
 
-def read_json_lines(
-    path: str | PathLike[str], make: Callable[[Any], Any] | None = None
-) -> list[Any]:
-    """Reads the items of one split, or what ``make`` makes of each line.
+def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> list[Any]:
+    """Reads the items of one split; other rows stay dictionaries unless ``only_items``.
 
-    Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list.
-    Other keys and blank lines are ignored.
+    Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list and
+    ``id`` may be missing. Other keys and blank lines are ignored.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,8 +67,9 @@ def read_json_lines(
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                record = json.loads(line)
-                items.append(make(record) if make else item_of(record, {}))
+                record, known = json.loads(line), {"id": f"{path.stem}-{number}"}
+                is_item = only_items or "question" in record
+                items.append(item_of(record, known) if is_item else record)
         except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:

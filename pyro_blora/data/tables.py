@@ -31,7 +31,7 @@ def _read_file(path: Path) -> Any:
     if path.suffix not in FILES:
         raise DataError(f"A file of examples must be one of {', '.join(FILES)}, got {path}.")
     if path.suffix == ".jsonl":
-        return read_json_lines(path, lambda row: item_of(row, {}) if "question" in row else row)
+        return read_json_lines(path, only_items=False)
     if not path.is_file():
         raise DataError(f"{path} must be a file, got none; check the name and the current folder.")
     try:

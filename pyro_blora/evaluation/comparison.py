@@ -236,7 +236,7 @@ def compare(
             name, an encoder becomes a classifier of the data's classes, with a new head for each
             seed.
         data: as for :func:`~pyro_blora.load_task`: a CSV file, a data frame, a
-            ``datasets.Dataset``, or the name of a task.
+            ``datasets.Dataset``, or the name of a task; a ``Task`` is taken as it is.
         methods: the rows: names of :data:`~pyro_blora.methods.METHODS`, pairs ``"PRIOR+GUIDE"``,
             those of ``own``, or ``"KIND:NAME"`` of one of them, with a kind of
             :data:`~pyro_blora.methods.KINDS`. Differences are to the first one.
@@ -278,7 +278,10 @@ def compare(
         "max_validation": max_validation,
         "max_test": max_test,
     }
-    tasks = {s: load_task(data, data_dir=data_dir, seed=s, **limits) for s in dict.fromkeys(seeds)}
+    tasks: dict[int, Task] = {}
+    for seed in seeds:
+        is_task = isinstance(data, Task)
+        tasks[seed] = data if is_task else load_task(data, data_dir=data_dir, seed=seed, **limits)
     how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
     task = tasks[seeds[0]]
