@@ -137,12 +137,8 @@ def predict_dataset(
     data: Sequence[Any],
     collate: Collate | None = None,
     *,
-    batch_size: int = 16,
-    length: Callable[[Any], int] | None = None,
     device: torch.device | str | None = None,
-    precision: str = "auto",
-    progress: bool | None = None,
-    description: str = "predict",
+    **options: Any,
 ) -> tuple[Prediction, Tensor]:
     """The predictive distribution of every example, none dropped, in the order of ``data``.
 
@@ -151,20 +147,17 @@ def predict_dataset(
         data: the examples.
         collate: makes a batch of a list of examples, by default torch's; its ``labels`` are passed
             through.
-        batch_size: number of examples in a batch.
-        length: the length of an example; batches of similar lengths waste little padding.
         device: the device of the network. Default: the adapter's, if ``predict`` is a method of
             one; otherwise the accelerator if there is one, or the CPU.
-        precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``, as in ``fit``.
-        progress: whether to show a progress bar; ``None`` shows it on a terminal.
-        description: label of the progress bar.
+        options: ``batch_size``, 16; ``length``, by which batches of similar lengths waste little
+            padding; ``precision`` as in ``fit``; ``progress``, by default on a terminal, and its
+            ``description``.
 
     Returns:
         The prediction, ``S x N x K``, and the labels, ``N``.
     """
     usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
     adapter = getattr(predict, "__self__", None)
-    device = torch.device(device or getattr(adapter, "device", usual))
 
     def predicted(batch: Batch) -> tuple[Prediction, Tensor]:
         if "labels" not in batch:
@@ -174,9 +167,8 @@ def predict_dataset(
             )
         return predict(batch), batch["labels"]
 
-    how: dict[str, Any] = {"batch_size": batch_size, "length": length, "precision": precision}
-    how |= {"progress": progress, "description": description}
-    predictions, labels, back = over_dataset(predicted, data, collate, device, **how)
+    place = torch.device(device or getattr(adapter, "device", usual))
+    predictions, labels, back = over_dataset(predicted, data, collate, place, **options)
     return Prediction(Prediction.cat(predictions).samples.cpu()[:, back]), labels
 
 
