@@ -196,15 +196,14 @@ class ClassificationCollator:
             else row
             for row in rows
         ]
-        columns = [[text_of(row, name) for row in made] for name in _TEXTS if name in made[0]]
+        texts = [[text_of(row) for row in made]]
+        if "text_pair" in made[0]:
+            texts.append([text_of(row, "text_pair") for row in made])
         how = {"padding": True, "truncation": True, "max_length": self.max_length}
-        batch = dict(self.tokenizer(*(columns or [[text_of(made[0])]]), **how, return_tensors="pt"))
+        batch = dict(self.tokenizer(*texts, **how, return_tensors="pt"))
         if "label" in made[0]:
             batch["labels"] = torch.tensor([label_of(row, self.classes) for row in made])
         return batch
-
-
-_TEXTS = ("text", "text_pair")
 
 
 class TextCollator(_Collator):
@@ -282,8 +281,14 @@ def reading(
         )
     if isinstance(likelihood, SequenceClassification):
         if likelihood.classes is None:
-            names = first.choices if isinstance(first, Item) else names_of(rows)
-            likelihood.classes = class_names(net, names) or None
+            names = list(first.choices if isinstance(first, Item) else names_of(rows))
+            likelihood.classes = found = class_names(net, names) or None
+            numbered = isinstance(first, Mapping) and not isinstance(first.get("label"), str)
+            if numbered and found and sorted(found) == sorted(names) and [*found] != names:
+                raise ConfigurationError(
+                    f"The column 'label' must number the classes as the network does, {found}, got "
+                    f"{names}; pass the names themselves."
+                )
         return rows, ClassificationCollator(tokenizer, likelihood.classes or ())
     if isinstance(likelihood, MultipleChoice):
         return rows, MultipleChoiceCollator(tokenizer)

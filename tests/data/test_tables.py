@@ -85,6 +85,9 @@ def test_names_of_classes_are_the_networks_or_else_the_data_s_and_are_saved(smal
     named = [item.choices[item.label] for item in items]
     assert [("funny", "dull")[k] for k in collate(list(items))["labels"]] == named
     blora.unwrap()
+    numbered = datasets.Dataset.from_list(ROWS).class_encode_column("label")  # dull is 0
+    with pytest.raises(ConfigurationError, match="must number the classes as the network does"):
+        BayesianLoRA(own, tokenizer=small).reading(numbered)
     net = classifier(small, id2label={0: "LABEL_0", 1: "LABEL_1"})
     blora = BayesianLoRA(net, tokenizer=small)
     fit(blora, ROWS, num_steps=2, progress=False)
