@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize
 from pyro_blora.data import Item, Task, load_task
-from pyro_blora.data.items import item_length
 from pyro_blora.evaluation.comparison import Result, View, scored, train_and_score
 from pyro_blora.inference.post_hoc import hold_out
 from pyro_blora.methods import METHODS
@@ -209,8 +208,7 @@ class _Training:
             blora, steps = BayesianLoRA.from_peft(self.net, folder, likelihood=likelihood), 100
         else:
             how = {"guide": getattr(guides, own["by"])(), "likelihood": likelihood}
-            reading = {"collate": self.collate, "length": item_length}
-            blora = bayesianize(self.net, folder, data=train, **how, **reading)
+            blora = bayesianize(self.net, folder, data=train, collate=self.collate, **how)
         seconds = time.perf_counter() - started
         draws = own.get("num_samples", self.settings["num_samples"])
         views = {str(cell): View("last", draws, own.get("linearized", False))}

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from pyro_blora.data.items import item_length
 from pyro_blora.inference.learning_rates import RATES
 from pyro_blora.inference.loop import FitResult, Settings, training_loop
 from pyro_blora.likelihoods import Batch, Likelihood
@@ -85,7 +84,7 @@ class PlainLoRA:
                 raise ArithmeticError(f"The loss of plain LoRA must be finite, got {figures}.")
 
         size, seed = settings.batch_size, settings.seed
-        stream = Batches(train, collate, item_length, batch_size=size, seed=seed)
+        stream = Batches(train, collate, batch_size=size, seed=seed)
         groups = [
             {"params": self.factors, "lr": lr},
             {"params": self.heads, "lr": RATES["head"]},

@@ -304,7 +304,7 @@ class BayesianLoRA(PyroModule):
     ) -> tuple[Prediction, Tensor]:
         """:meth:`predict` for a data set, and its labels; see :func:`pyro_blora.predict_dataset`.
 
-        ``options`` are ``batch_size``, ``length``, ``precision``, ``progress`` and ``description``.
+        ``options`` are ``batch_size``, ``precision``, ``progress`` and ``description``.
         """
         data, collate = self.reading(data, collate)
         predict = partial(self.predict, num_samples=num_samples, linearized=linearized)

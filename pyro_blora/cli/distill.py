@@ -29,14 +29,13 @@ def run(
     Example: pyro-blora distill --adapter out/facts --peft
     """
     from pyro_blora.checkpoints import read_config
-    from pyro_blora.data.items import item_length
 
     notes = read_config(adapter)["notes"]
     data = load_task(o.named(task, notes.get("task"), "--task"), data_dir=data_dir)
     blora = o.load_adapter(adapter, model)
     collate = None if o.classifies(adapter) else data.collator(blora.tokenizer)
     with o.phase("distill"):
-        options = {"num_samples": num_samples, "length": item_length, "precision": precision}
+        options = {"num_samples": num_samples, "precision": precision}
         found = blora.distill(data.train, collate, **options)
     blora.save_pretrained(adapter, notes=notes)
     if peft:

@@ -51,7 +51,6 @@ def run(
     import torch
 
     from pyro_blora.checkpoints import read_config
-    from pyro_blora.data.items import item_length
     from pyro_blora.evaluation import metrics as m
     from pyro_blora.evaluation import plots
     from pyro_blora.files import check_free, write_file
@@ -71,8 +70,8 @@ def run(
     blora = o.load_adapter(adapter, model, data)
     collate = None if o.classifies(adapter) else data.collator(blora.tokenizer)
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"collate": collate, "num_samples": num_samples}
-    options |= {"length": item_length, "precision": precision}
+    options: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
+    options["collate"] = collate
     with o.phase("predict"):
         prediction, labels = blora.predict_dataset(data.test, **options)
         outside = blora.predict_dataset(foreign, **options)[0] if foreign else None

@@ -81,7 +81,6 @@ def run(
 
     from pyro_blora.bayesian_lora import BayesianLoRA
     from pyro_blora.checkpoints import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS, read_peft
-    from pyro_blora.data.items import item_length
     from pyro_blora.files import check_free, own_files, remove_own
     from pyro_blora.inference import finish, fit
     from pyro_blora.inference.resume import STATE
@@ -133,8 +132,8 @@ def run(
         remove_own(run_dir, [STATE])
     elif resume and not state.exists():
         console.print(f"{run_dir} has no run to go on with: this one begins")
-    reading: dict[str, Any] = {"collate": collate, "length": item_length}
-    reading |= {"batch_size": batch_size, "precision": precision}
+    reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
+    reading["precision"] = precision
     result = None
     with o.phase(f"train {method}, seed {seed}"):
         if max_steps:

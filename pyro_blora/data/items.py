@@ -36,11 +36,6 @@ class Item:
             raise DataError(f"label must be an integer from 0 to {last}, got {self.label!r}{where}")
 
 
-def item_length(item: Item) -> int:
-    """Number of characters of an item, by which batches group items of similar length."""
-    return len(item.question) + sum(map(len, item.choices))
-
-
 def item_of(record: Any, defaults: dict[str, Any]) -> Item:
     """The item of a dictionary, whose missing keys are taken from ``defaults``."""
     if isinstance(record, Item):

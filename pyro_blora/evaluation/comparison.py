@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import read_tensors
 from pyro_blora.data import Item, Task, load_task
-from pyro_blora.data.items import item_length
 from pyro_blora.errors import ConfigurationError, readable
 from pyro_blora.evaluation.metrics import Metrics, evaluate, fit_temperature, item_scores
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
@@ -410,7 +409,7 @@ def scored(
     Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is; ``phase`` and
     ``training`` are those of :func:`compare`.
     """
-    how: dict[str, Any] = {"length": item_length, "precision": precision}
+    how: dict[str, Any] = {"precision": precision}
     by_state = sorted(views, key=lambda name: get_args(State).index(views[name].state))
     fitted, found = FitResult(), {}
     try:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,6 @@ def fit(
     num_epochs: float | None = None,
     batch_size: int = Settings.batch_size,
     collate: Collate | None = None,
-    length: Callable[[Any], int] | None = None,
     learning_rates: float | Mapping[str, float] | None = None,
     warmup: float = Settings.warmup,
     decay: Decay = Settings.decay,
@@ -86,7 +85,6 @@ def fit(
             likelihood says: rows have ``text`` and ``label`` for classes; ``question``,
             ``choices`` and ``label`` for options; ``text``, or ``prompt`` and ``completion``, for
             ``CausalLM``. Without a tokenizer, torch's.
-        length: the length of an example; batches of similar lengths waste little padding.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``; a single number is the rate of the means. Other roles
             have the rate of the method, of the prior, or the usual one.
@@ -197,7 +195,7 @@ def fit(
     begin_training(blora)  # undoes temperatures, and a post-hoc width, of an earlier training
     if seed is not None:
         torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
-    stream = Batches(train, collate, length, batch_size=batch_size, seed=seed)
+    stream = Batches(train, collate, batch_size=batch_size, seed=seed)
     check_num_data(blora.likelihood, every)
     objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
     # an AutoGuide makes its parameters at its first call, and the optimizer needs them
@@ -210,7 +208,7 @@ def fit(
         data = {"training data": every, "validation": validation}  # whose sizes are compared
         run = TrainingState(checkpoint_dir, blora, stream, settings, rates, data, resume=resume)
         settings = replace(settings, precision=run.precision)  # what "auto" was when it began
-    reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
+    reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
     reading |= {"precision": settings.precision, "progress": progress}
     validate = None
     if validation is not None:
@@ -219,7 +217,7 @@ def fit(
         def validate() -> float:
             """The mean negative log predictive of the validation set, in the run's precision."""
             # without gradients there is room for twice the batch
-            batches = batches_of(validation, of_validation, length, 2 * batch_size)
+            batches = batches_of(validation, of_validation, 2 * batch_size)
             # the same draws each time, apart from those of the training; dropout is off
             with draws_apart(blora.guide, blora.device), torch.no_grad():
                 parts = [blora.log_predictive(batch, samples) for batch in batches]

@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -108,7 +108,6 @@ def bayesianize(
     prior: UpdateModel | None = None,
     guide: PostHoc | None = None,
     likelihood: Likelihood | None = None,
-    length: Callable[[Any], int] | None = None,
     batch_size: int = 8,
     precision: str = "auto",
     progress: bool | None = None,
@@ -130,7 +129,6 @@ def bayesianize(
         prior: as in ``from_peft``. Default: the method's.
         guide: ``Laplace`` or ``Isotropic``. Default: the method's.
         likelihood: a likelihood with classes. Default: by PEFT's task type.
-        length: as in ``fit``.
         batch_size: as in ``fit``.
         precision: as in ``fit``.
         progress: as in ``fit``.
@@ -160,7 +158,7 @@ def bayesianize(
         made = replace(made, linearized=isinstance(guide, Laplace))
     parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
     blora = BayesianLoRA.from_peft(net, folder, method=made, **parts, tokenizer=tokenizer)
-    reading: dict[str, Any] = {"collate": collate, "length": length, "batch_size": batch_size}
+    reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
     try:
         finish(blora, data, **reading, precision=precision, progress=progress)
     except BaseException:
@@ -175,7 +173,6 @@ def finish(
     data: Any,
     *,
     collate: Collate | None = None,
-    length: Callable[[Any], int] | None = None,
     batch_size: int = 8,
     precision: str = "auto",
     progress: bool | None = None,
@@ -198,7 +195,7 @@ def finish(
         )
     begin_training(blora)
     data, collate = blora.reading(data, collate)
-    batches = list(batches_of(data, collate, length, batch_size))
+    batches = list(batches_of(data, collate, batch_size))
     hide = None if progress is None else not progress
 
     def all_scores() -> Iterator[dict[str, Tensor]]:

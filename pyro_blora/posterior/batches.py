@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 from typing_extensions import Self
 
+from pyro_blora.data.items import Item
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 
@@ -57,17 +58,35 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
     return default_collate
 
 
-def batches_of(
-    data: Any, collate: Collate | None, length: Callable[[Any], int] | None, size: int
-) -> Iterator[Batch]:
+def lengths_of(data: Any) -> list[int]:
+    """The examples' lengths, for batches of similar ones; alike in a data set that reads lazily."""
+    whole = data
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    is_read = isinstance(whole, list | tuple) or hasattr(whole, "features")  # of `datasets`
+    return [_length(row) for row in data] if is_read else [0] * len(data)
+
+
+def _length(row: Any) -> int:
+    if isinstance(row, Item):
+        return len(row.question) + sum(map(len, row.choices))
+    if not isinstance(row, Mapping):
+        return 0
+    if "input_ids" in row:
+        return int(np.shape(row["input_ids"])[-1])
+    texts = [row[key] for key in row if isinstance(row[key], str)]
+    return sum(map(len, [*texts, *row.get("choices", ())]))
+
+
+def batches_of(data: Any, collate: Collate | None, size: int) -> Iterator[Batch]:
     """The examples in batches of similar lengths, or the batches of a ``DataLoader``."""
     if isinstance(data, DataLoader):
         batches: Any = data
     else:
         made = collator(data, collate)
-        rows = data if length is None else sorted(data, key=length)
-        starts = range(0, len(rows), size)
-        batches = (made([rows[i] for i in range(s, min(s + size, len(rows)))]) for s in starts)
+        order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
+        starts = range(0, len(order), size)
+        batches = (made([data[i] for i in order[s : s + size]]) for s in starts)
     batch = None
     for batch in batches:
         yield batch
@@ -109,7 +128,6 @@ class Batches:
         self,
         data: Sequence[Any] | DataLoader[Any],
         collate: Collate | None = None,
-        length: Callable[[Any], int] | None = None,
         *,
         batch_size: int = 8,
         seed: int | None = 0,
@@ -120,8 +138,7 @@ class Batches:
             self._generator = data.generator or getattr(sampler, "generator", None)
         else:
             made = collator(data, collate)
-            lengths = [0] * len(data) if length is None else [length(x) for x in data]
-            self._order = _Bucketed(lengths, batch_size, random.Random(seed))
+            self._order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
             places: Any = range(len(data))
             self._loader = DataLoader(
                 places, batch_sampler=self._order, collate_fn=lambda at: made([data[i] for i in at])

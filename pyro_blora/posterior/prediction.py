@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.options import choose_precision
-from pyro_blora.posterior.batches import Collate, batches_of, to_device
+from pyro_blora.posterior.batches import Collate, batches_of, lengths_of, to_device
 
 _TOLERANCE = 1e-3
 Found = TypeVar("Found")
@@ -149,9 +149,8 @@ def predict_dataset(
             through.
         device: the device of the network. Default: the adapter's, if ``predict`` is a method of
             one; otherwise the accelerator if there is one, or the CPU.
-        options: ``batch_size``, 16; ``length``, by which batches of similar lengths waste little
-            padding; ``precision`` as in ``fit``; ``progress``, by default on a terminal, and its
-            ``description``.
+        options: ``batch_size``, 16; ``precision`` as in ``fit``; ``progress``, by default on a
+            terminal, and its ``description``.
 
     Returns:
         The prediction, ``S x N x K``, and the labels, ``N``.
@@ -179,20 +178,17 @@ def over_dataset(
     device: torch.device,
     *,
     batch_size: int = 16,
-    length: Callable[[Any], int] | None = None,
     precision: str = "auto",
     progress: bool | None = None,
     description: str = "predict",
 ) -> tuple[list[Found], Tensor, Tensor]:
     """What ``of_batch`` finds, its second tensors in the data's order, and that order's index."""
     autocast = choose_precision(precision, device) == "bfloat16"
-    order = list(range(len(data)))
-    if length is not None:
-        order.sort(key=lambda i: length(data[i]))
+    order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     found, others = [], []
     hide = None if progress is None else not progress
     rows: Any = Subset(data, order)  # type: ignore[arg-type]  # reads examples lazily
-    batches = batches_of(rows, collate, None, batch_size)
+    batches = batches_of(rows, collate, batch_size)
     total = -(-len(order) // batch_size)
     for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

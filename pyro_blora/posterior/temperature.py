@@ -3,7 +3,7 @@
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,6 @@ def calibrate(
     data: Sequence[Any] | DataLoader[Any],
     *,
     collate: Collate | None = None,
-    length: Callable[[Any], int] | None = None,
     num_samples: int | None = None,
     batch_size: int = 8,
     precision: str = "auto",
@@ -107,7 +106,6 @@ def calibrate(
         method: its method, which says how draws are made.
         data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
         collate: makes a batch of a list of examples; by default torch's.
-        length: as in ``fit``.
         num_samples: number of posterior draws. Default: as in ``predict``.
         batch_size: as in ``fit``.
         precision: as in ``fit``.
@@ -126,7 +124,7 @@ def calibrate(
             f"{type(likelihood).__name__}; call it outside of disable_adapter(), and not for text."
         )
     hide = None if progress is None else not progress
-    batches = batches_of(data, collate, length, batch_size)
+    batches = batches_of(data, collate, batch_size)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with draws_apart(guide, model.groups[0].device), model.autocast(precision):
         for given in tqdm(batches, desc="calibrate", disable=hide, unit="batch"):
@@ -160,7 +158,6 @@ def distill(
     data: Sequence[Any] | DataLoader[Any],
     *,
     collate: Collate | None = None,
-    length: Callable[[Any], int] | None = None,
     num_samples: int = 16,
     max_examples: int = 64,
     batch_size: int = 8,
@@ -187,7 +184,6 @@ def distill(
         data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are not read,
             but for text they say which tokens are scored.
         collate: makes a batch of a list of examples; by default torch's.
-        length: as in ``fit``.
         num_samples: number of posterior draws ``S``.
         max_examples: number of examples to read: a fixed random choice, or the first ones of a
             ``DataLoader``.
@@ -215,7 +211,7 @@ def distill(
         chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
         data = [data[i] for i in chosen]
     hide = None if progress is None else not progress
-    batches = batches_of(data, collate, length, batch_size)
+    batches = batches_of(data, collate, batch_size)
     device, seen = model.groups[0].device, 0
     excess: list[Tensor] = []
     with draws_apart(guide, device), model.autocast(precision):

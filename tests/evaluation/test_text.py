@@ -32,7 +32,7 @@ def collate(part):
 def test_the_mean_is_transformers_loss_and_draws_are_averaged_as_probabilities():
     net, data = tiny.llama(), rows()
     blora = BayesianLoRA(net, target_modules=["q_proj"], guide=MatrixNormal(init_scale=1.0))
-    how = {"batch_size": 3, "progress": False, "length": lambda row: len(row["input_ids"])}
+    how = {"batch_size": 3, "progress": False}
     logp, count = blora.log_predictive_dataset(data, collate, 0, **how)
     assert count.tolist() == [sum(k >= 0 for k in row["labels"]) for row in data]
     for row, found, n in zip(data, logp, count, strict=True):

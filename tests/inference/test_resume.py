@@ -33,10 +33,6 @@ BEST = {"validation": CONTRARY, "validate_every": 2, "keep_best": True, "learnin
 llama = partial(tiny.adapted, num_data=10)
 
 
-def length(row):
-    return len(row["input_ids"])
-
-
 def bert(**parts):
     likelihood = SequenceClassification(num_data=10)
     return tiny.adapted(tiny.bert(), target_modules=None, likelihood=likelihood, **parts)
@@ -66,7 +62,7 @@ def choices():
 
 
 CASES = {
-    "early best": (llama, {}, {**BEST, "length": length}),
+    "early best": (llama, {}, BEST),
     "held out": (multiple_choice, {}, {"rows": choices, "collate": None}),
     "ensemble": (llama, {"guide": Ensemble(members=3)}, BEST),
     "autoguide": (llama, {"guide": AutoNormal}, {"decay": "cosine"}),
