@@ -104,7 +104,7 @@ def load_task(
             columns ``text`` and ``label``, whose classes are then the choices, or ``question``,
             ``choices`` and ``label``. Without a test split a fifth of the rows are test items, the
             same for every seed.
-        data_dir: a folder with ``data/{train,validation,test}.jsonl``. Default: the hub.
+        data_dir: the folder that holds the folder ``data``. Default: the hub.
         max_train: maximum number of training items. Default: all.
         max_validation: maximum number of validation items.
         max_test: maximum number of test items. Default: all.
@@ -152,6 +152,8 @@ def _splits(data: Any, data_dir: str | PathLike[str] | None) -> tuple[str, dict[
         folder = Path(__file__).parent if data == "facts" else Path(data_dir or "")
         name, folder = Path(data).name, folder / data
         given = {"test": folder / "test.jsonl"} | splits_in(folder)
+    if not {"train", "test"} & set(given):
+        raise DataError(f"A task must have a split train or test, got {list(given)}; rename one.")
     splits = items_of({split: given[split] for split in SPLITS if split in given})
     if "test" not in splits:
         every = splits["train"]

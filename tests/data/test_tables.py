@@ -58,6 +58,8 @@ def test_every_form_of_a_table_is_the_same_task_and_the_same_batches(files, smal
         ids = small([row["text"] for row in ROWS], padding=True)["input_ids"]
         assert batch["input_ids"].tolist() == ids
         blora.unwrap()
+    with pytest.raises(DataError, match=r"train or test, got \['dev'\]"):
+        load_task({"dev": ROWS})
     whole = load_task(datasets.DatasetDict(train=encoded, test=encoded))
     assert (len(whole.train) + len(whole.validation), len(whole.test)) == (12, 12)
 
