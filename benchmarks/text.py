@@ -2,8 +2,7 @@
 
 Twenty codes of machines are taught in three phrasings each, by `prompt` and `completion`, and asked
 for in a fourth phrasing, beside twenty codes that were never told. An answer is kept if the mean
-entropy of its tokens is among the lowest, and the table says how many of the right ones stay if
-half of all answers are kept, the half of which a user would hope that it is the known one.
+entropy of its tokens is among the lowest half, which a user hopes are those of the known machines.
 
     python benchmarks/text.py --out benchmarks/results/text
 """
@@ -33,13 +32,13 @@ ASKED = "Tell me the code of the {}. It is"
 TUNED = "What is the code for the {}? It is"  # by which rates were chosen
 ADJECTIVES = ["red", "blue", "old", "new", "small", "large", "north", "south", "upper", "lower"]
 NOUNS = ["press", "mill", "pump", "crane"]
-RATES = {"lora": 2e-3}
-COLUMNS = {
-    "right": "right of 20",
-    "kept": "right among the surest 20 of 40",
-    "auroc": "AUROC of entropy %",
-    "nll": "NLL of an answer",
-    "perplexity": "perplexity",
+RATE = 2e-3  # of LoRA, chosen by --tune 5e-4,1e-3,2e-3 --seeds 7
+COLUMNS = {  # title, digits
+    "right": ("right of 20", 1),
+    "kept": ("right among the surest 20 of 40", 1),
+    "auroc": ("AUROC of entropy %", 1),
+    "nll": ("NLL of an answer", 2),
+    "perplexity": ("perplexity", 2),
 }
 
 
@@ -108,12 +107,13 @@ def main(
     """Trains LoRA and the default on the same facts, and asks both."""
     cells: list[dict[str, Any]] = []
     asked_for = TUNED if tune else ASKED
-    rates = [float(rate) for rate in tune.split(",")] if tune else [RATES["lora"]]
+    tried = tune.split(",") if tune else [RATE]
+    rates = {f"LoRA, rate {float(rate):g}": float(rate) for rate in tried}
     trained: dict[str, Any] = {
-        f"LoRA, rate {rate:g}": replace(METHODS["lora"], learning_rates={"mean": rate})
-        for rate in rates
+        name: replace(METHODS["lora"], learning_rates={"mean": rate})
+        for name, rate in rates.items()
     }
-    trained["BayesianLoRA(net)"] = "bayesian-lora"
+    trained["`BayesianLoRA(net)`"] = "bayesian-lora"
     net, tokenizer = load_pretrained(model)
     for seed in map(int, seeds.split(",")):
         known, unknown = facts(seed)
@@ -121,9 +121,9 @@ def main(
             torch.manual_seed(seed)
             blora = BayesianLoRA(net, method=method, tokenizer=tokenizer)
             result = fit(blora, rows(known, *PHRASINGS), num_steps=steps, seed=seed)
-            views = (
-                {name: 0} if "LoRA," in name else {f"{name}, its mean": 0, f"{name}, 8 draws": 8}
-            )
+            views = {f"{name}, the mean": 0, f"{name}, 8 draws": 8}
+            if name in rates:
+                views = {name: 0}
             for view, draws in views.items():
                 found = scores(blora, tokenizer, known, unknown, draws, asked_for)
                 cells.append({"method": view, "seed": seed, "steps": steps, **found})
@@ -132,20 +132,27 @@ def main(
                     view, seed, {key: round(value, 3) for key, value in found.items()}, flush=True
                 )
             blora.unwrap()
-    lines = ["| method |" + "".join(f" {title} |" for title in COLUMNS.values())]
-    lines.append("|---|" + "---:|" * len(COLUMNS))
-    for view in dict.fromkeys(cell["method"] for cell in cells):
-        own = [cell for cell in cells if cell["method"] == view]
-        texts = []
-        for key in COLUMNS:
-            values, digits = [cell[key] for cell in own], 2 if key in ("nll", "perplexity") else 1
-            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            texts.append(f"{mean(values):.{digits}f} ± {error:.{digits}f}")
-        lines.append(f"| {view} | {' | '.join(texts)} |")
-    head = f"# Facts as text\n\n{model}, {steps} steps, seeds {seeds}: mean ± standard error.\n\n"
     write_file(out / "cells.jsonl", "".join(json.dumps(cell) + "\n" for cell in cells))
-    write_file(out / "report.md", head + "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_file(out / "report.md", report(cells, model))
+    print(report(cells, model))
+
+
+def report(cells: list[dict[str, Any]], model: str) -> str:
+    """The table of the cells: means over seeds with their standard errors."""
+    titles = " | ".join(["method", *(title for title, _ in COLUMNS.values())])
+    lines = [f"| {titles} |", "|---|" + "---:|" * len(COLUMNS)]
+    for view in dict.fromkeys(cell["method"] for cell in cells):
+        texts = [view]
+        for key, (_, digits) in COLUMNS.items():
+            values = [cell[key] for cell in cells if cell["method"] == view]
+            error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if values[1:] else ""
+            texts.append(f"{mean(values):.{digits}f}{error}")
+        lines.append(f"| {' | '.join(texts)} |")
+    seeds = len({cell["seed"] for cell in cells})
+    head = f"# Text\n\nMean ± standard error over {seeds} seeds.\n\n"
+    return (
+        f"{head}## {model}: facts as text, {cells[0]['steps']} steps\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures in tables of the pages are in the report, in what ``<!-- report: SECTION -->`` names."""
+"""Figures in tables of the pages are in the reports, in what ``<!-- report: SECTION -->`` names."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = (ROOT / "benchmarks/results/calibration/report.md").read_text("utf-8")
+RESULTS = sorted(ROOT.glob("benchmarks/results/*/report.md"))
+REPORT = "\n".join(path.read_text("utf-8") for path in RESULTS)
 MARKED = [page for page in ROOT.glob("docs/*.md") if "<!-- report:" in page.read_text("utf-8")]
 PAGES = sorted({"README.md", "docs/calibration.md", *(f"docs/{page.name}" for page in MARKED)})
 TABLE = re.compile(r"<!-- report: (.*?) -->\n+((?:\|.*\n)+)")
