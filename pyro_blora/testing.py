@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from itertools import product
 from math import inf, isclose, prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pyro
 import pyro.distributions as dist
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError
-from pyro_blora.guides import MeanField, Site
+from pyro_blora.guides import MeanField, Site, SiteGuide
+from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import Hierarchical
@@ -212,13 +214,19 @@ class GuideContract(PairContract):
                 assert given == ((5, 3), (5, 3, *event), (3, *event)), f"For {event}: {given}."
                 _check_support(type(q).__name__, p, value, center)
 
+    def _bound(self, site: Site, init_scale: float) -> SiteGuide:
+        """The family at ``site``, of that width if it has the option."""
+        options = self.make().options()
+        width = {"init_scale": init_scale} if "init_scale" in options else {}
+        return cast(SiteGuide, type(self.make())(**options | width).bind(site))
+
     @torch.no_grad()
     def test_the_kl_is_that_of_draws(self) -> None:
         """A registered KL is the mean log ratio of draws; and q starts at a normal prior."""
         torch.manual_seed(0)
-        options, p = self.make().options(), dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
-        starts = {"init_scale": 1.0} if self.starts_at_prior and "init_scale" in options else {}
-        q = type(self.make())(**options | starts).bind(Site("g.V", p, (), context_size=4))
+        p = dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
+        q = self._bound(Site("g.V", p, (), context_size=4), 1.0)
+        starts = self.starts_at_prior and "init_scale" in q.options()
         assert list(q.parameters()), f"The family has no parameters: {_PARAMS}."
         for spread in (0.0, 0.3):
             for parameter in q.parameters():
@@ -233,6 +241,45 @@ class GuideContract(PairContract):
             with suppress(NotImplementedError):  # then Pyro estimates it from draws
                 kl = float(torch.distributions.kl_divergence(q.distribution(), p).sum())
                 assert isclose(kl, mean, abs_tol=error + 1e-3), f"The KL is {kl}, by draws {mean}."
+
+    def test_the_draws_are_of_the_density(self) -> None:
+        r"""Also after the parameters have moved, and the draws move with the parameters.
+
+        If q integrates to one and its draws follow it, :math:`E_q[f p / q] = E_p[f]` for every
+        density p where q is positive: with the weights p / q the draws have the moments of p, and
+        the slope of the mean weight is zero in every parameter. Here p is a normal fitted to the
+        tenth of the draws around the median. A point has no density, so it passes.
+        """
+        context = self.adapted().guide.context(self.batch(1), lambda rows: rows[0])
+        one = torch.ones(())
+        laws = dist.Normal(0 * one, one), dist.HalfNormal(one), dist.Beta(one, one)
+        for law, shape in zip(laws, ((1, 2, 2), (2,), (2, 2)), strict=True):
+            p = law.expand(torch.Size(shape)).to_event(len(shape) - 1)
+            q = self._moved(Site("g.s", p, (), context_size=0 if context is None else len(context)))
+            point = q.law(context)
+            if isinstance(getattr(point, "base_dist", point), dist.Delta | Members):
+                return
+            at = f"{type(q).__name__} at a {type(law).__name__} site"
+            for part, found in _misses(q, context).items():
+                mean, error = found.mean(0), 6 * found.std(0) / len(found) ** 0.5 + 0.02
+                worst = (mean.abs() / error).argmax()
+                off, bar = float(mean.flatten()[worst]), float(error.flatten()[worst])
+                assert abs(off) < bar, (
+                    f"{at} must draw from its density when its parameters have moved, got draws "
+                    f"that with the weights p / q miss {part} by {off:.3f} +- {bar:.3f}. Check the "
+                    "sign of the log-Jacobian, and that rsample() detaches no parameter."
+                )
+
+    def _moved(self, site: Site) -> SiteGuide:
+        """The family at ``site`` with other parameters than at the start, and with its width."""
+        torch.manual_seed(0)
+        q = self._bound(site, 0.1)
+        for parameter in q.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        if isinstance(q, PostHoc):
+            scores = {site.name: torch.randn(8, 3, *site.shape)}
+            q.finish({site.name: q}, Evidence(lambda: iter([scores]), lambda num_samples: 0.0))
+        return q
 
 
 class LikelihoodContract(_Contract):
@@ -297,6 +344,44 @@ def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: b
     wrong = {name: float(norm) for name, norm in norms.items() if not 0 < norm < inf}
     assert not wrong, f"After {steps} steps gradients have the norms {wrong}: {_PARAMS}."
     return float(loss.detach())
+
+
+def _misses(q: SiteGuide, context: Tensor | None) -> dict[str, Tensor]:
+    """By name what must be zero in the mean over 50 batches of draws with the weights p / q."""
+    transform, parameters = q.site.transform, list(q.parameters())
+    names = [n.removesuffix("_unconstrained") for n, _ in q.named_parameters()]
+
+    def draw() -> tuple[Tensor, Tensor]:
+        """Unconstrained draws, ``(2000, k)``, and their log densities, by one way or by two."""
+        law = q.forward(context).expand(torch.Size([2000, *q.site.batch_shape]))
+        value = law()
+        real, scores = transform.inv(value), [law.log_prob(value)]
+        # some laws score their own draws by the noise, and some flows can score no other value
+        with suppress(NotImplementedError, KeyError):
+            scores.append(law.log_prob(value.clone()))
+        change = transform.log_abs_det_jacobian(real, value)
+        return real.flatten(1), (torch.stack(scores) + change).sum(-1)
+
+    with torch.no_grad():
+        value, _ = draw()
+        error = value - value.median(0).values
+        near = value[(error / error.abs().median(0).values).norm(dim=-1).argsort()[:200]]
+        # beside the median, because there the slopes of a symmetric q are zero in any case
+        p = dist.MultivariateNormal(near.mean(0) + near.std(0) / 2, near.mT.cov())
+
+    def batch() -> dict[str, Tensor]:
+        value, log_q = draw()
+        weight = (p.log_prob(value) - log_q).exp().mean(0)
+        slopes = torch.autograd.grad(weight.mean(), parameters, materialize_grads=True)
+        found = {f"a slope of zero in {n}": slope for n, slope in zip(names, slopes, strict=True)}
+        value, weight = value.detach(), weight.detach()
+        noise = torch.linalg.solve_triangular(p.scale_tril, (value - p.loc).mT, upper=False)
+        moments = {"the integral of p": weight - 1, "the mean of p": noise * weight}
+        moments["the variance of p"] = (noise.square() - 1) * weight
+        return {name: each.mean(-1) for name, each in moments.items()} | found
+
+    batches = [batch() for _ in range(50)]
+    return {name: torch.stack([found[name] for found in batches]) for name in batches[0]}
 
 
 def _latents(trace: poutine.Trace) -> list[str]:

@@ -1,11 +1,17 @@
 """The contracts find what they are there to find: classes that are broken on purpose fail them."""
 
+from functools import partial
+from typing import ClassVar
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import tiny
 import torch
 from own_classes import Plain, Spread
+from pyro.nn import PyroParam
+from torch.distributions import constraints
+from torch.distributions.transforms import AffineTransform
 
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.testing import GuideContract, LikelihoodContract, PriorContract
@@ -45,6 +51,49 @@ def unmoved(self, site):
     self.scale = scale.flatten(-site.event_dim).mean(-1) if site.event_dim else scale
 
 
+class Backwards(AffineTransform):
+    """With the wrong sign of the log-Jacobian, which is zero where the scale is one."""
+
+    def log_abs_det_jacobian(self, x, y):
+        return -super().log_abs_det_jacobian(x, y)
+
+
+class Stretched(Spread):
+    """A normal that starts unstretched."""
+
+    roles: ClassVar[dict[str, str]] = {**Spread.roles, "stretch": "scale"}
+
+    def setup(self, site):
+        super().setup(site)
+        self.stretch = PyroParam(torch.ones_like(self.loc), constraints.positive)
+
+    def distribution(self):
+        change = Backwards(0.0, self.stretch, event_dim=self.site.event_dim)
+        return dist.TransformedDistribution(super().distribution(), [change])
+
+
+class Wider(dist.StudentT):
+    """Its draws are a tenth wider than its density, and its KL has no closed form."""
+
+    def rsample(self, *shape):
+        return self.loc + 1.1 * (super().rsample(*shape) - self.loc)
+
+
+class Detached(dist.Normal):
+    """The KL alone trains its scale."""
+
+    def rsample(self, *shape):
+        return dist.Normal(self.loc, self.scale.detach()).rsample(*shape)
+
+
+def spread(law):
+    def distribution(self):
+        scale = self.scale.reshape(self.scale.shape + (1,) * self.site.event_dim)
+        return law(self.loc, scale).to_event(self.site.event_dim)
+
+    return broken(Spread, distribution=distribution)
+
+
 BROKEN = [
     (PriorContract, broken(Plain, setup=unregistered), "test_a_trained", "restore it.*PyroParam"),
     (PriorContract, broken(Plain, roles={}), "test_every_parameter", "must give .'A'. one of"),
@@ -53,6 +102,10 @@ BROKEN = [
     (PriorContract, changed(lambda A, B: {"A": A, "B": 1 + B}), "test_the_mean", "mean is not"),
     (GuideContract, broken(Spread, setup=unmoved), "test_the_kl", "no parameters.*PyroParam"),
     (GuideContract, broken(Spread, forward=Spread.distribution), "test_the_law", "excludes"),
+    # These three pass all the other tests of the contract
+    (GuideContract, Stretched, "test_the_draws", "the integral of p"),
+    (GuideContract, spread(partial(Wider, 4.0)), "test_the_draws", "the integral of p"),
+    (GuideContract, spread(Detached), "test_the_draws", "a slope of zero in scale"),
     (LikelihoodContract, answering(lambda x: x.flip(0)), "test_each_row", "in pairs"),
     (LikelihoodContract, answering(lambda x: x.detach()), "test_each_row", "detach"),
 ]
