@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.data.collators import reading
+from pyro_blora.data.collators import ClassificationCollator, reading
 from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
@@ -223,7 +223,7 @@ class BayesianLoRA(PyroModule):
     @torch.no_grad()
     def predict(
         self,
-        batch: Batch,
+        batch: Any,
         num_samples: int | None = None,
         *,
         max_rows: int | None = None,
@@ -233,7 +233,8 @@ class BayesianLoRA(PyroModule):
         """The posterior predictive of the labels of a batch.
 
         Args:
-            batch: a batch as in training, on any device; labels are not needed.
+            batch: a batch as in training, on any device; labels are not needed. For a classifier
+                with a tokenizer, a list of texts or of rows will do.
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: the
                 method's, or 10.
             max_rows: limits memory: draws share a pass of the network while draws times examples
@@ -259,6 +260,10 @@ class BayesianLoRA(PyroModule):
                 f"predict must have a likelihood with classes, got {type(self.likelihood).__name__}"
                 "; use log_predictive(batch), log_predictive_dataset(data), or generate(...)."
             )
+        likelihood = self.likelihood
+        if isinstance(batch, list) and isinstance(likelihood, SequenceClassification):
+            rows = [{"text": row} if isinstance(row, str) else row for row in batch]
+            batch = ClassificationCollator(self.tokenizer, likelihood.classes or ())(rows)
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
         parts = self.model, self.guide, self.method
         passes = predictive_logits(*parts, batch, num_samples, **how)

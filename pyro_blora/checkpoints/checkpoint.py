@@ -37,7 +37,7 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
-from pyro_blora.network.targets import layer_shape, name_in_base, without_peft
+from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import GuideFactory, read_store, start_guide
 
@@ -209,6 +209,12 @@ def read_pretrained(
             )
         if net is None:
             net = load_network(base, num_labels=classes, dtype=dtype)
+        logits = getattr(getattr(net, "config", None), "num_labels", None)
+        if is_classifier(net) and classes not in (None, logits):
+            raise CheckpointError(
+                f"{folder} must have a base of {classes} classes, got {logits}; load it with "
+                f"num_labels={classes}."
+            )
         base = base or "another network"
         told = f"{folder} is an adapter for {base!r}"
         layers = names_in(net, config["layers"], told)

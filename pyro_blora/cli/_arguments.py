@@ -60,7 +60,7 @@ Targets = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 MaxTrain = Annotated[int | None, typer.Option(help="At most this many training examples.", min=1)]
-MaxValidation = Annotated[int, typer.Option(help="At most this many held-out examples.", min=1)]
+MaxValidation = Annotated[int, typer.Option(help="At most this many held-out examples.", min=0)]
 MaxTest = Annotated[int | None, typer.Option(help="At most this many test examples.", min=1)]
 NumSamples = Annotated[
     int, typer.Option(help="Posterior draws per prediction; 0 uses the posterior mean.", min=0)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pyro_blora.data.items import QUESTION, Item, Template, item_of
-from pyro_blora.data.tables import label_of, names_of, read_table, text_of
+from pyro_blora.data.tables import check_rows, label_of, names_of, read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.likelihoods import CausalLM, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.network.targets import without_peft
@@ -196,9 +196,7 @@ class ClassificationCollator:
             else row
             for row in rows
         ]
-        texts = [[text_of(row) for row in made]]
-        if "text_pair" in made[0]:
-            texts.append([text_of(row, "text_pair") for row in made])
+        texts = [[row[name] for row in made] for name in ("text", "text_pair") if name in made[0]]
         how = {"padding": True, "truncation": True, "max_length": self.max_length}
         batch = dict(self.tokenizer(*texts, **how, return_tensors="pt"))
         if "label" in made[0]:
@@ -224,10 +222,10 @@ class TextCollator(_Collator):
         made, starts, end = [], [], self.tokenizer.eos_token_id
         for row in rows:
             if "completion" in row:
-                prompt = self._ids(text_of(row, "prompt"), special=True)
-                scored = self._answer(text_of(row, "completion"))
+                prompt = self._ids(row["prompt"], special=True)
+                scored = self._answer(row["completion"])
             else:
-                prompt, scored = [], self._ids(text_of(row), special=True)
+                prompt, scored = [], self._ids(row["text"], special=True)
             while prompt and prompt[-1] == end:  # the completion follows
                 prompt.pop()
             if end is not None and scored[-1:] != [end]:
@@ -260,7 +258,12 @@ def reading(
         return data, collate
     rows = read_table(data)
     first = rows[0] if len(rows) else None
-    if isinstance(first, Mapping) and "input_ids" in first:
+    encoded = isinstance(first, Mapping) and "input_ids" in first
+    names = isinstance(first, Mapping) and encoded and isinstance(first.get("label"), str)
+    classifies = isinstance(likelihood, SequenceClassification)
+    if classifies and (names or (collate is None and tokenizer is not None)):
+        _name_classes(likelihood, net, rows, first)
+    if encoded:
         if collate is None and tokenizer is not None and likelihood.row_dims == 2:
             texts = isinstance(likelihood, CausalLM)
             collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
@@ -268,8 +271,15 @@ def reading(
             return rows, collate  # one of the user's own, which may read any column
         known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
         known |= {"labels", "label", "label_ids"}
-        padded: Any = collate
-        return rows, lambda part: padded([{k: row[k] for k in row if k in known} for row in part])
+
+        def padded(part: list[Any]) -> Any:
+            kept = [{key: row[key] for key in row if key in known} for row in part]
+            if names and isinstance(likelihood, SequenceClassification):
+                kept = [{**row, "label": label_of(row, likelihood.classes or ())} for row in kept]
+            made: Any = collate
+            return made(kept)
+
+        return rows, padded
     if collate is not None or not isinstance(first, Mapping | Item):
         return rows, collate
     if tokenizer is None:
@@ -280,40 +290,49 @@ def reading(
             "tokenizer=, set blora.tokenizer, or pass collate=."
         )
     if isinstance(likelihood, SequenceClassification):
-        if likelihood.classes is None:
-            names = list(first.choices if isinstance(first, Item) else names_of(rows))
-            likelihood.classes = found = class_names(net, names) or None
-            numbered = isinstance(first, Mapping) and not isinstance(first.get("label"), str)
-            if numbered and found and sorted(found) == sorted(names) and [*found] != names:
-                raise ConfigurationError(
-                    f"The column 'label' must number the classes as the network does, {found}, got "
-                    f"{names}; pass the names themselves."
-                )
         return rows, ClassificationCollator(tokenizer, likelihood.classes or ())
     if isinstance(likelihood, MultipleChoice):
         return rows, MultipleChoiceCollator(tokenizer)
     if isinstance(likelihood, CausalLM) and isinstance(first, Mapping) and "label" not in first:
+        check_rows(rows, *(("prompt", "completion") if "completion" in first else ("text",)))
         return rows, TextCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
     raise ConfigurationError(
         f"{type(likelihood).__name__} must be given collate= for rows of {columns}; LabelTokens "
         "takes LabelTokensCollator(tokenizer, template). CausalLM reads text, or prompt and "
-        "completion; a label needs another likelihood, such as MultipleChoice()."
+        "completion; a label needs MultipleChoice(), or a classifier, loaded with num_labels=."
     )
+
+
+def _name_classes(
+    likelihood: SequenceClassification, net: nn.Module, rows: Any, first: Any
+) -> None:
+    """Checks the rows of a classifier, and gives its likelihood the names of the classes."""
+    if isinstance(first, Mapping):
+        needed = [] if "input_ids" in first else ["text"]
+        check_rows(rows, *needed, *(["label"] if "label" in first or "labels" not in first else []))
+    if likelihood.classes is not None or not first:
+        return
+    names = list(first.choices if isinstance(first, Item) else names_of(rows))
+    likelihood.classes = found = class_names(net, names) or None
+    numbered = isinstance(first, Mapping) and not isinstance(first.get("label"), str)
+    if numbered and found and sorted(found) == sorted(names) and [*found] != names:
+        raise ConfigurationError(
+            f"The column 'label' must number the classes as the network does, {found}, got "
+            f"{names}; pass the names themselves."
+        )
 
 
 def class_names(net: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
     config: Any = net.config
     own = tuple(str(config.id2label[k]) for k in range(config.num_labels))
-    places = range(len(own))
-    if list(names) == [str(k) for k in range(len(names))]:
-        return ()
-    if own != tuple(f"LABEL_{k}" for k in places):
-        return own
-    if len(names) != len(own):
+    numbers = list(names) == [str(k) for k in range(len(names))]
+    named = own != tuple(f"LABEL_{k}" for k in range(len(own)))
+    if len(names) > len(own) or (len(names) < len(own) and not (numbers or named)):
         raise ConfigurationError(
             f"The network must have a logit for each of the classes {list(names)}, got {len(own)}; "
-            f"load it with num_labels={len(names)}."
+            f"load it with num_labels={len(names)}, or name all of its classes in "
+            "net.config.id2label. Numbers count from 0."
         )
-    return tuple(names)
+    return () if numbers else own if named else tuple(names)

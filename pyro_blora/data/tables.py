@@ -44,32 +44,42 @@ def _read_file(path: Path) -> Any:
         raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
 
 
+def check_rows(rows: Iterable[Mapping[str, Any]], *columns: str) -> None:
+    """Raises DataError unless each row has these columns, and a text or a number in each."""
+    for k, row in enumerate(rows):
+        if missing := [name for name in columns if name not in row]:
+            raise DataError(
+                f"Rows must have the columns {' and '.join(columns)}, got {', '.join(row)} in row "
+                f"{k}; rename those that hold the {' and the '.join(missing)}."
+            )
+        for name in columns:
+            kinds = (str, Integral) if name == "label" else (str,)
+            if not isinstance(row[name], kinds):
+                floats = "; cast the column to int, after rows without a label are left out"
+                remedy = floats if isinstance(row[name], float) else "; leave the row out"
+                kind = "a text or a whole number" if name == "label" else "a text"
+                raise DataError(
+                    f"The column {name!r} must hold {kind}, got {row[name]!r:.80} in row "
+                    f"{k}{remedy}."
+                )
+
+
 def names_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The classes in the column ``label``: texts in their order, or whole numbers from 0."""
     feature = (getattr(rows, "features", None) or {}).get("label")
     if names := getattr(feature, "names", None):
         return list(names)
-    found = {label_of(row) for row in rows}
+    found = {label_of(row) for row in rows if "label" in row}
     if any(isinstance(label, str) for label in found):
         return sorted(map(str, found))
     return [str(k) for k in range(max(map(int, found), default=-1) + 1)]
 
 
-def text_of(row: Mapping[str, Any], column: str = "text") -> str:
-    """The text of a row; raises DataError if it has none."""
-    text = row.get(column)
-    if not isinstance(text, str):
-        raise DataError(_not_usable(row, column, "a text"))
-    return text
-
-
 def label_of(row: Mapping[str, Any], names: Sequence[str] = ()) -> str | int:
     """The label of a row: a whole number, or a text, which becomes its place in ``names``."""
-    label = row.get("label")
-    if isinstance(label, Integral):
-        return int(label)
+    label = row["label"]
     if not isinstance(label, str):
-        raise DataError(_not_usable(row, "label", "a text or a whole number"))
+        return int(label)
     if names and label not in names:
         raise DataError(
             f"The column 'label' must have one of the classes {list(names)}, got {label!r}; spell "
@@ -78,18 +88,15 @@ def label_of(row: Mapping[str, Any], names: Sequence[str] = ()) -> str | int:
     return list(names).index(label) if names else label
 
 
-def _not_usable(row: Mapping[str, Any], column: str, kind: str) -> str:
-    got = f"{row[column]!r:.80}" if column in row else f"the columns {', '.join(map(str, row))}"
-    remedy = "leave the row out" if column in row else f"rename the column that is {column!r}"
-    return f"The column {column!r} must hold {kind}, got {got}; {remedy}."
-
-
 def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     """The items of each split, in which the classes of ``text`` and ``label`` are the choices."""
     tables = {split: read_table(data) for split, data in splits.items()}
     rows = [row for table in tables.values() for row in table]
     some = rows[0] if rows else {}
     texts = isinstance(some, Mapping) and "question" not in some
+    if texts:
+        for table in tables.values():
+            check_rows(table, "text", "label")
     first = next(iter(tables.values()))
     names = names_of(first if hasattr(first, "features") else rows) if texts else []
     found: dict[str, list[Item]] = {}
@@ -97,6 +104,6 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
         found[split] = []
         for k, row in enumerate(table):
             if texts:
-                row = {"question": text_of(row), "choices": names, "label": label_of(row, names)}
+                row = {"question": row["text"], "choices": names, "label": label_of(row, names)}
             found[split].append(item_of(row, {"id": f"{split}-{k}"}))
     return found

@@ -14,6 +14,7 @@ from statistics import mean, stdev
 from typing import Any, Literal, get_args
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ PREDICTIONS = "predictions.safetensors"
 DIAGRAM = "reliability.png"
 _PREDICTED = ("probs", "labels")  # the columns of this file
 _MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "NLL": ("nll", 1, 3)}
-_MEASURED |= {"Brier": ("brier", 1, 3), "train s": ("train_seconds", 1, 0)}
+_MEASURED |= {"Brier": ("brier", 1, 3)}
 _LINEARIZED_DRAWS = 256  # they cost no passes
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -81,6 +82,7 @@ class Row:
     ece: float
     nll: float
     brier: float
+    n_train: int
     n_test: int
     temperature_by: str
     labels_beside_training: int
@@ -179,12 +181,17 @@ class Comparison:
         lines += map(list, zip(*columns.values(), strict=True))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    __str__ = _repr_markdown_ = to_markdown
+    def __str__(self) -> str:
+        return f"{self.title}\n\n{self.to_markdown()}"
+
+    _repr_markdown_ = __str__
 
     def __rich__(self) -> Table:
-        table = Table(title=self.title or None)
+        how: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+        table = Table(title=self.title or None, **how)
         for name in self.columns():
-            table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+            first = name == "method"
+            table.add_column(name, justify="left" if first else "right", no_wrap=first)
         for line in zip(*self.columns().values(), strict=True):
             table.add_row(*line)
         return table
@@ -289,7 +296,9 @@ def compare(
     }
     settings |= {"task": task.name, **limits, **how}
     settings["test"] = hashlib.sha256(repr((task.template, task.test)).encode()).hexdigest()[:16]
-    title, folder = f"{settings['network']} on {task.name}", None if out is None else Path(out)
+    sizes = f"{len(task.train)} training and {len(task.test)} test items"
+    title = f"{settings['network']} on {task.name}: {sizes}"
+    folder = None if out is None else Path(out)
     done: dict[tuple[str, int], Row] = {}
     if folder is not None:
         check_free(folder, RESULTS, PREDICTIONS, DIAGRAM)
@@ -321,7 +330,7 @@ def compare(
             phase=phase,
             **{"validate_every": max(1, num_steps // 3), **how},
         ):
-            row = done[result.row, seed] = _row(result, seed, len(task.validation))
+            row = done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
                 write(list(done.values()), settings, folder)
             if callback:
@@ -456,7 +465,7 @@ def _view(kind: str, draws: int) -> View:
     return View("best" if kind == "best" else "last", draws)
 
 
-def _row(result: Result, seed: int, num_validation: int) -> Row:
+def _row(result: Result, seed: int, task: Task) -> Row:
     """The row of a result, whose test predictions have a temperature if its name says so."""
     kind, by = kind_of(result.row)[0], "none"
     (prediction, labels), metrics = result.predictions["test"], result.metrics["test"]
@@ -470,8 +479,8 @@ def _row(result: Result, seed: int, num_validation: int) -> Row:
         temperature = fit_temperature(held.probs.log(), held_labels)
         probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
         metrics = evaluate(probs, labels)
-    values = (metrics.acc, metrics.ece, metrics.nll, metrics.brier, metrics.n)
-    used = num_validation if kind in ("temperature", "best") else 0
+    values = (metrics.acc, metrics.ece, metrics.nll, metrics.brier, len(task.train), metrics.n)
+    used = len(task.validation) if kind in ("temperature", "best") else 0
     return Row(
         result.row,
         seed,

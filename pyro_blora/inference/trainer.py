@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
+from pyro_blora.data.tables import read_table
 from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.learning_rates import (
@@ -162,6 +163,10 @@ class BayesianLoRATrainer(Trainer):
             size = self.args.per_device_eval_batch_size
             self.blora.calibrate(self._held_out, self.data_collator, batch_size=size)
         return result
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The loader of a data set as in ``fit``."""
+        return super().get_test_dataloader(read_table(test_dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of ``nll`` and ``kl`` since the last time beside the loss."""

@@ -33,7 +33,7 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     scores = {"acc", "ece", "nll", "brier"}
     for row in results["rows"]:
         told = {"method", "seed", *scores, "n_test", "train_seconds", "trainable_parameters"}
-        told |= {"labels_beside_training", "passes", "temperature_by"}
+        told |= {"labels_beside_training", "passes", "temperature_by", "n_train"}
         assert set(row) == told
         assert row["n_test"] == 21  # no example dropped
         assert row["train_seconds"] > 0
