@@ -21,7 +21,7 @@ from pyro_blora import BayesianLoRA, fit, load_pretrained
 from pyro_blora.evaluation.comparison import versions
 from pyro_blora.evaluation.metrics import auroc, evaluate_text
 from pyro_blora.files import write_file
-from pyro_blora.methods import METHODS
+from pyro_blora.methods import METHODS, Method
 
 PHRASINGS = (
     "The code of the {} is",
@@ -32,7 +32,9 @@ ASKED = "Tell me the code of the {}. It is"
 TUNED = "What is the code for the {}? It is"  # by which rates were chosen
 ADJECTIVES = ["red", "blue", "old", "new", "small", "large", "north", "south", "upper", "lower"]
 NOUNS = ["press", "mill", "pump", "crane"]
-RATE = 2e-3  # of LoRA, chosen by --tune 5e-4,1e-3,2e-3 --seeds 7
+# Chosen by --seeds 7 and --tune 5e-4,1e-3,2e-3 or --tune-means 5e-2,2e-2,1e-2
+RATE, RATE_OF_MEANS = 2e-3, 2e-2
+OURS = "`BayesianLoRA(net)`"
 COLUMNS = {  # title, digits
     "right": ("right of 20", 1),
     "kept": ("right among the surest 20 of 40", 1),
@@ -97,23 +99,34 @@ def scores(
     }
 
 
+def listed(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part for part in text.split(",") if part]
+
+
+def with_rate(method: str, rate: str | float) -> Method:
+    """A method with another learning rate of the means."""
+    return replace(METHODS[method], learning_rates={"mean": float(rate)})
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for cells.jsonl and report.md.")],
     model: str = "smollm2",
     seeds: str = "0,1,2",
     steps: int = 200,
     tune: Annotated[str, typer.Option(help="Rates of LoRA to try on another phrasing.")] = "",
+    tune_means: Annotated[str, typer.Option(help="Likewise of the default's means.")] = "",
 ) -> None:
     """Trains LoRA and the default on the same facts, and asks both."""
     cells: list[dict[str, Any]] = []
-    asked_for = TUNED if tune else ASKED
-    tried = tune.split(",") if tune else [RATE]
-    rates = {f"LoRA, rate {float(rate):g}": float(rate) for rate in tried}
-    trained: dict[str, Any] = {
-        name: replace(METHODS["lora"], learning_rates={"mean": rate})
-        for name, rate in rates.items()
-    }
-    trained["`BayesianLoRA(net)`"] = "bayesian-lora"
+    asked_for = TUNED if tune or tune_means else ASKED
+    default = METHODS["bayesian-lora"]
+    trained = {f"LoRA, rate {rate}": with_rate("lora", rate) for rate in listed(tune)}
+    means = {f"{OURS}, rate {rate}": with_rate(default.name, rate) for rate in listed(tune_means)}
+    if asked_for == ASKED:
+        trained = {f"LoRA, rate {RATE:g}": with_rate("lora", RATE), OURS: default}
+        means = {f"{OURS}, rate {RATE_OF_MEANS:g}": with_rate(default.name, RATE_OF_MEANS)}
+    trained |= means
     net, tokenizer = load_pretrained(model)
     for seed in map(int, seeds.split(",")):
         known, unknown = facts(seed)
@@ -122,7 +135,7 @@ def main(
             blora = BayesianLoRA(net, method=method, tokenizer=tokenizer)
             result = fit(blora, rows(known, *PHRASINGS), num_steps=steps, seed=seed)
             views = {f"{name}, the mean": 0, f"{name}, 8 draws": 8}
-            if name in rates:
+            if method.name == "lora":
                 views = {name: 0}
             for view, draws in views.items():
                 found = scores(blora, tokenizer, known, unknown, draws, asked_for)

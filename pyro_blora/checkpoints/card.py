@@ -38,7 +38,11 @@ def model_card(
         **config["notes"],
     }
     told = {"header": header.to_yaml(), "rows": {k: _cell(v) for k, v in rows.items() if v != ""}}
-    return _page("card.md", told | {"base": base, "kind": kind, "place": place})
+    count = config["base"].get("num_labels")
+    of_base = {"base": base, "kind": kind, "place": place}
+    of_base["classes"] = f", with num_labels={count}" if count else ""
+    of_base["has_classes"] = model.likelihood.has_classes
+    return _page("card.md", told | of_base)
 
 
 def _page(template: str, told: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Collators, which make batches of token ids from lists of items or rows."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -220,6 +221,7 @@ class TextCollator(_Collator):
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """The batch of a list of rows."""
         made, starts, end = [], [], self.tokenizer.eos_token_id
+        longest = 0
         for row in rows:
             if "completion" in row:
                 prompt = self._ids(row["prompt"], special=True)
@@ -230,10 +232,17 @@ class TextCollator(_Collator):
                 prompt.pop()
             if end is not None and scored[-1:] != [end]:
                 scored.append(end)
+            longest = max(longest, len(prompt) + len(scored))
             scored = scored[: self.max_length]
             kept = prompt[max(0, len(prompt) + len(scored) - self.max_length) :]
             made.append(kept + scored)
             starts.append(len(kept))
+        if longest > self.max_length:
+            warnings.warn(
+                f"A text of {longest} tokens is cut to max_length={self.max_length}; pass collate="
+                "TextCollator(tokenizer, max_length=...) of pyro_blora.data to keep more of it.",
+                stacklevel=2,
+            )
         input_ids, attention_mask = self._pad(made)
         scored_at = torch.arange(input_ids.shape[-1]) >= torch.tensor(starts).unsqueeze(-1)
         labels = input_ids.masked_fill(~(scored_at & attention_mask.bool()), -100)
@@ -257,6 +266,10 @@ def reading(
     if isinstance(data, DataLoader | IterableDataset):
         return data, collate
     rows = read_table(data)
+    if not hasattr(rows, "__len__"):
+        raise DataError(
+            f"Examples must have a length, got a {type(rows).__name__}; pass a DataLoader of them."
+        )
     first = rows[0] if len(rows) else None
     encoded = isinstance(first, Mapping) and "input_ids" in first
     names = isinstance(first, Mapping) and encoded and isinstance(first.get("label"), str)
@@ -293,15 +306,21 @@ def reading(
         return rows, ClassificationCollator(tokenizer, likelihood.classes or ())
     if isinstance(likelihood, MultipleChoice):
         return rows, MultipleChoiceCollator(tokenizer)
-    if isinstance(likelihood, CausalLM) and isinstance(first, Mapping) and "label" not in first:
-        check_rows(rows, *(("prompt", "completion") if "completion" in first else ("text",)))
-        return rows, TextCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
-    raise ConfigurationError(
-        f"{type(likelihood).__name__} must be given collate= for rows of {columns}; LabelTokens "
-        "takes LabelTokensCollator(tokenizer, template). CausalLM reads text, or prompt and "
-        "completion; a label needs MultipleChoice(), or a classifier, loaded with num_labels=."
-    )
+    if not isinstance(likelihood, CausalLM):
+        raise ConfigurationError(
+            f"{type(likelihood).__name__} must be given collate= for rows of {columns}, such as "
+            "LabelTokensCollator(tokenizer, template) from pyro_blora.data."
+        )
+    pair, given = ("prompt", "completion"), set() if isinstance(first, Item) else set(first)
+    if "label" in given or (set(pair) <= given) == ("text" in given):  # neither, or both
+        raise ConfigurationError(
+            f"CausalLM must read the column text, or prompt and completion, got {columns}; rename "
+            "or drop columns. For classes load a classifier, by num_labels=, and for options pass "
+            "likelihood=MultipleChoice()."
+        )
+    check_rows(rows, *(pair if "completion" in given else ("text",)))
+    return rows, TextCollator(tokenizer)
 
 
 def _name_classes(

@@ -55,8 +55,9 @@ def check_rows(rows: Iterable[Mapping[str, Any]], *columns: str) -> None:
         for name in columns:
             kinds = (str, Integral) if name == "label" else (str,)
             if not isinstance(row[name], kinds):
-                floats = "; cast the column to int, after rows without a label are left out"
-                remedy = floats if isinstance(row[name], float) else "; leave the row out"
+                remedy = "; leave the row out, or make it one"
+                if isinstance(row[name], float) and name == "label":
+                    remedy = "; cast the column to int, after rows without a label are left out"
                 kind = "a text or a whole number" if name == "label" else "a text"
                 raise DataError(
                     f"The column {name!r} must hold {kind}, got {row[name]!r:.80} in row "
@@ -94,6 +95,11 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     rows = [row for table in tables.values() for row in table]
     some = rows[0] if rows else {}
     texts = isinstance(some, Mapping) and "question" not in some
+    if texts and {"prompt", "completion"} & set(some):
+        raise DataError(
+            "A task must have classes or options, got prompts and completions; train on them by "
+            "fit, and measure them by evaluate_text."
+        )
     if texts:
         for table in tables.values():
             check_rows(table, "text", "label")

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 )
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.generation.generate import Generation
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.posterior.temperature import best_temperature
@@ -353,9 +353,13 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
 
         print(evaluate_text(*blora.log_predictive_dataset(answers)))
     """
+    if not num_tokens.all():
+        raise BatchError(
+            f"Each text must have a scored token, got {int((num_tokens == 0).sum())} without one; "
+            "look for labels of -100 alone, and for empty completions."
+        )
     total = -float(log_probs.double().sum())
-    per_token = total / max(1, int(num_tokens.sum()))
-    per_text = total / max(1, len(log_probs))
+    per_token, per_text = total / int(num_tokens.sum()), total / len(log_probs)
     return TextMetrics(per_token, math.exp(min(per_token, 700.0)), per_text, len(log_probs))
 
 

@@ -87,7 +87,8 @@ def fit(
             ``CausalLM``. Without a tokenizer, torch's.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``; a single number is the rate of the means. Other roles
-            have the rate of the method, of the prior, or the usual one.
+            have the rate of the method, of the prior, or the usual one of
+            :data:`~pyro_blora.inference.RATES`.
         warmup: share of the steps in which the rates rise from zero.
         decay: how the rates fall to zero afterwards, or ``"constant"``.
         max_grad_norm: the norm at which the gradient, per example, is clipped; ``None`` does not
@@ -253,7 +254,8 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
         return num_steps
     if num_steps is not None or num_epochs is None:
         raise ConfigurationError(
-            f"One of num_steps= and num_epochs= must be given, got {num_steps} and {num_epochs}."
+            "Exactly one of num_steps= and num_epochs= must be given, got "
+            f"{num_steps} and {num_epochs}."
         )
     check_positive("num_epochs", num_epochs)
     check_count("batch_size", batch_size)

@@ -148,7 +148,7 @@ def check_num_data(likelihood: Likelihood, data: Any) -> None:
         warnings.warn(
             f"The likelihood was told num_data={told}, and train has {size} examples: the KL "
             f"weighs {size / told:.3g} times what it does in the ELBO; pass num_data="
-            "len(train).",
+            "len(train), or set blora.likelihood.num_data.",
             stacklevel=4,
         )
 

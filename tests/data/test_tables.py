@@ -6,11 +6,13 @@ import datasets
 import pandas
 import pytest
 import tiny
+import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import ClassificationCollator, TextCollator, load_task
-from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.errors import BatchError, ConfigurationError, DataError
+from pyro_blora.evaluation.metrics import evaluate_text
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 
 WORDS = ("dull", "funny")
@@ -165,10 +167,29 @@ def test_text_and_completions_are_scored_as_a_collator_of_transformers_does(smal
     expected = DataCollatorForSeq2Seq(small)(made)
     for key in ("input_ids", "labels", "attention_mask"):
         assert collate(rows)[key].tolist() == expected[key].tolist(), key
-    long = TextCollator(small, max_length=3)(pairs)
+    with pytest.warns(UserWarning, match="is cut to max_length=3"):
+        long = TextCollator(small, max_length=3)(pairs)
     assert long["input_ids"].shape[1] == 3
     assert (long["labels"] != -100).any(-1).all()
     fit(blora, pairs, num_steps=2, progress=False)
+
+
+def test_rows_of_text_that_cannot_be_used_are_named_before_the_first_step(small):
+    blora = BayesianLoRA(tiny.llama(vocab_size=len(small)), tokenizer=small, rank=2)
+    good = {"prompt": "a", "completion": " film"}
+    for rows, said in (
+        ([{"instruction": "a", "response": "b"}], "got instruction, response; rename or drop"),
+        ([{"prompt": "a"}], "or prompt and completion, got prompt"),
+        ([good, {**good, "completion": None}], "'completion' must hold a text, got None in row 1"),
+        ([{**good, "label": 1, "text": "b"}], "got prompt, completion, label, text; rename or"),
+        ((row for row in [good]), "must have a length, got a generator"),
+    ):
+        with pytest.raises((DataError, ConfigurationError), match=said):
+            fit(blora, rows, num_steps=1)
+    with pytest.raises(DataError, match="got prompts and completions; train on them by fit"):
+        load_task([good] * 9)
+    with pytest.raises(BatchError, match="got 1 without one"):
+        evaluate_text(torch.zeros(2), torch.tensor([3, 0]))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +199,10 @@ def test_text_and_completions_are_scored_as_a_collator_of_transformers_does(smal
             [{"review": "a", "label": 0}],
             "columns text and label, got review, label in row 0; rename those that hold the text",
         ),
-        ([ROWS[0], {"text": None, "label": 0}], "a text, got None in row 1; leave the row out"),
+        (
+            [ROWS[0], {"text": None, "label": 0}],
+            "a text, got None in row 1; leave the row out, or make",
+        ),
         ([{"headline": "a", "topic": 0}], "rename those that hold the text and the label"),
         ([{"text": "a", "stars": 0}], "got text, stars in row 0; rename those that hold the label"),
         ([{"text": "a", "label": 0.5}], "whole number, got 0.5 in row 0; cast the column to int"),
@@ -199,7 +223,10 @@ def test_what_cannot_be_used_is_named_in_one_line(rows, said, small):
 
 def test_a_language_model_reads_options_by_its_tokenizer_and_refuses_labels_as_text(small):
     net = tiny.llama(vocab_size=len(small))
-    with pytest.raises(ConfigurationError, match="a label needs MultipleChoice"):
+    with pytest.raises(
+        ConfigurationError,
+        match="or prompt and completion, got text, label",
+    ):
         BayesianLoRA(net, tokenizer=small, target_modules=["q_proj"]).reading(ROWS)
     net = tiny.llama(vocab_size=len(small))
     options = [{"question": "which color", "choices": ["red", "blue"], "label": 1}] * 2

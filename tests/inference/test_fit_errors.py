@@ -63,7 +63,7 @@ LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
         (SIZED, None, {"keep_best": True}, "keep_best=True needs validation="),
         (SIZED, None, {"patience": 3}, "patience=3 needs validation="),
         (SIZED, None, {"patience": 0, "validation": [1]}, "patience must be at least 1, got 0"),
-        (SIZED, None, {"num_epochs": 1}, "One of num_steps= and num_epochs= must be given"),
+        (SIZED, None, {"num_epochs": 1}, "one of num_steps= and num_epochs= must be given"),
         (SIZED, LISTS, {"collate": None}, "input_ids must be a tensor, got a list; pass collate="),
         (SIZED, [(1, 2)], {"collate": None}, "An example is a tuple: pass collate="),
         (SIZED, None, {"collate": tuple}, "mapping of tensors.* a tuple; make"),
