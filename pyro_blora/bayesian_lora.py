@@ -168,10 +168,12 @@ class BayesianLoRA(PyroModule):
         """The number of trained numbers; an AutoGuide has its own after its first call."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    def reading(self, data: Any, collate: Collate | None = None) -> tuple[Any, Collate | None]:
+    def reading(
+        self, data: Any, collate: Collate | None = None, *, labeled: bool = True
+    ) -> tuple[Any, Collate | None]:
         """The examples and their collator; see :func:`pyro_blora.data.collators.reading`."""
         parts: dict[str, Any] = {"net": self.net, "likelihood": self.likelihood}
-        return reading(data, collate, **parts, tokenizer=self.tokenizer)
+        return reading(data, collate, **parts, tokenizer=self.tokenizer, labeled=labeled)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""
@@ -262,6 +264,11 @@ class BayesianLoRA(PyroModule):
             )
         likelihood = self.likelihood
         if isinstance(batch, list) and isinstance(likelihood, SequenceClassification):
+            if self.tokenizer is None or not batch:
+                raise BatchError(
+                    "A list must have texts for the adapter's tokenizer, got "
+                    f"{'none' if batch else 'an empty list'}; set blora.tokenizer, or pass a batch."
+                )
             rows = [{"text": row} if isinstance(row, str) else row for row in batch]
             batch = ClassificationCollator(self.tokenizer, likelihood.classes or ())(rows)
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
@@ -281,7 +288,7 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        data, collate = self.reading(data, collate)
+        data, collate = self.reading(data, collate, labeled=False)
         return distill(self.model, self.guide, self.method, data, collate=collate, **options)
 
     @one_at_a_time

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pyro_blora.data.items import QUESTION, Item, Template, item_of
-from pyro_blora.data.tables import check_rows, label_of, names_of, read_table
+from pyro_blora.data.tables import check_rows, classes_of, label_of, names_of, read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.likelihoods import CausalLM, Likelihood, MultipleChoice, SequenceClassification
 from pyro_blora.network.targets import without_peft
@@ -173,7 +173,8 @@ class ClassificationCollator:
     Args:
         tokenizer: a Hugging Face tokenizer with a pad token.
         classes: the names of the classes, in the order of the logits, if labels are texts.
-        max_length: the longest row T, cut at its end. Default: the tokenizer's, at most 512.
+        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
+        own: the names that numbers have in the rows' table, if it has some.
 
     Called on B items, or dictionaries with ``text``, perhaps ``text_pair``, and ``label`` (a name
     or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``, long, ``(B,)``,
@@ -184,15 +185,16 @@ class ClassificationCollator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         classes: Sequence[str] = (),
-        max_length: int | None = None,
+        max_length: int = 512,
+        own: Sequence[str] = (),
     ) -> None:
-        self.tokenizer, self.classes = tokenizer, tuple(classes)
-        self.max_length = max_length or min(tokenizer.model_max_length, 512)
+        self.tokenizer, self.classes, self.own = tokenizer, tuple(classes), tuple(own)
+        self.max_length = min(max_length, tokenizer.model_max_length)
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
         made = [
-            {"text": row.question, "label": row.choices[row.label] if self.classes else row.label}
+            {"text": row.question, "label": _label(row, self.classes)}
             if isinstance(row, Item)
             else row
             for row in rows
@@ -201,8 +203,13 @@ class ClassificationCollator:
         how = {"padding": True, "truncation": True, "max_length": self.max_length}
         batch = dict(self.tokenizer(*texts, **how, return_tensors="pt"))
         if "label" in made[0]:
-            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in made])
+            batch["labels"] = torch.tensor([label_of(row, self.classes, self.own) for row in made])
         return batch
+
+
+def _label(item: Item, classes: Sequence[str]) -> str | int:
+    choice = item.choices[item.label]
+    return choice if classes else int(choice) if choice.isdecimal() else item.label
 
 
 class TextCollator(_Collator):
@@ -256,6 +263,7 @@ def reading(
     net: nn.Module,
     likelihood: Likelihood,
     tokenizer: PreTrainedTokenizerBase | None,
+    labeled: bool = True,
 ) -> tuple[Any, Collate | None]:
     """The examples in ``data``, and what makes their batches unless ``collate`` is given.
 
@@ -275,7 +283,7 @@ def reading(
     names = isinstance(first, Mapping) and encoded and isinstance(first.get("label"), str)
     classifies = isinstance(likelihood, SequenceClassification)
     if classifies and (names or (collate is None and tokenizer is not None)):
-        _name_classes(likelihood, net, rows, first)
+        _name_classes(likelihood, net, rows, first, labeled)
     if encoded:
         if collate is None and tokenizer is not None and likelihood.row_dims == 2:
             texts = isinstance(likelihood, CausalLM)
@@ -285,10 +293,13 @@ def reading(
         known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
         known |= {"labels", "label", "label_ids"}
 
+        classes = getattr(likelihood, "classes", None) or ()
+        own = classes_of(rows) if classes else []
+
         def padded(part: list[Any]) -> Any:
             kept = [{key: row[key] for key in row if key in known} for row in part]
-            if names and isinstance(likelihood, SequenceClassification):
-                kept = [{**row, "label": label_of(row, likelihood.classes or ())} for row in kept]
+            if names or (own and "label" in kept[0]):
+                kept = [{**row, "label": label_of(row, classes, own)} for row in kept]
             made: Any = collate
             return made(kept)
 
@@ -303,7 +314,8 @@ def reading(
             "tokenizer=, set blora.tokenizer, or pass collate=."
         )
     if isinstance(likelihood, SequenceClassification):
-        return rows, ClassificationCollator(tokenizer, likelihood.classes or ())
+        own = classes_of(rows) if likelihood.classes else []
+        return rows, ClassificationCollator(tokenizer, likelihood.classes or (), own=own)
     if isinstance(likelihood, MultipleChoice):
         return rows, MultipleChoiceCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
@@ -323,35 +335,32 @@ def reading(
     return rows, TextCollator(tokenizer)
 
 
-def _name_classes(
-    likelihood: SequenceClassification, net: nn.Module, rows: Any, first: Any
-) -> None:
+def _name_classes(likelihood: Any, net: nn.Module, rows: Any, first: Any, labeled: bool) -> None:
     """Checks the rows of a classifier, and gives its likelihood the names of the classes."""
     if isinstance(first, Mapping):
-        needed = [] if "input_ids" in first else ["text"]
-        check_rows(rows, *needed, *(["label"] if "label" in first or "labels" not in first else []))
-    if likelihood.classes is not None or not first:
-        return
-    names = list(first.choices if isinstance(first, Item) else names_of(rows))
-    likelihood.classes = found = class_names(net, names) or None
-    numbered = isinstance(first, Mapping) and not isinstance(first.get("label"), str)
-    if numbered and found and sorted(found) == sorted(names) and [*found] != names:
-        raise ConfigurationError(
-            f"The column 'label' must number the classes as the network does, {found}, got "
-            f"{names}; pass the names themselves."
-        )
+        encoded = "input_ids" in first
+        label = labeled and not (encoded and "labels" in first)
+        check_rows(rows, *([] if encoded else ["text"]), *(["label"] if label else []))
+    if likelihood.classes is None and first is not None and (labeled or "label" in first):
+        is_item = isinstance(first, Item)
+        if is_item or "label" in first:
+            names = list(first.choices) if is_item else names_of(rows)
+            likelihood.classes = class_names(net, names) or None
 
 
-def class_names(net: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+def class_names(net: nn.Module, names: Sequence[Any]) -> tuple[str, ...]:
     """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
     config: Any = net.config
     own = tuple(str(config.id2label[k]) for k in range(config.num_labels))
-    numbers = list(names) == [str(k) for k in range(len(names))]
     named = own != tuple(f"LABEL_{k}" for k in range(len(own)))
-    if len(names) > len(own) or (len(names) < len(own) and not (numbers or named)):
+    numbers = bool(names) and not isinstance(names[0], str)
+    digits = [str(name) for name in names] == [str(k) for k in range(len(names))]
+    if len(names) > len(own) or (len(names) < len(own) and not (digits or named)):
         raise ConfigurationError(
             f"The network must have a logit for each of the classes {list(names)}, got {len(own)}; "
             f"load it with num_labels={len(names)}, or name all of its classes in "
             "net.config.id2label. Numbers count from 0."
         )
-    return () if numbers else own if named else tuple(names)
+    if numbers or (digits and named):
+        return ()
+    return own if named else tuple(names)

@@ -42,9 +42,11 @@ def item_of(record: Any, defaults: dict[str, Any]) -> Item:
         return record
     try:
         record = {**defaults, **record}
-        choices = record["choices"]
+        choices, label = record["choices"], record["label"]
+        choices = choices.tolist() if hasattr(choices, "tolist") else choices
         choices = tuple(choices) if isinstance(choices, list) else choices
-        return Item(record["id"], record["question"], choices, record["label"])
+        label = label.item() if hasattr(label, "item") else label
+        return Item(record["id"], record["question"], choices, label)
     except (KeyError, TypeError) as error:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
 
@@ -63,7 +65,7 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
         try:
             if line.strip():
                 record, known = json.loads(line), {"id": f"{path.stem}-{number}"}
-                is_item = only_items or "question" in record
+                is_item = only_items or not isinstance(record, dict) or "question" in record
                 items.append(item_of(record, known) if is_item else record)
         except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None

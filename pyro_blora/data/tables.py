@@ -19,6 +19,8 @@ def read_table(data: Any) -> Any:
         return _read_file(Path(data))
     if type(data).__module__.partition(".")[0] == "pandas":
         return data.to_dict("records")
+    if hasattr(data, "with_format") and "input_ids" not in (data.column_names or ()):
+        return data.with_format(None)  # texts and numbers as they are, not tensors
     if isinstance(data, Mapping):
         raise DataError(
             f"Examples must be of one split, got {list(data)}; pass data[split], or all of them to "
@@ -53,63 +55,94 @@ def check_rows(rows: Iterable[Mapping[str, Any]], *columns: str) -> None:
                 f"{k}; rename those that hold the {' and the '.join(missing)}."
             )
         for name in columns:
-            kinds = (str, Integral) if name == "label" else (str,)
-            if not isinstance(row[name], kinds):
+            value = _plain(row[name])
+            number = name == "label" and isinstance(value, Integral) and int(value) >= 0
+            if not (number or isinstance(value, str)):
                 remedy = "; leave the row out, or make it one"
-                if isinstance(row[name], float) and name == "label":
+                if isinstance(value, float) and name == "label":
                     remedy = "; cast the column to int, after rows without a label are left out"
-                kind = "a text or a whole number" if name == "label" else "a text"
+                kind = "a text or a whole number from 0" if name == "label" else "a text"
                 raise DataError(
-                    f"The column {name!r} must hold {kind}, got {row[name]!r:.80} in row "
-                    f"{k}{remedy}."
+                    f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}{remedy}."
                 )
 
 
-def names_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The classes in the column ``label``: texts in their order, or whole numbers from 0."""
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+
+
+def classes_of(rows: Any) -> list[str]:
+    """The names that numbers have in the column ``label`` of a ``datasets.Dataset``, or none."""
+    while hasattr(rows, "indices") and hasattr(rows, "dataset"):  # a Subset
+        rows = rows.dataset
     feature = (getattr(rows, "features", None) or {}).get("label")
-    if names := getattr(feature, "names", None):
-        return list(names)
-    found = {label_of(row) for row in rows if "label" in row}
-    if any(isinstance(label, str) for label in found):
-        return sorted(map(str, found))
-    return [str(k) for k in range(max(map(int, found), default=-1) + 1)]
+    return list(getattr(feature, "names", None) or ())
 
 
-def label_of(row: Mapping[str, Any], names: Sequence[str] = ()) -> str | int:
-    """The label of a row: a whole number, or a text, which becomes its place in ``names``."""
-    label = row["label"]
+def names_of(*tables: Any) -> list[Any]:
+    """The classes in the column ``label`` of all tables: texts in their order, or numbers from 0.
+
+    Those of a ``datasets.Dataset`` keep its order.
+    """
+    own = [classes_of(rows) for rows in tables]
+    if own[0] and all(names and set(names) <= set(own[0]) for names in own):
+        return own[0]
+    found = {
+        label_of(row, own=names) for rows, names in zip(tables, own, strict=True) for row in rows
+    }
+    texts = [label for label in found if isinstance(label, str)]
+    if texts and len(texts) < len(found):
+        raise DataError(
+            f"The column 'label' must hold texts or numbers, got both, such as {texts[0]!r} and "
+            f"{next(label for label in found if not isinstance(label, str))}; make them alike."
+        )
+    return sorted(texts) if texts else list(range(max(map(int, found), default=-1) + 1))
+
+
+def label_of(
+    row: Mapping[str, Any], names: Sequence[str] = (), own: Sequence[str] = ()
+) -> str | int:
+    """The label of a row: a text's place in ``names``, or a number.
+
+    ``own`` are the names that numbers have in the row's table; if ``names`` has them all, a number
+    stands for its name.
+    """
+    label = _plain(row["label"])
+    if not isinstance(label, str) and own and (not names or set(own) <= set(names)):
+        label = own[label]
     if not isinstance(label, str):
         return int(label)
-    if names and label not in names:
+    if not names:
+        return label
+    if label not in names:
         raise DataError(
             f"The column 'label' must have one of the classes {list(names)}, got {label!r}; spell "
             "it as in the training data."
         )
-    return list(names).index(label) if names else label
+    return list(names).index(label)
 
 
 def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     """The items of each split, in which the classes of ``text`` and ``label`` are the choices."""
     tables = {split: read_table(data) for split, data in splits.items()}
-    rows = [row for table in tables.values() for row in table]
-    some = rows[0] if rows else {}
+    some: Any = next((row for table in tables.values() for row in table), {})
     texts = isinstance(some, Mapping) and "question" not in some
-    if texts and {"prompt", "completion"} & set(some):
-        raise DataError(
-            "A task must have classes or options, got prompts and completions; train on them by "
-            "fit, and measure them by evaluate_text."
-        )
+    names: list[Any] = []
     if texts:
+        if unread := {"prompt", "completion", "text_pair"} & set(some):
+            raise DataError(
+                f"A task must have texts with classes, or options, got {', '.join(sorted(unread))}"
+                "; use fit and blora.predict_dataset, or evaluate_text for completions."
+            )
         for table in tables.values():
             check_rows(table, "text", "label")
-    first = next(iter(tables.values()))
-    names = names_of(first if hasattr(first, "features") else rows) if texts else []
+        names = names_of(*tables.values())
     found: dict[str, list[Item]] = {}
     for split, table in tables.items():
-        found[split] = []
+        found[split], own = [], classes_of(table) if texts else []
         for k, row in enumerate(table):
             if texts:
-                row = {"question": row["text"], "choices": names, "label": label_of(row, names)}
+                label = label_of(row, names if isinstance(names[0], str) else (), own)
+                row = {"question": row["text"], "choices": [*map(str, names)], "label": label}
             found[split].append(item_of(row, {"id": f"{split}-{k}"}))
     return found

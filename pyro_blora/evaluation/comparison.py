@@ -20,14 +20,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints.checkpoint import read_tensors
+from pyro_blora.checkpoints.checkpoint import fingerprint, read_tensors
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.errors import ConfigurationError, readable
 from pyro_blora.evaluation.metrics import Metrics, evaluate, fit_temperature, item_scores
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import check_free, write_file
 from pyro_blora.guides import SiteGuide
-from pyro_blora.inference import FitResult, fit
+from pyro_blora.inference import FitResult, finish, fit
+from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
 from pyro_blora.likelihoods import Likelihood, MultipleChoice
 from pyro_blora.methods import METHODS, Method, get_method, kind_of
 from pyro_blora.models import UpdateModel
@@ -275,6 +276,9 @@ def compare(
         print(table)  # accuracy, ECE, NLL, Brier score, differences with their errors
         table.plot().savefig("reliability.png")
     """
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    if not methods or not len(seeds):
+        raise ConfigurationError("methods and seeds must not be empty; name one of each at least.")
     known: dict[str, Own] = {**METHODS, **(own or {})}
     for name in methods:
         if kind_of(name)[1] not in known:
@@ -285,19 +289,28 @@ def compare(
         "max_test": max_test,
     }
     tasks: dict[int, Task] = {}
-    for seed in seeds:
-        is_task = isinstance(data, Task)
-        tasks[seed] = data if is_task else load_task(data, data_dir=data_dir, seed=seed, **limits)
+    whole = data if isinstance(data, Task) else load_task(data, data_dir=data_dir)
+    for seed in map(int, seeds):
+        tasks[seed] = data
+        if not isinstance(data, Task):
+            tasks[seed] = load_task(data, data_dir=data_dir, seed=seed, **limits)
     how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
-    task = tasks[seeds[0]]
-    settings: dict[str, Any] = {
-        "network": network if isinstance(network, str) else type(network[0]).__name__
-    }
-    settings |= {"task": task.name, **limits, **how}
-    settings["test"] = hashlib.sha256(repr((task.template, task.test)).encode()).hexdigest()[:16]
+    task = next(iter(tasks.values()))
+    wanting = [name for name in methods if kind_of(name)[0] in ("temperature", "best")]
+    if not task.test or (wanting and not task.validation):
+        needs = f"validation items for {wanting[0]}" if task.test else "test items"
+        raise ConfigurationError(f"{task!r} must have {needs}; give more rows, or another split.")
+    settings: dict[str, Any] = {"network": network, "task": task.name, **limits, **how}
+    if not isinstance(network, str):
+        settings["network"] = [type(network[0]).__name__, _digest(fingerprint(network[0]))]
+    items = sorted(map(repr, (*whole.train, *whole.validation)))
+    settings["data"] = _digest((whole.template, whole.test, items))
+    settings["methods"] = {kind_of(name)[1]: _said(known[kind_of(name)[1]]) for name in methods}
+    settings.pop("progress", None)
     sizes = f"{len(task.train)} training and {len(task.test)} test items"
-    title = f"{settings['network']} on {task.name}: {sizes}"
+    name = network if isinstance(network, str) else type(network[0]).__name__
+    title = f"{name} on {task.name}: {sizes}"
     folder = None if out is None else Path(out)
     done: dict[tuple[str, int], Row] = {}
     if folder is not None:
@@ -339,6 +352,14 @@ def compare(
     if folder is not None:
         save_figure(found.plot(), folder / DIAGRAM)
     return found
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _said(own: Own) -> str:
+    return repr(own) if isinstance(own, Method) else f"{own[0]!r} and {own[1]!r}"
 
 
 def train_and_score(
@@ -434,7 +455,7 @@ def scored(
                 if view.state == "distilled":
                     blora.distill(task.train, collate, **how)
                 elif view.state == "best" and fitted.best_state is not None:
-                    blora.load_state_dict(fitted.best_state)
+                    _return_to_best(blora, task, fitted, collate, precision)
                 options = {"linearized": view.linearized, "description": told, **how}
                 predictions = {}
                 for key, (items, own) in data.items():
@@ -455,6 +476,21 @@ def scored(
             yield Result(name, *found[view], fitted, blora)
     finally:
         blora.unwrap()
+
+
+def _return_to_best(
+    blora: BayesianLoRA, task: Task, fitted: FitResult, collate: Collate, precision: str
+) -> None:
+    """Loads the best step, and does then what ``fit`` does after its last one."""
+    assert fitted.best_state is not None
+    assert fitted.settings is not None
+    blora.load_state_dict(fitted.best_state)
+    train, held = hold_out(task.train, fitted.settings.held_out)
+    how: dict[str, Any] = {"collate": collate, "precision": precision}
+    if post_hoc_families(blora):
+        finish(blora, train, num_held_out=len(held), **how)
+    if held:
+        blora.calibrate(held, **how)
 
 
 def _view(kind: str, draws: int) -> View:
@@ -509,22 +545,26 @@ def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> Non
     columns = [dict(vars(row)) for row in rows]
     tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in _PREDICTED}
     document = {"rows": columns, "versions": versions(), "settings": dict(settings)}
-    text, data = json.dumps(document, indent=2) + "\n", save(tensors)
+    text, data = json.dumps(document, indent=2, default=str) + "\n", save(tensors)
     # The predictions come first, so that every row in results.json has its predictions
     write_file(folder / PREDICTIONS, lambda path: path.write_bytes(data))
     write_file(folder / RESULTS, text)
 
 
-def read(settings: Mapping[str, Any], folder: Path) -> list[Row]:
-    """The rows that runs with the same settings left in ``folder``."""
+def read(settings: dict[str, Any], folder: Path) -> list[Row]:
+    """The rows that runs with the same settings left in ``folder``, whose methods are added."""
     path = folder / RESULTS
     if not path.exists():
         return []
     with readable(path):
         document = json.loads(path.read_text(encoding="utf-8"))
         found = {**document["versions"], **document["settings"]}
-    made = json.loads(json.dumps({**versions(), **settings}))
-    if differ := [key for key in made | found if made.get(key) != found.get(key)]:
+    made = json.loads(json.dumps({**versions(), **settings}, default=str))
+    mine, theirs = made.pop("methods"), found.pop("methods")
+    differ = [key for key in made | found if made.get(key) != found.get(key)]
+    differ += [name for name in mine if mine[name] != theirs.get(name, mine[name])]
+    settings["methods"] = theirs | mine
+    if differ:
         raise ConfigurationError(
             f"out={str(folder)!r} must be empty or of the same settings, got a {RESULTS} made with "
             f"another {', '.join(differ)}; name another folder, or overwrite it."

@@ -153,9 +153,10 @@ def fit(
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     rates = rate_overrides(blora, learning_rates)
+    given = collate
+    train, collate = blora.reading(train, given)  # first, because it may name the classes
     if validation is not None:
-        validation, of_validation = blora.reading(validation, collate)
-    train, collate = blora.reading(train, collate)
+        validation, of_validation = blora.reading(validation, given)
     share = share_to_hold_out(blora, train, held_out)
     every, (train, held) = train, hold_out(train, share)
     settings = Settings(  # which checks what the loop reads; Objective checks its own

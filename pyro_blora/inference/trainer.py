@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
-from pyro_blora.data.tables import read_table
+from pyro_blora.data.tables import classes_of, read_table
 from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.learning_rates import (
@@ -41,6 +41,8 @@ from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.linearized import predictive_logits
+
+_DATA = ("train_dataset", "eval_dataset")
 
 
 class BayesianLoRATrainer(Trainer):
@@ -104,7 +106,15 @@ class BayesianLoRATrainer(Trainer):
         if model.tokenizer is None:
             model.tokenizer = options.get("processing_class")
         given = options.get("data_collator")
-        for name in ("eval_dataset", "train_dataset"):
+        numbers = {
+            name: classes_of(options[name]) for name in _DATA if options.get(name) is not None
+        }
+        if len({*map(tuple, numbers.values())}) > 1:
+            raise ConfigurationError(
+                f"The data sets must number their classes alike for one collator, got {numbers}; "
+                "pass the names themselves as labels."
+            )
+        for name in _DATA:  # the training data first, because they may name the classes
             if options.get(name) is not None and not isinstance(options[name], Mapping):
                 options[name], collate = model.reading(options[name], given)
                 options["data_collator"] = collate or given
@@ -167,6 +177,11 @@ class BayesianLoRATrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """The loader of a data set as in ``fit``."""
         return super().get_test_dataloader(read_table(test_dataset))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The loader of a data set as in ``fit``, or of one by its name."""
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(eval_dataset if named else read_table(eval_dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the means of ``nll`` and ``kl`` since the last time beside the loss."""

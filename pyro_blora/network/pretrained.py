@@ -94,7 +94,7 @@ def load_network(
     logging.disable_progress_bar()
     try:
         net, info = auto.from_pretrained(place, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
             f"config.json, a .gguf file, a hub id, or 'smollm2', which needs {_SMOLLM2}."

@@ -18,6 +18,8 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 
 Collate = Callable[[list[Any]], Batch]
+# not every text, because batches that are alike in their labels would be
+_TEXTS = ("text", "text_pair", "prompt", "completion", "question")
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -73,18 +75,24 @@ def _length(row: Any) -> int:
     if not isinstance(row, Mapping):
         return 0
     if "input_ids" in row:
-        return int(np.shape(row["input_ids"])[-1])
-    texts = [row[key] for key in row if isinstance(row[key], str)]
-    return sum(map(len, [*texts, *row.get("choices", ())]))
+        ids = row["input_ids"]  # of one row, or of each option
+        nested = len(ids) > 0 and (isinstance(ids[0], list) or getattr(ids[0], "ndim", 0) > 0)
+        return max(map(len, ids)) if nested else len(ids)
+    texts = [row[key] for key in _TEXTS if isinstance(row.get(key), str)]
+    choices = row.get("choices")
+    return sum(map(len, [*texts, *(choices if isinstance(choices, list | tuple) else ())]))
 
 
-def batches_of(data: Any, collate: Collate | None, size: int) -> Iterator[Batch]:
-    """The examples in batches of similar lengths, or the batches of a ``DataLoader``."""
+def batches_of(
+    data: Any, collate: Collate | None, size: int, order: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """The examples in an order, by default of their lengths, or a ``DataLoader``'s batches."""
     if isinstance(data, DataLoader):
         batches: Any = data
     else:
         made = collator(data, collate)
-        order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
+        if order is None:
+            order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
         starts = range(0, len(order), size)
         batches = (made([data[i] for i in order[s : s + size]]) for s in starts)
     batch = None

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError
@@ -187,8 +186,7 @@ def over_dataset(
     order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     found, others = [], []
     hide = None if progress is None else not progress
-    rows: Any = Subset(data, order)  # type: ignore[arg-type]  # reads examples lazily
-    batches = batches_of(rows, collate, batch_size)
+    batches = batches_of(data, collate, batch_size, order)
     total = -(-len(order) // batch_size)
     for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

@@ -7,6 +7,7 @@ import pandas
 import pytest
 import tiny
 import torch
+from torch.utils.data import Subset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments
 
 from pyro_blora import BayesianLoRA, fit
@@ -90,8 +91,11 @@ def test_names_of_classes_are_the_networks_or_else_the_data_s_and_are_saved(smal
     assert [("funny", "dull")[k] for k in collate(list(items))["labels"]] == named
     blora.unwrap()
     numbered = datasets.Dataset.from_list(ROWS).class_encode_column("label")  # dull is 0
-    with pytest.raises(ConfigurationError, match="must number the classes as the network does"):
-        BayesianLoRA(own, tokenizer=small).reading(numbered)
+    for form in (numbered, Subset(numbered, range(12)), numbered.with_format("torch")):
+        blora = BayesianLoRA(own, tokenizer=small)
+        rows, collate = blora.reading(form)
+        assert collate([rows[0], rows[1]])["labels"].tolist() == [1, 0]
+        blora.unwrap()
     net = classifier(small, id2label={0: "LABEL_0", 1: "LABEL_1"})
     blora = BayesianLoRA(net, tokenizer=small)
     fit(blora, ROWS, num_steps=2, progress=False)
@@ -109,6 +113,34 @@ def test_names_of_classes_are_the_networks_or_else_the_data_s_and_are_saved(smal
     assert labels.tolist() == [1] * 6
     with pytest.raises(DataError, match=r"'label'.*\['dull', 'funny'\], got 'long'"):
         again.predict_dataset([{"text": "a", "label": "long"}], progress=False)
+
+
+def test_a_class_keeps_its_name_in_tables_that_number_the_classes_apart(small):
+    """Two splits of a data set may have encoded their labels by themselves."""
+    names = ("cold", "warm", "wet")
+    rows = [{"text": f"was {names[k % 3]}", "label": names[k % 3]} for k in range(12)]
+    of = [
+        datasets.Dataset.from_list(part).class_encode_column("label")
+        for part in (rows, [row for row in rows if row["label"] != "cold"])
+    ]
+    assert of[1].features["label"].names == ["warm", "wet"]
+    task = load_task(datasets.DatasetDict(train=of[0], test=of[1]))
+    for item in (*task.train, *task.test):
+        assert item.question == f"was {item.choices[item.label]}"
+    net = classifier(small)
+    blora = BayesianLoRA(net, tokenizer=small)
+    fit(blora, of[0], num_steps=1, progress=False)
+    encoded = of[1].map(lambda row: dict(small(row["text"])))
+    for form in (of[1], encoded, rows[1:3]):
+        data, collate = blora.reading(form)
+        part = [data[k] for k in range(2)]
+        found = [names[k] for k in collate(part)["labels"]]
+        assert found == [row["text"].removeprefix("was ") for row in part]
+    blora.unwrap()
+    digits = [{"text": "a film", "label": str(k % 3)} for k in range(6)]
+    blora = BayesianLoRA(net, tokenizer=small)
+    data, collate = blora.reading(digits)
+    assert collate(data)["labels"].tolist() == [0, 1, 2] * 2
 
 
 def test_encoded_rows_lose_the_columns_that_no_one_takes(small, tmp_path):
@@ -186,7 +218,7 @@ def test_rows_of_text_that_cannot_be_used_are_named_before_the_first_step(small)
     ):
         with pytest.raises((DataError, ConfigurationError), match=said):
             fit(blora, rows, num_steps=1)
-    with pytest.raises(DataError, match="got prompts and completions; train on them by fit"):
+    with pytest.raises(DataError, match="got completion, prompt; use fit"):
         load_task([good] * 9)
     with pytest.raises(BatchError, match="got 1 without one"):
         evaluate_text(torch.zeros(2), torch.tensor([3, 0]))
@@ -205,7 +237,12 @@ def test_rows_of_text_that_cannot_be_used_are_named_before_the_first_step(small)
         ),
         ([{"headline": "a", "topic": 0}], "rename those that hold the text and the label"),
         ([{"text": "a", "stars": 0}], "got text, stars in row 0; rename those that hold the label"),
-        ([{"text": "a", "label": 0.5}], "whole number, got 0.5 in row 0; cast the column to int"),
+        (
+            [{"text": "a", "label": 0.5}],
+            "whole number from 0, got 0.5 in row 0; cast the column to int",
+        ),
+        ([{"text": "a", "label": -1}], "whole number from 0, got -1 in row 0; leave the row out"),
+        ([ROWS[0], NUMBERED[1]], "must hold texts or numbers, got both, such as 'dull' and 1"),
         ([{"text": "a", "label": 4}], "load it with num_labels=5, or name all of its classes"),
         ([{"text": "a", "label": "b"}] * 3, r"a logit for each of the classes \['b'\], got 2"),
         ({"train": ROWS}, r"one split, got \['train'\]"),

@@ -8,7 +8,7 @@ import torch
 from own_tokenizer import build_tokenizer
 from rich.console import Console
 
-from pyro_blora import Comparison, compare
+from pyro_blora import Comparison, compare, load_task
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.comparison import Row
 from pyro_blora.guides import Delta, MeanField
@@ -113,3 +113,49 @@ def test_a_network_of_ones_own_is_given_back(encoder):
     assert [row.seed for row in table.rows] == [3, 3]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(encoder, tmp_path):
+    how = {"num_steps": 2, "num_samples": 2, "seeds": [0], "progress": False}
+    tokenizer = build_tokenizer([r["text"] for r in ROWS], pad="<pad>")
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(tiny.bert())
+        nets[-1].resize_token_embeddings(len(tokenizer))
+    mine = {"own": {"mine": (Subspace(rank=2), MeanField())}}
+
+    def run(net=nets[0], rows=ROWS, names=("mine",), **options):
+        return compare((net, tokenizer), rows, names, out=tmp_path, **{**how, **mine, **options})
+
+    first = run()
+    for changed, said in (
+        ({"own": {"mine": (Subspace(rank=3), MeanField())}}, "mine"),
+        ({"net": nets[1]}, "network"),
+        ({"rows": [*ROWS[:-1], {**ROWS[-1], "text": "another"}]}, "data"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"another {said}"):
+            run(**changed)
+    both = run(names=("map", "mine"), progress=None)  # of which one is there
+    assert [row.method for row in both.rows] == ["map", "mine"]
+    assert both.rows[1].probs.equal(first.rows[0].probs)
+    with pytest.raises(ConfigurationError, match="another map"):
+        run(names=("map",), own={"map": (Subspace(rank=2), Delta())})
+    with pytest.raises(ConfigurationError, match="validation items for temperature:lora"):
+        run(names=("lora", "temperature:lora"), max_validation=0)
+    with pytest.raises(ConfigurationError, match="must not be empty"):
+        run(names=())
+
+
+@pytest.mark.parametrize("method", ["map", "laplace-lora"])
+def test_the_best_step_has_the_temperature_and_the_width_of_a_last_one(method, monkeypatch):
+    """A best step that is the last one predicts as the last one does."""
+    tokenizer = build_tokenizer([r["text"] for r in ROWS], bos="<s>", pad="<pad>")
+    net = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=64)
+    task = load_task(ROWS)
+    how = {"num_steps": 2, "seeds": [0], "num_samples": 3, "progress": False, "rank": 2}
+    best, last = compare(
+        (net, tokenizer), task, [f"best:{method}", method], validate_every=2, held_out=0.25, **how
+    ).rows
+    assert best.temperature_by == last.temperature_by == "0.25 of training"
+    torch.testing.assert_close(best.probs, last.probs, atol=1e-5, rtol=0)
