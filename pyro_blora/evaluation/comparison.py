@@ -14,7 +14,6 @@ from statistics import mean, stdev
 from typing import Any, Literal, get_args
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -188,12 +187,15 @@ class Comparison:
     _repr_markdown_ = __str__
 
     def __rich__(self) -> Table:
-        how: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+        how: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
         table = Table(title=self.title or None, **how)
-        for name in self.columns():
+        columns = self.columns()
+        for name, cells in columns.items():
             first = name == "method"
-            table.add_column(name, justify="left" if first else "right", no_wrap=first)
-        for line in zip(*self.columns().values(), strict=True):
+            words = [len(word) for cell in (name, *cells) for word in cell.split()]
+            width = max(words) if name[0].islower() and not first else None  # of 80 columns
+            table.add_column(name, justify="left" if first else "right", no_wrap=first, width=width)
+        for line in zip(*columns.values(), strict=True):
             table.add_row(*line)
         return table
 
