@@ -102,7 +102,7 @@ def load_task(
             Parquet file, a folder with ``train`` and ``test`` files, a data frame, a
             ``datasets.Dataset`` or ``DatasetDict``, or a list of dictionaries. Rows have the
             columns ``text`` and ``label``, whose classes are then the choices, or ``question``,
-            ``choices`` and ``label``. Without a test split a fifth of the rows are test items, the
+            ``choices`` and ``label``. Without a test split a fifth of the texts are test items, the
             same for every seed.
         data_dir: the folder that holds the folder ``data``. Default: the hub.
         max_train: maximum number of training items. Default: all.
@@ -157,9 +157,10 @@ def _splits(data: Any, data_dir: str | PathLike[str] | None) -> tuple[str, dict[
     splits = items_of({split: given[split] for split in SPLITS if split in given})
     if "test" not in splits:
         every = splits["train"]
-        chosen = set(random.Random(0).sample(range(len(every)), len(every) // 5))
-        splits["train"] = [item for k, item in enumerate(every) if k not in chosen]
-        splits["test"] = [item for k, item in enumerate(every) if k in chosen]
+        texts = list(dict.fromkeys(item.question for item in every))  # twice in a table, but once
+        chosen = set(random.Random(0).sample(texts, len(texts) // 5))  # on one side of the split
+        splits["train"] = [item for item in every if item.question not in chosen]
+        splits["test"] = [item for item in every if item.question in chosen]
     return name, splits
 
 

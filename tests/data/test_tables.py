@@ -17,7 +17,7 @@ from pyro_blora.evaluation.metrics import evaluate_text
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 
 WORDS = ("dull", "funny")
-ROWS = [{"text": f"a {WORDS[k % 2]} film", "label": WORDS[k % 2]} for k in range(12)]
+ROWS = [{"text": f"a {WORDS[k % 2]} film {k}", "label": WORDS[k % 2]} for k in range(12)]
 NUMBERED = [{**row, "label": WORDS.index(row["label"])} for row in ROWS]
 
 
@@ -68,7 +68,8 @@ def test_every_form_of_a_table_is_the_same_task_and_the_same_batches(files, smal
 
 
 def test_a_single_table_is_split_alike_for_every_seed():
-    tasks = [load_task(ROWS * 5, seed=seed) for seed in (0, 1)]
+    rows = [{**ROWS[k % 12], "text": f"film {k}"} for k in range(60)]
+    tasks = [load_task(rows, seed=seed) for seed in (0, 1)]
     assert tasks[0].test == tasks[1].test
     assert tasks[0].train != tasks[1].train
     assert [len(part) for part in (tasks[0].train, tasks[0].validation, tasks[0].test)] == [
@@ -78,6 +79,10 @@ def test_a_single_table_is_split_alike_for_every_seed():
     ]
     ids = [i.id for part in (tasks[0].train, tasks[0].validation, tasks[0].test) for i in part]
     assert len(set(ids)) == 60
+    twice = load_task(rows * 2)  # no text is on both sides
+    test = {item.question for item in twice.test}
+    assert len(twice.test) == 2 * len(test) == 24
+    assert not test & {item.question for item in (*twice.train, *twice.validation)}
 
 
 def test_names_of_classes_are_the_networks_or_else_the_data_s_and_are_saved(small, tmp_path):
