@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from calibration_report import markdown
 
 from pyro_blora import BayesianLoRA, fit, load_pretrained
 from pyro_blora.evaluation.comparison import versions
@@ -152,20 +153,19 @@ def main(
 
 def report(cells: list[dict[str, Any]], model: str) -> str:
     """The table of the cells: means over seeds with their standard errors."""
-    titles = " | ".join(["method", *(title for title, _ in COLUMNS.values())])
-    lines = [f"| {titles} |", "|---|" + "---:|" * len(COLUMNS)]
+    lines = []
     for view in dict.fromkeys(cell["method"] for cell in cells):
         texts = [view]
         for key, (_, digits) in COLUMNS.items():
             values = [cell[key] for cell in cells if cell["method"] == view]
             error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if values[1:] else ""
             texts.append(f"{mean(values):.{digits}f}{error}")
-        lines.append(f"| {' | '.join(texts)} |")
+        lines.append(texts)
     seeds = len({cell["seed"] for cell in cells})
-    head = f"# Text\n\nMean ± standard error over {seeds} seeds.\n\n"
-    return (
-        f"{head}## {model}: facts as text, {cells[0]['steps']} steps\n\n" + "\n".join(lines) + "\n"
-    )
+    table = markdown(["method", *(title for title, _ in COLUMNS.values())], lines)
+    title = f"## {model}: facts as text, {cells[0]['steps']} steps"
+    head = ["# Text", "", f"Mean ± standard error over {seeds} seeds.", "", title, ""]
+    return "\n".join([*head, *table]) + "\n"
 
 
 if __name__ == "__main__":

@@ -350,7 +350,8 @@ class BayesianLoRA(PyroModule):
         data, collate = self.reading(data, collate)
 
         def scored(batch: Batch) -> tuple[Tensor, Tensor]:
-            labels = self.likelihood.labels(self.model.prepared(batch))
+            batch = self.model.prepared(batch)  # once, because that synchronizes the device
+            labels = self.likelihood.labels(batch)
             if labels is None:
                 raise BatchError("A batch must have labels to score, got none; add them.")
             count = (labels.reshape(len(labels), -1) >= 0).sum(-1)

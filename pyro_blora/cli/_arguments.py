@@ -118,7 +118,7 @@ def load_adapter(adapter: Path, model: str | None, task: "Task | None" = None) -
     with phase("load"):
         net, tokenizer = load_pretrained(base, num_labels=saved["base"].get("num_labels"))
     how: dict[str, Any] = {"tokenizer": tokenizer}
-    if task is not None and not classifies(adapter):
+    if task is not None and saved["likelihood"].get("name") != "SequenceClassification":
         likelihood: Any = task.likelihood(task.collator(tokenizer))
         if saved["likelihood"].get("name") == type(likelihood).__name__ == "MultipleChoice":
             likelihood = type(likelihood)  # the class, so that the saved options are kept
@@ -126,8 +126,9 @@ def load_adapter(adapter: Path, model: str | None, task: "Task | None" = None) -
     return BayesianLoRA.from_pretrained(net, adapter, **how)
 
 
-def classifies(adapter: Path) -> bool:
-    """Whether a saved adapter is a classifier's, which reads items by its tokenizer alone."""
-    from pyro_blora.checkpoints import read_config
+def collator_for(blora: "BayesianLoRA", task: "Task") -> Any:
+    """The collator of a task's items, or ``None`` for a classifier, whose adapter reads them."""
+    from pyro_blora.likelihoods import SequenceClassification
 
-    return bool(read_config(adapter)["likelihood"].get("name") == "SequenceClassification")
+    classifies = isinstance(blora.likelihood, SequenceClassification)
+    return None if classifies else task.collator(blora.tokenizer)

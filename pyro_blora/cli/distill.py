@@ -33,7 +33,7 @@ def run(
     notes = read_config(adapter)["notes"]
     data = load_task(o.named(task, notes.get("task"), "--task"), data_dir=data_dir)
     blora = o.load_adapter(adapter, model)
-    collate = None if o.classifies(adapter) else data.collator(blora.tokenizer)
+    collate = o.collator_for(blora, data)
     with o.phase("distill"):
         options = {"num_samples": num_samples, "precision": precision}
         found = blora.distill(data.train, collate, **options)

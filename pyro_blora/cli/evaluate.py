@@ -61,14 +61,14 @@ def run(
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     other = load_task(ood, data_dir=data_dir, max_test=max_test) if ood else None
     foreign, task = other.test if other else (), data.name
-    if data.template.scoring == "labels" or o.classifies(adapter):  # score its own classes
-        foreign = tuple(replace(i, choices=data.test[0].choices, label=0) for i in foreign)
     if out is not None:
         more = ("ood.csv", "ood.png") if ood else ()
         check_free(out, "metrics.json", "items.csv", "reliability.png", "risk_coverage.png", *more)
     precision = choose_precision(precision)
     blora = o.load_adapter(adapter, model, data)
-    collate = None if o.classifies(adapter) else data.collator(blora.tokenizer)
+    collate = o.collator_for(blora, data)
+    if data.template.scoring == "labels" or collate is None:  # score the task's own classes
+        foreign = tuple(replace(i, choices=data.test[0].choices, label=0) for i in foreign)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"num_samples": num_samples, "precision": precision}
     options["collate"] = collate

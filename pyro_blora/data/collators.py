@@ -341,7 +341,7 @@ def _name_classes(likelihood: Any, net: nn.Module, rows: Any, first: Any, labele
         encoded = "input_ids" in first
         label = labeled and not (encoded and "labels" in first)
         check_rows(rows, *([] if encoded else ["text"]), *(["label"] if label else []))
-    if likelihood.classes is None and first is not None and (labeled or "label" in first):
+    if likelihood.classes is None and first is not None:
         is_item = isinstance(first, Item)
         if is_item or "label" in first:
             names = list(first.choices) if is_item else names_of(rows)

@@ -71,11 +71,16 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
+def without_subsets(rows: Any) -> Any:
+    """The data set of which ``rows`` are a ``torch.utils.data.Subset``, or rows as they are."""
+    while hasattr(rows, "indices") and hasattr(rows, "dataset"):
+        rows = rows.dataset
+    return rows
+
+
 def classes_of(rows: Any) -> list[str]:
     """The names that numbers have in the column ``label`` of a ``datasets.Dataset``, or none."""
-    while hasattr(rows, "indices") and hasattr(rows, "dataset"):  # a Subset
-        rows = rows.dataset
-    feature = (getattr(rows, "features", None) or {}).get("label")
+    feature = (getattr(without_subsets(rows), "features", None) or {}).get("label")
     return list(getattr(feature, "names", None) or ())
 
 

@@ -28,7 +28,7 @@ from pyro_blora.files import check_free, write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
-from pyro_blora.likelihoods import Likelihood, MultipleChoice
+from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.methods import METHODS, Method, get_method, kind_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import load_for
@@ -290,12 +290,12 @@ def compare(
         "max_validation": max_validation,
         "max_test": max_test,
     }
-    tasks: dict[int, Task] = {}
-    whole = data if isinstance(data, Task) else load_task(data, data_dir=data_dir)
-    for seed in map(int, seeds):
-        tasks[seed] = data
-        if not isinstance(data, Task):
-            tasks[seed] = load_task(data, data_dir=data_dir, seed=seed, **limits)
+    given = data if isinstance(data, Task) else None
+    whole = given or load_task(data, data_dir=data_dir)
+    tasks = {
+        seed: given or load_task(data, data_dir=data_dir, seed=seed, **limits)
+        for seed in map(int, seeds)
+    }
     how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
     task = next(iter(tasks.values()))
@@ -331,16 +331,13 @@ def compare(
             with phase("load"):  # a classifier anew, for a head of this seed
                 pair = load_for(network, len(task.test[0].choices), seed)
         collate = task.collator(pair[1], net=pair[0])
-        sets = {"test": (task.test, collate)}
-        if any(kind_of(name)[0] == "temperature" for name in names):
-            sets["validation"] = (task.validation, collate)
         for result in train_and_score(
             pair[0],
             task,
             names,
             known=known,
             collate=collate,
-            data=sets,
+            data={"test": (task.test, collate)},
             seed=seed,
             phase=phase,
             **{"validate_every": max(1, num_steps // 3), **how},
@@ -374,7 +371,6 @@ def train_and_score(
     data: Data,
     seed: int,
     num_samples: int = 10,
-    likelihood: Callable[[], Likelihood] | None = None,
     rank: int | None = None,
     target_modules: str | Sequence[str] | None = None,
     layers_to_transform: Sequence[int] | None = None,
@@ -388,10 +384,10 @@ def train_and_score(
         rows: the rows, as in :func:`compare`.
         known: the methods by name.
         collate: makes a batch of a list of these items.
-        data: the data sets to predict by each row, with the collators of their tasks.
+        data: the data sets to predict by each row, with the collators of their tasks; the
+            validation items come to them where a row takes its temperature from these.
         seed: of the prior's draws at the start, of the training, and of the draws of predictions.
         num_samples: posterior draws, for methods without a number of their own.
-        likelihood: makes a likelihood for each training. Default: the task's.
         rank: as in :class:`~pyro_blora.BayesianLoRA`, like the next two.
         target_modules: which layers.
         layers_to_transform: of which blocks.
@@ -415,11 +411,14 @@ def train_and_score(
             rank=None if parts else rank,
             target_modules=target_modules,
             layers_to_transform=layers_to_transform,
-            likelihood=likelihood() if likelihood else task.likelihood(collate),
+            likelihood=task.likelihood(collate),
         )
         views = {name: _view(kind_of(name)[0], draws) for name in names}
+        sets = dict(data)
+        if any(kind_of(name)[0] == "temperature" for name in names):
+            sets["validation"] = (task.validation, collate)
         how: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
-        how |= {"collate": collate, "data": data, "seed": seed, **training}
+        how |= {"collate": collate, "data": sets, "seed": seed, **training}
         yield from scored(blora, task, views=views, **how)
 
 

@@ -1,7 +1,7 @@
 """Batches: collated from examples, moved to a device, repeated, and streamed without end."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from typing_extensions import Self
 
+from pyro_blora.data.collators import Collate
 from pyro_blora.data.items import Item
+from pyro_blora.data.tables import without_subsets
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 
-Collate = Callable[[list[Any]], Batch]
 # not every text, because batches that are alike in their labels would be
 _TEXTS = ("text", "text_pair", "prompt", "completion", "question")
 
@@ -62,9 +63,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
 
 def lengths_of(data: Any) -> list[int]:
     """The examples' lengths, for batches of similar ones; alike in a data set that reads lazily."""
-    whole = data
-    while isinstance(whole, Subset):
-        whole = whole.dataset
+    whole = without_subsets(data)
     is_read = isinstance(whole, list | tuple) or hasattr(whole, "features")  # of `datasets`
     return [_length(row) for row in data] if is_read else [0] * len(data)
 

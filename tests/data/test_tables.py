@@ -14,6 +14,7 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import ClassificationCollator, TextCollator, load_task
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.evaluation.metrics import evaluate_text
+from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 
 WORDS = ("dull", "funny")
@@ -146,6 +147,13 @@ def test_a_class_keeps_its_name_in_tables_that_number_the_classes_apart(small):
     blora = BayesianLoRA(net, tokenizer=small)
     data, collate = blora.reading(digits)
     assert collate(data)["labels"].tolist() == [0, 1, 2] * 2
+
+
+def test_items_of_numbered_classes_are_distilled_without_labels(small):
+    blora = BayesianLoRA(classifier(small), tokenizer=small, guide=MatrixNormal(init_scale=1.0))
+    task = load_task(NUMBERED)
+    assert 0.01 <= blora.distill(task.train, num_samples=3, progress=False) <= 100
+    assert blora.distill([{"text": "a film"}] * 4, num_samples=3, progress=False) > 0
 
 
 def test_encoded_rows_lose_the_columns_that_no_one_takes(small, tmp_path):
