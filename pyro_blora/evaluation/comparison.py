@@ -160,7 +160,7 @@ class Comparison:
         if len(by) > 1:
             gaps = {name: gap["nll"] for name, gap in self.differences().items()}
             told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
-            found[f"NLL less {next(iter(by))}'s"] = [told.get(name, "") for name in by]
+            found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
         first = [own[0] for own in by.values()]
         found["temperature by"] = [row.temperature_by for row in first]
         found["labels beside training"] = [str(row.labels_beside_training) for row in first]

@@ -1,9 +1,13 @@
 """Figures in tables of the pages are in the reports, in what ``<!-- report: SECTION -->`` names."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from pyro_blora.evaluation.comparison import Comparison, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(ROOT.glob("benchmarks/results/*/report.md"))
@@ -27,3 +31,25 @@ def test_the_figures_of_a_page_are_those_of_the_report(page):
     for titles, table in tables:
         known = set().union(*map(section, titles.split(" + ")))
         assert set(FIGURE.findall(table)) <= known, titles
+
+
+def test_the_readme_shows_what_its_program_printed():
+    """``compare(out=)`` wrote the results, whose settings are those of the program."""
+    readme, folder = (ROOT / "README.md").read_text("utf-8"), ROOT / "benchmarks/results/readme"
+    document = json.loads((folder / "results.json").read_text("utf-8"))
+    found = load_file(folder / "predictions.safetensors")
+    kept = ("probs", "labels")
+    rows = [
+        Row(**row, **{key: found[f"{k} {key}"] for key in kept})
+        for k, row in enumerate(document["rows"])
+    ]
+    assert Comparison(rows).to_markdown() in readme
+    program = re.search(r"table = compare\(.*?^\)", readme, re.DOTALL | re.MULTILINE)
+    settings = document["settings"]
+    assert program
+    for said in (settings["network"], settings["task"], *(f'"{row.method}"' for row in rows)):
+        assert said in program.group()
+    for key in ("max_train", "max_test"):
+        assert f"{key}={settings[key]}," in program.group()
+    assert "0.0002" in str(settings["methods"]["lora"])
+    assert '"mean": 2e-4' in program.string
