@@ -55,8 +55,8 @@ class BayesianLoRA(PyroModule):
         guide: q(U): a guide family, or a mapping of families likewise, or a callable that makes
             a guide from the model, such as any ``pyro.infer.autoguide`` class. Default: the
             method's, ``MatrixNormal()``.
-        likelihood: how the logits explain a batch; :func:`~pyro_blora.inference.fit` needs its
-            ``num_data``. Default: ``CausalLM()``, for a classifier ``SequenceClassification()``.
+        likelihood: how logits become probabilities of labels. Default: ``CausalLM()``, for a
+            classifier ``SequenceClassification()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train whole, as points, as PEFT does. Default: under
