@@ -24,6 +24,7 @@ SMALLER = {"num_steps=300": "num_steps=2", "max_steps=300": "max_steps=2", '"sst
 SMALLER |= {"max_train=400": "max_train=24", "max_test=600": "max_test=20", "range(6)": "range(1)"}
 SMALLER |= {
     "seeds=[0],": "seeds=[0], num_steps=2,",
+    "num_steps=100": "num_steps=2",
     "num_samples=400, warmup_steps=200": "num_samples=4, warmup_steps=2",
 }
 SMALLER |= {
