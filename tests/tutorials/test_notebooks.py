@@ -18,7 +18,8 @@ TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 LISTED = (TUTORIALS / "README.md").read_text("utf-8")
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 SMALLER = {  # what is replaced in a notebook
-    "00": {"STEPS = 120": "STEPS = 2", "TRAIN = 240": "TRAIN = 2", "TEST = 300": "TEST = 2"},
+    "00": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 2", "TRAIN = 400": "TRAIN = 8"}
+    | {"TEST = 600": "TEST = 2"},
     "02": {"STEPS = 1200": "STEPS = 20"},
     "03": {"=400, warmup_steps=150": "=20, warmup_steps=5", "32, 600": "8, 100"},
     "05": {
