@@ -359,13 +359,12 @@ def gaps_to(methods: Methods, rival: str, data: str = "test") -> Tensor:
     return differences(methods[rival], methods[OURS], data, seeds)[:, 0]
 
 
-def draw_panels(tasks: Runs) -> Figure:
+def draw_panels(axis: Any, tasks: Runs) -> None:
     """How far the test NLL of each rival lies above that of the default, task by task.
 
     Thick bars are two standard errors over items, thin ones over items and seeds.
     """
-    figure = Figure(figsize=(5, 3.8), dpi=200, layout="constrained")
-    axis, rows = figure.subplots(), list[str]()
+    rows = list[str]()
     axis.axvline(0, color=BLUE, linewidth=2)
     bold: dict[str, Any] = {"color": BLUE, "ha": "center", "fontweight": "bold"}
     axis.text(0, -0.58, f"{TITLES[OURS]}, the default", **bold)
@@ -389,7 +388,6 @@ def draw_panels(tasks: Runs) -> Figure:
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="#e6e6e6", linewidth=0.6)
     axis.legend(loc="lower right", frameon=False, handletextpad=0)
-    return figure
 
 
 def write_report(
@@ -456,7 +454,9 @@ def write_report(
     for network in {key[0] for key in learned}:
         draw(learned, network, out / "figures" / f"{network}.png")
     if tasks := main_tasks(learned):
-        draw_panels(tasks).savefig(out / "figures" / "panels.png")
+        figure = Figure(figsize=(5, 3.8), dpi=200, layout="constrained")
+        draw_panels(figure.subplots(), tasks)
+        figure.savefig(out / "figures" / "panels.png")
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
