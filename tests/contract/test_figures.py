@@ -1,4 +1,4 @@
-"""Figures in tables of the pages are in the reports, in what ``<!-- report: SECTION -->`` names."""
+"""Figures of the pages are in the reports, in tables in what ``<!-- report: SECTION -->`` names."""
 
 import re
 from pathlib import Path
@@ -27,3 +27,9 @@ def test_the_figures_of_a_page_are_those_of_the_report(page):
     for titles, table in tables:
         known = set().union(*map(section, titles.split(" + ")))
         assert set(FIGURE.findall(table)) <= known, titles
+
+
+def test_the_ratios_of_the_page_on_cost_are_those_of_its_file():
+    page = (ROOT / "docs/cost.md").read_text("utf-8").partition("## How it was measured")[0]
+    known = (ROOT / "benchmarks/results/cost/ratios.csv").read_text("utf-8")
+    assert set(FIGURE.findall(page)) <= set(FIGURE.findall(known))
