@@ -1,7 +1,7 @@
 """LoRA, split LoRA and the default on a network of billions, in the papers' setting, on one GPU.
 
-    python benchmarks/large.py --task arc_easy --out out/arc_easy               # 40 GiB or more
-    python benchmarks/large.py --task arc_easy --out out/arc_easy --quantized   # 24 GiB
+    python benchmarks/large.py --task arc_easy --out out/arc_easy               # 24 GiB or more
+    python benchmarks/large.py --task arc_easy --out out/arc_easy --quantized   # 16 GiB
 
 Adapters of rank 8 on q_proj, v_proj and lm_head, 5,000 steps of batch 4, all test items. LoRA has
 the rate that BLoB gives it (arXiv:2406.11675), and the default its usual ones. Each row is saved

@@ -1,6 +1,6 @@
 """The memory table of docs/large_models.md, computed with fake tensors: no weights, no GPU.
 
-It takes seven minutes. A fake tensor has a shape but no values. A training step and a prediction
+It takes some minutes. A fake tensor has a shape but no values. A training step and a prediction
 with draws run on such tensors, and the bytes of all live storages are summed. The sum does not
 include the allocator's overhead, workspaces of kernels and the CUDA context. The network is in
 bfloat16, a batch has 8 rows of 256 tokens with one particle each, and a prediction has 10 draws.
