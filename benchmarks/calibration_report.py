@@ -84,7 +84,7 @@ def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted, dict[Key, Needs]]
             cell, data, kind = path.split("/")
             of_cell[cell][data][kind] = torch.from_numpy(array)
     for line in lines:
-        count = "all" if line["max_train"] is None else str(line["max_train"])
+        count = str(line["max_train"])
         key = line["network"], line["task"], line["steps"], count
         method, seed = line["method"], line["seed"]
         name = "-".join(map(str, (*key[:2], count, line["steps"], method, seed)))
@@ -390,16 +390,11 @@ def draw_panels(axis: Any, tasks: Runs) -> None:
     axis.legend(loc="lower right", frameon=False, handletextpad=0)
 
 
-def write_report(
-    lines: Lines,
-    out: Path,
-    published: Mapping[str, Mapping[str, str]],
-    apart: Collection[str],
-) -> None:
+def write_report(lines: Lines, out: Path, apart: Collection[str]) -> None:
     """Writes ``report.md``, reliability diagrams of networks, and a picture of all tasks.
 
-    ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task. Tasks
-    that stand ``apart`` are compared with a uniform answer, and are in no mean of other tasks.
+    Tasks that stand ``apart`` are compared with a uniform answer, and are in no mean of other
+    tasks.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
@@ -425,9 +420,6 @@ def write_report(
             "",
             *table(needed, methods, "test"),
         ]
-        for name, rows in published.items():
-            acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
-            text.append(f"| {name}, published | | | | {acc} | {nll} | {ece} | | | | |")
         text += ["", *paired(methods, "test"), ""]
         runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
         if steps == min(runs_of) < max(runs_of):

@@ -1,4 +1,4 @@
-"""Figures in tables of the pages are in the reports, in what ``<!-- report: SECTION -->`` names."""
+"""Figures of the pages are in the reports, in tables in what ``<!-- report: SECTION -->`` names."""
 
 import json
 import re
@@ -55,3 +55,9 @@ def test_the_readme_shows_what_its_program_printed():
         assert f"{key}={settings[key]}," in program.group()
     assert "0.0002" in str(settings["methods"]["lora"])
     assert '"mean": 2e-4' in program.string
+
+
+def test_the_ratios_of_the_page_on_cost_are_those_of_its_file():
+    page = (ROOT / "docs/cost.md").read_text("utf-8").partition("## How it was measured")[0]
+    known = (ROOT / "benchmarks/results/cost/ratios.csv").read_text("utf-8")
+    assert set(FIGURE.findall(page)) <= set(FIGURE.findall(known))
