@@ -20,14 +20,13 @@ NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 SMALLER = {  # what is replaced in a notebook
     "00": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 2", "TRAIN = 400": "TRAIN = 8"}
     | {"TEST = 600": "TEST = 2"},
-    "02": {"STEPS = 1200": "STEPS = 20"},
+    "02": {"STEPS = 3000": "STEPS = 20"},
     "03": {"=400, warmup_steps=150": "=20, warmup_steps=5", "32, 600": "8, 100"},
     "05": {
         "240": "24",
         "150": "20",
         "512": "256",
-        "100": "10",
-        "NUTS_DRAWS = 300": "NUTS_DRAWS = 4",
+        "NUTS_DRAWS = 200": "NUTS_DRAWS = 4",
     },
     "06": {"STEPS = 400": "STEPS = 2", "MACHINES = 36": "MACHINES = 4", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
