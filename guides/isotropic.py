@@ -32,7 +32,7 @@ class Isotropic(PostHoc):
     Args:
         threshold: :math:`\epsilon`, in nats per example. Default: 0.003.
         max_width: the largest ``s`` that is tried. Default: 1, the prior's own width.
-        iterations: bisections of ``log s``, below ``max_width`` by up to 1,000 times. Default: 8.
+        iterations: bisections of ``log s``, down to a thousandth of ``max_width``. Default: 8.
         num_samples: draws for each example in the estimate of the loss. Default: 4.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers:

@@ -154,7 +154,7 @@ class Saved:
             tensors = {n: t for n, t in tensors.items() if part not in n}
             tensors |= {n: t for n, t in own.items() if part in n}
         # AutoLaplaceApproximation's normal has constrained values under their bare names, and a
-        # Cholesky factor whose diagonal is not one, as its constraint requires
+        # Cholesky factor whose diagonal is not one, although its constraint requires that
         if "guide.scale_tril" in tensors and "guide.scale_tril_unconstrained" in own:
             diagonal = tensors["guide.scale_tril"].diagonal()
             tensors["guide.scale_tril"] = tensors["guide.scale_tril"] / diagonal.unsqueeze(-1)
@@ -358,7 +358,7 @@ def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that differ from their fingerprint by more than rounding to a dtype."""
+    """Names of tensors that differ from their fingerprint by more than their dtypes' rounding."""
     found, names = dict(_plain_tensors(net)), []
     for name in prints.keys() & found.keys():
         before, now = prints[name], _numbers(found[name])

@@ -60,7 +60,7 @@ def run(
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
-    Adapters in the upper blocks only train and predict in a fraction of the time: add --top 10.
+    Adapting only the upper blocks takes a fraction of the time, also to predict: add --top 10.
 
     If the run is stopped or killed, the same command with --resume continues it.
 

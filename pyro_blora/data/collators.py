@@ -47,7 +47,7 @@ class _Collator:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
-        """The ids of a text that continues another; they may differ from those of a first text."""
+        """The ids of a text that continues another, perhaps other than those of a text's start."""
         both, count = self._ids(":" + text), len(self._before)
         return both[count:] if both[:count] == self._before else self._ids(text)
 

@@ -182,7 +182,7 @@ def fit(
     if keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
     if patience is not None and validation is None:
-        raise ConfigurationError(f"patience={patience} needs validation=, which ends the run.")
+        raise ConfigurationError(f"patience={patience} needs validation=, to which it applies.")
     if validation is not None:  # checked now, not at the first validation
         if size_of(validation) == 0:
             raise BatchError("The validation set is empty; leave validation= out to train without.")

@@ -120,7 +120,7 @@ def bayesianize(
 
     Args:
         net: the base network, as in :meth:`~pyro_blora.BayesianLoRA.from_peft`.
-        folder: as in ``from_peft``; it or a ``PeftModel`` can be the only network argument.
+        folder: as in ``from_peft``; it or a ``PeftModel`` can be the only positional argument.
         data: the training set for ``Laplace``, an anchor set for ``Isotropic``, as in ``fit``.
         collate: as in ``fit``.
         tokenizer: as in :class:`~pyro_blora.BayesianLoRA`.

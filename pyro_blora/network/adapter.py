@@ -224,7 +224,7 @@ class TrainedHeads(PyroModule):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Replaces the network's own tensors by the trained ones within the context."""
+        """Replaces the network's own tensors with the trained ones within the context."""
         before: list[tuple[dict[str, Any], str, Tensor]] = []
         for full, owner, name in self._owners.values():
             parameters = slots_of(owner)

@@ -172,7 +172,7 @@ class BayesianLoRAModel(PyroModule):
             if adapter_of(module) is not None:
                 raise ConfigurationError(
                     f"{name} is already adapted; call .unwrap() on the BayesianLoRA that wraps the "
-                    "network, or before you copy the network."
+                    "network, and do so before you copy it."
                 )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(Adapter, self.layer_names, modules))
