@@ -25,6 +25,8 @@ SMALLER |= {"max_train=400": "max_train=24", "max_test=600": "max_test=20", "ran
 SMALLER |= {
     "seeds=[0],": "seeds=[0], num_steps=2,",
     "num_steps=100": "num_steps=2",
+    "num_epochs=6": "num_steps=2",
+    "num_steps=480": "num_steps=2",
     "num_samples=400, warmup_steps=200": "num_samples=4, warmup_steps=2",
 }
 SMALLER |= {
