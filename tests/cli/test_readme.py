@@ -64,7 +64,8 @@ def test_the_commands_run_one_after_the_other(run, model_dir):
     assert all(Path(name).exists() for name in written)
 
 
-PAGES = ["README", "own_data", "programs", "peft", "evaluation", "reference/names"]
+PAGES = ["README", "own_data", "programs", "peft", "save_and_serve", "evaluation"]
+PAGES += ["reference/names"]
 
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
