@@ -88,7 +88,16 @@ def test_the_commands_run_one_after_the_other(run, model_dir):
     assert all(Path(name).exists() for name in written)
 
 
-PAGES = ["README", "own_data", "peft", "evaluation", "generation", "pyro", "reference/names"]
+PAGES = [
+    "README",
+    "own_data",
+    "peft",
+    "evaluation",
+    "generation",
+    "pyro",
+    "save_and_serve",
+    "reference/names",
+]
 
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
