@@ -31,8 +31,11 @@ SMALLER = {  # what is replaced in a notebook
     "06": {"STEPS = 400": "STEPS = 2", "MACHINES = 36": "MACHINES = 4", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
     "08": {"num_steps=300": "num_steps=3"},
-    "09": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 6", "TRAIN = 400": "TRAIN = 16"}
-    | {"HELD = 200": "HELD = 8", "TEST = 600": "TEST = 8", "CLIENTS = 16": "CLIENTS = 8"},
+    "09": {
+        '"sst2"': '[{"text": f"{k} degrees", "label": k % 2} for k in range(60)]',
+        "STEPS = 300": "STEPS = 6",
+        "400, 200, 600": "16, 8, 8",
+    },
 }
 
 
@@ -52,7 +55,12 @@ def network(request, monkeypatch):
     tokenizer.eos_token = "</s>"  # which it does not put after a text
     torch.manual_seed(0)
     net = tiny.llama(6, vocab_size=len(tokenizer), max_position_embeddings=256)
-    monkeypatch.setattr(pyro_blora, "load_pretrained", lambda name: (net, tokenizer))
+    sizes = {"vocab_size": len(tokenizer), "num_labels": 2}
+    monkeypatch.setattr(
+        pyro_blora,
+        "load_pretrained",
+        lambda name, num_labels=None: (tiny.bert(**sizes) if num_labels else net, tokenizer),
+    )
 
 
 @pytest.mark.usefixtures("network")
