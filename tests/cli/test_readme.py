@@ -21,6 +21,8 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SMALLER = {"num_steps=300": "num_steps=2", "sst2": "facts"}
 SMALLER |= {"max_train=400, max_test=300": "max_train=24, max_test=20"}
 SMALLER |= {"[:64]": "[:8]", "[:100]": "[:8]"}
+SMALLER |= {"max_train=400": "max_train=16, max_validation=8, max_test=8"}
+SMALLER |= {'"sentence-transformers/all-MiniLM-L6-v2"': "net, tokenizer"}
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,7 @@ def test_the_commands_run_one_after_the_other(run, model_dir):
 
 
 PAGES = ["README", "own_data", "programs", "peft", "evaluation", "reference/names"]
+PAGES += ["priors_and_guides"]
 
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
@@ -80,7 +83,7 @@ def test_the_programs_of_a_page_run(name, run, model_dir):
         programs.insert(0, BLOCK.findall(README)[0])
     names: dict[str, object] = {}
     for program in programs:
-        if "blora" in names and re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
+        if "blora" in names and re.search(r"BayesianLoRA[.(]|bayesianize\(|compare\(", program):
             names["blora"].unwrap()
         for large, small in SMALLER.items():
             program = program.replace(large, small)
