@@ -42,7 +42,7 @@ DEFAULT = ("draws", "10")
 BY_DEFAULT = {"draws": "10", "training steps": "300", "rank": "8"}  # else "1"
 PLACES = [(setting, value) for setting, values in SETTINGS.items() for value in values]
 COLUMNS = {"acc": ("accuracy %", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 1)}
-COLUMNS |= {"gap": ("NLL less the default's", 1, 3), "kl": ("KL, nats", 1, 1)}
+COLUMNS |= {"gap": ("NLL less the default's", 1, 3), "kl": ("KL, nats", 1, 0)}
 COLUMNS |= {"mi": ("mutual information", 1, 4)}
 BLUE, RED = "#2f5f94", "#d9484a"
 LINE: dict[str, Any] = {"color": BLUE, "capsize": 3}
@@ -103,7 +103,8 @@ def report(cells: list[Any]) -> str:
             rows.append([*place])
             for column, (_, factor, digits) in COLUMNS.items():
                 middle, error = (factor * part for part in of(own, *place, column))
-                rows[-1].append(f"{middle:.{digits}f} ± {error:.{digits}f}")
+                told = f"{middle:.{digits}f} ± {error:.{digits}f}"
+                rows[-1].append("" if column in ("kl", "mi") and "LoRA" in place[0] else told)
         lines += ["", f"## minilm: {task}, one setting changed", ""]
         lines += [f"{len({cell['seed'] for cell in own})} seeds.", ""]
         lines += markdown(["setting", "value", *(title for title, _, _ in COLUMNS.values())], rows)
@@ -111,19 +112,23 @@ def report(cells: list[Any]) -> str:
 
 
 def picture(cells: list[Any]) -> Figure:
-    """The NLL by the value of each setting, with LoRA's as a line."""
-    figure = Figure(figsize=(4.6, 5.4), layout="constrained")
+    """The NLL by the value of each setting, beside LoRA's."""
+    figure = Figure(figsize=(4.6, 5.8), layout="constrained")
     panels = figure.subplots(3, 2, sharey=True).flat
     for axes, (setting, values) in zip(panels, list(SETTINGS.items())[2:], strict=True):
         middles, errors = zip(*(of(cells, setting, at, "nll") for at in values), strict=True)
         axes.errorbar(range(len(values)), middles, errors, fmt="o-", mfc="white", **LINE)
         at = list(values).index(BY_DEFAULT.get(setting, "1"))
-        axes.plot(at, middles[at], "o", color=BLUE, markersize=8)
-        axes.axhline(of(cells, "LoRA", "", "nll")[0], color=RED, linestyle="--")
-        axes.axhline(of(cells, "LoRA, split", "", "nll")[0], color=RED, linestyle=":")
+        axes.plot(at, middles[at], "o", color=BLUE, markersize=8, zorder=3, label="default")
+        for rival, dash in {"LoRA": "--", "LoRA, split": ":"}.items():
+            axes.axhline(of(cells, rival, "", "nll")[0], color=RED, linestyle=dash, label=rival)
         axes.set_xticks(range(len(values)), values)
         axes.set_xlabel(setting)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("What the test NLL depends on", fontsize=11)
+    figure.supylabel("test NLL")
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, columnspacing=1)
     return figure
 
 
