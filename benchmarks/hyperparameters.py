@@ -35,8 +35,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # {} is the default
         "1/3": {"learning_rates": 0.05 / 3}, "1": {}, "3": {"learning_rates": 0.15},
     },
     "rank": {"2": {"rank": 2}, "8": {}, "32": {"rank": 32}},
-    "sigma, times": {"1/16": {"by": 1 / 16}, "1/4": {"by": 1 / 4}, "1": {}, "4": {"by": 4}},
-    "kl_weight": {"0": {"kl_weight": 0}, "0.1": {"kl_weight": 0.1}, "1": {}, "3": {"kl_weight": 3}},
+    "sigma, times": {"1/4": {"by": 1 / 4}, "1": {}, "4": {"by": 4}},
+    "kl_weight": {"0.1": {"kl_weight": 0.1}, "1": {}, "3": {"kl_weight": 3}},
 }  # fmt: skip
 DEFAULT = ("draws", "10")
 BY_DEFAULT = {"draws": "10", "training steps": "300", "rank": "8"}  # else "1"
