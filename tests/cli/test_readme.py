@@ -20,22 +20,26 @@ README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = (ROOT / "docs/reference/cli.md").read_text("utf-8")
 COMMAND = re.compile(r"^pyro-blora .*", re.MULTILINE)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-SMALLER = {"num_steps=300": "num_steps=2", "max_steps=300": "max_steps=2", '"sst2"': '"facts"'}
-SMALLER |= {"max_train=400": "max_train=24", "max_test=600": "max_test=20", "range(6)": "range(1)"}
-SMALLER |= {
-    "seeds=[0],": "seeds=[0], num_steps=2,",
-    "num_steps=100": "num_steps=2",
-    "num_epochs=6": "num_steps=2",
-    "num_steps=480": "num_steps=2",
-    "num_samples=400, warmup_steps=200": "num_samples=4, warmup_steps=2",
-}
-SMALLER |= {
-    'validate_every": 50': 'validate_every": 1',
-    "range(400)": "range(40)",
-    "[:300]": "[:30]",
-    "[300:]": "[30:]",
-}
-SMALLER |= {"[:64]": "[:8]", "[:100]": "[:8]", "[200:]": "[20:]", "[:200]": "[:20]"}
+SIZES = """
+num_steps=300 -> num_steps=2
+num_steps=480 -> num_steps=2
+num_steps=100 -> num_steps=2
+max_steps=300 -> max_steps=2
+num_epochs=6 -> num_steps=2
+range(6) -> range(1)
+seeds=[0], -> seeds=[0], num_steps=2,
+"sst2" -> "facts"
+max_train=400 -> max_train=16, max_validation=8
+max_test=600 -> max_test=8
+num_samples=400, warmup_steps=200 -> num_samples=4, warmup_steps=2
+validate_every": 50 -> validate_every": 1
+range(400) -> range(40)
+[:300] -> [:30]
+[300:] -> [30:]
+[:200] -> [:20]
+[200:] -> [20:]
+"""
+SMALLER = dict(line.split(" -> ") for line in SIZES.strip().splitlines())
 
 
 @pytest.fixture(autouse=True)
@@ -88,20 +92,12 @@ def test_the_commands_run_one_after_the_other(run, model_dir):
     assert all(Path(name).exists() for name in written)
 
 
-PAGES = [
-    "README",
-    "own_data",
-    "peft",
-    "evaluation",
-    "generation",
-    "pyro",
-    "save_and_serve",
-    "reference/names",
-]
+PAGES = "README own_data peft evaluation generation pyro save_and_serve priors_and_guides"
+PAGES += " reference/names"
 
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", PAGES.split())
 def test_the_programs_of_a_page_run(name, run, model_dir):
     """One after the other, and on one network: an adapter is taken off where another is made.
 
@@ -113,7 +109,7 @@ def test_the_programs_of_a_page_run(name, run, model_dir):
         programs.insert(0, BLOCK.findall(README)[-1])
     names: dict[str, object] = {}
     for program in programs:
-        if "blora" in names and re.search(r"BayesianLoRA[.(]|bayesianize\(", program):
+        if "blora" in names and re.search(r"BayesianLoRA[.(]|bayesianize\(|compare\(", program):
             names["blora"].unwrap()
         for large, small in SMALLER.items():
             program = program.replace(large, small)
