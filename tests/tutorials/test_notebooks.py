@@ -18,7 +18,8 @@ TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 LISTED = (TUTORIALS / "README.md").read_text("utf-8")
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 SMALLER = {  # what is replaced in a notebook
-    "00": {"STEPS = 120": "STEPS = 2", "TRAIN = 240": "TRAIN = 2", "TEST = 300": "TEST = 2"},
+    "00": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 2", "TRAIN = 400": "TRAIN = 8"}
+    | {"TEST = 600": "TEST = 2"},
     "02": {"STEPS = 1200": "STEPS = 20"},
     "03": {"=400, warmup_steps=150": "=20, warmup_steps=5", "32, 600": "8, 100"},
     "05": {
@@ -28,7 +29,7 @@ SMALLER = {  # what is replaced in a notebook
         "100": "10",
         "NUTS_DRAWS = 300": "NUTS_DRAWS = 4",
     },
-    "06": {"STEPS = 120": "STEPS = 2", "TOWNS = 6": "TOWNS = 3", "DRAWS = 8": "DRAWS = 2"},
+    "06": {"STEPS = 400": "STEPS = 2", "MACHINES = 36": "MACHINES = 4", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
     "08": {"num_steps=300": "num_steps=3"},
     "09": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 6", "TRAIN = 400": "TRAIN = 16"}
