@@ -48,7 +48,6 @@ Only = Annotated[
     list[str] | None, typer.Option(help="Run these networks, methods, tasks or sweeps alone.")
 ]
 Seed = Annotated[list[int] | None, typer.Option(help="Run these seeds alone.")]
-Model = Annotated[str | None, typer.Option(help="A model in place of the one in the settings.")]
 
 SMOKE_STEPS = 4
 DEFAULT_CONFIG = HERE / "calibration.yaml"
@@ -277,13 +276,10 @@ def run(
     only: Only = None,
     smoke: Smoke = False,
     seed: Seed = None,
-    model: Model = None,
 ) -> None:
     """Runs the cells that are missing, with the chosen trial of each method."""
     out.mkdir(parents=True, exist_ok=True)
     code, settings = commit(), read_settings(config, data_dir, smoke)  # before files may change
-    for network in settings["networks"].values() if model else ():
-        network["model"] = model
     trials = chosen_trials(settings, lines(out / "trials.jsonl"))
     cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
     there = {
@@ -311,20 +307,13 @@ def run(
 
 
 @app.command()
-def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT, model: Model = None) -> None:
+def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT) -> None:
     """Prints the trials, and writes report.md and the figures of all cells."""
     if trials := lines(out / "trials.jsonl"):
         print("\n".join(trials_table(trials)))
     if cells := lines(out / "cells.jsonl"):
         settings = read_settings(config, None, False)
-        used = {model or network["model"] for network in settings["networks"].values()}
-        published = {
-            name: dict(zip(settings["sweeps"]["table"]["tasks"], row, strict=True))
-            for of in used
-            for name, row in settings.get("published", {}).get(of, {}).items()
-        }
-        apart = settings["sweeps"].get("cannot", {}).get("tasks", [])
-        write_report(cells, out, published, apart)
+        write_report(cells, out, settings["sweeps"].get("cannot", {}).get("tasks", []))
 
 
 if __name__ == "__main__":

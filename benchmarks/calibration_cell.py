@@ -39,8 +39,8 @@ class Cell:
     max_train: int | None
 
     def __str__(self) -> str:
-        data = "all" if self.max_train is None else self.max_train
-        return f"{self.network}-{self.task}-{data}-{self.steps}-{self.method}-{self.seed}"
+        data = f"{self.network}-{self.task}-{self.max_train}"
+        return f"{data}-{self.steps}-{self.method}-{self.seed}"
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_blora.evaluation.metrics import (
@@ -36,6 +37,14 @@ COLUMNS = {  # title, factor, digits
 KINDS = ("entropy", "mutual information")
 TITLES = {"lora": "LoRA", "lora-split": "LoRA, split", "bayesian-lora": "BayesianLoRA(net)"}
 OURS = "bayesian-lora"  # all others are compared with it
+BLUE = "#2f5f94"
+RIVALS = {
+    "lora": ("LoRA", "#d9484a"),
+    "lora-split": ("LoRA, split", "#8c8c8c"),
+    "temperature:lora": ("LoRA + temperature\n(200 more labels)", "#c9872b"),
+}
+WORDS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "gemma": "Gemma", "ag_news": "AG News"}
+WORDS |= {"sst2": "SST-2", "arc_easy": "ARC-Easy"}
 
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
 Run = dict[str, Pair]  # by data set
@@ -75,7 +84,7 @@ def read_runs(lines: Lines, out: Path) -> tuple[Runs, Doubted, dict[Key, Needs]]
             cell, data, kind = path.split("/")
             of_cell[cell][data][kind] = torch.from_numpy(array)
     for line in lines:
-        count = "all" if line["max_train"] is None else str(line["max_train"])
+        count = str(line["max_train"])
         key = line["network"], line["task"], line["steps"], count
         method, seed = line["method"], line["seed"]
         name = "-".join(map(str, (*key[:2], count, line["steps"], method, seed)))
@@ -234,6 +243,14 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
+def differences(
+    ours: Mapping[int, Run], other: Mapping[int, Run], data: str, seeds: Iterable[int]
+) -> Tensor:
+    """What one method's items score less another's on a data set, seeds x 3 x items."""
+    found = [item_scores(*ours[seed][data]) - item_scores(*other[seed][data]) for seed in seeds]
+    return torch.stack(found)
+
+
 def paired(methods: Methods, *data: str) -> list[str]:
     """The NLL, Brier score and ECE of the default less those of each other method.
 
@@ -245,12 +262,7 @@ def paired(methods: Methods, *data: str) -> list[str]:
         seeds = [s for s in ours if set(data) <= set(ours[s]) & set(methods[name].get(s, ()))]
         if not seeds:
             continue
-        gaps = [  # of each data set, seeds x 3 x items
-            torch.stack(
-                [item_scores(*ours[s][d]) - item_scores(*methods[name][s][d]) for s in seeds]
-            )
-            for d in data
-        ]
+        gaps = [differences(ours, methods[name], d, seeds) for d in data]
         means = torch.stack([gap.mean(-1) for gap in gaps]).mean(0)
         errors = sum(gap.mean(0).var(-1) / gap.shape[-1] for gap in gaps).sqrt() / len(data)
         row = [f"{m:+.4f} ± {e:.4f}" for m, e in zip(means.mean(0), errors, strict=True)]
@@ -312,13 +324,16 @@ def joined(parts: Iterable[Pair]) -> Pair:
 
 
 def draw(runs: Runs, network: str, path: Path) -> None:
-    """Reliability diagrams of a network; all seeds are pooled, and the tasks of one setting."""
+    """Reliability diagrams of a network, which pool all seeds and the tasks of one setting.
+
+    A network with a single task has none.
+    """
     settings: dict[tuple[int, str], list[Methods]] = defaultdict(list)
     for key, methods in runs.items():
         if key[0] == network and {"lora", OURS} <= set(methods):
             settings[key[2:]].append(methods)
-    if settings:
-        most = max(settings.values(), key=len)
+    most = max(settings.values(), key=len, default=[])
+    if len(most) > 1:
         pairs = {
             title: joined(run["test"] for methods in most for run in methods[name].values())
             for name, title in TITLES.items()
@@ -327,16 +342,59 @@ def draw(runs: Runs, network: str, path: Path) -> None:
         reliability_diagram(pairs).savefig(path, dpi=200, bbox_inches="tight")
 
 
-def write_report(
-    lines: Lines,
-    out: Path,
-    published: Mapping[str, Mapping[str, str]],
-    apart: Collection[str],
-) -> None:
-    """Writes ``report.md``, and reliability diagrams of each network.
+def main_tasks(runs: Runs) -> Runs:
+    """The tasks of the commonest setting on which the default and all of ``RIVALS`` ran.
 
-    ``published`` has the figures that papers print, ``"ACC ECE NLL"``, by method and task. Tasks
-    that stand ``apart`` are compared with a uniform answer, and are in no mean of other tasks.
+    The first is the one on which LoRA's NLL is the farthest above the default's.
+    """
+    found = {key: methods for key, methods in runs.items() if {*RIVALS, OURS} <= methods.keys()}
+    settings = [key[2:] for key in found]
+    main = {key: own for key, own in found.items() if key[2:] == max(settings, key=settings.count)}
+    return dict(sorted(main.items(), key=lambda item: -float(gaps_to(item[1], "lora").mean())))
+
+
+def gaps_to(methods: Methods, rival: str, data: str = "test") -> Tensor:
+    """The NLL of a rival's items less the default's, seeds x items."""
+    seeds = sorted(methods[rival].keys() & methods[OURS].keys())
+    return differences(methods[rival], methods[OURS], data, seeds)[:, 0]
+
+
+def draw_panels(axis: Any, tasks: Runs) -> None:
+    """How far the test NLL of each rival lies above that of the default, task by task.
+
+    Thick bars are two standard errors over items, thin ones over items and seeds.
+    """
+    rows = list[str]()
+    axis.axvline(0, color=BLUE, linewidth=2)
+    bold: dict[str, Any] = {"color": BLUE, "ha": "center", "fontweight": "bold"}
+    axis.text(0, -0.58, f"{TITLES[OURS]}, the default", **bold)
+    for (network, task, *_), methods in tasks.items():
+        for k, (name, (title, color)) in enumerate(RIVALS.items()):
+            gaps = gaps_to(methods, name)
+            items = gaps.mean(0).var() / gaps.shape[1]
+            both = items + (gaps.mean(1).var() / len(gaps) if len(gaps) > 1 else 0)
+            mean, row = float(gaps.mean()), len(rows) + 0.24 * (k - 1)
+            for variance, width in (items, 3.5), (both, 1.2):
+                error = 2 * float(variance) ** 0.5
+                axis.plot([mean - error, mean + error], [row, row], color=color, linewidth=width)
+            axis.plot(mean, row, "o", color=color, label=None if rows else title)
+        nll = fmean(scores(*run["test"])["nll"] for run in methods[OURS].values())
+        where = f"{WORDS.get(network, network)}, {WORDS.get(task, task)}"
+        rows.append(f"{where}\n(default: {nll:.3f})")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("test NLL above the default's (nats)")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#e6e6e6", linewidth=0.6)
+    axis.legend(loc="lower right", frameon=False, handletextpad=0)
+
+
+def write_report(lines: Lines, out: Path, apart: Collection[str]) -> None:
+    """Writes ``report.md``, reliability diagrams of networks, and a picture of all tasks.
+
+    Tasks that stand ``apart`` are compared with a uniform answer, and are in no mean of other
+    tasks.
     """
     text = ["# Calibration", "", "Mean ± standard error over seeds, the lowest NLL first.", ""]
     text += ["By chance: the ECE expected of a calibrated method with the same confidences.", ""]
@@ -362,9 +420,6 @@ def write_report(
             "",
             *table(needed, methods, "test"),
         ]
-        for name, rows in published.items():
-            acc, ece, nll = rows[task].split() if task in rows else ("", "", "")
-            text.append(f"| {name}, published | | | | {acc} | {nll} | {ece} | | | | |")
         text += ["", *paired(methods, "test"), ""]
         runs_of = {key[2]: found for key, found in runs.items() if (*key[:2], key[3]) == which}
         if steps == min(runs_of) < max(runs_of):
@@ -390,6 +445,10 @@ def write_report(
     learned = {key: methods for key, methods in runs.items() if key[1] not in apart}
     for network in {key[0] for key in learned}:
         draw(learned, network, out / "figures" / f"{network}.png")
+    if tasks := main_tasks(learned):
+        figure = Figure(figsize=(5, 3.8), dpi=200, layout="constrained")
+        draw_panels(figure.subplots(), tasks)
+        figure.savefig(out / "figures" / "panels.png")
     versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")

@@ -1,9 +1,11 @@
 """The memory table of docs/large_models.md, computed with fake tensors: no weights, no GPU.
 
-It takes seven minutes. A fake tensor has a shape but no values. A training step and a prediction
+It takes some minutes. A fake tensor has a shape but no values. A training step and a prediction
 with draws run on such tensors, and the bytes of all live storages are summed. The sum does not
 include the allocator's overhead, workspaces of kernels and the CUDA context. The network is in
 bfloat16, a batch has 8 rows of 256 tokens with one particle each, and a prediction has 10 draws.
+The last row is the setting of large.py: lm_head is adapted, too, and a row has a question of 128
+tokens with four options of 32, which is more than any of ARC has; 4 rows train, and 16 are asked.
 """
 
 import gc
@@ -24,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pyro_blora import BayesianLoRA
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import LabelTokens, Likelihood, MultipleChoice, packing
 from pyro_blora.models import KroneckerInducing
 
 NAMES = (*timing.NAMES, "tie_word_embeddings")
@@ -68,20 +70,38 @@ class Bytes(TorchDispatchMode):
         self.now -= size
 
 
-def measure(shape: dict[str, Any], rows: int, tokens: int, draws: int) -> dict[str, int]:
-    """Bytes of the weights, in bfloat16 and in 4 bits, bytes of the adapter, and peaks."""
+def choices(items: int) -> dict[str, Tensor]:
+    """Questions of 128 tokens with four options of 32; the sizes are told, for none can be read."""
+    ids = torch.ones(items, 4, 160, dtype=torch.long)
+    scored = (torch.arange(160) >= 128).expand_as(ids)
+    packing._sizes = lambda batch, keep, scored: (256, 128, 128 * len(keep))
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, "option_mask": scored, "labels": ids[:, 0, 0]}
+
+
+def measure(
+    shape: dict[str, Any], rows: int, tokens: int, draws: int, asked: int = 0
+) -> dict[str, int]:
+    """Bytes of the weights, in bfloat16 and in 4 bits, bytes of the adapter, and peaks.
+
+    With ``asked`` the adapter has lm_head, too, and this many questions with options are asked.
+    """
     with Bytes() as count:
         config = LlamaConfig(**shape)
         net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        likelihood = LabelTokens(token_ids=timing.ANSWERS, num_data=100)
+        likelihood: Likelihood = LabelTokens(token_ids=timing.ANSWERS, num_data=100)
+        targets = [*timing.TARGETS, *(["lm_head"] if asked else [])]
+        if asked:
+            likelihood = MultipleChoice(num_data=100, pack=True)
         prior = KroneckerInducing(sigma=0.1)  # the default reads the norms of the weights
-        blora = BayesianLoRA(net, target_modules=timing.TARGETS, prior=prior, likelihood=likelihood)
+        blora = BayesianLoRA(net, target_modules=targets, prior=prior, likelihood=likelihood)
         ids = torch.ones(rows, tokens, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # a row with padding, because a network may drop the mask without it
         batch = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0]}
-        found = training(count, blora, batch)
-        for name, most in (("a draw", rows), ("all draws", rows * draws)):
+        found = training(count, blora, choices(rows) if asked else batch)
+        batch = choices(asked) if asked else batch
+        for name, most in (("a draw", 1), ("all draws", 10**6)):
             found[name] = peak(count, partial(blora.log_predictive, batch, draws, max_rows=most))
     weights = sum(p.nbytes for p in net.parameters())
     linear = sum(p.numel() for p in net.model.layers.parameters() if p.dim() == 2)
@@ -126,9 +146,11 @@ def main() -> None:
     pyro.enable_validation(False)  # as in `fit`: the checks would read values
     columns = ("weights", "in 4 bits", "16 n", "step", "checkpointed", "a draw", "all draws")
     print("| Llama | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for size, shape in SIZES.items():
+    runs = {**dict.fromkeys(SIZES, (8, 0)), "7B, large.py": (4, 16)}
+    for size, (rows, asked) in runs.items():
+        shape = dict(zip(NAMES, SIZES[size.partition(",")[0]], strict=True))
         with FakeTensorMode(shape_env=ShapeEnv()):
-            found = measure(dict(zip(NAMES, shape, strict=True)), rows=8, tokens=256, draws=10)
+            found = measure(shape, rows, tokens=256, draws=10, asked=asked)
         cells = [f"{found[name] / 2**30:.{2 if found[name] < 2**30 else 1}f}" for name in columns]
         print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
 

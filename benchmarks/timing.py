@@ -1,13 +1,19 @@
-"""Shared parts of the timings: a random Llama, its batches, an adapter, runs in turn, ratios."""
+"""Shared parts of the timings: a random Llama, its batches, an adapter, runs in turn, ratios.
 
+As a program it draws the picture of docs/cost.md by results/cost/ratios.csv.
+"""
+
+import csv
 import statistics
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,3 +118,55 @@ def table(
             cells += [f"{memory[name] / of:.3f}" for of in (1, *(memory[n] for n in others))]
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+BARS = {  # rows of ratios.csv by their labels, below what they show and what they are divided by
+    ("A training step takes as long as PEFT's", "times PEFT's LoRA"): {
+        "this library": "default",
+        "top 10 of 30 blocks": "default in the top 10 of 30 blocks",
+        "Bayesian-LoRA's code": "Bayesian-LoRA's published layers",
+        "BLoB's code": "BLoB's published layers",
+    },
+    ("A draw takes a forward pass", "times a forward pass"): {
+        "1 draw": "1 draw",
+        "10 draws": "10 draws",
+        "10 draws, top 10 blocks": "10 draws of the top 10 of 30 blocks",
+        "linearized, 2 classes": "linearized with two classes",
+    },
+}
+COLORS = {"usual": ("against the usual script", "#8c8c8c"), "like": ("like for like", "#2f5f94")}
+
+
+def draw(ratios: Mapping[str, Mapping[str, str]]) -> Figure:
+    """Bars of ratios of times with their quartiles."""
+    figure = Figure(figsize=(3.8, 4.9), layout="constrained")
+    over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    for ax, ((title, unit), bars) in zip(figure.subplots(2), BARS.items(), strict=True):
+        for shift, (kind, (label, color)) in zip((0.2, -0.2), COLORS.items(), strict=True):
+            rows = [ratios[name] for name in bars.values()]
+            middle, low, high = (
+                [float(row[kind + end]) for row in rows] for end in ("", "_low", "_high")
+            )
+            places = [len(bars) - k + shift for k in range(len(bars))]
+            ax.barh(places, middle, 0.38, color=color, label=label)
+            ax.hlines(places, low, high, color="black", linewidth=1.2)
+            for place, ratio, end in zip(places, middle, high, strict=True):
+                where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+                ax.annotate(f"{ratio:.2f}", (end, place), fontsize=9, bbox=over, **where)
+        ax.set_yticks(range(len(bars), 0, -1), list(bars))
+        ax.axvline(1, color="#d9484a", linewidth=1, zorder=2)
+        ax.set_title(title, fontsize=9, loc="right")
+        ax.set_xlabel(unit, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+        ax.margins(x=0.16)
+    place = {"loc": "outside lower center", "ncols": 2, "columnspacing": 1, "handlelength": 1}
+    figure.legend(*ax.get_legend_handles_labels(), fontsize=9, frameon=False, **place)
+    return figure
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    with (here / "results/cost/ratios.csv").open(encoding="utf-8") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    draw(rows).savefig(here.parent / "docs/_static/cost.png", dpi=160)

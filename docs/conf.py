@@ -72,12 +72,38 @@ def as_it_parses(
     return arguments and arguments.replace("<factory>", "..."), result
 
 
+MENU = {
+    "Start": "tutorials/00* tutorials/09* choose own_data tutorials/README",
+    "Guides": "peft evaluation save_and_serve generation hyperparameters large_models pyro "
+    "priors_and_guides tutorials/02* tutorials/03* tutorials/05* tutorials/06* tutorials/07* "
+    "troubleshooting",
+    "Explanation": "theory tutorials/01* calibration tutorials/04* tutorials/08* cost "
+    "reading_the_code",
+    "Reference": "reference/index reference/internals",
+}
+
+
 def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
-    """The README and the tutorials, outside of these pages, are pages of the site."""
-    if page.startswith("tutorials/"):
+    """The README, which is the site's first page, and the tutorials are read in other folders."""
+    if page == "index":
+        readme = (HERE.parent / "README.md").read_text("utf-8")
+        menu = (
+            f"```{{toctree}}\n:hidden:\n:glob:\n:caption: {title}\n\n"
+            + pages.replace(" ", "\n")
+            + "\n```"
+            for title, pages in MENU.items()
+        )
+        source[0] = "\n\n".join([readme, f"#{source[0]}", *menu])
+        moved = {
+            "](docs/index.md)": "](#all-pages)",
+            "](docs/": "](",
+            "](benchmarks/": "](../benchmarks/",
+        }
+        moved |= {"](../tutorials/": "](tutorials/"}
+    elif page.startswith("tutorials/"):
         moved = {"](../docs/": "](../", "](../benchmarks/": "](../../benchmarks/"}
     else:
-        moved = {"](../README.md)": "](index.md)", "](../tutorials/": "](tutorials/"}
+        moved = {"](../README.md": "](index.md", "](../tutorials/": "](tutorials/"}
     for link, here in moved.items():
         source[0] = source[0].replace(link, here)
     if source[0].startswith("{"):  # a notebook, whose figures say in words what the text below says

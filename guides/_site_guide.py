@@ -22,7 +22,7 @@ Self = TypeVar("Self", bound="SiteGuide")
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Within it random numbers may be seeded; afterwards the global state is restored."""
+    """Allows seeding within the context, and restores the global random state afterwards."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
@@ -109,7 +109,7 @@ class Site:
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"Site {self.name!r} is {type(self.prior).__name__}, whose support "
-                f"({self.support}) is no image of the real numbers. Relax a discrete site "
+                f"({self.support}) is not an image of the real numbers. Relax a discrete site "
                 "(RelaxedBernoulli), or sum it out (MixtureSameFamily)."
             ) from error
 
@@ -127,7 +127,7 @@ class Site:
         They are the mean and the standard deviation if the prior is real and these are finite,
         otherwise the median and half the distance between the 16 % and 84 % quantiles of 1,000
         draws, which do not change the global seed. The median of a Student t, or of a real law with
-        an ``icdf``, is exact. A suggestion of the prior takes the place of the location.
+        an ``icdf``, is exact. If the prior suggests a start, that replaces the location.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -149,8 +149,8 @@ class Site:
 class SiteGuide(Options, PyroModule):
     r"""A guide family: :math:`q(U)` of one site of any prior.
 
-    A family is made before the sites are known; :meth:`bind` copies it for each site, of which it
-    reads shape, plates and support from the prior, as an AutoGuide does. A subclass defines
+    A family is made before the sites are known; :meth:`bind` copies it for each site, whose shape,
+    plates and support it reads from the prior, as an AutoGuide does. A subclass defines
     :meth:`setup`, which registers the parameters of q, each a :class:`pyro.nn.PyroParam`, and
     :meth:`distribution`, which returns q over the *unconstrained* value of the site.
 
@@ -242,7 +242,7 @@ class SiteGuide(Options, PyroModule):
         return self.distribution()
 
     def center(self, context: Tensor | None = None) -> Tensor:
-        """The center of q: the image of the mean of :meth:`distribution`, by draws if unknown."""
+        """The image of the mean of :meth:`distribution`, which draws estimate if it is unknown."""
         q = self.law(context)
         try:
             mean: Tensor = q.mean

@@ -25,14 +25,14 @@ class Isotropic(PostHoc):
     log-likelihood of draws on an anchor set. It trains like :class:`Delta`; then
     :func:`pyro_blora.inference.finish` finds :math:`s` by bisection.
 
-    Training-free Bayesianization, its source, rotates LoRA's factors by an SVD, so that the noise
-    is isotropic in the weight, and takes the model's own answers as labels and a relative
+    The original, Training-free Bayesianization, rotates LoRA's factors by an SVD, so that the noise
+    is isotropic in the weight, and uses the model's own answers as labels and a relative
     threshold. Here the noise is isotropic in the site, and the labels come from the data.
 
     Args:
-        threshold: :math:`\epsilon`, nats for each example. Default: 0.003.
+        threshold: :math:`\epsilon`, in nats per example. Default: 0.003.
         max_width: the largest ``s`` that is tried. Default: 1, the prior's own width.
-        iterations: bisections of ``log s``, from ``max_width`` and a thousandth of it. Default: 8.
+        iterations: bisections of ``log s``, down to a thousandth of ``max_width``. Default: 8.
         num_samples: draws for each example in the estimate of the loss. Default: 4.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers:

@@ -148,8 +148,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
     whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
-    / (\lambda_i + \delta)`, which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds it;
-    MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` need not converge.
+    / (\lambda_i + \delta)`, which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the
+    maximum; MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` need not converge.
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

@@ -13,7 +13,7 @@ from pyro_blora.guides._site_guide import Site, SiteGuide
 class MeanField(SiteGuide):
     r"""Independent normals, :math:`q(U) = \prod_{ij} \mathcal{N}(U_{ij}; \mu_{ij}, s_{ij}^2)`.
 
-    If the posterior is correlated, it finds the conditional variances, which are too small.
+    If the posterior is correlated, this guide finds conditional variances, which are too small.
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.

@@ -25,7 +25,7 @@ class Mixture(SiteGuide):
 
     Args:
         components: ``K``, at least 2. Default: 3.
-        init_scale: a component's standard deviation at the start over the prior's. Default: 0.01.
+        init_scale: a component's initial standard deviation in units of the prior's. Default: 0.01.
         spread: standard deviation of the components' means at the start, around the prior's mean
             and in units of the prior's standard deviation. Default: 0.01.
 

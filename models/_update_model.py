@@ -80,7 +80,7 @@ class UpdateModel(Options, PyroModule):
     _plate: pyro.plate | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> LowRankUpdate:
-        """Runs :meth:`forward` with one plate, because two would be two sites of one name."""
+        """Runs :meth:`forward` with one plate, because two would be two sites with one name."""
         self._plate = None
         update: LowRankUpdate = super().__call__(*args, **kwargs)
         self._plate = None
@@ -125,8 +125,8 @@ class UpdateModel(Options, PyroModule):
         more = rank - A.shape[-2]
         if more < 0:
             raise ConfigurationError(
-                f"group {self.group.name!r}: the adapter to start at has rank {A.shape[-2]}, and "
-                f"{self!r} holds {rank}; give it rank={A.shape[-2]} or more."
+                f"group {self.group.name!r}: the adapter to start at has rank {A.shape[-2]}, but "
+                f"{self!r} has rank {rank}; give it rank={A.shape[-2]} or more."
             )
         A, B = pad(A, (0, 0, 0, more)), pad(B, (0, more))
         used = A.any(-1, keepdim=True)
@@ -194,8 +194,8 @@ class UpdateModel(Options, PyroModule):
         * ``"ard"``: a half-Cauchy scale for each column, site ``columns``, so that the posterior
           shrinks columns that the data does not need.
 
-        The last two learn the rank (see :func:`~pyro_blora.effective_ranks`) between fixed
-        directions, such as those of ``SpectralInducing``; learned ones fit noise under any core.
+        The last two learn the rank (see :func:`~pyro_blora.effective_ranks`) if directions are
+        fixed, as in ``SpectralInducing``; learned directions fit noise under any core.
         """
 
         def half_cauchy(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -48,13 +48,13 @@ class FactorInducing(UpdateModel):
     Args:
         rank: ``r``. Default: 8.
         inducing: ``m``, the size of each ``U``, at most ``r``. Default: ``r``.
-        sigma: :math:`\sigma_B`, the prior scale of ``B``, in units of weight; the start if it is
+        sigma: :math:`\sigma_B`, the prior scale of ``B``, in units of weight; its initial value if
             learned. :math:`\sigma_A` is 1, as only their product affects dW. Default: 0.1.
         scale: ``"learned"`` (one for each layer) or ``"fixed"``. Default: learned.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, its KL in the ELBO). Default: deterministic.
-        lambda_init: the start of a learned lambda, below its cap of 0.03. Default: 0.001.
-        noise_init: the start of ``D``. Default: 0.1.
+        lambda_init: initial value of a learned lambda, below its cap of 0.03. Default: 0.001.
+        noise_init: initial value of ``D``. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.U_A`` and ``g.U_B``, whitened, batch shape
     ``(n,)``, event shape ``(m, m)``. A learned lambda adds factors ``g.conditional_kl_A, _B``.

@@ -48,8 +48,8 @@ class KernelInducing(KroneckerInducing):
             or from random numbers if the weight is quantized. ``"one-hot"``: neuron ``i`` is unit
             vector ``i``, in as many dimensions as there are neurons. Default: learned.
         embedding_size: dimensions of a learned embedding. Default: 8.
-        sigma: standard deviation of an entry of dW at the inducing points under the prior, which is
-            smaller elsewhere; the start, since it is learned for each layer. Default: 0.01.
+        sigma: prior standard deviation of an entry of dW at the inducing points (elsewhere it is
+            smaller); the initial value, since it is learned for each layer. Default: 0.01.
         core, noise_init: as in :class:`KroneckerInducing`. Defaults: normal, 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape

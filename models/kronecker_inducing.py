@@ -51,7 +51,7 @@ class KroneckerInducing(UpdateModel):
     Args:
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
         sigma: standard deviation of the entries of ``dW`` in the directions of ``Z`` under the
-            prior, in units of weight; the start if it is learned. Default: for each layer
+            prior, in units of weight; its initial value if learned. Default: for each layer
             :math:`0.2\, s`, with the root mean square :math:`s` of the singular values of its
             pretrained weight (1 for a weight of zeros, or without data), so that moving a factor
             from one layer of the network to another does not change the prior.
@@ -62,12 +62,12 @@ class KroneckerInducing(UpdateModel):
             Default: normal.
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.
-        lambda_init: the start of a learned lambda. Default: 0.1.
+        lambda_init: initial value of a learned lambda. Default: 0.1.
         noise: ``"marginal"`` draws the conditional noise of each output at each position
             independently, with the exact variance. ``"joint"`` draws the noise of one weight for
             all outputs and positions of a particle. With marginal noise a multiple choice must be
             packed, so that the options share the noise of their question. Default: marginal.
-        noise_init: the start of ``D``. Default: 0.1.
+        noise_init: initial value of ``D``. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
     ``(m_r, m_c)``. A learned lambda adds the factor ``g.conditional_kl``, ``(n,)``.

@@ -44,35 +44,35 @@ class BayesianLoRA(PyroModule):
     Args:
         net: a Hugging Face transformer, or any module with linear layers.
         target_modules: a list of name suffixes, a regular expression, ``"all-linear"``, or
-            ``None`` for the usual attention projections. ``lm_head`` may be one, tied or not.
+            ``None`` for the usual attention projections. ``lm_head`` can be a target, tied or not.
         method: a name of :data:`pyro_blora.methods.METHODS`, a pair ``"Subspace+FullRank"``, or a
             :class:`~pyro_blora.methods.Method`: a prior, a guide, and how both are trained and
-            predict. Default: ``"bayesian-lora"``; a prior that is given brings rates of its own.
-        rank: the rank of the method's prior. Default: the method's own, mostly 8.
-        prior: p(U), and how the update follows from U; or a mapping of priors, by the names of
-            groups of layers or regular expressions: ``{"q_proj": Subspace(), ".*":
+            predict. Default: ``"bayesian-lora"``. A ``prior=`` comes with its own learning rates.
+        rank: the rank of the method's prior. Default: the method's own, usually 8.
+        prior: p(U), and how the update follows from U; or a mapping to priors from names of layer
+            groups or regular expressions: ``{"q_proj": Subspace(), ".*":
             KroneckerInducing()}``. Default: the method's, ``KroneckerInducing()``.
-        guide: q(U): a guide family, or a mapping of families likewise, or a callable that makes
-            a guide from the model, such as any ``pyro.infer.autoguide`` class. Default: the
+        guide: q(U): a guide family, or a mapping to families as for ``prior``, or a callable that
+            makes a guide from the model, such as any ``pyro.infer.autoguide`` class. Default: the
             method's, ``MatrixNormal()``.
-        likelihood: how the logits explain a batch; :func:`~pyro_blora.inference.fit` needs its
-            ``num_data``. Default: ``CausalLM()``, for a classifier ``SequenceClassification()``.
+        likelihood: how logits become probabilities of labels. Default: ``CausalLM()``, for a
+            classifier ``SequenceClassification()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
-        modules_to_save: heads to train whole, as points, as PEFT does. Default: under
-            ``SequenceClassification`` the heads that hold no target.
-        start: where the posterior mean begins: LoRA's ``(B, A)`` by the full name of each adapted
+        modules_to_save: heads to train in full, as point estimates, as PEFT does. Default: with
+            ``SequenceClassification`` the heads that contain no target.
+        start: where the posterior mean starts: LoRA's ``(B, A)`` by the full name of each adapted
             layer, ``dW = B A``, of any ranks up to the prior's. :meth:`from_peft` passes the
-            factors of a trained adapter. Default: where the prior says, mostly at ``dW = 0``.
-        tokenizer: reads rows of text as the likelihood says, where no ``collate`` is given; ``fit``
-            then takes a file or a data frame as well. It may be set later.
-        fast: whether to take the shortcuts that leave the network's logits as they are: logits only
-            at the positions read, options packed behind one question, frozen blocks run once.
+            factors of a trained adapter. Default: the prior's own start, usually ``dW = 0``.
+        tokenizer: reads rows of text for the likelihood if no ``collate`` is given; ``fit`` then
+            accepts a file or a data frame as well. It can be set later.
+        fast: whether to take shortcuts that do not change the network's logits: compute them only
+            at the positions needed, pack options behind one question, run frozen blocks once.
 
     Raises:
         NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large or is passed beside a prior, a layer is adapted
-            already, or the likelihood, a head or a key of a mapping does not match the network.
+        ConfigurationError: a rank is too large or is passed along with a prior, a layer is already
+            adapted, or the likelihood, a head or a key of a mapping does not match the network.
 
     Reference:
         Bayesian-LoRA, arXiv:2601.21003.
@@ -112,16 +112,16 @@ class BayesianLoRA(PyroModule):
         if method is None:
             draws = 0 if getattr(guide, "is_point", False) else None
             method = replace(METHODS["bayesian-lora"], num_samples=draws)
-        #: The record of how the adapter is trained and predicts.
+        #: How the adapter is trained and how it predicts.
         self.method = get_method(method) if isinstance(method, str) else method
         if prior is None:
             prior = self.method.prior_of(rank)
         elif rank is not None:
             raise ConfigurationError(
-                f"rank must be None with prior=, got {rank}; give it to prior."
+                f"rank must be None with prior=, got {rank}; pass it to the prior."
             )
         family = self.method.guide_of() if guide is None else guide
-        #: Reads rows of text, if there is one.
+        #: The tokenizer that reads rows of text, or ``None``.
         self.tokenizer = tokenizer
         self._given = (net, family)  # in a tuple, so that nn.Module does not register them
         if likelihood is None:
@@ -155,17 +155,17 @@ class BayesianLoRA(PyroModule):
 
     @property
     def max_plate_nesting(self) -> int:
-        """The dimensions that the prior's plates take, for an ELBO with vectorized particles."""
+        """The number of dimensions of the prior's plates, for an ELBO with vectorized particles."""
         return self.model.max_plate_nesting
 
     @property
     def likelihood(self) -> Likelihood:
-        """The bound likelihood, which learns."""
+        """The adapter's own copy of the likelihood, which is trained."""
         return self.model.likelihood
 
     @property
     def trainable_parameters(self) -> int:
-        """The number of trained numbers; an AutoGuide has its own after its first call."""
+        """The number of trained parameters; an AutoGuide creates its own at its first call."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def reading(
@@ -182,7 +182,7 @@ class BayesianLoRA(PyroModule):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Applies ``to``, ``cuda``, ``half`` and the like to the network, too."""
+        """Applies ``to``, ``cuda``, ``half`` and the like to the network as well."""
 
         def moved(tensor: Tensor) -> Tensor:
             to = fn(tensor)  # in single precision at least, because Cholesky has no half
@@ -210,11 +210,11 @@ class BayesianLoRA(PyroModule):
 
     @contextmanager
     def posterior(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
-        """Yields the network, which runs under draws of U within, or under the mean for 0.
+        """Yields the network running under posterior draws of U, or under their mean for 0.
 
-        ``num_samples`` draws share out the rows of any batch that the network is given. Conditional
-        noise is drawn anew at every call of a layer; the mean has none. A posterior that depends on
-        the input is the one of ``batch``. Other threads wait.
+        The rows of any batch are divided evenly among the ``num_samples`` draws. Conditional noise
+        is drawn anew at every call of a layer; the mean has none. If the posterior depends on the
+        input, it is that of ``batch``. Other threads wait.
         """
         with LOCK:
             self.model.check_attached()
@@ -236,16 +236,16 @@ class BayesianLoRA(PyroModule):
 
         Args:
             batch: a batch as in training, on any device; labels are not needed. For a classifier
-                with a tokenizer, a list of texts or of rows will do.
+                with a tokenizer, a list of texts or of rows also works.
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: the
                 method's, or 10.
-            max_rows: limits memory: draws share a pass of the network while draws times examples
-                are within this number. Default: 256, less on a CPU.
+            max_rows: limits memory: draws share a pass of the network as long as draws times
+                examples do not exceed this number. Default: 256, fewer on a CPU.
             linearized: whether the draws come from the logits' first-order expansion at the center
                 of the guide. That takes a forward pass, and a backward one for each class but the
-                first, however many draws there are; their temperature is the one of draws of the
-                network. Default: as the method says.
-            samples: values of all sites, ``(S, *shape)`` by name, in place of draws of the guide:
+                first, however many draws there are. The temperature is that of ordinary draws.
+                Default: the method's choice.
+            samples: values of all sites, ``(S, *shape)`` by name, instead of draws from the guide:
                 ``mcmc.get_samples()``, or the samples that Pyro's ``Predictive`` returns. Heads and
                 the likelihood's parameters stay as they are.
 
@@ -266,8 +266,8 @@ class BayesianLoRA(PyroModule):
         if isinstance(batch, list) and isinstance(likelihood, SequenceClassification):
             if self.tokenizer is None or not batch:
                 raise BatchError(
-                    "A list must have texts for the adapter's tokenizer, got "
-                    f"{'none' if batch else 'an empty list'}; set blora.tokenizer, or pass a batch."
+                    "A list of texts must not be empty and needs the adapter's tokenizer, got no "
+                    f"{'tokenizer' if batch else 'text'}; set blora.tokenizer, or pass a batch."
                 )
             rows = [{"text": row} if isinstance(row, str) else row for row in batch]
             batch = ClassificationCollator(self.tokenizer, likelihood.classes or ())(rows)
@@ -293,10 +293,10 @@ class BayesianLoRA(PyroModule):
 
     @one_at_a_time
     def calibrate(self, data: Any, collate: Collate | None = None, **options: Any) -> float:
-        """Sets the temperatures of predictions by labels that were not in the training.
+        """Fits the temperatures of predictions to labels that training has not seen.
 
-        ``fit`` does this with the examples that it holds out; after a loop of your own call it
-        yourself. See :func:`pyro_blora.posterior.temperature.calibrate`.
+        ``fit`` does this with the examples that it holds out; call it yourself after your own
+        training loop. See :func:`pyro_blora.posterior.temperature.calibrate`.
 
         Example::
 
@@ -339,7 +339,7 @@ class BayesianLoRA(PyroModule):
         num_samples: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`log_predictive` for a data set, ``(n,)``, and its scored tokens, ``(n,)``.
+        """:meth:`log_predictive` for a data set, ``(n,)``, and counts of scored tokens, ``(n,)``.
 
         ``options`` are those of :meth:`predict_dataset`. A class counts as one token.
 
@@ -372,7 +372,7 @@ class BayesianLoRA(PyroModule):
     ) -> Generation:
         """Text from the average of posterior draws, with the uncertainty of each token.
 
-        See :func:`pyro_blora.generation.generate`; ``options`` are those of the network's own.
+        See :func:`pyro_blora.generation.generate`; ``options`` go to the network's ``generate``.
         """
         draws = self.method.draws(num_samples)
         if draws:
@@ -413,7 +413,7 @@ class BayesianLoRA(PyroModule):
         tokenizer: Any = None,
         fast: bool = True,
     ) -> Self:
-        """An adapter from its folder or its hub id, on its base.
+        """Loads an adapter from its folder or its hub id onto its base network.
 
         ``from_pretrained(net, folder)`` adapts a loaded network, ``from_pretrained(folder)`` loads
         the base by its saved name and in its saved dtype. ``tokenizer`` and ``fast`` are as in the
@@ -449,15 +449,15 @@ class BayesianLoRA(PyroModule):
         tokenizer: Any = None,
         fast: bool = True,
     ) -> Self:
-        r"""An adapter whose posterior mean is a trained LoRA, to continue from.
+        r"""Makes an adapter whose posterior mean starts at a trained LoRA.
 
         :math:`\mathbb{E}_q[\Delta W] = s B A` exactly, with PEFT's scaling :math:`s`, on the layers
         and with the heads that PEFT trained.
 
         Args:
-            net: the base network. Default: loaded by the name that the adapter's files have for it.
-            folder: a folder that PEFT wrote, or a hub id. It may stand alone,
-                ``from_peft("my_lora")``, and so may a ``peft.PeftModel``, which is unloaded.
+            net: the base network. Default: loaded by its name in the adapter's files.
+            folder: a folder that PEFT wrote, or a hub id. It can be the only argument,
+                ``from_peft("my_lora")``, and so can a ``peft.PeftModel``, which is unloaded.
             method: as in the constructor.
             prior: a prior that can start there: ``KroneckerInducing``, ``FactorInducing``,
                 ``GaussianFactors`` or ``Subspace``, of the adapter's rank or more. Default: the
@@ -493,12 +493,12 @@ class BayesianLoRA(PyroModule):
 
     @one_at_a_time
     def merge_and_unload(self) -> nn.Module:
-        """Merges E[dW] and the trained heads into the network, and returns it without posterior."""
+        """Merges E[dW] and the trained heads into the network, and returns the plain network."""
         return peft.merge_and_unload(self)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within, the network runs as pretrained, with its own heads; other threads wait."""
+        """Runs the network as pretrained within the context, heads included; other threads wait."""
         with LOCK, self.model.disabled():
             yield
 

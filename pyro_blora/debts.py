@@ -3,7 +3,7 @@
 Every function says why it is needed, on which release it was written, and what breaks when the name
 changes; ``tests/integration/test_debts.py`` runs each of them, so that a new release fails there
 first. Methods that a subclass overrides (``nn.Module._apply``, ``Trainer._save``, the protocol of a
-``Distribution``) stand in the subclass.
+``Distribution``) are in the subclass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from torch.distributions.constraints import Constraint
 PyroContext = _Context
 
 #: Pyro 1.9: the name of the plate of an ELBO's vectorized particles. With another name every
-#: particle would see the whole batch, which is right but as many times slower.
+#: particle would see the whole batch, which is correct but slower by the number of particles.
 ELBO_PLATE = "num_particles_vectorized"
 
 
@@ -84,8 +84,8 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module runs from a graph, by any of three names of torch 2.10's compiler.
 
-    Such a graph does not see a forward that is replaced. Without it a skipped block would be run,
-    or a recorded one not be recorded.
+    Such a graph does not see a replaced forward. Without this check a block to skip would run, and
+    a block to record would not be recorded.
     """
     return (
         module._compiled_call_impl is not None
@@ -100,7 +100,7 @@ def checkpointing_through(
 ) -> Iterator[None]:
     """Wraps the function that checkpoints: ``_gradient_checkpointing_func`` of transformers 5.6.
 
-    Within, blocks with activation checkpointing call ``wrap(theirs)``. Without it backward
+    In the context, blocks with activation checkpointing call ``wrap(theirs)``. Without it backward
     recomputes a block without its updates, and gradients are silently wrong.
     """
     active = [block for block in blocks if block.gradient_checkpointing and block.training]

@@ -324,7 +324,7 @@ class NormalMixture(dist.MixtureSameFamily):
 
 
 def _to_normals(q: RealLaw, p: Any) -> Tensor:
-    """To a product of normals, for which the moments and the entropy of ``q`` are enough."""
+    """The KL to a product of normals, which needs only the moments and the entropy of ``q``."""
     loc, scale = _normals(p)
     given = q.expand(q.given_shape)
     error = (given.variance + (given.mean - loc).square()) / scale.square()

@@ -28,8 +28,8 @@ def own_files(folder: Path) -> set[str]:
         if isinstance(names, list) and all(plain):
             return set(names)
     raise ConfigurationError(
-        f"{path} must be a list of plain file names, got something else; remove it, and the files "
-        "beside it count as your own."
+        f"{path} must be a list of plain file names, got something else; remove it, after which "
+        "the files beside it count as your own."
     )
 
 
@@ -39,8 +39,8 @@ def check_free(folder: Path, *names: str) -> None:
     for name in names:
         if os.path.lexists(folder / name) and name not in own:
             raise ConfigurationError(
-                f"{folder / name} must be free or a file that pyro_blora wrote and {MANIFEST} "
-                "beside it lists, got another file; move it away, or name another folder."
+                f"{folder / name} must be absent or written by pyro_blora and listed in {MANIFEST} "
+                "beside it, got another file; move it away, or name another folder."
             )
     # tries the nearest existing folder, because another process may be creating the new one
     existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -56,7 +56,7 @@ def check_free(folder: Path, *names: str) -> None:
 
 @contextmanager
 def _created(folder: Path) -> Iterator[None]:
-    """Creates a folder, and removes what it created if that is empty afterwards."""
+    """Creates a folder with its parents, and removes the new ones that are empty afterwards."""
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
 
 
 def write_file(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Writes a text, or what a function writes to the path it gets, and adds it to the manifest."""
+    """Writes a text, or lets a function write to a path, and adds the file to the manifest."""
     check_free(path.parent, path.name)
     replace_file(path, content)
     claim(path.parent, own_files(path.parent) | {path.name})

@@ -31,7 +31,7 @@ class Method:
         guide_options: arguments of the guide's constructor.
         learning_rates: AdamW's rates by parameter role that differ from the prior's own.
         point_epochs: replaces the prior's own number.
-        held_out: share of the examples that ``fit`` calibrates by; ``None`` for the likelihood's.
+        held_out: share of the examples that ``fit`` calibrates with; ``None`` for the likelihood's.
         num_samples: number of posterior draws for a prediction. Default: 10.
         linearized: whether predictions use the linearized network.
 
@@ -69,7 +69,7 @@ class Method:
         if self.linearized:
             raise ConfigurationError(
                 f"The method {self.name!r} averages draws of linearized logits, which no network "
-                "gives; take num_samples=0, the mean, or a method with linearized=False."
+                "computes; use num_samples=0, the mean, or a method with linearized=False."
             )
 
     def guide_of(self) -> "SiteGuide":
@@ -148,8 +148,8 @@ METHODS: dict[str, Method] = {known.name: known for known in _KNOWN}
 
 #: Rows of a comparison, ``KIND:NAME``, that come from the training of another method.
 KINDS = {
-    "split": "NAME on seven eighths of the items, with a temperature by the others",
-    "temperature": "NAME with a temperature by validation items",
+    "split": "NAME on seven eighths of the items, with a temperature fitted to the others",
+    "temperature": "NAME with a temperature fitted to validation items",
     "best": "NAME at its best of three validations",
     "mean": "the posterior mean of NAME, in one pass",
     "linearized": "NAME with draws of the linearized network",
@@ -158,7 +158,7 @@ KINDS = {
 
 
 def get_method(name: str) -> Method:
-    """The method with a name of :data:`METHODS`, or of ``"PRIOR+GUIDE"``.
+    """The method of a name in :data:`METHODS`, or of a pair ``"PRIOR+GUIDE"``.
 
     ``PRIOR`` and ``GUIDE`` are class names as in :class:`Method`.
 
@@ -178,7 +178,7 @@ def get_method(name: str) -> Method:
         return Method(name, left, right, num_samples=draws, held_out=None)
     if kind := kind_of(name)[0] or (name in KINDS and name):
         raise ConfigurationError(
-            f"{name} must be a row of a comparison, {kind}:NAME ({KINDS[kind]}), and no method; "
+            f"{name} must be a row of a comparison, {kind}:NAME ({KINDS[kind]}), not a method; "
             "use it in `pyro-blora compare` or pyro_blora.compare."
         )
     raise ConfigurationError(

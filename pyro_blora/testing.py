@@ -243,7 +243,7 @@ class GuideContract(PairContract):
                 assert isclose(kl, mean, abs_tol=error + 1e-3), f"The KL is {kl}, by draws {mean}."
 
     def test_the_draws_are_of_the_density(self) -> None:
-        r"""Also after the parameters have moved, and the draws move with the parameters.
+        r"""This holds after the parameters have moved, too, and draws move with the parameters.
 
         If q integrates to one and its draws follow it, :math:`E_q[f p / q] = E_p[f]` for every
         density p where q is positive: with the weights p / q the draws have the moments of p, and
@@ -347,7 +347,7 @@ def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: b
 
 
 def _misses(q: SiteGuide, context: Tensor | None) -> dict[str, Tensor]:
-    """By name what must be zero in the mean over 50 batches of draws with the weights p / q."""
+    """By name, what must be zero on average, in 50 batches of draws with the weights p / q."""
     transform, parameters = q.site.transform, list(q.parameters())
     names = [n.removesuffix("_unconstrained") for n, _ in q.named_parameters()]
 

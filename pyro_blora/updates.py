@@ -46,7 +46,7 @@ def _particle_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_particle_linear(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``output + x @ weight^T`` by one kernel; not in place, for other hooks may hold it."""
+    """``output + x @ weight^T`` by one kernel; not in place, because other hooks may hold it."""
     if weight.dim() == 2:
         added = output.flatten(0, -2).addmm(x.flatten(0, -2), weight.mT)
     else:
@@ -58,7 +58,7 @@ def _add_particle_linear(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _shares(x: Tensor, particles: int) -> Tensor:
     if x.shape[0] % particles:
         raise ParticleError(
-            f"{x.shape[0]} rows cannot be shared out evenly among {particles} particles; choose a "
+            f"{x.shape[0]} rows cannot be divided evenly among {particles} particles; choose a "
             "num_particles that divides the batch size."
         )
     return x.reshape(particles, -1, x.shape[-1])

@@ -59,11 +59,11 @@ def gpt2(layers=2):
     return _settled(hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **dropouts)))
 
 
-def bert(layers=2, *, name="Bert"):
+def bert(layers=2, *, name="Bert", **options):
     """A sequence classifier of three classes."""
-    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **_SIZES}
-    options |= {"num_hidden_layers": layers, "num_labels": len(ANSWERS)}
-    config = getattr(hf, f"{name}Config")(**options)
+    sizes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **_SIZES}
+    sizes |= {"num_hidden_layers": layers, "num_labels": len(ANSWERS)}
+    config = getattr(hf, f"{name}Config")(**sizes | options)
     return _settled(getattr(hf, f"{name}ForSequenceClassification")(config))
 
 

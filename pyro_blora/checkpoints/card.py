@@ -68,7 +68,7 @@ def page_of_use(
 
 
 class Training(Protocol):
-    """The result of a training as the card tells it; ``fit`` returns one."""
+    """The result of a training run as the card reads it; ``fit`` returns one."""
 
     history: list[dict[str, float]]
     validation: list[tuple[int, float]]

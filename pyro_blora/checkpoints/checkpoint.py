@@ -48,7 +48,7 @@ _OF_BASE = "base."  # prefix of the tensors that identify the base
 
 
 class Adapted(Protocol):
-    """An adapter as this package needs it; :class:`~pyro_blora.BayesianLoRA` is one."""
+    """What this package needs of an adapter, such as :class:`~pyro_blora.BayesianLoRA`."""
 
     model: BayesianLoRAModel
     guide: nn.Module
@@ -93,7 +93,7 @@ def save_pretrained(
         folder: the folder to write to, which is created if needed.
         result: the result of ``fit``, whose figures override notes of the same names.
         notes: further rows of the card and the JSON, such as ``{"accuracy": 0.93}``.
-        place: the folder or hub id that the card tells to load.
+        place: the folder or hub id that the card's example loads.
     """
     folder, model = Path(folder), blora.model
     start_guide(blora.guide)
@@ -154,7 +154,7 @@ class Saved:
             tensors = {n: t for n, t in tensors.items() if part not in n}
             tensors |= {n: t for n, t in own.items() if part in n}
         # AutoLaplaceApproximation's normal has constrained values under their bare names, and a
-        # Cholesky factor with another diagonal than the ones that its constraint would make of it
+        # Cholesky factor whose diagonal is not one, although its constraint requires that
         if "guide.scale_tril" in tensors and "guide.scale_tril_unconstrained" in own:
             diagonal = tensors["guide.scale_tril"].diagonal()
             tensors["guide.scale_tril"] = tensors["guide.scale_tril"] / diagonal.unsqueeze(-1)
@@ -184,12 +184,12 @@ def read_pretrained(
 ) -> Saved:
     """Reads what :func:`save_pretrained` wrote, and compares the base with the saved one.
 
-    Other weights of the same shapes give a warning.
+    A base with other weights of the same shapes gives a warning.
 
     Args:
         net: the base network. ``None`` loads it by its saved name.
         folder: the adapter's folder, or its id on the hub.
-        prior: for a prior of your own, its class, or an object of it, which is made again with the
+        prior: for a prior of your own, its class, or an object of it, which is rebuilt with the
             saved options. If priors were saved by group, a mapping with some of the groups. An
             object of another class is used as it is. Default: rebuilt from the file.
         guide: likewise for the guide, or the function that makes it.
@@ -311,8 +311,8 @@ def push_to_hub(
             )
         except Exception as error:  # as in fetched
             raise CheckpointError(
-                f"{repo_id} was not pushed ({first_line(error)}). Log in by `hf auth login` with a "
-                "token that may write, pass an id 'user/name', and check the connection to the hub."
+                f"{repo_id} was not pushed ({first_line(error)}). Run `hf auth login` with a token "
+                "that can write, pass an id 'user/name', and check the connection to the hub."
             ) from error
     return str(done.commit_url)
 
@@ -358,7 +358,7 @@ def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that differ from their fingerprint by more than the coarser dtype rounds."""
+    """Names of tensors that differ from their fingerprint by more than their dtypes' rounding."""
     found, names = dict(_plain_tensors(net)), []
     for name in prints.keys() & found.keys():
         before, now = prints[name], _numbers(found[name])

@@ -163,7 +163,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
             elif "lora_" in key or not key.startswith(PEFT_PREFIX):
                 raise ConfigurationError(
                     f"{where} has {key} of {tuple(tensor.shape)}, which is not part of a plain "
-                    "LoRA of linear layers; only such an adapter can be a start."
+                    "LoRA of linear layers; only such an adapter can be started from."
                 )
             else:
                 others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
@@ -204,8 +204,8 @@ def _of_model(model: Any) -> _Source:
     name = type(model).__name__
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise ConfigurationError(
-            f"from_peft takes a peft.PeftModel, a folder or a hub id, and {name} is no PeftModel; "
-            "pass the adapter's folder, too, from_peft(net, folder)."
+            f"from_peft takes a peft.PeftModel, a folder or a hub id, but {name} is not a "
+            "PeftModel; pass the adapter's folder as well, from_peft(net, folder)."
         )
     from peft import get_peft_model_state_dict
 
@@ -230,8 +230,8 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
     ]
     if found:
         raise ConfigurationError(
-            f"{where} must be a plain LoRA, got {', '.join(found)}; only dW = s B A can be a "
-            "start. Train it without, or merge it into the base and adapt that."
+            f"{where} must be a plain LoRA, dW = s B A, got {', '.join(found)}; train it without "
+            "these options, or merge it into the base and adapt that."
         )
 
 
@@ -306,7 +306,7 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
 
     The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
     not written, so merge it into the base first. The temperature of the mean, or of the draws, is
-    in the weights of a trained head. Without one it is in ``one_pass.json``, with a program that
+    folded into a trained head. Without a head it is in ``one_pass.json``, with a program that
     applies it in ``README.md``, and for text in ``generation_config.json``. Leftovers of an earlier
     export are removed, and your own files are kept, as in ``save_pretrained``.
 
@@ -395,7 +395,7 @@ def merge_and_unload(blora: Adapted) -> nn.Module:
 
     if temperature != 1 and _last_linear(model) is None:
         warnings.warn(
-            f"The merged network has no trained head to include the temperature {temperature:.4g}; "
+            f"The merged network has no trained head to hold the temperature {temperature:.4g}; "
             "divide its scores by that.",
             stacklevel=4,
         )

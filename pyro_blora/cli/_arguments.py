@@ -79,7 +79,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the posterior draws.")]
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Prints the name and the duration where stderr is no terminal and shows no progress bar."""
+    """Prints the name and the duration if stderr is no terminal, and so shows no progress bar."""
     shown = not sys.stderr.isatty()
     start = time.perf_counter()
     if shown:
@@ -100,7 +100,7 @@ def listed(text: str, option: str) -> tuple[str, ...]:
 def named(given: str | None, saved: Any, option: str) -> str:
     """The value of an option, or the one that the adapter has saved."""
     if not (given or saved):
-        raise ConfigurationError(f"The adapter names no {option[2:]}; give {option}.")
+        raise ConfigurationError(f"The adapter does not name its {option[2:]}; give {option}.")
     return str(given or saved)
 
 

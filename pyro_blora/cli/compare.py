@@ -50,9 +50,9 @@ def run(
     Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
     are those of the probabilities over the candidate answers or classes. The table says what set
     the temperature of each row, how many labeled items the row needs beside the training items, and
-    its NLL less that of the first row, item by item, with the error over items and seeds.
+    its NLL minus that of the first row, item by item, with the error over items and seeds.
 
-    Each row is saved when it is done. After an interruption the same command goes on; other
+    Each row is saved when it is done. After an interruption the same command continues; other
     --methods or --seeds with the same --out train only what is missing.
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy

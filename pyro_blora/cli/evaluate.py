@@ -37,7 +37,7 @@ def run(
     ] = None,
     ood: Annotated[
         str | None,
-        typer.Option(help="A task out of distribution, on which uncertainty should be higher."),
+        typer.Option(help="An out-of-distribution task, where uncertainty should be higher."),
     ] = None,
 ) -> None:
     """Measure the accuracy, calibration and uncertainty of a saved adapter.
@@ -89,7 +89,7 @@ def run(
     document |= {"ece_by_chance": chance, "entropy": entropy, "mutual_information": information}
     doubt, wrong = m.doubts(prediction), prediction.predictions != labels
     document["aurc"] = {name: m.risk_coverage(d, wrong)[2] for name, d in doubt.items()}
-    with warnings.catch_warnings():  # if there is none, nothing is said of it
+    with warnings.catch_warnings():  # if there is no threshold, it is left out
         warnings.simplefilter("ignore")
         limit = m.threshold_for(prediction, labels)
     if kept := float((doubt["entropy"] <= limit).double().mean()):

@@ -60,15 +60,15 @@ def run(
 
     Example: pyro-blora train --task arc_easy --data-dir data --out out/arc_easy
 
-    Adapters in the upper blocks alone train and predict in a fraction of the time: add --top 10.
+    Adapting only the upper blocks takes a fraction of the time, also to predict: add --top 10.
 
     If the run is stopped or killed, the same command with --resume continues it.
 
-    A trained PEFT LoRA gets a posterior without any steps by
+    To give a trained PEFT LoRA a posterior without any steps, use
     --from-peft DIR --method laplace-lora --max-steps 0.
     """
     if from_peft is not None and top is not None:
-        raise ConfigurationError("--top is not for --from-peft, which has its own layers.")
+        raise ConfigurationError("--top cannot be used with --from-peft, which has its own layers.")
     if resume and overwrite:
         raise ConfigurationError(
             "--resume continues a run and --overwrite starts anew: leave one of them out."
@@ -131,7 +131,7 @@ def run(
     if overwrite:
         remove_own(run_dir, [STATE])
     elif resume and not state.exists():
-        console.print(f"{run_dir} has no run to go on with: this one begins")
+        console.print(f"{run_dir} has no run to continue: a new one begins")
     reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
     reading["precision"] = precision
     result = None

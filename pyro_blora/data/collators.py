@@ -37,7 +37,7 @@ class _Collator:
         self._before = self._ids(":")  # stands for the text before an answer
 
     def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of a list of items, or of dictionaries with their fields but the id."""
+        """The batch of a list of items, or of dictionaries with their fields except the id."""
         return self._batch([item_of(row, {"id": f"row {k}"}) for k, row in enumerate(rows)])
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ class _Collator:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
-        """The ids of a text that continues another, which may differ from those at a start."""
+        """The ids of a text that continues another, perhaps other than those of a text's start."""
         both, count = self._ids(":" + text), len(self._before)
         return both[count:] if both[:count] == self._before else self._ids(text)
 
@@ -82,7 +82,7 @@ class _Collator:
 
 
 class MultipleChoiceCollator(_Collator):
-    r"""Makes a row of every option of every item: the prompt, then ``" " + choice``.
+    r"""Makes a row for every option of every item: the prompt, then ``" " + choice``.
 
     The prompt is tokenized once, so the options of an item share its ids exactly. Rows are padded
     on the right. An item with fewer than K options is filled up with rows of the prompt alone.
@@ -127,7 +127,7 @@ class MultipleChoiceCollator(_Collator):
 
 
 class LabelTokensCollator(_Collator):
-    """Makes a row of the prompt of every item; the answer is predicted at its last token.
+    """Makes a row from the prompt of every item; the answer is predicted at its last token.
 
     Takes the arguments of :class:`MultipleChoiceCollator`, with a template of ``scoring="labels"``.
     ``token_ids`` has the token of each label word, in the order of the classes. A batch has
@@ -143,7 +143,7 @@ class LabelTokensCollator(_Collator):
         self.token_ids: tuple[int, ...] = tuple(ids[0] for ids in words.values() if len(ids) == 1)
         if len(set(self.token_ids)) < len(template.label_words):
             raise DataError(
-                f"the label words have the tokens {words}, expected exactly one of its own each: "
+                f"the label words have the tokens {words}, expected a different single one each: "
                 "choose other label words, or scoring='options'"
             )
         self._choices: tuple[str, ...] | None = None  # those of the first item, and so of all
@@ -168,13 +168,13 @@ class LabelTokensCollator(_Collator):
 
 
 class ClassificationCollator:
-    """Makes a row of every text, for a network with a classification head.
+    """Makes a row from every text, for a network with a classification head.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a pad token.
         classes: the names of the classes, in the order of the logits, if labels are texts.
         max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
-        own: the names that numbers have in the rows' table, if it has some.
+        own: the names that label numbers have in the rows' table, if any.
 
     Called on B items, or dictionaries with ``text``, perhaps ``text_pair``, and ``label`` (a name
     or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``, long, ``(B,)``,
@@ -213,7 +213,7 @@ def _label(item: Item, classes: Sequence[str]) -> str | int:
 
 
 class TextCollator(_Collator):
-    """Makes a row of every text, for the next-token likelihood.
+    """Makes a row from every text, for the next-token likelihood.
 
     Takes the tokenizer and ``max_length`` of :class:`MultipleChoiceCollator`. Called on B
     dictionaries with ``text``, or with ``prompt`` and ``completion``, it returns ``input_ids``,
@@ -265,11 +265,11 @@ def reading(
     tokenizer: PreTrainedTokenizerBase | None,
     labeled: bool = True,
 ) -> tuple[Any, Collate | None]:
-    """The examples in ``data``, and what makes their batches unless ``collate`` is given.
+    """The examples in ``data``, and ``collate`` or the function that makes their batches instead.
 
-    Before one of transformers' collators, rows of token ids lose the columns that neither the
-    network nor the likelihood takes, as under its ``Trainer``. A classifier's likelihood
-    without names of classes takes those of the network, or else of the rows.
+    For transformers' own collators, rows of token ids lose the columns that neither the network
+    nor the likelihood takes, as in its ``Trainer``. A classifier's likelihood without class
+    names takes those of the network, or else of the rows.
     """
     if isinstance(data, DataLoader | IterableDataset):
         return data, collate
@@ -289,7 +289,7 @@ def reading(
             texts = isinstance(likelihood, CausalLM)
             collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
         if not type(collate).__module__.startswith("transformers."):
-            return rows, collate  # one of the user's own, which may read any column
+            return rows, collate  # the user's own, which may read any column
         known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
         known |= {"labels", "label", "label_ids"}
 
@@ -328,7 +328,7 @@ def reading(
     if "label" in given or (set(pair) <= given) == ("text" in given):  # neither, or both
         raise ConfigurationError(
             f"CausalLM must read the column text, or prompt and completion, got {columns}; rename "
-            "or drop columns. For classes load a classifier, by num_labels=, and for options pass "
+            "or drop columns. For classes load a classifier with num_labels=, for options pass "
             "likelihood=MultipleChoice()."
         )
     check_rows(rows, *(pair if "completion" in given else ("text",)))

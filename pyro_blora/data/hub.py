@@ -123,5 +123,5 @@ def read_hub(task: str, split: str) -> list[Item]:
             records += load_dataset(source.path, config, split=name, revision=source.revision)
     except Exception as error:  # datasets and its HTTP library raise many kinds
         reason = first_line(error)[:160]
-        raise DataError(f"{source.path} is out of reach on the hub ({reason}): {fix}") from error
+        raise DataError(f"{source.path} cannot be read from the hub ({reason}): {fix}") from error
     return [Item(f"{task}-{split}-{k}", *source.convert(r)) for k, r in enumerate(records)]

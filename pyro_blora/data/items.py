@@ -70,7 +70,7 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
         except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:
-        raise DataError(f"{path} has no items: write one object a line, {FORMAT}")
+        raise DataError(f"{path} has no items: write one object per line, {FORMAT}")
     return items
 
 
@@ -98,8 +98,8 @@ class Template:
     tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
 
     In ``prompt``, ``{q}`` stands for the question. Each of ``label_words`` has its leading space.
-    With ``twins``, items of the same choices are nearly one question and give each other's answer
-    away, as in WinoGrande, so they are never split between training and validation.
+    With ``twins``, items with the same choices are nearly the same question and give away each
+    other's answer, as in WinoGrande, so they are never split between training and validation.
     """
 
     prompt: str

@@ -39,10 +39,10 @@ def _read_file(path: Path) -> Any:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(f"{path} must be read by datasets: pip install datasets.") from None
+        raise DataError(f"{path} needs the package datasets: pip install datasets.") from None
     try:
         return load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    except Exception as error:  # datasets, and what it reads by, raise many kinds
+    except Exception as error:  # datasets and the libraries that it uses raise many kinds
         raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
 
 
@@ -58,9 +58,9 @@ def check_rows(rows: Iterable[Mapping[str, Any]], *columns: str) -> None:
             value = _plain(row[name])
             number = name == "label" and isinstance(value, Integral) and int(value) >= 0
             if not (number or isinstance(value, str)):
-                remedy = "; leave the row out, or make it one"
+                remedy = "; leave the row out, or convert it"
                 if isinstance(value, float) and name == "label":
-                    remedy = "; cast the column to int, after rows without a label are left out"
+                    remedy = "; cast the column to int, after leaving out rows without a label"
                 kind = "a text or a whole number from 0" if name == "label" else "a text"
                 raise DataError(
                     f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}{remedy}."
@@ -85,7 +85,7 @@ def classes_of(rows: Any) -> list[str]:
 
 
 def names_of(*tables: Any) -> list[Any]:
-    """The classes in the column ``label`` of all tables: texts in their order, or numbers from 0.
+    """The classes in the column ``label`` of all tables: texts, sorted, or numbers from 0.
 
     Those of a ``datasets.Dataset`` keep its order.
     """

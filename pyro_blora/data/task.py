@@ -52,7 +52,7 @@ class Task:
     ) -> Any:
         """The collator of this task's items, whose rows have at most ``max_length`` tokens.
 
-        It asks a language model, unless ``net`` is given and is a classifier.
+        It is for a language model, unless ``net`` is a classifier.
         """
         from pyro_blora.data import collators
         from pyro_blora.network.targets import is_classifier
@@ -65,7 +65,7 @@ class Task:
         return kind(tokenizer, self.template, max_length)
 
     def likelihood(self, collate: Any) -> "Likelihood":
-        """The likelihood of these items, by ``collate``, which is their collator."""
+        """The likelihood for these items, given their collator ``collate``."""
         from pyro_blora import likelihoods
         from pyro_blora.data import collators
 
@@ -157,7 +157,7 @@ def _splits(data: Any, data_dir: str | PathLike[str] | None) -> tuple[str, dict[
     splits = items_of({split: given[split] for split in SPLITS if split in given})
     if "test" not in splits:
         every = splits["train"]
-        texts = list(dict.fromkeys(item.question for item in every))  # twice in a table, but once
+        texts = list(dict.fromkeys(item.question for item in every))  # a repeated text is only
         chosen = set(random.Random(0).sample(texts, len(texts) // 5))  # on one side of the split
         splits["train"] = [item for item in every if item.question not in chosen]
         splits["test"] = [item for item in every if item.question in chosen]

@@ -46,7 +46,7 @@ _MEASURED |= {"Brier": ("brier", 1, 3)}
 _LINEARIZED_DRAWS = 256  # they cost no passes
 
 Phase = Callable[[str], AbstractContextManager[Any]]
-Own = Method | tuple[UpdateModel, SiteGuide]  # a method of one's own
+Own = Method | tuple[UpdateModel, SiteGuide]  # a user's own method
 Data = Mapping[str, tuple[Sequence[Item], Collate]]  # items by the name of their data set
 State = Literal["last", "distilled", "best"]
 
@@ -117,11 +117,11 @@ class Comparison:
     def differences(
         self, reference: str | None = None
     ) -> dict[str, dict[str, tuple[float, float]]]:
-        r"""The NLL and Brier score of each method less those of a reference, with their errors.
+        r"""The NLL and Brier score of each method minus those of a reference, with their errors.
 
-        The difference is paired: of the same item under the same seed. Its squared error is
-        :math:`v_n / n + v_S / S`, of the variance over :math:`n` items of their means over seeds,
-        and over :math:`S` seeds of their means over items.
+        Differences are paired by item and seed. The squared standard error is :math:`v_n / n + v_S
+        / S`: :math:`v_n` is the variance over the :math:`n` items of their means over seeds, and
+        :math:`v_S` the variance over the :math:`S` seeds of their means over items.
 
         Args:
             reference: a method. Default: the first one.
@@ -160,7 +160,7 @@ class Comparison:
         if len(by) > 1:
             gaps = {name: gap["nll"] for name, gap in self.differences().items()}
             told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
-            found[f"NLL less {next(iter(by))}'s"] = [told.get(name, "") for name in by]
+            found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
         first = [own[0] for own in by.values()]
         found["temperature by"] = [row.temperature_by for row in first]
         found["labels beside training"] = [str(row.labels_beside_training) for row in first]
@@ -236,22 +236,22 @@ def compare(
 ) -> Comparison:
     """Trains methods on the same examples, and scores each on the same test items.
 
-    A seed sets the training items, a new head, the order of the batches and all draws, alike for
-    every method. A method whose scores need a temperature sets it by an eighth of its training
-    items; the column ``temperature by`` says which do.
+    A seed sets the training items, a new head, the order of the batches and all draws, the same
+    for every method. A method whose scores need a temperature fits it to an eighth of its training
+    items, which it holds out; the column ``temperature by`` says which methods do.
 
     Args:
-        network: a name for :func:`~pyro_blora.load_pretrained`, or a network and its tokenizer. By
-            name, an encoder becomes a classifier of the data's classes, with a new head for each
-            seed.
+        network: a name for :func:`~pyro_blora.load_pretrained`, or a network and its tokenizer. An
+            encoder given by name becomes a classifier of the data's classes, with a new head for
+            each seed.
         data: as for :func:`~pyro_blora.load_task`: a CSV file, a data frame, a
             ``datasets.Dataset``, or the name of a task; a ``Task`` is taken as it is.
         methods: the rows: names of :data:`~pyro_blora.methods.METHODS`, pairs ``"PRIOR+GUIDE"``,
             those of ``own``, or ``"KIND:NAME"`` of one of them, with a kind of
-            :data:`~pyro_blora.methods.KINDS`. Differences are to the first one.
-        own: methods of your own, or other ones in place of those of the same names: a
+            :data:`~pyro_blora.methods.KINDS`. Differences are taken to the first one.
+        own: your own methods by name, which take the place of known ones of the same name: each a
             :class:`~pyro_blora.methods.Method`, or a prior and a guide.
-        seeds: one run of every method for each.
+        seeds: every method runs once for each.
         num_steps: optimizer steps.
         max_train: as in ``load_task``.
         max_validation: as in ``load_task``.
@@ -261,11 +261,11 @@ def compare(
         target_modules: as in :class:`~pyro_blora.BayesianLoRA`.
         num_samples: posterior draws of a prediction, for methods without a number of their own.
         precision: as in ``fit``.
-        out: a folder for the results. The same call goes on from there after an interruption;
-            other methods or seeds train only what is missing. Default: nothing is written.
+        out: a folder for the results. After an interruption the same call continues from there;
+            with other methods or seeds it trains what is missing. Default: nothing is written.
         overwrite: whether to replace earlier results in ``out``.
         callback: called with each row when it is done, and first with those found in ``out``.
-        phase: makes a context, around each training or prediction, from a line that describes it.
+        phase: makes a context manager for each training or prediction from a line describing it.
         training: further options of ``fit``, for all methods.
 
     Raises:
@@ -280,7 +280,7 @@ def compare(
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
     if not methods or not len(seeds):
-        raise ConfigurationError("methods and seeds must not be empty; name one of each at least.")
+        raise ConfigurationError("methods and seeds must not be empty; name at least one of each.")
     known: dict[str, Own] = {**METHODS, **(own or {})}
     for name in methods:
         if kind_of(name)[1] not in known:
@@ -383,14 +383,14 @@ def train_and_score(
         task: its training items train, and its validation items choose the best step.
         rows: the rows, as in :func:`compare`.
         known: the methods by name.
-        collate: makes a batch of a list of these items.
-        data: the data sets to predict by each row, with the collators of their tasks; the
-            validation items come to them where a row takes its temperature from these.
-        seed: of the prior's draws at the start, of the training, and of the draws of predictions.
+        collate: makes a batch from a list of these items.
+        data: the data sets to predict for each row, with the collators of their tasks; the
+            validation items are added if a row fits its temperature to them.
+        seed: seeds the prior's initial draws, the training, and the draws of predictions.
         num_samples: posterior draws, for methods without a number of their own.
-        rank: as in :class:`~pyro_blora.BayesianLoRA`, like the next two.
-        target_modules: which layers.
-        layers_to_transform: of which blocks.
+        rank: as in :class:`~pyro_blora.BayesianLoRA`.
+        target_modules: as in :class:`~pyro_blora.BayesianLoRA`.
+        layers_to_transform: as in :class:`~pyro_blora.BayesianLoRA`.
         training: options of :func:`scored`, and further ones of ``fit``.
     """
     groups: dict[tuple[str, bool], list[str]] = {}  # by method, and whether an eighth is held out
@@ -482,7 +482,7 @@ def scored(
 def _return_to_best(
     blora: BayesianLoRA, task: Task, fitted: FitResult, collate: Collate, precision: str
 ) -> None:
-    """Loads the best step, and does then what ``fit`` does after its last one."""
+    """Loads the best step, and then does what ``fit`` does after its last one."""
     assert fitted.best_state is not None
     assert fitted.settings is not None
     blora.load_state_dict(fitted.best_state)

@@ -64,7 +64,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         output_head(blora.net)
         if getattr(blora.guide, "reads_context", False):
             raise ConfigurationError(
-                f"{blora.guide_family!r} has another posterior for every batch, but all requests "
+                f"{blora.guide_family!r} has its own posterior for every batch, but all requests "
                 "of a task must be scored under the same draws; take a guide that is not amortized."
             )
         if samples is None and num_samples:
@@ -96,7 +96,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         for index, (_, context, continuation) in enumerate(requests):
             read = (context + continuation)[-self.max_length - 1 : -1]
             rows[tuple(read), len(continuation)].append(index)
-        longest = sorted(rows, key=lambda row: -len(row[0]))  # first, so that memory fails early
+        longest = sorted(rows, key=lambda row: -len(row[0]))  # first, to run out of memory early
         size = override_bs or self.batch_size
         answers: dict[int, tuple[float, bool]] = {}
         for start in tqdm(range(0, len(longest), size), desc="posterior", disable=disable_tqdm):

@@ -67,10 +67,10 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         \mathrm{NLL} &= -\tfrac1n \textstyle\sum_i \log p_{i y_i}\\
         \mathrm{Brier} &= \tfrac1n \textstyle\sum_i \sum_k (p_{ik} - [k = y_i])^2
 
-    The ECE bins the confidence in the most probable class into ``[low, high)`` of equal width; the
-    last bin contains 1. A probability of 0 at a label counts as the smallest normal float32, so the
-    NLL of an item is at most 87.3 nats. ``probs`` is ``(n, K)``, with 0 for an absent choice, and
-    ``labels`` is ``(n,)``.
+    The ECE sorts the confidence in the most probable class into bins ``[low, high)`` of equal
+    width; the last one contains 1. A probability of 0 at a label counts as the smallest normal
+    float32, so the NLL of an item is at most 87.3 nats. ``probs`` is ``(n, K)``, with 0 for an
+    absent choice, and ``labels`` is ``(n,)``.
 
     Example::
 
@@ -98,8 +98,8 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
 def item_scores(probs: Tensor, labels: Tensor) -> Tensor:
     """NLL and Brier score of each item, and its term in the ECE, ``3 x N``.
 
-    The ECE is the mean over items of confidence less correctness, times the sign of their sum in
-    the bin of the item. The variance of these terms is that of the ECE as long as no sign changes.
+    The ECE is the mean over items of confidence minus correctness, times the sign of their sum in
+    the item's bin. The variance of these terms is that of the ECE as long as no sign changes.
     """
     probs = probs.double()
     nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
@@ -112,7 +112,7 @@ def item_scores(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
-    r"""The ECE that a perfectly calibrated classifier shows on average, on as many items.
+    r"""The ECE that a perfectly calibrated classifier has on average on the same number of items.
 
     .. math::
         \operatorname{E} \textstyle\sum_b \tfrac1n
@@ -154,7 +154,7 @@ def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
-    r"""The error rate of a classifier that answers only the items of which it is surest.
+    r"""The error rate of a classifier that answers only the items it is most certain about.
 
     .. math::
         \mathrm{coverage}(t) = \tfrac1n \textstyle\sum_i [d_i \le t], \qquad
@@ -174,7 +174,7 @@ def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _at_thresholds(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each distinct ``doubt`` in order, and how many items it keeps, and wrong ones among them."""
+    """Each distinct ``doubt`` in order, how many items it keeps, and how many of them are wrong."""
     values, order = doubt.double().sort()
     distinct, counts = values.unique_consecutive(return_counts=True)
     kept = counts.cumsum(0)
@@ -189,21 +189,21 @@ def threshold_for(
     confidence: float = 0.95,
     by: str = "entropy",
 ) -> float:
-    r"""The score above which to abstain, so that few of the answers that are given are wrong.
+    r"""The score above which to abstain, so that few of the remaining answers are wrong.
 
     .. math::
         \Pr\bigl(\Pr(\hat y \ne y \mid d \le \hat t) \le r\bigr) \ge 1 - \delta
 
     An answer is given if its score :math:`d` is at most the threshold :math:`\hat t`, as in
-    ``generate(abstain_above=)``. The outer probability is over the labeled items, which must be
-    like those to come and serve neither training nor the choice of ``risk`` and ``by``. The bound
-    is proven if scores are distinct and errors do not become rarer as they grow, and holds in
-    simulations of ties and of other errors.
+    ``generate(abstain_above=)``. The outer probability is over the labeled items, which must
+    resemble future ones, and be used neither for training nor to choose ``risk`` and ``by``. The
+    bound is proven if scores are distinct and errors do not become rarer as scores grow; in
+    simulations it also holds with ties and other errors.
 
     Thresholds are tested from the strictest to the laxest, and the last that passes is returned:
     ``e`` errors in ``k`` answers pass if :math:`\Pr(\mathrm{Bin}(k, r) \le e)` is at most the
-    level. It starts from 0 and grows by :math:`\delta / m` at ``m`` points, the first where no
-    error at all would pass, each next at twice as many answers. A test that fails sets it to 0.
+    level. The level starts at 0 and grows by :math:`\delta / m` at ``m`` points: first where zero
+    errors would pass, then each time the answers have doubled. A failed test resets it to 0.
 
     Args:
         prediction: of ``n`` labeled items, or the texts that ``n`` prompts gave.
@@ -216,7 +216,7 @@ def threshold_for(
 
     Returns:
         The threshold, in nats unless ``by="confidence"``. If none passes, it is ``-inf`` (always
-        abstain), with a warning; by default it takes 59 answers without an error, or more.
+        abstain), with a warning; by default at least 59 answers without an error are needed.
 
     Raises:
         ConfigurationError: if ``risk`` or ``confidence`` is not between 0 and 1, ``by`` is unknown,
@@ -269,7 +269,7 @@ def threshold_for(
             threshold, level = (value, level) if p_value <= level else (threshold, 0.0)
     if threshold == -math.inf:
         warnings.warn(
-            f"No threshold has a risk of at most {risk} at confidence {confidence}: it takes at "
+            f"No threshold has a risk of at most {risk} at confidence {confidence}: that takes at "
             f"least {begins[0]} answers without an error, got {int(wrong.sum())} errors in "
             f"{len(wrong)}; label more items, or allow a greater risk.",
             stacklevel=2,
@@ -297,8 +297,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         \hat T = \arg\min_{T > 0} -\sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
 
     Divide logits by it, and fit it on data held out from both training and test. The objective is
-    convex in :math:`1/T`, so bisection finds the minimum in [0.01, 100]; it is 1 if every T is as
-    good. If it is 0.01, a warning says that the items are probably too few. ``logits`` is
+    convex in :math:`1/T`, so bisection finds the minimum in [0.01, 100]; it is 1 if all T are
+    equally good. If it is 0.01, a warning says that the items are probably too few. ``logits`` is
     ``(n, K)``, with ``-inf`` for an absent choice.
 
     Reference: C. Guo et al. (2017), "On Calibration of Modern Neural Networks", arXiv:1706.04599.
@@ -346,8 +346,8 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
         \mathrm{NLL}_{\text{text}} = -\tfrac1n \textstyle\sum_i \log p_i
 
     Args:
-        log_probs: of each text's scored tokens together, in nats, ``(n,)``.
-        num_tokens: how many they are, ``(n,)``.
+        log_probs: log probability of all scored tokens of each text, in nats, ``(n,)``.
+        num_tokens: number of scored tokens of each text, ``(n,)``.
 
     Example::
 
@@ -356,7 +356,7 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
     if not num_tokens.all():
         raise BatchError(
             f"Each text must have a scored token, got {int((num_tokens == 0).sum())} without one; "
-            "look for labels of -100 alone, and for empty completions."
+            "look for rows whose labels are all -100, and for empty completions."
         )
     total = -float(log_probs.double().sum())
     per_token, per_text = total / int(num_tokens.sum()), total / len(log_probs)

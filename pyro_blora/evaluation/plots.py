@@ -79,7 +79,7 @@ def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
 
     There is a line for each score of doubt: confidence, entropy and, for two draws or more, mutual
     information; a good one falls fast to the left. Two more lines are an oracle, which leaves the
-    wrong answers out first, and a score that knows nothing. The legend gives the area under each
+    wrong answers out first, and an uninformative score. The legend gives the area under each
     line (AURC), the mean risk over all coverages.
     """
     wrong = prediction.predictions.cpu() != labels.cpu()
@@ -105,8 +105,8 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
     """Draws histograms of the uncertainty of items in and out of distribution.
 
     The two panels are entropy and mutual information, in nats. Above each is the probability that
-    an item out of distribution has the higher one (AUROC; 50 % is chance). The legend calls the two
-    data sets by ``names``.
+    an item out of distribution has the higher one (AUROC; 50 % is chance). ``names`` are those of
+    the two data sets in the legend.
     """
     figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     columns = figure.subplots(1, 2)
@@ -132,7 +132,7 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure in the format of the suffix; replaces only a file of this library."""
+    """Writes a figure in the format of the suffix; replaces only files that this library wrote."""
     write_file(Path(path), lambda file: figure.savefig(file, dpi=200, bbox_inches="tight"))
 
 

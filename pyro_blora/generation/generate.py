@@ -104,7 +104,7 @@ def generate(
         input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of different lengths
             must be padded on the left and come with their ``attention_mask``.
         num_samples: number of draws ``S``; 0 uses the posterior mean. Default: 10.
-        abstain_above: threshold in nats per token; a sequence with a greater score has
+        abstain_above: threshold in nats per token, above which a sequence's score marks it as
             ``abstained``; :func:`~pyro_blora.evaluation.metrics.threshold_for` finds one. Default:
             no sequence abstains.
         by: the score, ``"entropy"`` (``mean_entropy``) or ``"mutual_information"``
@@ -198,8 +198,8 @@ class _Average:
 class _Ends(StoppingCriteria):
     """The last criterion, which ends no row but records the rows that the others have ended.
 
-    transformers joins the criteria by ``ended | criterion(...)`` and tells nobody the result, so
-    the answer of this one is itself, and its ``__ror__`` sees what the others have answered.
+    transformers joins criteria by ``ended | criterion(...)`` and does not expose the result, so
+    this criterion returns itself, and its ``__ror__`` receives what the others have returned.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from pyro_blora.generation.generate import Generation
 
 __all__ = ["Answer", "answers", "colored", "legend", "page"]
 
-# The levels have one hue and differ in lightness, so that they are told apart without color vision
+# The levels have one hue and differ in lightness, so that color-blind readers can tell them apart
 _LIGHT = ("transparent", "#fdf0cd", "#fbd58a", "#f4a95b", "#e5773f")
 _DARK = ("transparent", "#3d3215", "#654a12", "#8f4f14", "#b4461c")
 _IN_A_TERMINAL = (
@@ -100,7 +100,7 @@ class Answer:
 
 
 def answers(generation: Generation, tokenizer: Any, prompts: Sequence[str]) -> list[Answer]:
-    """The sequences of a generation, of which each prompt has equally many, in order."""
+    """The sequences of a generation in order, the same number for each prompt."""
     each = len(generation.sequences) // len(prompts)
     scores = ("mean_log_prob", "mean_entropy", "epistemic", "abstained")
     return [

@@ -11,8 +11,8 @@ def logs_to(log: Callable[[dict[str, float], int], object]) -> Callback:
     """A callback of :func:`~pyro_blora.fit` that calls ``log(figures, step)`` after each step.
 
     Args:
-        log: such a function, as ``wandb.log``, ``accelerator.log`` and ``mlflow.log_metrics`` are.
-            The figures are ``loss``, ``nll`` and ``kl``, and after a validation ``validation``.
+        log: a function such as ``wandb.log``, ``accelerator.log`` or ``mlflow.log_metrics``. The
+            figures are ``loss``, ``nll`` and ``kl``, and after a validation also ``validation``.
 
     Example::
 
@@ -31,7 +31,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Callback:
     """A callback of :func:`~pyro_blora.fit` that writes the figures of each step for TensorBoard.
 
     Args:
-        folder: of the run, which ``tensorboard --logdir`` shows.
+        folder: the folder of the run, to pass to ``tensorboard --logdir``.
 
     Raises:
         ConfigurationError: TensorBoard is not installed.

@@ -64,7 +64,7 @@ def fit(
     callback: Callback | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    r"""Maximizes the ELBO by AdamW, a particle for each example.
+    r"""Maximizes the ELBO with AdamW, by default with one particle per example.
 
     The loss of a batch of :math:`B` of the :math:`N` examples is, per example,
 
@@ -81,17 +81,17 @@ def fit(
         num_steps: number of optimizer steps.
         num_epochs: passes over the training data, in place of ``num_steps``.
         batch_size: examples per step; a ``DataLoader`` has its own.
-        collate: makes a batch of a list of examples. Default: the adapter's tokenizer, as the
-            likelihood says: rows have ``text`` and ``label`` for classes; ``question``,
-            ``choices`` and ``label`` for options; ``text``, or ``prompt`` and ``completion``, for
-            ``CausalLM``. Without a tokenizer, torch's.
+        collate: makes a batch from a list of examples. Default: the adapter's tokenizer, in the
+            form that the likelihood takes: rows have ``text`` and ``label`` for classes;
+            ``question``, ``choices`` and ``label`` for options; ``text``, or ``prompt`` and
+            ``completion``, for ``CausalLM``. Without a tokenizer, torch's default.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``; a single number is the rate of the means. Other roles
-            have the rate of the method, of the prior, or the usual one of
-            :data:`~pyro_blora.inference.RATES`.
-        warmup: share of the steps in which the rates rise from zero.
+            take the rate of the method, of the prior, or of
+            :data:`~pyro_blora.inference.RATES`, in this order.
+        warmup: share of the steps over which the rates rise from zero.
         decay: how the rates fall to zero afterwards, or ``"constant"``.
-        max_grad_norm: the norm at which the gradient, per example, is clipped; ``None`` does not
+        max_grad_norm: the norm at which the gradient of this loss is clipped; ``None`` does not
             clip.
         num_particles: posterior draws per batch, each of which sees its share of the examples; 1
             is one draw for all. If it does not divide a (last) batch, the largest divisor below it
@@ -100,37 +100,37 @@ def fit(
             examples. Default: ``TraceMeanField_ELBO``, with an analytic KL where there is one, for
             a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
         kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
-        held_out: share of the examples that are kept out of the training, and at its end set the
-            temperatures of predictions (:meth:`BayesianLoRA.calibrate
-            <pyro_blora.BayesianLoRA.calibrate>`); :math:`N` is then the number of the others. A
-            ``DataLoader`` holds out nothing, with a warning. Default: an eighth with
-            ``MultipleChoice``, whose scores have no scale of their own; 0 otherwise, for a
-            published method, and after ``from_peft``. The choice is by the examples' places, so
-            train further on the same examples in the same order; pass 0.0 if an earlier training
-            has held out none of them.
+        held_out: share of the examples to hold out from training; at its end the temperatures of
+            predictions are fitted to them (:meth:`BayesianLoRA.calibrate
+            <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
+            Nothing is held out of a ``DataLoader``, with a warning. Default: an eighth with
+            ``MultipleChoice``, whose scores have no natural scale; 0 otherwise, for a published
+            method, and after ``from_peft``. Examples are chosen by position, so continue training
+            on the same examples in the same order; pass 0.0 if an earlier training held out none
+            of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
-            ``"auto"``, which takes what is faster on the network's device. The variational part
+            ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.
-        validation: examples as in ``train``, on which the predictive NLL is
-            measured, the mean of ``-blora.log_predictive(batch, eval_samples)``, without the
-            temperature, which is set at the end.
+        validation: examples as in ``train``. Their loss is the predictive NLL, the mean of
+            ``-blora.log_predictive(batch, eval_samples)``, without the temperature, which is
+            fitted only at the end.
         validate_every: steps between validations.
         eval_samples: posterior draws in a validation; 0 is the posterior mean, which is faster.
             Default: as in ``predict``; 0 while a post-hoc guide is a point.
         keep_best: whether to return to the parameters of the best validation at the end.
-        patience: number of validations in a row without a loss below the lowest so far after which
-            the training stops, before the rates have fallen to zero; ``None`` never stops.
+        patience: training stops, before the rates have fallen to zero, after this many validations
+            in a row that do not lower the best loss; ``None`` never stops early.
         seed: seed of the order of the data and of torch's global generator; ``None`` seeds neither.
             It does not cover what the prior drew when the adapter was made.
-        checkpoint_dir: a folder for the state of the run, from which it can go on after it was
+        checkpoint_dir: a folder for the state of the run, from which it can continue after it was
             stopped or killed. Ctrl-C then finishes the step and saves the state.
         save_every: steps between two saves of the state.
-        resume: whether to continue from the state in ``checkpoint_dir``, on a CPU bit for bit as
-            without the stop. Without a state the run begins; with more ``num_steps`` a finished run
-            continues, and with more ``patience`` one that stopped early.
+        resume: whether to continue from the state in ``checkpoint_dir``; on a CPU the result is bit
+            for bit that of an uninterrupted run. Without a state, a new run begins. With more
+            ``num_steps`` a finished run continues, with more ``patience`` one that stopped early.
         callback: called after each step, and after its validation, with its figures, a
-            :class:`~pyro_blora.inference.Step`. The price is that they are read after every step,
-            which waits for the device, and not after ten.
+            :class:`~pyro_blora.inference.Step`. They are then read after every step, not after
+            every ten, and each reading waits for the device.
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
@@ -159,7 +159,7 @@ def fit(
         validation, of_validation = blora.reading(validation, given)
     share = share_to_hold_out(blora, train, held_out)
     every, (train, held) = train, hold_out(train, share)
-    settings = Settings(  # which checks what the loop reads; Objective checks its own
+    settings = Settings(  # checks the loop's options; Objective checks its own
         num_steps=_steps(train, num_steps, num_epochs, batch_size),
         batch_size=batch_size,
         warmup=warmup,
@@ -182,7 +182,7 @@ def fit(
     if keep_best and validation is None:
         raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
     if patience is not None and validation is None:
-        raise ConfigurationError(f"patience={patience} needs validation=, which can end the run.")
+        raise ConfigurationError(f"patience={patience} needs validation=, to which it applies.")
     if validation is not None:  # checked now, not at the first validation
         if size_of(validation) == 0:
             raise BatchError("The validation set is empty; leave validation= out to train without.")
@@ -263,6 +263,6 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
     of_an_epoch = steps_of_an_epoch(train, batch_size)
     if of_an_epoch is None:
         raise ConfigurationError(
-            f"num_epochs={num_epochs} must be of data that have a length; give num_steps= instead."
+            f"num_epochs={num_epochs} needs data with a length; pass num_steps= instead."
         )
     return round(num_epochs * of_an_epoch)

@@ -1,4 +1,4 @@
-"""Learning rates by the role of a parameter, and the steps after which points stop learning."""
+"""Learning rates by parameter role, and the steps after which point estimates stop learning."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -128,7 +128,7 @@ def point_epochs(blora: BayesianLoRA) -> float:
 
 
 def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
-    """The steps in which points learn, given the batches per epoch; ``None`` for all steps."""
+    """The steps in which point estimates learn, given the batches per epoch; ``None`` for all."""
     epochs = point_epochs(blora)
     if of_an_epoch is None or epochs == math.inf:
         return None

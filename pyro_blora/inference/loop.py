@@ -30,16 +30,16 @@ Decay = Literal["linear", "cosine", "constant"]
 StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 # Reading a figure synchronizes the device, so figures are read after this many steps or seconds,
-# unless a callback is told those of every step
+# unless a callback needs those of every step
 _READ_EVERY, _SECONDS = 10, 1.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains; the fields are the arguments of :func:`~pyro_blora.fit` of these names.
+    """How a run trains; the fields are the arguments of :func:`~pyro_blora.fit` of the same names.
 
-    A resumed run must have the same ones, but for ``num_steps``, ``patience`` and ``save_every``,
-    and the card of a saved adapter lists them.
+    A resumed run must have the same values, except for ``num_steps``, ``patience`` and
+    ``save_every``. The model card of a saved adapter lists them.
     """
 
     num_steps: int
@@ -109,12 +109,12 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Step:
-    """What a ``callback`` of :func:`~pyro_blora.fit` is told of a step.
+    """What a ``callback`` of :func:`~pyro_blora.fit` receives after a step.
 
     Attributes:
         step: the number of steps done.
         figures: ``loss``, ``nll`` and ``kl`` as in the history, in nats: ``loss`` and ``nll`` per
-            example, ``kl`` whole.
+            example, ``kl`` in total.
         validation: the loss of the validation after this step, or ``None`` if there was none.
     """
 
@@ -140,7 +140,7 @@ class Keeper(Protocol):
 
 @contextmanager
 def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
-    """Within, the network runs in this precision and mode, and Pyro does not validate values."""
+    """Runs the network in this precision and mode within the context, without Pyro's validation."""
     mode = in_mode(blora.net, training=training)
     with blora.model.autocast(precision), mode, pyro.validation_enabled(False):
         yield
@@ -148,7 +148,7 @@ def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[
 
 @contextmanager
 def held_interrupts(held: bool = True) -> Iterator[list[int]]:
-    """Within, the first Ctrl-C is only noted in the list, unless the program handles it itself."""
+    """Only notes the first Ctrl-C, in the list it yields, unless the program handles it itself."""
     noted: list[int] = []
     main = threading.current_thread() is threading.main_thread()
     held = held and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -180,7 +180,7 @@ def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
 
 
 def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int | None) -> int:
-    """The steps in which a group's rate falls to zero, which are fewer for points without a KL."""
+    """The steps until a group's rate is zero: fewer for point estimates, which have no KL."""
     if point_steps is None or group.get("name") not in ("direction", "head"):
         return num_steps
     return min(num_steps, point_steps)

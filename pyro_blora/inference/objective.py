@@ -51,8 +51,8 @@ class Objective:
             elbo = TraceMeanField_ELBO if structured else Trace_ELBO
         if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
             raise ConfigurationError(
-                f"elbo={elbo.__name__} does not average over particles, so they cannot share out "
-                "the examples; use Trace_ELBO or TraceMeanField_ELBO."
+                f"elbo={elbo.__name__} does not average over particles, so the examples cannot be "
+                "divided among them; use Trace_ELBO or TraceMeanField_ELBO."
             )
         mean_field = issubclass(elbo, TraceMeanField_ELBO)
         if mean_field and not structured:
@@ -77,8 +77,8 @@ class Objective:
         likelihood, num_data = model.likelihood, self._num_data
         if not model.enabled:
             raise ConfigurationError(
-                "The adapter is off, within disable_adapter(), where only the KL would train it; "
-                "train outside of that."
+                "The adapter is off inside disable_adapter(), where only the KL would train it; "
+                "train outside of it."
             )
         batch = model.prepared(batch)
         if batch.examples > num_data:  # the likelihood sees the share of a particle only
@@ -86,7 +86,7 @@ class Objective:
                 f"A batch of {batch.examples} examples is larger than the data set, "
                 f"num_data={num_data}; pass num_data=len(train) to the likelihood."
             )
-        # a likelihood of the user's own may take its labels from another key
+        # a user's own likelihood may take its labels from another key
         if batch.get("labels") is None and likelihood.labels(batch) is None:
             raise BatchError(
                 f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
@@ -133,9 +133,9 @@ class Objective:
         negative = self._mean_field and figures["kl"] < -rounding
         if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
             raise ConfigurationError(
-                f"KL[q || p] = {figures['kl']:.4g} nats at step {step}, and no KL is negative: the "
-                "closed form registered for the laws of a prior and a guide of yours is wrong. "
-                "Correct it, or pass elbo=Trace_ELBO, which needs none."
+                f"KL[q || p] must not be negative, got {figures['kl']:.4g} nats at step {step}: "
+                "the closed form registered for your prior and guide is wrong. Correct it, or pass "
+                "elbo=Trace_ELBO, which needs none."
             )
 
 
@@ -146,8 +146,8 @@ def check_num_data(likelihood: Likelihood, data: Any) -> None:
     told = likelihood.num_data = likelihood.num_data or size
     if told and size not in (None, told):
         warnings.warn(
-            f"The likelihood was told num_data={told}, and train has {size} examples: the KL "
-            f"weighs {size / told:.3g} times what it does in the ELBO; pass num_data="
+            f"The likelihood has num_data={told}, but train has {size} examples, so the KL "
+            f"weighs {size / told:.3g} times as much as in the ELBO; pass num_data="
             "len(train), or set blora.likelihood.num_data.",
             stacklevel=4,
         )
@@ -180,6 +180,6 @@ def _explained(
                 if not bool(trace.nodes[name]["log_prob_sum"].isfinite()):
                     found.append(f"the log-probability of {name} in the {label}")
     return NonFiniteLossError(
-        f"The loss is not finite at step {step}; not finite are: {', '.join(found) or 'none'}. "
+        f"The loss is not finite at step {step}; also not finite: {', '.join(found) or 'none'}. "
         "Lower the learning rates or the prior's sigma, or use precision='float32'."
     )

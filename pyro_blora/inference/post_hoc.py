@@ -44,7 +44,7 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
 
 
 def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> float:
-    """The share of the training examples that calibrate: as passed, or the usual one."""
+    """The share of the training examples to calibrate with: as passed, or the default."""
     if share is not None and not 0 <= share < 1:
         raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
     sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
@@ -54,21 +54,21 @@ def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> f
         return usual if share is None else share
     if share:
         raise ConfigurationError(
-            f"held_out={share} must be of examples with classes, got a DataLoader or a likelihood "
+            f"held_out={share} must have examples with classes, got a DataLoader or a likelihood "
             "of text; leave it out, and call blora.calibrate(data, collate) for classes."
         )
     if usual and share is None:
         warnings.warn(
-            f"The scores of {type(blora.likelihood).__name__} need a temperature, and a DataLoader "
-            "holds no examples out for it: pass the examples themselves, or held_out=0.0 and call "
-            "blora.calibrate(data, collate) afterwards.",
+            f"The scores of {type(blora.likelihood).__name__} need a temperature, but no examples "
+            "can be held out of a DataLoader to fit it: pass the examples themselves, or pass "
+            "held_out=0.0 and call blora.calibrate(data, collate) afterwards.",
             stacklevel=4,
         )
     return 0.0
 
 
 def hold_out(train: Any, share: float) -> tuple[Any, Any]:
-    """The examples that train, and those that calibrate: a fixed random choice, in order."""
+    """Splits examples into those to train on and those to calibrate with, by a fixed choice."""
     count = int(share * len(train)) if share else 0
     if not count:
         return train, ()
@@ -120,7 +120,7 @@ def bayesianize(
 
     Args:
         net: the base network, as in :meth:`~pyro_blora.BayesianLoRA.from_peft`.
-        folder: what PEFT wrote, or a hub id; it or a ``PeftModel`` may stand alone.
+        folder: as in ``from_peft``; it or a ``PeftModel`` can be the only positional argument.
         data: the training set for ``Laplace``, an anchor set for ``Isotropic``, as in ``fit``.
         collate: as in ``fit``.
         tokenizer: as in :class:`~pyro_blora.BayesianLoRA`.
@@ -152,7 +152,7 @@ def bayesianize(
     if not isinstance(guide, PostHoc):
         raise ConfigurationError(
             f"guide must be Laplace() or Isotropic() for bayesianize, got {guide!r}, which is "
-            "trained; start by BayesianLoRA.from_peft and go on by fit."
+            "trained; start with BayesianLoRA.from_peft and continue with fit."
         )
     if method is None:
         made = replace(made, linearized=isinstance(guide, Laplace))
@@ -182,8 +182,8 @@ def finish(
 
     ``data`` is the training set for ``Laplace``, whose curvature is scaled to ``num_data``, and the
     anchor set for ``Isotropic``. ``num_held_out`` of the ``num_data`` examples were not in the
-    training; the other options are those of ``fit``. Temperatures begin again at 1, so
-    :meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>` comes afterwards. Returns the
+    training; the other options are those of ``fit``. Temperatures are reset to 1, so call
+    :meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>` afterwards. Returns the
     figures of the family: for ``Laplace`` the prior precision of each site, for ``Isotropic`` the
     width.
     """

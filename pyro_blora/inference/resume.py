@@ -1,4 +1,4 @@
-"""The state of a training run, from which it goes on after a stop: one file in a folder of its own.
+"""The state of a training run, from which it continues after a stop: one file in its own folder.
 
 The safetensors file holds the tensors of the adapter, of the optimizer and of the best step, and
 the random numbers; its header holds everything else as JSON. The file is replaced as a whole, so a
@@ -32,7 +32,7 @@ STATE = "training_state.safetensors"
 
 
 class TrainingState:
-    """The state of a run in its folder, which refuses to go on with another run's settings."""
+    """The state of a run in its folder, which refuses to continue with another run's settings."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class TrainingState:
             differ.append(f"the base has other weights, among them {others[0]}")
         if differ:
             raise CheckpointError(
-                f"{self.path} is of another run: {'; '.join(differ[:5])}. Train with what was "
-                "saved, or name another folder."
+                f"{self.path} is of another run: {'; '.join(differ[:5])}. Train with the saved "
+                "settings, or name another folder."
             )
         if steps > settings.num_steps:
             raise ConfigurationError(
-                f"num_steps must be at least {steps}, which the run in {folder} has, got "
+                f"num_steps must be at least the {steps} of the run in {folder}, got "
                 f"{settings.num_steps}."
             )
         self._found = notes, tensors
@@ -149,7 +149,7 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def _description(
     blora: BayesianLoRA, settings: Settings, rates: Mapping[str, float], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A flat JSON dictionary that identifies a run: settings, data, the three nouns, the layers."""
+    """A flat JSON dictionary that identifies a run: settings, data, Pyro parts and layers."""
     found: dict[str, Any] = asdict(settings) | {name: size_of(own) for name, own in data.items()}
     for name in ("num_steps", "patience", "save_every"):  # which a resumed run may change
         del found[name]

@@ -55,10 +55,10 @@ class BayesianLoRATrainer(Trainer):
 
     A checkpoint holds the adapter as ``save_pretrained`` writes it, which
     ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads, and the state of the ``Trainer``, but
-    nothing of the base. It has no temperature, which is set after the last step; what
-    ``save_model`` writes afterwards has it. A post-hoc guide (``Laplace``) needs
-    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point, and holds
-    nothing out.
+    nothing of the base. It has no temperature, because that is fitted after the last step;
+    ``save_model`` writes it from then on. A post-hoc guide (``Laplace``) needs
+    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point; nothing is
+    held out for it.
 
     Args:
         model: the adapter.
@@ -92,7 +92,7 @@ class BayesianLoRATrainer(Trainer):
         args = TrainingArguments("out") if args is None else args
         if args.learning_rate != TrainingArguments.learning_rate:
             raise ConfigurationError(
-                f"learning_rate={args.learning_rate} is one rate for all, and means, scales and "
+                f"learning_rate={args.learning_rate} is one rate for all, but means, scales and "
                 f"directions have their own; pass learning_rates= with some of {RATES}."
             )
         self.learning_rates = rate_overrides(model, learning_rates)
@@ -120,7 +120,7 @@ class BayesianLoRATrainer(Trainer):
                 options["data_collator"] = collate or given
         every = options.get("train_dataset")
         if every is None or (held_out is None and post_hoc_families(model)):
-            share = 0.0  # a width is found after the training, and a temperature after it
+            share = 0.0  # the width is found after training, and the temperature after the width
         else:
             share = share_to_hold_out(model, every, held_out)
         options["train_dataset"], self._held_out = hold_out(every, share)
@@ -146,7 +146,7 @@ class BayesianLoRATrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Makes the scheduler of ``args``, in which points end after their ``point_epochs``."""
+        """Makes the scheduler of ``args``; point estimates stop after their ``point_epochs``."""
         given = self.lr_scheduler is not None
         whole = super().create_scheduler(num_training_steps, optimizer)
         epoch = steps_of_an_epoch(self.get_train_dataloader(), 1)
@@ -184,7 +184,7 @@ class BayesianLoRATrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset if named else read_table(eval_dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the means of ``nll`` and ``kl`` since the last time beside the loss."""
+        """Logs, beside the loss, the means of ``nll`` and ``kl`` since the last call."""
         if "loss" in logs and self.model.figures:
             parts = torch.tensor(self.model.figures, device=self.args.device).mean(0, keepdim=True)
             self.model.figures = []
@@ -201,7 +201,7 @@ class BayesianLoRATrainer(Trainer):
 
     @contextmanager
     def _in_mode(self, *, training: bool) -> Iterator[None]:
-        """Within, the network and the ``Trainer``'s model are in this mode, whatever theirs was."""
+        """Puts the network and the ``Trainer``'s model into this mode within the context."""
         with in_mode(self.blora.net, training=training), in_mode(self.model, training=training):
             yield
 

@@ -67,7 +67,7 @@ class Likelihood(Options, PyroModule):
     row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T
     new_head: ClassVar[bool] = False  # whether the network's head may be randomly initialized
     roles: ClassVar[dict[str, str]] = {}
-    held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates by
+    held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Likelihood(Options, PyroModule):
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
         """Observes the labels at the site ``"labels"`` under the data plate.
 
-        ``batch`` has the rows of all particles in order; ``num_data`` stands for a missing ``N``.
+        ``batch`` has the rows of all particles in order; ``num_data`` is used if ``N`` is missing.
         """
         labels = self.labels(batch)  # before the network runs, because it may synchronize a device
         logits = self.logits(net, batch)
@@ -120,7 +120,7 @@ class Likelihood(Options, PyroModule):
         logits = logits.reshape(*particles, share, *logits.shape[1:])
         if self.num_data is None:
             warnings.warn(
-                f"{type(self).__name__} was not told num_data and takes this batch of {num_data} "
+                f"{type(self).__name__} has no num_data and takes this batch of {num_data} "
                 "as the whole data set; pass num_data=len(train).",
                 stacklevel=2,
             )

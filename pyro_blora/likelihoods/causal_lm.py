@@ -63,7 +63,7 @@ class CausalLM(Likelihood):
             )
 
     def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Positions, targets and mask of the scored tokens, and how many they are."""
+        """Positions, targets and mask of the scored tokens, and their number."""
         if isinstance(batch, Prepared):  # found once in a step, because it synchronizes the device
             return batch.once("scored", lambda: self._scored(dict(batch)))
         real = batch["attention_mask"].bool()

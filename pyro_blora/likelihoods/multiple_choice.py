@@ -22,8 +22,8 @@ class MultipleChoice(Likelihood):
         s_k = \frac{1}{n} \sum_j \log p(t_j \mid q, t_{<j}),
 
     or without the factor :math:`\frac1n` if ``score="sum"``. Mean log-probabilities need not be on
-    the scale of log-odds. So ``fit`` holds out an eighth of the examples, by which it sets a
-    temperature at the end (:meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>`).
+    the scale of log-odds, so ``fit`` holds out an eighth of the examples and fits a temperature to
+    them at the end (:meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>`).
 
     Args:
         num_data: number of training examples.

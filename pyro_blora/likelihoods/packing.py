@@ -86,7 +86,7 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     rest = real & used & ~prefix.unsqueeze(1)
 
     def row(first: Tensor, others: Tensor) -> Tensor:
-        """The question of each item, and behind it its options, one after the other."""
+        """The question of each item, followed by its options, one after the other."""
         shape = (items, options, length)
         return torch.cat([first.expand(items, -1), others.expand(shape).reshape(items, -1)], -1)
 

@@ -16,7 +16,7 @@ class SequenceClassification(Likelihood):
 
     :class:`~pyro_blora.BayesianLoRA` trains the classification head as a point estimate, since it
     may be randomly initialized, unless it is in ``target_modules`` or ``modules_to_save`` is given.
-    As a target it is trained only by its low-rank update.
+    As a target it is trained only through its low-rank update.
 
     Args:
         num_data: number of training examples.

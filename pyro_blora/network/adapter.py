@@ -48,7 +48,7 @@ class Adapter:
             return output
         if not isinstance(output, Tensor):
             raise ConfigurationError(
-                f"{self.name} puts out a {type(output).__name__}, to which no update can be added; "
+                f"{self.name} returns a {type(output).__name__}, to which no update can be added; "
                 "it may be a router. Leave it out with exclude_modules."
             )
         if update.A.device != output.device:  # the layers of a group may be on several devices
@@ -99,7 +99,7 @@ def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> No
 def updates_in_place(
     adapters: Sequence[Adapter], updates: Sequence[LayerUpdate | None]
 ) -> Iterator[None]:
-    """Within, each adapter adds its update; afterwards, the one that it had before."""
+    """Each adapter adds its update within the context, and its previous one afterwards."""
     before = [adapter.update for adapter in adapters]
     try:
         for adapter, update in zip(adapters, updates, strict=True):
@@ -113,7 +113,7 @@ def updates_in_place(
 def updates_kept_for_backward(
     modules: Sequence[nn.Module], adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
 ) -> AbstractContextManager[None]:
-    """Within, blocks with activation checkpointing are recomputed in backward with ``updates``."""
+    """Makes checkpointed blocks that run in the context use ``updates`` again in backward."""
 
     def taking_along(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ class Frozen:
 
 @contextmanager
 def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Within, all of ``net`` is in training or evaluation mode; afterwards each part in its own."""
+    """Puts ``net`` into training or evaluation mode, and restores each part's mode afterwards."""
     before = {module: module.training for module in net.modules()}
     try:
         net.train(training)
@@ -165,7 +165,7 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
 def heads_to_train(
     net: nn.Module, modules_to_save: Sequence[str] | None, targets: Iterable[str], new_head: bool
 ) -> list[str]:
-    """Full names of the modules to train as points; by default a new head without a target."""
+    """Full names of modules to train as point estimates; by default new heads without targets."""
     targets = tuple(targets)
     if modules_to_save is None:
         heads = head_names(net) if new_head else []
@@ -183,7 +183,7 @@ def heads_to_train(
         chosen = [f for f in found if matches(f, [name])]
         if not chosen or any(_within(f, t) or _within(t, f) for f in chosen for t in taken):
             raise ConfigurationError(
-                f"modules_to_save must name heads, of {head_names(net)}, that target_modules does "
+                f"modules_to_save must name heads among {head_names(net)} that target_modules does "
                 f"not adapt, got {name!r}; leave it out."
             )
     return [f for f in found if not any(f != other and _within(f, other) for other in found)]
@@ -224,7 +224,7 @@ class TrainedHeads(PyroModule):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the network computes with the trained tensors in place of its own."""
+        """Replaces the network's own tensors with the trained ones within the context."""
         before: list[tuple[dict[str, Any], str, Tensor]] = []
         for full, owner, name in self._owners.values():
             parameters = slots_of(owner)

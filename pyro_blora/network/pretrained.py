@@ -34,8 +34,8 @@ def load_pretrained(
         device: where to put the network. Default: the accelerator if there is one, else the CPU.
 
     Raises:
-        ConfigurationError: the name is neither here nor on the hub, has no tokenizer, or a
-            package that it needs is not installed.
+        ConfigurationError: the name is found neither locally nor on the hub, it has no tokenizer,
+            or a package that it needs is not installed.
 
     Example::
 
@@ -55,7 +55,7 @@ def load_pretrained(
 
 
 def load_for(name: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """A language model; or an encoder or a classifier with ``classes``, and the head of a seed."""
+    """A language model, or a classifier (also of an encoder) with a head initialized by a seed."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 
@@ -108,7 +108,7 @@ def load_network(
         quantizer.remove_quantization_config(net)
     if num_labels is None and info["missing_keys"]:
         raise ConfigurationError(
-            f"model {name!r} must be a causal language model, and has no weights for "
+            f"model {name!r} must be a causal language model, got no weights for "
             f"{min(info['missing_keys'])}; load a classifier with num_labels=."
         )
     found = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -146,7 +146,7 @@ def _check_reachable(name: str) -> None:
         return  # transformers reports the hub's own answers better, and at once
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise ConfigurationError(
-            f"model {name!r} is no folder or file here, and the hub cannot be reached ({error}). "
+            f"model {name!r} is no local folder or file, and the hub cannot be reached ({error}). "
             "Check the name, give a folder or a file, or use 'smollm2', which needs no internet."
         ) from error
 

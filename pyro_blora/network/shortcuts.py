@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 class Shortcuts:
-    """Whether a likelihood takes shortcuts, and which of them its networks have passed."""
+    """Whether a likelihood takes shortcuts, and which ones are verified for its networks."""
 
     def __init__(self) -> None:
         self.on = True
@@ -42,7 +42,7 @@ class Shortcuts:
         return {"on": self.on, "asking": False, "_answers": {}}
 
     def verified(self, net: nn.Module, shortcut: str, question: Callable[[], bool]) -> bool:
-        """Whether shortcuts are on and ``question`` has found this one to keep the logits."""
+        """Whether shortcuts are on and ``question`` confirms that this one keeps the logits."""
         if not self.on or getattr(_text_config(net), "vocab_size", 0) < 8:
             return False
         key = (weakref.ref(net), shortcut, attention_of(net), experts_of(net))
@@ -102,7 +102,7 @@ class FrozenPrefix:
 
     @contextmanager
     def copies(self, number: int) -> Iterator[None]:
-        """Within, a pass runs ``number`` copies of the batch; the recording pass must run one."""
+        """Expects ``number`` copies of the batch per pass; the recording pass must run only one."""
         self._copies, self._passes = number, 0
         self._asked = self.shortcuts.asking
         before = [vars(block).get("forward") for block in self.blocks]  # set by another library

@@ -1,8 +1,8 @@
 """Which layers of a network are adapted, and how they are grouped.
 
 Targets are given as in PEFT: a list of name suffixes, one regular expression, or ``"all-linear"``.
-Layers with the same last name and the same shape form a :class:`LayerGroup`, which is one sample
-site under one plate, so that Pyro's overhead does not grow with the depth of the network.
+Layers with the same name ending and shape form a :class:`LayerGroup`, which is one sample site
+under one plate, so that Pyro's overhead does not grow with the depth of the network.
 """
 
 import re
@@ -170,10 +170,10 @@ def find_targets(
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
         raise NoTargetError(
-            f"target_modules={target_modules!r} matches {len(named)} layers, but {what} leaves "
-            f"none of them; loosen it. Matched: {', '.join(named[:4])}."
+            f"target_modules={target_modules!r} matches {len(named)} layers, but {what} excludes "
+            f"all of them; relax it. Matched: {', '.join(named[:4])}."
         )
-    text = " A string is a regular expression of whole names; endings go in a list."
+    text = " A string is a regular expression for whole names; pass suffixes as a list."
     hint = text if isinstance(target_modules, str) else ""
     raise NoTargetError(f"target_modules={target_modules!r} {_nothing(names, linear)}{hint}")
 
@@ -197,10 +197,10 @@ def _suffixes(names: Iterable[str]) -> list[str]:
 
 
 def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
-    """Groups layers with the same last name and shape, in the order of their first member.
+    """Groups layers with the same name ending and shape, in the order of their first member.
 
-    The group has that last name, ``"q_proj"``, or ``"layer"`` if it is a number. If layers of one
-    name differ in shape, the shape is added: ``"q_proj_16x32"``.
+    The group is named after that ending, ``"q_proj"``, or ``"layer"`` if it is a number. If layers
+    of one name differ in shape, the shape is added: ``"q_proj_16x32"``.
     """
     kinds: dict[tuple[str, tuple[int, int]], dict[str, nn.Module]] = defaultdict(dict)
     for name, module in targets.items():
@@ -218,7 +218,7 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGroup]) -> dict[str, T]:
     """The object for each group by its name; ``given`` is one object for all, or a mapping.
 
-    Its keys are group names or regular expressions of whole names, and the first match counts.
+    Its keys are group names or regular expressions for whole names, and the first match counts.
     """
     names = [group.name for group in groups]
     if not isinstance(given, Mapping):

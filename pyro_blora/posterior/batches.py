@@ -19,12 +19,12 @@ from pyro_blora.data.tables import without_subsets
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 
-# not every text, because batches that are alike in their labels would be
+# not the label, because the length of its text would sort examples by class
 _TEXTS = ("text", "text_pair", "prompt", "completion", "question")
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
-    """The batch ``times`` in a row, so that each particle or draw sees all of its examples."""
+    """The batch repeated ``times`` times, so that each particle or draw sees all its examples."""
     return {
         key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
         for key, value in batch.items()
@@ -36,7 +36,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
-            "from examples by a collator, such as task.collator(tokenizer)(items)."
+            "from examples with a collator, such as task.collator(tokenizer)(items)."
         )
     return {key: _on_device(value, device) for key, value in batch.items()}
 
@@ -62,7 +62,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
 
 
 def lengths_of(data: Any) -> list[int]:
-    """The examples' lengths, for batches of similar ones; alike in a data set that reads lazily."""
+    """The examples' lengths, for batches of similar ones; all 0 if the data set reads lazily."""
     whole = without_subsets(data)
     is_read = isinstance(whole, list | tuple) or hasattr(whole, "features")  # of `datasets`
     return [_length(row) for row in data] if is_read else [0] * len(data)

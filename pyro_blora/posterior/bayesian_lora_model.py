@@ -106,7 +106,7 @@ class BayesianLoRAModel(PyroModule):
                 )
             setattr(self, name, own)
         self.trained_heads = TrainedHeads(net, heads)
-        # they divide scores of draws, and of the mean: calibrate() sets both, distill() the second
+        # divisors of scores of draws, and of the mean: calibrate() sets both, distill() the second
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[Adapter, ...] = ()
@@ -171,8 +171,8 @@ class BayesianLoRAModel(PyroModule):
         for name, module in self.net.named_modules():
             if adapter_of(module) is not None:
                 raise ConfigurationError(
-                    f"{name} is adapted already; call .unwrap() on the BayesianLoRA that has the "
-                    "network, and before you copy it."
+                    f"{name} is already adapted; call .unwrap() on the BayesianLoRA that wraps the "
+                    "network, and do so before you copy it."
                 )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(Adapter, self.layer_names, modules))
@@ -194,7 +194,7 @@ class BayesianLoRAModel(PyroModule):
         if not self.adapters:
             raise ConfigurationError(
                 "The adapter must be on its network, got one that was unwrapped; wrap the network "
-                "in a new BayesianLoRA, or read a saved adapter by from_pretrained."
+                "in a new BayesianLoRA, or read a saved adapter with from_pretrained."
             )
 
     def prepared(self, batch: Batch) -> Prepared:
@@ -206,7 +206,7 @@ class BayesianLoRAModel(PyroModule):
 
     @contextmanager
     def autocast(self, precision: str) -> Iterator[None]:
-        """Within, the network runs in this precision, and the variational part in float32."""
+        """Within the context, the network runs in this precision; the rest stays in float32."""
         before = self._precision
         self._precision = choose_precision(precision, self.groups[0].device)
         try:
@@ -216,7 +216,7 @@ class BayesianLoRAModel(PyroModule):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within, the network runs without updates and with its own heads."""
+        """Runs the network without updates and with its own heads within the context."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -225,7 +225,7 @@ class BayesianLoRAModel(PyroModule):
 
     @contextmanager
     def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Yields the network, which within adds ``updates`` and has the trained heads."""
+        """Yields the network with ``updates`` and the trained heads in place."""
         self.check_attached()
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         with ExitStack() as within:
@@ -241,8 +241,8 @@ class BayesianLoRAModel(PyroModule):
     def forward(self, batch: Batch | int | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``; without a batch it only samples.
 
-        Vectorized particles of an ELBO share out the examples evenly, in order. Under any other
-        leading plate, such as that of ``Predictive(parallel=True)``, each sample sees all examples.
+        The examples are divided evenly, in order, among vectorized particles of an ELBO. Under any
+        other leading plate, as of ``Predictive(parallel=True)``, each sample sees all examples.
         An integer in place of a batch gives the model's outline: that many labels without data,
         which depend on all updates, so that an AutoGuide can read the structure.
         """
@@ -266,7 +266,7 @@ class BayesianLoRAModel(PyroModule):
         elif examples % count:
             divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
-                f"{examples} examples cannot be shared out evenly among {count} particles. "
+                f"{examples} examples cannot be divided evenly among {count} particles. "
                 f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
                 "pyro_blora.fit, which chooses a divisor itself."
             )

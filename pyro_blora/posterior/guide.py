@@ -47,16 +47,16 @@ def start_guide(
 
 
 def with_labels(batch: Mapping[str, Any] | None, examples: int = 1) -> Mapping[str, Any] | int:
-    """The batch if it has labels, otherwise the number for which the model has an outline.
+    """The batch if it has labels, otherwise a number of examples for the model's outline.
 
-    A guide of Pyro that reads the model would take absent labels for a latent site.
+    A Pyro guide that reads the model would take absent labels for a latent site.
     """
     return examples if batch is None or batch.get("labels") is None else batch
 
 
 @contextmanager
 def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, draws are the same every time; the RNG state and ensembles' turns are restored."""
+    """Makes draws the same every time; restores the RNG state and ensembles' turns afterwards."""
     turns = [family.turn for family in guide.modules() if isinstance(family, Ensemble)]
     before = [turn.clone() for turn in turns]
     with forked_rng(device):
@@ -187,8 +187,8 @@ def make_guide(
     guide = family(model) if callable(family) and not is_family else family
     if not isinstance(guide, nn.Module):
         raise ConfigurationError(
-            "guide must be a family of pyro_blora.guides as an object, MatrixNormal(), or an "
-            f"AutoGuide as the class, AutoNormal, got {family!r}."
+            "guide must be an object of a family in pyro_blora.guides, such as MatrixNormal(), or "
+            f"an AutoGuide class, such as AutoNormal, got {family!r}."
         )
     laplace = isinstance(guide, AutoLaplaceApproximation)
     if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
@@ -203,27 +203,27 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
     for key, family in families.items():
         if not isinstance(family, SiteGuide):
             raise ConfigurationError(
-                f"guide[{key!r}] must be a family of pyro_blora.guides, as an object, got "
+                f"guide[{key!r}] must be an object of a family in pyro_blora.guides, got "
                 f"{family!r}; pass an AutoGuide alone, because it is for the whole model."
             )
     found = sorted({repr(family) for family in families.values() if isinstance(family, PostHoc)})
     if len(found) > 1:
         raise ConfigurationError(
-            f"guide must have one family that finds its width after training, got "
-            f"{' and '.join(found)}; take one of them."
+            f"guide must have only one family that finds its width after training, got "
+            f"{' and '.join(found)}; use one of them."
         )
 
 
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
-    """Warns if draws are taken of a guide that has no width yet."""
+    """Warns if draws are taken from a guide that has no width yet."""
     if not num_samples:
         return
     if isinstance(guide, AutoLaplaceApproximation):
         warnings.warn(
             "AutoLaplaceApproximation is still a point, so all draws are equal: after training, "
-            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal by the "
-            "Hessian of all latents, which needs attn_implementation='eager' and a mode. The "
-            "family Laplace() needs neither.",
+            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, from the "
+            "Hessian of all latents. That needs attn_implementation='eager' and a mode to expand "
+            "around; the family Laplace() needs neither.",
             stacklevel=7,
         )
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
@@ -231,14 +231,14 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
     for name in points:
         warnings.warn(
             f"{name} is still a point, so all draws are equal: train with pyro_blora.fit, or call "
-            "pyro_blora.inference.finish(blora, train, collate=...) after a loop of your own.",
+            "pyro_blora.inference.finish(blora, train, collate=...) after your own training loop.",
             stacklevel=7,
         )
 
 
 @torch.no_grad()
 def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
-    """The batch's ``context``, ``(B, d)``, or its mean embedding of length ``sqrt(d)``."""
+    """The batch's ``context``, ``(B, d)``, or its mean embedding, scaled to norm ``sqrt(d)``."""
     if "context" in batch:
         return batch["context"]
     ids = batch["input_ids"]
@@ -270,8 +270,8 @@ def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
 def context_of_particles(context: Tensor) -> Tensor:
     """The context of each particle of the open plates, ``(P, d)``, or one for all, ``(d,)``.
 
-    A particle of an ELBO has the mean context of its own examples. A multiple of ``B`` draws is
-    shared out to the examples one by one; any other number of draws has the mean over all examples.
+    A particle of an ELBO has the mean context of its own examples. If the number of draws is a
+    multiple of ``B``, they take the examples in turn; otherwise all take the mean over examples.
     """
     plates, examples = open_plates(), context.shape[0]
     particles = math.prod(plates.values())
@@ -358,7 +358,7 @@ class OwnTensors(PyroContext):
 def described(
     model: BayesianLoRAModel, guide: nn.Module, family: object, trained: int
 ) -> Iterator[str]:
-    """A line for each noun, group of layers, site and head, with the numbers of parameters."""
+    """Lines on prior, guide, likelihood, groups, sites and heads, with numbers of parameters."""
     yield f"  prior:      {model.prior!r}"
     yield f"  guide:      {getattr(family, '__name__', repr(family))}"
     yield f"  likelihood: {model.likelihood!r}"
@@ -375,7 +375,7 @@ def described(
     yield from (line[2:] for lines in sites.values() for line in lines)  # of no group
     if not families:  # an AutoGuide has no parameters before its first call
         yield f"  guide: {_size(guide):,} parameters"
-    yield from (f"  {name}: trained whole, as a point" for name in model.trained_heads.names)
+    yield from (f"  {name}: trained in full, as a point" for name in model.trained_heads.names)
     frozen = _size(model.net)
     share = trained / (trained + frozen)
     yield f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"

@@ -28,8 +28,8 @@ def logit_jacobian(
     """
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(
-            f"{type(guide).__name__} is not a family of pyro_blora.guides, around whose center a "
-            "linearization expands; use num_samples draws."
+            "guide must be of a family in pyro_blora.guides to linearize around its center, got "
+            f"{type(guide).__name__}; pass linearized=False."
         )
     examples = model.likelihood.examples(batch)
     batch = repeat_batch(batch, 1)  # a copy, because autograd saves no inference tensor
@@ -51,8 +51,8 @@ def logit_jacobian(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.dim() != 2:
             raise ConfigurationError(
-                f"{type(model.likelihood).__name__} has logits {tuple(logits.shape)}, and a "
-                "linearization must have one choice per example, (B, C); use num_samples draws."
+                "A linearization must have one choice per example, logits (B, C), got those of "
+                f"{type(model.likelihood).__name__}, {tuple(logits.shape)}; pass linearized=False."
             )
         rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]
         for c in range(1, logits.shape[-1]):
@@ -77,7 +77,7 @@ def linearized_logits(
     if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
         raise ConfigurationError(
             "A linearization must have a deterministic update, got one with the noise of a "
-            "conditional; use num_samples draws, or a prior with conditional='deterministic'."
+            "conditional; pass linearized=False, or a prior with conditional='deterministic'."
         )
     with in_mode(model.net, training=False):
         logits, jacobian = logit_jacobian(model, guide, batch)

@@ -144,12 +144,12 @@ def predict_dataset(
     Args:
         predict: the prediction of one batch, such as ``blora.predict``.
         data: the examples.
-        collate: makes a batch of a list of examples, by default torch's; its ``labels`` are passed
-            through.
+        collate: makes a batch from a list of examples; torch's by default. Its ``labels`` are
+            passed through.
         device: the device of the network. Default: the adapter's, if ``predict`` is a method of
             one; otherwise the accelerator if there is one, or the CPU.
-        options: ``batch_size``, 16; ``precision`` as in ``fit``; ``progress``, by default on a
-            terminal, and its ``description``.
+        options: ``batch_size``, by default 16; ``precision`` as in ``fit``; ``progress``, by
+            default on a terminal, and its ``description``.
 
     Returns:
         The prediction, ``S x N x K``, and the labels, ``N``.
@@ -181,7 +181,7 @@ def over_dataset(
     progress: bool | None = None,
     description: str = "predict",
 ) -> tuple[list[Found], Tensor, Tensor]:
-    """What ``of_batch`` finds, its second tensors in the data's order, and that order's index."""
+    """Results of ``of_batch`` by batch, its tensors in the data's order, and the index for that."""
     autocast = choose_precision(precision, device) == "bfloat16"
     order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     found, others = [], []

@@ -66,7 +66,7 @@ def draws_in_pairs(
 ) -> Callable[[int], dict[str, LowRankUpdate]]:
     """A function that returns the updates at the next ``S`` draws of each of ``each`` posteriors.
 
-    ``each`` is 1 but for an amortized guide, which has a posterior for each example of the batch.
+    ``each`` is 1, except for an amortized guide, which has a posterior for each example of a batch.
     If q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the draw before it,
     so that the error of an average has no part that is linear in ``U``.
     """
@@ -228,7 +228,7 @@ def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
 
 
 def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:
-    """The best number of rows in a pass: 256, or on a CPU 1,024 tokens, which fit its caches."""
+    """The best number of rows in a pass: 256, or on a CPU those of 1,024 tokens, for its caches."""
     if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
         return _ROWS
     ids, scored = batch["input_ids"], batch.get("option_mask")

@@ -1,4 +1,4 @@
-"""Temperatures: of the average of draws by held-out labels, and of one pass by the draws."""
+"""Temperatures: of the average of draws, from held-out labels, and of one pass, from draws."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ _NOT_FINITE = (
     "Logits must be finite, or -inf at an absent choice that is not the label, got others; look "
     "for NaN."
 )
-_ROWS = 128  # distributions read from a batch, because a single number needs no more
+_ROWS = 128  # distributions used of each batch, which is enough to fit a single number
 
 
 def best_temperature(excess: Tensor) -> float:
@@ -51,7 +51,7 @@ def best_temperature(excess: Tensor) -> float:
 
 
 def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
-    r"""The temperature of the average of draws, ``(S, n, K)``, by the labels, ``(n,)``.
+    r"""The temperature of the average of draws, ``(S, n, K)``, fitted to labels, ``(n,)``.
 
     .. math::
 
@@ -94,25 +94,25 @@ def calibrate(
     precision: str = "auto",
     progress: bool | None = None,
 ) -> float:
-    """Sets the temperatures of predictions by labels that the adapter has not learned from.
+    """Fits the temperatures of predictions to labels that the adapter has not learned from.
 
-    One is that of the average of draws, as ``predict`` makes it, and one that of the posterior
-    mean (see :func:`temperature_of_draws`). ``fit`` calls this at its end with the examples that it
-    holds out; call it yourself after a loop of your own. Another ``fit`` starts again at 1.
+    One is for the average of draws, as ``predict`` makes it, and one for the posterior mean (see
+    :func:`temperature_of_draws`). ``fit`` calls this at its end with the examples that it holds
+    out; call it yourself after your own training loop. Another ``fit`` resets both to 1.
 
     Args:
         model: the model of the adapter.
         guide: its guide.
         method: its method, which says how draws are made.
         data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
-        collate: makes a batch of a list of examples; by default torch's.
+        collate: makes a batch from a list of examples; by default torch's.
         num_samples: number of posterior draws. Default: as in ``predict``.
         batch_size: as in ``fit``.
         precision: as in ``fit``.
         progress: as in ``fit``.
 
     Returns:
-        The temperature of the draws; above 1 if they claimed too much.
+        The temperature of the draws; above 1 if they were over-confident.
 
     Raises:
         ConfigurationError: the likelihood has no classes, or the adapter is off.
@@ -174,16 +174,16 @@ def distill(
 
     ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it from
     then on, in place of the one that ``calibrate`` found for the mean; the network under
-    ``posterior()`` does not. Another ``fit`` starts again at 1. For text each ``x_i`` is the text
+    ``posterior()`` does not. Another ``fit`` resets it to 1. For text each ``x_i`` is the text
     before a token.
 
     Args:
         model: the model of the adapter.
         guide: its guide.
         method: its method, which says how draws are made.
-        data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are not read,
-            but for text they say which tokens are scored.
-        collate: makes a batch of a list of examples; by default torch's.
+        data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are ignored,
+            except that for text they say which tokens are scored.
+        collate: makes a batch from a list of examples; by default torch's.
         num_samples: number of posterior draws ``S``.
         max_examples: number of examples to read: a fixed random choice, or the first ones of a
             ``DataLoader``.

@@ -297,7 +297,7 @@ def test_folders_of_another_kind_are_hinted_at(tmp_path):
 def test_what_is_no_language_model_with_a_tokenizer_is_refused(tmp_path):
     """To an encoder transformers would give the missing layers at random."""
     tiny.bert().save_pretrained(tmp_path)
-    told = "must be a causal language model, and has no weights for cls.predictions"
+    told = "must be a causal language model, got no weights for cls.predictions"
     with pytest.raises(ConfigurationError, match=told):
         load_network(str(tmp_path))
     tiny.llama(tied=True).save_pretrained(tmp_path)

@@ -251,7 +251,7 @@ def test_a_spoiled_folder_is_refused(saved, tmp_path, spoil, told):
         ({"net": tiny.gpt2()}, "has no such layer"),
         ({"net": None}, "load the network and give it"),
         ({"net": trained()}, "has a PEFT adapter in it"),
-        ({"folder": None}, "no PeftModel"),
+        ({"folder": None}, "not a PeftModel"),
         ({"folder": None, "net": trained(init_lora_weights="pissa")}, "which changes the base"),
         ({"folder": "nowhere"}, "nowhere has no adapter_config.json; give a folder"),
     ],

@@ -102,7 +102,7 @@ def test_exports_load_in_peft(name, tmp_path):
 
     found = logits(loaded("mean"))
     torch.testing.assert_close(found, mean_logits(blora), atol=1e-5, rtol=0)
-    model = loaded("draws/0", adapter_name="0")  # the averaging example of the documentation
+    model = loaded("draws/0", adapter_name="0")
     for k in "123":
         model.load_adapter(tmp_path / "draws" / k, adapter_name=k)
     drawn = []

@@ -50,7 +50,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
     asked = Mock(side_effect=ConnectionError("no such host"))
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ConfigurationError, match=r"no folder .*no such host.*smollm2"):
+    with pytest.raises(ConfigurationError, match=r"no local folder .*no such host.*smollm2"):
         pretrained.load_pretrained("some/nme")
     asked.assert_called_once()
 
@@ -81,7 +81,7 @@ def test_a_gguf_file_is_a_network(tmp_path):
         ("compare", {"out": "/proc/nowhere"}, ["/proc/nowhere"]),
         ("train", {"precision": "fp16"}, ["fp16", "bfloat16"]),
         ("train", {"rank": 64}, ["rank=64", "q_proj"]),
-        ("train", {"top": 2, "from_peft": "lora"}, ["--top is not for"]),
+        ("train", {"top": 2, "from_peft": "lora"}, ["--top cannot be used"]),
         ("evaluate", {"adapter": "/nowhere"}, ["/nowhere", "bayesian_lora.safetensors"]),
         ("evaluate", {"adapter": "adapter"}, ["give --task"]),
         ("evaluate", {"adapter": "adapter", "task": "words"}, ["give --model"]),

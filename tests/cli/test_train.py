@@ -152,4 +152,4 @@ def test_a_bert_and_a_csv_file_are_trained_evaluated_and_compared(run, tmp_path)
     run("distill", "--model", tmp_path / "bert", "--adapter", tmp_path / "out", *own[2:])
     short = ["--max-steps", 2, "--seeds", 0, "--out", tmp_path / "compared"]
     said, _ = run("compare", *own, "--methods", "lora,bayesian-lora", *short)
-    assert "NLL less lora's" in said
+    assert "NLL minus lora's" in said

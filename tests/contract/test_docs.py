@@ -1,6 +1,5 @@
 """The documentation: its examples are true, its links lead somewhere, its site is built."""
 
-import ast
 import doctest
 import importlib
 import importlib.metadata
@@ -38,20 +37,6 @@ def test_links_lead_to_files():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)\s:#]+)[#)]", FENCED.sub("", page.read_text("utf-8"))):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-OTHERS = {"KeyError: 'labels'", "NaN", "has executed outside of supermodule"}  # messages of Pyro
-
-
-def test_the_messages_of_troubleshooting_are_the_library_s():
-    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8").partition("## Training")[0]
-    heads = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
-    quoted = {text for head in heads for text in head.split("`, `")} - OTHERS
-    files = [file for room in ("pyro_blora", "models") for file in (ROOT / room).rglob("*.py")]
-    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))))
-    said = " ".join(str(node.value) for node in nodes if isinstance(node, ast.Constant))
-    assert quoted
-    assert [text for text in quoted if text not in said] == []
 
 
 def test_the_version_is_told_alike():

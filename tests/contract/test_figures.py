@@ -1,15 +1,18 @@
-"""Figures in tables of the pages are in the reports, in what ``<!-- report: SECTION -->`` names."""
+"""Figures of the pages are in the reports, in tables in what ``<!-- report: SECTION -->`` names."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from pyro_blora.evaluation.comparison import Comparison, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(ROOT.glob("benchmarks/results/*/report.md"))
 REPORT = "\n".join(path.read_text("utf-8") for path in RESULTS)
-MARKED = [page for page in ROOT.glob("docs/*.md") if "<!-- report:" in page.read_text("utf-8")]
-PAGES = sorted({"README.md", "docs/calibration.md", *(f"docs/{page.name}" for page in MARKED)})
+PAGES = sorted(p for p in ROOT.glob("docs/*.md") if "<!-- report:" in p.read_text("utf-8"))
 TABLE = re.compile(r"<!-- report: (.*?) -->\n+((?:\|.*\n)+)")
 FIGURE = re.compile(r"(?<![\d:.])\d+\.\d+(?: ± \d+\.\d+)?")  # and no arXiv:2106.09685
 
@@ -20,10 +23,41 @@ def section(title):
     return {part for figure in FIGURE.findall(text) for part in (figure, figure.split(" ±")[0])}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_figures_of_a_page_are_those_of_the_report(page):
-    tables = TABLE.findall((ROOT / page).read_text("utf-8"))
+    text = page.read_text("utf-8")
+    tables = TABLE.findall(text)
     assert tables
+    with_errors = {figure for figure in FIGURE.findall(TABLE.sub("", text)) if "±" in figure}
+    assert with_errors <= set(FIGURE.findall(REPORT))
     for titles, table in tables:
         known = set().union(*map(section, titles.split(" + ")))
         assert set(FIGURE.findall(table)) <= known, titles
+
+
+def test_the_readme_shows_what_its_program_printed():
+    """``compare(out=)`` wrote the results, whose settings are those of the program."""
+    readme, folder = (ROOT / "README.md").read_text("utf-8"), ROOT / "benchmarks/results/readme"
+    document = json.loads((folder / "results.json").read_text("utf-8"))
+    found = load_file(folder / "predictions.safetensors")
+    kept = ("probs", "labels")
+    rows = [
+        Row(**row, **{key: found[f"{k} {key}"] for key in kept})
+        for k, row in enumerate(document["rows"])
+    ]
+    assert Comparison(rows).to_markdown() in readme
+    program = re.search(r"table = compare\(.*?^\)", readme, re.DOTALL | re.MULTILINE)
+    settings = document["settings"]
+    assert program
+    for said in (settings["network"], settings["task"], *(f'"{row.method}"' for row in rows)):
+        assert said in program.group()
+    for key in ("max_train", "max_test"):
+        assert f"{key}={settings[key]}," in program.group()
+    assert "0.0002" in str(settings["methods"]["lora"])
+    assert '"mean": 2e-4' in program.string
+
+
+def test_the_ratios_of_the_page_on_cost_are_those_of_its_file():
+    page = (ROOT / "docs/cost.md").read_text("utf-8").partition("## How it was measured")[0]
+    known = (ROOT / "benchmarks/results/cost/ratios.csv").read_text("utf-8")
+    assert set(FIGURE.findall(page)) <= set(FIGURE.findall(known))

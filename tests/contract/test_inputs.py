@@ -46,11 +46,11 @@ def test_another_size_than_that_of_the_data_is_told(way, tmp_path):
         "loader": lambda: fitted(blora, DataLoader(ROWS, 5, collate_fn=tiny.collate)),
         "Trainer": of_trainer(tmp_path, blora).train,
     }
-    with pytest.warns(UserWarning, match="=5000, and train has 10 .*: the KL weighs 0.002 times"):
+    with pytest.warns(UserWarning, match="=5000, but train has 10 .* so the KL weighs 0.002 times"):
         train[way]()
 
 
-@pytest.mark.filterwarnings("error:The likelihood was told num_data")
+@pytest.mark.filterwarnings("error:The likelihood has num_data")
 def test_the_right_size_and_a_loader_of_whole_batches_are_no_reason_to_warn(blora):
     for rows in (ROWS, DataLoader([tiny.collate(ROWS)], batch_size=None)):
         fitted(blora, rows)

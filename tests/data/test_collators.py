@@ -92,7 +92,7 @@ class TestLabelTokens:
     @pytest.mark.parametrize("second", [" unheard", " positive"])
     def test_a_word_of_several_tokens_or_of_another_s(self, build, second):
         template = Template("{q}", "labels", (" positive", second))
-        with pytest.raises(DataError, match="expected exactly one of its own each"):
+        with pytest.raises(DataError, match="expected a different single one each"):
             LabelTokensCollator(build(), template)
 
 

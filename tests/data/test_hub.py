@@ -79,7 +79,7 @@ def test_every_task_is_known(hub):
 
 def test_without_a_network_or_the_package(hub, monkeypatch):
     hub.side_effect = ConnectionError("no route to host\nsecond line")
-    with pytest.raises(DataError, match=r"out of reach.*no route.*--data-dir") as error:
+    with pytest.raises(DataError, match=r"from the hub.*no route.*--data-dir") as error:
         read_hub("sst2", "test")
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "datasets", None)

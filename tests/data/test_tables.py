@@ -246,7 +246,7 @@ def test_rows_of_text_that_cannot_be_used_are_named_before_the_first_step(small)
         ),
         (
             [ROWS[0], {"text": None, "label": 0}],
-            "a text, got None in row 1; leave the row out, or make",
+            "a text, got None in row 1; leave the row out, or convert",
         ),
         ([{"headline": "a", "topic": 0}], "rename those that hold the text and the label"),
         ([{"text": "a", "stars": 0}], "got text, stars in row 0; rename those that hold the label"),

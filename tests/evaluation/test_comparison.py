@@ -89,7 +89,7 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
     assert list(frame["method"]) == [name for name in names for _ in (0, 1)]
     text = str(table)
     assert f"{encoder} on data: 39 training and 12 test items" in text
-    for one in ("NLL less lora's", "| mine |", "labels beside training"):
+    for one in ("NLL minus lora's", "| mine |", "labels beside training"):
         assert one in text
     console = Console(record=True, width=200)
     console.print(table)

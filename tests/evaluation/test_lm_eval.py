@@ -128,7 +128,7 @@ def test_the_mean_is_what_the_harness_gives_for_the_network_under_it(blora, toke
 def test_adapters_that_cannot_be(tokenizer, monkeypatch):
     with pytest.raises(ConfigurationError, match="has no language-model head"):
         posterior(tiny.adapted(tiny.bert(), target_modules=["query"]), tokenizer)
-    with pytest.raises(ConfigurationError, match="another posterior for every batch"):
+    with pytest.raises(ConfigurationError, match="its own posterior for every batch"):
         posterior(wide(tokenizer, Amortized()), tokenizer)
     monkeypatch.setattr(adapter, "HFLM", None)
     with pytest.raises(ConfigurationError, match="pip install lm_eval"):

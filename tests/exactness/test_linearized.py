@@ -111,11 +111,11 @@ def test_what_cannot_be_linearized_is_refused():
     net = blora.unwrap()
     blora = tiny.adapted(net, guide=pyro.infer.autoguide.AutoNormal)
     blora.guide(batch)
-    with pytest.raises(ConfigurationError, match="AutoNormal is not a family"):
+    with pytest.raises(ConfigurationError, match=r"to linearize .* got AutoNormal"):
         blora.predict(batch, 5, linearized=True)
     net = blora.unwrap()
     blora = tiny.adapted(net, likelihood=CausalLM(num_data=4))
-    with pytest.raises(ConfigurationError, match="CausalLM has"):
+    with pytest.raises(ConfigurationError, match=r"one choice per example, .* of CausalLM,"):
         linearized_logits(blora.model, blora.guide, tiny.texts(), 5)
     net = blora.unwrap()
     blora = tiny.adapted(net, prior=KroneckerInducing(rank=2, conditional="exact"))

@@ -19,10 +19,10 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("part", "name", "value", "told"),
     [
-        ("model", "v_proj.sigma_", NAN, r"at step 0; .* are: the parameter v_proj\.sigma_\."),
+        ("model", "v_proj.sigma_", NAN, r"at step 0; .* finite: the parameter v_proj\.sigma_\."),
         ("guide", "q_proj_V.loc", NAN, r"the parameter q_proj_V\.loc\. Lower the learning rates"),
         # finite, but its log-probability overflows
-        ("guide", "v_proj_V.loc", 1e30, r"are: .*log-probability of v_proj\.V in the model"),
+        ("guide", "v_proj_V.loc", 1e30, r"finite: .*log-probability of v_proj\.V in the model"),
     ],
 )
 def test_what_is_not_finite_is_named(part, name, value, told):
@@ -57,7 +57,7 @@ LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
         (SIZED, None, {"warmup": -0.1}, r"warmup must be .* got -0\.1"),
         (SIZED, None, {"num_particles": 0}, "num_particles must be .* got 0"),
         (SIZED, None, {"kl_weight": NAN}, "kl_weight must be .* got nan"),
-        # a bound whose particles do not share out the examples
+        # a bound whose particles do not divide the examples
         (SIZED, None, {"elbo": RenyiELBO}, "elbo=RenyiELBO does not average"),
         (SIZED, None, {"learning_rates": {"means": 2}}, r"roles among \['mean', .* \['means'\]"),
         (SIZED, None, {"keep_best": True}, "keep_best=True needs validation="),

@@ -118,7 +118,7 @@ def test_a_new_head_is_trained_as_a_point(train, local):
     assert {k for k, v in inside.items() if not torch.equal(v, before[k])} == heads
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(p.requires_grad for p in net.parameters())
-    assert "classifier: trained whole" in repr(blora)
+    assert "classifier: trained in full" in repr(blora)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_which_heads_are_trained(options, names, warned):
     [(None, "clasifier"), (None, "value"), (["classifier"], "classifier")],
 )
 def test_what_is_no_head_is_refused(targets, name):
-    told = rf"modules_to_save must name heads, of \['classifier'\], .* got '{name}'"
+    told = rf"modules_to_save must name heads among \['classifier'\] .* got '{name}'"
     with pytest.raises(ConfigurationError, match=told):
         adapted(tiny.bert(), target_modules=targets, modules_to_save=[name])
 

@@ -128,7 +128,7 @@ def test_one_that_never_ran_is_the_prior_and_is_saved_as_it_starts(tmp_path):
             {"prior": KroneckerInducing(conditional="exact"), "guide": AutoLaplaceApproximation},
             r"must .*, got .*'deterministic'",
         ),
-        ({"guide": AutoNormal(lambda batch: None)}, "as the class, AutoNormal, got"),
+        ({"guide": AutoNormal(lambda batch: None)}, "an AutoGuide class, such as AutoNormal, got"),
     ],
 )
 def test_what_is_no_guide(option, told):

@@ -97,14 +97,8 @@ def test_cells_are_tuned_run_once_gone_on_with_and_reported(run, config, tmp_pat
         probs, labels = arrays[f"{name}/probs"], arrays[f"{name}/labels"]
         nll = -np.log(probs[np.arange(len(labels)), labels]).mean()
         assert nll == pytest.approx(line["metrics"]["test"]["nll"], rel=1e-4)
-    assert "| lora, trial 2 | " in run("report", out)
-    settings = yaml.safe_load(config.read_text())
-    model = settings["networks"]["tiny"]["model"]
-    settings["published"] = {model: {"a paper": ["55.0 4.0 n/a"]}}
-    config.write_text(yaml.safe_dump(settings))
-    run("report", out, "--config", str(config))
+    assert "| lora, trial 2 | " in run("report", out, "--config", str(config))
     report = (out / "report.md").read_text()
-    assert "| a paper, published | | | | 55.0 | n/a | 4.0 |" in report
     seeds = dict.fromkeys((*METHODS, "temperature:lora-best"), 2) | dict.fromkeys(FROM_LORA, 1)
     found = set(re.findall(r"^\| ([\w:-]+) \| (\d+ \| \d+ \| \d) \| \d", report, re.MULTILINE))
     options = len(load_task("facts").test[0].choices)

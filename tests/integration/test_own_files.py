@@ -133,7 +133,7 @@ def test_no_path_is_taken_from_a_file(wrong, blora, tmp_path):
             call()
     assert tree(tmp_path) == before
     (tmp_path / "out" / MANIFEST).unlink()
-    with pytest.raises(ConfigurationError, match=r"one_pass\.json must be free"):
+    with pytest.raises(ConfigurationError, match=r"one_pass\.json must be absent"):
         blora.export_peft(tmp_path / "out")
 
 

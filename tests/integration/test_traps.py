@@ -143,7 +143,7 @@ def test_a_layer_that_puts_out_no_tensor_is_named():
     q = net.model.layers[0].self_attn.q_proj
     q.__class__ = Router
     blora = tiny.adapted(net)
-    with pytest.raises(ConfigurationError, match=r"layers\.0.*q_proj puts out a tuple"):
+    with pytest.raises(ConfigurationError, match=r"layers\.0.*q_proj returns a tuple"):
         blora.model(tiny.sequences())
 
 

@@ -18,21 +18,24 @@ TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 LISTED = (TUTORIALS / "README.md").read_text("utf-8")
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 SMALLER = {  # what is replaced in a notebook
-    "00": {"STEPS = 120": "STEPS = 2", "TRAIN = 240": "TRAIN = 2", "TEST = 300": "TEST = 2"},
-    "02": {"STEPS = 1200": "STEPS = 20"},
+    "00": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 2", "TRAIN = 400": "TRAIN = 8"}
+    | {"TEST = 600": "TEST = 2"},
+    "02": {"STEPS = 3000": "STEPS = 20"},
     "03": {"=400, warmup_steps=150": "=20, warmup_steps=5", "32, 600": "8, 100"},
     "05": {
         "240": "24",
         "150": "20",
         "512": "256",
-        "100": "10",
-        "NUTS_DRAWS = 300": "NUTS_DRAWS = 4",
+        "NUTS_DRAWS = 200": "NUTS_DRAWS = 4",
     },
-    "06": {"STEPS = 120": "STEPS = 2", "TOWNS = 6": "TOWNS = 3", "DRAWS = 8": "DRAWS = 2"},
+    "06": {"STEPS = 400": "STEPS = 2", "MACHINES = 36": "MACHINES = 4", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
     "08": {"num_steps=300": "num_steps=3"},
-    "09": {'"sst2"': '"facts"', "STEPS = 300": "STEPS = 6", "TRAIN = 400": "TRAIN = 16"}
-    | {"HELD = 200": "HELD = 8", "TEST = 600": "TEST = 8", "CLIENTS = 16": "CLIENTS = 8"},
+    "09": {
+        '"sst2"': '[{"text": f"{k} degrees", "label": k % 2} for k in range(60)]',
+        "STEPS = 300": "STEPS = 6",
+        "400, 200, 600": "16, 8, 8",
+    },
 }
 
 
@@ -52,7 +55,12 @@ def network(request, monkeypatch):
     tokenizer.eos_token = "</s>"  # which it does not put after a text
     torch.manual_seed(0)
     net = tiny.llama(6, vocab_size=len(tokenizer), max_position_embeddings=256)
-    monkeypatch.setattr(pyro_blora, "load_pretrained", lambda name: (net, tokenizer))
+    sizes = {"vocab_size": len(tokenizer), "num_labels": 2}
+    monkeypatch.setattr(
+        pyro_blora,
+        "load_pretrained",
+        lambda name, num_labels=None: (tiny.bert(**sizes) if num_labels else net, tokenizer),
+    )
 
 
 @pytest.mark.usefixtures("network")

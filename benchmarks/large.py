@@ -1,0 +1,102 @@
+"""LoRA, split LoRA and the default on a network of billions, in the papers' setting, on one GPU.
+
+    python benchmarks/large.py --task arc_easy --out out/arc_easy               # 24 GiB or more
+    python benchmarks/large.py --task arc_easy --out out/arc_easy --quantized   # 16 GiB
+
+Adapters of rank 8 on q_proj, v_proj and lm_head, 5,000 steps of batch 4, all test items. LoRA has
+the rate that BLoB gives it (arXiv:2406.11675), and the default its usual ones. Each row is saved
+when it is done, so the same command goes on after an interruption.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+
+from pyro_blora import compare, load_pretrained
+from pyro_blora.evaluation.comparison import RESULTS, versions
+from pyro_blora.methods import METHODS
+
+PUBLISHED = Path(__file__).with_suffix(".yaml")
+LORA = replace(METHODS["lora"], learning_rates={"mean": 1e-4})
+
+
+def load(model: str, quantized: bool) -> tuple[Any, Any]:
+    """A network in bfloat16 and its tokenizer, or its blocks in 4 bits."""
+    if not quantized:
+        return load_pretrained(model, dtype=torch.bfloat16)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    how = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **bits)}
+    place = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    how |= {"dtype": torch.bfloat16, "device_map": {"": place}}
+    net = AutoModelForCausalLM.from_pretrained(model, **how)
+    return net.eval(), AutoTokenizer.from_pretrained(model)
+
+
+@contextmanager
+def measured(what: str) -> Iterator[None]:
+    """Prints the time and the peak memory of a training or a prediction."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    yield
+    told = f"{what}: {time.perf_counter() - start:.1f} s"
+    if torch.cuda.is_available():
+        told += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    print(told, flush=True)
+
+
+def published(model: str, task: str) -> list[str]:
+    """What papers print of a model on a task."""
+    found = yaml.safe_load(PUBLISHED.read_text("utf-8"))
+    if task not in found["tasks"]:
+        return []
+    place, rows = found["tasks"].index(task), found["models"].get(model, {})
+    return [f"| {name} | " + " | ".join(row[place].split()) + " |" for name, row in rows.items()]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, predictions and a diagram.")],
+    task: Annotated[str, typer.Option(help="A task of the hub, or a folder in --data-dir.")],
+    model: str = "meta-llama/Llama-2-7b-hf",
+    data_dir: Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl.")] = None,
+    quantized: Annotated[bool, typer.Option("--quantized", help="In 4 bits.")] = False,
+    max_steps: int = 5000,
+    seeds: str = "0,1,2",
+) -> None:
+    """Trains and scores each method, and prints the table beside what papers print."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{model}{' in 4 bits' if quantized else ''} on {device}, {versions()}", flush=True)
+    with measured("load"):
+        pair = load(model, quantized)
+    table = compare(
+        pair,
+        task,
+        ["lora", "split:lora", "bayesian-lora"],
+        own={"lora": LORA},
+        seeds=[int(seed) for seed in seeds.split(",")],
+        num_steps=max_steps,
+        batch_size=4,
+        rank=8,
+        target_modules=["q_proj", "v_proj", "lm_head"],
+        max_validation=0,  # no row reads any, so that all items train
+        data_dir=data_dir,
+        out=out,
+        phase=measured,
+    )
+    print(f"\n{table}\n")
+    if rows := published(model, task):
+        print("\n".join(["| published | ACC % | ECE % | NLL |", "|---|---|---|---|", *rows, ""]))
+    print(f"To let others know, open an issue with {out / RESULTS} and all lines printed here.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
