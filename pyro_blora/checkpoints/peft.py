@@ -307,7 +307,8 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
     The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
     not written, so merge it into the base first. The temperature of the mean, or of the draws, is
     folded into a trained head. Without a head it is in ``one_pass.json``, with a program that
-    applies it in ``README.md``, and for text in ``generation_config.json``. Leftovers of an earlier
+    applies it in ``README.md``, and for text in ``generation_config.json``. The names of a
+    classifier's classes are in ``one_pass.json``, too. Leftovers of an earlier
     export are removed, and your own files are kept, as in ``save_pretrained``.
 
     Args:
@@ -357,9 +358,13 @@ def _use_of(
     """JSON files and a page on how to use an exported LoRA that is not complete by itself."""
     if _last_linear(model) is not None:  # which includes the temperature
         temperature = 1.0
-    if temperature == 1 and not isinstance(model.likelihood, LabelTokens | MultipleChoice):
+    classes = getattr(model.likelihood, "classes", None)  # for which PEFT's files have no place
+    numbers, page = {"classes": classes} if classes else {}, ""
+    if temperature != 1 or isinstance(model.likelihood, LabelTokens | MultipleChoice):
+        used, page = page_of_use(model.likelihood, temperature, base, is_classifier(model.net))
+        numbers |= used
+    if not numbers:
         return {}, ""
-    numbers, page = page_of_use(model.likelihood, temperature, base, is_classifier(model.net))
     texts = {_NUMBERS: json.dumps(numbers, indent=2) + "\n"}
     if "in" in numbers:
         from transformers import GenerationConfig  # not at the top: it sets warning filters

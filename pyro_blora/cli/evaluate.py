@@ -57,7 +57,14 @@ def run(
     from pyro_blora.options import choose_precision
 
     console = Console(highlight=False)
-    task = o.named(task, read_config(adapter)["notes"].get("task"), "--task")
+    trained_on = read_config(adapter)["notes"].get("task")
+    task = o.named(task, trained_on, "--task")
+    if trained_on is None and Path(task).is_file():
+        warnings.warn(
+            f"{adapter} was not made by pyro-blora train, so the fifth of {task} that is tested may "
+            "have rows that it was trained on; give a folder whose test file has other rows.",
+            stacklevel=2,
+        )
     data = load_task(task, data_dir=data_dir, max_test=max_test)
     other = load_task(ood, data_dir=data_dir, max_test=max_test) if ood else None
     foreign, task = other.test if other else (), data.name

@@ -1,5 +1,6 @@
 """What PEFT loads of an export; and PEFT's habits by PEFT's names."""
 
+import json
 import subprocess
 import sys
 
@@ -126,6 +127,15 @@ def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
     found, expected = logits(model).softmax(-1), blora.predict(BATCH, 0).probs
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert model.config.id2label == names
+
+
+def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):
+    likelihood = SequenceClassification(classes=("no", "maybe", "yes"))
+    blora = moved(tiny.bert(), likelihood=likelihood)
+    blora.export_peft(tmp_path)
+    assert json.loads((tmp_path / "one_pass.json").read_text()) == {
+        "classes": ["no", "maybe", "yes"]
+    }
 
 
 def test_a_disabled_adapter_and_its_head_are_out_of_the_way():

@@ -76,6 +76,18 @@ def test_evaluate_writes_pictures_json_and_csv(run, adapter, tmp_path):
     assert f"by chance: {100 * metrics['ece_by_chance']:.1f})" in text
 
 
+def test_evaluate_warns_of_rows_that_an_adapter_of_fit_may_have_seen(run, adapter, tmp_path):
+    blora = BayesianLoRA.from_pretrained(load_pretrained(adapter[-1])[0], adapter[1])
+    blora.save_pretrained(tmp_path / "fitted")
+    rows = [
+        {"question": f"Is {i} odd?", "choices": ["no", "yes"], "label": i % 2} for i in range(20)
+    ]
+    file = tmp_path / "odd.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="may have rows that it was trained on"):
+        run("evaluate", "--adapter", tmp_path / "fitted", "--model", adapter[-1], "--task", file)
+
+
 def test_evaluate_says_above_which_entropy_to_abstain(run, adapter, data_dir, tmp_path):
     """If its own answers are the labels of 63 items, and not of labels that it does not know."""
     data, file = tmp_path / "data", tmp_path / "data" / "words" / "test.jsonl"
