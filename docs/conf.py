@@ -74,7 +74,7 @@ def as_it_parses(
 
 MENU = {
     "Start": "tutorials/00* tutorials/09* choose own_data tutorials/README",
-    "Guides": "peft evaluation save_and_serve generation hyperparameters large_models pyro "
+    "How-to pages": "peft evaluation save_and_serve generation hyperparameters large_models pyro "
     "priors_and_guides tutorials/02* tutorials/03* tutorials/05* tutorials/06* tutorials/07* "
     "troubleshooting",
     "Explanation": "theory tutorials/01* calibration tutorials/04* tutorials/08* cost "

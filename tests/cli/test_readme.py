@@ -39,6 +39,8 @@ range(400) -> range(40)
 [300:] -> [30:]
 [:200] -> [:20]
 [200:] -> [20:]
+[:50] -> [:5]
+[50:] -> [5:]
 """
 SMALLER = dict(line.split(" -> ") for line in SIZES.strip().splitlines())
 
