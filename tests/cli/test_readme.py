@@ -117,6 +117,8 @@ def test_the_programs_of_a_page_run(name, run, model_dir):
         for large, small in SMALLER.items():
             program = program.replace(large, small)
         exec(program, names)
+    if name == "pyro":  # each label counts once, under NUTS
+        assert names["blora"].likelihood.num_data == len(names["few"])
     if name == "own_data":
         tiny = ["--model", model_dir]
         run_commands(page, run, {"train": [*tiny, "--max-steps", "2"], "evaluate": tiny})

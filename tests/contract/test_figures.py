@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pyro_blora.evaluation.comparison import Comparison, Row
+from pyro_blora.inference import RATES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(ROOT.glob("benchmarks/results/*/report.md"))
@@ -61,3 +62,10 @@ def test_the_ratios_of_the_page_on_cost_are_those_of_its_file():
     page = (ROOT / "docs/cost.md").read_text("utf-8").partition("## How it was measured")[0]
     known = (ROOT / "benchmarks/results/cost/ratios.csv").read_text("utf-8")
     assert set(FIGURE.findall(page)) <= set(FIGURE.findall(known))
+
+
+def test_the_rates_of_the_page_on_hyperparameters_are_the_defaults():
+    page = (ROOT / "docs/hyperparameters.md").read_text("utf-8")
+    rates = dict(re.findall(r'^\| `"(\w+)"`.*? \| ([\d.]+) \|', page, re.MULTILINE))
+    assert {role: float(rate) for role, rate in rates.items()} == {k: RATES[k] for k in rates}
+    assert len(rates) == 4
