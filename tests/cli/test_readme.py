@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -58,6 +59,7 @@ def tiny(monkeypatch, model_dir, tmp_path):
         padded = AutoTokenizer.from_pretrained(model_dir, pad_token="</s>")
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "vocab_size": len(padded), "num_labels": num_labels}
+        torch.manual_seed(0)  # the same base each time
         return BertForSequenceClassification(BertConfig(**sizes)).eval(), padded
 
     def by_name(name, classes, seed):
