@@ -61,8 +61,8 @@ def run(
     task = o.named(task, trained_on, "--task")
     if trained_on is None and Path(task).is_file():
         warnings.warn(
-            f"{adapter} was not made by pyro-blora train, so the fifth of {task} that is tested may "
-            "have rows that it was trained on; give a folder whose test file has other rows.",
+            f"{adapter} was not made by pyro-blora train, so the fifth of {task} that is tested "
+            "may have rows that it was trained on; give a folder whose test file has other rows.",
             stacklevel=2,
         )
     data = load_task(task, data_dir=data_dir, max_test=max_test)

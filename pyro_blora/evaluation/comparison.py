@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -358,7 +359,8 @@ def _digest(value: object) -> str:
 
 
 def _said(own: Own) -> str:
-    return repr(own) if isinstance(own, Method) else f"{own[0]!r} and {own[1]!r}"
+    said = repr(own) if isinstance(own, Method) else f"{own[0]!r} and {own[1]!r}"
+    return re.sub(r" at 0x[0-9a-f]+", "", said)  # of a function, another one in each process
 
 
 def train_and_score(

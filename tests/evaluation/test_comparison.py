@@ -10,8 +10,10 @@ from rich.console import Console
 
 from pyro_blora import Comparison, compare, load_task
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.comparison import Row
 from pyro_blora.guides import Delta, MeanField
+from pyro_blora.methods import Method
 from pyro_blora.models import Subspace
 
 WORDS = ("cold", "warm", "wet")
@@ -159,3 +161,13 @@ def test_the_best_step_has_the_temperature_and_the_width_of_a_last_one(method, m
     ).rows
     assert best.temperature_by == last.temperature_by == "0.25 of training"
     torch.testing.assert_close(best.probs, last.probs, atol=1e-5, rtol=0)
+
+
+def test_a_method_with_a_function_is_found_again_in_another_process():
+    def method():
+        def core(shape):
+            return torch.distributions.Normal(torch.zeros(shape), 1.0)
+
+        return Method("mine", "KroneckerInducing", "MatrixNormal", prior_options={"core": core})
+
+    assert comparison._said(method()) == comparison._said(method())
