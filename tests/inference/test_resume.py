@@ -149,7 +149,7 @@ def test_a_finished_run_returns_at_once_or_goes_on(stopped):
     result = tiny.train(blora, **{**options, "num_steps": 9})
     assert result.history[:6] == expected[1][0]
     assert len(result.history) == steps_in(stopped / STATE) == 9
-    with pytest.raises(ConfigurationError, match=r"num_steps must be at least 9.*got 8"):
+    with pytest.raises(ConfigurationError, match=r"num_steps must be at least the 9.*got 8"):
         tiny.train(anew(llama, {}), **{**options, "num_steps": 8})
 
 
