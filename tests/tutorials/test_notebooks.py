@@ -26,7 +26,7 @@ SMALLER = {  # what is replaced in a notebook
         "240": "24",
         "150": "20",
         "512": "256",
-        "NUTS_DRAWS = 200": "NUTS_DRAWS = 4",
+        "NUTS_DRAWS = 600": "NUTS_DRAWS = 4",
     },
     "06": {"STEPS = 400": "STEPS = 2", "MACHINES = 36": "MACHINES = 4", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
