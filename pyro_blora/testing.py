@@ -1,6 +1,6 @@
-"""Contracts for your own priors, guide families and likelihoods, to subclass in a test file.
+"""Contracts for your own priors, guides and likelihoods, to subclass in a test file.
 
-They are mixins of test methods, for pytest or beside unittest's ``TestCase``, on a tiny Llama::
+They are mixins of test methods on a tiny Llama, for pytest or with unittest's ``TestCase``::
 
     class TestMyPrior(PriorContract):
         def make(self):
@@ -124,7 +124,7 @@ class PairContract(_Contract):
             wrong = {name for name in own if module.roles.get(name) not in RATES}
             assert not wrong, f"{module!r}: roles must give {wrong} one of {list(RATES)}."
 
-    def test_a_trained_adapter_travels(self) -> None:
+    def test_a_trained_adapter_survives_saving_and_loading(self) -> None:
         """A new adapter predicts the same after loading the state dict or the saved folder."""
         batch, parts = self.batch(8), self.parts()
         with pyro.settings.context(module_local_params=True), tempfile.TemporaryDirectory() as path:
@@ -194,8 +194,8 @@ class GuideContract(PairContract):
     """The tests of a guide family, by itself and with a hierarchical prior; override ``make()``.
 
     Attributes:
-        starts_at_prior: whether q is the prior at ``init_scale=1``, if the prior is normal; it is
-            not for a family that is not normal. Default: ``True``.
+        starts_at_prior: whether q equals a normal prior at ``init_scale=1``. Set it to ``False``
+            for a family that is not normal. Default: ``True``.
     """
 
     noun = "guide"

@@ -51,7 +51,7 @@ def _hide(logger: str, text: str) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Runs the command line; a usage error prints one line on stderr, with exit code 2."""
     # Users cannot act on these: linear_operator still decorates with torch.jit.script, and an
     # installed torchao reports kernels for other machines and registers enums twice.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")

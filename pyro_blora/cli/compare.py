@@ -47,10 +47,10 @@ def run(
 ) -> None:
     """Fine-tune a model by each method and compare accuracy and calibration on the test set.
 
-    Every method has the same data, budget and scoring. NLL, ECE (15 bins), Brier score and accuracy
-    are those of the probabilities over the candidate answers or classes. The table says what set
-    the temperature of each row, how many labeled items the row needs beside the training items, and
-    its NLL minus that of the first row, item by item, with the error over items and seeds.
+    Every method gets the same data, budget and scoring. NLL, ECE (15 bins), Brier score and
+    accuracy are those of the probabilities over the candidate answers or classes. The table says
+    how each row's temperature was fitted, how many labels the row needs beyond the training items,
+    and its NLL minus that of the first row, item by item, with the error over items and seeds.
 
     Each row is saved when it is done. After an interruption the same command continues; other
     --methods or --seeds with the same --out train only what is missing.

