@@ -246,13 +246,13 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
 def differences(
     ours: Mapping[int, Run], other: Mapping[int, Run], data: str, seeds: Iterable[int]
 ) -> Tensor:
-    """What one method's items score less another's on a data set, seeds x 3 x items."""
+    """The scores of one method's items minus another's on a data set, seeds x 3 x items."""
     found = [item_scores(*ours[seed][data]) - item_scores(*other[seed][data]) for seed in seeds]
     return torch.stack(found)
 
 
 def paired(methods: Methods, *data: str) -> list[str]:
-    """The NLL, Brier score and ECE of the default less those of each other method.
+    """The NLL, Brier score and ECE of the default minus those of each other method.
 
     They are means over the data sets and over the seeds that both methods have. The first error is
     over items, after the differences of an item are averaged over seeds; the second is over seeds.
@@ -354,7 +354,7 @@ def main_tasks(runs: Runs) -> Runs:
 
 
 def gaps_to(methods: Methods, rival: str, data: str = "test") -> Tensor:
-    """The NLL of a rival's items less the default's, seeds x items."""
+    """The NLL of a rival's items minus the default's, seeds x items."""
     seeds = sorted(methods[rival].keys() & methods[OURS].keys())
     return differences(methods[rival], methods[OURS], data, seeds)[:, 0]
 

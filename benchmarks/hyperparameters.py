@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from calibration_report import markdown
+from calibration_report import BLUE, markdown
 from matplotlib.figure import Figure
 
 from pyro_blora import BayesianLoRA, load_task
 from pyro_blora.evaluation.comparison import View, scored, versions
 from pyro_blora.files import replace_file
+from pyro_blora.inference import RATES
 from pyro_blora.models import KroneckerInducing, LayerGroup
 from pyro_blora.network.pretrained import load_for
 
@@ -31,7 +32,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # {} is the default
     "training steps": {"100": {"num_steps": 100}, "300": {}, "900": {"num_steps": 900}},
     "draws": {"0": {}, "1": {}, "3": {}, "10": {}, "30": {}},  # of one training
     "rate of the means, times": {
-        "1/3": {"learning_rates": 0.05 / 3}, "1": {}, "3": {"learning_rates": 0.15},
+        "1/3": {"learning_rates": RATES["mean"] / 3}, "1": {},
+        "3": {"learning_rates": 3 * RATES["mean"]},
     },
     "rank": {"2": {"rank": 2}, "8": {}, "32": {"rank": 32}},
     "sigma, times": {"1/4": {"by": 1 / 4}, "1": {}, "4": {"by": 4}},
@@ -43,7 +45,7 @@ PLACES = [(setting, value) for setting, values in SETTINGS.items() for value in 
 COLUMNS = {"acc": ("accuracy %", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 1)}
 COLUMNS |= {"gap": ("NLL minus the default's", 1, 3), "kl": ("KL, nats", 1, 0)}
 COLUMNS |= {"mi": ("mutual information", 1, 4)}
-BLUE, RED = "#2f5f94", "#d9484a"
+RED = "#d9484a"
 LINE: dict[str, Any] = {"color": BLUE, "capsize": 3}
 
 

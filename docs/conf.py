@@ -98,8 +98,8 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
             "](docs/index.md)": "](#all-pages)",
             "](docs/": "](",
             "](benchmarks/": "](../benchmarks/",
+            "](../tutorials/": "](tutorials/",
         }
-        moved |= {"](../tutorials/": "](tutorials/"}
     elif page.startswith("tutorials/"):
         moved = {"](../docs/": "](../", "](../benchmarks/": "](../../benchmarks/"}
     else:
