@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_blora.evaluation.metrics import (
     auroc,
     ece_by_chance,
+    error_of,
     evaluate,
     fit_temperature,
     item_scores,
@@ -362,7 +363,7 @@ def gaps_to(methods: Methods, rival: str, data: str = "test") -> Tensor:
 def draw_panels(axis: Any, tasks: Runs) -> None:
     """How far the test NLL of each rival lies above that of the default, task by task.
 
-    Thick bars are two standard errors over items, thin ones over items and seeds.
+    Bars are 95 % intervals, thick ones over items and thin ones over items and seeds.
     """
     rows = list[str]()
     axis.axvline(0, color=BLUE, linewidth=2)
@@ -371,11 +372,9 @@ def draw_panels(axis: Any, tasks: Runs) -> None:
     for (network, task, *_), methods in tasks.items():
         for k, (name, (title, color)) in enumerate(RIVALS.items()):
             gaps = gaps_to(methods, name)
-            items = gaps.mean(0).var() / gaps.shape[1]
-            both = items + (gaps.mean(1).var() / len(gaps) if len(gaps) > 1 else 0)
             mean, row = float(gaps.mean()), len(rows) + 0.24 * (k - 1)
-            for variance, width in (items, 3.5), (both, 1.2):
-                error = 2 * float(variance) ** 0.5
+            for sampled, width in (gaps.mean(0, keepdim=True), 3.5), (gaps, 1.2):
+                error = 2 * float(error_of(sampled))
                 axis.plot([mean - error, mean + error], [row, row], color=color, linewidth=width)
             axis.plot(mean, row, "o", color=color, label=None if rows else title)
         nll = fmean(scores(*run["test"])["nll"] for run in methods[OURS].values())

@@ -10,7 +10,6 @@ from pyro_blora.guides.delta import Delta
 from pyro_blora.guides.ensemble import Ensemble
 from pyro_blora.guides.flow import Flow
 from pyro_blora.guides.full_rank import FullRank
-from pyro_blora.guides.isotropic import Isotropic
 from pyro_blora.guides.laplace import Laplace
 from pyro_blora.guides.layer_coupled import LayerCoupled
 from pyro_blora.guides.low_rank import LowRank
@@ -24,7 +23,6 @@ __all__ = [
     "Ensemble",
     "Flow",
     "FullRank",
-    "Isotropic",
     "Laplace",
     "LayerCoupled",
     "LowRank",

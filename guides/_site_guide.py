@@ -194,7 +194,7 @@ class SiteGuide(Options, PyroModule):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "symmetric" not in vars(cls) and {"distribution", "widened"} & vars(cls).keys():
+        if "symmetric" not in vars(cls) and "distribution" in vars(cls):
             cls.symmetric = False
 
     def __init__(self, *, init_scale: float = 0.01) -> None:

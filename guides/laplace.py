@@ -1,6 +1,6 @@
 """Laplace's approximation around a point estimate."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 import pyro.distributions as dist
@@ -9,13 +9,13 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_blora.guides._post_hoc import Evidence, PostHoc
 from pyro_blora.guides._site_guide import Site
+from pyro_blora.guides.delta import Delta
 
 Structure = Literal["kron", "diag"]
 
 
-class Laplace(PostHoc):
+class Laplace(Delta):
     r"""A normal whose precision is the curvature of the loss at the trained point.
 
     .. math::
@@ -49,7 +49,9 @@ class Laplace(PostHoc):
         blora.predict(batch, linearized=True)  # the usual predictive of Laplace-LoRA
     """
 
+    is_point: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
+    finished = False  # whether the width is known; a plain bool, so that no device is synchronized
     row_basis: Tensor
     col_basis: Tensor
     width: Tensor
@@ -73,12 +75,34 @@ class Laplace(PostHoc):
                 eye = torch.eye(size, device=self.loc.device)
                 self.register_buffer(name, eye.repeat(*site.batch_shape, 1, 1))
 
+    def get_extra_state(self) -> Tensor:
+        """``finished`` as a tensor of the state dict."""
+        return torch.tensor(self.finished)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores ``finished`` from a state dict."""
+        self.finished = bool(state)
+
+    def reopen(self) -> None:
+        """Makes the guide a point again, for more training."""
+        self.finished = False
+
     @classmethod
-    def finish(cls, families: Mapping[str, "Laplace"], evidence: Evidence) -> dict[str, float]:
-        """Sums the curvature, scaled to ``num_data``; chooses and returns the prior precisions."""
+    def finish(
+        cls,
+        families: Mapping[str, "Laplace"],
+        scores: Iterable[Mapping[str, Tensor]],
+        num_data: int | None = None,
+    ) -> dict[str, float]:
+        r"""Sums the curvature, scaled to ``num_data``; chooses and returns the prior precisions.
+
+        ``scores`` has for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}} (J_{bc} - \sum_k
+        p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J`` of the logits in
+        unconstrained coordinates; ``sum g g^T`` is ``H``.
+        """
         sums: dict[str, list[Tensor]] = {}
         seen = 0
-        for batch in evidence.scores():
+        for batch in scores:
             for name, g in batch.items():
                 found = families[name]._second_moments(g)
                 before = sums.get(name, [g.new_zeros(())] * len(found))
@@ -86,12 +110,12 @@ class Laplace(PostHoc):
             seen += len(g)
         chosen = {}
         for name, family in families.items():
-            values, *bases = family._eigen(sums[name], (evidence.num_data or seen) / seen)
+            values, *bases = family._eigen(sums[name], (num_data or seen) / seen)
             chosen[name] = delta = best_precision(values, family.loc)
             family.width.copy_((values + delta).rsqrt())
             for side, basis in zip(("row_basis", "col_basis"), bases, strict=False):
                 getattr(family, side).copy_(basis)
-            family.settle()
+            family.finished = True
         return chosen
 
     def _second_moments(self, g: Tensor) -> list[Tensor]:
@@ -110,13 +134,19 @@ class Laplace(PostHoc):
         values = rows.clamp_min(0).unsqueeze(-1) * cols.clamp_min(0).unsqueeze(-2)
         return scale * values / trace[:, None, None], row_basis, col_basis
 
-    def widened(self) -> TorchDistribution:
-        """The normal around ``loc``."""
+    def distribution(self) -> TorchDistribution:
+        """The point mass at ``loc``, or the normal around it once the width is known."""
+        if not self.finished:
+            return super().distribution()
         if not self.is_kron:
             return dist.Normal(self.loc, self.width).to_event(self.site.event_dim)
         noise = dist.Normal(torch.zeros_like(self.loc), self.width).to_event(2)
         turn = _Rotation(self.row_basis, self.col_basis, self.loc)
         return dist.TransformedDistribution(noise, [turn])
+
+    def center(self, context: Tensor | None = None) -> Tensor:
+        """The image of ``loc``."""
+        return self.loc if self.site.is_real else self.site.transform(self.loc)
 
 
 class _Rotation(Transform):

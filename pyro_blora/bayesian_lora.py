@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.data.collators import ClassificationCollator, reading
+from pyro_blora.data.collators import reading
 from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
@@ -235,8 +235,8 @@ class BayesianLoRA(PyroModule):
         """The posterior predictive of the labels of a batch.
 
         Args:
-            batch: a batch as in training, on any device; labels are not needed. For a classifier
-                with a tokenizer, a list of texts or of rows also works.
+            batch: a batch as in training, on any device; labels are not needed. With a tokenizer
+                a list of texts for a classifier, or of rows, also works, however long it is.
             num_samples: number of posterior draws ``S``; 0 uses the posterior mean. Default: the
                 method's, or 10.
             max_rows: limits memory: draws share a pass of the network as long as draws times
@@ -262,16 +262,11 @@ class BayesianLoRA(PyroModule):
                 f"predict must have a likelihood with classes, got {type(self.likelihood).__name__}"
                 "; use log_predictive(batch), log_predictive_dataset(data), or generate(...)."
             )
-        likelihood = self.likelihood
-        if isinstance(batch, list) and isinstance(likelihood, SequenceClassification):
-            if self.tokenizer is None or not batch:
-                raise BatchError(
-                    "A list of texts must not be empty and needs the adapter's tokenizer, got no "
-                    f"{'tokenizer' if batch else 'text'}; set blora.tokenizer, or pass a batch."
-                )
-            rows = [{"text": row} if isinstance(row, str) else row for row in batch]
-            batch = ClassificationCollator(self.tokenizer, likelihood.classes or ())(rows)
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
+        if isinstance(batch, list):
+            rows = [{"text": row} if isinstance(row, str) else row for row in batch]
+            options: dict[str, Any] = {"precision": "float32", "progress": False}
+            return self.predict_dataset(rows, None, num_samples, **options, **how)[0]
         parts = self.model, self.guide, self.method
         passes = predictive_logits(*parts, batch, num_samples, **how)
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
@@ -312,14 +307,17 @@ class BayesianLoRA(PyroModule):
         num_samples: int | None = None,
         *,
         linearized: bool | None = None,
+        max_rows: int | None = None,
+        samples: predictive.Samples | None = None,
         **options: Any,
-    ) -> tuple[Prediction, Tensor]:
+    ) -> tuple[Prediction, Any]:
         """:meth:`predict` for a data set, and its labels; see :func:`pyro_blora.predict_dataset`.
 
         ``options`` are ``batch_size``, ``precision``, ``progress`` and ``description``.
         """
-        data, collate = self.reading(data, collate)
-        predict = partial(self.predict, num_samples=num_samples, linearized=linearized)
+        data, collate = self.reading(data, collate, labeled=False)
+        how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
+        predict = partial(self.predict, num_samples=num_samples, **how)
         return predict_dataset(predict, data, collate, device=self.device, **options)
 
     @one_at_a_time
@@ -358,6 +356,7 @@ class BayesianLoRA(PyroModule):
             return self.log_predictive(batch, num_samples).cpu(), count
 
         found, counts, back = over_dataset(scored, data, collate, self.device, **options)
+        assert counts is not None
         return torch.cat(found)[back], counts
 
     @one_at_a_time

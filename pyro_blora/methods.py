@@ -132,7 +132,6 @@ _KNOWN = (
         prior_options={"random": "both", "sigma": 1.0},
         linearized=True,
     ),
-    Method("tfb", "GaussianFactors", "Isotropic", prior_options={"random": "A", "sigma": 1.0}),
     Method(
         "ensemble",
         "GaussianFactors",

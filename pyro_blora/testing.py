@@ -28,8 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError
-from pyro_blora.guides import MeanField, Site, SiteGuide
-from pyro_blora.guides._post_hoc import Evidence, PostHoc
+from pyro_blora.guides import Laplace, MeanField, Site, SiteGuide
 from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.models import Hierarchical
@@ -276,9 +275,8 @@ class GuideContract(PairContract):
         q = self._bound(site, 0.1)
         for parameter in q.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-        if isinstance(q, PostHoc):
-            scores = {site.name: torch.randn(8, 3, *site.shape)}
-            q.finish({site.name: q}, Evidence(lambda: iter([scores]), lambda num_samples: 0.0))
+        if isinstance(q, Laplace):
+            q.finish({site.name: q}, [{site.name: torch.randn(8, 3, *site.shape)}])
         return q
 
 

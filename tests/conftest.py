@@ -1,5 +1,3 @@
-import signal
-
 import pyro
 import pytest
 
@@ -16,11 +14,3 @@ def _clean_pyro(monkeypatch):
     with pyro.validation_enabled(True):
         yield
     pyro.clear_param_store()
-
-
-@pytest.fixture(scope="module")
-def interruptible():
-    """Ctrl-C as Python has it; a shell's jobs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

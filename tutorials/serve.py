@@ -5,8 +5,8 @@ After ``pip install fastapi uvicorn``, in this folder::
     ADAPTER=out/mine ABSTAIN_ABOVE=0.4 uvicorn --factory serve:from_environment
     curl localhost:8000/predict --json '{"texts": ["Ice is"], "choices": [["cold", "hot"]]}'
 
-A classifier takes ``texts`` alone. ``NUM_SAMPLES=0`` is one pass of the posterior mean, and
-``BASE`` names the base where the adapter does not.
+A classifier takes ``texts`` alone. ``NUM_SAMPLES=0`` is one pass of the posterior mean. An adapter
+names its base only if that is on the hub; for a base in a folder, set ``BASE`` to the folder.
 """
 
 import os
@@ -20,7 +20,6 @@ from pydantic import BaseModel
 
 from pyro_blora import BayesianLoRA, load_pretrained
 from pyro_blora.checkpoints import read_config
-from pyro_blora.data import MultipleChoiceCollator
 
 
 class Question(BaseModel):
@@ -37,14 +36,13 @@ def endpoint(blora: BayesianLoRA, abstain_above: float = inf, num_samples: int =
     @app.post("/predict")
     def predict(asked: Question) -> list[dict[str, Any]]:  # not async: FastAPI gives it a thread
         try:
-            batch: Any = asked.texts
+            rows: list[Any] = asked.texts
             if asked.choices is not None:
                 pairs = zip(asked.texts, asked.choices, strict=True)
                 rows = [{"question": text, "choices": each, "label": 0} for text, each in pairs]
-                batch = MultipleChoiceCollator(blora.tokenizer)(rows)
             with lock:  # between the seed, which all threads share, and the draws
                 torch.manual_seed(0)  # the same request has the same answer
-                found = blora.predict(batch, num_samples)
+                found = blora.predict(rows, num_samples)
         except ValueError as error:  # as the library's own errors are
             raise HTTPException(422, str(error)) from error
         classes = getattr(blora.likelihood, "classes", None) or range(found.probs.shape[1])
@@ -68,6 +66,8 @@ def from_environment() -> FastAPI:
     get, folder = os.environ.get, os.environ["ADAPTER"]
     saved = read_config(folder)
     base = get("BASE", saved["base_model"])
+    if not base:
+        raise SystemExit(f"{folder} does not name its base; set BASE to the folder of the base.")
     net, tokenizer = load_pretrained(base, num_labels=saved["base"].get("num_labels"))
     blora = BayesianLoRA.from_pretrained(net, folder, tokenizer=tokenizer)
     return endpoint(blora, float(get("ABSTAIN_ABOVE", inf)), int(get("NUM_SAMPLES", 10)))

@@ -64,7 +64,8 @@ def page_of_use(
     elif isinstance(likelihood, LabelTokens):
         kind, found["token_ids"] = "tokens", list(likelihood.token_ids)
     told = {"base": base, "classifies": classifies, "kind": kind, "temperature": temperature}
-    return found, _page("use.md", told | found)
+    classes = list(getattr(likelihood, "classes", None) or ())
+    return found, _page("use.md", {**told, **found, "classes": classes})
 
 
 class Training(Protocol):
@@ -73,6 +74,7 @@ class Training(Protocol):
     history: list[dict[str, float]]
     validation: list[tuple[int, float]]
     best_step: int | None
+    num_held_out: int
     settings: Any  # a dataclass, or None
 
 
@@ -85,7 +87,7 @@ def figures_of(result: Training, data: int | None) -> dict[str, str]:
         rows["settings"] = ", ".join(f"{name}={value}" for name, value in given.items())
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:
-        data -= int(getattr(result.settings, "held_out", 0.0) * data)  # which were not trained on
+        data -= result.num_held_out
         nll, kl = (sum(f[key] for f in last) / len(last) for key in ("nll", "kl"))
         rows["ELBO"] = (
             f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "

@@ -34,6 +34,7 @@ from pyro_blora.network.targets import (
     is_classifier,
     matches,
     name_in_base,
+    own_names,
 )
 from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -50,7 +51,7 @@ _PLAIN = (
     *("fan_in_fan_out", "use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "eva_config", "corda_config", "loftq_config"),
     *("lora_ga_config", "velora_config", "megatron_core", "qalora_group_size"),
-    *("ensure_weight_tying", "runtime_config"),
+    *("ensure_weight_tying", "runtime_config", "classes"),
 )
 _VALUES = {
     "peft_type": ("LORA",),
@@ -65,7 +66,8 @@ class PeftAdapter:
     """A plain LoRA that PEFT trained; all names are full names in the base.
 
     ``factors`` has ``(B, A)`` of each layer with ``dW = B A``, so ``B`` includes PEFT's scaling.
-    ``others`` has the tensors of ``modules_to_save``; ``base`` is the name of the base for loading.
+    ``others`` has the tensors of ``modules_to_save``; ``base`` is the name of the base for loading,
+    and ``classes`` are the names of its logits if this library wrote the adapter.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -74,6 +76,7 @@ class PeftAdapter:
     base: str | None
     task: str | None
     where: str
+    classes: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -136,7 +139,7 @@ class PeftAdapter:
                     raise ConfigurationError(
                         f"{model.prior!r} with this guide does not have its mean at the adapter in "
                         f"{name}; take a guide whose mean is a parameter: MatrixNormal, MeanField, "
-                        "FullRank, LowRank, LayerCoupled, Delta, Laplace or Isotropic."
+                        "FullRank, LowRank, LayerCoupled, Delta or Laplace."
                     )
 
 
@@ -180,6 +183,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
             base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
             task=config.get("task_type"),
             where=where,
+            classes=tuple(config.get("classes") or ()),
         )
 
 
@@ -188,7 +192,7 @@ _Source = tuple[dict[str, Any], dict[str, Tensor], dict[str, float], str]
 
 
 def _of_folder(source: Any) -> _Source:
-    folder = fetched(source, PEFT_CONFIG, PEFT_WEIGHTS)
+    folder = fetched(source, PEFT_CONFIG, PEFT_WEIGHTS, _NUMBERS)
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -197,6 +201,8 @@ def _of_folder(source: Any) -> _Source:
             )
     with readable(folder / PEFT_CONFIG):
         config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
+        if (numbers := folder / _NUMBERS).is_file():
+            config["classes"] = json.loads(numbers.read_text(encoding="utf-8")).get("classes")
     return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
 
 
@@ -259,9 +265,8 @@ def from_peft(
         place = _unloaded(net)
     else:
         place = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
-    if likelihood is None and adapter.task == "SEQ_CLS":
-        likelihood = SequenceClassification()
     with place as found:
+        likelihood = _of_trained_head(found, adapter, likelihood)
         blora = make(
             found,
             target_modules="|".join(map(re.escape, adapter.factors)),
@@ -281,24 +286,51 @@ def from_peft(
     return blora
 
 
+def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
+    """The likelihood, with the classes in the order of the trained head if somebody names them.
+
+    Without names the classes are numbers, because the order of texts would be a guess.
+    """
+    if likelihood is None and (adapter.task == "SEQ_CLS" or is_classifier(net)):
+        likelihood = SequenceClassification()
+    if not isinstance(likelihood, SequenceClassification):
+        return likelihood
+    options, classes = likelihood.options(), adapter.classes or own_names(net)
+    if (given := options.pop("classes")) and adapter.classes and tuple(given) != adapter.classes:
+        raise ConfigurationError(
+            f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}; "
+            "leave them out."
+        )
+    return type(likelihood)(**options, classes=given or classes)
+
+
+@contextmanager
+def put_back(model: Any) -> Iterator[None]:
+    """Puts the adapter of a ``PeftModel`` back where it was if the block raises an error."""
+    wrapped: Any = model.get_base_model() if hasattr(model, "get_base_model") else nn.Module()
+    config, modules = getattr(wrapped, "peft_config", None), dict(wrapped.named_modules())
+    theirs = ("base_layer", "original_module")
+    layers = {n: m for n, m in modules.items() if any(hasattr(m, part) for part in theirs)}
+    try:
+        yield
+    except BaseException:
+        for name, module in layers.items():
+            wrapped.set_submodule(name, module)
+        if config is not None:
+            wrapped.peft_config = config
+        raise
+
+
 @contextmanager
 def _unloaded(model: Any) -> Iterator[nn.Module]:
     """The base of a ``PeftModel``, with untrained heads; an exception restores the model."""
-    wrapped: Any = model.get_base_model()
-    config, modules = wrapped.peft_config, dict(wrapped.named_modules())
-    theirs = ("base_layer", "original_module")
-    layers = {n: m for n, m in modules.items() if any(hasattr(m, part) for part in theirs)}
-    net: Any = model.unload()
-    for name, module in layers.items():
-        if hasattr(module, "original_module"):  # unload() leaves the trained head
-            net.set_submodule(name, module.original_module)
-    try:
+    with put_back(model):
+        modules = dict(model.get_base_model().named_modules())
+        net: Any = model.unload()
+        for name, module in modules.items():
+            if hasattr(module, "original_module"):  # unload() leaves the trained head
+                net.set_submodule(name, module.original_module)
         yield net
-    except BaseException:
-        for name, module in layers.items():
-            net.set_submodule(name, module)
-        net.peft_config = config
-        raise
 
 
 def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
@@ -360,7 +392,7 @@ def _use_of(
         temperature = 1.0
     classes = getattr(model.likelihood, "classes", None)  # for which PEFT's files have no place
     numbers, page = {"classes": classes} if classes else {}, ""
-    if temperature != 1 or isinstance(model.likelihood, LabelTokens | MultipleChoice):
+    if temperature != 1 or classes or isinstance(model.likelihood, LabelTokens | MultipleChoice):
         used, page = page_of_use(model.likelihood, temperature, base, is_classifier(model.net))
         numbers |= used
     if not numbers:
@@ -386,7 +418,7 @@ def _last_linear(model: BayesianLoRAModel) -> str | None:
     return found
 
 
-def merge_and_unload(blora: Adapted) -> nn.Module:
+def merge_and_unload(blora: Adapted) -> Any:
     """The network with E[dW] and the trained heads merged into its weights by PEFT."""
     model, temperature = blora.model, float(blora.model.mean_temperature)
     model.check_attached()
@@ -412,7 +444,10 @@ def merge_and_unload(blora: Adapted) -> nn.Module:
         net.config.tie_word_embeddings = False
     lora = get_peft_model(net, config)
     set_peft_model_state_dict(lora, tensors)
-    merged: nn.Module = lora.merge_and_unload()
+    merged: Any = lora.merge_and_unload()
+    if classes := getattr(model.likelihood, "classes", None):
+        merged.config.id2label = dict(enumerate(classes))
+        merged.config.label2id = {name: k for k, name in enumerate(classes)}
     return merged
 
 

@@ -113,26 +113,34 @@ def run(
     if out is None:
         return
     write_file(out / "metrics.json", json.dumps(document, indent=2) + "\n")
-    write_file(out / "items.csv", lambda path: _write_csv(path, data.test, prediction))
+    truth = labels.tolist()
+    write_file(out / "items.csv", lambda path: _write_csv(path, data.test, truth, prediction))
     figures = {
         "reliability": plots.reliability_diagram({task: (prediction.probs, labels)}),
         "risk_coverage": plots.risk_coverage_diagram(prediction, labels),
     }
     if outside is not None and other is not None:
-        write_file(out / "ood.csv", lambda path: _write_csv(path, foreign, outside))
+        others = [item.label for item in foreign]
+        write_file(out / "ood.csv", lambda path: _write_csv(path, foreign, others, outside))
         figures["ood"] = plots.ood_diagram(prediction, outside, (task, other.name))
     for name, figure in figures.items():
         plots.save_figure(figure, out / f"{name}.png")
     console.print(f"Written to {out}: metrics.json, items.csv, {', '.join(figures)} (.png)")
 
 
-def _write_csv(path: Path, items: "Sequence[Item]", prediction: "Prediction") -> None:
-    """One row per item; the probabilities of absent choices are left empty."""
+def _write_csv(
+    path: Path, items: "Sequence[Item]", labels: Sequence[int], prediction: "Prediction"
+) -> None:
+    """One row per item; the probabilities of absent choices are left empty.
+
+    Labels count the classes as the predictions do, which a network may order otherwise than a task.
+    """
     names = ("predictions", "confidence", "entropy", "mutual_information")
     columns = [getattr(prediction, name).tolist() for name in names]
     choices = range(prediction.probs.shape[1])
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["id", "label", "prediction", *names[1:], *(f"p{k}" for k in choices)])
-        for item, probs, *own in zip(items, prediction.probs.tolist(), *columns, strict=True):
-            rows.writerow([item.id, item.label, *own, *probs[: len(item.choices)]])
+        parts = zip(items, labels, prediction.probs.tolist(), *columns, strict=True)
+        for item, label, probs, *own in parts:
+            rows.writerow([item.id, label, *own, *probs[: len(item.choices)]])

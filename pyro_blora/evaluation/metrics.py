@@ -3,15 +3,14 @@
 import math
 import warnings
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
-from torch import Tensor, nn
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+from torch import Tensor
 from torch.distributions import Binomial
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
+from torch.nn.functional import one_hot
+from torchmetrics.functional.classification import binary_auroc
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -28,6 +27,7 @@ __all__ = [
     "doubts",
     "ece_by_chance",
     "effective_rank",
+    "error_of",
     "evaluate",
     "evaluate_text",
     "fit_temperature",
@@ -78,37 +78,43 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
         >>> print(metrics)
         ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
     """
-    check_probabilities(probs, name="probs")
-    # torchmetrics takes values above 1, even by rounding, for logits, and puts a confidence of
-    # exactly 1 into a bin of its own
-    top = probs.float().clamp(0, 1 - torch.finfo(torch.float32).eps / 2)
-    k = probs.shape[1]
-    probs, labels = probs.double(), labels.long()
-    log_probs = probs.clamp(min=torch.finfo(torch.float32).tiny).log()
-    one_hot = nn.functional.one_hot(labels, k)
-    return Metrics(
-        acc=float(multiclass_accuracy(top, labels, num_classes=k, average="micro")),
-        ece=float(multiclass_calibration_error(top, labels, num_classes=k, n_bins=num_bins)),
-        nll=float(nn.functional.nll_loss(log_probs, labels)),
-        brier=float((probs - one_hot).square().sum(-1).mean()),
-        n=len(labels),
-    )
+    nll, brier, ece = item_scores(probs, labels, num_bins=num_bins).mean(1).tolist()
+    return Metrics(float((probs.argmax(1) == labels).float().mean()), ece, nll, brier, len(labels))
 
 
-def item_scores(probs: Tensor, labels: Tensor) -> Tensor:
-    """NLL and Brier score of each item, and its term in the ECE, ``3 x N``.
+def item_scores(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
+    """The NLL and the Brier score of each item, and its term in the ECE, ``3 x n``.
 
-    The ECE is the mean over items of confidence minus correctness, times the sign of their sum in
-    the item's bin. The variance of these terms is that of the ECE as long as no sign changes.
+    Their means over the items are those of :func:`evaluate`. An item's term in the ECE is its
+    confidence minus 1 if it is right, times the sign of the sum of these differences in its bin.
+    The variance of these terms is that of the ECE as long as no sign changes.
     """
-    probs = probs.double()
-    nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-38).log()
-    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
-    confidence, predicted = probs.max(1)
-    gap = confidence - (predicted == labels).double()
-    bins = (15 * confidence).ceil().long()
-    sign = torch.zeros(16).double().index_add(0, bins, gap).sign()[bins]
-    return torch.stack([nll, (probs - one_hot).square().sum(1), sign * gap])
+    check_probabilities(probs, name="probs")
+    probs, labels = probs.double(), labels.long()
+    nll = -probs.clamp_min(torch.finfo(torch.float32).tiny).log().gather(1, labels[:, None])[:, 0]
+    confidence = probs.amax(1)
+    gap = confidence - (probs.argmax(1) == labels).double()
+    bins = confidence_bins(confidence, num_bins)
+    sign = gap.new_zeros(num_bins).index_add(0, bins, gap).sign()[bins]
+    return torch.stack([nll, (probs - one_hot(labels, probs.shape[1])).square().sum(1), sign * gap])
+
+
+def error_of(gaps: Tensor) -> Tensor:
+    r"""The error of the mean of paired differences ``(S, ..., n)``, of seeds and items.
+
+    .. math::
+        (2 e)^2 = t_{n-1}^2 \, v_n / n + t_{S-1}^2 \, v_S / S
+
+    :math:`v_n` is the variance over items of their means over seeds, :math:`v_S` that over seeds of
+    their means over items, and :math:`t_d` the quantile of Student's distribution, with :math:`d`
+    degrees of freedom, at which a normal's is 2. Then two errors to each side cover at least 95 %
+    for normal means (S. K. Banerjee, 1960). For one seed the error is of the items alone.
+    """
+    level, (seeds, *_, items) = NormalDist().cdf(2), gaps.shape
+    square = gaps.mean(0).var(-1) / items * stdtrit(items - 1, level) ** 2
+    if seeds > 1:
+        square += gaps.mean(-1).var(0) / seeds * stdtrit(seeds - 1, level) ** 2
+    return square.sqrt() / 2
 
 
 def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:

@@ -1,6 +1,5 @@
 """Training and prediction loops."""
 
-from pyro_blora.inference.callbacks import logs_to, tensorboard
 from pyro_blora.inference.fit import fit
 from pyro_blora.inference.learning_rates import RATES, optim_args, parameter_groups
 from pyro_blora.inference.loop import FitResult, Step
@@ -13,8 +12,6 @@ __all__ = [
     "bayesianize",
     "finish",
     "fit",
-    "logs_to",
     "optim_args",
     "parameter_groups",
-    "tensorboard",
 ]

@@ -1,9 +1,7 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
-import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,18 +16,18 @@ from pyro_blora.inference.learning_rates import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import Callback, Decay, FitResult, Settings, running, training_loop
-from pyro_blora.inference.objective import Objective, check_num_data, size_of
+from pyro_blora.inference.objective import Objective, check_num_data
 from pyro_blora.inference.post_hoc import (
     begin_training,
     draws_of_evaluation,
     finish,
     hold_out,
     post_hoc_families,
+    put_back_if_refused,
     share_to_hold_out,
 )
-from pyro_blora.inference.resume import TrainingState
 from pyro_blora.options import check_count, check_kind, check_positive
-from pyro_blora.posterior.batches import Batches, Collate, batches_of, collator
+from pyro_blora.posterior.batches import Batches, Collate, batches_of, collator, size_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 
@@ -58,9 +56,6 @@ def fit(
     keep_best: bool = Settings.keep_best,
     patience: int | None = Settings.patience,
     seed: int | None = Settings.seed,
-    checkpoint_dir: str | os.PathLike[str] | None = None,
-    save_every: int = Settings.save_every,
-    resume: bool = False,
     callback: Callback | None = None,
     progress: bool | None = None,
 ) -> FitResult:
@@ -105,9 +100,9 @@ def fit(
             <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
             Nothing is held out of a ``DataLoader``, with a warning. Default: an eighth with
             ``MultipleChoice``, whose scores have no natural scale; 0 otherwise, for a published
-            method, and after ``from_peft``. Examples are chosen by position, so continue training
-            on the same examples in the same order; pass 0.0 if an earlier training held out none
-            of them.
+            method, and after ``from_peft``. Examples are chosen by their texts, repeated ones and
+            twins together, so that a continued training holds out the same ones; pass 0.0 if an
+            earlier training held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.
@@ -122,12 +117,6 @@ def fit(
             in a row that do not lower the best loss; ``None`` never stops early.
         seed: seed of the order of the data and of torch's global generator; ``None`` seeds neither.
             It does not cover what the prior drew when the adapter was made.
-        checkpoint_dir: a folder for the state of the run, from which it can continue after it was
-            stopped or killed. Ctrl-C then finishes the step and saves the state.
-        save_every: steps between two saves of the state.
-        resume: whether to continue from the state in ``checkpoint_dir``; on a CPU the result is bit
-            for bit that of an uninterrupted run. Without a state, a new run begins. With more
-            ``num_steps`` a finished run continues, with more ``patience`` one that stopped early.
         callback: called after each step, and after its validation, with its figures, a
             :class:`~pyro_blora.inference.Step`. They are then read after every step, not after
             every ten, and each reading waits for the device.
@@ -143,8 +132,6 @@ def fit(
         ConfigurationError: an option is out of range or has no effect, or neither the likelihood
             nor the data says how many examples there are.
         DataError: a row or a column cannot be used.
-        CheckpointError: the state in ``checkpoint_dir`` is corrupt or of another run (the message
-            says what differs), or there is one and ``resume`` is false.
 
     Example::
 
@@ -152,64 +139,63 @@ def fit(
     """
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
-    rates = rate_overrides(blora, learning_rates)
-    given = collate
-    train, collate = blora.reading(train, given)  # first, because it may name the classes
-    if validation is not None:
-        validation, of_validation = blora.reading(validation, given)
-    share = share_to_hold_out(blora, train, held_out)
-    every, (train, held) = train, hold_out(train, share)
-    settings = Settings(  # checks the loop's options; Objective checks its own
-        num_steps=_steps(train, num_steps, num_epochs, batch_size),
-        batch_size=batch_size,
-        warmup=warmup,
-        decay=decay,
-        max_grad_norm=max_grad_norm,
-        num_particles=num_particles,
-        elbo=elbo,
-        kl_weight=kl_weight,
-        held_out=share,
-        precision=precision,
-        validate_every=validate_every,
-        eval_samples=eval_samples,
-        keep_best=keep_best,
-        patience=patience,
-        seed=seed,
-        save_every=save_every,
-    )
-    if resume and checkpoint_dir is None:
-        raise ConfigurationError("resume=True needs checkpoint_dir=, the folder of the run.")
-    if keep_best and validation is None:
-        raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
-    if patience is not None and validation is None:
-        raise ConfigurationError(f"patience={patience} needs validation=, to which it applies.")
-    if validation is not None:  # checked now, not at the first validation
-        if size_of(validation) == 0:
-            raise BatchError("The validation set is empty; leave validation= out to train without.")
-        collator(validation, of_validation)  # for its error
-    if keep_best and settings.num_steps <= settings.validate_every:
-        warnings.warn(
-            "keep_best=True must have several validations to compare, got one, after the last of "
-            f"{settings.num_steps} steps (validate_every={validate_every}); choose a smaller "
-            "validate_every=.",
-            stacklevel=3,  # past the wrapper of one_at_a_time
+    with put_back_if_refused(blora):
+        rates = rate_overrides(blora, learning_rates)
+        given = collate
+        train, collate = blora.reading(train, given)  # first, because it may name the classes
+        if validation is not None:
+            validation, of_validation = blora.reading(validation, given)
+        share = share_to_hold_out(blora, train, held_out)
+        every, (train, held) = train, hold_out(train, share)
+        settings = Settings(  # checks the loop's options; Objective checks its own
+            num_steps=_steps(train, num_steps, num_epochs, batch_size),
+            batch_size=batch_size,
+            warmup=warmup,
+            decay=decay,
+            max_grad_norm=max_grad_norm,
+            num_particles=num_particles,
+            elbo=elbo,
+            kl_weight=kl_weight,
+            held_out=share,
+            precision=precision,
+            validate_every=validate_every,
+            eval_samples=eval_samples,
+            keep_best=keep_best,
+            patience=patience,
+            seed=seed,
         )
-    begin_training(blora)  # undoes temperatures, and a post-hoc width, of an earlier training
-    if seed is not None:
-        torch.manual_seed(seed)  # of the draws; the order of the data has a generator of its own
-    stream = Batches(train, collate, batch_size=batch_size, seed=seed)
-    check_num_data(blora.likelihood, every)
-    objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
-    # an AutoGuide makes its parameters at its first call, and the optimizer needs them
-    start_guide(blora.guide, blora.model.prepared(stream.peek()))
-    groups = parameter_groups(blora, rates)
-    if not groups:
-        raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-    run = None
-    if checkpoint_dir is not None:
-        data = {"training data": every, "validation": validation}  # whose sizes are compared
-        run = TrainingState(checkpoint_dir, blora, stream, settings, rates, data, resume=resume)
-        settings = replace(settings, precision=run.precision)  # what "auto" was when it began
+        if keep_best and validation is None:
+            raise ConfigurationError(
+                "keep_best=True needs validation=, by which the best is chosen."
+            )
+        if patience is not None and validation is None:
+            raise ConfigurationError(f"patience={patience} needs validation=, to which it applies.")
+        if validation is not None:  # checked now, not at the first validation
+            if size_of(validation) == 0:
+                raise BatchError(
+                    "The validation set is empty; leave validation= out to train without."
+                )
+            collator(validation, of_validation)  # for its error
+        if keep_best and settings.num_steps <= settings.validate_every:
+            warnings.warn(
+                "keep_best=True must have several validations to compare, got one, after the last "
+                f"of {settings.num_steps} steps (validate_every={validate_every}); choose a "
+                "smaller validate_every=.",
+                stacklevel=3,  # past the wrapper of one_at_a_time
+            )
+        begin_training(blora)  # undoes temperatures, and a post-hoc width, of an earlier training
+        if seed is not None:
+            torch.manual_seed(
+                seed
+            )  # of the draws; the order of the data has a generator of its own
+        stream = Batches(train, collate, batch_size=batch_size, seed=seed)
+        check_num_data(blora.likelihood, every)
+        objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
+        # an AutoGuide makes its parameters at its first call, and the optimizer needs them
+        start_guide(blora.guide, blora.model.prepared(stream.peek()))
+        groups = parameter_groups(blora, rates)
+        if not groups:
+            raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
     reading |= {"precision": settings.precision, "progress": progress}
     validate = None
@@ -236,13 +222,13 @@ def fit(
             point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
             validate=validate,
             state=blora.state_dict,
-            keeper=run,  # which loads the state, and saves it every save_every steps
             callback=callback,
             progress=progress,
         )
+    result.num_held_out = len(held)
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
-    if post_hoc_families(blora):  # Laplace and Isotropic have no width yet
+    if post_hoc_families(blora):  # Laplace has no width yet
         finish(blora, train, **reading, num_held_out=len(held))
     if held:
         blora.calibrate(held, **reading)

@@ -2,15 +2,12 @@
 
 import copy
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import pyro
 import torch
@@ -22,7 +19,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.options import check_count, check_positive
+from pyro_blora.options import check_count, check_positive, check_precision
 
 Decay = Literal["linear", "cosine", "constant"]
 
@@ -38,8 +35,7 @@ _READ_EVERY, _SECONDS = 10, 1.0
 class Settings:
     """How a run trains; the fields are the arguments of :func:`~pyro_blora.fit` of the same names.
 
-    A resumed run must have the same values, except for ``num_steps``, ``patience`` and
-    ``save_every``. The model card of a saved adapter lists them.
+    The model card of a saved adapter lists them.
     """
 
     num_steps: int
@@ -57,10 +53,9 @@ class Settings:
     keep_best: bool = False
     patience: int | None = None
     seed: int | None = 0
-    save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "validate_every", "save_every"):
+        for name in ("num_steps", "batch_size", "validate_every"):
             check_count(name, getattr(self, name))
         if self.patience is not None:
             check_count("patience", self.patience)
@@ -68,6 +63,7 @@ class Settings:
             check_positive("max_grad_norm", self.max_grad_norm)
         if self.decay not in get_args(Decay):
             raise ConfigurationError(f"decay must be one of {get_args(Decay)}, got {self.decay!r}.")
+        check_precision(self.precision)
         if not 0 <= self.warmup < 1:
             raise ConfigurationError(f"warmup must be a share in [0, 1), got {self.warmup}.")
 
@@ -81,6 +77,7 @@ class FitResult:
         validation: the step and the loss of every validation.
         best_step: the step with the lowest validation loss, or ``None``.
         best_state: the trained tensors at that step, or ``None``.
+        num_held_out: the number of examples that were held out for the temperatures.
         seconds: the time that the training steps took, without loading batches and validation.
         settings: how the run trained, or ``None`` if the result was made by hand.
     """
@@ -89,6 +86,7 @@ class FitResult:
     validation: list[tuple[int, float]] = field(default_factory=list)
     best_step: int | None = None
     best_state: dict[str, Tensor] | None = None
+    num_held_out: int = 0
     seconds: float = 0.0
     settings: Settings | None = None
 
@@ -126,44 +124,12 @@ class Step:
 Callback = Callable[[Step], object]
 
 
-class Keeper(Protocol):
-    """Keeps the state of a run in a folder, so that the run can go on after it was stopped."""
-
-    folder: Path
-
-    def load(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
-        """Restores the saved state, if there is one."""
-
-    def save(self, optimizer: torch.optim.Optimizer, result: FitResult) -> None:
-        """Writes the state after a step."""
-
-
 @contextmanager
 def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[None]:
     """Runs the network in this precision and mode within the context, without Pyro's validation."""
     mode = in_mode(blora.net, training=training)
     with blora.model.autocast(precision), mode, pyro.validation_enabled(False):
         yield
-
-
-@contextmanager
-def held_interrupts(held: bool = True) -> Iterator[list[int]]:
-    """Only notes the first Ctrl-C, in the list it yields, unless the program handles it itself."""
-    noted: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    held = held and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if held:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        if held:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
@@ -196,35 +162,28 @@ def training_loop(
     point_steps: int | None = None,
     validate: Callable[[], float] | None = None,
     state: Callable[[], dict[str, Tensor]] = dict,
-    keeper: Keeper | None = None,
     callback: Callback | None = None,
     progress: bool | None = None,
     description: str = "fit",
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches, from the state of the ``keeper`` if any.
+    """Runs AdamW on the losses of a stream of batches.
 
-    ``check`` sees the figures of each step before anything is validated or saved, and ``callback``
-    runs between the validation and the saving. The gradient of a step whose loss is not finite
-    counts as zero, so that ``check`` still finds finite parameters and can say which site is at
-    fault.
+    ``check`` sees the figures of each step before anything is validated. The gradient of a step
+    whose loss is not finite counts as zero, so that ``check`` still finds finite parameters and can
+    say which site is at fault.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
     num_steps = settings.num_steps
     result = FitResult(settings=settings)
-    if keeper:
-        keeper.load(optimizer, result)  # and the adapter, the random numbers and the stream
-    done = len(result.history)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # LambdaLR requires it of a resumed run
     lengths = [schedule_length(group, num_steps, point_steps) for group in groups]
     multiplier = partial(rate, warmup=settings.warmup, decay=settings.decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [partial(multiplier, num_steps=n) for n in lengths], last_epoch=done - 1
+        optimizer, [partial(multiplier, num_steps=n) for n in lengths]
     )
     shown: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
     shown["disable"] = None if progress is None else not progress  # None: off a terminal
-    bar = tqdm(range(done, num_steps), initial=done, **shown)
+    bar = tqdm(range(num_steps), **shown)
     unread: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 
@@ -242,48 +201,38 @@ def training_loop(
         bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})
         unread.clear()
 
-    with held_interrupts(keeper is not None) as interrupts:  # filled by the signal's handler
-        for step in bar:
-            if result.stopped_early:  # by the step before, or before this run was resumed
-                bar.set_description(f"{description} stopped early")
-                break
-            batch = next(stream)
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            loss, figures = loss_of(batch)
-            loss.backward()
-            broken = ~loss.detach().isfinite()  # masked on the device, without reading it
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
-            if settings.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            unread.append((batch, figures))
-            done = step + 1
-            validation_due = done % settings.validate_every == 0 or done == num_steps
-            late = len(unread) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
-            if late or callback is not None or (validate and validation_due) or done == num_steps:
-                read_figures()
-            result.seconds += time.perf_counter() - start
-            loss_now = None
-            if validate and validation_due:
-                loss_now = validate()
-                if all(loss_now < before for _, before in result.validation):
-                    result.best_step, result.best_state = done, copy.deepcopy(state())
-                result.validation.append((done, loss_now))
-            if callback is not None:
-                callback(Step(done, result.history[-1], loss_now))
-            ends = done == num_steps or interrupts or result.stopped_early
-            if keeper and (done % settings.save_every == 0 or ends):
-                read_figures()  # and check them before anything is saved
-                keeper.save(optimizer, result)
-            if interrupts:
-                break
-    if keeper and interrupts:
-        raise KeyboardInterrupt(
-            f"The run was stopped after step {done} of {num_steps}, and its state is saved in "
-            f"{keeper.folder}; the same call with resume=True goes on from there."
-        )
+    for step in bar:
+        if result.stopped_early:  # by the step before
+            bar.set_description(f"{description} stopped early")
+            break
+        batch = next(stream)
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss, figures = loss_of(batch)
+        loss.backward()
+        broken = ~loss.detach().isfinite()  # masked on the device, without reading it
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
+        if settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        unread.append((batch, figures))
+        done = step + 1
+        validation_due = done % settings.validate_every == 0 or done == num_steps
+        late = len(unread) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
+        if late or callback is not None or (validate and validation_due) or done == num_steps:
+            read_figures()
+        result.seconds += time.perf_counter() - start
+        loss_now = None
+        if validate and validation_due:
+            loss_now = validate()
+            # of a NaN, which compares as neither lower nor higher, nothing is the best
+            earlier = [before for _, before in result.validation if math.isfinite(before)]
+            if math.isfinite(loss_now) and loss_now < min(earlier, default=math.inf):
+                result.best_step, result.best_state = done, copy.deepcopy(state())
+            result.validation.append((done, loss_now))
+        if callback is not None:
+            callback(Step(done, result.history[-1], loss_now))
     return result

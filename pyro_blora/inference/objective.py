@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
-from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
 from pyro_blora.options import check_count, check_positive
+from pyro_blora.posterior.batches import size_of
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
+
+_FIRST = 8  # steps, in which the rates have hardly begun to rise
 
 
 class Objective:
@@ -62,6 +65,8 @@ class Objective:
             )
         self.elbo, self.num_particles, self.kl_weight = elbo, num_particles, kl_weight
         self._blora, self._mean_field = blora, mean_field  # its guide may be replaced by the user
+        # the number of classes of an adapter that starts at a LoRA, and the first steps' NLLs
+        self._classes, self._first = 0, list[float]()
 
     @property
     def _num_data(self) -> int:
@@ -123,12 +128,18 @@ class Objective:
         with torch.no_grad():
             nll = -site["fn"].log_prob(site["value"]).mean()  # without any scale
             kl = (loss - nll) * (num_data / self.kl_weight)  # the rest, without its weight
+        if isinstance(likelihood, SequenceClassification) and model.starts_at_lora:
+            self._classes = int(site["fn"].logits.shape[-1])
         return loss, {"loss": loss.detach(), "nll": nll, "kl": kl}
 
     def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
         """Raises an error if the figures of a step show that something is wrong, and says what."""
         if not math.isfinite(figures["loss"]):
             raise _explained(self._blora.model, self._blora.guide, batch, step)
+        if len(self._first) < _FIRST and self._classes:
+            self._first.append(figures["nll"])
+            if len(self._first) == _FIRST:
+                warn_above_chance(sum(self._first) / _FIRST, self._classes, self._blora.likelihood)
         rounding = 1e-3 * (1 + abs(figures["nll"]) * self._num_data / self.kl_weight)
         negative = self._mean_field and figures["kl"] < -rounding
         if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
@@ -139,10 +150,21 @@ class Objective:
             )
 
 
+def warn_above_chance(nll: float, num_classes: int, likelihood: Likelihood) -> None:
+    """Warns if a LoRA of a classifier explains its training data worse than a guess."""
+    if isinstance(likelihood, SequenceClassification) and nll > math.log(num_classes):
+        names = list(likelihood.classes or range(num_classes))
+        warnings.warn(
+            f"The LoRA's NLL on the training data is {nll:.3g}, above that of a guess, "
+            f"{math.log(num_classes):.3g}. Perhaps its classes have another order than {names}: "
+            "pass likelihood=SequenceClassification(classes=[...]) in the order of its training.",
+            stacklevel=7,
+        )
+
+
 def check_num_data(likelihood: Likelihood, data: Any) -> None:
     """Gives the likelihood the size of the data set, or warns if it has another one."""
-    batches = getattr(data, "batch_size", 0) is None and data.batch_sampler is None
-    size = None if batches else size_of(data)
+    size = size_of(data)
     told = likelihood.num_data = likelihood.num_data or size
     if told and size not in (None, told):
         warnings.warn(
@@ -151,12 +173,6 @@ def check_num_data(likelihood: Likelihood, data: Any) -> None:
             "len(train), or set blora.likelihood.num_data.",
             stacklevel=4,
         )
-
-
-def size_of(data: Any) -> int | None:
-    """The number of examples of a data set or a loader, if it is known."""
-    data = getattr(data, "dataset", data)
-    return len(data) if hasattr(data, "__len__") else None
 
 
 def _explained(

@@ -1,9 +1,10 @@
-"""Guides that find the width of a posterior around a point, after training or without it."""
+"""The width of a posterior around a point, which Laplace finds after training or without it."""
 
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -14,26 +15,29 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.checkpoints.peft import put_back
+from pyro_blora.data.splits import chosen
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
-from pyro_blora.guides._post_hoc import Evidence, PostHoc
-from pyro_blora.guides._site_guide import forked_rng
 from pyro_blora.inference.loop import running
+from pyro_blora.inference.objective import warn_above_chance
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.posterior.batches import Collate, batches_of, repeat_batch
+from pyro_blora.posterior.batches import Collate, batches_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
-from pyro_blora.posterior.guide import StructuredGuide, read_store
+from pyro_blora.posterior.guide import StructuredGuide, draws_apart, read_store
 from pyro_blora.posterior.linearized import logit_jacobian
 
+_CHECKED, _RISE = 8, 0.1  # batches, and nats per example
 
-def post_hoc_families(blora: BayesianLoRA) -> dict[str, PostHoc]:
-    """The families that find their width after training (``Laplace``, ``Isotropic``), by site."""
+
+def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
+    """The ``Laplace`` guides, which find their width after training, by site."""
     guide = blora.guide
     if not isinstance(guide, StructuredGuide):
         return {}
-    found = {name: f for name, f in guide.families().items() if isinstance(f, PostHoc)}
+    found = {name: f for name, f in guide.families().items() if isinstance(f, Laplace)}
     if found and not blora.likelihood.has_classes:
         raise ConfigurationError(
             f"{blora.guide_family!r} must have a likelihood with classes, got "
@@ -68,27 +72,46 @@ def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> f
 
 
 def hold_out(train: Any, share: float) -> tuple[Any, Any]:
-    """Splits examples into those to train on and those to calibrate with, by a fixed choice."""
-    count = int(share * len(train)) if share else 0
-    if not count:
+    """Splits examples into those to train on and those to calibrate with, by their texts."""
+    held = chosen(train, share, "held out") if share else []
+    if not held:
         return train, ()
-    chosen = set(random.Random(0).sample(range(len(train)), count))
-    others = [i for i in range(len(train)) if i not in chosen]
+    others = sorted({*range(len(train))} - {*held})
     # a data set of `datasets` keeps its columns, which a Trainer may sort by
     part = getattr(train, "select", None) or partial(Subset, train)
-    return part(others), part(sorted(chosen))
+    return part(others), part(held)
 
 
 def begin_training(blora: BayesianLoRA) -> None:
     """Reads Pyro's store, and resets what an earlier training left behind.
 
-    That is the temperatures of predictions and the width of a post-hoc guide.
+    That is the temperatures of predictions and the width of a post-hoc guide. From now on a head
+    without names of its classes is one of numbers.
     """
     read_store(blora)
     for temperature in (blora.model.temperature, blora.model.mean_temperature):
         temperature.fill_(1)
     for family in post_hoc_families(blora).values():
         family.reopen()
+    if getattr(blora.likelihood, "classes", ()) is None:
+        blora.likelihood.classes = ()
+
+
+@contextmanager
+def put_back_if_refused(blora: BayesianLoRA) -> Iterator[None]:
+    """Undoes what the block changed in the adapter if it raises an error."""
+    read_store(blora)
+    likelihood, tokenizer = blora.likelihood, blora.tokenizer
+    options = likelihood.options()
+    tensors = {name: value.clone() for name, value in blora.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        blora.load_state_dict(tensors, strict=False)  # an AutoGuide may have been started
+        for name in {"num_data", "classes"} & options.keys():
+            setattr(likelihood, name, options[name])
+        blora.tokenizer = tokenizer
+        raise
 
 
 def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:
@@ -106,7 +129,7 @@ def bayesianize(
     tokenizer: Any = None,
     method: str | Method | None = None,
     prior: UpdateModel | None = None,
-    guide: PostHoc | None = None,
+    guide: Laplace | None = None,
     likelihood: Likelihood | None = None,
     batch_size: int = 8,
     precision: str = "auto",
@@ -115,19 +138,20 @@ def bayesianize(
     """Gives a trained LoRA a posterior around it, in one pass over the data.
 
     The posterior mean is the LoRA. ``Laplace`` takes the width from the curvature of the loss at
-    the mean, which needs one forward pass, and one backward pass for each class but the first.
-    ``Isotropic`` reads the data once, and then runs the network about ten times over them.
+    the mean, which needs one forward pass, and one backward pass for each class but the first. A
+    warning says if the draws explain the training data much worse than the LoRA does, or the LoRA
+    worse than a guess.
 
     Args:
         net: the base network, as in :meth:`~pyro_blora.BayesianLoRA.from_peft`.
         folder: as in ``from_peft``; it or a ``PeftModel`` can be the only positional argument.
-        data: the training set for ``Laplace``, an anchor set for ``Isotropic``, as in ``fit``.
+        data: the training set, as in ``fit``.
         collate: as in ``fit``.
         tokenizer: as in :class:`~pyro_blora.BayesianLoRA`.
-        method: a method with such a guide, ``"laplace-lora"`` or ``"tfb"``. Default:
-            ``Laplace()`` with the prior ``KroneckerInducing`` of the adapter's rank.
+        method: a method with this guide, such as ``"laplace-lora"``. Default: ``Laplace()`` with
+            the prior ``KroneckerInducing`` of the adapter's rank.
         prior: as in ``from_peft``. Default: the method's.
-        guide: ``Laplace`` or ``Isotropic``. Default: the method's.
+        guide: a ``Laplace``. Default: the method's.
         likelihood: a likelihood with classes. Default: by PEFT's task type.
         batch_size: as in ``fit``.
         precision: as in ``fit``.
@@ -137,8 +161,7 @@ def bayesianize(
         ConfigurationError: the guide is another one, or the likelihood has no classes.
 
     Reference:
-        Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111; Shi et al. 2024, Training-free
-        Bayesianization, arXiv:2412.05723.
+        Yang et al. 2024, Laplace-LoRA, arXiv:2308.13111.
 
     Example::
 
@@ -148,23 +171,46 @@ def bayesianize(
     """
     made = method if isinstance(method, Method) else get_method(method or "bayesian-lora")
     if guide is None:
-        guide = cast(PostHoc, made.guide_of()) if method else Laplace()
-    if not isinstance(guide, PostHoc):
+        guide = cast(Laplace, made.guide_of()) if method else Laplace()
+    if not isinstance(guide, Laplace):
         raise ConfigurationError(
-            f"guide must be Laplace() or Isotropic() for bayesianize, got {guide!r}, which is "
-            "trained; start with BayesianLoRA.from_peft and continue with fit."
+            f"guide must be Laplace() for bayesianize, got {guide!r}, which is trained; start with "
+            "BayesianLoRA.from_peft and continue with fit."
         )
     if method is None:
-        made = replace(made, linearized=isinstance(guide, Laplace))
+        made = replace(made, linearized=True)
     parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
-    blora = BayesianLoRA.from_peft(net, folder, method=made, **parts, tokenizer=tokenizer)
-    reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
-    try:
-        finish(blora, data, **reading, precision=precision, progress=progress)
-    except BaseException:
-        blora.unwrap()
-        raise
+    with put_back(net):
+        blora = BayesianLoRA.from_peft(net, folder, method=made, **parts, tokenizer=tokenizer)
+        try:
+            rows, collate = blora.reading(data, collate)
+            batches = [*batches_of(rows, collate, batch_size)]  # read once
+            loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+            finish(blora, loader, precision=precision, progress=progress)
+            _check_width(blora, batches, precision)
+        except BaseException:
+            blora.unwrap()
+            raise
     return blora
+
+
+def _check_width(blora: BayesianLoRA, batches: list[Batch], precision: str) -> None:
+    """Warns if the draws explain some of the training data much worse than the LoRA does."""
+    some = random.Random(0).sample(batches, min(len(batches), _CHECKED))
+    with draws_apart(blora.guide, blora.device), running(blora, precision, training=False):
+        lora, draws = (
+            -float(torch.cat([blora.log_predictive(batch, count) for batch in some]).mean())
+            for count in (0, None)
+        )
+        classes = blora.predict(some[0], 0).probs.shape[-1]
+    warn_above_chance(lora, classes, blora.likelihood)
+    if draws > lora + _RISE:
+        warnings.warn(
+            f"The posterior's NLL on the training data is {draws:.3g}, and that of the LoRA alone "
+            f"{lora:.3g}, so the draws claim less than the LoRA knows. Call blora.calibrate(data) "
+            "with labeled examples that it has not seen, or use predict(batch, num_samples=0).",
+            stacklevel=3,
+        )
 
 
 @one_at_a_time
@@ -178,24 +224,19 @@ def finish(
     progress: bool | None = None,
     num_held_out: int = 0,
 ) -> dict[str, float]:
-    """Gives a post-hoc guide (``Laplace``, ``Isotropic``) its width; ``fit`` calls it at its end.
+    """Gives a ``Laplace`` guide its width; ``fit`` calls it at its end.
 
-    ``data`` is the training set for ``Laplace``, whose curvature is scaled to ``num_data``, and the
-    anchor set for ``Isotropic``. ``num_held_out`` of the ``num_data`` examples were not in the
-    training; the other options are those of ``fit``. Temperatures are reset to 1, so call
-    :meth:`BayesianLoRA.calibrate <pyro_blora.BayesianLoRA.calibrate>` afterwards. Returns the
-    figures of the family: for ``Laplace`` the prior precision of each site, for ``Isotropic`` the
-    width.
+    ``data`` is the training set, whose curvature is scaled to ``num_data``. ``num_held_out`` of the
+    ``num_data`` examples were not in the training; the other options are those of ``fit``.
+    Temperatures are reset to 1, so call :meth:`BayesianLoRA.calibrate
+    <pyro_blora.BayesianLoRA.calibrate>` afterwards. Returns the prior precision of each site.
     """
     families = post_hoc_families(blora)
     if not families:
         raise ConfigurationError(
-            "finish must have a guide that finds its width after training (Laplace, Isotropic), "
-            f"got {blora.guide_family!r}, which needs no finish."
+            "finish must have a Laplace guide, which finds its width after training, got "
+            f"{blora.guide_family!r}, which needs no finish."
         )
-    begin_training(blora)
-    data, collate = blora.reading(data, collate)
-    batches = list(batches_of(data, collate, batch_size))
     hide = None if progress is None else not progress
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
@@ -203,17 +244,17 @@ def finish(
             found = scores(blora, blora.model.prepared(batch))
             yield {name: found[name] for name in families}
 
-    def loss(num_samples: int) -> float:
-        return anchor_loss(blora, batches, num_samples)
-
-    with running(blora, precision, training=False):
+    with put_back_if_refused(blora), running(blora, precision, training=False):
+        data, collate = blora.reading(data, collate)
+        batches = list(batches_of(data, collate, batch_size))
+        begin_training(blora)
         count = blora.likelihood.num_data
-        evidence = Evidence(all_scores, loss, None if count is None else count - num_held_out)
-        return type(next(iter(families.values()))).finish(families, evidence)
+        trained = None if count is None else count - num_held_out
+        return Laplace.finish(families, all_scores(), trained)
 
 
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
-    """``g_bc`` of :class:`~pyro_blora.guides._post_hoc.Evidence` at the guide's center, by site."""
+    """``g_bc`` of :meth:`~pyro_blora.guides.Laplace.finish` at the guide's center, by site."""
     logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)
     p = logits.softmax(-1)
     found = {}
@@ -221,22 +262,3 @@ def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
         weight = p.reshape(*p.shape, *(1,) * (J.dim() - 2))
         found[name] = weight.sqrt() * (J - (weight * J).sum(1, keepdim=True))
     return found
-
-
-@torch.no_grad()
-def anchor_loss(blora: BayesianLoRA, batches: Iterable[Batch], num_samples: int) -> float:
-    """Mean negative log-likelihood of draws in nats per example, with the same noise every time."""
-    total, count = 0.0, 0
-    with forked_rng(blora.model.groups[0].device):
-        torch.manual_seed(0)
-        for batch in map(blora.model.prepared, batches):
-            rows = repeat_batch(batch, num_samples)
-            updates = blora.sample_updates(num_samples * batch.examples, batch)
-            with blora.model.applied(updates) as net:
-                logits = blora.likelihood.logits(net, rows)
-            labels = blora.likelihood.labels(rows)
-            assert labels is not None
-            q = blora.likelihood.distribution(logits, labels)
-            total -= float(q.log_prob(labels).sum()) / num_samples
-            count += batch.examples
-    return total / count

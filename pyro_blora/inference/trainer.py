@@ -17,7 +17,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_pretrained
-from pyro_blora.data.tables import classes_of, read_table
 from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference.learning_rates import (
@@ -28,21 +27,21 @@ from pyro_blora.inference.learning_rates import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
-from pyro_blora.inference.objective import Objective, check_num_data, size_of
+from pyro_blora.inference.objective import Objective, check_num_data
 from pyro_blora.inference.post_hoc import (
     begin_training,
     draws_of_evaluation,
     hold_out,
     post_hoc_families,
+    put_back_if_refused,
     share_to_hold_out,
 )
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
+from pyro_blora.posterior.batches import size_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 from pyro_blora.posterior.linearized import predictive_logits
-
-_DATA = ("train_dataset", "eval_dataset")
 
 
 class BayesianLoRATrainer(Trainer):
@@ -96,42 +95,36 @@ class BayesianLoRATrainer(Trainer):
                 f"directions have their own; pass learning_rates= with some of {RATES}."
             )
         self.learning_rates = rate_overrides(model, learning_rates)
-        self.blora = model
+        self.blora, self._given = model, options.get("data_collator")
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
         args.label_names = args.label_names or ["labels"]
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         use_one_gpu(args)
-        if model.tokenizer is None:
-            model.tokenizer = options.get("processing_class")
-        given = options.get("data_collator")
-        numbers = {
-            name: classes_of(options[name]) for name in _DATA if options.get(name) is not None
-        }
-        if len({*map(tuple, numbers.values())}) > 1:
-            raise ConfigurationError(
-                f"The data sets must number their classes alike for one collator, got {numbers}; "
-                "pass the names themselves as labels."
-            )
-        for name in _DATA:  # the training data first, because they may name the classes
-            if options.get(name) is not None and not isinstance(options[name], Mapping):
-                options[name], collate = model.reading(options[name], given)
-                options["data_collator"] = collate or given
-        every = options.get("train_dataset")
-        if every is None or (held_out is None and post_hoc_families(model)):
-            share = 0.0  # the width is found after training, and the temperature after the width
-        else:
-            share = share_to_hold_out(model, every, held_out)
-        options["train_dataset"], self._held_out = hold_out(every, share)
-        self._every = every
-        if model.likelihood.num_data is None and every is not None:
-            model.likelihood.num_data = size_of(every)
-        objective = Objective(model, elbo, num_particles, num_held_out=len(self._held_out))
-        super().__init__(model=_Loss(model, objective, eval_samples), args=args, **options)
-        self.add_callback(_OwnDraws)
+        with put_back_if_refused(model):
+            if model.tokenizer is None:
+                model.tokenizer = options.get("processing_class")
+            for name in ("train_dataset", "eval_dataset"):  # the first may name the classes
+                data = options.get(name)
+                if data is not None and not isinstance(data, Mapping):
+                    options[name], collate = model.reading(data, self._given)
+                    options["data_collator"] = options.get("data_collator") or collate
+            every = options.get("train_dataset")
+            if every is None or (held_out is None and post_hoc_families(model)):
+                share = 0.0  # the width is found after training, and the temperature after that
+            else:
+                share = share_to_hold_out(model, every, held_out)
+            options["train_dataset"], self._held_out = hold_out(every, share)
+            self._every = every
+            if model.likelihood.num_data is None and every is not None:
+                model.likelihood.num_data = size_of(every)
+            objective = Objective(model, elbo, num_particles, num_held_out=len(self._held_out))
+            super().__init__(model=_Loss(model, objective, eval_samples), args=args, **options)
+        self.add_callback(_Begins(model))
 
     optimizer: torch.optim.Optimizer | None
+    data_collator: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer that ``args`` names, with a rate for each role."""
@@ -165,7 +158,6 @@ class BayesianLoRATrainer(Trainer):
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
-        begin_training(self.blora)
         check_num_data(self.blora.likelihood, self._every)
         with self._in_mode(training=True):
             result = super().train(*arguments, **options)
@@ -176,12 +168,24 @@ class BayesianLoRATrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """The loader of a data set as in ``fit``."""
-        return super().get_test_dataloader(read_table(test_dataset))
+        return self._read(super().get_test_dataloader, test_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The loader of a data set as in ``fit``, or of one by its name."""
-        named = eval_dataset is None or isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(eval_dataset if named else read_table(eval_dataset))
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._read(super().get_eval_dataloader, data)
+
+    def _read(self, loader_of: Callable[[Any], Any], data: Any) -> Any:
+        """The loader of rows, whose collator knows by which numbers they call their classes."""
+        data, collate = self.blora.reading(data, self._given, labeled=False)
+        before: Any = self.data_collator
+        self.data_collator = collate or before
+        try:
+            return loader_of(data)
+        finally:
+            self.data_collator = before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, beside the loss, the means of ``nll`` and ``kl`` since the last call."""
@@ -273,9 +277,16 @@ def _ended(share: Callable[..., float], num_steps: int, last: int, step: int) ->
     return 0.0 if step >= last else share(step * num_steps / last)
 
 
-class _OwnDraws(TrainerCallback):
-    """Seeds each process apart, because the Trainer's one seed would give all the same draws."""
+class _Begins(TrainerCallback):
+    """Resets the adapter once nothing can be refused any more, and seeds each process apart.
+
+    The Trainer's one seed would give all the same draws.
+    """
+
+    def __init__(self, blora: BayesianLoRA) -> None:
+        self.blora = blora
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        begin_training(self.blora)
         if args.world_size > 1:
             torch.manual_seed(args.seed + 1 + args.process_index)

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -132,6 +132,13 @@ def head_names(net: nn.Module) -> list[str]:
 def is_classifier(net: nn.Module) -> bool:
     """Whether a network has a head that is not a language model's."""
     return head_of(net) is None and bool(head_names(net))
+
+
+def own_names(net: nn.Module) -> tuple[str, ...]:
+    """The names that a classifier gives its logits, or none for ``LABEL_0``, ``LABEL_1``, ...."""
+    config: Any = getattr(net, "config", None)
+    own = tuple(str(config.id2label[k]) for k in range(config.num_labels)) if config else ()
+    return () if own == tuple(f"LABEL_{k}" for k in range(len(own))) else own
 
 
 def find_targets(

@@ -4,13 +4,14 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 from typing_extensions import Self
 
 from pyro_blora.data.collators import Collate
@@ -19,6 +20,8 @@ from pyro_blora.data.tables import without_subsets
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
 
+# which draw from the whole data set in the course of the epochs, however few in each
+_OF_ALL = (RandomSampler, WeightedRandomSampler, DistributedSampler)
 # not the label, because the length of its text would sort examples by class
 _TEXTS = ("text", "text_pair", "prompt", "completion", "question")
 
@@ -61,10 +64,24 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
     return default_collate
 
 
+def size_of(data: Any) -> int | None:
+    """The number of examples that training reads from data or a ``DataLoader``, if it is known."""
+    if not isinstance(data, DataLoader):
+        return len(data) if hasattr(data, "__len__") else None
+    whole = size_of(data.dataset)
+    if whole is None or (data.batch_size is None and data.batch_sampler is None):
+        return None  # the data set makes the batches
+    sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
+    if isinstance(sampler, _OF_ALL) or not hasattr(sampler, "__len__"):
+        return whole
+    return min(whole, len(sampler))
+
+
 def lengths_of(data: Any) -> list[int]:
     """The examples' lengths, for batches of similar ones; all 0 if the data set reads lazily."""
     whole = without_subsets(data)
-    is_read = isinstance(whole, list | tuple) or hasattr(whole, "features")  # of `datasets`
+    kind = getattr(whole, "format", {}).get("type") if hasattr(whole, "features") else "custom"
+    is_read = isinstance(whole, list | tuple) or kind != "custom"  # of `datasets`, untransformed
     return [_length(row) for row in data] if is_read else [0] * len(data)
 
 
@@ -112,7 +129,6 @@ class _Bucketed:
     lengths: list[int]
     size: int
     random: random.Random
-    skipped: int = 0  # batches to skip in the next epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
@@ -124,12 +140,11 @@ class _Bucketed:
             near.sort(key=self.lengths.__getitem__)
             cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
         self.random.shuffle(cut)
-        batches, self.skipped = cut[self.skipped :], 0
-        return iter(batches)
+        return iter(cut)
 
 
 class Batches:
-    """Endless batches, in a new order each epoch, whose position can be saved and restored."""
+    """Endless batches, in a new order each epoch."""
 
     def __init__(
         self,
@@ -139,70 +154,36 @@ class Batches:
         batch_size: int = 8,
         seed: int | None = 0,
     ) -> None:
-        self._order: _Bucketed | None = None
         if isinstance(data, DataLoader):
-            self._loader, sampler = data, getattr(data, "sampler", None)
-            self._generator = data.generator or getattr(sampler, "generator", None)
+            self._loader = data
         else:
             made = collator(data, collate)
-            self._order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
+            order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
             places: Any = range(len(data))
             self._loader = DataLoader(
-                places, batch_sampler=self._order, collate_fn=lambda at: made([data[i] for i in at])
+                places, batch_sampler=order, collate_fn=lambda at: made([data[i] for i in at])
             )
-            self._generator = None
         self._epoch: Iterator[Any] = iter(())
-        self._begun: dict[str, Any] = {}
-        self._taken = 0
         self._held: list[Batch] = []
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        found = self._held.pop() if self._held else self._drawn()
-        self._taken += 1
-        return found
+        return self._held.pop() if self._held else self._drawn()
 
     def peek(self) -> Batch:
         """The next batch, without taking it."""
         self._held = self._held or [self._drawn()]
         return self._held[0]
 
-    def place(self) -> dict[str, Any]:
-        """The position: the random state when the epoch began, and the batches taken since."""
-        return {**self._begun, "taken": self._taken}
-
-    def go_to(self, place: dict[str, Any]) -> None:
-        """Goes to a saved position; a ``DataLoader`` reads the batches before it once more."""
-        torch.set_rng_state(place["torch"])
-        taken = int(place["taken"])
-        if self._generator is not None:
-            self._generator.set_state(place["generator"])
-        if self._order is not None:
-            version, numbers, spare = place["order"]
-            self._order.random.setstate((version, tuple(numbers), spare))
-            self._order.skipped = taken
-        self._begin()
-        self._held, self._taken = [], taken
-        for _ in islice(self._epoch, taken if self._order is None else 0):
-            pass
-
     def _drawn(self) -> Batch:
         drawn: Batch | None = next(self._epoch, None)
         if drawn is None:
-            self._begin()
+            self._epoch = iter(self._loader)
             drawn = next(self._epoch, None)
         if drawn is None:
             raise BatchError(
                 "The training set is empty; check the DataLoader, the file or the split."
             )
         return drawn
-
-    def _begin(self) -> None:
-        self._begun, self._taken = {"torch": torch.get_rng_state()}, 0
-        if self._generator is not None:
-            self._begun["generator"] = self._generator.get_state()
-        if self._order is not None:
-            self._begun["order"] = self._order.random.getstate()
-        self._epoch = iter(self._loader)

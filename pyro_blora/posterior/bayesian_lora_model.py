@@ -44,12 +44,22 @@ T = TypeVar("T")
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes ``function`` wait until no other thread is in such a function."""
+    """Makes ``function`` wait until no other thread is in such a function.
+
+    If it raises an error, it has drawn no random number.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> T:
         with LOCK:
-            return function(*args, **options)
+            cuda = torch.cuda.is_initialized()
+            before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+            try:
+                return function(*args, **options)
+            except BaseException:
+                torch.set_rng_state(before[0])
+                torch.cuda.set_rng_state_all(before[1])
+                raise
 
     return run
 
@@ -145,6 +155,11 @@ class BayesianLoRAModel(PyroModule):
     def max_plate_nesting(self) -> int:
         """The number of dimensions of the prior's plates; the particles' dimension is next."""
         return self._traced[1]
+
+    @property
+    def starts_at_lora(self) -> bool:
+        """Whether the posterior mean started at given factors, as a trained LoRA has them."""
+        return bool(self._starts)
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Starts the priors at ``B A`` by the layers' names, before the guide is made."""

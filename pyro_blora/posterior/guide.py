@@ -21,8 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyro_blora.debts import ELBO_PLATE, PyroContext, context_of, pyro_params
 from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import Ensemble
-from pyro_blora.guides._post_hoc import PostHoc
+from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import by_group
@@ -55,19 +54,25 @@ def with_labels(batch: Mapping[str, Any] | None, examples: int = 1) -> Mapping[s
 
 
 @contextmanager
-def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
-    """Makes draws the same every time; restores the RNG state and ensembles' turns afterwards."""
+def ensembles_from_start(guide: nn.Module) -> Iterator[None]:
+    """Lets ensembles begin with their first member within the context, and restores their turns."""
     turns = [family.turn for family in guide.modules() if isinstance(family, Ensemble)]
     before = [turn.clone() for turn in turns]
-    with forked_rng(device):
+    for turn in turns:
+        turn.zero_()
+    try:
+        yield
+    finally:
+        for turn, value in zip(turns, before, strict=True):
+            turn.copy_(value)
+
+
+@contextmanager
+def draws_apart(guide: nn.Module, device: torch.device) -> Iterator[None]:
+    """Makes draws the same every time; restores the RNG state and ensembles' turns afterwards."""
+    with forked_rng(device), ensembles_from_start(guide):
         torch.manual_seed(0)
-        for turn in turns:
-            turn.zero_()
-        try:
-            yield
-        finally:
-            for turn, value in zip(turns, before, strict=True):
-                turn.copy_(value)
+        yield
 
 
 class StructuredGuide(PyroModule):
@@ -206,12 +211,6 @@ def _check_families(families: Mapping[str, SiteGuide]) -> None:
                 f"guide[{key!r}] must be an object of a family in pyro_blora.guides, got "
                 f"{family!r}; pass an AutoGuide alone, because it is for the whole model."
             )
-    found = sorted({repr(family) for family in families.values() if isinstance(family, PostHoc)})
-    if len(found) > 1:
-        raise ConfigurationError(
-            f"guide must have only one family that finds its width after training, got "
-            f"{' and '.join(found)}; use one of them."
-        )
 
 
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
@@ -227,7 +226,7 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             stacklevel=7,
         )
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
-    points = {type(f).__name__ for f in families if isinstance(f, PostHoc) and not f.finished}
+    points = {type(f).__name__ for f in families if isinstance(f, Laplace) and not f.finished}
     for name in points:
         warnings.warn(
             f"{name} is still a point, so all draws are equal: train with pyro_blora.fit, or call "

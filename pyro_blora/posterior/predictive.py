@@ -24,6 +24,7 @@ from pyro_blora.posterior.guide import (
     StructuredGuide,
     context_of_particles,
     draws_apart,
+    ensembles_from_start,
     posteriors_of,
     read_store,
     start_guide,
@@ -263,15 +264,16 @@ def logits_of_draws(
     prefix = FrozenPrefix(blocks, model.likelihood.shortcuts)
     most = max(1, min(num_samples, max_rows // examples))
     done = 0
-    while done < max(1, num_samples):
-        # the first pass has one draw, because it records the output of the frozen blocks
-        draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
-        with in_mode(model.net, training=False):  # per pass, so that the caller has its own mode
-            updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
-            with prefix.copies(draws), model.applied(updates) as net:
-                logits = model.likelihood.logits(net, repeat_batch(batch, draws))
-        yield logits.unflatten(0, (draws, examples))
-        done += draws
+    with ensembles_from_start(guide):  # so that a seed fixes the prediction
+        while done < max(1, num_samples):
+            # the first pass has one draw, because it records the output of the frozen blocks
+            draws = 1 if (blocks and not done) or not num_samples else min(most, num_samples - done)
+            with in_mode(model.net, training=False):  # per pass, as the caller has its own mode
+                updates = draw(draws) if num_samples else sample_updates(model, guide, 0, batch)
+                with prefix.copies(draws), model.applied(updates) as net:
+                    logits = model.likelihood.logits(net, repeat_batch(batch, draws))
+            yield logits.unflatten(0, (draws, examples))
+            done += draws
 
 
 def log_predictive(likelihood: Likelihood, batch: Batch, passes: Iterator[Tensor]) -> Tensor:

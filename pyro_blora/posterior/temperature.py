@@ -139,8 +139,9 @@ def calibrate(
                 drawn = torch.cat([*untempered_logits(model, guide, method, batch, draws)])
             found.append((mean.cpu(), drawn.cpu(), labels.cpu()))
     by_mean, by_draws, of = zip(*found, strict=True)
-    model.temperature.fill_(temperature_of_draws(_joined(by_draws), torch.cat(of)))
-    model.mean_temperature.fill_(temperature_of_draws(_joined(by_mean), torch.cat(of)))
+    both = [temperature_of_draws(_joined(logits), torch.cat(of)) for logits in (by_draws, by_mean)]
+    model.temperature.fill_(both[0])
+    model.mean_temperature.fill_(both[1])
     return float(model.temperature)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TorchAoConfig
 
-from pyro_blora import guides, models
+from pyro_blora import BayesianLoRA, guides, models
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 
@@ -130,12 +130,21 @@ def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
 
 
 def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):
-    likelihood = SequenceClassification(classes=("no", "maybe", "yes"))
-    blora = moved(tiny.bert(), likelihood=likelihood)
+    """PEFT takes them from the page, ``from_peft`` by itself, and a merged network has them."""
+    names = ("no", "maybe", "yes")
+    blora = moved(tiny.bert(), likelihood=SequenceClassification(classes=names))
     blora.export_peft(tmp_path)
-    assert json.loads((tmp_path / "one_pass.json").read_text()) == {
-        "classes": ["no", "maybe", "yes"]
-    }
+    assert json.loads((tmp_path / "one_pass.json").read_text())["classes"] == [*names]
+    page = (tmp_path / "README.md").read_text()
+    assert "id2label=dict(enumerate(classes))" in page
+    assert f"classes = {[*names]}" in page
+    again = BayesianLoRA.from_peft(tiny.bert(), tmp_path)
+    assert again.likelihood.classes == names
+    told = SequenceClassification(classes=names[::-1])
+    with pytest.raises(ConfigurationError, match=r"\['no', 'maybe', 'yes'\], in the order of"):
+        BayesianLoRA.from_peft(tiny.bert(), tmp_path, likelihood=told)
+    config = blora.merge_and_unload().config
+    assert (config.id2label, config.label2id["yes"]) == ({0: "no", 1: "maybe", 2: "yes"}, 2)
 
 
 def test_a_disabled_adapter_and_its_head_are_out_of_the_way():

@@ -64,7 +64,7 @@ def test_a_best_step_cannot_have_a_temperature_of_the_last(run_words, tmp_path):
 
 
 def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):
-    methods, options = "lora,temperature:lora,map,tfb", ["--seeds", 0, "--max-steps", 2]
+    methods, options = "lora,temperature:lora,map,blob", ["--seeds", 0, "--max-steps", 2]
     whole, out = tmp_path / "whole", tmp_path / "out"
     _, expected = compare(whole, methods, *options)
     fit = comparison.fit
@@ -82,7 +82,7 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
     text, found = compare(out, methods, *options)
     assert text.index("lora, seed 0: ACC") < text.index("load ...")  # found, not trained again
     assert "train lora" not in text
-    for phase in ("load ...", "train map, seed 0 ...", "predict tfb, seed 0 ..."):
+    for phase in ("load ...", "train map, seed 0 ...", "predict blob, seed 0 ..."):
         assert phase in text
     assert found["rows"][:2] == kept
     for row, other in zip(found["rows"], expected["rows"], strict=True):
@@ -93,7 +93,7 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
     # All there: nothing is loaded
     monkeypatch.setattr(comparison, "load_for", lambda *_: pytest.fail("it was read"))
     text, _ = compare(out, methods, *options)
-    assert "tfb, seed 0: ACC" in text
+    assert "blob, seed 0: ACC" in text
     told, there = compare(out, methods, *options, "--max-train", 20, codes=(2,))
     assert "made with another max_train" in told
     assert there == found

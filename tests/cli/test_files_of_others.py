@@ -22,7 +22,6 @@ def commands(run_words, run, model_dir, data_dir, tmp_path):
     return {
         "bayesian_lora.safetensors": train,
         "peft/adapter_config.json": partial(train, "--peft", "--overwrite"),
-        "training/training_state.safetensors": partial(train, "--overwrite"),
         "metrics.json": partial(run, "evaluate", *asked, *items, "--out", out),
         "reliability.png": partial(run_words, "compare", out, *comparing),
         "a.html": partial(run, "generate", "a", *asked, "--html", out / "a.html"),

@@ -97,6 +97,35 @@ def test_the_commands_run_one_after_the_other(run, model_dir):
     assert all(Path(name).exists() for name in written)
 
 
+def test_the_two_commands_of_the_first_screen(run, model_dir):
+    """The Makefile has them, CI runs the second, and the first takes the pages' advice."""
+    before, block, _ = re.split(r"```(?:sh\n)?", README, maxsplit=2)
+    assert before.count("\n\n") == 3  # the title, what the library is, a line on the commands
+    told = re.findall(r"^make (\w+) +# about (\d+) minutes", block, re.MULTILINE)
+    (demo, _), (test, _) = told
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert {demo, test} <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    said = re.findall(r'@echo "make (\w+) .*\(about (\d+) minutes', makefile)
+    assert said == told  # each takes as long as `make help` says
+    assert f"make {test}" in (ROOT / ".ci/run").read_text("utf-8").splitlines()
+
+    (given,) = re.findall(r"^DEMO := ((?:.*\\\n)*.*)", makefile, re.MULTILINE)
+    assert f"\n{demo}: $(BIN)/.installed\n\t$(BIN)/pyro-blora compare $(DEMO) " in makefile
+    options = shlex.split(given.replace("\\\n", " "))
+    value = dict(zip(options[::2], options[1::2], strict=True))
+    page = (ROOT / "docs/hyperparameters.md").read_text("utf-8")
+    (least,) = re.findall(r"train for about six epochs and at least (\d+) steps", page)
+    steps, size, items = (int(value[f"--{k}"]) for k in ("max-steps", "batch-size", "max-train"))
+    assert steps >= int(least)
+    assert steps * size == 6 * items
+    assert "Use ten" in page
+    assert value["--num-samples"] == "10"
+    assert value["--task"] == "facts"  # which needs no hub
+    tiny = ["--model", str(model_dir), "--max-steps", "2", "--rank", "2", "--max-train", "16"]
+    run("compare", *options, *tiny, "--max-validation", "8", "--max-test", "8")
+    assert Path("out/demo/results.json").exists()
+
+
 PAGES = "README own_data peft evaluation generation pyro save_and_serve priors_and_guides"
 PAGES += " reference/names"
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny
 import torch
+from own_tokenizer import build_tokenizer
 
 from pyro_blora import BayesianLoRA, likelihoods, load_pretrained, load_task
 from pyro_blora.evaluation.metrics import auroc
@@ -148,3 +149,26 @@ def test_generate_writes_text_its_scores_and_a_page(run, adapter, tmp_path):
     assert "Abstains" in generate("Which word?", "--abstain-above", 0, "--num-beams", 2)
     asked = ["Which word?", "--num-samples", 0, "--abstain-above", 0]
     assert "Abstains" in generate(*asked, "--abstain-by", "entropy")
+
+
+def test_labels_and_predictions_are_in_the_order_of_the_network(run, tmp_path):
+    """A task sorts its classes by name, and a network's own order may be another."""
+    films = [{"text": f"a {w} film {k}", "label": w} for k, w in enumerate(["pos", "neg"] * 20)]
+    (tmp_path / "films.jsonl").write_text("\n".join(map(json.dumps, films)))
+    tokenizer = build_tokenizer([row["text"] for row in films], pad="<pad>")
+    net = tiny.bert(num_labels=2, id2label={0: "pos", 1: "neg"})
+    net.resize_token_embeddings(len(tokenizer))
+    for part in (net, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    blora = BayesianLoRA(net, tokenizer=tokenizer, rank=2)
+    blora.reading(films)
+    blora.save_pretrained(tmp_path / "adapter")
+    options = ["--task", tmp_path / "films.jsonl", "--model", tmp_path / "base"]
+    with pytest.warns(UserWarning, match="may have rows"):
+        run("evaluate", "--adapter", tmp_path / "adapter", *options, "--out", tmp_path / "out")
+    found = rows(tmp_path / "out" / "items.csv")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    right = [row["label"] == row["prediction"] for row in found]
+    assert sum(right) / len(right) == pytest.approx(metrics["acc"])
+    truth = [("neg", "pos")[item.label] for item in load_task(tmp_path / "films.jsonl").test]
+    assert [("pos", "neg")[int(row["label"])] for row in found] == truth

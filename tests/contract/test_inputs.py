@@ -1,6 +1,5 @@
 """A wrong input is told in one line, at the place that knows, and before anything is done."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,6 @@ from transformers import TrainingArguments
 from pyro_blora import BayesianLoRA, checkpoints, fit, guides, models
 from pyro_blora.checkpoints.checkpoint import read_tensors, write_tensors
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
-from pyro_blora.inference.resume import STATE
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 
@@ -170,21 +168,6 @@ def test_an_edited_lora_is_one_line(tmp_path):
             save_file(kept, weights)
         with pytest.raises(CheckpointError, match="cannot be used"):
             BayesianLoRA.from_peft(base, tmp_path)
-
-
-def test_an_edited_state_of_a_run_is_one_line(tmp_path):
-    blora, how = tiny.adapted(num_data=10), {"checkpoint_dir": tmp_path}
-    start = copy.deepcopy(blora.state_dict())
-    fitted(blora, num_steps=2, **how)
-    blora.load_state_dict(start)
-    header, tensors = read_tensors(tmp_path / STATE)
-    right = json.loads(header["training"])
-    missing = ("history", "settings", "stream", "python")
-    wrong = [{k: v for k, v in right.items() if k != key} for key in missing]
-    for text in ("[", *map(json.dumps, wrong)):
-        write_tensors(tmp_path / STATE, tensors, {"training": text})
-        with pytest.raises(CheckpointError, match="cannot be used"):
-            fitted(blora, num_steps=3, resume=True, **how)
 
 
 class Weighed(LabelTokens):

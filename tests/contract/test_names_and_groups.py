@@ -69,11 +69,6 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
         ("guide", {"v_proj": MeanField()}, "group 'q_proj'"),
         ("guide", {".*": AutoNormal}, "AutoGuide"),
         ("guide", {".*": MeanField}, "MeanField"),
-        (
-            "guide",
-            {"q.*": Laplace(), ".*": guides.Isotropic()},
-            "Isotropic.*Laplace",
-        ),
     ],
 )
 def test_what_is_refused_leaves_the_network_alone(option, given, told):
@@ -104,8 +99,9 @@ def test_a_guide_that_reads_the_input_beside_one_that_does_not():
     assert blora.predict(batch, 3).samples.shape == (3, 8, 3)
 
 
-def test_a_post_hoc_guide_beside_one_that_is_trained():
-    blora = trained(tiny.adapted(prior=PRIORS, guide={"q.*": Laplace(), ".*": MeanField()}), 3)
+@pytest.mark.parametrize("other", [MeanField(), Laplace(structure="diag")], ids=repr)
+def test_a_post_hoc_guide_beside_another(other):
+    blora = trained(tiny.adapted(prior=PRIORS, guide={"q.*": Laplace(), ".*": other}), 3)
     q, v = blora.guide.families().values()
     assert q.finished
     assert (q.width > 0).all()

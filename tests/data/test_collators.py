@@ -5,7 +5,14 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from pyro_blora.data import DataError, Item, LabelTokensCollator, MultipleChoiceCollator
+from pyro_blora.data import (
+    ClassificationCollator,
+    DataError,
+    Item,
+    LabelTokensCollator,
+    MultipleChoiceCollator,
+    TextCollator,
+)
 from pyro_blora.data.items import Template, template_for
 
 OPTIONS = template_for("facts")
@@ -150,3 +157,37 @@ def test_text_of_which_the_tokenizer_makes_nothing_is_refused(question, told):
     choices = ("a", "?") if question == "a" else ("a", "b")
     with pytest.raises(DataError, match=told):
         collate([Item("x", question, choices, 0)])
+
+
+@pytest.mark.parametrize("eos", [None, "</s>"])
+def test_a_chat_template_s_start_is_not_written_twice(build, eos):
+    """Llama's, Gemma's and Mistral's tokenizers add BOS to a text that has it already."""
+    tokenizer = build(bos="<s>", eos=eos, pad=None if eos else "<pad>")
+    chat = "<s>Question: What color is grass?"
+    start, words = tokenizer.bos_token_id, tokenizer(" red", add_special_tokens=False)["input_ids"]
+    plain = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert plain.count(start) == 1
+    rows = TextCollator(tokenizer)([{"prompt": chat, "completion": " red"}])
+    end = [] if eos is None else [tokenizer.eos_token_id]
+    assert rows["input_ids"][0].tolist() == plain + words + end
+    whole = TextCollator(tokenizer)([{"text": chat + " red"}])
+    assert whole["input_ids"][0].tolist() == plain + words + end
+    template = Template("<s>{q}", "options")
+    item = {"question": "Question: What color is grass?", "choices": ["red", "green"], "label": 1}
+    options = MultipleChoiceCollator(tokenizer, template)([item])
+    assert options["input_ids"][0, 0][: len(plain)].tolist() == plain
+    cut = MultipleChoiceCollator(tokenizer, template, max_length=8)([item])["input_ids"][0, 0]
+    assert cut.tolist().count(start) == 1
+    assert cut[0] == start
+    if eos is None:
+        texts = ClassificationCollator(tokenizer)([{"text": chat}])
+        assert texts["input_ids"][0].tolist() == plain
+
+
+def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):
+    """As GPT-2's; without it the first token of the completion would not be scored."""
+    tokenizer = build(bos="<s>")
+    tokenizer.eos_token = "<s>"
+    found = TextCollator(tokenizer)([{"prompt": "", "completion": "green"}])
+    assert found["input_ids"][0, 0] == tokenizer.bos_token_id
+    assert found["labels"][0].tolist() == [-100, *found["input_ids"][0, 1:].tolist()]

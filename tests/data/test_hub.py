@@ -64,7 +64,7 @@ def test_configurations_are_joined_and_a_task_has_all_splits(hub):
     hub.return_value = [FORCE] * 2
     task = load_task("mmlu_physics")
     assert [item.id for item in task.test] == [f"mmlu_physics-test-{k}" for k in range(4)]
-    hub.return_value = [FILM] * 9
+    hub.return_value = [FILM | {"sentence": f"film {k}"} for k in range(9)]
     task = load_task("sst2", max_train=6, max_validation=2)
     assert [len(items) for items in (task.train, task.validation, task.test)] == [6, 2, 9]
 

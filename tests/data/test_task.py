@@ -19,8 +19,11 @@ def load(tmp_path):
         (tmp_path / task).mkdir(exist_ok=True)
         for split, records in splits.items():
             if isinstance(records, int):
-                made = {"question": "?", "choices": ["a", "b"]}
-                records = [{"id": f"{split}-{n}", **made, "label": n % 2} for n in range(records)]
+                records = [
+                    {"id": f"{split}-{n}", "question": f"{n}?", "choices": ["a", "b"]}
+                    | {"label": int(n >= records // 2)}  # sorted by class
+                    for n in range(records)
+                ]
             text = "\n".join(map(json.dumps, records))
             (tmp_path / task / f"{split}.jsonl").write_text(text, encoding="utf-8")
         return load_task(task, data_dir=tmp_path, **options)
@@ -43,8 +46,12 @@ def test_the_seed_shuffles_train_alone_and_a_smaller_set_is_the_start_of_a_large
         assert ids(task.validation) == [f"validation-{n}" for n in range(30)]
         assert ids(task.test) == [f"test-{n}" for n in range(20)]
     fewer = load(sizes, seed=1, max_train=10, max_validation=5, max_test=7)
-    assert (fewer.train, fewer.validation) == (first.train[:10], first.validation[:5])
-    assert fewer.test == first.test[:7]
+    assert fewer.train == first.train[:10]
+    for cut, whole in ((fewer.validation, first.validation), (fewer.test, first.test)):
+        assert cut == tuple(item for item in whole if item in cut)  # in their order
+        assert {item.label for item in cut} == {0, 1}  # of both classes, though the file is sorted
+    assert [len(part) for part in (fewer.validation, fewer.test)] == [5, 7]
+    assert fewer.test == load(sizes, seed=2, max_test=7).test
 
 
 @pytest.mark.parametrize(
@@ -77,10 +84,15 @@ def test_no_split_comes_between_the_sentences_of_a_winogrande_pair(load, max_tra
     assert 31 <= len(task.validation) <= 34
 
 
-def test_no_train_split_no_test_split_and_no_such_task(load):
-    task = load({"dev": 10, "test": 20}, max_train=10)
-    assert (task.train, task.validation) == ((), ())
-    assert len(task.test) == 20
+def test_no_train_split_no_test_split_and_no_such_task(load, tmp_path):
+    for name in ("dev", "valid", "val"):
+        task = load({name: 10, "test": 20}, name, max_train=10)
+        assert [len(part) for part in (task.train, task.validation, task.test)] == [0, 10, 20]
+    with pytest.raises(DataError, match=r"one validation split, got \['test', 'val', 'valid'\]"):
+        load({"valid": 10}, "val")
+    (tmp_path / "val" / "test.csv").touch()
+    with pytest.raises(DataError, match=r"one file for each split, got test.csv and test.jsonl"):
+        load({}, "val")
     with pytest.raises(DataError, match=r"no split 'test'.* Known: train"):
         load({"train": 20}, "another")
     with pytest.raises(DataError, match=r"did you mean 'arc_easy'.*'facts' is built in"):
@@ -101,8 +113,16 @@ def test_the_collator_and_the_likelihood_are_the_template_s(build, load, tmp_pat
     task = load({"test": 4}, "sst2")
     collate = task.collator(build())
     assert isinstance(collate, LabelTokensCollator)
-    assert collate(task.test)["labels"].tolist() == [0, 1, 0, 1]
+    assert collate(task.test)["labels"].tolist() == [0, 0, 1, 1]
     assert task.likelihood(collate).token_ids == collate.token_ids
+
+
+def test_a_file_called_like_a_task_has_its_own_words(tmp_path):
+    """SST-2's template would score the token of " negative" for "down"."""
+    rows = [{"text": f"goes {k}", "label": ("down", "up")[k % 2]} for k in range(40)]
+    path = tmp_path / "sst2.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert load_task(path).template.scoring == "options"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder shared/data/commonsense is missing")

@@ -6,14 +6,17 @@ from itertools import pairwise, product
 import pytest
 import torch
 from scipy.stats import binom
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import (
     auroc,
     confidence_bins,
     ece_by_chance,
+    error_of,
     evaluate,
     fit_temperature,
+    item_scores,
     rank,
     risk_coverage,
     threshold_for,
@@ -39,6 +42,44 @@ def test_by_hand():
     assert metrics.nll == pytest.approx(nll, abs=1e-7)
     brier = [0.25**2 + 2 * 0.125**2, 0.25**2 + 0.625**2 + 0.875**2, 0.75**2 + 0.25**2 + 0.5**2]
     assert metrics.brier == pytest.approx(sum(brier) / 4, abs=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "num_bins"), [(torch.float32, 15), (torch.float64, 10)])
+def test_metrics_are_those_of_torchmetrics_and_exactly_the_means_over_items(kind, num_bins):
+    """Also of confidences on the edges of bins, and of a probability of 0 at the label."""
+    probs = torch.softmax(3 * torch.randn(2000, 4, dtype=kind), -1)
+    probs[:300] = probs.new_tensor([0.8, 0.2, 0.0, 0.0])  # at edges of 15 and of 10 bins
+    probs[300:600] = probs.new_tensor([0.4, 0.4, 0.2, 0.0])
+    probs[600:700] = probs.new_tensor([0.0, 1.0, 0.0, 0.0])
+    labels = torch.randint(4, (2000,))
+    metrics, items = (
+        evaluate(probs, labels, num_bins=num_bins),
+        item_scores(probs, labels, num_bins=num_bins),
+    )
+    assert (metrics.nll, metrics.brier, metrics.ece) == tuple(items.mean(1).tolist())
+    top = probs.float().clamp(max=1 - torch.finfo(torch.float32).eps)  # 1 would be its own bin
+    how = {"num_classes": 4}
+    acc = multiclass_accuracy(top, labels, **how, average="micro")
+    ece = multiclass_calibration_error(top, labels, **how, n_bins=num_bins)
+    least = torch.finfo(torch.float32).tiny
+    nll = torch.nn.functional.nll_loss(probs.double().clamp(min=least).log(), labels)
+    for mine, theirs in ((metrics.acc, acc), (metrics.ece, ece), (metrics.nll, nll)):
+        assert mine == pytest.approx(float(theirs), abs=1e-6)
+
+
+@pytest.mark.parametrize("by_seeds", [0.0, 0.5, 1.0, 2.0, 4.0, 100.0])
+def test_two_errors_to_each_side_are_an_interval_of_95_percent(by_seeds):
+    """Of three seeds, whose errors are so many times those of the items."""
+    torch.manual_seed(0)
+    item, seed = torch.randn(1, 2000, 60), torch.randn(3, 2000, 1) * (3 / 60) ** 0.5
+    gaps = item + by_seeds * seed + 0.3 * torch.randn(3, 2000, 60)  # around 0
+    covered = float((gaps.mean((0, -1)).abs() <= 2 * error_of(gaps)).double().mean())
+    assert 0.94 <= covered <= 0.985
+    normal = (gaps.mean(0).var(-1) / 60 + gaps.mean(-1).var(0) / 3).sqrt()
+    old = float((gaps.mean((0, -1)).abs() <= 2 * normal).double().mean())
+    assert (old < 0.94) == (by_seeds >= 1)
+    alone = error_of(gaps[:1])  # of one seed the error is that of the items
+    torch.testing.assert_close(alone, gaps[0].std(-1) / 60**0.5, rtol=0.03, atol=0)
 
 
 def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():

@@ -32,7 +32,7 @@ from pyro_blora.guides import (
     SiteGuide,
 )
 
-# Point masses are no densities (Ensemble, and Laplace and Isotropic until they are finished).
+# Point masses are no densities (Ensemble, and Laplace until it is finished).
 BOUNDS = [
     Amortized(context_size=3),
     Flow(),

@@ -1,4 +1,4 @@
-"""Guides that find their width after training: Laplace's curvature and the isotropic search."""
+"""Laplace, whose width is the curvature after training."""
 
 import pyro.distributions as dist
 import pytest
@@ -8,10 +8,9 @@ from torch import nn
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import Isotropic, Laplace, MeanField
+from pyro_blora.guides import Laplace, MeanField
 from pyro_blora.guides.laplace import best_precision
 from pyro_blora.inference import finish
-from pyro_blora.inference.post_hoc import anchor_loss
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import GaussianFactors, KroneckerInducing
 
@@ -120,42 +119,10 @@ def test_the_chosen_precision_is_a_root_or_an_end_of_the_range(values, size, bes
     assert found == pytest.approx(best, rel=1e-3)
 
 
-def test_the_isotropic_search_stops_at_the_threshold():
-    threshold = 1e-2
-    toy = Logistic(Isotropic(threshold=threshold, iterations=20, num_samples=64, max_width=5.0))
-    batch = toy.collate(toy.rows)
-    allowed = anchor_loss(toy.blora, [batch], 64) + threshold  # of the point: it has no width yet
-    found = finish(toy.blora, toy.rows, collate=toy.collate, batch_size=7)["width"]
-    assert 0.005 < found < 5
-    assert anchor_loss(toy.blora, [batch], 64) <= allowed
-    toy.family.width.fill_(found * 1.01)
-    assert anchor_loss(toy.blora, [batch], 64) > allowed
-
-
-def test_the_widest_is_taken_where_all_fit():
-    toy = Logistic(Isotropic(threshold=100.0, max_width=0.5))
-    assert finish(toy.blora, toy.rows, collate=toy.collate) == {"width": pytest.approx(0.5)}
-
-
-def test_the_width_is_no_matter_of_the_noise_that_the_point_has_too():
-    """Both losses are taken under the noise of the conditional, else no width would be allowed."""
-    toy = Logistic(Isotropic(threshold=0.01), conditional="scaled", lambda_init=0.5)
-    for _ in range(2):  # nor of a width that was found before
-        found = finish(toy.blora, toy.rows, collate=toy.collate)["width"]
-        assert 0.01 < found < 1
-    batch = toy.collate(toy.rows)
-    toy.family.reopen()
-    point = anchor_loss(toy.blora, [batch], 4)
-    with torch.no_grad(), toy.blora.posterior(0) as net:
-        silent = nn.functional.cross_entropy(net(batch["x"]), batch["labels"])
-    assert point > silent + 0.1
-
-
-@pytest.mark.parametrize("family", [Laplace(), Isotropic()], ids=repr)
-def test_fit_finishes_and_the_width_travels(family):
+def test_fit_finishes_and_the_width_travels():
     """Of a prior so narrow that the density of a point is above one, which is no negative KL."""
     prior = GaussianFactors(rank=2, random="A", sigma=0.2)
-    blora = tiny.adapted(tiny.llama(), prior=prior, guide=family, num_data=10)
+    blora = tiny.adapted(tiny.llama(), prior=prior, guide=Laplace(), num_data=10)
     tiny.train(blora)
     assert all(f.finished for f in blora.guide.families().values())
     batch = tiny.collate(tiny.examples(4))
@@ -163,7 +130,7 @@ def test_fit_finishes_and_the_width_travels(family):
     mean = blora.predict(batch, 0).samples
     state = blora.state_dict()
     net = blora.unwrap()
-    fresh = tiny.adapted(net, prior=prior, guide=family, num_data=10)
+    fresh = tiny.adapted(net, prior=prior, guide=Laplace(), num_data=10)
     assert fresh.predict(batch, 5).mutual_information.abs().max() < 1e-6  # still a point
     fresh.load_state_dict(state)
     assert torch.equal(fresh.predict(batch, 0).samples, mean)
@@ -173,9 +140,7 @@ def test_fit_finishes_and_the_width_travels(family):
 
 
 def test_what_cannot_be_finished_is_refused():
-    with pytest.raises(ConfigurationError, match=r"\(Laplace, Isotropic\), got Mean"):
+    with pytest.raises(ConfigurationError, match=r"must have a Laplace guide.* got Mean"):
         finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
     with pytest.raises(ConfigurationError, match=r"must be one of \('kron', 'diag'\), got"):
         Laplace(structure="full")
-    with pytest.raises(ConfigurationError, match=r"threshold must be positive .* got 0"):
-        Isotropic(threshold=0)

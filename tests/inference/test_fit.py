@@ -92,6 +92,14 @@ def test_keep_best_goes_back_to_the_best_validation(keep, validation):
     assert all(torch.equal(value, result.best_state[name]) for name, value in own) == keep
 
 
+def test_a_validation_that_is_no_number_is_never_the_best(monkeypatch):
+    blora, losses = tiny.adapted(num_data=10), [float("nan"), 3.0, float("nan"), 2.0, 4.0]
+    told = iter(losses)
+    monkeypatch.setattr(blora, "log_predictive", lambda *_: -torch.tensor([next(told)]))
+    options = {"validation": tiny.examples(4), "validate_every": 2, "num_steps": 10}
+    assert tiny.train(blora, keep_best=True, **options).best_step == 8
+
+
 @pytest.mark.parametrize(("patience", "validations"), [(1, 2), (2, 5), (3, 6), (4, 6), (None, 6)])
 def test_patience_ends_with_the_validations_that_are_not_lower(
     patience, validations, capsys, monkeypatch

@@ -125,7 +125,7 @@ def test_a_guide_of_ones_own_is_called_with_batches_alone(tmp_path):
 
 
 def test_a_second_training_of_a_post_hoc_guide_validates_a_point_again(monkeypatch):
-    blora, asked = tiny.adapted(num_data=4, guide=guides.Isotropic()), []
+    blora, asked = tiny.adapted(num_data=4, guide=guides.Laplace()), []
     own = BayesianLoRA.log_predictive
     note = lambda blora, batch, samples: asked.append(samples) or own(blora, batch, samples)  # noqa: E731
     monkeypatch.setattr(BayesianLoRA, "log_predictive", note)

@@ -72,4 +72,4 @@ def test_options_are_even_only_where_nothing_can_be_known(seed):
             assert (prediction.predictions == new["labels"]).float().mean() > 0.9
         blora.unwrap()
     assert nll[True] < 0.5
-    assert nll[False] < math.log(3) + 0.1
+    assert nll[False] < math.log(3) + 0.15  # by a temperature of some twenty coin flips

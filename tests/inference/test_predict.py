@@ -3,10 +3,12 @@
 import pytest
 import tiny
 import torch
+from own_tokenizer import build_tokenizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import Laplace
+from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.adapter import in_mode
@@ -185,3 +187,69 @@ def test_what_cannot_be_predicted():
         blora.predict(tiny.texts())
     with pytest.raises(BatchError, match="must have labels"):
         blora.log_predictive({key: tiny.texts()[key] for key in blora.likelihood.keys})
+
+
+ROWS = tiny.examples(22)
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_all_examples_of_a_loader_are_predicted_in_its_order(size):
+    blora = moved()
+    loader = DataLoader(ROWS[::-1], size, collate_fn=tiny.collate)
+    of_loader, labels = blora.predict_dataset(loader, num_samples=0, progress=False)
+    assert labels.tolist() == [row["label"] for row in ROWS[::-1]]
+    for k, row in enumerate(ROWS[::-1]):
+        alone = blora.predict(tiny.collate([row]), 0).samples[:, 0]
+        torch.testing.assert_close(of_loader.samples[:, k], alone, atol=1e-6, rtol=1e-5)
+    scores, counts = blora.log_predictive_dataset(loader, None, 0, progress=False)
+    assert counts.tolist() == [1] * 22
+    expected = of_loader.probs[range(22), labels].log()
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_examples_without_labels_are_predicted_without_labels():
+    def unlabeled(rows):
+        return {key: value for key, value in tiny.collate(rows).items() if key != "labels"}
+
+    blora = moved()
+    found, labels = blora.predict_dataset(ROWS, unlabeled, 0, progress=False)
+    assert labels is None
+    assert torch.equal(found.samples, blora.predict_dataset(ROWS, tiny.collate, 0)[0].samples)
+
+    def some(rows):
+        return (unlabeled if rows[0]["index"] == 0 else tiny.collate)(rows)
+
+    with pytest.raises(BatchError, match="labels, or none, got both"):
+        blora.predict_dataset(ROWS, some, 0, batch_size=2, progress=False)
+
+
+def test_a_list_of_any_length_is_cut_into_batches_of_similar_texts():
+    """As one batch, 200 texts would be padded to the longest, and took ten times as long."""
+    tokenizer = build_tokenizer(["key lock"], pad="<pad>")
+    net = tiny.bert(max_position_embeddings=400)
+    net.resize_token_embeddings(len(tokenizer))
+    blora = moved(net=net, target_modules=None, likelihood=SequenceClassification())
+    blora.tokenizer = tokenizer
+    texts = ["key " * (1 + 37 * k % 50) for k in range(40)]
+    shapes = []
+    kept = net.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    found = blora.predict(texts, 0)
+    kept.remove()
+    assert max(rows for rows, _ in shapes) <= 16
+    assert sum(rows * length for rows, length in shapes) < 0.75 * 40 * max(n for _, n in shapes)
+    for k in (0, 17, 39):
+        alone = blora.predict(dict(tokenizer([texts[k]], return_tensors="pt")), 0).samples[:, 0]
+        torch.testing.assert_close(found.samples[:, k], alone, atol=1e-5, rtol=1e-4)
+    assert torch.equal(blora.predict([{"text": text} for text in texts], 0).samples, found.samples)
+
+
+def test_the_same_seed_gives_the_same_prediction_of_an_ensemble():
+    blora = moved(guide=Ensemble(members=5))
+    blora.predict(tiny.sequences(), 3)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(blora.predict(tiny.sequences(), 3).samples)
+    assert torch.equal(*found)

@@ -152,6 +152,26 @@ def test_the_error_of_a_difference_of_ece_is_that_of_drawing_items_anew():
     assert error == pytest.approx(float(anew.std()), rel=0.2)
 
 
+def test_the_thin_bars_of_the_picture_are_intervals_over_three_seeds():
+    from calibration_report import OURS, RIVALS, draw_panels
+    from matplotlib.figure import Figure
+    from scipy.stats import norm, t
+
+    def runs(*likelihoods):  # of items that are all alike, so that only seeds differ
+        probs = [torch.tensor([[p, 1 - p]], dtype=torch.float64).expand(9, 2) for p in likelihoods]
+        return {s: {"test": (p, torch.zeros(9).long())} for s, p in enumerate(probs)}
+
+    methods = {OURS: runs(0.9, 0.9, 0.9)} | dict.fromkeys(RIVALS, runs(0.8, 0.7, 0.5))
+    axis = Figure().subplots()
+    draw_panels(axis, {("net", "task", 4, "16"): methods})
+    thin = [line for line in axis.lines if line.get_linewidth() == 1.2]
+    gaps = np.log(0.9) - np.log([0.8, 0.7, 0.5])
+    half = t.ppf(norm.cdf(2), 2) * gaps.std(ddof=1) / 3**0.5
+    assert len(thin) == len(RIVALS)
+    for line in thin:
+        assert line.get_xdata() == pytest.approx([gaps.mean() - half, gaps.mean() + half])
+
+
 def test_a_trial_is_chosen_by_its_mean_on_the_development_tasks_that_saw_all_trials():
     from calibration import chosen_trials, with_trial
 

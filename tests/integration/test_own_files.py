@@ -38,17 +38,12 @@ def with_trainer(folder):
     tiny.trainer(folder / "t", tiny.adapted(), tiny.examples(), **options).train()
 
 
-def trained(folder):
-    tiny.train(tiny.adapted(num_data=10), num_steps=2, checkpoint_dir=folder)
-
-
 # What writes, and a file in whose place it may not write
 WRITERS = {
     "save_pretrained": (lambda b, folder: b.save_pretrained(folder), ADAPTER),
     "export_peft": (lambda b, folder: b.export_peft(folder), (*PEFT, "one_pass.json")),
     "draws": (lambda b, folder: b.export_peft(folder, num_samples=2), ("1/one_pass.json",)),
     "text": (lambda b, folder: text(folder), ("generation_config.json", "one_pass.json")),
-    "fit": (lambda b, folder: trained(folder), ("training_state.safetensors",)),
     "Trainer": (lambda b, folder: with_trainer(folder), ("t/checkpoint-1/" + ADAPTER[0],)),
     "figure": (lambda b, folder: save_figure(Figure(), folder / "x.png"), ("x.png",)),
 }

@@ -8,7 +8,6 @@ import tiny
 import torch
 from own_tokenizer import build_tokenizer
 
-from pyro_blora.data import MultipleChoiceCollator
 from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 
 pytest.importorskip("httpx", reason="needs fastapi and httpx")
@@ -44,8 +43,7 @@ def test_many_at_once_get_what_predict_gives(classifies, num_samples, tmp_path, 
     if not classifies:
         names = asked["choices"] = CHOICES
         pairs = zip(TEXTS, CHOICES, strict=True)
-        rows = [{"question": text, "choices": each, "label": 0} for text, each in pairs]
-        batch = MultipleChoiceCollator(blora.tokenizer)(rows)
+        batch = [{"question": text, "choices": each, "label": 0} for text, each in pairs]
     torch.manual_seed(0)
     expected = blora.predict(batch, num_samples)
     threshold = expected.entropy.median().item()
@@ -53,6 +51,10 @@ def test_many_at_once_get_what_predict_gives(classifies, num_samples, tmp_path, 
     told |= {"ABSTAIN_ABOVE": threshold, "NUM_SAMPLES": num_samples}
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("BASE")
+    with pytest.raises(SystemExit, match="set BASE to the folder"):
+        serve.from_environment()
+    monkeypatch.setenv("BASE", str(tmp_path / "base"))
     client = testclient.TestClient(serve.from_environment())
     with ThreadPoolExecutor(8) as pool:
         found = [pool.submit(client.post, "/predict", json=asked) for _ in range(24)]

@@ -8,7 +8,7 @@ import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
 
-from pyro_blora.guides import Isotropic
+from pyro_blora.guides import Laplace
 from pyro_blora.inference import finish, fit
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
@@ -155,6 +155,6 @@ def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expecte
     net.model.layers[0].register_forward_pre_hook(
         lambda *_: seen.add(torch.is_autocast_enabled("cpu"))
     )
-    blora = tiny.adapted(net, guide=Isotropic() if run is finish else None)
+    blora = tiny.adapted(net, guide=Laplace() if run is finish else None)
     run(blora, tiny.examples(), collate=tiny.collate, **options)
     assert (True in seen) is expected

@@ -1,0 +1,81 @@
+"""Splits by text: repeated texts and twins stay together, also when rows are added or reordered."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pyro_blora.data.items import Item
+
+_TEXTS = ("text", "text_pair", "prompt", "completion")
+
+
+def keys_of(rows: Any) -> list[str]:
+    """For each row, what it shares with the rows that give away its label.
+
+    That is its text, its token ids, or its question with its choices. Two questions with the same
+    choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
+    """
+    found = [_content(rows[k]) for k in range(len(rows))]
+    questions: dict[str, set[str]] = {}
+    for question, choices in filter(None, found):
+        questions.setdefault(choices, set()).add(question)
+    keys = []
+    for k, each in enumerate(found):
+        twins = each is not None and len(questions[each[1]]) <= 2
+        keys.append(f"row {k}" if each is None else each[1] if twins else "".join(each))
+    return keys
+
+
+def _content(row: Any) -> tuple[str, str] | None:
+    """The question and the choices of a row, or its text and a part of it that is no one else's."""
+    read = vars(row) if isinstance(row, Item) else row if isinstance(row, Mapping) else {}
+    if "choices" in read and "question" in read:
+        return _plain(read["question"]), str(sorted(map(_plain, read["choices"])))
+    if "input_ids" in read:
+        ids = read["input_ids"]
+        text = str(ids.tolist() if hasattr(ids, "tolist") else [*map(_listed, ids)])
+    elif "text" in read or "prompt" in read:
+        text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
+    else:
+        return None
+    return text, text
+
+
+def _listed(ids: Any) -> Any:
+    return ids.tolist() if hasattr(ids, "tolist") else ids
+
+
+def _plain(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def _draw(key: str, salt: str) -> float:
+    """A number in [0, 1) that depends on the texts alone."""
+    digest = hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def chosen(rows: Any, share: float, salt: str) -> list[int]:
+    """The places of about this share of the rows, but of one key at least, and not of all.
+
+    None is chosen if the share is less than a row. A row stays on its side of the split when others
+    are added; different salts make independent choices.
+    """
+    if int(share * len(rows)) == 0:
+        return []
+    draws = [_draw(key, salt) for key in keys_of(rows)]
+    limit = max(share, min(draws) * (1 + 1e-12))
+    found = [k for k, draw in enumerate(draws) if draw < limit]
+    return found if len(found) < len(draws) else []
+
+
+def first(rows: Sequence[Any], count: int | None) -> list[Any]:
+    """At most ``count`` of the rows, in their order: a fixed choice of texts, wherever they stand.
+
+    A file may be sorted by class, so that its first rows would not do.
+    """
+    if count is None or count >= len(rows):
+        return list(rows)
+    draws = [_draw(key, "first") for key in keys_of(rows)]
+    kept = sorted(range(len(rows)), key=draws.__getitem__)[:count]
+    return [rows[k] for k in sorted(kept)]

@@ -1,0 +1,277 @@
+"""Which logit a label means, whoever names the classes and however they are written."""
+
+import json
+import warnings
+
+import datasets
+import pandas
+import peft
+import pytest
+import tiny
+import torch
+from transformers import TrainingArguments
+
+from pyro_blora import BayesianLoRA, fit
+from pyro_blora.data import ClassificationCollator, load_task
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.inference import bayesianize
+from pyro_blora.inference.trainer import BayesianLoRATrainer
+from pyro_blora.likelihoods import SequenceClassification
+
+NAMES = ("zero", "half", "all")  # not alphabetical
+ROWS = [{"text": f"a film {k}", "label": NAMES[k % 3]} for k in range(12)]
+
+
+@pytest.fixture
+def small(build):
+    """A tokenizer of fewer than 32 tokens, as the tiny networks have."""
+    return build(bos="<s>", eos="</s>", pad="<pad>")
+
+
+def classifier(tokenizer, **options):
+    net = tiny.bert(**options)
+    net.resize_token_embeddings(len(tokenizer))
+    return net
+
+
+def labels_of(blora, rows):
+    data, collate = blora.reading(rows)
+    return collate([data[k] for k in range(len(data))])["labels"].tolist()
+
+
+@pytest.fixture
+def lora(small, tmp_path):
+    """A LoRA that PEFT has in memory and in a folder; nothing in either names its classes."""
+    net = classifier(small)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    model = peft.get_peft_model(net, config)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
+def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
+    folder = tmp_path
+    for rows in (ROWS, datasets.Dataset.from_list(ROWS).class_encode_column("label")):
+        blora = BayesianLoRA.from_peft(classifier(small), folder, tokenizer=small)
+        with pytest.raises(ConfigurationError, match=r"SequenceClassification\(classes=\[") as told:
+            fit(blora, rows, num_steps=1) if rows is ROWS else blora.predict_dataset(ROWS)
+        assert "\n" not in str(told.value)
+        blora.unwrap()
+    with pytest.raises(ConfigurationError, match="in the order in which"):
+        bayesianize(lora, data=ROWS, tokenizer=small, progress=False)
+    assert lora.active_adapters == ["default"]  # it is as it was
+    assert hasattr(lora.get_base_model().classifier, "modules_to_save")
+    likelihood = SequenceClassification(classes=NAMES)
+    blora = bayesianize(lora, data=ROWS, tokenizer=small, likelihood=likelihood, progress=False)
+    assert labels_of(blora, ROWS[:3]) == [0, 1, 2]
+    blora.unwrap()
+    net = classifier(small)  # whose user has named them before the training
+    net.config.id2label = dict(enumerate(NAMES))
+    blora = BayesianLoRA.from_peft(net, folder, tokenizer=small)
+    assert blora.likelihood.classes == NAMES
+    assert labels_of(blora, ROWS[:3]) == [0, 1, 2]
+    blora.unwrap()
+
+
+def test_a_head_that_was_trained_on_numbers_has_no_names_afterwards(small, tmp_path):
+    encoded = [{**small(row["text"]), "label": k % 3} for k, row in enumerate(ROWS)]
+    net = classifier(small)
+    blora = BayesianLoRA(net, tokenizer=small)
+    fit(blora, encoded, num_steps=1, progress=False)
+    blora.save_pretrained(tmp_path)
+    blora.unwrap()
+    for adapter in (blora := BayesianLoRA.from_pretrained(net, tmp_path, tokenizer=small),):
+        with pytest.raises(ConfigurationError, match="must have names before labels can be texts"):
+            adapter.predict_dataset(ROWS, progress=False)
+        numbers = [{**row, "label": k % 3} for k, row in enumerate(ROWS)]
+        assert adapter.predict_dataset(numbers, progress=False)[1].tolist() == [0, 1, 2] * 4
+        digits = [{**row, "label": str(k % 3)} for k, row in enumerate(ROWS)]
+        assert adapter.predict_dataset(digits, progress=False)[1].tolist() == [0, 1, 2] * 4
+
+
+LEARNED = [{"text": ("film", "key", "lock")[k % 3], "label": NAMES[k % 3]} for k in range(24)]
+
+
+@pytest.fixture
+def learned(small, tmp_path):
+    """A function that makes the base of a LoRA that has learned the rows; it is in the folder."""
+    model = peft.get_peft_model(classifier(small), peft.LoraConfig(task_type="SEQ_CLS", r=2))
+    collate = ClassificationCollator(small, NAMES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**collate(LEARNED)).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+
+    def base():
+        net = classifier(small)
+        net.load_state_dict(base_state(model), strict=False)
+        return net
+
+    return base
+
+
+def warned(learned, folder, tokenizer, way, **likelihood):
+    """What is warned of on the way to an adapter."""
+    parts = {"likelihood": SequenceClassification(**likelihood), "tokenizer": tokenizer}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if way == "fit":
+            blora = BayesianLoRA.from_peft(learned(), folder, **parts)
+            fit(blora, LEARNED, num_steps=8, progress=False)
+        else:
+            bayesianize(learned(), folder, data=LEARNED, progress=False, **parts)
+    return [str(each.message) for each in seen]
+
+
+@pytest.mark.parametrize("way", ["fit", "bayesianize"])
+def test_a_lora_that_knows_less_than_a_guess_is_suspected_of_another_order(
+    way, learned, small, tmp_path
+):
+    """Of rows whose labels are those of the LoRA, and of the same with the labels turned on."""
+    for names, suspected in ((NAMES, False), (NAMES[1:] + NAMES[:1], True)):
+        found = warned(learned, tmp_path, small, way, classes=names)
+        assert any("above that of a guess" in each for each in found) == suspected, names
+
+
+def test_a_posterior_that_is_too_wide_for_its_lora_is_told(learned, small, tmp_path):
+    """Of 24 rows little is known; of as many as 10,000 like them the curvature would be large."""
+    for count, wide in ((None, True), (10_000, False)):
+        found = warned(learned, tmp_path, small, "once", classes=NAMES, num_data=count)
+        assert any("Call blora.calibrate(data)" in each for each in found) == wide, count
+
+
+def base_state(model):
+    """The base's own tensors, by their names without PEFT."""
+    parts = (".base_layer", ".original_module")
+    state = model.get_base_model().state_dict().items()
+    kept = {n: t for n, t in state if "lora_" not in n and "modules_to_save" not in n}
+    for part in parts:
+        kept = {n.replace(part, ""): t for n, t in kept.items()}
+    return kept
+
+
+DIGITS = [{"text": f"a film {k}", "label": "123"[k % 3]} for k in range(12)]
+
+
+def test_a_number_is_a_name_where_the_classes_are_numbers(small, tmp_path):
+    """A CSV file or a data frame has made numbers of the names."""
+    numbers = [{**row, "label": int(row["label"])} for row in DIGITS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, DIGITS)))
+    frame = pandas.DataFrame(numbers)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    for trained in (DIGITS, numbers, frame, tmp_path / "a.csv", tmp_path / "a.jsonl"):
+        blora = BayesianLoRA(classifier(small), tokenizer=small)
+        fit(blora, trained, num_steps=1, progress=False)
+        assert blora.likelihood.classes == ("1", "2", "3")
+        for asked in (DIGITS, numbers, frame, tmp_path / "a.csv", tmp_path / "a.jsonl"):
+            assert labels_of(blora, asked) == [0, 1, 2] * 4
+        with pytest.raises(DataError, match=r"\['1', '2', '3'\], got '0'"):
+            blora.predict_dataset([{"text": "a", "label": 0}], progress=False)
+        blora.unwrap()
+    eleven = [{"text": "a", "label": str(k)} for k in range(11)]
+    blora = BayesianLoRA(classifier(small, num_labels=11), tokenizer=small)
+    assert labels_of(blora, eleven) == [*range(11)]
+    assert labels_of(blora, [{"text": "a", "label": 10}]) == [10]
+
+
+def test_a_task_has_no_class_that_no_row_has(small):
+    def choices(labels):
+        rows = [{"text": f"film {k}", "label": labels[k % len(labels)]} for k in range(60)]
+        task = load_task(rows)
+        for item in (*task.train, *task.test):
+            value = labels[int(item.question.split()[1]) % len(labels)]
+            assert item.choices[item.label] == str(value)
+        return task.test[0].choices
+
+    assert choices([1, 2, 3, 4, 5]) == ("1", "2", "3", "4", "5")
+    assert choices([20, 10]) == ("10", "20")
+    assert choices([True, False]) == ("False", "True")
+    assert choices([*map(str, range(11))]) == tuple(map(str, range(11)))
+    net = classifier(small, num_labels=5)
+    collate = load_task([{"text": f"{k}", "label": 1 + k % 5} for k in range(50)]).collator(
+        small, net=net
+    )
+    assert collate.classes == ("1", "2", "3", "4", "5")
+
+
+def test_a_data_set_that_calls_its_classes_otherwise_is_refused(small):
+    """Its numbers might mean the logits, or they might not."""
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    fit(blora, ROWS, num_steps=1, progress=False)
+    other = datasets.Dataset.from_list([{**r, "label": r["label"].upper()} for r in ROWS])
+    other = other.class_encode_column("label")
+    with pytest.raises(DataError, match="spell them alike, or cast the column to int"):
+        blora.predict_dataset(other, progress=False)
+    numbers = other.cast_column("label", datasets.Value("int64"))
+    assert blora.predict_dataset(numbers, progress=False)[1].tolist() == numbers["label"][:]
+
+
+def test_the_trainer_reads_each_data_set_by_its_own_numbers(small, tmp_path):
+    names = [datasets.ClassLabel(names=[*order]) for order in (NAMES, NAMES[::-1])]
+    train, other = (
+        datasets.Dataset.from_list(
+            [{**row, "label": label.str2int(row["label"])} for row in ROWS]
+        ).cast_column("label", label)
+        for label in names
+    )
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    arguments = {"report_to": [], "use_cpu": True, "max_steps": 2, "disable_tqdm": True}
+    trainer = BayesianLoRATrainer(
+        blora,
+        TrainingArguments(str(tmp_path), **arguments),
+        train_dataset=train,
+        eval_dataset={"other": other, "same": train},
+        eval_samples=0,
+    )
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_other_loss"] == pytest.approx(found["eval_same_loss"])
+    for data in (train, other, ROWS):
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(found["eval_same_loss"])
+        assert trainer.predict(data).label_ids.tolist() == [0, 1, 2] * 4
+    unlabeled = datasets.Dataset.from_list([{"text": "a film"}] * 3)
+    assert trainer.predict(unlabeled).label_ids is None
+    single = BayesianLoRATrainer(
+        blora,
+        TrainingArguments(str(tmp_path), **arguments),
+        train_dataset=train,
+        eval_dataset=other,
+        eval_samples=0,
+    )
+    assert single.evaluate()["eval_loss"] == pytest.approx(found["eval_same_loss"])
+
+
+def test_a_transform_is_kept(small):
+    """It turns the labels on, and the rows of token ids are made by another."""
+    turned = datasets.Dataset.from_list([{**r, "label": k % 3} for k, r in enumerate(ROWS)])
+    turned = turned.with_transform(lambda b: {**b, "label": [(k + 1) % 3 for k in b["label"]]})
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    for data in (turned, torch.utils.data.Subset(turned, range(12))):
+        assert labels_of(blora, data) == [1, 2, 0] * 4
+        assert blora.predict_dataset(data, progress=False)[1].tolist() == [1, 2, 0] * 4
+    named = datasets.Dataset.from_list(ROWS).with_transform(
+        lambda b: {"text": [t.upper() for t in b["text"]], "label": b["label"]}
+    )
+    task = load_task(named)
+    assert all(item.question.isupper() for item in task.test)
+    encoded = datasets.Dataset.from_list(ROWS).with_transform(
+        lambda b: {**small(b["text"]), "labels": [NAMES.index(n) for n in b["label"]]}
+    )
+    assert blora.predict_dataset(encoded, progress=False)[1].tolist() == [0, 1, 2] * 4
+
+
+def test_rows_with_and_without_a_second_text(small):
+    both, one = {"text": "a film", "text_pair": "funny"}, {"text": "a dull film"}
+    collate = ClassificationCollator(small, ())
+    alone = [small(*row.values())["input_ids"] for row in (both, one)]
+    for absent in ({}, {"text_pair": None}, {"text_pair": float("nan")}):
+        for order in (1, -1):
+            found = collate([both, {**one, **absent}][::order])
+            ids = [i[m.bool()].tolist() for i, m in zip(*map(found.get, KEYS), strict=True)]
+            assert ids == alone[::order]
+
+
+KEYS = ("input_ids", "attention_mask")
