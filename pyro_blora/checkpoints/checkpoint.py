@@ -268,7 +268,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         what = f"{path} does not exist; give"
         if (folder / "adapter_config.json").exists():
             what = f"{folder} is a PEFT adapter; start from it with BayesianLoRA.from_peft, or give"
-        raise CheckpointError(f"{what} a folder that save_pretrained or pyro-blora train wrote.")
+        raise CheckpointError(f"{what} a folder that save_pretrained wrote.")
     header, tensors = read_tensors(path)
     with readable(path):
         return dict(json.loads(header[_HEADER])), tensors

