@@ -250,6 +250,11 @@ def threshold_for(
         raise ConfigurationError(
             f"by must be {known}, got {by!r}; mutual information needs two draws or more."
         )
+    if labels.shape != scores[by].shape:
+        raise ConfigurationError(
+            f"labels must have the shape {tuple(scores[by].shape)}, one for each answer, got "
+            f"{tuple(labels.shape)}."
+        )
     if isinstance(prediction, Generation) != (labels.dtype == torch.bool):
         raise ConfigurationError(
             "labels must be boolean for a Generation (is the text right?) and classes for a "

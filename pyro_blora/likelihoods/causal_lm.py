@@ -61,6 +61,11 @@ class CausalLM(Likelihood):
                 "labels must be token ids, or -100 for tokens that are not scored, got another "
                 "negative number."
             )
+        if labels.is_cpu and bool((labels < 0).all(-1).any()):
+            raise BatchError(
+                "Each row must have a token to score, got one without, which would count as an "
+                "example and teach nothing; leave it out, or raise the length at which it is cut."
+            )
 
     def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Positions, targets and mask of the scored tokens, and their number."""

@@ -1,10 +1,13 @@
 import pytest
+import tiny
 import torch
 from own_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from pyro_blora import fit
 from pyro_blora.data import (
     ClassificationCollator,
     DataError,
@@ -14,6 +17,8 @@ from pyro_blora.data import (
     TextCollator,
 )
 from pyro_blora.data.items import Template, template_for
+from pyro_blora.errors import BatchError
+from pyro_blora.likelihoods import CausalLM
 
 OPTIONS = template_for("facts")
 LABELS = template_for("sst2")
@@ -191,3 +196,12 @@ def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):
     found = TextCollator(tokenizer)([{"prompt": "", "completion": "green"}])
     assert found["input_ids"][0, 0] == tokenizer.bos_token_id
     assert found["labels"][0].tolist() == [-100, *found["input_ids"][0, 1:].tolist()]
+
+
+def test_rows_without_a_token_to_score_are_refused():
+    """They would count as examples, so that the KL weighs too little, and teach nothing."""
+    blora = tiny.adapted(likelihood=CausalLM(num_data=4))
+    batch = tiny.texts()
+    batch["labels"][2] = -100
+    with pytest.raises(BatchError, match="must have a token to score"):
+        fit(blora, DataLoader([batch], batch_size=None), num_steps=1, progress=False)

@@ -290,3 +290,9 @@ def test_ranks_are_those_of_the_scores():
     assert sorted(first) == list(range(60))
     with pytest.raises(ConfigurationError, match="single draw"):
         rank(Prediction(p.samples[:1]))
+
+
+def test_a_threshold_wants_a_label_for_each_answer():
+    prediction = Prediction(torch.tensor([[[0.9, 0.1]] * 60]))
+    with pytest.raises(ConfigurationError, match=r"must have the shape \(60,\).*got \(1,\)"):
+        threshold_for(prediction, torch.tensor([0]))
