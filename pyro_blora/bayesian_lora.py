@@ -169,11 +169,17 @@ class BayesianLoRA(PyroModule):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def reading(
-        self, data: Any, collate: Collate | None = None, *, labeled: bool = True
+        self,
+        data: Any,
+        collate: Collate | None = None,
+        *,
+        labeled: bool = True,
+        training: bool = True,
     ) -> tuple[Any, Collate | None]:
         """The examples and their collator; see :func:`pyro_blora.data.collators.reading`."""
         parts: dict[str, Any] = {"net": self.net, "likelihood": self.likelihood}
-        return reading(data, collate, **parts, tokenizer=self.tokenizer, labeled=labeled)
+        parts |= {"tokenizer": self.tokenizer, "labeled": labeled, "training": training}
+        return reading(data, collate, **parts)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""
@@ -283,7 +289,7 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        data, collate = self.reading(data, collate, labeled=False)
+        data, collate = self.reading(data, collate, labeled=False, training=False)
         return distill(self.model, self.guide, self.method, data, collate=collate, **options)
 
     @one_at_a_time
@@ -297,7 +303,7 @@ class BayesianLoRA(PyroModule):
 
             blora.calibrate(held_out, collate)
         """
-        data, collate = self.reading(data, collate)
+        data, collate = self.reading(data, collate, training=False)
         return calibrate(self.model, self.guide, self.method, data, collate=collate, **options)
 
     def predict_dataset(
@@ -315,7 +321,7 @@ class BayesianLoRA(PyroModule):
 
         ``options`` are ``batch_size``, ``precision``, ``progress`` and ``description``.
         """
-        data, collate = self.reading(data, collate, labeled=False)
+        data, collate = self.reading(data, collate, labeled=False, training=False)
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
         predict = partial(self.predict, num_samples=num_samples, **how)
         return predict_dataset(predict, data, collate, device=self.device, **options)
@@ -345,7 +351,7 @@ class BayesianLoRA(PyroModule):
 
             print(evaluate_text(*blora.log_predictive_dataset(answers)))  # NLL and perplexity
         """
-        data, collate = self.reading(data, collate)
+        data, collate = self.reading(data, collate, training=False)
 
         def scored(batch: Batch) -> tuple[Tensor, Tensor]:
             batch = self.model.prepared(batch)  # once, because that synchronizes the device

@@ -203,18 +203,20 @@ class ClassificationCollator:
     ) -> None:
         self.tokenizer, self.classes, self.own = tokenizer, tuple(classes), tuple(own)
         self.max_length = min(max_length, tokenizer.model_max_length)
+        # BOS, which the tokenizer adds, also where a chat template has written it already
+        added = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._start: str = tokenizer.bos_token if added else ""
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
         made = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
         pairs = [row.get("text_pair") for row in made]
+        firsts = [row["text"].removeprefix(self._start) for row in made]
         texts: list[Any] = [  # a data frame has NaN where a row has no second text
-            (row["text"], pair) if isinstance(pair, str) else row["text"]
-            for row, pair in zip(made, pairs, strict=True)
+            (text, pair) if isinstance(pair, str) else text
+            for text, pair in zip(firsts, pairs, strict=True)
         ]
         how = {"padding": True, "truncation": True, "max_length": self.max_length}
-        start = self.tokenizer.bos_token  # which a chat template has written already
-        how["add_special_tokens"] = not (start and all(r["text"].startswith(start) for r in made))
         batch = dict(self.tokenizer(texts, **how, return_tensors="pt"))
         if "label" in made[0]:
             batch["labels"] = torch.tensor([label_of(row, self.classes, self.own) for row in made])
@@ -278,13 +280,14 @@ def reading(
     likelihood: Likelihood,
     tokenizer: PreTrainedTokenizerBase | None,
     labeled: bool = True,
+    training: bool = True,
 ) -> tuple[Any, Collate | None]:
     """The examples in ``data``, and ``collate`` or the function that makes their batches instead.
 
     For transformers' own collators, rows of token ids lose the columns that neither the network
-    nor the likelihood takes, as in its ``Trainer``. A classifier's likelihood without class
-    names takes those of the network, or else of the rows. Rows must have labels if they are
-    ``labeled``; otherwise all or none of them have.
+    nor the likelihood takes, as in its ``Trainer``. For ``training`` a classifier's likelihood
+    without class names takes those of the network, or else of the rows. Rows must have labels if
+    they are ``labeled``; otherwise all or none of them have.
     """
     if isinstance(data, DataLoader | IterableDataset):
         return data, collate
@@ -295,25 +298,27 @@ def reading(
         )
     first = rows[0] if len(rows) else None
     encoded = isinstance(first, Mapping) and "input_ids" in first
-    names = isinstance(first, Mapping) and encoded and isinstance(first.get("label"), str)
+    if encoded and collate is None and tokenizer is not None and likelihood.row_dims == 2:
+        texts = isinstance(likelihood, CausalLM)
+        collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
+    home = getattr(collate, "__module__", None) or type(collate).__module__
+    theirs = encoded and home.startswith("transformers.")
     classes: tuple[str, ...] = ()
     if isinstance(likelihood, SequenceClassification) and first is not None:
-        classes = likelihood.classes or ()
-        if names or (collate is None and tokenizer is not None):
-            classes = _classes(likelihood, net, rows, first, labeled)
+        found = likelihood.classes
+        if theirs or (collate is None and tokenizer is not None):
+            found = _classes(likelihood, net, rows, first, labeled)
+        if training:
+            likelihood.classes = found
+        classes = found or ()
     own = classes_of(rows) if classes else []
-    if encoded:
-        if collate is None and tokenizer is not None and likelihood.row_dims == 2:
-            texts = isinstance(likelihood, CausalLM)
-            collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
-        if not type(collate).__module__.startswith("transformers."):
-            return rows, collate  # the user's own, which may read any column
+    if theirs:
         known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
         known |= {"labels", "label", "label_ids"}
 
         def padded(part: list[Any]) -> Any:
             kept = [{key: row[key] for key in row if key in known} for row in part]
-            if classes and (names or own) and "label" in kept[0]:
+            if classes and "label" in kept[0]:
                 kept = [{**row, "label": label_of(row, classes, own)} for row in kept]
             made: Any = collate
             return made(kept)
@@ -351,30 +356,44 @@ def reading(
 
 def _classes(
     likelihood: SequenceClassification, net: nn.Module, rows: Any, first: Any, labeled: bool
-) -> tuple[str, ...]:
-    """Checks the rows of a classifier, and gives its likelihood the names of the classes."""
+) -> tuple[str, ...] | None:
+    """The names of a classifier's classes for rows, which it checks; ``None`` if nobody tells."""
+    classes: tuple[str, ...] | None = likelihood.classes
     if isinstance(first, Mapping):
-        has_label = "label" in first or (labeled and "labels" not in first)
         columns = [] if "input_ids" in first else ["text"]
+        has_label = "label" in first or (labeled and "labels" not in first)
+        if not has_label and any("label" in rows[k] for k in range(len(rows))):
+            raise DataError("All rows must have a label, or none, got none in row 0; add it.")
         check_rows(rows, *columns, *(["label"] if has_label else []))
         if not has_label:
-            return likelihood.classes or ()
+            return classes
     names = list(first.choices) if isinstance(first, Item) else names_of(rows)
-    if likelihood.classes is None or (not likelihood.classes and own_names(net)):
-        likelihood.classes = class_names(net, names)
-    if not likelihood.classes and not are_numbers(names):
+    if classes is None or (not classes and own_names(net)):
+        classes = class_names(net, names)
+    if not classes and not are_numbers(names):
         raise ConfigurationError(
             f"The classes of a trained head must have names before labels can be texts, got none "
             f"for {names}; pass likelihood=SequenceClassification(classes=[...]), in the order in "
             "which the head was trained."
         )
-    return likelihood.classes
+    count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
+    if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
+        most = max(label_of(rows[k], classes, classes_of(rows)) for k in range(len(rows)))
+        if most >= count:
+            raise DataError(
+                f"The column 'label' must number the {count} logits from 0, got {most}; name the "
+                f"classes as texts, or load the network with num_labels={most + 1}."
+            )
+    return classes
 
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
     """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
     config: Any = net.config
     count, own = int(config.num_labels), own_names(net)
+    given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
+    if set(map(str, names)) <= set(given):
+        return given
     if are_numbers(names) and max(map(int, names), default=0) < count:
         fits = isinstance(names[0], str) and len(names) == count and not own
         return tuple(map(str, names)) if fits else ()

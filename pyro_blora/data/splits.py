@@ -12,16 +12,16 @@ _TEXTS = ("text", "text_pair", "prompt", "completion")
 def keys_of(rows: Any) -> list[str]:
     """For each row, what it shares with the rows that give away its label.
 
-    That is its text, its token ids, or its question with its choices. Two questions with the same
+    That is its text, its token ids, or its question with its choices. A few questions with the same
     choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
     """
     found = [_content(rows[k]) for k in range(len(rows))]
     questions: dict[str, set[str]] = {}
     for question, choices in filter(None, found):
         questions.setdefault(choices, set()).add(question)
-    keys = []
+    keys, few = [], max(2, len(found) // 20)
     for k, each in enumerate(found):
-        twins = each is not None and len(questions[each[1]]) <= 2
+        twins = each is not None and len(questions[each[1]]) <= few
         keys.append(f"row {k}" if each is None else each[1] if twins else "".join(each))
     return keys
 

@@ -19,8 +19,9 @@ def read_table(data: Any) -> Any:
         return _read_file(Path(data))
     if type(data).__module__.partition(".")[0] == "pandas":
         return data.to_dict("records")
-    if is_subset(data):
-        return type(data)(read_table(data.dataset), data.indices)
+    if type(data).__name__ == "Subset" and is_subset(data):
+        within = read_table(data.dataset)
+        return data if within is data.dataset else type(data)(within, data.indices)
     tensors = getattr(data, "format", {}).get("type") if hasattr(data, "with_format") else None
     if tensors not in (None, "custom") and "input_ids" not in data.column_names:
         return data.with_format(None)  # texts and numbers as they are; a transform is kept
@@ -90,7 +91,16 @@ def without_subsets(rows: Any) -> Any:
 
 def classes_of(rows: Any) -> list[str]:
     """The names that numbers have in the column ``label`` of a ``datasets.Dataset``, or none."""
-    feature = (getattr(without_subsets(rows), "features", None) or {}).get("label")
+    whole = without_subsets(rows)
+    if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
+        found = [classes_of(part) for part in parts]
+        if any(names != found[0] for names in found):
+            raise DataError(
+                f"The parts of a data set must number their classes alike, got {found}; join them "
+                "with datasets.concatenate_datasets, or make the labels texts."
+            )
+        return found[0]
+    feature = (getattr(whole, "features", None) or {}).get("label")
     return list(getattr(feature, "names", None) or ())
 
 
@@ -140,8 +150,8 @@ def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[
             "spell them alike, or cast the column to int, so that its numbers are the logits'."
         )
     label = _name(row, own if classes else ())
-    if classes and are_numbers(classes):  # 1 is then the name "1", wherever that stands
-        label = str(label)
+    if any(name.lstrip("-").isdecimal() for name in classes):
+        label = str(label)  # 1 is then the name "1", wherever that stands
     if isinstance(label, str) and label.isdecimal() and not classes:
         label = int(label)
     if isinstance(label, int):

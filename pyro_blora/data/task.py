@@ -1,6 +1,7 @@
 """A task, which is a data set ready for training: three splits and a template."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -177,16 +178,19 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int
 ) -> tuple[list[Item], list[Item]]:
-    """Splits shuffled training items into training and validation items."""
+    """Splits shuffled training items into training and validation items, which share no key."""
     keys = keys_of(items)
-    places = {key: k for k, key in reversed(list(enumerate(keys)))}
-    order = sorted(range(len(items)), key=lambda k: places[keys[k]])  # behind the first of its key
-    items, keys = [items[k] for k in order], [keys[k] for k in order]
     if max_train is not None and max_train + max_validation <= len(items):
         cut, end = max_train, max_train + max_validation
     else:
         cut, end = len(items) - min(max_validation, len(items) // 5), len(items)
-    while 0 < cut < end and keys[cut - 1] == keys[cut]:
-        cut -= 1
-    cut = cut or end  # of a single text nothing can be held out
-    return items[:cut][:max_train], items[cut:end]
+    sizes, held, size = Counter(keys[:end]), set[str](), 0
+    for key in reversed(keys[:end]):
+        if size < end - cut and key not in held:
+            held.add(key)
+            size += sizes[key]
+    train = [item for item, key in zip(items, keys, strict=True) if key not in held]
+    if not train:  # of a single text nothing can be held out
+        return items[:max_train], []
+    validation = [item for item, key in zip(items[:end], keys, strict=False) if key in held]
+    return train[:max_train], validation

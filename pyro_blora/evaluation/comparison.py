@@ -35,8 +35,9 @@ from pyro_blora.methods import METHODS, Method, get_method, kind_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import load_for
 from pyro_blora.network.targets import is_classifier
-from pyro_blora.options import choose_precision
+from pyro_blora.options import check_count, choose_precision
 from pyro_blora.posterior.batches import Collate
+from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.prediction import Prediction
 
 RESULTS = "results.json"
@@ -207,6 +208,7 @@ class Comparison:
         return reliability_diagram(pooled)
 
 
+@one_at_a_time
 def compare(
     network: str | tuple[nn.Module, Any],
     data: Any,
@@ -274,6 +276,8 @@ def compare(
         print(table)  # accuracy, ECE, NLL, Brier score, differences with their errors
         table.plot().savefig("reliability.png")
     """
+    check_count("num_steps", num_steps)
+    check_count("num_samples", num_samples, 0)
     methods = [methods] if isinstance(methods, str) else list(methods)
     if not methods or not len(seeds):
         raise ConfigurationError("methods and seeds must not be empty; name at least one of each.")
@@ -363,7 +367,9 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
         made = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         made = {**made, "truncation": None, "padding": None}  # which each call sets
         said = _digest((sorted(made.items()), tokenizer.special_tokens_map))
-        return {"network": [type(net).__name__, _digest(prints)], "tokenizer": said}
+        config: Any = getattr(net, "config", None)
+        made_of = (prints, config.to_json_string() if config else "")
+        return {"network": [type(net).__name__, _digest(made_of)], "tokenizer": said}
     place = Path(network)
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     files = [f for f in files if f.suffix in _FILES and f.is_file() and f.stat().st_size]

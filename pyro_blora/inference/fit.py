@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
+from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -144,7 +145,7 @@ def fit(
         given = collate
         train, collate = blora.reading(train, given)  # first, because it may name the classes
         if validation is not None:
-            validation, of_validation = blora.reading(validation, given)
+            validation, of_validation = blora.reading(validation, given, training=False)
         share = share_to_hold_out(blora, train, held_out)
         every, (train, held) = train, hold_out(train, share)
         settings = Settings(  # checks the loop's options; Objective checks its own
@@ -192,7 +193,15 @@ def fit(
         check_num_data(blora.likelihood, every)
         objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
         # an AutoGuide makes its parameters at its first call, and the optimizer needs them
-        start_guide(blora.guide, blora.model.prepared(stream.peek()))
+        batch = blora.model.prepared(stream.peek())
+        start_guide(blora.guide, batch)
+        asked = train.batch_size if isinstance(train, DataLoader) else None
+        if asked and batch.examples > asked:
+            raise ConfigurationError(
+                f"A DataLoader must have examples, so that their number is known, got {asked} "
+                f"batches of {batch.examples} at once; make it with batch_size=None for ready "
+                "batches, and pass num_data= to the likelihood."
+            )
         groups = parameter_groups(blora, rates)
         if not groups:
             raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")

@@ -1,5 +1,6 @@
 """The Hugging Face ``Trainer`` on the ELBO, with checkpoints of the adapter alone."""
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -88,7 +89,7 @@ class BayesianLoRATrainer(Trainer):
         held_out: float | None = None,
         **options: Any,
     ) -> None:
-        args = TrainingArguments("out") if args is None else args
+        args = TrainingArguments("out") if args is None else copy.copy(args)
         if args.learning_rate != TrainingArguments.learning_rate:
             raise ConfigurationError(
                 f"learning_rate={args.learning_rate} is one rate for all, but means, scales and "
@@ -105,12 +106,14 @@ class BayesianLoRATrainer(Trainer):
         with put_back_if_refused(model):
             if model.tokenizer is None:
                 model.tokenizer = options.get("processing_class")
-            for name in ("train_dataset", "eval_dataset"):  # the first may name the classes
-                data = options.get(name)
-                if data is not None and not isinstance(data, Mapping):
-                    options[name], collate = model.reading(data, self._given)
-                    options["data_collator"] = options.get("data_collator") or collate
-            every = options.get("train_dataset")
+            every, collate = options.get("train_dataset"), None
+            if every is not None:
+                every, collate = model.reading(every, self._given)
+            held = options.get("eval_dataset")
+            if held is not None and not isinstance(held, Mapping):
+                options["eval_dataset"], other = model.reading(held, self._given, training=False)
+                collate = collate or other
+            options["data_collator"] = collate or self._given
             if every is None or (held_out is None and post_hoc_families(model)):
                 share = 0.0  # the width is found after training, and the temperature after that
             else:
@@ -125,6 +128,7 @@ class BayesianLoRATrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     data_collator: Any
+    eval_dataset: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer that ``args`` names, with a rate for each role."""
@@ -172,14 +176,23 @@ class BayesianLoRATrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The loader of a data set as in ``fit``, or of one by its name."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._read(super().get_eval_dataloader, data)
+        whole: Any = self.eval_dataset
+        if not isinstance(eval_dataset, str):
+            data = whole if eval_dataset is None else eval_dataset
+            return self._read(super().get_eval_dataloader, data)
+
+        def by_name(data: Any) -> Any:  # under which transformers keeps a loader
+            self.eval_dataset = {**whole, eval_dataset: data}
+            return super(BayesianLoRATrainer, self).get_eval_dataloader(eval_dataset)
+
+        try:
+            return self._read(by_name, whole[eval_dataset])
+        finally:
+            self.eval_dataset = whole
 
     def _read(self, loader_of: Callable[[Any], Any], data: Any) -> Any:
         """The loader of rows, whose collator knows by which numbers they call their classes."""
-        data, collate = self.blora.reading(data, self._given, labeled=False)
+        data, collate = self.blora.reading(data, self._given, labeled=False, training=False)
         before: Any = self.data_collator
         self.data_collator = collate or before
         try:

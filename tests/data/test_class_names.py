@@ -9,11 +9,12 @@ import peft
 import pytest
 import tiny
 import torch
-from transformers import TrainingArguments
+from torch.utils.data import ConcatDataset, Subset
+from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import ClassificationCollator, load_task
-from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.errors import CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference import bayesianize
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import SequenceClassification
@@ -275,3 +276,176 @@ def test_rows_with_and_without_a_second_text(small):
 
 
 KEYS = ("input_ids", "attention_mask")
+
+
+def two_orders(small, encoded=False):
+    """Rows of two classes, and a data set that numbers them the other way round."""
+    rows = [{"text": f"a {w} film {k}", "label": w} for k, w in enumerate(["neg", "pos"] * 6)]
+    data = datasets.Dataset.from_list(rows).cast_column(
+        "label", datasets.ClassLabel(names=["pos", "neg"])
+    )
+    return rows, data.map(lambda row: dict(small(row["text"]))) if encoded else data
+
+
+def named(tokenizer, names, **options):
+    net = classifier(tokenizer, num_labels=len(names), id2label=dict(enumerate(names)))
+    return BayesianLoRA(net, tokenizer=tokenizer, **options)
+
+
+def test_numbers_that_are_names_of_the_network_are_names_in_every_split(small):
+    """Also in one without the highest class, and where only some names are numbers."""
+    blora = named(small, "123")
+    for labels in ("12", "123", "12"):
+        for kind in (str, int):
+            rows = [{"text": "a", "label": kind(label)} for label in labels]
+            assert labels_of(blora, rows) == [int(label) - 1 for label in labels]
+            assert blora.predict_dataset(rows, progress=False)[1].tolist() == labels_of(blora, rows)
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    fit(blora, [{"text": "a", "label": n} for n in ("1", "2", "3+")], num_steps=1, progress=False)
+    assert labels_of(blora, [{"text": "a", "label": k} for k in (2, 1)]) == [1, 0]
+    with pytest.raises(DataError, match=r"one of the classes \['1', '2', '3\+'\], got '0'"):
+        labels_of(blora, [{"text": "a", "label": 0}])
+    many = classifier(small, num_labels=12)  # LABEL_10 comes before LABEL_2 in the alphabet
+    rows = [{"text": "a", "label": f"LABEL_{k}"} for k in range(12)]
+    assert labels_of(BayesianLoRA(many, tokenizer=small), rows) == [*range(12)]
+
+
+def test_one_meaning_of_numbers_whoever_collates(small, tmp_path):
+    """A collator of transformers, as an object or a function, and none; in fit and the Trainer."""
+    encoded = two_orders(small, encoded=True)[1]
+    expected = [k % 2 for k in range(12)]
+    plain = two_orders(small)[1]
+    padding = DataCollatorWithPadding(small)
+    same = [row for row in encoded if len(row["input_ids"]) == len(encoded[0]["input_ids"])]
+    for given in (None, {"classes": ["neg", "pos"]}):
+        likelihood = SequenceClassification(**(given or {}))
+        blora = named(small, ("neg", "pos"), likelihood=likelihood)
+        for data, collate in ((encoded, padding), (encoded, None), (plain, None)):
+            found = blora.predict_dataset(data, collate, progress=False)[1]
+            assert found.tolist() == expected
+        short = encoded.select([k for k, row in enumerate(encoded) if row in same])
+        found = blora.predict_dataset(short, default_data_collator, progress=False)[1].tolist()
+        assert found == [("neg", "pos").index(row["text"].split()[1]) for row in short]
+        trainer = BayesianLoRATrainer(
+            blora,
+            TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1),
+            train_dataset=encoded,
+            eval_dataset=encoded,
+            data_collator=padding,
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        places = [[*encoded[k]["input_ids"]] for k in range(12)]
+        for ids, mask, label in zip(*(batch[n] for n in (*KEYS, "labels")), strict=True):
+            assert label == expected[places.index(ids[mask.bool()].tolist())]
+        trainer.train()
+        blora.unwrap()
+
+
+def test_a_prediction_names_nothing_and_a_training_does(small):
+    rows = two_orders(small)[0]
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    blora.predict_dataset(rows, progress=False)
+    with pytest.raises(ConfigurationError):
+        blora.calibrate(rows, precision="nope")
+    assert blora.likelihood.classes is None
+    fit(blora, [{**row, "label": row["label"].upper()} for row in rows], num_steps=1)
+    assert blora.likelihood.classes == ("NEG", "POS")
+
+
+def test_parts_of_a_set_keep_their_names_and_wrappers_their_transforms(small):
+    rows, data = two_orders(small)
+    blora = named(small, ("neg", "pos"))
+    assert labels_of(blora, ConcatDataset([data, data])) == [k % 2 for k in range(12)] * 2
+    other = data.cast_column("label", datasets.ClassLabel(names=["pos", "neg", "odd"]))
+    with pytest.raises(DataError, match="must number their classes alike"):
+        labels_of(blora, ConcatDataset([data, other]))
+
+    class Turned:
+        """A wrapper with the attributes of a Subset."""
+
+        def __init__(self, dataset, indices):
+            self.dataset, self.indices = dataset, indices
+
+        def __len__(self):
+            return len(self.indices)
+
+        def __getitem__(self, index):
+            return {**self.dataset[self.indices[index]], "label": "pos"}
+
+    assert labels_of(blora, Turned(rows, range(4))) == [1] * 4
+    frame = Subset(pandas.DataFrame(rows), [0, 1])  # whose rows are read first
+    assert labels_of(blora, frame) == [0, 1]
+
+
+def test_a_saved_head_keeps_its_classes_whatever_likelihood_is_passed(small, tmp_path):
+    rows, data = two_orders(small)
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    fit(blora, data, num_steps=1, progress=False)
+    assert blora.likelihood.classes == ("pos", "neg")
+    blora.save_pretrained(tmp_path / "saved")
+    net = blora.unwrap()
+    likelihood = SequenceClassification(num_data=24)
+    again = BayesianLoRA.from_pretrained(net, tmp_path / "saved", likelihood=likelihood)
+    assert (again.likelihood.classes, again.likelihood.num_data) == (("pos", "neg"), 24)
+    again.unwrap()
+    other = SequenceClassification(classes=["neg", "pos"])
+    with pytest.raises(CheckpointError, match=r"classes \['pos', 'neg'\], in this order"):
+        BayesianLoRA.from_pretrained(net, tmp_path / "saved", likelihood=other)
+    how = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_steps": 1}
+    arguments = TrainingArguments(str(tmp_path / "run"), **how)
+    for each, refused in ((data, False), (rows, True)):
+        blora = BayesianLoRA(net, tokenizer=small)
+        trainer = BayesianLoRATrainer(blora, arguments, train_dataset=each)
+        if refused:
+            with pytest.raises(CheckpointError, match="in this order"):
+                trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+        else:
+            trainer.train()
+        blora.unwrap()
+    assert arguments.remove_unused_columns  # the user's own
+
+
+def test_labels_are_checked_before_the_first_step(small):
+    rows = two_orders(small)[0]
+    blora = named(small, ("neg", "pos"))
+    steps = []
+    for options in (
+        {"validation": [*rows, {"text": "a", "label": "odd"}]},
+        {"train": [{**row, "label": 2} for row in rows]},
+        {"train": [{"text": "a"}, *rows]},
+        {"train": [*rows, {"text": "a"}]},
+    ):
+        with pytest.raises(DataError, match=r"got 'odd'|got 2|label, got text|got none in row 0"):
+            fit(blora, **{"train": rows, **options}, num_steps=9, callback=steps.append)
+    with pytest.raises(DataError, match="got none in row 0"):
+        blora.predict_dataset([{"text": "a"}, *rows], progress=False)
+    assert not steps
+
+
+def test_each_set_by_its_name_has_a_loader_of_its_own(small, tmp_path):
+    rows = two_orders(small)[0]
+    how = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1}
+    how |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    blora = named(small, ("neg", "pos"))
+    trainer = BayesianLoRATrainer(
+        blora,
+        TrainingArguments(str(tmp_path), **how),
+        train_dataset=rows,
+        eval_dataset={"x": rows, "y": rows[:5]},
+        eval_samples=0,
+    )
+    trainer.train()
+    found = trainer.evaluate()
+    for name, part in (("x", rows), ("y", rows[:5])):
+        expected = -blora.log_predictive_dataset(part, num_samples=0, progress=False)[0].mean()
+        assert found[f"eval_{name}_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_start_of_a_chat_is_written_once_whatever_stands_beside_it(build):
+    tokenizer = build(bos="<s>", pad="<pad>")
+    collate = ClassificationCollator(tokenizer)
+    alone = collate([{"text": "<s>a film"}])["input_ids"][0].tolist()
+    assert alone.count(tokenizer.bos_token_id) == 1
+    beside = collate([{"text": "<s>a film"}, {"text": "a"}])
+    assert [row.count(tokenizer.bos_token_id) for row in beside["input_ids"].tolist()] == [1, 1]
+    assert beside["input_ids"][0, : len(alone)].tolist() == alone

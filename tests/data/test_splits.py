@@ -111,6 +111,11 @@ def test_repeated_texts_and_twins_are_on_one_side_and_stay_there_when_rows_are_a
         more = rows[::-1] + rows_of([f"more {k}" for k in range(30)])
         again = {str(keys_of(more)[k]) for k in hold_out(more, 0.25)[1].indices}
         assert again - {f"more {k}" for k in range(30)} == sides[1]
+    pairs = [{**row, "choices": sorted(row["choices"])} for row in twins]
+    for k, row in enumerate(pairs[:4]):  # four questions about the same two names
+        row["choices"] = ["a0", "b0"]
+        row["question"] = f"{k} _"
+    assert len(set(keys_of(pairs)[:4])) == 1
     same = [{"question": "?", "choices": ["no", "yes"], "label": 0}] * 9
     assert len(hold_out(same, 0.5)[1]) == 0  # of one text nothing can be held out
     classes = [{"question": f"{k}?", "choices": ["no", "yes"], "label": 0} for k in range(9)]

@@ -38,6 +38,7 @@ ANSWERS, SIZED = (LabelTokens(token_ids=tiny.ANSWERS, num_data=count) for count 
 UNLABELED = {key: value for key, value in tiny.sequences().items() if key != "labels"}
 UNLABELED = DataLoader([UNLABELED], batch_size=None)
 WHOLE_BATCHES = DataLoader([tiny.sequences()], batch_size=None)  # of a number that no one knows
+BATCHES = DataLoader([tiny.sequences()], batch_size=1, collate_fn=lambda batches: batches[0])
 LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
 
 
@@ -49,6 +50,7 @@ LISTS = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}] * 10
         (SIZED, None, {"validation": []}, "validation set is empty"),
         (SIZED, UNLABELED, {"validation": [1], "collate": None}, "pass collate="),
         (SIZED, UNLABELED, {}, "must have labels to learn"),
+        (SIZED, BATCHES, {}, "must have examples, .* got 1 batches of 4"),
         (LabelTokens(token_ids=tiny.ANSWERS, num_data=3), None, {}, "batch of 4 ex.*num_data=3"),
         (ANSWERS, WHOLE_BATCHES, {}, r"LabelTokens.*num_data=len\(train\)"),
         (SIZED, None, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
