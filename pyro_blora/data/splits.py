@@ -55,16 +55,18 @@ def _draw(key: str, salt: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def chosen(rows: Any, share: float, salt: str) -> list[int]:
-    """The places of about this share of the rows, but of one key at least, and not of all.
+def chosen(rows: Any, share: float, salt: str, *, exact: bool = False) -> list[int]:
+    """The places of a share of the rows, but of one key at least, and not of all.
 
-    None is chosen if the share is less than a row. A row stays on its side of the split when others
-    are added; different salts make independent choices.
+    A row stays on its side of the split when others are added, and about this share is chosen; or
+    if ``exact`` this share, but for the rows of a key, and a few rows change sides. None is chosen
+    if the share is less than a row. Different salts make independent choices.
     """
-    if int(share * len(rows)) == 0:
+    count = int(share * len(rows))
+    if count == 0:
         return []
     draws = [_draw(key, salt) for key in keys_of(rows)]
-    limit = max(share, min(draws) * (1 + 1e-12))
+    limit = max(sorted(draws)[count] if exact else share, min(draws) * (1 + 1e-12))
     found = [k for k, draw in enumerate(draws) if draw < limit]
     return found if len(found) < len(draws) else []
 

@@ -73,7 +73,7 @@ def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> f
 
 def hold_out(train: Any, share: float) -> tuple[Any, Any]:
     """Splits examples into those to train on and those to calibrate with, by their texts."""
-    held = chosen(train, share, "held out") if share else []
+    held = chosen(train, share, "held out", exact=True) if share else []
     if not held:
         return train, ()
     others = sorted({*range(len(train))} - {*held})

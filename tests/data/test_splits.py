@@ -17,7 +17,7 @@ from torch.utils.data import (
 from transformers import TrainingArguments
 
 from pyro_blora.data import load_task
-from pyro_blora.data.splits import keys_of
+from pyro_blora.data.splits import chosen, keys_of
 from pyro_blora.inference.post_hoc import hold_out
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import LabelTokens
@@ -107,10 +107,12 @@ def test_repeated_texts_and_twins_are_on_one_side_and_stay_there_when_rows_are_a
         sides = [{str(keys[k]) for k in part.indices} for part in (train, held)]
         assert not sides[0] & sides[1]
         assert len(train) + len(held) == len(rows)
-        assert 0.1 < len(held) / len(rows) < 0.4
+        assert 0 <= len(rows) // 4 - len(held) < len(rows) / len(set(keys))
+        assert {keys_of(rows[::-1])[k] for k in hold_out(rows[::-1], 0.25)[1].indices} == sides[1]
         more = rows[::-1] + rows_of([f"more {k}" for k in range(30)])
-        again = {str(keys_of(more)[k]) for k in hold_out(more, 0.25)[1].indices}
-        assert again - {f"more {k}" for k in range(30)} == sides[1]
+        test = {keys[k] for k in chosen(rows, 0.25, "test")}
+        again = {keys_of(more)[k] for k in chosen(more, 0.25, "test")}
+        assert again - {f"more {k}" for k in range(30)} == test
     pairs = [{**row, "choices": sorted(row["choices"])} for row in twins]
     for k, row in enumerate(pairs[:4]):  # four questions about the same two names
         row["choices"] = ["a0", "b0"]
