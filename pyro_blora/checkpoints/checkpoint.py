@@ -451,8 +451,8 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
         given = _found(noun, name, said.get("module"), trusted)
     elif not isinstance(given, type):
         same = type(given).__name__ == name.rpartition(".")[2]
-        if noun == "likelihood" and same and (classes := (options or {}).get("classes")):
-            return _with_classes(given, tuple(classes))
+        if noun == "likelihood" and same and (options or {}).get("classes") is not None:
+            return _with_classes(given, tuple((options or {})["classes"]))
         if noun == "likelihood" or not same or options is None:
             return given
         given = type(given)  # because the tensors were trained with the saved options
@@ -468,13 +468,16 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
 
 
 def _with_classes(likelihood: Any, classes: tuple[str, ...]) -> Any:
-    """The likelihood with the classes in the order in which the saved head was trained."""
-    if tuple(likelihood.classes or classes) != classes:
+    """The likelihood with the classes in the order in which the saved head was trained.
+
+    A head that was trained on numbers takes names from the user alone.
+    """
+    if classes and tuple(likelihood.classes or classes) != classes:
         raise CheckpointError(
             f"The adapter was saved with the classes {list(classes)}, in this order, got "
             f"{list(likelihood.classes)}; leave them out."
         )
-    return type(likelihood)(**likelihood.options() | {"classes": classes})
+    return type(likelihood)(**likelihood.options() | {"classes": likelihood.classes or classes})
 
 
 def _found(noun: str, name: str, module: str | None, trusted: bool) -> Any:

@@ -20,6 +20,7 @@ from pyro_blora.data.tables import (
     are_numbers,
     check_rows,
     classes_of,
+    is_number,
     label_of,
     names_of,
     read_table,
@@ -290,6 +291,7 @@ def reading(
     they are ``labeled``; otherwise all or none of them have.
     """
     if isinstance(data, DataLoader | IterableDataset):
+        _check_order(data, likelihood)
         return data, collate
     rows = read_table(data)
     if not hasattr(rows, "__len__"):
@@ -313,8 +315,9 @@ def reading(
         classes = found or ()
     own = classes_of(rows) if classes else []
     if theirs:
-        known = {*inspect.signature(without_peft(net).forward).parameters, *likelihood.keys}
-        known |= {"labels", "label", "label_ids"}
+        whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
+        known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
+        known |= {"labels", "label", "label_ids", "context"}
 
         def padded(part: list[Any]) -> Any:
             kept = [{key: row[key] for key in row if key in known} for row in part]
@@ -354,6 +357,18 @@ def reading(
     return rows, TextCollator(tokenizer)
 
 
+def _check_order(data: Any, likelihood: Likelihood) -> None:
+    """Refuses a loader whose numbers mean other classes than those of the likelihood."""
+    own = classes_of(data.dataset) if isinstance(data, DataLoader) else []
+    classes = tuple(getattr(likelihood, "classes", None) or ())
+    home = str(getattr(data, "collate_fn", None).__module__) if own else ""
+    if own and classes and tuple(own) != classes and home.startswith(("transformers.", "torch.")):
+        raise DataError(
+            f"The loader's data set must number the classes as {list(classes)}, got {own}; pass "
+            "the data set itself, whose names are then read, or renumber its labels."
+        )
+
+
 def _classes(
     likelihood: SequenceClassification, net: nn.Module, rows: Any, first: Any, labeled: bool
 ) -> tuple[str, ...] | None:
@@ -367,15 +382,18 @@ def _classes(
         check_rows(rows, *columns, *(["label"] if has_label else []))
         if not has_label:
             return classes
-    names = list(first.choices) if isinstance(first, Item) else names_of(rows)
-    if classes is None or (not classes and own_names(net)):
-        classes = class_names(net, names)
-    if not classes and not are_numbers(names):
-        raise ConfigurationError(
-            f"The classes of a trained head must have names before labels can be texts, got none "
-            f"for {names}; pass likelihood=SequenceClassification(classes=[...]), in the order in "
-            "which the head was trained."
-        )
+    if classes == ():  # of a head that was trained on numbers, a number stays one
+        if isinstance(first, Item) or all(is_number(rows[k]["label"]) for k in range(len(rows))):
+            return classes
+        if not (classes := own_names(net)):
+            raise ConfigurationError(
+                "The classes of a head that was trained on numbers must have names before labels "
+                f"can be texts, got {rows[0]['label']!r}; pass likelihood=SequenceClassification("
+                "classes=[...]), in the order in which the head was trained."
+            )
+    if classes is None:
+        items = isinstance(first, Item)
+        classes = class_names(net, list(first.choices) if items else names_of(rows))
     count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
     if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
         most = max(label_of(rows[k], classes, classes_of(rows)) for k in range(len(rows)))
@@ -389,10 +407,12 @@ def _classes(
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
     """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
-    config: Any = net.config
+    config: Any = getattr(net, "config", None)
+    if config is None:
+        return () if are_numbers(names) else tuple(map(str, names))
     count, own = int(config.num_labels), own_names(net)
     given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
-    if set(map(str, names)) <= set(given):
+    if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
         return given
     if are_numbers(names) and max(map(int, names), default=0) < count:
         fits = isinstance(names[0], str) and len(names) == count and not own

@@ -21,7 +21,7 @@ def keys_of(rows: Any) -> list[str]:
         questions.setdefault(choices, set()).add(question)
     keys, few = [], max(2, len(found) // 20)
     for k, each in enumerate(found):
-        twins = each is not None and len(questions[each[1]]) <= few
+        twins = each is not None and len(questions) > 1 and len(questions[each[1]]) <= few
         keys.append(f"row {k}" if each is None else each[1] if twins else "".join(each))
     return keys
 

@@ -109,6 +109,12 @@ def are_numbers(names: Sequence[str | int]) -> bool:
     return all(isinstance(name, int) or name.isdecimal() for name in names)
 
 
+def is_number(label: Any) -> bool:
+    """Whether a row's label is a whole number, as such or as a text."""
+    label = _plain(label)
+    return isinstance(label, Integral) or (isinstance(label, str) and label.isdecimal())
+
+
 def names_of(*tables: Any) -> list[str | int]:
     """The classes in the column ``label`` of all tables, in order: texts or whole numbers.
 
@@ -144,7 +150,14 @@ def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[
 
     ``own`` are the names that numbers have in the row's table.
     """
-    if own and classes and not set(own) <= set(classes):
+    places = {name.casefold(): k for k, name in enumerate(classes)}
+    if len(places) < len(classes):  # which differ in their case alone
+        places = {name: k for k, name in enumerate(classes)}
+
+    def place(name: str) -> int | None:
+        return places.get(name, places.get(name.casefold()))
+
+    if classes and None in map(place, own):
         raise DataError(
             f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
             "spell them alike, or cast the column to int, so that its numbers are the logits'."
@@ -156,13 +169,13 @@ def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[
         label = int(label)
     if isinstance(label, int):
         return label
-    if label not in classes:
+    if (found := place(label)) is None:
         expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
         raise DataError(
             f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "
             "data, or leave the column out where no class is right."
         )
-    return list(classes).index(label)
+    return found
 
 
 def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:

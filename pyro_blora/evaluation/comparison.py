@@ -307,6 +307,12 @@ def compare(
         seed: given or load_task(data, data_dir=data_dir, seed=seed, **limits)
         for seed in map(int, seeds)
     }
+    share = training.get("held_out", MultipleChoice.held_out)
+    if split and not all(hold_out(task.train, share)[1] for task in tasks.values()):
+        raise ConfigurationError(
+            f"{split} must have items to hold out for its temperature, got none of "
+            f"{len(next(iter(tasks.values())).train)}; give more rows."
+        )
     how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
     task = next(iter(tasks.values()))
@@ -525,7 +531,7 @@ def _row(result: Result, seed: int, task: Task) -> Row:
     kind, by = kind_of(result.row)[0], "none"
     (prediction, labels), metrics = result.predictions["test"], result.metrics["test"]
     probs, numbers = prediction.probs, result.blora.trainable_parameters
-    if result.fitted.settings and result.fitted.settings.held_out:
+    if result.fitted.settings and result.fitted.num_held_out:
         by = f"{result.fitted.settings.held_out:.3g} of training"
     if kind == "distilled":
         by = "draws"

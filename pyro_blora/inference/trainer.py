@@ -17,9 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints import read_pretrained
+from pyro_blora.checkpoints import read_config, read_pretrained
 from pyro_blora.debts import use_one_gpu
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.learning_rates import (
     RATES,
     parameter_groups,
@@ -240,6 +240,12 @@ class BayesianLoRATrainer(Trainer):
         blora = self.blora
         parts: dict[str, Any] = {"prior": blora.prior, "guide": blora.guide_family}
         parts["likelihood"] = blora.likelihood
+        said = read_config(resume_from_checkpoint)["likelihood"].get("options") or {}
+        if said.get("classes") == [] and getattr(blora.likelihood, "classes", None):
+            raise CheckpointError(
+                f"{resume_from_checkpoint} was trained on numbers of classes, got data with the "
+                f"names {list(blora.likelihood.classes)}; resume with the same data."
+            )
         read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora)
 
     def _load_best_model(self) -> None:

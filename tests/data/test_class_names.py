@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import pandas
@@ -9,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from pyro_blora import BayesianLoRA, fit
@@ -202,7 +203,9 @@ def test_a_data_set_that_calls_its_classes_otherwise_is_refused(small):
     """Its numbers might mean the logits, or they might not."""
     blora = BayesianLoRA(classifier(small), tokenizer=small)
     fit(blora, ROWS, num_steps=1, progress=False)
-    other = datasets.Dataset.from_list([{**r, "label": r["label"].upper()} for r in ROWS])
+    loud = datasets.Dataset.from_list([{**r, "label": r["label"].upper()} for r in ROWS])
+    assert labels_of(blora, loud.class_encode_column("label")) == labels_of(blora, ROWS)
+    other = datasets.Dataset.from_list([{**r, "label": r["label"][::-1]} for r in ROWS])
     other = other.class_encode_column("label")
     with pytest.raises(DataError, match="spell them alike, or cast the column to int"):
         blora.predict_dataset(other, progress=False)
@@ -449,3 +452,85 @@ def test_the_start_of_a_chat_is_written_once_whatever_stands_beside_it(build):
     beside = collate([{"text": "<s>a film"}, {"text": "a"}])
     assert [row.count(tokenizer.bos_token_id) for row in beside["input_ids"].tolist()] == [1, 1]
     assert beside["input_ids"][0, : len(alone)].tolist() == alone
+
+
+def test_a_head_that_was_trained_on_numbers_reads_numbers_as_they_are(small, tmp_path):
+    """Whatever its network calls them, in each split, and also in a column of ClassLabels."""
+    texts = [{"text": f"a film {k}", "label": k % 3} for k in range(12)]
+    blora = named(small, "123")
+    fit(blora, texts, num_steps=1, progress=False)
+    assert blora.likelihood.classes == ()
+    part = [row for row in texts if row["label"]]
+    assert labels_of(blora, part) == [row["label"] for row in part]
+    blora.unwrap()
+    encoded = two_orders(small, encoded=True)[1]
+    numbers, padding = encoded["label"][:], DataCollatorWithPadding(small)
+    rows = [{k: v for k, v in row.items() if k != "text"} for row in encoded]
+    for names in (("neg", "pos"), None):
+        blora = named(small, names) if names else BayesianLoRA(tiny.bert(), tokenizer=small)
+        blora.net.resize_token_embeddings(len(small))
+        loader = DataLoader(rows, 4, collate_fn=padding)
+        fit(blora, loader, num_steps=1, progress=False)
+        for collate in (padding, None, lambda part: padding([*map(only_ids, part)])):
+            found = blora.predict_dataset(encoded, collate, progress=False)[1]
+            assert found.tolist() == numbers
+        blora.save_pretrained(tmp_path / "numbers")
+        net = blora.unwrap()
+        again = BayesianLoRA.from_pretrained(
+            net, tmp_path / "numbers", tokenizer=small, likelihood=SequenceClassification()
+        )
+        assert again.likelihood.classes == ()
+        if names is None:
+            with pytest.raises(ConfigurationError, match="got 'neg'"):
+                again.predict_dataset(two_orders(small)[0], progress=False)
+        again.unwrap()
+
+
+def only_ids(row):
+    return {name: row[name] for name in (*KEYS, "label")}
+
+
+def test_a_loader_that_numbers_the_classes_otherwise_is_refused(small):
+    encoded = two_orders(small, encoded=True)[1].remove_columns("text")
+    padding = DataCollatorWithPadding(small)
+    blora = named(small, ("neg", "pos"))
+    fit(blora, encoded, collate=padding, num_steps=1, progress=False)
+    assert blora.likelihood.classes == ("neg", "pos")
+    with pytest.raises(DataError, match=r"number the classes as \['neg', 'pos'\]"):
+        blora.predict_dataset(DataLoader(encoded, 4, collate_fn=padding), progress=False)
+
+
+def test_a_run_on_numbers_is_not_resumed_on_names(small, tmp_path):
+    rows = two_orders(small)[0]
+    numbers = [{**row, "label": int(row["label"] == "neg")} for row in rows]
+    how = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_steps": 1}
+    net = classifier(small, num_labels=2)
+    for data, refused in ((numbers, False), (rows, True)):
+        blora = BayesianLoRA(net, tokenizer=small)
+        arguments = TrainingArguments(str(tmp_path), **how)
+        trainer = BayesianLoRATrainer(blora, arguments, train_dataset=data)
+        if refused:
+            with pytest.raises(CheckpointError, match="was trained on numbers of classes"):
+                trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        else:
+            trainer.train()
+        blora.unwrap()
+
+
+def test_a_network_without_a_configuration_reads_numbers(small):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert, self.classifier = classifier(small).bert, torch.nn.Linear(16, 3)
+
+        def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+            hidden = self.bert(input_ids, attention_mask=attention_mask).pooler_output
+            return SimpleNamespace(logits=self.classifier(hidden))
+
+    encoded = [{**small(row["text"]), "label": k % 3} for k, row in enumerate(ROWS)]
+    likelihood = SequenceClassification()
+    blora = BayesianLoRA(Plain(), target_modules=["query"], likelihood=likelihood)
+    padding = DataCollatorWithPadding(small)
+    fit(blora, encoded, collate=padding, num_steps=1, progress=False)
+    found = blora.predict_dataset(encoded, padding, progress=False)[1]
+    assert found.tolist() == [k % 3 for k in range(12)]

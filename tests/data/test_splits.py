@@ -152,6 +152,12 @@ def test_a_validation_split_has_no_text_of_the_training(tmp_path):
     assert min(map(len, texts)) > 0
 
 
+def test_a_few_texts_are_no_twins():
+    rows = [{"text": f"film {k % 10}", "label": "ab"[k % 2]} for k in range(200)]
+    task = load_task(rows)
+    assert min(map(len, (task.train, task.validation, task.test))) > 0
+
+
 def test_the_trainer_s_size_is_that_of_its_part_from_the_start(tmp_path):
     blora = tiny.adapted(num_data=None)
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)

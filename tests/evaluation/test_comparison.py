@@ -255,3 +255,9 @@ def test_a_method_with_a_function_is_found_again_in_another_process():
         return Method("mine", "KroneckerInducing", "MatrixNormal", prior_options={"core": core})
 
     assert comparison._said(method()) == comparison._said(method())
+
+
+def test_a_split_must_have_something_to_hold_out(encoder):
+    same = {"train": ROWS[:1] * 9, "test": ROWS}
+    with pytest.raises(ConfigurationError, match="split:lora must have items to hold out"):
+        compare(str(encoder), same, ["lora", "split:lora"], seeds=[0], num_steps=1)
