@@ -396,7 +396,8 @@ def _classes(
         classes = class_names(net, list(first.choices) if items else names_of(rows))
     count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
     if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
-        most = max(label_of(rows[k], classes, classes_of(rows)) for k in range(len(rows)))
+        own = classes_of(rows)
+        most = max(label_of(rows[k], classes, own) for k in range(len(rows)))
         if most >= count:
             raise DataError(
                 f"The column 'label' must number the {count} logits from 0, got {most}; name the "

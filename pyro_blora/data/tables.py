@@ -1,5 +1,6 @@
 """Tables of text and label: files, data frames, and data sets of ``datasets``."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from os import PathLike
@@ -106,7 +107,7 @@ def classes_of(rows: Any) -> list[str]:
 
 def are_numbers(names: Sequence[str | int]) -> bool:
     """Whether all names of classes are whole numbers, as such or as texts."""
-    return all(isinstance(name, int) or name.isdecimal() for name in names)
+    return all(map(is_number, names))
 
 
 def is_number(label: Any) -> bool:
@@ -145,19 +146,27 @@ def _name(row: Mapping[str, Any], own: Sequence[str] = ()) -> str | int:
     return own[int(label)] if own else int(label)
 
 
+@functools.lru_cache
+def _places(classes: tuple[str, ...]) -> dict[str, int]:
+    places = {name.casefold(): k for k, name in enumerate(classes)}
+    if len(places) < len(classes):  # which differ in their case alone
+        return {name: k for k, name in enumerate(classes)}
+    return places
+
+
+def _place(name: str, classes: tuple[str, ...]) -> int | None:
+    """The place of a class, whatever its case unless that tells it from another."""
+    places = _places(classes)
+    return places.get(name, places.get(name.casefold()))
+
+
 def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[str] = ()) -> int:
     """The place of a row's label among the classes, whose names are texts; none for numbers.
 
     ``own`` are the names that numbers have in the row's table.
     """
-    places = {name.casefold(): k for k, name in enumerate(classes)}
-    if len(places) < len(classes):  # which differ in their case alone
-        places = {name: k for k, name in enumerate(classes)}
-
-    def place(name: str) -> int | None:
-        return places.get(name, places.get(name.casefold()))
-
-    if classes and None in map(place, own):
+    classes = tuple(classes)
+    if classes and own and None in (_place(name, classes) for name in own):
         raise DataError(
             f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
             "spell them alike, or cast the column to int, so that its numbers are the logits'."
@@ -169,7 +178,7 @@ def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[
         label = int(label)
     if isinstance(label, int):
         return label
-    if (found := place(label)) is None:
+    if (found := _place(label, classes)) is None:
         expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
         raise DataError(
             f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "

@@ -186,9 +186,7 @@ def fit(
             )
         begin_training(blora)  # undoes temperatures, and a post-hoc width, of an earlier training
         if seed is not None:
-            torch.manual_seed(
-                seed
-            )  # of the draws; the order of the data has a generator of its own
+            torch.manual_seed(seed)  # of the draws; the data have a generator of their own
         stream = Batches(train, collate, batch_size=batch_size, seed=seed)
         check_num_data(blora.likelihood, every)
         objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
