@@ -67,6 +67,15 @@ def bert(layers=2, *, name="Bert", **options):
     return _settled(getattr(hf, f"{name}ForSequenceClassification")(config))
 
 
+def distilbert(layers=2):
+    """The same with a head of two modules, one of whose names ends in the other's."""
+    sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 32, "n_heads": 2}
+    sizes |= {"n_layers": layers, "num_labels": len(ANSWERS), "max_position_embeddings": 32}
+    return _settled(
+        hf.DistilBertForSequenceClassification(hf.DistilBertConfig(dropout=0.0, **sizes))
+    )
+
+
 def roberta(layers=2):
     """The same with two layers in its head."""
     return bert(layers, name="Roberta")

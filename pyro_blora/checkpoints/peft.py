@@ -32,7 +32,6 @@ from pyro_blora.network.targets import (
     head_names,
     head_of,
     is_classifier,
-    matches,
     name_in_base,
     own_names,
 )
@@ -104,7 +103,7 @@ class PeftAdapter:
             )
         shapes = {name: [len(B), A.shape[1]] for name, (B, A) in self.factors.items()}
         names_in(net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}")
-        modules = [n for n, _ in net.named_modules() if n and matches(n, self.modules_to_save)]
+        modules = _saved_whole(net, self.modules_to_save)
         heads = [n for n in modules if any(name.startswith(f"{n}.") for name in self.others)]
         own, within = net.state_dict(), tuple(f"{head}." for head in heads)
         for name, tensor in self.others.items():
@@ -485,6 +484,16 @@ def _lora(
     for full, tensor in heads.tensors().items():
         name = name_in_base(full)
         tensors[name] = tensor / temperature if name.startswith(last) else tensor
+    to_save = [name_in_base(name) for name in heads.names]
+    for module_name in _saved_whole(model.net, heads.names):
+        name = name_in_base(module_name)
+        if clash := [layer for layer in ranks if f"{layer}.".startswith(f"{name}.")]:
+            raise ConfigurationError(
+                f"PEFT cannot have {clash[0]} as a layer of a LoRA, because it saves {name} whole "
+                f"for modules_to_save={to_save}; adapt other layers."
+            )
+        for key, tensor in model.net.get_submodule(module_name).state_dict().items():
+            tensors.setdefault(f"{name}.{name_in_base(key)}", tensor)
     base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or the folder
     config = LoraConfig(
         r=rank,
@@ -492,7 +501,7 @@ def _lora(
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),
         target_modules=list(ranks),
-        modules_to_save=[name_in_base(name) for name in heads.names] or None,
+        modules_to_save=to_save or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
         base_model_name_or_path=base or None,
         task_type=_task_type(model),
@@ -501,12 +510,15 @@ def _lora(
     return config, {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in tensors.items()}
 
 
+def _saved_whole(net: nn.Module, names: Sequence[str]) -> list[str]:
+    """The modules that PEFT saves for ``modules_to_save``, of which it matches only the ends."""
+    return [name for name, _ in net.named_modules() if name and name.endswith(tuple(names))]
+
+
 def _task_type(model: BayesianLoRAModel) -> str | None:
     if isinstance(model.likelihood, SequenceClassification):
         # For SEQ_CLS PEFT makes the head one of modules_to_save, and then does not adapt its layers
-        heads = tuple(f"{name}." for name in head_names(model.net))
-        layers = [f"{name}." for group in model.groups for name in group.module_names]
-        adapted = any(name.startswith(heads) for name in layers)
-        return "SEQ_CLS" if model.trained_heads.names and not adapted else None
+        trained = set(model.trained_heads.names)
+        return "SEQ_CLS" if trained and trained >= set(head_names(model.net)) else None
     generates = getattr(model.net, "can_generate", None)
     return "CAUSAL_LM" if generates is not None and generates() else None

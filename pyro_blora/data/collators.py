@@ -13,6 +13,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    default_data_collator,
 )
 
 from pyro_blora.data.items import QUESTION, Item, Template, item_of
@@ -165,17 +166,18 @@ class LabelTokensCollator(_Collator):
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         words = tuple(word.strip().casefold() for word in self.template.label_words)
         letters = all(len(word) == 1 for word in words)  # such as A and B, for any choices
+        known = self._choices
         for item in items:
             choices = tuple(choice.strip().casefold() for choice in item.choices)
             classes = [words.index(c) if c in words else k for k, c in enumerate(choices)]
-            known = self._choices or choices
+            known = known or choices
             if classes != list(range(len(words))) or not (letters or choices == known):
                 raise DataError(
                     f"item {item.id!r} has {len(choices)} choices, {item.choices}, expected those "
                     f"of all items, one for each of the label words {self.template.label_words!r} "
                     "and in their order: reorder the choices and labels, or use another template"
                 )
-            self._choices = known
+        self._choices = known
         input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
         labels = torch.tensor([item.label for item in items])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -236,7 +238,8 @@ class TextCollator(_Collator):
     dictionaries with ``text``, or with ``prompt`` and ``completion``, it returns ``input_ids``,
     ``attention_mask`` and ``labels``, long, ``(B, T)``, padded on the right. Each row ends with the
     end-of-text token, if there is one. Prompts and padding are not scored (-100). A row that is too
-    long loses its end, or the start of its prompt.
+    long loses its end, but a completion keeps half of ``max_length``, and its prompt then loses its
+    start, though not BOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
@@ -257,8 +260,10 @@ class TextCollator(_Collator):
             if end is not None and scored[-1:] != [end]:
                 scored.append(end)
             longest = max(longest, len(prompt) + len(scored))
-            scored = scored[: self.max_length]
-            kept = prompt[max(0, len(prompt) + len(scored) - self.max_length) :]
+            scored = scored[: max(self.max_length - len(prompt), self.max_length // 2)]
+            bos = int(prompt[:1] == [self.tokenizer.bos_token_id])
+            over = max(0, len(prompt) + len(scored) - self.max_length)
+            kept = prompt[:bos] + prompt[bos + over :]
             made.append(kept + scored)
             starts.append(len(kept))
         if longest > self.max_length:
@@ -286,12 +291,13 @@ def reading(
     """The examples in ``data``, and ``collate`` or the function that makes their batches instead.
 
     For transformers' own collators, rows of token ids lose the columns that neither the network
-    nor the likelihood takes, as in its ``Trainer``. For ``training`` a classifier's likelihood
-    without class names takes those of the network, or else of the rows. Rows must have labels if
-    they are ``labeled``; otherwise all or none of them have.
+    nor the likelihood takes, as in its ``Trainer``; and if the data set has names for its numbers,
+    those collators and a :class:`ClassificationCollator` get the numbers of the logits. For
+    ``training`` a classifier's likelihood without class names takes those of the network, or else
+    of the rows. Rows must have labels if they are ``labeled``; otherwise all or none have.
     """
     if isinstance(data, DataLoader | IterableDataset):
-        _check_order(data, likelihood)
+        _check_order(data, likelihood, net, collate)
         return data, collate
     rows = read_table(data)
     if not hasattr(rows, "__len__"):
@@ -303,6 +309,8 @@ def reading(
     if encoded and collate is None and tokenizer is not None and likelihood.row_dims == 2:
         texts = isinstance(likelihood, CausalLM)
         collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
+    elif encoded and collate is None and classes_of(rows):
+        collate = default_data_collator  # as in transformers' Trainer
     home = getattr(collate, "__module__", None) or type(collate).__module__
     theirs = encoded and home.startswith("transformers.")
     classes: tuple[str, ...] = ()
@@ -310,6 +318,11 @@ def reading(
         found = likelihood.classes
         if theirs or (collate is None and tokenizer is not None):
             found = _classes(likelihood, net, rows, first, labeled)
+        if isinstance(collate, ClassificationCollator):
+            found = found or collate.classes or None
+            if not collate.own:
+                limit = collate.max_length
+                collate = type(collate)(collate.tokenizer, collate.classes, limit, classes_of(rows))
         if training:
             likelihood.classes = found
         classes = found or ()
@@ -321,8 +334,10 @@ def reading(
 
         def padded(part: list[Any]) -> Any:
             kept = [{key: row[key] for key in row if key in known} for row in part]
-            if classes and "label" in kept[0]:
-                kept = [{**row, "label": label_of(row, classes, own)} for row in kept]
+            name = "label" if "label" in kept[0] else "labels"
+            if name in kept[0] and (own or (classes and name == "label")):
+                read = [label_of({"label": row[name]}, classes, own) for row in kept]
+                kept = [{**row, name: label} for row, label in zip(kept, read, strict=True)]
             made: Any = collate
             return made(kept)
 
@@ -357,14 +372,19 @@ def reading(
     return rows, TextCollator(tokenizer)
 
 
-def _check_order(data: Any, likelihood: Likelihood) -> None:
+def _check_order(
+    data: Any, likelihood: Likelihood, net: nn.Module, collate: Collate | None
+) -> None:
     """Refuses a loader whose numbers mean other classes than those of the likelihood."""
-    own = classes_of(data.dataset) if isinstance(data, DataLoader) else []
-    classes = tuple(getattr(likelihood, "classes", None) or ())
-    home = str(getattr(data, "collate_fn", None).__module__) if own else ""
-    if own and classes and tuple(own) != classes and home.startswith(("transformers.", "torch.")):
+    own = classes_of(getattr(data, "dataset", data))
+    classes = getattr(likelihood, "classes", ())
+    classes = own_names(net) if classes is None else tuple(classes)
+    collate = getattr(data, "collate_fn", collate)
+    home = "torch." if collate is None else str(collate.__module__)
+    reads = home.startswith(("transformers.", "torch.")) or getattr(collate, "own", None) == ()
+    if own and classes and tuple(own) != classes and reads:
         raise DataError(
-            f"The loader's data set must number the classes as {list(classes)}, got {own}; pass "
+            f"A loader's data set must number the classes as {list(classes)}, got {own}; pass "
             "the data set itself, whose names are then read, or renumber its labels."
         )
 
@@ -379,9 +399,10 @@ def _classes(
         has_label = "label" in first or (labeled and "labels" not in first)
         if not has_label and any("label" in rows[k] for k in range(len(rows))):
             raise DataError("All rows must have a label, or none, got none in row 0; add it.")
-        check_rows(rows, *columns, *(["label"] if has_label else []))
+        check_rows(rows, *columns, *(["label"] if has_label else []), optional=("text_pair",))
         if not has_label:
-            return classes
+            own = [] if classes is not None else classes_of(rows)  # of a column labels
+            return class_names(net, own) if own else classes
     if classes == ():  # of a head that was trained on numbers, a number stays one
         if isinstance(first, Item) or all(is_number(rows[k]["label"]) for k in range(len(rows))):
             return classes

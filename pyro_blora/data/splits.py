@@ -7,12 +7,14 @@ from typing import Any
 from pyro_blora.data.items import Item
 
 _TEXTS = ("text", "text_pair", "prompt", "completion")
+_LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows are of one text
 
 
 def keys_of(rows: Any) -> list[str]:
     """For each row, what it shares with the rows that give away its label.
 
-    That is its text, its token ids, or its question with its choices. A few questions with the same
+    That is its text, its token ids, its question with its choices, or if it has none of these
+    columns all of its texts and tensors, but for the last of a tuple. A few questions with the same
     choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
     """
     found = [_content(rows[k]) for k in range(len(rows))]
@@ -37,8 +39,11 @@ def _content(row: Any) -> tuple[str, str] | None:
     elif "text" in read or "prompt" in read:
         text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
     else:
-        return None
-    return text, text
+        values = [*row][:-1] if isinstance(row, tuple | list) else []
+        values += [value for name, value in read.items() if name not in _LABELS]
+        parts = [_listed(value) for value in values]
+        text = "\n".join(_plain(part) for part in parts if isinstance(part, str | list | tuple))
+    return (text, text) if text else None
 
 
 def _listed(ids: Any) -> Any:

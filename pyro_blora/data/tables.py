@@ -51,8 +51,11 @@ def _read_file(path: Path) -> Any:
         raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
 
 
-def check_rows(rows: Any, *columns: str) -> None:
-    """Raises DataError unless each row has these columns, and a text or a number in each."""
+def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
+    """Raises DataError unless each row has these columns, and a text or a number in each.
+
+    An ``optional`` column may be missing, or hold None or a NaN, as a data frame does.
+    """
     for k in range(len(rows)):
         row = rows[k]
         if missing := [name for name in columns if name not in row]:
@@ -60,8 +63,9 @@ def check_rows(rows: Any, *columns: str) -> None:
                 f"Rows must have the columns {' and '.join(columns)}, got {', '.join(row)} in row "
                 f"{k}; rename those that hold the {' and the '.join(missing)}."
             )
-        for name in columns:
-            value = _plain(row[name])
+        given = [name for name in optional if (v := row.get(name)) is not None and v == v]
+        for name in (*columns, *given):
+            value = _plain(row[name]) if name == "label" else row[name]
             number = name == "label" and isinstance(value, Integral) and int(value) >= 0
             if not (number or isinstance(value, str)):
                 remedy = "; leave the row out, or convert it"
@@ -91,7 +95,7 @@ def without_subsets(rows: Any) -> Any:
 
 
 def classes_of(rows: Any) -> list[str]:
-    """The names that numbers have in the column ``label`` of a ``datasets.Dataset``, or none."""
+    """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
     whole = without_subsets(rows)
     if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
         found = [classes_of(part) for part in parts]
@@ -101,7 +105,8 @@ def classes_of(rows: Any) -> list[str]:
                 "with datasets.concatenate_datasets, or make the labels texts."
             )
         return found[0]
-    feature = (getattr(whole, "features", None) or {}).get("label")
+    features = getattr(whole, "features", None) or {}
+    feature = features.get("label", features.get("labels"))
     return list(getattr(feature, "names", None) or ())
 
 

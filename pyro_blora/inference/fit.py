@@ -23,6 +23,7 @@ from pyro_blora.inference.post_hoc import (
     draws_of_evaluation,
     finish,
     hold_out,
+    numbers_unless_named,
     post_hoc_families,
     put_back_if_refused,
     share_to_hold_out,
@@ -144,7 +145,10 @@ def fit(
         rates = rate_overrides(blora, learning_rates)
         given = collate
         train, collate = blora.reading(train, given)  # first, because it may name the classes
+        if callback is not None and not callable(callback):
+            raise ConfigurationError(f"callback must be a function, got {callback!r}.")
         if validation is not None:
+            numbers_unless_named(blora)
             validation, of_validation = blora.reading(validation, given, training=False)
         share = share_to_hold_out(blora, train, held_out)
         every, (train, held) = train, hold_out(train, share)

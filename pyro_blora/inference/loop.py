@@ -59,6 +59,8 @@ class Settings:
             check_count(name, getattr(self, name))
         if self.patience is not None:
             check_count("patience", self.patience)
+        if self.eval_samples is not None:
+            check_count("eval_samples", self.eval_samples, 0)
         if self.max_grad_norm is not None:
             check_positive("max_grad_norm", self.max_grad_norm)
         if self.decay not in get_args(Decay):

@@ -83,16 +83,17 @@ def hold_out(train: Any, share: float) -> tuple[Any, Any]:
 
 
 def begin_training(blora: BayesianLoRA) -> None:
-    """Reads Pyro's store, and resets what an earlier training left behind.
-
-    That is the temperatures of predictions and the width of a post-hoc guide. From now on a head
-    without names of its classes is one of numbers.
-    """
+    """Resets what an earlier training left behind: temperatures, and a post-hoc guide's width."""
     read_store(blora)
     for temperature in (blora.model.temperature, blora.model.mean_temperature):
         temperature.fill_(1)
     for family in post_hoc_families(blora).values():
         family.reopen()
+    numbers_unless_named(blora)
+
+
+def numbers_unless_named(blora: BayesianLoRA) -> None:
+    """From now on a head without names of its classes is one of numbers."""
     if getattr(blora.likelihood, "classes", ()) is None:
         blora.likelihood.classes = ()
 

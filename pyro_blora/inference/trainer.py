@@ -39,6 +39,7 @@ from pyro_blora.inference.post_hoc import (
 )
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
+from pyro_blora.options import check_count
 from pyro_blora.posterior.batches import size_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
@@ -95,6 +96,8 @@ class BayesianLoRATrainer(Trainer):
                 f"learning_rate={args.learning_rate} is one rate for all, but means, scales and "
                 f"directions have their own; pass learning_rates= with some of {RATES}."
             )
+        if eval_samples is not None:
+            check_count("eval_samples", eval_samples, 0)
         self.learning_rates = rate_overrides(model, learning_rates)
         self.blora, self._given = model, options.get("data_collator")
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
@@ -241,10 +244,11 @@ class BayesianLoRATrainer(Trainer):
         parts: dict[str, Any] = {"prior": blora.prior, "guide": blora.guide_family}
         parts["likelihood"] = blora.likelihood
         said = read_config(resume_from_checkpoint)["likelihood"].get("options") or {}
-        if said.get("classes") == [] and getattr(blora.likelihood, "classes", None):
+        trained, now = said.get("classes"), getattr(blora.likelihood, "classes", None) or ()
+        if trained is not None and bool(trained) != bool(now):
             raise CheckpointError(
-                f"{resume_from_checkpoint} was trained on numbers of classes, got data with the "
-                f"names {list(blora.likelihood.classes)}; resume with the same data."
+                f"{resume_from_checkpoint} was trained on {trained or 'numbers'} as classes, got "
+                f"data with {list(now) or 'numbers'}; resume with the same data."
             )
         read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora)
 

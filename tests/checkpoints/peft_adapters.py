@@ -27,6 +27,10 @@ CASES = {
     "gpt2": (tiny.gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 2, "fan_in_fan_out": True}),
     "head": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj", "lm_head"], "r": 2}),
     "bert": (tiny.bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "r": 2}),
+    "distilbert": (
+        tiny.distilbert,
+        {"target_modules": ["q_lin"], "task_type": "SEQ_CLS", "r": 2},
+    ),
     "score": (
         tiny.llama_classifier,
         {"target_modules": ["v_proj"], "task_type": "SEQ_CLS", "r": 2},

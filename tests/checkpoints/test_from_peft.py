@@ -45,7 +45,8 @@ def test_the_mean_starts_at_the_adapter_and_unwraps_to_the_base(name, place):
     blora = BayesianLoRA.from_peft(*place(model, name))
     torch.testing.assert_close(mean_logits(blora), expected, **CLOSE)
     assert not any("base_layer" in n or "lora" in n for n, _ in blora.net.named_modules())
-    heads = {"bert": ("classifier",), "score": ("score",)}.get(name, ())
+    heads = {"bert": ("classifier",), "score": ("score",)}
+    heads = (heads | {"distilbert": ("pre_classifier", "classifier")}).get(name, ())
     assert type(blora.likelihood) is (SequenceClassification if heads else CausalLM)
     assert blora.model.trained_heads.names == heads
     torch.testing.assert_close(logits(blora.unwrap()), pretrained, atol=0, rtol=0)

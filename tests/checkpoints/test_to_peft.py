@@ -1,5 +1,6 @@
 """What PEFT loads of an export; and PEFT's habits by PEFT's names."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -174,6 +175,32 @@ def test_a_merged_network_stands_by_itself(name, tmp_path):
     torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
     assert not any(module._forward_hooks for module in whole.modules())
     moved(whole)
+
+
+@pytest.mark.parametrize(
+    ("build", "part"),
+    [(tiny.distilbert, "classifier"), (tiny.roberta, "classifier.out_proj")],
+    ids=["distilbert", "roberta"],
+)
+def test_a_part_of_a_head_is_exported_with_what_peft_saves_beside_it(build, part, tmp_path):
+    net = build()
+    blora = moved(copy.deepcopy(net), modules_to_save=[part])
+    expected = mean_logits(blora)
+    blora.export_peft(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(net, tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(blora.merge_and_unload()), expected, atol=1e-5, rtol=0)
+
+
+def test_a_layer_that_peft_saves_whole_is_no_layer_of_an_export(tmp_path):
+    options = {"target_modules": ["q_lin", "pre_classifier"], "modules_to_save": ["classifier"]}
+    blora = moved(tiny.distilbert(), **options)
+    before = mean_logits(blora)
+    for call in (blora.merge_and_unload, lambda: blora.export_peft(tmp_path / "out")):
+        with pytest.raises(ConfigurationError, match="cannot have pre_classifier as a layer"):
+            call()
+    assert torch.equal(mean_logits(blora), before)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_merged_stays_adapted():

@@ -344,6 +344,34 @@ def test_one_meaning_of_numbers_whoever_collates(small, tmp_path):
         blora.unwrap()
 
 
+def test_a_column_labels_and_our_own_collator_have_the_names_of_the_data_set(small):
+    """Like a column ``label`` that the library collates; a loader that permutes is refused."""
+    data, expected = two_orders(small, encoded=True)[1], [k % 2 for k in range(12)]
+    labels, blora = data.rename_column("label", "labels"), named(small, ("neg", "pos"))
+    padding, own = DataCollatorWithPadding(small), ClassificationCollator(small, ("neg", "pos"))
+    for rows, collate in ((labels, None), (labels, padding), (data, own)):
+        assert blora.predict_dataset(rows, collate, progress=False)[1].tolist() == expected
+        collate = blora.reading(rows, collate)[1]
+        assert collate([rows[k] for k in range(12)])["labels"].tolist() == expected
+    for rows, collate in ((labels.remove_columns("text"), padding), (data, own)):
+        fit(blora, rows, collate=collate, num_steps=1)
+        assert blora.likelihood.classes == ("neg", "pos")
+        with pytest.raises(DataError, match="must number the classes as"):
+            blora.predict_dataset(DataLoader(rows, 4, collate_fn=collate), progress=False)
+    named_by_data = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    fit(named_by_data, labels, num_steps=1)
+    assert named_by_data.likelihood.classes == ("pos", "neg")
+
+
+def test_a_second_text_is_a_text_or_nothing(small):
+    rows = [{"text": "a", "text_pair": pair, "label": k % 2} for k, pair in enumerate([None, "b"])]
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    for pair in (8, True, 4.5):
+        with pytest.raises(DataError, match=f"'text_pair' must hold a text, got {pair!r} in row 2"):
+            fit(blora, [*rows, {"text": "a", "text_pair": pair, "label": 0}], num_steps=1)
+    fit(blora, pandas.DataFrame(rows), num_steps=1)
+
+
 def test_a_prediction_names_nothing_and_a_training_does(small):
     rows = two_orders(small)[0]
     blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
@@ -500,21 +528,55 @@ def test_a_loader_that_numbers_the_classes_otherwise_is_refused(small):
         blora.predict_dataset(DataLoader(encoded, 4, collate_fn=padding), progress=False)
 
 
-def test_a_run_on_numbers_is_not_resumed_on_names(small, tmp_path):
+def test_a_run_on_numbers_is_not_resumed_on_names_nor_the_other_way_round(small, tmp_path):
     rows = two_orders(small)[0]
     numbers = [{**row, "label": int(row["label"] == "neg")} for row in rows]
     how = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_steps": 1}
     net = classifier(small, num_labels=2)
-    for data, refused in ((numbers, False), (rows, True)):
-        blora = BayesianLoRA(net, tokenizer=small)
-        arguments = TrainingArguments(str(tmp_path), **how)
-        trainer = BayesianLoRATrainer(blora, arguments, train_dataset=data)
-        if refused:
-            with pytest.raises(CheckpointError, match="was trained on numbers of classes"):
-                trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        else:
-            trainer.train()
+    for first, then, said in ((numbers, rows, "numbers"), (rows, numbers, r"\['neg', 'pos'\]")):
+        folder = tmp_path / said[:3]
+        for data in (first, then):
+            blora = BayesianLoRA(net, tokenizer=small)
+            arguments = TrainingArguments(str(folder), **how)
+            trainer = BayesianLoRATrainer(blora, arguments, train_dataset=data)
+            if data is first:
+                trainer.train()
+            else:
+                with pytest.raises(CheckpointError, match=f"was trained on {said} as classes"):
+                    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+            blora.unwrap()
+
+
+def test_a_trainer_without_collator_and_tokenizer_reads_the_names(small, tmp_path):
+    data = two_orders(small, encoded=True)[1]
+    same = data.filter(lambda row: len(row["input_ids"]) == len(data[0]["input_ids"]))
+    for classes in (("neg", "pos"), None):
+        net = classifier(small, num_labels=2)
+        if classes is None:
+            net.config.id2label = {0: "neg", 1: "pos"}
+        blora = BayesianLoRA(net, likelihood=SequenceClassification(classes=classes))
+        arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
+        trainer = BayesianLoRATrainer(blora, arguments, train_dataset=same, eval_dataset=same)
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+            places = {tuple(row["input_ids"]): "neg" in row["text"] for row in same}
+            for batch in loader:
+                pairs = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+                assert all(label == int(not places[tuple(ids)]) for ids, label in pairs)
+        stream = same.remove_columns("text").to_iterable_dataset()
+        with pytest.raises(DataError, match=r"number the classes as \['neg', 'pos'\]"):
+            blora.reading(DataLoader(stream, 4), None)
+        with pytest.raises(DataError, match=r"number the classes as \['neg', 'pos'\]"):
+            trainer.predict(stream)
         blora.unwrap()
+
+
+def test_validation_rows_with_names_are_refused_if_the_training_has_numbers(small):
+    rows = two_orders(small)[0]
+    numbers = [{**row, "label": int(row["label"] == "neg")} for row in rows]
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
+        fit(blora, numbers, validation=rows, num_steps=1)
+    assert blora.likelihood.classes is None
 
 
 def test_a_network_without_a_configuration_reads_numbers(small):

@@ -189,6 +189,24 @@ def test_a_chat_template_s_start_is_not_written_twice(build, eos):
         assert texts["input_ids"][0].tolist() == plain
 
 
+def test_a_long_completion_keeps_its_prompt_and_loses_its_end(build):
+    """A prompt that is long, too, gets half of the room and keeps BOS."""
+    tokenizer = build(bos="<s>", eos="</s>", pad="<pad>")
+    collate = TextCollator(tokenizer, max_length=8)
+    short, long = "a film", "a film a film a film a film a film"
+    for prompt, completion, before in ((short, long, 3), (long, short, 5), (long, long, 4)):
+        with pytest.warns(UserWarning, match="is cut to max_length=8"):
+            batch = collate([{"prompt": prompt, "completion": f" {completion}"}])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        assert len(ids) == 8
+        assert (labels == -100).sum() == before
+        assert ids[0] == tokenizer.bos_token_id
+        of_prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert ids[1:before].tolist() == of_prompt[-(before - 1) :]
+        read = tokenizer.decode(labels[before : before + 3], skip_special_tokens=True)
+        assert completion.startswith(read.strip())
+
+
 def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):
     """As GPT-2's; without it the first token of the completion would not be scored."""
     tokenizer = build(bos="<s>")

@@ -127,6 +127,25 @@ def test_repeated_texts_and_twins_are_on_one_side_and_stay_there_when_rows_are_a
     assert hold_out(kept, 0.25)[1].features == kept.features
 
 
+def test_rows_of_other_columns_part_by_their_texts_and_tensors():
+    def content(row):
+        return str(next(iter(row.values())) if isinstance(row, dict) else row[0])
+
+    kinds = (
+        lambda k: {"sentence": f"text {k}", "label": k % 2, "idx": k},
+        lambda k: {"ctx": f"text {k}", "endings": [f"end {k}", "b"], "label": k % 2},
+        lambda k: (f"text {k}", k % 2),
+        lambda k: (torch.tensor([k, 1]), torch.tensor(k % 2)),
+    )
+    for kind in kinds:
+        rows = [kind(k % 30) for k in range(45)]
+        train, held = ([content(row) for row in part] for part in hold_out(rows, 0.25))
+        assert held
+        assert not {*train} & {*held}
+        moved = hold_out(rows[::-1], 0.25)[1]
+        assert sorted(held) == sorted(map(content, moved))
+
+
 def test_a_temperature_is_not_fitted_to_texts_that_were_trained_on():
     """Of coin flips, each of them four times, nothing can be known: the temperature rises."""
     generator = torch.Generator().manual_seed(1)
