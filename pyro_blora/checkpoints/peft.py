@@ -493,7 +493,7 @@ def _lora(
                 f"for modules_to_save={to_save}; adapt other layers."
             )
         for key, tensor in model.net.get_submodule(module_name).state_dict().items():
-            tensors.setdefault(f"{name}.{name_in_base(key)}", tensor)
+            tensors.setdefault(name_in_base(f"{module_name}.{key}"), tensor)
     base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or the folder
     config = LoraConfig(
         r=rank,

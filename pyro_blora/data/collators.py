@@ -1,5 +1,6 @@
 """Collators, which make batches of token ids from lists of items or rows."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,9 @@ from pyro_blora.data.tables import (
     is_number,
     label_of,
     names_of,
+    place_of,
     read_table,
+    without_subsets,
 )
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.likelihoods import CausalLM, Likelihood, MultipleChoice, SequenceClassification
@@ -297,7 +300,8 @@ def reading(
     of the rows. Rows must have labels if they are ``labeled``; otherwise all or none have.
     """
     if isinstance(data, DataLoader | IterableDataset):
-        _check_order(data, likelihood, net, collate)
+        if isinstance(likelihood, SequenceClassification):
+            _check_order(data, likelihood, net, collate)
         return data, collate
     rows = read_table(data)
     if not hasattr(rows, "__len__"):
@@ -305,28 +309,37 @@ def reading(
             f"Examples must have a length, got a {type(rows).__name__}; pass a DataLoader of them."
         )
     first = rows[0] if len(rows) else None
-    encoded = isinstance(first, Mapping) and "input_ids" in first
+    given = set(first) if isinstance(first, Mapping) else set()
+    encoded = "input_ids" in given
+    column = "labels" if {"label", "labels"} & given == {"labels"} else "label"
     if encoded and collate is None and tokenizer is not None and likelihood.row_dims == 2:
         texts = isinstance(likelihood, CausalLM)
         collate = (DataCollatorForSeq2Seq if texts else DataCollatorWithPadding)(tokenizer)
-    elif encoded and collate is None and classes_of(rows):
+    elif encoded and collate is None and (classes_of(rows) or classes_of(rows, "labels")):
         collate = default_data_collator  # as in transformers' Trainer
     home = getattr(collate, "__module__", None) or type(collate).__module__
     theirs = encoded and home.startswith("transformers.")
     classes: tuple[str, ...] = ()
+    own: list[str] = []
     if isinstance(likelihood, SequenceClassification) and first is not None:
-        found = likelihood.classes
-        if theirs or (collate is None and tokenizer is not None):
-            found = _classes(likelihood, net, rows, first, labeled)
+        stored = set(getattr(without_subsets(rows), "features", None) or given)
+        made = theirs and column in given - stored  # by a transform, perhaps with other numbers
+        _check_order(rows if made else [], likelihood, net, collate)
+        if collate is None and tokenizer is not None and isinstance(first, Mapping | Item):
+            collate = ClassificationCollator(tokenizer)
+        found, own = likelihood.classes, classes_of(rows, column)
         if isinstance(collate, ClassificationCollator):
-            found = found or collate.classes or None
-            if not collate.own:
-                limit = collate.max_length
-                collate = type(collate)(collate.tokenizer, collate.classes, limit, classes_of(rows))
+            found, own = found or collate.classes or found, list(collate.own) or own
+            found = class_names(net, own) if found is None and own else found
+        if theirs or type(collate) is ClassificationCollator:  # a subclass may read other columns
+            found = _classes(found, net, rows, own, column, labeled)
         if training:
             likelihood.classes = found
         classes = found or ()
-    own = classes_of(rows) if classes else []
+        own = own if classes or _are_logits(own, net) else []
+        if isinstance(collate, ClassificationCollator):
+            collate = copy.copy(collate)  # with what a subclass has added
+            collate.classes, collate.own = classes, tuple(own)
     if theirs:
         whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
         known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
@@ -334,10 +347,9 @@ def reading(
 
         def padded(part: list[Any]) -> Any:
             kept = [{key: row[key] for key in row if key in known} for row in part]
-            name = "label" if "label" in kept[0] else "labels"
-            if name in kept[0] and (own or (classes and name == "label")):
-                read = [label_of({"label": row[name]}, classes, own) for row in kept]
-                kept = [{**row, name: label} for row, label in zip(kept, read, strict=True)]
+            if column in kept[0] and (own or (classes and column == "label")):
+                read = [label_of({"label": row[column]}, classes, own) for row in kept]
+                kept = [{**row, column: label} for row, label in zip(kept, read, strict=True)]
             made: Any = collate
             return made(kept)
 
@@ -351,8 +363,6 @@ def reading(
             "Rows of text must have a tokenizer to read them, got none; make the adapter with "
             "tokenizer=, set blora.tokenizer, or pass collate=."
         )
-    if isinstance(likelihood, SequenceClassification):
-        return rows, ClassificationCollator(tokenizer, classes, own=own)
     if isinstance(likelihood, MultipleChoice):
         return rows, MultipleChoiceCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
@@ -361,7 +371,7 @@ def reading(
             f"{type(likelihood).__name__} must be given collate= for rows of {columns}, such as "
             "LabelTokensCollator(tokenizer, template) from pyro_blora.data."
         )
-    pair, given = ("prompt", "completion"), set() if isinstance(first, Item) else set(first)
+    pair = ("prompt", "completion")
     if "label" in given or (set(pair) <= given) == ("text" in given):  # neither, or both
         raise ConfigurationError(
             f"CausalLM must read the column text, or prompt and completion, got {columns}; rename "
@@ -372,57 +382,65 @@ def reading(
     return rows, TextCollator(tokenizer)
 
 
-def _check_order(
-    data: Any, likelihood: Likelihood, net: nn.Module, collate: Collate | None
-) -> None:
-    """Refuses a loader whose numbers mean other classes than those of the likelihood."""
-    own = classes_of(getattr(data, "dataset", data))
-    classes = getattr(likelihood, "classes", ())
-    classes = own_names(net) if classes is None else tuple(classes)
-    collate = getattr(data, "collate_fn", collate)
+def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> None:
+    """Refuses a collator or batches whose numbers mean other classes than the likelihood's."""
+    whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
+    own = classes_of(whole) or classes_of(whole, "labels")
+    known = own_names(net) if likelihood.classes is None else likelihood.classes
     home = "torch." if collate is None else str(collate.__module__)
     reads = home.startswith(("transformers.", "torch.")) or getattr(collate, "own", None) == ()
-    if own and classes and tuple(own) != classes and reads:
-        raise DataError(
-            f"A loader's data set must number the classes as {list(classes)}, got {own}; pass "
-            "the data set itself, whose names are then read, or renumber its labels."
-        )
+    given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+    if not likelihood.classes and None in [place_of(name, known) for name in given]:
+        known = given  # which are new names
+    numbers = not likelihood.classes and _are_logits(own, net) and not {*own} <= {*known}
+    logits = tuple(map(str, range(len(own)))) if numbers else known
+    for names, classes in ((given, known), (own if reads else (), logits)):
+        if classes and [place_of(name, classes) for name in names] != [*range(len(names))]:
+            raise DataError(
+                "A collator, or the data set of a loader or transform, must number the classes as "
+                f"{list(classes)}, got {list(names)}; leave them out of the collator, pass the "
+                "data set itself, or cast its column to int if its numbers are right."
+            )
+
+
+def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
+    """Whether the names of classes are numbers of logits."""
+    count = getattr(getattr(net, "config", None), "num_labels", None)
+    return are_numbers(names) and (count is None or max(map(int, names), default=0) < count)
 
 
 def _classes(
-    likelihood: SequenceClassification, net: nn.Module, rows: Any, first: Any, labeled: bool
+    classes: Any, net: nn.Module, rows: Any, own: list[str], column: str, labeled: bool
 ) -> tuple[str, ...] | None:
     """The names of a classifier's classes for rows, which it checks; ``None`` if nobody tells."""
-    classes: tuple[str, ...] | None = likelihood.classes
-    if isinstance(first, Mapping):
-        columns = [] if "input_ids" in first else ["text"]
-        has_label = "label" in first or (labeled and "labels" not in first)
+    if isinstance(first := rows[0], Mapping):
+        columns = [column] if "input_ids" in first else ["text", "label"]
+        has_label = (labeled or column in first) and (own or column == "label" or "text" in columns)
         if not has_label and any("label" in rows[k] for k in range(len(rows))):
             raise DataError("All rows must have a label, or none, got none in row 0; add it.")
-        check_rows(rows, *columns, *(["label"] if has_label else []), optional=("text_pair",))
+        check_rows(rows, *(columns if has_label else columns[:-1]), optional=("text_pair",))
         if not has_label:
-            own = [] if classes is not None else classes_of(rows)  # of a column labels
-            return class_names(net, own) if own else classes
+            return classes
     if classes == ():  # of a head that was trained on numbers, a number stays one
-        if isinstance(first, Item) or all(is_number(rows[k]["label"]) for k in range(len(rows))):
+        if isinstance(first, Item) or all(is_number(rows[k][column]) for k in range(len(rows))):
             return classes
         if not (classes := own_names(net)):
             raise ConfigurationError(
                 "The classes of a head that was trained on numbers must have names before labels "
-                f"can be texts, got {rows[0]['label']!r}; pass likelihood=SequenceClassification("
+                f"can be texts, got {first[column]!r}; pass likelihood=SequenceClassification("
                 "classes=[...]), in the order in which the head was trained."
             )
     if classes is None:
         items = isinstance(first, Item)
-        classes = class_names(net, list(first.choices) if items else names_of(rows))
+        classes = class_names(net, list(first.choices) if items else own or names_of(rows))
     count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
     if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
-        own = classes_of(rows)
-        most = max(label_of(rows[k], classes, own) for k in range(len(rows)))
+        labels = ({"label": rows[k][column]} for k in range(len(rows)))
+        most = max(label_of(label, classes, own) for label in labels)
         if most >= count:
             raise DataError(
-                f"The column 'label' must number the {count} logits from 0, got {most}; name the "
-                f"classes as texts, or load the network with num_labels={most + 1}."
+                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
+                f"the classes as texts, or load the network with num_labels={most + 1}."
             )
     return classes
 
@@ -436,9 +454,9 @@ def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
     given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
     if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
         return given
-    if are_numbers(names) and max(map(int, names), default=0) < count:
+    if _are_logits(names, net):
         fits = isinstance(names[0], str) and len(names) == count and not own
-        return tuple(map(str, names)) if fits else ()
+        return tuple(map(str, sorted(names, key=int))) if fits else ()
     if len(names) > count or (len(names) < count and not own):
         least = max(map(int, names)) + 1 if isinstance(names[0], int) else len(names)
         raise ConfigurationError(

@@ -14,10 +14,13 @@ def keys_of(rows: Any) -> list[str]:
     """For each row, what it shares with the rows that give away its label.
 
     That is its text, its token ids, its question with its choices, or if it has none of these
-    columns all of its texts and tensors, but for the last of a tuple. A few questions with the same
+    columns all of its texts and tensors, unless most rows share them. A few questions with the same
     choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
     """
     found = [_content(rows[k]) for k in range(len(rows))]
+    others = [text for question, text in filter(None, found) if not question]
+    if 2 * len(set(others)) < len(others):  # classes or constants, which do not tell rows apart
+        found = [each if each and each[0] else None for each in found]
     questions: dict[str, set[str]] = {}
     for question, choices in filter(None, found):
         questions.setdefault(choices, set()).add(question)
@@ -29,7 +32,7 @@ def keys_of(rows: Any) -> list[str]:
 
 
 def _content(row: Any) -> tuple[str, str] | None:
-    """The question and the choices of a row, or its text and a part of it that is no one else's."""
+    """A row's question and its choices, or its text twice, or nothing and its other columns."""
     read = vars(row) if isinstance(row, Item) else row if isinstance(row, Mapping) else {}
     if "choices" in read and "question" in read:
         return _plain(read["question"]), str(sorted(map(_plain, read["choices"])))
@@ -39,10 +42,11 @@ def _content(row: Any) -> tuple[str, str] | None:
     elif "text" in read or "prompt" in read:
         text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
     else:
-        values = [*row][:-1] if isinstance(row, tuple | list) else []
+        values = [*row] if isinstance(row, tuple | list) else []
         values += [value for name, value in read.items() if name not in _LABELS]
         parts = [_listed(value) for value in values]
         text = "\n".join(_plain(part) for part in parts if isinstance(part, str | list | tuple))
+        return ("", text) if text else None
     return (text, text) if text else None
 
 

@@ -25,7 +25,8 @@ def read_table(data: Any) -> Any:
         return data if within is data.dataset else type(data)(within, data.indices)
     tensors = getattr(data, "format", {}).get("type") if hasattr(data, "with_format") else None
     if tensors not in (None, "custom") and "input_ids" not in data.column_names:
-        return data.with_format(None)  # texts and numbers as they are; a transform is kept
+        shown = {name: data.format[name] for name in ("columns", "output_all_columns")}
+        return data.with_format(None, **shown)  # texts and numbers as they are; a transform is kept
     if isinstance(data, Mapping):
         raise DataError(
             f"Examples must be of one split, got {list(data)}; pass data[split], or all of them to "
@@ -65,13 +66,14 @@ def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
             )
         given = [name for name in optional if (v := row.get(name)) is not None and v == v]
         for name in (*columns, *given):
-            value = _plain(row[name]) if name == "label" else row[name]
-            number = name == "label" and isinstance(value, Integral) and int(value) >= 0
+            label = name in ("label", "labels")
+            value = _plain(row[name]) if label else row[name]
+            number = label and isinstance(value, Integral) and int(value) >= 0
             if not (number or isinstance(value, str)):
                 remedy = "; leave the row out, or convert it"
-                if isinstance(value, float) and name == "label":
+                if isinstance(value, float) and label:
                     remedy = "; cast the column to int, after leaving out rows without a label"
-                kind = "a text or a whole number from 0" if name == "label" else "a text"
+                kind = "a text or a whole number from 0" if label else "a text"
                 raise DataError(
                     f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}{remedy}."
                 )
@@ -94,11 +96,11 @@ def without_subsets(rows: Any) -> Any:
     return rows
 
 
-def classes_of(rows: Any) -> list[str]:
+def classes_of(rows: Any, column: str = "label") -> list[str]:
     """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
     whole = without_subsets(rows)
     if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
-        found = [classes_of(part) for part in parts]
+        found = [classes_of(part, column) for part in parts]
         if any(names != found[0] for names in found):
             raise DataError(
                 f"The parts of a data set must number their classes alike, got {found}; join them "
@@ -106,8 +108,7 @@ def classes_of(rows: Any) -> list[str]:
             )
         return found[0]
     features = getattr(whole, "features", None) or {}
-    feature = features.get("label", features.get("labels"))
-    return list(getattr(feature, "names", None) or ())
+    return list(getattr(features.get(column), "names", None) or ())
 
 
 def are_numbers(names: Sequence[str | int]) -> bool:
@@ -148,6 +149,8 @@ def _name(row: Mapping[str, Any], own: Sequence[str] = ()) -> str | int:
     label = _plain(row["label"])
     if isinstance(label, str):
         return label
+    if own and not 0 <= int(label) < len(own):
+        raise DataError(f"A label must number the classes {list(own)}, got {label}; correct it.")
     return own[int(label)] if own else int(label)
 
 
@@ -159,7 +162,7 @@ def _places(classes: tuple[str, ...]) -> dict[str, int]:
     return places
 
 
-def _place(name: str, classes: tuple[str, ...]) -> int | None:
+def place_of(name: str, classes: tuple[str, ...]) -> int | None:
     """The place of a class, whatever its case unless that tells it from another."""
     places = _places(classes)
     return places.get(name, places.get(name.casefold()))
@@ -171,19 +174,19 @@ def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[
     ``own`` are the names that numbers have in the row's table.
     """
     classes = tuple(classes)
-    if classes and own and None in (_place(name, classes) for name in own):
+    if classes and own and None in (place_of(name, classes) for name in own):
         raise DataError(
             f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
             "spell them alike, or cast the column to int, so that its numbers are the logits'."
         )
-    label = _name(row, own if classes else ())
+    label = _name(row, own if classes or are_numbers(own) else ())
     if any(name.lstrip("-").isdecimal() for name in classes):
         label = str(label)  # 1 is then the name "1", wherever that stands
     if isinstance(label, str) and label.isdecimal() and not classes:
         label = int(label)
     if isinstance(label, int):
         return label
-    if (found := _place(label, classes)) is None:
+    if (found := place_of(label, classes)) is None:
         expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
         raise DataError(
             f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "

@@ -117,6 +117,19 @@ def test_exports_load_in_peft(name, tmp_path):
     assert model.peft_config["0"].task_type == TASKS.get(name, "CAUSAL_LM")
 
 
+def test_an_export_from_within_a_peft_model_has_the_names_of_the_base(tmp_path):
+    """And not those of PEFT's own wrappers around the head."""
+    for build in (tiny.bert, tiny.distilbert, tiny.llama_classifier):
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "q_lin", "q_proj"])
+        for name, net in (("plain", build()), ("wrapped", peft.get_peft_model(build(), config))):
+            moved(net).export_peft(tmp_path / name)
+        plain, wrapped = (
+            load_file(tmp_path / name / "adapter_model.safetensors")
+            for name in ("plain", "wrapped")
+        )
+        assert {k: t.shape for k, t in wrapped.items()} == {k: t.shape for k, t in plain.items()}
+
+
 def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
     """PEFT finds the base by its folder, and with its configuration the names of the classes."""
     net, names = tiny.bert(), {0: "no", 1: "maybe", 2: "yes"}

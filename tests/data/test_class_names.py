@@ -596,3 +596,166 @@ def test_a_network_without_a_configuration_reads_numbers(small):
     fit(blora, encoded, collate=padding, num_steps=1, progress=False)
     found = blora.predict_dataset(encoded, padding, progress=False)[1]
     assert found.tolist() == [k % 3 for k in range(12)]
+
+
+def test_a_label_that_is_no_class_is_refused_before_the_first_step(small):
+    """As test sets without labels have it; a column ``labels`` beside texts is not read."""
+    rows, data = two_orders(small, encoded=True)
+    labels = data.remove_columns("text").rename_column("label", "labels")
+    absent = labels.map(lambda row, k: {"labels": -1 if k == 11 else row["labels"]}, True)
+    blora, steps = named(small, ("neg", "pos")), []
+    for collate in (None, DataCollatorWithPadding(small)):
+        for validation in (None, absent):
+            train = absent if validation is None else labels
+            with pytest.raises(DataError, match=r"'labels' must hold .* from 0, got -1 in row 11"):
+                fit(
+                    blora,
+                    train,
+                    collate=collate,
+                    validation=validation,
+                    num_steps=9,
+                    callback=steps.append,
+                )
+        for call in (blora.predict_dataset, blora.calibrate):
+            with pytest.raises(DataError, match="got -1 in row 11; leave the row out"):
+                call(absent, collate, progress=False)
+    with pytest.raises(DataError, match=r"number the classes \['pos', 'neg'\], got -1"):
+        ClassificationCollator(small, own=["pos", "neg"], classes=["neg", "pos"])(
+            [{"text": "a", "label": -1}]
+        )
+    plural = [{"text": row["text"], "labels": row["label"]} for row in rows]
+    for collate in (None, ClassificationCollator(small)):
+        with pytest.raises(DataError, match="got text, labels in row 0; rename those that hold"):
+            blora.predict_dataset(plural, collate, progress=False)
+        with pytest.raises(DataError, match="got text, labels in row 0; rename those that hold"):
+            fit(blora, plural, collate=collate, num_steps=9, callback=steps.append)
+    assert not steps
+
+
+def test_a_class_whose_name_is_a_number_is_that_number_wherever_it_stands(small):
+    """``class_encode_column`` sorts them as texts, with 10 before 2."""
+    numbers = [{"text": f"a film {k}", "label": k % 12} for k in range(24)]
+    coded = datasets.Dataset.from_list(numbers).class_encode_column("label")
+    assert coded.features["label"].names[2] == "10"
+    ids = coded.map(lambda row: dict(small(row["text"]))).remove_columns("text")
+    expected, padding = [k % 12 for k in range(24)], DataCollatorWithPadding(small)
+    titles = {k: f"class {k}" for k in range(12)}
+    for train, options in ((numbers, {}), (coded, {}), (numbers, {"id2label": titles}), (None, {})):
+        blora = BayesianLoRA(classifier(small, num_labels=12, **options), tokenizer=small)
+        if train is not None:
+            fit(blora, train, num_steps=1, progress=False)
+        for data in (numbers, coded, ids, ids.rename_column("label", "labels")):
+            assert blora.predict_dataset(data, progress=False)[1].tolist() == expected
+        with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):
+            blora.predict_dataset(DataLoader(ids, 4, collate_fn=padding), progress=False)
+    ratings = datasets.Dataset.from_list(DIGITS).class_encode_column("label")
+    ratings = ratings.map(lambda row: dict(small(row["text"]))).remove_columns("text")
+    blora = BayesianLoRA(classifier(small), tokenizer=small)  # 3 is the name of its last logit
+    fit(blora, DataLoader(ratings, 4, collate_fn=padding), num_steps=1, progress=False)
+    assert blora.predict_dataset(ratings, progress=False)[1].tolist() == [0, 1, 2] * 4
+
+
+def test_a_collator_without_classes_takes_those_that_are_known(small):
+    rows, data = two_orders(small)
+    expected, bare = [k % 2 for k in range(12)], ClassificationCollator(small)
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    fit(blora, rows, num_steps=1, progress=False)
+    for read in (rows, data):
+        assert blora.predict_dataset(read, bare, progress=False)[1].tolist() == expected
+    other = ClassificationCollator(small, ("pos", "neg"))
+    for read in (rows, data, DataLoader(rows, 4, collate_fn=other)):
+        with pytest.raises(DataError, match=r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"):
+            blora.predict_dataset(read, other, progress=False)
+    for net, train, classes in (
+        (classifier(small, num_labels=2), data, ("pos", "neg")),
+        (classifier(small, num_labels=2), rows, ("neg", "pos")),
+        (named(small, ("neg", "pos")).unwrap(), data, ("neg", "pos")),
+    ):
+        blora = BayesianLoRA(net, tokenizer=small)
+        fit(blora, train, collate=bare, num_steps=1, progress=False)
+        assert blora.likelihood.classes == classes
+        assert labels_of(blora, data) == [classes.index(row["label"]) for row in rows]
+        blora.unwrap()
+    assert (bare.classes, bare.own) == ((), ())
+    with pytest.raises(DataError, match=r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"):
+        fit(named(small, ("neg", "pos")), rows, collate=other, num_steps=1)
+    anew = named(small, ("bad", "good"))  # whose head is trained for other classes
+    fit(anew, rows, collate=other, num_steps=1, progress=False)
+    assert anew.likelihood.classes == ("pos", "neg")
+
+
+def test_a_loader_may_have_the_first_classes_alone_or_spell_them_otherwise(small):
+    encoded = two_orders(small, encoded=True)[1].remove_columns("text")
+    padding = DataCollatorWithPadding(small)
+    loader = DataLoader(encoded, 4, collate_fn=padding)
+    for names in (("POS", "Neg"), ("pos", "neg", "odd")):
+        blora = named(small, names)
+        fit(blora, loader, num_steps=1, progress=False)
+        assert blora.predict_dataset(loader, progress=False)[1].tolist() == encoded["label"][:]
+    for names in (("neg", "POS"), ("odd", "pos", "neg")):
+        with pytest.raises(DataError, match="must number the classes as"):
+            named(small, names).predict_dataset(loader, progress=False)
+    digits = encoded.cast_column("label", datasets.ClassLabel(names=["0", "1"]))
+    loader = DataLoader(digits, 4, collate_fn=padding)
+    blora = named(small, ("neg", "pos"))
+    assert blora.predict_dataset(loader, progress=False)[1].tolist() == digits["label"][:]
+    cases = encoded.cast_column("label", datasets.ClassLabel(names=["us", "US"]))
+    loader, blora = DataLoader(cases, 4, collate_fn=padding), named(small, ("US", "us"))
+    with pytest.raises(DataError, match=r"classes as \['US', 'us'\]"):
+        blora.predict_dataset(loader, progress=False)
+
+
+def test_a_collator_of_another_class_stays_what_it_is(small):
+    """Whatever its constructor takes, and with what was set on it later."""
+
+    class Prefixed(ClassificationCollator):
+        prefix = ""
+
+        def __init__(self, tokenizer):
+            super().__init__(tokenizer, ["neg", "pos"])
+
+        def __call__(self, rows):
+            return super().__call__([{**row, "text": self.prefix + row["text"]} for row in rows])
+
+    (rows, data), blora = two_orders(small), named(small, ("neg", "pos"))
+    collate = Prefixed(small)
+    collate.prefix, collate.max_length = "key ", 9
+    read = blora.reading(data, collate)[1]
+    assert torch.equal(read([data[0]])["input_ids"], collate([rows[0]])["input_ids"])
+    assert (read.prefix, read.max_length, collate.own) == ("key ", 9, ())
+    found = blora.predict_dataset(data, collate, progress=False)[1]
+    assert found.tolist() == [k % 2 for k in range(12)]
+
+
+def test_the_labels_that_a_transform_makes_have_no_names(small):
+    """They may be in the order of the network; without names to doubt them they are."""
+    data, padding = two_orders(small)[1], DataCollatorWithPadding(small)
+
+    def turned(batch):
+        return {**small(batch["text"]), "labels": [1 - label for label in batch["label"]]}
+
+    numbers = data.cast_column("label", datasets.Value("int64"))
+    stored = data.map(turned, batched=True)
+    stored.set_format(columns=[*KEYS, "labels"])  # and label has the names still
+    made = data.with_transform(turned)
+    blora = named(small, ("neg", "pos"))
+    for collate in (None, padding):
+        for part in (made, Subset(made, range(12))):
+            with pytest.raises(DataError, match="a loader or transform, must number the classes"):
+                blora.predict_dataset(part, collate, progress=False)
+        for part in (numbers.with_transform(turned), stored):
+            found = blora.predict_dataset(part, collate, progress=False)[1]
+            assert found.tolist() == [k % 2 for k in range(12)]
+    blora = named(small, ("pos", "neg"))  # as the data set has them, and so the labels are taken
+    assert blora.predict_dataset(made, progress=False)[1].tolist() == [k % 2 for k in range(12)]
+    fresh = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    fit(fresh, made, num_steps=1, progress=False)
+    assert fresh.likelihood.classes == ()
+
+
+def test_a_hidden_column_stays_hidden(small):
+    rows = datasets.Dataset.from_list([{"text": "a", "text_pair": "b", "label": 0}] * 3)
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    for whole in (False, True):
+        rows.set_format("torch", columns=["text", "label"], output_all_columns=whole)
+        assert ("text_pair" in blora.reading(rows)[0][0]) == whole

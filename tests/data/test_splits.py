@@ -146,6 +146,25 @@ def test_rows_of_other_columns_part_by_their_texts_and_tensors():
         assert sorted(held) == sorted(map(content, moved))
 
 
+def test_classes_and_constants_do_not_tell_which_rows_belong_together():
+    """A key that most rows share would hold out a class, or nothing."""
+    kinds = (
+        lambda k: (("no", "yes")[k % 2], f"text {k}"),
+        lambda k: {"vector": float(k), "language": ("en", "fr")[k % 2], "label": k % 3},
+        lambda k: {"image": object(), "source": "web", "label": k % 2},
+        lambda k: (("no", "yes")[k % 2], object()),
+    )
+    for kind in kinds:
+        rows = [kind(k) for k in range(40)]
+        assert len(set(keys_of(rows))) == 40
+        train, held = hold_out(rows, 0.25)
+        assert len(held) == 10
+        for part in (train, held):
+            assert {k % 2 for k in part.indices} == {0, 1}
+    repeated = [(("no", "yes")[k % 2], f"text {k % 30}") for k in range(60)]
+    assert len(set(keys_of(repeated))) == 30
+
+
 def test_a_temperature_is_not_fitted_to_texts_that_were_trained_on():
     """Of coin flips, each of them four times, nothing can be known: the temperature rises."""
     generator = torch.Generator().manual_seed(1)
