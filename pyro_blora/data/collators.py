@@ -22,7 +22,7 @@ from pyro_blora.data.tables import (
     are_numbers,
     check_rows,
     classes_of,
-    is_number,
+    features_of,
     label_of,
     names_of,
     place_of,
@@ -322,7 +322,7 @@ def reading(
     classes: tuple[str, ...] = ()
     own: list[str] = []
     if isinstance(likelihood, SequenceClassification) and first is not None:
-        stored = set(getattr(without_subsets(rows), "features", None) or given)
+        stored = set(features_of(without_subsets(rows)) or given)
         made = theirs and column in given - stored  # by a transform, perhaps with other numbers
         _check_order(rows if made else [], likelihood, net, collate)
         if collate is None and tokenizer is not None and isinstance(first, Mapping | Item):
@@ -386,6 +386,9 @@ def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> No
     """Refuses a collator or batches whose numbers mean other classes than the likelihood's."""
     whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
     own = classes_of(whole) or classes_of(whole, "labels")
+    some = whole[0] if isinstance(whole, list | tuple) and whole else None
+    if isinstance(some, Item) and not getattr(collate, "classes", ()):
+        own = list(some.choices)
     known = own_names(net) if likelihood.classes is None else likelihood.classes
     home = "torch." if collate is None else str(collate.__module__)
     reads = home.startswith(("transformers.", "torch.")) or getattr(collate, "own", None) == ()
@@ -422,12 +425,14 @@ def _classes(
         if not has_label:
             return classes
     if classes == ():  # of a head that was trained on numbers, a number stays one
-        if isinstance(first, Item) or all(is_number(rows[k][column]) for k in range(len(rows))):
+        every = [rows[k] for k in range(len(rows))]
+        told = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
+        if all(map(are_numbers, told)):
             return classes
         if not (classes := own_names(net)):
             raise ConfigurationError(
                 "The classes of a head that was trained on numbers must have names before labels "
-                f"can be texts, got {first[column]!r}; pass likelihood=SequenceClassification("
+                f"can be texts, got {told[0][0]!r}; pass likelihood=SequenceClassification("
                 "classes=[...]), in the order in which the head was trained."
             )
     if classes is None:

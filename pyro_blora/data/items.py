@@ -12,6 +12,7 @@ FILES = (".csv", ".json", ".jsonl", ".parquet")
 #: The names that a split may have in files and tables, and what they mean.
 SPLITS = {name: name for name in ("train", "validation", "test")}
 SPLITS |= dict.fromkeys(("dev", "val", "valid"), "validation")
+ITEM = {"question", "choices"}
 FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
@@ -68,7 +69,7 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
         try:
             if line.strip():
                 record, known = json.loads(line), {"id": f"{path.stem}-{number}"}
-                is_item = only_items or not isinstance(record, dict) or "question" in record
+                is_item = only_items or not isinstance(record, dict) or {*record} >= ITEM
                 items.append(item_of(record, known) if is_item else record)
         except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None

@@ -107,8 +107,14 @@ def classes_of(rows: Any, column: str = "label") -> list[str]:
                 "with datasets.concatenate_datasets, or make the labels texts."
             )
         return found[0]
-    features = getattr(whole, "features", None) or {}
+    features = features_of(whole)
     return list(getattr(features.get(column), "names", None) or ())
+
+
+def features_of(whole: Any) -> Mapping[str, Any]:
+    """The columns of a ``datasets.Dataset``; a data set of the user's may call others so."""
+    found = getattr(whole, "features", None)
+    return found if isinstance(found, Mapping) else {}
 
 
 def are_numbers(names: Sequence[str | int]) -> bool:

@@ -265,6 +265,9 @@ class _Loss(nn.Module):
         super().__init__()
         self.blora, self.objective, self.num_samples = blora, objective, num_samples
         self.figures: list[tuple[float, float]] = []
+        # which the Trainer calls if its arguments ask for it
+        enable = getattr(blora.net, "gradient_checkpointing_enable", None)
+        self.gradient_checkpointing_enable = enable
         if hasattr(blora.net, "hf_device_map"):
             self.hf_device_map = blora.net.hf_device_map
 

@@ -372,6 +372,45 @@ def test_a_second_text_is_a_text_or_nothing(small):
     fit(blora, pandas.DataFrame(rows), num_steps=1)
 
 
+def test_items_are_read_by_the_names_of_their_choices(small):
+    """Like rows with the same names, or refused like them; also from a loader."""
+    task = load_task(ROWS * 3)
+    numbers = [{**row, "label": NAMES.index(row["label"])} for row in ROWS]
+    blora = named(small, NAMES)
+    fit(blora, numbers, num_steps=1)
+    assert blora.likelihood.classes == ()
+    expected = [NAMES.index(item.choices[item.label]) for item in task.test]
+    assert blora.predict_dataset(task.test, progress=False)[1].tolist() == expected
+    loader = DataLoader(task.test, 4, collate_fn=ClassificationCollator(small))
+    blora.unwrap()
+    blora = named(small, NAMES)
+    fit(blora, ROWS, num_steps=1)
+    with pytest.raises(DataError, match="must number the classes as"):
+        blora.predict_dataset(loader, progress=False)
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    fit(blora, numbers, num_steps=1)
+    with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
+        blora.predict_dataset(task.test, progress=False)
+
+
+def test_a_data_set_may_have_features_of_its_own(small):
+    class Encoded(torch.utils.data.Dataset):
+        def __init__(self):
+            self.features = torch.ones(6, 4, dtype=torch.long)
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, k):
+            ids = self.features[k]
+            return {"input_ids": ids, "attention_mask": ids, "labels": torch.tensor(k % 3)}
+
+    for data in (Encoded(), DataLoader(Encoded(), 3)):
+        blora = BayesianLoRA(classifier(small), likelihood=SequenceClassification(num_data=6))
+        fit(blora, data, num_steps=1)
+        blora.unwrap()
+
+
 def test_a_prediction_names_nothing_and_a_training_does(small):
     rows = two_orders(small)[0]
     blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)

@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Traini
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import ClassificationCollator, TextCollator, load_task
+from pyro_blora.data.tables import read_table
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.evaluation.metrics import evaluate_text
 from pyro_blora.guides import MatrixNormal
@@ -294,3 +295,9 @@ def test_a_classifier_reads_pairs_and_rows_without_labels(small):
     both = collate([{"text": "a film", "text_pair": "funny"}])
     assert both["input_ids"].tolist() == [small("a film", "funny")["input_ids"]]
     assert "labels" not in both
+
+
+def test_json_lines_may_have_questions_without_choices(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "a ?", "answer": "b"}\n')
+    assert read_table(path) == [{"question": "a ?", "answer": "b"}]

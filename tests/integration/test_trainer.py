@@ -154,3 +154,16 @@ def test_evaluation_leaves_no_trace_in_training(tmp_path):
         found.append({k: v.clone() for k, v in blora.state_dict().items()})
         blora.unwrap()
     assert tiny.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_gradient_checkpointing_trains_the_same(tmp_path):
+    ends = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        blora = tiny.adapted(tiny.llama())
+        options = {"gradient_checkpointing": on, "max_steps": 2}
+        tiny.trainer(tmp_path, blora, **options).train()
+        assert blora.net.is_gradient_checkpointing is on
+        ends.append(tiny.trained(blora))
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=1e-5)
