@@ -266,8 +266,9 @@ class _Loss(nn.Module):
         self.blora, self.objective, self.num_samples = blora, objective, num_samples
         self.figures: list[tuple[float, float]] = []
         # which the Trainer calls if its arguments ask for it
-        enable = getattr(blora.net, "gradient_checkpointing_enable", None)
-        self.gradient_checkpointing_enable = enable
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+            if hasattr(blora.net, name):
+                setattr(self, name, getattr(blora.net, name))
         if hasattr(blora.net, "hf_device_map"):
             self.hf_device_map = blora.net.hf_device_map
 
