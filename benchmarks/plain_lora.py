@@ -87,10 +87,26 @@ class PlainLoRA:
         stream = Batches(train, collate, batch_size=size, seed=seed)
         groups = [
             {"params": self.factors, "lr": lr},
-            {"params": self.heads, "lr": RATES["head"]},
+            {"params": self.heads, "lr": self._head_rate(stream.peek())},
         ]
         with in_mode(self.net, training=True):
             return training_loop(loss_of, groups, stream, settings, check=check)
+
+    @torch.no_grad()
+    def _head_rate(self, batch: Batch) -> float:
+        """That of the library's adapters, by the input of the last layer of the head."""
+        sizes, own = [], {id(p) for p in self.heads}
+        layers = [m for m in self.net.modules() if id(getattr(m, "weight", None)) in own]
+
+        def note(_: nn.Module, given: tuple[Tensor]) -> None:
+            sizes.append(float(given[0].abs().sum(-1).mean()))
+
+        handles = [layer.register_forward_pre_hook(note) for layer in layers]
+        with in_mode(self.net, training=False):
+            logits = self.likelihood.logits(self.net, to_device(batch, self.device))
+        for handle in handles:
+            handle.remove()
+        return RATES["head"] * math.log2(logits.shape[-1]) ** 0.5 / max(sizes[-1:], default=1.0)
 
     @torch.no_grad()
     def predict(self, batch: Batch, num_samples: int = 0) -> Prediction:

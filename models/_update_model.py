@@ -50,8 +50,9 @@ class UpdateModel(Options, PyroModule):
             ``"mean"``, ``"scale"`` or ``"direction"``.
         learning_rates: rates by role that suit the prior and its guide, if they differ from the
             defaults, :data:`pyro_blora.inference.learning_rates.RATES`.
-        point_epochs: epochs (at least 300 steps) after which the learning rate of directions and
-            heads is zero, because no KL keeps them from memorizing. Default: never.
+        point_epochs: epochs (at least 300 steps) for each bit of a label, ``log2 K`` for ``K``
+            classes, after which the learning rate of directions and heads is zero, because no KL
+            keeps them from memorizing. Default: never.
         no_start: why the prior cannot start at a given adapter; empty if it can.
 
     Example::

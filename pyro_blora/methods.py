@@ -30,7 +30,6 @@ class Method:
         prior_options: arguments of the prior's constructor, besides the rank.
         guide_options: arguments of the guide's constructor.
         learning_rates: AdamW's rates by parameter role that differ from the prior's own.
-        point_epochs: replaces the prior's own number.
         held_out: share of the examples that ``fit`` calibrates with; ``None`` for the likelihood's.
         num_samples: number of posterior draws for a prediction. Default: 10.
         linearized: whether predictions use the linearized network.
@@ -47,7 +46,6 @@ class Method:
     prior_options: Mapping[str, Any] = field(default_factory=dict)
     guide_options: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    point_epochs: float | None = None
     held_out: float | None = 0.0
     num_samples: int | None = None
     linearized: bool = False
@@ -91,7 +89,6 @@ _KNOWN = (
         "map",
         "KroneckerInducing",
         "Delta",
-        point_epochs=1e6,  # never
         held_out=None,
         num_samples=0,
     ),

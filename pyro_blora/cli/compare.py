@@ -102,6 +102,10 @@ def run(
             callback=check_precision,
         ),
     ] = "auto",
+    outside: Annotated[
+        Path | None,
+        typer.Option(help="A file of questions out of scope, which each method should doubt."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, predictions and a diagram.")
     ] = Path("out/compare"),
@@ -159,6 +163,7 @@ def run(
         target_modules=target_modules and listed(target_modules, "--target-modules"),
         num_samples=num_samples,
         precision=precision,
+        outside=outside,
         out=out,
         overwrite=overwrite,
         callback=told,

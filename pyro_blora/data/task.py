@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_blora.data.hub import hub_splits, read_hub
-from pyro_blora.data.items import FILES, QUESTION, SPLITS, Item, Template, splits_in, template_for
+from pyro_blora.data.items import (
+    FILES,
+    QUESTION,
+    SPLITS,
+    Item,
+    Template,
+    item_of,
+    splits_in,
+    template_for,
+)
 from pyro_blora.data.splits import chosen, first, keys_of
-from pyro_blora.data.tables import items_of
+from pyro_blora.data.tables import items_of, read_table
 from pyro_blora.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,6 +85,24 @@ class Task:
         if isinstance(collate, collators.LabelTokensCollator):
             return likelihoods.LabelTokens(token_ids=collate.token_ids, num_data=count)
         return likelihoods.MultipleChoice(num_data=count)
+
+    def outside(self, data: Any) -> tuple[Item, ...]:
+        """Questions of which no choice is right, as items of this task with a label of no meaning.
+
+        ``data`` are texts, or rows as for :func:`load_task`, which need no label; rows without
+        ``choices`` get those of this task.
+        """
+        if isinstance(data, list):
+            data = [{"text": row} if isinstance(row, str) else row for row in data]
+        table, choices = read_table(data), self.test[0].choices
+        found = []
+        for k in range(len(table)):
+            row = table[k]
+            if not isinstance(row, Item):
+                row = {"choices": choices, **row, "label": 0}
+                row = item_of({"question": row.get("text"), **row}, {"id": f"outside-{k}"})
+            found.append(row)
+        return tuple(found)
 
 
 def load_task(

@@ -24,7 +24,15 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import fingerprint, read_tensors
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.errors import ConfigurationError, readable
-from pyro_blora.evaluation.metrics import Metrics, error_of, evaluate, fit_temperature, item_scores
+from pyro_blora.evaluation.metrics import (
+    Metrics,
+    doubts,
+    error_of,
+    evaluate,
+    fit_temperature,
+    item_scores,
+    out_of_scope,
+)
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import check_free, write_file
 from pyro_blora.guides import SiteGuide
@@ -45,8 +53,8 @@ PREDICTIONS = "predictions.safetensors"
 DIAGRAM = "reliability.png"
 _PREDICTED = ("probs", "labels")  # the columns of this file
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
-_MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "NLL": ("nll", 1, 3)}
-_MEASURED |= {"Brier": ("brier", 1, 3)}
+_MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "gap %": ("gap", 100, 1)}
+_MEASURED |= {"NLL": ("nll", 1, 3), "Brier": ("brier", 1, 3)}
 _LINEARIZED_DRAWS = 256  # they cost no passes
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -95,6 +103,13 @@ class Row:
     trainable_parameters: int
     probs: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
+    has_learned: bool = True
+    auroc: dict[str, float] = field(default_factory=dict)  # out of scope, by the kind of doubt
+
+    @property
+    def gap(self) -> float:
+        """The mean confidence minus the accuracy."""
+        return evaluate(self.probs, self.labels).gap
 
 
 @dataclass
@@ -151,17 +166,26 @@ class Comparison:
     def columns(self) -> dict[str, list[str]]:
         """The table's columns by title, an entry for each method."""
         by = self.by_method()
-        found: dict[str, list[str]] = {"method": list(by)}
+        weak = {row.method for row in self.rows if not row.has_learned}
+        found = {"method": [f"{n} (has not learned)" if n in weak else n for n in by]}
         for title, (key, factor, digits) in _MEASURED.items():
             found[title] = []
             for own in by.values():
                 values = [factor * getattr(row, key) for row in own]
                 spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-                found[title].append(f"{mean(values):.{digits}f}{spread}")
+                sign = "+" if key == "gap" else ""
+                found[title].append(f"{mean(values):{sign}.{digits}f}{spread}")
         if len(by) > 1:
             gaps = {name: gap["nll"] for name, gap in self.differences().items()}
             told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
             found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
+        for doubt in dict.fromkeys(doubt for row in self.rows for doubt in row.auroc):
+            title = f"AUROC % out of scope, {doubt.replace('_', ' ')}"
+            found[title] = []
+            for own in by.values():
+                values = [100 * row.auroc[doubt] for row in own if doubt in row.auroc]
+                spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+                found[title].append(f"{mean(values):.1f}{spread}" if values else "")
         for key in ("temperature_by", "labels_beside_training", "passes"):
             each = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
             found[key.replace("_", " ")] = [", ".join(values) for values in each]
@@ -225,6 +249,7 @@ def compare(
     target_modules: str | Sequence[str] | None = None,
     num_samples: int = 10,
     precision: str = "auto",
+    outside: Any = None,
     out: str | PathLike[str] | None = None,
     overwrite: bool = False,
     callback: Callable[[Row], None] | None = None,
@@ -258,6 +283,8 @@ def compare(
         target_modules: as in :class:`~pyro_blora.BayesianLoRA`.
         num_samples: posterior draws of a prediction, for methods without a number of their own.
         precision: as in ``fit``.
+        outside: questions out of scope, as for :meth:`Task.outside <pyro_blora.data.Task.outside>`.
+            The table then says how well each method's doubts separate them from the test items.
         out: a folder for the results. After an interruption the same call continues from there;
             with other methods or seeds it trains what is missing. Default: nothing is written.
         overwrite: whether to replace earlier results in ``out``.
@@ -322,6 +349,9 @@ def compare(
         raise ConfigurationError(f"{task!r} must have {needs}; give more rows, or another split.")
     settings: dict[str, Any] = {"network": network, "task": task.name, **limits, **how}
     settings["data"] = _digest((whole.template, whole.train, whole.validation, whole.test))
+    others = None if outside is None else task.outside(outside)
+    if others is not None:
+        settings["outside"] = _digest(others)
     settings["methods"] = {kind_of(name)[1]: _said(known[kind_of(name)[1]]) for name in methods}
     settings.pop("progress", None)
     sizes = f"{len(task.train)} training and {len(task.test)} test items"
@@ -346,7 +376,10 @@ def compare(
             with phase("load"):  # a classifier anew, for a head of this seed
                 pair = load_for(network, len(task.test[0].choices), seed)
         collate = task.collator(pair[1], net=pair[0])
-        asked_for = {"known": known, "collate": collate, "data": {"test": (task.test, collate)}}
+        sets = {"test": (task.test, collate)}
+        if others:
+            sets["outside"] = (others, collate)
+        asked_for: dict[str, Any] = {"known": known, "collate": collate, "data": sets}
         asked_for |= {"seed": seed, "phase": phase, "validate_every": max(1, num_steps // 3), **how}
         for result in train_and_score(pair[0], task, names, **asked_for):
             row = done[result.row, seed] = _row(result, seed, task)
@@ -540,10 +573,17 @@ def _row(result: Result, seed: int, task: Task) -> Row:
         temperature = fit_temperature(held.probs.log(), held_labels)
         probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
         metrics = evaluate(probs, labels)
-    values = (metrics.acc, metrics.ece, metrics.nll, metrics.brier, len(task.train), metrics.n)
+    scores = (metrics.acc, metrics.ece, metrics.nll, metrics.brier)
+    sizes = (len(task.train), metrics.n)
     used = len(task.validation) if kind in ("temperature", "best") else 0
     passes, seconds = result.passes, result.fitted.seconds
-    return Row(result.row, seed, *values, by, used, passes, seconds, numbers, probs, labels)
+    row = Row(result.row, seed, *scores, *sizes, by, used, passes, seconds, numbers, probs, labels)
+    row.has_learned = result.fitted.has_learned
+    if "outside" in result.predictions:
+        outside, _ = result.predictions["outside"]
+        for doubt in [*doubts(prediction)][1:]:  # the first is the confidence
+            row.auroc[doubt] = out_of_scope(prediction, outside, by=doubt).auroc
+    return row
 
 
 def versions() -> dict[str, str]:

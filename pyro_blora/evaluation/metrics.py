@@ -22,6 +22,7 @@ from pyro_blora.updates import LowRankUpdate
 __all__ = [
     "CRITERIA",
     "Metrics",
+    "OutOfScope",
     "TextMetrics",
     "auroc",
     "doubts",
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate_text",
     "fit_temperature",
     "item_scores",
+    "out_of_scope",
     "rank",
     "risk_coverage",
     "threshold_for",
@@ -46,13 +48,14 @@ class Metrics:
 
     acc: float
     ece: float
+    gap: float
     nll: float
     brier: float
     n: int
 
     def __str__(self) -> str:
         return (
-            f"ACC {100 * self.acc:.1f}  ECE {100 * self.ece:.1f}  "
+            f"ACC {100 * self.acc:.1f}  ECE {100 * self.ece:.1f} (gap {100 * self.gap:+.1f})  "
             f"NLL {self.nll:.3f}  Brier {self.brier:.3f}"
         )
 
@@ -63,12 +66,14 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
     .. math::
         \mathrm{ACC} &= \tfrac1n \textstyle\sum_i [\hat y_i = y_i], \quad
         \hat y_i = \arg\max_k p_{ik}\\
-        \mathrm{ECE} &= \textstyle\sum_b \tfrac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|\\
+        \mathrm{ECE} &= \textstyle\sum_b \tfrac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|, \quad
+        \mathrm{gap} = \mathrm{conf} - \mathrm{ACC}\\
         \mathrm{NLL} &= -\tfrac1n \textstyle\sum_i \log p_{i y_i}\\
         \mathrm{Brier} &= \tfrac1n \textstyle\sum_i \sum_k (p_{ik} - [k = y_i])^2
 
     The ECE sorts the confidence in the most probable class into bins ``[low, high)`` of equal
-    width; the last one contains 1. A probability of 0 at a label counts as the smallest normal
+    width; the last one contains 1. The gap is above 0 for over-confidence, below 0 for too little
+    confidence. A probability of 0 at a label counts as the smallest normal
     float32, so the NLL of an item is at most 87.3 nats. ``probs`` is ``(n, K)``, with 0 for an
     absent choice, and ``labels`` is ``(n,)``.
 
@@ -76,10 +81,12 @@ def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
 
         >>> metrics = evaluate(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]))
         >>> print(metrics)
-        ACC 50.0  ECE 37.5  NLL 0.490  Brier 0.312
+        ACC 50.0  ECE 37.5 (gap +12.5)  NLL 0.490  Brier 0.312
     """
     nll, brier, ece = item_scores(probs, labels, num_bins=num_bins).mean(1).tolist()
-    return Metrics(float((probs.argmax(1) == labels).float().mean()), ece, nll, brier, len(labels))
+    acc = float((probs.argmax(1) == labels).float().mean())
+    gap = float(probs.double().amax(1).mean()) - acc
+    return Metrics(acc, ece, gap, nll, brier, len(labels))
 
 
 def item_scores(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
@@ -298,6 +305,58 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     # binary_auroc takes values outside [0, 1] for logits
     _, ranks = scores.unique(return_inverse=True)
     return float(binary_auroc(ranks.float() / max(1, int(ranks.max())), truth.to(scores.device)))
+
+
+@dataclass(frozen=True)
+class OutOfScope:
+    """How well a doubt tells questions that were never taught, as :func:`out_of_scope` says."""
+
+    auroc: float
+    fpr: float
+    threshold: float
+
+    def __str__(self) -> str:
+        return (
+            f"AUROC {100 * self.auroc:.1f}  FPR {100 * self.fpr:.1f}  "
+            f"threshold {self.threshold:.3f}"
+        )
+
+
+def out_of_scope(
+    inside: Prediction, outside: Prediction, *, by: str = "entropy", recall: float = 0.95
+) -> OutOfScope:
+    """Scores how well doubt separates the questions of a task from others.
+
+    The AUROC is the probability that a question from outside has the higher doubt (:func:`auroc`).
+    The threshold is the doubt up to which the share ``recall`` of the inside is answered; no
+    question from outside is needed to set it. The false positive rate is the share of the outside
+    that is answered, too. For a bound on the share of wrong answers among those given, pass both
+    to :func:`threshold_for`, ``Prediction.cat([inside, outside])``, with label -1 for the outside.
+
+    Args:
+        inside: of questions of the task.
+        outside: of others.
+        by: ``"entropy"``, ``"mutual_information"`` or ``"confidence"``, as in ``threshold_for``.
+        recall: the share of the inside to answer.
+
+    Reference:
+        D. Hendrycks, K. Gimpel (2017), "A Baseline for Detecting Misclassified and
+        Out-of-Distribution Examples in Neural Networks", arXiv:1610.02136.
+
+    Example::
+
+        print(out_of_scope(blora.predict(questions), blora.predict(others)))
+    """
+    known = doubts(inside).keys() & doubts(outside).keys()
+    if by not in known:
+        raise ConfigurationError(f"by must be one of {sorted(known)}, got {by!r}.")
+    if not 0 < recall <= 1:
+        raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
+    mine, others = (doubts(each)[by].double().cpu() for each in (inside, outside))
+    kept = math.ceil(recall * len(mine) - 1e-9)
+    threshold = mine.sort().values[kept - 1]
+    rate = float((others <= threshold).double().mean())
+    return OutOfScope(auroc(mine, others), rate, float(threshold))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
     rate_overrides,
+    sizes_of,
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import Callback, Decay, FitResult, Settings, running, training_loop
@@ -83,9 +84,10 @@ def fit(
             ``question``, ``choices`` and ``label`` for options; ``text``, or ``prompt`` and
             ``completion``, for ``CausalLM``. Without a tokenizer, torch's default.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
-            ``"likelihood"`` and ``"head"``; a single number is the rate of the means. Other roles
-            take the rate of the method, of the prior, or of
-            :data:`~pyro_blora.inference.RATES`, in this order.
+            ``"likelihood"`` and ``"head"``, the last in units of a logit; a single number is the
+            rate of the means. Other roles take the rate of the method, of the prior, or of
+            :data:`~pyro_blora.inference.RATES`, in this order; see
+            :func:`~pyro_blora.inference.parameter_groups` for what the first batch says of them.
         warmup: share of the steps over which the rates rise from zero.
         decay: how the rates fall to zero afterwards, or ``"constant"``.
         max_grad_norm: the norm at which the gradient of this loss is clipped; ``None`` does not
@@ -125,7 +127,9 @@ def fit(
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
-        The history, with the loss per example, its KL and NLL.
+        The history, with the loss per example, its KL and NLL, and the accuracy and confidence on
+        the last training examples. If the adapter is far less sure of these than it is right, a
+        warning says that it has not learned.
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites. It is
@@ -204,7 +208,9 @@ def fit(
                 f"batches of {batch.examples} at once; make it with batch_size=None for ready "
                 "batches, and pass num_data= to the likelihood."
             )
-        groups = parameter_groups(blora, rates)
+        with blora.model.autocast(settings.precision):
+            sizes = sizes_of(blora, batch)
+        groups = parameter_groups(blora, rates, sizes)
         if not groups:
             raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
     reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
@@ -230,13 +236,21 @@ def fit(
             settings,
             check=objective.check,
             # directions and heads stop early, because no KL keeps them from memorizing
-            point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size)),
+            point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size), sizes),
             validate=validate,
             state=blora.state_dict,
             callback=callback,
             progress=progress,
         )
     result.num_held_out = len(held)
+    if not result.has_learned:
+        head = ", or raise the rate of the head, learning_rates={'head': ...}"
+        warnings.warn(
+            f"The adapter has not learned its training examples: it is right on "
+            f"{result.accuracy:.0%} of them with a confidence of {result.confidence:.0%}. Train "
+            f"for more steps{head if blora.model.trained_heads.names else ''}.",
+            stacklevel=3,  # past the wrapper of one_at_a_time
+        )
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
     if post_hoc_families(blora):  # Laplace has no width yet

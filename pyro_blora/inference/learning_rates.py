@@ -3,15 +3,20 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+import pyro
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import SiteGuide
+from pyro_blora.likelihoods import Batch
 from pyro_blora.models import UpdateModel
+from pyro_blora.network.adapter import TrainedHeads, in_mode
 
 #: The usual rates, which a prior (``learning_rates``), a method or a call of ``fit`` may override.
 RATES: dict[str, float] = {
@@ -19,9 +24,20 @@ RATES: dict[str, float] = {
     "scale": 2e-2,  # of the guide and of the prior, in units of their logarithm
     "direction": 5e-3,
     "likelihood": 5e-2,
-    "head": 1e-3,
+    "head": 0.2,  # in units of a logit: a step of Adam moves the weight of an input h by rate/|h|_1
 }
-_POINT_STEPS = 300  # the least, because a new head learns nothing in fewer
+_POINT_STEPS = 300  # the least
+_SMALLEST = 1e-3  # input of a head that is worth a step
+_SLOWEST = 16.0  # which is about the rate of a LoRA
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What rates depend on: heads' inputs, the classes, and how much slower texts are learned."""
+
+    inputs: Mapping[str, float]
+    classes: int = 2
+    slower: float = 1.0
 
 
 def rate_overrides(
@@ -48,18 +64,24 @@ def rate_overrides(
 
 
 def parameter_groups(
-    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
+    blora: BayesianLoRA,
+    learning_rates: float | Mapping[str, float] | None = None,
+    batch: Batch | Sizes | None = None,
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
+    r"""AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
 
     The rate of a role comes from ``learning_rates``, or else from ``blora.method``, from the prior
     of the parameter's group of layers, or from :data:`RATES`. A parameter without a declared role,
-    as in an AutoGuide, is a scale if its name says so, and otherwise a mean.
+    as in an AutoGuide, is a scale if its name says so, and otherwise a mean. A head's rate is
+    multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
+    rates of means and directions are divided by the square of the number of scored tokens of an
+    example, at most 16. ``batch`` shows them; without one an example has one label of two classes,
+    and the input of a head entries of about one.
     """
-    given = rate_overrides(blora, learning_rates)
+    given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
     for path, parameter in blora.named_parameters():
-        role, rate = _role_and_rate(blora, path, given)
+        role, rate = _role_and_rate(blora, path, given, sizes)
         if parameter.requires_grad:
             found.setdefault(role, {}).setdefault(rate, []).append(parameter)
     return [
@@ -70,24 +92,52 @@ def parameter_groups(
 
 
 def optim_args(
-    blora: BayesianLoRA, learning_rates: float | Mapping[str, float] | None = None
+    blora: BayesianLoRA,
+    learning_rates: float | Mapping[str, float] | None = None,
+    batch: Batch | Sizes | None = None,
 ) -> Callable[[str], dict[str, float]]:
     """The function by which an optimizer of Pyro asks for a parameter's rate, as in :func:`fit`.
 
-    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``; for
+    ``batch`` see :func:`parameter_groups`.
     """
-    given = rate_overrides(blora, learning_rates)
+    given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
 
     def of(name: str) -> dict[str, float]:
         named = {n.removesuffix("_unconstrained"): p for n, p in blora.named_parameters()}
         parameter = named.get(name.removesuffix("_unconstrained"))  # torch's name, or Pyro's
         held = parameter is not None and not parameter.requires_grad
-        return {"lr": 0.0 if held else _role_and_rate(blora, name, given)[1]}
+        return {"lr": 0.0 if held else _role_and_rate(blora, name, given, sizes)[1]}
 
     return of
 
 
-def _role_and_rate(blora: BayesianLoRA, path: str, given: Mapping[str, float]) -> tuple[str, float]:
+@torch.no_grad()
+def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
+    """The sizes that a batch shows; without one the input of a head has entries of about one."""
+    heads, likelihood = blora.model.trained_heads, blora.likelihood
+    if isinstance(batch, Sizes):
+        return batch
+    if batch is None:
+        return Sizes(heads.sizes)
+    prepared = blora.model.prepared(batch)
+    with (
+        pyro.validation_enabled(False),
+        in_mode(blora.net, training=False),
+        heads.input_sizes() as inputs,
+        blora.posterior(0, prepared) as net,
+    ):
+        logits = likelihood.logits(net, prepared)
+    labels = likelihood.labels(prepared)
+    if likelihood.has_classes or labels is None or labels.is_floating_point():
+        return Sizes(inputs, max(logits.shape[-1], 2))
+    scored = float((labels >= 0).sum()) / prepared.examples
+    return Sizes(inputs, logits.shape[-1], min(max(scored, 1.0) ** 2, _SLOWEST))
+
+
+def _role_and_rate(
+    blora: BayesianLoRA, path: str, given: Mapping[str, float], sizes: Sizes
+) -> tuple[str, float]:
     *parents, name = path.removesuffix("_unconstrained").split(".")
     owners: list[Any] = [blora]
     for parent in parents:  # a user's guide that calls pyro.param has no such parents
@@ -101,7 +151,13 @@ def _role_and_rate(blora: BayesianLoRA, path: str, given: Mapping[str, float]) -
     own = getattr(prior, "learning_rates", {})
     for rates in (given, blora.method.learning_rates, own, RATES):
         if role in rates:
-            return role, rates[role]
+            unit = 1.0
+            if isinstance(owners[-1], TrainedHeads):
+                size = max(sizes.inputs.get(name, 1.0), _SMALLEST)
+                unit = size / math.log2(sizes.classes) ** 0.5
+            elif role in ("mean", "direction") and (rates is own or rates is RATES):
+                unit = sizes.slower
+            return role, rates[role] / unit
     raise ConfigurationError(
         f"{path} must have a role with a rate, got {role!r}; pass its rate in learning_rates=."
     )
@@ -114,22 +170,17 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
     return None
 
 
-def point_epochs(blora: BayesianLoRA) -> float:
-    """The epochs after which directions and heads stop learning, as the method or the prior says.
+def point_steps(
+    blora: BayesianLoRA, of_an_epoch: int | None, batch: Batch | Sizes | None = None
+) -> int | None:
+    """The steps in which point estimates learn, given the batches per epoch; ``None`` for all.
 
-    If the guide is itself a point, they never stop unless the method gives a number.
+    A prior says for how many epochs for each bit of a label. If the guide is itself a point, they
+    never stop.
     """
-    if blora.method.point_epochs is not None:
-        return blora.method.point_epochs
     priors = (getattr(blora.model, group.name) for group in blora.model.groups)
     found = [p.point_epochs for p in priors if p.point_epochs is not None]
-    is_point = getattr(blora.guide_family, "is_point", False)
-    return math.inf if is_point else max(found, default=math.inf)
-
-
-def point_steps(blora: BayesianLoRA, of_an_epoch: int | None) -> int | None:
-    """The steps in which point estimates learn, given the batches per epoch; ``None`` for all."""
-    epochs = point_epochs(blora)
-    if of_an_epoch is None or epochs == math.inf:
+    if of_an_epoch is None or not found or getattr(blora.guide_family, "is_point", False):
         return None
-    return max(_POINT_STEPS, round(epochs * of_an_epoch))
+    bits = math.log2(sizes_of(blora, batch).classes)
+    return max(_POINT_STEPS, round(bits * max(found) * of_an_epoch))

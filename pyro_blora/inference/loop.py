@@ -29,6 +29,8 @@ StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 # Reading a figure synchronizes the device, so figures are read after this many steps or seconds,
 # unless a callback needs those of every step
 _READ_EVERY, _SECONDS = 10, 1.0
+# An adapter has not learned if accuracy exceeds confidence by this, after so many steps
+_UNSURE, _FEWEST = 0.2, 20
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,25 @@ class FitResult:
     settings: Settings | None = None
 
     @property
+    def accuracy(self) -> float:
+        """The accuracy on the training examples of the last tenth of the steps; NaN for text."""
+        return self._late("acc")
+
+    @property
+    def confidence(self) -> float:
+        """The mean probability of the chosen class, on the same examples and by the same draws."""
+        return self._late("conf")
+
+    @property
+    def has_learned(self) -> bool:
+        """False if it is far less sure of its training examples than right, after 20 steps."""
+        return len(self.history) < _FEWEST or not self.accuracy - self.confidence > _UNSURE
+
+    def _late(self, figure: str) -> float:
+        late = [f[figure] for f in self.history[-(len(self.history) + 9) // 10 :] if figure in f]
+        return sum(late) / len(late) if late else math.nan
+
+    @property
     def stopped_early(self) -> bool:
         """Whether the validations ran out of ``patience`` before the last of ``num_steps``."""
         run = self.settings
@@ -113,8 +134,8 @@ class Step:
 
     Attributes:
         step: the number of steps done.
-        figures: ``loss``, ``nll`` and ``kl`` as in the history, in nats: ``loss`` and ``nll`` per
-            example, ``kl`` in total.
+        figures: as in the history: ``loss`` and ``nll`` in nats per example, ``kl`` in nats in
+            total, and with classes the batch's ``acc`` and ``conf``.
         validation: the loss of the validation after this step, or ``None`` if there was none.
     """
 

@@ -75,8 +75,9 @@ class Objective:
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
 
-        The figures stay on the device until the caller reads them and passes them to
-        :meth:`check`.
+        With classes there are also ``acc``, the share of labels that are the most probable class,
+        and ``conf``, the mean probability of that class; a draw counts for itself. The figures stay
+        on the device until the caller reads them and passes them to :meth:`check`.
         """
         model, guide = self._blora.model, self._blora.guide
         likelihood, num_data = model.likelihood, self._num_data
@@ -128,9 +129,14 @@ class Objective:
         with torch.no_grad():
             nll = -site["fn"].log_prob(site["value"]).mean()  # without any scale
             kl = (loss - nll) * (num_data / self.kl_weight)  # the rest, without its weight
-        if isinstance(likelihood, SequenceClassification) and model.starts_at_lora:
-            self._classes = int(site["fn"].logits.shape[-1])
-        return loss, {"loss": loss.detach(), "nll": nll, "kl": kl}
+        figures = {"loss": loss.detach(), "nll": nll, "kl": kl}
+        if likelihood.has_classes:
+            logits = site["fn"].logits.detach()
+            right = logits.argmax(-1) == site["value"]
+            figures |= {"acc": right.float().mean(), "conf": logits.softmax(-1).amax(-1).mean()}
+            if isinstance(likelihood, SequenceClassification) and model.starts_at_lora:
+                self._classes = int(logits.shape[-1])
+        return loss, figures
 
     def check(self, batch: Batch, step: int, figures: Mapping[str, float]) -> None:
         """Raises an error if the figures of a step show that something is wrong, and says what."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pyro
@@ -137,11 +138,16 @@ class BayesianLoRATrainer(Trainer):
         """Makes the optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
-            groups = parameter_groups(self.blora, self.learning_rates)
+            groups = parameter_groups(self.blora, self.learning_rates, self._some_batch())
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
         return self.optimizer
+
+    def _some_batch(self) -> Any:
+        """A batch by which to measure, made without a random number, or ``None``."""
+        rows = [*islice(self.train_dataset or (), self.args.per_device_train_batch_size)]
+        return self.data_collator(rows) if rows else None
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -153,7 +159,7 @@ class BayesianLoRATrainer(Trainer):
         if given or not isinstance(whole, LambdaLR) or epoch is None:
             return whole
         of_an_epoch = math.ceil(epoch / self.args.gradient_accumulation_steps)
-        last = point_steps(self.blora, of_an_epoch)
+        last = point_steps(self.blora, of_an_epoch, self._some_batch())
         for k, group in enumerate(whole.optimizer.param_groups):
             length = schedule_length(group, num_training_steps, last)
             if length < num_training_steps:

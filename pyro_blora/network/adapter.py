@@ -201,6 +201,8 @@ class TrainedHeads(PyroModule):
         self.names = tuple(names)
         self.roles: dict[str, str] = {}
         self._owners: dict[str, tuple[str, nn.Module, str]] = {}
+        #: ``|h|_1`` of the input ``h`` of each tensor's module, if its entries are about one
+        self.sizes: dict[str, float] = {}
         for head in names:
             for path, owner in net.get_submodule(head).named_modules(prefix=head):
                 if "original_module" in path.split("."):  # PEFT keeps the untrained head here
@@ -215,12 +217,33 @@ class TrainedHeads(PyroModule):
                     attribute = name_in_base(f"{path}.{name}").replace(".", "_")
                     self._owners[attribute] = f"{path}.{name}", owner, name
                     self.roles[attribute] = "head"
+                    shapes = [p.shape for p in owner.parameters(recurse=False)]
+                    self.sizes[attribute] = float(max(shapes, key=len)[-1])
                     dtype = torch.promote_types(own.dtype, torch.float32)
                     setattr(self, attribute, PyroParam(own.detach().to(dtype, copy=True)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors by their full names in the network."""
         return {full: getattr(self, name) for name, (full, _, _) in self._owners.items()}
+
+    @contextmanager
+    def input_sizes(self) -> Iterator[dict[str, float]]:
+        """Measures ``sizes`` within the context, by what the modules are given there."""
+        found = dict(self.sizes)
+
+        def seen(module: nn.Module, given: tuple[Any, ...]) -> None:
+            h = given[0] if given else None
+            if isinstance(h, Tensor) and h.is_floating_point():
+                size = float(h.detach().float().abs().sum(-1).mean())
+                found.update({k: size for k, own in self._owners.items() if own[1] is module})
+
+        owners = {id(owner): owner for _, owner, _ in self._owners.values()}
+        handles = [owner.register_forward_pre_hook(seen) for owner in owners.values()]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -24,7 +24,9 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     out = tmp_path / "out"
     methods = "lora,best:lora,temperature:lora,bayesian-lora,blob,mean:bayesian-lora"
     methods += ",temperature:bayesian-lora,distilled:bayesian-lora,split:lora"
+    (tmp_path / "other.jsonl").write_text('{"text": "the answer is"}\n{"text": "it is"}\n')
     options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
+    options += ["--outside", tmp_path / "other.jsonl"]
     text, results = compare(out, methods, *options, "--num-samples", 3, "--rank", 4)
     assert set(results) == {"rows", "versions", "settings"}
     assert {(r["method"], r["seed"]) for r in results["rows"]} == {
@@ -34,9 +36,11 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     for row in results["rows"]:
         told = {"method", "seed", *scores, "n_test", "train_seconds", "trainable_parameters"}
         told |= {"labels_beside_training", "passes", "temperature_by", "n_train"}
+        told |= {"has_learned", "auroc"}
         assert set(row) == told
         assert row["n_test"] == 21  # no example dropped
         assert row["train_seconds"] > 0
+        assert 0 <= row["auroc"]["entropy"] <= 1
     by = {(r["method"], r["seed"]): r for r in results["rows"]}
     # Scaling by a temperature keeps the order of the answers.
     assert by["lora", 0]["acc"] == by["temperature:lora", 0]["acc"]

@@ -123,6 +123,7 @@ PAGES += " reference/names"
 
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
+@pytest.mark.filterwarnings("ignore:The adapter has not learned")
 @pytest.mark.parametrize("name", PAGES.split())
 def test_the_programs_of_a_page_run(name):
     """One after the other, and on one network: an adapter is taken off where another is made.

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from pyro_blora import Comparison, compare, load_task
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.comparison import Row
 from pyro_blora.evaluation.metrics import item_scores
@@ -125,6 +125,33 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
         compare(str(encoder), ROWS, names, **{**how, "num_steps": 5}, out=tmp_path)
 
 
+def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_mark(encoder):
+    outside = ["who are you", "what is it", *(f"and {k}" for k in range(20))]
+    how = {"seeds": [0], "num_steps": 4, "progress": False}
+    found = compare(str(encoder), ROWS, ["lora", "mean-field"], outside=outside, **how)
+    rows = {row.method: row for row in found.rows}
+    assert list(rows["mean-field"].auroc) == ["entropy", "mutual_information"]
+    assert list(rows["lora"].auroc) == ["entropy"]  # of a point
+    columns = found.columns()
+    assert (
+        columns["AUROC % out of scope, entropy"][0] == f"{100 * rows['lora'].auroc['entropy']:.1f}"
+    )
+    assert columns["AUROC % out of scope, mutual information"][0] == ""
+    for each in rows.values():
+        right = (each.probs.argmax(-1) == each.labels).double().mean()
+        assert each.gap == pytest.approx(float(each.probs.amax(-1).mean() - right), abs=1e-6)
+    assert columns["gap %"] == [f"{100 * each.gap:+.1f}" for each in rows.values()]
+    rows["lora"].has_learned = False
+    assert found.columns()["method"] == ["lora (has not learned)", "mean-field"]
+    task = load_task(ROWS)
+    for data in (outside, [{"text": text} for text in outside]):
+        items = task.outside(data)
+        assert [item.question for item in items] == outside
+        assert {item.choices for item in items} == {task.test[0].choices}
+    with pytest.raises(DataError, match="must be texts"):
+        task.outside([{"sentence": "a"}])
+
+
 def test_other_weights_or_tokenizers_of_the_same_name_are_not_taken_for_these(encoder, tmp_path):
     folder, out = tmp_path / "network", tmp_path / "out"
     shutil.copytree(encoder, folder)
@@ -175,6 +202,7 @@ def test_options_that_would_not_be_obeyed_are_refused_first(
     assert not out.exists()
 
 
+@pytest.mark.filterwarnings("ignore:The adapter has not learned")
 def test_a_network_of_ones_own_is_given_back(encoder):
     net, tokenizer = tiny.bert(), build_tokenizer([r["text"] for r in ROWS], pad="<pad>")
     net.resize_token_embeddings(len(tokenizer))

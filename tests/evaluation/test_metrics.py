@@ -17,6 +17,7 @@ from pyro_blora.evaluation.metrics import (
     evaluate,
     fit_temperature,
     item_scores,
+    out_of_scope,
     rank,
     risk_coverage,
     threshold_for,
@@ -267,6 +268,29 @@ def test_thresholds_refuse_what_they_cannot_read():
             threshold_for(prediction, labels, **options)
     with pytest.raises(ConfigurationError, match="boolean"):
         threshold_for(prediction, labels.bool())
+
+
+def test_out_of_scope_by_counting():
+    """The threshold needs the inside alone; with ties, and by each kind of doubt."""
+    torch.manual_seed(0)
+    inside, outside = (
+        Prediction((scale * torch.randn(3, n, 4)).round().softmax(-1))
+        for scale, n in ((3.0, 40), (1.0, 25))
+    )
+    for by in ("entropy", "mutual_information"):
+        mine, others = (sorted(getattr(p, by).tolist()) for p in (inside, outside))
+        found = out_of_scope(inside, outside, by=by, recall=0.9)
+        assert sum(value <= found.threshold for value in mine) >= 36
+        assert sum(value < found.threshold for value in mine) < 36
+        assert found.fpr == sum(value <= found.threshold for value in others) / 25
+        pairs = [(a < b) + (a == b) / 2 for a in mine for b in others]
+        assert found.auroc == pytest.approx(sum(pairs) / 1000, abs=1e-6)
+    for options in ({"by": "surprise"}, {"recall": 0.0}):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(options))} must be"):
+            out_of_scope(inside, outside, **options)
+    both, labels = Prediction.cat([inside, outside]), torch.tensor([0] * 40 + [-1] * 25)
+    with pytest.warns(UserWarning, match="No threshold"):
+        threshold_for(both, labels)
 
 
 def test_auroc_is_the_share_of_pairs_in_order():

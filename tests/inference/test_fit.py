@@ -1,8 +1,9 @@
 """The ready-made loop: history, particles, warm-up, validation, seeds, the order of the data."""
 
 import itertools
+import math
 import re
-from dataclasses import replace
+import warnings
 from functools import partial
 
 import pyro
@@ -15,6 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoN
 from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from pyro_blora import BayesianLoRA
 from pyro_blora.guides import Delta, Ensemble, MeanField
 from pyro_blora.inference import (
     RATES,
@@ -23,7 +25,8 @@ from pyro_blora.inference import (
     optim_args,
     parameter_groups,
 )
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import CausalLM, SequenceClassification
+from pyro_blora.models import KroneckerInducing
 from pyro_blora.posterior.batches import Batches
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.prediction import predict_dataset
@@ -39,7 +42,7 @@ def test_history(weight):
     blora = tiny.adapted(num_data=10)
     kl = blora.kl().item()
     result = tiny.train(blora, kl_weight=weight)
-    assert [set(step) for step in result.history] == [{"loss", "nll", "kl"}] * 6
+    assert [set(step) for step in result.history] == [{"loss", "nll", "kl", "acc", "conf"}] * 6
     assert result.history[0]["kl"] == pytest.approx(kl, rel=1e-3)
     for step in result.history:
         assert step["loss"] == pytest.approx(step["nll"] + weight * step["kl"] / 10, rel=1e-5)
@@ -142,7 +145,13 @@ def test_validation_leaves_training_mode():
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
     result = tiny.train(blora, validation=tiny.examples(3), num_steps=2, validate_every=1)
     assert len(result.validation) == 2
-    assert modes == [True, False, True, False]  # dropout, where there is any, is for training
+    assert modes == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]  # first to measure sizes; dropout is for training
     assert not blora.net.training
 
 
@@ -204,11 +213,87 @@ def test_a_rate_of_zero_holds_its_role_still_and_no_other(role, expected):
     likelihood = SequenceClassification(num_data=10)
     blora = tiny.adapted(tiny.bert(), target_modules=None, likelihood=likelihood)
     groups = parameter_groups(blora)
-    assert {g["name"]: g["lr"] for g in groups} | {"likelihood": RATES["likelihood"]} == RATES
+    expected_rates = RATES | {"head": RATES["head"] / 16}  # of an input of 16 entries about one
+    rates = {g["name"]: g["lr"] for g in groups}
+    assert rates | {"likelihood": RATES["likelihood"]} == expected_rates
     before = tiny.trained(blora)
     tiny.train(blora, DataLoader([tiny.sequences()], batch_size=None), learning_rates={role: 0.0})
     still = {n for n, value in tiny.trained(blora).items() if torch.equal(value, before[n])}
     assert {n.rpartition(".")[2].removesuffix("_unconstrained") for n in still} == expected
+
+
+def test_a_head_s_rate_is_a_step_of_a_logit_whatever_the_size_of_its_input():
+    """By the input of each of its layers, whose first is large here."""
+    net, batch, inputs = tiny.roberta(), tiny.sequences(), {}
+    with torch.no_grad():
+        net.roberta.encoder.layer[-1].output.LayerNorm.weight.mul_(30)
+    for name in ("dense", "out_proj"):
+        getattr(net.classifier, name).register_forward_hook(
+            lambda _, given, __, name=name: inputs.update({name: given[0]})
+        )
+    with torch.no_grad():
+        net(batch["input_ids"], batch["attention_mask"])
+    blora = BayesianLoRA(net, likelihood=SequenceClassification(num_data=4), rank=2)
+    by_id = {id(p): g["lr"] for g in parameter_groups(blora, None, batch) for p in g["params"]}
+    heads, asked = blora.model.trained_heads, optim_args(blora, None, batch)
+    for name, given in inputs.items():
+        expected = RATES["head"] * math.log2(3) ** 0.5 / float(given.abs().sum(-1).mean())
+        for part in ("weight", "bias"):
+            path = f"classifier_{name}_{part}"
+            assert by_id[id(getattr(heads, path))] == pytest.approx(expected, rel=1e-5)
+            assert asked(f"model.trained_heads.{path}")["lr"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("scored", "slower"), [(1, 1.0), (2, 4.0), (3, 9.0), (7, 16.0)])
+def test_means_and_directions_of_a_text_are_slower_by_its_scored_tokens(scored, slower):
+    """The usual rates; one that a call or a method gives is taken as it is."""
+    batch = tiny.texts(rows=3, length=12)
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, 1 : 1 + scored] = batch["input_ids"][:, 1 : 1 + scored]
+    for given, method in ((None, None), ({"mean": 0.3}, None), (None, "lora")):
+        blora = BayesianLoRA(tiny.llama(), rank=2, method=method, likelihood=CausalLM(num_data=3))
+        rates = {g["name"]: g["lr"] for g in parameter_groups(blora, given, batch)}
+        usual = {g["name"]: g["lr"] for g in parameter_groups(blora, given)}
+        expected = {**usual, "mean": usual["mean"] / (1 if given or method else slower)}
+        if method is None:
+            expected["direction"] = usual["direction"] / slower
+        assert rates == pytest.approx(expected)
+        blora.unwrap()
+
+
+@pytest.mark.parametrize(("classes", "steps"), [(2, 60), (4, 120), (30, 294)])
+def test_points_learn_six_epochs_for_each_bit_of_a_label(classes, steps, monkeypatch):
+    monkeypatch.setattr(learning_rates, "_POINT_STEPS", 1)
+    net, batch = tiny.bert(num_labels=classes), tiny.sequences()
+    blora = BayesianLoRA(net, rank=2, likelihood=SequenceClassification(num_data=80))
+    assert learning_rates.point_steps(blora, 10, batch) == steps
+
+
+@pytest.mark.filterwarnings("ignore:KL")
+def test_fit_says_when_an_adapter_has_not_learned():
+    """Thirty random classes, of which a head that hardly moves says little, though it is right."""
+    torch.manual_seed(0)
+    net = tiny.bert(num_labels=30)
+    rows = tiny.examples(60)
+    for k, row in enumerate(rows):
+        row["label"] = k % 30
+        row["input_ids"] = torch.full_like(row["input_ids"], k % 30)
+    how = {"num_steps": 150, "batch_size": 20}
+    for rate, learned in ((0.02, False), (0.8, True)):
+        blora = BayesianLoRA(net, rank=2, likelihood=SequenceClassification(num_data=60))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            result = tiny.train(blora, rows, learning_rates={"head": rate}, **how)
+        assert result.has_learned is learned
+        assert [str(w.message)[:27] for w in told] == ["The adapter has not learned"] * (
+            not learned
+        )
+        with torch.no_grad():  # the figures, by hand
+            probs = blora.predict(tiny.collate(rows), 64).probs
+        right = (probs.argmax(-1) == torch.tensor([row["label"] for row in rows])).float().mean()
+        assert result.accuracy == pytest.approx(float(right), abs=0.15)
+        assert result.confidence == pytest.approx(float(probs.amax(-1).mean()), abs=0.15)
+        blora.unwrap()
 
 
 @pytest.mark.parametrize(
@@ -226,11 +311,12 @@ def test_schedule(decay, expected):
     assert loop.rate(8, 8, 0.25, decay) == 0.0
 
 
-@pytest.mark.parametrize("epochs", [1e6, 2])
+@pytest.mark.parametrize("epochs", [None, 2])
 def test_points_learn_for_some_epochs(epochs, monkeypatch):
     """Of four steps, two passes over six examples."""
     blora, still = tiny.adapted(num_data=6), {}
-    blora.method = replace(blora.method, point_epochs=epochs)
+    bits = math.log2(3)  # of a label of three classes
+    monkeypatch.setattr(KroneckerInducing, "point_epochs", epochs and epochs / bits)
     monkeypatch.setattr(learning_rates, "_POINT_STEPS", 1)
 
     def note(step):
@@ -345,11 +431,12 @@ def test_examples_a_loader_and_the_trainer_end_alike(monkeypatch, tmp_path):
     batch = tiny.choices(12, seed=3)
     rows = [{key: value[i] for key, value in batch.items()} for i in range(12)]
     monkeypatch.setattr(learning_rates, "_POINT_STEPS", 1)
+    monkeypatch.setattr(KroneckerInducing, "point_epochs", 2.0)
+    monkeypatch.setattr(Delta, "is_point", False)  # or its directions would never stop
     net, ends = tiny.llama(), []
     for data in (rows, DataLoader(rows, 12), None):
         pyro.set_rng_seed(0)
         blora = tiny.adapted(net, guide=Delta(), likelihood=Sloped(num_data=12))
-        blora.method = replace(blora.method, point_epochs=2)
         if data is None:
             options = {"max_steps": 9, "per_device_train_batch_size": 12, "data_collator": None}
             tiny.trainer(tmp_path, blora, rows, **options).train()
