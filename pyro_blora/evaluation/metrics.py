@@ -312,13 +312,13 @@ class OutOfScope:
     """How well a doubt tells questions that were never taught, as :func:`out_of_scope` says."""
 
     auroc: float
-    fpr: float
+    false_positive_rate: float
     threshold: float
 
     def __str__(self) -> str:
         return (
-            f"AUROC {100 * self.auroc:.1f}  FPR {100 * self.fpr:.1f}  "
-            f"threshold {self.threshold:.3f}"
+            f"AUROC {100 * self.auroc:.1f}  "
+            f"false positives {100 * self.false_positive_rate:.1f}  threshold {self.threshold:.3f}"
         )
 
 

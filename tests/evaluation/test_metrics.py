@@ -282,7 +282,7 @@ def test_out_of_scope_by_counting():
         found = out_of_scope(inside, outside, by=by, recall=0.9)
         assert sum(value <= found.threshold for value in mine) >= 36
         assert sum(value < found.threshold for value in mine) < 36
-        assert found.fpr == sum(value <= found.threshold for value in others) / 25
+        assert found.false_positive_rate == sum(value <= found.threshold for value in others) / 25
         pairs = [(a < b) + (a == b) / 2 for a in mine for b in others]
         assert found.auroc == pytest.approx(sum(pairs) / 1000, abs=1e-6)
     for options in ({"by": "surprise"}, {"recall": 0.0}):
