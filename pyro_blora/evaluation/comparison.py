@@ -214,6 +214,7 @@ class Comparison:
         how: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
         table = Table(title=self.title or None, **how)
         columns = self.columns()
+        del columns["Brier"]  # for which 80 columns have no room
         for name, cells in columns.items():
             first = name == "method"
             words = [len(word) for cell in (name, *cells) for word in cell.split()]
