@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -23,9 +23,11 @@ from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.learning_rates import (
     RATES,
+    Sizes,
     parameter_groups,
     point_steps,
     rate_overrides,
+    sizes_of,
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
@@ -138,16 +140,17 @@ class BayesianLoRATrainer(Trainer):
         """Makes the optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
-            groups = parameter_groups(self.blora, self.learning_rates, self._some_batch())
+            groups = parameter_groups(self.blora, self.learning_rates, self._sizes)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
         return self.optimizer
 
-    def _some_batch(self) -> Any:
-        """A batch by which to measure, made without a random number, or ``None``."""
+    @cached_property
+    def _sizes(self) -> Sizes:
+        """What the first rows show, for the optimizer and its scheduler; it draws no number."""
         rows = [*islice(self.train_dataset or (), self.args.per_device_train_batch_size)]
-        return self.data_collator(rows) if rows else None
+        return sizes_of(self.blora, self.data_collator(rows) if rows else None)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -159,7 +162,7 @@ class BayesianLoRATrainer(Trainer):
         if given or not isinstance(whole, LambdaLR) or epoch is None:
             return whole
         of_an_epoch = math.ceil(epoch / self.args.gradient_accumulation_steps)
-        last = point_steps(self.blora, of_an_epoch, self._some_batch())
+        last = point_steps(self.blora, of_an_epoch, self._sizes)
         for k, group in enumerate(whole.optimizer.param_groups):
             length = schedule_length(group, num_training_steps, last)
             if length < num_training_steps:
