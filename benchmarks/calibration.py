@@ -33,7 +33,7 @@ import yaml
 from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
 
-from pyro_blora.evaluation.comparison import versions
+from pyro_blora.evaluation.results import versions
 from pyro_blora.files import replace_file
 from pyro_blora.options import choose_precision
 

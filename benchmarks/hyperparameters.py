@@ -17,7 +17,8 @@ from calibration_report import BLUE, markdown
 from matplotlib.figure import Figure
 
 from pyro_blora import BayesianLoRA, load_task
-from pyro_blora.evaluation.comparison import View, scored, versions
+from pyro_blora.evaluation.comparison import View, scored
+from pyro_blora.evaluation.results import versions
 from pyro_blora.files import replace_file
 from pyro_blora.inference import RATES
 from pyro_blora.models import KroneckerInducing, LayerGroup

@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from pyro_blora import compare, load_pretrained
-from pyro_blora.evaluation.comparison import RESULTS, versions
+from pyro_blora.evaluation.results import RESULTS, versions
 from pyro_blora.methods import METHODS
 
 PUBLISHED = Path(__file__).with_suffix(".yaml")

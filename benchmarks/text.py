@@ -19,8 +19,8 @@ import typer
 from calibration_report import markdown
 
 from pyro_blora import BayesianLoRA, fit, load_pretrained
-from pyro_blora.evaluation.comparison import versions
 from pyro_blora.evaluation.metrics import auroc, evaluate_text
+from pyro_blora.evaluation.results import versions
 from pyro_blora.files import write_file
 from pyro_blora.methods import METHODS, Method
 

@@ -135,14 +135,14 @@ def run(
     for name in names:
         get_method(kind_of(name)[1])
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
-    from pyro_blora.evaluation import comparison
+    from pyro_blora.evaluation import comparison, results
 
     console = Console(highlight=False)
     own = {}
     if lora_lr is not None:
         own["lora"] = replace(METHODS["lora"], learning_rates={"mean": lora_lr})
 
-    def told(row: comparison.Row) -> None:
+    def told(row: results.Row) -> None:
         console.print(
             f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
             f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
@@ -171,4 +171,4 @@ def run(
         batch_size=batch_size,
     )
     console.print(found)
-    console.print(f"Written: {out / comparison.RESULTS} and {out / comparison.DIAGRAM}")
+    console.print(f"Written: {out / results.RESULTS} and {out / comparison.DIAGRAM}")

