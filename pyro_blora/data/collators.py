@@ -394,7 +394,7 @@ def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> No
     reads = home.startswith(("transformers.", "torch.")) or getattr(collate, "own", None) == ()
     given = collate.classes if isinstance(collate, ClassificationCollator) else ()
     if not likelihood.classes and None in [place_of(name, known) for name in given]:
-        known = given  # which are new names
+        known = given if likelihood.classes is None else _names_of_numbers(net, given[0])
     numbers = not likelihood.classes and _are_logits(own, net) and not {*own} <= {*known}
     logits = tuple(map(str, range(len(own)))) if numbers else known
     for names, classes in ((given, known), (own if reads else (), logits)):
@@ -404,6 +404,17 @@ def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> No
                 f"{list(classes)}, got {list(names)}; leave them out of the collator, pass the "
                 "data set itself, or cast its column to int if its numbers are right."
             )
+
+
+def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
+    """The names that a network has for a head that was trained on numbers; ``name`` is given."""
+    if names := own_names(net):
+        return names
+    raise ConfigurationError(
+        "The classes of a head that was trained on numbers must have names before labels can be "
+        f"texts, got {name!r}; pass likelihood=SequenceClassification(classes=[...]), in the order "
+        "in which the head was trained."
+    )
 
 
 def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
@@ -429,12 +440,7 @@ def _classes(
         told = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
         if all(map(are_numbers, told)):
             return classes
-        if not (classes := own_names(net)):
-            raise ConfigurationError(
-                "The classes of a head that was trained on numbers must have names before labels "
-                f"can be texts, got {told[0][0]!r}; pass likelihood=SequenceClassification("
-                "classes=[...]), in the order in which the head was trained."
-            )
+        classes = _names_of_numbers(net, told[0][0])
     if classes is None:
         items = isinstance(first, Item)
         classes = class_names(net, list(first.choices) if items else own or names_of(rows))
