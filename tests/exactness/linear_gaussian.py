@@ -93,19 +93,19 @@ class Toy:
             covariance = q.variance.flatten().diag()
         return mean, covariance
 
-    def elbo(self):
-        """The ELBO of the guide with its expectation taken exactly."""
+    def elbo(self, kl_weight=1.0):
+        """The ELBO of the guide with its expectation taken exactly, or with a weight of the KL."""
         mean, covariance = self.moments()
         error = (self.residual - self.design @ mean).square().sum()
         spread = (self.design @ covariance * self.design).sum()
         constant = dist.Normal(0.0, NOISE).log_prob(torch.tensor(0.0)) * len(self.residual)
         log_likelihood = constant - 0.5 * (error + spread) / NOISE**2
         prior = self.prior.normal(*self.q.site.shape[-2:]).expand([1])
-        return log_likelihood - kl_divergence(self.q.distribution(), prior).sum()
+        return log_likelihood - kl_weight * kl_divergence(self.q.distribution(), prior).sum()
 
-    def fit(self):
+    def fit(self, kl_weight=1.0):
         """The guide's best, by L-BFGS on the exact ELBO."""
-        maximize(self.elbo, self.blora.guide.parameters())
+        maximize(lambda: self.elbo(kl_weight), self.blora.guide.parameters())
         return self
 
     def assert_reached(self, tolerance, of_elbo):

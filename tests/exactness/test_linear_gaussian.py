@@ -65,6 +65,21 @@ def test_matrix_normal_is_closer_than_mean_field_to_a_general_posterior():
     assert 1e-3 < gaps[MatrixNormal] < 0.8 * gaps[MeanField]
 
 
+@pytest.mark.parametrize("family", [MeanField, MatrixNormal])
+def test_what_the_variance_of_draws_at_the_training_inputs_is(family):
+    """As theory.md says: too much with mean field, and proportional to the weight of the KL."""
+    for weight in (1.0, 0.3):
+        torch.manual_seed(0)
+        toy = Toy(family(), ranks=(3, 3)).fit(weight)
+        S, size = toy.moments()[1].detach(), len(toy.precision)
+        H = toy.precision - torch.eye(size)
+        at_inputs, exact = (S @ H).trace(), (toy.posterior.covariance_matrix @ H).trace()
+        torch.testing.assert_close(at_inputs, weight * (size - S.trace()), rtol=0, atol=1e-5)
+        if family is MeanField:
+            assert S.trace() < 0.95 * toy.posterior.variance.sum()
+            assert at_inputs > 1.05 * exact if weight == 1 else at_inputs < 0.5 * exact
+
+
 def test_delta_reaches_the_mode():
     toy = Toy(Delta()).fit()
     torch.testing.assert_close(toy.q.center().flatten(), toy.posterior.mean, rtol=0, atol=1e-6)
