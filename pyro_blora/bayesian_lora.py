@@ -179,7 +179,7 @@ class BayesianLoRA(PyroModule):
         """The examples and their collator; see :func:`pyro_blora.data.collators.reading`."""
         parts: dict[str, Any] = {"net": self.net, "likelihood": self.likelihood}
         parts |= {"tokenizer": self.tokenizer, "labeled": labeled, "training": training}
-        return reading(data, collate, **parts)
+        return reading(data, collate, starts_at_lora=self.model.starts_at_lora, **parts)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""

@@ -36,6 +36,16 @@ from pyro_blora.network.targets import own_names, without_peft
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
+def _has_label(row: Any) -> bool:
+    return isinstance(row, Item) or "label" in row
+
+
+def _items(rows: Any, labeled: bool) -> list[Item]:
+    """The items of rows; without labels they have one of no meaning."""
+    some: dict[str, Any] = {} if labeled else {"label": 0}
+    return [item_of(rows[k], {"id": f"row {k}", **some}) for k in range(len(rows))]
+
+
 class _Collator:
     """Turns texts into token ids, and rows of ids into padded tensors."""
 
@@ -50,7 +60,8 @@ class _Collator:
 
     def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of a list of items, or of dictionaries with their fields except the id."""
-        return self._batch([item_of(row, {"id": f"row {k}"}) for k, row in enumerate(rows)])
+        batch = self._batch(_items(rows, labeled := _has_label(rows[0])))
+        return batch if labeled else {key: batch[key] for key in batch if key != "labels"}
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -254,12 +265,12 @@ class TextCollator(_Collator):
         longest = 0
         for row in rows:
             if "completion" in row:
-                prompt = self._ids(row["prompt"], special=True)
+                plain, prompt = (self._ids(row["prompt"], special) for special in (False, True))
                 scored = self._answer(row["completion"])
             else:
-                prompt, scored = [], self._ids(row["text"], special=True)
-            while len(prompt) > 1 and prompt[-1] == end:  # the completion follows
-                prompt.pop()  # but not BOS, which may be the same token
+                plain, prompt, scored = [], [], self._ids(row["text"], special=True)
+            while len(prompt) > 1 and prompt[-1] == end and prompt[-len(plain) :] != plain:
+                prompt.pop()  # added by the tokenizer, but the completion follows; BOS stays
             if end is not None and scored[-1:] != [end]:
                 scored.append(end)
             longest = max(longest, len(prompt) + len(scored))
@@ -290,6 +301,7 @@ def reading(
     tokenizer: PreTrainedTokenizerBase | None,
     labeled: bool = True,
     training: bool = True,
+    starts_at_lora: bool = False,
 ) -> tuple[Any, Collate | None]:
     """The examples in ``data``, and ``collate`` or the function that makes their batches instead.
 
@@ -302,6 +314,9 @@ def reading(
     if isinstance(data, DataLoader | IterableDataset):
         if isinstance(likelihood, SequenceClassification):
             _check_order(data, likelihood, net, collate)
+            given = getattr(data, "collate_fn", collate)
+            if training and likelihood.classes is None:
+                likelihood.classes = getattr(given, "classes", None) or None
         return data, collate
     rows = read_table(data)
     if not hasattr(rows, "__len__"):
@@ -332,6 +347,8 @@ def reading(
             found, own = found or collate.classes or found, list(collate.own) or own
             found = class_names(net, own) if found is None and own else found
         if theirs or type(collate) is ClassificationCollator:  # a subclass may read other columns
+            if found == () and starts_at_lora and not own_names(net):
+                _check_places(own, [*map(str, range(len(own)))])  # of whoever trained the LoRA
             found = _classes(found, net, rows, own, column, labeled)
         if training:
             likelihood.classes = found
@@ -354,6 +371,8 @@ def reading(
             return made(kept)
 
         return rows, padded
+    if isinstance(collate, MultipleChoiceCollator | LabelTokensCollator) and first is not None:
+        _items(rows, labeled or _has_label(first))  # now, not in the batch in which one comes
     if collate is not None or not isinstance(first, Mapping | Item):
         return rows, collate
     if tokenizer is None:
@@ -364,6 +383,7 @@ def reading(
             "tokenizer=, set blora.tokenizer, or pass collate=."
         )
     if isinstance(likelihood, MultipleChoice):
+        _items(rows, labeled or _has_label(first))
         return rows, MultipleChoiceCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
     if not isinstance(likelihood, CausalLM):
@@ -398,12 +418,21 @@ def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> No
     numbers = not likelihood.classes and _are_logits(own, net) and not {*own} <= {*known}
     logits = tuple(map(str, range(len(own)))) if numbers else known
     for names, classes in ((given, known), (own if reads else (), logits)):
-        if classes and [place_of(name, classes) for name in names] != [*range(len(names))]:
-            raise DataError(
-                "A collator, or the data set of a loader or transform, must number the classes as "
-                f"{list(classes)}, got {list(names)}; leave them out of the collator, pass the "
-                "data set itself, or cast its column to int if its numbers are right."
-            )
+        if classes:
+            _check_places(names, classes, unknown=True)
+    if reads and not known:
+        _check_places(own, own_names(net))
+
+
+def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
+    """Refuses names in other places than in ``classes``, or ``unknown`` ones, unless told."""
+    places = [place_of(name, tuple(classes)) for name in names]
+    if places != [*range(len(places))] and (unknown or None not in places):
+        raise DataError(
+            "A collator, or a data set whose numbers are read as they are, must number the classes "
+            f"as {list(classes)}, got {list(names)}; leave them out of the collator, pass the data "
+            "set itself in place of a loader, or cast its column to int if its numbers are right."
+        )
 
 
 def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
@@ -439,6 +468,7 @@ def _classes(
         every = [rows[k] for k in range(len(rows))]
         told = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
         if all(map(are_numbers, told)):
+            _check_places(own, own_names(net))
             return classes
         classes = _names_of_numbers(net, told[0][0])
     if classes is None:

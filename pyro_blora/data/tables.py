@@ -1,6 +1,7 @@
 """Tables of text and label: files, data frames, and data sets of ``datasets``."""
 
 import functools
+import glob
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from os import PathLike
@@ -47,7 +48,7 @@ def _read_file(path: Path) -> Any:
     except ImportError:
         raise DataError(f"{path} needs the package datasets: pip install datasets.") from None
     try:
-        return load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        return load_dataset(path.suffix[1:], data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # datasets and the libraries that it uses raise many kinds
         raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
 
@@ -208,7 +209,10 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     texts = isinstance(some, Mapping) and "question" not in some
     names: list[str] = []
     if texts:
-        if unread := {"prompt", "completion", "text_pair"} & set(some):
+        every = (table[k] for table in tables.values() for k in range(len(table)))
+        if unread := {"prompt", "completion", "text_pair"} & {
+            name for row in every for name in row
+        }:
             raise DataError(
                 f"A task must have texts with classes, or options, got {', '.join(sorted(unread))}"
                 "; use fit and blora.predict_dataset, or evaluate_text for completions."

@@ -79,9 +79,8 @@ class Task:
 
         count = len(self.train) or None
         if isinstance(collate, collators.ClassificationCollator):
-            return likelihoods.SequenceClassification(
-                num_data=count, classes=collate.classes or None
-            )
+            # without classes, because those of a trained head are not this task's; fit names them
+            return likelihoods.SequenceClassification(num_data=count)
         if isinstance(collate, collators.LabelTokensCollator):
             return likelihoods.LabelTokens(token_ids=collate.token_ids, num_data=count)
         return likelihoods.MultipleChoice(num_data=count)

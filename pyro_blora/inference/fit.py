@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -145,7 +145,7 @@ def fit(
     """
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
-    with put_back_if_refused(blora):
+    with put_back_if_refused(blora) as put_back:
         rates = rate_overrides(blora, learning_rates)
         given = collate
         train, collate = blora.reading(train, given)  # first, because it may name the classes
@@ -228,20 +228,24 @@ def fit(
                 parts = [blora.log_predictive(batch, samples) for batch in batches]
             return -float(torch.cat(parts).mean())
 
-    with running(blora, settings.precision, training=True):
-        result = training_loop(
-            objective,
-            groups,
-            stream,
-            settings,
-            check=objective.check,
-            # directions and heads stop early, because no KL keeps them from memorizing
-            point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size), sizes),
-            validate=validate,
-            state=blora.state_dict,
-            callback=callback,
-            progress=progress,
-        )
+    try:
+        with running(blora, settings.precision, training=True):
+            result = training_loop(
+                objective,
+                groups,
+                stream,
+                settings,
+                check=objective.check,
+                # directions and heads stop early, because no KL keeps them from memorizing
+                point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size), sizes),
+                validate=validate,
+                state=blora.state_dict,
+                callback=callback,
+                progress=progress,
+            )
+    except (DataError, BatchError):  # of a row that came late
+        put_back()
+        raise
     result.num_held_out = len(held)
     if not result.has_learned:
         head = ", or raise the rate of the head, learning_rates={'head': ...}"

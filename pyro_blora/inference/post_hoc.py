@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -99,19 +99,23 @@ def numbers_unless_named(blora: BayesianLoRA) -> None:
 
 
 @contextmanager
-def put_back_if_refused(blora: BayesianLoRA) -> Iterator[None]:
-    """Undoes what the block changed in the adapter if it raises an error."""
+def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Callable[[], None]]:
+    """Undoes what the block changed in the adapter if it raises an error; yields what undoes it."""
     read_store(blora)
     likelihood, tokenizer = blora.likelihood, blora.tokenizer
     options = likelihood.options()
     tensors = {name: value.clone() for name, value in blora.state_dict().items()}
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         blora.load_state_dict(tensors, strict=False)  # an AutoGuide may have been started
         for name in {"num_data", "classes"} & options.keys():
             setattr(likelihood, name, options[name])
         blora.tokenizer = tokenizer
+
+    try:
+        yield put_back
+    except BaseException:
+        put_back()
         raise
 
 

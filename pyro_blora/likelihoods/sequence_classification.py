@@ -38,6 +38,7 @@ class SequenceClassification(Likelihood):
         self, *, num_data: int | None = None, classes: Sequence[str] | None = None
     ) -> None:
         super().__init__(num_data=num_data)
+        self.classes = None if classes is None else tuple(classes)
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""

@@ -51,6 +51,23 @@ def lora(small, tmp_path):
     return model
 
 
+def test_a_lora_of_a_task_is_not_read_in_the_alphabet_s_order(lora, small, tmp_path):
+    task, net = load_task(ROWS * 3), classifier(small)
+    collate = task.collator(small, net=net)
+    likelihood = task.likelihood(collate)
+    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small, likelihood=likelihood)
+    for given in (collate, None):
+        with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
+            blora.predict_dataset(task.test, given, progress=False)
+    coded = [{"text": f"a film {k}", "label": k % 3} for k in range(12)]
+    coded = datasets.Dataset.from_list(coded)
+    coded = coded.cast_column("label", datasets.ClassLabel(names=["2", "0", "1"]))
+    with pytest.raises(DataError, match="must number the classes"):  # as its trainer may have read
+        blora.predict_dataset(coded, progress=False)
+    coded = coded.cast_column("label", datasets.Value("int64"))
+    assert blora.predict_dataset(coded, progress=False)[1].tolist() == [0, 1, 2] * 4
+
+
 @pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
 def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
     folder = tmp_path
@@ -534,7 +551,7 @@ def test_a_head_that_was_trained_on_numbers_reads_numbers_as_they_are(small, tmp
     encoded = two_orders(small, encoded=True)[1]
     numbers, padding = encoded["label"][:], DataCollatorWithPadding(small)
     rows = [{k: v for k, v in row.items() if k != "text"} for row in encoded]
-    for names in (("neg", "pos"), None):
+    for names in (("pos", "neg"), None):
         blora = named(small, names) if names else BayesianLoRA(tiny.bert(), tokenizer=small)
         blora.net.resize_token_embeddings(len(small))
         loader = DataLoader(rows, 4, collate_fn=padding)
@@ -552,6 +569,11 @@ def test_a_head_that_was_trained_on_numbers_reads_numbers_as_they_are(small, tmp
             with pytest.raises(ConfigurationError, match="got 'neg'"):
                 again.predict_dataset(two_orders(small)[0], progress=False)
         again.unwrap()
+    blora = named(small, ("neg", "pos"))  # whose numbers were perhaps those of id2label
+    fit(blora, loader, num_steps=1, progress=False)
+    for data in (encoded, two_orders(small)[1], DataLoader(encoded, 4, collate_fn=padding)):
+        with pytest.raises(DataError, match=r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"):
+            blora.predict_dataset(data, progress=False)
 
 
 def only_ids(row):
@@ -724,6 +746,21 @@ def test_a_collator_without_classes_takes_those_that_are_known(small):
     assert anew.likelihood.classes == ("pos", "neg")
 
 
+def test_classes_may_be_a_list(small):
+    rows, data = two_orders(small)
+    task = load_task(rows * 5)
+    likelihood = SequenceClassification(classes=["neg", "pos"])
+    net = classifier(small, num_labels=2)
+    blora = BayesianLoRA(net, tokenizer=small, likelihood=likelihood)
+    for collate in (ClassificationCollator(small, ["neg", "pos"]), task.collator(small, net=net)):
+        for train in (rows, data, DataLoader(rows, 4, collate_fn=collate), task.train):
+            fit(blora, train, collate=collate, num_steps=1, progress=False)
+    assert blora.likelihood.classes == ("neg", "pos")
+    anew = BayesianLoRA(classifier(small, num_labels=2), likelihood=task.likelihood(collate))
+    fit(anew, DataLoader(task.train, 4, collate_fn=collate), num_steps=1, progress=False)
+    assert anew.likelihood.classes == ("neg", "pos")  # a new head is named by its collator
+
+
 def test_a_loader_may_have_the_first_classes_alone_or_spell_them_otherwise(small):
     encoded = two_orders(small, encoded=True)[1].remove_columns("text")
     padding = DataCollatorWithPadding(small)
@@ -781,7 +818,7 @@ def test_the_labels_that_a_transform_makes_have_no_names(small):
     blora = named(small, ("neg", "pos"))
     for collate in (None, padding):
         for part in (made, Subset(made, range(12))):
-            with pytest.raises(DataError, match="a loader or transform, must number the classes"):
+            with pytest.raises(DataError, match="read as they are, must number the classes"):
                 blora.predict_dataset(part, collate, progress=False)
         for part in (numbers.with_transform(turned), stored):
             found = blora.predict_dataset(part, collate, progress=False)[1]

@@ -7,7 +7,7 @@ from tokenizers.models import BPE, WordLevel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from pyro_blora import fit
+from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import (
     ClassificationCollator,
     DataError,
@@ -18,7 +18,7 @@ from pyro_blora.data import (
 )
 from pyro_blora.data.items import Template, template_for
 from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods import CausalLM
+from pyro_blora.likelihoods import CausalLM, MultipleChoice
 
 OPTIONS = template_for("facts")
 LABELS = template_for("sst2")
@@ -82,8 +82,29 @@ class TestMultipleChoice:
         for given in (rows, [KEY, {**rows[1], "id": "color", "level": 3}]):
             found = MultipleChoiceCollator(wrapped)(given)
             assert all(torch.equal(found[name], value) for name, value in expected.items())
+        bare = {"question": "2 + 2?", "choices": ["3", "4"]}
+        assert "labels" not in MultipleChoiceCollator(wrapped)([bare])
         with pytest.raises(DataError, match="label"):
-            MultipleChoiceCollator(wrapped)([{"question": "2 + 2?", "choices": ["3", "4"]}])
+            MultipleChoiceCollator(wrapped)([rows[0], bare])
+
+
+def test_rows_of_options_need_labels_in_training_alone_and_are_all_read_first(wrapped):
+    rows = [
+        {"question": item.question, "choices": list(item.choices), "label": item.label}
+        for item in (KEY, COLOR) * 3
+    ]
+    net = tiny.llama(vocab_size=512)
+    blora = BayesianLoRA(net, tokenizer=wrapped, likelihood=MultipleChoice(), rank=2)
+    fit(blora, rows, num_steps=1, progress=False)
+    bare = [{k: v for k, v in row.items() if k != "label"} for row in rows]
+    found, labels = blora.predict_dataset(bare, num_samples=0, progress=False)
+    assert labels is None
+    expected = blora.predict_dataset(rows, num_samples=0, progress=False)[0].probs
+    assert torch.equal(found.probs, expected)
+    with pytest.raises(DataError, match="label"):
+        fit(blora, bare, num_steps=1)
+    with pytest.raises(DataError, match="row 5"):
+        fit(blora, [*rows[:5], {**rows[0], "label": 7}], num_steps=1)
 
 
 class TestLabelTokens:
@@ -205,6 +226,15 @@ def test_a_long_completion_keeps_its_prompt_and_loses_its_end(build):
         assert ids[1:before].tolist() == of_prompt[-(before - 1) :]
         read = tokenizer.decode(labels[before : before + 3], skip_special_tokens=True)
         assert completion.startswith(read.strip())
+
+
+def test_an_end_that_a_chat_template_has_written_stays(build):
+    tokenizer = build(bos="<s>", eos="</s>", pad="<pad>")
+    found = TextCollator(tokenizer)([{"prompt": "a film</s>", "completion": "green"}])
+    expected = tokenizer("a film</s>", add_special_tokens=False)["input_ids"]
+    prompt = found["input_ids"][0][found["labels"][0] == -100].tolist()
+    assert prompt == [tokenizer.bos_token_id, *expected]
+    assert expected[-1] == tokenizer.eos_token_id
 
 
 def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):

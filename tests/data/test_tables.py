@@ -47,6 +47,12 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    pandas.DataFrame(ROWS[:6]).to_csv(tmp_path / "a[1].csv", index=False)
+    pandas.DataFrame(ROWS[:3]).to_csv(tmp_path / "a1.csv", index=False)
+    assert len(read_table(tmp_path / "a[1].csv")) == 6
+
+
 def test_every_form_of_a_table_is_the_same_task_and_the_same_batches(files, small):
     expected = load_task(ROWS)
     assert {item.choices for item in expected.train} == {WORDS}
