@@ -13,11 +13,9 @@ from pyro_blora.models._update_model import CORES, Core, UpdateModel
 from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates import (
-    JointNoise,
     LowRankUpdate,
     MarginalNoise,
     Noise,
-    Side,
     between_orthonormal,
     conditional_kl,
     inducing_covariance,
@@ -46,7 +44,9 @@ class KroneckerInducing(UpdateModel):
 
     The noise of the conditional is drawn at the layer's output, not as a ``d_out x d_in`` weight.
     Output :math:`i` at input :math:`x` has the noise variance
-    :math:`\sigma^2\lambda^2(|x|^2 - q_i |Q_c x|^2)`, :math:`q_i = |(Q_r)_{\cdot i}|^2`.
+    :math:`\sigma^2\lambda^2(|x|^2 - q_i |Q_c x|^2)`, :math:`q_i = |(Q_r)_{\cdot i}|^2`, drawn
+    independently for each output and position. A multiple choice must then be packed, so that the
+    options share the noise of their question.
 
     Args:
         rank: ``m``, the size of ``U``, or ``(m_r, m_c)``. Default: 8.
@@ -63,10 +63,6 @@ class KroneckerInducing(UpdateModel):
         conditional: ``"deterministic"`` (lambda = 0), ``"exact"`` (lambda = 1) or ``"scaled"``
             (lambda learned, with the KL of the conditional in the ELBO). Default: deterministic.
         lambda_init: initial value of a learned lambda. Default: 0.1.
-        noise: ``"marginal"`` draws the conditional noise of each output at each position
-            independently, with the exact variance. ``"joint"`` draws the noise of one weight for
-            all outputs and positions of a particle. With marginal noise a multiple choice must be
-            packed, so that the options share the noise of their question. Default: marginal.
         noise_init: initial value of ``D``. Default: 0.1.
 
     Sites, for a group ``g`` of ``n`` layers: ``g.V``, batch shape ``(n,)``, event shape
@@ -109,7 +105,6 @@ class KroneckerInducing(UpdateModel):
         core: Core = "normal",
         conditional: Conditional = "deterministic",
         lambda_init: float = 0.1,
-        noise: Literal["marginal", "joint"] = "marginal",
         noise_init: float = 0.1,
     ) -> None:
         super().__init__()
@@ -152,7 +147,7 @@ class KroneckerInducing(UpdateModel):
 
     def forward(self) -> LowRankUpdate:
         """Samples ``V``; the update has ``A = Q_c``, ``core = sigma V``, ``B = Q_r^T``."""
-        (L_r, Q_r), (L_c, Q_c) = self._whitened("r"), self._whitened("c")
+        (_, Q_r), (_, Q_c) = self._whitened("r"), self._whitened("c")
         sigma = self.layer_scale()
         with self.plate():
             V = self.sample_core(self.core, self.ranks)
@@ -163,10 +158,6 @@ class KroneckerInducing(UpdateModel):
         if self.conditional != "deterministic":
             scales = (sigma * self.lambda_ if self.conditional == "scaled" else sigma).unbind(-1)
             noise = tuple(MarginalNoise(s) for s in scales)
-            if self.noise == "joint":
-                rows, cols = Side.of(L_r, Q_r, self.D_r), Side.of(L_c, Q_c, self.D_c)
-                layers = zip(scales, rows.unbind(), cols.unbind(), strict=True)
-                noise = tuple(JointNoise(*layer) for layer in layers)
         return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ or its transpose (rows). With ``L L^T = Psi`` and the whitened core ``V``, ``U =
 
 so only the *whitened directions* ``Q`` are needed on the hot path. Given ``U``, ``vec W`` has the
 covariance ``s^2 (I - Q_r^T Q_r (x) Q_c^T Q_c)`` with ``s = sigma lambda``. :class:`MarginalNoise`
-and :class:`JointNoise` draw only its effect on a layer's outputs, so that no ``d_out x d_in``
-sample is needed; :func:`weight_noise` draws the weight itself.
+draws only its effect on a layer's outputs, so that no ``d_out x d_in`` sample is needed;
+:func:`weight_noise` draws a small weight itself.
 """
 
 import math
@@ -293,50 +293,13 @@ class Side:
         F = torch.linalg.solve_triangular(L, torch.diag_embed(D), upper=False)
         return cls(Q, F, cholesky(Q @ Q.mT))  # with jitter: equal directions make it singular
 
-    def unbind(self) -> list["Side"]:
-        """One side for each layer of the first dimension."""
-        return [Side(*each) for each in zip(self.Q, self.F, self.C, strict=True)]
-
-
-@dataclass(frozen=True)
-class JointNoise:
-    """The noise of one weight for each particle, shared by all outputs and positions.
-
-    By the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3) a weight is
-    drawn from ``E``, d_out x d_in and standard normal. Its outputs need only ``e = E Q_c^T`` and
-    the products of ``E`` with the components of the inputs outside the span of ``Q_c``.
-    """
-
-    scale: Tensor  # s = sigma lambda, a scalar or (P,)
-    rows: Side
-    cols: Side
-
-    def __call__(self, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Takes and returns the tensors of :class:`MarginalNoise`."""
-        Q_r, Q_c, C_c = self.rows.Q, self.cols.Q, self.cols.C
-        dtype, out = Q_r.dtype, x.dtype
-        x, h = x.to(dtype), h.to(dtype)
-        particles, d_out = x.shape[0], Q_r.shape[-1]
-        with torch.autocast(x.device.type, enabled=False):
-            e = _randn(x, particles, d_out, C_c.shape[-1]) @ C_c.mT  # E Q_c^T
-            U = _matheron(e, self.rows, self.cols)
-            g = torch.cholesky_solve(h.mT, C_c)  # G_c^-1 h, P x m_c x N, with G_c = Q_c Q_c^T
-            inside = g.mT @ e.mT
-            # Double precision and jitter, because the Gram matrix is singular if there are more
-            # positions than directions outside the span of Q_c.
-            outer = x.double() - g.mT.double() @ Q_c.double()
-            gram = outer @ outer.mT
-            jitter = 1e-12 + 1e-10 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=x.device)
-            root, failed = torch.linalg.cholesky_ex(gram + jitter[:, None, None] * eye)
-            root = root.masked_fill((failed > 0)[:, None, None], torch.nan).to(dtype)
-            outside = root @ _randn(x, particles, x.shape[1], d_out)
-            noise = inside + outside - (h @ U.mT) @ Q_r
-            return (self.scale.reshape(-1, 1, 1) * noise).to(out)
-
 
 def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
-    """Draws ``(*batch, d_r, d_c)`` of the noise of a small weight, with ``s = 1``."""
+    """Draws ``(*batch, d_r, d_c)`` of the noise of a small weight, with ``s = 1``.
+
+    By the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3) it is drawn
+    from ``E``, d_r x d_c and standard normal.
+    """
     E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
     return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q
 

@@ -47,8 +47,8 @@ class RandomScale(KroneckerInducing):
 
     no_start: ClassVar[str] = "its scales are random"
 
-    def __init__(self, *, sigma=None, conditional="deterministic", noise="marginal") -> None:
-        options = {"sigma": sigma, "conditional": conditional, "noise": noise}
+    def __init__(self, *, sigma=None, conditional="deterministic") -> None:
+        options = {"sigma": sigma, "conditional": conditional}
         super().__init__(rank=2, scale="fixed", **options)
 
     def layer_scale(self):

@@ -39,7 +39,7 @@ class MultipleChoice(Likelihood):
     Raises:
         BatchError: the tensors' shapes differ, the first token of a row is to be scored, or a row
             is padded on the left.
-        ConfigurationError: the updates have marginal noise and the rows cannot be packed (see
+        ConfigurationError: the updates have conditional noise and the rows cannot be packed (see
             :class:`~pyro_blora.models.KroneckerInducing`).
 
     Example::

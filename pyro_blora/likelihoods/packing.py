@@ -138,9 +138,9 @@ def in_rows(
     updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
     if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
-            "noise='marginal' must have packed rows, in which the options share the noise of their "
-            "question, got unpacked ones (pack=False, or the network does not support packing); "
-            "use a prior with noise='joint' or conditional='deterministic'."
+            "Conditional noise must have packed rows, in which the options share the noise of "
+            "their question, got unpacked ones (pack=False, or the network does not support "
+            "packing); use a prior with conditional='deterministic'."
         )
     return unpacked(batch)
 

@@ -56,7 +56,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-NOISY = KroneckerInducing(rank=2, conditional="scaled", noise="joint")
+NOISY = KroneckerInducing(rank=2, conditional="scaled")
 DRAWN = [(prior, MeanField()) for prior in (*PRIORS.values(), NOISY)]
 DRAWN += [(KroneckerInducing(rank=2), family) for family in FAMILIES.values()]
 

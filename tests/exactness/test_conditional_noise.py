@@ -1,5 +1,7 @@
 """p(W | U): the noise that layers see against the dense conditional covariance."""
 
+import dataclasses
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -25,19 +27,22 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.posterior.batches import repeat_batch
-from pyro_blora.updates import MarginalNoise, conditional_kl, weight_noise
+from pyro_blora.updates import (
+    MarginalNoise,
+    Side,
+    conditional_kl,
+    inducing_covariance,
+    weight_noise,
+    whiten,
+)
 
 RANK = (M_R, M_C)
 DRAWS = 40_000
 
 
-def make(noise, conditional="scaled"):
+def make(conditional="scaled"):
     """A prior, its first layer's update and the dense algebra of that layer."""
-    prior = bind(
-        KroneckerInducing(
-            rank=RANK, conditional=conditional, noise=noise, sigma=1.5, lambda_init=0.7
-        )
-    )
+    prior = bind(KroneckerInducing(rank=RANK, conditional=conditional, sigma=1.5, lambda_init=0.7))
     update = prior().layers()[0]
     lam = prior.lambda_[0] if conditional == "scaled" else 1.0
     with torch.no_grad():
@@ -50,22 +55,39 @@ def draw(update, x):
     return update.noise(x, x @ update.A.mT, update.B)
 
 
-def weight(noise):
-    """A draw of ``W - E[W | U]``, which ``noise`` shows through its outputs."""
-    return noise.scale * weight_noise(torch.Size(), noise.rows, noise.cols)
+def weights(prior, k=0, batch=()):
+    """Draws of ``W - E[W | U]`` of layer ``k``, whose effect on outputs a layer's noise is."""
+    sides = []
+    for side in "rc":
+        Z, D = getattr(prior, f"Z_{side}")[k], getattr(prior, f"D_{side}")[k]
+        sides.append(Side.of(*whiten(Z, inducing_covariance(Z, D)), D))
+    lam = prior.lambda_[k] if prior.conditional == "scaled" else 1.0
+    return prior.layer_scale()[k] * lam * weight_noise(torch.Size(batch), *sides)
+
+
+class OneWeight(KroneckerInducing):
+    """The same noise, drawn as a whole weight for each particle."""
+
+    def forward(self):
+        update = super().forward()
+
+        def noise_of(k):
+            return lambda x, h, B: x @ weights(self, k, (len(x),)).mT
+
+        return dataclasses.replace(update, noise=tuple(map(noise_of, range(self.group.n))))
 
 
 def test_the_weight_s_covariance_is_exact(monkeypatch):
-    _, update, dense = make("joint")
+    prior, _, dense = make()
     with torch.no_grad():
-        covariance = noise_covariance(monkeypatch, lambda: weight(update.noise))
+        covariance = noise_covariance(monkeypatch, lambda: weights(prior))
         torch.testing.assert_close(covariance, dense.covariance())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("conditional", ["exact", "scaled"])
 def test_marginal_variance_is_exact(conditional):
-    _, update, dense = make("marginal", conditional)
+    _, update, dense = make(conditional)
     x = torch.randn(3, D_IN)
     variance = update.noise.variance(x[None], x[None] @ update.A.mT, update.B)
     expected = dense.output_covariance(x).diagonal().reshape(1, 3, D_OUT)
@@ -73,52 +95,9 @@ def test_marginal_variance_is_exact(conditional):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", [1, 3, D_IN - M_C, D_IN + 2])
-def test_joint_covariance_is_exact(monkeypatch, positions):
-    """Over outputs and positions, also with more positions than a weight has inputs."""
-    _, update, dense = make("joint")
-    x = torch.randn(positions, D_IN)
-    covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None]))
-    expected = dense.output_covariance(x)
-    torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-8)
-    assert expected.abs().max() > 1e-2
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore::linear_operator.utils.warnings.NumericalWarning")
-@pytest.mark.parametrize("side", ["r", "c"])
-def test_joint_covariance_where_directions_are_alike(monkeypatch, side):
-    prior, _, _ = make("joint")
-    getattr(prior, f"Z_{side}")[:, 1] = getattr(prior, f"Z_{side}")[:, 0]
-    update, dense, x = prior().layers()[0], Dense(prior, 0, prior.lambda_[0]), torch.randn(3, D_IN)
-    covariance = noise_covariance(monkeypatch, lambda: draw(update, x[None]))
-    torch.testing.assert_close(covariance, dense.output_covariance(x), rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_particles_have_weights_of_their_own():
-    """The same position under two particles: no correlation, but full variance in each."""
-    _, update, dense = make("joint")
-    x = torch.randn(1, D_IN)
-    draws = draw(update, x.expand(2 * DRAWS, 1, D_IN)).reshape(DRAWS, 2 * D_OUT)
-    assert_covariance(draws, torch.kron(torch.eye(2), dense.output_covariance(x)))
-
-
-@torch.no_grad()
-def test_repeated_position_gets_the_same_noise():
-    """One weight serves all positions of a particle; the jitter leaves about 1e-5."""
-    _, update, _ = make("joint")
-    x = torch.randn(2, 1, D_IN).expand(2, 4, D_IN)
-    noise = draw(update, x)
-    torch.testing.assert_close(noise, noise[:, :1].expand_as(noise), rtol=0, atol=1e-4)
-    assert not torch.allclose(noise[0], noise[1], atol=1e-2)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("noise", ["marginal", "joint"])
-def test_layer_adds_the_noise_to_the_mean(noise):
+def test_layer_adds_the_noise_to_the_mean():
     """Through ``LayerUpdate``, the rows of a batch shared out among the particles."""
-    prior, _, dense = make(noise)
+    prior, _, dense = make()
     V, x = torch.randn(N, *RANK), torch.randn(2, D_IN)
     with pyro.plate("particles", DRAWS, dim=-2):
         core = {prior.site("V"): V.expand(DRAWS, N, *RANK)}
@@ -127,29 +106,20 @@ def test_layer_adds_the_noise_to_the_mean(noise):
     mean = (1 + x @ dense.mean(V[0]).mT).flatten()
     assert_mean(output, mean)
     covariance = dense.output_covariance(x)
-    if noise == "marginal":
-        covariance = covariance.diagonal().diag()
-    assert_covariance(output - mean, covariance)
-
-
-@torch.no_grad()
-def test_one_draw_serves_all_rows_of_a_layer_without_particles():
-    _, update, _ = make("joint")
-    output = update(torch.randn(1, 1, D_IN).expand(3, 2, D_IN), torch.zeros(3, 2, D_OUT))
-    torch.testing.assert_close(output, output[:1, :1].expand_as(output), rtol=0, atol=1e-4)
+    assert_covariance(output - mean, covariance.diagonal().diag())
 
 
 @torch.no_grad()
 def test_marginal_prior_of_the_weight_is_isotropic(monkeypatch):
     """``Cov[E[dW | U]] + E[Cov[dW | U]] = sigma^2 I`` for U from its prior, exactly."""
-    prior = bind(KroneckerInducing(rank=RANK, conditional="exact", noise="joint"))
+    prior = bind(KroneckerInducing(rank=RANK, conditional="exact"))
     columns = []
     for k in range(M_R * M_C):
         V = torch.eye(M_R * M_C)[k].reshape(1, *RANK).expand(N, *RANK)
         update = pyro.poutine.condition(prior, data={prior.site("V"): V})().layers()[0]
         columns.append(update.weight().flatten())
     root = torch.stack(columns, -1)
-    noise = noise_covariance(monkeypatch, lambda: weight(update.noise))
+    noise = noise_covariance(monkeypatch, lambda: weights(prior))
     sigma = prior.layer_scale()[0]
     assert (root @ root.mT).diagonal().max() > 0.01 * sigma**2
     torch.testing.assert_close(root @ root.mT + noise, sigma**2 * torch.eye(D_OUT * D_IN))
@@ -217,9 +187,9 @@ def test_conditional_kl_enters_the_elbo_once(conditional):
         assert rest == 0
 
 
-def options_of_one_item(noise, pack):
+def options_of_one_item(kind, pack):
     """Mean and covariance of the scores of two options behind one question."""
-    prior = KroneckerInducing(rank=2, conditional="exact", noise=noise, sigma=0.2)
+    prior = kind(rank=2, conditional="exact", sigma=0.2)
     guide = guides.MatrixNormal(init_scale=1e-3)
     torch.manual_seed(0)
     blora = tiny.adapted(tiny.llama(2), prior=prior, guide=guide, layers_to_transform=[0])
@@ -233,13 +203,13 @@ def options_of_one_item(noise, pack):
 
 @torch.no_grad()
 def test_options_share_the_noise_of_their_question():
-    """As under one weight, packed or not; marginal noise, which could not, is refused unpacked."""
-    mean, covariance = options_of_one_item("joint", False)
+    """As under one weight, which needs no packing; independent noise, which does, is refused."""
+    mean, covariance = options_of_one_item(OneWeight, False)
     deviation = covariance.diagonal().mean().sqrt()
     assert covariance[0, 1].abs() > 0.2 * deviation**2
-    for noise in ("joint", "marginal"):
-        found = options_of_one_item(noise, None)
+    for kind in (OneWeight, KroneckerInducing):
+        found = options_of_one_item(kind, None)
         assert (found[0] - mean).abs().max() < 0.1 * deviation
         assert (found[1] - covariance).abs().max() < 0.12 * deviation**2
-    with pytest.raises(ConfigurationError, match="noise='joint'"):
-        options_of_one_item("marginal", False)
+    with pytest.raises(ConfigurationError, match="Conditional noise"):
+        options_of_one_item(KroneckerInducing, False)

@@ -87,9 +87,8 @@ def test_layers_share_a_hyperprior():
 
 
 @pytest.mark.parametrize("conditional", ["exact", "scaled"])
-@pytest.mark.parametrize("noise", ["marginal", "joint"])
-def test_a_random_scale_goes_with_conditional_noise(conditional, noise):
-    prior = RandomScale(conditional=conditional, noise=noise)
+def test_a_random_scale_goes_with_conditional_noise(conditional):
+    prior = RandomScale(conditional=conditional)
     blora = tiny.adapted(prior=prior, guide=MeanField())
     assert blora.predict(tiny.sequences(), 3).samples.isfinite().all()
 

@@ -38,11 +38,10 @@ def test_no_samples_is_the_network_at_the_posterior_mean():
     assert not torch.allclose(base, logits, atol=1e-2)
 
 
-@pytest.mark.parametrize("noise", ["marginal", "joint"])
 @torch.no_grad()
-def test_the_posterior_mean_has_no_noise(noise):
+def test_the_posterior_mean_has_no_noise():
     """Neither of the guide nor of the conditional."""
-    prior = KroneckerInducing(rank=2, conditional="exact", noise=noise)
+    prior = KroneckerInducing(rank=2, conditional="exact")
     blora, batch = moved(prior=prior), tiny.sequences()
     with blora.posterior(0) as net:
         torch.testing.assert_close(

@@ -52,8 +52,7 @@ class Weights(TorchDispatchMode):
 
 
 NOISY = {
-    f"{noise}, {conditional}": KroneckerInducing(rank=2, conditional=conditional, noise=noise)
-    for noise in ("marginal", "joint")
+    conditional: KroneckerInducing(rank=2, conditional=conditional)
     for conditional in ("exact", "scaled")
 }
 
