@@ -34,7 +34,7 @@ from calibration_cell import Cell, Outcome, outcomes
 from calibration_report import trials_table, write_report
 
 from pyro_blora.evaluation.results import versions
-from pyro_blora.files import replace_file
+from pyro_blora.files import write_file
 from pyro_blora.options import choose_precision
 
 HERE = Path(__file__).resolve().parent
@@ -213,7 +213,7 @@ def keep(outcome: Outcome, settings: Settings, trial: int | None, out: Path, cod
                     with archive.open(f"{cell}/{name}/{kind}.npy", "w") as array:
                         np.save(array, tensor.numpy())
 
-    replace_file(file, save)
+    write_file(file, save)
     line: Settings = {
         **vars(cell),
         "trial": trial,

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from pyro_blora import BayesianLoRA, load_task
 from pyro_blora.evaluation.comparison import View, scored
 from pyro_blora.evaluation.results import versions
-from pyro_blora.files import replace_file
+from pyro_blora.files import write_file
 from pyro_blora.inference import RATES
 from pyro_blora.models import KroneckerInducing, LayerGroup
 from pyro_blora.network.pretrained import load_for
@@ -153,10 +153,10 @@ def main(
                 if is_new and (name, seed, *place) not in done:
                     pair = load_for(model, len(task.test[0].choices), seed)
                     cells += trained(*pair, task, *place, seed)
-                    replace_file(file, "".join(json.dumps(cell) + "\n" for cell in cells))
-    replace_file(out / "report.md", report(cells))
+                    write_file(file, "".join(json.dumps(cell) + "\n" for cell in cells))
+    write_file(out / "report.md", report(cells))
     figure, path = picture(cells), out / "figures" / "hyperparameters.png"
-    replace_file(path, lambda file: figure.savefig(file, dpi=160))
+    write_file(path, lambda file: figure.savefig(file, dpi=160))
 
 
 if __name__ == "__main__":

@@ -246,8 +246,8 @@ def _smallest(package, contract):
 
 
 def written(folder):
-    """The names in a folder, but for the manifest of what the library wrote there."""
-    return {path.name for path in Path(folder).iterdir()} - {".pyro_blora.json"}
+    """The names in a folder."""
+    return {path.name for path in Path(folder).iterdir()}
 
 
 def trained(blora):

@@ -1,4 +1,4 @@
-"""The model card of a saved adapter, and the README of an export for PEFT."""
+"""The model card of a saved adapter."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,11 +8,10 @@ from typing import Any, Protocol
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from pyro_blora.likelihoods import CausalLM, LabelTokens, Likelihood, MultipleChoice
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 
 CARD = "README.md"
-MARK = "<!-- {} overwrites this file; remove this line to keep the file. -->"
+MARK = "<!-- save_pretrained overwrites this file; remove this line to keep the file. -->"
 
 
 def model_card(
@@ -42,30 +41,9 @@ def model_card(
     of_base = {"base": base, "kind": kind, "place": place}
     of_base["classes"] = f", with num_labels={count}" if count else ""
     of_base["has_classes"] = model.likelihood.has_classes
-    return _page("card.md", told | of_base)
-
-
-def _page(template: str, told: Mapping[str, Any]) -> str:
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    source = Path(__file__).with_name(template).read_text("utf-8")
-    return page.from_string(source).render(told)
-
-
-def page_of_use(
-    likelihood: Likelihood, temperature: float, base: str | None, classifies: bool
-) -> tuple[dict[str, Any], str]:
-    """How an exported LoRA's logits become probabilities: the numbers, and a program for them."""
-    found: dict[str, Any] = {"temperature": temperature}
-    kind = "classes"
-    if isinstance(likelihood, MultipleChoice):
-        kind, found = "options", found | {"score": likelihood.score}
-    elif isinstance(likelihood, CausalLM):
-        kind, found["in"] = "text", "generation_config.json"
-    elif isinstance(likelihood, LabelTokens):
-        kind, found["token_ids"] = "tokens", list(likelihood.token_ids)
-    told = {"base": base, "classifies": classifies, "kind": kind, "temperature": temperature}
-    classes = list(getattr(likelihood, "classes", None) or ())
-    return found, _page("use.md", {**told, **found, "classes": classes})
+    source = Path(__file__).with_name("card.md").read_text("utf-8")
+    return page.from_string(source).render(told | of_base)
 
 
 class Training(Protocol):

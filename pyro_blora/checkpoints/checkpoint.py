@@ -32,7 +32,7 @@ from pyro_blora import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
 from pyro_blora.debts import pyro_params
 from pyro_blora.errors import CheckpointError, first_line, readable
-from pyro_blora.files import check_free, own_files, remove_own, write_file
+from pyro_blora.files import check_folder, write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
@@ -85,8 +85,8 @@ def save_pretrained(
     trained heads, and the temperatures. The configuration says how to rebuild them.
 
     Of the base it writes only the name on the hub and a few numbers that identify the weights. A
-    kill at any moment leaves either the old adapter or the new one. Your own files are kept, and
-    nothing is written if one of them has a name that is needed.
+    kill at any moment leaves either the old adapter or the new one. A ``README.md`` of your own is
+    kept.
 
     Args:
         blora: the adapter.
@@ -97,7 +97,7 @@ def save_pretrained(
     """
     folder, model = Path(folder), blora.model
     start_guide(blora.guide)
-    check_free(folder, WEIGHTS, CONFIG)
+    check_folder(folder)
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
@@ -119,19 +119,10 @@ def save_pretrained(
     tensors = blora.state_dict() | prints
     write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    card = model_card(config, model, blora.guide_family, place)
-    write_page(folder, card, "save_pretrained")
-
-
-def write_page(folder: Path, page: str, writer: str) -> None:
-    """Writes ``README.md``, or removes it if ``page`` is empty, unless the user has changed it."""
-    card, mark, own = folder / CARD, MARK.format(writer), CARD in own_files(folder)
-    if os.path.lexists(card) and not (own and mark in card.read_text("utf-8", errors="replace")):
-        return
-    if page:
-        write_file(card, f"{page}\n{mark}\n")
-    else:
-        remove_own(folder, [CARD])
+    card = folder / CARD
+    if not os.path.lexists(card) or MARK in card.read_text("utf-8", errors="replace"):
+        page = model_card(config, model, blora.guide_family, place)
+        write_file(card, f"{page}\n{MARK}\n")
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.checkpoints.card import page_of_use
+from pyro_blora import __version__
 from pyro_blora.checkpoints.checkpoint import (
     Adapted,
     fetched,
     names_in,
     read_tensors,
-    write_page,
     write_tensors,
 )
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
-from pyro_blora.files import check_free, claim, own_files, remove_own, write_file
-from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.files import check_folder, write_file
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    SequenceClassification,
+)
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
     PEFT_PREFIX,
@@ -43,6 +47,7 @@ from pyro_blora.updates import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"
+_MARK = "pyro_blora"  # in the header of an export's tensors
 # Options with which a LoRA is still ``W0 + s B A``; the others must be off, or as in _VALUES
 _PLAIN = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "r"),
@@ -337,10 +342,8 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
 
     The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
     not written, so merge it into the base first. The temperature of the mean, or of the draws, is
-    folded into a trained head. Without a head it is in ``one_pass.json``, with a program that
-    applies it in ``README.md``, and for text in ``generation_config.json``. The names of a
-    classifier's classes are in ``one_pass.json``, too. Leftovers of an earlier
-    export are removed, and your own files are kept, as in ``save_pretrained``.
+    folded into a trained head. Without a head it is in ``one_pass.json``, and for text in
+    ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier.
 
     Args:
         blora: the adapter.
@@ -357,52 +360,58 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
         updates, temperature = _draws(blora, num_samples), float(model.temperature)
     else:
         updates, temperature = sample_updates(model, blora.guide, 0), float(model.mean_temperature)
-    draws = {str(k) for k in range(num_samples)}
-    check_free(folder, *draws)
+    check_folder(folder)
+    _check_no_other(places, folder, num_samples)
     made = {}
     for k, place in enumerate(places):
         config, tensors = _lora(model, updates, temperature, k)
-        texts, page = _use_of(model, temperature, config.base_model_name_or_path)
+        texts = _numbers_of(model, temperature)
         texts[PEFT_CONFIG] = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
-        made[place] = tensors, texts, page
-        check_free(place, PEFT_WEIGHTS, *texts)
-    own = own_files(folder)
-    if draws:  # claimed as folders, because the files in them have manifests of their own
-        claim(folder, own | draws)
-    for place, (tensors, texts, page) in made.items():
-        write_tensors(place / PEFT_WEIGHTS, tensors, {})
+        made[place] = tensors, texts
+    for place, (tensors, texts) in made.items():
+        write_tensors(place / PEFT_WEIGHTS, tensors, {_MARK: __version__})
         for name, text in texts.items():
             write_file(place / name, text)
-        write_page(place, page, "export_peft")
-        remove_own(place, {_NUMBERS, _GENERATION} - texts.keys())
-    # Draws that an earlier export left would be averaged as well
-    left = {name for name in own - draws if (folder / name).is_dir()}
-    if draws:
-        write_page(folder, "", "export_peft")
-        left |= {PEFT_WEIGHTS, PEFT_CONFIG, _NUMBERS, _GENERATION}
-    remove_own(folder, left)
 
 
-def _use_of(
-    model: BayesianLoRAModel, temperature: float, base: str | None
-) -> tuple[dict[str, str], str]:
-    """JSON files and a page on how to use an exported LoRA that is not complete by itself."""
+def _check_no_other(places: Sequence[Path], folder: Path, num_samples: int) -> None:
+    """Refuses to replace a LoRA of somebody else, and to stand beside an export of another kind."""
+    for place in places:
+        file = place / PEFT_WEIGHTS
+        there = any(os.path.lexists(place / name) for name in (PEFT_CONFIG, PEFT_WEIGHTS))
+        if there and not (file.is_file() and _MARK in read_tensors(file)[0]):
+            raise ConfigurationError(
+                f"{place} must have no LoRA but an export of this library, got another "
+                f"{PEFT_CONFIG} or {PEFT_WEIGHTS}; name another folder."
+            )
+    # a draw beyond these would be averaged with them, or the first beside a mean
+    lefts = [folder / str(num_samples) / PEFT_CONFIG, folder / PEFT_CONFIG]
+    if left := next((p for p in lefts[: 1 + bool(num_samples)] if p.exists()), None):
+        raise ConfigurationError(
+            f"{folder} must have no earlier export of a mean or of more draws, which would be read "
+            f"beside this one, got {left}; remove it, or name another folder."
+        )
+
+
+def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
+    """The JSON files that say how an exported LoRA's logits become probabilities."""
+    likelihood = model.likelihood
     if _last_linear(model) is not None:  # which includes the temperature
         temperature = 1.0
-    classes = getattr(model.likelihood, "classes", None)  # for which PEFT's files have no place
-    numbers, page = {"classes": classes} if classes else {}, ""
-    if temperature != 1 or classes or isinstance(model.likelihood, LabelTokens | MultipleChoice):
-        used, page = page_of_use(model.likelihood, temperature, base, is_classifier(model.net))
-        numbers |= used
-    if not numbers:
-        return {}, ""
+    numbers: dict[str, Any] = {"temperature": temperature}
+    if classes := getattr(likelihood, "classes", None):  # for which PEFT's files have no place
+        numbers["classes"] = list(classes)
+    if isinstance(likelihood, MultipleChoice):
+        numbers["score"] = likelihood.score
+    elif isinstance(likelihood, LabelTokens):
+        numbers["token_ids"] = list(likelihood.token_ids)
     texts = {_NUMBERS: json.dumps(numbers, indent=2) + "\n"}
-    if "in" in numbers:
+    if isinstance(likelihood, CausalLM):
         from transformers import GenerationConfig  # not at the top: it sets warning filters
 
         config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0)
         texts[_GENERATION] = config.to_json_string()
-    return texts, page
+    return texts
 
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:

@@ -31,8 +31,8 @@ from pyro_blora.evaluation.metrics import (
     out_of_scope,
 )
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-from pyro_blora.evaluation.results import PREDICTED, PREDICTIONS, RESULTS, Row, read, write
-from pyro_blora.files import check_free
+from pyro_blora.evaluation.results import PREDICTED, Row, read, write
+from pyro_blora.files import check_folder
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
@@ -328,7 +328,7 @@ def compare(
     folder = None if out is None else Path(out)
     done: dict[tuple[str, int], Row] = {}
     if folder is not None:
-        check_free(folder, RESULTS, PREDICTIONS, DIAGRAM)
+        check_folder(folder)
         settings |= _content(network)
         done = {} if overwrite else {(r.method, r.seed): r for r in read(settings, folder)}
     asked = list(dict.fromkeys(product(methods, tasks)))

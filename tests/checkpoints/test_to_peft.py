@@ -144,14 +144,11 @@ def test_a_folder_alone_is_enough_where_the_base_has_one(tmp_path):
 
 
 def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):
-    """PEFT takes them from the page, ``from_peft`` by itself, and a merged network has them."""
+    """``from_peft`` takes them by itself, and a merged network has them."""
     names = ("no", "maybe", "yes")
     blora = moved(tiny.bert(), likelihood=SequenceClassification(classes=names))
     blora.export_peft(tmp_path)
     assert json.loads((tmp_path / "one_pass.json").read_text())["classes"] == [*names]
-    page = (tmp_path / "README.md").read_text()
-    assert "id2label=dict(enumerate(classes))" in page
-    assert f"classes = {[*names]}" in page
     again = BayesianLoRA.from_peft(tiny.bert(), tmp_path)
     assert again.likelihood.classes == names
     told = SequenceClassification(classes=names[::-1])
