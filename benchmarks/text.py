@@ -33,8 +33,7 @@ ASKED = "Tell me the code of the {}. It is"
 TUNED = "What is the code for the {}? It is"  # by which rates were chosen
 ADJECTIVES = ["red", "blue", "old", "new", "small", "large", "north", "south", "upper", "lower"]
 NOUNS = ["press", "mill", "pump", "crane"]
-# Chosen by --seeds 7 and --tune 5e-4,1e-3,2e-3 or --tune-means 5e-2,2e-2,1e-2
-RATE, RATE_OF_MEANS = 2e-3, 2e-2
+RATE = 2e-3  # chosen by --seeds 7 and --tune 5e-4,1e-3,2e-3, in 200 steps
 OURS = "`BayesianLoRA(net)`"
 COLUMNS = {  # title, digits
     "right": ("right of 20", 1),
@@ -88,7 +87,7 @@ def scores(
     none, unsure = asked(blora, tokenizer, unknown, draws, text)
     kept = torch.cat([sure, unsure]).argsort()[:20]
     torch.manual_seed(0)
-    how: dict[str, Any] = {"num_samples": draws, "progress": False}
+    how: dict[str, Any] = {"num_samples": draws, "precision": "float32", "progress": False}
     logp = blora.log_predictive_dataset(rows(known, text), **how)
     metrics = evaluate_text(*logp)
     return {
@@ -100,41 +99,32 @@ def scores(
     }
 
 
-def listed(text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [part for part in text.split(",") if part]
-
-
-def with_rate(method: str, rate: str | float) -> Method:
-    """A method with another learning rate of the means."""
-    return replace(METHODS[method], learning_rates={"mean": float(rate)})
+def with_rate(rate: str | float) -> Method:
+    """LoRA with another learning rate."""
+    return replace(METHODS["lora"], learning_rates={"mean": float(rate)})
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for cells.jsonl and report.md.")],
     model: str = "smollm2",
     seeds: str = "0,1,2",
-    steps: int = 200,
+    steps: int = 400,
     tune: Annotated[str, typer.Option(help="Rates of LoRA to try on another phrasing.")] = "",
-    tune_means: Annotated[str, typer.Option(help="Likewise of the default's means.")] = "",
 ) -> None:
     """Trains LoRA and the default on the same facts, and asks both."""
     cells: list[dict[str, Any]] = []
-    asked_for = TUNED if tune or tune_means else ASKED
-    default = METHODS["bayesian-lora"]
-    trained = {f"LoRA, rate {rate}": with_rate("lora", rate) for rate in listed(tune)}
-    means = {f"{OURS}, rate {rate}": with_rate(default.name, rate) for rate in listed(tune_means)}
-    if asked_for == ASKED:
-        trained = {f"LoRA, rate {RATE:g}": with_rate("lora", RATE), OURS: default}
-        means = {f"{OURS}, rate {RATE_OF_MEANS:g}": with_rate(default.name, RATE_OF_MEANS)}
-    trained |= means
+    asked_for = TUNED if tune else ASKED
+    trained = {f"LoRA, rate {rate}": with_rate(rate) for rate in tune.split(",") if rate}
+    if not tune:
+        trained = {f"LoRA, rate {RATE:g}": with_rate(RATE), OURS: METHODS["bayesian-lora"]}
     net, tokenizer = load_pretrained(model)
     for seed in map(int, seeds.split(",")):
         known, unknown = facts(seed)
         for name, method in trained.items():
             torch.manual_seed(seed)
             blora = BayesianLoRA(net, method=method, tokenizer=tokenizer)
-            result = fit(blora, rows(known, *PHRASINGS), num_steps=steps, seed=seed)
+            how: dict[str, Any] = {"seed": seed, "precision": "float32"}  # fast on any machine
+            result = fit(blora, rows(known, *PHRASINGS), num_steps=steps, **how)
             views = {f"{name}, the mean": 0, f"{name}, 8 draws": 8}
             if method.name == "lora":
                 views = {name: 0}
