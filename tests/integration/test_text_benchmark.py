@@ -30,8 +30,8 @@ def test_it_measures_lora_the_mean_and_draws_on_the_same_prompts(tmp_path, monke
     done = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), *how])
     assert done.exit_code == 0, done.exception
     cells = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
-    assert [cell["seed"] for cell in cells] == [0] * 3 + [1] * 3
+    assert [cell["seed"] for cell in cells] == [0] * 5 + [1] * 5
     assert all(0 <= cell["kept"] <= cell["right"] <= 20 for cell in cells)
     report = (tmp_path / "out/report.md").read_text()
     assert report == text.report(cells, str(tmp_path / "net"))
-    assert report.count("±") == 1 + 3 * 5
+    assert report.count("±") == 1 + 5 * 5
