@@ -22,6 +22,7 @@ from pyro_blora import BayesianLoRA, fit, load_pretrained
 from pyro_blora.evaluation.metrics import auroc, evaluate_text
 from pyro_blora.evaluation.results import versions
 from pyro_blora.files import write_file
+from pyro_blora.inference import RATES
 from pyro_blora.methods import METHODS, Method
 
 PHRASINGS = (
@@ -33,7 +34,7 @@ ASKED = "Tell me the code of the {}. It is"
 TUNED = "What is the code for the {}? It is"  # by which rates were chosen
 ADJECTIVES = ["red", "blue", "old", "new", "small", "large", "north", "south", "upper", "lower"]
 NOUNS = ["press", "mill", "pump", "crane"]
-RATE = 2e-3  # chosen by --seeds 7 and --tune 5e-4,1e-3,2e-3, in 200 steps
+RATE = 2e-3  # chosen by --seeds 7 and --tune 5e-4,1e-3,2e-3
 OURS = "`BayesianLoRA(net)`"
 COLUMNS = {  # title, digits
     "right": ("right of 20", 1),
@@ -108,7 +109,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for cells.jsonl and report.md.")],
     model: str = "smollm2",
     seeds: str = "0,1,2",
-    steps: int = 400,
+    steps: int = 200,
     tune: Annotated[str, typer.Option(help="Rates of LoRA to try on another phrasing.")] = "",
 ) -> None:
     """Trains LoRA and the default on the same facts, and asks both."""
@@ -116,7 +117,10 @@ def main(
     asked_for = TUNED if tune else ASKED
     trained = {f"LoRA, rate {rate}": with_rate(rate) for rate in tune.split(",") if rate}
     if not tune:
-        trained = {f"LoRA, rate {RATE:g}": with_rate(RATE), OURS: METHODS["bayesian-lora"]}
+        default, roles = METHODS["bayesian-lora"], ("mean", "direction")
+        fast = replace(default, learning_rates={role: RATES[role] for role in roles})
+        trained = {f"LoRA, rate {RATE:g}": with_rate(RATE), OURS: default}
+        trained[f"{OURS}, rates of a label"] = fast
     net, tokenizer = load_pretrained(model)
     for seed in map(int, seeds.split(",")):
         known, unknown = facts(seed)
