@@ -120,7 +120,8 @@ def save_pretrained(
     write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     card = folder / CARD
-    if not os.path.lexists(card) or MARK in card.read_text("utf-8", errors="replace"):
+    own = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
+    if own or not os.path.lexists(card):
         page = model_card(config, model, blora.guide_family, place)
         write_file(card, f"{page}\n{MARK}\n")
 

@@ -361,36 +361,47 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
     else:
         updates, temperature = sample_updates(model, blora.guide, 0), float(model.mean_temperature)
     check_folder(folder)
-    _check_no_other(places, folder, num_samples)
     made = {}
     for k, place in enumerate(places):
         config, tensors = _lora(model, updates, temperature, k)
         texts = _numbers_of(model, temperature)
         texts[PEFT_CONFIG] = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
         made[place] = tensors, texts
+        _check_no_other(place, (PEFT_WEIGHTS, *texts))
+    _check_no_more(folder, num_samples)
     for place, (tensors, texts) in made.items():
         write_tensors(place / PEFT_WEIGHTS, tensors, {_MARK: __version__})
         for name, text in texts.items():
             write_file(place / name, text)
 
 
-def _check_no_other(places: Sequence[Path], folder: Path, num_samples: int) -> None:
-    """Refuses to replace a LoRA of somebody else, and to stand beside an export of another kind."""
-    for place in places:
-        file = place / PEFT_WEIGHTS
-        there = any(os.path.lexists(place / name) for name in (PEFT_CONFIG, PEFT_WEIGHTS))
-        if there and not (file.is_file() and _MARK in read_tensors(file)[0]):
-            raise ConfigurationError(
-                f"{place} must have no LoRA but an export of this library, got another "
-                f"{PEFT_CONFIG} or {PEFT_WEIGHTS}; name another folder."
-            )
-    # a draw beyond these would be averaged with them, or the first beside a mean
-    lefts = [folder / str(num_samples) / PEFT_CONFIG, folder / PEFT_CONFIG]
-    if left := next((p for p in lefts[: 1 + bool(num_samples)] if p.exists()), None):
+def _check_no_other(place: Path, names: Sequence[str]) -> None:
+    """Refuses to replace files of somebody else."""
+    there = [name for name in names if os.path.lexists(place / name)]
+    if there and not _is_export(place):
+        raise ConfigurationError(
+            f"{place} must hold an export of this library or none of its files, got another "
+            f"{there[0]}; name another folder."
+        )
+
+
+def _check_no_more(folder: Path, num_samples: int) -> None:
+    """Refuses to leave draws beyond these, or a mean, which would be averaged with them."""
+    draws = (path for path in folder.glob("*") if path.name.isdecimal())
+    left = [path for path in draws if int(path.name) >= num_samples] if folder.is_dir() else []
+    left += [folder] if num_samples else []
+    left = [path for path in left if (path / PEFT_CONFIG).exists() and _is_export(path)]
+    if left:
         raise ConfigurationError(
             f"{folder} must have no earlier export of a mean or of more draws, which would be read "
-            f"beside this one, got {left}; remove it, or name another folder."
+            f"beside this one, got {', '.join(map(str, left))}; remove it, or name another folder."
         )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder has a LoRA that :func:`export_peft` wrote."""
+    file = folder / PEFT_WEIGHTS
+    return file.is_file() and _MARK in read_tensors(file)[0]
 
 
 def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:

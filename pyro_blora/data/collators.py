@@ -43,7 +43,10 @@ def _has_label(row: Any) -> bool:
 def _items(rows: Any, labeled: bool) -> list[Item]:
     """The items of rows; without labels they have one of no meaning."""
     some: dict[str, Any] = {} if labeled else {"label": 0}
-    return [item_of(rows[k], {"id": f"row {k}", **some}) for k in range(len(rows))]
+    every = [rows[k] for k in range(len(rows))]
+    if not labeled and any(map(_has_label, every)):
+        raise DataError("All rows must have a label, or none, got none in row 0; add it.")
+    return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)]
 
 
 class _Collator:
@@ -315,8 +318,8 @@ def reading(
         if isinstance(likelihood, SequenceClassification):
             _check_order(data, likelihood, net, collate)
             given = getattr(data, "collate_fn", collate)
-            if training and likelihood.classes is None:
-                likelihood.classes = getattr(given, "classes", None) or None
+            if training and isinstance(given, ClassificationCollator) and given.classes:
+                likelihood.classes = likelihood.classes or given.classes
         return data, collate
     rows = read_table(data)
     if not hasattr(rows, "__len__"):
@@ -371,7 +374,8 @@ def reading(
             return made(kept)
 
         return rows, padded
-    if isinstance(collate, MultipleChoiceCollator | LabelTokensCollator) and first is not None:
+    ours = type(collate) in (MultipleChoiceCollator, LabelTokensCollator)  # not a subclass
+    if ours and isinstance(first, Mapping | Item):
         _items(rows, labeled or _has_label(first))  # now, not in the batch in which one comes
     if collate is not None or not isinstance(first, Mapping | Item):
         return rows, collate
@@ -413,6 +417,8 @@ def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> No
     home = "torch." if collate is None else str(collate.__module__)
     reads = home.startswith(("transformers.", "torch.")) or getattr(collate, "own", None) == ()
     given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+    if _are_logits(given, net) and not likelihood.classes:
+        given = ()
     if not likelihood.classes and None in [place_of(name, known) for name in given]:
         known = given if likelihood.classes is None else _names_of_numbers(net, given[0])
     numbers = not likelihood.classes and _are_logits(own, net) and not {*own} <= {*known}
@@ -425,9 +431,9 @@ def _check_order(data: Any, likelihood: Any, net: nn.Module, collate: Any) -> No
 
 
 def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
-    """Refuses names in other places than in ``classes``, or ``unknown`` ones, unless told."""
+    """Refuses names in other places than in ``classes``; with ``unknown``, also other names."""
     places = [place_of(name, tuple(classes)) for name in names]
-    if places != [*range(len(places))] and (unknown or None not in places):
+    if any(p != k and (unknown or p is not None) for k, p in enumerate(places)):
         raise DataError(
             "A collator, or a data set whose numbers are read as they are, must number the classes "
             f"as {list(classes)}, got {list(names)}; leave them out of the collator, pass the data "

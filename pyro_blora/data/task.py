@@ -73,14 +73,19 @@ class Task:
         return kind(tokenizer, self.template, max_length)
 
     def likelihood(self, collate: Any) -> "Likelihood":
-        """The likelihood for these items, given their collator ``collate``."""
+        """The likelihood for these items, given their collator ``collate``.
+
+        That of a classifier names its classes in the order of ``collate``: for a head that somebody
+        trained in another order, pass ``SequenceClassification(classes=[...])`` instead.
+        """
         from pyro_blora import likelihoods
         from pyro_blora.data import collators
 
         count = len(self.train) or None
         if isinstance(collate, collators.ClassificationCollator):
-            # without classes, because those of a trained head are not this task's; fit names them
-            return likelihoods.SequenceClassification(num_data=count)
+            return likelihoods.SequenceClassification(
+                num_data=count, classes=collate.classes or None
+            )
         if isinstance(collate, collators.LabelTokensCollator):
             return likelihoods.LabelTokens(token_ids=collate.token_ids, num_data=count)
         return likelihoods.MultipleChoice(num_data=count)

@@ -137,7 +137,8 @@ def fit(
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range or has no effect, or neither the likelihood
             nor the data says how many examples there are.
-        DataError: a row or a column cannot be used.
+        DataError: a row or a column cannot be used. If it comes late, as from a ``DataLoader``, the
+            adapter is put back to where it was before the call, as after every error of data.
 
     Example::
 
@@ -145,7 +146,7 @@ def fit(
     """
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
-    with put_back_if_refused(blora) as put_back:
+    with put_back_if_refused(blora) as before:
         rates = rate_overrides(blora, learning_rates)
         given = collate
         train, collate = blora.reading(train, given)  # first, because it may name the classes
@@ -201,6 +202,8 @@ def fit(
         # an AutoGuide makes its parameters at its first call, and the optimizer needs them
         batch = blora.model.prepared(stream.peek())
         start_guide(blora.guide, batch)
+        for name, value in blora.state_dict().items():  # of an AutoGuide
+            before.tensors.setdefault(name, value.clone())
         asked = train.batch_size if isinstance(train, DataLoader) else None
         if asked and batch.examples > asked:
             raise ConfigurationError(
@@ -244,7 +247,7 @@ def fit(
                 progress=progress,
             )
     except (DataError, BatchError):  # of a row that came late
-        put_back()
+        before.put_back(blora)
         raise
     result.num_held_out = len(held)
     if not result.has_learned:

@@ -75,8 +75,8 @@ def parameter_groups(
     as in an AutoGuide, is a scale if its name says so, and otherwise a mean. A head's rate is
     multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
     rates of means and directions are divided by the square of the number of scored tokens of an
-    example, at most 8. ``batch`` shows them; without one an example has one label of two classes,
-    and the input of a head entries of about one.
+    example, or by 8 if that is less. ``batch`` shows them; without one an example has one label of
+    two classes, and the input of a head entries of about one.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
     found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}

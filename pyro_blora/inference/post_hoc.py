@@ -3,9 +3,9 @@
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -98,24 +98,32 @@ def numbers_unless_named(blora: BayesianLoRA) -> None:
         blora.likelihood.classes = ()
 
 
+@dataclass
+class Before:
+    """What a refused call puts back."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    tokenizer: Any
+
+    def put_back(self, blora: BayesianLoRA) -> None:
+        """Undoes what was changed in the adapter."""
+        blora.load_state_dict(self.tensors, strict=False)  # an AutoGuide may have been started
+        for name in {"num_data", "classes"} & self.options.keys():
+            setattr(blora.likelihood, name, self.options[name])
+        blora.tokenizer = self.tokenizer
+
+
 @contextmanager
-def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Callable[[], None]]:
-    """Undoes what the block changed in the adapter if it raises an error; yields what undoes it."""
+def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Before]:
+    """Undoes what the block changed in the adapter if it raises an error."""
     read_store(blora)
-    likelihood, tokenizer = blora.likelihood, blora.tokenizer
-    options = likelihood.options()
     tensors = {name: value.clone() for name, value in blora.state_dict().items()}
-
-    def put_back() -> None:
-        blora.load_state_dict(tensors, strict=False)  # an AutoGuide may have been started
-        for name in {"num_data", "classes"} & options.keys():
-            setattr(likelihood, name, options[name])
-        blora.tokenizer = tokenizer
-
+    before = Before(tensors, blora.likelihood.options(), blora.tokenizer)
     try:
-        yield put_back
+        yield before
     except BaseException:
-        put_back()
+        before.put_back(blora)
         raise
 
 

@@ -120,7 +120,7 @@ class BayesianLoRATrainer(Trainer):
                 options["eval_dataset"], other = model.reading(held, self._given, training=False)
                 collate = collate or other
             for data in held.values() if isinstance(held, Mapping) else ():
-                model.reading(data, self._given, labeled=False, training=False)  # for its error
+                model.reading(data, self._given, training=False)  # for its error
             options["data_collator"] = collate or self._given
             if every is None or (held_out is None and post_hoc_families(model)):
                 share = 0.0  # the width is found after training, and the temperature after that

@@ -54,8 +54,7 @@ def lora(small, tmp_path):
 def test_a_lora_of_a_task_is_not_read_in_the_alphabet_s_order(lora, small, tmp_path):
     task, net = load_task(ROWS * 3), classifier(small)
     collate = task.collator(small, net=net)
-    likelihood = task.likelihood(collate)
-    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small, likelihood=likelihood)
+    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
     for given in (collate, None):
         with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
             blora.predict_dataset(task.test, given, progress=False)
@@ -571,9 +570,12 @@ def test_a_head_that_was_trained_on_numbers_reads_numbers_as_they_are(small, tmp
         again.unwrap()
     blora = named(small, ("neg", "pos"))  # whose numbers were perhaps those of id2label
     fit(blora, loader, num_steps=1, progress=False)
+    other = encoded.cast_column("label", datasets.ClassLabel(names=["pos", "negative"]))
     for data in (encoded, two_orders(small)[1], DataLoader(encoded, 4, collate_fn=padding)):
         with pytest.raises(DataError, match=r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"):
             blora.predict_dataset(data, progress=False)
+    with pytest.raises(DataError, match=r"got \['pos', 'negative'\]"):
+        blora.predict_dataset(other, progress=False)
 
 
 def only_ids(row):

@@ -9,11 +9,12 @@ import pytest
 import tiny
 import torch
 from own_tokenizer import build_tokenizer
+from pyro.infer.autoguide import AutoNormal
 from transformers import TrainingArguments
 
 from pyro_blora import BayesianLoRA, compare, fit, load_task
 from pyro_blora.guides import Laplace
-from pyro_blora.inference import bayesianize, finish
+from pyro_blora.inference import RATES, bayesianize, finish
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import LabelTokens
 
@@ -150,6 +151,20 @@ def test_a_refused_call_changes_nothing(name, blora, tmp_path):
         changed = [n for n in changed if n not in ("torch", "numpy", "python")]
     assert not changed
     assert before[1:] == after[1:]
+
+
+def test_a_row_that_is_refused_late_puts_an_autoguide_back_to_its_start():
+    likelihood = LabelTokens(token_ids=tiny.ANSWERS)
+    started = tiny.adapted(guide=AutoNormal, likelihood=likelihood)
+    torch.manual_seed(0)
+    fit(started, ROWS, num_steps=1, learning_rates=dict.fromkeys(RATES, 0.0), **GOOD)
+    blora = tiny.adapted(guide=AutoNormal, likelihood=likelihood)
+    with pytest.raises(ValueError, match="labels must"):
+        fit(blora, ROWS + LAST, num_steps=99, **GOOD)
+    expected = {name: value for name, value in started.state_dict().items() if "guide" in name}
+    assert expected
+    for name, value in expected.items():
+        torch.testing.assert_close(blora.state_dict()[name], value)
 
 
 def test_a_refused_posterior_leaves_a_peft_model_as_it_was(tmp_path):
