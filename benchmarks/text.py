@@ -112,7 +112,7 @@ def main(
     steps: int = 200,
     tune: Annotated[str, typer.Option(help="Rates of LoRA to try on another phrasing.")] = "",
 ) -> None:
-    """Trains LoRA and the default on the same facts, and asks both."""
+    """Trains LoRA and the default, at its own and at a label's rates, and asks each."""
     cells: list[dict[str, Any]] = []
     asked_for = TUNED if tune else ASKED
     trained = {f"LoRA, rate {rate}": with_rate(rate) for rate in tune.split(",") if rate}
