@@ -12,6 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -239,12 +240,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     write_file(path, lambda place: save_file(flat, place, metadata=header))
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """Reads the header of a safetensors file, without its tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Reads the header and the tensors of a safetensors file."""
+    with _opened(path) as file:
+        names = list(file.keys())
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
 

@@ -19,6 +19,7 @@ from pyro_blora.checkpoints.checkpoint import (
     Adapted,
     fetched,
     names_in,
+    read_header,
     read_tensors,
     write_tensors,
 )
@@ -388,7 +389,7 @@ def _check_no_other(place: Path, names: Sequence[str]) -> None:
 def _check_no_more(folder: Path, num_samples: int) -> None:
     """Refuses to leave draws beyond these, or a mean, which would be averaged with them."""
     draws = (path for path in folder.glob("*") if path.name.isdecimal())
-    left = [path for path in draws if int(path.name) >= num_samples] if folder.is_dir() else []
+    left = [path for path in draws if int(path.name) >= num_samples]
     left += [folder] if num_samples else []
     left = [path for path in left if (path / PEFT_CONFIG).exists() and _is_export(path)]
     if left:
@@ -401,7 +402,7 @@ def _check_no_more(folder: Path, num_samples: int) -> None:
 def _is_export(folder: Path) -> bool:
     """Whether a folder has a LoRA that :func:`export_peft` wrote."""
     file = folder / PEFT_WEIGHTS
-    return file.is_file() and _MARK in read_tensors(file)[0]
+    return file.is_file() and _MARK in read_header(file)
 
 
 def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:

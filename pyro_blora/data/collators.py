@@ -374,6 +374,8 @@ def reading(
             return made(kept)
 
         return rows, padded
+    if collate is None and tokenizer is not None and isinstance(likelihood, MultipleChoice):
+        collate = MultipleChoiceCollator(tokenizer) if isinstance(first, Mapping | Item) else None
     ours = type(collate) in (MultipleChoiceCollator, LabelTokensCollator)  # not a subclass
     if ours and isinstance(first, Mapping | Item):
         _items(rows, labeled or _has_label(first))  # now, not in the batch in which one comes
@@ -386,9 +388,6 @@ def reading(
             "Rows of text must have a tokenizer to read them, got none; make the adapter with "
             "tokenizer=, set blora.tokenizer, or pass collate=."
         )
-    if isinstance(likelihood, MultipleChoice):
-        _items(rows, labeled or _has_label(first))
-        return rows, MultipleChoiceCollator(tokenizer)
     columns = ", ".join(map(str, vars(first) if isinstance(first, Item) else first))
     if not isinstance(likelihood, CausalLM):
         raise ConfigurationError(

@@ -202,6 +202,14 @@ def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[
     return found
 
 
+def _check_columns(row: Mapping[str, Any]) -> None:
+    if unread := {"prompt", "completion", "text_pair"} & set(row):
+        raise DataError(
+            f"A task must have texts with classes, or options, got {', '.join(sorted(unread))}"
+            "; use fit and blora.predict_dataset, or evaluate_text for completions."
+        )
+
+
 def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     """The items of each split, in which the classes of ``text`` and ``label`` are the choices."""
     tables = {split: read_table(data) for split, data in splits.items()}
@@ -209,14 +217,7 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     texts = isinstance(some, Mapping) and "question" not in some
     names: list[str] = []
     if texts:
-        every = (table[k] for table in tables.values() for k in range(len(table)))
-        if unread := {"prompt", "completion", "text_pair"} & {
-            name for row in every for name in row
-        }:
-            raise DataError(
-                f"A task must have texts with classes, or options, got {', '.join(sorted(unread))}"
-                "; use fit and blora.predict_dataset, or evaluate_text for completions."
-            )
+        _check_columns(some)
         for table in tables.values():
             check_rows(table, "text", "label")
         names = [str(name) for name in names_of(*tables.values())]
@@ -226,6 +227,7 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
         for k in range(len(table)):
             row = table[k]
             if texts:
+                _check_columns(row)
                 label = names.index(str(_name(row, own)))
                 row = {"question": row["text"], "choices": names, "label": label}
             found[split].append(item_of(row, {"id": f"{split}-{k}"}))

@@ -202,8 +202,7 @@ def fit(
         # an AutoGuide makes its parameters at its first call, and the optimizer needs them
         batch = blora.model.prepared(stream.peek())
         start_guide(blora.guide, batch)
-        for name, value in blora.state_dict().items():  # of an AutoGuide
-            before.tensors.setdefault(name, value.clone())
+        before.keep(blora)
         asked = train.batch_size if isinstance(train, DataLoader) else None
         if asked and batch.examples > asked:
             raise ConfigurationError(

@@ -106,6 +106,11 @@ class Before:
     options: dict[str, Any]
     tokenizer: Any
 
+    def keep(self, blora: BayesianLoRA) -> None:
+        """Keeps the tensors that it has not yet, such as those of an AutoGuide at its start."""
+        state = blora.state_dict()
+        self.tensors |= {n: t.clone() for n, t in state.items() if n not in self.tensors}
+
     def put_back(self, blora: BayesianLoRA) -> None:
         """Undoes what was changed in the adapter."""
         blora.load_state_dict(self.tensors, strict=False)  # an AutoGuide may have been started
@@ -118,8 +123,8 @@ class Before:
 def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Before]:
     """Undoes what the block changed in the adapter if it raises an error."""
     read_store(blora)
-    tensors = {name: value.clone() for name, value in blora.state_dict().items()}
-    before = Before(tensors, blora.likelihood.options(), blora.tokenizer)
+    before = Before({}, blora.likelihood.options(), blora.tokenizer)
+    before.keep(blora)
     try:
         yield before
     except BaseException:
