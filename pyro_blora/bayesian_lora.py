@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.data.collators import reading
+from pyro_blora.data.reading import reading
 from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
@@ -176,10 +176,10 @@ class BayesianLoRA(PyroModule):
         labeled: bool = True,
         training: bool = True,
     ) -> tuple[Any, Collate | None]:
-        """The examples and their collator; see :func:`pyro_blora.data.collators.reading`."""
+        """The examples and their collator; see :func:`pyro_blora.data.reading.reading`."""
         parts: dict[str, Any] = {"net": self.net, "likelihood": self.likelihood}
         parts |= {"tokenizer": self.tokenizer, "labeled": labeled, "training": training}
-        return reading(data, collate, starts_at_lora=self.model.starts_at_lora, **parts)
+        return reading(data, collate, **parts)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""

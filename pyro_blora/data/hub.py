@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_blora.data.items import Item
 from pyro_blora.errors import DataError, first_line, near_miss
+from pyro_blora.items import Item
 
 _Record = Mapping[str, Any]
 _Parts = tuple[str, tuple[str, ...], int]  # the question, choices and label of an Item

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyro_blora.data.items import Item
+from pyro_blora.items import Item
 
 _TEXTS = ("text", "text_pair", "prompt", "completion")
 _LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows are of one text

@@ -1,15 +1,20 @@
-"""Tables of text and label: files, data frames, and data sets of ``datasets``."""
+"""Tables of rows: files, data frames, and data sets of ``datasets``."""
 
-import functools
 import glob
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pyro_blora.data.items import FILES, Item, item_of, read_json_lines
-from pyro_blora.errors import DataError, first_line
+from pyro_blora.errors import DataError, first_line, near_miss
+from pyro_blora.items import FORMAT, Item, item_of
+from pyro_blora.labels import check_rows, classes_of, is_subset, name_of, names_of
+
+FILES = (".csv", ".json", ".jsonl", ".parquet")
+#: The names that a split may have in files and tables, and what they mean.
+SPLITS = {name: name for name in ("train", "validation", "test")}
+SPLITS |= dict.fromkeys(("dev", "val", "valid"), "validation")
 
 
 def read_table(data: Any) -> Any:
@@ -53,153 +58,55 @@ def _read_file(path: Path) -> Any:
         raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
 
 
-def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
-    """Raises DataError unless each row has these columns, and a text or a number in each.
+def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> list[Any]:
+    """Reads the items of one split; other rows stay dictionaries unless ``only_items``.
 
-    An ``optional`` column may be missing, or hold None or a NaN, as a data frame does.
+    Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list and
+    ``id`` may be missing. Other keys and blank lines are ignored.
     """
-    for k in range(len(rows)):
-        row = rows[k]
-        if missing := [name for name in columns if name not in row]:
-            raise DataError(
-                f"Rows must have the columns {' and '.join(columns)}, got {', '.join(row)} in row "
-                f"{k}; rename those that hold the {' and the '.join(missing)}."
-            )
-        given = [name for name in optional if (v := row.get(name)) is not None and v == v]
-        for name in (*columns, *given):
-            label = name in ("label", "labels")
-            value = _plain(row[name]) if label else row[name]
-            number = label and isinstance(value, Integral) and int(value) >= 0
-            if not (number or isinstance(value, str)):
-                remedy = "; leave the row out, or convert it"
-                if isinstance(value, float) and label:
-                    remedy = "; cast the column to int, after leaving out rows without a label"
-                kind = "a text or a whole number from 0" if label else "a text"
-                raise DataError(
-                    f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}{remedy}."
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(_missing(path))
+    items = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            if line.strip():
+                record, known = json.loads(line), {"id": f"{path.stem}-{number}"}
+                is_item = (
+                    only_items
+                    or not isinstance(record, dict)
+                    or {*record} >= {"question", "choices"}
                 )
+                items.append(item_of(record, known) if is_item else record)
+        except ValueError as error:  # invalid JSON, UTF-8 or item
+            raise DataError(f"{path}, line {number}: {error}") from None
+    if not items:
+        raise DataError(f"{path} has no items: write one object per line, {FORMAT}")
+    return items
 
 
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    return str(value) if isinstance(value, bool) else value
-
-
-def is_subset(rows: Any) -> bool:
-    """Whether ``rows`` are a ``torch.utils.data.Subset``, as ``random_split`` makes them."""
-    return hasattr(rows, "indices") and hasattr(rows, "dataset")
-
-
-def without_subsets(rows: Any) -> Any:
-    """The data set of which ``rows`` are a subset, or rows as they are."""
-    while is_subset(rows):
-        rows = rows.dataset
-    return rows
-
-
-def classes_of(rows: Any, column: str = "label") -> list[str]:
-    """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
-    whole = without_subsets(rows)
-    if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
-        found = [classes_of(part, column) for part in parts]
-        if any(names != found[0] for names in found):
+def splits_in(folder: Path) -> dict[str, Path]:
+    """The files of the splits in a task's folder, such as ``train.jsonl``, by name."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*")):
+        if file.suffix not in FILES:
+            continue
+        if (other := found.setdefault(file.stem, file)) != file and file.stem in SPLITS:
             raise DataError(
-                f"The parts of a data set must number their classes alike, got {found}; join them "
-                "with datasets.concatenate_datasets, or make the labels texts."
+                f"{folder} must have one file for each split, got {other.name} and {file.name}; "
+                "remove one."
             )
-        return found[0]
-    features = features_of(whole)
-    return list(getattr(features.get(column), "names", None) or ())
-
-
-def features_of(whole: Any) -> Mapping[str, Any]:
-    """The columns of a ``datasets.Dataset``; a data set of the user's may call others so."""
-    found = getattr(whole, "features", None)
-    return found if isinstance(found, Mapping) else {}
-
-
-def are_numbers(names: Sequence[str | int]) -> bool:
-    """Whether all names of classes are whole numbers, as such or as texts."""
-    return all(map(is_number, names))
-
-
-def is_number(label: Any) -> bool:
-    """Whether a row's label is a whole number, as such or as a text."""
-    label = _plain(label)
-    return isinstance(label, Integral) or (isinstance(label, str) and label.isdecimal())
-
-
-def names_of(*tables: Any) -> list[str | int]:
-    """The classes in the column ``label`` of all tables, in order: texts or whole numbers.
-
-    Those of a ``datasets.Dataset`` keep its order; otherwise they are sorted.
-    """
-    every = [classes_of(rows) for rows in tables]
-    if every[0] and all(names and set(names) <= set(every[0]) for names in every):
-        return list(every[0])
-    found: set[Any] = set()
-    for rows, own in zip(tables, every, strict=True):
-        found |= {_name(rows[k], own) for k in range(len(rows))}
-    kinds = {type(label): label for label in found}
-    if len(kinds) > 1 and not are_numbers(list(found)):
-        raise DataError(
-            f"The column 'label' must hold texts or numbers, got both, such as {kinds[str]!r} and "
-            f"{kinds[int]!r}; make them alike."
-        )
-    if len(kinds) > 1:  # a file may have read the one as the other
-        found = set(map(int, found))
-    return sorted(found, key=int) if are_numbers(list(found)) else sorted(map(str, found))
-
-
-def _name(row: Mapping[str, Any], own: Sequence[str] = ()) -> str | int:
-    """The label as it is in the row, or the name that its number has in the row's table."""
-    label = _plain(row["label"])
-    if isinstance(label, str):
-        return label
-    if own and not 0 <= int(label) < len(own):
-        raise DataError(f"A label must number the classes {list(own)}, got {label}; correct it.")
-    return own[int(label)] if own else int(label)
-
-
-@functools.lru_cache
-def _places(classes: tuple[str, ...]) -> dict[str, int]:
-    places = {name.casefold(): k for k, name in enumerate(classes)}
-    if len(places) < len(classes):  # which differ in their case alone
-        return {name: k for k, name in enumerate(classes)}
-    return places
-
-
-def place_of(name: str, classes: tuple[str, ...]) -> int | None:
-    """The place of a class, whatever its case unless that tells it from another."""
-    places = _places(classes)
-    return places.get(name, places.get(name.casefold()))
-
-
-def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[str] = ()) -> int:
-    """The place of a row's label among the classes, whose names are texts; none for numbers.
-
-    ``own`` are the names that numbers have in the row's table.
-    """
-    classes = tuple(classes)
-    if classes and own and None in (place_of(name, classes) for name in own):
-        raise DataError(
-            f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
-            "spell them alike, or cast the column to int, so that its numbers are the logits'."
-        )
-    label = _name(row, own if classes or are_numbers(own) else ())
-    if any(name.lstrip("-").isdecimal() for name in classes):
-        label = str(label)  # 1 is then the name "1", wherever that stands
-    if isinstance(label, str) and label.isdecimal() and not classes:
-        label = int(label)
-    if isinstance(label, int):
-        return label
-    if (found := place_of(label, classes)) is None:
-        expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
-        raise DataError(
-            f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "
-            "data, or leave the column out where no class is right."
-        )
     return found
+
+
+def _missing(path: Path) -> str:
+    """Says that a file is missing, and names the splits or tasks that exist instead."""
+    folder, data_dir = path.parent, path.parent.parent
+    if splits := splits_in(folder):
+        return f"{path} is missing: no split {path.stem!r}; {near_miss(path.stem, splits)}"
+    if tasks := [task.name for task in data_dir.glob("*") if splits_in(task)]:
+        return f"no task {folder.name!r} in {data_dir}; {near_miss(folder.name, tasks)}"
+    return f"{path} is missing, and {data_dir} has no TASK/SPLIT.jsonl: name another folder"
 
 
 def _check_columns(row: Mapping[str, Any]) -> None:
@@ -228,7 +135,7 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
             row = table[k]
             if texts:
                 _check_columns(row)
-                label = names.index(str(_name(row, own)))
+                label = names.index(str(name_of(row, own)))
                 row = {"question": row["text"], "choices": names, "label": label}
             found[split].append(item_of(row, {"id": f"{split}-{k}"}))
     return found

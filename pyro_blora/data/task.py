@@ -9,19 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_blora.data.hub import hub_splits, read_hub
-from pyro_blora.data.items import (
-    FILES,
-    QUESTION,
-    SPLITS,
-    Item,
-    Template,
-    item_of,
-    splits_in,
-    template_for,
-)
 from pyro_blora.data.splits import chosen, first, keys_of
-from pyro_blora.data.tables import items_of, read_table
+from pyro_blora.data.tables import FILES, SPLITS, items_of, read_table, splits_in
 from pyro_blora.errors import DataError
+from pyro_blora.items import QUESTION, Item, Template, item_of, template_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,14 +53,15 @@ class Task:
 
         It is for a language model, unless ``net`` is a classifier.
         """
-        from pyro_blora.data import collators
+        from pyro_blora import likelihoods
+        from pyro_blora.likelihoods.sequence_classification import class_names
         from pyro_blora.network.targets import is_classifier
 
         if net is not None and is_classifier(net):
-            names = collators.class_names(net, self.test[0].choices)
-            return collators.ClassificationCollator(tokenizer, names, max_length)
+            names = class_names(net, self.test[0].choices)
+            return likelihoods.ClassificationCollator(tokenizer, names, max_length)
         words = self.template.scoring == "labels"
-        kind = collators.LabelTokensCollator if words else collators.MultipleChoiceCollator
+        kind = likelihoods.LabelTokensCollator if words else likelihoods.MultipleChoiceCollator
         return kind(tokenizer, self.template, max_length)
 
     def likelihood(self, collate: Any) -> "Likelihood":
@@ -78,17 +70,8 @@ class Task:
         That of a classifier names its classes in the order of ``collate``: for a head that somebody
         trained in another order, pass ``SequenceClassification(classes=[...])`` instead.
         """
-        from pyro_blora import likelihoods
-        from pyro_blora.data import collators
-
-        count = len(self.train) or None
-        if isinstance(collate, collators.ClassificationCollator):
-            return likelihoods.SequenceClassification(
-                num_data=count, classes=collate.classes or None
-            )
-        if isinstance(collate, collators.LabelTokensCollator):
-            return likelihoods.LabelTokens(token_ids=collate.token_ids, num_data=count)
-        return likelihoods.MultipleChoice(num_data=count)
+        found: Likelihood = collate.likelihood(num_data=len(self.train) or None)
+        return found
 
     def outside(self, data: Any) -> tuple[Item, ...]:
         """Questions of which no choice is right, as items of this task with a label of no meaning.

@@ -24,7 +24,6 @@ from pyro_blora.inference.post_hoc import (
     draws_of_evaluation,
     finish,
     hold_out,
-    numbers_unless_named,
     post_hoc_families,
     put_back_if_refused,
     share_to_hold_out,
@@ -153,7 +152,7 @@ def fit(
         if callback is not None and not callable(callback):
             raise ConfigurationError(f"callback must be a function, got {callback!r}.")
         if validation is not None:
-            numbers_unless_named(blora)
+            blora.likelihood.begin_training()
             validation, of_validation = blora.reading(validation, given, training=False)
         share = share_to_hold_out(blora, train, held_out)
         every, (train, held) = train, hold_out(train, share)

@@ -134,7 +134,7 @@ class Objective:
             logits = site["fn"].logits.detach()
             right = logits.argmax(-1) == site["value"]
             figures |= {"acc": right.float().mean(), "conf": logits.softmax(-1).amax(-1).mean()}
-            if isinstance(likelihood, SequenceClassification) and model.starts_at_lora:
+            if likelihood.new_head and likelihood.trained_head:
                 self._classes = int(logits.shape[-1])
         return loss, figures
 

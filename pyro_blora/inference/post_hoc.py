@@ -89,13 +89,7 @@ def begin_training(blora: BayesianLoRA) -> None:
         temperature.fill_(1)
     for family in post_hoc_families(blora).values():
         family.reopen()
-    numbers_unless_named(blora)
-
-
-def numbers_unless_named(blora: BayesianLoRA) -> None:
-    """From now on a head without names of its classes is one of numbers."""
-    if getattr(blora.likelihood, "classes", ()) is None:
-        blora.likelihood.classes = ()
+    blora.likelihood.begin_training()
 
 
 @dataclass

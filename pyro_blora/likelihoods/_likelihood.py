@@ -10,12 +10,14 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from transformers import DataCollatorWithPadding
 
-from pyro_blora.errors import BatchError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.options import Options, check_count
 
 Batch = Mapping[str, Any]
+Collate = Callable[[list[Any]], Mapping[str, Any]]
 Self = TypeVar("Self", bound="Likelihood")
 T = TypeVar("T")
 
@@ -68,6 +70,8 @@ class Likelihood(Options, PyroModule):
     new_head: ClassVar[bool] = False  # whether the network's head may be randomly initialized
     roles: ClassVar[dict[str, str]] = {}
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
+    padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
+    trained_head: bool = False  # whether the head is that of a LoRA, trained before
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
@@ -89,6 +93,35 @@ class Likelihood(Options, PyroModule):
     def has_classes(self) -> bool:
         """Whether each example has one class as its label."""
         return type(self).distribution is Likelihood.distribution
+
+    def collator(self, tokenizer: Any, row: Any) -> Collate:
+        """The function that makes a batch of rows of text such as ``row``, if no other is passed.
+
+        A subclass that reads rows of text returns a collator of its own.
+        """
+        columns = ", ".join(map(str, row if isinstance(row, Mapping) else vars(row)))
+        raise ConfigurationError(
+            f"{type(self).__name__} must be given collate= for rows of {columns}, such as "
+            "LabelTokensCollator(tokenizer, template) from pyro_blora.data."
+        )
+
+    def read(
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
+    ) -> Collate | None:
+        """Checks all rows before any is used, and returns the collator, perhaps another one.
+
+        If they are ``labeled``, rows must have labels; otherwise all or none have. A ``training``
+        may name the classes.
+        """
+        return collate
+
+    def check_loader(
+        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
+    ) -> None:
+        """Checks a loader of batches, whose rows are not read beforehand; by default nothing."""
+
+    def begin_training(self) -> None:
+        """Settles what a training fixes, such as that classes are numbers; by default nothing."""
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The network's keyword arguments for a batch."""

@@ -1,12 +1,19 @@
 """The next-token likelihood for fine-tuning on text."""
 
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pyro
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods._likelihood import Batch, Likelihood, Prepared
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.labels import check_rows
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood, Prepared
+from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.reading import check_causal, compact, logits_at
 
 
@@ -26,9 +33,32 @@ class CausalLM(Likelihood):
         likelihood.logits(net, batch).shape  # B x S x V, S = most scored tokens in a sequence
     """
 
+    padding = DataCollatorForSeq2Seq
+
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
         check_causal(net)
+
+    def collator(self, tokenizer: Any, row: Any) -> Collate:
+        """A :class:`TextCollator`, of the column ``text`` or of ``prompt`` and ``completion``."""
+        columns = set(row if isinstance(row, Mapping) else vars(row))
+        if "label" in columns or ({"prompt", "completion"} <= columns) == ("text" in columns):
+            raise ConfigurationError(  # neither, or both
+                "CausalLM must read the column text, or prompt and completion, got "
+                f"{', '.join(map(str, row if isinstance(row, Mapping) else vars(row)))}; rename or "
+                "drop columns. For classes load a classifier with num_labels=, for options pass "
+                "likelihood=MultipleChoice()."
+            )
+        return TextCollator(tokenizer)
+
+    def read(
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
+    ) -> Collate | None:
+        """Checks that each row has a text, or a prompt and a completion."""
+        if type(collate) is TextCollator:
+            pair = "completion" in rows[0]
+            check_rows(rows, *(("prompt", "completion") if pair else ("text",)))
+        return collate
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits that predict the scored tokens, ``(B, S, V)``, zero past a row's last one."""
@@ -99,3 +129,50 @@ class _IgnoringCategorical(pyro.distributions.Categorical):
 
     def _validate_sample(self, value: Tensor) -> None:
         super()._validate_sample(value.clamp_min(0))
+
+
+class TextCollator(PromptCollator):
+    """Makes a row from every text, for the next-token likelihood.
+
+    Takes the tokenizer and ``max_length`` of :class:`MultipleChoiceCollator`. Called on B
+    dictionaries with ``text``, or with ``prompt`` and ``completion``, it returns ``input_ids``,
+    ``attention_mask`` and ``labels``, long, ``(B, T)``, padded on the right. Each row ends with the
+    end-of-text token, if there is one. Prompts and padding are not scored (-100). A row that is too
+    long loses its end, but a completion keeps half of ``max_length``, and its prompt then loses its
+    start, though not BOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch of a list of rows."""
+        made, starts, end = [], [], self.tokenizer.eos_token_id
+        longest = 0
+        for row in rows:
+            if "completion" in row:
+                plain, prompt = (self._ids(row["prompt"], special) for special in (False, True))
+                scored = self._answer(row["completion"])
+            else:
+                plain, prompt, scored = [], [], self._ids(row["text"], special=True)
+            while len(prompt) > 1 and prompt[-1] == end and prompt[-len(plain) :] != plain:
+                prompt.pop()  # added by the tokenizer, but the completion follows; BOS stays
+            if end is not None and scored[-1:] != [end]:
+                scored.append(end)
+            longest = max(longest, len(prompt) + len(scored))
+            scored = scored[: max(self.max_length - len(prompt), self.max_length // 2)]
+            bos = int(prompt[:1] == [self.tokenizer.bos_token_id])
+            over = max(0, len(prompt) + len(scored) - self.max_length)
+            kept = prompt[:bos] + prompt[bos + over :]
+            made.append(kept + scored)
+            starts.append(len(kept))
+        if longest > self.max_length:
+            warnings.warn(
+                f"A text of {longest} tokens is cut to max_length={self.max_length}; pass collate="
+                "TextCollator(tokenizer, max_length=...) of pyro_blora.data to keep more of it.",
+                stacklevel=2,
+            )
+        input_ids, attention_mask = self._pad(made)
+        scored_at = torch.arange(input_ids.shape[-1]) >= torch.tensor(starts).unsqueeze(-1)
+        labels = input_ids.masked_fill(~(scored_at & attention_mask.bool()), -100)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,12 +1,16 @@
 """Classification by the next token among a few answer tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.items import Item, Template
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._prompts import PromptCollator, check_items
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -52,6 +56,14 @@ class LabelTokens(Likelihood):
                 f"{list(self.token_ids)}; take them from the network's own tokenizer."
             )
 
+    def read(
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
+    ) -> Collate | None:
+        """Checks that each row is an item."""
+        if type(collate) is LabelTokensCollator:  # a subclass may read other columns
+            check_items(rows, labeled)
+        return collate
+
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""
         inputs = self.inputs(batch)
@@ -60,3 +72,49 @@ class LabelTokens(Likelihood):
         last = (index * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
         ids = self._answers.to(mask.device)
         return logits_at(net, inputs, last, token_ids=ids, narrow=self.shortcuts.on)
+
+
+class LabelTokensCollator(PromptCollator):
+    """Makes a row from the prompt of every item; the answer is predicted at its last token.
+
+    Takes the arguments of :class:`MultipleChoiceCollator`, with a template of ``scoring="labels"``.
+    ``token_ids`` has the token of each label word, in the order of the classes. A batch has
+    ``input_ids`` and ``attention_mask``, long, (B, T), padded on the right, and ``labels``, long,
+    (B,).
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int = 512
+    ) -> None:
+        super().__init__(tokenizer, template, max_length)
+        words = {word: self._answer(word) for word in template.label_words}
+        self.token_ids: tuple[int, ...] = tuple(ids[0] for ids in words.values() if len(ids) == 1)
+        if len(set(self.token_ids)) < len(template.label_words):
+            raise DataError(
+                f"the label words have the tokens {words}, expected a different single one each: "
+                "choose other label words, or scoring='options'"
+            )
+        self._choices: tuple[str, ...] | None = None  # those of the first item, and so of all
+
+    def likelihood(self, num_data: int | None = None) -> LabelTokens:
+        """The likelihood of these batches."""
+        return LabelTokens(token_ids=self.token_ids, num_data=num_data)
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        words = tuple(word.strip().casefold() for word in self.template.label_words)
+        letters = all(len(word) == 1 for word in words)  # such as A and B, for any choices
+        known = self._choices
+        for item in items:
+            choices = tuple(choice.strip().casefold() for choice in item.choices)
+            classes = [words.index(c) if c in words else k for k, c in enumerate(choices)]
+            known = known or choices
+            if classes != list(range(len(words))) or not (letters or choices == known):
+                raise DataError(
+                    f"item {item.id!r} has {len(choices)} choices, {item.choices}, expected those "
+                    f"of all items, one for each of the label words {self.template.label_words!r} "
+                    "and in their order: reorder the choices and labels, or use another template"
+                )
+        self._choices = known
+        input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
+        labels = torch.tensor([item.label for item in items])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

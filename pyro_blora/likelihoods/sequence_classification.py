@@ -1,14 +1,28 @@
-"""Classification of whole sequences by a classification head."""
+"""Classification of whole sequences by a classification head, and the order of its classes."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.items import Item
+from pyro_blora.labels import (
+    are_numbers,
+    check_rows,
+    classes_of,
+    features_of,
+    label_of,
+    names_of,
+    place_of,
+    without_subsets,
+)
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods.reading import positions_of
-from pyro_blora.network.targets import head_of
+from pyro_blora.network.targets import head_of, own_names
 
 
 class SequenceClassification(Likelihood):
@@ -20,11 +34,13 @@ class SequenceClassification(Likelihood):
 
     Args:
         num_data: number of training examples.
-        classes: the names of the classes, in the order of the logits. Default: ``fit`` takes those
-            of the network or of the rows, if labels are texts.
+        classes: the names of the classes, in the order of the logits; an empty tuple if they are
+            numbers. Default: ``fit`` takes those of the network or of the rows, if labels are
+            texts.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B``).
+    network, and ``labels`` (``B``). Rows have ``text``, ``text_pair`` if there is a second one,
+    and ``label``.
 
     Example::
 
@@ -60,3 +76,233 @@ class SequenceClassification(Likelihood):
             inputs.update(positions_of(net, inputs.get("attention_mask")))
         logits: Tensor = net(**inputs).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def collator(self, tokenizer: Any, row: Any) -> Collate:
+        """A :class:`ClassificationCollator`."""
+        return ClassificationCollator(tokenizer)
+
+    def begin_training(self) -> None:
+        """From now on a head without names of its classes is one of numbers."""
+        self.classes = self.classes or ()
+
+    def read(
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
+    ) -> Collate | None:
+        """The collator, which numbers the classes as the logits do; it checks the rows, too.
+
+        A collator of transformers and a :class:`ClassificationCollator` get the numbers of the
+        logits for names and for numbers that have names in the data set. A training on rows names
+        the classes, unless they have names already: as the network does, or else as the rows do.
+        """
+        first = rows[0]
+        ours = isinstance(collate, ClassificationCollator)
+        encoded = isinstance(first, Mapping) and "input_ids" in first
+        if not ours and not (encoded and is_of(collate, "transformers.")):
+            return collate  # which reads the labels by itself
+        stored = features_of(without_subsets(rows))
+        named = {"label", "labels"} & set(first) if isinstance(first, Mapping) else set()
+        column = "labels" if named == {"labels"} else "label"
+        names = classes_of(rows, column)
+        # a transform makes labels without names, perhaps by other numbers than those of a column
+        made = not ours and stored and column in first and column not in stored
+        doubted = classes_of(rows) or classes_of(rows, "labels") if made else []
+        given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+        self._check_order(given, doubted, net)
+        classes = self.classes or given or self.classes
+        if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
+            if classes == () and self.trained_head and not own_names(net):
+                _check_places(names, [*map(str, range(len(names)))])
+            classes = _classes(classes, net, rows, names, column, labeled)
+        elif classes is None and names:
+            classes = class_names(net, names)
+        if training:
+            self.classes = classes
+        classes = classes or ()
+        names = names if classes or _are_logits(names, net) else []
+        if isinstance(collate, ClassificationCollator):
+            collate = copy.copy(collate)  # with what a subclass has added
+            collate.classes = classes if isinstance(first, Item) else ()
+        if isinstance(first, Item) or not (ours or names or (classes and column == "label")):
+            return collate
+
+        def numbered(part: list[Any]) -> Any:
+            if column in part[0]:
+                labels = [label_of({"label": row[column]}, classes, names) for row in part]
+                part = [{**row, column: k} for row, k in zip(part, labels, strict=True)]
+            made: Any = collate
+            return made(part)
+
+        return numbered
+
+    def check_loader(
+        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
+    ) -> None:
+        """Refuses a loader whose batches number the classes otherwise than the logits do."""
+        whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
+        ours = isinstance(collate, ClassificationCollator)
+        given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+        names = classes_of(whole) or classes_of(whole, "labels")
+        first = whole[0] if isinstance(whole, list | tuple) and whole else None
+        if isinstance(first, Item) and not given:
+            names = list(first.choices)
+        as_they_are = ours or collate is None or is_of(collate, "transformers.", "torch.")
+        self._check_order(given, names if as_they_are else [], net)
+        if training and given:
+            self.classes = self.classes or given
+
+    def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
+        """Refuses classes of a collator, or names of numbers, in another order than the logits."""
+        known = own_names(net) if self.classes is None else self.classes
+        if _are_logits(given, net) and not self.classes:
+            given = ()
+        if not self.classes and None in [place_of(name, known) for name in given]:
+            known = tuple(given) if self.classes is None else _names_of_numbers(net, given[0])
+        numbers = not self.classes and _are_logits(names, net) and not {*names} <= {*known}
+        logits = tuple(map(str, range(len(names)))) if numbers else known
+        for found, classes in ((given, known), (names, logits)):
+            if classes:
+                _check_places(found, classes, unknown=True)
+        if not known:
+            _check_places(names, own_names(net))
+
+
+class ClassificationCollator:
+    """Makes a row from every text, for a network with a classification head.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a pad token.
+        classes: the names of the classes, in the order of the logits, if labels are texts.
+        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
+
+    Called on B items, or dictionaries with ``text``, ``text_pair`` where there is one, and
+    ``label`` (a name or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``,
+    long, ``(B,)``, unless the first row has none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Sequence[str] = (),
+        max_length: int = 512,
+    ) -> None:
+        self.tokenizer, self.classes = tokenizer, tuple(classes)
+        self.max_length = min(max_length, tokenizer.model_max_length)
+        # BOS, which the tokenizer adds, also where a chat template has written it already
+        added = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._start: str = tokenizer.bos_token if added else ""
+
+    def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of a list of rows."""
+        made = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
+        pairs = [row.get("text_pair") for row in made]
+        firsts = [row["text"].removeprefix(self._start) for row in made]
+        texts: list[Any] = [  # a data frame has NaN where a row has no second text
+            (text, pair) if isinstance(pair, str) else text
+            for text, pair in zip(firsts, pairs, strict=True)
+        ]
+        options = {"padding": True, "truncation": True, "max_length": self.max_length}
+        batch = dict(self.tokenizer(texts, **options, return_tensors="pt"))
+        if "label" in made[0]:
+            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in made])
+        return batch
+
+    def likelihood(self, num_data: int | None = None) -> SequenceClassification:
+        """The likelihood of these batches, whose classes are in the order of this collator."""
+        return SequenceClassification(num_data=num_data, classes=self.classes or None)
+
+    def _row_of(self, item: Item) -> dict[str, Any]:
+        choice = item.choices[item.label]
+        named = self.classes or choice.isdecimal()
+        return {"text": item.question, "label": choice if named else item.label}
+
+
+def is_of(collate: Any, *packages: str) -> bool:
+    """Whether a function, or the class of an object, is of one of these packages."""
+    home = getattr(collate, "__module__", None) or type(collate).__module__
+    return home.startswith(packages)
+
+
+def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
+    """Refuses names in other places than in ``classes``; with ``unknown``, also other names."""
+    places = [place_of(name, tuple(classes)) for name in names]
+    if any(p != k and (unknown or p is not None) for k, p in enumerate(places)):
+        raise DataError(
+            "A collator, or a data set whose numbers are read as they are, must number the classes "
+            f"as {list(classes)}, got {list(names)}; leave them out of the collator, pass the data "
+            "set itself in place of a loader, or cast its column to int if its numbers are right."
+        )
+
+
+def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
+    """The names that a network has for a head that was trained on numbers; ``name`` is given."""
+    if names := own_names(net):
+        return names
+    raise ConfigurationError(
+        "The classes of a head that was trained on numbers must have names before labels can be "
+        f"texts, got {name!r}; pass likelihood=SequenceClassification(classes=[...]), in the order "
+        "in which the head was trained."
+    )
+
+
+def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
+    """Whether the names of classes are numbers of logits."""
+    count = getattr(getattr(net, "config", None), "num_labels", None)
+    return are_numbers(names) and (count is None or max(map(int, names), default=0) < count)
+
+
+def _classes(
+    classes: Any, net: nn.Module, rows: Any, names: list[str], column: str, labeled: bool
+) -> tuple[str, ...] | None:
+    """The names of a classifier's classes for rows, which it checks; ``None`` if none are known."""
+    if isinstance(first := rows[0], Mapping):
+        columns = [column] if "input_ids" in first else ["text", "label"]
+        has_label = (labeled or column in first) and (
+            names or column == "label" or "text" in columns
+        )
+        if not has_label and any("label" in rows[k] for k in range(len(rows))):
+            raise DataError("All rows must have a label, or none, got none in row 0; add it.")
+        check_rows(rows, *(columns if has_label else columns[:-1]), optional=("text_pair",))
+        if not has_label:
+            return classes
+    if classes == ():  # of a head that was trained on numbers, a number stays one
+        every = [rows[k] for k in range(len(rows))]
+        given = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
+        if all(map(are_numbers, given)):
+            _check_places(names, own_names(net))
+            return classes
+        classes = _names_of_numbers(net, given[0][0])
+    if classes is None:
+        items = isinstance(first, Item)
+        classes = class_names(net, list(first.choices) if items else names or names_of(rows))
+    count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
+    if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
+        labels = ({"label": rows[k][column]} for k in range(len(rows)))
+        most = max(label_of(label, classes, names) for label in labels)
+        if most >= count:
+            raise DataError(
+                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
+                f"the classes as texts, or load the network with num_labels={most + 1}."
+            )
+    return classes
+
+
+def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
+    """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
+    config: Any = getattr(net, "config", None)
+    if config is None:
+        return () if are_numbers(names) else tuple(map(str, names))
+    count, own = int(config.num_labels), own_names(net)
+    given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
+    if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
+        return given
+    if _are_logits(names, net):
+        fits = isinstance(names[0], str) and len(names) == count and not own
+        return tuple(map(str, sorted(names, key=int))) if fits else ()
+    if len(names) > count or (len(names) < count and not own):
+        least = max(map(int, names)) + 1 if isinstance(names[0], int) else len(names)
+        raise ConfigurationError(
+            f"The network must have a logit for each of the classes {list(names)}, got {count}; "
+            f"load it with num_labels={least}, or name all of its classes in net.config.id2label. "
+            "Numbers count from 0."
+        )
+    return own or tuple(map(str, names))

@@ -14,11 +14,10 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 from typing_extensions import Self
 
-from pyro_blora.data.collators import Collate
-from pyro_blora.data.items import Item
-from pyro_blora.data.tables import without_subsets
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.likelihoods import Batch
+from pyro_blora.items import Item
+from pyro_blora.labels import without_subsets
+from pyro_blora.likelihoods import Batch, Collate
 
 # which draw from the whole data set in the course of the epochs, however few in each
 _OF_ALL = (RandomSampler, WeightedRandomSampler, DistributedSampler)

@@ -156,17 +156,13 @@ class BayesianLoRAModel(PyroModule):
         """The number of dimensions of the prior's plates; the particles' dimension is next."""
         return self._traced[1]
 
-    @property
-    def starts_at_lora(self) -> bool:
-        """Whether the posterior mean started at given factors, as a trained LoRA has them."""
-        return bool(self._starts)
-
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Starts the priors at ``B A`` by the layers' names, before the guide is made."""
         if missing := [name for name in self.layer_names if name not in factors]:
             raise ConfigurationError(
                 f"start must have (B, A) for each layer, got none for {', '.join(missing[:4])}."
             )
+        self.likelihood.trained_head = True
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
             rank = max(len(A) for _, A in pairs)

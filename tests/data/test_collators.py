@@ -16,8 +16,8 @@ from pyro_blora.data import (
     MultipleChoiceCollator,
     TextCollator,
 )
-from pyro_blora.data.items import Template, template_for
 from pyro_blora.errors import BatchError
+from pyro_blora.items import Template, template_for
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 
 OPTIONS = template_for("facts")

@@ -5,7 +5,7 @@ import pytest
 
 from pyro_blora import likelihoods
 from pyro_blora.data import DataError, LabelTokensCollator, MultipleChoiceCollator, load_task
-from pyro_blora.data.items import template_for
+from pyro_blora.items import template_for
 
 # beside the repository, on machines that have it
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "commonsense"

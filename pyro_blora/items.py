@@ -1,18 +1,10 @@
-"""Questions with candidate answers: the item, its prompt, and files of items."""
+"""Questions with candidate answers: the item, and the template of its prompt."""
 
-import json
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
-from pyro_blora.errors import DataError, near_miss
+from pyro_blora.errors import DataError
 
-FILES = (".csv", ".json", ".jsonl", ".parquet")
-#: The names that a split may have in files and tables, and what they mean.
-SPLITS = {name: name for name in ("train", "validation", "test")}
-SPLITS |= dict.fromkeys(("dev", "val", "valid"), "validation")
-ITEM = {"question", "choices"}
 FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
 
@@ -53,53 +45,6 @@ def item_of(record: Any, defaults: dict[str, Any]) -> Item:
         return Item(record["id"], record["question"], choices, label)
     except (KeyError, TypeError) as error:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
-
-
-def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> list[Any]:
-    """Reads the items of one split; other rows stay dictionaries unless ``only_items``.
-
-    Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list and
-    ``id`` may be missing. Other keys and blank lines are ignored.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(_missing(path))
-    items = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            if line.strip():
-                record, known = json.loads(line), {"id": f"{path.stem}-{number}"}
-                is_item = only_items or not isinstance(record, dict) or {*record} >= ITEM
-                items.append(item_of(record, known) if is_item else record)
-        except ValueError as error:  # invalid JSON, UTF-8 or item
-            raise DataError(f"{path}, line {number}: {error}") from None
-    if not items:
-        raise DataError(f"{path} has no items: write one object per line, {FORMAT}")
-    return items
-
-
-def splits_in(folder: Path) -> dict[str, Path]:
-    """The files of the splits in a task's folder, such as ``train.jsonl``, by name."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*")):
-        if file.suffix not in FILES:
-            continue
-        if (other := found.setdefault(file.stem, file)) != file and file.stem in SPLITS:
-            raise DataError(
-                f"{folder} must have one file for each split, got {other.name} and {file.name}; "
-                "remove one."
-            )
-    return found
-
-
-def _missing(path: Path) -> str:
-    """Says that a file is missing, and names the splits or tasks that exist instead."""
-    folder, data_dir = path.parent, path.parent.parent
-    if splits := splits_in(folder):
-        return f"{path} is missing: no split {path.stem!r}; {near_miss(path.stem, splits)}"
-    if tasks := [task.name for task in data_dir.glob("*") if splits_in(task)]:
-        return f"no task {folder.name!r} in {data_dir}; {near_miss(folder.name, tasks)}"
-    return f"{path} is missing, and {data_dir} has no TASK/SPLIT.jsonl: name another folder"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""Examples and their collator, from whatever is passed as data."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase, default_data_collator
+
+from pyro_blora.data.tables import read_table
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.items import Item
+from pyro_blora.likelihoods import Likelihood
+from pyro_blora.likelihoods._likelihood import Collate
+from pyro_blora.likelihoods.sequence_classification import is_of
+from pyro_blora.network.targets import without_peft
+
+
+def reading(
+    data: Any,
+    collate: Collate | None,
+    *,
+    net: nn.Module,
+    likelihood: Likelihood,
+    tokenizer: PreTrainedTokenizerBase | None,
+    labeled: bool = True,
+    training: bool = True,
+) -> tuple[Any, Collate | None]:
+    """The examples in ``data``, and ``collate`` or the likelihood's function that batches them.
+
+    For transformers' own collators, rows of token ids lose the columns that neither the network
+    nor the likelihood takes, as in its ``Trainer``. For the other arguments see
+    :meth:`Likelihood.read <pyro_blora.likelihoods.Likelihood.read>`.
+    """
+    if isinstance(data, DataLoader | IterableDataset):
+        likelihood.check_loader(data, collate, net, training=training)
+        return data, collate
+    rows = read_table(data)
+    if not hasattr(rows, "__len__"):
+        raise DataError(
+            f"Examples must have a length, got a {type(rows).__name__}; pass a DataLoader of them."
+        )
+    if not len(rows):
+        return rows, collate
+    encoded = isinstance(rows[0], Mapping) and "input_ids" in rows[0]
+    if collate is None:
+        collate = _usual(likelihood, tokenizer, rows[0], encoded)
+    made = likelihood.read(rows, collate, net, labeled=labeled, training=training)
+    if not encoded or made is None or not is_of(collate, "transformers."):
+        return rows, made
+    whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
+    known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
+    known |= {"labels", "label", "label_ids", "context"}
+    return rows, lambda part: made([{k: row[k] for k in row if k in known} for row in part])
+
+
+def _usual(
+    likelihood: Likelihood, tokenizer: PreTrainedTokenizerBase | None, row: Any, encoded: bool
+) -> Collate | None:
+    """The collator of rows such as ``row``, or ``None`` for tensors, which torch collates."""
+    if encoded:
+        one_row_each = tokenizer is not None and likelihood.row_dims == 2
+        return likelihood.padding(tokenizer) if one_row_each else default_data_collator
+    is_text = isinstance(row, Item) or (
+        isinstance(row, Mapping) and any(isinstance(value, str) for value in row.values())
+    )
+    if isinstance(row, Mapping | Item) and tokenizer is not None:
+        return likelihood.collator(tokenizer, row)
+    if not is_text:
+        return None
+    raise ConfigurationError(
+        "Rows of text must have a tokenizer to read them, got none; make the adapter with "
+        "tokenizer=, set blora.tokenizer, or pass collate=."
+    )

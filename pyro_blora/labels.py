@@ -1,0 +1,157 @@
+"""Labels of rows: class names, and the numbers that stand for them."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from pyro_blora.errors import DataError
+
+
+def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
+    """Raises DataError unless each row has these columns, and a text or a number in each.
+
+    An ``optional`` column may be missing, or hold None or a NaN, as a data frame does.
+    """
+    for k in range(len(rows)):
+        row = rows[k]
+        if missing := [name for name in columns if name not in row]:
+            raise DataError(
+                f"Rows must have the columns {' and '.join(columns)}, got {', '.join(row)} in row "
+                f"{k}; rename those that hold the {' and the '.join(missing)}."
+            )
+        given = [name for name in optional if (v := row.get(name)) is not None and v == v]
+        for name in (*columns, *given):
+            label = name in ("label", "labels")
+            value = _plain(row[name]) if label else row[name]
+            number = label and isinstance(value, Integral) and int(value) >= 0
+            if not (number or isinstance(value, str)):
+                remedy = "; leave the row out, or convert it"
+                if isinstance(value, float) and label:
+                    remedy = "; cast the column to int, after leaving out rows without a label"
+                kind = "a text or a whole number from 0" if label else "a text"
+                raise DataError(
+                    f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}{remedy}."
+                )
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    return str(value) if isinstance(value, bool) else value
+
+
+def is_subset(rows: Any) -> bool:
+    """Whether ``rows`` are a ``torch.utils.data.Subset``, as ``random_split`` makes them."""
+    return hasattr(rows, "indices") and hasattr(rows, "dataset")
+
+
+def without_subsets(rows: Any) -> Any:
+    """The data set of which ``rows`` are a subset, or rows as they are."""
+    while is_subset(rows):
+        rows = rows.dataset
+    return rows
+
+
+def classes_of(rows: Any, column: str = "label") -> list[str]:
+    """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
+    whole = without_subsets(rows)
+    if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
+        found = [classes_of(part, column) for part in parts]
+        if any(names != found[0] for names in found):
+            raise DataError(
+                f"The parts of a data set must number their classes alike, got {found}; join them "
+                "with datasets.concatenate_datasets, or make the labels texts."
+            )
+        return found[0]
+    features = features_of(whole)
+    return list(getattr(features.get(column), "names", None) or ())
+
+
+def features_of(whole: Any) -> Mapping[str, Any]:
+    """The columns of a ``datasets.Dataset``; a data set of the user's may call others so."""
+    found = getattr(whole, "features", None)
+    return found if isinstance(found, Mapping) else {}
+
+
+def are_numbers(names: Sequence[str | int]) -> bool:
+    """Whether all names of classes are whole numbers, as such or as texts."""
+    return all(map(is_number, names))
+
+
+def is_number(label: Any) -> bool:
+    """Whether a row's label is a whole number, as such or as a text."""
+    label = _plain(label)
+    return isinstance(label, Integral) or (isinstance(label, str) and label.isdecimal())
+
+
+def names_of(*tables: Any) -> list[str | int]:
+    """The classes in the column ``label`` of all tables, in order: texts or whole numbers.
+
+    Those of a ``datasets.Dataset`` keep its order; otherwise they are sorted.
+    """
+    every = [classes_of(rows) for rows in tables]
+    if every[0] and all(names and set(names) <= set(every[0]) for names in every):
+        return list(every[0])
+    found: set[Any] = set()
+    for rows, own in zip(tables, every, strict=True):
+        found |= {name_of(rows[k], own) for k in range(len(rows))}
+    kinds = {type(label): label for label in found}
+    if len(kinds) > 1 and not are_numbers(list(found)):
+        raise DataError(
+            f"The column 'label' must hold texts or numbers, got both, such as {kinds[str]!r} and "
+            f"{kinds[int]!r}; make them alike."
+        )
+    if len(kinds) > 1:  # a file may have read the one as the other
+        found = set(map(int, found))
+    return sorted(found, key=int) if are_numbers(list(found)) else sorted(map(str, found))
+
+
+def name_of(row: Mapping[str, Any], own: Sequence[str] = ()) -> str | int:
+    """The label as it is in the row, or the name that its number has in the row's table."""
+    label = _plain(row["label"])
+    if isinstance(label, str):
+        return label
+    if own and not 0 <= int(label) < len(own):
+        raise DataError(f"A label must number the classes {list(own)}, got {label}; correct it.")
+    return own[int(label)] if own else int(label)
+
+
+@functools.lru_cache
+def _places(classes: tuple[str, ...]) -> dict[str, int]:
+    places = {name.casefold(): k for k, name in enumerate(classes)}
+    if len(places) < len(classes):  # which differ in their case alone
+        return {name: k for k, name in enumerate(classes)}
+    return places
+
+
+def place_of(name: str, classes: tuple[str, ...]) -> int | None:
+    """The place of a class, whatever its case unless that tells it from another."""
+    places = _places(classes)
+    return places.get(name, places.get(name.casefold()))
+
+
+def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[str] = ()) -> int:
+    """The place of a row's label among the classes, whose names are texts; none for numbers.
+
+    ``own`` are the names that numbers have in the row's table.
+    """
+    classes = tuple(classes)
+    if classes and own and None in (place_of(name, classes) for name in own):
+        raise DataError(
+            f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
+            "spell them alike, or cast the column to int, so that its numbers are the logits'."
+        )
+    label = name_of(row, own if classes or are_numbers(own) else ())
+    if any(name.lstrip("-").isdecimal() for name in classes):
+        label = str(label)  # 1 is then the name "1", wherever that stands
+    if isinstance(label, str) and label.isdecimal() and not classes:
+        label = int(label)
+    if isinstance(label, int):
+        return label
+    if (found := place_of(label, classes)) is None:
+        expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
+        raise DataError(
+            f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "
+            "data, or leave the column out where no class is right."
+        )
+    return found

@@ -1,0 +1,93 @@
+"""What the collators of language models share: the token ids of prompts and answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from pyro_blora.errors import DataError
+from pyro_blora.items import QUESTION, Item, Template, item_of
+
+
+def items_in(rows: Any, labeled: bool) -> list[Item]:
+    """The items of rows; without labels they have one of no meaning."""
+    some: dict[str, Any] = {} if labeled else {"label": 0}
+    every = [rows[k] for k in range(len(rows))]
+    if not labeled and any(isinstance(row, Item) or "label" in row for row in every):
+        raise DataError("All rows must have a label, or none, got none in row 0; add it.")
+    return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)]
+
+
+class PromptCollator:
+    """Turns texts into token ids, and rows of ids into padded tensors."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = QUESTION,
+        max_length: int = 512,
+    ) -> None:
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self._before = self._ids(":")  # stands for the text before an answer
+
+    def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch of a list of items, or of dictionaries with their fields except the id."""
+        labeled = isinstance(rows[0], Item) or "label" in rows[0]
+        batch = self._batch(items_in(rows, labeled))
+        return batch if labeled else {key: batch[key] for key in batch if key != "labels"}
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text; a chat template has written BOS already, and none is added to it."""
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not special or (ids and ids[0] == self.tokenizer.bos_token_id):
+            return ids
+        return list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+    def _answer(self, text: str) -> list[int]:
+        """The ids of a text that continues another, perhaps other than those of a text's start."""
+        both, count = self._ids(":" + text), len(self._before)
+        return both[count:] if both[:count] == self._before else self._ids(text)
+
+    def _prompt(self, item: Item, answer: int = 0) -> list[int]:
+        """The ids of an item's prompt, cut on the left to leave room for ``answer`` more.
+
+        Leading special tokens (BOS) are kept; trailing ones (EOS) are dropped, because the answer
+        follows.
+        """
+        text = self.template.format(item)
+        plain, full = self._ids(text), self._ids(text, special=True)
+        starts = range(len(full) - len(plain) + 1) if plain else ()
+        found = [k for k in starts if full[k : k + len(plain)] == plain]
+        if not found:
+            raise DataError(f"item {item.id!r}: the tokenizer makes no tokens of the prompt")
+        start = full[: found[0]]
+        if plain[0] == self.tokenizer.bos_token_id:  # of a chat template
+            start, plain = plain[:1], plain[1:]
+        room = self.max_length - len(start) - answer
+        if room < 1:
+            raise DataError(
+                f"item {item.id!r}: {len(start)} special tokens and an option of {answer} leave no "
+                f"room for the question at max_length={self.max_length}: raise max_length"
+            )
+        return start + plain[-room:]
+
+    def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask, ``(rows, T)``, padded on the right."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        value = next(token for token in known if isinstance(token, int))
+        tensors = [torch.tensor(row) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=value)
+        return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+
+
+def check_items(rows: Any, labeled: bool) -> None:
+    """Checks that rows are items, and that they have labels, or none has."""
+    first = rows[0]
+    if isinstance(first, Mapping | Item):
+        items_in(rows, labeled or isinstance(first, Item) or "label" in first)
