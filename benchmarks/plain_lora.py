@@ -9,14 +9,15 @@ import torch
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
+from pyro_blora.data.batches import Batches, predict_dataset
 from pyro_blora.inference.learning_rates import RATES
 from pyro_blora.inference.loop import FitResult, Settings, training_loop
-from pyro_blora.likelihoods import Batch, Likelihood
+from pyro_blora.likelihoods import Batch, Collate, Likelihood
 from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.network.targets import head_names
 from pyro_blora.options import choose_precision
-from pyro_blora.posterior.batches import Batches, Collate, to_device
-from pyro_blora.posterior.prediction import Prediction, predict_dataset
+from pyro_blora.posterior.batches import to_device
+from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.temperature import temperature_of_draws
 
 

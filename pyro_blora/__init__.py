@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # mypy takes inference.fit for the module
     from pyro_blora.network.pretrained import load_pretrained
-    from pyro_blora.posterior.prediction import Prediction, predict_dataset
+    from pyro_blora.posterior.prediction import Prediction
 
 __all__ = [
     "BayesianLoRA",
@@ -49,7 +49,7 @@ _HOMES = {
     "fit": "inference",
     "load_pretrained": "network.pretrained",
     "load_task": "data",
-    "predict_dataset": "posterior.prediction",
+    "predict_dataset": "data.batches",
 }
 
 

@@ -1,6 +1,7 @@
 """The facade: a pretrained network, a prior, a guide and a likelihood, as one object."""
 
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,28 +11,27 @@ from typing import Any
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
+from pyro_blora.data.batches import batches_of, over_dataset, predict_dataset, shown
 from pyro_blora.data.reading import reading
 from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import Batch, CausalLM, Likelihood, SequenceClassification
+from pyro_blora.likelihoods import Batch, CausalLM, Collate, Likelihood, SequenceClassification
 from pyro_blora.methods import METHODS, Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
-from pyro_blora.options import check_kind
-from pyro_blora.posterior import predictive
-from pyro_blora.posterior.batches import Collate
+from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, OwnTensors, analytic_kl, described, make_guide
-from pyro_blora.posterior.linearized import predictive_logits
-from pyro_blora.posterior.prediction import Prediction, over_dataset, predict_dataset
+from pyro_blora.posterior.posterior import Posterior, Samples
+from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.temperature import calibrate, distill
-from pyro_blora.updates import LowRankUpdate
 
 
 class BayesianLoRA(PyroModule):
@@ -207,25 +207,10 @@ class BayesianLoRA(PyroModule):
             self._frozen.thaw()
         return self.net
 
-    @one_at_a_time
-    def sample_updates(
-        self, num_samples: int = 0, batch: Batch | None = None
-    ) -> dict[str, LowRankUpdate]:
-        """Posterior draws of the updates by group, or their mean for 0."""
-        return predictive.sample_updates(self.model, self.guide, num_samples, batch)
-
-    @contextmanager
-    def posterior(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
-        """Yields the network running under posterior draws of U, or under their mean for 0.
-
-        The rows of any batch are divided evenly among the ``num_samples`` draws. Conditional noise
-        is drawn anew at every call of a layer; the mean has none. If the posterior depends on the
-        input, it is that of ``batch``. Other threads wait.
-        """
-        with LOCK:
-            self.model.check_attached()
-            with self.model.applied(self.sample_updates(num_samples, batch)) as net:
-                yield net
+    @property
+    def posterior(self) -> Posterior:
+        """q(U): its draws and its mean; called, a context in which the network runs under them."""
+        return Posterior(self.model, self.guide, self.method)
 
     @one_at_a_time
     @torch.no_grad()
@@ -236,7 +221,7 @@ class BayesianLoRA(PyroModule):
         *,
         max_rows: int | None = None,
         linearized: bool | None = None,
-        samples: predictive.Samples | None = None,
+        samples: Samples | None = None,
     ) -> Prediction:
         """The posterior predictive of the labels of a batch.
 
@@ -273,38 +258,114 @@ class BayesianLoRA(PyroModule):
             rows = [{"text": row} if isinstance(row, str) else row for row in batch]
             options: dict[str, Any] = {"precision": "float32", "progress": False}
             return self.predict_dataset(rows, None, num_samples, **options, **how)[0]
-        parts = self.model, self.guide, self.method
-        passes = predictive_logits(*parts, batch, num_samples, **how)
+        passes = self.posterior.logits(batch, num_samples, **how)
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
     @one_at_a_time
-    def distill(self, data: Any, collate: Collate | None = None, **options: Any) -> float:
-        """Makes one pass nearly as calibrated as the average of draws, without a label.
+    def distill(
+        self,
+        data: Any,
+        collate: Collate | None = None,
+        *,
+        num_samples: int = 16,
+        max_examples: int = 64,
+        batch_size: int = 8,
+        precision: str = "auto",
+        progress: bool | None = None,
+    ) -> float:
+        r"""Makes one pass nearly as calibrated as the average of draws, without a label.
 
-        Sets and returns the temperature of the posterior mean's scores; for the formula and the
-        ``options`` see :func:`pyro_blora.posterior.temperature.distill`.
+        The temperature of the posterior mean's scores becomes the one that minimizes
+
+        .. math::
+            \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
+            \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
+
+        ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it
+        from then on, in place of the one that :meth:`calibrate` found for the mean; the network
+        under ``posterior()`` does not. Another ``fit`` resets it to 1. For text each ``x_i`` is the
+        text before a token.
+
+        Args:
+            data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are
+                ignored, except that for text they say which tokens are scored.
+            collate: as in ``fit``.
+            num_samples: number of posterior draws ``S``.
+            max_examples: number of examples to read: a fixed random choice, or the first ones of a
+                ``DataLoader``.
+            batch_size: as in ``fit``.
+            precision: as in ``fit``.
+            progress: as in ``fit``.
+
+        Returns:
+            The temperature, between 0.01 and 100; above 1 if the mean was more confident than the
+            draws.
+
+        Raises:
+            ConfigurationError: all draws are equal, as those of ``Delta()`` are.
+
+        Reference:
+            H. Vejendla et al. (2025), arXiv:2505.11731, which trains a student on this divergence.
 
         Example::
 
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
+        self.model.check_attached()
+        check_count("num_samples", num_samples, 2)
+        if not self.model.enabled:
+            raise ConfigurationError(
+                "distill must have an adapter that is on; call it outside of disable_adapter()."
+            )
         data, collate = self.reading(data, collate, labeled=False, training=False)
-        return distill(self.model, self.guide, self.method, data, collate=collate, **options)
+        if not isinstance(data, DataLoader):
+            chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
+            data = [data[i] for i in chosen]
+        batches = shown("distill", batches_of(data, collate, batch_size), progress)
+        with self.model.autocast(precision):
+            return distill(self.posterior, batches, num_samples, max_examples)
 
     @one_at_a_time
-    def calibrate(self, data: Any, collate: Collate | None = None, **options: Any) -> float:
-        """Fits the temperatures of predictions to labels that training has not seen.
+    def calibrate(
+        self,
+        data: Any,
+        collate: Collate | None = None,
+        *,
+        num_samples: int | None = None,
+        batch_size: int = 8,
+        precision: str = "auto",
+        progress: bool | None = None,
+    ) -> float:
+        """Fits the temperatures of predictions to labels that the adapter has not learned from.
 
-        ``fit`` does this with the examples that it holds out; call it yourself after your own
-        training loop. See :func:`pyro_blora.posterior.temperature.calibrate`.
+        One is for the average of draws, as ``predict`` makes it, and one for the posterior mean
+        (see :func:`~pyro_blora.posterior.temperature.temperature_of_draws`). ``fit`` calls this at
+        its end with the examples that it holds out; call it yourself after your own training loop.
+        Another ``fit`` resets both to 1.
+
+        Args:
+            data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
+            collate: as in ``fit``.
+            num_samples: number of posterior draws. Default: as in ``predict``.
+            batch_size: as in ``fit``.
+            precision: as in ``fit``.
+            progress: as in ``fit``.
+
+        Returns:
+            The temperature of the draws; above 1 if they were over-confident.
+
+        Raises:
+            ConfigurationError: the likelihood has no classes, or the adapter is off.
 
         Example::
 
             blora.calibrate(held_out, collate)
         """
         data, collate = self.reading(data, collate, training=False)
-        return calibrate(self.model, self.guide, self.method, data, collate=collate, **options)
+        batches = shown("calibrate", batches_of(data, collate, batch_size), progress)
+        with self.model.autocast(precision):
+            return calibrate(self.posterior, batches, num_samples)
 
     def predict_dataset(
         self,
@@ -314,7 +375,7 @@ class BayesianLoRA(PyroModule):
         *,
         linearized: bool | None = None,
         max_rows: int | None = None,
-        samples: predictive.Samples | None = None,
+        samples: Samples | None = None,
         **options: Any,
     ) -> tuple[Prediction, Any]:
         """:meth:`predict` for a data set, and its labels; see :func:`pyro_blora.predict_dataset`.
@@ -332,9 +393,7 @@ class BayesianLoRA(PyroModule):
         self, batch: Batch, num_samples: int | None = None, **options: Any
     ) -> Tensor:
         """The log posterior predictive of the labels in nats, ``(B,)``; see :meth:`predict`."""
-        batch, parts = self.model.prepared(batch), (self.model, self.guide, self.method)
-        passes = predictive_logits(*parts, batch, num_samples, **options)
-        return predictive.log_predictive(self.likelihood, batch, passes)
+        return self.posterior.log_predictive(batch, num_samples, **options)
 
     def log_predictive_dataset(
         self,
@@ -379,10 +438,7 @@ class BayesianLoRA(PyroModule):
 
         See :func:`pyro_blora.generation.generate`; ``options`` go to the network's ``generate``.
         """
-        draws = self.method.draws(num_samples)
-        if draws:
-            self.method.check_draws()
-        return generate(self.model, self.guide, input_ids, draws, abstain_above, by, **options)
+        return generate(self.posterior, input_ids, num_samples, abstain_above, by, **options)
 
     @one_at_a_time
     def kl(self) -> Tensor | None:
@@ -494,12 +550,12 @@ class BayesianLoRA(PyroModule):
     @one_at_a_time
     def export_peft(self, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
         """Writes E[dW], or draws, for PEFT; see :func:`pyro_blora.checkpoints.export_peft`."""
-        peft.export_peft(self, folder, num_samples)
+        peft.export_peft(self.posterior, folder, num_samples)
 
     @one_at_a_time
     def merge_and_unload(self) -> nn.Module:
         """Merges E[dW] and the trained heads into the network, and returns the plain network."""
-        return peft.merge_and_unload(self)
+        return peft.merge_and_unload(self.posterior, self.unwrap)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -166,7 +166,7 @@ class PriorContract(PairContract):
             free = {i for i in range(-len(shape), 0) if shape[i] > 1} - {f.dim for f in frames}
             assert not free, f"{name}: no plate has dimension {free}; sample it in self.plate()."
         for draws in (0, 1, 3):
-            for group, update in blora.sample_updates(draws).items():
+            for group, update in blora.posterior.draws(draws).items():
                 getattr(blora.model, group).check_update(update)
         alone = poutine.trace(self.adapted(layers_to_transform=0).model.updates).get_trace().nodes
         for name in _latents(p):

@@ -41,6 +41,7 @@ from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import GuideFactory, read_store, start_guide
+from pyro_blora.posterior.posterior import Posterior
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -53,7 +54,10 @@ class Adapted(Protocol):
 
     model: BayesianLoRAModel
     guide: nn.Module
-    method: Method
+
+    @property
+    def posterior(self) -> Posterior:
+        """The posterior of the adapter."""
 
     @property
     def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
@@ -109,7 +113,7 @@ def save_pretrained(
             name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names
         },
         "modules_to_save": heads,
-        "method": asdict(blora.method),
+        "method": asdict(blora.posterior.method),
         "prior": _describe(model.prior),
         "guide": _describe_guide(blora.guide_family, blora.guide),
         "likelihood": _describe(model.likelihood),

@@ -42,8 +42,7 @@ from pyro_blora.network.targets import (
 )
 from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import start_guide
-from pyro_blora.posterior.predictive import draws_in_pairs, mean_updates, sample_updates
+from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.updates import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -127,12 +126,12 @@ class PeftAdapter:
         return heads
 
     @torch.no_grad()
-    def load_into(self, model: BayesianLoRAModel, guide: nn.Module) -> None:
+    def load_into(self, posterior: Posterior) -> None:
         """Loads the trained heads, and checks that the posterior mean is the adapter."""
+        model = posterior.model
         for name, tensor in model.trained_heads.tensors().items():
             tensor.copy_(self.others[name])
-        start_guide(guide)
-        means = mean_updates(model, guide)  # at the start an amortized mean is that of any input
+        means = posterior.mean()  # at the start an amortized mean is that of any input
         for group in model.groups:
             layers = means[group.name].layers()
             for name, layer in zip(group.module_names, layers, strict=True):
@@ -284,7 +283,7 @@ def from_peft(
             **options,
         )
         try:
-            adapter.load_into(blora.model, blora.guide)
+            adapter.load_into(blora.posterior)
         except ConfigurationError:
             blora.unwrap()
             raise
@@ -338,7 +337,7 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
         yield net
 
 
-def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
+def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
     """Writes the posterior mean as one LoRA, or each of several draws, with the trained heads.
 
     The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
@@ -347,20 +346,20 @@ def export_peft(blora: Adapted, folder: str | os.PathLike[str], num_samples: int
     ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier.
 
     Args:
-        blora: the adapter.
+        posterior: the adapter's posterior.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
         num_samples: 0 for the mean, or the number ``K`` of draws as in ``predict``, which go to
             ``folder/0`` to ``folder/K-1``. The mean of their probabilities is the posterior
             predictive.
     """
     check_count("num_samples", num_samples, 0)
-    model, folder = blora.model, Path(folder)
+    model, folder = posterior.model, Path(folder)
     places = [folder / str(k) for k in range(num_samples)] or [folder]
     if num_samples:
-        blora.method.check_draws()
-        updates, temperature = _draws(blora, num_samples), float(model.temperature)
+        posterior.method.check_draws()
+        updates, temperature = _draws(posterior, num_samples), float(model.temperature)
     else:
-        updates, temperature = sample_updates(model, blora.guide, 0), float(model.mean_temperature)
+        updates, temperature = posterior.draws(0), float(model.mean_temperature)
     check_folder(folder)
     made = {}
     for k, place in enumerate(places):
@@ -438,16 +437,16 @@ def _last_linear(model: BayesianLoRAModel) -> str | None:
     return found
 
 
-def merge_and_unload(blora: Adapted) -> Any:
+def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> Any:
     """The network with E[dW] and the trained heads merged into its weights by PEFT."""
-    model, temperature = blora.model, float(blora.model.mean_temperature)
+    model, temperature = posterior.model, float(posterior.model.mean_temperature)
     model.check_attached()
     if hasattr(model.net, "peft_config"):
         raise ConfigurationError(
             f"The network must not have an adapter of its own, got a {type(model.net).__name__}; "
             "merge that adapter first, and adapt the base."
         )
-    config, tensors = _lora(model, sample_updates(model, blora.guide, 0), temperature, 0)
+    config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
 
     if temperature != 1 and _last_linear(model) is None:
@@ -456,7 +455,7 @@ def merge_and_unload(blora: Adapted) -> Any:
             "divide its scores by that.",
             stacklevel=4,
         )
-    net: Any = blora.unwrap()
+    net: Any = unwrap()
     head: Any = head_of(net)
     targets = [net.get_submodule(name) for name in config.target_modules]
     if head in targets and head.weight is net.get_input_embeddings().weight:
@@ -471,13 +470,13 @@ def merge_and_unload(blora: Adapted) -> Any:
     return merged
 
 
-def _draws(blora: Adapted, count: int) -> dict[str, LowRankUpdate]:
-    amortized = getattr(blora.guide, "reads_context", False)
-    drawn = {} if amortized else draws_in_pairs(blora.model, blora.guide)(count)
+def _draws(posterior: Posterior, count: int) -> dict[str, LowRankUpdate]:
+    amortized = getattr(posterior.guide, "reads_context", False)
+    drawn = {} if amortized else posterior.pairs()(count)
     if not drawn or any(update.noise is not None for update in drawn.values()):
         raise ConfigurationError(
             "A draw is not a LoRA if it depends on the input, as with Amortized, or has noise, as "
-            f"{blora.model.prior!r} may; export the mean, or use conditional='deterministic'."
+            f"{posterior.model.prior!r} may; export the mean, or use conditional='deterministic'."
         )
     return drawn
 

@@ -36,13 +36,12 @@ from pyro_blora.files import check_folder
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
-from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.likelihoods import Collate, MultipleChoice
 from pyro_blora.methods import METHODS, Method, get_method, kind_of
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.pretrained import load_for
 from pyro_blora.network.targets import is_classifier
 from pyro_blora.options import check_count, choose_precision
-from pyro_blora.posterior.batches import Collate
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.prediction import Prediction
 

@@ -16,7 +16,7 @@ from pyro_blora.likelihoods.reading import logits_at, output_head
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import warn_of_a_point
-from pyro_blora.posterior.predictive import Samples, draws_given, draws_in_pairs, sample_updates
+from pyro_blora.posterior.posterior import Samples
 from pyro_blora.updates import LowRankUpdate
 
 try:
@@ -73,13 +73,13 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
             blora.net, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options
         )
         self.blora = blora
-        parts = (blora.model, blora.guide)
+        posterior = blora.posterior
         if samples is not None:
-            num_samples, draw = draws_given(blora.model, samples)
+            num_samples, draw = posterior.given(samples)
         else:
             warn_of_a_point(blora.guide, num_samples)
-            draw = draws_in_pairs(*parts)
-        self.draws = [draw(1) for _ in range(num_samples)] or [sample_updates(*parts, 0)]
+            draw = posterior.pairs()
+        self.draws = [draw(1) for _ in range(num_samples)] or [posterior.mean()]
 
     def generate_until(self, *arguments: Any, **options: Any) -> Any:
         """Text by the network under the posterior mean; see ``HFLM``."""

@@ -482,7 +482,7 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
 @torch.no_grad()
 def effective_ranks(blora: BayesianLoRA) -> dict[str, float]:
     """The effective rank of every adapted layer's posterior mean, by the layer's full name."""
-    updates = blora.sample_updates(0)
+    updates = blora.posterior.draws(0)
     return {
         name: float(rank)
         for group in blora.model.groups

@@ -23,10 +23,9 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import runs_eagerly
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import warn_of_a_point
+from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 # Options that do not run the network exactly once per token, and caches without rows per draw
 _REFUSED = ["assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale"]
@@ -81,10 +80,9 @@ class Generation(ModelOutput):
 
 @torch.no_grad()
 def generate(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
+    posterior: Posterior,
     input_ids: Tensor | None = None,
-    num_samples: int = 10,
+    num_samples: int | None = None,
     abstain_above: float | None = None,
     by: By = "mutual_information",
     **options: Any,
@@ -99,11 +97,11 @@ def generate(
     network's own logits if all draws are alike.
 
     Args:
-        model: the model.
-        guide: its guide.
+        posterior: the adapter's posterior.
         input_ids: the prompts' tokens, ``(B, T_0)``, on any device. Prompts of different lengths
             must be padded on the left and come with their ``attention_mask``.
-        num_samples: number of draws ``S``; 0 uses the posterior mean. Default: 10.
+        num_samples: number of draws ``S``; 0 uses the posterior mean. Default: as in
+            ``predict``.
         abstain_above: threshold in nats per token, above which a sequence's score marks it as
             ``abstained``; :func:`~pyro_blora.evaluation.metrics.threshold_for` finds one. Default:
             no sequence abstains.
@@ -113,6 +111,9 @@ def generate(
         options: options of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
             ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
     """
+    model, num_samples = posterior.model, posterior.method.draws(num_samples)
+    if num_samples:
+        posterior.method.check_draws()
     model.check_attached()
     net = _generator(model.net)
     several_beams = (_setting(net, options, "num_beams") or 1) > 1
@@ -123,7 +124,7 @@ def generate(
                 f"generate takes no {name}, because each token must be one pass under the draws of "
                 "this call; leave it out."
             )
-    warn_of_a_point(guide, num_samples)
+    warn_of_a_point(posterior.guide, num_samples)
     device = model.groups[0].device
     input_ids = options.pop("inputs", input_ids)  # as transformers calls it, too
     if input_ids is not None:
@@ -131,10 +132,7 @@ def generate(
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}
-    if num_samples:
-        updates = draws_in_pairs(model, guide, prompt)(num_samples)
-    else:
-        updates = sample_updates(model, guide, 0, prompt)
+    updates = posterior.pairs(prompt)(num_samples) if num_samples else posterior.mean(prompt)
     distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
     temperature = float(model.mean_temperature) if distilled else 1.0
     average, ends = _Average(max(1, num_samples), temperature), _Ends()

@@ -9,6 +9,7 @@ from pyro.infer import Trace_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.data.batches import Batches, Collate, batches_of, collator, size_of
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
@@ -29,7 +30,6 @@ from pyro_blora.inference.post_hoc import (
     share_to_hold_out,
 )
 from pyro_blora.options import check_count, check_kind, check_positive
-from pyro_blora.posterior.batches import Batches, Collate, batches_of, collator, size_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 

@@ -12,11 +12,11 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.data.batches import size_of
 from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
 from pyro_blora.options import check_count, check_positive
-from pyro_blora.posterior.batches import size_of
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 

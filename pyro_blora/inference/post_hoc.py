@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.peft import put_back
+from pyro_blora.data.batches import Collate, batches_of
 from pyro_blora.data.splits import chosen
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
@@ -24,7 +25,6 @@ from pyro_blora.inference.objective import warn_above_chance
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.posterior.batches import Collate, batches_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import StructuredGuide, draws_apart, read_store
 from pyro_blora.posterior.linearized import logit_jacobian

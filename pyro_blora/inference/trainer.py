@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_config, read_pretrained
+from pyro_blora.data.batches import size_of
 from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.learning_rates import (
@@ -43,10 +44,8 @@ from pyro_blora.inference.post_hoc import (
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.options import check_count
-from pyro_blora.posterior.batches import size_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
-from pyro_blora.posterior.linearized import predictive_logits
 
 
 class BayesianLoRATrainer(Trainer):
@@ -300,8 +299,7 @@ class _Loss(nn.Module):
         samples = draws_of_evaluation(self.blora, self.num_samples)
         if not likelihood.has_classes:
             return {"loss": -self.blora.log_predictive(batch, samples).mean()}
-        parts = (self.blora.model, self.blora.guide, self.blora.method)
-        draws = torch.cat([*predictive_logits(*parts, batch, samples)])
+        draws = torch.cat([*self.blora.posterior.logits(batch, samples)])
         logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
         labels = likelihood.labels(batch)
         if labels is None:

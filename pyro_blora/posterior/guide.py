@@ -30,7 +30,7 @@ from pyro_blora.posterior.bayesian_lora_model import (
     open_plates,
 )
 
-# The name of the plate of ``BayesianLoRA.sample_updates``
+# The name of the plate of :meth:`Posterior.draws`
 DRAWS_PLATE = "posterior_samples"
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]

@@ -1,20 +1,15 @@
 """The logits' first-order expansion at the guide's center, and draws of it."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.methods import Method
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.batches import repeat_batch
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import StructuredGuide, warn_of_a_point
-from pyro_blora.posterior.predictive import Samples, logits_of_draws, sample_updates
+from pyro_blora.posterior.guide import StructuredGuide
 
 
 @torch.inference_mode(False)  # off, because inference mode forbids derivatives
@@ -74,11 +69,6 @@ def linearized_logits(
     if num_samples < 1:
         raise ConfigurationError(f"num_samples={num_samples} must be at least 1 to linearize.")
     model.check_attached()
-    if any(u.is_noisy for u in sample_updates(model, guide, 1, batch).values()):
-        raise ConfigurationError(
-            "A linearization must have a deterministic update, got one with the noise of a "
-            "conditional; pass linearized=False, or a prior with conditional='deterministic'."
-        )
     with in_mode(model.net, training=False):
         logits, jacobian = logit_jacobian(model, guide, batch)
     assert isinstance(guide, StructuredGuide)
@@ -93,50 +83,3 @@ def linearized_logits(
             J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
             drawn += torch.einsum("bck,sbk->sbc", J, moved.expand(-1, len(logits), -1))
     return drawn
-
-
-def predictive_logits(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
-    method: Method,
-    batch: Batch,
-    num_samples: int | None = None,
-    samples: Samples | None = None,
-    **options: Any,
-) -> Iterator[Tensor]:
-    """The logits whose softmax a prediction averages, ``(draws, B, ..., C)`` per pass.
-
-    They are :func:`untempered_logits` over the temperature of the guide's draws or of its mean.
-    """
-    draws = method.draws(num_samples)
-    passes = untempered_logits(model, guide, method, batch, draws, samples=samples, **options)
-    if samples is not None or not model.enabled:  # of another posterior, or of the bare network
-        return passes
-    temperature = model.temperature if draws else model.mean_temperature
-    return (logits / temperature for logits in passes)
-
-
-def untempered_logits(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
-    method: Method,
-    batch: Batch,
-    draws: int,
-    *,
-    linearized: bool | None = None,
-    max_rows: int | None = None,
-    samples: Samples | None = None,
-) -> Iterator[Tensor]:
-    """The logits under draws of the guide, under its mean for 0, or under ``samples``."""
-    if linearized is None:
-        linearized = method.linearized and samples is None and draws > 0
-    if samples is None:
-        warn_of_a_point(guide, draws)
-    elif linearized:
-        raise ConfigurationError(
-            "linearized must be False with samples=, got True; leave one of them out."
-        )
-    batch = model.prepared(batch)
-    if linearized:
-        return iter([linearized_logits(model, guide, batch, draws)])
-    return logits_of_draws(model, guide, batch, draws, max_rows, samples)

@@ -1,22 +1,13 @@
 """Predictions: class probabilities per posterior sample, and the uncertainties they imply."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-
-from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods import Batch
-from pyro_blora.options import check_count, choose_precision
-from pyro_blora.posterior.batches import Collate, batches_of, lengths_of, size_of, to_device
 
 _TOLERANCE = 1e-3
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,72 +121,3 @@ def check_probabilities(probs: Tensor, *, name: str) -> None:
 
 def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
-
-
-def predict_dataset(
-    predict: Callable[[Batch], Prediction],
-    data: Any,
-    collate: Collate | None = None,
-    *,
-    device: torch.device | str | None = None,
-    **options: Any,
-) -> tuple[Prediction, Tensor | None]:
-    """The predictive distribution of every example, none dropped, in the order of ``data``.
-
-    Args:
-        predict: the prediction of one batch, such as ``blora.predict``.
-        data: the examples, or a ``DataLoader``, whose order is kept.
-        collate: makes a batch from a list of examples; torch's by default. Its ``labels`` are
-            passed through.
-        device: the device of the network. Default: the adapter's, if ``predict`` is a method of
-            one; otherwise the accelerator if there is one, or the CPU.
-        options: ``batch_size``, by default 16; ``precision`` as in ``fit``; ``progress``, by
-            default on a terminal, and its ``description``.
-
-    Returns:
-        The prediction, ``S x N x K``, and the labels, ``N``, or ``None`` if the examples have none.
-    """
-    usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
-    adapter = getattr(predict, "__self__", None)
-    place = torch.device(device or getattr(adapter, "device", usual))
-
-    def predicted(batch: Batch) -> tuple[Prediction, Tensor | None]:
-        return predict(batch), batch.get("labels")
-
-    predictions, labels, back = over_dataset(predicted, data, collate, place, **options)
-    return Prediction(Prediction.cat(predictions).samples.cpu()[:, back]), labels
-
-
-def over_dataset(
-    of_batch: Callable[[Batch], tuple[Found, Tensor | None]],
-    data: Any,
-    collate: Collate | None,
-    device: torch.device,
-    *,
-    batch_size: int = 16,
-    precision: str = "auto",
-    progress: bool | None = None,
-    description: str = "predict",
-) -> tuple[list[Found], Tensor | None, Any]:
-    """Results of ``of_batch`` by batch, its tensors in the data's order, and the index for that."""
-    check_count("batch_size", batch_size)
-    autocast = choose_precision(precision, device) == "bfloat16"
-    order, total = None, None
-    if not isinstance(data, DataLoader):
-        order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
-        total = -(-len(order) // batch_size)
-    elif size_of(data):
-        total = len(data)
-    found: list[Found] = []
-    others: list[Tensor] = []
-    hide = None if progress is None else not progress
-    batches = batches_of(data, collate, batch_size, order)
-    for given in tqdm(batches, desc=description, total=total, disable=hide, unit="batch"):
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            one, other = of_batch(to_device(given, device))
-        found.append(one)
-        others += [] if other is None else [other.cpu()]
-    if 0 < len(others) < len(found):
-        raise BatchError("All batches must have labels, or none, got both; add the missing ones.")
-    back: Any = slice(None) if order is None else torch.tensor(order).argsort()
-    return found, torch.cat(others)[back] if others else None, back

@@ -2,25 +2,16 @@
 
 import functools
 import math
-import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.methods import Method
-from pyro_blora.options import check_count
-from pyro_blora.posterior.batches import Collate, batches_of
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import draws_apart, posteriors_of
-from pyro_blora.posterior.linearized import predictive_logits, untempered_logits
-from pyro_blora.posterior.predictive import logits_of_draws, sample_updates
+from pyro_blora.posterior.guide import draws_apart
+from pyro_blora.posterior.posterior import Posterior
 
 _NOT_FINITE = (
     "Logits must be finite, or -inf at an absent choice that is not the label, got others; look "
@@ -82,149 +73,53 @@ def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def calibrate(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
-    method: Method,
-    data: Sequence[Any] | DataLoader[Any],
-    *,
-    collate: Collate | None = None,
-    num_samples: int | None = None,
-    batch_size: int = 8,
-    precision: str = "auto",
-    progress: bool | None = None,
-) -> float:
-    """Fits the temperatures of predictions to labels that the adapter has not learned from.
-
-    One is for the average of draws, as ``predict`` makes it, and one for the posterior mean (see
-    :func:`temperature_of_draws`). ``fit`` calls this at its end with the examples that it holds
-    out; call it yourself after your own training loop. Another ``fit`` resets both to 1.
-
-    Args:
-        model: the model of the adapter.
-        guide: its guide.
-        method: its method, which says how draws are made.
-        data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
-        collate: makes a batch from a list of examples; by default torch's.
-        num_samples: number of posterior draws. Default: as in ``predict``.
-        batch_size: as in ``fit``.
-        precision: as in ``fit``.
-        progress: as in ``fit``.
-
-    Returns:
-        The temperature of the draws; above 1 if they were over-confident.
-
-    Raises:
-        ConfigurationError: the likelihood has no classes, or the adapter is off.
-    """
-    likelihood, draws = model.likelihood, method.draws(num_samples)
+def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int | None) -> float:
+    """Fits both temperatures to the labels of batches; see :meth:`BayesianLoRA.calibrate`."""
+    model, draws = posterior.model, posterior.method.draws(num_samples)
+    likelihood = model.likelihood
     if not (likelihood.has_classes and model.enabled):
         raise ConfigurationError(
             f"calibrate must have a likelihood with classes and an adapter that is on, got "
             f"{type(likelihood).__name__}; call it outside of disable_adapter(), and not for text."
         )
-    hide = None if progress is None else not progress
-    batches = batches_of(data, collate, batch_size)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with draws_apart(guide, model.groups[0].device), model.autocast(precision):
-        for given in tqdm(batches, desc="calibrate", disable=hide, unit="batch"):
+    with draws_apart(posterior.guide, model.groups[0].device):
+        for given in batches:
             batch = model.prepared(given)
             labels = likelihood.labels(batch)
             if labels is None:
                 raise BatchError("A batch must have labels to calibrate by, got none; add them.")
-            mean = next(logits_of_draws(model, guide, batch, 0))
+            mean = next(posterior.logits(batch, 0, tempered=False))
             likelihood.check_labels(labels, mean[0])
             drawn = mean  # of a point, which needs no second pass
             if draws:
-                drawn = torch.cat([*untempered_logits(model, guide, method, batch, draws)])
+                drawn = torch.cat([*posterior.logits(batch, draws, tempered=False)])
             found.append((mean.cpu(), drawn.cpu(), labels.cpu()))
-    by_mean, by_draws, of = zip(*found, strict=True)
-    both = [temperature_of_draws(_joined(logits), torch.cat(of)) for logits in (by_draws, by_mean)]
+    by_mean, by_draws, parts = zip(*found, strict=True)
+    labels = torch.cat(parts)
+    both = [temperature_of_draws(_joined(logits), labels) for logits in (by_draws, by_mean)]
     model.temperature.fill_(both[0])
     model.mean_temperature.fill_(both[1])
     return float(model.temperature)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Logits of all batches, ``(S, n, K)``; items with fewer choices are padded."""
-    most = max(part.shape[-1] for part in parts)
-    return torch.cat([pad(z, (0, most - z.shape[-1]), value=-torch.inf) for z in parts], -2)
-
-
 @torch.no_grad()
 def distill(
-    model: BayesianLoRAModel,
-    guide: nn.Module,
-    method: Method,
-    data: Sequence[Any] | DataLoader[Any],
-    *,
-    collate: Collate | None = None,
-    num_samples: int = 16,
-    max_examples: int = 64,
-    batch_size: int = 8,
-    precision: str = "auto",
-    progress: bool | None = None,
+    posterior: Posterior, batches: Iterable[Batch], num_samples: int, max_examples: int
 ) -> float:
-    r"""Makes one pass nearly as calibrated as the average of draws, without a label.
-
-    The temperature of the posterior mean's scores becomes the one that minimizes
-
-    .. math::
-        \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
-        \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
-
-    ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it from
-    then on, in place of the one that ``calibrate`` found for the mean; the network under
-    ``posterior()`` does not. Another ``fit`` resets it to 1. For text each ``x_i`` is the text
-    before a token.
-
-    Args:
-        model: the model of the adapter.
-        guide: its guide.
-        method: its method, which says how draws are made.
-        data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are ignored,
-            except that for text they say which tokens are scored.
-        collate: makes a batch from a list of examples; by default torch's.
-        num_samples: number of posterior draws ``S``.
-        max_examples: number of examples to read: a fixed random choice, or the first ones of a
-            ``DataLoader``.
-        batch_size: as in ``fit``.
-        precision: as in ``fit``.
-        progress: as in ``fit``.
-
-    Returns:
-        The temperature, between 0.01 and 100; above 1 if the mean was more confident than the
-        draws.
-
-    Raises:
-        ConfigurationError: all draws are equal, as those of ``Delta()`` are.
-
-    Reference:
-        H. Vejendla et al. (2025), arXiv:2505.11731, which trains a student on this divergence.
-    """
-    model.check_attached()
-    check_count("num_samples", num_samples, 2)
-    if not model.enabled:
-        raise ConfigurationError(
-            "distill must have an adapter that is on; call it outside of disable_adapter()."
-        )
-    if not isinstance(data, DataLoader):
-        chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
-        data = [data[i] for i in chosen]
-    hide = None if progress is None else not progress
-    batches = batches_of(data, collate, batch_size)
-    device, seen = model.groups[0].device, 0
+    """Fits the temperature of the mean to the draws; see :meth:`BayesianLoRA.distill`."""
+    model, seen = posterior.model, 0
     excess: list[Tensor] = []
-    with draws_apart(guide, device), model.autocast(precision):
-        for given in tqdm(batches, desc="distill", disable=hide, unit="batch"):
+    with draws_apart(posterior.guide, model.groups[0].device):
+        for given in batches:
             batch = model.prepared(given)
-            if not excess and _is_point(model, guide, batch, num_samples):
+            if not excess and posterior.is_point(batch, num_samples):
                 raise ConfigurationError(
                     "distill must have draws that differ, got a posterior whose draws are all "
                     "alike; take a guide with a width, such as MatrixNormal(), or call finish."
                 )
-            (scores,) = next(logits_of_draws(model, guide, batch, 0))
-            drawn = predictive_logits(model, guide, method, batch, num_samples)
+            (scores,) = next(posterior.logits(batch, 0, linearized=False, tempered=False))
+            drawn = posterior.logits(batch, num_samples)
             scores = scores.flatten(0, -2)
             some = slice(None, None, math.ceil(len(scores) / _ROWS))
             parts = (d.flatten(1, -2)[:, some].double().softmax(-1).sum(0) for d in drawn)
@@ -237,9 +132,7 @@ def distill(
     return float(model.mean_temperature)
 
 
-def _is_point(model: BayesianLoRAModel, guide: nn.Module, batch: Batch, count: int) -> bool:
-    """Whether all draws of a posterior are equal."""
-    drawn = sample_updates(model, guide, count * posteriors_of(guide, batch), batch).values()
-    factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
-    alike = all(bool((f == f[:1]).all()) for f in factors)
-    return alike and not any(update.is_noisy for update in drawn)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Logits of all batches, ``(S, n, K)``; items with fewer choices are padded."""
+    most = max(part.shape[-1] for part in parts)
+    return torch.cat([pad(z, (0, most - z.shape[-1]), value=-torch.inf) for z in parts], -2)

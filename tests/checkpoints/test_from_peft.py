@@ -75,7 +75,7 @@ def test_every_prior_starts_there_or_is_refused():
             refused[repr(prior)] = str(error)
             continue
         for group in blora.model.groups:
-            updates = blora.sample_updates(0)[group.name].layers()
+            updates = blora.posterior.draws(0)[group.name].layers()
             for n, update in zip(group.module_names, updates, strict=True):
                 torch.testing.assert_close(update.weight(), deltas[n], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(mean_logits(blora), expected, atol=2e-5, rtol=0)

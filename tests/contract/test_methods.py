@@ -9,12 +9,12 @@ import tiny
 import torch
 
 from pyro_blora import BayesianLoRA, fit, guides, models
+from pyro_blora.data.batches import Batches
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import RATES, parameter_groups
 from pyro_blora.inference.loop import rate
 from pyro_blora.likelihoods import LabelTokens
 from pyro_blora.methods import METHODS, Method, get_method
-from pyro_blora.posterior.batches import Batches
 
 
 def made(name, net=None, **options):

@@ -43,7 +43,7 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
     torch.manual_seed(0)
     both = tiny.adapted(prior=PRIORS, guide=GUIDES)
     tiny.shaken(both, 0.3)
-    state, kl, updates = both.state_dict(), both.kl(), both.sample_updates(0)
+    state, kl, updates = both.state_dict(), both.kl(), both.posterior.draws(0)
     both.unwrap()
     alone = {"q_proj": (PRIORS[".*"], GUIDES["q.*"]), "v_proj": (PRIORS["v_proj"], GUIDES[".*"])}
     total = 0.0
@@ -52,7 +52,7 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
         own = (name, "temperature", "mean_temperature")
         blora.load_state_dict({k: v for k, v in state.items() if k.split(".")[1].startswith(own)})
         total += blora.kl()
-        found = blora.sample_updates(0)[name].layers()
+        found = blora.posterior.draws(0)[name].layers()
         for one, other in zip(found, updates[name].layers(), strict=True):
             assert torch.equal(one.weight(), other.weight())
         blora.unwrap()

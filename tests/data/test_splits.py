@@ -17,11 +17,11 @@ from torch.utils.data import (
 from transformers import TrainingArguments
 
 from pyro_blora.data import load_task
+from pyro_blora.data.batches import size_of
 from pyro_blora.data.splits import chosen, keys_of
 from pyro_blora.inference.post_hoc import hold_out
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.posterior.batches import size_of
 
 ROWS = tiny.examples(20)
 PART = random_split(ROWS, [6, 14], torch.Generator().manual_seed(0))[0]

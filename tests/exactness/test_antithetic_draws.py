@@ -8,7 +8,6 @@ from own_classes import RandomScale
 from pyro.distributions import Gumbel
 
 from pyro_blora import guides, models
-from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
 
 FAMILIES = {
     "MatrixNormal": guides.MatrixNormal(),
@@ -29,12 +28,12 @@ def adapted(guide, prior=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pair_has_the_mean_of_q_and_each_of_it_the_law_of_q(name):
     blora = adapted(FAMILIES[name])
-    draw = draws_in_pairs(blora.model, blora.guide, tiny.sequences())
+    draw = blora.posterior.pairs(tiny.sequences())
     cores = torch.cat([draw(count)["q_proj"].core for count in (1, 4, 3, 2, 3990)])
-    mean = sample_updates(blora.model, blora.guide, 0)["q_proj"].core
+    mean = blora.posterior.draws(0)["q_proj"].core
     pairs = cores.unflatten(0, (2000, 2))
     torch.testing.assert_close(pairs.mean(1), mean.expand(2000, *mean.shape))
-    alone = sample_updates(blora.model, blora.guide, 4000)["q_proj"].core
+    alone = blora.posterior.draws(4000)["q_proj"].core
     for ours in (pairs[:, 0], pairs[:, 1]):
         torch.testing.assert_close(ours.std(0), alone.std(0), rtol=0.12, atol=0)
 
@@ -45,12 +44,12 @@ def test_a_pair_has_the_mean_of_q_and_each_of_it_the_law_of_q(name):
 def test_what_is_not_symmetric_is_drawn_as_it_is(guide):
     blora = adapted(guide)
     torch.manual_seed(1)
-    expected = sample_updates(blora.model, blora.guide, 5)["q_proj"].core
+    expected = blora.posterior.draws(5)["q_proj"].core
     if isinstance(guide, guides.Ensemble):
         blora.guide.q_proj_V.turn.zero_()
         blora.guide.v_proj_V.turn.zero_()
     torch.manual_seed(1)
-    found = draws_in_pairs(blora.model, blora.guide, tiny.sequences())(5)["q_proj"].core
+    found = blora.posterior.pairs(tiny.sequences())(5)["q_proj"].core
     assert torch.equal(found, expected)
 
 
@@ -69,7 +68,7 @@ class LeaningLaplace(guides.Laplace):
 @pytest.mark.parametrize("family", [Leaning, LeaningLaplace])
 def test_a_law_of_ones_own_in_a_symmetric_family_is_no_mirror_image(family):
     blora = adapted(family())
-    core = draws_in_pairs(blora.model, blora.guide, tiny.sequences())(10_000)["q_proj"].core
+    core = blora.posterior.pairs(tiny.sequences())(10_000)["q_proj"].core
     white = (core - core.mean(0)) / core.std(0)
     assert float(white.pow(3).mean()) == pytest.approx(1.14, abs=0.1)
 
@@ -84,7 +83,7 @@ def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):
         return seen["_RETURN"]
 
     monkeypatch.setattr(type(blora.model), "updates", watched)
-    draws_in_pairs(blora.model, blora.guide, tiny.sequences())(2)
+    blora.posterior.pairs(tiny.sequences())(2)
     center = blora.guide.families()["q_proj.sigma"].center()
     torch.testing.assert_close(seen["q_proj.sigma"].log().mean(0), center.log())
 
@@ -92,8 +91,8 @@ def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):
 def test_each_example_of_an_amortized_guide_has_a_mirror_image_of_its_own():
     blora = adapted(guides.Amortized())
     batch = tiny.sequences(3)
-    core = draws_in_pairs(blora.model, blora.guide, batch, 3)(2)["q_proj"].core
-    mean = sample_updates(blora.model, blora.guide, 0, batch)["q_proj"].core
+    core = blora.posterior.pairs(batch, 3)(2)["q_proj"].core
+    mean = blora.posterior.draws(0, batch)["q_proj"].core
     torch.testing.assert_close(core.unflatten(0, (2, 3)).mean(0), mean)
 
 
@@ -106,7 +105,7 @@ def test_an_average_of_four_has_less_spread_than_of_four_alone():
         return torch.stack([run().mean(0) for _ in range(60)]).var(0).mean()
 
     def alone():
-        with torch.no_grad(), model.applied(blora.sample_updates(4)) as net:
+        with torch.no_grad(), model.applied(blora.posterior.draws(4)) as net:
             rows = {key: value.repeat(4, 1) for key, value in batch.items() if key != "labels"}
             return blora.likelihood.logits(net, rows).unflatten(0, (4, 2)).softmax(-1)
 

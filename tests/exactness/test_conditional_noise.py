@@ -196,7 +196,7 @@ def options_of_one_item(kind, pack):
     batch = repeat_batch(batch_of([((3, 9, 4, 8, 2), [(5,), (6,)], 0)]), 100)
     draws = []
     for _ in range(40):
-        with blora.model.applied(blora.sample_updates(100)) as net:
+        with blora.model.applied(blora.posterior.draws(100)) as net:
             draws.append(MultipleChoice(pack=pack).logits(net, batch))
     return torch.cat(draws).mean(0), torch.cat(draws).T.cov()
 

@@ -149,7 +149,7 @@ def planted(core):
     options = {"num_steps": 1000, "batch_size": 50, "progress": False}
     options["learning_rates"] = {"scale": 3e-2}
     fit(blora, rows, collate=torch.utils.data.default_collate, **options)
-    update = next(iter(blora.sample_updates(0).values()))
+    update = next(iter(blora.posterior.draws(0).values()))
     error = update.layers()[0].weight() - dW
     return next(iter(effective_ranks(blora).values())), (error.norm() / dW.norm()).item()
 

@@ -14,7 +14,6 @@ from pyro_blora.data import LabelTokensCollator, MultipleChoiceCollator, Templat
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.posterior.guide import draws_apart
-from pyro_blora.posterior.predictive import logits_of_draws
 from pyro_blora.posterior.temperature import best_temperature
 
 PROMPT = "Question: {q}\nAnswer"
@@ -51,12 +50,12 @@ def test_it_is_nearest_to_the_draws(kind):
     """By a grid of temperatures, over the divergence written out."""
     blora, batch = adapter(kind)
     with torch.no_grad():
-        mean = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0]
+        mean = next(blora.posterior.logits(batch, 0, tempered=False))[0]
     found = blora.distill(rows_of(batch), num_samples=32)
     with draws_apart(blora.guide, torch.device("cpu")), torch.no_grad():
         next(iter(rows_of(batch)))  # a DataLoader draws a seed
-        blora.sample_updates(32)  # and it makes sure that draws differ
-        draws = torch.cat(list(logits_of_draws(blora.model, blora.guide, batch, 32)))
+        blora.posterior.draws(32)  # and it makes sure that draws differ
+        draws = torch.cat(list(blora.posterior.logits(batch, 32, tempered=False)))
     p = draws.double().softmax(-1).mean(0)
 
     def divergence(temperature):
@@ -149,7 +148,7 @@ def test_an_export_has_it(kind, tmp_path):
     blora, batch = adapter(kind)
     temperature = blora.distill(rows_of(batch))
     with torch.no_grad():
-        expected = next(logits_of_draws(blora.model, blora.guide, batch, 0))[0] / temperature
+        expected = next(blora.posterior.logits(batch, 0, tempered=False))[0] / temperature
         expected = expected.softmax(-1)
     prompt = {"input_ids": torch.tensor([[9, 10, 11]]), "attention_mask": torch.ones(1, 3).long()}
     if kind == "text":

@@ -75,7 +75,7 @@ def test_variance_is_that_of_the_shares(particles):
     """``(N/B)^2`` times the covariance of the examples' losses, summed within each share alone."""
     blora, batch = make("LabelTokens")
     S, draws = 800, 300
-    with torch.no_grad(), blora.model.applied(blora.sample_updates(S)) as net:
+    with torch.no_grad(), blora.model.applied(blora.posterior.draws(S)) as net:
         rows = {key: value.repeat(S, *[1] * (value.dim() - 1)) for key, value in batch.items()}
         logits = likelihood_of("LabelTokens").logits(net, rows)
         nll = functional.cross_entropy(logits, rows["labels"], reduction="none").reshape(S, B)

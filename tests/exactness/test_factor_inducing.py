@@ -102,7 +102,7 @@ class TestCorrectedDefects:
 
     def test_the_mean_update_is_zero_at_the_start_and_its_gradient_is_not(self):
         blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField())
-        for update in blora.sample_updates(0).values():
+        for update in blora.posterior.draws(0).values():
             assert not update.B.any()
             assert update.A.abs().min() > 0
         values = blora.guide.center()
@@ -186,9 +186,9 @@ class TestCorrectedDefects:
 
     def test_the_posterior_mean_is_of_the_mean_not_of_the_last_draw(self):
         blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField(init_scale=1.0))
-        first = blora.sample_updates(0)["q_proj"]
+        first = blora.posterior.draws(0)["q_proj"]
         blora.guide(None)
-        second = blora.sample_updates(0)["q_proj"]
+        second = blora.posterior.draws(0)["q_proj"]
         assert torch.equal(first.A, second.A)
 
     def test_prediction_has_no_dropout(self):

@@ -83,7 +83,7 @@ def test_what_the_variance_of_draws_at_the_training_inputs_is(family):
 def test_delta_reaches_the_mode():
     toy = Toy(Delta()).fit()
     torch.testing.assert_close(toy.q.center().flatten(), toy.posterior.mean, rtol=0, atol=1e-6)
-    updates = toy.blora.sample_updates(0)[toy.blora.model.groups[0].name].layers()[0]
+    updates = toy.blora.posterior.draws(0)[toy.blora.model.groups[0].name].layers()[0]
     fitted = toy.batch["x"] @ updates.weight().mT
     expected = (toy.design @ toy.posterior.mean).reshape(fitted.shape)
     torch.testing.assert_close(fitted, expected, rtol=0, atol=1e-5)

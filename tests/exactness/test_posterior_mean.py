@@ -1,4 +1,4 @@
-"""``sample_updates(0)`` is E_q[dW]: against draws of the posterior, and in closed form."""
+"""``posterior.draws(0)`` is E_q[dW]: against draws of the posterior, and in closed form."""
 
 import pyro.infer.autoguide as auto
 import pytest
@@ -46,9 +46,9 @@ def moved(prior, family):
 @pytest.mark.parametrize("prior", PRIORS, ids=repr)
 def test_the_mean_update_is_the_mean_of_its_draws(prior, family):
     blora = moved(prior, family)
-    found = blora.sample_updates(0, BATCH)["q_proj"]
+    found = blora.posterior.draws(0, BATCH)["q_proj"]
     each = 2 if isinstance(family, guides.Amortized) else 1
-    draws = blora.sample_updates(20_000 * each, BATCH)["q_proj"]
+    draws = blora.posterior.draws(20_000 * each, BATCH)["q_proj"]
     core = draws.core.reshape(20_000, each, 2, 2, 2)
     error = core.std(0) * (1 / len(core) + 1 / COUNT) ** 0.5
     assert ((found.core - core.mean(0)).abs() < 5 * error).all()
@@ -63,7 +63,7 @@ def test_a_log_normal_scale_in_closed_form():
     sigma, V = (blora.guide.families()[f"q_proj.{name}"] for name in ("sigma", "V"))
     mean = (sigma.loc + sigma.scale.square() / 2).exp()[:, None, None] * V.loc
     spread = (sigma.scale.square().exp() - 1).sqrt()[:, None, None]  # of sigma, over its mean
-    found = blora.sample_updates(0)["q_proj"].core
+    found = blora.posterior.draws(0)["q_proj"].core
     assert ((found - mean).abs() < 5 * mean.abs() * spread / COUNT**0.5).all()  # V is not drawn
 
 
@@ -82,4 +82,4 @@ def test_without_a_random_scale_it_is_the_center_itself():
     blora = moved(PRIORS[-1], guides.MatrixNormal())
     V = blora.guide.families()["q_proj.V"].loc
     sigma = blora.model.q_proj.layer_scale()[:, None, None]
-    torch.testing.assert_close(blora.sample_updates(0)["q_proj"].core, sigma * V)
+    torch.testing.assert_close(blora.posterior.draws(0)["q_proj"].core, sigma * V)

@@ -11,15 +11,13 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from pyro_blora.posterior.predictive import draws_in_pairs, sample_updates
-
 
 def merged(blora, num_samples, batch=None):
     """One plain copy of the network for each draw of the adapter, or for its mean."""
     if num_samples:
-        updates = draws_in_pairs(blora.model, blora.guide, batch or {})(num_samples)
+        updates = blora.posterior.pairs(batch or {})(num_samples)
     else:
-        updates = sample_updates(blora.model, blora.guide, 0)
+        updates = blora.posterior.draws(0)
     nets = []
     for draw in range(max(1, num_samples)):
         with_weights = copy.deepcopy(blora.net)

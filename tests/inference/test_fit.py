@@ -17,6 +17,7 @@ from pyro.optim import ClippedAdam
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_blora import BayesianLoRA
+from pyro_blora.data.batches import Batches, predict_dataset
 from pyro_blora.guides import Delta, Ensemble, MeanField
 from pyro_blora.inference import (
     RATES,
@@ -27,9 +28,7 @@ from pyro_blora.inference import (
 )
 from pyro_blora.likelihoods import CausalLM, SequenceClassification
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.posterior.batches import Batches
 from pyro_blora.posterior.guide import draws_apart
-from pyro_blora.posterior.prediction import predict_dataset
 
 
 def length(row):

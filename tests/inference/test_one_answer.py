@@ -217,7 +217,7 @@ def test_an_amortized_mean_is_that_of_the_input_or_there_is_none(prior, tmp_path
         lambda: blora.export_peft(tmp_path / "x"),
         blora.merge_and_unload,
         lambda: blora.posterior().__enter__(),
-        blora.sample_updates,
+        blora.posterior.draws,
         lambda: effective_ranks(blora),
     ):
         with pytest.raises(ConfigurationError, match=r"depends on the input.* must have a batch"):
@@ -252,7 +252,7 @@ def test_an_amortized_adapter_of_options_writes_text(num_samples):
     prompt = {key: value[:1, :3] for key, value in UNLABELED.items()}
     how = {"num_samples": num_samples, "do_sample": False, "max_new_tokens": 1}
     found = seeded(blora.generate, **prompt, **how).log_probs
-    updates = seeded(blora.sample_updates, num_samples, prompt)
+    updates = seeded(blora.posterior.draws, num_samples, prompt)
     if not num_samples:  # draws come in mirror pairs
         with blora.model.applied(updates) as net, torch.no_grad():
             expected = net(**prompt).logits[:, -1].log_softmax(-1).amax(-1, keepdim=True)

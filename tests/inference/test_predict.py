@@ -12,7 +12,7 @@ from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.predictive import logits_of_draws, rows_of_a_pass
+from pyro_blora.posterior.posterior import rows_of_a_pass
 
 
 def moved(**options):
@@ -127,7 +127,7 @@ def test_between_two_passes_the_network_is_in_its_own_mode():
     blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []
     blora.net.train()
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
-    one, other = (logits_of_draws(blora.model, blora.guide, batch, n, max_rows=1) for n in (1, 3))
+    one, other = (blora.posterior.logits(batch, n, max_rows=1) for n in (1, 3))
     next(one), next(other)
     assert blora.net.training
     assert [len(list(draws)) for draws in (one, other)] == [0, 2]

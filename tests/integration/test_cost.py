@@ -74,7 +74,7 @@ def test_no_tensor_has_the_shape_of_a_weight_but_the_weight(prior):
             blora.predict(batch, 7, linearized=True)
     assert weights.made == []
     with weights:
-        blora.sample_updates(0)["q_proj"].layers()[0].weight()
+        blora.posterior.draws(0)["q_proj"].layers()[0].weight()
     assert weights.made  # it would have been seen
 
 

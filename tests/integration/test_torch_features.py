@@ -8,11 +8,11 @@ import tiny
 import torch
 from pyro.infer import TraceMeanField_ELBO
 
+from pyro_blora.data.batches import predict_dataset
 from pyro_blora.guides import Laplace
 from pyro_blora.inference import finish, fit
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.posterior.prediction import predict_dataset
 
 
 def gradients(blora, batch, *, vectorized=True):
@@ -64,7 +64,7 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(net, backend=counting, fullgraph=True, dynamic=False)
     with torch.no_grad():
         for _ in range(2):
-            with blora.model.applied(blora.sample_updates(4)):
+            with blora.model.applied(blora.posterior.draws(4)):
                 eager, fast = net(ids).logits, compiled(ids).logits
             torch.testing.assert_close(fast, eager, atol=1e-5, rtol=1e-5)
             assert not torch.allclose(eager, net(ids).logits, atol=1e-3)
@@ -108,7 +108,7 @@ def test_autocast_keeps_the_guide_in_single_precision():
     blora, batch = tiny.adapted(), tiny.sequences()
     with torch.autocast("cpu", torch.bfloat16):
         trace = pyro.poutine.trace(blora.model).get_trace(batch)
-        updates = blora.sample_updates(2)
+        updates = blora.posterior.draws(2)
         samples = blora.predict(batch, 2).samples
     assert trace.nodes["q_proj.V"]["value"].dtype == torch.float32
     assert trace.nodes["labels"]["fn"].logits.dtype == torch.float32
@@ -116,7 +116,7 @@ def test_autocast_keeps_the_guide_in_single_precision():
     for update in updates.values():
         assert update.core.dtype == torch.float32
     # and not only by its name: no product on the way is rounded to bfloat16
-    for name, update in blora.sample_updates(0).items():
+    for name, update in blora.posterior.draws(0).items():
         assert torch.equal(updates[name].A, update.A)
         assert torch.equal(updates[name].B, update.B)
 

@@ -1,0 +1,239 @@
+"""Batches: collated from examples, of similar lengths, and streamed without end."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
+from tqdm.auto import tqdm
+from typing_extensions import Self
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.items import Item
+from pyro_blora.labels import without_subsets
+from pyro_blora.likelihoods import Batch, Collate
+from pyro_blora.options import check_count, choose_precision
+from pyro_blora.posterior.batches import to_device
+from pyro_blora.posterior.prediction import Prediction
+
+Found = TypeVar("Found")
+# which draw from the whole data set in the course of the epochs, however few in each
+_OF_ALL = (RandomSampler, WeightedRandomSampler, DistributedSampler)
+# not the label, because the length of its text would sort examples by class
+_TEXTS = ("text", "text_pair", "prompt", "completion", "question")
+
+
+def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
+    """The function that collates examples: as passed, or torch's if it can do so."""
+    if collate or isinstance(data, DataLoader):
+        return collate or default_collate
+    if len(data) and not isinstance(data[0], Mapping):
+        raise ConfigurationError(
+            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch from a "
+            "list of examples, such as task.collator(tokenizer)."
+        )
+    return default_collate
+
+
+def size_of(data: Any) -> int | None:
+    """The number of examples that training reads from data or a ``DataLoader``, if it is known."""
+    if not isinstance(data, DataLoader):
+        return len(data) if hasattr(data, "__len__") else None
+    whole = size_of(data.dataset)
+    if whole is None or (data.batch_size is None and data.batch_sampler is None):
+        return None  # the data set makes the batches
+    sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
+    if isinstance(sampler, _OF_ALL) or not hasattr(sampler, "__len__"):
+        return whole
+    return min(whole, len(sampler))
+
+
+def lengths_of(data: Any) -> list[int]:
+    """The examples' lengths, for batches of similar ones; all 0 if the data set reads lazily."""
+    whole = without_subsets(data)
+    kind = getattr(whole, "format", {}).get("type") if hasattr(whole, "features") else "custom"
+    is_read = isinstance(whole, list | tuple) or kind != "custom"  # of `datasets`, untransformed
+    return [_length(row) for row in data] if is_read else [0] * len(data)
+
+
+def _length(row: Any) -> int:
+    if isinstance(row, Item):
+        return len(row.question) + sum(map(len, row.choices))
+    if not isinstance(row, Mapping):
+        return 0
+    if "input_ids" in row:
+        ids = row["input_ids"]  # of one row, or of each option
+        nested = len(ids) > 0 and (isinstance(ids[0], list) or getattr(ids[0], "ndim", 0) > 0)
+        return max(map(len, ids)) if nested else len(ids)
+    texts = [row[key] for key in _TEXTS if isinstance(row.get(key), str)]
+    choices = row.get("choices")
+    return sum(map(len, [*texts, *(choices if isinstance(choices, list | tuple) else ())]))
+
+
+def batches_of(
+    data: Any, collate: Collate | None, size: int, order: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """The examples in an order, by default of their lengths, or a ``DataLoader``'s batches."""
+    if isinstance(data, DataLoader):
+        batches: Any = data
+    else:
+        made = collator(data, collate)
+        if order is None:
+            order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
+        starts = range(0, len(order), size)
+        batches = (made([data[i] for i in order[s : s + size]]) for s in starts)
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
+        raise BatchError("The data set is empty; check the file, the split or the DataLoader.")
+
+
+def shown(description: str, batches: Any, progress: bool | None, total: int | None = None) -> Any:
+    """The batches with a progress bar, by default on a terminal."""
+    hide = None if progress is None else not progress
+    return tqdm(batches, desc=description, total=total, disable=hide, unit="batch")
+
+
+@dataclass
+class _Bucketed:
+    """Batches of similar lengths: shuffled, sorted within windows of eight batches, reshuffled.
+
+    The incomplete batch, whose examples weigh more, is cut off before the sorting, so that it does
+    not always hold the longest examples.
+    """
+
+    lengths: list[int]
+    size: int
+    random: random.Random
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.lengths)))
+        self.random.shuffle(order)
+        whole = len(order) - len(order) % self.size
+        cut = [order[whole:]] if order[whole:] else []
+        for start in range(0, whole, 8 * self.size):
+            near = order[start : min(start + 8 * self.size, whole)]
+            near.sort(key=self.lengths.__getitem__)
+            cut += [near[i : i + self.size] for i in range(0, len(near), self.size)]
+        self.random.shuffle(cut)
+        return iter(cut)
+
+
+class Batches:
+    """Endless batches, in a new order each epoch."""
+
+    def __init__(
+        self,
+        data: Sequence[Any] | DataLoader[Any],
+        collate: Collate | None = None,
+        *,
+        batch_size: int = 8,
+        seed: int | None = 0,
+    ) -> None:
+        if isinstance(data, DataLoader):
+            self._loader = data
+        else:
+            made = collator(data, collate)
+            order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
+            places: Any = range(len(data))
+            self._loader = DataLoader(
+                places, batch_sampler=order, collate_fn=lambda at: made([data[i] for i in at])
+            )
+        self._epoch: Iterator[Any] = iter(())
+        self._held: list[Batch] = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._held.pop() if self._held else self._drawn()
+
+    def peek(self) -> Batch:
+        """The next batch, without taking it."""
+        self._held = self._held or [self._drawn()]
+        return self._held[0]
+
+    def _drawn(self) -> Batch:
+        drawn: Batch | None = next(self._epoch, None)
+        if drawn is None:
+            self._epoch = iter(self._loader)
+            drawn = next(self._epoch, None)
+        if drawn is None:
+            raise BatchError(
+                "The training set is empty; check the DataLoader, the file or the split."
+            )
+        return drawn
+
+
+def predict_dataset(
+    predict: Callable[[Batch], Prediction],
+    data: Any,
+    collate: Collate | None = None,
+    *,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> tuple[Prediction, Tensor | None]:
+    """The predictive distribution of every example, none dropped, in the order of ``data``.
+
+    Args:
+        predict: the prediction of one batch, such as ``blora.predict``.
+        data: the examples, or a ``DataLoader``, whose order is kept.
+        collate: makes a batch from a list of examples; torch's by default. Its ``labels`` are
+            passed through.
+        device: the device of the network. Default: the adapter's, if ``predict`` is a method of
+            one; otherwise the accelerator if there is one, or the CPU.
+        options: ``batch_size``, by default 16; ``precision`` as in ``fit``; ``progress``, by
+            default on a terminal, and its ``description``.
+
+    Returns:
+        The prediction, ``S x N x K``, and the labels, ``N``, or ``None`` if the examples have none.
+    """
+    usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
+    adapter = getattr(predict, "__self__", None)
+    place = torch.device(device or getattr(adapter, "device", usual))
+
+    def predicted(batch: Batch) -> tuple[Prediction, Tensor | None]:
+        return predict(batch), batch.get("labels")
+
+    predictions, labels, back = over_dataset(predicted, data, collate, place, **options)
+    return Prediction(Prediction.cat(predictions).samples.cpu()[:, back]), labels
+
+
+def over_dataset(
+    of_batch: Callable[[Batch], tuple[Found, Tensor | None]],
+    data: Any,
+    collate: Collate | None,
+    device: torch.device,
+    *,
+    batch_size: int = 16,
+    precision: str = "auto",
+    progress: bool | None = None,
+    description: str = "predict",
+) -> tuple[list[Found], Tensor | None, Any]:
+    """Results of ``of_batch`` by batch, its tensors in the data's order, and the index for that."""
+    check_count("batch_size", batch_size)
+    autocast = choose_precision(precision, device) == "bfloat16"
+    order, total = None, None
+    if not isinstance(data, DataLoader):
+        order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
+        total = -(-len(order) // batch_size)
+    elif size_of(data):
+        total = len(data)
+    found: list[Found] = []
+    others: list[Tensor] = []
+    batches = batches_of(data, collate, batch_size, order)
+    for given in shown(description, batches, progress, total):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            one, other = of_batch(to_device(given, device))
+        found.append(one)
+        others += [] if other is None else [other.cpu()]
+    if 0 < len(others) < len(found):
+        raise BatchError("All batches must have labels, or none, got both; add the missing ones.")
+    back: Any = slice(None) if order is None else torch.tensor(order).argsort()
+    return found, torch.cat(others)[back] if others else None, back

@@ -1,0 +1,364 @@
+"""The posterior: draws of the updates, their mean, and the network's logits under them."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoMessenger
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.guides._site_guide import Site
+from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods._likelihood import Prepared
+from pyro_blora.methods import Method
+from pyro_blora.network.adapter import in_mode
+from pyro_blora.network.shortcuts import FrozenPrefix
+from pyro_blora.posterior.batches import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
+from pyro_blora.posterior.guide import (
+    DRAWS_PLATE,
+    StructuredGuide,
+    context_of_particles,
+    draws_apart,
+    ensembles_from_start,
+    posteriors_of,
+    read_store,
+    start_guide,
+    warn_of_a_point,
+    with_labels,
+)
+from pyro_blora.posterior.linearized import linearized_logits
+from pyro_blora.updates import LowRankUpdate
+
+_PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
+_ROWS, _TOKENS_ON_CPU = 256, 1024
+
+Samples = Mapping[str, Tensor]  # (S, *shape) by site, as MCMC.get_samples returns them
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(U) of an adapter: its draws, its mean, and what the network predicts under them.
+
+    Called, it is a context in which the network runs under draws of U, or under their mean for 0.
+    The rows of any batch are divided evenly among the ``num_samples`` draws. Conditional noise is
+    drawn anew at every call of a layer; the mean has none. If the posterior depends on the input,
+    it is that of ``batch``. Other threads wait.
+
+    Attributes:
+        model: the model, with the network and the likelihood.
+        guide: q.
+        method: how many draws a prediction takes, and whether they are linearized.
+
+    Example::
+
+        with blora.posterior(), torch.no_grad():
+            net(**batch).logits  # under the posterior mean
+        blora.posterior.draws(10)["q_proj"].core  # 10 x n x r x r
+    """
+
+    model: BayesianLoRAModel
+    guide: nn.Module
+    method: Method
+
+    @contextmanager
+    def __call__(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
+        """Yields the network under draws of U, or under their mean for 0."""
+        with LOCK:
+            self.model.check_attached()
+            with self.model.applied(self.draws(num_samples, batch)) as net:
+                yield net
+
+    @one_at_a_time
+    def draws(self, num_samples: int = 0, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+        """Draws of the updates by group, without gradient, or :meth:`mean` for 0.
+
+        Factors have a leading dimension ``num_samples``.
+        """
+        posteriors_of(self.guide, batch)  # raises if the guide needs a batch
+        if num_samples == 0:
+            return self.mean(batch)
+        self._start(batch)
+        given = with_labels(batch) if isinstance(self.guide, AutoMessenger) else batch
+        with torch.no_grad(), self._plate(num_samples):
+            trace = pyro.poutine.trace(self.guide).get_trace(given)
+            return pyro.poutine.replay(self.model.updates, trace=trace)()
+
+    @one_at_a_time
+    @torch.no_grad()
+    def mean(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+        """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` for an amortized guide.
+
+        If the factors are linear in all sites, the mean is their value at q's mean. If a site is
+        constrained or marked ``infer={"nonlinear": True}``, the mean is an average over 1,024 draws
+        of it, with fixed seeds and the other sites at their means, which is off by about a
+        thirtieth of the spread. If q may correlate the sites or its mean is not known, all sites
+        are drawn.
+        """
+        self._start(batch)
+        model, guide, held = self.model, self.guide, Trace()
+        amortized = batch is not None and getattr(guide, "reads_context", False)
+        lead = (posteriors_of(guide, batch),) if amortized else ()
+        center = self._center(batch)
+        if center is not None:
+            at_center = pyro.poutine.condition(model.updates, data=center)
+            nodes = pyro.poutine.trace(at_center).get_trace().nodes
+            center = {name: value for name, value in center.items() if name in nodes}
+            linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
+            if len(linear) == len(center):
+                return {
+                    n: update.without_noise() for n, update in nodes["_RETURN"]["value"].items()
+                }
+            if isinstance(guide, StructuredGuide) and not guide.couples_sites:
+                for name, node in linear.items():  # independent of the sites that are drawn
+                    value = center[name]
+                    if guide.families()[name].reads_context:  # one mean per example
+                        value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1))
+                    held.add_node(name, **{**node, "value": value, "is_observed": False})
+        means: dict[str, list[list[Tensor]]] = defaultdict(list)
+        with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
+            for _ in range(_PASSES):
+                for name, update in self.draws(_DRAWS * math.prod(lead), batch).items():
+                    mean = update.without_noise()
+                    factors = (f for f in (mean.A, mean.B, mean.core) if f is not None)
+                    means[name].append([_mean(factor, lead) for factor in factors])
+        updates = {}
+        for name, passes in means.items():
+            A, B, *core = (torch.stack(factor).mean(0) for factor in zip(*passes, strict=True))
+            updates[name] = LowRankUpdate(A, B, core[0] if core else None)
+        return updates
+
+    def pairs(
+        self, batch: Batch | None = None, each: int | None = None
+    ) -> Callable[[int], dict[str, LowRankUpdate]]:
+        """A function that returns the updates at the next draws of each of ``each`` posteriors.
+
+        ``each`` is 1, except for an amortized guide, which has a posterior for each example of a
+        batch. If q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the draw
+        before it, so that the error of an average has no part that is linear in ``U``.
+        """
+        guide = self.guide
+        each = posteriors_of(guide, batch) if each is None else each
+        if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
+            return lambda count: self.draws(count * each, batch)
+        waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
+
+        def mirrored(fresh: int) -> dict[str, Tensor]:
+            """Draws, each followed by its mirror image, of shape ``(2 fresh, each, ...)``."""
+            with self._plate(fresh * each):
+                values, context = guide(batch), guide.context(batch, context_of_particles)
+            pairs = {}
+            for name, family in guide.families().items():
+                value, transform = values[name], family.site.transform
+                image = transform(2 * transform.inv(family.center(context)) - transform.inv(value))
+                both = (v.unflatten(0, (fresh, each)) for v in (value, image))
+                pairs[name] = torch.stack(list(both), 1).flatten(0, 1)
+            return pairs
+
+        @torch.no_grad()
+        def draw(count: int) -> dict[str, LowRankUpdate]:
+            nonlocal waiting
+            found = [waiting] if waiting else []
+            if missing := count - len(found):
+                found.append(mirrored(math.ceil(missing / 2)))
+            values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            waiting = {name: v[count:] for name, v in values.items() if len(v) > count}
+            data = {name: v[:count].flatten(0, 1) for name, v in values.items()}
+            return self._updates_at(data, count * each)
+
+        return draw
+
+    def given(self, samples: Samples) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
+        """The number of draws in ``samples``, and a function that returns the next few updates."""
+        model = self.model
+        values = _checked(model, samples)
+        for site in model.sites:
+            value = values[site.name]
+            outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
+            values[site.name] = value.reshape(len(value), *outside, *value.shape[1:])
+        done = 0
+
+        @torch.no_grad()
+        def draw(count: int) -> dict[str, LowRankUpdate]:
+            nonlocal done
+            part = {name: value[done : done + count] for name, value in values.items()}
+            done += count
+            return self._updates_at(part, count)
+
+        return len(next(iter(values.values()))), draw
+
+    def logits(
+        self,
+        batch: Batch,
+        num_samples: int | None = None,
+        *,
+        linearized: bool | None = None,
+        max_rows: int | None = None,
+        samples: Samples | None = None,
+        tempered: bool = True,
+    ) -> Iterator[Tensor]:
+        """The logits whose softmax a prediction averages, ``(draws, B, ..., C)`` per pass.
+
+        They are those under draws of the guide, under its mean for 0, or under ``samples``, over
+        the temperature if they are ``tempered``. The other arguments are those of
+        :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
+        """
+        draws = self.method.draws(num_samples)
+        if linearized is None:
+            linearized = self.method.linearized and samples is None and draws > 0
+        if samples is None:
+            warn_of_a_point(self.guide, draws)
+        elif linearized:
+            raise ConfigurationError(
+                "linearized must be False with samples=, got True; leave one of them out."
+            )
+        batch = self.model.prepared(batch)
+        if linearized:
+            passes = iter([self._linearized(batch, draws)])
+        else:
+            passes = self._passes(batch, draws, max_rows, samples)
+        # samples are of another posterior, and so is the bare network
+        if not tempered or samples is not None or not self.model.enabled:
+            return passes
+        temperature = self.model.temperature if draws else self.model.mean_temperature
+        return (logits / temperature for logits in passes)
+
+    def log_predictive(
+        self, batch: Batch, num_samples: int | None = None, **options: Any
+    ) -> Tensor:
+        """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
+        batch, likelihood = self.model.prepared(batch), self.model.likelihood
+        labels = likelihood.labels(batch)
+        if labels is None:
+            raise BatchError("A batch must have labels for a log predictive, got none; add them.")
+        parts = []
+        for logits in self.logits(batch, num_samples, **options):
+            observed = labels.expand(len(logits), *labels.shape)
+            likelihood.check_labels(observed, logits)
+            parts.append(likelihood.distribution(logits, observed).log_prob(observed))
+        joined = torch.cat(parts)
+        return joined.logsumexp(0) - math.log(len(joined))
+
+    def is_point(self, batch: Batch | None, num_samples: int) -> bool:
+        """Whether so many draws are all equal."""
+        drawn = self.draws(num_samples * posteriors_of(self.guide, batch), batch).values()
+        factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
+        alike = all(bool((f == f[:1]).all()) for f in factors)
+        return alike and not any(update.is_noisy for update in drawn)
+
+    def _linearized(self, batch: Batch, num_samples: int) -> Tensor:
+        if any(u.is_noisy for u in self.draws(1, batch).values()):
+            raise ConfigurationError(
+                "A linearization must have a deterministic update, got one with the noise of a "
+                "conditional; pass linearized=False, or a prior with conditional='deterministic'."
+            )
+        return linearized_logits(self.model, self.guide, batch, num_samples)
+
+    def _passes(
+        self, batch: Prepared, num_samples: int, max_rows: int | None, samples: Samples | None
+    ) -> Iterator[Tensor]:
+        model, guide, examples = self.model, self.guide, batch.examples
+        model.check_attached()
+        if samples is None:
+            draw = self.pairs(batch)
+        else:
+            num_samples, draw = self.given(samples)
+        read_store(model)
+        if max_rows is None:
+            max_rows = rows_of_a_pass(model, batch)
+        shows = batch.get("output_hidden_states") or batch.get("output_attentions")
+        plain = num_samples < 2 or shows or torch.is_grad_enabled()
+        blocks = [] if plain else model.skippable_blocks()
+        prefix = FrozenPrefix(blocks, model.likelihood.shortcuts)
+        most = max(1, min(num_samples, max_rows // examples))
+        done = 0
+        with ensembles_from_start(guide):  # so that a seed fixes the prediction
+            while done < max(1, num_samples):
+                # the first pass has one draw, because it records the output of the frozen blocks
+                first = blocks and not done
+                draws = 1 if first or not num_samples else min(most, num_samples - done)
+                with in_mode(model.net, training=False):  # per pass, as the caller has its own mode
+                    updates = draw(draws) if num_samples else self.mean(batch)
+                    with prefix.copies(draws), model.applied(updates) as net:
+                        logits = model.likelihood.logits(net, repeat_batch(batch, draws))
+                yield logits.unflatten(0, (draws, examples))
+                done += draws
+
+    def _start(self, batch: Batch | None) -> None:
+        """Makes sure that the guide has its parameters, and that they are the store's."""
+        start_guide(self.guide, batch)
+        read_store(self.model)
+
+    def _updates_at(self, values: Mapping[str, Tensor], size: int) -> dict[str, LowRankUpdate]:
+        with self._plate(size):
+            return pyro.poutine.condition(self.model.updates, dict(values))()
+
+    def _plate(self, size: int) -> pyro.plate:
+        return pyro.plate(DRAWS_PLATE, size, dim=-1 - self.model.max_plate_nesting)
+
+    def _center(self, batch: Batch | None) -> dict[str, Tensor] | None:
+        """The center of q for each site, or ``None`` if the guide cannot compute it."""
+        if isinstance(self.guide, StructuredGuide):
+            return self.guide.center(batch)
+        with suppress(AttributeError, NotImplementedError):
+            return self.guide.median(batch)  # type: ignore[operator]
+        return None
+
+
+def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
+    """The values of each site, on the model's device and in its parameters' dtype."""
+    priors = {site.name: site.prior for site in model.sites}
+    if not set(samples) >= set(priors):  # Predictive adds labels and deterministic sites
+        raise ConfigurationError(
+            f"samples must have values of the sites {', '.join(sorted(priors))}, got those of "
+            f"{', '.join(sorted(map(str, samples))) or 'none'}."
+        )
+    dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+    given = {name: torch.as_tensor(samples[name]) for name in priors}
+    count, values = len(given[next(iter(priors))]), {}
+    for name, prior in priors.items():
+        value, shape = given[name], (count, *prior.shape())
+        # Predictive's draws have a dimension of size 1 for each plate that a site is outside of
+        if (more := value.dim() - len(shape)) > 0 and {*value.shape[1 : 1 + more]} == {1}:
+            value = value.flatten(0, more)
+        if tuple(value.shape) != shape or not count:
+            raise ConfigurationError(
+                f"samples[{name!r}] must be S draws of shape {shape[1:]}, with the same S for all "
+                f"sites, got {tuple(value.shape)}; pass a single draw as value[None], and leave "
+                "group_by_chain out."
+            )
+        values[name] = value.to(model.groups[0].device, dtype)
+        if not prior.support.check(values[name]).all():
+            raise ConfigurationError(
+                f"samples[{name!r}] must be in the support of the site, {prior.support}, got "
+                "values outside of it; pass constrained and finite values."
+            )
+    return values
+
+
+def _is_linear(name: str, node: dict[str, Any]) -> bool:
+    return Site(name, node["fn"], ()).is_real and not node["infer"].get("nonlinear")
+
+
+def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if factor.dim() == 3:  # every draw has the same
+        return factor
+    return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
+
+
+def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:
+    """The best number of rows in a pass: 256, or on a CPU those of 1,024 tokens, for its caches."""
+    if model.groups[0].device.type != "cpu" or "input_ids" not in batch:
+        return _ROWS
+    ids, scored = batch["input_ids"], batch.get("option_mask")
+    tokens = int(ids.numel()) // len(ids)
+    if scored is not None:  # packed, so that the options' common question is run once
+        tokens = ids.shape[-1] + (ids.shape[1] - 1) * int(scored.sum(-1).max())
+    return max(1, min(_ROWS, _TOKENS_ON_CPU // tokens))
