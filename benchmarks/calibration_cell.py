@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize
 from pyro_blora.data import Item, Task, load_task
+from pyro_blora.data.splits import hold_out
 from pyro_blora.evaluation.comparison import Result, View, scored, train_and_score
-from pyro_blora.inference.post_hoc import hold_out
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
 

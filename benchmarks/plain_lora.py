@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_blora.data.batches import Batches, predict_dataset
 from pyro_blora.inference.learning_rates import RATES
-from pyro_blora.inference.loop import FitResult, Settings, training_loop
+from pyro_blora.inference.loop import FitResult, training_loop
 from pyro_blora.likelihoods import Batch, Collate, Likelihood
 from pyro_blora.network.adapter import Frozen, in_mode
 from pyro_blora.network.targets import head_names
@@ -69,9 +69,10 @@ class PlainLoRA:
 
     def fit(self, train: Sequence[Any], collate: Collate, lr: float, **options: Any) -> FitResult:
         """Minimizes the negative log-likelihood; ``options`` are those of ``fit``."""
-        settings = Settings(**options)
-        torch.manual_seed(settings.seed)
-        autocast = choose_precision(settings.precision, self.device) == "bfloat16"
+        usual = {"batch_size": 8, "seed": 0, "precision": "auto", "validate_every": 50}
+        settings = {**usual, **options}
+        torch.manual_seed(settings["seed"])
+        autocast = choose_precision(settings["precision"], self.device) == "bfloat16"
 
         def loss_of(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             batch = to_device(batch, self.device)
@@ -84,7 +85,7 @@ class PlainLoRA:
             if not math.isfinite(figures["loss"]):
                 raise ArithmeticError(f"The loss of plain LoRA must be finite, got {figures}.")
 
-        size, seed = settings.batch_size, settings.seed
+        size, seed = settings["batch_size"], settings["seed"]
         stream = Batches(train, collate, batch_size=size, seed=seed)
         groups = [
             {"params": self.factors, "lr": lr},

@@ -1,7 +1,6 @@
 """The model card of a saved adapter."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,15 +52,14 @@ class Training(Protocol):
     validation: list[tuple[int, float]]
     best_step: int | None
     num_held_out: int
-    settings: Any  # a dataclass, or None
+    settings: Mapping[str, Any]
 
 
 def figures_of(result: Training, data: int | None) -> dict[str, str]:
     """The figures and the settings of a training for an adapter's notes."""
     rows = {"steps": f"{len(result.history):,}"}
-    if result.settings is not None:
-        given = {n: v for n, v in asdict(result.settings).items() if v is not None}
-        given = {n: getattr(v, "__name__", v) for n, v in given.items()}
+    given = {n: getattr(v, "__name__", v) for n, v in result.settings.items() if v is not None}
+    if given:
         rows["settings"] = ", ".join(f"{name}={value}" for name, value in given.items())
     last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
     if last and data:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pyro_blora.items import Item
@@ -90,3 +91,16 @@ def first(rows: Sequence[Any], count: int | None) -> list[Any]:
     draws = [_draw(key, "first") for key in keys_of(rows)]
     kept = sorted(range(len(rows)), key=draws.__getitem__)[:count]
     return [rows[k] for k in sorted(kept)]
+
+
+def hold_out(train: Any, share: float) -> tuple[Any, Any]:
+    """Splits examples into those to train on and those to calibrate with, by their texts."""
+    held = chosen(train, share, "held out", exact=True) if share else []
+    if not held:
+        return train, ()
+    others = sorted({*range(len(train))} - {*held})
+    # a data set of `datasets` keeps its columns, which a Trainer may sort by
+    from torch.utils.data import Subset  # not at the top, so that a command starts without torch
+
+    part = getattr(train, "select", None) or partial(Subset, train)
+    return part(others), part(held)

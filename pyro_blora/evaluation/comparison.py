@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import fingerprint
 from pyro_blora.data import Item, Task, load_task
+from pyro_blora.data.splits import hold_out
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import (
     Metrics,
@@ -35,7 +36,7 @@ from pyro_blora.evaluation.results import PREDICTED, Row, read, write
 from pyro_blora.files import check_folder
 from pyro_blora.guides import SiteGuide
 from pyro_blora.inference import FitResult, finish, fit
-from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
+from pyro_blora.inference.preparation import post_hoc_families
 from pyro_blora.likelihoods import Collate, MultipleChoice
 from pyro_blora.methods import METHODS, Method, get_method, kind_of
 from pyro_blora.models import UpdateModel
@@ -508,9 +509,8 @@ def _return_to_best(
 ) -> None:
     """Loads the best step, and then does what ``fit`` does after its last one."""
     assert fitted.best_state is not None
-    assert fitted.settings is not None
     blora.load_state_dict(fitted.best_state)
-    train, held = hold_out(task.train, fitted.settings.held_out)
+    train, held = hold_out(task.train, fitted.settings["held_out"])
     how: dict[str, Any] = {"collate": collate, "precision": precision}
     if post_hoc_families(blora):
         finish(blora, train, num_held_out=len(held), **how)
@@ -531,8 +531,8 @@ def _row(result: Result, seed: int, task: Task) -> Row:
     kind, by = kind_of(result.row)[0], "none"
     (prediction, labels), metrics = result.predictions["test"], result.metrics["test"]
     probs, numbers = prediction.probs, result.blora.trainable_parameters
-    if result.fitted.settings and result.fitted.num_held_out:
-        by = f"{result.fitted.settings.held_out:.3g} of training"
+    if result.fitted.num_held_out:
+        by = f"{result.fitted.settings['held_out']:.3g} of training"
     if kind == "distilled":
         by = "draws"
     if kind == "temperature":

@@ -1,7 +1,7 @@
 """A ready-made training loop over Pyro's ELBO, for people who do not want to write one."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,29 +9,31 @@ from pyro.infer import Trace_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.data.batches import Batches, Collate, batches_of, collator, size_of
+from pyro_blora.data.batches import Batches, batches_of, collator, size_of
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
-    rate_overrides,
     sizes_of,
     steps_of_an_epoch,
 )
-from pyro_blora.inference.loop import Callback, Decay, FitResult, Settings, running, training_loop
-from pyro_blora.inference.objective import Objective, check_num_data
-from pyro_blora.inference.post_hoc import (
+from pyro_blora.inference.loop import Callback, FitResult, running, training_loop
+from pyro_blora.inference.post_hoc import finish
+from pyro_blora.inference.preparation import (
+    Preparation,
     begin_training,
     draws_of_evaluation,
-    finish,
-    hold_out,
     post_hoc_families,
+    prepare,
     put_back_if_refused,
-    share_to_hold_out,
 )
-from pyro_blora.options import check_count, check_kind, check_positive
+from pyro_blora.likelihoods import Collate
+from pyro_blora.options import check_count, check_kind, check_positive, check_precision
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
+
+# which a model card does not list as settings
+_DATA = ("blora", "train", "num_epochs", "collate", "validation", "callback", "progress")
 
 
 @one_at_a_time
@@ -41,23 +43,20 @@ def fit(
     *,
     num_steps: int | None = None,
     num_epochs: float | None = None,
-    batch_size: int = Settings.batch_size,
+    batch_size: int = 8,
     collate: Collate | None = None,
     learning_rates: float | Mapping[str, float] | None = None,
-    warmup: float = Settings.warmup,
-    decay: Decay = Settings.decay,
-    max_grad_norm: float | None = Settings.max_grad_norm,
     num_particles: int | None = None,
     elbo: type[Trace_ELBO] | None = None,
-    kl_weight: float = Settings.kl_weight,
+    kl_weight: float = 1.0,
     held_out: float | None = None,
-    precision: str = Settings.precision,
+    precision: str = "auto",
     validation: Any = None,
-    validate_every: int = Settings.validate_every,
+    validate_every: int = 50,
     eval_samples: int | None = None,
-    keep_best: bool = Settings.keep_best,
-    patience: int | None = Settings.patience,
-    seed: int | None = Settings.seed,
+    keep_best: bool = False,
+    patience: int | None = None,
+    seed: int | None = 0,
     callback: Callback | None = None,
     progress: bool | None = None,
 ) -> FitResult:
@@ -69,6 +68,9 @@ def fit(
 
         -\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b)
         + \frac{w}{N} \mathrm{KL}\left[q(U) \,\|\, p(U)\right], \qquad U_b \sim q.
+
+    The rates rise over the first 6 % of the steps and then fall to zero along a line; the
+    gradient's norm is clipped at 1.
 
     Args:
         blora: the adapter to train.
@@ -87,10 +89,6 @@ def fit(
             rate of the means. Other roles take the rate of the method, of the prior, or of
             :data:`~pyro_blora.inference.RATES`, in this order; see
             :func:`~pyro_blora.inference.parameter_groups` for what the first batch says of them.
-        warmup: share of the steps over which the rates rise from zero.
-        decay: how the rates fall to zero afterwards, or ``"constant"``.
-        max_grad_norm: the norm at which the gradient of this loss is clipped; ``None`` does not
-            clip.
         num_particles: posterior draws per batch, each of which sees its share of the examples; 1
             is one draw for all. If it does not divide a (last) batch, the largest divisor below it
             is used. Default: one draw per example.
@@ -143,102 +141,61 @@ def fit(
 
         fit(blora, train, collate=collate, num_steps=300, validation=others, keep_best=True)
     """
+    settings = {name: value for name, value in locals().items() if name not in _DATA}
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
+    _check(settings, validation, callback)
     with put_back_if_refused(blora) as before:
-        rates = rate_overrides(blora, learning_rates)
-        given = collate
-        train, collate = blora.reading(train, given)  # first, because it may name the classes
-        if callback is not None and not callable(callback):
-            raise ConfigurationError(f"callback must be a function, got {callback!r}.")
-        if validation is not None:
-            blora.likelihood.begin_training()
-            validation, of_validation = blora.reading(validation, given, training=False)
-        share = share_to_hold_out(blora, train, held_out)
-        every, (train, held) = train, hold_out(train, share)
-        settings = Settings(  # checks the loop's options; Objective checks its own
-            num_steps=_steps(train, num_steps, num_epochs, batch_size),
-            batch_size=batch_size,
-            warmup=warmup,
-            decay=decay,
-            max_grad_norm=max_grad_norm,
+        run = prepare(
+            blora,
+            train,
+            collate,
+            () if validation is None else (validation,),
+            learning_rates=learning_rates,
+            held_out=held_out,
             num_particles=num_particles,
             elbo=elbo,
             kl_weight=kl_weight,
-            held_out=share,
-            precision=precision,
-            validate_every=validate_every,
-            eval_samples=eval_samples,
-            keep_best=keep_best,
-            patience=patience,
-            seed=seed,
         )
-        if keep_best and validation is None:
-            raise ConfigurationError(
-                "keep_best=True needs validation=, by which the best is chosen."
-            )
-        if patience is not None and validation is None:
-            raise ConfigurationError(f"patience={patience} needs validation=, to which it applies.")
-        if validation is not None:  # checked now, not at the first validation
-            if size_of(validation) == 0:
-                raise BatchError(
-                    "The validation set is empty; leave validation= out to train without."
-                )
-            collator(validation, of_validation)  # for its error
-        if keep_best and settings.num_steps <= settings.validate_every:
+        num_steps = _steps(run.train, num_steps, num_epochs, batch_size)
+        settings |= {"num_steps": num_steps, "held_out": run.share}
+        if keep_best and num_steps <= validate_every:
             warnings.warn(
-                "keep_best=True must have several validations to compare, got one, after the last "
-                f"of {settings.num_steps} steps (validate_every={validate_every}); choose a "
-                "smaller validate_every=.",
+                f"keep_best=True compares validations, but this run has only one, after the last "
+                f"of {num_steps} steps (validate_every={validate_every}); choose a smaller "
+                "validate_every=.",
                 stacklevel=3,  # past the wrapper of one_at_a_time
             )
-        begin_training(blora)  # undoes temperatures, and a post-hoc width, of an earlier training
+        begin_training(blora)
         if seed is not None:
-            torch.manual_seed(seed)  # of the draws; the data have a generator of their own
-        stream = Batches(train, collate, batch_size=batch_size, seed=seed)
-        check_num_data(blora.likelihood, every)
-        objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
-        # an AutoGuide makes its parameters at its first call, and the optimizer needs them
+            torch.manual_seed(seed)  # seeds the draws; Batches has its own generator
+        stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         batch = blora.model.prepared(stream.peek())
-        start_guide(blora.guide, batch)
+        start_guide(blora.guide, batch)  # so that an AutoGuide has parameters to optimize
         before.keep(blora)
-        asked = train.batch_size if isinstance(train, DataLoader) else None
-        if asked and batch.examples > asked:
+        size = run.train.batch_size if isinstance(run.train, DataLoader) else None
+        if size and batch.examples > size:
             raise ConfigurationError(
-                f"A DataLoader must have examples, so that their number is known, got {asked} "
+                f"A DataLoader must have examples, so that their number is known, got {size} "
                 f"batches of {batch.examples} at once; make it with batch_size=None for ready "
                 "batches, and pass num_data= to the likelihood."
             )
-        with blora.model.autocast(settings.precision):
+        with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
-        groups = parameter_groups(blora, rates, sizes)
+        groups = parameter_groups(blora, run.rates, sizes)
         if not groups:
             raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
-    reading: dict[str, Any] = {"collate": collate, "batch_size": batch_size}
-    reading |= {"precision": settings.precision, "progress": progress}
-    validate = None
-    if validation is not None:
-        samples = draws_of_evaluation(blora, eval_samples)
-
-        def validate() -> float:
-            """The mean negative log predictive of the validation set, in the run's precision."""
-            # without gradients there is room for twice the batch
-            batches = batches_of(validation, of_validation, 2 * batch_size)
-            # the same draws each time, apart from those of the training; dropout is off
-            with draws_apart(blora.guide, blora.device), torch.no_grad():
-                parts = [blora.log_predictive(batch, samples) for batch in batches]
-            return -float(torch.cat(parts).mean())
-
+        validate = _validation(blora, run, batch_size, eval_samples)
     try:
-        with running(blora, settings.precision, training=True):
+        with running(blora, precision, training=True):
             result = training_loop(
-                objective,
+                run.objective,
                 groups,
                 stream,
                 settings,
-                check=objective.check,
+                check=run.objective.check,
                 # directions and heads stop early, because no KL keeps them from memorizing
-                point_steps=point_steps(blora, steps_of_an_epoch(train, batch_size), sizes),
+                point_steps=point_steps(blora, steps_of_an_epoch(run.train, batch_size), sizes),
                 validate=validate,
                 state=blora.state_dict,
                 callback=callback,
@@ -247,7 +204,7 @@ def fit(
     except (DataError, BatchError):  # of a row that came late
         before.put_back(blora)
         raise
-    result.num_held_out = len(held)
+    result.num_held_out = len(run.held_out)
     if not result.has_learned:
         head = ", or raise the rate of the head, learning_rates={'head': ...}"
         warnings.warn(
@@ -258,16 +215,59 @@ def fit(
         )
     if keep_best and result.best_state is not None:
         blora.load_state_dict(result.best_state)
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    options["progress"] = progress
     if post_hoc_families(blora):  # Laplace has no width yet
-        finish(blora, train, **reading, num_held_out=len(held))
-    if held:
-        blora.calibrate(held, **reading)
+        finish(blora, run.train, collate=run.collate, num_held_out=len(run.held_out), **options)
+    if len(run.held_out):
+        blora.calibrate(run.held_out, run.collate, **options)
     return result
+
+
+def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
+    """Checks the options of the loop; ``prepare`` checks the others."""
+    least = {"batch_size": 1, "validate_every": 1, "patience": 1, "eval_samples": 0}
+    for name, count in least.items():
+        if settings[name] is not None:
+            check_count(name, settings[name], count)
+    check_precision(settings["precision"])
+    if callback is not None and not callable(callback):
+        raise ConfigurationError(f"callback must be a function, got {callback!r}.")
+    if validation is None and settings["keep_best"]:
+        raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
+    if validation is None and settings["patience"] is not None:
+        raise ConfigurationError(
+            f"patience={settings['patience']} needs validation=, to which it applies."
+        )
+
+
+def _validation(
+    blora: BayesianLoRA, run: Preparation, batch_size: int, eval_samples: int | None
+) -> Callable[[], float] | None:
+    """The mean negative log predictive of the validation set, or ``None`` without one."""
+    if not run.validations:
+        return None
+    ((data, collate),) = run.validations
+    if size_of(data) == 0:  # checked now, not at the first validation
+        raise BatchError("The validation set is empty; leave validation= out to train without.")
+    collator(data, collate)  # raises if the rows cannot be collated
+    samples = draws_of_evaluation(blora, eval_samples)
+
+    def validate() -> float:
+        # without gradients there is room for twice the batch
+        batches = batches_of(data, collate, 2 * batch_size)
+        # the same draws each time, apart from those of the training; dropout is off
+        with draws_apart(blora.guide, blora.device), torch.no_grad():
+            parts = [blora.log_predictive(batch, samples) for batch in batches]
+        return -float(torch.cat(parts).mean())
+
+    return validate
 
 
 def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_size: int) -> int:
     """The number of steps, which one of the two arguments gives."""
     if num_steps is not None and num_epochs is None:
+        check_count("num_steps", num_steps)
         return num_steps
     if num_steps is not None or num_epochs is None:
         raise ConfigurationError(
@@ -275,10 +275,11 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
             f"{num_steps} and {num_epochs}."
         )
     check_positive("num_epochs", num_epochs)
-    check_count("batch_size", batch_size)
     of_an_epoch = steps_of_an_epoch(train, batch_size)
     if of_an_epoch is None:
         raise ConfigurationError(
             f"num_epochs={num_epochs} needs data with a length; pass num_steps= instead."
         )
-    return round(num_epochs * of_an_epoch)
+    steps = round(num_epochs * of_an_epoch)
+    check_count("num_steps", steps)
+    return steps

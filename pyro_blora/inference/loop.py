@@ -7,21 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.options import check_count, check_positive, check_precision
-
-Decay = Literal["linear", "cosine", "constant"]
 
 # batch -> the loss with its gradient, and the figures to show, which stay on the loss's device
 StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -31,45 +26,7 @@ StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 _READ_EVERY, _SECONDS = 10, 1.0
 # An adapter has not learned if accuracy exceeds confidence by this, after so many steps
 _UNSURE, _FEWEST = 0.2, 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run trains; the fields are the arguments of :func:`~pyro_blora.fit` of the same names.
-
-    The model card of a saved adapter lists them.
-    """
-
-    num_steps: int
-    batch_size: int = 8
-    warmup: float = 0.06
-    decay: Decay = "linear"
-    max_grad_norm: float | None = 1.0
-    num_particles: int | None = None
-    elbo: type[Trace_ELBO] | None = None
-    kl_weight: float = 1.0
-    held_out: float = 0.0
-    precision: str = "auto"
-    validate_every: int = 50
-    eval_samples: int | None = None
-    keep_best: bool = False
-    patience: int | None = None
-    seed: int | None = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "validate_every"):
-            check_count(name, getattr(self, name))
-        if self.patience is not None:
-            check_count("patience", self.patience)
-        if self.eval_samples is not None:
-            check_count("eval_samples", self.eval_samples, 0)
-        if self.max_grad_norm is not None:
-            check_positive("max_grad_norm", self.max_grad_norm)
-        if self.decay not in get_args(Decay):
-            raise ConfigurationError(f"decay must be one of {get_args(Decay)}, got {self.decay!r}.")
-        check_precision(self.precision)
-        if not 0 <= self.warmup < 1:
-            raise ConfigurationError(f"warmup must be a share in [0, 1), got {self.warmup}.")
+_WARMUP, _MAX_GRAD_NORM = 0.06, 1.0  # a share of the steps, and of the loss per example
 
 
 @dataclass
@@ -83,7 +40,7 @@ class FitResult:
         best_state: the trained tensors at that step, or ``None``.
         num_held_out: the number of examples that were held out for the temperatures.
         seconds: the time that the training steps took, without loading batches and validation.
-        settings: how the run trained, or ``None`` if the result was made by hand.
+        settings: the arguments of :func:`~pyro_blora.fit` that the model card lists.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -92,7 +49,7 @@ class FitResult:
     best_state: dict[str, Tensor] | None = None
     num_held_out: int = 0
     seconds: float = 0.0
-    settings: Settings | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -116,10 +73,10 @@ class FitResult:
     @property
     def stopped_early(self) -> bool:
         """Whether the validations ran out of ``patience`` before the last of ``num_steps``."""
-        run = self.settings
-        if run is None or run.patience is None or len(self.history) >= run.num_steps:
+        patience = self.settings.get("patience")
+        if patience is None or len(self.history) >= self.settings["num_steps"]:
             return False
-        return sum(step > (self.best_step or 0) for step, _ in self.validation) >= run.patience
+        return sum(step > (self.best_step or 0) for step, _ in self.validation) >= patience
 
     def __repr__(self) -> str:
         last = ", ".join(f"{k}={v:.4g}" for k, v in (self.history or [{}])[-1].items())
@@ -155,17 +112,12 @@ def running(blora: BayesianLoRA, precision: str, *, training: bool) -> Iterator[
         yield
 
 
-def rate(step: int, num_steps: int, warmup: float, decay: str) -> float:
+def rate(step: int, num_steps: int) -> float:
     """The learning rate at a step as a share of the full one; the first step's is not zero."""
-    if step >= num_steps:  # the schedule of this group has ended
-        return 0.0
-    ramp = round(warmup * num_steps)
+    ramp = round(_WARMUP * num_steps)
     if step < ramp:
         return (step + 1) / ramp
-    progress = (step - ramp) / max(1, num_steps - ramp)
-    if decay == "linear":
-        return 1 - progress
-    return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1.0
+    return max(0.0, 1 - (step - ramp) / max(1, num_steps - ramp))
 
 
 def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int | None) -> int:
@@ -179,7 +131,7 @@ def training_loop(
     loss_of: StepLoss,
     groups: list[dict[str, Any]],
     stream: Iterator[Batch],
-    settings: Settings,
+    settings: Mapping[str, Any],
     *,
     check: Callable[[Batch, int, dict[str, float]], None],
     point_steps: int | None = None,
@@ -197,12 +149,11 @@ def training_loop(
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
-    num_steps = settings.num_steps
+    num_steps: int = settings["num_steps"]
     result = FitResult(settings=settings)
     lengths = [schedule_length(group, num_steps, point_steps) for group in groups]
-    multiplier = partial(rate, warmup=settings.warmup, decay=settings.decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [partial(multiplier, num_steps=n) for n in lengths]
+        optimizer, [partial(rate, num_steps=n) for n in lengths]
     )
     shown: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
     shown["disable"] = None if progress is None else not progress  # None: off a terminal
@@ -237,13 +188,12 @@ def training_loop(
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
-        if settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
         unread.append((batch, figures))
         done = step + 1
-        validation_due = done % settings.validate_every == 0 or done == num_steps
+        validation_due = done % settings["validate_every"] == 0 or done == num_steps
         late = len(unread) == _READ_EVERY or time.perf_counter() - read_at > _SECONDS
         if late or callback is not None or (validate and validation_due) or done == num_steps:
             read_figures()

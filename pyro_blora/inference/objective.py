@@ -12,7 +12,6 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.data.batches import size_of
 from pyro_blora.distributions import Members
 from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
@@ -165,19 +164,6 @@ def warn_above_chance(nll: float, num_classes: int, likelihood: Likelihood) -> N
             f"{math.log(num_classes):.3g}. Perhaps its classes have another order than {names}: "
             "pass likelihood=SequenceClassification(classes=[...]) in the order of its training.",
             stacklevel=7,
-        )
-
-
-def check_num_data(likelihood: Likelihood, data: Any) -> None:
-    """Gives the likelihood the size of the data set, or warns if it has another one."""
-    size = size_of(data)
-    told = likelihood.num_data = likelihood.num_data or size
-    if told and size not in (None, told):
-        warnings.warn(
-            f"The likelihood has num_data={told}, but train has {size} examples, so the KL "
-            f"weighs {size / told:.3g} times as much as in the ELBO; pass num_data="
-            "len(train), or set blora.likelihood.num_data.",
-            stacklevel=4,
         )
 
 

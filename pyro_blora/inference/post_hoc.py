@@ -4,132 +4,34 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.peft import put_back
 from pyro_blora.data.batches import Collate, batches_of
-from pyro_blora.data.splits import chosen
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.inference.loop import running
 from pyro_blora.inference.objective import warn_above_chance
+from pyro_blora.inference.preparation import (
+    begin_training,
+    post_hoc_families,
+    put_back_if_refused,
+)
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
-from pyro_blora.posterior.guide import StructuredGuide, draws_apart, read_store
+from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.linearized import logit_jacobian
 
 _CHECKED, _RISE = 8, 0.1  # batches, and nats per example
-
-
-def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
-    """The ``Laplace`` guides, which find their width after training, by site."""
-    guide = blora.guide
-    if not isinstance(guide, StructuredGuide):
-        return {}
-    found = {name: f for name, f in guide.families().items() if isinstance(f, Laplace)}
-    if found and not blora.likelihood.has_classes:
-        raise ConfigurationError(
-            f"{blora.guide_family!r} must have a likelihood with classes, got "
-            f"{type(blora.likelihood).__name__}; pass likelihood=, such as MultipleChoice() or "
-            "LabelTokens(token_ids=...), or take a guide that is trained."
-        )
-    return found
-
-
-def share_to_hold_out(blora: BayesianLoRA, train: Any, share: float | None) -> float:
-    """The share of the training examples to calibrate with: as passed, or the default."""
-    if share is not None and not 0 <= share < 1:
-        raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
-    sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
-    usual = blora.method.held_out
-    usual = blora.likelihood.held_out if usual is None else usual
-    if sized and blora.likelihood.has_classes:
-        return usual if share is None else share
-    if share:
-        raise ConfigurationError(
-            f"held_out={share} must have examples with classes, got a DataLoader or a likelihood "
-            "of text; leave it out, and call blora.calibrate(data, collate) for classes."
-        )
-    if usual and share is None:
-        warnings.warn(
-            f"The scores of {type(blora.likelihood).__name__} need a temperature, but no examples "
-            "can be held out of a DataLoader to fit it: pass the examples themselves, or pass "
-            "held_out=0.0 and call blora.calibrate(data, collate) afterwards.",
-            stacklevel=4,
-        )
-    return 0.0
-
-
-def hold_out(train: Any, share: float) -> tuple[Any, Any]:
-    """Splits examples into those to train on and those to calibrate with, by their texts."""
-    held = chosen(train, share, "held out", exact=True) if share else []
-    if not held:
-        return train, ()
-    others = sorted({*range(len(train))} - {*held})
-    # a data set of `datasets` keeps its columns, which a Trainer may sort by
-    part = getattr(train, "select", None) or partial(Subset, train)
-    return part(others), part(held)
-
-
-def begin_training(blora: BayesianLoRA) -> None:
-    """Resets what an earlier training left behind: temperatures, and a post-hoc guide's width."""
-    read_store(blora)
-    for temperature in (blora.model.temperature, blora.model.mean_temperature):
-        temperature.fill_(1)
-    for family in post_hoc_families(blora).values():
-        family.reopen()
-    blora.likelihood.begin_training()
-
-
-@dataclass
-class Before:
-    """What a refused call puts back."""
-
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-    tokenizer: Any
-
-    def keep(self, blora: BayesianLoRA) -> None:
-        """Keeps the tensors that it has not yet, such as those of an AutoGuide at its start."""
-        state = blora.state_dict()
-        self.tensors |= {n: t.clone() for n, t in state.items() if n not in self.tensors}
-
-    def put_back(self, blora: BayesianLoRA) -> None:
-        """Undoes what was changed in the adapter."""
-        blora.load_state_dict(self.tensors, strict=False)  # an AutoGuide may have been started
-        for name in {"num_data", "classes"} & self.options.keys():
-            setattr(blora.likelihood, name, self.options[name])
-        blora.tokenizer = self.tokenizer
-
-
-@contextmanager
-def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Before]:
-    """Undoes what the block changed in the adapter if it raises an error."""
-    read_store(blora)
-    before = Before({}, blora.likelihood.options(), blora.tokenizer)
-    before.keep(blora)
-    try:
-        yield before
-    except BaseException:
-        before.put_back(blora)
-        raise
-
-
-def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:
-    """The draws of a validation: 0 by default while a guide is a point, whose draws are equal."""
-    points = any(not family.finished for family in post_hoc_families(blora).values())
-    return 0 if num_samples is None and points else num_samples
 
 
 def bayesianize(

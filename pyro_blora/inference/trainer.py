@@ -19,7 +19,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_config, read_pretrained
-from pyro_blora.data.batches import size_of
 from pyro_blora.debts import use_one_gpu
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.inference.learning_rates import (
@@ -27,19 +26,17 @@ from pyro_blora.inference.learning_rates import (
     Sizes,
     parameter_groups,
     point_steps,
-    rate_overrides,
     sizes_of,
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import schedule_length
-from pyro_blora.inference.objective import Objective, check_num_data
-from pyro_blora.inference.post_hoc import (
+from pyro_blora.inference.objective import Objective
+from pyro_blora.inference.preparation import (
     begin_training,
     draws_of_evaluation,
-    hold_out,
     post_hoc_families,
+    prepare,
     put_back_if_refused,
-    share_to_hold_out,
 )
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
@@ -100,7 +97,6 @@ class BayesianLoRATrainer(Trainer):
             )
         if eval_samples is not None:
             check_count("eval_samples", eval_samples, 0)
-        self.learning_rates = rate_overrides(model, learning_rates)
         self.blora, self._given = model, options.get("data_collator")
         args.remove_unused_columns = False  # the collator reads them, not forward's signature
         args.label_names = args.label_names or ["labels"]
@@ -111,26 +107,27 @@ class BayesianLoRATrainer(Trainer):
         with put_back_if_refused(model):
             if model.tokenizer is None:
                 model.tokenizer = options.get("processing_class")
-            every, collate = options.get("train_dataset"), None
-            if every is not None:
-                every, collate = model.reading(every, self._given)
-            held = options.get("eval_dataset")
-            if held is not None and not isinstance(held, Mapping):
-                options["eval_dataset"], other = model.reading(held, self._given, training=False)
+            evaluated: Any = options.get("eval_dataset")
+            by_name = isinstance(evaluated, Mapping)
+            sets = [*evaluated.values()] if by_name else [evaluated]
+            if held_out is None and post_hoc_families(model):
+                held_out = 0.0  # the width is found after training, and the temperature after that
+            run = prepare(
+                model,
+                options.get("train_dataset"),
+                self._given,
+                [data for data in sets if data is not None],
+                learning_rates=learning_rates,
+                held_out=held_out,
+                num_particles=num_particles,
+                elbo=elbo,
+            )
+            self._run, collate = run, run.collate
+            if run.validations and not by_name:
+                ((options["eval_dataset"], other),) = run.validations
                 collate = collate or other
-            for data in held.values() if isinstance(held, Mapping) else ():
-                model.reading(data, self._given, training=False)  # for its error
-            options["data_collator"] = collate or self._given
-            if every is None or (held_out is None and post_hoc_families(model)):
-                share = 0.0  # the width is found after training, and the temperature after that
-            else:
-                share = share_to_hold_out(model, every, held_out)
-            options["train_dataset"], self._held_out = hold_out(every, share)
-            self._every = every
-            if model.likelihood.num_data is None and every is not None:
-                model.likelihood.num_data = size_of(every)
-            objective = Objective(model, elbo, num_particles, num_held_out=len(self._held_out))
-            super().__init__(model=_Loss(model, objective, eval_samples), args=args, **options)
+            options["train_dataset"], options["data_collator"] = run.train, collate or self._given
+            super().__init__(model=_Loss(model, run.objective, eval_samples), args=args, **options)
         self.add_callback(_Begins(model))
 
     optimizer: torch.optim.Optimizer | None
@@ -141,7 +138,7 @@ class BayesianLoRATrainer(Trainer):
         """Makes the optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
-            groups = parameter_groups(self.blora, self.learning_rates, self._sizes)
+            groups = parameter_groups(self.blora, self._run.rates, self._sizes)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
@@ -175,12 +172,11 @@ class BayesianLoRATrainer(Trainer):
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
-        check_num_data(self.blora.likelihood, self._every)
         with self._in_mode(training=True):
             result = super().train(*arguments, **options)
-        if self._held_out:
+        if len(self._run.held_out):
             size = self.args.per_device_eval_batch_size
-            self.blora.calibrate(self._held_out, self.data_collator, batch_size=size)
+            self.blora.calibrate(self._run.held_out, self.data_collator, batch_size=size)
         return result
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:

@@ -119,7 +119,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
         f"| prior | {blora.prior!r} |",
         "| guide | MatrixNormal(init_scale=0.1) |",
         "| training examples | 10 |\n| steps | 4 |",
-        "| settings | num_steps=4, batch_size=4, warmup=0.06, decay=linear, max_grad_norm=1.0, kl",
+        "| settings | num_steps=4, batch_size=4, kl_weight=1.0, held_out=0.0, ",
         f"| ELBO | {elbo:.4g} nats",
         f"| validation NLL | {result.validation[-1][1]:.4g} at step 4",
         "| task | a \\| b |",

@@ -18,8 +18,7 @@ from transformers import TrainingArguments
 
 from pyro_blora.data import load_task
 from pyro_blora.data.batches import size_of
-from pyro_blora.data.splits import chosen, keys_of
-from pyro_blora.inference.post_hoc import hold_out
+from pyro_blora.data.splits import chosen, hold_out, keys_of
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import LabelTokens
 

@@ -1,0 +1,179 @@
+"""What comes before the first step: data are read and checked, and the loss is made."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.data.batches import size_of
+from pyro_blora.data.splits import hold_out
+from pyro_blora.errors import ConfigurationError
+from pyro_blora.guides import Laplace
+from pyro_blora.inference.learning_rates import rate_overrides
+from pyro_blora.inference.objective import Objective
+from pyro_blora.likelihoods import Collate, Likelihood
+from pyro_blora.posterior.guide import StructuredGuide, read_store
+
+
+@dataclass
+class Preparation:
+    """What a training starts from.
+
+    Attributes:
+        train: the examples, or a ``DataLoader``, without those that are held out.
+        collate: makes their batches.
+        held_out: the examples that temperatures will be fitted to.
+        share: their share.
+        validations: for each validation set its examples and their collator.
+        objective: the loss of a batch.
+        rates: the learning rates of this call by role.
+    """
+
+    train: Any
+    collate: Collate | None
+    held_out: Any
+    share: float
+    validations: list[tuple[Any, Collate | None]]
+    objective: Objective
+    rates: Mapping[str, float]
+
+
+def prepare(
+    blora: BayesianLoRA,
+    train: Any,
+    collate: Collate | None,
+    validations: Sequence[Any] = (),
+    *,
+    learning_rates: float | Mapping[str, float] | None,
+    held_out: float | None,
+    num_particles: int | None,
+    elbo: type[Trace_ELBO] | None,
+    kl_weight: float = 1.0,
+) -> Preparation:
+    """Reads and checks all that a training is given; the arguments are those of ``fit``.
+
+    It names the classes and tells the likelihood the number of examples, which
+    :func:`put_back_if_refused` undoes if a later check fails. ``train`` may be ``None`` for a
+    ``Trainer`` that only evaluates.
+    """
+    rates = rate_overrides(blora, learning_rates)
+    rows, made, share = train, collate, 0.0
+    if train is not None:
+        rows, made = blora.reading(train, collate)  # first, because it may name the classes
+        if validations:
+            blora.likelihood.begin_training()
+        share = _share(blora, rows, held_out)
+    others = [blora.reading(data, collate, training=False) for data in validations]
+    part, held = hold_out(rows, share)
+    if train is not None:
+        _check_num_data(blora.likelihood, rows)
+    objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
+    return Preparation(part, made, held, share, others, objective, rates)
+
+
+def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
+    """The ``Laplace`` guides, which find their width after training, by site."""
+    guide = blora.guide
+    if not isinstance(guide, StructuredGuide):
+        return {}
+    found = {name: f for name, f in guide.families().items() if isinstance(f, Laplace)}
+    if found and not blora.likelihood.has_classes:
+        raise ConfigurationError(
+            f"{blora.guide_family!r} must have a likelihood with classes, got "
+            f"{type(blora.likelihood).__name__}; pass likelihood=, such as MultipleChoice() or "
+            "LabelTokens(token_ids=...), or take a guide that is trained."
+        )
+    return found
+
+
+def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
+    """The share of the training examples to calibrate with: as passed, or the default."""
+    if share is not None and not 0 <= share < 1:
+        raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
+    sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
+    usual = blora.method.held_out
+    usual = blora.likelihood.held_out if usual is None else usual
+    if sized and blora.likelihood.has_classes:
+        return usual if share is None else share
+    if share:
+        raise ConfigurationError(
+            f"held_out={share} must have examples with classes, got a DataLoader or a likelihood "
+            "of text; leave it out, and call blora.calibrate(data, collate) for classes."
+        )
+    if usual and share is None:
+        warnings.warn(
+            f"The scores of {type(blora.likelihood).__name__} need a temperature, but no examples "
+            "can be held out of a DataLoader to fit it: pass the examples themselves, or pass "
+            "held_out=0.0 and call blora.calibrate(data, collate) afterwards.",
+            stacklevel=4,
+        )
+    return 0.0
+
+
+def begin_training(blora: BayesianLoRA) -> None:
+    """Resets what an earlier training left behind: temperatures, and a post-hoc guide's width."""
+    read_store(blora)
+    for temperature in (blora.model.temperature, blora.model.mean_temperature):
+        temperature.fill_(1)
+    for family in post_hoc_families(blora).values():
+        family.reopen()
+    blora.likelihood.begin_training()
+
+
+def _check_num_data(likelihood: Likelihood, data: Any) -> None:
+    """Gives the likelihood the size of the data set, or warns if it has another one."""
+    size = size_of(data)
+    count = likelihood.num_data = likelihood.num_data or size
+    if count and size not in (None, count):
+        warnings.warn(
+            f"The likelihood has num_data={count}, but train has {size} examples, so the KL "
+            f"weighs {size / count:.3g} times as much as in the ELBO; pass num_data="
+            "len(train), or set blora.likelihood.num_data.",
+            stacklevel=6,
+        )
+
+
+@dataclass
+class Before:
+    """What a refused call puts back."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    tokenizer: Any
+
+    def keep(self, blora: BayesianLoRA) -> None:
+        """Keeps the tensors that it has not yet, such as those of an AutoGuide at its start."""
+        state = blora.state_dict()
+        self.tensors |= {n: t.clone() for n, t in state.items() if n not in self.tensors}
+
+    def put_back(self, blora: BayesianLoRA) -> None:
+        """Undoes what was changed in the adapter."""
+        blora.load_state_dict(self.tensors, strict=False)  # an AutoGuide may have been started
+        for name in {"num_data", "classes"} & self.options.keys():
+            setattr(blora.likelihood, name, self.options[name])
+        blora.tokenizer = self.tokenizer
+
+
+@contextmanager
+def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Before]:
+    """Undoes what the block changed in the adapter if it raises an error."""
+    read_store(blora)
+    before = Before({}, blora.likelihood.options(), blora.tokenizer)
+    before.keep(blora)
+    try:
+        yield before
+    except BaseException:
+        before.put_back(blora)
+        raise
+
+
+def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:
+    """The draws of a validation: 0 by default while a guide is a point, whose draws are equal."""
+    points = any(not family.finished for family in post_hoc_families(blora).values())
+    return 0 if num_samples is None and points else num_samples
