@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import pyro.infer.autoguide as autoguide
@@ -39,9 +39,10 @@ from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import GuideFactory, read_store, start_guide
-from pyro_blora.posterior.posterior import Posterior
+from pyro_blora.posterior.guide import read_store, start_guide
+
+if TYPE_CHECKING:
+    from pyro_blora.bayesian_lora import BayesianLoRA
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -49,35 +50,8 @@ _HEADER = "bayesian_lora"
 _OF_BASE = "base."  # prefix of the tensors that identify the base
 
 
-class Adapted(Protocol):
-    """What this package needs of an adapter, such as :class:`~pyro_blora.BayesianLoRA`."""
-
-    model: BayesianLoRAModel
-    guide: nn.Module
-
-    @property
-    def posterior(self) -> Posterior:
-        """The posterior of the adapter."""
-
-    @property
-    def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
-        """The family, families by group, or function that the guide was made from."""
-
-    def unwrap(self) -> nn.Module:
-        """Removes the adapter from the network and returns the network."""
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """As of ``nn.Module``."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """As of ``nn.Module``."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
-        """As of ``nn.Module``."""
-
-
 def save_pretrained(
-    blora: Adapted,
+    blora: "BayesianLoRA",
     folder: str | os.PathLike[str],
     *,
     result: Training | None = None,
@@ -141,7 +115,7 @@ class Saved:
     folder: Path
     foreign: tuple[str, ...] = ()  # tensors with these in their names are not loaded
 
-    def load_into(self, blora: Adapted) -> None:
+    def load_into(self, blora: "BayesianLoRA") -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
         # The columns of AutoGaussian depend on the number of examples in its first batch
         columns = (t.shape[-1] for n, t in self.tensors.items() if ".prec_sqrts.labels" in n)
@@ -299,7 +273,7 @@ def fetched(source: str | os.PathLike[str], *files: str) -> Path:
 
 
 def push_to_hub(
-    blora: Adapted,
+    blora: "BayesianLoRA",
     repo_id: str,
     *,
     private: bool | None = None,

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyro_blora import __version__
 from pyro_blora.checkpoints.checkpoint import (
-    Adapted,
     fetched,
     names_in,
     read_header,
@@ -25,12 +24,7 @@ from pyro_blora.checkpoints.checkpoint import (
 )
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
 from pyro_blora.files import check_folder, write_file
-from pyro_blora.likelihoods import (
-    CausalLM,
-    LabelTokens,
-    MultipleChoice,
-    SequenceClassification,
-)
+from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
     PEFT_PREFIX,
@@ -44,6 +38,9 @@ from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.updates import LowRankUpdate
+
+if TYPE_CHECKING:
+    from pyro_blora.bayesian_lora import BayesianLoRA
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"
@@ -62,7 +59,7 @@ _VALUES = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),  # others change the base
 }
-T = TypeVar("T", bound=Adapted)
+T = TypeVar("T", bound="BayesianLoRA")
 
 
 @dataclass(frozen=True)
@@ -409,15 +406,11 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
     likelihood = model.likelihood
     if _last_linear(model) is not None:  # which includes the temperature
         temperature = 1.0
-    numbers: dict[str, Any] = {"temperature": temperature}
-    if classes := getattr(likelihood, "classes", None):  # for which PEFT's files have no place
-        numbers["classes"] = list(classes)
-    if isinstance(likelihood, MultipleChoice):
-        numbers["score"] = likelihood.score
-    elif isinstance(likelihood, LabelTokens):
-        numbers["token_ids"] = list(likelihood.token_ids)
-    texts = {_NUMBERS: json.dumps(numbers, indent=2) + "\n"}
-    if isinstance(likelihood, CausalLM):
+    # for which PEFT's files have no place, such as the classes, the token_ids or the score
+    options = {n: v for n, v in likelihood.options().items() if n not in ("num_data", "pack") and v}
+    numbers = {"temperature": temperature, **options}
+    texts = {_NUMBERS: json.dumps(numbers, indent=2, default=str) + "\n"}
+    if not likelihood.has_classes:
         from transformers import GenerationConfig  # not at the top: it sets warning filters
 
         config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0)
@@ -428,7 +421,7 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
 def _last_linear(model: BayesianLoRAModel) -> str | None:
     """The layer of a classifier's trained head that computes the logits, or ``None``."""
     found = None
-    if isinstance(model.likelihood, SequenceClassification):
+    if model.likelihood.new_head:
         for head in model.trained_heads.names:
             for name, module in model.net.get_submodule(head).named_modules(prefix=head):
                 classes = getattr(getattr(model.net, "config", None), "num_labels", None)
@@ -536,7 +529,7 @@ def _saved_whole(net: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _task_type(model: BayesianLoRAModel) -> str | None:
-    if isinstance(model.likelihood, SequenceClassification):
+    if model.likelihood.new_head:
         # For SEQ_CLS PEFT makes the head one of modules_to_save, and then does not adapt its layers
         trained = set(model.trained_heads.names)
         return "SEQ_CLS" if trained and trained >= set(head_names(model.net)) else None

@@ -20,7 +20,6 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.utils import ModelOutput
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods import CausalLM
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import runs_eagerly
 from pyro_blora.posterior.guide import warn_of_a_point
@@ -133,7 +132,7 @@ def generate(
     names = ("input_ids", "attention_mask")
     prompt = {name: options[name] for name in names if options.get(name) is not None}
     updates = posterior.pairs(prompt)(num_samples) if num_samples else posterior.mean(prompt)
-    distilled = not num_samples and model.enabled and isinstance(model.likelihood, CausalLM)
+    distilled = not num_samples and model.enabled and not model.likelihood.has_classes
     temperature = float(model.mean_temperature) if distilled else 1.0
     average, ends = _Average(max(1, num_samples), temperature), _Ends()
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
