@@ -30,7 +30,7 @@ from pyro_blora.evaluation.metrics import (
     out_of_scope,
 )
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-from pyro_blora.evaluation.results import PREDICTED, Row, read, write
+from pyro_blora.evaluation.results import Row, read, write
 from pyro_blora.files import check_folder
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.post_hoc import hold_out, post_hoc_families
@@ -45,8 +45,8 @@ from pyro_blora.posterior.prediction import Prediction
 
 DIAGRAM = "reliability.png"
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
-_MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "gap %": ("gap", 100, 1)}
-_MEASURED |= {"NLL": ("nll", 1, 3), "Brier": ("brier", 1, 3)}
+_MEASURED = {"ACC %": ("acc", 100, ".1f"), "ECE %": ("ece", 100, ".1f")}
+_MEASURED |= {"gap %": ("gap", 100, "+.1f"), "NLL": ("nll", 1, ".3f"), "Brier": ("brier", 1, ".3f")}
 
 Data = Mapping[str, tuple[Sequence[Item], Collate]]  # items by the name of their data set
 State = Literal["last", "distilled", "best"]
@@ -54,21 +54,14 @@ State = Literal["last", "distilled", "best"]
 
 @dataclass(frozen=True)
 class View:
-    """How an adapter predicts.
+    """How an adapter predicts; ``None`` stands for the usual of its method."""
 
-    Attributes:
-        state: after its last training step, distilled there, or at its best step.
-        num_samples: posterior draws. Default: the method's.
-        linearized: as in ``predict``.
-        holds_out: whether the training holds an eighth of the items out for a temperature.
-        is_rescaled: whether the predictions get a temperature from those of the validation items.
-    """
-
-    state: State = "last"
+    state: State = "last"  # after the last training step, distilled there, or at the best step
     num_samples: int | None = None
     linearized: bool | None = None
-    holds_out: bool = False
-    is_rescaled: bool = field(default=False, compare=False)  # the same predictions as without
+    holds_out: bool = False  # an eighth of the training items, for a temperature
+    # By a temperature for validation items; equal views have the same predictions before it
+    is_rescaled: bool = field(default=False, compare=False)
 
     @property
     def reads_validation(self) -> bool:
@@ -174,32 +167,21 @@ class Comparison:
         by = self.by_method()
         weak = {row.method for row in self.rows if not row.has_learned}
         found = {"method": [f"{n} (has not learned)" if n in weak else n for n in by]}
-        for title, (key, factor, digits) in _MEASURED.items():
-            found[title] = []
-            for own in by.values():
-                values = [factor * getattr(row, key) for row in own]
-                found[title].append(_spread(values, digits, "+" if key == "gap" else ""))
+        for title, (key, factor, form) in _MEASURED.items():
+            each = [[factor * getattr(row, key) for row in own] for own in by.values()]
+            found[title] = [_spread(values, form) for values in each]
         if len(by) > 1:
             gaps = {name: gap["nll"] for name, gap in self.differences().items()}
             told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
             found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
         for doubt in dict.fromkeys(doubt for row in self.rows for doubt in row.auroc):
             title = f"AUROC % out of scope, {doubt.replace('_', ' ')}"
-            found[title] = []
-            for own in by.values():
-                values = [100 * row.auroc[doubt] for row in own if doubt in row.auroc]
-                found[title].append(_spread(values, 1) if values else "")
+            each = [[100 * r.auroc[doubt] for r in own if doubt in r.auroc] for own in by.values()]
+            found[title] = [_spread(values, ".1f") for values in each]
         for key in ("temperature_by", "labels_beside_training", "passes"):
-            each = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
-            found[key.replace("_", " ")] = [", ".join(values) for values in each]
+            texts = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
+            found[key.replace("_", " ")] = [", ".join(values) for values in texts]
         return found
-
-    def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` with a row for each method and seed."""
-        import pandas
-
-        rows = [{k: v for k, v in vars(row).items() if k not in PREDICTED} for row in self.rows]
-        return pandas.DataFrame(rows)
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
@@ -236,10 +218,10 @@ class Comparison:
         return reliability_diagram(pooled)
 
 
-def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """The mean and the deviation."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.{digits}f}{deviation}"
+def _spread(values: Sequence[float], form: str) -> str:
+    """The mean and the deviation, in the form of the mean."""
+    deviation = f" ± {stdev(values):{form.strip('+')}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}" if values else ""
 
 
 @one_at_a_time
@@ -319,35 +301,31 @@ def compare(
     entries = {name: entry(name, own) for name in methods}
     limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
     limits["max_test"] = max_test
-    given = data if isinstance(data, Task) else None
     if reads := {"validation", "keep_best", "patience"} & training.keys():
         raise ConfigurationError(
             f"Labels beside training must be counted, got {min(reads)}=; ask for a row best:METHOD."
         )
+    given = data if isinstance(data, Task) else None
     if given and (data_dir, *limits.values()) != (None, None, 200, None):
         raise ConfigurationError(
             "A Task must come without data_dir and limits, because it is taken as it is, got "
             f"{limits} and data_dir={data_dir!r}; give them to load_task."
-        )
-    split = next((each.name for each in entries.values() if each.view.holds_out), None)
-    if split and not training.get("held_out", True):
-        raise ConfigurationError(
-            f"held_out must be above 0 for {split}, got {training['held_out']}; leave one out."
         )
     whole = given or load_task(data, data_dir=data_dir)
     tasks = {
         seed: given or load_task(data, data_dir=data_dir, seed=seed, **limits)
         for seed in map(int, seeds)
     }
+    task = next(iter(tasks.values()))
+    split = next((each.name for each in entries.values() if each.view.holds_out), None)
     share = training.get("held_out", MultipleChoice.held_out)
-    if split and not all(hold_out(task.train, share)[1] for task in tasks.values()):
+    if split and not all(hold_out(each.train, share)[1] for each in tasks.values()):
         raise ConfigurationError(
             f"{split} must have items to hold out for its temperature, got none of "
-            f"{len(next(iter(tasks.values())).train)}; give more rows."
+            f"{len(task.train)} with held_out={share}; give more rows, or leave held_out out."
         )
     how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
-    task = next(iter(tasks.values()))
     wanting = next((each.name for each in entries.values() if each.view.reads_validation), None)
     if not task.test or (wanting and not task.validation):
         needs = f"validation items for {wanting}" if task.test else "test items"
@@ -441,39 +419,28 @@ def train_and_score(
 ) -> Iterator[Result]:
     """The results of entries under one seed, with one training for those that share it.
 
-    Args:
-        net: the network, which is given back after each training.
-        task: its training items train, and its validation items choose the best step.
-        entries: the methods and their views.
-        collate: makes a batch from a list of these items.
-        data: the data sets to predict for each row, with the collators of their tasks; the
-            validation items are added if a row fits its temperature to them.
-        seed: seeds the prior's initial draws, the training, and the draws of predictions.
-        num_samples: posterior draws, for methods without a number of their own.
-        rank: as in :class:`~pyro_blora.BayesianLoRA`.
-        target_modules: as in :class:`~pyro_blora.BayesianLoRA`.
-        layers_to_transform: as in :class:`~pyro_blora.BayesianLoRA`.
-        training: options of :func:`scored`, and further ones of ``fit``.
+    The network is given back after each training. The validation items choose the best step, and
+    are predicted besides ``data`` if a view has a temperature from them. ``num_samples`` is for
+    methods without a number of their own; ``training`` has options of :func:`scored` and ``fit``.
     """
     groups: dict[tuple[str, bool], list[Entry]] = {}
     for each in entries:
         groups.setdefault((each.method.name, each.view.holds_out), []).append(each)
     for (_, split), group in groups.items():
-        method = group[0].method
-        draws = method.draws(default=num_samples)
+        draws = group[0].method.draws(default=num_samples)
         torch.manual_seed(seed)
         blora = BayesianLoRA(
             net,
-            method=replace(method, num_samples=draws),  # by which ``fit`` calibrates, too
+            method=replace(group[0].method, num_samples=draws),  # ``fit`` calibrates by these, too
             rank=rank,
             target_modules=target_modules,
             layers_to_transform=layers_to_transform,
             likelihood=task.likelihood(collate),
         )
-        views = {each.name: each.view for each in group}
-        for name, view in views.items():
-            if view.num_samples is None:
-                views[name] = replace(view, num_samples=draws)
+        views = {
+            each.name: replace(each.view, num_samples=blora.method.draws(each.view.num_samples))
+            for each in group
+        }
         sets = dict(data)
         if any(view.is_rescaled for view in views.values()):
             sets["validation"] = (task.validation, collate)
@@ -552,24 +519,23 @@ def _return_to_best(
 
 def _row(result: Result, seed: int, task: Task) -> Row:
     """The row of a result, whose test predictions get a temperature if its view says so."""
-    view, by = result.view, "none"
-    (prediction, labels), metrics = result.predictions["test"], result.metrics["test"]
+    view, fitted, by = result.view, result.fitted, "none"
+    prediction, labels = result.predictions["test"]
     probs, numbers = prediction.probs, result.blora.trainable_parameters
-    if result.fitted.settings and result.fitted.num_held_out:
-        by = f"{result.fitted.settings.held_out:.3g} of training"
+    if fitted.settings and fitted.num_held_out:
+        by = f"{fitted.settings.held_out:.3g} of training"
     if view.state == "distilled":
         by = "draws"
     if view.is_rescaled:
         held, held_labels = result.predictions["validation"]
         temperature = fit_temperature(held.probs.log(), held_labels)
         probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
-        metrics = evaluate(probs, labels)
-    scores = (metrics.acc, metrics.ece, metrics.nll, metrics.brier)
-    sizes = (len(task.train), metrics.n)
+    found = evaluate(probs, labels)
+    scores = (found.acc, found.ece, found.nll, found.brier)
     used = len(task.validation) if view.reads_validation else 0
-    passes, seconds = result.passes, result.fitted.seconds
-    row = Row(result.row, seed, *scores, *sizes, by, used, passes, seconds, numbers, probs, labels)
-    row.has_learned = result.fitted.has_learned
+    costs = (result.passes, fitted.seconds, numbers)
+    sizes = (len(task.train), found.n, by, used)
+    row = Row(result.row, seed, *scores, *sizes, *costs, probs, labels, fitted.has_learned)
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]
         for doubt in [*doubts(prediction)][1:]:  # the first is the confidence

@@ -127,7 +127,7 @@ def test_lora_is_peft_s():
     ("name", "match"),
     [
         ("blobb", "method 'blobb' is unknown; .*blob.*KroneckerInducing"),
-        ("temperature:lora", "for compare alone"),
+        ("temperature:lora", "Only compare takes KIND:NAME"),
         ("Subspace+Site", "guide 'Site' is unknown"),
     ],
 )
