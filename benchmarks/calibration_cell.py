@@ -189,7 +189,7 @@ class _Training:
                 made, seconds = made_of(result), result.fitted.seconds
                 if from_lora and result.row == name:
                     result.blora.export_peft(folder)
-                if result.row.startswith("distilled:"):
+                if result.view.state == "distilled":
                     made["temperature"] = float(result.blora.model.mean_temperature)
                 if result.row in rows:
                     yield Outcome(rows[result.row], result, made)
