@@ -34,7 +34,7 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/pyro-blora compare $(DEMO) --precision $(PRECISION) --overwrite
+	$(BIN)/pyro-blora compare $(DEMO) --precision $(PRECISION)
 
 check: $(BIN)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests/exactness tests/contract

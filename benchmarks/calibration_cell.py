@@ -20,7 +20,7 @@ import pyro_blora.guides as guides
 from pyro_blora import BayesianLoRA, bayesianize
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.data.splits import hold_out
-from pyro_blora.evaluation.comparison import Result, View, scored, train_and_score
+from pyro_blora.evaluation.comparison import Result, View, entry, scored, train_and_score
 from pyro_blora.methods import METHODS
 from pyro_blora.network.pretrained import load_pretrained
 
@@ -155,11 +155,11 @@ class _Training:
         name = method["method"]
         is_trained = name != "zero-shot"
         record = METHODS[name if is_trained else "lora"]
-        record = replace(
-            record,
-            prior_options={**record.prior_options, **method.get("prior", {})},
-            guide_options={**record.guide_options, **method.get("guide", {})},
-        )
+        parts = {
+            part: type(made)(**{**made.options(), **method.get(part, {})})
+            for part, made in (("prior", record.prior), ("guide", record.guide))
+        }
+        record = replace(record, name=name, **parts)
         options = {"batch_size": settings["batch_size"], "validate_every": settings["best_every"]}
         options |= self.fit
         rows: dict[str, Cell] = {}
@@ -170,12 +170,12 @@ class _Training:
                 from_lora.append(cell)
             else:
                 rows[f"{kind}:{name}" if kind else name] = cell
+        names = [*rows, name] if from_lora else [*rows]
         with TemporaryDirectory() as folder:
             for result in train_and_score(
                 self.net,
                 self.task,
-                [*rows] if not from_lora else list(dict.fromkeys([*rows, name])),
-                known={name: record},
+                [entry(row, [record]) for row in dict.fromkeys(names)],
                 collate=self.collate,
                 data=self.data,
                 seed=self.cell.seed,
@@ -189,7 +189,7 @@ class _Training:
                 made, seconds = made_of(result), result.fitted.seconds
                 if from_lora and result.row == name:
                     result.blora.export_peft(folder)
-                if result.row.startswith("distilled:"):
+                if result.view.state == "distilled":
                     made["temperature"] = float(result.blora.model.mean_temperature)
                 if result.row in rows:
                     yield Outcome(rows[result.row], result, made)

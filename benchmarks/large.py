@@ -8,9 +8,6 @@ the rate that BLoB gives it (arXiv:2406.11675), and the default its usual ones. 
 when it is done, so the same command goes on after an interruption.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +17,7 @@ import typer
 import yaml
 
 from pyro_blora import compare, load_pretrained
-from pyro_blora.evaluation.results import RESULTS, versions
+from pyro_blora.evaluation.results import RESULTS, Row, versions
 from pyro_blora.methods import METHODS
 
 PUBLISHED = Path(__file__).with_suffix(".yaml")
@@ -41,16 +38,12 @@ def load(model: str, quantized: bool) -> tuple[Any, Any]:
     return net.eval(), AutoTokenizer.from_pretrained(model)
 
 
-@contextmanager
-def measured(what: str) -> Iterator[None]:
-    """Prints the time and the peak memory of a training or a prediction."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    yield
-    told = f"{what}: {time.perf_counter() - start:.1f} s"
+def measured(row: Row) -> None:
+    """Prints the time of a row's training, and the peak memory since the row before it."""
+    told = f"{row.method}, seed {row.seed}: trained in {row.train_seconds:.1f} s"
     if torch.cuda.is_available():
         told += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        torch.cuda.reset_peak_memory_stats()
     print(told, flush=True)
 
 
@@ -75,13 +68,11 @@ def main(
     """Trains and scores each method, and prints the table beside what papers print."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{model}{' in 4 bits' if quantized else ''} on {device}, {versions()}", flush=True)
-    with measured("load"):
-        pair = load(model, quantized)
     table = compare(
-        pair,
+        load(model, quantized),
         task,
         ["lora", "split:lora", "bayesian-lora"],
-        own={"lora": LORA},
+        own=[LORA],
         seeds=[int(seed) for seed in seeds.split(",")],
         num_steps=max_steps,
         batch_size=4,
@@ -90,7 +81,7 @@ def main(
         max_validation=0,  # no row reads any, so that all items train
         data_dir=data_dir,
         out=out,
-        phase=measured,
+        callback=measured,
     )
     print(f"\n{table}\n")
     if rows := published(model, task):

@@ -66,7 +66,7 @@ def adapted(
     """An adapter by the name of a method; ``:scaled`` adds conditional noise to its prior."""
     name, _, conditional = method.partition(":")
     made = get_method(name)
-    prior = made.prior_of(RANK)
+    prior = made.with_rank(RANK).prior
     if conditional:
         prior = type(prior)(**{**prior.options(), "conditional": conditional})
     depth = int(net.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
@@ -74,7 +74,7 @@ def adapted(
         net,
         target_modules=TARGETS,
         prior=prior,
-        guide=made.guide_of(),
+        guide=made.guide,
         likelihood=likelihood,
         layers_to_transform=list(range(depth - (top or depth), depth)),
     )

@@ -22,7 +22,7 @@ from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Collate, Likelihood, SequenceClassification
-from pyro_blora.methods import METHODS, Method, get_method
+from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
@@ -109,21 +109,19 @@ class BayesianLoRA(PyroModule):
         which: dict[str, Any] = {"exclude_modules": exclude_modules}
         which["layers_to_transform"] = layers_to_transform
         targets = find_targets(net, target_modules, **which)
-        if method is None:
-            draws = 0 if getattr(guide, "is_point", False) else None
-            method = replace(METHODS["bayesian-lora"], num_samples=draws)
-        #: How the adapter is trained and how it predicts.
-        self.method = get_method(method) if isinstance(method, str) else method
-        if prior is None:
-            prior = self.method.prior_of(rank)
-        elif rank is not None:
+        known = get_method(method or "bayesian-lora")
+        if prior is not None and rank is not None:
             raise ConfigurationError(
                 f"rank must be None with prior=, got {rank}; pass it to the prior."
             )
-        family = self.method.guide_of() if guide is None else guide
+        if prior is None:
+            prior = (known if rank is None else known.with_rank(rank)).prior
+        family = known.guide if guide is None else guide
+        #: The prior, the guide, how both are trained and how they predict.
+        self.method = replace(known, prior=prior, guide=family)
         #: The tokenizer that reads rows of text, or ``None``.
         self.tokenizer = tokenizer
-        self._given = (net, family)  # in a tuple, so that nn.Module does not register them
+        self._net = (net,)  # in a tuple, so that nn.Module does not register it
         if likelihood is None:
             likelihood = SequenceClassification() if is_classifier(net) else CausalLM()
         check_kind("likelihood", likelihood, Likelihood)
@@ -141,7 +139,7 @@ class BayesianLoRA(PyroModule):
     @property
     def net(self) -> nn.Module:
         """The wrapped network."""
-        return self._given[0]
+        return self._net[0]
 
     @property
     def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
@@ -151,7 +149,7 @@ class BayesianLoRA(PyroModule):
     @property
     def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
         """The guide family, the families by group, or the callable, as passed."""
-        return self._given[1]
+        return self.method.guide
 
     @property
     def max_plate_nesting(self) -> int:

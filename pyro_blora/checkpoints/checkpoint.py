@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,9 @@ def save_pretrained(
             name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names
         },
         "modules_to_save": heads,
-        "method": asdict(blora.posterior.method),
+        "method": {
+            n: v for n, v in vars(blora.posterior.method).items() if n not in ("prior", "guide")
+        },
         "prior": _describe(model.prior),
         "guide": _describe_guide(blora.guide_family, blora.guide),
         "likelihood": _describe(model.likelihood),
@@ -201,11 +203,12 @@ def read_pretrained(
             )
         parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
         tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
-        foreign: tuple[str, ...] = ()
-        if type(parts["likelihood"]).__name__ != config["likelihood"]["name"]:
+        likelihood, foreign = parts.pop("likelihood"), tuple[str, ...]()
+        if type(likelihood).__name__ != config["likelihood"]["name"]:
             mine = ("temperature", "mean_temperature")
             foreign = (".likelihood.", *(f"model.{name}" for name in mine))  # of another class
-        options = {"method": Method(**config["method"]), "modules_to_save": heads, **parts}
+        options = {"method": Method(**config["method"], **parts), "likelihood": likelihood}
+        options["modules_to_save"] = heads
         options["target_modules"] = "|".join(map(re.escape, layers))
         return Saved(net, options, tensors, folder, foreign)
 
@@ -277,7 +280,6 @@ def push_to_hub(
     repo_id: str,
     *,
     private: bool | None = None,
-    commit_message: str = "A Bayesian LoRA adapter",
     **about: Any,
 ) -> str:
     """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
@@ -289,9 +291,7 @@ def push_to_hub(
         save_pretrained(blora, folder, place=repo_id, **about)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message
-            )
+            done = api.upload_folder(repo_id=repo_id, folder_path=folder)
         except Exception as error:  # as in fetched
             raise CheckpointError(
                 f"{repo_id} was not pushed ({first_line(error)}). Run `hf auth login` with a token "

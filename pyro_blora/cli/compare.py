@@ -1,9 +1,5 @@
 """``pyro-blora compare``: methods side by side on one task."""
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,20 +9,7 @@ from rich.console import Console
 
 from pyro_blora.data import load_task
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.methods import KINDS, METHODS, get_method, kind_of
 from pyro_blora.options import check_precision
-
-
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Prints the name and the duration if stderr is no terminal, and so shows no progress bar."""
-    shown = not sys.stderr.isatty()
-    start = time.perf_counter()
-    if shown:
-        print(f"{name} ...", end=" ", flush=True)
-    yield
-    if shown:
-        print(f"{time.perf_counter() - start:.1f} s", flush=True)
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:
@@ -59,10 +42,14 @@ def run(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated: {', '.join(METHODS)}; pairs such as Subspace+FullRank or "
-            "my_module:MyPrior+MeanField; and KIND:NAME for each of them: "
-            + "; ".join(f"{kind}:NAME, {told}" for kind, told in KINDS.items())
-            + "."
+            help="Comma-separated: bayesian-lora, lora, map, bayesian-lora-factor, mean-field, "
+            "blob, c-lora, scalabl, b-lora-xs, laplace-lora, ensemble; pairs such as "
+            "Subspace+FullRank or my_module:MyPrior+MeanField; and KIND:NAME for each of them: "
+            "split:NAME, on seven eighths of the items, with a temperature fitted to the others; "
+            "temperature:NAME, with a temperature fitted to validation items; best:NAME, at its "
+            "best of three validations; mean:NAME, the posterior mean, in one pass; "
+            "linearized:NAME, with draws of the linearized network; distilled:NAME, the posterior "
+            "mean with a temperature from its draws, in one pass."
         ),
     ] = "lora,split:lora,temperature:lora,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",
@@ -109,9 +96,6 @@ def run(
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, predictions and a diagram.")
     ] = Path("out/compare"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace earlier results in OUT.")
-    ] = False,
 ) -> None:
     """Fine-tune a model by each method and compare accuracy and calibration on the test set.
 
@@ -132,17 +116,15 @@ def run(
         raise ConfigurationError(
             f"--seeds must be numbers such as 0,1,2, got {seeds!r}."
         ) from error
-    for name in names:
-        get_method(kind_of(name)[1])
     load_task(task, data_dir=data_dir)  # bad data is refused before torch is imported
     from pyro_blora.evaluation import comparison, results
+    from pyro_blora.methods import METHODS
 
-    console = Console(highlight=False)
-    own = {}
+    console, lora = Console(highlight=False), METHODS["lora"]
     if lora_lr is not None:
-        own["lora"] = replace(METHODS["lora"], learning_rates={"mean": lora_lr})
+        lora = replace(lora, learning_rates={"mean": lora_lr})
 
-    def told(row: results.Row) -> None:
+    def show(row: results.Row) -> None:
         console.print(
             f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
             f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
@@ -152,7 +134,7 @@ def run(
         model,
         task,
         names,
-        own=own,
+        own=[lora],
         seeds=runs,
         num_steps=max_steps,
         max_train=max_train,
@@ -165,9 +147,7 @@ def run(
         precision=precision,
         outside=outside,
         out=out,
-        overwrite=overwrite,
-        callback=told,
-        phase=phase,
+        callback=show,
         batch_size=batch_size,
     )
     console.print(found)

@@ -4,8 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from os import PathLike
 from pathlib import Path
@@ -32,14 +31,12 @@ from pyro_blora.evaluation.metrics import (
     out_of_scope,
 )
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-from pyro_blora.evaluation.results import PREDICTED, Row, read, write
+from pyro_blora.evaluation.results import Row, read, write
 from pyro_blora.files import check_folder
-from pyro_blora.guides import SiteGuide
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.preparation import post_hoc_families
 from pyro_blora.likelihoods import Collate, MultipleChoice
-from pyro_blora.methods import METHODS, Method, get_method, kind_of
-from pyro_blora.models import UpdateModel
+from pyro_blora.methods import Method, get_method
 from pyro_blora.network.pretrained import load_for
 from pyro_blora.network.targets import is_classifier
 from pyro_blora.options import check_count, choose_precision
@@ -48,23 +45,57 @@ from pyro_blora.posterior.prediction import Prediction
 
 DIAGRAM = "reliability.png"
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
-_MEASURED = {"ACC %": ("acc", 100, 1), "ECE %": ("ece", 100, 1), "gap %": ("gap", 100, 1)}
-_MEASURED |= {"NLL": ("nll", 1, 3), "Brier": ("brier", 1, 3)}
-_LINEARIZED_DRAWS = 256  # they cost no passes
+_MEASURED = {"ACC %": ("acc", 100, ".1f"), "ECE %": ("ece", 100, ".1f")}
+_MEASURED |= {"gap %": ("gap", 100, "+.1f"), "NLL": ("nll", 1, ".3f"), "Brier": ("brier", 1, ".3f")}
 
-Phase = Callable[[str], AbstractContextManager[Any]]
-Own = Method | tuple[UpdateModel, SiteGuide]  # a user's own method
 Data = Mapping[str, tuple[Sequence[Item], Collate]]  # items by the name of their data set
 State = Literal["last", "distilled", "best"]
 
 
 @dataclass(frozen=True)
 class View:
-    """How a trained adapter predicts: after its last step, distilled there, or at its best step."""
+    """How an adapter predicts; ``None`` stands for the usual of its method."""
 
-    state: State = "last"
+    state: State = "last"  # after the last training step, distilled there, or at the best step
     num_samples: int | None = None
     linearized: bool | None = None
+    holds_out: bool = False  # an eighth of the training items, for a temperature
+    # By a temperature for validation items; equal views have the same predictions before it
+    is_rescaled: bool = field(default=False, compare=False)
+
+    @property
+    def reads_validation(self) -> bool:
+        """Whether the labels of the validation items are needed."""
+        return self.is_rescaled or self.state == "best"
+
+
+#: The views of a method by the kind in ``KIND:NAME``.
+VIEWS = {
+    "split": View(holds_out=True),
+    "temperature": View(is_rescaled=True),
+    "best": View("best"),
+    "mean": View(num_samples=0),
+    "linearized": View(num_samples=256, linearized=True),  # draws cost no passes
+    "distilled": View("distilled", 0),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a row of a comparison shows: a method, and a view of its adapter."""
+
+    name: str
+    method: Method
+    view: View
+
+
+def entry(name: str, own: Sequence[Method] = ()) -> Entry:
+    """The entry of a row ``NAME`` or ``KIND:NAME``, of one's own methods or the known ones."""
+    kind, _, base = name.partition(":")
+    if not base or kind not in VIEWS:
+        kind, base = "", name
+    named = {method.name: method for method in own}
+    return Entry(name, named.get(base) or get_method(base), VIEWS.get(kind, View()))
 
 
 @dataclass
@@ -72,6 +103,7 @@ class Result:
     """The predictions of one view with their labels, and the metrics, by data set."""
 
     row: str
+    view: View
     predictions: dict[str, tuple[Prediction, Tensor]]
     metrics: dict[str, Metrics]
     passes: int
@@ -135,35 +167,21 @@ class Comparison:
         by = self.by_method()
         weak = {row.method for row in self.rows if not row.has_learned}
         found = {"method": [f"{n} (has not learned)" if n in weak else n for n in by]}
-        for title, (key, factor, digits) in _MEASURED.items():
-            found[title] = []
-            for own in by.values():
-                values = [factor * getattr(row, key) for row in own]
-                spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-                sign = "+" if key == "gap" else ""
-                found[title].append(f"{mean(values):{sign}.{digits}f}{spread}")
+        for title, (key, factor, form) in _MEASURED.items():
+            each = [[factor * getattr(row, key) for row in own] for own in by.values()]
+            found[title] = [_spread(values, form) for values in each]
         if len(by) > 1:
             gaps = {name: gap["nll"] for name, gap in self.differences().items()}
             told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
             found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
         for doubt in dict.fromkeys(doubt for row in self.rows for doubt in row.auroc):
             title = f"AUROC % out of scope, {doubt.replace('_', ' ')}"
-            found[title] = []
-            for own in by.values():
-                values = [100 * row.auroc[doubt] for row in own if doubt in row.auroc]
-                spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-                found[title].append(f"{mean(values):.1f}{spread}" if values else "")
+            each = [[100 * r.auroc[doubt] for r in own if doubt in r.auroc] for own in by.values()]
+            found[title] = [_spread(values, ".1f") for values in each]
         for key in ("temperature_by", "labels_beside_training", "passes"):
-            each = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
-            found[key.replace("_", " ")] = [", ".join(values) for values in each]
+            texts = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
+            found[key.replace("_", " ")] = [", ".join(values) for values in texts]
         return found
-
-    def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` with a row for each method and seed."""
-        import pandas
-
-        rows = [{k: v for k, v in vars(row).items() if k not in PREDICTED} for row in self.rows]
-        return pandas.DataFrame(rows)
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
@@ -200,13 +218,19 @@ class Comparison:
         return reliability_diagram(pooled)
 
 
+def _spread(values: Sequence[float], form: str) -> str:
+    """The mean and the deviation, in the form of the mean."""
+    deviation = f" ± {stdev(values):{form.strip('+')}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}" if values else ""
+
+
 @one_at_a_time
 def compare(
     network: str | tuple[nn.Module, Any],
     data: Any,
     methods: Sequence[str] = ("lora", "split:lora", "temperature:lora", "bayesian-lora"),
     *,
-    own: Mapping[str, Own] | None = None,
+    own: Sequence[Method] = (),
     seeds: Sequence[int] = (0, 1, 2),
     num_steps: int = 300,
     max_train: int | None = None,
@@ -219,9 +243,7 @@ def compare(
     precision: str = "auto",
     outside: Any = None,
     out: str | PathLike[str] | None = None,
-    overwrite: bool = False,
     callback: Callable[[Row], None] | None = None,
-    phase: Phase = nullcontext,
     **training: Any,
 ) -> Comparison:
     """Trains methods on the same examples, and scores each on the same test items.
@@ -237,10 +259,12 @@ def compare(
         data: as for :func:`~pyro_blora.load_task`: a CSV file, a data frame, a
             ``datasets.Dataset``, or the name of a task; a ``Task`` is taken as it is.
         methods: the rows: names of :data:`~pyro_blora.methods.METHODS`, pairs ``"PRIOR+GUIDE"``,
-            those of ``own``, or ``"KIND:NAME"`` of one of them, with a kind of
-            :data:`~pyro_blora.methods.KINDS`. Differences are taken to the first one.
-        own: your own methods by name, which take the place of known ones of the same name: each a
-            :class:`~pyro_blora.methods.Method`, or a prior and a guide.
+            names of ``own``, or ``"KIND:NAME"`` for a view of one of them: ``split``, with a
+            temperature from an eighth of the training items; ``temperature``, with one from the
+            validation items; ``best``, at the best of three validations; ``mean``, the posterior
+            mean; ``linearized``, draws of the linearized network; ``distilled``, the posterior
+            mean with a temperature from the draws. Differences are taken to the first one.
+        own: your own methods, which take the place of known ones of the same names.
         seeds: every method runs once for each.
         num_steps: optimizer steps.
         max_train: as in ``load_task``.
@@ -255,9 +279,7 @@ def compare(
             The table then says how well each method's doubts separate them from the test items.
         out: a folder for the results. After an interruption the same call continues from there;
             with other methods or seeds it trains what is missing. Default: nothing is written.
-        overwrite: whether to replace earlier results in ``out``.
         callback: called with each row when it is done, and first with those found in ``out``.
-        phase: makes a context manager for each training or prediction from a line describing it.
         training: further options of ``fit``, for all methods, but none that reads validation items.
 
     Raises:
@@ -276,51 +298,44 @@ def compare(
     methods = [methods] if isinstance(methods, str) else list(methods)
     if not methods or not len(seeds):
         raise ConfigurationError("methods and seeds must not be empty; name at least one of each.")
-    known: dict[str, Own] = {**METHODS, **(own or {})}
-    for name in methods:
-        if kind_of(name)[1] not in known:
-            known[kind_of(name)[1]] = get_method(kind_of(name)[1])
+    entries = {name: entry(name, own) for name in methods}
     limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
     limits["max_test"] = max_test
-    given = data if isinstance(data, Task) else None
     if reads := {"validation", "keep_best", "patience"} & training.keys():
         raise ConfigurationError(
             f"Labels beside training must be counted, got {min(reads)}=; ask for a row best:METHOD."
         )
+    given = data if isinstance(data, Task) else None
     if given and (data_dir, *limits.values()) != (None, None, 200, None):
         raise ConfigurationError(
             "A Task must come without data_dir and limits, because it is taken as it is, got "
             f"{limits} and data_dir={data_dir!r}; give them to load_task."
-        )
-    split = next((name for name in methods if kind_of(name)[0] == "split"), None)
-    if split and not training.get("held_out", True):
-        raise ConfigurationError(
-            f"held_out must be above 0 for {split}, got {training['held_out']}; leave one out."
         )
     whole = given or load_task(data, data_dir=data_dir)
     tasks = {
         seed: given or load_task(data, data_dir=data_dir, seed=seed, **limits)
         for seed in map(int, seeds)
     }
+    task = next(iter(tasks.values()))
+    split = next((each.name for each in entries.values() if each.view.holds_out), None)
     share = training.get("held_out", MultipleChoice.held_out)
-    if split and not all(hold_out(task.train, share)[1] for task in tasks.values()):
+    if split and not all(hold_out(each.train, share)[1] for each in tasks.values()):
         raise ConfigurationError(
             f"{split} must have items to hold out for its temperature, got none of "
-            f"{len(next(iter(tasks.values())).train)}; give more rows."
+            f"{len(task.train)} with held_out={share}; give more rows, or leave held_out out."
         )
     how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
-    task = next(iter(tasks.values()))
-    wanting = [name for name in methods if kind_of(name)[0] in ("temperature", "best")]
+    wanting = next((each.name for each in entries.values() if each.view.reads_validation), None)
     if not task.test or (wanting and not task.validation):
-        needs = f"validation items for {wanting[0]}" if task.test else "test items"
+        needs = f"validation items for {wanting}" if task.test else "test items"
         raise ConfigurationError(f"{task!r} must have {needs}; give more rows, or another split.")
     settings: dict[str, Any] = {"network": network, "task": task.name, **limits, **how}
     settings["data"] = _digest((whole.template, whole.train, whole.validation, whole.test))
     others = None if outside is None else task.outside(outside)
     if others is not None:
         settings["outside"] = _digest(others)
-    settings["methods"] = {kind_of(name)[1]: _said(known[kind_of(name)[1]]) for name in methods}
+    settings["methods"] = {each.method.name: _said(each.method) for each in entries.values()}
     settings.pop("progress", None)
     sizes = f"{len(task.train)} training and {len(task.test)} test items"
     name = network if isinstance(network, str) else type(network[0]).__name__
@@ -330,26 +345,27 @@ def compare(
     if folder is not None:
         check_folder(folder)
         settings |= _content(network)
-        done = {} if overwrite else {(r.method, r.seed): r for r in read(settings, folder)}
-    asked = list(dict.fromkeys(product(methods, tasks)))
+        done = {(row.method, row.seed): row for row in read(settings, folder)}
+    asked = list(product(entries, tasks))
     for key in asked:
         if callback and key in done:
             callback(done[key])
     pair: Any = None if isinstance(network, str) else network
     for seed, task in tasks.items():
-        names = [name for name in dict.fromkeys(methods) if (name, seed) not in done]
-        if not names:
+        missing = [each for name, each in entries.items() if (name, seed) not in done]
+        if not missing:
             continue
         if isinstance(network, str) and (pair is None or is_classifier(pair[0])):
-            with phase("load"):  # a classifier anew, for a head of this seed
-                pair = load_for(network, len(task.test[0].choices), seed)
+            # a classifier anew, for a head of this seed
+            pair = load_for(network, len(task.test[0].choices), seed)
         collate = task.collator(pair[1], net=pair[0])
         sets = {"test": (task.test, collate)}
         if others:
             sets["outside"] = (others, collate)
-        asked_for: dict[str, Any] = {"known": known, "collate": collate, "data": sets}
-        asked_for |= {"seed": seed, "phase": phase, "validate_every": max(1, num_steps // 3), **how}
-        for result in train_and_score(pair[0], task, names, **asked_for):
+        options = {"validate_every": max(1, num_steps // 3), "seed": seed, **how}
+        for result in train_and_score(
+            pair[0], task, missing, collate=collate, data=sets, **options
+        ):
             row = done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
                 write(list(done.values()), settings, folder)
@@ -383,17 +399,15 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
     return {f.name: hashlib.sha256(np.memmap(f, mode="r").data).hexdigest() for f in files}
 
 
-def _said(own: Own) -> str:
-    said = repr(own) if isinstance(own, Method) else f"{own[0]!r} and {own[1]!r}"
-    return re.sub(r" at 0x[0-9a-f]+", "", said)  # of a function, another one in each process
+def _said(method: Method) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(method))  # of a function, other in each process
 
 
 def train_and_score(
     net: nn.Module,
     task: Task,
-    rows: Sequence[str],
+    entries: Sequence[Entry],
     *,
-    known: Mapping[str, Own],
     collate: Collate,
     data: Data,
     seed: int,
@@ -403,46 +417,32 @@ def train_and_score(
     layers_to_transform: Sequence[int] | None = None,
     **training: Any,
 ) -> Iterator[Result]:
-    """The results of the rows of a comparison under one seed, one training for those that share it.
+    """The results of entries under one seed, with one training for those that share it.
 
-    Args:
-        net: the network, which is given back after each training.
-        task: its training items train, and its validation items choose the best step.
-        rows: the rows, as in :func:`compare`.
-        known: the methods by name.
-        collate: makes a batch from a list of these items.
-        data: the data sets to predict for each row, with the collators of their tasks; the
-            validation items are added if a row fits its temperature to them.
-        seed: seeds the prior's initial draws, the training, and the draws of predictions.
-        num_samples: posterior draws, for methods without a number of their own.
-        rank: as in :class:`~pyro_blora.BayesianLoRA`.
-        target_modules: as in :class:`~pyro_blora.BayesianLoRA`.
-        layers_to_transform: as in :class:`~pyro_blora.BayesianLoRA`.
-        training: options of :func:`scored`, and further ones of ``fit``.
+    The network is given back after each training. The validation items choose the best step, and
+    are predicted besides ``data`` if a view has a temperature from them. ``num_samples`` is for
+    methods without a number of their own; ``training`` has options of :func:`scored` and ``fit``.
     """
-    groups: dict[tuple[str, bool], list[str]] = {}  # by method, and whether an eighth is held out
-    for name in rows:
-        kind, base = kind_of(name)
-        groups.setdefault((base, kind == "split"), []).append(name)
-    for (base, split), names in groups.items():
-        made, parts = known[base], dict[str, Any]()
-        if isinstance(made, tuple):
-            parts = {"prior": made[0], "guide": made[1]}
-            made = replace(METHODS["bayesian-lora"], num_samples=0 if made[1].is_point else None)
-        draws = num_samples if made.num_samples is None else made.num_samples
+    groups: dict[tuple[str, bool], list[Entry]] = {}
+    for each in entries:
+        groups.setdefault((each.method.name, each.view.holds_out), []).append(each)
+    for (_, split), group in groups.items():
+        draws = group[0].method.draws(default=num_samples)
         torch.manual_seed(seed)
         blora = BayesianLoRA(
             net,
-            method=replace(made, name=base, num_samples=draws),  # by which ``fit`` calibrates, too
-            **parts,
-            rank=None if parts else rank,
+            method=replace(group[0].method, num_samples=draws),  # ``fit`` calibrates by these, too
+            rank=rank,
             target_modules=target_modules,
             layers_to_transform=layers_to_transform,
             likelihood=task.likelihood(collate),
         )
-        views = {name: _view(kind_of(name)[0], draws) for name in names}
+        views = {
+            each.name: replace(each.view, num_samples=blora.method.draws(each.view.num_samples))
+            for each in group
+        }
         sets = dict(data)
-        if any(kind_of(name)[0] == "temperature" for name in names):
+        if any(view.is_rescaled for view in views.values()):
             sets["validation"] = (task.validation, collate)
         how: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
         how |= {"collate": collate, "data": sets, "seed": seed, **training}
@@ -459,13 +459,12 @@ def scored(
     num_steps: int,
     seed: int = 0,
     precision: str = "auto",
-    phase: Phase = nullcontext,
     **training: Any,
 ) -> Iterator[Result]:
     """Trains an adapter on a task, predicts and scores by each view, and unwraps its network.
 
-    Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is; ``phase`` and
-    ``training`` are those of :func:`compare`.
+    Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is; ``training``
+    is that of :func:`compare`.
     """
     how: dict[str, Any] = {"precision": precision}
     by_state = sorted(views, key=lambda name: get_args(State).index(views[name].state))
@@ -475,23 +474,22 @@ def scored(
             if any(view.state == "best" for view in views.values()):
                 training["validation"] = task.validation
             training |= {"collate": collate, "num_steps": num_steps, "seed": seed, **how}
-            with phase(f"train {blora.method.name}, seed {seed}"):
-                fitted = fit(blora, task.train, **training)
+            fitted = fit(blora, task.train, **training)
         for name in by_state:
-            view, told = views[name], f"{name}, seed {seed}"
+            view = views[name]
             if view not in found:
                 if view.state == "distilled":
                     blora.distill(task.train, collate, **how)
                 elif view.state == "best" and fitted.best_state is not None:
                     _return_to_best(blora, task, fitted, collate, precision)
-                options = {"linearized": view.linearized, "description": told, **how}
+                options = {"linearized": view.linearized, **how}
+                options["description"] = f"{name}, seed {seed}"
                 predictions = {}
                 for key, (items, own) in data.items():
                     torch.manual_seed(seed)
-                    with phase(f"predict {told}"):
-                        predictions[key] = blora.predict_dataset(
-                            items, own, view.num_samples, **options
-                        )
+                    predictions[key] = blora.predict_dataset(
+                        items, own, view.num_samples, **options
+                    )
                 metrics = {key: evaluate(p.probs, y) for key, (p, y) in predictions.items()}
                 linear = blora.method.linearized if view.linearized is None else view.linearized
                 first, _ = next(iter(predictions.values()))
@@ -499,7 +497,7 @@ def scored(
                 if linear and view.num_samples:  # a forward, and a backward for each other class
                     passes = first.probs.shape[-1]
                 found[view] = predictions, metrics, passes
-            yield Result(name, *found[view], fitted, blora)
+            yield Result(name, view, *found[view], fitted, blora)
     finally:
         blora.unwrap()
 
@@ -518,34 +516,25 @@ def _return_to_best(
         blora.calibrate(held, **how)
 
 
-def _view(kind: str, draws: int) -> View:
-    if kind in ("distilled", "mean"):
-        return View("distilled" if kind == "distilled" else "last", 0)
-    if kind == "linearized":
-        return View("last", _LINEARIZED_DRAWS, True)
-    return View("best" if kind == "best" else "last", draws)
-
-
 def _row(result: Result, seed: int, task: Task) -> Row:
-    """The row of a result, whose test predictions have a temperature if its name says so."""
-    kind, by = kind_of(result.row)[0], "none"
-    (prediction, labels), metrics = result.predictions["test"], result.metrics["test"]
+    """The row of a result, whose test predictions get a temperature if its view says so."""
+    view, fitted, by = result.view, result.fitted, "none"
+    prediction, labels = result.predictions["test"]
     probs, numbers = prediction.probs, result.blora.trainable_parameters
-    if result.fitted.num_held_out:
-        by = f"{result.fitted.settings['held_out']:.3g} of training"
-    if kind == "distilled":
+    if fitted.num_held_out:
+        by = f"{fitted.settings['held_out']:.3g} of training"
+    if view.state == "distilled":
         by = "draws"
-    if kind == "temperature":
+    if view.is_rescaled:
         held, held_labels = result.predictions["validation"]
         temperature = fit_temperature(held.probs.log(), held_labels)
         probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
-        metrics = evaluate(probs, labels)
-    scores = (metrics.acc, metrics.ece, metrics.nll, metrics.brier)
-    sizes = (len(task.train), metrics.n)
-    used = len(task.validation) if kind in ("temperature", "best") else 0
-    passes, seconds = result.passes, result.fitted.seconds
-    row = Row(result.row, seed, *scores, *sizes, by, used, passes, seconds, numbers, probs, labels)
-    row.has_learned = result.fitted.has_learned
+    found = evaluate(probs, labels)
+    scores = (found.acc, found.ece, found.nll, found.brier)
+    used = len(task.validation) if view.reads_validation else 0
+    costs = (result.passes, fitted.seconds, numbers)
+    sizes = (len(task.train), found.n, by, used)
+    row = Row(result.row, seed, *scores, *sizes, *costs, probs, labels, fitted.has_learned)
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]
         for doubt in [*doubts(prediction)][1:]:  # the first is the confidence

@@ -87,7 +87,7 @@ def read(settings: dict[str, Any], folder: Path) -> list[Row]:
     if differ:
         raise ConfigurationError(
             f"out={str(folder)!r} must be empty or of the same settings, got a {RESULTS} made with "
-            f"another {', '.join(differ)}; name another folder, or overwrite it."
+            f"another {', '.join(differ)}; name another folder, or delete it."
         )
     tensors = read_tensors(folder / PREDICTIONS)[1]
     with readable(path):

@@ -5,7 +5,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from pyro_blora.inference.preparation import (
     put_back_if_refused,
 )
 from pyro_blora.likelihoods import Batch, Likelihood
-from pyro_blora.methods import Method, get_method
+from pyro_blora.methods import METHODS, Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart
@@ -83,16 +83,13 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """
-    made = method if isinstance(method, Method) else get_method(method or "bayesian-lora")
-    if guide is None:
-        guide = cast(Laplace, made.guide_of()) if method else Laplace()
-    if not isinstance(guide, Laplace):
+    made = get_method(method or replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True))
+    family = made.guide if guide is None else guide
+    if not isinstance(family, Laplace):
         raise ConfigurationError(
-            f"guide must be Laplace() for bayesianize, got {guide!r}, which is trained; start with "
-            "BayesianLoRA.from_peft and continue with fit."
+            f"guide must be Laplace() for bayesianize, got {family!r}, which is trained; start "
+            "with BayesianLoRA.from_peft and continue with fit."
         )
-    if method is None:
-        made = replace(made, linearized=True)
     parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
     with put_back(net):
         blora = BayesianLoRA.from_peft(net, folder, method=made, **parts, tokenizer=tokenizer)

@@ -46,7 +46,7 @@ def hub(tmp_path, monkeypatch):
             raise OSError("403 Forbidden\nmore lines")
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
-    def upload_folder(*, repo_id, folder_path, commit_message):
+    def upload_folder(*, repo_id, folder_path):
         shutil.copytree(folder_path, root / repo_id)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/0")
 

@@ -38,16 +38,12 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A folder with the task ``words``, and others: more words, options of unequal lengths."""
+    """A folder with the task ``words``."""
     folder = tmp_path_factory.mktemp("data")
-    tests = {"words": items(21, 100), "others": items(12, 300), "lengths": items(21, 100)}
-    for item in tests["lengths"]:  # of one, two and three tokens
-        item["choices"] = [" ".join([word] * k) for k, word in enumerate(item["choices"], 1)]
-    for task, made in tests.items():
-        (folder / task).mkdir()
-        for split, part in (("train", items(40, 0)), ("test", made)):
-            lines = "".join(json.dumps(item) + "\n" for item in part)
-            (folder / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "words").mkdir()
+    for split, part in (("train", items(40, 0)), ("test", items(21, 100))):
+        lines = "".join(json.dumps(item) + "\n" for item in part)
+        (folder / "words" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
@@ -71,14 +67,14 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run_words(run, model_dir, data_dir):
-    """The same for what trains: ``COMMAND OUT ...`` on the task ``words``."""
+def compare(run, model_dir, data_dir):
+    """Runs ``compare`` on the task ``words``."""
 
-    def run_words(command, out, *options, **expected):
+    def compare(out, *options, **expected):
         words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--out", out]
-        return run(command, *words, *options, **expected)
+        return run("compare", *words, *options, **expected)
 
-    return run_words
+    return compare
 
 
 @pytest.fixture

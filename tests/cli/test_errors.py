@@ -8,6 +8,8 @@ import pytest
 
 from pyro_blora import __version__
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation.comparison import VIEWS
+from pyro_blora.methods import METHODS
 from pyro_blora.network import pretrained
 
 PROBE = """
@@ -16,7 +18,6 @@ import pyro_blora
 from pyro_blora import cli
 for arguments in (
     "compare --help",
-    "compare --methods lorra",
     "compare --out x --precision half",
     "compare --out x --task fact",
 ):
@@ -34,7 +35,9 @@ def test_help_and_mistakes_do_not_wait_for_torch():
 
 
 def test_help_teaches(run):
-    assert "Example: pyro-blora" in run("compare", "--help", columns=400)[0]
+    said = run("compare", "--help", columns=400)[0]
+    assert "Example: pyro-blora" in said
+    assert [name for name in (*METHODS, *VIEWS) if name not in said] == []
     assert "compare" in run(codes=(0, 2))[0]  # no arguments show the commands
 
 
@@ -73,7 +76,7 @@ def test_a_gguf_file_is_a_network(tmp_path):
         ({"methods": "nowhere:Prior+MeanField"}, ["'nowhere'", "current folder"]),
         ({"methods": "mine:Plain+mine:Sprad"}, ["mine:Sprad", "'Spread'"]),
         ({"methods": "mine:Spread+MeanField"}, ["prior 'mine:Spread'", "Plain"]),
-        ({"methods": "mine:Needs+MeanField"}, ["without a default, what"]),
+        ({"methods": "mine:Needs+MeanField"}, ["default for every argument", "what"]),
         ({"seeds": "0,x"}, ["--seeds", "0,1,2"]),
         ({"task": "wrds"}, ["wrds", "words"]),
         ({"out": "/proc/nowhere"}, ["/proc/nowhere"]),

@@ -18,8 +18,7 @@ from pyro_blora.evaluation import comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = (ROOT / "docs/reference/cli.md").read_text("utf-8")
-COMMAND = re.compile(r"^pyro-blora .*", re.MULTILINE)
+COMMAND = re.compile(r"^(?:\t\$\(BIN\)/)?pyro-blora (.*)", re.MULTILINE)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SIZES = """
 max_train=400, num_steps=300 -> max_train=16, max_validation=8, max_test=8, num_steps=2
@@ -74,48 +73,17 @@ def tiny(monkeypatch, model_dir, tmp_path):
     Path("reviews.csv").write_text("\n".join(["text,label", *texts]), encoding="utf-8")
 
 
-def run_commands(page, run, smaller):
-    """The commands of a page, one after the other, each with further options by its name."""
-    for line in COMMAND.findall(page):
-        _, name, *options = shlex.split(line, comments=True)
-        run(name, *options, *smaller[name])
-
-
-def test_the_command_runs(run, model_dir):
-    """On a tiny network, in few steps, and else as it stands."""
-    tiny = ["--model", str(model_dir)]  # as a folder has no name that an adapter may give
-    short = [*tiny, "--max-steps", "2", "--max-train", "16", "--rank", "2"]
-    run_commands(COMMANDS, run, {"compare": [*short, "--max-validation", "8", "--max-test", "8"]})
-    assert Path("out/compare/results.json").exists()
-
-
-def test_the_two_commands_of_the_first_screen(run, model_dir):
-    """The Makefile has them, CI runs the second, and the first takes the pages' advice."""
-    before, block, _ = re.split(r"```(?:sh\n)?", README, maxsplit=2)
-    assert before.count("\n\n") == 3  # the title, what the library is, a line on the commands
-    told = re.findall(r"^make (\w+) +# about (\d+) minutes", block, re.MULTILINE)
-    (demo, _), (test, _) = told
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    assert {demo, test} <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
-    said = re.findall(r'@echo "make (\w+) .*\(about (\d+) minutes', makefile)
-    assert said == told  # each takes as long as `make help` says
-    assert f"make {test}" in (ROOT / ".ci/run").read_text("utf-8").splitlines()
-
-    (given,) = re.findall(r"^DEMO := ((?:.*\\\n)*.*)", makefile, re.MULTILINE)
-    assert f"\n{demo}: $(BIN)/.installed\n\t$(BIN)/pyro-blora compare $(DEMO) " in makefile
-    options = shlex.split(given.replace("\\\n", " "))
-    value = dict(zip(options[::2], options[1::2], strict=True))
-    page = (ROOT / "docs/hyperparameters.md").read_text("utf-8")
-    (least,) = re.findall(r"train for about six epochs and at least (\d+) steps", page)
-    steps, size, items = (int(value[f"--{k}"]) for k in ("max-steps", "batch-size", "max-train"))
-    assert steps >= int(least)
-    assert steps * size == 6 * items
-    assert "Use ten" in page
-    assert value["--num-samples"] == "10"
-    assert value["--task"] == "facts"  # which needs no hub
-    tiny = ["--model", str(model_dir), "--max-steps", "2", "--rank", "2", "--max-train", "16"]
-    run("compare", *options, *tiny, "--max-validation", "8", "--max-test", "8")
-    assert Path("out/demo/results.json").exists()
+@pytest.mark.parametrize("page", ["docs/reference/cli.md", "Makefile"])
+def test_the_commands_of_a_page_run(run, model_dir, page):
+    """On a tiny network, in few steps, and else as they stand."""
+    text = (ROOT / page).read_text("utf-8").replace("\\\n", "")
+    variables = dict(re.findall(r"^([A-Z]+) [?:]= (.*)", text, re.MULTILINE))
+    small = ["--model", str(model_dir), "--max-steps", "2", "--max-train", "16", "--rank", "2"]
+    small += ["--max-validation", "8", "--max-test", "8", "--out", "out"]
+    for line in COMMAND.findall(text):
+        line = re.sub(r"\$\(([A-Z]+)\)", lambda found: variables[found[1]], line)
+        run(*shlex.split(line, comments=True), *small)
+    assert Path("out/results.json").exists()
 
 
 PAGES = "README own_data peft evaluation generation pyro save_and_serve priors_and_guides"

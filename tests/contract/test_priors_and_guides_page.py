@@ -36,9 +36,8 @@ def test_the_pairs_that_are_refused_are_listed_and_say_why():
     with torch.device("meta"):
         net, refused = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), {}  # of Llama-2-7B
     for pair in (f"{prior}+{guide}" for prior in tiny.priors() for guide in tiny.families()):
-        parts = {"prior": get_method(pair).prior_of(8), "guide": get_method(pair).guide_of()}
         try:
-            BayesianLoRA(net, target_modules=["q_proj", "v_proj"], **parts).unwrap()
+            BayesianLoRA(net, target_modules=["q_proj", "v_proj"], method=pair, rank=8).unwrap()
         except ConfigurationError as error:
             refused[pair] = str(error)
     listed = PAGE.split("## Pairs that are refused")[1].split("## A prior")[0]
