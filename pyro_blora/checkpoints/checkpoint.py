@@ -139,9 +139,11 @@ class Saved:
 
     def load_into(self, blora: Adapted) -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
-        # The columns of AutoGaussian depend on the number of examples in its first batch
-        columns = (t.shape[-1] for n, t in self.tensors.items() if ".prec_sqrts.labels" in n)
-        start_guide(blora.guide, examples=next(columns, 1))
+        start_guide(blora.guide)
+        # AutoGaussian has a column for each example if a batch started it
+        for name, columns in blora.guide.named_parameters("guide"):
+            if name.endswith(".labels_unconstrained") and name in self.tensors:
+                columns.data = columns.new_empty(self.tensors[name].shape)
         own, tensors = blora.state_dict(), dict(self.tensors)
         for part in self.foreign:
             tensors = {n: t for n, t in tensors.items() if part not in n}

@@ -201,7 +201,7 @@ def fit(
         objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
         # an AutoGuide makes its parameters at its first call, and the optimizer needs them
         batch = blora.model.prepared(stream.peek())
-        start_guide(blora.guide, batch)
+        start_guide(blora.guide)
         before.keep(blora)
         asked = train.batch_size if isinstance(train, DataLoader) else None
         if asked and batch.examples > asked:

@@ -36,21 +36,11 @@ DRAWS_PLATE = "posterior_samples"
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 
-def start_guide(
-    guide: nn.Module, batch: Mapping[str, Any] | None = None, examples: int = 1
-) -> None:
+def start_guide(guide: nn.Module) -> None:
     """Runs an AutoGuide that has not read the model yet, so that its parameters exist."""
     if isinstance(guide, AutoGuide | AutoMessenger) and not any(True for _ in guide.parameters()):
         with torch.no_grad():
-            guide(with_labels(batch, examples))
-
-
-def with_labels(batch: Mapping[str, Any] | None, examples: int = 1) -> Mapping[str, Any] | int:
-    """The batch if it has labels, otherwise a number of examples for the model's outline.
-
-    A Pyro guide that reads the model would take absent labels for a latent site.
-    """
-    return examples if batch is None or batch.get("labels") is None else batch
+            guide()
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from pyro_blora.posterior.guide import (
     posteriors_of,
     read_store,
     start_guide,
-    with_labels,
 )
 from pyro_blora.updates import LowRankUpdate
 
@@ -49,11 +48,11 @@ def sample_updates(
     Factors have a leading dimension ``num_samples``; 0 gives :func:`mean_updates`, without it.
     """
     posteriors_of(guide, batch)
-    start_guide(guide, batch)
+    start_guide(guide)
     read_store(model)
     if num_samples == 0:
         return mean_updates(model, guide, batch)
-    given = with_labels(batch) if isinstance(guide, AutoMessenger) else batch
+    given = None if isinstance(guide, AutoMessenger) else batch  # it would run the network
     with torch.no_grad(), _plate(model, num_samples):
         trace = pyro.poutine.trace(guide).get_trace(given)
         return pyro.poutine.replay(model.updates, trace=trace)()
