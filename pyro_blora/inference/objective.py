@@ -108,8 +108,8 @@ class Objective:
         # a user's own likelihood may take its labels from another key
         if batch.get("labels") is None and likelihood.labels(batch) is None:
             raise BatchError(
-                f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
-                "them, for a language model a copy of input_ids with -100 at the padding."
+                "A batch must have labels to learn from, got none; add them, for a language model "
+                "a copy of input_ids with -100 at the padding."
             )
         most = min(self.num_particles or batch.examples, batch.examples)
         elbo = self.elbo(

@@ -214,10 +214,9 @@ class BayesianLoRAModel(PyroModule):
 
     def prepared(self, batch: Batch) -> Prepared:
         """The batch on the adapter's device, after the likelihood has checked it."""
-        if isinstance(batch, Prepared) and batch.owner is self:
+        if isinstance(batch, Prepared):
             return batch
-        batch = to_device(batch, self.groups[0].device)
-        return Prepared(batch, self.likelihood.examples(batch), self)
+        return self.likelihood.prepare(to_device(batch, self.groups[0].device))
 
     @contextmanager
     def autocast(self, precision: str) -> Iterator[None]:
