@@ -45,7 +45,7 @@ def context_of(module: PyroModule) -> _Context:
     return context
 
 
-def pyro_params(module: nn.Module) -> dict[str, Constraint]:
+def pyro_params(module: nn.Module | None) -> dict[str, Constraint]:
     """The constraint of each ``PyroParam`` of a module by name: ``_pyro_params`` of Pyro 1.9.
 
     Pyro offers no other way to tell a ``PyroParam`` from an ``nn.Parameter``, nor to ask for its
