@@ -27,9 +27,10 @@ from pyro_blora.options import check_kind
 from pyro_blora.posterior import predictive
 from pyro_blora.posterior.batches import Collate
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
-from pyro_blora.posterior.guide import GuideFactory, OwnTensors, analytic_kl, described, make_guide
+from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, make_guide
 from pyro_blora.posterior.linearized import predictive_logits
 from pyro_blora.posterior.prediction import Prediction, over_dataset, predict_dataset
+from pyro_blora.posterior.store import OwnTensors
 from pyro_blora.posterior.temperature import calibrate, distill
 from pyro_blora.updates import LowRankUpdate
 

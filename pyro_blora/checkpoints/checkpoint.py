@@ -40,7 +40,8 @@ from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import GuideFactory, read_store, start_guide
+from pyro_blora.posterior.guide import GuideFactory, start_guide
+from pyro_blora.posterior.store import read_store
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"

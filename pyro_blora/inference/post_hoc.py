@@ -26,8 +26,9 @@ from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.posterior.batches import Collate, batches_of
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
-from pyro_blora.posterior.guide import StructuredGuide, draws_apart, read_store
+from pyro_blora.posterior.guide import StructuredGuide, draws_apart
 from pyro_blora.posterior.linearized import logit_jacobian
+from pyro_blora.posterior.store import read_store
 
 _CHECKED, _RISE = 8, 0.1  # batches, and nats per example
 

@@ -26,9 +26,9 @@ from pyro_blora.posterior.guide import (
     draws_apart,
     ensembles_from_start,
     posteriors_of,
-    read_store,
     start_guide,
 )
+from pyro_blora.posterior.store import read_store
 from pyro_blora.updates import LowRankUpdate
 
 _PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
