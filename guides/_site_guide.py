@@ -36,6 +36,13 @@ def _of_components(support: Constraint) -> Constraint:
     return support
 
 
+def is_real(constraint: Constraint) -> bool:
+    """Whether a constraint admits every tensor of its shape."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    return constraint is torch.distributions.constraints.real
+
+
 def _median(law: Distribution, unknown: Tensor) -> Tensor:
     """The exact median of a law of real numbers, or ``unknown``."""
     if isinstance(law, Independent):
@@ -116,10 +123,7 @@ class Site:
     @property
     def is_real(self) -> bool:
         """Whether the support is all of R^d, so that no transform is needed."""
-        support = self.support
-        while hasattr(support, "base_constraint"):
-            support = support.base_constraint
-        return support is torch.distributions.constraints.real
+        return is_real(self.support)
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.

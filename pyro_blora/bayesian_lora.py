@@ -28,9 +28,10 @@ from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
 from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
-from pyro_blora.posterior.guide import GuideFactory, OwnTensors, analytic_kl, described, make_guide
+from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, make_guide
 from pyro_blora.posterior.posterior import Posterior, Samples
 from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.posterior.store import OwnTensors
 from pyro_blora.posterior.temperature import calibrate, distill
 
 

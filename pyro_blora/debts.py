@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 #: Pyro 1.9: the context that a ``PyroModule`` enters when it is called, in which it reads its
-#: parameters from the store. :class:`~pyro_blora.posterior.guide.OwnTensors` is a subclass. Without
+#: parameters from the store. :class:`~pyro_blora.posterior.store.OwnTensors` is a subclass. Without
 #: it two adapters of one process would train one another's tensors.
 PyroContext = _Context
 
@@ -45,7 +45,7 @@ def context_of(module: PyroModule) -> _Context:
     return context
 
 
-def pyro_params(module: nn.Module) -> dict[str, Constraint]:
+def pyro_params(module: nn.Module | None) -> dict[str, Constraint]:
     """The constraint of each ``PyroParam`` of a module by name: ``_pyro_params`` of Pyro 1.9.
 
     Pyro offers no other way to tell a ``PyroParam`` from an ``nn.Parameter``, nor to ask for its

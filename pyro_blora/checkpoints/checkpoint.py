@@ -39,7 +39,8 @@ from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
-from pyro_blora.posterior.guide import read_store, start_guide
+from pyro_blora.posterior.guide import start_guide
+from pyro_blora.posterior.store import read_store
 
 if TYPE_CHECKING:
     from pyro_blora.bayesian_lora import BayesianLoRA
@@ -119,9 +120,11 @@ class Saved:
 
     def load_into(self, blora: "BayesianLoRA") -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
-        # The columns of AutoGaussian depend on the number of examples in its first batch
-        columns = (t.shape[-1] for n, t in self.tensors.items() if ".prec_sqrts.labels" in n)
-        start_guide(blora.guide, examples=next(columns, 1))
+        start_guide(blora.guide)
+        # AutoGaussian has a column for each example if a batch started it
+        for name, columns in blora.guide.named_parameters("guide"):
+            if name.endswith(".labels_unconstrained") and name in self.tensors:
+                columns.data = columns.new_empty(self.tensors[name].shape)
         own, tensors = blora.state_dict(), dict(self.tensors)
         for part in self.foreign:
             tensors = {n: t for n, t in tensors.items() if part not in n}

@@ -171,7 +171,7 @@ def fit(
             torch.manual_seed(seed)  # seeds the draws; Batches has its own generator
         stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         batch = blora.model.prepared(stream.peek())
-        start_guide(blora.guide, batch)  # so that an AutoGuide has parameters to optimize
+        start_guide(blora.guide)  # so that an AutoGuide has parameters to optimize
         before.keep(blora)
         size = run.train.batch_size if isinstance(run.train, DataLoader) else None
         if size and batch.examples > size:

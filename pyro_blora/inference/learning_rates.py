@@ -9,13 +9,14 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
+from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.debts import pyro_params
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import SiteGuide
+from pyro_blora.guides._site_guide import SiteGuide, is_real
 from pyro_blora.likelihoods import Batch
-from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import TrainedHeads, in_mode
 
 #: The usual rates, which a prior (``learning_rates``), a method or a call of ``fit`` may override.
@@ -26,6 +27,7 @@ RATES: dict[str, float] = {
     "likelihood": 5e-2,
     "head": 0.2,  # in units of a logit: a step of Adam moves the weight of an input h by rate/|h|_1
 }
+_ROLES = {"cov_factor": "scale"}  # an unconstrained width of AutoLowRankMultivariateNormal
 _POINT_STEPS = 300  # the least
 _SMALLEST = 1e-3  # input of a head that is worth a step
 _SLOWEST = 8.0  # at 16 no fact is learned, and at 4 real texts are over-fitted
@@ -72,7 +74,7 @@ def parameter_groups(
 
     The rate of a role comes from ``learning_rates``, or else from ``blora.method``, from the prior
     of the parameter's group of layers, or from :data:`RATES`. A parameter without a declared role,
-    as in an AutoGuide, is a scale if its name says so, and otherwise a mean. A head's rate is
+    as in an AutoGuide, is a scale if it is constrained, and otherwise a mean. A head's rate is
     multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
     rates of means and directions are divided by the square of the number of scored tokens of an
     example, or by 8 if that is less. ``batch`` shows them; without one an example has one label of
@@ -139,28 +141,21 @@ def _role_and_rate(
     blora: BayesianLoRA, path: str, given: Mapping[str, float], sizes: Sizes
 ) -> tuple[str, float]:
     *parents, name = path.removesuffix("_unconstrained").split(".")
-    owners: list[Any] = [blora]
-    for parent in parents:  # a user's guide that calls pyro.param has no such parents
-        owners.append(getattr(owners[-1], parent, None))
-    # AutoNormal has its scales in a submodule "scales", under the names of the sites
-    is_scale = "scale" in name or name == "cov_factor" or "scales" in parents
-    role = getattr(owners[-1], "roles", {}).get(name, "scale" if is_scale else "mean")
-    groups = [o.group.name for o in owners if isinstance(o, UpdateModel)]
-    groups += [o.site.group for o in owners if isinstance(o, SiteGuide)]
-    prior = getattr(blora.model, groups[0]) if groups else None
-    own = getattr(prior, "learning_rates", {})
-    for rates in (given, blora.method.learning_rates, own, RATES):
-        if role in rates:
-            unit = 1.0
-            if isinstance(owners[-1], TrainedHeads):
-                size = max(sizes.inputs.get(name, 1.0), _SMALLEST)
-                unit = size / math.log2(sizes.classes) ** 0.5
-            elif role in ("mean", "direction") and (rates is own or rates is RATES):
-                unit = sizes.slower
-            return role, rates[role] / unit
-    raise ConfigurationError(
-        f"{path} must have a role with a rate, got {role!r}; pass its rate in learning_rates=."
-    )
+    modules = dict(blora.named_modules())  # without the parents of what a guide calls pyro.param
+    owner, part = (modules.get(".".join(parents[:depth])) for depth in (None, 2))
+    prior = getattr(blora.model, part.site.group) if isinstance(part, SiteGuide) else part
+    usual = RATES | getattr(prior, "learning_rates", {})
+    chosen = {**blora.method.learning_rates, **given}
+    real = is_real(pyro_params(owner).get(name, constraints.real))
+    role = getattr(owner, "roles", _ROLES).get(name, "mean" if real else "scale")
+    if role not in usual | chosen:
+        raise ConfigurationError(f"{path} has no rate for its role {role!r}; pass learning_rates=.")
+    unit = 1.0
+    if isinstance(owner, TrainedHeads):
+        unit = max(sizes.inputs.get(name, 1.0), _SMALLEST) / math.log2(sizes.classes) ** 0.5
+    elif role in ("mean", "direction") and role not in chosen:
+        unit = sizes.slower
+    return role, (usual | chosen)[role] / unit
 
 
 def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:

@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -20,6 +21,18 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
 
 _FIRST = 8  # steps, in which the rates have hardly begun to rise
+
+
+class _ScaleOfKL(ScaleMessenger):
+    """``poutine.scale`` on every site of model and guide but the labels, which it keeps."""
+
+    labels: Any = None
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["name"] == "labels":
+            self.labels = msg
+        else:
+            super()._process_message(msg)
 
 
 class Objective:
@@ -94,8 +107,8 @@ class Objective:
         # a user's own likelihood may take its labels from another key
         if batch.get("labels") is None and likelihood.labels(batch) is None:
             raise BatchError(
-                f"A batch must have labels to learn from, got {', '.join(map(str, batch))}; add "
-                "them, for a language model a copy of input_ids with -100 at the padding."
+                "A batch must have labels to learn from, got none; add them, for a language model "
+                "a copy of input_ids with -100 at the padding."
             )
         most = min(self.num_particles or batch.examples, batch.examples)
         elbo = self.elbo(
@@ -104,23 +117,9 @@ class Objective:
             max_plate_nesting=model.max_plate_nesting,
             vectorize_particles=True,
         )
-        groups = {group.name for group in model.groups}
-
-        def hidden_from_scale(site: Any) -> bool:
-            """Latent sites, and factors of a prior such as q_proj.conditional_kl."""
-            return not site["is_observed"] or site["name"].partition(".")[0] in groups
-
-        # The trace and the scale see only what the block lets through, the labels. Scaling their
-        # log-likelihood and scaling the whole loss back weighs a KL that is sampled, too.
-        with (
-            pyro.poutine.trace() as seen,
-            pyro.poutine.scale(scale=1 / self.kl_weight),
-            pyro.poutine.block(hide_fn=hidden_from_scale),
-        ):
-            loss = elbo.differentiable_loss(model, guide, batch)
-        loss = loss * (self.kl_weight / num_data)  # mean NLL + kl_weight / N * KL
-        site = seen.trace.nodes.get("labels")
-        if site is None:
+        with _ScaleOfKL(self.kl_weight) as scale:  # mean NLL + kl_weight / N * KL
+            loss = elbo.differentiable_loss(model, guide, batch) * (1 / num_data)
+        if (site := scale.labels) is None:
             raise ConfigurationError(
                 f"{type(likelihood).__name__} must observe a site called 'labels', by which "
                 "the NLL is separated from the KL, got none; name it so in its observe()."

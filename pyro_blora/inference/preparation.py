@@ -18,7 +18,8 @@ from pyro_blora.guides import Laplace
 from pyro_blora.inference.learning_rates import rate_overrides
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Collate, Likelihood
-from pyro_blora.posterior.guide import StructuredGuide, read_store
+from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.store import read_store
 
 
 @dataclass

@@ -137,7 +137,7 @@ class BayesianLoRATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
-            start_guide(self.blora.guide, examples=self.args.per_device_train_batch_size)
+            start_guide(self.blora.guide)
             groups = parameter_groups(self.blora, self._run.rates, self._sizes)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -19,32 +19,12 @@ from pyro_blora.options import Options, check_count
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 Self = TypeVar("Self", bound="Likelihood")
-T = TypeVar("T")
 
 
-class Prepared(Batch):
-    """A batch on the device of ``owner``, a model whose likelihood has checked it; read only."""
+class Prepared(dict[str, Any]):
+    """A batch on the device of its model, checked and completed by a likelihood."""
 
-    def __init__(self, batch: Batch, examples: int, owner: nn.Module) -> None:
-        self.examples, self.owner = examples, owner
-        self._batch = dict(batch)
-        self._made: dict[str, Any] = {}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._batch[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._batch)
-
-    def __len__(self) -> int:
-        return len(self._batch)
-
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """The result of ``make``, which is called only the first time."""
-        if name not in self._made:
-            self._made[name] = make()
-        found: T = self._made[name]
-        return found
+    examples: int
 
 
 class Likelihood(Options, PyroModule):
@@ -126,6 +106,12 @@ class Likelihood(Options, PyroModule):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The network's keyword arguments for a batch."""
         return {key: batch[key] for key in (*self.keys, "position_ids") if key in batch}
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """The batch, checked; a subclass may add what logits and labels need, computed once."""
+        prepared = Prepared(batch)
+        prepared.examples = self.examples(batch)
+        return prepared
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Unnormalized log-probabilities of the classes, ``(B, ..., C)``."""

@@ -60,12 +60,19 @@ class CausalLM(Likelihood):
             check_rows(rows, *(("prompt", "completion") if pair else ("text",)))
         return collate
 
+    def prepare(self, batch: Batch) -> Prepared:
+        """The batch, checked, with its scored tokens, which synchronizes the device."""
+        prepared = super().prepare(batch)
+        prepared |= self._scored(batch)
+        return prepared
+
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits that predict the scored tokens, ``(B, S, V)``, zero past a row's last one."""
-        positions, _, mask, count = self._scored(batch)
-        flat = logits_at(
-            net, self.inputs(batch), positions, mask, count=count, narrow=self.shortcuts.on
-        )
+        scored = self._scored(batch)
+        mask, counts = scored["scored_tokens"] != -100, scored["scored_counts"]
+        count = sum(counts) * (len(mask) // len(counts))  # rows are repeated for several draws
+        inputs, positions = self.inputs(batch), scored["scored_positions"]
+        flat = logits_at(net, inputs, positions, mask, count=count, narrow=self.shortcuts.on)
         logits = flat.new_zeros(*mask.shape, flat.shape[-1])
         return logits.masked_scatter(mask.unsqueeze(-1), flat)
 
@@ -73,8 +80,8 @@ class CausalLM(Likelihood):
         """The scored tokens, ``(B, S)``, padded with -100."""
         if batch.get("labels") is None:
             return None
-        _, targets, mask, _ = self._scored(batch)
-        return targets.masked_fill(~mask, -100)
+        labels: Tensor = self._scored(batch)["scored_tokens"]
+        return labels
 
     def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
         """Independent categoricals over the scored tokens; a sequence is one event."""
@@ -97,10 +104,10 @@ class CausalLM(Likelihood):
                 "example and teach nothing; leave it out, or raise the length at which it is cut."
             )
 
-    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Positions, targets and mask of the scored tokens, and their number."""
-        if isinstance(batch, Prepared):  # found once in a step, because it synchronizes the device
-            return batch.once("scored", lambda: self._scored(dict(batch)))
+    def _scored(self, batch: Batch) -> Batch:
+        """The scored tokens, padded with -100, their predecessors' positions, and rows' counts."""
+        if "scored_counts" in batch:
+            return batch
         real = batch["attention_mask"].bool()
         labels = batch.get("labels")
         if labels is None:
@@ -115,10 +122,10 @@ class CausalLM(Likelihood):
         # A token is predicted at its predecessor, so one without a real predecessor is not scored
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
         keep = (labels != -100) & before
-        counts = keep.sum(-1)
-        most, count = torch.stack((counts.max(), counts.sum())).tolist()
-        mask, (positions, targets) = compact(keep, max(most, 1), index - 1, labels)
-        return positions.clamp_min(0), targets, mask, count
+        counts = tuple(keep.sum(-1).tolist())
+        mask, (positions, targets) = compact(keep, max(*counts, 1), index - 1, labels)
+        tokens, positions = targets.masked_fill(~mask, -100), positions.clamp_min(0)
+        return {"scored_tokens": tokens, "scored_positions": positions, "scored_counts": counts}
 
 
 class _IgnoringCategorical(pyro.distributions.Categorical):

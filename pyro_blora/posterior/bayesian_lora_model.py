@@ -210,10 +210,9 @@ class BayesianLoRAModel(PyroModule):
 
     def prepared(self, batch: Batch) -> Prepared:
         """The batch on the adapter's device, after the likelihood has checked it."""
-        if isinstance(batch, Prepared) and batch.owner is self:
+        if isinstance(batch, Prepared):
             return batch
-        batch = to_device(batch, self.groups[0].device)
-        return Prepared(batch, self.likelihood.examples(batch), self)
+        return self.likelihood.prepare(to_device(batch, self.groups[0].device))
 
     @contextmanager
     def autocast(self, precision: str) -> Iterator[None]:
@@ -249,18 +248,14 @@ class BayesianLoRAModel(PyroModule):
                 within.enter_context(torch.autocast(self.groups[0].device.type, torch.bfloat16))
             yield self.net
 
-    def forward(self, batch: Batch | int | None = None) -> dict[str, LowRankUpdate]:
-        """Samples the updates and scores the labels of ``batch``; without a batch it only samples.
+    def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+        """Samples the updates and scores the labels of ``batch``, or gives the :meth:`outline`.
 
         The examples are divided evenly, in order, among vectorized particles of an ELBO. Under any
         other leading plate, as of ``Predictive(parallel=True)``, each sample sees all examples.
-        An integer in place of a batch gives the model's outline: that many labels without data,
-        which depend on all updates, so that an AutoGuide can read the structure.
         """
         if batch is None:
-            return self.updates()
-        if isinstance(batch, int):
-            return self._outlined(batch)
+            return self.outline()
         self.check_attached()
         prepared = self.prepared(batch)
         batch, examples = prepared, prepared.examples
@@ -286,13 +281,18 @@ class BayesianLoRAModel(PyroModule):
         # detached, because an AutoGuide keeps the result of its first call, and may be copied
         return {name: update.detached() for name, update in updates.items()}
 
-    def _outlined(self, examples: int) -> dict[str, LowRankUpdate]:
-        """Labels without meaning, each of which depends on every update."""
+    def outline(self) -> dict[str, LowRankUpdate]:
+        """Samples the updates, and observes labels without meaning that depend on all of them.
+
+        An AutoGuide reads the model's structure from it. There are as many labels as latent numbers
+        because AutoGaussian learns the correlations along one direction for each label.
+        """
         updates = self.updates()
         factors = [f for u in updates.values() for f in (u.A, u.B, u.core) if f is not None]
         law = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
-        with pyro.plate("data", examples, dim=-1):
-            pyro.sample("labels", law, obs=torch.zeros(examples, device=self.groups[0].device))
+        size = sum(site.shape.numel() for site in self.sites)
+        with pyro.plate("data", size, dim=-1):
+            pyro.sample("labels", law, obs=torch.zeros(size, device=self.groups[0].device))
         return updates
 
 

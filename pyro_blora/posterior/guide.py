@@ -3,9 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import pyro
@@ -13,22 +12,17 @@ import torch
 from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoMessenger
 from pyro.nn import PyroModule
-from pyro.params.param_store import StateDict
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.debts import ELBO_PLATE, PyroContext, context_of, pyro_params
+from pyro_blora.debts import ELBO_PLATE
 from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import by_group
-from pyro_blora.posterior.bayesian_lora_model import (
-    BayesianLoRAModel,
-    open_plates,
-)
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, open_plates
+from pyro_blora.posterior.store import read_store
 
 # The name of the plate of :meth:`Posterior.draws`
 DRAWS_PLATE = "posterior_samples"
@@ -36,21 +30,11 @@ DRAWS_PLATE = "posterior_samples"
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 
-def start_guide(
-    guide: nn.Module, batch: Mapping[str, Any] | None = None, examples: int = 1
-) -> None:
+def start_guide(guide: nn.Module) -> None:
     """Runs an AutoGuide that has not read the model yet, so that its parameters exist."""
     if isinstance(guide, AutoGuide | AutoMessenger) and not any(True for _ in guide.parameters()):
         with torch.no_grad():
-            guide(with_labels(batch, examples))
-
-
-def with_labels(batch: Mapping[str, Any] | None, examples: int = 1) -> Mapping[str, Any] | int:
-    """The batch if it has labels, otherwise a number of examples for the model's outline.
-
-    A Pyro guide that reads the model would take absent labels for a latent site.
-    """
-    return examples if batch is None or batch.get("labels") is None else batch
+            guide()
 
 
 @contextmanager
@@ -279,79 +263,6 @@ def context_of_particles(context: Tensor) -> Tensor:
     if DRAWS_PLATE in plates and particles % examples == 0:
         return context.repeat(particles // examples, 1)
     return context.mean(0)
-
-
-def read_store(part: nn.Module) -> None:
-    """Reads Pyro's parameter store, which a module otherwise does only when it is called."""
-    if isinstance(part, PyroModule):
-        with context_of(part):
-            pass
-
-
-_OWNED = WeakIdKeyDictionary()  # the tensors of all adapters that have run
-
-
-class OwnTensors(PyroContext):
-    """The context that all modules of an adapter enter when called, so that they use its tensors.
-
-    Pyro reads a parameter from the store by its name, and all adapters have the same names. So this
-    removes other adapters' tensors from the store first. Tensors that belong to no adapter, because
-    ``ParamStore.load`` put them there, are copied into the adapter's own; Pyro alone would ignore
-    them for plain parameters, and for all parameters if each module has a store of its own.
-
-    A name for each adapter (``PyroModule(name=)``) does not replace this: a store saved under one
-    name cannot be read under another, the name would become part of every site's name, and the
-    store would keep the tensors of deleted adapters.
-    """
-
-    def __init__(self, adapter: PyroModule) -> None:
-        super().__init__()
-        self._adapter = adapter
-        # also without module_local_params, which may be switched on later
-        self.param_state: StateDict = {"params": {}, "constraints": {}}
-
-    def __enter__(self) -> None:
-        if not self.active:
-            store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
-            own = set() if local else {id(p) for p in self._adapter.parameters()}
-            found = [(name, held) for name, held in store.named_parameters() if id(held) not in own]
-            named = self._named() if found else {}
-            for name, held in found:
-                loaded = name in named and held not in _OWNED and held.shape == named[name][0].shape
-                if loaded:
-                    with torch.no_grad():
-                        named[name][0].copy_(held)
-                if loaded or held in _OWNED:
-                    with suppress(KeyError):  # a tensor with two names is gone already
-                        del store[name]
-        super().__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
-        if not self.active:
-            _OWNED.update((parameter, None) for parameter in self._adapter.parameters())
-            if pyro.settings.get("module_local_params"):
-                self._tell_names()
-
-    def _named(self) -> dict[str, tuple[Tensor, Any]]:
-        """The adapter's parameters and their constraints, by their names in Pyro's store."""
-        found = {}
-        for path, parameter in self._adapter.named_parameters():
-            parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
-            params = pyro_params(self._adapter.get_submodule(parent))
-            found[f"{parent}.{name}"] = parameter, params.get(name, constraints.real)
-        return found
-
-    def _tell_names(self) -> None:
-        """Fills the global store, which Pyro's optimizers read even if modules have their own."""
-        found = self._named()
-        params, laws = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
-        pyro.get_param_store().set_state({"params": params, "constraints": laws})
 
 
 def described(

@@ -29,12 +29,11 @@ from pyro_blora.posterior.guide import (
     draws_apart,
     ensembles_from_start,
     posteriors_of,
-    read_store,
     start_guide,
     warn_of_a_point,
-    with_labels,
 )
 from pyro_blora.posterior.linearized import linearized_logits
+from pyro_blora.posterior.store import read_store
 from pyro_blora.updates import LowRankUpdate
 
 _PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
@@ -85,8 +84,8 @@ class Posterior:
         posteriors_of(self.guide, batch)  # raises if the guide needs a batch
         if num_samples == 0:
             return self.mean(batch)
-        self._start(batch)
-        given = with_labels(batch) if isinstance(self.guide, AutoMessenger) else batch
+        self._start()
+        given = None if isinstance(self.guide, AutoMessenger) else batch  # it would run the network
         with torch.no_grad(), self._plate(num_samples):
             trace = pyro.poutine.trace(self.guide).get_trace(given)
             return pyro.poutine.replay(self.model.updates, trace=trace)()
@@ -102,7 +101,7 @@ class Posterior:
         thirtieth of the spread. If q may correlate the sites or its mean is not known, all sites
         are drawn.
         """
-        self._start(batch)
+        self._start()
         model, guide, held = self.model, self.guide, Trace()
         amortized = batch is not None and getattr(guide, "reads_context", False)
         lead = (posteriors_of(guide, batch),) if amortized else ()
@@ -291,9 +290,9 @@ class Posterior:
                 yield logits.unflatten(0, (draws, examples))
                 done += draws
 
-    def _start(self, batch: Batch | None) -> None:
+    def _start(self) -> None:
         """Makes sure that the guide has its parameters, and that they are the store's."""
-        start_guide(self.guide, batch)
+        start_guide(self.guide)
         read_store(self.model)
 
     def _updates_at(self, values: Mapping[str, Tensor], size: int) -> dict[str, LowRankUpdate]:

@@ -100,7 +100,7 @@ def test_lora_is_peft_s():
     start = {n.replace(".default", ""): p.detach().clone() for n, p in trained.items()}
     full = METHODS["lora"].learning_rates["mean"]
     optimizer = torch.optim.AdamW(trained.values(), lr=full, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(i, 15, 0.06, "linear"))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(i, 15))
     for rows_now in islice(Batches(rows, tiny.collate, batch_size=4, seed=3), 15):
         optimizer.zero_grad()
         logits = likelihood.logits(net, rows_now)
