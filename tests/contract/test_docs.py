@@ -22,15 +22,10 @@ NAMES = [f"{p.__name__}.{n}" for p in (models, guides, likelihoods, testing) for
 
 
 def test_the_examples_of_docstrings():
-    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    attempted = 0
-    for name in MODULES:
-        if not name.endswith("__main__"):
-            module, given = importlib.import_module(name), {"torch": torch, "nn": nn}
-            result = doctest.testmod(module, extraglobs=given, optionflags=options)
-            assert result.failed == 0, name
-            attempted += result.attempted
-    assert attempted
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for name in (name for name in MODULES if not name.endswith("__main__")):
+        module, given = importlib.import_module(name), {"torch": torch, "nn": nn}
+        assert doctest.testmod(module, extraglobs=given, optionflags=flags).failed == 0, name
 
 
 def test_links_lead_to_files():
@@ -56,6 +51,6 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     folders = [f"extensions={parts}", str(ROOT / "docs"), str(tmp_path)]
     done = subprocess.run([*command, *folders], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    reference = [page.read_text("utf-8") for page in (tmp_path / "reference").glob("*.html")]
-    ids = set(re.findall(r' id="([\w.]+)"', "".join(reference)))
+    pages = (tmp_path / "reference").glob("*.html")
+    ids = set(re.findall(r' id="([\w.]+)"', "".join(page.read_text("utf-8") for page in pages)))
     assert {*NAMES, "pyro_blora.BayesianLoRA.save_pretrained"} <= ids  # which is inherited

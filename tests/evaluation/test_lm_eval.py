@@ -91,11 +91,8 @@ def test_the_mean_is_what_the_harness_gives_for_the_network_under_it(blora, toke
     long = (" ".join(TEXTS * 3),)
     assert len(tokenizer(*long)["input_ids"]) > plain.max_length
     until = ("a round", {"until": ["."], "max_gen_toks": 5, "do_sample": False})
-    for kind, given in (
-        ("loglikelihood", [*PAIRS, (*long, " blue")]),
-        ("loglikelihood_rolling", [long]),
-        ("generate_until", [until]),
-    ):
+    scored = {"loglikelihood": [*PAIRS, (*long, " blue")], "loglikelihood_rolling": [long]}
+    for kind, given in {**scored, "generate_until": [until]}.items():
         with blora.posterior():
             expected = answers_of(plain, kind, given)
         for a, b in zip(answers_of(lm, kind, given), expected, strict=True):

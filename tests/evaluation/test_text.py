@@ -18,7 +18,7 @@ def collate(part):
     return {key: torch.stack([row[key] for row in part]) for key in BATCH}
 
 
-def test_the_mean_is_transformers_loss_and_draws_are_averaged_as_probabilities():
+def test_the_mean_is_transformers_loss_and_draws_average_probabilities():
     net = tiny.llama()
     blora = BayesianLoRA(net, target_modules=["q_proj"], guide=MatrixNormal(init_scale=1.0))
     logp, count = blora.log_predictive_dataset(ROWS, collate, 0, **QUIET)

@@ -2,12 +2,11 @@
 
 import math
 
-import pytest
 import torch
 from own_tokenizer import build_tokenizer
 
 from pyro_blora.generation import Generation
-from pyro_blora.generation.show import colored, legend
+from pyro_blora.generation.show import colored
 
 TOKENIZER = build_tokenizer(["the cat sat on the mat"], eos="</s>")
 
@@ -42,8 +41,3 @@ def test_control_characters_are_shown_and_not_obeyed():
     ids = TOKENIZER("a\x1b[31m\x07\x7f\x9b\tb\n", add_special_tokens=False)["input_ids"]
     shown = colored(generation([ids]), TOKENIZER, by="entropy")
     assert shown.plain == "␛[31m␇␡\ufffd\tb\n"
-
-
-@pytest.mark.parametrize("by", ["mutual_information", "entropy", "disagreement"])
-def test_the_legend_has_a_color_for_each_level(by):
-    assert len({str(span.style) for span in legend(by).spans}) == 4

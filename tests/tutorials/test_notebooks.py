@@ -25,11 +25,8 @@ SMALLER = {  # what is replaced in a notebook
     "06": {"STEPS = 400": "STEPS = 2", "MACHINES = 36": "MACHINES = 4", "DRAWS = 8": "DRAWS = 2"},
     "07": {"SEEDS = 6": "SEEDS = 2", "ROUNDS = 5": "ROUNDS = 1", "STEPS = 60": "STEPS = 5"},
     "08": {"num_steps=300": "num_steps=3"},
-    "09": {
-        '"sst2"': '[{"text": f"{k} degrees", "label": k % 2} for k in range(60)]',
-        "STEPS = 300": "STEPS = 6",
-        "400, 200, 600": "16, 8, 8",
-    },
+    "09": {"STEPS = 300": "STEPS = 6", "400, 200, 600": "16, 8, 8"}
+    | {'"sst2"': '[{"text": f"{k} degrees", "label": k % 2} for k in range(60)]'},
 }
 
 
@@ -45,11 +42,11 @@ def network(request, monkeypatch):
     torch.manual_seed(0)
     net = tiny.llama(6, vocab_size=len(tokenizer), max_position_embeddings=256)
     sizes = {"vocab_size": len(tokenizer), "num_labels": 2}
-    monkeypatch.setattr(
-        pyro_blora,
-        "load_pretrained",
-        lambda name, num_labels=None: (tiny.bert(**sizes) if num_labels else net, tokenizer),
-    )
+
+    def load(name, num_labels=None):
+        return tiny.bert(**sizes) if num_labels else net, tokenizer
+
+    monkeypatch.setattr(pyro_blora, "load_pretrained", load)
 
 
 @pytest.mark.usefixtures("network")
