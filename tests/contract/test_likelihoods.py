@@ -20,14 +20,8 @@ CASES = {
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
 }
 for name, (make, net, batch) in CASES.items():
-    tiny.contract(
-        globals(),
-        LikelihoodContract,
-        name,
-        make=make(num_data=12),
-        net=lambda self, net=net: net(),
-        batch=lambda self, rows, batch=batch: batch(rows),
-    )
+    members = {"net": lambda self, net=net: net(), "batch": lambda self, n, batch=batch: batch(n)}
+    tiny.contract(globals(), LikelihoodContract, name, make=make(num_data=12), **members)
 
 
 def test_every_likelihood_is_tested():

@@ -166,10 +166,19 @@ def test_a_temperature_is_not_fitted_to_texts_that_were_trained_on():
     assert blora.model.temperature > 1
 
 
-@pytest.mark.parametrize(("texts", "options"), [(50, {"max_validation": 40}), (10, {})])
-def test_the_splits_of_a_task_share_no_text(texts, options):
-    rows = [{"text": f"film {k % texts}", "label": ("bad", "good")[k % 2]} for k in range(200)]
-    task = load_task(rows, **options)
-    parts = [{item.question for item in part} for part in (task.train, task.validation, task.test)]
+REPEATED = [{"text": f"film {k % 50}", "label": ("bad", "good")[k % 2]} for k in range(200)]
+LIMITS = [{}, {"max_validation": 40}, {"max_train": 100, "max_validation": 31}]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("rows", [REPEATED, [*REPEATED[:10]] * 20, TWINS * 2], ids=["R", "F", "T"])
+def test_the_splits_of_a_task_share_no_text_and_no_twins(rows, limits):
+    task = load_task(rows, **limits)
+    parts = [
+        {min(item.choices) if rows[0].get("choices") else item.question for item in part}
+        for part in (task.train, task.validation, task.test)
+    ]
     assert sum(map(len, parts)) == len(set.union(*parts))
     assert min(map(len, parts)) > 0
+    if limits == {}:
+        assert len(task.train) + len(task.validation) + len(task.test) == len(rows)

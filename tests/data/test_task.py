@@ -65,22 +65,6 @@ def test_validation_is_held_out_of_the_train_items(load, max_train, max_validati
         assert task.train + task.validation == load(files, max_validation=0).train
 
 
-@pytest.mark.parametrize(("max_train", "max_validation"), [(None, 200), (160, 33), (100, 31)])
-def test_no_split_comes_between_the_sentences_of_a_winogrande_pair(load, max_train, max_validation):
-    records = [
-        {"id": f"{n}-{k}", "question": f"{n} _ {k}", "choices": [f"a{n}", f"b{n}"], "label": k}
-        for n in range(80)
-        for k in range(2)
-    ]
-    for record in records[::4]:  # in some sets the two of a pair have their options in either order
-        record["choices"] = record["choices"][::-1]
-    limits = {"max_train": max_train, "max_validation": max_validation}
-    task = load({"train": records, "test": 1}, **limits)
-    pairs = [{name.split("-")[0] for name in ids(part)} for part in (task.train, task.validation)]
-    assert not pairs[0] & pairs[1]
-    assert 31 <= len(task.validation) <= 34
-
-
 @pytest.mark.parametrize("name", ["dev", "valid", "val"])
 def test_a_task_may_have_no_train_split(load, name):
     task = load({name: 10, "test": 20}, max_train=10)

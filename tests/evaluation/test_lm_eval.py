@@ -5,9 +5,8 @@ import tiny
 import torch
 from own_tokenizer import build_tokenizer
 
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import lm_eval as adapter
-from pyro_blora.guides import Amortized, MatrixNormal
+from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import CausalLM
 
 TEXTS = ["red green blue", "cold warm", "a round red stone is cold", "green is not blue"]
@@ -101,12 +100,3 @@ def test_the_mean_is_what_the_harness_gives_for_the_network_under_it(blora, toke
         [score for score, _ in answers_of(model, "loglikelihood", PAIRS)] for model in (plain, lm)
     )
     assert base != pytest.approx(mean, abs=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("build", "options"),
-    [(tiny.bert, {"target_modules": ["query"]}), (tiny.llama, {"guide": Amortized()})],
-)
-def test_what_the_harness_cannot_score(tokenizer, build, options):
-    with pytest.raises(ConfigurationError):
-        adapter.PosteriorLM(tiny.adapted(build(), **options), tokenizer)
