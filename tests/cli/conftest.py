@@ -49,12 +49,12 @@ def data_dir(tmp_path_factory):
 def run(monkeypatch, capsys):
     """Runs the command line, whose exit code is one of ``codes``; gives stdout and stderr."""
 
-    def run(*arguments, codes=(0,), columns=160):
+    def run(*arguments, codes=(0,)):
         monkeypatch.setattr(sys, "argv", ["pyro-blora", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("COLUMNS", "160")
+        code = 0
         try:
             cli.main()
-            code = 0
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()
@@ -78,8 +78,7 @@ def run_words(run, model_dir, data_dir):
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """The current folder has a module ``mine`` with a prior and a guide."""
-    classes = "from own_classes import Plain, Spread\nclass Needs(Plain):\n"
-    (tmp_path / "mine.py").write_text(f"{classes}    def __init__(self, what): pass\n")
+    (tmp_path / "mine.py").write_text("from own_classes import Plain, Spread\n")
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("mine", None)

@@ -50,11 +50,6 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert "±" in text
 
 
-def test_a_best_step_cannot_have_a_temperature_of_the_last(run_words, tmp_path):
-    for name in ("split:best:lora", "split", "distilled"):
-        run_words("compare", tmp_path, "--methods", name, codes=(2,))
-
-
 def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):
     methods, options = "lora,temperature:lora,map,blob", ["--seeds", 0, "--max-steps", 2]
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -182,15 +181,11 @@ def test_an_edited_lora(tmp_path, blora):
 
 
 class Weighed(LabelTokens):
-    """A likelihood with a buffer of the name of its argument."""
-
-    def __init__(self, *, token_ids, weights, kind: "Literal['a', 'b']" = "a", num_data=None):
+    def __init__(self, *, token_ids, weights, num_data=None):
         super().__init__(token_ids=token_ids, num_data=num_data)
         self.register_buffer("weights", torch.as_tensor(weights))
 
 
-def test_an_argument_may_be_a_buffer_and_a_choice_a_string():
+def test_an_argument_may_have_the_name_of_a_buffer():
     likelihood = Weighed(token_ids=(5, 6), weights=[1.0, 2.0])
     assert likelihood.weights is likelihood.state_dict(keep_vars=True)["weights"]
-    with pytest.raises(ConfigurationError):
-        Weighed(token_ids=(5, 6), weights=[1.0], kind="c")

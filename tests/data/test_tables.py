@@ -6,15 +6,13 @@ import datasets
 import pandas
 import pytest
 import tiny
-import torch
 from torch.utils.data import Subset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import ClassificationCollator, TextCollator, load_task
 from pyro_blora.data.tables import read_table
-from pyro_blora.errors import BatchError, ConfigurationError, DataError
-from pyro_blora.evaluation.metrics import evaluate_text
+from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
 
@@ -217,14 +215,6 @@ def test_rows_that_cannot_be_used_are_refused_before_the_first_step(kind, rows, 
     with pytest.raises((DataError, ConfigurationError)):
         fit(blora, rows, num_steps=1)
     assert tiny.equal(tiny.trained(blora), before)
-
-
-def test_a_task_has_no_completions_and_a_text_has_a_token():
-    for rows in ([GOOD] * 9, {"dev": ROWS}):
-        with pytest.raises(DataError):
-            load_task(rows)
-    with pytest.raises(BatchError, match="got 1 without one"):
-        evaluate_text(torch.zeros(2), torch.tensor([3, 0]))
 
 
 def test_a_language_model_reads_options_by_its_tokenizer(small):

@@ -14,13 +14,7 @@ from pyro_blora.distributions import MatrixNormal
 M, N = 3, 2
 FOUR = ((4,), (4,), (4,))
 # (loc, row, col) batch shapes, all of which broadcast
-BATCHES = [
-    ((), (), ()),
-    ((4,), (), ()),
-    FOUR,
-    ((5, 4), (5, 1), (1, 4)),
-    ((4,), (5, 1), (2, 1, 1)),
-]
+BATCHES = [((), (), ()), ((4,), (), ()), FOUR, ((5, 4), (5, 1), (1, 4)), ((4,), (5, 1), (2, 1, 1))]
 
 
 def tril(*shape):

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from pyro_blora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.evaluation.metrics import evaluate_text
 from pyro_blora.guides import MatrixNormal
 
@@ -38,6 +38,8 @@ def test_the_mean_is_transformers_loss_and_draws_average_probabilities():
     assert not torch.allclose(drawn, logp[:3], atol=1e-3)
     with pytest.raises(ConfigurationError):  # text has no classes
         blora.predict_dataset(ROWS, collate, **QUIET)
+    with pytest.raises(BatchError):  # a text without a token
+        evaluate_text(logp, 0 * count)
 
 
 def test_a_classifier_has_one_token_an_item():
