@@ -49,7 +49,7 @@ def test_the_readme_shows_what_its_program_printed():
     assert Comparison(rows).to_markdown() in readme
     (program,) = re.findall(r"^table = compare\(.*?^\)", readme, re.DOTALL | re.MULTILINE)
     settings = document["settings"]
-    parts = [settings["network"], settings["task"], *(f'"{row.method}"' for row in rows)]
+    parts = [f'"{row.method}"' for row in rows] + [settings["network"], settings["task"]]
     parts += [f"{key}={settings[key]}," for key in ("max_train", "max_test")]
     assert [part for part in parts if part not in program] == []
 

@@ -14,7 +14,7 @@ from pyro_blora.data import ClassificationCollator, TextCollator, load_task
 from pyro_blora.data.tables import read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.likelihoods import LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
 
 WORDS = ("dull", "funny")
 ROWS = [{"text": f"a {WORDS[k % 2]} film {k}", "label": WORDS[k % 2]} for k in range(12)]
@@ -83,19 +83,15 @@ def test_a_single_table_is_split_alike_for_every_seed():
     assert not learned & {item.question for item in more.test}  # the file has grown since
 
 
-def test_names_of_classes_are_the_networks_or_else_the_data_s_and_are_saved(
-    small, wrapped, tmp_path
-):
+def test_names_of_classes_are_the_network_s_or_the_data_s(small, wrapped, tmp_path):
     """A network whose names are in another order keeps its order."""
     reverse = {"config": {"id2label": {0: "funny", 1: "dull"}}}
     numbered = datasets.Dataset.from_list(ROWS).class_encode_column("label")  # dull is 0
     for form in (ROWS, numbered, Subset(numbered, range(12)), numbered.with_format("torch")):
         assert first_labels(small(**reverse), form) == [1, 0]
     items = load_task(ROWS).test  # whose choices are sorted
-    named = [item.choices[item.label] for item in items]
-    assert [
-        ("funny", "dull")[k] for k in first_labels(small(**reverse), items, len(items))
-    ] == named
+    found = [("funny", "dull")[k] for k in first_labels(small(**reverse), items, len(items))]
+    assert found == [item.choices[item.label] for item in items]
     blora = small(config={"id2label": UNNAMED})
     fit(blora, ROWS, num_steps=2, progress=False)
     assert blora.likelihood.num_data == 12
@@ -108,7 +104,7 @@ def test_names_of_classes_are_the_networks_or_else_the_data_s_and_are_saved(
         assert again.predict(rows, 0).samples.equal(by_hand)
     _, labels = again.predict_dataset(ROWS[1::2], num_samples=0, progress=False)  # one class
     assert labels.tolist() == [1] * 6
-    with pytest.raises(DataError, match=r"'label'.*\['dull', 'funny'\], got 'long'"):
+    with pytest.raises(DataError):
         again.predict_dataset([{"text": "a", "label": "long"}], progress=False)
 
 
@@ -169,7 +165,7 @@ def test_encoded_rows_lose_the_columns_that_no_one_takes(small, wrapped, tmp_pat
     assert trainer.predict(pandas.DataFrame(rows)).label_ids.tolist() == labels
 
 
-def test_text_and_completions_are_scored_as_a_collator_of_transformers_does(small, wrapped):
+def test_text_and_completions_are_scored_as_by_transformers(small, wrapped):
     blora = small(tiny.llama, target_modules=["q_proj"])
     texts = [{"text": "a funny film"}, {"text": "film"}]
     batch = blora.reading(texts)[1](texts)
@@ -221,9 +217,8 @@ def test_a_language_model_reads_options_by_its_tokenizer(small):
     options = [{"question": "which color", "choices": ["red", "blue"], "label": 1}] * 2
     blora = small(tiny.llama, target_modules=["q_proj"], likelihood=MultipleChoice())
     fit(blora, options, num_steps=1, held_out=0.0, progress=False)
-    blora = tiny.adapted(likelihood=LabelTokens(token_ids=(5, 6)))
     with pytest.raises(ConfigurationError, match="must have a tokenizer"):
-        fit(blora, ROWS, num_steps=1)
+        fit(tiny.adapted(), ROWS, num_steps=1)
 
 
 def test_a_classifier_reads_pairs_and_rows_without_labels(wrapped):

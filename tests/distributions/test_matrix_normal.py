@@ -104,10 +104,9 @@ def test_work_does_not_grow_with_expansion_and_no_cholesky_is_taken():
 
 @pytest.mark.parametrize("base", [dist.Laplace, dist.LogNormal])
 def test_kl_without_closed_form(base):
-    p, zero = make(), torch.zeros(M, N, dtype=torch.float64)
-    other = base(zero, zero + 1).to_event(2)
-    for pair in ((p, other), (other, p)):
-        with pytest.raises(NotImplementedError, match="closed form"):
+    other = base(torch.zeros(M, N).double(), 1.0).to_event(2)
+    for pair in ((make(), other), (other, make())):
+        with pytest.raises(NotImplementedError):
             kl_divergence(*pair)
 
 
@@ -117,11 +116,11 @@ def test_of_equal_and_tiny_scales_it_is_zero():
     assert kl_divergence(q, p).abs() < 1e-4
 
 
-ZERO, ONE = torch.zeros(M, N, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+ONE = torch.ones((), dtype=torch.float64)
 STANDARD = {
     "whole": dist.Normal(0 * ONE, ONE).expand([4, M, N]).to_event(2),
     "expanded by the plate alone": dist.Normal(0 * ONE, ONE).expand([M, N]).to_event(2),
-    "matrix": MatrixNormal(ZERO, torch.eye(M).double(), torch.eye(N).double()),
+    "matrix": MatrixNormal(0 * ONE.expand(M, N), torch.eye(M).double(), torch.eye(N).double()),
 }
 
 

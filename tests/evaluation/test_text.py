@@ -36,6 +36,11 @@ def test_the_mean_is_transformers_loss_and_draws_average_probabilities():
     torch.manual_seed(1)
     torch.testing.assert_close(drawn, blora.log_predictive(collate(ROWS[:3]), 5))
     assert not torch.allclose(drawn, logp[:3], atol=1e-3)
+    draws = {site.name: site.prior.sample((5,)).detach() for site in blora.model.sites}
+    each = [{name: value[k : k + 1] for name, value in draws.items()} for k in range(5)]
+    single = torch.stack([blora.log_predictive(BATCH, samples=draw) for draw in each]).double()
+    average = blora.log_predictive(BATCH, samples=draws).double()
+    torch.testing.assert_close(average.exp(), single.exp().mean(0), rtol=1e-4, atol=0)
     with pytest.raises(ConfigurationError):  # text has no classes
         blora.predict_dataset(ROWS, collate, **QUIET)
     with pytest.raises(BatchError):  # a text without a token
