@@ -13,14 +13,12 @@ WORDS = ("red", "green", "blue", "cold", "warm", "round")
 
 def items(count, start):
     """Questions whose answer is the word they repeat: learnable by a tiny network."""
-    made = []
     for i in range(start, start + count):
         word = WORDS[i % len(WORDS)]
-        others = [w for w in WORDS if w != word][:2]
-        choices = [*others[: i % 3], word, *others[i % 3 :]]
+        choices = [other for other in WORDS if other != word][:2]
+        choices.insert(i % 3, word)
         question = f"Which word is {word}, number {i}?"
-        made.append({"id": str(i), "question": question, "choices": choices, "label": i % 3})
-    return made
+        yield {"id": str(i), "question": question, "choices": choices, "label": i % 3}
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +49,12 @@ def data_dir(tmp_path_factory):
 def run(monkeypatch, capsys):
     """Runs the command line, whose exit code is one of ``codes``; gives stdout and stderr."""
 
-    def run(*arguments, codes=(0,), columns=160):
+    def run(*arguments, codes=(0,)):
         monkeypatch.setattr(sys, "argv", ["pyro-blora", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("COLUMNS", "160")
+        code = 0
         try:
             cli.main()
-            code = 0
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()
@@ -67,21 +65,20 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
-def compare(run, model_dir, data_dir):
-    """Runs ``compare`` on the task ``words``."""
+def run_words(run, model_dir, data_dir):
+    """The same for what trains: ``COMMAND OUT ...`` on the task ``words``."""
 
-    def compare(out, *options, **expected):
+    def run_words(command, out, *options, **expected):
         words = ["--model", model_dir, "--task", "words", "--data-dir", data_dir, "--out", out]
-        return run("compare", *words, *options, **expected)
+        return run(command, *words, *options, **expected)
 
-    return compare
+    return run_words
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """The current folder has a module ``mine`` with a prior and a guide."""
-    classes = "from own_classes import Plain, Spread\nclass Needs(Plain):\n"
-    (tmp_path / "mine.py").write_text(f"{classes}    def __init__(self, what): pass\n")
+    (tmp_path / "mine.py").write_text("from own_classes import Plain, Spread\n")
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("mine", None)

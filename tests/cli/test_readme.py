@@ -5,48 +5,37 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyro_blora
 from pyro_blora.evaluation import comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-COMMAND = re.compile(r"^(?:\t\$\(BIN\)/)?pyro-blora (.*)", re.MULTILINE)
+CLI = (ROOT / "docs/reference/cli.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-SIZES = """
-max_train=400, num_steps=300 -> max_train=16, max_validation=8, max_test=8, num_steps=2
-num_steps=300 -> num_steps=2
-num_steps=480 -> num_steps=2
-num_steps=100 -> num_steps=2
-max_steps=300 -> max_steps=2
-num_epochs=6 -> num_steps=2
-range(6) -> range(1)
-seeds=[0], -> seeds=[0], num_steps=2,
-"sst2" -> "facts"
-max_train=400 -> max_train=16, max_validation=8
-max_test=600 -> max_test=8
-num_samples=400, warmup_steps=200 -> num_samples=4, warmup_steps=2
-validate_every": 50 -> validate_every": 1
-range(400) -> range(40)
-[:300] -> [:30]
-[300:] -> [30:]
-[:200] -> [:20]
-[200:] -> [20:]
-[:50] -> [:5]
-[50:] -> [5:]
-"""
-SMALLER = dict(line.split(" -> ") for line in SIZES.strip().splitlines())
+SMALLER = {
+    "max_train=400, num_steps": "max_train=400, max_test=8, num_steps",
+    "max_train=400": "max_train=16, max_validation=8",
+    "max_test=600": "max_test=8",
+    r"(num|max)_steps=\d+": r"\1_steps=2",
+    "num_epochs=6": "num_steps=2",
+    r"range\(6\)": "range(1)",
+    r"range\(400\)": "range(40)",
+    r"seeds=\[0\],": "seeds=[0], num_steps=2,",
+    '"sst2"': '"facts"',
+    "num_samples=400, warmup_steps=200": "num_samples=4, warmup_steps=2",
+    'validate_every": 50': 'validate_every": 1',
+    r"\[(:?)(\d+)0(:?)\]": r"[\1\2\3]",  # a slice
+}
+SMALL = shlex.split("--max-steps 2 --rank 2 --max-train 16 --max-validation 8 --max-test 8")
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch, model_dir, tmp_path):
+def small(monkeypatch, model_dir, tmp_path):
     """A tiny network in place of SmolLM2, one in place of BERT, and a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     net = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -56,34 +45,29 @@ def tiny(monkeypatch, model_dir, tmp_path):
         if num_labels is None:
             return net, tokenizer
         padded = AutoTokenizer.from_pretrained(model_dir, pad_token="</s>")
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 4, "vocab_size": len(padded), "num_labels": num_labels}
         torch.manual_seed(0)  # the same base each time
-        return BertForSequenceClassification(BertConfig(**sizes)).eval(), padded
+        sizes = {"vocab_size": len(padded), "max_position_embeddings": 512}
+        return tiny.bert(**sizes, num_labels=num_labels), padded
 
     def by_name(name, classes, seed):
         return loaded(name, classes if classes == 2 else None)  # of reviews.csv
 
     monkeypatch.setattr(pyro_blora, "load_pretrained", loaded)
     monkeypatch.setattr(comparison, "load_for", by_name)
-    texts = [
-        f"it {'sank' if i % 2 else 'soared'} {i} times,{'negative' if i % 2 else 'positive'}"
-        for i in range(60)
-    ]
-    Path("reviews.csv").write_text("\n".join(["text,label", *texts]), encoding="utf-8")
+    words = [("soared", "positive"), ("sank", "negative")] * 30
+    lines = [f"it {verb} {i} times,{label}" for i, (verb, label) in enumerate(words)]
+    Path("reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["docs/reference/cli.md", "Makefile"])
-def test_the_commands_of_a_page_run(run, model_dir, page):
-    """On a tiny network, in few steps, and else as they stand."""
-    text = (ROOT / page).read_text("utf-8").replace("\\\n", "")
-    variables = dict(re.findall(r"^([A-Z]+) [?:]= (.*)", text, re.MULTILINE))
-    small = ["--model", str(model_dir), "--max-steps", "2", "--max-train", "16", "--rank", "2"]
-    small += ["--max-validation", "8", "--max-test", "8", "--out", "out"]
-    for line in COMMAND.findall(text):
-        line = re.sub(r"\$\(([A-Z]+)\)", lambda found: variables[found[1]], line)
-        run(*shlex.split(line, comments=True), *small)
-    assert Path("out/results.json").exists()
+def test_the_commands_run(run, model_dir):
+    """Those of the page and of ``make demo``, on a tiny network, in few steps, else as they are."""
+    commands = re.findall(r"^pyro-blora (\w+) (.*)", CLI, re.MULTILINE)
+    (demo,) = re.findall(r"^DEMO := ((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)
+    commands.append(("compare", demo.replace("\\\n", " ")))
+    for name, options in commands:
+        run(name, *shlex.split(options, comments=True), "--model", model_dir, *SMALL)
+    assert Path("out/compare/results.json").exists()
+    assert Path("out/demo/results.json").exists()
 
 
 PAGES = "README own_data peft evaluation generation pyro save_and_serve priors_and_guides"
@@ -107,7 +91,7 @@ def test_the_programs_of_a_page_run(name):
         if "blora" in names and re.search(r"BayesianLoRA[.(]|bayesianize\(|compare\(", program):
             names["blora"].unwrap()
         for large, small in SMALLER.items():
-            program = program.replace(large, small)
+            program = re.sub(large, small, program)
         exec(program, names)
     if name == "pyro":  # each label counts once, under NUTS
         assert names["blora"].likelihood.num_data == len(names["few"])

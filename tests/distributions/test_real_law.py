@@ -27,30 +27,24 @@ def dense(law, layers=N):
 
 def test_a_coupled_normal_is_the_dense_one_array_by_array(coupled):
     """By the chain rule, its first entries sum to the law of the first arrays."""
-    drawn = coupled.rsample()
+    drawn, entropy = coupled.rsample(), coupled.entropy()
     for value in (drawn, drawn.clone(), torch.randn(N, *EVENT).double()):  # by noise, by solving
-        log_prob, entropy = coupled.log_prob(value), coupled.entropy()
-        if value is drawn:  # whose density is known by its noise, in the sum alone
-            torch.testing.assert_close(log_prob.sum(), dense(coupled).log_prob(value.flatten()))
-            continue
-        for layers in range(1, N + 1):
-            expected = dense(coupled, layers)
-            found = log_prob[:layers].sum()
-            torch.testing.assert_close(found, expected.log_prob(value[:layers].flatten()))
-            torch.testing.assert_close(entropy[:layers].sum(), expected.entropy())
+        log_prob = coupled.log_prob(value)
+        # The density of a fresh draw is known by its noise, in the sum alone
+        for layers in (N,) if value is drawn else range(1, N + 1):
+            expected = dense(coupled, layers).log_prob(value[:layers].flatten())
+            torch.testing.assert_close(log_prob[:layers].sum(), expected)
+            torch.testing.assert_close(entropy[:layers].sum(), dense(coupled, layers).entropy())
     torch.testing.assert_close(coupled.variance.flatten(), dense(coupled).variance)
 
 
 def test_expanded_it_has_independent_copies(coupled):
     many, expected = coupled.expand((DRAWS, N)), dense(coupled)
     value = many.rsample().detach()
-    assert value.shape == (DRAWS, N, *EVENT)
-    torch.testing.assert_close(
-        value.flatten(1).T.cov(), expected.covariance_matrix, atol=0.06, rtol=0
-    )
-    torch.testing.assert_close(value.flatten(1).mean(0), many.mean[0].flatten(), atol=0.02, rtol=0)
-    found = many.log_prob(value.clone()).sum(-1)
-    torch.testing.assert_close(found, expected.log_prob(value.flatten(1)))
+    flat = value.flatten(1)
+    torch.testing.assert_close(flat.T.cov(), expected.covariance_matrix, atol=0.06, rtol=0)
+    torch.testing.assert_close(flat.mean(0), many.mean[0].flatten(), atol=0.02, rtol=0)
+    torch.testing.assert_close(many.log_prob(value.clone()).sum(-1), expected.log_prob(flat))
 
 
 @pytest.fixture
@@ -66,7 +60,6 @@ def mixture():
 def test_a_mixture_has_the_density_and_the_moments_of_its_sum(mixture):
     law, locs, scales = mixture
     value = law.rsample((DRAWS,)).detach()
-    assert value.shape == (DRAWS, N, *EVENT)
     each = dist.Normal(locs, scales).log_prob(value[:50].unsqueeze(2)).sum((-2, -1))
     torch.testing.assert_close(law.log_prob(value[:50]), each.logsumexp(-1) - math.log(K))
     mean = locs.mean(1)

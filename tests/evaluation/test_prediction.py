@@ -9,8 +9,7 @@ from pyro_blora.posterior.prediction import Prediction
 
 
 def random(samples=5, items=7, choices=4):
-    logits = torch.randn(samples, items, choices, dtype=torch.float64)
-    return Prediction((3 * logits).softmax(-1))
+    return Prediction((3 * torch.randn(samples, items, choices).double()).softmax(-1))
 
 
 def test_by_hand():
@@ -32,23 +31,14 @@ def test_by_hand():
 def test_cat_pads_choices():
     a, b = random(choices=2), random(items=3, choices=4)
     both = Prediction.cat([a, b])
-    assert both.samples.shape == (5, 10, 4)
     assert (both.samples[:, :7, 2:] == 0).all()
     torch.testing.assert_close(both.entropy, torch.cat([a.entropy, b.entropy]))
-    assert (both.predictions == torch.cat([a.predictions, b.predictions])).all()
-    assert "samples=(5, 10, 4)" in repr(both)
+    assert both.predictions.equal(torch.cat([a.predictions, b.predictions]))
 
 
 @pytest.mark.parametrize(
-    ("samples", "match"),
-    [
-        (torch.full((2, 2), 0.5), "shape"),
-        (torch.zeros(0, 2, 2), "one sample"),
-        (torch.tensor([[[math.nan, 1.0]]]), "entry of nan"),
-        (torch.tensor([[[2.0, -1.0]]]), "softmax"),
-        (torch.tensor([[[0.5, 0.4]]]), "off by 0.1"),
-    ],
+    "samples", [[0.5, 0.5], [], [[[math.nan, 1.0]]], [[[2.0, -1.0]]], [[[0.5, 0.4]]]]
 )
-def test_rejects(samples, match):
-    with pytest.raises(ValueError, match=match):
-        Prediction(samples)
+def test_what_is_no_distribution_is_refused(samples):
+    with pytest.raises(ValueError, match="samples"):
+        Prediction(torch.tensor(samples))

@@ -1,5 +1,4 @@
 import runpy
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,9 +37,9 @@ def test_it_learns_and_the_library_gives_the_same_losses():
     assert sum(expected[-20:]) < 0.5 * sum(expected[:20])
     W0, x, y = minimal.make_data()
     pyro.clear_param_store()
-    net = nn.Sequential(OrderedDict(layer=nn.Linear(minimal.D_IN, minimal.D_OUT, bias=False)))
-    with torch.no_grad():
-        net.layer.weight.copy_(W0)
+    net = nn.Sequential()
+    net.layer = nn.Linear(minimal.D_IN, minimal.D_OUT, bias=False)
+    net.layer.weight.data.copy_(W0)
     prior = KroneckerInducing(rank=minimal.RANK, sigma=minimal.SIGMA, noise_init=minimal.NOISE_INIT)
     parts = {"prior": prior, "guide": MeanField(init_scale=minimal.INIT_SCALE)}
     likelihood = Regression(num_data=minimal.NUM_DATA)
