@@ -33,9 +33,9 @@ def trained_on(blora, steps):
     return blora
 
 
-def adapted(seed, base, steps=5):
+def adapted(seed, base):
     torch.manual_seed(seed)
-    return trained_on(tiny.adapted(base, likelihood=likelihood()), steps)
+    return trained_on(tiny.adapted(base, likelihood=likelihood()), 5)
 
 
 def alone(folder):
@@ -56,13 +56,12 @@ def together(folder):
     kinds = ("trained", "loaded", "peft")
     made = {kind: alone(folder)[kind]() for kind in kinds}
     made["copied"] = trained_on(copy.deepcopy(made["trained"]), 3)
-    torch.manual_seed(2)
     made["trained"].model.detach()
-    made["added"] = trained_on(tiny.adapted(made["trained"].net, likelihood=likelihood()), 5)
+    made["added"] = adapted(2, made["trained"].net)
     return made
 
 
-def drawn(blora):
+def drawn(blora, _):
     torch.manual_seed(3)
     return blora.predict(BATCH, 4).samples
 
@@ -78,7 +77,7 @@ QUESTIONS = {
     "kl": lambda blora, folder: blora.kl(),
     "export": exported,
     "mean": lambda blora, folder: blora.predict(BATCH, 0).samples,
-    "draws": lambda blora, folder: drawn(blora),
+    "draws": drawn,
 }
 
 
@@ -103,62 +102,50 @@ def test_five_adapters_answer_as_they_do_alone(tmp_path):
                 for name in ("trained", "added"):
                     made[name].model.detach()
                 made[kind].model.attach()
-            found = answer(made[kind], question, tmp_path)
-            told = (first, then, question)
-            assert found == pytest.approx(expected[kind][question], rel=1e-5, abs=1e-6), told
+            found, right = answer(made[kind], question, tmp_path), expected[kind][question]
+            assert found == pytest.approx(right, rel=1e-5, abs=1e-6), (first, then, question)
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_two_loops_take_turns_in_either_store(local):
     """With rates by name, which Pyro's optimizers look up in the global store."""
+    names = set()
 
-    def loop(seed, names):
+    def loop(seed):
         torch.manual_seed(seed)
         blora = tiny.adapted(num_data=10)
-
-        def by_name(name):
-            names.add(name)
-            return {"lr": 1e-3 if ".Z_" in name else 1e-1}
-
-        return blora, SVI(blora.model, blora.guide, ClippedAdam(by_name), tiny.elbo(4))
+        rates = lambda name: names.add(name) or {"lr": 1e-3 if ".Z_" in name else 1e-1}  # noqa: E731
+        return blora, SVI(blora.model, blora.guide, ClippedAdam(rates), tiny.elbo(4))
 
     def steps(*loops):
-        for turn in range(3):
-            for _, svi in loops:
-                torch.manual_seed(turn)
-                svi.step(tiny.sequences(8))
+        for turn, (_, svi) in itertools.product(range(3), loops):
+            torch.manual_seed(turn)
+            svi.step(tiny.sequences(8))
+        return tiny.trained(loops[0][0])
 
     with pyro.settings.context(module_local_params=local):
-        names = set()
-        alone, svi = loop(0, names)
-        steps((alone, svi))
-        one, other = loop(0, set()), loop(1, set())
-        steps(one, other)
-    assert tiny.equal(tiny.trained(one[0]), tiny.trained(alone))
-    assert names == {n.removesuffix("_unconstrained") for n in tiny.trained(alone)}
+        alone = steps(loop(0))
+        assert names == {name.removesuffix("_unconstrained") for name in alone}
+        assert tiny.equal(steps(loop(0), loop(1)), alone)
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda blora: blora.predict(tiny.sequences(), 2),
-        lambda blora: blora.predict(tiny.sequences(), 2, linearized=True),
-        lambda blora: blora.log_predictive(tiny.sequences(), 2),
-        lambda blora: blora.generate(tiny.sequences()["input_ids"], max_new_tokens=1),
-        lambda blora: blora.model(tiny.sequences()),
-        lambda blora: blora(**{k: v for k, v in tiny.sequences().items() if k != "labels"}),
-        tiny.train,
-    ],
-)
-def test_one_that_is_off_its_network_is_refused_before_anything_runs(ask):
-    blora = tiny.adapted(num_data=10)
-    other = tiny.adapted(blora.unwrap())
+def test_one_that_is_off_its_network_is_refused_before_anything_runs():
+    blora, ids = tiny.adapted(num_data=10), BATCH["input_ids"]
+    assert tiny.adapted(blora.unwrap()).model.adapters
     state, before = torch.get_rng_state(), tiny.trained(blora)
-    with pytest.raises(ConfigurationError, match="must be on its network"):
-        ask(blora)
+    for ask in (
+        lambda: blora.predict(BATCH, 2),
+        lambda: blora.predict(BATCH, 2, linearized=True),
+        lambda: blora.log_predictive(BATCH, 2),
+        lambda: blora.generate(ids, max_new_tokens=1),
+        lambda: blora.model(BATCH),
+        lambda: blora(ids),
+        lambda: tiny.train(blora),
+    ):
+        with pytest.raises(ConfigurationError, match="must be on its network"):
+            ask()
     assert torch.equal(torch.get_rng_state(), state)
     assert tiny.equal(tiny.trained(blora), before)
-    assert other.model.adapters
 
 
 def test_a_likelihood_is_a_template_as_prior_and_guide_are():
@@ -178,11 +165,11 @@ def test_one_that_is_off_leaves_the_network_to_the_one_that_is_on():
     older = tiny.adapted(num_data=10)
     net = older.unwrap()
     newer = tiny.adapted(net, num_data=10, fast=False)
-    before = newer.predict(tiny.sequences(), 0).probs
+    before = newer.predict(BATCH, 0).probs
     older.half().train()
     older.unwrap()
     with pytest.raises(ConfigurationError, match="must be on its network"):
         older.merge_and_unload()
     assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, False)}
     assert not net.training
-    assert torch.equal(newer.predict(tiny.sequences(), 0).probs, before)
+    assert torch.equal(newer.predict(BATCH, 0).probs, before)
