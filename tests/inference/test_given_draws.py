@@ -43,16 +43,9 @@ def choosing():
 
 def headed():
     """BERT whose head was trained as a point, under sites outside of the layers' plate."""
-    likelihood = SequenceClassification(num_data=12)
-    blora = tiny.adapted(
-        tiny.bert(),
-        target_modules=["query", "value"],
-        prior=Hierarchical(rank=2),
-        likelihood=likelihood,
-    )
-    with torch.no_grad():
-        for head in blora.model.trained_heads.parameters():
-            head.add_(torch.randn_like(head))
+    options = {"prior": Hierarchical(rank=2), "likelihood": SequenceClassification(num_data=12)}
+    blora = tiny.adapted(tiny.bert(), target_modules=["query", "value"], **options)
+    tiny.shaken(blora.model.trained_heads, 1.0)
     return blora, tiny.sequences()
 
 
@@ -84,11 +77,7 @@ def test_draws_of_predictive_are_taken(prior):
     shapes = {site.name: (3, *site.prior.shape()) for site in blora.model.sites}
     plain = {name: drawn[name].reshape(shape) for name, shape in shapes.items()}
     expected = blora.predict(batch, samples=plain).samples
-    for given in (
-        drawn,
-        {name: value.tolist() for name, value in plain.items()},
-        {name: value.numpy() for name, value in plain.items()},
-    ):
+    for given in (drawn, {name: value.tolist() for name, value in plain.items()}):
         torch.testing.assert_close(blora.predict(batch, samples=given).samples, expected)
 
 
@@ -106,36 +95,31 @@ def test_the_log_predictive_is_the_mean_over_them():
 Q, V = "q_proj.V", "v_proj.V"
 
 
-def without(samples, name):
-    return {key: value for key, value in samples.items() if key != name}
+SPOILED = [
+    lambda s: {},
+    lambda s: {Q: s[Q]},
+    lambda s: {**s, Q: s[Q][None]},
+    lambda s: {**s, Q: s[Q][..., :1]},
+    lambda s: {name: value[:0] for name, value in s.items()},
+    lambda s: {**s, V: s[V][:2]},
+    lambda s: {**s, Q: s[Q] * math.nan},
+]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (lambda s: {}, r"q_proj\.V, v_proj\.V, got those of none"),
-        (lambda s: without(s, V), r"got those of q_proj\.V\."),
-        (lambda s: {**s, Q: s[Q][None]}, r"of shape \(2, 2, 2\).*got \(1, 3, 2.*group_by_chain"),
-        (lambda s: {**s, Q: s[Q][..., :1]}, r"got \(3, 2, 2, 1\)"),
-        (lambda s: {name: value[:0] for name, value in s.items()}, "must be S draws"),
-        (lambda s: {**s, V: s[V][:2]}, r"the same S for all sites, got \(2, 2, 2, 2\)"),
-        (lambda s: {**s, Q: s[Q] * math.nan}, "finite"),
-    ],
-)
-def test_bad_values_are_told(spoil, told):
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_values_that_are_no_draws_are_refused(spoil):
     blora, batch = tiny.adapted(), tiny.sequences()
     samples = spoil(values(blora))
     for ask in (blora.predict, blora.log_predictive):
-        with pytest.raises(ConfigurationError, match=told) as raised:
+        with pytest.raises(ConfigurationError):
             ask(batch=batch, samples=samples)
-        assert len(str(raised.value).splitlines()) == 1
 
 
 def test_unconstrained_values_and_a_linearization_are_refused():
     blora, batch = headed()
     samples = values(blora)
     tau = next(name for name in samples if name.endswith("tau"))
-    with pytest.raises(ConfigurationError, match=r"tau'\] must be in .* outside of it"):
+    with pytest.raises(ConfigurationError, match="outside of it"):
         blora.predict(batch, samples={**samples, tau: samples[tau].log() - 9})
     with pytest.raises(ConfigurationError, match="linearized"):
         blora.predict(batch, samples=samples, linearized=True)

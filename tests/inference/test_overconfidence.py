@@ -24,9 +24,8 @@ def held_out(method, seed):
     blora = BayesianLoRA(
         tiny.llama(), target_modules="all-linear", method=method, likelihood=likelihood
     )
-    rows, new = coin_flips(32, 1), coin_flips(400, 2)
-    train = [{key: value[i] for key, value in rows.items()} for i in range(32)]
-    fit(blora, train, num_steps=200, batch_size=16, seed=seed, progress=False)
+    new, options = coin_flips(400, 2), {"num_steps": 200, "batch_size": 16, "seed": seed}
+    fit(blora, each(coin_flips(32, 1)), **options, progress=False)
     nll = -float(blora.log_predictive(new).mean())
     return nll, float(blora.predict(new).confidence.mean())
 
@@ -53,18 +52,20 @@ def questions(rows, seed, *, known):
     return {"input_ids": ids, **masks, "labels": labels}
 
 
+def each(batch):
+    """Its rows."""
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_options_are_even_only_where_nothing_can_be_known(seed):
     """The scale of the scores can neither collapse nor claim what is not there."""
-    net, nll, count = tiny.llama(), {}, 160
+    net, nll, likelihood = tiny.llama(), {}, MultipleChoice(num_data=160)
+    options = {"num_steps": 80, "batch_size": 8, "seed": seed, "progress": False}
     for known in (True, False):
         torch.manual_seed(seed)
-        blora = BayesianLoRA(
-            net, target_modules="all-linear", likelihood=MultipleChoice(num_data=count)
-        )
-        rows = questions(count, seed, known=known)
-        train = [{key: value[i] for key, value in rows.items()} for i in range(count)]
-        fit(blora, train, num_steps=80, batch_size=8, seed=seed, progress=False)
+        blora = BayesianLoRA(net, target_modules="all-linear", likelihood=likelihood)
+        fit(blora, each(questions(160, seed, known=known)), **options)
         new = questions(300, 100 + seed, known=known)
         nll[known] = -float(blora.log_predictive(new).mean())
         prediction = blora.predict(new)
