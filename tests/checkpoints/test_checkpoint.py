@@ -64,8 +64,7 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     expected = tiny.shaken(blora, 0.3).predict(tiny.sequences(), 0).probs
     state = copy.deepcopy(blora.state_dict())
     blora.save_pretrained(tmp_path, notes={"accuracy": 0.5})
-    blora.unwrap()
-    again = BayesianLoRA.from_pretrained(base, tmp_path, fast=False)
+    again = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, fast=False)
     assert not again.likelihood.shortcuts.on
     assert torch.equal(again.predict(tiny.sequences(), 0).probs, expected)
     assert tiny.equal(again.state_dict(), state)
@@ -73,9 +72,7 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     assert tiny.written(tmp_path) == {"README.md", checkpoints.WEIGHTS, checkpoints.CONFIG}
     size = (tmp_path / checkpoints.WEIGHTS).stat().st_size
     assert size < 4 * sum(p.numel() for p in base.parameters())
-    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
-    assert checkpoints.read_config(tmp_path) == config
-    assert config["notes"] == {"accuracy": "0.5"}
+    assert checkpoints.read_config(tmp_path)["notes"] == {"accuracy": "0.5"}
     words = LabelTokens(token_ids=tiny.ANSWERS, num_data=99)  # one that is given is taken as it is
     given = checkpoints.read_pretrained(base, tmp_path, likelihood=words)
     assert given.options["likelihood"] is words
@@ -83,26 +80,26 @@ def test_what_is_read_is_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama_classifier])
 def test_round_trip_of_a_trained_head(build, tmp_path):
-    base = build()
     options = {"target_modules": None, "likelihood": SequenceClassification()}
-    blora = tiny.shaken(tiny.adapted(base, **options), 0.3)
+    blora = tiny.shaken(tiny.adapted(build(), **options), 0.3)
     expected = predicted(blora)
     blora.save_pretrained(tmp_path)
-    blora.unwrap()
-    assert torch.equal(predicted(BayesianLoRA.from_pretrained(base, tmp_path)), expected)
+    again = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+    assert torch.equal(predicted(again), expected)
     with pytest.raises(CheckpointError):  # a network without such a head
         BayesianLoRA.from_pretrained(net(layers=2), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.unlink(),
-        lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}),
-        lambda path: rewrite(path.parent, prior=PRIOR),
-    ],
-)
+PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
+SPOILED = [
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path: path.unlink(),
+    lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}),
+    lambda path: rewrite(path.parent, prior=PRIOR),
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
 def test_a_spoiled_folder_is_refused(spoil, tmp_path):
     saved(tmp_path)
     spoil(tmp_path / checkpoints.WEIGHTS)
@@ -112,26 +109,19 @@ def test_a_spoiled_folder_is_refused(spoil, tmp_path):
     assert not any(m._forward_hooks for m in base.modules())
 
 
-PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
-
-
-# The parts of an adapter
-
-
 class Labels(tiny.LabelTokens):
     """A likelihood of the user's own."""
 
 
-OWN = {
-    "prior": (own_classes.Scaled(rank=3), own_classes.Scaled(rank=2)),
-    "guide": (own_classes.Spread(init_scale=0.2), own_classes.Spread(init_scale=0.3)),
-    "likelihood": (Labels(token_ids=tiny.ANSWERS, num_data=12), None),
-}
-
-
-@pytest.mark.parametrize("part", OWN)
-def test_a_class_of_ones_own_is_imported_if_trusted(part, tmp_path):
-    made, other = OWN[part]
+@pytest.mark.parametrize(
+    ("part", "made", "other"),
+    [
+        ("prior", own_classes.Scaled(rank=3), own_classes.Scaled(rank=2)),
+        ("guide", own_classes.Spread(init_scale=0.2), own_classes.Spread(init_scale=0.3)),
+        ("likelihood", Labels(token_ids=tiny.ANSWERS, num_data=12), None),
+    ],
+)
+def test_a_class_of_ones_own_is_imported_if_trusted(part, made, other, tmp_path):
     expected = saved(tmp_path, **{part: made})
     with pytest.raises(CheckpointError, match=rf"{part}=.*or trust_remote_code=True"):
         read(tmp_path)
@@ -184,9 +174,6 @@ def test_a_factor_of_a_guide_of_ones_own_is_read_as_it_was_saved(tmp_path):
     expected = blora.guide.scale_tril.clone()
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, guide=factored)
     assert torch.equal(read.guide.scale_tril, expected)
-
-
-# The base
 
 
 CACHE = "/home/me/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c"

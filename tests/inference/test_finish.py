@@ -27,17 +27,13 @@ class Classes(Likelihood):
 class Logistic:
     """Multinomial logistic regression in V: ``logits = W0 x + sigma Q_r^T V Q_c x``."""
 
-    def __init__(self, guide, ranks=(2, 3), examples=7, **options):
-        self.count, (self.m_r, self.m_c) = examples, ranks
-        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed", **options)
-        net = nn.Sequential(nn.Linear(5, 4))
-        self.blora = BayesianLoRA(
-            net, target_modules=["0"], prior=prior, guide=guide, likelihood=Classes(num_data=7)
-        )
+    def __init__(self, guide, ranks=(2, 3)):
+        options = {"guide": guide, "likelihood": Classes(num_data=7), "target_modules": ["0"]}
+        options["prior"] = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed")
+        self.blora = BayesianLoRA(nn.Sequential(nn.Linear(5, 4)), **options)
         (self.family,) = self.blora.guide.families().values()
-        with torch.no_grad():
-            self.family.loc.normal_()
-        self.rows = [{"x": torch.randn(5), "label": torch.tensor(i % 4)} for i in range(examples)]
+        nn.init.normal_(self.family.loc)
+        self.rows = [{"x": torch.randn(5), "label": torch.tensor(i % 4)} for i in range(7)]
 
     def collate(self, rows):
         both = torch.utils.data.default_collate(rows)
@@ -72,7 +68,7 @@ def test_diagonal_laplace_is_the_dense_one():
 
 
 @pytest.mark.parametrize("ranks", [(1, 3), (2, 1)])
-def test_kronecker_laplace_is_the_dense_one_where_the_curvature_is_a_product(ranks):
+def test_kronecker_laplace_is_the_dense_one_of_a_product(ranks):
     """With one row, or one column, it always is."""
     toy = Logistic(Laplace(), ranks=ranks)
     H = toy.gauss_newton()

@@ -12,15 +12,14 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from pyro_blora import effective_ranks, guides, models
-from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.evaluation.lm_eval import HFLM, PosteriorLM
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import finish
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
 from pyro_blora.methods import METHODS
 
 BATCH = tiny.sequences()
 ROWS = tiny.examples(4)
-UNLABELED = {key: value for key, value in BATCH.items() if key != "labels"}
+UNLABELED = tiny.unlabeled(BATCH)
 
 
 def seeded(run, *arguments, **options):
@@ -78,41 +77,15 @@ def test_a_validation_is_the_trainers_evaluation(samples, tmp_path):
 
 
 def test_what_samples_networks_says_no_to_a_method_that_linearizes(tmp_path):
-    parts = METHODS_OF["linearized"]
-    blora = tiny.adapted(num_data=4, **parts)
+    blora = tiny.adapted(num_data=4, **METHODS_OF["linearized"])
     finish(blora, ROWS, collate=tiny.collate, progress=False)
-    calls = [
+    for call in (
         lambda: blora.export_peft(tmp_path / "x", num_samples=2),
         lambda: blora.generate(BATCH["input_ids"], max_new_tokens=1),
-        *([lambda: PosteriorLM(blora, None)] if HFLM else []),
-    ]
-    for call in calls:
+    ):
         with pytest.raises(ConfigurationError, match="averages draws of linearized"):
             call()
     assert not (tmp_path / "x").exists()
-    blora.export_peft(tmp_path / "x")
-    blora.generate(BATCH["input_ids"], num_samples=0, max_new_tokens=1)
-
-
-class Lazy(torch.nn.Module):
-    """A guide of one's own, which reads its batch and has its parameters in Pyro's store."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.sites = [(site.name, site.prior) for site in model.sites]
-
-    def forward(self, batch=None):
-        for name, prior in self.sites:
-            loc = pyro.param(f"lazy.{name}", torch.zeros(prior.shape()))
-            normal = pyro.distributions.Normal(loc, 1 / len(batch["input_ids"]))
-            with pyro.plate(f"{name.split('.')[0]}.layers", len(loc), dim=-1):
-                pyro.sample(name, normal.to_event(prior.event_dim))
-
-
-def test_a_guide_of_ones_own_is_called_with_batches_alone(tmp_path):
-    blora = tiny.adapted(guide=Lazy)
-    assert blora.predict(UNLABELED, 2).samples.shape == (2, 4, 3)
-    blora.save_pretrained(tmp_path)
 
 
 # A state from Pyro's store
@@ -134,8 +107,8 @@ def with_head(parts, seed):
 
 
 def generated(blora, num_samples):
-    how = {"max_new_tokens": 2, "do_sample": False, "num_samples": num_samples}
-    return seeded(blora.generate, BATCH["input_ids"], **how).log_probs.nan_to_num()
+    options = {"max_new_tokens": 2, "do_sample": False, "num_samples": num_samples}
+    return seeded(blora.generate, BATCH["input_ids"], **options).log_probs.nan_to_num()
 
 
 QUESTIONS = {
@@ -246,14 +219,3 @@ def test_position_ids_are_used(likelihood):
     )
     torch.testing.assert_close(same, plain)
     assert (apart - plain).abs().max() > 1e-3
-
-
-def test_position_ids_that_cannot_be_used_are_refused():
-    choices = tiny.choices()
-    choices["position_ids"] = torch.arange(8).expand(3, 3, -1)
-    for blora, batch in (
-        (tiny.adapted(), {**BATCH, "position_ids": torch.arange(7)[None]}),
-        (tiny.adapted(likelihood=MultipleChoice()), choices),
-    ):
-        with pytest.raises(BatchError, match="position_ids must"):
-            blora.predict(batch, 3)

@@ -25,13 +25,13 @@ def held_out(method, seed):
         tiny.llama(), target_modules="all-linear", method=method, likelihood=likelihood
     )
     new, options = coin_flips(400, 2), {"num_steps": 200, "batch_size": 16, "seed": seed}
-    fit(blora, each(coin_flips(32, 1)), **options, progress=False)
+    fit(blora, tiny.rows_of(coin_flips(32, 1)), **options, progress=False)
     nll = -float(blora.log_predictive(new).mean())
     return nll, float(blora.predict(new).confidence.mean())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_default_is_less_confident_than_lora_where_nothing_can_be_known(seed):
+def test_the_default_is_less_confident_than_lora_of_coin_flips(seed):
     lora, default = held_out("lora", seed), held_out("bayesian-lora", seed)
     assert lora[1] > 0.7
     assert default[0] < lora[0] - 0.05
@@ -52,11 +52,6 @@ def questions(rows, seed, *, known):
     return {"input_ids": ids, **masks, "labels": labels}
 
 
-def each(batch):
-    """Its rows."""
-    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_options_are_even_only_where_nothing_can_be_known(seed):
     """The scale of the scores can neither collapse nor claim what is not there."""
@@ -65,7 +60,7 @@ def test_options_are_even_only_where_nothing_can_be_known(seed):
     for known in (True, False):
         torch.manual_seed(seed)
         blora = BayesianLoRA(net, target_modules="all-linear", likelihood=likelihood)
-        fit(blora, each(questions(160, seed, known=known)), **options)
+        fit(blora, tiny.rows_of(questions(160, seed, known=known)), **options)
         new = questions(300, 100 + seed, known=known)
         nll[known] = -float(blora.log_predictive(new).mean())
         prediction = blora.predict(new)

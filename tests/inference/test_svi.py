@@ -11,7 +11,6 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch.utils.data import DataLoader
 
-from pyro_blora import fit
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.inference import optim_args
 from pyro_blora.likelihoods import MultipleChoice
@@ -36,13 +35,10 @@ def seeded(guide):
     ("guide", "elbo"), [(MatrixNormal(), TraceMeanField_ELBO), (AutoNormal, Trace_ELBO)]
 )
 def test_svi_takes_the_steps_of_fit(guide, elbo):
-    rows = tiny.choices(N)
-    data = [{key: value[i] for key, value in rows.items()} for i in range(N)]
-    loader = DataLoader(data, BATCH)
+    loader = DataLoader(tiny.rows_of(tiny.choices(N)), BATCH)
     made = [seeded(guide) for _ in range(2)]
-    plain = {"warmup": 0.0, "decay": "constant", "max_grad_norm": None, "precision": "float32"}
-    plain["held_out"] = 0.0  # as in the loop
-    result = fit(made[0], loader, num_steps=STEPS, **plain, progress=False)
+    plain = {"warmup": 0.0, "decay": "constant", "max_grad_norm": None, "held_out": 0.0}
+    result = tiny.train(made[0], loader, num_steps=STEPS, precision="float32", **plain)
     ours = [figures["loss"] for figures in result.history]
 
     pyro.clear_param_store()
