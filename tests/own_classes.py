@@ -48,8 +48,7 @@ class RandomScale(KroneckerInducing):
     no_start: ClassVar[str] = "its scales are random"
 
     def __init__(self, *, sigma=None, conditional="deterministic") -> None:
-        options = {"sigma": sigma, "conditional": conditional}
-        super().__init__(rank=2, scale="fixed", **options)
+        super().__init__(rank=2, scale="fixed", sigma=sigma, conditional=conditional)
 
     def layer_scale(self):
         with self.plate():

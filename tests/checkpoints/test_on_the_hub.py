@@ -38,37 +38,30 @@ def loads(monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Keeps repositories in a folder; somebody else's cannot be written."""
-    root = tmp_path / "hub"
+    """Keeps repositories in a folder."""
 
-    def create_repo(repo_id, *, private, exist_ok):
-        if repo_id.startswith("other/"):
-            raise OSError("403 Forbidden\nmore lines")
-        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
-
-    def upload_folder(*, repo_id, folder_path):
-        shutil.copytree(folder_path, root / repo_id)
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/0")
+    def upload(*, repo_id, folder_path, **_):
+        shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
 
     def download(repo_id, *, allow_patterns):
-        if not (root / repo_id).exists():
+        if not (tmp_path / "hub" / repo_id).exists():
             raise OSError("404 Not Found\nmore lines")
-        only = set(allow_patterns)
-        ignore = lambda _, names: set(names) - only  # noqa: E731
-        return str(shutil.copytree(root / repo_id, tmp_path / "cache", ignore=ignore))
+        return str(tmp_path / "hub" / repo_id)
 
-    api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
+    create = lambda repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}")  # noqa: E731
+    api = SimpleNamespace(create_repo=create, upload_folder=upload)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return root
+    return tmp_path / "hub"
 
 
 def test_the_base_is_loaded_by_its_name(loads, tmp_path):
     blora = tiny.adapted(net())
     expected = blora.predict(tiny.sequences(), 0).probs
     blora.save_pretrained(tmp_path)
-    for how in ({"folder": tmp_path}, {"net": str(tmp_path)}):
-        read = BayesianLoRA.from_pretrained(**how)
+    for place in ({"folder": tmp_path}, {"net": str(tmp_path)}):
+        read = BayesianLoRA.from_pretrained(**place)
         assert torch.equal(read.predict(tiny.sequences(), 0).probs, expected)
     likelihood = SequenceClassification(num_data=12)
     blora = tiny.adapted(net(tiny.bert).bfloat16(), target_modules=["query"], likelihood=likelihood)
@@ -77,36 +70,27 @@ def test_the_base_is_loaded_by_its_name(loads, tmp_path):
     asked = ("me/my-base", None, torch.float32)
     assert loads == [asked, asked, ("me/my-base", 3, torch.bfloat16)]
     tiny.adapted(net(name="/home/user/base")).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no name on the hub; load it yourself.*\(net, "):
+    with pytest.raises(CheckpointError, match="no name on the hub"):
         BayesianLoRA.from_pretrained(tmp_path)
 
 
-def test_pushed_and_read_by_its_id(loads, hub):
+@pytest.mark.usefixtures("loads")
+def test_pushed_and_read_by_its_id(hub):
     blora = tiny.adapted(net())
     expected = blora.predict(tiny.sequences(), 0).probs
     url = blora.push_to_hub("my-adapter", private=True, notes={"accuracy": 0.5})
-    assert url == "https://hub/me/my-adapter/commit/0"
+    assert url == "https://hub/me/my-adapter"
     names = {CARD, checkpoints.CONFIG, checkpoints.WEIGHTS}
     assert tiny.written(hub / "me" / "my-adapter") == names
     read = BayesianLoRA.from_pretrained("me/my-adapter")
     assert torch.equal(read.predict(tiny.sequences(), 0).probs, expected)
-    card = (hub / "me" / "my-adapter" / CARD).read_text()
-    assert 'from_pretrained("my-adapter")' in card
-    assert "| accuracy | 0.5 |" in card
+    assert "| accuracy | 0.5 |" in (hub / "me" / "my-adapter" / CARD).read_text()
+    for name in ("me/none", "nowhere"):
+        with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+            BayesianLoRA.from_pretrained(name)
 
 
-def test_a_hub_that_refuses_is_told_in_one_line(hub):
-    blora = tiny.adapted(net())
-    with pytest.raises(CheckpointError, match=r"^other/a was not pushed \(403 Forbidden\)[^\n]*$"):
-        blora.push_to_hub("other/a")
-    with pytest.raises(CheckpointError, match=r"^me/none does not exist here[^\n]*404 Not Found"):
-        BayesianLoRA.from_pretrained("me/none")
-    with pytest.raises(CheckpointError, match="does not exist; give"):
-        BayesianLoRA.from_pretrained("nowhere")
-
-
-def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
-    """It is written anew, but a page of the user's own stays."""
+def test_the_card_says_what_was_trained_and_a_page_of_the_user_stays(tmp_path):
     blora = tiny.adapted(net(), num_data=10)
     result = tiny.train(blora, num_steps=4, validation=tiny.examples(4), validate_every=2)
     blora.save_pretrained(tmp_path)
@@ -115,15 +99,10 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(tmp_path):
     assert huggingface_hub.ModelCard(text).data.to_dict()["base_model"] == "me/my-base"
     elbo = -sum(10 * f["nll"] + f["kl"] for f in result.history) / 4
     for row in (
-        "| base | me/my-base (LlamaForCausalLM) |",
         f"| prior | {blora.prior!r} |",
-        "| guide | MatrixNormal(init_scale=0.1) |",
-        "| training examples | 10 |\n| steps | 4 |",
-        "| settings | num_steps=4, batch_size=4, kl_weight=1.0, held_out=0.0, ",
         f"| ELBO | {elbo:.4g} nats",
         f"| validation NLL | {result.validation[-1][1]:.4g} at step 4",
         "| task | a \\| b |",
-        'BayesianLoRA.from_pretrained("path/to/this/folder")',
     ):
         assert row in text
     (tmp_path / CARD).write_text("mine")

@@ -36,11 +36,12 @@ def blora():
 def test_another_size_than_that_of_the_data_warns(way, tmp_path):
     blora = tiny.adapted(num_data=5000)
     loader = DataLoader(ROWS, 5, collate_fn=tiny.collate)
+    run = {
+        "loader": lambda: tiny.train(blora, loader, collate=None),
+        "Trainer": lambda: tiny.trainer(tmp_path, blora, ROWS),
+    }
     with pytest.warns(UserWarning, match="=5000, but train has 10 .* so the KL weighs 0.002 times"):
-        if way == "Trainer":
-            tiny.trainer(tmp_path, blora, ROWS)
-        else:
-            tiny.train(blora, loader, collate=None)
+        run[way]()
 
 
 NUMBERS = [

@@ -2,21 +2,25 @@
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pyro
 import pytest
 import tiny
 import torch
 from own_classes import Sloped
-from pyro.infer import SVI
+from pyro.infer import SVI, Predictive
 from pyro.optim import ClippedAdam
 from safetensors.torch import load_file
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
 
 BATCH = tiny.sequences()
+
+
+WITH = {"likelihood": LabelTokens(token_ids=tiny.ANSWERS, num_data=10)}
 
 
 def net():
@@ -24,18 +28,14 @@ def net():
     return tiny.llama()
 
 
-def likelihood():
-    return LabelTokens(token_ids=tiny.ANSWERS, num_data=10)
-
-
 def trained_on(blora, steps):
     tiny.train(blora, num_steps=steps, precision="float32")
     return blora
 
 
-def adapted(seed, base, steps=5):
+def adapted(seed, base):
     torch.manual_seed(seed)
-    return trained_on(tiny.adapted(base, likelihood=likelihood()), steps)
+    return trained_on(tiny.adapted(base, **WITH), 5)
 
 
 def alone(folder):
@@ -43,9 +43,7 @@ def alone(folder):
     return {
         "trained": lambda: adapted(1, net()),
         "loaded": lambda: BayesianLoRA.from_pretrained(net(), folder / "saved"),
-        "peft": lambda: trained_on(
-            BayesianLoRA.from_peft(net(), folder / "lora", likelihood=likelihood()), 2
-        ),
+        "peft": lambda: trained_on(BayesianLoRA.from_peft(net(), folder / "lora", **WITH), 2),
         "copied": lambda: trained_on(adapted(1, net()), 3),
         "added": lambda: adapted(2, net()),
     }
@@ -53,16 +51,14 @@ def alone(folder):
 
 def together(folder):
     """The same five in one process; two of them share a network."""
-    kinds = ("trained", "loaded", "peft")
-    made = {kind: alone(folder)[kind]() for kind in kinds}
+    made = {kind: alone(folder)[kind]() for kind in ("trained", "loaded", "peft")}
     made["copied"] = trained_on(copy.deepcopy(made["trained"]), 3)
-    torch.manual_seed(2)
     made["trained"].model.detach()
-    made["added"] = trained_on(tiny.adapted(made["trained"].net, likelihood=likelihood()), 5)
+    made["added"] = adapted(2, made["trained"].net)
     return made
 
 
-def drawn(blora):
+def drawn(blora, _):
     torch.manual_seed(3)
     return blora.predict(BATCH, 4).samples
 
@@ -78,7 +74,7 @@ QUESTIONS = {
     "kl": lambda blora, folder: blora.kl(),
     "export": exported,
     "mean": lambda blora, folder: blora.predict(BATCH, 0).samples,
-    "draws": lambda blora, folder: drawn(blora),
+    "draws": drawn,
 }
 
 
@@ -103,62 +99,58 @@ def test_five_adapters_answer_as_they_do_alone(tmp_path):
                 for name in ("trained", "added"):
                     made[name].model.detach()
                 made[kind].model.attach()
-            found = answer(made[kind], question, tmp_path)
-            told = (first, then, question)
-            assert found == pytest.approx(expected[kind][question], rel=1e-5, abs=1e-6), told
+            found, right = answer(made[kind], question, tmp_path), expected[kind][question]
+            assert found == pytest.approx(right, rel=1e-5, abs=1e-6), (first, then, question)
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_two_loops_take_turns_in_either_store(local):
     """With rates by name, which Pyro's optimizers look up in the global store."""
+    names = set()
 
-    def loop(seed, names):
+    def loop(seed):
         torch.manual_seed(seed)
         blora = tiny.adapted(num_data=10)
-
-        def by_name(name):
-            names.add(name)
-            return {"lr": 1e-3 if ".Z_" in name else 1e-1}
-
-        return blora, SVI(blora.model, blora.guide, ClippedAdam(by_name), tiny.elbo(4))
+        rates = lambda name: names.add(name) or {"lr": 1e-3 if ".Z_" in name else 1e-1}  # noqa: E731
+        return blora, SVI(blora.model, blora.guide, ClippedAdam(rates), tiny.elbo(4))
 
     def steps(*loops):
-        for turn in range(3):
-            for _, svi in loops:
-                torch.manual_seed(turn)
-                svi.step(tiny.sequences(8))
+        for turn, (_, svi) in itertools.product(range(3), loops):
+            torch.manual_seed(turn)
+            svi.step(tiny.sequences(8))
+        return tiny.trained(loops[0][0])
 
     with pyro.settings.context(module_local_params=local):
-        names = set()
-        alone, svi = loop(0, names)
-        steps((alone, svi))
-        one, other = loop(0, set()), loop(1, set())
-        steps(one, other)
-    assert tiny.equal(tiny.trained(one[0]), tiny.trained(alone))
-    assert names == {n.removesuffix("_unconstrained") for n in tiny.trained(alone)}
+        alone = steps(loop(0))
+        assert names == {name.removesuffix("_unconstrained") for name in alone}
+        assert tiny.equal(steps(loop(0), loop(1)), alone)
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda blora: blora.predict(tiny.sequences(), 2),
-        lambda blora: blora.predict(tiny.sequences(), 2, linearized=True),
-        lambda blora: blora.log_predictive(tiny.sequences(), 2),
-        lambda blora: blora.generate(tiny.sequences()["input_ids"], max_new_tokens=1),
-        lambda blora: blora.model(tiny.sequences()),
-        lambda blora: blora(**{k: v for k, v in tiny.sequences().items() if k != "labels"}),
-        tiny.train,
-    ],
-)
-def test_one_that_is_off_its_network_is_refused_before_anything_runs(ask):
-    blora = tiny.adapted(num_data=10)
-    other = tiny.adapted(blora.unwrap())
+def test_one_that_is_off_is_refused_and_leaves_the_network_alone():
+    blora, ids = tiny.adapted(num_data=10), BATCH["input_ids"]
+    net = blora.unwrap()
+    newer = tiny.adapted(net, num_data=10, fast=False)
+    expected = newer.predict(BATCH, 0).probs
     state, before = torch.get_rng_state(), tiny.trained(blora)
-    with pytest.raises(ConfigurationError, match="must be on its network"):
-        ask(blora)
+    for ask in (
+        lambda: blora.predict(BATCH, 2),
+        lambda: blora.predict(BATCH, 2, linearized=True),
+        lambda: blora.log_predictive(BATCH, 2),
+        lambda: blora.generate(ids, max_new_tokens=1),
+        lambda: blora.model(BATCH),
+        lambda: blora(ids),
+        lambda: tiny.train(blora),
+        blora.merge_and_unload,
+    ):
+        with pytest.raises(ConfigurationError, match="must be on its network"):
+            ask()
     assert torch.equal(torch.get_rng_state(), state)
     assert tiny.equal(tiny.trained(blora), before)
-    assert other.model.adapters
+    blora.half().train()
+    blora.unwrap()
+    assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, False)}
+    assert not net.training
+    assert torch.equal(newer.predict(BATCH, 0).probs, expected)
 
 
 def test_a_likelihood_is_a_template_as_prior_and_guide_are():
@@ -174,15 +166,70 @@ def test_a_likelihood_is_a_template_as_prior_and_guide_are():
     assert other.likelihood is not blora.likelihood
 
 
-def test_one_that_is_off_leaves_the_network_to_the_one_that_is_on():
-    older = tiny.adapted(num_data=10)
-    net = older.unwrap()
-    newer = tiny.adapted(net, num_data=10, fast=False)
-    before = newer.predict(tiny.sequences(), 0).probs
-    older.half().train()
-    older.unwrap()
-    with pytest.raises(ConfigurationError, match="must be on its network"):
-        older.merge_and_unload()
-    assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, False)}
-    assert not net.training
-    assert torch.equal(newer.predict(tiny.sequences(), 0).probs, before)
+# Threads of a server ask two adapters, and get what one thread alone gets
+TEXT = tiny.unlabeled(tiny.texts())
+INPUTS = tiny.unlabeled(BATCH)
+
+
+def adapters():
+    """Of text, and of classes by a head that is trained."""
+    torch.manual_seed(0)
+    text = tiny.adapted(likelihood=CausalLM(num_data=10))
+    options = {"target_modules": None, "likelihood": SequenceClassification(num_data=10)}
+    return [tiny.shaken(a, 0.2) for a in (text, tiny.adapted(tiny.bert(), **options))]
+
+
+def under_the_mean(blora):
+    with blora.posterior() as net:
+        return net(**INPUTS).logits
+
+
+def questions(text, classes):
+    """What is drawn is given, so that each answer is one number for number."""
+    torch.manual_seed(1)
+    drawn = {a: Predictive(a.guide, num_samples=3)(BATCH) for a in (text, classes)}
+    made = {"max_new_tokens": 2, "do_sample": False, "num_samples": 0}
+    return [
+        lambda: classes.predict(BATCH, samples=drawn[classes]).samples,
+        lambda: classes.log_predictive(BATCH, 0),
+        lambda: classes(**INPUTS).logits,
+        lambda: under_the_mean(classes),
+        lambda: text.log_predictive(tiny.texts(), samples=drawn[text]),
+        lambda: text.generate(**TEXT, **made).log_probs.nan_to_num(),
+        lambda: text.kl(),
+    ]
+
+
+def test_eight_threads_get_what_one_gets_and_leave_the_network_as_it_was():
+    both = adapters()
+    before = [{n: t.clone() for n, t in a.net.state_dict().items()} for a in both]
+    ask = questions(*both)
+    expected = [question() for question in ask]
+    asked = [k % len(ask) for k in range(64)]
+    pairs = list(zip(both, (tiny.texts(), BATCH), strict=True))
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(ask[k]) for k in asked]
+        drawn = [pool.submit(a.log_predictive, row, 2) for a, row in pairs * 8]
+        found = [future.result() for future in waiting]
+        assert all(future.result().isfinite().all() for future in drawn)
+    for k, answer in zip(asked, found, strict=True):
+        assert torch.equal(answer, expected[k]), k
+    for blora, state in zip(both, before, strict=True):
+        net = blora.unwrap()
+        assert tiny.equal(net.state_dict(), state)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+        assert not [name for name in vars(net) if "blora" in name]
+
+
+def test_a_training_is_as_alone_while_others_ask():
+    def trained(others):
+        text, classes = adapters()
+        torch.manual_seed(2)
+        with ThreadPoolExecutor(4) as pool:
+            training = pool.submit(tiny.train, classes)
+            asked = [pool.submit(text.log_predictive, tiny.texts(), 3) for _ in range(others)]
+            losses = [figures["loss"] for figures in training.result().history]
+            assert all(future.result().isfinite().all() for future in asked)
+        return losses
+
+    assert trained(12) == trained(0)

@@ -27,17 +27,13 @@ class Classes(Likelihood):
 class Logistic:
     """Multinomial logistic regression in V: ``logits = W0 x + sigma Q_r^T V Q_c x``."""
 
-    def __init__(self, guide, ranks=(2, 3), examples=7, **options):
-        self.count, (self.m_r, self.m_c) = examples, ranks
-        prior = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed", **options)
-        net = nn.Sequential(nn.Linear(5, 4))
-        self.blora = BayesianLoRA(
-            net, target_modules=["0"], prior=prior, guide=guide, likelihood=Classes(num_data=7)
-        )
+    def __init__(self, guide, ranks=(2, 3)):
+        options = {"guide": guide, "likelihood": Classes(num_data=7), "target_modules": ["0"]}
+        options["prior"] = KroneckerInducing(rank=ranks, sigma=1.5, scale="fixed")
+        self.blora = BayesianLoRA(nn.Sequential(nn.Linear(5, 4)), **options)
         (self.family,) = self.blora.guide.families().values()
-        with torch.no_grad():
-            self.family.loc.normal_()
-        self.rows = [{"x": torch.randn(5), "label": torch.tensor(i % 4)} for i in range(examples)]
+        nn.init.normal_(self.family.loc)
+        self.rows = [{"x": torch.randn(5), "label": torch.tensor(i % 4)} for i in range(7)]
 
     def collate(self, rows):
         both = torch.utils.data.default_collate(rows)
@@ -72,7 +68,7 @@ def test_diagonal_laplace_is_the_dense_one():
 
 
 @pytest.mark.parametrize("ranks", [(1, 3), (2, 1)])
-def test_kronecker_laplace_is_the_dense_one_where_the_curvature_is_a_product(ranks):
+def test_kronecker_laplace_is_the_dense_one_of_a_product(ranks):
     """With one row, or one column, it always is."""
     toy = Logistic(Laplace(), ranks=ranks)
     H = toy.gauss_newton()
@@ -89,9 +85,9 @@ def test_kronecker_laplace_is_the_dense_one_where_the_curvature_is_a_product(ran
 def test_a_part_of_the_data_is_scaled_to_the_whole():
     toy = Logistic(Laplace(structure="diag"))
     widths = []
-    for num_data, rows in ((7, toy.rows), (14, toy.rows), (14, toy.rows + toy.rows)):
+    for num_data, times in ((7, 1), (14, 1), (14, 2)):
         toy.blora.likelihood.num_data = num_data
-        finish(toy.blora, rows, collate=toy.collate)
+        finish(toy.blora, toy.rows * times, collate=toy.collate)
         widths.append(toy.family.width.clone())
         toy.family.reopen()
     torch.testing.assert_close(widths[1], widths[2])
@@ -110,37 +106,34 @@ def test_the_marginal_likelihood_is_highest_at_the_chosen_precision(scale):
 
     best = best_precision(values, loc)
     assert evidence(best) > max(evidence(best * 1.05), evidence(best / 1.05))
-
-
-@pytest.mark.parametrize(("values", "size", "best"), [(1e-6, 1, 1e-3), (0, 1, 1e-6), (1, 0, 1e6)])
-def test_the_chosen_precision_is_a_root_or_an_end_of_the_range(values, size, best):
-    """For one number of estimate 1, ``delta (delta + lambda) = lambda``."""
-    found = best_precision(torch.tensor([float(values)]), torch.tensor([float(size)]))
-    assert found == pytest.approx(best, rel=1e-3)
+    for value, size, root in ((1e-6, 1.0, 1e-3), (0.0, 1.0, 1e-6), (1.0, 0.0, 1e6)):
+        found = best_precision(torch.tensor([value]), torch.tensor([size]))
+        assert found == pytest.approx(root, rel=1e-3)  # or an end of the range
 
 
 def test_fit_finishes_and_the_width_travels():
     """Of a prior so narrow that the density of a point is above one, which is no negative KL."""
     prior = GaussianFactors(rank=2, random="A", sigma=0.2)
-    blora = tiny.adapted(tiny.llama(), prior=prior, guide=Laplace(), num_data=10)
+    blora = tiny.adapted(prior=prior, guide=Laplace(), num_data=10)
     tiny.train(blora)
-    assert all(f.finished for f in blora.guide.families().values())
     batch = tiny.collate(tiny.examples(4))
-    assert blora.predict(batch, 20).mutual_information.mean() > 0
-    mean = blora.predict(batch, 0).samples
-    state = blora.state_dict()
-    net = blora.unwrap()
-    fresh = tiny.adapted(net, prior=prior, guide=Laplace(), num_data=10)
-    assert fresh.predict(batch, 5).mutual_information.abs().max() < 1e-6  # still a point
+
+    def width(blora):
+        return blora.predict(batch, 20).mutual_information.mean()
+
+    mean, state = blora.predict(batch, 0).samples, blora.state_dict()
+    assert width(blora) > 0
+    fresh = tiny.adapted(blora.unwrap(), prior=prior, guide=Laplace(), num_data=10)
+    assert width(fresh).abs() < 1e-6  # still a point
     fresh.load_state_dict(state)
     assert torch.equal(fresh.predict(batch, 0).samples, mean)
-    assert fresh.predict(batch, 20).mutual_information.mean() > 0
+    assert width(fresh) > 0
     tiny.train(fresh)  # and more training starts from the point again
     assert all(f.finished for f in fresh.guide.families().values())
 
 
 def test_what_cannot_be_finished_is_refused():
-    with pytest.raises(ConfigurationError, match=r"must have a Laplace guide.* got Mean"):
+    with pytest.raises(ConfigurationError, match="must have a Laplace guide"):
         finish(tiny.adapted(guide=MeanField()), tiny.examples(), collate=tiny.collate)
-    with pytest.raises(ConfigurationError, match=r"must be one of \('kron', 'diag'\), got"):
+    with pytest.raises(ConfigurationError, match="got"):
         Laplace(structure="full")

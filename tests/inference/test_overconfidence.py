@@ -24,15 +24,14 @@ def held_out(method, seed):
     blora = BayesianLoRA(
         tiny.llama(), target_modules="all-linear", method=method, likelihood=likelihood
     )
-    rows, new = coin_flips(32, 1), coin_flips(400, 2)
-    train = [{key: value[i] for key, value in rows.items()} for i in range(32)]
-    fit(blora, train, num_steps=200, batch_size=16, seed=seed, progress=False)
+    new, options = coin_flips(400, 2), {"num_steps": 200, "batch_size": 16, "seed": seed}
+    fit(blora, tiny.rows_of(coin_flips(32, 1)), **options, progress=False)
     nll = -float(blora.log_predictive(new).mean())
     return nll, float(blora.predict(new).confidence.mean())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_default_is_less_confident_than_lora_where_nothing_can_be_known(seed):
+def test_the_default_is_less_confident_than_lora_of_coin_flips(seed):
     lora, default = held_out("lora", seed), held_out("bayesian-lora", seed)
     assert lora[1] > 0.7
     assert default[0] < lora[0] - 0.05
@@ -56,15 +55,12 @@ def questions(rows, seed, *, known):
 @pytest.mark.parametrize("seed", range(10))
 def test_options_are_even_only_where_nothing_can_be_known(seed):
     """The scale of the scores can neither collapse nor claim what is not there."""
-    net, nll, count = tiny.llama(), {}, 160
+    net, nll, likelihood = tiny.llama(), {}, MultipleChoice(num_data=160)
+    options = {"num_steps": 80, "batch_size": 8, "seed": seed, "progress": False}
     for known in (True, False):
         torch.manual_seed(seed)
-        blora = BayesianLoRA(
-            net, target_modules="all-linear", likelihood=MultipleChoice(num_data=count)
-        )
-        rows = questions(count, seed, known=known)
-        train = [{key: value[i] for key, value in rows.items()} for i in range(count)]
-        fit(blora, train, num_steps=80, batch_size=8, seed=seed, progress=False)
+        blora = BayesianLoRA(net, target_modules="all-linear", likelihood=likelihood)
+        fit(blora, tiny.rows_of(questions(160, seed, known=known)), **options)
         new = questions(300, 100 + seed, known=known)
         nll[known] = -float(blora.log_predictive(new).mean())
         prediction = blora.predict(new)

@@ -1,64 +1,58 @@
 """The posterior predictive of a batch."""
 
+import math
+
+import pyro
 import pytest
 import tiny
 import torch
+from own_classes import Sloped
 from own_tokenizer import build_tokenizer
-from torch import Tensor, nn
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import Ensemble, Laplace
+from pyro_blora.guides import Amortized, Ensemble, Laplace, MeanField
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
-from pyro_blora.models import KroneckerInducing
-from pyro_blora.network.adapter import in_mode
+from pyro_blora.models import Hierarchical, KroneckerInducing
 from pyro_blora.posterior.posterior import rows_of_a_pass
 
 
 def moved(**options):
     """An adapter whose posterior mean is not zero."""
     blora = tiny.adapted(**options)
-    with torch.no_grad():
-        for name, parameter in blora.guide.named_parameters():
-            if "loc" in name:
-                parameter.normal_()
+    for name, parameter in blora.guide.named_parameters():
+        if "loc" in name:
+            torch.nn.init.normal_(parameter)
     return blora
 
 
+@torch.no_grad()
 def test_no_samples_is_the_network_at_the_posterior_mean():
     blora, batch = moved(), tiny.sequences()
-    with torch.no_grad(), blora.posterior(0) as net:
-        logits = net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = tiny.answers(logits, batch).softmax(-1)
-    found = blora.predict(batch, 0).probs
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(blora.predict(batch, 0).probs, found, atol=0, rtol=0)
-    with torch.no_grad():
-        base = blora.net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert not torch.allclose(base, logits, atol=1e-2)
-
-
-@torch.no_grad()
-def test_the_posterior_mean_has_no_noise():
-    """Neither of the guide nor of the conditional."""
-    prior = KroneckerInducing(rank=2, conditional="exact")
-    blora, batch = moved(prior=prior), tiny.sequences()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with blora.posterior(0) as net:
-        torch.testing.assert_close(
-            net(batch["input_ids"]).logits, net(batch["input_ids"]).logits, atol=0, rtol=0
-        )
-    assert torch.equal(blora.predict(batch, 0).samples, blora.predict(batch, 0).samples)
-    assert not torch.equal(blora.predict(batch, 1).samples, blora.predict(batch, 1).samples)
+        logits = net(**inputs).logits
+    expected = tiny.answers(logits, batch).softmax(-1)
+    torch.testing.assert_close(blora.predict(batch, 0).probs, expected)
+    assert not torch.allclose(blora.net(**inputs).logits, logits, atol=1e-2)
 
 
 @torch.no_grad()
-def test_one_draw_is_held():
-    blora, ids, found = moved(), tiny.sequences()["input_ids"], []
+@pytest.mark.parametrize("num_samples", [0, 1])
+def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
+    """Neither of the guide nor, at the mean, of the conditional."""
+    prior = KroneckerInducing(rank=2, conditional="deterministic" if num_samples else "exact")
+    blora, batch, found = moved(prior=prior), tiny.sequences(), []
     for _ in range(2):
-        with blora.posterior(1) as net:
-            found.append(net(ids).logits)
-            assert torch.equal(net(ids).logits, found[-1])
-    assert not torch.allclose(*found, atol=1e-3)
+        with blora.posterior(num_samples) as net:
+            found.append(net(batch["input_ids"]).logits)
+            assert torch.equal(net(batch["input_ids"]).logits, found[-1])
+    assert torch.equal(*found) == (num_samples == 0)
+    one, other = (blora.predict(batch, num_samples).samples for _ in range(2))
+    assert torch.equal(one, other) == (num_samples == 0)
 
 
 @pytest.mark.parametrize(
@@ -70,19 +64,10 @@ def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
     blora, sizes = tiny.asked(tiny.adapted()), []
     assert rows_of_a_pass(blora.model, batch) == 64
     assert rows_of_a_pass(blora.model, {**batch, "input_ids": torch.ones(1, 5000)}) == 1
-    blora.net.register_forward_pre_hook(
-        lambda net, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    note = lambda _, args, inputs: sizes.append(len(inputs["input_ids"]))  # noqa: E731
+    blora.net.register_forward_pre_hook(note, with_kwargs=True)
     assert blora.predict(batch, draws, max_rows=max_rows).samples.shape == (draws, 4, 3)
     assert sizes == expected
-
-
-def test_a_pass_of_packed_options_is_counted_by_the_tokens_that_it_runs():
-    blora = tiny.adapted(likelihood=MultipleChoice(num_data=12))
-    batch = tiny.choices(3, 4, 16)
-    scored = int(batch["option_mask"].sum(-1).max())
-    assert rows_of_a_pass(blora.model, batch) == 1024 // (16 + 3 * scored)
-    assert blora.predict(batch, 40).samples.shape == (40, 3, 4)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -99,27 +84,6 @@ def test_each_part_is_left_in_its_own_mode(training, num_samples):
     with pytest.raises(IndexError):
         blora.predict({**batch, "input_ids": batch["input_ids"] + 10**6}, num_samples)
     assert [module.training for module in blora.net.modules()] == before
-
-
-class Merging(nn.Sequential):
-    """Does more in a mode than note it, as one that merges its weights for evaluation."""
-
-    def train(self, mode=True):
-        self.merged = not mode
-        return super().train(mode)
-
-
-def test_a_part_that_does_more_in_a_mode_than_note_it_is_told_of_both():
-    shared = nn.Identity()
-    net = nn.ModuleDict({"a": Merging(shared), "b": Merging(shared), "c": nn.Identity()}).train()
-    net["c"].eval()  # so that the whole is not told as one
-    with in_mode(net, training=False):
-        assert net["a"].merged
-        assert net["b"].merged
-    assert not net["a"].merged
-    assert not net["b"].merged
-    assert shared.training
-    assert not net["c"].training
 
 
 def test_between_two_passes_the_network_is_in_its_own_mode():
@@ -155,21 +119,19 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
 
 @pytest.mark.parametrize(("num_samples", "max_rows"), [(0, 100), (5, 4)])
 @pytest.mark.parametrize(
-    ("build", "likelihood", "batch"),
+    ("build", "likelihood"),
     [
-        (tiny.llama, LabelTokens(token_ids=tiny.ANSWERS), tiny.sequences(4)),
-        (tiny.llama, MultipleChoice(), tiny.choices(4)),
-        (tiny.bert, SequenceClassification(), tiny.sequences(4)),
+        (tiny.llama, LabelTokens(token_ids=tiny.ANSWERS)),
+        (tiny.llama, MultipleChoice()),
+        (tiny.bert, SequenceClassification()),
     ],
 )
-def test_log_predictive_is_that_of_the_mean_probability(
-    build, likelihood, batch, num_samples, max_rows
-):
+def test_log_predictive_is_that_of_the_mean_probability(build, likelihood, num_samples, max_rows):
     """Of probabilities that no label is needed for."""
-    blora = moved(net=build(), target_modules=None, likelihood=tiny.anew(likelihood))
-    unlabeled = {key: value for key, value in batch.items() if key != "labels"}
+    batch = tiny.choices(4) if isinstance(likelihood, MultipleChoice) else tiny.sequences()
+    blora = moved(net=build(), target_modules=None, likelihood=likelihood)
     torch.manual_seed(0)
-    prediction = blora.predict(unlabeled, num_samples, max_rows=max_rows)
+    prediction = blora.predict(tiny.unlabeled(batch), num_samples, max_rows=max_rows)
     assert prediction.samples.shape == (max(num_samples, 1), 4, 3)
     assert not prediction.samples.requires_grad
     torch.manual_seed(0)
@@ -178,77 +140,173 @@ def test_log_predictive_is_that_of_the_mean_probability(
     torch.testing.assert_close(found, expected)
 
 
-def test_what_cannot_be_predicted():
-    with pytest.raises(ConfigurationError, match=r"num_samples must be .* got -1"):
-        tiny.adapted().predict(tiny.sequences(), -1)
-    blora = tiny.adapted(likelihood=CausalLM(num_data=4))
-    with pytest.raises(ConfigurationError, match="got CausalLM; use log_predictive"):
-        blora.predict(tiny.texts())
-    with pytest.raises(BatchError, match="must have labels"):
-        blora.log_predictive({key: tiny.texts()[key] for key in blora.likelihood.keys})
+def test_the_classes_of_free_text_are_not_predicted():
+    with pytest.raises(ConfigurationError, match="use log_predictive"):
+        tiny.adapted(likelihood=CausalLM(num_data=4)).predict(tiny.texts())
 
 
 ROWS = tiny.examples(22)
 
 
-@pytest.mark.parametrize("size", [4, 7])
-def test_all_examples_of_a_loader_are_predicted_in_its_order(size):
-    blora = moved()
-    loader = DataLoader(ROWS[::-1], size, collate_fn=tiny.collate)
-    of_loader, labels = blora.predict_dataset(loader, num_samples=0, progress=False)
-    assert labels.tolist() == [row["label"] for row in ROWS[::-1]]
-    for k, row in enumerate(ROWS[::-1]):
-        alone = blora.predict(tiny.collate([row]), 0).samples[:, 0]
-        torch.testing.assert_close(of_loader.samples[:, k], alone, atol=1e-6, rtol=1e-5)
-    scores, counts = blora.log_predictive_dataset(loader, None, 0, progress=False)
+@pytest.mark.parametrize("size", [4, 7, None])
+def test_all_examples_are_predicted_in_the_order_of_the_data(size):
+    """Of a loader, and of a list, which is sorted by length."""
+    blora, rows = moved(), ROWS[::-1]
+    data = DataLoader(rows, size, collate_fn=tiny.collate) if size else rows
+    options = {"num_samples": 0, "progress": False, "collate": None if size else tiny.collate}
+    found, labels = blora.predict_dataset(data, batch_size=5, **options)
+    assert labels.tolist() == [row["label"] for row in rows]
+    alone = [blora.predict(tiny.collate([row]), 0).samples for row in rows]
+    torch.testing.assert_close(found.samples, torch.cat(alone, 1), atol=1e-6, rtol=1e-5)
+    scores, counts = blora.log_predictive_dataset(data, **options)
     assert counts.tolist() == [1] * 22
-    expected = of_loader.probs[range(22), labels].log()
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, found.probs[range(22), labels].log(), atol=1e-5, rtol=1e-5)
 
 
 def test_examples_without_labels_are_predicted_without_labels():
     def unlabeled(rows):
-        return {key: value for key, value in tiny.collate(rows).items() if key != "labels"}
+        return tiny.unlabeled(tiny.collate(rows))
+
+    def some(rows):
+        return (unlabeled if rows[0]["index"] == 0 else tiny.collate)(rows)
 
     blora = moved()
     found, labels = blora.predict_dataset(ROWS, unlabeled, 0, progress=False)
     assert labels is None
     assert torch.equal(found.samples, blora.predict_dataset(ROWS, tiny.collate, 0)[0].samples)
-
-    def some(rows):
-        return (unlabeled if rows[0]["index"] == 0 else tiny.collate)(rows)
-
-    with pytest.raises(BatchError, match="labels, or none, got both"):
+    with pytest.raises(BatchError, match="labels, or none"):
         blora.predict_dataset(ROWS, some, 0, batch_size=2, progress=False)
 
 
 def test_a_list_of_any_length_is_cut_into_batches_of_similar_texts():
     """As one batch, 200 texts would be padded to the longest, and took ten times as long."""
-    tokenizer = build_tokenizer(["key lock"], pad="<pad>")
+    tokenizer, shapes = build_tokenizer(["key lock"], pad="<pad>"), []
     net = tiny.bert(max_position_embeddings=400)
     net.resize_token_embeddings(len(tokenizer))
     blora = moved(net=net, target_modules=None, likelihood=SequenceClassification())
     blora.tokenizer = tokenizer
     texts = ["key " * (1 + 37 * k % 50) for k in range(40)]
-    shapes = []
-    kept = net.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    found = blora.predict(texts, 0)
+    note = lambda _, args, inputs: shapes.append(inputs["input_ids"].shape)  # noqa: E731
+    kept = net.register_forward_pre_hook(note, with_kwargs=True)
+    found = blora.predict(texts, 0).samples
     kept.remove()
     assert max(rows for rows, _ in shapes) <= 16
     assert sum(rows * length for rows, length in shapes) < 0.75 * 40 * max(n for _, n in shapes)
     for k in (0, 17, 39):
-        alone = blora.predict(dict(tokenizer([texts[k]], return_tensors="pt")), 0).samples[:, 0]
-        torch.testing.assert_close(found.samples[:, k], alone, atol=1e-5, rtol=1e-4)
-    assert torch.equal(blora.predict([{"text": text} for text in texts], 0).samples, found.samples)
+        alone = blora.predict(dict(tokenizer([texts[k]], return_tensors="pt")), 0).samples
+        torch.testing.assert_close(found[:, k, None], alone, atol=1e-5, rtol=1e-4)
+    assert torch.equal(blora.predict([{"text": text} for text in texts], 0).samples, found)
 
 
 def test_the_same_seed_gives_the_same_prediction_of_an_ensemble():
-    blora = moved(guide=Ensemble(members=5))
-    blora.predict(tiny.sequences(), 3)
-    found = []
-    for _ in range(2):
-        torch.manual_seed(0)
+    blora, found = moved(guide=Ensemble(members=5)), []
+    for seed in (1, 0, 0):
+        torch.manual_seed(seed)
         found.append(blora.predict(tiny.sequences(), 3).samples)
-    assert torch.equal(*found)
+    assert torch.equal(*found[1:])
+
+
+# Draws that are not the guide's: those of NUTS, or any values of the sites
+
+
+def values(blora, count=3, seed=1):
+    """Any values of the sites, as ``get_samples`` has them: here draws of the prior."""
+    pyro.set_rng_seed(seed)
+    return {
+        site.name: site.prior.sample((count,)).detach().double()  # as other programs have them
+        for site in blora.model.sites
+    }
+
+
+def conditioned(blora, samples, batch):
+    """The site ``labels`` of the plain Pyro model at each of the values, one after the other."""
+    for index in range(len(next(iter(samples.values())))):
+        data = {name: value[index].float() for name, value in samples.items()}
+        with torch.no_grad():
+            model = pyro.condition(blora.model, data)
+            yield pyro.poutine.trace(model).get_trace(batch).nodes["labels"]
+
+
+def choosing():
+    """GPT-2 whose scores have a scale that was learned."""
+    blora = tiny.adapted(tiny.gpt2(), target_modules=["c_attn"], likelihood=Sloped(num_data=12))
+    torch.nn.init.constant_(blora.likelihood.slope, 2.5)
+    return blora, tiny.choices()
+
+
+def headed():
+    """BERT whose head was trained as a point, under sites outside of the layers' plate."""
+    options = {"prior": Hierarchical(rank=2), "likelihood": SequenceClassification(num_data=12)}
+    blora = tiny.adapted(tiny.bert(), target_modules=["query", "value"], **options)
+    tiny.shaken(blora.model.trained_heads, 1.0)
+    return blora, tiny.sequences()
+
+
+def amortized():
+    return tiny.adapted(guide=Amortized()), tiny.sequences()
+
+
+def untouched():
+    """An AutoGuide that has not run, and never does."""
+    return tiny.adapted(guide=AutoNormal), tiny.sequences()
+
+
+@pytest.mark.parametrize("make", [choosing, headed, amortized, untouched])
+def test_a_prediction_is_that_of_the_conditioned_model(make):
+    blora, batch = make()
+    samples = values(blora)
+    expected = torch.stack([node["fn"].probs for node in conditioned(blora, samples, batch)])
+    given = {"labels": torch.zeros(3, 4), **samples}  # as Predictive has them
+    found = blora.predict(batch, samples=given)
+    torch.testing.assert_close(found.samples, expected, atol=1e-5, rtol=0)
+    assert found.mutual_information.max() > 1e-3  # the values matter
+
+
+@pytest.mark.parametrize("prior", [Hierarchical(rank=2), KroneckerInducing(core="horseshoe")])
+def test_draws_of_predictive_are_taken(prior):
+    """In parallel they have dimensions of size one for the plates outside of theirs."""
+    blora, batch = tiny.adapted(prior=prior, guide=MeanField(init_scale=0.3)), tiny.sequences()
+    drawn = Predictive(blora.guide, num_samples=3, parallel=True)(batch)
+    shapes = {site.name: (3, *site.prior.shape()) for site in blora.model.sites}
+    plain = {name: drawn[name].reshape(shape) for name, shape in shapes.items()}
+    expected = blora.predict(batch, samples=plain).samples
+    for given in (drawn, {name: value.tolist() for name, value in plain.items()}):
+        torch.testing.assert_close(blora.predict(batch, samples=given).samples, expected)
+
+
+def test_the_log_predictive_is_the_mean_over_them():
+    likelihood = CausalLM(num_data=12)
+    blora = tiny.adapted(tiny.gpt2(), target_modules=["c_attn"], likelihood=likelihood)
+    samples, batch = values(blora, 5), tiny.texts()
+    nodes = conditioned(blora, samples, batch)
+    scores = torch.stack([node["fn"].log_prob(node["value"]) for node in nodes])
+    expected = scores.logsumexp(0) - math.log(5)
+    found = blora.log_predictive(batch, samples=samples)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+Q, V = "q_proj.V", "v_proj.V"
+
+
+def test_values_that_are_no_draws_are_refused():
+    blora, batch = tiny.adapted(), tiny.sequences()
+    s = values(blora)
+    for changed in (
+        *({Q: s[Q][None]}, {Q: s[Q][..., :1]}, {Q: s[Q][:0], V: s[V][:0]}, {V: s[V][:2]}),
+        {Q: s[Q] * math.nan},
+    ):
+        for ask in (blora.predict, blora.log_predictive):
+            with pytest.raises(ConfigurationError):
+                ask(batch=batch, samples=s | changed)
+    with pytest.raises(ConfigurationError):
+        blora.predict(batch, samples={Q: s[Q]})
+
+
+def test_unconstrained_values_and_a_linearization_are_refused():
+    blora, batch = headed()
+    samples = values(blora)
+    tau = next(name for name in samples if name.endswith("tau"))
+    with pytest.raises(ConfigurationError, match="outside of it"):
+        blora.predict(batch, samples={**samples, tau: samples[tau].log() - 9})
+    with pytest.raises(ConfigurationError, match="linearized"):
+        blora.predict(batch, samples=samples, linearized=True)

@@ -12,7 +12,6 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch.utils.data import DataLoader
 
-from pyro_blora import fit
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.inference import loop, optim_args
 from pyro_blora.likelihoods import MultipleChoice
@@ -37,14 +36,12 @@ def seeded(guide):
     ("guide", "elbo"), [(MatrixNormal(), TraceMeanField_ELBO), (AutoNormal, Trace_ELBO)]
 )
 def test_svi_takes_the_steps_of_fit(guide, elbo, monkeypatch):
-    rows = tiny.choices(N)
-    data = [{key: value[i] for key, value in rows.items()} for i in range(N)]
-    loader = DataLoader(data, BATCH)
+    loader = DataLoader(tiny.rows_of(tiny.choices(N)), BATCH)
     made = [seeded(guide) for _ in range(2)]
     monkeypatch.setattr(loop, "rate", lambda step, num_steps: 1.0)
     monkeypatch.setattr(loop, "_MAX_GRAD_NORM", math.inf)
-    plain = {"precision": "float32", "held_out": 0.0, "progress": False}  # as in Pyro's loop
-    result = fit(made[0], loader, num_steps=STEPS, **plain)
+    plain = {"precision": "float32", "held_out": 0.0}  # as in Pyro's loop
+    result = tiny.train(made[0], loader, num_steps=STEPS, **plain)
     ours = [figures["loss"] for figures in result.history]
 
     pyro.clear_param_store()

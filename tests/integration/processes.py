@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import distributed
-import pytest
 import tiny
 import torch
 import trainer
@@ -27,14 +26,6 @@ def train(out, program=distributed, **options):
     usual = {"guide": "MatrixNormal", "steps": 4, "accumulate": 1, "shard": False}
     usual |= {"state": None, "resume": False}
     program.train(argparse.Namespace(out=OUT / out, **{**usual, **options}))
-
-
-def refused(program):
-    """A launch of two processes, of which Accelerate sees this one alone."""
-    os.environ |= {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}
-    with pytest.raises(SystemExit, match="ACCELERATE_USE_CPU"):
-        train("refused", program)
-    os.environ |= {"WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def shared_out(rank):
@@ -77,5 +68,3 @@ if torch.distributed.is_initialized():
     sys.stdout.flush()
     os._exit(0)  # as the tutorial does after --shard
 train("accumulated", guide="Delta", accumulate=2)
-refused(distributed)
-refused(trainer)

@@ -25,7 +25,7 @@ from pyro_blora.guides import MatrixNormal, MeanField
 from pyro_blora.models import KroneckerInducing
 
 BATCH = tiny.sequences(8)
-UNLABELED = {key: value for key, value in BATCH.items() if key != "labels"}
+UNLABELED = tiny.unlabeled(BATCH)
 
 
 def listed(model):
@@ -114,26 +114,18 @@ def test_one_that_never_ran_is_the_prior_and_is_saved_as_it_starts(tmp_path):
     blora.save_pretrained(tmp_path)
     expected = predicted(blora)
     assert expected[1:].std(0).max() > 0
-    assert blora.guide.scales.q_proj.V.shape == (2, 2, 2)
     assert torch.equal(predicted(read_again(blora, tmp_path)), expected)
 
 
-@pytest.mark.parametrize(
-    ("option", "told"),
-    [
-        ({"guide": "AutoNormal"}, "guide must be .* got 'AutoNormal'"),
-        ({"prior": KroneckerInducing}, "prior must be .* got"),
-        # of whose density a Hessian would be that of one draw of the noise
-        (
-            {"prior": KroneckerInducing(conditional="exact"), "guide": AutoLaplaceApproximation},
-            r"must .*, got .*'deterministic'",
-        ),
-        ({"guide": AutoNormal(lambda batch: None)}, "an AutoGuide class, such as AutoNormal, got"),
-    ],
-)
-def test_what_is_no_guide(option, told):
-    with pytest.raises(ConfigurationError, match=told):
-        BayesianLoRA(tiny.llama(), **option)
+# Of the density of noise a Hessian would be that of one draw
+NOISY = {"prior": KroneckerInducing(conditional="exact"), "guide": AutoLaplaceApproximation}
+NO_PARTS = [{"guide": "AutoNormal"}, {"guide": AutoNormal(lambda batch: None)}, NOISY]
+
+
+@pytest.mark.parametrize("options", [*NO_PARTS, {"prior": KroneckerInducing}])
+def test_what_is_no_guide_or_prior(options):
+    with pytest.raises(ConfigurationError, match="must"):
+        BayesianLoRA(tiny.llama(), **options)
 
 
 def test_autolaplace_is_a_point_until_it_is_finished(tmp_path):

@@ -16,7 +16,7 @@ from pyro_blora.likelihoods.packing import supports_packing
 from pyro_blora.likelihoods.reading import logits_at
 from pyro_blora.network.adapter import Adapter, updates_in_place
 from pyro_blora.network.quantized import dense_weight
-from pyro_blora.network.targets import device_of, group_layers
+from pyro_blora.network.targets import group_layers
 from pyro_blora.updates import LayerUpdate, MarginalNoise
 
 accelerate = pytest.importorskip("accelerate")
@@ -66,11 +66,9 @@ def test_the_layers_of_a_group_lie_on_two_cards(noisy):
     assert set(seen) == {CARDS[1]}
 
 
-def test_the_device_of_an_offloaded_module_is_where_it_runs():
-    layer = nn.Linear(4, 3, device="meta")
-    assert device_of([layer]) == torch.device("cpu")
-    layer._hf_hook = accelerate.hooks.AlignDevicesHook(CARDS[1], offload=True)
-    assert device_of([layer]) == CARDS[1]
+# Priors that read the weights, guides that read the embeddings
+READS = {"disk": {"prior": models.KernelInducing(rank=2)}, "cpu": {"guide": guides.Amortized()}}
+READS["cpu"]["target_modules"] = ["q_proj", "lm_head"]
 
 
 def offloaded(net, where, folder):
@@ -84,15 +82,8 @@ def offloaded(net, where, folder):
 
 
 @pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
-@pytest.mark.parametrize(
-    ("where", "options"),
-    [
-        ("disk", {"prior": models.KernelInducing(rank=2)}),  # which reads the weights
-        ("cpu", {"guide": guides.Amortized()}),  # which reads the embeddings
-        ("cpu", {"target_modules": ["q_proj", "lm_head"]}),
-    ],
-)
-def test_an_offloaded_network_trains_and_predicts_as_any(where, options, tmp_path):
+@pytest.mark.parametrize("where", READS)
+def test_an_offloaded_network_trains_and_predicts_as_any(where, tmp_path):
     found = []
     for put_away in (False, True):
         torch.manual_seed(0)
@@ -101,7 +92,7 @@ def test_an_offloaded_network_trains_and_predicts_as_any(where, options, tmp_pat
             net = offloaded(net, where, tmp_path)
             assert net.model.layers[0].self_attn.q_proj.weight.is_meta
         torch.manual_seed(1)
-        blora = tiny.adapted(net, num_data=10, **options)
+        blora = tiny.adapted(net, num_data=10, **READS[where])
         tiny.train(blora, num_steps=3)
         torch.manual_seed(2)
         found.append((tiny.trained(blora), blora.predict(tiny.sequences(), 3).samples))
@@ -110,21 +101,16 @@ def test_an_offloaded_network_trains_and_predicts_as_any(where, options, tmp_pat
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
-def test_a_new_head_that_is_offloaded_is_refused():
-    likelihood = SequenceClassification(num_data=4)
-    net = accelerate.cpu_offload(tiny.bert())
-    with pytest.raises(ConfigurationError, match=r"classifier is offloaded.*modules_to_save=\(\)"):
-        tiny.adapted(net, target_modules=None, likelihood=likelihood)
-
-
-def test_an_offloaded_network_is_asked_whether_it_packs():
+def test_what_an_offloaded_network_can_do_is_known():
     assert supports_packing(accelerate.cpu_offload(tiny.llama()))
+    options = {"target_modules": None, "likelihood": SequenceClassification(num_data=4)}
+    with pytest.raises(ConfigurationError, match="classifier is offloaded"):
+        tiny.adapted(accelerate.cpu_offload(tiny.bert()), **options)
 
 
 def test_a_prior_reads_the_whole_of_a_shared_out_weight():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         layer = nn.Linear(4, 3)
         weight = layer.weight.detach().clone()

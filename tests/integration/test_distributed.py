@@ -65,4 +65,3 @@ def test_two_processes_train_as_one(tmp_path):
         losses = (tmp_path / "two" / f"losses-{rank}").read_text().split()
         assert len(losses) == 6
         assert len(set(losses)) == 1
-    assert not (tmp_path / "one" / "refused").exists()

@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from torch import nn
 
 from pyro_blora import models
 from pyro_blora.likelihoods import MultipleChoice
@@ -50,7 +49,12 @@ QUANTIZED = {
 
 @pytest.fixture(params=QUANTIZED)
 def net(request):
-    return QUANTIZED[request.param]()
+    net = QUANTIZED[request.param]()
+    plain, quantized = (find_targets(each, "all-linear") for each in (network(), net))
+    for name, layer in quantized.items():
+        weight = plain[name].weight
+        assert 1e-4 < (unit_response(layer) - weight).abs().max() / weight.abs().max() < 0.2
+    return net
 
 
 def logits(net):
@@ -76,29 +80,13 @@ def unit_response(layer):
         return layer(torch.eye(layer.in_features)).mT
 
 
-def test_the_weights_are_quantized(net):
-    """Or the tests here would be of nothing."""
-    plain = find_targets(network(), "all-linear")
-    found = find_targets(net, "all-linear")
-    assert list(found) == list(plain)
-    for name, layer in found.items():
-        weight = plain[name].weight
-        error = (unit_response(layer) - weight).abs().max() / weight.abs().max()
-        assert 1e-4 < error < 0.2
-        assert type(layer.weight) is not nn.Parameter
-
-
-def test_every_parameter_of_the_adapter_gets_a_gradient(net):
-    blora = tiny.adapted(net, target_modules="all-linear")
-    for name, gradient in tiny.gradients(blora, BATCH, tiny.elbo()).items():
-        assert 0 < gradient.abs().max() < torch.inf, name
-
-
 def test_training_fits_the_batch_and_leaves_the_base(net, tmp_path):
     output, before = logits(net), stored(net)
     blora = tiny.adapted(net, prior=models.SpectralInducing(rank=4), num_data=8)
     assert not any(p.requires_grad for p in net.parameters())
     start = blora.log_predictive(BATCH, 0).mean()
+    for name, gradient in tiny.gradients(blora, BATCH, tiny.elbo()).items():
+        assert 0 < gradient.abs().max() < torch.inf, name
     rates = {"mean": 0.1, "scale": 0.05, "direction": 0.02}
     tiny.train(blora, ROWS, batch_size=8, num_steps=30, learning_rates=rates)
     assert blora.log_predictive(BATCH, 0).mean() > 0.9 * start
@@ -111,12 +99,11 @@ def test_training_fits_the_batch_and_leaves_the_base(net, tmp_path):
     assert torch.equal(again.predict(BATCH, 0).probs, expected)
 
 
-@pytest.mark.parametrize("likelihood", [None, MultipleChoice(num_data=8)])
+@pytest.mark.parametrize("options", [{}, {"likelihood": MultipleChoice(num_data=8)}])
 @pytest.mark.filterwarnings("ignore:.* does not give the same logits")  # int8 rounds its inputs
-def test_fast_is_plain(net, likelihood):
-    options = {} if likelihood is None else {"likelihood": tiny.anew(likelihood)}
+def test_fast_is_plain(net, options):
     blora = tiny.adapted(net, target_modules=["q_proj", "lm_head"], **options)
-    batch = BATCH if likelihood is None else tiny.choices(4)
+    batch = tiny.choices(4) if options else BATCH
     found = blora.predict(batch, 0).probs
     blora.likelihood.shortcuts.on = False
     torch.testing.assert_close(found, blora.predict(batch, 0).probs, atol=1e-5, rtol=1e-4)

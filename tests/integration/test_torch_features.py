@@ -1,5 +1,6 @@
-"""Activation checkpointing, compilation, autocast and low-precision bases."""
+"""Modes and dtypes, activation checkpointing, compilation, autocast and low-precision bases."""
 
+from collections import Counter
 from functools import partial
 
 import pyro
@@ -13,12 +14,6 @@ from pyro_blora.guides import Laplace
 from pyro_blora.inference import finish, fit
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
-
-
-def gradients(blora, batch, *, vectorized=True):
-    """Loss and gradients of one step from a fixed seed."""
-    elbo = TraceMeanField_ELBO(4, vectorize_particles=vectorized, max_plate_nesting=1)
-    return tiny.gradients(blora, batch, elbo)
 
 
 @pytest.mark.parametrize(
@@ -35,17 +30,18 @@ def test_activation_checkpointing(build, vectorized, conditional):
     prior = KroneckerInducing(rank=2, conditional=conditional)
     blora = tiny.adapted(net, target_modules=None, prior=prior)
     net.train()
-    expected = gradients(blora, batch, vectorized=vectorized)
-    runs = []
+    elbo = TraceMeanField_ELBO(4, vectorize_particles=vectorized, max_plate_nesting=1)
+    expected = tiny.gradients(blora, batch, elbo)
+    runs = Counter()
     block = net.base_model.layers[0] if build is tiny.llama else net.base_model.h[0]
-    net.base_model.register_forward_pre_hook(lambda *_: runs.append("network"))
-    block.get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append("block"))
+    net.base_model.register_forward_pre_hook(lambda *_: runs.update(["network"]))
+    block.mlp.register_forward_pre_hook(lambda *_: runs.update(["block"]))
     # by the name that the installed transformers has for it
     newer = hasattr(net, "activation_checkpointing_enable")
     (net.activation_checkpointing_enable if newer else net.gradient_checkpointing_enable)()
     checkpoint = block._gradient_checkpointing_func
-    found = gradients(blora, batch, vectorized=vectorized)
-    assert runs.count("block") == 2 * runs.count("network")  # it did run again
+    found = tiny.gradients(blora, batch, elbo)
+    assert runs["block"] == 2 * runs["network"]  # it did run again
     assert block._gradient_checkpointing_func is checkpoint  # and is left as it was found
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
@@ -55,11 +51,7 @@ def test_compiles_without_a_graph_break():
     net, ids = tiny.llama(), tiny.sequences()["input_ids"]
     blora = tiny.adapted(net)
     graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    counting = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
     torch._dynamo.reset()
     compiled = torch.compile(net, backend=counting, fullgraph=True, dynamic=False)
     with torch.no_grad():
@@ -84,24 +76,12 @@ def test_blocks_compiled_one_by_one_train():
         block.compile(backend="aot_eager", dynamic=False)
     for layers in ([0, 1], [1]):
         blora = tiny.adapted(net, layers_to_transform=layers, target_modules=["q_proj"])
-        found = gradients(blora, batch)
+        found = tiny.gradients(blora, batch, tiny.elbo(4))
         with torch.compiler.set_stance("force_eager"):
-            torch.testing.assert_close(found, gradients(blora, batch), atol=1e-5, rtol=1e-4)
+            expected = tiny.gradients(blora, batch, tiny.elbo(4))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         blora.unwrap()
     torch._dynamo.reset()
-
-
-def test_autocast_trains_in_bfloat16():
-    prior = KroneckerInducing(rank=2, conditional="scaled", lambda_init=0.01)
-    blora, seen = tiny.asked(tiny.adapted(num_data=8, prior=prior)), []
-    layer = blora.net.model.layers[0].self_attn.q_proj
-    layer.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
-    options = {"num_steps": 60, "learning_rates": {"mean": 0.1, "scale": 0.05}}
-    result = tiny.train(blora, tiny.examples(8), precision="bfloat16", batch_size=8, **options)
-    assert set(seen) == {torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in blora.parameters())
-    nlls = [h["nll"] for h in result.history]
-    assert sum(nlls[-5:]) < 0.9 * sum(nlls[:5])
 
 
 def test_autocast_keeps_the_guide_in_single_precision():
@@ -110,29 +90,25 @@ def test_autocast_keeps_the_guide_in_single_precision():
         trace = pyro.poutine.trace(blora.model).get_trace(batch)
         updates = blora.posterior.draws(2)
         samples = blora.predict(batch, 2).samples
-    assert trace.nodes["q_proj.V"]["value"].dtype == torch.float32
-    assert trace.nodes["labels"]["fn"].logits.dtype == torch.float32
-    assert samples.dtype == torch.float32
-    for update in updates.values():
-        assert update.core.dtype == torch.float32
+    value, logits = trace.nodes["q_proj.V"]["value"], trace.nodes["labels"]["fn"].logits
+    for tensor in (value, logits, samples, *(update.core for update in updates.values())):
+        assert tensor.dtype == torch.float32
     # and not only by its name: no product on the way is rounded to bfloat16
     for name, update in blora.posterior.draws(0).items():
         assert torch.equal(updates[name].A, update.A)
         assert torch.equal(updates[name].B, update.B)
 
 
-@pytest.mark.parametrize(
-    ("build", "likelihood", "batch"),
-    [
-        (tiny.gpt2, CausalLM(num_data=8), tiny.texts(8)),
-        (tiny.llama, MultipleChoice(num_data=8), tiny.choices(8)),
-    ],
-)
+TEXTS = (tiny.gpt2, CausalLM(num_data=8), tiny.texts(8))
+CHOICES = (tiny.llama, MultipleChoice(num_data=8), tiny.choices(8))
+
+
+@pytest.mark.parametrize(("build", "likelihood", "batch"), [TEXTS, CHOICES])
 def test_a_bfloat16_base(build, likelihood, batch):
     net = build().to(torch.bfloat16)
     blora = tiny.adapted(net, target_modules=None, likelihood=likelihood)
     assert all(p.dtype == torch.float32 for p in blora.parameters())
-    for name, gradient in gradients(blora, batch).items():
+    for name, gradient in tiny.gradients(blora, batch, tiny.elbo(4)).items():
         assert gradient.dtype == torch.float32
         assert 0 < gradient.abs().max() < torch.inf, name
     if blora.likelihood.has_classes:
@@ -144,17 +120,46 @@ def predict(blora, rows, collate, **options):
     predict_dataset(blora.predict, rows, collate, **options)
 
 
+AUTO = [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, False)]
+
+
 @pytest.mark.parametrize("run", [partial(fit, num_steps=1), finish, predict])
-@pytest.mark.parametrize(
-    ("pays", "options", "expected"),
-    [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, False)],
-)
+@pytest.mark.parametrize(("pays", "options", "expected"), AUTO)
 def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expected):
     monkeypatch.setattr("pyro_blora.options._bfloat16_pays", lambda kind: pays)
     net, seen = tiny.llama(), set()
-    net.model.layers[0].register_forward_pre_hook(
-        lambda *_: seen.add(torch.is_autocast_enabled("cpu"))
-    )
+    note = lambda *_: seen.add(torch.is_autocast_enabled("cpu"))  # noqa: E731
+    net.model.layers[0].register_forward_pre_hook(note)
     blora = tiny.adapted(net, guide=Laplace() if run is finish else None)
     run(blora, tiny.examples(), collate=tiny.collate, **options)
     assert (True in seen) is expected
+
+
+@pytest.mark.parametrize("name", ["half", "double"])
+def test_a_dtype_is_the_network_s_and_not_that_of_what_is_variational(name):
+    """An optimizer holds the same tensors as before."""
+    blora, batch, double = tiny.adapted(), tiny.sequences(), name == "double"
+    kl, before, held = blora.kl(), blora.predict(batch, 0).samples, [*blora.parameters()]
+    moved = blora.to("cpu", torch.float64) if double else getattr(blora, name)()
+    assert moved is blora
+    assert {p.dtype for p in blora.net.parameters()} == {getattr(torch, name)}
+    assert {p.dtype for p in blora.parameters()} == {torch.float64 if double else torch.float32}
+    assert all(p is q for p, q in zip(blora.parameters(), held, strict=True))
+    torch.testing.assert_close(blora.kl().float(), kl)
+    after = blora.predict(batch, 0).samples.float()
+    torch.testing.assert_close(after, before, atol=1e-4 if double else 0.05, rtol=0)
+    found = tiny.gradients(blora, batch, tiny.elbo(4))
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_modes_reach_the_network():
+    blora = tiny.adapted(tiny.llama(attention_dropout=0.5))
+    assert blora.training is blora.net.training is False  # as it was given
+    blora.train()
+    assert all(module.training for module in blora.net.modules())
+    ids = tiny.sequences()["input_ids"]
+    once, again = blora(ids).logits, blora(ids).logits
+    assert not torch.allclose(once, again)
+    blora.eval()
+    assert not any(module.training for module in blora.net.modules())
+    assert torch.equal(blora(ids).logits, blora(ids).logits)

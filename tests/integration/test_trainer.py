@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from pyro_blora import BayesianLoRA, guides
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import CausalLM
 
@@ -22,15 +21,12 @@ def trainer(folder, blora=None, *, rows=ROWS, **options):
 
 
 def test_the_parts_of_the_loss_are_logged_and_rates_are_taken(tmp_path):
-    rates = {"mean": 0.1, "scale": 0.05}
-    run = trainer(tmp_path, learning_rates=rates)
+    run = trainer(tmp_path, learning_rates={"mean": 0.1, "scale": 0.05})
     run.train()
-    history = [entry for entry in run.state.log_history if "loss" in entry]
-    for entry in history:
+    for entry in run.state.log_history[:4]:
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / len(ROWS), rel=1e-4)
     found = {g["name"]: g["initial_lr"] for g in run.optimizer.param_groups}
-    usual = {"direction": RATES["direction"]}
-    assert found == {**usual, **rates}
+    assert found == {"direction": RATES["direction"], "mean": 0.1, "scale": 0.05}
 
 
 def test_a_batch_may_be_accumulated(tmp_path):
@@ -78,16 +74,13 @@ def test_it_resumes_where_it_stopped(tmp_path):
 
 
 def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
-    def accuracy(found):
-        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
-
     held = tiny.examples(10, seed=5)
-    run = trainer(tmp_path, eval_dataset=held, eval_samples=0, compute_metrics=accuracy)
+    right = lambda found: {"right": (found.predictions.argmax(-1) == found.label_ids).sum()}  # noqa: E731
+    run = trainer(tmp_path, eval_dataset=held, eval_samples=0, compute_metrics=right)
     run.train()
     batch = tiny.collate(held)
     prediction = run.blora.predict(batch, 0)
-    right = (prediction.predictions == batch["labels"]).float().mean()
-    assert run.evaluate()["eval_accuracy"] == pytest.approx(float(right))
+    assert run.evaluate()["eval_right"] == (prediction.predictions == batch["labels"]).sum()
     found = torch.tensor(run.predict(held).predictions).exp()
     torch.testing.assert_close(found, prediction.probs, atol=1e-5, rtol=1e-4)
     assert not run.blora.net.training
@@ -105,8 +98,7 @@ def test_it_ends_with_the_best_evaluation(tmp_path):
 
 
 def test_free_text(tmp_path):
-    texts = tiny.texts(6)
-    rows = [{key: value[i] for key, value in texts.items()} for i in range(6)]
+    rows = tiny.rows_of(texts := tiny.texts(6))
     blora = tiny.adapted(likelihood=CausalLM(num_data=6))
     data = {"rows": rows, "data_collator": default_collate, "eval_dataset": rows}
     run = trainer(tmp_path, blora, **data, eval_samples=0)
@@ -115,34 +107,17 @@ def test_free_text(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_guide_that_takes_the_place_of_the_first_is_trained(tmp_path):
-    blora = tiny.adapted()
-    run = trainer(tmp_path, blora)
-    blora.guide = AutoNormal(blora.model)
-    run.train()
-    assert blora.guide.locs.q_proj.V.abs().max() > 1e-3
-
-
-def test_an_autoguide_is_trained_and_its_checkpoint_read(tmp_path):
-    blora = tiny.adapted(guide=AutoNormal)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_autoguide_is_trained_and_its_checkpoint_read(replaced, tmp_path):
+    blora = tiny.adapted(guide=None if replaced else AutoNormal)
     run = trainer(tmp_path, blora, save_strategy="steps", save_steps=4)
+    if replaced:
+        blora.guide = AutoNormal(blora.model)
     run.train()
     assert blora.guide.locs.q_proj.V.abs().max() > 1e-3
     expected = blora.predict(tiny.collate(ROWS), 0).probs
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "checkpoint-4")
     assert torch.equal(read.predict(tiny.collate(ROWS), 0).probs, expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"learning_rate": 0.1}, r"learning_rate=0\.1 is one rate"),
-        ({"learning_rates": {"width": 0.1}}, r"got \['width'\]"),
-    ],
-)
-def test_options_that_cannot_work(tmp_path, options, told):
-    with pytest.raises(ConfigurationError, match=told):
-        trainer(tmp_path, tiny.adapted(), **options)
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path):
@@ -154,16 +129,3 @@ def test_evaluation_leaves_no_trace_in_training(tmp_path):
         found.append({k: v.clone() for k, v in blora.state_dict().items()})
         blora.unwrap()
     assert tiny.equal(*found)
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
-def test_gradient_checkpointing_trains_the_same(tmp_path):
-    ends = []
-    for on in (False, True):
-        torch.manual_seed(0)
-        blora = tiny.adapted(tiny.llama())
-        options = {"gradient_checkpointing": on, "max_steps": 2}
-        tiny.trainer(tmp_path, blora, tiny.examples(), **options).train()
-        assert blora.net.model.layers[0].gradient_checkpointing is on
-        ends.append(tiny.trained(blora))
-    torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=1e-5)
