@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import cost
 import pyro
-import timing
 import torch
+from cells import markdown
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -29,7 +30,7 @@ from pyro_blora import BayesianLoRA
 from pyro_blora.likelihoods import LabelTokens, Likelihood, MultipleChoice, packing
 from pyro_blora.models import KroneckerInducing
 
-NAMES = (*timing.NAMES, "tie_word_embeddings")
+NAMES = (*cost.NAMES, "tie_word_embeddings")
 SIZES = {
     "1B": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3.2-1B
     "7B": (4096, 11008, 32, 32, 32, 32000, False),  # Llama-2-7B
@@ -46,32 +47,26 @@ class Bytes(TorchDispatchMode):
         self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator and counts the storages of its results."""
+        """Runs an operator and counts the storages of its results until they are freed."""
         if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "fake_mode"):
             return args[0].dtype.is_floating_point and 1.0
-        made = func(*args, **(kwargs or {}))
-        for value in tree_leaves(made):
-            if isinstance(value, Tensor):
-                self.note(value.untyped_storage())
-        return made
+        results = func(*args, **(kwargs or {}))
+        for value in tree_leaves(results):
+            storage = value.untyped_storage() if isinstance(value, Tensor) else None
+            if storage is not None and storage._cdata not in self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return results
 
-    def note(self, storage: torch.UntypedStorage) -> None:
-        """Counts a storage until it is freed."""
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.free, key, size)
-
-    def free(self, key: int, size: int) -> None:
-        """Subtracts a storage that was freed."""
+    def _free(self, key: int, size: int) -> None:
         self.alive.remove(key)
         self.now -= size
 
 
 def choices(items: int) -> dict[str, Tensor]:
-    """Questions of 128 tokens with four options of 32; the sizes are told, for none can be read."""
+    """Questions of 128 tokens with four options of 32; their sizes are fixed, for none is read."""
     ids = torch.ones(items, 4, 160, dtype=torch.long)
     scored = (torch.arange(160) >= 128).expand_as(ids)
     packing._sizes = lambda batch, keep, scored: (256, 128, 128 * len(keep))
@@ -87,12 +82,11 @@ def measure(
     With ``asked`` the adapter has lm_head, too, and this many questions with options are asked.
     """
     with Bytes() as count:
-        config = LlamaConfig(**shape)
-        net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        likelihood: Likelihood = LabelTokens(token_ids=timing.ANSWERS, num_data=100)
-        targets = [*timing.TARGETS, *(["lm_head"] if asked else [])]
+        net = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
+        likelihood: Likelihood = LabelTokens(token_ids=cost.ANSWERS, num_data=100)
         if asked:
             likelihood = MultipleChoice(num_data=100, pack=True)
+        targets = [*cost.TARGETS, *(["lm_head"] if asked else [])]
         prior = KroneckerInducing(sigma=0.1)  # the default reads the norms of the weights
         blora = BayesianLoRA(net, target_modules=targets, prior=prior, likelihood=likelihood)
         ids = torch.ones(rows, tokens, dtype=torch.long)
@@ -144,15 +138,17 @@ def peak(count: Bytes, run: Callable[[], Any]) -> int:
 def main() -> None:
     """Prints the table, in GiB."""
     pyro.enable_validation(False)  # as in `fit`: the checks would read values
-    columns = ("weights", "in 4 bits", "16 n", "step", "checkpointed", "a draw", "all draws")
-    print("| Llama | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    runs = {**dict.fromkeys(SIZES, (8, 0)), "7B, large.py": (4, 16)}
-    for size, (rows, asked) in runs.items():
+    columns, lines = (
+        ("weights", "in 4 bits", "16 n", "step", "checkpointed", "a draw", "all draws"),
+        [],
+    )
+    for size, (rows, asked) in {**dict.fromkeys(SIZES, (8, 0)), "7B, large.py": (4, 16)}.items():
         shape = dict(zip(NAMES, SIZES[size.partition(",")[0]], strict=True))
         with FakeTensorMode(shape_env=ShapeEnv()):
             found = measure(shape, rows, tokens=256, draws=10, asked=asked)
-        cells = [f"{found[name] / 2**30:.{2 if found[name] < 2**30 else 1}f}" for name in columns]
-        print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
+        found = {name: found[name] / 2**30 for name in columns}
+        lines.append([size, *(f"{gib:.{2 if gib < 1 else 1}f}" for gib in found.values())])
+    print("\n".join(markdown(["Llama", *columns], lines)))
 
 
 if __name__ == "__main__":
