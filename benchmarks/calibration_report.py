@@ -12,31 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import Columns, markdown, mean_of, means
+from cells import Columns, markdown, mean_of, means, titles
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_blora.evaluation.metrics import (
-    auroc,
-    ece_by_chance,
-    error_of,
-    evaluate,
-    fit_temperature,
-    item_scores,
-    risk_coverage,
-)
+from pyro_blora.evaluation import metrics
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import write_file
+from pyro_blora.posterior.prediction import Prediction
 
-COLUMNS: Columns = {
-    "acc": ("ACC %", 100, 1),
-    "nll": ("NLL", 1, 3),
-    "ece": ("ECE %", 100, 1),
-    "chance": ("by chance %", 100, 1),
-    "brier": ("Brier", 1, 3),
-    "auroc": ("AUROC %", 100, 1),
-    "aurc": ("AURC %", 100, 1),
-}
+COLUMNS: Columns = {"acc": ("ACC %", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 1)}
+COLUMNS |= {"chance": ("by chance %", 100, 1), "brier": ("Brier", 1, 3)}
+COLUMNS |= {"auroc": ("AUROC %", 100, 1), "aurc": ("AURC %", 100, 1)}
 TITLES = {"lora": "LoRA", "lora-split": "LoRA, split", "bayesian-lora": "BayesianLoRA(net)"}
 OURS = "bayesian-lora"  # all others are compared with it
 BLUE, RED = "#2f5f94", "#d9484a"
@@ -47,16 +34,12 @@ RIVALS = {
 }
 WORDS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "gemma": "Gemma", "ag_news": "AG News"}
 WORDS |= {"sst2": "SST-2", "arc_easy": "ARC-Easy"}
-HEAD = """# Calibration
-
-Mean ± standard error over seeds, the lowest NLL first.
-
-By chance: the ECE expected of a calibrated method with the same confidences.
-
-Labels beside training: those of the task that the method reads. Those that chose the \
-learning rates of the rivals, and all settings of the default, on the development tasks are not \
-counted.
-"""
+HEAD = (
+    "# Calibration\n\nMean ± standard error over seeds, the lowest NLL first.\n\nBy chance: the "
+    "ECE expected of a calibrated method with the same confidences.\n\nLabels beside training: "
+    "those of the task that the method reads. Those that chose the learning rates of the rivals, "
+    "and all settings of the default, on the development tasks are not counted.\n"
+)
 
 Pair = tuple[Tensor, Tensor]  # probabilities, labels
 
@@ -71,25 +54,20 @@ class Run(dict[str, Pair]):
 
 
 Methods = Mapping[str, Mapping[int, Run]]  # by method and seed
-Key = tuple[str, str, int, str]  # network, task, steps, training items
-Runs = Mapping[Key, dict[str, dict[int, Run]]]
+Runs = Mapping[Any, dict[str, dict[int, Run]]]  # by network, task, steps and training items
 
 
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """All metrics of one set of predictions."""
     confidence, predicted = probs.max(-1)
-    right = predicted == labels
-    both = 0 < right.sum() < len(right)
-    return {
-        **asdict(evaluate(probs, labels)),
-        "chance": ece_by_chance(probs),
-        "auroc": auroc(confidence[~right], confidence[right]) if both else math.nan,
-        "aurc": risk_coverage(-confidence, ~right)[2],
-    }
+    right, found = predicted == labels, asdict(metrics.evaluate(probs, labels))
+    found["auroc"] = math.nan
+    if 0 < right.sum() < len(right):
+        found["auroc"] = metrics.auroc(confidence[~right], confidence[right])
+    found["aurc"] = metrics.risk_coverage(-confidence, ~right)[2]
+    return {**found, "chance": metrics.ece_by_chance(probs)}
 
 
 def read_runs(cells: Iterable[Mapping[str, Any]], out: Path) -> Runs:
-    """The predictions of all cells, without and with a temperature."""
     arrays: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     with np.load(out / "probabilities.npz") as file:
         for path, array in file.items():
@@ -98,22 +76,22 @@ def read_runs(cells: Iterable[Mapping[str, Any]], out: Path) -> Runs:
     runs: Runs = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
         kinds = ("network", "task", "max_train", "steps", "method", "seed")
-        network, task, items, steps, method, seed = (cell[kind] for kind in kinds)
-        found = arrays["-".join(str(cell[kind]) for kind in kinds)]
-        labels, methods = found["labels"], runs[network, task, steps, str(items)]
-        scale = fit_temperature(found["probs"]["validation"].log(), labels["validation"])
-        count, passes = len(labels["validation"]), cell["passes"]
-        pairs = {data: (probs, labels[data]) for data, probs in found["probs"].items()}
-        scaled = {data: ((p.log() / scale).softmax(-1), y) for data, (p, y) in pairs.items()}
+        network, task, items, steps, method, seed = key = tuple(cell[kind] for kind in kinds)
+        found = arrays["-".join(map(str, key))]
+        probs, labels, mutual = (found[kind] for kind in ("probs", "labels", "epistemic"))
+        methods, passes = runs[network, task, steps, str(items)], cell["passes"]
+        scale = metrics.fit_temperature(probs["validation"].log(), labels["validation"])
+        scaled = {data: (p.log() / scale).softmax(-1) for data, p in probs.items()}
+        pairs, others = ({d: (p[d], labels[d]) for d in labels} for p in (probs, scaled))
+        count = len(labels["validation"])
         beside = count if method.endswith("-best") else 0
-        methods[method][seed] = Run(pairs, beside, passes, found["epistemic"])
-        methods[f"temperature:{method}"][seed] = Run(scaled, count, passes)
+        methods[method][seed] = Run(pairs, beside, passes, mutual)
+        methods[f"temperature:{method}"][seed] = Run(others, count, passes)
     return runs
 
 
-def uniform(run: Run) -> Run:
-    """What a method without parameters predicts, which gives every option the same probability."""
-    return Run({d: ((p > 0) / (p > 0).sum(-1, keepdim=True), y) for d, (p, y) in run.items()})
+def alike(run: Run) -> dict[str, Pair]:
+    return {d: ((p > 0) / (p > 0).sum(-1, keepdim=True), y) for d, (p, y) in run.items()}
 
 
 def summary(runs: Runs) -> Iterator[str]:
@@ -152,8 +130,7 @@ def table(methods: Methods, *data: str) -> list[str]:
         run = next(iter(seeds.values()))
         row = [name, run.labels, run.passes, len(found), *means(found, COLUMNS)]
         rows.append((mean_of(found, "nll"), row))
-    head = ["method", "labels beside training", "passes", "seeds"]
-    head += [title for title, _, _ in COLUMNS.values()]
+    head = ["method", "labels beside training", "passes", "seeds", *titles(COLUMNS)]
     return markdown(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
@@ -172,9 +149,8 @@ def each_task(columns: Mapping[str, tuple[Methods, str]]) -> list[str]:
 
 def differences(ours: Mapping[int, Run], other: Mapping[int, Run], data: str) -> Tensor:
     """The scores of one method's items minus another's on a data set, seeds x 3 x items."""
-    seeds = sorted(s for s in ours.keys() & other.keys() if data in ours[s] and data in other[s])
-    found = [item_scores(*ours[seed][data]) - item_scores(*other[seed][data]) for seed in seeds]
-    return torch.stack(found) if found else torch.empty(0)
+    seeds, score = sorted(ours.keys() & other.keys()), metrics.item_scores
+    return torch.stack([score(*ours[s][data]) - score(*other[s][data]) for s in seeds])
 
 
 def paired(methods: Methods, *data: str) -> list[str]:
@@ -183,11 +159,9 @@ def paired(methods: Methods, *data: str) -> list[str]:
     They are means over the data sets and over the seeds that both methods have. The first error is
     over items, after the differences of an item are averaged over seeds; the second is over seeds.
     """
-    rows = []
-    for name in set(methods) - {OURS} if OURS in methods else ():
-        gaps = [differences(methods[OURS], methods[name], d) for d in data]
-        if not len(gaps[0]):
-            continue
+    rows, ours = [], methods.get(OURS, {})
+    for name in [name for name in methods if name != OURS and ours.keys() & methods[name].keys()]:
+        gaps = [differences(ours, methods[name], d) for d in data]
         each = torch.stack([gap.mean(-1) for gap in gaps]).mean(0)
         errors = sum(gap.mean(0).var(-1) / gap.shape[-1] for gap in gaps).sqrt() / len(data)
         row = [f"{m:+.4f} ± {e:.4f}" for m, e in zip(each.mean(0), errors, strict=True)]
@@ -199,52 +173,34 @@ def paired(methods: Methods, *data: str) -> list[str]:
     return markdown(head, (row for _, row in sorted(rows, reverse=True))) if rows else []
 
 
-def doubts(run: Run) -> dict[str, dict[str, Tensor]]:
-    """The doubts about the items of a run, in nats, by kind and data set.
-
-    Only items with as many options as the first test item count, because more options mean more
-    entropy. The mutual information is left out if it is zero, as for a point estimate.
-    """
-    found: dict[str, dict[str, Tensor]] = {"entropy": {}, "mutual information": {}}
-    options = int((run["test"][0][0] > 0).sum())
+def doubts(run: Run, kind: str) -> dict[str, Tensor]:
+    """The doubts of a run, in nats, by data set; the mutual information if it has any."""
+    found, options = {}, int((run["test"][0][0] > 0).sum())
     for data, (probs, _) in run.items():
-        alike = (probs > 0).sum(1) == options
-        if bool(alike.any()):
-            found["entropy"][data] = torch.special.entr(probs[alike].double()).sum(1)
-            mutual = run.mutual.get(data, torch.zeros(len(alike)))[alike].double()
-            if bool((mutual > 0).any()):
-                found["mutual information"][data] = mutual
+        alike = (probs > 0).sum(1) == options  # because more options mean more entropy
+        if kind == "entropy":
+            found[data] = torch.special.entr(probs[alike].double()).sum(1)
+        elif data in run.mutual and bool((run.mutual[data][alike] > 0).any()):
+            found[data] = run.mutual[data][alike].double()
     return found
 
 
 def told_apart(methods: Methods, sets: Sequence[str]) -> list[str]:
-    """A table of the AUROC in % of each doubt for the items of other sets against the test items.
-
-    It has means over seeds; the last column is the mean over sets with its standard error over
-    seeds. 50 is chance, and below it the other items are doubted less.
-    """
+    """The AUROC in % of each doubt for the items of other sets, and at last the mean over sets."""
     rows: list[tuple[float, str]] = []
     for (method, seeds), kind in product(methods.items(), ("entropy", "mutual information")):
-        each = [doubts(run)[kind] for run in seeds.values()]
-        found = [
-            {d: 100 * auroc(own["test"], own[d]) for d in sets}
-            for own in each
-            if own.keys() >= {"test", *sets}
-        ]
-        if found:
-            runs = [{**run, "mean": fmean(run.values())} for run in found]
+        each = [own for run in seeds.values() if {*sets} <= (own := doubts(run, kind)).keys()]
+        runs = [{d: 100 * metrics.auroc(own["test"], own[d]) for d in sets} for own in each]
+        runs = [{**run, "mean": fmean(run.values())} for run in runs]
+        if runs:
             row = [method, kind, str(len(runs)), *(f"{mean_of(runs, d):.1f}" for d in sets)]
             row += means(runs, {"mean": ("mean", 1, 1)})
             rows.append((-mean_of(runs, "mean"), " | ".join(row)))
-    head = ["method", "doubt", "seeds", *sets, "mean"]
-    return markdown(head, ([row] for _, row in sorted(rows)))
+    return markdown(["method", "doubt", "seeds", *sets, "mean"], ([row] for _, row in sorted(rows)))
 
 
 def main_tasks(runs: Runs) -> Runs:
-    """The tasks of the commonest setting on which the default and all of ``RIVALS`` ran.
-
-    The first is the one on which LoRA's NLL is the farthest above the default's.
-    """
+    """The tasks of the commonest setting of the default and all rivals, LoRA's worst one first."""
     found = {key: methods for key, methods in runs.items() if {*RIVALS, OURS} <= methods.keys()}
     settings = [key[2:] for key in found]
     main = {key: own for key, own in found.items() if key[2:] == max(settings, key=settings.count)}
@@ -252,30 +208,23 @@ def main_tasks(runs: Runs) -> Runs:
 
 
 def gaps_to(methods: Methods, rival: str, data: str = "test") -> Tensor:
-    """The NLL of a rival's items minus the default's, seeds x items."""
     return differences(methods[rival], methods[OURS], data)[:, 0]
 
 
 def draw_reliability(tasks: Runs, network: str, path: Path) -> None:
-    """Reliability diagrams of a network, which pool all seeds and its tasks."""
-
-    def pooled(name: str) -> Pair:
-        runs = [own[name].values() for key, own in tasks.items() if key[0] == network]
-        probs, labels = zip(*(run["test"] for run in chain(*runs)), strict=True)
-        most = max(p.shape[1] for p in probs)  # a missing option has probability 0
-        pad = torch.nn.functional.pad
-        return torch.cat([pad(p, (0, most - p.shape[1])) for p in probs]), torch.cat(labels)
-
-    if any(key[0] == network for key in tasks):
-        save_figure(reliability_diagram({t: pooled(name) for name, t in TITLES.items()}), path)
+    pairs = {}
+    for name, title in TITLES.items():
+        runs = chain(*(own[name].values() for key, own in tasks.items() if key[0] == network))
+        if found := [(Prediction(run["test"][0][None]), run["test"][1]) for run in runs]:
+            predictions, labels = zip(*found, strict=True)
+            pairs[title] = Prediction.cat(predictions).probs, torch.cat(labels)
+    if pairs:
+        save_figure(reliability_diagram(pairs), path)
 
 
 def draw_panels(axis: Any, tasks: Runs) -> None:
-    """How far the test NLL of each rival lies above that of the default, task by task.
-
-    Bars are 95 % intervals, thick ones over items and thin ones over items and seeds.
-    """
-    rows = list[str]()
+    """How far the test NLL of each rival lies above the default's, with 95 % intervals."""
+    rows: list[str] = []
     axis.axvline(0, color=BLUE, linewidth=2)
     bold: dict[str, Any] = {"color": BLUE, "ha": "center", "fontweight": "bold"}
     axis.text(0, -0.58, f"{TITLES[OURS]}, the default", **bold)
@@ -283,8 +232,9 @@ def draw_panels(axis: Any, tasks: Runs) -> None:
         for k, (name, (title, color)) in enumerate(RIVALS.items()):
             gaps = gaps_to(methods, name)
             mean, row = float(gaps.mean()), len(rows) + 0.24 * (k - 1)
+            # thick over items, and thin over items and seeds
             for sampled, width in (gaps.mean(0, keepdim=True), 3.5), (gaps, 1.2):
-                error = 2 * float(error_of(sampled))
+                error = 2 * float(metrics.error_of(sampled))
                 axis.plot([mean - error, mean + error], [row, row], color=color, linewidth=width)
             axis.plot(mean, row, "o", color=color, label=None if rows else title)
         nll = fmean(scores(*run["test"])["nll"] for run in methods[OURS].values())
@@ -303,33 +253,24 @@ def sections(runs: Runs) -> Iterator[str]:
     """Each task with each setting, and what its adapters answer to the questions of other sets."""
     for (network, task, steps, count), methods in sorted(runs.items()):
         title = f"{network}: {task}, {count} training items, {steps} steps"
-        items = len(next(iter(next(iter(methods.values())).values()))["test"][1])
-        yield from (f"## {title}", "", f"{items} items.", "", *table(methods, "test"))
-        yield from ("", *paired(methods, "test"), "")
-        met = [set(run) for seeds in methods.values() for run in seeds.values() if len(run) > 2]
-        if not met or not (away := sorted(set.intersection(*met) - {"test", "validation"})):
-            continue
-        asked: dict[str, dict[int, Run]] = {}
-        for method, seeds in methods.items():
-            if kept := {seed: run for seed, run in seeds.items() if run.keys() >= {*away}}:
-                asked[method] = kept
-        yield from (f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", "")
-        yield from (*table(asked, *away), "", *paired(asked, *away), "")
-        yield from ("ACC %, NLL and ECE %:", "", *each_task({d: (asked, d) for d in away}), "")
-        yield from ("Told from the task's own, AUROC %:", "", *told_apart(asked, away), "")
+        every = [run for seeds in methods.values() for run in seeds.values()]
+        yield from (f"## {title}", "", f"{len(every[0]['test'][1])} items.", "")
+        yield from (*table(methods, "test"), "", *paired(methods, "test"), "")
+        if away := sorted(set.intersection(*map(set, every)) - {"test", "validation"}):
+            yield from (f"## {title}: asked of other sets", "", f"Mean of {', '.join(away)}:", "")
+            yield from (*table(methods, *away), "", *paired(methods, *away), "")
+            yield from ("ACC %, NLL and ECE %:", "")
+            yield from (*each_task({data: (methods, data) for data in away}), "")
+            yield from ("Told from the task's own, AUROC %:", "", *told_apart(methods, away), "")
 
 
 def write_report(cells: Collection[Mapping[str, Any]], out: Path, apart: Collection[str]) -> None:
-    """Writes ``report.md``, a reliability diagram of SmolLM2, and a picture of all tasks.
-
-    Tasks that stand ``apart`` are compared with a uniform answer, and are in no mean of other
-    tasks.
-    """
+    """Writes the report and its figures; tasks that stand ``apart`` are in no mean of others."""
     runs = read_runs(cells, out)
     for key, methods in runs.items():
         if key[1] in apart:
-            seeds = next(iter(methods.values()))
-            methods["uniform"] = {seed: uniform(run) for seed, run in seeds.items()}
+            seeds = next(iter(methods.values()))  # of any, for the same probability of each option
+            methods["uniform"] = {seed: Run(alike(run)) for seed, run in seeds.items()}
     learned = {key: methods for key, methods in runs.items() if key[1] not in apart}
     text = [HEAD, *summary(learned), *sections(runs)]
     versions = {json.dumps(cell["versions"], sort_keys=True) for cell in cells}

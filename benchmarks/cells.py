@@ -20,16 +20,15 @@ class Cells(list[dict[str, Any]]):
     """The cells of a file, to which new ones are added; a line that a kill cut short is removed."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        text = path.read_text("utf-8") if path.exists() else ""
+        self.path, text = path, path.read_text("utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             path.write_text(whole, "utf-8")
         super().__init__(map(json.loads, whole.splitlines()))
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        found = {**versions(), "commit": commit, "threads": torch.get_num_threads()}
         # Noted at the start, because files of the checkout may change in the course of a run
+        found = {**versions(), "commit": commit, "threads": torch.get_num_threads()}
         self.made_by = {"versions": found, "command": shlex.join(sys.argv)}
 
     def has(self, **key: Any) -> bool:
@@ -44,20 +43,20 @@ class Cells(list[dict[str, Any]]):
             file.write(json.dumps(self[-1]) + "\n")
 
 
+def titles(columns: Columns) -> list[str]:
+    return [title for title, _, _ in columns.values()]
+
+
 def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a table."""
-    head = list(head)
-    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+    head, *lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]
+    return [head, "|---" * head.count(" | ") + "|---|", *lines]
 
 
 def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
-    """The mean of a metric."""
     return sum(run[key] for run in runs) / len(runs)
 
 
 def error_of_mean(runs: Sequence[Mapping[str, float]], key: str) -> float:
-    """The standard error of a metric's mean over several runs."""
     return stdev(run[key] for run in runs) / len(runs) ** 0.5
 
 

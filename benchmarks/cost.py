@@ -1,7 +1,6 @@
 """Times of training steps and predictions, in turn in one process, as ratios.
 
     python benchmarks/cost.py step --steps 12               # SmolLM2-135M's shape, float32
-    python benchmarks/cost.py step --size tiny --methods peft,bayesian-lora,blob
     python benchmarks/cost.py step --published CHECKOUT --blob CHECKOUT  # other projects' layers
     python benchmarks/cost.py predict --samples 1,4,10      # adapters in every layer
     python benchmarks/cost.py predict --top 10              # in the top 10 layers alone
@@ -11,23 +10,20 @@ The network is a random Llama, and every method adapts q and v of all blocks (or
 rank 8. A ratio is that of two runs of the same round; a table has its median and quartiles. In
 `step` all methods have the same batches, AdamW and gradient clipping. `peft` and the layers of
 other projects run the network as their scripts do, `net(**batch).logits[:, -1, answers]`;
-`peft:read`, `published:read` and so on run the same layers as this library does, and compute only
-the logits that a likelihood reads. Peak memory is measured in a process for each method. In
-`predict` the rows are the network's forward pass on the batch, `plain`, the same with only the
-logits that are read, `plain:read`, predictions with S draws, and the linearized predictive with 64
-draws and two classes: one forward pass, and a backward pass for each class but the first.
+`peft:read`, `published:read` and so on compute only the logits that a likelihood reads, as this
+library does. Peak memory is that of a process for each method. In `predict`, `plain` is the
+network's forward pass, and `linearized` has 64 draws and two classes.
 """
 
 import copy
 import csv
 import resource
-import subprocess
-import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from operator import truediv
 from pathlib import Path
 from statistics import median, quantiles
@@ -35,6 +31,7 @@ from typing import Any
 
 import pyro
 import torch
+from calibration_report import BLUE, RED
 from cells import markdown
 from matplotlib.figure import Figure
 from other_layers import LAYERS
@@ -56,21 +53,17 @@ SIZES = {
     "llama-1b": (2048, 8192, 4, 32, 8, 128256),  # four layers of it
 }
 ROWS, RANK, TARGETS, ANSWERS = 8, 8, ["q_proj", "v_proj"], (5, 6, 7)
-RATES = {"mean": 1e-3, "scale": 1e-3, "direction": 1e-3}
 METHODS = "peft,peft:read,bayesian-lora,mean-field,blob"
-
 Batch = dict[str, Tensor]
 
 
 def network(size: str) -> nn.Module:
-    """A random Llama of a shape."""
     torch.manual_seed(0)
     shape = dict(zip(NAMES, SIZES[size], strict=True))
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
 
 
 def random_batch() -> Batch:
-    """Rows of tokens, each with a class."""
     generator = torch.Generator().manual_seed(0)
     return {
         "input_ids": torch.randint(8, 512, (ROWS, 64), generator=generator),
@@ -81,6 +74,8 @@ def random_batch() -> Batch:
 
 def adapted(net: nn.Module, method: str, likelihood: Likelihood, top: int) -> BayesianLoRA:
     """An adapter by the name of a method; ``:scaled`` adds conditional noise to its prior."""
+    # Tensors belong to their modules, so that the adapters do not share names in Pyro's store
+    pyro.settings.set(module_local_params=True)
     name, _, conditional = method.partition(":")
     prior = get_method(name).prior_of(RANK)
     if conditional:
@@ -90,10 +85,7 @@ def adapted(net: nn.Module, method: str, likelihood: Likelihood, top: int) -> Ba
     return BayesianLoRA(net, target_modules=TARGETS, layers_to_transform=layers, **how)
 
 
-def take_turns(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round; in a round all runs follow one another."""
+def take_turns(runs: Mapping[str, Any], rounds: int, warmup: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(warmup + rounds):
         for name, run in runs.items():
@@ -104,9 +96,7 @@ def take_turns(
     return seconds
 
 
-def table(
-    what: str, seconds: Mapping[str, Sequence[float]], others: Sequence[str], memory: Any = ()
-) -> str:
+def table(what: str, seconds: Any, others: list[str], memory: Any = ()) -> str:
     """Median times and peak memory, with their ratios to ``others``; of times with quartiles."""
     head = [what, "s", *(f"ratio to {other} (quartiles)" for other in others)]
     head += ["peak GiB", *(f"GiB to {other}" for other in others)] if memory else []
@@ -133,17 +123,17 @@ def step_of(method: str, net: nn.Module, options: Namespace) -> Callable[[Batch]
         groups = [{"params": [p for p in net.parameters() if p.requires_grad], "lr": 1e-3}]
 
         def loss_of(batch: Batch) -> Tensor:
+            inputs = {key: batch[key] for key in likelihood.keys}
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 if how == "read":
                     logits = likelihood.logits(net, batch)
                 else:
-                    inputs = {key: batch[key] for key in likelihood.keys}
                     logits = net(**inputs, use_cache=False).logits[:, -1, list(ANSWERS)]
             return nn.functional.cross_entropy(logits.float(), batch["labels"]) + kl() / 1000
 
     else:
         blora = adapted(net, method, likelihood, options.top)
-        groups = parameter_groups(blora, RATES)
+        groups = parameter_groups(blora, dict.fromkeys(("mean", "scale", "direction"), 1e-3))
         precision = partial(blora.model.autocast, options.precision)
         bound = TraceMeanField_ELBO(ROWS, blora.max_plate_nesting, vectorize_particles=True)
         elbo = bound(blora.model, blora.guide)
@@ -165,7 +155,6 @@ def step_of(method: str, net: nn.Module, options: Namespace) -> Callable[[Batch]
 
 
 def timed(options: Namespace, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of each step of each method, in turn."""
     base, batch, steps = network(options.size).train(), random_batch(), {}
     for name in names:
         net = base if len(names) == 1 else copy.deepcopy(base)
@@ -179,30 +168,24 @@ def timed(options: Namespace, names: list[str]) -> dict[str, list[float]]:
         return take_turns(steps, options.steps, warmup=3)
 
 
-def peak(method: str) -> float:
-    """Peak memory in GiB of three steps of a method, in a process with the same options."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", method]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+def peak(options: Namespace, method: str) -> float:
+    """Peak memory in GiB of three steps of a method, in a process of its own."""
+    options.steps = 0  # the warm-up alone
+    timed(options, [method])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def step(options: Namespace) -> None:
-    """Prints the times of training steps."""
-    if options.peak_of:
-        options.steps = 0  # the warm-up alone
-        timed(options, [options.peak_of])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        return
     names = options.methods.split(",")
     for name in ("published", "blob_layers"):
         names += [name, f"{name}:read"] if getattr(options, name) else []
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.map(partial(peak, options), names, chunksize=1)
     others = [name for name in ("peft", "peft:read") if name in names]
-    memory = {name: peak(name) for name in names}
-    print(table("method", timed(options, names), others, memory))
+    print(table("method", timed(options, names), others, dict(zip(names, found, strict=True))))
 
 
 def predict(options: Namespace) -> None:
-    """Prints the times of predictions."""
     net, batch = network(options.size).eval(), random_batch()
     likelihood = LabelTokens(token_ids=(5, 6), num_data=1000)
     blora = adapted(net, "bayesian-lora", likelihood, options.top)
@@ -216,42 +199,27 @@ def predict(options: Namespace) -> None:
         print(table("prediction", take_turns(runs, 5, warmup=1), ["plain", "plain:read"]))
 
 
-BARS = {  # rows of ratios.csv by their labels, below what they show and what they are divided by
-    ("A training step takes as long as PEFT's", "times PEFT's LoRA"): {
-        "this library": "default",
-        "top 10 of 30 blocks": "default in the top 10 of 30 blocks",
-        "Bayesian-LoRA's code": "Bayesian-LoRA's published layers",
-        "BLoB's code": "BLoB's published layers",
-    },
-    ("A draw takes a forward pass", "times a forward pass"): {
-        "1 draw": "1 draw",
-        "10 draws": "10 draws",
-        "10 draws, top 10 blocks": "10 draws of the top 10 of 30 blocks",
-        "linearized, 2 classes": "linearized with two classes",
-    },
-}
-COLORS = {"usual": ("against the usual script", "#8c8c8c"), "like": ("like for like", "#2f5f94")}
-
-
 def picture(options: Namespace) -> None:
-    """Draws bars of ratios of times with their quartiles."""
-    here = Path(__file__).resolve().parent
+    here, titles = Path(__file__).resolve().parent, {}
+    titles["step"] = "A training step takes as long as PEFT's", "times PEFT's LoRA"
+    titles["prediction"] = "A draw takes a forward pass", "times a forward pass"
+    colors = {"usual": ("against the usual script", "#8c8c8c"), "like": ("like for like", BLUE)}
     with (here / "results/cost/ratios.csv").open(encoding="utf-8") as file:
-        ratios = {row["what"]: row for row in csv.DictReader(file)}
+        ratios = [row for row in csv.DictReader(file) if row["bar"]]
     figure = Figure(figsize=(3.8, 4.9), layout="constrained")
     over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-    for ax, ((title, unit), bars) in zip(figure.subplots(2), BARS.items(), strict=True):
-        for shift, (kind, (label, color)) in zip((0.2, -0.2), COLORS.items(), strict=True):
-            for k, name in enumerate(bars.values()):
-                ends = (f"{kind}{end}" for end in ("", "_low", "_high"))
-                ratio, low, high = (float(ratios[name][end]) for end in ends)
+    for ax, (title, unit) in zip(figure.subplots(2), titles.values(), strict=True):
+        bars = [row for row in ratios if titles[row["kind"]][0] == title]
+        for shift, (kind, (label, color)) in zip((0.2, -0.2), colors.items(), strict=True):
+            for k, row in enumerate(bars):
+                ratio, low, high = (float(row[kind + end]) for end in ("", "_low", "_high"))
                 place = len(bars) - k + shift
                 ax.barh(place, ratio, 0.38, color=color, label=None if k else label)
                 ax.hlines(place, low, high, color="black", linewidth=1.2)
                 ax.annotate(f"{ratio:.2f}", (high, place), bbox=over, **where)
-        ax.set_yticks(range(len(bars), 0, -1), list(bars))
-        ax.axvline(1, color="#d9484a", linewidth=1, zorder=2)
+        ax.set_yticks(range(len(bars), 0, -1), [row["bar"] for row in bars])
+        ax.axvline(1, color=RED, linewidth=1, zorder=2)
         ax.set_title(title, fontsize=9, loc="right")
         ax.set_xlabel(unit, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
@@ -263,9 +231,6 @@ def picture(options: Namespace) -> None:
 
 
 def main() -> None:
-    """Runs the command."""
-    # Tensors belong to their modules, so that the adapters do not share names in Pyro's store
-    pyro.settings.set(module_local_params=True)
     commands = {"step": step, "predict": predict, "picture": picture}
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -280,7 +245,6 @@ def main() -> None:
     add("--checkpoint", action="store_true", help="activation checkpointing")
     add("--published", type=Path, help="checkout of arXiv:2601.21003's code")
     add("--blob", type=Path, dest="blob_layers", help="checkout of BLoB's code, arXiv:2406.11675")
-    add("--peak-of", help="print the peak memory of this method alone")
     options = parser.parse_args()
     commands[options.command](options)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from calibration_report import BLUE, RED
-from cells import Cells, Columns, error_of_mean, markdown, mean_of, means
+from cells import Cells, Columns, error_of_mean, markdown, mean_of, means, titles
 from matplotlib.figure import Figure
 
 from pyro_blora import BayesianLoRA, load_task
@@ -25,7 +25,6 @@ from pyro_blora.inference import RATES
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.pretrained import load_for
 
-OUT = Path(__file__).parent / "results" / "hyperparameters"
 TASK, SEEDS, STEPS = "sst2", (0, 1, 2), 300
 # The rate is the best of five on validation items, in results/calibration/trials.jsonl
 LORA = {"method": "lora", "learning_rates": 1e-3}
@@ -52,17 +51,18 @@ COLUMNS |= {"mi": ("mutual information", 1, 4)}
 
 def trained(net: Any, tokenizer: Any, task: Task, setting: str, value: str, seed: int) -> Iterator:
     """The cells of one training: of the default's, one for each number of draws."""
-    how = {"num_steps": STEPS, "method": "bayesian-lora", "rank": 8, **SETTINGS[setting][value]}
-    collate, by = task.collator(tokenizer, net=net), how.pop("by", None)
-    kinds = {"method": how.pop("method"), "rank": how.pop("rank")}
+    how = {"num_steps": STEPS, "method": "bayesian-lora", "rank": 8, "by": 1}
+    how |= SETTINGS[setting][value]
+    method, rank, by = how.pop("method"), how.pop("rank"), how.pop("by")
+    collate = task.collator(tokenizer, net=net)
     torch.manual_seed(seed)
-    blora = BayesianLoRA(net, **kinds, likelihood=task.likelihood(collate))
+    blora = BayesianLoRA(net, method=method, rank=rank, likelihood=task.likelihood(collate))
     for prior in blora.model.children():
-        if by and isinstance(prior, KroneckerInducing):
+        if isinstance(prior, KroneckerInducing):
             prior.sigma_ = by * prior.sigma_start
-    counts = SETTINGS["draws"] if setting == "draws" else {value: {}}
-    draws = {name: int(name) if setting == "draws" else 10 for name in counts}
-    views = {name: View("last", 0 if "LoRA" in setting else n) for name, n in draws.items()}
+    views = {value: View("last", 0 if "LoRA" in setting else 10)}
+    if setting == "draws":
+        views = {count: View("last", int(count)) for count in SETTINGS["draws"]}
     how |= {"collate": collate, "data": {"test": (task.test, collate)}, "seed": seed}
     for result in scored(blora, task, views=views, **how):
         metrics, (prediction, _) = result.metrics["test"], result.predictions["test"]
@@ -77,13 +77,12 @@ def trained(net: Any, tokenizer: Any, task: Task, setting: str, value: str, seed
 def of(cells: list[Any], setting: str, value: str) -> list[dict[str, Any]]:
     """The cells of a value, with the NLL's difference from the default's, that of ten draws."""
     place = (setting, value) if SETTINGS[setting][value] or setting == "draws" else DEFAULT
-    found = {at: [c for c in cells if (c["setting"], c["value"]) == at] for at in (place, DEFAULT)}
-    usual = {cell["seed"]: cell["nll"] for cell in found[DEFAULT]}
-    return [{**cell, "gap": cell["nll"] - usual[cell["seed"]]} for cell in found[place]]
+    usual = {c["seed"]: c["nll"] for c in cells if (c["setting"], c["value"]) == DEFAULT}
+    found = [cell for cell in cells if (cell["setting"], cell["value"]) == place]
+    return [{**cell, "gap": cell["nll"] - usual[cell["seed"]]} for cell in found]
 
 
 def report(cells: list[Any]) -> str:
-    """The table."""
     rows = []
     for setting, value in PLACES:
         columns = {k: v for k, v in COLUMNS.items() if "LoRA" not in setting or k[0] not in "km"}
@@ -92,25 +91,22 @@ def report(cells: list[Any]) -> str:
     lines = ["# Hyperparameters", "", "Mean ± standard error over seeds; 300 steps and 10 draws."]
     lines += ["", f"## minilm: {TASK}, one setting changed", ""]
     lines += [f"{len({cell['seed'] for cell in cells})} seeds.", ""]
-    head = ["setting", "value", *(title for title, _, _ in COLUMNS.values())]
-    return "\n".join([*lines, *markdown(head, rows), ""])
+    return "\n".join([*lines, *markdown(["setting", "value", *titles(COLUMNS)], rows), ""])
 
 
 def picture(cells: list[Any]) -> Figure:
-    """The NLL by the value of each setting, beside LoRA's."""
     figure = Figure(figsize=(4.6, 5.8), layout="constrained")
     panels = figure.subplots(3, 2, sharey=True).flat
     for axes, (setting, values) in zip(panels, list(SETTINGS.items())[2:], strict=True):
         found = [of(cells, setting, value) for value in values]
-        nlls = [mean_of(runs, "nll") for runs in found]
-        errors = [error_of_mean(runs, "nll") for runs in found]
+        nlls, errors = ([f(runs, "nll") for runs in found] for f in (mean_of, error_of_mean))
         line: dict[str, Any] = {"fmt": "o-", "mfc": "white", "color": BLUE, "capsize": 3}
         axes.errorbar(range(len(values)), nlls, errors, **line)
         at = list(values).index(BY_DEFAULT.get(setting, "1"))
         axes.plot(at, nlls[at], "o", color=BLUE, markersize=8, zorder=3, label="default")
         for rival, dash in {"LoRA": "--", "LoRA, split": ":"}.items():
-            nll = mean_of(of(cells, rival, ""), "nll")
-            axes.axhline(nll, color=RED, linestyle=dash, label=rival)
+            level = mean_of(of(cells, rival, ""), "nll")
+            axes.axhline(level, color=RED, linestyle=dash, label=rival)
         axes.set_xticks(range(len(values)), values)
         axes.set_xlabel(setting)
         axes.spines[["top", "right"]].set_visible(False)
@@ -124,7 +120,7 @@ def picture(cells: list[Any]) -> Figure:
 def main(
     model: Annotated[str, typer.Option(help="all-MiniLM-L6-v2, as a folder or by its name.")],
     data_dir: Annotated[Path | None, typer.Option(help="The tasks' folders.")] = None,
-    out: Path = OUT,
+    out: Path = Path(__file__).parent / "results" / "hyperparameters",
 ) -> None:
     """Trains what is missing, and writes the cells, the report and the picture."""
     cells = Cells(out / "cells.jsonl")
@@ -134,11 +130,10 @@ def main(
             is_new = SETTINGS[setting][value] or (setting, value) == DEFAULT
             if is_new and not cells.has(seed=seed, setting=setting, value=value):
                 pair = load_for(model, len(task.test[0].choices), seed)
-                for cell in trained(*pair, task, setting, value, seed):
+                for cell in list(trained(*pair, task, setting, value, seed)):
                     cells.add(cell)
     write_file(out / "report.md", report(cells))
-    figure = picture(cells)
-    write_file(out / "figures" / "hyperparameters.png", partial(figure.savefig, dpi=160))
+    write_file(out / "figures" / "hyperparameters.png", partial(picture(cells).savefig, dpi=160))
 
 
 if __name__ == "__main__":

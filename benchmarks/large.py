@@ -21,12 +21,10 @@ from pyro_blora import compare, load_pretrained
 from pyro_blora.evaluation.results import RESULTS, Row, versions
 from pyro_blora.methods import METHODS
 
-PUBLISHED = Path(__file__).with_suffix(".yaml")
 LORA = replace(METHODS["lora"], learning_rates={"mean": 1e-4})
 
 
 def load(model: str, quantized: bool) -> tuple[Any, Any]:
-    """A network in bfloat16 and its tokenizer, or its blocks in 4 bits."""
     if not quantized:
         return load_pretrained(model, dtype=torch.bfloat16)
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -40,7 +38,6 @@ def load(model: str, quantized: bool) -> tuple[Any, Any]:
 
 
 def show(row: Row) -> None:
-    """Prints the time of a row's training, and the peak memory since the last row."""
     memory = ""
     if torch.cuda.is_available():
         memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
@@ -61,22 +58,13 @@ def main(
     """Trains and scores each method, and prints the table beside what papers print."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{model}{' in 4 bits' if quantized else ''} on {device}, {versions()}", flush=True)
-    table = compare(
-        load(model, quantized),
-        task,
-        ["lora", "split:lora", "bayesian-lora"],
-        own={"lora": LORA},
-        seeds=[int(seed) for seed in seeds.split(",")],
-        num_steps=max_steps,
-        batch_size=4,
-        rank=8,
-        target_modules=["q_proj", "v_proj", "lm_head"],
-        max_validation=0,  # no row reads any, so that all items train
-        out=out,
-        callback=show,
-    )
+    how: dict[str, Any] = {"own": {"lora": LORA}, "num_steps": max_steps, "batch_size": 4}
+    how |= {"target_modules": ["q_proj", "v_proj", "lm_head"], "rank": 8, "out": out}
+    how |= {"seeds": [int(seed) for seed in seeds.split(",")], "callback": show}
+    how["max_validation"] = 0  # no row reads any, so that all items train
+    table = compare(load(model, quantized), task, ["lora", "split:lora", "bayesian-lora"], **how)
     print(f"\n{table}\n")
-    printed = yaml.safe_load(PUBLISHED.read_text("utf-8"))
+    printed = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
     if task in printed["tasks"] and (rows := printed["models"].get(model)):
         place = printed["tasks"].index(task)
         cells = [[name, *row[place].split()] for name, row in rows.items()]

@@ -1,11 +1,10 @@
 """The memory table of docs/large_models.md, computed with fake tensors: no weights, no GPU.
 
-It takes some minutes. A fake tensor has a shape but no values. A training step and a prediction
-with draws run on such tensors, and the bytes of all live storages are summed. The sum does not
-include the allocator's overhead, workspaces of kernels and the CUDA context. The network is in
-bfloat16, a batch has 8 rows of 256 tokens with one particle each, and a prediction has 10 draws.
-The last row is the setting of large.py: lm_head is adapted, too, and a row has a question of 128
-tokens with four options of 32, which is more than any of ARC has; 4 rows train, and 16 are asked.
+It takes some minutes. A training step and a prediction with draws run on tensors without values,
+and the bytes of all live storages are summed, without the allocator's overhead, workspaces of
+kernels and the CUDA context. The network is in bfloat16, a batch has 8 rows of 256 tokens with one
+particle each, and a prediction has 10 draws. The last row is the setting of large.py: lm_head is
+adapted, too, 4 rows train and 16 are asked, each a question of 128 tokens with four options of 32.
 """
 
 import gc
@@ -60,6 +59,13 @@ class Bytes(TorchDispatchMode):
                 weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return results
 
+    def peak_of(self, run: Callable[[], Any]) -> int:
+        """The largest number of live bytes in the course of ``run``."""
+        gc.collect()
+        self.peak = self.now
+        run()
+        return self.peak
+
     def _free(self, key: int, size: int) -> None:
         self.alive.remove(key)
         self.now -= size
@@ -77,10 +83,7 @@ def choices(items: int) -> dict[str, Tensor]:
 def measure(
     shape: dict[str, Any], rows: int, tokens: int, draws: int, asked: int = 0
 ) -> dict[str, int]:
-    """Bytes of the weights, in bfloat16 and in 4 bits, bytes of the adapter, and peaks.
-
-    With ``asked`` the adapter has lm_head, too, and this many questions with options are asked.
-    """
+    """Bytes of weights and adapter, and peaks; with ``asked`` questions lm_head is adapted."""
     with Bytes() as count:
         net = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
         likelihood: Likelihood = LabelTokens(token_ids=cost.ANSWERS, num_data=100)
@@ -96,7 +99,7 @@ def measure(
         found = training(count, blora, choices(rows) if asked else batch)
         batch = choices(asked) if asked else batch
         for name, most in (("a draw", 1), ("all draws", 10**6)):
-            found[name] = peak(count, partial(blora.log_predictive, batch, draws, max_rows=most))
+            found[name] = count.peak_of(partial(blora.log_predictive, batch, draws, max_rows=most))
     weights = sum(p.nbytes for p in net.parameters())
     linear = sum(p.numel() for p in net.model.layers.parameters() if p.dim() == 2)
     found |= {"weights": weights, "16 n": 16 * blora.trainable_parameters}
@@ -106,7 +109,6 @@ def measure(
 
 
 def training(count: Bytes, blora: BayesianLoRA, batch: dict[str, Tensor]) -> dict[str, int]:
-    """The peak of a step of AdamW, without and with activation checkpointing."""
     rows = len(batch["labels"])
     bound = TraceMeanField_ELBO(rows, max_plate_nesting=1, vectorize_particles=True)
     loss_of = bound(blora.model, blora.guide)
@@ -117,31 +119,20 @@ def training(count: Bytes, blora: BayesianLoRA, batch: dict[str, Tensor]) -> dic
         optimizer.step()
 
     step()  # the first step makes the optimizer's state
-    found = {"step": peak(count, step)}
+    found = {"step": count.peak_of(step)}
     older = blora.net.gradient_checkpointing_enable  # before transformers 5.24
     getattr(blora.net, "activation_checkpointing_enable", older)({"use_reentrant": False})
     blora.net.train()  # transformers checkpoints in training mode alone
-    found["checkpointed"] = peak(count, step)
+    found["checkpointed"] = count.peak_of(step)
     blora.net.eval()
     optimizer.zero_grad()
     return found
 
 
-def peak(count: Bytes, run: Callable[[], Any]) -> int:
-    """The largest number of live bytes during ``run``."""
-    gc.collect()
-    count.peak = count.now
-    run()
-    return count.peak
-
-
 def main() -> None:
-    """Prints the table, in GiB."""
     pyro.enable_validation(False)  # as in `fit`: the checks would read values
-    columns, lines = (
-        ("weights", "in 4 bits", "16 n", "step", "checkpointed", "a draw", "all draws"),
-        [],
-    )
+    columns = ("weights", "in 4 bits", "16 n", "step", "checkpointed", "a draw", "all draws")
+    lines = []
     for size, (rows, asked) in {**dict.fromkeys(SIZES, (8, 0)), "7B, large.py": (4, 16)}.items():
         shape = dict(zip(NAMES, SIZES[size.partition(",")[0]], strict=True))
         with FakeTensorMode(shape_env=ShapeEnv()):

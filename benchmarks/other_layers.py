@@ -1,12 +1,9 @@
-"""LoRA with dropout as a prior, and the layers of other projects, which ``cost.py`` runs.
+"""LoRA with dropout as a prior, and the layers of other projects, executed from a checkout.
 
-None of their code is copied here: it is imported or executed from a checkout. Each function returns
-the KL of all layers in nats, to be called once after each pass.
+Each function returns the KL of all layers in nats, to be called once after each pass.
 """
 
 import ast
-import contextlib
-import io
 import math
 import sys
 from collections.abc import Callable
@@ -30,10 +27,7 @@ KL = Callable[[], Tensor]
 
 
 class Dropout(GaussianFactors):
-    """LoRA with dropout on the inputs of ``A`` (Gal, Ghahramani 2016, arXiv:1506.02142).
-
-    What the dropout adds to a layer's output is the update's noise, which the mean leaves out.
-    """
+    """LoRA with dropout on the inputs of ``A`` (Gal, Ghahramani 2016), as the update's noise."""
 
     def __init__(self, *, rank: int = 8, p: float = 0.1) -> None:
         super().__init__(rank=rank, random="both", sigma=1e4)
@@ -49,7 +43,6 @@ class Dropout(GaussianFactors):
 
 
 def peft(net: nn.Module, targets: list[str], rank: int, checkout: Path | None = None) -> KL:
-    """PEFT's LoRA, which has no KL."""
     get_peft_model(net, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     return lambda: torch.zeros(())
 
@@ -63,8 +56,7 @@ def bayesian_lora(net: nn.Module, targets: list[str], rank: int, checkout: Path)
     settings = yaml.safe_load((checkout / "configs/inducing/inducing8.yaml").read_text())
     settings["key_layers"] = targets
     peft(net, targets, rank)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
-        bayesianize_(net, settings)
+    bayesianize_(net, settings)
     layers = [m for m in net.modules() if hasattr(m, "kl_divergence")]
 
     def kl() -> Tensor:
@@ -81,8 +73,9 @@ def blob(net: nn.Module, targets: list[str], rank: int, checkout: Path) -> KL:
     path = checkout / "modelwrappers" / "blob.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     # The rest of the file imports the requirements of its command line
-    wanted = {"blob_linear_forward", "div_posterior_prior", "_wrap_lora_layer"}
-    body: list[Any] = [n for n in ast.walk(tree) if getattr(n, "name", "") in wanted]
+    wanted = {"blob_linear_forward", "div_posterior_prior"}
+    body: list[Any] = [n for n in tree.body if getattr(n, "name", "") in wanted]
+    body += [n for n in ast.walk(tree) if getattr(n, "name", "") == "_wrap_lora_layer"]
     space: dict[str, Any] = {"torch": torch, "nn": nn, "math": math, "Any": Any}
     exec(compile(ast.Module(body, []), str(path), "exec"), space)
     peft(net, targets, rank)
