@@ -57,7 +57,7 @@ def mean_of(runs: Sequence[Mapping[str, float]], key: str) -> float:
 
 
 def error_of_mean(runs: Sequence[Mapping[str, float]], key: str) -> float:
-    return stdev(run[key] for run in runs) / len(runs) ** 0.5
+    return stdev(run[key] for run in runs) / len(runs) ** 0.5 if len(runs) > 1 else 0.0
 
 
 def means(runs: Sequence[Mapping[str, float]], columns: Columns) -> list[str]:
