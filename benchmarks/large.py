@@ -15,17 +15,16 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
+from cells import markdown
 
 from pyro_blora import compare, load_pretrained
 from pyro_blora.evaluation.results import RESULTS, Row, versions
 from pyro_blora.methods import METHODS
 
-PUBLISHED = Path(__file__).with_suffix(".yaml")
 LORA = replace(METHODS["lora"], learning_rates={"mean": 1e-4})
 
 
 def load(model: str, quantized: bool) -> tuple[Any, Any]:
-    """A network in bfloat16 and its tokenizer, or its blocks in 4 bits."""
     if not quantized:
         return load_pretrained(model, dtype=torch.bfloat16)
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -38,29 +37,20 @@ def load(model: str, quantized: bool) -> tuple[Any, Any]:
     return net.eval(), AutoTokenizer.from_pretrained(model)
 
 
-def measured(row: Row) -> None:
-    """Prints the time of a row's training, and the peak memory since the row before it."""
-    told = f"{row.method}, seed {row.seed}: trained in {row.train_seconds:.1f} s"
+def show(row: Row) -> None:
+    memory = ""
     if torch.cuda.is_available():
-        told += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         torch.cuda.reset_peak_memory_stats()
-    print(told, flush=True)
-
-
-def published(model: str, task: str) -> list[str]:
-    """What papers print of a model on a task."""
-    found = yaml.safe_load(PUBLISHED.read_text("utf-8"))
-    if task not in found["tasks"]:
-        return []
-    place, rows = found["tasks"].index(task), found["models"].get(model, {})
-    return [f"| {name} | " + " | ".join(row[place].split()) + " |" for name, row in rows.items()]
+    print(
+        f"{row.method}, seed {row.seed}: {row.train_seconds:.1f} s of training{memory}", flush=True
+    )
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for results.json, predictions and a diagram.")],
-    task: Annotated[str, typer.Option(help="A task of the hub, or a folder in --data-dir.")],
+    task: Annotated[str, typer.Option(help="A task of the hub, or a folder with its splits.")],
     model: str = "meta-llama/Llama-2-7b-hf",
-    data_dir: Annotated[str | None, typer.Option(help="Folder of TASK/SPLIT.jsonl.")] = None,
     quantized: Annotated[bool, typer.Option("--quantized", help="In 4 bits.")] = False,
     max_steps: int = 5000,
     seeds: str = "0,1,2",
@@ -68,24 +58,17 @@ def main(
     """Trains and scores each method, and prints the table beside what papers print."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{model}{' in 4 bits' if quantized else ''} on {device}, {versions()}", flush=True)
-    table = compare(
-        load(model, quantized),
-        task,
-        ["lora", "split:lora", "bayesian-lora"],
-        own=[LORA],
-        seeds=[int(seed) for seed in seeds.split(",")],
-        num_steps=max_steps,
-        batch_size=4,
-        rank=8,
-        target_modules=["q_proj", "v_proj", "lm_head"],
-        max_validation=0,  # no row reads any, so that all items train
-        data_dir=data_dir,
-        out=out,
-        callback=measured,
-    )
+    how: dict[str, Any] = {"own": [LORA], "num_steps": max_steps, "batch_size": 4}
+    how |= {"target_modules": ["q_proj", "v_proj", "lm_head"], "rank": 8, "out": out}
+    how |= {"seeds": [int(seed) for seed in seeds.split(",")], "callback": show}
+    how["max_validation"] = 0  # no row reads any, so that all items train
+    table = compare(load(model, quantized), task, ["lora", "split:lora", "bayesian-lora"], **how)
     print(f"\n{table}\n")
-    if rows := published(model, task):
-        print("\n".join(["| published | ACC % | ECE % | NLL |", "|---|---|---|---|", *rows, ""]))
+    printed = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+    if task in printed["tasks"] and (rows := printed["models"].get(model)):
+        place = printed["tasks"].index(task)
+        cells = [[name, *row[place].split()] for name, row in rows.items()]
+        print("\n".join([*markdown(["published", "ACC %", "ECE %", "NLL"], cells), ""]))
     print(f"To let others know, open an issue with {out / RESULTS} and all lines printed here.")
 
 
