@@ -107,9 +107,12 @@ class BayesianLoRA(PyroModule):
     ) -> None:
         super().__init__()
         enter_through(self, OwnTensors(self))
-        which: dict[str, Any] = {"exclude_modules": exclude_modules}
-        which["layers_to_transform"] = layers_to_transform
-        targets = find_targets(net, target_modules, **which)
+        targets = find_targets(
+            net,
+            target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+        )
         known = get_method(method or "bayesian-lora")
         if prior is not None and rank is not None:
             raise ConfigurationError(
@@ -176,9 +179,15 @@ class BayesianLoRA(PyroModule):
         training: bool = True,
     ) -> tuple[Any, Collate | None]:
         """The examples and their collator; see :func:`pyro_blora.data.reading.reading`."""
-        parts: dict[str, Any] = {"net": self.net, "likelihood": self.likelihood}
-        parts |= {"tokenizer": self.tokenizer, "labeled": labeled, "training": training}
-        return reading(data, collate, **parts)
+        return reading(
+            data,
+            collate,
+            net=self.net,
+            likelihood=self.likelihood,
+            tokenizer=self.tokenizer,
+            labeled=labeled,
+            training=training,
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""

@@ -5,21 +5,19 @@
 ``"my_module:MyPrior+MeanField"``; the command line takes the names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-from pyro_blora import guides, models
+import pyro_blora.guides as guides
+import pyro_blora.models as models
 from pyro_blora.errors import ConfigurationError, first_line, near_miss
 from pyro_blora.guides import SiteGuide
 from pyro_blora.models import UpdateModel
 from pyro_blora.options import check_count, check_kind
-
-if TYPE_CHECKING:
-    from pyro_blora.posterior.guide import GuideFactory
 
 T = TypeVar("T")
 
@@ -46,7 +44,7 @@ class Method:
 
     name: str
     prior: UpdateModel | Mapping[str, UpdateModel]
-    guide: "SiteGuide | Mapping[str, SiteGuide] | GuideFactory"
+    guide: SiteGuide | Mapping[str, SiteGuide] | Callable[..., Any]
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     held_out: float | None = None
     num_samples: int | None = None

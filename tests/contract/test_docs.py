@@ -21,7 +21,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(pyro_blora.__path__, 
 
 def test_the_examples_of_docstrings():
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    for name in (name for name in MODULES if not name.endswith("__main__")):
+    for name in MODULES:
         module, given = importlib.import_module(name), {"torch": torch, "nn": nn}
         assert doctest.testmod(module, extraglobs=given, optionflags=flags).failed == 0, name
 

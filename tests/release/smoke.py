@@ -28,8 +28,7 @@ def installed() -> None:
     assert home.is_relative_to(sys.prefix), home
     assert (home / "py.typed").is_file()
     for module in pkgutil.walk_packages([str(home)], "pyro_blora."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+        importlib.import_module(module.name)
     assert models.__name__ == "pyro_blora.models"
     assert guides.__name__ == "pyro_blora.guides"
     version = importlib.metadata.version("pyro-blora")
