@@ -428,9 +428,9 @@ class BayesianLoRA(PyroModule):
             count = (labels.reshape(len(labels), -1) >= 0).sum(-1)
             return self.log_predictive(batch, num_samples).cpu(), count
 
-        found, counts, back = over_dataset(scored, data, collate, self.device, **options)
+        log_probs, counts, back = over_dataset(scored, data, collate, self.device, **options)
         assert counts is not None
-        return torch.cat(found)[back], counts
+        return torch.cat(log_probs)[back], counts
 
     @one_at_a_time
     def generate(

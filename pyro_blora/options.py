@@ -119,8 +119,8 @@ def choose_precision(name: str, device: "str | torch.device | None" = None) -> s
         return name
     import torch  # not at the top, so that a command checks its options without loading torch
 
-    found = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return "bfloat16" if _bfloat16_pays(torch.device(found).type) else "float32"
+    place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return "bfloat16" if _bfloat16_pays(torch.device(place).type) else "float32"
 
 
 def _bfloat16_pays(kind: str) -> bool:

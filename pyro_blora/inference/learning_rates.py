@@ -81,14 +81,14 @@ def parameter_groups(
     two classes, and the input of a head entries of about one.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
-    found: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
+    groups: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
     for path, parameter in blora.named_parameters():
         role, rate = _role_and_rate(blora, path, given, sizes)
         if parameter.requires_grad:
-            found.setdefault(role, {}).setdefault(rate, []).append(parameter)
+            groups.setdefault(role, {}).setdefault(rate, []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "name": role}
-        for role, by_rate in found.items()
+        for role, by_rate in groups.items()
         for rate, parameters in by_rate.items()
     ]
 
@@ -174,8 +174,8 @@ def point_steps(
     never stop.
     """
     priors = (getattr(blora.model, group.name) for group in blora.model.groups)
-    found = [p.point_epochs for p in priors if p.point_epochs is not None]
-    if of_an_epoch is None or not found or getattr(blora.guide_family, "is_point", False):
+    epochs = [p.point_epochs for p in priors if p.point_epochs is not None]
+    if of_an_epoch is None or not epochs or getattr(blora.guide_family, "is_point", False):
         return None
     bits = math.log2(sizes_of(blora, batch).classes)
-    return max(_POINT_STEPS, round(bits * max(found) * of_an_epoch))
+    return max(_POINT_STEPS, round(bits * max(epochs) * of_an_epoch))

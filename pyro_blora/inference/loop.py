@@ -167,9 +167,9 @@ def training_loop(
         read_at = time.perf_counter()
         if not unread:
             return
-        rows = torch.stack([torch.stack(list(found.values())) for _, found in unread]).tolist()
-        for (batch, found), row in zip(unread, rows, strict=True):
-            figures = dict(zip(found, row, strict=True))
+        rows = torch.stack([torch.stack(list(values.values())) for _, values in unread]).tolist()
+        for (batch, values), row in zip(unread, rows, strict=True):
+            figures = dict(zip(values, row, strict=True))
             check(batch, len(result.history), figures)
             result.history.append(figures)
         bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})

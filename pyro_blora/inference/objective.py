@@ -18,7 +18,7 @@ from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
 from pyro_blora.options import check_count, check_positive
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
+from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, site_distributions
 
 _FIRST = 8  # steps, in which the rates have hardly begun to rise
 
@@ -59,7 +59,7 @@ class Objective:
             check_count("num_particles", num_particles)
         check_positive("kl_weight", kl_weight)
         kl_weight *= likelihood.num_data / max(1, likelihood.num_data - num_held_out)
-        points = [law for law in laws_of(blora.guide) if isinstance(law, Delta | Members)]
+        points = [q for q in site_distributions(blora.guide) if isinstance(q, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:
@@ -175,8 +175,8 @@ def _explained(
         for name, parameter in nn.ModuleList([model, guide]).named_parameters()
         if not bool(parameter.isfinite().all())
     ]
-    found = [f"the parameter {name[2:]}" for name in bad[:6]]
-    if not found:
+    culprits = [f"the parameter {name[2:]}" for name in bad[:6]]
+    if not culprits:
         batch = model.prepared(batch)
         with torch.no_grad(), pyro.validation_enabled(False):
             q = pyro.poutine.trace(guide).get_trace(batch)
@@ -185,8 +185,8 @@ def _explained(
             trace.compute_log_prob()
             for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
                 if not bool(trace.nodes[name]["log_prob_sum"].isfinite()):
-                    found.append(f"the log-probability of {name} in the {label}")
+                    culprits.append(f"the log-probability of {name} in the {label}")
     return NonFiniteLossError(
-        f"The loss is not finite at step {step}; also not finite: {', '.join(found) or 'none'}. "
+        f"The loss is not finite at step {step}; also not finite: {', '.join(culprits) or 'none'}. "
         "Lower the learning rates or the prior's sigma, or use precision='float32'."
     )

@@ -83,8 +83,10 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """
-    made = get_method(method or replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True))
-    family = made.guide if guide is None else guide
+    record = get_method(
+        method or replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True)
+    )
+    family = record.guide if guide is None else guide
     if not isinstance(family, Laplace):
         raise ConfigurationError(
             f"guide must be Laplace() for bayesianize, got {family!r}, which is trained; start "
@@ -92,7 +94,7 @@ def bayesianize(
         )
     parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
     with put_back(net):
-        blora = BayesianLoRA.from_peft(net, folder, method=made, **parts, tokenizer=tokenizer)
+        blora = BayesianLoRA.from_peft(net, folder, method=record, **parts, tokenizer=tokenizer)
         try:
             rows, collate = blora.reading(data, collate)
             batches = [*batches_of(rows, collate, batch_size)]  # read once
@@ -152,8 +154,8 @@ def finish(
 
     def all_scores() -> Iterator[dict[str, Tensor]]:
         for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
-            found = scores(blora, blora.model.prepared(batch))
-            yield {name: found[name] for name in families}
+            by_site = scores(blora, blora.model.prepared(batch))
+            yield {name: by_site[name] for name in families}
 
     with put_back_if_refused(blora), running(blora, precision, training=False):
         data, collate = blora.reading(data, collate)
@@ -168,8 +170,8 @@ def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
     """``g_bc`` of :meth:`~pyro_blora.guides.Laplace.finish` at the guide's center, by site."""
     logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)
     p = logits.softmax(-1)
-    found = {}
+    by_site = {}
     for name, J in jacobian.items():
         weight = p.reshape(*p.shape, *(1,) * (J.dim() - 2))
-        found[name] = weight.sqrt() * (J - (weight * J).sum(1, keepdim=True))
-    return found
+        by_site[name] = weight.sqrt() * (J - (weight * J).sum(1, keepdim=True))
+    return by_site

@@ -64,9 +64,9 @@ def prepare(
     ``Trainer`` that only evaluates.
     """
     rates = rate_overrides(blora, learning_rates)
-    rows, made, share = train, collate, 0.0
+    rows, reader, share = train, collate, 0.0
     if train is not None:
-        rows, made = blora.reading(train, collate)  # first, because it may name the classes
+        rows, reader = blora.reading(train, collate)  # first, because it may name the classes
         if validations:
             blora.likelihood.begin_training()
         share = _share(blora, rows, held_out)
@@ -75,7 +75,7 @@ def prepare(
     if train is not None:
         _check_num_data(blora.likelihood, rows)
     objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
-    return Preparation(part, made, held, share, others, objective, rates)
+    return Preparation(part, reader, held, share, others, objective, rates)
 
 
 def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
@@ -83,14 +83,14 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
     guide = blora.guide
     if not isinstance(guide, StructuredGuide):
         return {}
-    found = {name: f for name, f in guide.families().items() if isinstance(f, Laplace)}
-    if found and not blora.likelihood.has_classes:
+    families = {name: f for name, f in guide.families().items() if isinstance(f, Laplace)}
+    if families and not blora.likelihood.has_classes:
         raise ConfigurationError(
             f"{blora.guide_family!r} must have a likelihood with classes, got "
             f"{type(blora.likelihood).__name__}; pass likelihood=, such as MultipleChoice() or "
             "LabelTokens(token_ids=...), or take a guide that is trained."
         )
-    return found
+    return families
 
 
 def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:

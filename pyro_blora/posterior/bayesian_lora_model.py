@@ -101,20 +101,20 @@ class BayesianLoRAModel(PyroModule):
             check_kind("prior", each, UpdateModel)
         self._net, self._prior = (net,), (prior,)  # in tuples, so that neither is registered
         self._starts: dict[str, Tensor] = {}
-        # found once, because a network has thousands of modules
+        # collected once, because a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
         self.groups = tuple(groups)
         self.enabled = True
         self._precision = "float32"
         bound = {group.name: priors[group.name].bind(group) for group in groups}
         self.likelihood = likelihood.bind(self.groups[0].device, fast=fast)
-        for name, own in bound.items():
+        for name, update_model in bound.items():
             if hasattr(self, name):
                 raise ConfigurationError(
                     f"Layers must not be called {name!r}, the name of a part of the model; leave "
                     "them out with exclude_modules, or rename them in the network."
                 )
-            setattr(self, name, own)
+            setattr(self, name, update_model)
         self.trained_heads = TrainedHeads(net, heads)
         # divisors of scores of draws, and of the mean: calibrate() sets both, distill() the second
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
@@ -289,10 +289,10 @@ class BayesianLoRAModel(PyroModule):
         """
         updates = self.updates()
         factors = [f for u in updates.values() for f in (u.A, u.B, u.core) if f is not None]
-        law = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
+        normal = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
         size = sum(site.shape.numel() for site in self.sites)
         with pyro.plate("data", size, dim=-1):
-            pyro.sample("labels", law, obs=torch.zeros(size, device=self.groups[0].device))
+            pyro.sample("labels", normal, obs=torch.zeros(size, device=self.groups[0].device))
         return updates
 
 

@@ -87,8 +87,8 @@ class StructuredGuide(PyroModule):
             embeddings = getattr(model.net, "get_input_embeddings", lambda: None)()
         size = 0 if embeddings is None else int(embeddings.weight.shape[-1])
         for site in sites:
-            own = chosen[site.group] if isinstance(family, Mapping) else family
-            bound = own.bind(replace(site, context_size=size))
+            template = chosen[site.group] if isinstance(family, Mapping) else family
+            bound = template.bind(replace(site, context_size=size))
             setattr(self, self._attributes[site.name], bound)
         self.nesting = model.max_plate_nesting
 
@@ -131,23 +131,23 @@ class StructuredGuide(PyroModule):
         return context if context.dim() == 1 else context.unflatten(0, (-1, *(1,) * self.nesting))
 
 
-def laws_of(guide: nn.Module) -> list[Any]:
-    """The law q of each site, without ``Independent``; none of an AutoGuide."""
-    laws: list[Any] = []
+def site_distributions(guide: nn.Module) -> list[Any]:
+    """The distribution q of each site, without ``Independent``; none of an AutoGuide."""
+    distributions: list[Any] = []
     if not isinstance(guide, StructuredGuide):
-        return laws
+        return distributions
     with torch.no_grad(), pyro.validation_enabled(False):
         for family in guide.families().values():
-            law = family.law()
-            while isinstance(law, torch.distributions.Independent):
-                law = law.base_dist
-            laws.append(law)
-    return laws
+            q = family.law()
+            while isinstance(q, torch.distributions.Independent):
+                q = q.base_dist
+            distributions.append(q)
+    return distributions
 
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
-    points = any(isinstance(law, Delta | Members) for law in laws_of(guide))
+    points = any(isinstance(q, Delta | Members) for q in site_distributions(guide))
     if not isinstance(guide, StructuredGuide) or points:  # a point mass has no KL
         return None
     with torch.no_grad():
@@ -155,9 +155,9 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
         p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
         total = torch.zeros(())
         for site in model.sites:
-            laws = (trace.nodes[site.name]["fn"] for trace in (q, p))
+            pair = (trace.nodes[site.name]["fn"] for trace in (q, p))
             try:
-                total = total + torch.distributions.kl_divergence(*laws).sum().cpu()
+                total = total + torch.distributions.kl_divergence(*pair).sum().cpu()
             except NotImplementedError:
                 return None
         return total
@@ -291,8 +291,8 @@ def described(
     yield f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
     ways = {"draws": model.temperature, "mean": model.mean_temperature}
     if any(float(temperature) != 1 for temperature in ways.values()):
-        told = (f"of the {way} {float(of):.3g}" for way, of in ways.items())
-        yield f"  temperatures: {', '.join(told)}"
+        shown = (f"of the {way} {float(temperature):.3g}" for way, temperature in ways.items())
+        yield f"  temperatures: {', '.join(shown)}"
 
 
 def _size(module: nn.Module) -> int:

@@ -164,10 +164,10 @@ class Posterior:
         @torch.no_grad()
         def draw(count: int) -> dict[str, LowRankUpdate]:
             nonlocal waiting
-            found = [waiting] if waiting else []
-            if missing := count - len(found):
-                found.append(mirrored(math.ceil(missing / 2)))
-            values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            parts = [waiting] if waiting else []
+            if missing := count - len(parts):
+                parts.append(mirrored(math.ceil(missing / 2)))
+            values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             waiting = {name: v[count:] for name, v in values.items() if len(v) > count}
             data = {name: v[:count].flatten(0, 1) for name, v in values.items()}
             return self._updates_at(data, count * each)

@@ -82,7 +82,7 @@ def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int |
             f"calibrate must have a likelihood with classes and an adapter that is on, got "
             f"{type(likelihood).__name__}; call it outside of disable_adapter(), and not for text."
         )
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    logits: list[tuple[Tensor, Tensor, Tensor]] = []
     with draws_apart(posterior.guide, model.groups[0].device):
         for given in batches:
             batch = model.prepared(given)
@@ -94,10 +94,10 @@ def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int |
             drawn = mean  # of a point, which needs no second pass
             if draws:
                 drawn = torch.cat([*posterior.logits(batch, draws, tempered=False)])
-            found.append((mean.cpu(), drawn.cpu(), labels.cpu()))
-    by_mean, by_draws, parts = zip(*found, strict=True)
+            logits.append((mean.cpu(), drawn.cpu(), labels.cpu()))
+    by_mean, by_draws, parts = zip(*logits, strict=True)
     labels = torch.cat(parts)
-    both = [temperature_of_draws(_joined(logits), labels) for logits in (by_draws, by_mean)]
+    both = [temperature_of_draws(_joined(each), labels) for each in (by_draws, by_mean)]
     model.temperature.fill_(both[0])
     model.mean_temperature.fill_(both[1])
     return float(model.temperature)
