@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.options import Options, check_count
 
@@ -93,6 +94,8 @@ class Likelihood(Options, PyroModule):
         If they are ``labeled``, rows must have labels; otherwise all or none have. A ``training``
         may name the classes.
         """
+        if isinstance(collate, PromptCollator) and is_from(collate, "pyro_blora."):
+            collate.check(rows, labeled)  # a user's subclass may read other columns
         return collate
 
     def check_loader(

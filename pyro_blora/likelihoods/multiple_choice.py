@@ -10,7 +10,7 @@ from torch.nn import functional
 from pyro_blora.errors import BatchError, DataError
 from pyro_blora.items import Item
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator, check_items
+from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.packing import in_rows
 from pyro_blora.likelihoods.reading import check_causal, logits_at, true_entries
 
@@ -71,14 +71,6 @@ class MultipleChoice(Likelihood):
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """A :class:`MultipleChoiceCollator`."""
         return MultipleChoiceCollator(tokenizer)
-
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks that each row is an item."""
-        if type(collate) is MultipleChoiceCollator:  # a subclass may read other columns
-            check_items(rows, labeled)
-        return collate
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""

@@ -21,6 +21,7 @@ from pyro_blora.labels import (
     without_subsets,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._prompts import is_from
 from pyro_blora.likelihoods.reading import positions_of
 from pyro_blora.network.targets import head_of, own_names
 
@@ -97,7 +98,7 @@ class SequenceClassification(Likelihood):
         first = rows[0]
         ours = isinstance(collate, ClassificationCollator)
         encoded = isinstance(first, Mapping) and "input_ids" in first
-        if not ours and not (encoded and is_of(collate, "transformers.")):
+        if not ours and not (encoded and is_from(collate, "transformers.")):
             return collate  # which reads the labels by itself
         stored = features_of(without_subsets(rows))
         named = {"label", "labels"} & set(first) if isinstance(first, Mapping) else set()
@@ -145,7 +146,7 @@ class SequenceClassification(Likelihood):
         first = whole[0] if isinstance(whole, list | tuple) and whole else None
         if isinstance(first, Item) and not given:
             names = list(first.choices)
-        as_they_are = ours or collate is None or is_of(collate, "transformers.", "torch.")
+        as_they_are = ours or collate is None or is_from(collate, "transformers.", "torch.")
         self._check_order(given, names if as_they_are else [], net)
         if training and given:
             self.classes = self.classes or given
@@ -214,12 +215,6 @@ class ClassificationCollator:
         choice = item.choices[item.label]
         named = self.classes or choice.isdecimal()
         return {"text": item.question, "label": choice if named else item.label}
-
-
-def is_of(collate: Any, *packages: str) -> bool:
-    """Whether a function, or the class of an object, is of one of these packages."""
-    home = getattr(collate, "__module__", None) or type(collate).__module__
-    return home.startswith(packages)
 
 
 def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
