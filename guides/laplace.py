@@ -104,9 +104,9 @@ class Laplace(Delta):
         seen = 0
         for batch in scores:
             for name, g in batch.items():
-                found = families[name]._second_moments(g)
-                before = sums.get(name, [g.new_zeros(())] * len(found))
-                sums[name] = [a + b for a, b in zip(before, found, strict=True)]
+                moments = families[name]._second_moments(g)
+                before = sums.get(name, [g.new_zeros(())] * len(moments))
+                sums[name] = [a + b for a, b in zip(before, moments, strict=True)]
             seen += len(g)
         chosen = {}
         for name, family in families.items():

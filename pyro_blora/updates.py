@@ -125,7 +125,7 @@ class LowRankUpdate:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the updates have noise of their own, beyond the randomness of the sites."""
+        """Whether the updates are random even if all sites are fixed."""
         return self.noise is not None or self.mean is not None
 
     @property
@@ -163,14 +163,11 @@ def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
 
 
 def cholesky(Psi: Tensor) -> Tensor:
-    """The lower Cholesky factor of ``Psi``, with jitter where rounding has made it indefinite.
-
-    ``psd_safe_cholesky`` synchronizes a CUDA device, because it reads whether each try succeeded.
-    With Pyro's validation off, as in ``fit``, this function makes the same tries without reading
-    the result, and returns NaN, which the loss then shows, where all of them fail.
-    """
+    """The lower Cholesky factor of ``Psi``, with jitter where rounding has made it indefinite."""
     if is_validation_enabled():
         return psd_safe_cholesky(Psi)
+    # The same tries without reading their results, which would synchronize a CUDA device; where
+    # all of them fail the factor is NaN, and so is the loss
     jitter = Psi.new_zeros(Psi.shape[:-1])
     with torch.no_grad():
         for step in range(settings.cholesky_max_tries.value()):
@@ -203,8 +200,7 @@ def between_orthonormal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``Z_r``, ``V``, ``Z_c`` with ``B A = Q_r^T V Q_c`` and orthonormal rows in both ``Z``.
 
-    ``Z_r`` is ``(..., m_r, d_out)`` and ``Z_c`` ``(..., m_c, d_in)``, with ``m`` at least ``r``;
-    rows beyond the rank of ``B A`` are random.
+    Rows of ``Z`` beyond the rank of ``B A`` are random.
     """
     dtype, B, A = B.dtype, B.double(), A.double()
     Z_r, Z_c = _basis(B, D_r.shape[-1]), _basis(A.mT, D_c.shape[-1])
@@ -216,15 +212,12 @@ def between_orthonormal(
 
 
 def _basis(X: Tensor, m: int) -> Tensor:
-    X = torch.nn.functional.pad(X, (0, m - X.shape[-1]))
+    X = functional.pad(X, (0, m - X.shape[-1]))
     return torch.linalg.qr(torch.where(X.any(-2, keepdim=True), X, torch.randn_like(X))).Q
 
 
 def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
-    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
-
-    It does not depend on ``U``, because the two covariances differ only by the factor ``lambda^2``.
-    """
+    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, for every ``U``."""
     return d_out * d_in * (0.5 * lam.square() - lam.log() - 0.5)
 
 

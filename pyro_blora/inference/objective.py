@@ -18,7 +18,7 @@ from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
 from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
 from pyro_blora.options import check_count, check_positive
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, laws_of
+from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, site_distributions
 
 _FIRST = 8  # steps, in which the rates have hardly begun to rise
 
@@ -59,7 +59,7 @@ class Objective:
             check_count("num_particles", num_particles)
         check_positive("kl_weight", kl_weight)
         kl_weight *= likelihood.num_data / max(1, likelihood.num_data - num_held_out)
-        points = [law for law in laws_of(blora.guide) if isinstance(law, Delta | Members)]
+        points = [q for q in site_distributions(blora.guide) if isinstance(q, Delta | Members)]
         dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:

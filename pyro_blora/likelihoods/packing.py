@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_blora.debts import attention_of
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods.reading import compact
-from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.adapter import layer_hook_of
 from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
 from pyro_blora.updates import MarginalNoise
 
@@ -135,7 +135,7 @@ def in_rows(
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
-    updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
+    updates = [getattr(layer_hook_of(module), "update", None) for module in net.modules()]
     if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
             "Conditional noise must have packed rows, in which the options share the noise of "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.adapter import layer_hook_of
 from pyro_blora.network.shortcuts import is_observed
 from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
@@ -66,7 +66,7 @@ def logits_at(
     all. Without ``narrow`` the head runs at all positions.
     """
     head = output_head(net)
-    adapter = adapter_of(head)
+    adapter = layer_hook_of(head)
     per_row = adapter is not None and adapter.update is not None  # each particle has its rows
     if "position_ids" not in inputs:
         inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}

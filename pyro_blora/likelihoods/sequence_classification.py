@@ -23,7 +23,7 @@ from pyro_blora.labels import (
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import is_from
 from pyro_blora.likelihoods.reading import positions_of
-from pyro_blora.network.targets import head_of, own_names
+from pyro_blora.network.targets import head_of, logit_names
 
 
 class SequenceClassification(Likelihood):
@@ -111,7 +111,7 @@ class SequenceClassification(Likelihood):
         self._check_order(given, doubted, net)
         classes = self.classes or given or self.classes
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
-            if classes == () and self.trained_head and not own_names(net):
+            if classes == () and self.trained_head and not logit_names(net):
                 _check_places(names, [*map(str, range(len(names)))])
             classes = _classes(classes, net, rows, names, column, labeled)
         elif classes is None and names:
@@ -153,7 +153,7 @@ class SequenceClassification(Likelihood):
 
     def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""
-        known = own_names(net) if self.classes is None else self.classes
+        known = logit_names(net) if self.classes is None else self.classes
         if _are_logits(given, net) and not self.classes:
             given = ()
         if not self.classes and None in [place_of(name, known) for name in given]:
@@ -164,7 +164,7 @@ class SequenceClassification(Likelihood):
             if classes:
                 _check_places(found, classes, unknown=True)
         if not known:
-            _check_places(names, own_names(net))
+            _check_places(names, logit_names(net))
 
 
 class ClassificationCollator:
@@ -230,7 +230,7 @@ def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool
 
 def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
     """The names that a network has for a head that was trained on numbers; ``name`` is given."""
-    if names := own_names(net):
+    if names := logit_names(net):
         return names
     raise ConfigurationError(
         "The classes of a head that was trained on numbers must have names before labels can be "
@@ -263,7 +263,7 @@ def _classes(
         every = [rows[k] for k in range(len(rows))]
         given = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
         if all(map(are_numbers, given)):
-            _check_places(names, own_names(net))
+            _check_places(names, logit_names(net))
             return classes
         classes = _names_of_numbers(net, given[0][0])
     if classes is None:
@@ -286,7 +286,7 @@ def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
     config: Any = getattr(net, "config", None)
     if config is None:
         return () if are_numbers(names) else tuple(map(str, names))
-    count, own = int(config.num_labels), own_names(net)
+    count, own = int(config.num_labels), logit_names(net)
     given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
     if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
         return given

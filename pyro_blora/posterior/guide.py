@@ -131,14 +131,14 @@ class StructuredGuide(PyroModule):
         return context if context.dim() == 1 else context.unflatten(0, (-1, *(1,) * self.nesting))
 
 
-def laws_of(guide: nn.Module) -> list[Any]:
+def site_distributions(guide: nn.Module) -> list[Any]:
     """The law q of each site, without ``Independent``; none of an AutoGuide."""
     laws: list[Any] = []
     if not isinstance(guide, StructuredGuide):
         return laws
     with torch.no_grad(), pyro.validation_enabled(False):
         for family in guide.families().values():
-            law = family.law()
+            law = family.conditional()
             while isinstance(law, torch.distributions.Independent):
                 law = law.base_dist
             laws.append(law)
@@ -147,7 +147,7 @@ def laws_of(guide: nn.Module) -> list[Any]:
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
-    points = any(isinstance(law, Delta | Members) for law in laws_of(guide))
+    points = any(isinstance(law, Delta | Members) for law in site_distributions(guide))
     if not isinstance(guide, StructuredGuide) or points:  # a point mass has no KL
         return None
     with torch.no_grad():
