@@ -75,8 +75,9 @@ class MultipleChoice(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
         rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
-        how: dict[str, Any] = {"count": rows.count, "narrow": self.shortcuts.on}
-        logits = logits_at(net, rows.inputs, rows.positions, rows.mask, **how)
+        logits = logits_at(
+            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.shortcuts.on
+        )
         real = true_entries(rows.mask, rows.count)
         targets = rows.targets.flatten()[real]
         logp = -functional.cross_entropy(logits, targets, reduction="none")
@@ -103,8 +104,8 @@ class MultipleChoice(Likelihood):
             raise BatchError(
                 f"MultipleChoice must have equal B x K x T shapes, got {shapes}; pad them alike."
             )
-        there = batch["option_mask"].any(-1)
-        if there.is_cpu and (~there.any(-1)).any():
+        present = batch["option_mask"].any(-1)
+        if present.is_cpu and (~present.any(-1)).any():
             raise BatchError(
                 "Each item must have an option with a token to score, got one without; set "
                 "option_mask to true at the options' tokens."
@@ -113,10 +114,10 @@ class MultipleChoice(Likelihood):
 
     def labels(self, batch: Batch) -> Tensor | None:
         """The right options, ``(B,)``, or ``None``; raises BatchError if one is absent."""
-        labels, there = batch.get("labels"), batch["option_mask"].any(-1)
-        if labels is not None and there.is_cpu and labels.shape == there.shape[:1]:
-            chosen = labels.long().clamp(0, there.shape[1] - 1)  # check_labels reports the others
-            if (~there.gather(1, chosen.unsqueeze(-1))).any():
+        labels, present = batch.get("labels"), batch["option_mask"].any(-1)
+        if labels is not None and present.is_cpu and labels.shape == present.shape[:1]:
+            chosen = labels.long().clamp(0, present.shape[1] - 1)  # check_labels reports the others
+            if (~present.gather(1, chosen.unsqueeze(-1))).any():
                 raise BatchError(
                     "labels must name an option that the item has, got one without scored tokens; "
                     "check the order of the options."

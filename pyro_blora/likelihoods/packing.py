@@ -38,8 +38,8 @@ def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[i
     unpredicted = batch["option_mask"][..., 0].any()
     padded_left = (real[..., 1:] & ~real[..., :-1]).any()
     counts = scored.sum(-1)
-    facts = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
-    first, left, length, most, count = torch.stack([fact.long() for fact in facts]).tolist()
+    values = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
+    first, left, length, most, count = torch.stack([value.long() for value in values]).tolist()
     if first:
         raise BatchError(
             "option_mask must be false at the first token of a row, which nothing predicts; begin "
@@ -101,8 +101,8 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
         row(torch.full_like(index, -1), segments),
         kept_scored,
     )
-    own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
-    seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
+    same = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
+    seen = same & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
     seen[..., 0] |= ~keep  # padding attends to a real token, to avoid a softmax over nothing
     attention = seen.unsqueeze(1)
     if additive:
@@ -147,8 +147,8 @@ def in_rows(
 
 def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
     """Whether packed and unpacked rows give this network the same logits."""
-    verified = (shortcuts or Shortcuts()).verified
-    return verified(net, "options packed behind one question", partial(_packs, net))
+    shortcuts = shortcuts or Shortcuts()
+    return shortcuts.verified(net, "options packed behind one question", partial(_packs, net))
 
 
 def _packs(net: nn.Module) -> bool:
@@ -157,14 +157,14 @@ def _packs(net: nn.Module) -> bool:
     ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
     scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
-    found = []
+    scores = []
     for rows in (pack(batch, additive=_adds_its_mask(net)), unpacked(batch)):
         logits = logits_of(net, **rows.inputs)
         index = torch.arange(len(rows.positions), device=ids.device).unsqueeze(-1)
         if logits is None or logits.dim() != 3:
             return False
-        found.append(logits[index, rows.positions].flatten(0, 1))
-    return agree(*found)
+        scores.append(logits[index, rows.positions].flatten(0, 1))
+    return agree(*scores)
 
 
 def _adds_its_mask(net: nn.Module) -> bool:

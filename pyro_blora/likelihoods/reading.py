@@ -66,8 +66,8 @@ def logits_at(
     all. Without ``narrow`` the head runs at all positions.
     """
     head = output_head(net)
-    adapter = layer_hook_of(head)
-    per_row = adapter is not None and adapter.update is not None  # each particle has its rows
+    hook = layer_hook_of(head)
+    per_row = hook is not None and hook.update is not None  # each particle has its rows
     if "position_ids" not in inputs:
         inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
     columns, width = positions.flatten(), positions.shape[-1]
@@ -83,11 +83,11 @@ def logits_at(
         rows, chosen = (at // width).to(values.device), columns[at].to(values.device)
         return values[rows, chosen].unsqueeze(0)
 
-    own = threading.get_ident()
+    thread = threading.get_ident()
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         # Other threads of a server may run the same network; a compiler traces only one thread
-        if not torch.compiler.is_compiling() and threading.get_ident() != own:
+        if not torch.compiler.is_compiling() and threading.get_ident() != thread:
             return None
         narrowed.append(True)
         return (gathered(args[0]),)
@@ -107,7 +107,7 @@ def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
 
     Raises BatchError for such rows of an encoder or of a network without ``position_ids``.
     """
-    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's own are right
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's are right
         return {}
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 

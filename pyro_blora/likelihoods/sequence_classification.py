@@ -95,19 +95,18 @@ class SequenceClassification(Likelihood):
         logits for names and for numbers that have names in the data set. A training on rows names
         the classes, unless they have names already: as the network does, or else as the rows do.
         """
-        first = rows[0]
-        ours = isinstance(collate, ClassificationCollator)
+        first, ours = rows[0], collate if isinstance(collate, ClassificationCollator) else None
         encoded = isinstance(first, Mapping) and "input_ids" in first
-        if not ours and not (encoded and is_from(collate, "transformers.")):
+        if collate is None or not (ours or (encoded and is_from(collate, "transformers."))):
             return collate  # which reads the labels by itself
         stored = features_of(without_subsets(rows))
         named = {"label", "labels"} & set(first) if isinstance(first, Mapping) else set()
         column = "labels" if named == {"labels"} else "label"
         names = classes_of(rows, column)
         # a transform makes labels without names, perhaps by other numbers than those of a column
-        made = not ours and stored and column in first and column not in stored
-        doubted = classes_of(rows) or classes_of(rows, "labels") if made else []
-        given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+        transformed = not ours and stored and column in first and column not in stored
+        doubted = classes_of(rows) or classes_of(rows, "labels") if transformed else []
+        given = ours.classes if ours else ()
         self._check_order(given, doubted, net)
         classes = self.classes or given or self.classes
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
@@ -120,9 +119,9 @@ class SequenceClassification(Likelihood):
             self.classes = classes
         classes = classes or ()
         names = names if classes or _are_logits(names, net) else []
-        if isinstance(collate, ClassificationCollator):
-            collate = copy.copy(collate)  # with what a subclass has added
-            collate.classes = classes if isinstance(first, Item) else ()
+        if ours:
+            collate = ours = copy.copy(ours)  # with what a subclass has added
+            ours.classes = classes if isinstance(first, Item) else ()
         if isinstance(first, Item) or not (ours or names or (classes and column == "label")):
             return collate
 
@@ -130,8 +129,7 @@ class SequenceClassification(Likelihood):
             if column in part[0]:
                 labels = [label_of({"label": row[column]}, classes, names) for row in part]
                 part = [{**row, column: k} for row, k in zip(part, labels, strict=True)]
-            made: Any = collate
-            return made(part)
+            return collate(part)
 
         return numbered
 
@@ -140,8 +138,8 @@ class SequenceClassification(Likelihood):
     ) -> None:
         """Refuses a loader whose batches number the classes otherwise than the logits do."""
         whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
-        ours = isinstance(collate, ClassificationCollator)
-        given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+        ours = collate if isinstance(collate, ClassificationCollator) else None
+        given = ours.classes if ours else ()
         names = classes_of(whole) or classes_of(whole, "labels")
         first = whole[0] if isinstance(whole, list | tuple) and whole else None
         if isinstance(first, Item) and not given:
@@ -160,9 +158,10 @@ class SequenceClassification(Likelihood):
             known = tuple(given) if self.classes is None else _names_of_numbers(net, given[0])
         numbers = not self.classes and _are_logits(names, net) and not {*names} <= {*known}
         logits = tuple(map(str, range(len(names)))) if numbers else known
-        for found, classes in ((given, known), (names, logits)):
-            if classes:
-                _check_places(found, classes, unknown=True)
+        if known:
+            _check_places(given, known, unknown=True)
+        if logits:
+            _check_places(names, logits, unknown=True)
         if not known:
             _check_places(names, logit_names(net))
 
@@ -194,17 +193,16 @@ class ClassificationCollator:
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
-        made = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
-        pairs = [row.get("text_pair") for row in made]
-        firsts = [row["text"].removeprefix(self._start) for row in made]
-        texts: list[Any] = [  # a data frame has NaN where a row has no second text
-            (text, pair) if isinstance(pair, str) else text
-            for text, pair in zip(firsts, pairs, strict=True)
-        ]
+        plain = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
+        texts: list[Any] = []
+        for row in plain:
+            text, pair = row["text"].removeprefix(self._start), row.get("text_pair")
+            # a data frame has NaN where a row has no second text
+            texts.append((text, pair) if isinstance(pair, str) else text)
         options = {"padding": True, "truncation": True, "max_length": self.max_length}
         batch = dict(self.tokenizer(texts, **options, return_tensors="pt"))
-        if "label" in made[0]:
-            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in made])
+        if "label" in plain[0]:
+            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in plain])
         return batch
 
     def likelihood(self, num_data: int | None = None) -> SequenceClassification:
@@ -282,22 +280,22 @@ def _classes(
 
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
-    """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
+    """The names that a classifier has for its logits, or else ``names``; none for numbers."""
     config: Any = getattr(net, "config", None)
     if config is None:
         return () if are_numbers(names) else tuple(map(str, names))
-    count, own = int(config.num_labels), logit_names(net)
+    count, known = int(config.num_labels), logit_names(net)
     given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
     if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
         return given
     if _are_logits(names, net):
-        fits = isinstance(names[0], str) and len(names) == count and not own
+        fits = isinstance(names[0], str) and len(names) == count and not known
         return tuple(map(str, sorted(names, key=int))) if fits else ()
-    if len(names) > count or (len(names) < count and not own):
+    if len(names) > count or (len(names) < count and not known):
         least = max(map(int, names)) + 1 if isinstance(names[0], int) else len(names)
         raise ConfigurationError(
             f"The network must have a logit for each of the classes {list(names)}, got {count}; "
             f"load it with num_labels={least}, or name all of its classes in net.config.id2label. "
             "Numbers count from 0."
         )
-    return own or tuple(map(str, names))
+    return known or tuple(map(str, names))
