@@ -177,9 +177,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
         \log Z(\delta) = -\tfrac{\delta}{2} |\hat U|^2 + \tfrac{k}{2} \log \delta
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
-    whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
-    / (\lambda_i + \delta)`, which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the
-    maximum; MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` need not converge.
+    whose slope has the sign of :math:`\sum_i \lambda_i / (\lambda_i + \delta) - \delta |\hat U|^2`,
+    which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the maximum.
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

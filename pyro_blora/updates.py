@@ -248,17 +248,14 @@ class MarginalNoise:
 
 
 class _RootTimesNormal(torch.autograd.Function):
-    """``(a - b q)^1/2 e`` with standard normal ``e``, which saves one large tensor instead of four.
-
-    ``a`` and ``b`` are (P, N, 1), ``q`` is (d_out). Noise and gradient are zero where rounding
-    leaves the variance at zero or below.
-    """
+    """``(a - b q)^1/2 e`` with standard normal ``e``, which saves one large tensor, not four."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, q: Tensor) -> Tensor:
         root = torch.addcmul(a, b, q, value=-1).clamp_min_(0).sqrt_()
         e = torch.randn(root.shape, dtype=root.dtype, device=root.device)
         if any(ctx.needs_input_grad):
+            # rounding may leave the variance at zero or below: then the gradient is zero, too
             ctx.save_for_backward(torch.where(root > 0, e / root, 0), b, q)
         return e.mul_(root)
 
@@ -290,20 +287,14 @@ class Side:
 def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
     """Draws ``(*batch, d_r, d_c)`` of the noise of a small weight, with ``s = 1``.
 
-    By the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3) it is drawn
-    from ``E``, d_r x d_c and standard normal.
+    This is the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3).
     """
-    E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
-    return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q
 
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*batch, *shape, dtype=rows.Q.dtype, device=rows.Q.device)
 
-def _matheron(e: Tensor, rows: Side, cols: Side) -> Tensor:
-    """A draw of the whitened ``U`` given ``e = E Q_c^T``, ``(..., m_r, m_c)``."""
-    shape = (*e.shape[:-2], rows.F.shape[-1], cols.F.shape[-1])
-    E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
+    E = randn(rows.Q.shape[-1], cols.Q.shape[-1])
+    E2, E3, E4 = (randn(rows.F.shape[-1], cols.F.shape[-1]) for _ in range(3))
     noise = rows.C @ E2 @ cols.F.mT + rows.F @ E3 @ cols.C.mT + rows.F @ E4 @ cols.F.mT
-    return rows.Q @ e + noise
-
-
-def _randn(like: Tensor, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=like.dtype, device=like.device)
+    V = rows.Q @ (E @ cols.Q.mT) + noise  # the whitened U of a prior weight E
+    return E - rows.Q.mT @ V @ cols.Q

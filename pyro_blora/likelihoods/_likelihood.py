@@ -76,10 +76,7 @@ class Likelihood(Options, PyroModule):
         return type(self).distribution is Likelihood.distribution
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """The function that makes a batch of rows of text such as ``row``, if no other is passed.
-
-        A subclass that reads rows of text returns a collator of its own.
-        """
+        """The default collator of rows of text such as ``row``, which a subclass may define."""
         columns = ", ".join(map(str, row if isinstance(row, Mapping) else vars(row)))
         raise ConfigurationError(
             f"{type(self).__name__} must be given collate= for rows of {columns}, such as "

@@ -71,10 +71,7 @@ def unpacked(batch: Mapping[str, Tensor]) -> Scored:
 
 
 def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
-    """One row per item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
-
-    With ``additive`` the mask is added to the attention scores, as in eager attention.
-    """
+    """One row per item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask."""
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     scored = batch["option_mask"].bool()
     items, options, length = ids.shape
@@ -105,7 +102,7 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     seen = same & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
     seen[..., 0] |= ~keep  # padding attends to a real token, to avoid a softmax over nothing
     attention = seen.unsqueeze(1)
-    if additive:
+    if additive:  # to the attention scores, as in eager attention
         attention = torch.where(attention, 0.0, torch.finfo(torch.float32).min)
     # The predecessor of an option's first token is the prefix's last
     place = torch.arange(tokens.shape[-1], device=ids.device).expand_as(tokens)
@@ -127,12 +124,10 @@ def in_rows(
     shortcuts: Shortcuts,
     packing: bool | None = None,
 ) -> Scored:
-    """The batch's rows, packed if that leaves the logits the same.
-
-    The packed mask replaces that of an attention window, so longer rows are not packed.
-    """
+    """The batch's rows, packed if that leaves the logits the same."""
     if supports_packing(net, shortcuts) if packing is None else packing:
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
+        # The packed mask replaces that of an attention window
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
     updates = [getattr(layer_hook_of(module), "update", None) for module in net.modules()]

@@ -103,10 +103,7 @@ def logits_at(
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` counted from the mask if rows are padded on the left, else nothing.
-
-    Raises BatchError for such rows of an encoder or of a network without ``position_ids``.
-    """
+    """``position_ids`` counted from the mask if rows are padded on the left, else nothing."""
     if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's are right
         return {}
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS

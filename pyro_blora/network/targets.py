@@ -222,10 +222,7 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 
 
 def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGroup]) -> dict[str, T]:
-    """The object for each group by its name; ``given`` is one object for all, or a mapping.
-
-    Its keys are group names or regular expressions for whole names, and the first match counts.
-    """
+    """The object of each group: one for all, or the first match of a mapping's keys."""
     names = [group.name for group in groups]
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
