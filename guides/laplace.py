@@ -83,10 +83,6 @@ class Laplace(Delta):
         """Restores ``finished`` from a state dict."""
         self.finished = bool(state)
 
-    def reopen(self) -> None:
-        """Makes the guide a point again, for more training."""
-        self.finished = False
-
     @classmethod
     def finish(
         cls,

@@ -80,7 +80,7 @@ class UpdateModel(Options, PyroModule):
     _plate: pyro.plate | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> LowRankUpdate:
-        """Runs :meth:`forward` with one plate, because two would be two sites with one name."""
+        """Makes the layer plate once per call; Pyro rejects duplicate names."""
         self._plate = None
         update: LowRankUpdate = super().__call__(*args, **kwargs)
         self._plate = None

@@ -138,10 +138,7 @@ class FactorInducing(UpdateModel):
         if self.scale == "learned":
             sigma = torch.where(size_B > 0, size_A * size_B, sigma)
             self.sigma_ = sigma[:, 0, 0]
-        return {
-            self.site("U_A"): cores[0] / size_A,
-            self.site("U_B"): cores[1] * size_A / sigma,
-        }
+        return {self.site("U_A"): cores[0] / size_A, self.site("U_B"): cores[1] * size_A / sigma}
 
     def _shapes(self, group: LayerGroup) -> dict[str, tuple[int, int]]:
         return {"A": (self.rank, group.d_in), "B": (group.d_out, self.rank)}

@@ -1,5 +1,6 @@
 """Row and column covariances from any GPyTorch kernels over embeddings of the neurons."""
 
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 import gpytorch
@@ -107,21 +108,16 @@ class KernelInducing(KroneckerInducing):
         """Registers the embedding and chooses the inducing points from it."""
         if self.embedding == "one-hot":
             return super()._directions(side, m, d)
-        E = self._embedding(side, d)
+        n, k = self.group.n, self.embedding_size
+        scale = k**-0.5  # distances of about one: GPyTorch's kernels start with lengthscale 0.7
+        E = torch.empty(n, d, 0)
+        with suppress(ConfigurationError):  # a quantized weight
+            left, right, _ = top_singular(self.group, min(k, d), min(k, d))
+            E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
+        E = torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)
         setattr(self, f"E_{side}", PyroParam(E.to(self.group.device)))
         points = torch.stack([embeddings[torch.randperm(d)[:m]] for embeddings in E])
         return points.to(self.group.device)
-
-    def _embedding(self, side: str, d: int) -> Tensor:
-        k, n = self.embedding_size, self.group.n
-        try:
-            left, right, _ = top_singular(self.group, min(k, d), min(k, d))
-        except ConfigurationError:  # a quantized weight
-            return torch.randn(n, d, k) * k**-0.5
-        # Distances of about one, because GPyTorch's kernels start with lengthscale 0.7
-        scale = k**-0.5
-        E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
-        return torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)
 
     def _set_kernel(self, side: str, kernel: str | Kernel) -> None:
         if isinstance(kernel, str):

@@ -289,12 +289,13 @@ def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
 
     This is the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3).
     """
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*batch, *shape, dtype=rows.Q.dtype, device=rows.Q.device)
-
-    E = randn(rows.Q.shape[-1], cols.Q.shape[-1])
-    E2, E3, E4 = (randn(rows.F.shape[-1], cols.F.shape[-1]) for _ in range(3))
+    E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
+    shape = (*batch, rows.F.shape[-1], cols.F.shape[-1])
+    E2, E3, E4 = (_randn(E, *shape) for _ in range(3))
     noise = rows.C @ E2 @ cols.F.mT + rows.F @ E3 @ cols.C.mT + rows.F @ E4 @ cols.F.mT
     V = rows.Q @ (E @ cols.Q.mT) + noise  # the whitened U of a prior weight E
     return E - rows.Q.mT @ V @ cols.Q
+
+
+def _randn(like: Tensor, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=like.dtype, device=like.device)

@@ -23,7 +23,7 @@ Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
 class Prepared(dict[str, Any]):
-    """A batch on the device of its model, checked and completed by a likelihood."""
+    """A checked batch on the model's device, with what its likelihood computes of it once."""
 
     examples: int
 

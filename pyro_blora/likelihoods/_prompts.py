@@ -56,7 +56,7 @@ class PromptCollator:
         return list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
-        """The ids of a text that continues another, perhaps other than those of a text's start."""
+        """Token ids of a continuation, which may differ from those at a text's start."""
         both, count = self._ids(":" + text), len(self._before)
         return both[count:] if both[:count] == self._before else self._ids(text)
 

@@ -119,10 +119,7 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
 
 
 def in_rows(
-    net: nn.Module,
-    batch: Mapping[str, Tensor],
-    shortcuts: Shortcuts,
-    packing: bool | None = None,
+    net: nn.Module, batch: Mapping[str, Tensor], shortcuts: Shortcuts, packing: bool | None = None
 ) -> Scored:
     """The batch's rows, packed if that leaves the logits the same."""
     if supports_packing(net, shortcuts) if packing is None else packing:
