@@ -64,16 +64,13 @@ def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tens
 
     The shapes are ``(n, left, d_out)``, ``(n, right, d_in)`` and ``(n, min(d_out, d_in))``.
     """
-    lefts, rights, values = [], [], []
+    vectors = []
     for name, module in zip(group.module_names, group.modules, strict=True):
-        weight = dense_weight(module, name)
+        weight, size = dense_weight(module, name), min(group.d_out, group.d_in)
         if weight.is_meta:
-            lefts.append(torch.eye(left, group.d_out))
-            rights.append(torch.eye(right, group.d_in))
-            values.append(torch.ones(min(weight.shape)))
-            continue
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=max(left, right) > min(weight.shape))
-        lefts.append(U.mT[:left])
-        rights.append(Vh[:right])
-        values.append(S)
-    return torch.stack(lefts), torch.stack(rights), torch.stack(values)
+            U, S, Vh = torch.eye(group.d_out), torch.ones(size), torch.eye(group.d_in)
+        else:
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=max(left, right) > size)
+        vectors.append((U.mT[:left], Vh[:right], S))
+    lefts, rights, values = map(torch.stack, zip(*vectors, strict=True))
+    return lefts, rights, values
