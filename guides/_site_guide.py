@@ -228,11 +228,11 @@ class SiteGuide(Options, PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define setup(site).")
 
     def distribution(self) -> TorchDistribution:
-        """The q of the unconstrained value, of batch and event shape ``site.shape``."""
+        """The distribution q of the unconstrained value, of batch and event shape ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The q of the value of the site itself, in the prior's support."""
+        """The distribution q of the value of the site itself, in the prior's support."""
         q = self.conditional(context)
         if self.site.is_real:
             return q
@@ -240,7 +240,7 @@ class SiteGuide(Options, PyroModule):
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def conditional(self, context: Tensor | None = None) -> TorchDistribution:
-        """The q of the unconstrained value, given the context if the family reads one."""
+        """The distribution q of the unconstrained value, given the context if the family reads one."""
         if self.reads_context:
             return self.distribution(context)  # type: ignore[call-arg]
         return self.distribution()

@@ -96,7 +96,7 @@ class Flow(MeanField):
         self._chain = chains[0], names
 
     def distribution(self) -> TorchDistribution:
-        """The q of ``U``, which can only score the value that it has just drawn."""
+        """The distribution of ``U``, which can only score the value that it has just drawn."""
         if self._chain is None:
             return super().distribution()
         chain, names = self._chain

@@ -54,8 +54,8 @@ class RealNormal(RealDistribution):
 
     :meth:`log_prob` scores the very tensor that was drawn last by its noise ``e``, as ``(k -
     |e|^2) / 2 - H[q]``, because recovering the noise by a triangular solve loses all precision for
-    ill-conditioned factors. Any other value is scored by ``_log_density``. A detached draw too,
-    since the noise formula gives the pathwise gradient.
+    ill-conditioned factors. Any other value is scored by ``_log_density``, and so is a detached
+    draw, since the noise formula gives the pathwise gradient.
     """
 
     _error: Callable[[Tensor], Tensor]

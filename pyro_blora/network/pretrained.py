@@ -44,9 +44,9 @@ def load_pretrained(
     from transformers import AutoTokenizer
 
     net = load_network(name, num_labels=num_labels, dtype=dtype, device=device)
-    place, source = _place(name)
+    path, source = _place(name)
     try:
-        return net, AutoTokenizer.from_pretrained(place, **source)
+        return net, AutoTokenizer.from_pretrained(path, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} has no tokenizer that can be loaded ({first_line(error)}). Install "
@@ -86,14 +86,14 @@ def load_network(
 
     if name != "smollm2":
         _check_reachable(name)
-    place, source = _place(name)
+    path, source = _place(name)
     auto, options = AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        net, info = auto.from_pretrained(place, output_loading_info=True, **options)
+        net, info = auto.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
@@ -111,8 +111,8 @@ def load_network(
             f"model {name!r} must be a causal language model, got no weights for "
             f"{min(info['missing_keys'])}; load a classifier with num_labels=."
         )
-    usual = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return net.eval().to(device or usual)
+    place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return net.eval().to(place)
 
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
