@@ -228,7 +228,7 @@ class SiteGuide(Options, PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define setup(site).")
 
     def distribution(self) -> TorchDistribution:
-        """The distribution q of the unconstrained value, of batch and event shape ``site.shape``."""
+        """The distribution q of the unconstrained value, whose shape is ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -240,7 +240,7 @@ class SiteGuide(Options, PyroModule):
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
     def conditional(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution q of the unconstrained value, given the context if the family reads one."""
+        """The distribution q of the unconstrained value, given a context where q reads one."""
         if self.reads_context:
             return self.distribution(context)  # type: ignore[call-arg]
         return self.distribution()
