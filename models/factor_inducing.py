@@ -166,4 +166,4 @@ class FactorInducing(UpdateModel):
     def _whitened(self, side: str, factor: str) -> tuple[Tensor, Tensor]:
         Z = normalize(getattr(self, f"Z_{side}_{factor}"), dim=-1)
         Psi = updates.inducing_covariance(Z, getattr(self, f"D_{side}_{factor}"))
-        return updates.whiten_or_explain(Z, Psi, side, f"{factor} in {self.group.name!r}")
+        return updates.whiten(Z, Psi, f"Psi_{side} of {factor} in {self.group.name!r}")

@@ -16,7 +16,7 @@ from pyro_blora.models._update_model import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.quantized import top_singular
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates import whiten_or_explain
+from pyro_blora.updates import whiten
 
 KERNELS: dict[str, Any] = {
     "rbf": gpytorch.kernels.RBFKernel,
@@ -141,7 +141,7 @@ class KernelInducing(KroneckerInducing):
         Psi = K_zz + torch.diag_embed(D.square())
         if log_priors:
             pyro.factor(self.site(f"hyperprior_{side}"), sum(log_priors))
-        return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")
+        return whiten(K_ze, Psi, f"Psi_{side} of group {self.group.name!r}")
 
 
 class _Covariances(nn.Module):

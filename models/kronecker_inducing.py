@@ -172,7 +172,7 @@ class KroneckerInducing(UpdateModel):
         """``L`` and ``Q = L^-1 Z`` of one side, by one batched Cholesky for all layers."""
         Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
         Psi = updates.inducing_covariance(Z, D)
-        return updates.whiten_or_explain(Z, Psi, side, f"group {self.group.name!r}")
+        return updates.whiten(Z, Psi, f"Psi_{side} of group {self.group.name!r}")
 
 
 @torch.no_grad()

@@ -178,21 +178,16 @@ def cholesky(Psi: Tensor) -> Tensor:
     return L.masked_fill((info > 0)[..., None, None], torch.nan)
 
 
-def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
+def whiten(Z: Tensor, Psi: Tensor, name: str = "Psi") -> tuple[Tensor, Tensor]:
     """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``."""
-    L = cholesky(Psi)
-    return L, torch.linalg.solve_triangular(L, Z, upper=False)
-
-
-def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
-    """:func:`whiten`, with an error that names ``Psi_{side}`` of ``where`` and the remedy."""
     try:
-        return whiten(Z, Psi)
+        L = cholesky(Psi)
     except (NanError, NotPSDError) as error:
         raise NonFiniteLossError(
-            f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of "
-            f"the directions Z_{side}, or raise noise_init."
+            f"{name} has no Cholesky factor ({error}); lower the learning rate of the directions, "
+            "or raise noise_init."
         ) from error
+    return L, torch.linalg.solve_triangular(L, Z, upper=False)
 
 
 def between_orthonormal(
