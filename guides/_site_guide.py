@@ -3,7 +3,7 @@
 import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, StudentT, biject_to
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint, independent
 from torch.distributions.transforms import Transform
+from typing_extensions import Self
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.options import Options
-
-Self = TypeVar("Self", bound="SiteGuide")
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
@@ -43,14 +42,14 @@ def is_real(constraint: Constraint) -> bool:
     return constraint is torch.distributions.constraints.real
 
 
-def _median(law: Distribution, unknown: Tensor) -> Tensor:
-    """The exact median of a law of real numbers, or ``unknown``."""
-    if isinstance(law, Independent):
-        return _median(law.base_dist, unknown)
-    if isinstance(law, StudentT):  # which has no icdf, but is symmetric
-        return law.loc
+def _median(prior: Distribution, unknown: Tensor) -> Tensor:
+    """The exact median of a distribution of real numbers, or ``unknown``."""
+    while isinstance(prior, Independent):
+        prior = prior.base_dist
+    if isinstance(prior, StudentT):  # which has no icdf, but is symmetric
+        return prior.loc
     try:
-        return law.icdf(unknown.new_tensor(0.5))
+        return prior.icdf(unknown.new_tensor(0.5))
     except NotImplementedError:
         return unknown
 
@@ -130,8 +129,9 @@ class Site:
 
         They are the mean and the standard deviation if the prior is real and these are finite,
         otherwise the median and half the distance between the 16 % and 84 % quantiles of 1,000
-        draws, which do not change the global seed. The median of a Student t, or of a real law with
-        an ``icdf``, is exact. If the prior suggests a start, that replaces the location.
+        draws, which do not change the global seed. The median of a real distribution
+        with an ``icdf``, or of a Student t, is exact. A start that the prior suggests replaces the
+        location.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -170,7 +170,7 @@ class SiteGuide(Options, PyroModule):
         couples_sites: whether draws of two sites depend on each other.
         symmetric: whether q is symmetric around its mean. Then draws are made in pairs of mirror
             images, because an average needs fewer of them. Default: False, also for a subclass of a
-            symmetric family that defines a law of its own.
+            symmetric family that defines another distribution.
         is_point: whether q is a point mass, so that draws need not be averaged.
 
     Example::
@@ -215,7 +215,7 @@ class SiteGuide(Options, PyroModule):
                 f"raise {option}."
             )
 
-    def bind(self: Self, site: Site) -> Self:
+    def bind(self, site: Site) -> Self:
         """A copy of this family for ``site``, with its parameters registered."""
         # Constructed anew, because a deep copy would keep the parameter-store mode of the original
         bound = type(self)(**copy.deepcopy(self.options()))
@@ -228,26 +228,26 @@ class SiteGuide(Options, PyroModule):
         raise NotImplementedError(f"{type(self).__name__} must define setup(site).")
 
     def distribution(self) -> TorchDistribution:
-        """The law q of the unconstrained value, of batch and event shape ``site.shape``."""
+        """The distribution q of the unconstrained value, whose shape is ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The law q of the value of the site itself, in the prior's support."""
-        q = self.law(context)
+        """The distribution q of the value of the site itself, in the prior's support."""
+        q = self.conditional(context)
         if self.site.is_real:
             return q
         # with a cache, because a flow can only score the value that it has just drawn
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
-    def law(self, context: Tensor | None = None) -> TorchDistribution:
-        """The law q of the unconstrained value, given the context if the family reads one."""
+    def conditional(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution q of the unconstrained value, given a context where q reads one."""
         if self.reads_context:
             return self.distribution(context)  # type: ignore[call-arg]
         return self.distribution()
 
     def center(self, context: Tensor | None = None) -> Tensor:
         """The image of the mean of :meth:`distribution`, which draws estimate if it is unknown."""
-        q = self.law(context)
+        q = self.conditional(context)
         try:
             mean: Tensor = q.mean
         except NotImplementedError:

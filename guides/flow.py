@@ -96,7 +96,7 @@ class Flow(MeanField):
         self._chain = chains[0], names
 
     def distribution(self) -> TorchDistribution:
-        """The law of ``U``, which can only score the value that it has just drawn."""
+        """The distribution of ``U``, which can only score the value that it has just drawn."""
         if self._chain is None:
             return super().distribution()
         chain, names = self._chain
@@ -136,10 +136,7 @@ def make_chain(flows: Sequence[str | Factory], size: int) -> Chain:
 
 
 class _FlowOfLayers(Transform):
-    """A chain with its own ``state`` for each layer, from ``(..., n, k)`` to ``(..., n, k)``.
-
-    It can only score values that are in its cache, because not every transform has an inverse.
-    """
+    """A chain with another ``state`` for each layer, from ``(..., n, k)`` to ``(..., n, k)``."""
 
     domain = codomain = constraints.real_vector
     bijective = True
@@ -160,5 +157,5 @@ class _FlowOfLayers(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log |dy/dx|``, of the shape of ``x`` without its last dimension."""
-        self(x)  # does nothing if x is in the cache
+        self(x)  # does nothing if x is in the cache; not every transform has an inverse
         return self._log_det

@@ -83,10 +83,6 @@ class Laplace(Delta):
         """Restores ``finished`` from a state dict."""
         self.finished = bool(state)
 
-    def reopen(self) -> None:
-        """Makes the guide a point again, for more training."""
-        self.finished = False
-
     @classmethod
     def finish(
         cls,
@@ -104,9 +100,9 @@ class Laplace(Delta):
         seen = 0
         for batch in scores:
             for name, g in batch.items():
-                found = families[name]._second_moments(g)
-                before = sums.get(name, [g.new_zeros(())] * len(found))
-                sums[name] = [a + b for a, b in zip(before, found, strict=True)]
+                moments = families[name]._second_moments(g)
+                before = sums.get(name, [g.new_zeros(())] * len(moments))
+                sums[name] = [a + b for a, b in zip(before, moments, strict=True)]
             seen += len(g)
         chosen = {}
         for name, family in families.items():
@@ -177,9 +173,8 @@ def best_precision(values: Tensor, loc: Tensor) -> float:
         \log Z(\delta) = -\tfrac{\delta}{2} |\hat U|^2 + \tfrac{k}{2} \log \delta
         - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
 
-    whose slope has the sign of :math:`\gamma - \delta |\hat U|^2`, :math:`\gamma = \sum_i \lambda_i
-    / (\lambda_i + \delta)`, which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the
-    maximum; MacKay's fixed point :math:`\delta = \gamma / |\hat U|^2` need not converge.
+    whose slope has the sign of :math:`\sum_i \lambda_i / (\lambda_i + \delta) - \delta |\hat U|^2`,
+    which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the maximum.
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -10,13 +10,12 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import Self
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.options import Options
 from pyro_blora.updates import LowRankUpdate
-
-Self = TypeVar("Self", bound="UpdateModel")
 
 # A name in CORES, or a function from a shape to a distribution of that event shape
 Core = str | Callable[[tuple[int, ...]], TorchDistribution]
@@ -81,20 +80,20 @@ class UpdateModel(Options, PyroModule):
     _plate: pyro.plate | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> LowRankUpdate:
-        """Runs :meth:`forward` with one plate, because two would be two sites with one name."""
+        """Makes the layer plate once per call; Pyro rejects duplicate names."""
         self._plate = None
         update: LowRankUpdate = super().__call__(*args, **kwargs)
         self._plate = None
         return update
 
-    def bind(self: Self, group: LayerGroup) -> Self:
+    def bind(self, group: LayerGroup) -> Self:
         """A copy of this prior for ``group``, with its parameters registered."""
         # Constructed anew, because a deep copy would keep the parameter-store mode of the original
         bound = type(self)(**copy.deepcopy(self.options()))
         bound.group = group
         bound.setup(group)
-        own = {name.removesuffix("_unconstrained") for name, _ in bound.named_parameters("", False)}
-        if stray := sorted(own - bound._pyro_params.keys()):
+        names = {n.removesuffix("_unconstrained") for n, _ in bound.named_parameters("", False)}
+        if stray := sorted(names - bound._pyro_params.keys()):
             raise ConfigurationError(
                 f"{type(self).__name__}.setup registers {stray} as nn.Parameter; make each a "
                 "pyro.nn.PyroParam."
@@ -146,7 +145,7 @@ class UpdateModel(Options, PyroModule):
     def check_update(self, update: object) -> None:
         """Raises an error unless ``update`` is an update of this group."""
         n, d_out, d_in = self.group.n, self.group.d_out, self.group.d_in
-        given = f"a {type(update).__name__}"
+        got = f"a {type(update).__name__}"
         if isinstance(update, LowRankUpdate):
             A, B = tuple(update.A.shape), tuple(update.B.shape)
             core = None if update.core is None else tuple(update.core.shape)
@@ -154,11 +153,11 @@ class UpdateModel(Options, PyroModule):
             between = r_r == r_c if core is None else core[-3:] == (n, *r_r, *r_c)
             if between and A[-3:] == (n, *r_c, d_in) and B[-3:] == (n, d_out, *r_r):
                 return
-            given = f"A {A}, B {B}, core {core}"
+            got = f"A {A}, B {B}, core {core}"
         raise ConfigurationError(
             f"group {self.group.name!r}: {type(self).__name__}.forward must return a LowRankUpdate "
             f"of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core (..., {n}, r, r) or "
-            f"None, got {given}."
+            f"None, got {got}."
         )
 
     def site(self, name: str) -> str:
@@ -200,17 +199,14 @@ class UpdateModel(Options, PyroModule):
         """
 
         def half_cauchy(name: str, shape: tuple[int, ...]) -> Tensor:
-            law = pyro.distributions.HalfCauchy(torch.ones(shape, device=self.group.device))
-            return pyro.sample(self.site(name), law.to_event(len(shape)))
-
-        def entries() -> Tensor:
-            law = core(shape) if callable(core) else self.normal(*shape)
-            return pyro.sample(self.site("V"), law)
+            prior = pyro.distributions.HalfCauchy(torch.ones(shape, device=self.group.device))
+            return pyro.sample(self.site(name), prior.to_event(len(shape)))
 
         if core == "horseshoe":
             width = half_cauchy("tau", ())[..., None, None] * half_cauchy("local", shape)
-            return entries() * _SLAB * width / (_SLAB**2 + width.square()).sqrt()
-        if core == "ard":
+        elif core == "ard":
             columns = half_cauchy("columns", shape[-1:])
-            return entries() * columns.unsqueeze(-2)
-        return entries()
+        V = pyro.sample(self.site("V"), core(shape) if callable(core) else self.normal(*shape))
+        if core == "horseshoe":
+            return V * _SLAB * width / (_SLAB**2 + width.square()).sqrt()
+        return V * columns.unsqueeze(-2) if core == "ard" else V

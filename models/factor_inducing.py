@@ -9,18 +9,11 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import normalize
 
+from pyro_blora import updates
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates import (
-    LowRankUpdate,
-    Side,
-    between_orthonormal,
-    conditional_kl,
-    inducing_covariance,
-    weight_noise,
-    whiten_or_explain,
-)
+from pyro_blora.updates import LowRankUpdate, Side
 
 _LAMBDA_MAX = 0.03  # the published code's cap
 
@@ -136,7 +129,7 @@ class FactorInducing(UpdateModel):
         cores = []
         for factor, sides in {"A": (eye, A), "B": (B, eye.mT)}.items():
             D = (getattr(self, f"D_{side}_{factor}") for side in "rc")
-            Z_r, core, Z_c = between_orthonormal(*sides, *D)
+            Z_r, core, Z_c = updates.between_orthonormal(*sides, *D)
             setattr(self, f"Z_r_{factor}", Z_r)
             setattr(self, f"Z_c_{factor}", Z_c)
             cores.append(core)
@@ -145,10 +138,7 @@ class FactorInducing(UpdateModel):
         if self.scale == "learned":
             sigma = torch.where(size_B > 0, size_A * size_B, sigma)
             self.sigma_ = sigma[:, 0, 0]
-        return {
-            self.site("U_A"): cores[0] / size_A,
-            self.site("U_B"): cores[1] * size_A / sigma,
-        }
+        return {self.site("U_A"): cores[0] / size_A, self.site("U_B"): cores[1] * size_A / sigma}
 
     def _shapes(self, group: LayerGroup) -> dict[str, tuple[int, int]]:
         return {"A": (self.rank, group.d_in), "B": (group.d_out, self.rank)}
@@ -161,19 +151,19 @@ class FactorInducing(UpdateModel):
             V = pyro.sample(self.site(f"U_{factor}"), prior, infer=infer)
             if self.conditional == "scaled":
                 lam = getattr(self, f"lambda_{factor}")
-                kl = conditional_kl(lam, *self._shapes(self.group)[factor])
+                kl = updates.conditional_kl(lam, *self._shapes(self.group)[factor])
                 pyro.factor(self.site(f"conditional_kl_{factor}"), -kl)
         mean: Tensor = Q_r.mT @ V @ Q_c
         if self.conditional == "deterministic":
             return mean, mean
         rows = Side.of(L_r, Q_r, getattr(self, f"D_r_{factor}"))
         cols = Side.of(L_c, Q_c, getattr(self, f"D_c_{factor}"))
-        noise = weight_noise(V.shape[:-2], rows, cols)
+        noise = updates.weight_noise(V.shape[:-2], rows, cols)
         if self.conditional == "scaled":
             noise = lam[:, None, None] * noise
         return mean, mean + noise
 
     def _whitened(self, side: str, factor: str) -> tuple[Tensor, Tensor]:
         Z = normalize(getattr(self, f"Z_{side}_{factor}"), dim=-1)
-        Psi = inducing_covariance(Z, getattr(self, f"D_{side}_{factor}"))
-        return whiten_or_explain(Z, Psi, side, f"{factor} in {self.group.name!r}")
+        Psi = updates.inducing_covariance(Z, getattr(self, f"D_{side}_{factor}"))
+        return updates.whiten(Z, Psi, f"Psi_{side} of {factor} in {self.group.name!r}")

@@ -1,5 +1,6 @@
 """Row and column covariances from any GPyTorch kernels over embeddings of the neurons."""
 
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 import gpytorch
@@ -15,7 +16,7 @@ from pyro_blora.models._update_model import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.quantized import top_singular
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates import whiten_or_explain
+from pyro_blora.updates import whiten
 
 KERNELS: dict[str, Any] = {
     "rbf": gpytorch.kernels.RBFKernel,
@@ -107,21 +108,16 @@ class KernelInducing(KroneckerInducing):
         """Registers the embedding and chooses the inducing points from it."""
         if self.embedding == "one-hot":
             return super()._directions(side, m, d)
-        E = self._embedding(side, d)
+        n, k = self.group.n, self.embedding_size
+        scale = k**-0.5  # distances of about one: GPyTorch's kernels start with lengthscale 0.7
+        E = torch.empty(n, d, 0)
+        with suppress(ConfigurationError):  # a quantized weight
+            left, right, _ = top_singular(self.group, min(k, d), min(k, d))
+            E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
+        E = torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)
         setattr(self, f"E_{side}", PyroParam(E.to(self.group.device)))
         points = torch.stack([embeddings[torch.randperm(d)[:m]] for embeddings in E])
         return points.to(self.group.device)
-
-    def _embedding(self, side: str, d: int) -> Tensor:
-        k, n = self.embedding_size, self.group.n
-        try:
-            left, right, _ = top_singular(self.group, min(k, d), min(k, d))
-        except ConfigurationError:  # a quantized weight
-            return torch.randn(n, d, k) * k**-0.5
-        # Distances of about one, because GPyTorch's kernels start with lengthscale 0.7
-        scale = k**-0.5
-        E = (left if side == "r" else right).mT.cpu() * d**0.5 * scale
-        return torch.cat([E, scale * torch.randn(n, d, k - E.shape[-1])], -1)
 
     def _set_kernel(self, side: str, kernel: str | Kernel) -> None:
         if isinstance(kernel, str):
@@ -145,7 +141,7 @@ class KernelInducing(KroneckerInducing):
         Psi = K_zz + torch.diag_embed(D.square())
         if log_priors:
             pyro.factor(self.site(f"hyperprior_{side}"), sum(log_priors))
-        return whiten_or_explain(K_ze, Psi, side, f"group {self.group.name!r}")
+        return whiten(K_ze, Psi, f"Psi_{side} of group {self.group.name!r}")
 
 
 class _Covariances(nn.Module):

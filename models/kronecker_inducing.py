@@ -8,19 +8,12 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_blora import updates
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.models._update_model import CORES, Core, UpdateModel
 from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import LayerGroup
-from pyro_blora.updates import (
-    LowRankUpdate,
-    MarginalNoise,
-    Noise,
-    between_orthonormal,
-    conditional_kl,
-    inducing_covariance,
-    whiten_or_explain,
-)
+from pyro_blora.updates import LowRankUpdate, MarginalNoise
 
 Conditional = Literal["deterministic", "exact", "scaled"]
 
@@ -152,12 +145,12 @@ class KroneckerInducing(UpdateModel):
         with self.plate():
             V = self.sample_core(self.core, self.ranks)
             if self.conditional == "scaled":
-                kl = conditional_kl(self.lambda_, self.group.d_out, self.group.d_in)
+                kl = updates.conditional_kl(self.lambda_, self.group.d_out, self.group.d_in)
                 pyro.factor(self.site("conditional_kl"), -kl)
-        noise: tuple[Noise, ...] | None = None
+        noise = None
         if self.conditional != "deterministic":
-            scales = (sigma * self.lambda_ if self.conditional == "scaled" else sigma).unbind(-1)
-            noise = tuple(MarginalNoise(s) for s in scales)
+            scale = sigma * self.lambda_ if self.conditional == "scaled" else sigma
+            noise = tuple(map(MarginalNoise, scale.unbind(-1)))
         return LowRankUpdate(A=Q_c, core=sigma[..., None, None] * V, B=Q_r.mT, noise=noise)
 
     def start_at(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
@@ -165,7 +158,7 @@ class KroneckerInducing(UpdateModel):
         if self.no_start:
             return super().start_at(B, A)
         B, A = self.widened(B, A, min(self.ranks))
-        self.Z_r, core, self.Z_c = between_orthonormal(B, A, self.D_r, self.D_c)
+        self.Z_r, core, self.Z_c = updates.between_orthonormal(B, A, self.D_r, self.D_c)
         if self.scale == "learned":
             size = core.square().mean((-1, -2)).sqrt()
             self.sigma_ = torch.where(size > 0, size, self.sigma_start)
@@ -178,8 +171,8 @@ class KroneckerInducing(UpdateModel):
     def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
         """``L`` and ``Q = L^-1 Z`` of one side, by one batched Cholesky for all layers."""
         Z, D = getattr(self, f"Z_{side}"), getattr(self, f"D_{side}")
-        Psi = inducing_covariance(Z, D)
-        return whiten_or_explain(Z, Psi, side, f"group {self.group.name!r}")
+        Psi = updates.inducing_covariance(Z, D)
+        return updates.whiten(Z, Psi, f"Psi_{side} of group {self.group.name!r}")
 
 
 @torch.no_grad()
@@ -193,5 +186,5 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
                 f"The weight of {name} must be finite, got NaN or infinity; load the network anew."
             )
         sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
-    found = torch.stack(sizes)
-    return 0.2 * torch.where(found > 0, found, 1.0)
+    rms = torch.stack(sizes)
+    return 0.2 * torch.where(rms > 0, rms, 1.0)

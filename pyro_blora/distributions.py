@@ -8,7 +8,7 @@ parameters, before any expansion.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -16,14 +16,13 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.distributions.kl import register_kl
+from typing_extensions import Self
 
 __all__ = ["CoupledNormal", "MatrixNormal", "Members", "NormalMixture", "Reshaped"]
 
-Self = TypeVar("Self", bound="RealLaw")
 
-
-class RealLaw(TorchDistribution):
-    """A law over real arrays, whose parameters keep their own shapes when it is expanded."""
+class RealDistribution(TorchDistribution):
+    """A distribution over real arrays, whose parameters keep their shapes when it is expanded."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own protocol)
     has_rsample = True
@@ -39,8 +38,8 @@ class RealLaw(TorchDistribution):
         """All real arrays of the event shape."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self: Self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
-        """The same law at ``batch_shape``; it shares the storage of the parameters."""
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        """The same distribution at ``batch_shape``, with the same storage of its parameters."""
         new = copy.copy(self)
         new._batch_shape = torch.Size(batch_shape)
         return new
@@ -50,14 +49,13 @@ class RealLaw(TorchDistribution):
         return x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
 
 
-class RealNormal(RealLaw):
-    """A normal law, drawn as its mean plus a linear function ``_error`` of standard normal noise.
+class RealNormal(RealDistribution):
+    """Normals, drawn as their mean plus a linear function ``_error`` of standard normal noise.
 
-    :meth:`log_prob` depends on the identity of its argument: it scores the very tensor that was
-    drawn last by its noise ``e`` as ``(k - |e|^2) / 2 - H[q]``, because recovering the noise by a
-    triangular solve loses all precision for ill-conditioned factors. Any other value is scored by
-    ``_log_density``. So is a draw that is held fixed, because the gradient of the first formula is
-    that of a draw that moves with the parameters.
+    :meth:`log_prob` scores the very tensor that was drawn last by its noise ``e``, as ``(k -
+    |e|^2) / 2 - H[q]``, because recovering the noise by a triangular solve loses all precision for
+    ill-conditioned factors. Any other value is scored by ``_log_density``, and so is a detached
+    draw, since the noise formula gives the pathwise gradient.
     """
 
     _error: Callable[[Tensor], Tensor]
@@ -108,9 +106,9 @@ class MatrixNormal(RealNormal):
         col_scale_tril: Tensor,
         validate_args: bool | None = None,
     ) -> None:
-        given = loc, row_scale_tril, col_scale_tril
-        self._unbroadcasted_loc, self._unbroadcasted_row, self._unbroadcasted_col = given
-        batch_shape = torch.broadcast_shapes(*(x.shape[:-2] for x in given))
+        tensors = loc, row_scale_tril, col_scale_tril
+        self._unbroadcasted_loc, self._unbroadcasted_row, self._unbroadcasted_col = tensors
+        batch_shape = torch.broadcast_shapes(*(x.shape[:-2] for x in tensors))
         super().__init__(batch_shape, loc.shape[-2:], validate_args)
 
     @property
@@ -185,7 +183,7 @@ def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
 
 
 class CoupledNormal(RealNormal):
-    r"""``n`` arrays with a joint normal law, correlated through an ``n x n`` factor.
+    r"""``n`` jointly normal arrays, correlated through an ``n x n`` factor.
 
     .. math::
 
@@ -194,7 +192,7 @@ class CoupledNormal(RealNormal):
 
     The ``n`` arrays lie along the last batch dimension. By the chain rule the ``l``-th entries of
     :meth:`log_prob` and :meth:`entropy` are the log density and the entropy of :math:`X_l` given
-    :math:`X_{<l}`. Their *sums* over the dimension belong to the joint law, so a plate over it must
+    :math:`X_{<l}`. Their *sums* over the dimension are those of all arrays, so a plate over it must
     never be subsampled. Dimensions that :meth:`expand` adds have independent copies.
     """
 
@@ -233,7 +231,7 @@ class CoupledNormal(RealNormal):
         return (layers * self.scale.square()).expand(self.shape())
 
 
-class Reshaped(RealLaw):
+class Reshaped(RealDistribution):
     """``base`` over vectors of ``k`` numbers, its event reshaped to ``event_shape``.
 
     Unlike ``TransformedDistribution(base, ReshapeTransform(...))`` it keeps the mean, the variance
@@ -274,12 +272,12 @@ class Reshaped(RealLaw):
         return self._base.entropy()
 
 
-class Members(RealLaw):
+class Members(RealDistribution):
     """``K`` points, ``(K, *batch_shape, *event_shape)``, which successive draws take in turn.
 
     Draws are stratified, not independent: any ``K`` in a row contain every point once. All batch
     elements (the layers of a group) take the same point, so that a draw is one member of an
-    ensemble in every layer. Drawing advances ``turn`` in place for every law that shares it.
+    ensemble in every layer. Drawing advances ``turn`` in place wherever it is shared.
     """
 
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor) -> None:
@@ -323,14 +321,14 @@ class NormalMixture(dist.MixtureSameFamily):
         return (mask * each).sum(-1 - self._event_ndims)
 
 
-def _to_normals(q: RealLaw, p: Any) -> Tensor:
+def _to_normals(q: RealDistribution, p: Any) -> Tensor:
     """The KL to a product of normals, which needs only the moments and the entropy of ``q``."""
     loc, scale = _normals(p)
-    given = q.expand(q.given_shape)
-    error = (given.variance + (given.mean - loc).square()) / scale.square()
+    unexpanded = q.expand(q.given_shape)
+    error = (unexpanded.variance + (unexpanded.mean - loc).square()) / scale.square()
     cross = scale.log() + 0.5 * (error + math.log(2 * math.pi))
     cross = cross.sum(tuple(range(-len(q.event_shape), 0))) if q.event_shape else cross
-    return _expanded(cross - given.entropy(), q, p)
+    return _expanded(cross - unexpanded.entropy(), q, p)
 
 
 def _between_matrix_normals(p: MatrixNormal, q: MatrixNormal) -> Tensor:
@@ -360,16 +358,16 @@ def _normals(p: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(normal, Normal):
         # Pyro then takes a Monte Carlo estimate
         raise NotImplementedError(f"The KL with {p} has no closed form.")
-    cut = len(p.batch_shape)
-    return _collapse(normal.loc, cut), _collapse(normal.scale, cut)
+
+    def collapsed(x: Tensor) -> Tensor:
+        strides = x.stride()[: len(p.batch_shape)]
+        return x[tuple(slice(None if stride else 1) for stride in strides)]
+
+    return collapsed(normal.loc), collapsed(normal.scale)
 
 
-def _collapse(x: Tensor, cut: int) -> Tensor:
-    return x[tuple(slice(None if stride else 1) for stride in x.stride()[:cut])]
-
-
-for law in (CoupledNormal, MatrixNormal, Reshaped):
+for family in (CoupledNormal, MatrixNormal, Reshaped):
     for normals in (Independent, Normal):
-        register_kl(law, normals)(_to_normals)
+        register_kl(family, normals)(_to_normals)
 register_kl(MatrixNormal, MatrixNormal)(_between_matrix_normals)
 register_kl(Independent, MatrixNormal)(_from_normals)

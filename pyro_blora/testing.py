@@ -255,7 +255,7 @@ class GuideContract(PairContract):
         for law, shape in zip(laws, ((1, 2, 2), (2,), (2, 2)), strict=True):
             p = law.expand(torch.Size(shape)).to_event(len(shape) - 1)
             q = self._moved(Site("g.s", p, (), context_size=0 if context is None else len(context)))
-            point = q.law(context)
+            point = q.conditional(context)
             if isinstance(getattr(point, "base_dist", point), dist.Delta | Members):
                 return
             at = f"{type(q).__name__} at a {type(law).__name__} site"

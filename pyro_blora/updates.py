@@ -125,7 +125,7 @@ class LowRankUpdate:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the updates have noise of their own, beyond the randomness of the sites."""
+        """Whether the updates are random even if all sites are fixed."""
         return self.noise is not None or self.mean is not None
 
     @property
@@ -163,14 +163,11 @@ def inducing_covariance(Z: Tensor, D: Tensor) -> Tensor:
 
 
 def cholesky(Psi: Tensor) -> Tensor:
-    """The lower Cholesky factor of ``Psi``, with jitter where rounding has made it indefinite.
-
-    ``psd_safe_cholesky`` synchronizes a CUDA device, because it reads whether each try succeeded.
-    With Pyro's validation off, as in ``fit``, this function makes the same tries without reading
-    the result, and returns NaN, which the loss then shows, where all of them fail.
-    """
+    """The lower Cholesky factor of ``Psi``, with jitter where rounding has made it indefinite."""
     if is_validation_enabled():
         return psd_safe_cholesky(Psi)
+    # The same tries without reading their results, which would synchronize a CUDA device; where
+    # all of them fail the factor is NaN, and so is the loss
     jitter = Psi.new_zeros(Psi.shape[:-1])
     with torch.no_grad():
         for step in range(settings.cholesky_max_tries.value()):
@@ -181,21 +178,16 @@ def cholesky(Psi: Tensor) -> Tensor:
     return L.masked_fill((info > 0)[..., None, None], torch.nan)
 
 
-def whiten(Z: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
+def whiten(Z: Tensor, Psi: Tensor, name: str = "Psi") -> tuple[Tensor, Tensor]:
     """The factor ``L``, ``L L^T = Psi``, and the whitened directions ``Q = L^-1 Z``."""
-    L = cholesky(Psi)
-    return L, torch.linalg.solve_triangular(L, Z, upper=False)
-
-
-def whiten_or_explain(Z: Tensor, Psi: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
-    """:func:`whiten`, with an error that names ``Psi_{side}`` of ``where`` and the remedy."""
     try:
-        return whiten(Z, Psi)
+        L = cholesky(Psi)
     except (NanError, NotPSDError) as error:
         raise NonFiniteLossError(
-            f"Psi_{side} of {where} has no Cholesky factor ({error}); lower the learning rate of "
-            f"the directions Z_{side}, or raise noise_init."
+            f"{name} has no Cholesky factor ({error}); lower the learning rate of the directions, "
+            "or raise noise_init."
         ) from error
+    return L, torch.linalg.solve_triangular(L, Z, upper=False)
 
 
 def between_orthonormal(
@@ -203,8 +195,7 @@ def between_orthonormal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``Z_r``, ``V``, ``Z_c`` with ``B A = Q_r^T V Q_c`` and orthonormal rows in both ``Z``.
 
-    ``Z_r`` is ``(..., m_r, d_out)`` and ``Z_c`` ``(..., m_c, d_in)``, with ``m`` at least ``r``;
-    rows beyond the rank of ``B A`` are random.
+    Rows of ``Z`` beyond the rank of ``B A`` are random.
     """
     dtype, B, A = B.dtype, B.double(), A.double()
     Z_r, Z_c = _basis(B, D_r.shape[-1]), _basis(A.mT, D_c.shape[-1])
@@ -216,15 +207,12 @@ def between_orthonormal(
 
 
 def _basis(X: Tensor, m: int) -> Tensor:
-    X = torch.nn.functional.pad(X, (0, m - X.shape[-1]))
+    X = functional.pad(X, (0, m - X.shape[-1]))
     return torch.linalg.qr(torch.where(X.any(-2, keepdim=True), X, torch.randn_like(X))).Q
 
 
 def conditional_kl(lam: Tensor, d_out: int, d_in: int) -> Tensor:
-    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, in nats.
-
-    It does not depend on ``U``, because the two covariances differ only by the factor ``lambda^2``.
-    """
+    """``KL[q(W|U) || p(W|U)] = d_out d_in (lambda^2 / 2 - log lambda - 1/2)``, for every ``U``."""
     return d_out * d_in * (0.5 * lam.square() - lam.log() - 0.5)
 
 
@@ -255,17 +243,14 @@ class MarginalNoise:
 
 
 class _RootTimesNormal(torch.autograd.Function):
-    """``(a - b q)^1/2 e`` with standard normal ``e``, which saves one large tensor instead of four.
-
-    ``a`` and ``b`` are (P, N, 1), ``q`` is (d_out). Noise and gradient are zero where rounding
-    leaves the variance at zero or below.
-    """
+    """``(a - b q)^1/2 e`` with standard normal ``e``, which saves one large tensor, not four."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, q: Tensor) -> Tensor:
         root = torch.addcmul(a, b, q, value=-1).clamp_min_(0).sqrt_()
         e = torch.randn(root.shape, dtype=root.dtype, device=root.device)
         if any(ctx.needs_input_grad):
+            # rounding may leave the variance at zero or below: then the gradient is zero, too
             ctx.save_for_backward(torch.where(root > 0, e / root, 0), b, q)
         return e.mul_(root)
 
@@ -297,19 +282,14 @@ class Side:
 def weight_noise(batch: torch.Size, rows: Side, cols: Side) -> Tensor:
     """Draws ``(*batch, d_r, d_c)`` of the noise of a small weight, with ``s = 1``.
 
-    By the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3) it is drawn
-    from ``E``, d_r x d_c and standard normal.
+    This is the extended Matheron rule (Ritter et al. 2021, arXiv:2105.14594, section 3.3).
     """
     E = _randn(rows.Q, *batch, rows.Q.shape[-1], cols.Q.shape[-1])
-    return E - rows.Q.mT @ _matheron(E @ cols.Q.mT, rows, cols) @ cols.Q
-
-
-def _matheron(e: Tensor, rows: Side, cols: Side) -> Tensor:
-    """A draw of the whitened ``U`` given ``e = E Q_c^T``, ``(..., m_r, m_c)``."""
-    shape = (*e.shape[:-2], rows.F.shape[-1], cols.F.shape[-1])
-    E2, E3, E4 = (_randn(e, *shape) for _ in range(3))
+    shape = (*batch, rows.F.shape[-1], cols.F.shape[-1])
+    E2, E3, E4 = (_randn(E, *shape) for _ in range(3))
     noise = rows.C @ E2 @ cols.F.mT + rows.F @ E3 @ cols.C.mT + rows.F @ E4 @ cols.F.mT
-    return rows.Q @ e + noise
+    V = rows.Q @ (E @ cols.Q.mT) + noise  # the whitened U of a prior weight E
+    return E - rows.Q.mT @ V @ cols.Q
 
 
 def _randn(like: Tensor, *shape: int) -> Tensor:

@@ -31,8 +31,8 @@ from pyro_blora.network.targets import (
     head_names,
     head_of,
     is_classifier,
+    logit_names,
     name_in_base,
-    own_names,
 )
 from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -296,7 +296,7 @@ def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> A
         likelihood = SequenceClassification()
     if not isinstance(likelihood, SequenceClassification):
         return likelihood
-    options, classes = likelihood.options(), adapter.classes or own_names(net)
+    options, classes = likelihood.options(), adapter.classes or logit_names(net)
     if (given := options.pop("classes")) and adapter.classes and tuple(given) != adapter.classes:
         raise ConfigurationError(
             f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}; "

@@ -13,7 +13,7 @@ from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.likelihoods._likelihood import Collate
-from pyro_blora.likelihoods.sequence_classification import is_of
+from pyro_blora.likelihoods._prompts import is_from
 from pyro_blora.network.targets import without_peft
 
 
@@ -47,7 +47,7 @@ def reading(
     if collate is None:
         collate = _usual(likelihood, tokenizer, rows[0], encoded)
     made = likelihood.read(rows, collate, net, labeled=labeled, training=training)
-    if not encoded or made is None or not is_of(collate, "transformers."):
+    if not encoded or made is None or not is_from(collate, "transformers."):
         return rows, made
     whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
     known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}

@@ -123,7 +123,7 @@ def begin_training(blora: BayesianLoRA) -> None:
     for temperature in (blora.model.temperature, blora.model.mean_temperature):
         temperature.fill_(1)
     for family in post_hoc_families(blora).values():
-        family.reopen()
+        family.finished = False
     blora.likelihood.begin_training()
 
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -11,18 +11,19 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
+from typing_extensions import Self
 
 from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.options import Options, check_count
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Mapping[str, Any]]
-Self = TypeVar("Self", bound="Likelihood")
 
 
 class Prepared(dict[str, Any]):
-    """A batch on the device of its model, checked and completed by a likelihood."""
+    """A checked batch on the model's device, with what its likelihood computes of it once."""
 
     examples: int
 
@@ -59,7 +60,7 @@ class Likelihood(Options, PyroModule):
         if num_data is not None:
             check_count("num_data", num_data)
 
-    def bind(self: Self, device: torch.device, *, fast: bool = True) -> Self:
+    def bind(self, device: torch.device, *, fast: bool = True) -> Self:
         """A copy on ``device`` with the same parameter values, and with shortcuts if ``fast``."""
         bound = type(self)(**copy.deepcopy(self.options()))
         bound.shortcuts.on = fast
@@ -75,10 +76,7 @@ class Likelihood(Options, PyroModule):
         return type(self).distribution is Likelihood.distribution
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """The function that makes a batch of rows of text such as ``row``, if no other is passed.
-
-        A subclass that reads rows of text returns a collator of its own.
-        """
+        """The default collator of rows of text such as ``row``, which a subclass may define."""
         columns = ", ".join(map(str, row if isinstance(row, Mapping) else vars(row)))
         raise ConfigurationError(
             f"{type(self).__name__} must be given collate= for rows of {columns}, such as "
@@ -93,6 +91,8 @@ class Likelihood(Options, PyroModule):
         If they are ``labeled``, rows must have labels; otherwise all or none have. A ``training``
         may name the classes.
         """
+        if isinstance(collate, PromptCollator) and is_from(collate, "pyro_blora."):
+            collate.check(rows, labeled)  # a user's subclass may read other columns
         return collate
 
     def check_loader(
@@ -177,27 +177,18 @@ class Likelihood(Options, PyroModule):
                 f"{', '.join(map(str, batch)) or 'nothing'}; check the collator."
             )
         ids = batch["input_ids"] if "input_ids" in self.keys else None
-        if ids is not None and not isinstance(ids, Tensor):
-            raise BatchError(
-                f"input_ids must be a tensor, got a {type(ids).__name__}; pass collate=, such as "
-                "DataCollatorWithPadding(tokenizer)."
-            )
-        if ids is not None and ids.dim() != self.row_dims:
+        if ids is not None and getattr(ids, "ndim", 0) != self.row_dims:
             kinds = {2: "B x T", 3: "B x K x T, multiple choice"}
+            got = tuple(ids.shape) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
             raise BatchError(
-                f"input_ids must be {kinds[self.row_dims]}, for {type(self).__name__}, got shape "
-                f"{tuple(ids.shape)}. Use the likelihood of your batches: MultipleChoice for "
-                "options, LabelTokens or SequenceClassification for classes, CausalLM for text."
+                f"input_ids must be a tensor of {kinds[self.row_dims]}, for {type(self).__name__}, "
+                f"got {got}. Pad the rows in collate=, and use the likelihood of your batches: "
+                "MultipleChoice for options, LabelTokens or SequenceClassification for classes, "
+                "CausalLM for text."
             )
         count = len(batch[self.keys[0]])
         if not count:
             raise BatchError("A batch must have an example, got an empty one; check the data set.")
-        positions = batch.get("position_ids")
-        if ids is not None and positions is not None and positions.shape != ids.shape:
-            raise BatchError(
-                f"position_ids must have the shape of input_ids, {tuple(ids.shape)}, got "
-                f"{tuple(positions.shape)}; pass one for each token."
-            )
         mask = batch.get("attention_mask") if self.row_dims == 2 else None
         if isinstance(mask, Tensor) and mask.is_cpu and (~mask.any(-1)).any():
             raise BatchError(

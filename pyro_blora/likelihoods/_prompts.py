@@ -1,4 +1,4 @@
-"""What the collators of language models share: the token ids of prompts and answers."""
+"""What collators share: the token ids of prompts and answers, and the check of their rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +39,12 @@ class PromptCollator:
         batch = self._batch(items_in(rows, labeled))
         return batch if labeled else {key: batch[key] for key in batch if key != "labels"}
 
+    def check(self, rows: Any, labeled: bool) -> None:
+        """Checks that all rows are items, and that all have labels or none has."""
+        first = rows[0]
+        if isinstance(first, Mapping | Item):
+            items_in(rows, labeled or isinstance(first, Item) or "label" in first)
+
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -50,23 +56,19 @@ class PromptCollator:
         return list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
 
     def _answer(self, text: str) -> list[int]:
-        """The ids of a text that continues another, perhaps other than those of a text's start."""
+        """Token ids of a continuation, which may differ from those at a text's start."""
         both, count = self._ids(":" + text), len(self._before)
         return both[count:] if both[:count] == self._before else self._ids(text)
 
     def _prompt(self, item: Item, answer: int = 0) -> list[int]:
-        """The ids of an item's prompt, cut on the left to leave room for ``answer`` more.
-
-        Leading special tokens (BOS) are kept; trailing ones (EOS) are dropped, because the answer
-        follows.
-        """
+        """The ids of a prompt with BOS but no EOS, cut on the left to leave room for an answer."""
         text = self.template.format(item)
         plain, full = self._ids(text), self._ids(text, special=True)
         starts = range(len(full) - len(plain) + 1) if plain else ()
-        found = [k for k in starts if full[k : k + len(plain)] == plain]
-        if not found:
+        begin = next((k for k in starts if full[k : k + len(plain)] == plain), None)
+        if begin is None:
             raise DataError(f"item {item.id!r}: the tokenizer makes no tokens of the prompt")
-        start = full[: found[0]]
+        start = full[:begin]
         if plain[0] == self.tokenizer.bos_token_id:  # of a chat template
             start, plain = plain[:1], plain[1:]
         room = self.max_length - len(start) - answer
@@ -86,8 +88,7 @@ class PromptCollator:
         return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
 
 
-def check_items(rows: Any, labeled: bool) -> None:
-    """Checks that rows are items, and that they have labels, or none has."""
-    first = rows[0]
-    if isinstance(first, Mapping | Item):
-        items_in(rows, labeled or isinstance(first, Item) or "label" in first)
+def is_from(collate: Any, *packages: str) -> bool:
+    """Whether a function, or the class of an object, is defined in one of these packages."""
+    home = getattr(collate, "__module__", None) or type(collate).__module__
+    return home.startswith(packages)

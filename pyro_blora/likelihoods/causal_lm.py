@@ -41,24 +41,15 @@ class CausalLM(Likelihood):
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """A :class:`TextCollator`, of the column ``text`` or of ``prompt`` and ``completion``."""
-        columns = set(row if isinstance(row, Mapping) else vars(row))
-        if "label" in columns or ({"prompt", "completion"} <= columns) == ("text" in columns):
-            raise ConfigurationError(  # neither, or both
+        columns = dict(row) if isinstance(row, Mapping) else vars(row)
+        pair = {"prompt", "completion"} <= columns.keys()
+        if "label" in columns or pair == ("text" in columns):
+            raise ConfigurationError(
                 "CausalLM must read the column text, or prompt and completion, got "
-                f"{', '.join(map(str, row if isinstance(row, Mapping) else vars(row)))}; rename or "
-                "drop columns. For classes load a classifier with num_labels=, for options pass "
-                "likelihood=MultipleChoice()."
+                f"{', '.join(map(str, columns))}; rename or drop columns. For classes load a "
+                "classifier with num_labels=, for options pass likelihood=MultipleChoice()."
             )
         return TextCollator(tokenizer)
-
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks that each row has a text, or a prompt and a completion."""
-        if type(collate) is TextCollator:
-            pair = "completion" in rows[0]
-            check_rows(rows, *(("prompt", "completion") if pair else ("text",)))
-        return collate
 
     def prepare(self, batch: Batch) -> Prepared:
         """The batch, checked, with its scored tokens, which synchronizes the device."""
@@ -80,8 +71,7 @@ class CausalLM(Likelihood):
         """The scored tokens, ``(B, S)``, padded with -100."""
         if batch.get("labels") is None:
             return None
-        labels: Tensor = self._scored(batch)["scored_tokens"]
-        return labels
+        return self._scored(batch)["scored_tokens"]
 
     def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
         """Independent categoricals over the scored tokens; a sequence is one event."""
@@ -152,10 +142,14 @@ class TextCollator(PromptCollator):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
         super().__init__(tokenizer, max_length=max_length)
 
+    def check(self, rows: Any, labeled: bool) -> None:
+        """Checks that each row has a text, or a prompt and a completion."""
+        check_rows(rows, *(("prompt", "completion") if "completion" in rows[0] else ("text",)))
+
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """The batch of a list of rows."""
-        made, starts, end = [], [], self.tokenizer.eos_token_id
-        longest = 0
+        texts, starts, longest = [], [], 0
+        end = self.tokenizer.eos_token_id
         for row in rows:
             if "completion" in row:
                 plain, prompt = (self._ids(row["prompt"], special) for special in (False, True))
@@ -171,7 +165,7 @@ class TextCollator(PromptCollator):
             bos = int(prompt[:1] == [self.tokenizer.bos_token_id])
             over = max(0, len(prompt) + len(scored) - self.max_length)
             kept = prompt[:bos] + prompt[bos + over :]
-            made.append(kept + scored)
+            texts.append(kept + scored)
             starts.append(len(kept))
         if longest > self.max_length:
             warnings.warn(
@@ -179,7 +173,7 @@ class TextCollator(PromptCollator):
                 "TextCollator(tokenizer, max_length=...) of pyro_blora.data to keep more of it.",
                 stacklevel=2,
             )
-        input_ids, attention_mask = self._pad(made)
+        input_ids, attention_mask = self._pad(texts)
         scored_at = torch.arange(input_ids.shape[-1]) >= torch.tensor(starts).unsqueeze(-1)
         labels = input_ids.masked_fill(~(scored_at & attention_mask.bool()), -100)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,7 +1,6 @@
 """Classification by the next token among a few answer tokens."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator, check_items
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -55,14 +54,6 @@ class LabelTokens(Likelihood):
                 f"token_ids must be below {size}, the size of the vocabulary, got "
                 f"{list(self.token_ids)}; take them from the network's own tokenizer."
             )
-
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks that each row is an item."""
-        if type(collate) is LabelTokensCollator:  # a subclass may read other columns
-            check_items(rows, labeled)
-        return collate
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

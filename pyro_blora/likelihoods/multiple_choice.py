@@ -10,7 +10,7 @@ from torch.nn import functional
 from pyro_blora.errors import BatchError, DataError
 from pyro_blora.items import Item
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator, check_items
+from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.packing import in_rows
 from pyro_blora.likelihoods.reading import check_causal, logits_at, true_entries
 
@@ -72,19 +72,12 @@ class MultipleChoice(Likelihood):
         """A :class:`MultipleChoiceCollator`."""
         return MultipleChoiceCollator(tokenizer)
 
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks that each row is an item."""
-        if type(collate) is MultipleChoiceCollator:  # a subclass may read other columns
-            check_items(rows, labeled)
-        return collate
-
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
         rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
-        how: dict[str, Any] = {"count": rows.count, "narrow": self.shortcuts.on}
-        logits = logits_at(net, rows.inputs, rows.positions, rows.mask, **how)
+        logits = logits_at(
+            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.shortcuts.on
+        )
         real = true_entries(rows.mask, rows.count)
         targets = rows.targets.flatten()[real]
         logp = -functional.cross_entropy(logits, targets, reduction="none")
@@ -111,8 +104,8 @@ class MultipleChoice(Likelihood):
             raise BatchError(
                 f"MultipleChoice must have equal B x K x T shapes, got {shapes}; pad them alike."
             )
-        there = batch["option_mask"].any(-1)
-        if there.is_cpu and (~there.any(-1)).any():
+        present = batch["option_mask"].any(-1)
+        if present.is_cpu and (~present.any(-1)).any():
             raise BatchError(
                 "Each item must have an option with a token to score, got one without; set "
                 "option_mask to true at the options' tokens."
@@ -121,10 +114,10 @@ class MultipleChoice(Likelihood):
 
     def labels(self, batch: Batch) -> Tensor | None:
         """The right options, ``(B,)``, or ``None``; raises BatchError if one is absent."""
-        labels, there = batch.get("labels"), batch["option_mask"].any(-1)
-        if labels is not None and there.is_cpu and labels.shape == there.shape[:1]:
-            chosen = labels.long().clamp(0, there.shape[1] - 1)  # check_labels reports the others
-            if (~there.gather(1, chosen.unsqueeze(-1))).any():
+        labels, present = batch.get("labels"), batch["option_mask"].any(-1)
+        if labels is not None and present.is_cpu and labels.shape == present.shape[:1]:
+            chosen = labels.long().clamp(0, present.shape[1] - 1)  # check_labels reports the others
+            if (~present.gather(1, chosen.unsqueeze(-1))).any():
                 raise BatchError(
                     "labels must name an option that the item has, got one without scored tokens; "
                     "check the order of the options."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_blora.debts import attention_of
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods.reading import compact
-from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.adapter import layer_hook_of
 from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
 from pyro_blora.updates import MarginalNoise
 
@@ -38,8 +38,8 @@ def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[i
     unpredicted = batch["option_mask"][..., 0].any()
     padded_left = (real[..., 1:] & ~real[..., :-1]).any()
     counts = scored.sum(-1)
-    facts = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
-    first, left, length, most, count = torch.stack([fact.long() for fact in facts]).tolist()
+    values = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
+    first, left, length, most, count = torch.stack([value.long() for value in values]).tolist()
     if first:
         raise BatchError(
             "option_mask must be false at the first token of a row, which nothing predicts; begin "
@@ -71,10 +71,7 @@ def unpacked(batch: Mapping[str, Tensor]) -> Scored:
 
 
 def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
-    """One row per item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask.
-
-    With ``additive`` the mask is added to the attention scores, as in eager attention.
-    """
+    """One row per item: ``R = B``, with position ids and a ``B x 1 x L x L`` attention mask."""
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     scored = batch["option_mask"].bool()
     items, options, length = ids.shape
@@ -101,11 +98,11 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
         row(torch.full_like(index, -1), segments),
         kept_scored,
     )
-    own = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
-    seen = own & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
+    same = (segment.unsqueeze(-1) == segment.unsqueeze(-2)) | (segment == -1).unsqueeze(-2)
+    seen = same & keep.unsqueeze(-2) & (where.unsqueeze(-2) <= where.unsqueeze(-1))
     seen[..., 0] |= ~keep  # padding attends to a real token, to avoid a softmax over nothing
     attention = seen.unsqueeze(1)
-    if additive:
+    if additive:  # to the attention scores, as in eager attention
         attention = torch.where(attention, 0.0, torch.finfo(torch.float32).min)
     # The predecessor of an option's first token is the prefix's last
     place = torch.arange(tokens.shape[-1], device=ids.device).expand_as(tokens)
@@ -122,20 +119,15 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
 
 
 def in_rows(
-    net: nn.Module,
-    batch: Mapping[str, Tensor],
-    shortcuts: Shortcuts,
-    packing: bool | None = None,
+    net: nn.Module, batch: Mapping[str, Tensor], shortcuts: Shortcuts, packing: bool | None = None
 ) -> Scored:
-    """The batch's rows, packed if that leaves the logits the same.
-
-    The packed mask replaces that of an attention window, so longer rows are not packed.
-    """
+    """The batch's rows, packed if that leaves the logits the same."""
     if supports_packing(net, shortcuts) if packing is None else packing:
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
+        # The packed mask replaces that of an attention window
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
-    updates = [getattr(adapter_of(module), "update", None) for module in net.modules()]
+    updates = [getattr(layer_hook_of(module), "update", None) for module in net.modules()]
     if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
             "Conditional noise must have packed rows, in which the options share the noise of "
@@ -147,8 +139,8 @@ def in_rows(
 
 def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
     """Whether packed and unpacked rows give this network the same logits."""
-    verified = (shortcuts or Shortcuts()).verified
-    return verified(net, "options packed behind one question", partial(_packs, net))
+    shortcuts = shortcuts or Shortcuts()
+    return shortcuts.verified(net, "options packed behind one question", partial(_packs, net))
 
 
 def _packs(net: nn.Module) -> bool:
@@ -157,14 +149,14 @@ def _packs(net: nn.Module) -> bool:
     ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
     scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
-    found = []
+    scores = []
     for rows in (pack(batch, additive=_adds_its_mask(net)), unpacked(batch)):
         logits = logits_of(net, **rows.inputs)
         index = torch.arange(len(rows.positions), device=ids.device).unsqueeze(-1)
         if logits is None or logits.dim() != 3:
             return False
-        found.append(logits[index, rows.positions].flatten(0, 1))
-    return agree(*found)
+        scores.append(logits[index, rows.positions].flatten(0, 1))
+    return agree(*scores)
 
 
 def _adds_its_mask(net: nn.Module) -> bool:

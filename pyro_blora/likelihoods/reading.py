@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.network.adapter import adapter_of
+from pyro_blora.network.adapter import layer_hook_of
 from pyro_blora.network.shortcuts import is_observed
 from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
@@ -66,8 +66,8 @@ def logits_at(
     all. Without ``narrow`` the head runs at all positions.
     """
     head = output_head(net)
-    adapter = adapter_of(head)
-    per_row = adapter is not None and adapter.update is not None  # each particle has its rows
+    hook = layer_hook_of(head)
+    per_row = hook is not None and hook.update is not None  # each particle has its rows
     if "position_ids" not in inputs:
         inputs = {**inputs, **positions_of(net, inputs.get("attention_mask"))}
     columns, width = positions.flatten(), positions.shape[-1]
@@ -83,11 +83,11 @@ def logits_at(
         rows, chosen = (at // width).to(values.device), columns[at].to(values.device)
         return values[rows, chosen].unsqueeze(0)
 
-    own = threading.get_ident()
+    thread = threading.get_ident()
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         # Other threads of a server may run the same network; a compiler traces only one thread
-        if not torch.compiler.is_compiling() and threading.get_ident() != own:
+        if not torch.compiler.is_compiling() and threading.get_ident() != thread:
             return None
         narrowed.append(True)
         return (gathered(args[0]),)
@@ -103,11 +103,8 @@ def logits_at(
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
-    """``position_ids`` counted from the mask if rows are padded on the left, else nothing.
-
-    Raises BatchError for such rows of an encoder or of a network without ``position_ids``.
-    """
-    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's own are right
+    """``position_ids`` counted from the mask if rows are padded on the left, else nothing."""
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's are right
         return {}
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 

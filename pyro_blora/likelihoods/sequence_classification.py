@@ -21,8 +21,9 @@ from pyro_blora.labels import (
     without_subsets,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._prompts import is_from
 from pyro_blora.likelihoods.reading import positions_of
-from pyro_blora.network.targets import head_of, own_names
+from pyro_blora.network.targets import head_of, logit_names
 
 
 class SequenceClassification(Likelihood):
@@ -94,23 +95,22 @@ class SequenceClassification(Likelihood):
         logits for names and for numbers that have names in the data set. A training on rows names
         the classes, unless they have names already: as the network does, or else as the rows do.
         """
-        first = rows[0]
-        ours = isinstance(collate, ClassificationCollator)
+        first, ours = rows[0], collate if isinstance(collate, ClassificationCollator) else None
         encoded = isinstance(first, Mapping) and "input_ids" in first
-        if not ours and not (encoded and is_of(collate, "transformers.")):
+        if collate is None or not (ours or (encoded and is_from(collate, "transformers."))):
             return collate  # which reads the labels by itself
         stored = features_of(without_subsets(rows))
         named = {"label", "labels"} & set(first) if isinstance(first, Mapping) else set()
         column = "labels" if named == {"labels"} else "label"
         names = classes_of(rows, column)
         # a transform makes labels without names, perhaps by other numbers than those of a column
-        made = not ours and stored and column in first and column not in stored
-        doubted = classes_of(rows) or classes_of(rows, "labels") if made else []
-        given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+        transformed = not ours and stored and column in first and column not in stored
+        doubted = classes_of(rows) or classes_of(rows, "labels") if transformed else []
+        given = ours.classes if ours else ()
         self._check_order(given, doubted, net)
         classes = self.classes or given or self.classes
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
-            if classes == () and self.trained_head and not own_names(net):
+            if classes == () and self.trained_head and not logit_names(net):
                 _check_places(names, [*map(str, range(len(names)))])
             classes = _classes(classes, net, rows, names, column, labeled)
         elif classes is None and names:
@@ -119,9 +119,9 @@ class SequenceClassification(Likelihood):
             self.classes = classes
         classes = classes or ()
         names = names if classes or _are_logits(names, net) else []
-        if isinstance(collate, ClassificationCollator):
-            collate = copy.copy(collate)  # with what a subclass has added
-            collate.classes = classes if isinstance(first, Item) else ()
+        if ours:
+            collate = ours = copy.copy(ours)  # with what a subclass has added
+            ours.classes = classes if isinstance(first, Item) else ()
         if isinstance(first, Item) or not (ours or names or (classes and column == "label")):
             return collate
 
@@ -129,8 +129,7 @@ class SequenceClassification(Likelihood):
             if column in part[0]:
                 labels = [label_of({"label": row[column]}, classes, names) for row in part]
                 part = [{**row, column: k} for row, k in zip(part, labels, strict=True)]
-            made: Any = collate
-            return made(part)
+            return collate(part)
 
         return numbered
 
@@ -139,31 +138,32 @@ class SequenceClassification(Likelihood):
     ) -> None:
         """Refuses a loader whose batches number the classes otherwise than the logits do."""
         whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
-        ours = isinstance(collate, ClassificationCollator)
-        given = collate.classes if isinstance(collate, ClassificationCollator) else ()
+        ours = collate if isinstance(collate, ClassificationCollator) else None
+        given = ours.classes if ours else ()
         names = classes_of(whole) or classes_of(whole, "labels")
         first = whole[0] if isinstance(whole, list | tuple) and whole else None
         if isinstance(first, Item) and not given:
             names = list(first.choices)
-        as_they_are = ours or collate is None or is_of(collate, "transformers.", "torch.")
+        as_they_are = ours or collate is None or is_from(collate, "transformers.", "torch.")
         self._check_order(given, names if as_they_are else [], net)
         if training and given:
             self.classes = self.classes or given
 
     def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""
-        known = own_names(net) if self.classes is None else self.classes
+        known = logit_names(net) if self.classes is None else self.classes
         if _are_logits(given, net) and not self.classes:
             given = ()
         if not self.classes and None in [place_of(name, known) for name in given]:
             known = tuple(given) if self.classes is None else _names_of_numbers(net, given[0])
         numbers = not self.classes and _are_logits(names, net) and not {*names} <= {*known}
         logits = tuple(map(str, range(len(names)))) if numbers else known
-        for found, classes in ((given, known), (names, logits)):
-            if classes:
-                _check_places(found, classes, unknown=True)
+        if known:
+            _check_places(given, known, unknown=True)
+        if logits:
+            _check_places(names, logits, unknown=True)
         if not known:
-            _check_places(names, own_names(net))
+            _check_places(names, logit_names(net))
 
 
 class ClassificationCollator:
@@ -193,17 +193,16 @@ class ClassificationCollator:
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
-        made = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
-        pairs = [row.get("text_pair") for row in made]
-        firsts = [row["text"].removeprefix(self._start) for row in made]
-        texts: list[Any] = [  # a data frame has NaN where a row has no second text
-            (text, pair) if isinstance(pair, str) else text
-            for text, pair in zip(firsts, pairs, strict=True)
-        ]
+        plain = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
+        texts: list[Any] = []
+        for row in plain:
+            text, pair = row["text"].removeprefix(self._start), row.get("text_pair")
+            # a data frame has NaN where a row has no second text
+            texts.append((text, pair) if isinstance(pair, str) else text)
         options = {"padding": True, "truncation": True, "max_length": self.max_length}
         batch = dict(self.tokenizer(texts, **options, return_tensors="pt"))
-        if "label" in made[0]:
-            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in made])
+        if "label" in plain[0]:
+            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in plain])
         return batch
 
     def likelihood(self, num_data: int | None = None) -> SequenceClassification:
@@ -214,12 +213,6 @@ class ClassificationCollator:
         choice = item.choices[item.label]
         named = self.classes or choice.isdecimal()
         return {"text": item.question, "label": choice if named else item.label}
-
-
-def is_of(collate: Any, *packages: str) -> bool:
-    """Whether a function, or the class of an object, is of one of these packages."""
-    home = getattr(collate, "__module__", None) or type(collate).__module__
-    return home.startswith(packages)
 
 
 def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
@@ -235,7 +228,7 @@ def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool
 
 def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
     """The names that a network has for a head that was trained on numbers; ``name`` is given."""
-    if names := own_names(net):
+    if names := logit_names(net):
         return names
     raise ConfigurationError(
         "The classes of a head that was trained on numbers must have names before labels can be "
@@ -268,7 +261,7 @@ def _classes(
         every = [rows[k] for k in range(len(rows))]
         given = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
         if all(map(are_numbers, given)):
-            _check_places(names, own_names(net))
+            _check_places(names, logit_names(net))
             return classes
         classes = _names_of_numbers(net, given[0][0])
     if classes is None:
@@ -287,22 +280,22 @@ def _classes(
 
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
-    """The names of a classifier's logits in order: its own, or else ``names``; none for numbers."""
+    """The names that a classifier has for its logits, or else ``names``; none for numbers."""
     config: Any = getattr(net, "config", None)
     if config is None:
         return () if are_numbers(names) else tuple(map(str, names))
-    count, own = int(config.num_labels), own_names(net)
+    count, known = int(config.num_labels), logit_names(net)
     given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
     if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
         return given
     if _are_logits(names, net):
-        fits = isinstance(names[0], str) and len(names) == count and not own
+        fits = isinstance(names[0], str) and len(names) == count and not known
         return tuple(map(str, sorted(names, key=int))) if fits else ()
-    if len(names) > count or (len(names) < count and not own):
+    if len(names) > count or (len(names) < count and not known):
         least = max(map(int, names)) + 1 if isinstance(names[0], int) else len(names)
         raise ConfigurationError(
             f"The network must have a logit for each of the classes {list(names)}, got {count}; "
             f"load it with num_labels={least}, or name all of its classes in net.config.id2label. "
             "Numbers count from 0."
         )
-    return own or tuple(map(str, names))
+    return known or tuple(map(str, names))

@@ -26,7 +26,7 @@ from pyro_blora.updates import LayerUpdate
 _INPUTS = ("hidden_states", "hidden_state", "input", "x")
 
 
-class Adapter:
+class LayerHook:
     """Adds the current update to the output of one layer; ``None`` leaves the output as it is."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -63,6 +63,7 @@ class Adapter:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or the tensors of a dataclass, on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if not is_dataclass(value) or isinstance(value, type):
@@ -83,13 +84,13 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     )
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter on ``module``, or ``None``."""
-    return next((hook for hook in hooks_of(module) if isinstance(hook, Adapter)), None)
+def layer_hook_of(module: nn.Module) -> LayerHook | None:
+    """The hook on ``module`` that adds its update, or ``None``."""
+    return next((hook for hook in hooks_of(module) if isinstance(hook, LayerHook)), None)
 
 
 def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> None:
-    """Restores a module's forward: its class's own, or ``before``, set by another library."""
+    """Restores the forward of the module's class, or ``before``, set by another library."""
     del module.forward
     if before is not None:
         module.forward = before
@@ -97,31 +98,30 @@ def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> No
 
 @contextmanager
 def updates_in_place(
-    adapters: Sequence[Adapter], updates: Sequence[LayerUpdate | None]
+    hooks: Sequence[LayerHook], updates: Sequence[LayerUpdate | None]
 ) -> Iterator[None]:
-    """Each adapter adds its update within the context, and its previous one afterwards."""
-    before = [adapter.update for adapter in adapters]
+    """Each hook adds its update within the context, and its previous one afterwards."""
+    before = [hook.update for hook in hooks]
     try:
-        for adapter, update in zip(adapters, updates, strict=True):
-            adapter.update = update
+        for hook, update in zip(hooks, updates, strict=True):
+            hook.update = update
         yield
     finally:
-        for adapter, update in zip(adapters, before, strict=True):
-            adapter.update = update
+        for hook, update in zip(hooks, before, strict=True):
+            hook.update = update
 
 
 def updates_kept_for_backward(
-    modules: Sequence[nn.Module], adapters: Sequence[Adapter], updates: Sequence[LayerUpdate]
+    modules: Sequence[nn.Module], hooks: Sequence[LayerHook], updates: Sequence[LayerUpdate]
 ) -> AbstractContextManager[None]:
     """Makes checkpointed blocks that run in the context use ``updates`` again in backward."""
 
-    def taking_along(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return checkpoint(updates_in_place(adapters, updates)(block), *args, **kwargs)
+    def with_updates(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda block, *args, **kwargs: checkpoint(
+            updates_in_place(hooks, updates)(block), *args, **kwargs
+        )
 
-        return run
-
-    return checkpointing_through(modules if torch.is_grad_enabled() else (), taking_along)
+    return checkpointing_through(modules if torch.is_grad_enabled() else (), with_updates)
 
 
 class Frozen:
@@ -139,8 +139,7 @@ class Frozen:
     def thaw(self) -> None:
         """Restores ``requires_grad`` of each parameter; those added since stay as they are."""
         for module, name, trained in self._before:
-            parameter = slots_of(module).get(name)
-            if parameter is not None:
+            if (parameter := slots_of(module).get(name)) is not None:
                 parameter.requires_grad_(trained)
 
 
@@ -177,16 +176,16 @@ def heads_to_train(
                 stacklevel=4,
             )
         return [head for head in heads if head not in adapted]
-    found = [name for name, _ in net.named_modules() if name and matches(name, modules_to_save)]
+    heads = [name for name, _ in net.named_modules() if name and matches(name, modules_to_save)]
     taken = (*targets, *filter(None, [body_of(net)]))
     for name in modules_to_save:
-        chosen = [f for f in found if matches(f, [name])]
-        if not chosen or any(_within(f, t) or _within(t, f) for f in chosen for t in taken):
+        chosen = [head for head in heads if matches(head, [name])]
+        if not chosen or any(_within(h, t) or _within(t, h) for h in chosen for t in taken):
             raise ConfigurationError(
                 f"modules_to_save must name heads among {head_names(net)} that target_modules does "
                 f"not adapt, got {name!r}; leave it out."
             )
-    return [f for f in found if not any(f != other and _within(f, other) for other in found)]
+    return [h for h in heads if not any(h != other and _within(h, other) for other in heads)]
 
 
 def _within(name: str, module: str) -> bool:
@@ -213,14 +212,14 @@ class TrainedHeads(PyroModule):
                         f"{path} is {'offloaded' if away else 'quantized'} and cannot be trained; "
                         "load it on a device, unquantized, or pass modules_to_save=()."
                     )
-                for name, own in owner.named_parameters(recurse=False):
+                shapes = [p.shape for p in owner.parameters(recurse=False)]
+                for name, parameter in owner.named_parameters(recurse=False):
                     attribute = name_in_base(f"{path}.{name}").replace(".", "_")
                     self._owners[attribute] = f"{path}.{name}", owner, name
                     self.roles[attribute] = "head"
-                    shapes = [p.shape for p in owner.parameters(recurse=False)]
                     self.sizes[attribute] = float(max(shapes, key=len)[-1])
-                    dtype = torch.promote_types(own.dtype, torch.float32)
-                    setattr(self, attribute, PyroParam(own.detach().to(dtype, copy=True)))
+                    dtype = torch.promote_types(parameter.dtype, torch.float32)
+                    setattr(self, attribute, PyroParam(parameter.detach().to(dtype, copy=True)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors by their full names in the network."""
@@ -228,26 +227,28 @@ class TrainedHeads(PyroModule):
 
     @contextmanager
     def input_sizes(self) -> Iterator[dict[str, float]]:
-        """Measures ``sizes`` within the context, by what the modules are given there."""
-        found = dict(self.sizes)
+        """Measures ``sizes`` within the context, on the modules' inputs there."""
+        sizes = dict(self.sizes)
 
-        def seen(module: nn.Module, given: tuple[Any, ...]) -> None:
-            h = given[0] if given else None
+        def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
+            h = args[0] if args else None
             if isinstance(h, Tensor) and h.is_floating_point():
                 size = float(h.detach().float().abs().sum(-1).mean())
-                found.update({k: size for k, own in self._owners.items() if own[1] is module})
+                sizes.update({k: size for k, (_, m, _) in self._owners.items() if m is module})
 
-        owners = {id(owner): owner for _, owner, _ in self._owners.values()}
-        handles = [owner.register_forward_pre_hook(seen) for owner in owners.values()]
+        handles = [
+            owner.register_forward_pre_hook(measure)
+            for owner in {owner for _, owner, _ in self._owners.values()}
+        ]
         try:
-            yield found
+            yield sizes
         finally:
             for handle in handles:
                 handle.remove()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Replaces the network's own tensors with the trained ones within the context."""
+        """Replaces the network's tensors with the trained ones within the context."""
         before: list[tuple[dict[str, Any], str, Tensor]] = []
         for full, owner, name in self._owners.values():
             parameters = slots_of(owner)
@@ -258,9 +259,9 @@ class TrainedHeads(PyroModule):
                     "the network, not on all of it, or pass modules_to_save=()."
                 )
         try:
-            for attribute, (parameters, name, own) in zip(self._owners, before, strict=True):
-                parameters[name] = getattr(self, attribute).to(own.device, own.dtype)
+            for attribute, (parameters, name, old) in zip(self._owners, before, strict=True):
+                parameters[name] = getattr(self, attribute).to(old.device, old.dtype)
             yield
         finally:
-            for parameters, name, own in before:
-                parameters[name] = own
+            for parameters, name, old in before:
+                parameters[name] = old

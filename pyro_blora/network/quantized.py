@@ -14,7 +14,7 @@ def _is_of_torchao(weight: Tensor) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module's own weight is quantized by torchao or bitsandbytes."""
+    """Whether the module has a weight that torchao or bitsandbytes quantized."""
     weight = slots_of(module).get("weight")
     if weight is None:
         return False
@@ -23,16 +23,12 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
-    """The weight of a linear layer or ``Conv1D``, ``(d_out, d_in)``, in torch's default dtype.
-
-    Weights quantized by torchao or bitsandbytes are dequantized; the layer itself stays as it is.
-    """
-    weight = _dequantized(module)
-    transposed = type(module).__name__ == "Conv1D"
-    if weight is not None and transposed:
+    """The weight of a linear layer, ``(d_out, d_in)``, dequantized, in torch's default dtype."""
+    weight, shape = _dequantized(module), layer_shape(module)
+    if weight is not None and type(module).__name__ == "Conv1D":
         weight = weight.mT
-    shape, plain = layer_shape(module), weight is not None and weight.is_floating_point()
-    if weight is None or not plain or weight.element_size() == 1 or weight.shape != shape:
+    plain = weight is not None and weight.is_floating_point() and weight.element_size() > 1
+    if weight is None or not plain or weight.shape != shape:
         raise ConfigurationError(
             f"{name} has no weight of {shape} floats that can be read; pass "
             "prior=KroneckerInducing(sigma=...) with a width in units of the weights, or load the "
@@ -68,16 +64,13 @@ def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tens
 
     The shapes are ``(n, left, d_out)``, ``(n, right, d_in)`` and ``(n, min(d_out, d_in))``.
     """
-    lefts, rights, values = [], [], []
+    vectors = []
     for name, module in zip(group.module_names, group.modules, strict=True):
-        weight = dense_weight(module, name)
+        weight, size = dense_weight(module, name), min(group.d_out, group.d_in)
         if weight.is_meta:
-            lefts.append(torch.eye(left, group.d_out))
-            rights.append(torch.eye(right, group.d_in))
-            values.append(torch.ones(min(weight.shape)))
-            continue
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=max(left, right) > min(weight.shape))
-        lefts.append(U.mT[:left])
-        rights.append(Vh[:right])
-        values.append(S)
-    return torch.stack(lefts), torch.stack(rights), torch.stack(values)
+            U, S, Vh = torch.eye(group.d_out), torch.ones(size), torch.eye(group.d_in)
+        else:
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=max(left, right) > size)
+        vectors.append((U.mT[:left], Vh[:right], S))
+    lefts, rights, values = map(torch.stack, zip(*vectors, strict=True))
+    return lefts, rights, values

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pyro_blora.debts import attention_of, experts_of, hooks_of, is_compiled
 from pyro_blora.network.adapter import (
-    adapter_of,
     in_mode,
+    layer_hook_of,
     layer_input,
     put_forward_back,
     updates_in_place,
@@ -34,33 +34,33 @@ class Shortcuts:
 
     def __init__(self) -> None:
         self.on = True
-        self.asking = False  # True during a verification pass, which must not use shortcuts
+        self.verifying = False  # a verification pass must not use shortcuts
         self._answers: dict[tuple[Any, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is for another network, which is verified anew
-        return {"on": self.on, "asking": False, "_answers": {}}
+        return {"on": self.on, "verifying": False, "_answers": {}}
 
-    def verified(self, net: nn.Module, shortcut: str, question: Callable[[], bool]) -> bool:
-        """Whether shortcuts are on and ``question`` confirms that this one keeps the logits."""
+    def verified(self, net: nn.Module, shortcut: str, check: Callable[[], bool]) -> bool:
+        """Whether this shortcut is on and was verified for this network by ``check``."""
         if not self.on or getattr(_text_config(net), "vocab_size", 0) < 8:
             return False
         key = (weakref.ref(net), shortcut, attention_of(net), experts_of(net))
         if key not in self._answers:
-            adapters = [a for a in map(adapter_of, net.modules()) if a is not None]
+            hooks = [hook for hook in map(layer_hook_of, net.modules()) if hook is not None]
             eager = runs_eagerly(net.modules())
             with (
                 in_mode(net, training=False),
                 torch.no_grad(),
                 torch.autocast(device_of(net.modules()).type, enabled=False),
-                updates_in_place(adapters, [None] * len(adapters)),
+                updates_in_place(hooks, [None] * len(hooks)),
                 nullcontext() if eager else torch.compiler.set_stance("force_eager"),
             ):
                 try:
-                    self.asking = True
-                    self._answers[key] = question()
+                    self.verifying = True
+                    self._answers[key] = check()
                 finally:
-                    self.asking = False
+                    self.verifying = False
             if not self._answers[key]:
                 warnings.warn(
                     f"{type(net).__name__} does not give the same logits with {shortcut}; it runs "
@@ -78,14 +78,13 @@ class Shortcuts:
             return []
         inside = [module for block in blocks for module in block.modules()]
         before = set(takewhile(lambda module: module is not blocks[0], net.modules()))
+        check = partial(_skips, net, FrozenPrefix(blocks, self))
         usable = (
             not any(net.get_submodule(name) in before for name in trained)
             and runs_eagerly(net.modules())
             and not any(hasattr(p, "full_tensor") for p in net.parameters())  # sharded
             and not is_observed(net, inside)
-            and self.verified(
-                net, "its frozen blocks skipped", partial(_skips, net, FrozenPrefix(blocks, self))
-            )
+            and self.verified(net, "its frozen blocks skipped", check)
         )
         return blocks if usable else []
 
@@ -98,38 +97,41 @@ class FrozenPrefix:
         self.kept: Tensor | None = None
         self._tuples: dict[int, tuple[type, int]] = {}  # type and length of a block's outputs
         self._copies, self._passes = 1, 0
-        self._asked = self._skips = False
+        self._verifying = self._skips = False
 
     @contextmanager
     def copies(self, number: int) -> Iterator[None]:
         """Expects ``number`` copies of the batch per pass; the recording pass must run only one."""
         self._copies, self._passes = number, 0
-        self._asked = self.shortcuts.asking
+        self._verifying = self.shortcuts.verifying
         before = [vars(block).get("forward") for block in self.blocks]  # set by another library
         for index, block in enumerate(self.blocks):
             block.forward = partial(self._forward, index, block.forward)
         try:
             yield
         finally:
-            for block, own in zip(self.blocks, before, strict=True):
-                put_forward_back(block, own)
+            for block, forward in zip(self.blocks, before, strict=True):
+                put_forward_back(block, forward)
 
-    def _forward(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if self.shortcuts.asking != self._asked:
-            return own(*args, **kwargs)
+    def _forward(
+        self, index: int, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs a block, or returns what it returned in the recording pass."""
+        if self.shortcuts.verifying != self._verifying:
+            return forward(*args, **kwargs)
         hidden, last = layer_input(args, kwargs), index == len(self.blocks) - 1
         if index == 0:
             self._passes += 1
             self._skips = self.kept is not None and len(hidden) == len(self.kept) * self._copies
         if self._passes > 1:  # a likelihood that runs the network again, on another input
-            return own(*args, **kwargs)
+            return forward(*args, **kwargs)
         if self._skips and self.kept is not None:
             hidden = self.kept.repeat(self._copies, 1, 1) if last else hidden
             if index not in self._tuples:
                 return hidden
             kind, count = self._tuples[index]
             return kind((hidden, *[None] * (count - 1)))
-        output = value = own(*args, **kwargs)
+        output = value = forward(*args, **kwargs)
         if isinstance(output, tuple | list):
             self._tuples[index], value = (type(output), len(output)), output[0]
         if last and self.kept is None:
@@ -139,11 +141,10 @@ class FrozenPrefix:
 
 def frozen_blocks(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The blocks before all adapted layers, in order; none if there are several block lists."""
-    found = {name: _BLOCK.match(name) for name in names}
-    head = head_of(net)
-    if any(match is None and net.get_submodule(name) is not head for name, match in found.items()):
+    outside = [name for name in names if not _BLOCK.match(name)]
+    if any(net.get_submodule(name) is not head_of(net) for name in outside):
         return []
-    inside = [match for match in found.values() if match is not None]
+    inside = [match for match in map(_BLOCK.match, names) if match is not None]
     if not inside:  # only the head is adapted
         lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         return list(lists[0]) if len(lists) == 1 else []
@@ -162,10 +163,10 @@ def _skips(net: nn.Module, prefix: FrozenPrefix) -> bool:
         rows = {"input_ids": ids.repeat(copies, 1), "attention_mask": mask.repeat(copies, 1)}
         expected = logits_of(net, **rows)
         with prefix.copies(copies):
-            found = logits_of(net, **rows)
-        if found is not None and expected is not None and expected.shape[:2] == (3 * copies, 8):
-            found, expected = (x[rows["attention_mask"].bool()] for x in (found, expected))
-        if not agree(found, expected):
+            logits = logits_of(net, **rows)
+        if logits is not None and expected is not None and expected.shape[:2] == (3 * copies, 8):
+            logits, expected = (x[rows["attention_mask"].bool()] for x in (logits, expected))
+        if not agree(logits, expected):
             return False
     return prefix.kept is not None
 
@@ -212,12 +213,9 @@ def is_observed(net: nn.Module, modules: Iterable[nn.Module]) -> bool:
     names = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, None) for config in configs for name in names):
         return True
-    homes = {
-        str(getattr(hook, "__module__", "")).split(".")[0]
-        for module in modules
-        for hook in hooks_of(module)
-    }
-    return bool(homes - {"torch", "transformers", "pyro_blora"})
+    hooks = [hook for module in modules for hook in hooks_of(module)]
+    packages = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}
+    return bool(packages - {"torch", "transformers", "pyro_blora"})
 
 
 def _text_config(net: nn.Module) -> Any:

@@ -109,8 +109,7 @@ def head_of(net: nn.Module) -> nn.Module | None:
 def without_peft(net: nn.Module) -> nn.Module:
     """The base network of a ``PeftModel``, or the network itself."""
     getter = getattr(net, "get_base_model", None)
-    found: nn.Module = getter() if callable(getter) else net
-    return found
+    return getter() if callable(getter) else net
 
 
 def body_of(net: nn.Module) -> str | None:
@@ -134,11 +133,11 @@ def is_classifier(net: nn.Module) -> bool:
     return head_of(net) is None and bool(head_names(net))
 
 
-def own_names(net: nn.Module) -> tuple[str, ...]:
+def logit_names(net: nn.Module) -> tuple[str, ...]:
     """The names that a classifier gives its logits, or none for ``LABEL_0``, ``LABEL_1``, ...."""
     config: Any = getattr(net, "config", None)
-    own = tuple(str(config.id2label[k]) for k in range(config.num_labels)) if config else ()
-    return () if own == tuple(f"LABEL_{k}" for k in range(len(own))) else own
+    names = tuple(str(config.id2label[k]) for k in range(config.num_labels)) if config else ()
+    return () if names == tuple(f"LABEL_{k}" for k in range(len(names))) else names
 
 
 def find_targets(
@@ -185,8 +184,8 @@ def find_targets(
     raise NoTargetError(f"target_modules={target_modules!r} {_nothing(names, linear)}{hint}")
 
 
-def _nothing(asked: Sequence[str], linear: Iterable[str]) -> str:
-    return f"matches no linear layer; {near_miss(asked[0], _suffixes(linear))}."
+def _nothing(names: Sequence[str], linear: Iterable[str]) -> str:
+    return f"matches no linear layer; {near_miss(names[0], _suffixes(linear))}."
 
 
 def _usual_targets(net: nn.Module, linear: Iterable[str]) -> Sequence[str]:
@@ -223,10 +222,7 @@ def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
 
 
 def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGroup]) -> dict[str, T]:
-    """The object for each group by its name; ``given`` is one object for all, or a mapping.
-
-    Its keys are group names or regular expressions for whole names, and the first match counts.
-    """
+    """The object of each group: one for all, or the first match of a mapping's keys."""
     names = [group.name for group in groups]
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)

@@ -26,9 +26,9 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.likelihoods._likelihood import Prepared
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import (
-    Adapter,
+    LayerHook,
     TrainedHeads,
-    adapter_of,
+    layer_hook_of,
     updates_in_place,
     updates_kept_for_backward,
 )
@@ -119,7 +119,7 @@ class BayesianLoRAModel(PyroModule):
         # divisors of scores of draws, and of the mean: calibrate() sets both, distill() the second
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
-        self.adapters: tuple[Adapter, ...] = ()
+        self.adapters: tuple[LayerHook, ...] = ()
         self.layer_names = [name for group in groups for name in group.module_names]
 
     @property
@@ -180,13 +180,13 @@ class BayesianLoRAModel(PyroModule):
     def attach(self) -> None:
         """Puts the hooks on the network's layers, unless another adapter has hooks there."""
         for name, module in self.net.named_modules():
-            if adapter_of(module) is not None:
+            if layer_hook_of(module) is not None:
                 raise ConfigurationError(
                     f"{name} is already adapted; call .unwrap() on the BayesianLoRA that wraps the "
                     "network, and do so before you copy it."
                 )
         modules = [module for group in self.groups for module in group.modules]
-        self.adapters = tuple(map(Adapter, self.layer_names, modules))
+        self.adapters = tuple(map(LayerHook, self.layer_names, modules))
 
     def detach(self) -> None:
         """Removes the hooks."""

@@ -138,7 +138,7 @@ def site_distributions(guide: nn.Module) -> list[Any]:
         return distributions
     with torch.no_grad(), pyro.validation_enabled(False):
         for family in guide.families().values():
-            q = family.law()
+            q = family.conditional()
             while isinstance(q, torch.distributions.Independent):
                 q = q.base_dist
             distributions.append(q)

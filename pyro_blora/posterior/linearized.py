@@ -77,7 +77,7 @@ def linearized_logits(
         context = guide.context(batch)
         for name, family in guide.families().items():
             center = family.site.transform.inv(family.center(context))
-            moved = family.law(context).sample(torch.Size([num_samples])) - center
+            moved = family.conditional(context).sample(torch.Size([num_samples])) - center
             size = family.site.shape.numel()
             moved = moved.reshape(num_samples, -1, size)  # (S, B, size), or (S, 1, size)
             J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)

@@ -315,7 +315,7 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     evidence = dist.Normal(0.0, (x.square() + s**2).sqrt()).log_prob(y).mean()
 
     def local_elbo(q, repeats):
-        law = q.law(context).expand((24, 1))
+        law = q.conditional(context).expand((24, 1))
         V = law.rsample((repeats,))
         fit = dist.Normal(x * V[..., 0, 0, 0], s).log_prob(y)
         return (fit - (law.log_prob(V) - q.site.prior.log_prob(V))[..., 0]).mean()

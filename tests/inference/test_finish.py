@@ -89,7 +89,7 @@ def test_a_part_of_the_data_is_scaled_to_the_whole():
         toy.blora.likelihood.num_data = num_data
         finish(toy.blora, toy.rows * times, collate=toy.collate)
         widths.append(toy.family.width.clone())
-        toy.family.reopen()
+        toy.family.finished = False
     torch.testing.assert_close(widths[1], widths[2])
     assert not torch.allclose(widths[0], widths[1], rtol=1e-2)
 

@@ -14,7 +14,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.likelihoods.packing import supports_packing
 from pyro_blora.likelihoods.reading import logits_at
-from pyro_blora.network.adapter import Adapter, updates_in_place
+from pyro_blora.network.adapter import LayerHook, updates_in_place
 from pyro_blora.network.quantized import dense_weight
 from pyro_blora.network.targets import group_layers
 from pyro_blora.updates import LayerUpdate, MarginalNoise
@@ -49,7 +49,7 @@ def test_the_layers_of_a_group_lie_on_two_cards(noisy):
         layers["head"] = net.lm_head
         group, head = group_layers(layers)
         assert (group.device, head.device) == CARDS
-        adapters = [Adapter(name, layer) for name, layer in layers.items()]
+        adapters = [LayerHook(name, layer) for name, layer in layers.items()]
         factors = {"device": group.device, "requires_grad": True}
         A, B, core = (torch.ones(s, **factors) for s in ((2, 16), (16, 2), (2, 2, 2)))
         noise = MarginalNoise(torch.ones(2, device=group.device))
