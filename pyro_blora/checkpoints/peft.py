@@ -18,7 +18,6 @@ from pyro_blora import __version__
 from pyro_blora.checkpoints.checkpoint import (
     fetched,
     names_in,
-    read_header,
     read_tensors,
     write_tensors,
 )
@@ -107,9 +106,9 @@ class PeftAdapter:
         names_in(net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}")
         modules = _saved_whole(net, self.modules_to_save)
         heads = [n for n in modules if any(name.startswith(f"{n}.") for name in self.others)]
-        own, within = net.state_dict(), tuple(f"{head}." for head in heads)
+        state, within = net.state_dict(), tuple(f"{head}." for head in heads)
         for name, tensor in self.others.items():
-            there = own.get(name.replace(".base_layer.", "."), torch.empty(0))
+            there = state.get(name.replace(".base_layer.", "."), torch.empty(0))
             fits = there.shape == tensor.shape
             if not name.startswith(within):
                 # PEFT also saves embeddings if a target is one of them; they must be the base's
@@ -135,8 +134,8 @@ class PeftAdapter:
                 B, A = (f.to(layer.A) for f in self.factors[name])
                 x = torch.randn(4, A.shape[1], generator=torch.Generator().manual_seed(0)).to(A)
                 expected = x @ A.mT @ B.mT
-                found = layer(x, torch.zeros_like(expected))
-                if (found - expected).norm() > 1e-4 * expected.norm() + 1e-6:
+                error = layer(x, torch.zeros_like(expected)) - expected
+                if error.norm() > 1e-4 * expected.norm() + 1e-6:
                     raise ConfigurationError(
                         f"{model.prior!r} with this guide does not have its mean at the adapter in "
                         f"{name}; take a guide whose mean is a parameter: MatrixNormal, MeanField, "
@@ -161,9 +160,9 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
         pairs: dict[str, dict[str, Tensor]] = {}
         others = {}
         for key, tensor in tensors.items():
-            found = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-            if found and tensor.dim() == 2:
-                pairs.setdefault(found[1], {})[found[2]] = tensor.detach()
+            match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+            if match and tensor.dim() == 2:
+                pairs.setdefault(match[1], {})[match[2]] = tensor.detach()
             elif "lora_" in key or not key.startswith(PEFT_PREFIX):
                 raise ConfigurationError(
                     f"{where} has {key} of {tuple(tensor.shape)}, which is not part of a plain "
@@ -230,14 +229,14 @@ def _of_model(model: Any) -> _Source:
 
 
 def _check_plain(config: Mapping[str, Any], where: str) -> None:
-    found = [
+    others = [
         f"{name}={value!r}" + ", which changes the base" * (name == "init_lora_weights")
         for name, value in config.items()
         if value and name not in _PLAIN and value not in _VALUES.get(name, ())
     ]
-    if found:
+    if others:
         raise ConfigurationError(
-            f"{where} must be a plain LoRA, dW = s B A, got {', '.join(found)}; train it without "
+            f"{where} must be a plain LoRA, dW = s B A, got {', '.join(others)}; train it without "
             "these options, or merge it into the base and adapt that."
         )
 
@@ -261,17 +260,17 @@ def from_peft(
 ) -> T:
     """The adapter that ``make`` builds, with its posterior mean at a trained LoRA."""
     adapter = read_peft(net if folder is None else folder)  # type: ignore[arg-type]
-    place: AbstractContextManager[nn.Module]
+    base: AbstractContextManager[nn.Module]
     if folder is None and isinstance(net, nn.Module):
-        place = _unloaded(net)
+        base = _unloaded(net)
     else:
-        place = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
-    with place as found:
-        likelihood = _of_trained_head(found, adapter, likelihood)
+        base = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
+    with base as network:
+        likelihood = _of_trained_head(network, adapter, likelihood)
         blora = make(
-            found,
+            network,
             target_modules="|".join(map(re.escape, adapter.factors)),
-            modules_to_save=adapter.heads(found),
+            modules_to_save=adapter.heads(network),
             start=adapter.factors,
             rank=adapter.rank if prior is None else None,
             prior=prior,
@@ -288,10 +287,7 @@ def from_peft(
 
 
 def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
-    """The likelihood, with the classes in the order of the trained head if somebody names them.
-
-    Without names the classes are numbers, because the order of texts would be a guess.
-    """
+    """The likelihood, with classes in the trained head's order; without names they are numbers."""
     if likelihood is None and (adapter.task == "SEQ_CLS" or is_classifier(net)):
         likelihood = SequenceClassification()
     if not isinstance(likelihood, SequenceClassification):
@@ -309,9 +305,12 @@ def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> A
 def put_back(model: Any) -> Iterator[None]:
     """Puts the adapter of a ``PeftModel`` back where it was if the block raises an error."""
     wrapped: Any = model.get_base_model() if hasattr(model, "get_base_model") else nn.Module()
-    config, modules = getattr(wrapped, "peft_config", None), dict(wrapped.named_modules())
-    theirs = ("base_layer", "original_module")
-    layers = {n: m for n, m in modules.items() if any(hasattr(m, part) for part in theirs)}
+    config = getattr(wrapped, "peft_config", None)
+    layers = {
+        name: module
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "base_layer") or hasattr(module, "original_module")
+    }
     try:
         yield
     except BaseException:
@@ -337,8 +336,8 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
 def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
     """Writes the posterior mean as one LoRA, or each of several draws, with the trained heads.
 
-    The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
-    not written, so merge it into the base first. The temperature of the mean, or of the draws, is
+    The heads become PEFT's ``modules_to_save``. The adapter of an adapted ``PeftModel`` is not
+    written, so merge it into the base first. The temperature of the mean, or of the draws, is
     folded into a trained head. Without a head it is in ``one_pass.json``, and for text in
     ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier.
 
@@ -358,32 +357,26 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
     else:
         updates, temperature = posterior.draws(0), float(model.mean_temperature)
     check_folder(folder)
-    made = {}
-    for k, place in enumerate(places):
-        config, tensors = _lora(model, updates, temperature, k)
-        texts = _numbers_of(model, temperature)
-        texts[PEFT_CONFIG] = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
-        made[place] = tensors, texts
-        _check_no_other(place, (PEFT_WEIGHTS, *texts))
-    _check_no_more(folder, num_samples)
-    for place, (tensors, texts) in made.items():
+    loras = [_lora(model, updates, temperature, k) for k in range(len(places))]
+    texts = _numbers_of(model, temperature)
+    _check_exports(folder, places, (PEFT_WEIGHTS, PEFT_CONFIG, *texts), num_samples)
+    for place, (config, tensors) in zip(places, loras, strict=True):
         write_tensors(place / PEFT_WEIGHTS, tensors, {_MARK: __version__})
-        for name, text in texts.items():
+        config_text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
+        for name, text in {**texts, PEFT_CONFIG: config_text}.items():
             write_file(place / name, text)
 
 
-def _check_no_other(place: Path, names: Sequence[str]) -> None:
-    """Refuses to replace files of somebody else."""
-    there = [name for name in names if os.path.lexists(place / name)]
-    if there and not _is_export(place):
-        raise ConfigurationError(
-            f"{place} must hold an export of this library or none of its files, got another "
-            f"{there[0]}; name another folder."
-        )
-
-
-def _check_no_more(folder: Path, num_samples: int) -> None:
-    """Refuses to leave draws beyond these, or a mean, which would be averaged with them."""
+def _check_exports(
+    folder: Path, places: Sequence[Path], names: Sequence[str], num_samples: int
+) -> None:
+    """Refuses to replace others' files, and to leave exports that would be read beside these."""
+    for place in places:
+        there = [name for name in names if os.path.lexists(place / name)]
+        if there and not _is_export(place):
+            raise ConfigurationError(
+                f"{place / there[0]} was not written by export_peft; name another folder."
+            )
     draws = (path for path in folder.glob("*") if path.name.isdecimal())
     left = [path for path in draws if int(path.name) >= num_samples]
     left += [folder] if num_samples else []
@@ -398,11 +391,11 @@ def _check_no_more(folder: Path, num_samples: int) -> None:
 def _is_export(folder: Path) -> bool:
     """Whether a folder has a LoRA that :func:`export_peft` wrote."""
     file = folder / PEFT_WEIGHTS
-    return file.is_file() and _MARK in read_header(file)
+    return file.is_file() and _MARK in read_tensors(file)[0]
 
 
 def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
-    """The JSON files that say how an exported LoRA's logits become probabilities."""
+    """JSON files for exports whose logits need post-processing to become probabilities."""
     likelihood = model.likelihood
     if _last_linear(model) is not None:  # which includes the temperature
         temperature = 1.0
@@ -420,14 +413,14 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:
     """The layer of a classifier's trained head that computes the logits, or ``None``."""
-    found = None
+    last = None
     if model.likelihood.new_head:
+        classes = getattr(getattr(model.net, "config", None), "num_labels", None)
         for head in model.trained_heads.names:
             for name, module in model.net.get_submodule(head).named_modules(prefix=head):
-                classes = getattr(getattr(model.net, "config", None), "num_labels", None)
                 if isinstance(module, nn.Linear) and module.out_features == classes:
-                    found = name_in_base(name)
-    return found
+                    last = name_in_base(name)
+    return last
 
 
 def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> Any:
@@ -436,8 +429,8 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     model.check_attached()
     if hasattr(model.net, "peft_config"):
         raise ConfigurationError(
-            f"The network must not have an adapter of its own, got a {type(model.net).__name__}; "
-            "merge that adapter first, and adapt the base."
+            f"The network is a {type(model.net).__name__} with another adapter; merge that one "
+            "first, and adapt the base."
         )
     config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
@@ -484,8 +477,7 @@ def _lora(
     ranks: dict[str, int] = {}
     for group in model.groups:
         layers = updates[group.name].layers()
-        for layer, module_name in zip(layers, group.module_names, strict=True):
-            name = name_in_base(module_name)
+        for layer, name in zip(layers, map(name_in_base, group.module_names), strict=True):
             factors: tuple[Any, ...] = (layer.A, layer.B, layer.core)
             A, B, core = (f if f is None or f.dim() == 2 else f[draw] for f in factors)
             tensors[f"{name}.lora_A.weight"] = A

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
+from scipy.stats import binom
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.distributions import Binomial
 from torch.nn.functional import one_hot
-from torchmetrics.functional.classification import binary_auroc
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -18,26 +18,6 @@ from pyro_blora.generation.generate import Generation
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.posterior.temperature import best_temperature
 from pyro_blora.updates import LowRankUpdate
-
-__all__ = [
-    "CRITERIA",
-    "Metrics",
-    "OutOfScope",
-    "TextMetrics",
-    "auroc",
-    "doubts",
-    "ece_by_chance",
-    "effective_rank",
-    "error_of",
-    "evaluate",
-    "evaluate_text",
-    "fit_temperature",
-    "item_scores",
-    "out_of_scope",
-    "rank",
-    "risk_coverage",
-    "threshold_for",
-]
 
 CRITERIA = ("mutual_information", "entropy", "random")
 
@@ -277,13 +257,12 @@ def threshold_for(
     m = max((m for m in range(2, 64) if fewest(m) << m - 1 <= len(wrong)), default=1)
     begins = [fewest(m) << i for i in range(m)]
     threshold, level, before = -math.inf, 0.0, 0
-    thresholds = _at_thresholds(scores[by].cpu(), wrong)
-    for value, kept, errors in zip(*(x.tolist() for x in thresholds), strict=True):
-        level += delta / m * sum(before < begin <= kept for begin in begins)
-        before = kept
+    values, kept, errors = _at_thresholds(scores[by].cpu(), wrong)
+    p_values = binom.cdf(errors.numpy(), kept.numpy(), risk)
+    for value, count, p_value in zip(values.tolist(), kept.tolist(), p_values, strict=True):
+        level += delta / m * sum(before < begin <= count for begin in begins)
+        before = count
         if level:
-            law = Binomial(kept, torch.tensor(risk, dtype=torch.float64))
-            p_value = law.log_prob(torch.arange(errors + 1).double()).exp().sum()
             threshold, level = (value, level) if p_value <= level else (threshold, 0.0)
     if threshold == -math.inf:
         warnings.warn(
@@ -300,11 +279,8 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     This is the area under the receiver operating characteristic. A tie counts half; 0.5 is chance.
     """
-    truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
-    scores = torch.cat([inside, outside])
-    # binary_auroc takes values outside [0, 1] for logits
-    _, ranks = scores.unique(return_inverse=True)
-    return float(binary_auroc(ranks.float() / max(1, int(ranks.max())), truth.to(scores.device)))
+    truth = [0] * len(inside) + [1] * len(outside)
+    return float(roc_auc_score(truth, torch.cat([inside, outside]).double().cpu().numpy()))
 
 
 @dataclass(frozen=True)

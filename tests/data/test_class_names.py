@@ -14,12 +14,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.data import ClassificationCollator, load_task
+from pyro_blora.data import load_task
 from pyro_blora.errors import CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference import bayesianize
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.labels import label_of
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import ClassificationCollator, SequenceClassification
 
 NAMES = ("zero", "half", "all")  # not alphabetical
 ROWS = [{"text": f"a film {k}", "label": NAMES[k % 3]} for k in range(12)]
