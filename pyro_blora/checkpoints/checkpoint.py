@@ -32,7 +32,7 @@ from pyro_blora import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
 from pyro_blora.debts import pyro_params
 from pyro_blora.errors import CheckpointError, first_line, readable
-from pyro_blora.files import check_folder, write_file
+from pyro_blora.files import write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
@@ -76,7 +76,6 @@ def save_pretrained(
     """
     folder, model = Path(folder), blora.model
     start_guide(blora.guide)
-    check_folder(folder)
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
@@ -267,11 +266,7 @@ def fetched(source: str | os.PathLike[str], *files: str) -> Path:
 
 
 def push_to_hub(
-    blora: "BayesianLoRA",
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    **about: Any,
+    blora: "BayesianLoRA", repo_id: str, *, private: bool | None = None, **about: Any
 ) -> str:
     """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
 

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora import __version__
-from pyro_blora.checkpoints.checkpoint import (
-    fetched,
-    names_in,
-    read_tensors,
-    write_tensors,
-)
+from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
-from pyro_blora.files import check_folder, write_file
+from pyro_blora.files import write_file
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
@@ -356,7 +351,6 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
         updates, temperature = _draws(posterior, num_samples), float(model.temperature)
     else:
         updates, temperature = posterior.draws(0), float(model.mean_temperature)
-    check_folder(folder)
     loras = [_lora(model, updates, temperature, k) for k in range(len(places))]
     texts = _numbers_of(model, temperature)
     _check_exports(folder, places, (PEFT_WEIGHTS, PEFT_CONFIG, *texts), num_samples)

@@ -70,8 +70,8 @@ class Task:
         That of a classifier names its classes in the order of ``collate``: for a head that somebody
         trained in another order, pass ``SequenceClassification(classes=[...])`` instead.
         """
-        found: Likelihood = collate.likelihood(num_data=len(self.train) or None)
-        return found
+        likelihood: Likelihood = collate.likelihood(num_data=len(self.train) or None)
+        return likelihood
 
     def outside(self, data: Any) -> tuple[Item, ...]:
         """Questions of which no choice is right, as items of this task with a label of no meaning.
@@ -81,15 +81,13 @@ class Task:
         """
         if isinstance(data, list):
             data = [{"text": row} if isinstance(row, str) else row for row in data]
-        table, choices = read_table(data), self.test[0].choices
-        found = []
+        table, choices, items = read_table(data), self.test[0].choices, []
         for k in range(len(table)):
             row = table[k]
             if not isinstance(row, Item):
-                row = {"choices": choices, **row, "label": 0}
-                row = item_of({"question": row.get("text"), **row}, {"id": f"outside-{k}"})
-            found.append(row)
-        return tuple(found)
+                row = {"question": row.get("text"), "choices": choices, **row, "label": 0}
+            items.append(item_of(row, {"id": f"outside-{k}"}))
+        return tuple(items)
 
 
 def load_task(
@@ -182,12 +180,12 @@ def _splits(
 
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """The splits in order, by the names that they have in a task."""
-    found = {SPLITS[name]: data for name, data in given.items() if name in SPLITS}
-    if not {"train", "test"} & set(found):
+    splits = {SPLITS[name]: data for name, data in given.items() if name in SPLITS}
+    if not {"train", "test"} & set(splits):
         raise DataError(f"A task must have a split train or test, got {list(given)}; rename one.")
-    if len(found) < len(set(SPLITS) & set(given)):
+    if len(splits) < len(set(SPLITS) & set(given)):
         raise DataError(f"A task must have one validation split, got {list(given)}; leave one out.")
-    return {split: found[split] for split in dict.fromkeys(SPLITS.values()) if split in found}
+    return {split: splits[split] for split in dict.fromkeys(SPLITS.values()) if split in splits}
 
 
 def _hold_out(

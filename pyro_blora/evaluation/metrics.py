@@ -140,10 +140,10 @@ def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
     """Scores that should be large where an answer is wrong, ``(n,)`` each."""
     if isinstance(prediction, Generation):
         return {"entropy": prediction.mean_entropy, "mutual_information": prediction.epistemic}
-    found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
+    scores = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
-        found["mutual_information"] = prediction.mutual_information
-    return found
+        scores["mutual_information"] = prediction.mutual_information
+    return scores
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -242,14 +242,16 @@ def threshold_for(
             f"labels must have the shape {tuple(scores[by].shape)}, one for each answer, got "
             f"{tuple(labels.shape)}."
         )
-    if isinstance(prediction, Generation) != (labels.dtype == torch.bool):
+    are_texts = isinstance(prediction, Generation)
+    if are_texts != (labels.dtype == torch.bool):
         raise ConfigurationError(
             "labels must be boolean for a Generation (is the text right?) and classes for a "
             f"Prediction, got {labels.dtype} for a {type(prediction).__name__}; convert them."
         )
     labels, delta = labels.cpu(), 1 - confidence
-    texts = isinstance(prediction, Generation)
-    wrong = ~labels if texts else prediction.predictions.cpu() != labels
+    wrong = (
+        ~labels if isinstance(prediction, Generation) else prediction.predictions.cpu() != labels
+    )
 
     def fewest(m: int) -> int:  # (1 - risk)^k is the p-value of no error in k answers
         return math.ceil(math.log(delta / m) / math.log1p(-risk))
@@ -285,7 +287,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 @dataclass(frozen=True)
 class OutOfScope:
-    """How well a doubt tells questions that were never taught, as :func:`out_of_scope` says."""
+    """How well a doubt separates questions out of scope, as :func:`out_of_scope` defines it."""
 
     auroc: float
     false_positive_rate: float
@@ -323,16 +325,16 @@ def out_of_scope(
 
         print(out_of_scope(blora.predict(questions), blora.predict(others)))
     """
-    known = doubts(inside).keys() & doubts(outside).keys()
-    if by not in known:
-        raise ConfigurationError(f"by must be one of {sorted(known)}, got {by!r}.")
+    names = doubts(inside).keys() & doubts(outside).keys()
+    if by not in names:
+        raise ConfigurationError(f"by must be one of {sorted(names)}, got {by!r}.")
     if not 0 < recall <= 1:
         raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
-    mine, others = (doubts(each)[by].double().cpu() for each in (inside, outside))
-    kept = math.ceil(recall * len(mine) - 1e-9)
-    threshold = mine.sort().values[kept - 1]
-    rate = float((others <= threshold).double().mean())
-    return OutOfScope(auroc(mine, others), rate, float(threshold))
+    known, unknown = (doubts(each)[by].double().cpu() for each in (inside, outside))
+    answered = math.ceil(recall * len(known) - 1e-9)
+    threshold = known.sort().values[answered - 1]
+    rate = float((unknown <= threshold).double().mean())
+    return OutOfScope(auroc(known, unknown), rate, float(threshold))
 
 
 @torch.no_grad()
@@ -451,8 +453,7 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
     square = torch.linalg.svdvals(R_b @ R_a.mT).square()
     total = square.sum(-1, keepdim=True)
     p = square / total.clamp_min(torch.finfo(square.dtype).tiny)
-    rank = torch.special.entr(p).sum(-1).exp()
-    return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+    return torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
 
 
 @torch.no_grad()
