@@ -16,8 +16,7 @@ def check_folder(folder: Path) -> Path:
             return existing
     except OSError as error:
         raise ConfigurationError(
-            f"{folder} must be a folder that can be written, got {error.strerror!r} from the "
-            "system; name another folder."
+            f"{folder} must be a folder that can be written, got {error.strerror!r}; name another."
         ) from error
 
 

@@ -58,8 +58,7 @@ def classes_of(rows: Any, column: str = "label") -> list[str]:
         first, *others = (classes_of(part, column) for part in parts)
         if any(names != first for names in others):
             raise DataError(
-                f"The parts of a data set must number their classes alike, got {first} and others; "
-                "join them with datasets.concatenate_datasets, or make the labels texts."
+                f"The parts of a data set must number their classes alike, got {first} and others."
             )
         return first
     return list(getattr(features_of(whole).get(column), "names", None) or ())
@@ -97,8 +96,7 @@ def names_of(*tables: Any) -> list[str | int]:
     if not are_numbers(list(labels)):
         if len(kinds) > 1:
             raise DataError(
-                "The column 'label' must hold texts or numbers, got both, such as "
-                f"{kinds[str]!r} and {kinds[int]!r}; make them alike."
+                f"The labels must all be texts or numbers, got {kinds[str]!r} and {kinds[int]!r}."
             )
         return sorted(map(str, labels))
     # a file may have read some as texts
@@ -139,8 +137,7 @@ def label_of(
     if classes and None in (place_of(name, classes) for name in table_names):
         raise DataError(
             f"The column 'label' must number some of the classes {list(classes)}, got "
-            f"{list(table_names)}; spell them alike, or cast the column to int, so that its "
-            "numbers are the logits'."
+            f"{list(table_names)}; spell them alike, or cast the column to int to number logits."
         )
     label = name_of(row, table_names if classes or are_numbers(table_names) else ())
     if any(name.lstrip("-").isdecimal() for name in classes):
@@ -150,7 +147,7 @@ def label_of(
     if (place := place_of(label, classes)) is None:
         expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
         raise DataError(
-            f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "
-            "data, or leave the column out where no class is right."
+            f"The column 'label' must have {expected}, got {label!r}; spell it as in training, or "
+            "leave the column out."
         )
     return place

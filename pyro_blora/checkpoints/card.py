@@ -24,7 +24,7 @@ def model_card(
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
     data = model.likelihood.num_data
-    name = config["guide"].get("name")  # absent if there is one for each group
+    name = config["guide"].get("name")  # absent if guides were given by group
     rows = {
         "base": f"{base or 'a network without a name on the hub'} ({kind})",
         "layers": ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups),

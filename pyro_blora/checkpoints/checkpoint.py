@@ -177,16 +177,14 @@ def read_pretrained(
         dtype, classes = getattr(torch, kind.get("dtype", "float32")), kind.get("num_labels")
         if net is None and not base:
             raise CheckpointError(
-                f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass "
-                f"it: BayesianLoRA.from_pretrained(net, {str(folder)!r})."
+                f"{folder}: its {kind['class']} has no name on the hub; pass it as net."
             )
         if net is None:
             net = load_network(base, num_labels=classes, dtype=dtype)
         logits = getattr(getattr(net, "config", None), "num_labels", None)
         if is_classifier(net) and classes not in (None, logits):
             raise CheckpointError(
-                f"{folder} must have a base of {classes} classes, got {logits}; load it with "
-                f"num_labels={classes}."
+                f"The base of {folder} must have num_labels={classes}, got {logits}."
             )
         base = base or "another network"
         source = f"{folder} is an adapter for {base!r}"
@@ -196,8 +194,7 @@ def read_pretrained(
         if differ := altered(net, prints):
             warnings.warn(
                 f"{folder}: {len(differ)} of the {len(prints)} weights that were compared are not "
-                f"those the adapter was trained on, among them {differ[0]}; its predictions will "
-                f"change. Load {base}, unaltered.",
+                f"those the adapter was trained on, such as {differ[0]}; load {base}, unaltered.",
                 stacklevel=4,
             )
         parts = {n: _rebuild(n, config[n], part, trust_remote_code) for n, part in given.items()}
@@ -260,8 +257,7 @@ def fetched(source: str | os.PathLike[str], *files: str) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise CheckpointError(
-            f"{source} does not exist here, and cannot be fetched from the hub "
-            f"({first_line(error)}). Pass the adapter's folder, or its id on the hub."
+            f"{source} is no folder here, and cannot be fetched from the hub: {first_line(error)}."
         ) from error
 
 
@@ -281,7 +277,7 @@ def push_to_hub(
         except Exception as error:  # as in fetched
             raise CheckpointError(
                 f"{repo_id} was not pushed ({first_line(error)}). Run `hf auth login` with a token "
-                "that can write, pass an id 'user/name', and check the connection to the hub."
+                "that can write, and pass an id 'user/name'."
             ) from error
     return str(done.commit_url)
 
@@ -310,8 +306,7 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], source: str) -> list[str
         if name is None or (shape is not None and list(size or ()) != list(shape)):
             what = "has no such layer" if size is None else f"has it as {size[0]} x {size[1]}"
             raise CheckpointError(
-                f"{source} with {base} of {shape or 'any size'}; {type(net).__name__} {what}. Load "
-                "the base that it was trained on."
+                f"{source} with {base} of {shape or 'any size'}, but {type(net).__name__} {what}."
             )
         names.append(name)
     return names
@@ -427,8 +422,7 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
         given = type(given)  # because the tensors were trained with the saved options
     if options is None:
         raise CheckpointError(
-            f"The options of the {noun} {name} could not be saved as JSON; pass {noun}= with an "
-            "object like the one that was saved."
+            f"The options of {name} could not be saved; pass {noun}= with an object like the saved."
         )
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     if noun == "guide" and not (isinstance(given, type) and issubclass(given, SiteGuide)):
@@ -440,8 +434,7 @@ def _with_classes(likelihood: Any, classes: tuple[str, ...]) -> Any:
     """The likelihood with the classes in the saved order; a head without names takes any."""
     if classes and tuple(likelihood.classes or classes) != classes:
         raise CheckpointError(
-            f"The adapter was saved with the classes {list(classes)}, in this order, got "
-            f"{list(likelihood.classes)}; leave them out."
+            f"The adapter has the classes {list(classes)}, in this order; leave out the other ones."
         )
     return type(likelihood)(**likelihood.options() | {"classes": likelihood.classes or classes})
 
@@ -452,7 +445,7 @@ def _imported(noun: str, name: str, module: str | None, trusted: bool) -> Any:
         return public
     if not (trusted and module):
         raise CheckpointError(
-            f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with the class "
-            "or an object like the one that was saved, or trust_remote_code=True to import it."
+            f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with its class "
+            "or an object, or trust_remote_code=True to import it."
         )
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))

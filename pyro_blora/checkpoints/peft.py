@@ -94,8 +94,7 @@ class PeftAdapter:
         """Names of the trained heads; raises CheckpointError if ``net`` is another base."""
         if hasattr(net, "peft_config"):
             raise ConfigurationError(
-                f"{type(net).__name__} has a PEFT adapter in it; pass its base, as "
-                "PeftModel.unload() returns it, or the PeftModel alone, from_peft(model)."
+                f"{type(net).__name__} has a PEFT adapter; pass its base, or from_peft(model)."
             )
         shapes = {name: [len(B), A.shape[1]] for name, (B, A) in self.factors.items()}
         names_in(net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}")
@@ -111,8 +110,8 @@ class PeftAdapter:
             if not fits:
                 raise CheckpointError(
                     f"{self.where} has {name} of {tuple(tensor.shape)}, but {type(net).__name__} "
-                    f"has it as {tuple(there.shape)} or with other values: a resized vocabulary "
-                    "or other classes. Pass the base that it was trained on."
+                    f"of {tuple(there.shape)} or with other values (a resized vocabulary or other "
+                    "classes); pass the base that it was trained on."
                 )
         return heads
 
@@ -132,9 +131,8 @@ class PeftAdapter:
                 error = layer(x, torch.zeros_like(expected)) - expected
                 if error.norm() > 1e-4 * expected.norm() + 1e-6:
                     raise ConfigurationError(
-                        f"{model.prior!r} with this guide does not have its mean at the adapter in "
-                        f"{name}; take a guide whose mean is a parameter: MatrixNormal, MeanField, "
-                        "FullRank, LowRank, LayerCoupled, Delta or Laplace."
+                        f"The mean of {model.prior!r} is not the adapter in {name}; take a guide "
+                        "whose mean is a parameter, such as MatrixNormal, MeanField or Laplace."
                     )
 
 
@@ -160,8 +158,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
                 pairs.setdefault(match[1], {})[match[2]] = tensor.detach()
             elif "lora_" in key or not key.startswith(PEFT_PREFIX):
                 raise ConfigurationError(
-                    f"{where} has {key} of {tuple(tensor.shape)}, which is not part of a plain "
-                    "LoRA of linear layers; only such an adapter can be started from."
+                    f"{where} is no plain LoRA of linear layers: {key} is {tuple(tensor.shape)}."
                 )
             else:
                 others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
@@ -191,8 +188,7 @@ def _of_folder(source: Any) -> _Source:
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder} has no {name}; give a folder that PEFT wrote, or the hub id of one. A "
-                "pickle is not read: load adapter_model.bin with PEFT, and save it again."
+                f"{folder} has no {name}; save the adapter by PEFT, as safetensors, not a pickle."
             )
     with readable(folder / PEFT_CONFIG):
         config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
@@ -205,8 +201,7 @@ def _of_model(model: Any) -> _Source:
     name = type(model).__name__
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise ConfigurationError(
-            f"from_peft takes a peft.PeftModel, a folder or a hub id, but {name} is not a "
-            "PeftModel; pass the adapter's folder as well, from_peft(net, folder)."
+            f"{name} is no peft.PeftModel; pass the adapter's folder, too: from_peft(net, folder)."
         )
     from peft import get_peft_model_state_dict
 
@@ -290,8 +285,7 @@ def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> A
     options, classes = likelihood.options(), adapter.classes or own_names(net)
     if (given := options.pop("classes")) and adapter.classes and tuple(given) != adapter.classes:
         raise ConfigurationError(
-            f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}; "
-            "leave them out."
+            f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}."
         )
     return type(likelihood)(**options, classes=given or classes)
 
@@ -346,11 +340,18 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
     check_count("num_samples", num_samples, 0)
     model, folder = posterior.model, Path(folder)
     places = [folder / str(k) for k in range(num_samples)] or [folder]
-    if num_samples:
-        posterior.method.check_draws()
-        updates, temperature = _draws(posterior, num_samples), float(model.temperature)
-    else:
+    if not num_samples:
         updates, temperature = posterior.draws(0), float(model.mean_temperature)
+    else:
+        posterior.method.check_draws()
+        temperature = float(model.temperature)
+        amortized = getattr(posterior.guide, "reads_context", False)
+        updates = {} if amortized else posterior.pairs()(num_samples)
+        if not updates or any(update.noise is not None for update in updates.values()):
+            raise ConfigurationError(
+                "A draw is not a LoRA if it depends on the input, as with Amortized, or has noise; "
+                "export the mean, or use conditional='deterministic'."
+            )
     loras = [_lora(model, updates, temperature, k) for k in range(len(places))]
     texts = _numbers_of(model, temperature)
     _check_exports(folder, places, (PEFT_WEIGHTS, PEFT_CONFIG, *texts), num_samples)
@@ -377,8 +378,8 @@ def _check_exports(
     left = [path for path in left if (path / PEFT_CONFIG).exists() and _is_export(path)]
     if left:
         raise ConfigurationError(
-            f"{folder} must have no earlier export of a mean or of more draws, which would be read "
-            f"beside this one, got {', '.join(map(str, left))}; remove it, or name another folder."
+            f"{folder} must have no earlier export that would be read beside this one, got "
+            f"{', '.join(map(str, left))}; remove it, or name another folder."
         )
 
 
@@ -423,16 +424,14 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     model.check_attached()
     if hasattr(model.net, "peft_config"):
         raise ConfigurationError(
-            f"The network is a {type(model.net).__name__} with another adapter; merge that one "
-            "first, and adapt the base."
+            f"{type(model.net).__name__} has another adapter; merge that first, and adapt the base."
         )
     config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
 
     if temperature != 1 and _last_linear(model) is None:
         warnings.warn(
-            f"The merged network has no trained head to hold the temperature {temperature:.4g}; "
-            "divide its scores by that.",
+            f"The merged network does not divide by the temperature {temperature:.4g}; do so.",
             stacklevel=4,
         )
     net: Any = unwrap()
@@ -448,17 +447,6 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
         merged.config.id2label = dict(enumerate(classes))
         merged.config.label2id = {name: k for k, name in enumerate(classes)}
     return merged
-
-
-def _draws(posterior: Posterior, count: int) -> dict[str, LowRankUpdate]:
-    amortized = getattr(posterior.guide, "reads_context", False)
-    drawn = {} if amortized else posterior.pairs()(count)
-    if not drawn or any(update.noise is not None for update in drawn.values()):
-        raise ConfigurationError(
-            "A draw is not a LoRA if it depends on the input, as with Amortized, or has noise, as "
-            f"{posterior.model.prior!r} may; export the mean, or use conditional='deterministic'."
-        )
-    return drawn
 
 
 def _lora(
@@ -488,8 +476,7 @@ def _lora(
         name = name_in_base(module_name)
         if clash := [layer for layer in ranks if f"{layer}.".startswith(f"{name}.")]:
             raise ConfigurationError(
-                f"PEFT cannot have {clash[0]} as a layer of a LoRA, because it saves {name} whole "
-                f"for modules_to_save={to_save}; adapt other layers."
+                f"PEFT cannot adapt {clash[0]}, because it saves {name} whole; adapt other layers."
             )
         for key, tensor in model.net.get_submodule(module_name).state_dict().items():
             tensors.setdefault(name_in_base(f"{module_name}.{key}"), tensor)

@@ -35,8 +35,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
         return collate or default_collate
     if len(data) and not isinstance(data[0], Mapping):
         raise ConfigurationError(
-            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch from a "
-            "list of examples, such as task.collator(tokenizer)."
+            f"Examples of type {type(data[0]).__name__} need collate=, which makes a batch of them."
         )
     return default_collate
 

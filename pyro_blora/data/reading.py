@@ -72,6 +72,5 @@ def _usual(
     if not is_text:
         return None
     raise ConfigurationError(
-        "Rows of text must have a tokenizer to read them, got none; make the adapter with "
-        "tokenizer=, set blora.tokenizer, or pass collate=."
+        "Rows of text must have a tokenizer, got none; set blora.tokenizer, or pass collate=."
     )

@@ -66,11 +66,10 @@ def _draw(key: str, salt: str) -> float:
 
 
 def chosen(rows: Any, share: float, salt: str, *, exact: bool = False) -> list[int]:
-    """The places of a share of the rows, but of one key at least, and not of all.
+    """The places of about a share of the rows, by their texts; none if the share is below a row.
 
-    A row stays on its side of the split when others are added, and about this share is chosen; or
-    if ``exact`` this share, but for the rows of a key, and a few rows change sides. None is chosen
-    if the share is less than a row. Different salts make independent choices.
+    A row stays on its side of the split when others are added, unless the share is ``exact``.
+    Different salts make independent choices.
     """
     count = int(share * len(rows))
     if count == 0:
@@ -82,10 +81,7 @@ def chosen(rows: Any, share: float, salt: str, *, exact: bool = False) -> list[i
 
 
 def first(rows: Sequence[Any], count: int | None) -> list[Any]:
-    """At most ``count`` of the rows, in their order: a fixed choice of texts, wherever they stand.
-
-    A file may be sorted by class, so that its first rows would not do.
-    """
+    """At most ``count`` of the rows, in their order: a fixed choice, as files may be sorted."""
     if count is None or count >= len(rows):
         return list(rows)
     draws = [_draw(key, "first") for key in keys_of(rows)]

@@ -35,8 +35,7 @@ def read_table(data: Any) -> Any:
         return data.with_format(None, **shown)  # texts and numbers as they are; a transform is kept
     if isinstance(data, Mapping):
         raise DataError(
-            f"Examples must be of one split, got {list(data)}; pass data[split], or all of them to "
-            "load_task."
+            f"Examples must be of one split, got {list(data)}; pass data[split], or use load_task."
         )
     return data
 
@@ -87,8 +86,7 @@ def splits_in(folder: Path) -> dict[str, Path]:
     for file in sorted(file for file in folder.glob("*") if file.suffix in FILES):
         if (other := files.setdefault(file.stem, file)) != file and file.stem in SPLITS:
             raise DataError(
-                f"{folder} must have one file for each split, got {other.name} and {file.name}; "
-                "remove one."
+                f"{folder} must have one file for each split, got {other.name} and {file.name}."
             )
     return files
 

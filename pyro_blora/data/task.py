@@ -16,7 +16,6 @@ from pyro_blora.items import QUESTION, Item, Template, item_of, template_for
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from pyro_blora.likelihoods import Likelihood
 
@@ -44,10 +43,7 @@ class Task:
         return f"Task({self.name!r}: {sizes}, scored by {self.template.scoring})"
 
     def collator(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        max_length: int = 512,
-        net: "nn.Module | None" = None,
+        self, tokenizer: Any, max_length: int = 512, net: "nn.Module | None" = None
     ) -> Any:
         """The collator of this task's items, whose rows have at most ``max_length`` tokens.
 
@@ -191,7 +187,7 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int
 ) -> tuple[list[Item], list[Item]]:
-    """Splits shuffled training items into training and validation items, which share no key."""
+    """Splits shuffled training items into training and validation items that share no key."""
     keys = keys_of(items)
     if max_train is not None and max_train + max_validation <= len(items):
         cut, end = max_train, max_train + max_validation

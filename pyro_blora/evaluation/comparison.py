@@ -89,12 +89,12 @@ class Entry:
     view: View
 
 
-def entry(name: str, own: Sequence[Method] = ()) -> Entry:
+def entry(name: str, methods: Sequence[Method] = ()) -> Entry:
     """The entry of a row ``NAME`` or ``KIND:NAME``, of one of these methods or a known one."""
     kind, _, base = name.partition(":")
     if not base or kind not in VIEWS:
         kind, base = "", name
-    method = next((method for method in own if method.name == base), None)
+    method = next((method for method in methods if method.name == base), None)
     return Entry(name, method or get_method(base), VIEWS.get(kind, View()))
 
 
@@ -277,7 +277,7 @@ def compare(
             The table then says how well each method's doubts separate them from the test items.
         out: a folder for the results. After an interruption the same call continues from there;
             with other methods or seeds it trains what is missing. Default: nothing is written.
-        callback: called with each row when it is done, and first with those found in ``out``.
+        callback: called with each row when it is done, and first with those that ``out`` has.
         training: further options of ``fit``, for all methods, but none that reads validation items.
 
     Raises:
@@ -305,8 +305,8 @@ def compare(
     given = data if isinstance(data, Task) else None
     if given and (data_dir, max_train, max_validation, max_test) != (None, None, 200, None):
         raise ConfigurationError(
-            "A Task must come without data_dir and limits, because it is taken as it is, got "
-            f"{limits} and data_dir={data_dir!r}; give them to load_task."
+            "A Task must come without data_dir and limits, which are for load_task, got "
+            f"{limits} and data_dir={data_dir!r}."
         )
     whole = given or load_task(data, data_dir=data_dir)
     tasks = {

@@ -228,8 +228,7 @@ def threshold_for(
     """
     if not (0 < risk < 1 and 0 < confidence < 1):
         raise ConfigurationError(
-            f"risk and confidence must be shares between 0 and 1, got {risk} and {confidence}; "
-            "0.05 is 5 %."
+            f"risk and confidence must be between 0 and 1, got {risk} and {confidence}."
         )
     scores = doubts(prediction)
     if by not in scores:
@@ -239,14 +238,13 @@ def threshold_for(
         )
     if labels.shape != scores[by].shape:
         raise ConfigurationError(
-            f"labels must have the shape {tuple(scores[by].shape)}, one for each answer, got "
-            f"{tuple(labels.shape)}."
+            f"labels must be {tuple(scores[by].shape)}, as answers are, got {tuple(labels.shape)}."
         )
     are_texts = isinstance(prediction, Generation)
     if are_texts != (labels.dtype == torch.bool):
         raise ConfigurationError(
-            "labels must be boolean for a Generation (is the text right?) and classes for a "
-            f"Prediction, got {labels.dtype} for a {type(prediction).__name__}; convert them."
+            "labels must be boolean (is the text right?) for a Generation alone, got "
+            f"{labels.dtype} for a {type(prediction).__name__}."
         )
     labels, delta = labels.cpu(), 1 - confidence
     wrong = (
@@ -403,8 +401,7 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
     """
     if not num_tokens.all():
         raise BatchError(
-            f"Each text must have a scored token, got {int((num_tokens == 0).sum())} without one; "
-            "look for rows whose labels are all -100, and for empty completions."
+            f"{int((num_tokens == 0).sum())} texts have no scored token; is a completion empty?"
         )
     total = -float(log_probs.double().sum())
     per_token, per_text = total / int(num_tokens.sum()), total / len(log_probs)
@@ -422,8 +419,7 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
     if by == "mutual_information" and prediction.num_samples < 2:
         raise ConfigurationError(
-            "A single draw has no mutual information to rank by; predict with num_samples=2 or "
-            "more, or rank by 'entropy'."
+            "A single draw has no mutual information; predict with more, or rank by 'entropy'."
         )
     scores: Tensor = getattr(prediction, by)
     return scores.argsort(descending=True, stable=True)

@@ -72,7 +72,7 @@ def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> Non
 
 
 def read(settings: dict[str, Any], folder: Path) -> list[Row]:
-    """The rows that runs with the same settings left in ``folder``, whose methods are added."""
+    """Reads earlier rows if settings match; adds their methods to ``settings``."""
     path = folder / RESULTS
     if not path.exists():
         return []
@@ -86,8 +86,7 @@ def read(settings: dict[str, Any], folder: Path) -> list[Row]:
     settings["methods"] = known | methods
     if differ:
         raise ConfigurationError(
-            f"out={str(folder)!r} has a {RESULTS} of another {', '.join(differ)}; name another "
-            "folder, or delete it."
+            f"{path} is of another {', '.join(differ)}; name another folder, or delete it."
         )
     tensors = read_tensors(folder / PREDICTIONS)[1]
     with readable(path):

@@ -120,14 +120,12 @@ def generate(
         raise ConfigurationError(f"by must be {names}, got {by!r}; entropy needs no draws.")
     if abstain_above is not None and by == "mutual_information" and num_samples < 2:
         raise ConfigurationError(
-            f"num_samples must be 2 or more, got {num_samples}: abstain_above={abstain_above} "
-            "compares draws. Or pass by='entropy'."
+            f"num_samples must be 2 or more to compare draws, got {num_samples}; or by='entropy'."
         )
     for name in (*_REFUSED, *(["cache_implementation"] if several_beams else [])):
         if _setting(net, options, name) not in (None, False):
             raise ConfigurationError(
-                f"generate takes no {name}, because each token must be one pass under the draws of "
-                "this call; leave it out."
+                f"generate takes no {name}: each token must be one pass under the same draws."
             )
     warn_of_a_point(posterior.guide, num_samples)
     device = model.groups[0].device
@@ -233,8 +231,7 @@ def _generator(net: nn.Module) -> Any:
         if isinstance(module, GenerationMixin) and module.can_generate():
             return module
     raise ConfigurationError(
-        f"generate needs a causal language model, got {type(net).__name__}; load it with "
-        "AutoModelForCausalLM."
+        f"generate needs a causal language model (AutoModelForCausalLM), got {type(net).__name__}."
     )
 
 
