@@ -238,18 +238,16 @@ def threshold_for(
         )
     if labels.shape != scores[by].shape:
         raise ConfigurationError(
-            f"labels must be {tuple(scores[by].shape)}, as answers are, got {tuple(labels.shape)}."
+            f"labels must be one for each of {len(scores[by])} answers, got {tuple(labels.shape)}."
         )
-    are_texts = isinstance(prediction, Generation)
-    if are_texts != (labels.dtype == torch.bool):
+    texts = isinstance(prediction, Generation)
+    if texts != (labels.dtype == torch.bool):
         raise ConfigurationError(
             "labels must be boolean (is the text right?) for a Generation alone, got "
             f"{labels.dtype} for a {type(prediction).__name__}."
         )
-    labels, delta = labels.cpu(), 1 - confidence
-    wrong = (
-        ~labels if isinstance(prediction, Generation) else prediction.predictions.cpu() != labels
-    )
+    right = labels.cpu() if texts else prediction.predictions.cpu() == labels.cpu()
+    wrong, delta = ~right, 1 - confidence
 
     def fewest(m: int) -> int:  # (1 - risk)^k is the p-value of no error in k answers
         return math.ceil(math.log(delta / m) / math.log1p(-risk))
