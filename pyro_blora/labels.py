@@ -9,7 +9,7 @@ from pyro_blora.errors import DataError
 
 
 def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
-    """Raises DataError unless each row has these columns, and a text or a number in each.
+    """Raises DataError unless each row has a text or, as its label, a number in these columns.
 
     An ``optional`` column may be missing, or hold None or a NaN, as a data frame does.
     """
@@ -22,16 +22,15 @@ def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
             )
         given = [name for name in optional if (v := row.get(name)) is not None and v == v]
         for name in (*columns, *given):
-            label = name in ("label", "labels")
-            value = _plain(row[name]) if label else row[name]
-            number = label and isinstance(value, Integral) and int(value) >= 0
-            if not (number or isinstance(value, str)):
-                remedy = "; leave the row out, or convert it"
-                if isinstance(value, float) and label:
-                    remedy = "; cast the column to int, after leaving out rows without a label"
-                kind = "a text or a whole number from 0" if label else "a text"
+            value, kind = row[name], "a text"
+            if name in ("label", "labels"):
+                value, kind = _plain(value), "a text or a whole number from 0"
+                if isinstance(value, Integral) and int(value) >= 0:
+                    continue
+            if not isinstance(value, str):
                 raise DataError(
-                    f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}{remedy}."
+                    f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}; leave "
+                    "the row out, or convert it (labels to int)."
                 )
 
 
@@ -56,21 +55,19 @@ def classes_of(rows: Any, column: str = "label") -> list[str]:
     """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
     whole = without_subsets(rows)
     if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
-        found = [classes_of(part, column) for part in parts]
-        if any(names != found[0] for names in found):
+        first, *others = (classes_of(part, column) for part in parts)
+        if any(names != first for names in others):
             raise DataError(
-                f"The parts of a data set must number their classes alike, got {found}; join them "
-                "with datasets.concatenate_datasets, or make the labels texts."
+                f"The parts of a data set must number their classes alike, got {first} and others."
             )
-        return found[0]
-    features = features_of(whole)
-    return list(getattr(features.get(column), "names", None) or ())
+        return first
+    return list(getattr(features_of(whole).get(column), "names", None) or ())
 
 
 def features_of(whole: Any) -> Mapping[str, Any]:
     """The columns of a ``datasets.Dataset``; a data set of the user's may call others so."""
-    found = getattr(whole, "features", None)
-    return found if isinstance(found, Mapping) else {}
+    features = getattr(whole, "features", None)
+    return features if isinstance(features, Mapping) else {}
 
 
 def are_numbers(names: Sequence[str | int]) -> bool:
@@ -92,28 +89,30 @@ def names_of(*tables: Any) -> list[str | int]:
     every = [classes_of(rows) for rows in tables]
     if every[0] and all(names and set(names) <= set(every[0]) for names in every):
         return list(every[0])
-    found: set[Any] = set()
-    for rows, own in zip(tables, every, strict=True):
-        found |= {name_of(rows[k], own) for k in range(len(rows))}
-    kinds = {type(label): label for label in found}
-    if len(kinds) > 1 and not are_numbers(list(found)):
-        raise DataError(
-            f"The column 'label' must hold texts or numbers, got both, such as {kinds[str]!r} and "
-            f"{kinds[int]!r}; make them alike."
-        )
-    if len(kinds) > 1:  # a file may have read the one as the other
-        found = set(map(int, found))
-    return sorted(found, key=int) if are_numbers(list(found)) else sorted(map(str, found))
+    labels: set[Any] = set()
+    for rows, names in zip(tables, every, strict=True):
+        labels |= {name_of(rows[k], names) for k in range(len(rows))}
+    kinds = {type(label): label for label in labels}
+    if not are_numbers(list(labels)):
+        if len(kinds) > 1:
+            raise DataError(
+                f"The labels must all be texts or numbers, got {kinds[str]!r} and {kinds[int]!r}."
+            )
+        return sorted(map(str, labels))
+    # a file may have read some as texts
+    return sorted(set(map(int, labels)) if len(kinds) > 1 else labels, key=int)
 
 
-def name_of(row: Mapping[str, Any], own: Sequence[str] = ()) -> str | int:
+def name_of(row: Mapping[str, Any], table_names: Sequence[str] = ()) -> str | int:
     """The label as it is in the row, or the name that its number has in the row's table."""
     label = _plain(row["label"])
-    if isinstance(label, str):
-        return label
-    if own and not 0 <= int(label) < len(own):
-        raise DataError(f"A label must number the classes {list(own)}, got {label}; correct it.")
-    return own[int(label)] if own else int(label)
+    if isinstance(label, str) or not table_names:
+        return label if isinstance(label, str) else int(label)
+    if not 0 <= int(label) < len(table_names):
+        raise DataError(
+            f"A label must number the classes {list(table_names)}, got {label}; correct it."
+        )
+    return table_names[int(label)]
 
 
 @functools.lru_cache
@@ -130,28 +129,25 @@ def place_of(name: str, classes: tuple[str, ...]) -> int | None:
     return places.get(name, places.get(name.casefold()))
 
 
-def label_of(row: Mapping[str, Any], classes: Sequence[str] = (), own: Sequence[str] = ()) -> int:
-    """The place of a row's label among the classes, whose names are texts; none for numbers.
-
-    ``own`` are the names that numbers have in the row's table.
-    """
+def label_of(
+    row: Mapping[str, Any], classes: Sequence[str] = (), table_names: Sequence[str] = ()
+) -> int:
+    """The place of a row's label among the classes, or its number if there are none."""
     classes = tuple(classes)
-    if classes and own and None in (place_of(name, classes) for name in own):
+    if classes and None in (place_of(name, classes) for name in table_names):
         raise DataError(
-            f"The column 'label' must number some of the classes {list(classes)}, got {list(own)}; "
-            "spell them alike, or cast the column to int, so that its numbers are the logits'."
+            f"The column 'label' must number some of the classes {list(classes)}, got "
+            f"{list(table_names)}; spell them alike, or cast the column to int to number logits."
         )
-    label = name_of(row, own if classes or are_numbers(own) else ())
+    label = name_of(row, table_names if classes or are_numbers(table_names) else ())
     if any(name.lstrip("-").isdecimal() for name in classes):
         label = str(label)  # 1 is then the name "1", wherever that stands
-    if isinstance(label, str) and label.isdecimal() and not classes:
-        label = int(label)
-    if isinstance(label, int):
-        return label
-    if (found := place_of(label, classes)) is None:
+    if isinstance(label, int) or (label.isdecimal() and not classes):
+        return int(label)
+    if (place := place_of(label, classes)) is None:
         expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
         raise DataError(
-            f"The column 'label' must have {expected}, got {label!r}; spell it as in the training "
-            "data, or leave the column out where no class is right."
+            f"The column 'label' must have {expected}, got {label!r}; spell it as in training, or "
+            "leave the column out."
         )
-    return found
+    return place

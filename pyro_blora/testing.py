@@ -67,8 +67,8 @@ class _Contract:
             pyro.set_rng_seed(0)
             net = self.net()
         likelihood = LabelTokens(token_ids=(5, 6, 7), num_data=12)
-        own = {"prior": Hierarchical(rank=2), "guide": MeanField(), "likelihood": likelihood}
-        return BayesianLoRA(net, **{**own, **self.parts(), **parts})
+        usual = {"prior": Hierarchical(rank=2), "guide": MeanField(), "likelihood": likelihood}
+        return BayesianLoRA(net, **{**usual, **self.parts(), **parts})
 
 
 class PairContract(_Contract):
@@ -98,7 +98,7 @@ class PairContract(_Contract):
         assert -inf < losses[1] < losses[0], f"The loss goes from {losses[0]} to {losses[1]}."
 
     def test_guide_and_particles_follow_the_model(self) -> None:
-        """Model and guide have the same sites; each particle has its own update and rows."""
+        """Model and guide have the same sites; no two particles share updates or rows."""
         blora, batch = self.adapted(), self.batch(8)
         with pyro.plate("num_particles_vectorized", 4, dim=-1 - blora.max_plate_nesting):
             q = poutine.trace(blora.guide).get_trace(batch)
@@ -117,10 +117,12 @@ class PairContract(_Contract):
     def test_every_parameter_is_a_pyro_param_with_a_role(self) -> None:
         """Otherwise a parameter store misses it, or ``fit`` does not know its learning rate."""
         for module in self.adapted().modules():
-            own = {n.removesuffix("_unconstrained") for n, _ in module.named_parameters("", False)}
+            names = {
+                n.removesuffix("_unconstrained") for n, _ in module.named_parameters("", False)
+            }
             known = set(module._pyro_params) if isinstance(module, PyroModule) else set()
-            assert own == known, f"{module!r}: make each of {own ^ known} a PyroParam."
-            wrong = {name for name in own if module.roles.get(name) not in RATES}
+            assert names == known, f"{module!r}: make each of {names ^ known} a PyroParam."
+            wrong = {name for name in names if module.roles.get(name) not in RATES}
             assert not wrong, f"{module!r}: roles must give {wrong} one of {list(RATES)}."
 
     def test_a_trained_adapter_survives_saving_and_loading(self) -> None:
@@ -176,16 +178,17 @@ class PriorContract(PairContract):
     @torch.no_grad()
     def test_the_mean_update_is_zero_at_the_start(self) -> None:
         """The network is unchanged under the posterior mean, and changed under a draw."""
-        blora, ids, found = self.adapted(), self.batch(4)["input_ids"], []
+        blora, ids = self.adapted(), self.batch(4)["input_ids"]
         outside = blora.net(ids).logits
-        for draws in (0, 1):
-            with blora.posterior(draws) as adapted:
-                found.append(adapted(ids).logits)
-            for factor in blora.model.parameters():  # a zero factor, like LoRA's B, hides draws
-                factor.add_(0.1 * torch.randn_like(factor) * (not factor.any()))
-        zero = torch.allclose(found[0], outside, atol=1e-6, rtol=0)
+        with blora.posterior(0) as adapted:
+            mean = adapted(ids).logits
+        for factor in blora.model.parameters():  # a zero factor, like LoRA's B, hides draws
+            factor.add_(0.1 * torch.randn_like(factor) * (not factor.any()))
+        with blora.posterior(1) as adapted:
+            draw = adapted(ids).logits
+        zero = torch.allclose(mean, outside, atol=1e-6, rtol=0)
         assert zero or not self.starts_at_zero, "The mean is not zero; is starts_at_zero=False?"
-        assert not torch.allclose(found[1], found[0], atol=1e-6), "The update ignores its sites."
+        assert not torch.allclose(draw, mean, atol=1e-6), "The update ignores its sites."
         assert torch.equal(blora.unwrap()(ids).logits, outside), "unwrap() changes the network."
 
 
@@ -200,12 +203,12 @@ class GuideContract(PairContract):
     noun = "guide"
     starts_at_prior: ClassVar[bool] = True
 
-    def test_the_law_has_the_shapes_and_the_support_of_the_site(self) -> None:
+    def test_draws_have_the_shapes_and_the_support_of_the_site(self) -> None:
         """For three layers and events of several shapes, in a draw and in the center."""
         for event in ((), (4,), (2, 3)):
             one = torch.ones(3, *event)
-            for law in (dist.Normal(one, one), dist.HalfNormal(one), dist.Beta(one, one)):
-                p = law.to_event(len(event))
+            for normal in (dist.Normal(one, one), dist.HalfNormal(one), dist.Beta(one, one)):
+                p = normal.to_event(len(event))
                 q = self.make().bind(Site("g.s", p, (), context_size=4))
                 drawn = q.forward().expand(torch.Size([5, 3]))
                 value, center = drawn(), q.center()
@@ -235,8 +238,10 @@ class GuideContract(PairContract):
             ratio = (drawn.log_prob(value) - p.log_prob(value)).sum(-1)
             mean, error = float(ratio.mean()), 5 * float(ratio.std()) / len(ratio) ** 0.5
             if starts and not spread:
-                told = f"At init_scale=1, q is not the prior: KL {mean}. Is starts_at_prior=False?"
-                assert ratio.abs().max() < 1e-3, told
+                message = (
+                    f"At init_scale=1, q is not the prior: KL {mean}; is starts_at_prior=False?"
+                )
+                assert ratio.abs().max() < 1e-3, message
             with suppress(NotImplementedError):  # then Pyro estimates it from draws
                 kl = float(torch.distributions.kl_divergence(q.distribution(), p).sum())
                 assert isclose(kl, mean, abs_tol=error + 1e-3), f"The KL is {kl}, by draws {mean}."
@@ -251,33 +256,29 @@ class GuideContract(PairContract):
         """
         context = self.adapted().guide.context(self.batch(1), lambda rows: rows[0])
         one = torch.ones(())
-        laws = dist.Normal(0 * one, one), dist.HalfNormal(one), dist.Beta(one, one)
-        for law, shape in zip(laws, ((1, 2, 2), (2,), (2, 2)), strict=True):
-            p = law.expand(torch.Size(shape)).to_event(len(shape) - 1)
-            q = self._moved(Site("g.s", p, (), context_size=0 if context is None else len(context)))
+        priors = dist.Normal(0 * one, one), dist.HalfNormal(one), dist.Beta(one, one)
+        for prior, shape in zip(priors, ((1, 2, 2), (2,), (2, 2)), strict=True):
+            torch.manual_seed(0)
+            p = prior.expand(torch.Size(shape)).to_event(len(shape) - 1)
+            site = Site("g.s", p, (), context_size=0 if context is None else len(context))
+            q = self._bound(site, 0.1)
+            for parameter in q.parameters():
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+            if isinstance(q, Laplace):
+                q.finish({site.name: q}, [{site.name: torch.randn(8, 3, *site.shape)}])
             point = q.conditional(context)
             if isinstance(getattr(point, "base_dist", point), dist.Delta | Members):
                 return
-            at = f"{type(q).__name__} at a {type(law).__name__} site"
-            for part, found in _misses(q, context).items():
-                mean, error = found.mean(0), 6 * found.std(0) / len(found) ** 0.5 + 0.02
+            for part, misses in _misses(q, context).items():
+                mean, error = misses.mean(0), 6 * misses.std(0) / len(misses) ** 0.5 + 0.02
                 worst = (mean.abs() / error).argmax()
                 off, bar = float(mean.flatten()[worst]), float(error.flatten()[worst])
                 assert abs(off) < bar, (
-                    f"{at} must draw from its density when its parameters have moved, got draws "
-                    f"that with the weights p / q miss {part} by {off:.3f} +- {bar:.3f}. Check the "
-                    "sign of the log-Jacobian, and that rsample() detaches no parameter."
+                    f"At a {type(prior).__name__} site the draws of {type(q).__name__} do not "
+                    f"follow its density: with the weights p / q they miss {part} by {off:.3f} +- "
+                    f"{bar:.3f}. Check the sign of the log-Jacobian, and that rsample() detaches "
+                    "no parameter."
                 )
-
-    def _moved(self, site: Site) -> SiteGuide:
-        """The family at ``site`` with other parameters than at the start, and with its width."""
-        torch.manual_seed(0)
-        q = self._bound(site, 0.1)
-        for parameter in q.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-        if isinstance(q, Laplace):
-            q.finish({site.name: q}, [{site.name: torch.randn(8, 3, *site.shape)}])
-        return q
 
 
 class LikelihoodContract(_Contract):
@@ -289,13 +290,14 @@ class LikelihoodContract(_Contract):
         """A label that names no class raises ``BatchError``; a batch for prediction needs none."""
         blora, batch = self.adapted(), self.batch(4)
         for wrong in (99, -3):
-            labels, said = batch["labels"].clone(), ""
+            labels, message = batch["labels"].clone(), ""
             labels[0, ...] = wrong
             try:
                 blora.model({**batch, "labels": labels})
             except BatchError as error:
-                said = str(error)
-            assert str(wrong) in said or "-100" in said, f"Label {wrong}: no BatchError, {said!r}."
+                message = str(error)
+            named = str(wrong) in message or "-100" in message
+            assert named, f"Label {wrong} must raise a BatchError that names it, got {message!r}."
         unlabeled = {key: batch[key] for key in blora.likelihood.keys}
         site = poutine.trace(blora.model).get_trace(unlabeled).nodes["labels"]
         assert not site["is_observed"], "labels() must be None where the batch has none."
@@ -315,11 +317,11 @@ class LikelihoodContract(_Contract):
         """Rows are independent, labels matter, and gradients reach the update."""
         blora, batch = self.adapted(), self.batch(4)
         pairs = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
-        found, *apart = (blora.log_predictive(rows, 0) for rows in (batch, *pairs))
-        assert found.shape == (4,), f"log_prob of 4 examples is {tuple(found.shape)}: use to_event."
-        assert torch.allclose(found, torch.cat(apart), atol=1e-5), f"{found}, in pairs {apart}."
+        logp, *apart = (blora.log_predictive(rows, 0) for rows in (batch, *pairs))
+        assert logp.shape == (4,), f"log_prob of 4 examples is {tuple(logp.shape)}: use to_event."
+        assert torch.allclose(logp, torch.cat(apart), atol=1e-5), f"{logp}, in pairs {apart}."
         other = blora.log_predictive({**batch, "labels": batch["labels"].roll(1, 0)}, 0)
-        assert not torch.allclose(found, other), "Other labels have the same probabilities."
+        assert not torch.allclose(logp, other), "Other labels have the same probabilities."
         site = poutine.trace(blora.model).get_trace(batch).nodes["labels"]
         score = site["fn"].log_prob(site["value"])
         assert score.requires_grad, "No gradient reaches the update; does logits() detach?"
@@ -351,12 +353,12 @@ def _misses(q: SiteGuide, context: Tensor | None) -> dict[str, Tensor]:
 
     def draw() -> tuple[Tensor, Tensor]:
         """Unconstrained draws, ``(2000, k)``, and their log densities, by one way or by two."""
-        law = q.forward(context).expand(torch.Size([2000, *q.site.batch_shape]))
-        value = law()
-        real, scores = transform.inv(value), [law.log_prob(value)]
-        # some laws score their own draws by the noise, and some flows can score no other value
+        density = q.forward(context).expand(torch.Size([2000, *q.site.batch_shape]))
+        value = density()
+        real, scores = transform.inv(value), [density.log_prob(value)]
+        # some score their draws by the noise, and some flows can score no other value
         with suppress(NotImplementedError, KeyError):
-            scores.append(law.log_prob(value.clone()))
+            scores.append(density.log_prob(value.clone()))
         change = transform.log_abs_det_jacobian(real, value)
         return real.flatten(1), (torch.stack(scores) + change).sum(-1)
 
@@ -371,21 +373,23 @@ def _misses(q: SiteGuide, context: Tensor | None) -> dict[str, Tensor]:
         value, log_q = draw()
         weight = (p.log_prob(value) - log_q).exp().mean(0)
         slopes = torch.autograd.grad(weight.mean(), parameters, materialize_grads=True)
-        found = {f"a slope of zero in {n}": slope for n, slope in zip(names, slopes, strict=True)}
         value, weight = value.detach(), weight.detach()
         noise = torch.linalg.solve_triangular(p.scale_tril, (value - p.loc).mT, upper=False)
-        moments = {"the integral of p": weight - 1, "the mean of p": noise * weight}
-        moments["the variance of p"] = (noise.square() - 1) * weight
-        return {name: each.mean(-1) for name, each in moments.items()} | found
+        return {
+            "the integral of p": (weight - 1).mean(-1),
+            "the mean of p": (noise * weight).mean(-1),
+            "the variance of p": ((noise.square() - 1) * weight).mean(-1),
+            **{f"a slope of zero in {n}": slope for n, slope in zip(names, slopes, strict=True)},
+        }
 
     batches = [batch() for _ in range(50)]
-    return {name: torch.stack([found[name] for found in batches]) for name in batches[0]}
+    return {name: torch.stack([each[name] for each in batches]) for name in batches[0]}
 
 
 def _latents(trace: poutine.Trace) -> list[str]:
     return list(prune_subsample_sites(trace).stochastic_nodes)
 
 
-def _check_support(name: str, law: Any, *values: Tensor) -> None:
+def _check_support(name: str, fn: Any, *values: Tensor) -> None:
     for value in values:
-        assert Site(name, law, ()).support.check(value).all(), f"{name}: {law} excludes {value}."
+        assert Site(name, fn, ()).support.check(value).all(), f"{name}: {fn} excludes {value}."

@@ -9,18 +9,10 @@ from pyro_blora.checkpoints.checkpoint import (
     read_pretrained,
     save_pretrained,
 )
-from pyro_blora.checkpoints.peft import (
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    PeftAdapter,
-    export_peft,
-    read_peft,
-)
+from pyro_blora.checkpoints.peft import PeftAdapter, export_peft, read_peft
 
 __all__ = [
     "CONFIG",
-    "PEFT_CONFIG",
-    "PEFT_WEIGHTS",
     "WEIGHTS",
     "PeftAdapter",
     "Saved",

@@ -24,7 +24,7 @@ def model_card(
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
     data = model.likelihood.num_data
-    name = config["guide"].get("name")  # absent if there is one for each group
+    name = config["guide"].get("name")  # absent if guides were given by group
     rows = {
         "base": f"{base or 'a network without a name on the hub'} ({kind})",
         "layers": ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups),
@@ -35,14 +35,17 @@ def model_card(
         "training examples": "" if data is None else f"{data:,}",
         **config["notes"],
     }
-    told = {"header": header.to_yaml(), "rows": {k: _cell(v) for k, v in rows.items() if v != ""}}
     count = config["base"].get("num_labels")
-    of_base = {"base": base, "kind": kind, "place": place}
-    of_base["classes"] = f", with num_labels={count}" if count else ""
-    of_base["has_classes"] = model.likelihood.has_classes
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    source = Path(__file__).with_name("card.md").read_text("utf-8")
-    return page.from_string(source).render(told | of_base)
+    return page.from_string(Path(__file__).with_name("card.md").read_text("utf-8")).render(
+        header=header.to_yaml(),
+        rows={k: _cell(v) for k, v in rows.items() if v != ""},
+        base=base,
+        kind=kind,
+        place=place,
+        classes=f", with num_labels={count}" if count else "",
+        has_classes=model.likelihood.has_classes,
+    )
 
 
 class Training(Protocol):

@@ -12,7 +12,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +32,7 @@ from pyro_blora import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
 from pyro_blora.debts import pyro_params
 from pyro_blora.errors import CheckpointError, first_line, readable
-from pyro_blora.files import check_folder, write_file
+from pyro_blora.files import write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
@@ -77,7 +76,6 @@ def save_pretrained(
     """
     folder, model = Path(folder), blora.model
     start_guide(blora.guide)
-    check_folder(folder)
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
@@ -102,8 +100,8 @@ def save_pretrained(
     write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     card = folder / CARD
-    own = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
-    if own or not os.path.lexists(card):
+    written_before = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
+    if written_before or not os.path.lexists(card):
         page = model_card(config, model, blora.guide_family, place)
         write_file(card, f"{page}\n{MARK}\n")
 
@@ -116,7 +114,7 @@ class Saved:
     options: dict[str, Any]
     tensors: dict[str, Tensor]
     folder: Path
-    foreign: tuple[str, ...] = ()  # tensors with these in their names are not loaded
+    skipped: tuple[str, ...] = ()  # name parts of tensors that are not loaded
 
     def load_into(self, blora: "BayesianLoRA") -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
@@ -125,23 +123,22 @@ class Saved:
         for name, columns in blora.guide.named_parameters("guide"):
             if name.endswith(".labels_unconstrained") and name in self.tensors:
                 columns.data = columns.new_empty(self.tensors[name].shape)
-        own, tensors = blora.state_dict(), dict(self.tensors)
-        for part in self.foreign:
+        current, tensors = blora.state_dict(), dict(self.tensors)
+        for part in self.skipped:
             tensors = {n: t for n, t in tensors.items() if part not in n}
-            tensors |= {n: t for n, t in own.items() if part in n}
+            tensors |= {n: t for n, t in current.items() if part in n}
         # AutoLaplaceApproximation's normal has constrained values under their bare names, and a
         # Cholesky factor whose diagonal is not one, although its constraint requires that
-        if "guide.scale_tril" in tensors and "guide.scale_tril_unconstrained" in own:
+        if "guide.scale_tril" in tensors and "guide.scale_tril_unconstrained" in current:
             diagonal = tensors["guide.scale_tril"].diagonal()
             tensors["guide.scale_tril"] = tensors["guide.scale_tril"] / diagonal.unsqueeze(-1)
             tensors["guide.scale"] = tensors["guide.scale"] * diagonal
-        for name in [n for n in tensors if f"{n}_unconstrained" in own]:
+        for name in [n for n in tensors if f"{n}_unconstrained" in current]:
             parent, _, last = name.rpartition(".")
             constraint = pyro_params(blora.get_submodule(parent))[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
-        expected, found = ({n: t.shape for n, t in each.items()} for each in (own, tensors))
-        differ = [n for n in expected | found if expected.get(n) != found.get(n)]
-        if differ:
+        expected, saved = ({n: t.shape for n, t in each.items()} for each in (current, tensors))
+        if differ := [n for n in expected | saved if expected.get(n) != saved.get(n)]:
             raise CheckpointError(
                 f"{self.folder} has tensors that do not fit, among them {', '.join(differ[:4])}. "
                 "Pass the prior, the guide and the likelihood that were saved, or leave them out."
@@ -180,68 +177,55 @@ def read_pretrained(
         dtype, classes = getattr(torch, kind.get("dtype", "float32")), kind.get("num_labels")
         if net is None and not base:
             raise CheckpointError(
-                f"{folder}: its {kind['class']} has no name on the hub; load it yourself, and pass "
-                f"it: BayesianLoRA.from_pretrained(net, {str(folder)!r})."
+                f"{folder}: its {kind['class']} has no name on the hub; pass it as net."
             )
         if net is None:
             net = load_network(base, num_labels=classes, dtype=dtype)
         logits = getattr(getattr(net, "config", None), "num_labels", None)
         if is_classifier(net) and classes not in (None, logits):
             raise CheckpointError(
-                f"{folder} must have a base of {classes} classes, got {logits}; load it with "
-                f"num_labels={classes}."
+                f"The base of {folder} must have num_labels={classes}, got {logits}."
             )
         base = base or "another network"
-        told = f"{folder} is an adapter for {base!r}"
-        layers = names_in(net, config["layers"], told)
-        heads = names_in(net, dict.fromkeys(config["modules_to_save"]), told)
+        source = f"{folder} is an adapter for {base!r}"
+        layers = names_in(net, config["layers"], source)
+        heads = names_in(net, dict.fromkeys(config["modules_to_save"]), source)
         prints = {n.removeprefix(_OF_BASE): t for n, t in tensors.items() if n.startswith(_OF_BASE)}
-        others = altered(net, prints)
-        if others:
+        if differ := altered(net, prints):
             warnings.warn(
-                f"{folder}: {len(others)} of the {len(prints)} weights that were compared are not "
-                f"those the adapter was trained on, among them {others[0]}; its predictions will "
-                f"change. Load {base}, unaltered.",
+                f"{folder}: {len(differ)} of the {len(prints)} weights that were compared are not "
+                f"those the adapter was trained on, such as {differ[0]}; load {base}, unaltered.",
                 stacklevel=4,
             )
-        parts = {n: _rebuild(n, config[n], own, trust_remote_code) for n, own in given.items()}
+        parts = {n: _rebuild(n, config[n], part, trust_remote_code) for n, part in given.items()}
+        likelihood, skipped = parts.pop("likelihood"), tuple[str, ...]()
+        if (
+            type(likelihood).__name__ != config["likelihood"]["name"]
+        ):  # the user's, of another class
+            skipped = (".likelihood.", "model.temperature", "model.mean_temperature")
+        options = {
+            "method": Method(**config["method"], **parts),
+            "likelihood": likelihood,
+            "modules_to_save": heads,
+            "target_modules": "|".join(map(re.escape, layers)),
+        }
         tensors = {n: t for n, t in tensors.items() if not n.startswith(_OF_BASE)}
-        likelihood, foreign = parts.pop("likelihood"), tuple[str, ...]()
-        if type(likelihood).__name__ != config["likelihood"]["name"]:
-            mine = ("temperature", "mean_temperature")
-            foreign = (".likelihood.", *(f"model.{name}" for name in mine))  # of another class
-        options = {"method": Method(**config["method"], **parts), "likelihood": likelihood}
-        options["modules_to_save"] = heads
-        options["target_modules"] = "|".join(map(re.escape, layers))
-        return Saved(net, options, tensors, folder, foreign)
+        return Saved(net, options, tensors, folder, skipped)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all."""
     dense = {"memory_format": torch.contiguous_format}  # safetensors refuses shared memory
     flat = {name: tensor.detach().cpu().clone(**dense) for name, tensor in tensors.items()}
-    header = {"format": "pt", **header}
-    write_file(path, lambda place: save_file(flat, place, metadata=header))
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """Reads the header of a safetensors file, without its tensors."""
-    with _opened(path) as file:
-        return file.metadata() or {}
+    write_file(path, lambda place: save_file(flat, place, metadata={"format": "pt", **header}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Reads the header and the tensors of a safetensors file."""
-    with _opened(path) as file:
-        names = list(file.keys())
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            return file.metadata() or {}, tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
 
@@ -273,17 +257,12 @@ def fetched(source: str | os.PathLike[str], *files: str) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise CheckpointError(
-            f"{source} does not exist here, and cannot be fetched from the hub "
-            f"({first_line(error)}). Pass the adapter's folder, or its id on the hub."
+            f"{source} is no folder here, and cannot be fetched from the hub: {first_line(error)}."
         ) from error
 
 
 def push_to_hub(
-    blora: "BayesianLoRA",
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    **about: Any,
+    blora: "BayesianLoRA", repo_id: str, *, private: bool | None = None, **about: Any
 ) -> str:
     """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
 
@@ -298,7 +277,7 @@ def push_to_hub(
         except Exception as error:  # as in fetched
             raise CheckpointError(
                 f"{repo_id} was not pushed ({first_line(error)}). Run `hf auth login` with a token "
-                "that can write, pass an id 'user/name', and check the connection to the hub."
+                "that can write, and pass an id 'user/name'."
             ) from error
     return str(done.commit_url)
 
@@ -316,19 +295,18 @@ def _base_of(net: nn.Module) -> dict[str, Any]:
     return {"base_model": name_of(bare), "base": kind}
 
 
-def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
-    """Full names in ``net``, maybe a ``PeftModel``, of base modules with these shapes or any."""
+def names_in(net: nn.Module, wanted: Mapping[str, Any], source: str) -> list[str]:
+    """Maps base names to names in ``net``, maybe a ``PeftModel``, checking shapes."""
     # Reversed, so that PEFT's wrapper of a module wins over what it wraps
     here = {name_in_base(name): name for name, _ in reversed([*net.named_modules()])}
     names = []
     for base, shape in wanted.items():
         name = here.get(base)
-        found = None if name is None else layer_shape(net.get_submodule(name))
-        if name is None or (shape is not None and list(found or ()) != list(shape)):
-            what = "has no such layer" if found is None else f"has it as {found[0]} x {found[1]}"
+        size = None if name is None else layer_shape(net.get_submodule(name))
+        if name is None or (shape is not None and list(size or ()) != list(shape)):
+            what = "has no such layer" if size is None else f"has it as {size[0]} x {size[1]}"
             raise CheckpointError(
-                f"{told} with {base} of {shape or 'its own'}; {type(net).__name__} {what}. Load "
-                "the base it was made for."
+                f"{source} with {base} of {shape or 'any size'}, but {type(net).__name__} {what}."
             )
         names.append(name)
     return names
@@ -337,17 +315,17 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], told: str) -> list[str]:
 def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
     """Four elements of each of up to 512 evenly spaced tensors of the base, without ``heads``."""
     within = tuple(f"{name_in_base(head)}." for head in heads)
-    found = {name: t for name, t in _plain_tensors(net) if not name.startswith(within)}
-    names, count = list(found), min(512, len(found))
-    chosen = [names[k * len(names) // count] for k in range(count)]
-    return {name: _numbers(found[name]) for name in chosen}
+    tensors = [(name, t) for name, t in _plain_tensors(net) if not name.startswith(within)]
+    count = min(512, len(tensors))
+    chosen = (tensors[k * len(tensors) // count] for k in range(count))
+    return {name: _numbers(tensor) for name, tensor in chosen}
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that differ from their fingerprint by more than their dtypes' rounding."""
-    found, names = dict(_plain_tensors(net)), []
-    for name in prints.keys() & found.keys():
-        before, now = prints[name], _numbers(found[name])
+    tensors, names = dict(_plain_tensors(net)), []
+    for name in prints.keys() & tensors.keys():
+        before, now = prints[name], _numbers(tensors[name])
         rounding = 0.0
         if before.dtype != now.dtype:
             rounding = 2 * max(torch.finfo(t.dtype).eps for t in (before, now))
@@ -407,13 +385,13 @@ def _describe_guide(family: Any, guide: nn.Module) -> dict[str, Any]:
     return _described(family, options)
 
 
-def _described(made: Any, options: Any) -> dict[str, Any]:
+def _described(factory: Any, options: Any) -> dict[str, Any]:
     """Leaves out the module of a public class, and options that JSON cannot represent."""
-    name = getattr(made, "__qualname__", type(made).__qualname__)
+    name = getattr(factory, "__qualname__", type(factory).__qualname__)
     described: dict[str, Any] = {"name": name}
-    known = any(_public(noun, name) is made for noun in _HOMES)
-    if not known and "<" not in name:  # a local class or a lambda has no import path
-        described["module"] = getattr(made, "__module__", type(made).__module__)
+    is_public = any(_public(noun, name) is factory for noun in _HOMES)
+    if not is_public and "<" not in name:  # a local class or a lambda has no import path
+        described["module"] = getattr(factory, "__module__", type(factory).__module__)
     try:
         return {**described, "options": json.loads(json.dumps(options))}
     except (TypeError, ValueError):
@@ -424,17 +402,17 @@ def _public(noun: str, name: str) -> Any:
     return next((getattr(home, name) for home in _HOMES[noun] if name in home.__all__), None)
 
 
-def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> Any:
+def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool) -> Any:
     """Rebuilds a part, or a mapping by group, from its description and the user's ``given``."""
-    if isinstance(given, Mapping) or "by_group" in said:
-        groups, given = said.get("by_group", {}), given or {}
+    if isinstance(given, Mapping) or "by_group" in described:
+        groups, given = described.get("by_group", {}), given or {}
         if not isinstance(given, Mapping) or not given.keys() <= groups.keys():
             what = f"those of {[*groups]}" if groups else "one for all groups"
             raise CheckpointError(f"{noun}={given!r}, but the adapter was saved with {what}.")
         return {k: _rebuild(noun, each, given.get(k), trusted) for k, each in groups.items()}
-    name, options = said["name"], said["options"]
+    name, options = described["name"], described["options"]
     if given is None:
-        given = _found(noun, name, said.get("module"), trusted)
+        given = _imported(noun, name, described.get("module"), trusted)
     elif not isinstance(given, type):
         same = type(given).__name__ == name.rpartition(".")[2]
         if noun == "likelihood" and same and (options or {}).get("classes") is not None:
@@ -444,8 +422,7 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
         given = type(given)  # because the tensors were trained with the saved options
     if options is None:
         raise CheckpointError(
-            f"The options of the {noun} {name} could not be saved as JSON; pass {noun}= with an "
-            "object like the one that was saved."
+            f"The options of {name} could not be saved; pass {noun}= with an object like the saved."
         )
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     if noun == "guide" and not (isinstance(given, type) and issubclass(given, SiteGuide)):
@@ -454,26 +431,21 @@ def _rebuild(noun: str, said: Mapping[str, Any], given: Any, trusted: bool) -> A
 
 
 def _with_classes(likelihood: Any, classes: tuple[str, ...]) -> Any:
-    """The likelihood with the classes in the order in which the saved head was trained.
-
-    A head that was trained on numbers takes names from the user alone.
-    """
+    """The likelihood with the classes in the saved order; a head without names takes any."""
     if classes and tuple(likelihood.classes or classes) != classes:
         raise CheckpointError(
-            f"The adapter was saved with the classes {list(classes)}, in this order, got "
-            f"{list(likelihood.classes)}; leave them out."
+            f"The adapter has the classes {list(classes)}, in this order; leave out the other ones."
         )
     return type(likelihood)(**likelihood.options() | {"classes": likelihood.classes or classes})
 
 
-def _found(noun: str, name: str, module: str | None, trusted: bool) -> Any:
-    """A public class of this library or Pyro by its name, or an imported one if trusted."""
-    made = None if module else _public(noun, name)
-    if made is not None:
-        return made
+def _imported(noun: str, name: str, module: str | None, trusted: bool) -> Any:
+    """A public class of this library or Pyro by its name, or another one if trusted."""
+    if module is None and (public := _public(noun, name)) is not None:
+        return public
     if not (trusted and module):
         raise CheckpointError(
-            f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with the class "
-            "or an object like the one that was saved, or trust_remote_code=True to import it."
+            f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with its class "
+            "or an object, or trust_remote_code=True to import it."
         )
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))

@@ -15,15 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora import __version__
-from pyro_blora.checkpoints.checkpoint import (
-    fetched,
-    names_in,
-    read_header,
-    read_tensors,
-    write_tensors,
-)
+from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
-from pyro_blora.files import check_folder, write_file
+from pyro_blora.files import write_file
 from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
@@ -100,16 +94,15 @@ class PeftAdapter:
         """Names of the trained heads; raises CheckpointError if ``net`` is another base."""
         if hasattr(net, "peft_config"):
             raise ConfigurationError(
-                f"{type(net).__name__} has a PEFT adapter in it; pass its base, as "
-                "PeftModel.unload() returns it, or the PeftModel alone, from_peft(model)."
+                f"{type(net).__name__} has a PEFT adapter; pass its base, or from_peft(model)."
             )
         shapes = {name: [len(B), A.shape[1]] for name, (B, A) in self.factors.items()}
         names_in(net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}")
         modules = _saved_whole(net, self.modules_to_save)
         heads = [n for n in modules if any(name.startswith(f"{n}.") for name in self.others)]
-        own, within = net.state_dict(), tuple(f"{head}." for head in heads)
+        state, within = net.state_dict(), tuple(f"{head}." for head in heads)
         for name, tensor in self.others.items():
-            there = own.get(name.replace(".base_layer.", "."), torch.empty(0))
+            there = state.get(name.replace(".base_layer.", "."), torch.empty(0))
             fits = there.shape == tensor.shape
             if not name.startswith(within):
                 # PEFT also saves embeddings if a target is one of them; they must be the base's
@@ -117,8 +110,8 @@ class PeftAdapter:
             if not fits:
                 raise CheckpointError(
                     f"{self.where} has {name} of {tuple(tensor.shape)}, but {type(net).__name__} "
-                    f"has it as {tuple(there.shape)} or with other values: a resized vocabulary "
-                    "or other classes. Pass the base that it was trained on."
+                    f"of {tuple(there.shape)} or with other values (a resized vocabulary or other "
+                    "classes); pass the base that it was trained on."
                 )
         return heads
 
@@ -135,12 +128,11 @@ class PeftAdapter:
                 B, A = (f.to(layer.A) for f in self.factors[name])
                 x = torch.randn(4, A.shape[1], generator=torch.Generator().manual_seed(0)).to(A)
                 expected = x @ A.mT @ B.mT
-                found = layer(x, torch.zeros_like(expected))
-                if (found - expected).norm() > 1e-4 * expected.norm() + 1e-6:
+                error = layer(x, torch.zeros_like(expected)) - expected
+                if error.norm() > 1e-4 * expected.norm() + 1e-6:
                     raise ConfigurationError(
-                        f"{model.prior!r} with this guide does not have its mean at the adapter in "
-                        f"{name}; take a guide whose mean is a parameter: MatrixNormal, MeanField, "
-                        "FullRank, LowRank, LayerCoupled, Delta or Laplace."
+                        f"The mean of {model.prior!r} is not the adapter in {name}; take a guide "
+                        "whose mean is a parameter, such as MatrixNormal, MeanField or Laplace."
                     )
 
 
@@ -161,13 +153,12 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
         pairs: dict[str, dict[str, Tensor]] = {}
         others = {}
         for key, tensor in tensors.items():
-            found = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-            if found and tensor.dim() == 2:
-                pairs.setdefault(found[1], {})[found[2]] = tensor.detach()
+            match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+            if match and tensor.dim() == 2:
+                pairs.setdefault(match[1], {})[match[2]] = tensor.detach()
             elif "lora_" in key or not key.startswith(PEFT_PREFIX):
                 raise ConfigurationError(
-                    f"{where} has {key} of {tuple(tensor.shape)}, which is not part of a plain "
-                    "LoRA of linear layers; only such an adapter can be started from."
+                    f"{where} is no plain LoRA of linear layers: {key} is {tuple(tensor.shape)}."
                 )
             else:
                 others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
@@ -197,8 +188,7 @@ def _of_folder(source: Any) -> _Source:
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder} has no {name}; give a folder that PEFT wrote, or the hub id of one. A "
-                "pickle is not read: load adapter_model.bin with PEFT, and save it again."
+                f"{folder} has no {name}; save the adapter by PEFT, as safetensors, not a pickle."
             )
     with readable(folder / PEFT_CONFIG):
         config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
@@ -211,8 +201,7 @@ def _of_model(model: Any) -> _Source:
     name = type(model).__name__
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         raise ConfigurationError(
-            f"from_peft takes a peft.PeftModel, a folder or a hub id, but {name} is not a "
-            "PeftModel; pass the adapter's folder as well, from_peft(net, folder)."
+            f"{name} is no peft.PeftModel; pass the adapter's folder, too: from_peft(net, folder)."
         )
     from peft import get_peft_model_state_dict
 
@@ -230,14 +219,14 @@ def _of_model(model: Any) -> _Source:
 
 
 def _check_plain(config: Mapping[str, Any], where: str) -> None:
-    found = [
+    others = [
         f"{name}={value!r}" + ", which changes the base" * (name == "init_lora_weights")
         for name, value in config.items()
         if value and name not in _PLAIN and value not in _VALUES.get(name, ())
     ]
-    if found:
+    if others:
         raise ConfigurationError(
-            f"{where} must be a plain LoRA, dW = s B A, got {', '.join(found)}; train it without "
+            f"{where} must be a plain LoRA, dW = s B A, got {', '.join(others)}; train it without "
             "these options, or merge it into the base and adapt that."
         )
 
@@ -261,17 +250,17 @@ def from_peft(
 ) -> T:
     """The adapter that ``make`` builds, with its posterior mean at a trained LoRA."""
     adapter = read_peft(net if folder is None else folder)  # type: ignore[arg-type]
-    place: AbstractContextManager[nn.Module]
+    base: AbstractContextManager[nn.Module]
     if folder is None and isinstance(net, nn.Module):
-        place = _unloaded(net)
+        base = _unloaded(net)
     else:
-        place = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
-    with place as found:
-        likelihood = _of_trained_head(found, adapter, likelihood)
+        base = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
+    with base as network:
+        likelihood = _of_trained_head(network, adapter, likelihood)
         blora = make(
-            found,
+            network,
             target_modules="|".join(map(re.escape, adapter.factors)),
-            modules_to_save=adapter.heads(found),
+            modules_to_save=adapter.heads(network),
             start=adapter.factors,
             rank=adapter.rank if prior is None else None,
             prior=prior,
@@ -288,10 +277,7 @@ def from_peft(
 
 
 def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
-    """The likelihood, with the classes in the order of the trained head if somebody names them.
-
-    Without names the classes are numbers, because the order of texts would be a guess.
-    """
+    """The likelihood, with classes in the trained head's order; without names they are numbers."""
     if likelihood is None and (adapter.task == "SEQ_CLS" or is_classifier(net)):
         likelihood = SequenceClassification()
     if not isinstance(likelihood, SequenceClassification):
@@ -299,8 +285,7 @@ def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> A
     options, classes = likelihood.options(), adapter.classes or logit_names(net)
     if (given := options.pop("classes")) and adapter.classes and tuple(given) != adapter.classes:
         raise ConfigurationError(
-            f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}; "
-            "leave them out."
+            f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}."
         )
     return type(likelihood)(**options, classes=given or classes)
 
@@ -309,9 +294,12 @@ def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> A
 def put_back(model: Any) -> Iterator[None]:
     """Puts the adapter of a ``PeftModel`` back where it was if the block raises an error."""
     wrapped: Any = model.get_base_model() if hasattr(model, "get_base_model") else nn.Module()
-    config, modules = getattr(wrapped, "peft_config", None), dict(wrapped.named_modules())
-    theirs = ("base_layer", "original_module")
-    layers = {n: m for n, m in modules.items() if any(hasattr(m, part) for part in theirs)}
+    config = getattr(wrapped, "peft_config", None)
+    layers = {
+        name: module
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "base_layer") or hasattr(module, "original_module")
+    }
     try:
         yield
     except BaseException:
@@ -337,8 +325,8 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
 def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
     """Writes the posterior mean as one LoRA, or each of several draws, with the trained heads.
 
-    The heads become PEFT's ``modules_to_save``. If a ``PeftModel`` was adapted, its own adapter is
-    not written, so merge it into the base first. The temperature of the mean, or of the draws, is
+    The heads become PEFT's ``modules_to_save``. The adapter of an adapted ``PeftModel`` is not
+    written, so merge it into the base first. The temperature of the mean, or of the draws, is
     folded into a trained head. Without a head it is in ``one_pass.json``, and for text in
     ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier.
 
@@ -352,57 +340,57 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
     check_count("num_samples", num_samples, 0)
     model, folder = posterior.model, Path(folder)
     places = [folder / str(k) for k in range(num_samples)] or [folder]
-    if num_samples:
-        posterior.method.check_draws()
-        updates, temperature = _draws(posterior, num_samples), float(model.temperature)
-    else:
+    if not num_samples:
         updates, temperature = posterior.draws(0), float(model.mean_temperature)
-    check_folder(folder)
-    made = {}
-    for k, place in enumerate(places):
-        config, tensors = _lora(model, updates, temperature, k)
-        texts = _numbers_of(model, temperature)
-        texts[PEFT_CONFIG] = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
-        made[place] = tensors, texts
-        _check_no_other(place, (PEFT_WEIGHTS, *texts))
-    _check_no_more(folder, num_samples)
-    for place, (tensors, texts) in made.items():
+    else:
+        posterior.method.check_draws()
+        temperature = float(model.temperature)
+        amortized = getattr(posterior.guide, "reads_context", False)
+        updates = {} if amortized else posterior.pairs()(num_samples)
+        if not updates or any(update.noise is not None for update in updates.values()):
+            raise ConfigurationError(
+                "A draw is not a LoRA if it depends on the input, as with Amortized, or has noise; "
+                "export the mean, or use conditional='deterministic'."
+            )
+    loras = [_lora(model, updates, temperature, k) for k in range(len(places))]
+    texts = _numbers_of(model, temperature)
+    _check_exports(folder, places, (PEFT_WEIGHTS, PEFT_CONFIG, *texts), num_samples)
+    for place, (config, tensors) in zip(places, loras, strict=True):
         write_tensors(place / PEFT_WEIGHTS, tensors, {_MARK: __version__})
-        for name, text in texts.items():
+        config_text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
+        for name, text in {**texts, PEFT_CONFIG: config_text}.items():
             write_file(place / name, text)
 
 
-def _check_no_other(place: Path, names: Sequence[str]) -> None:
-    """Refuses to replace files of somebody else."""
-    there = [name for name in names if os.path.lexists(place / name)]
-    if there and not _is_export(place):
-        raise ConfigurationError(
-            f"{place} must hold an export of this library or none of its files, got another "
-            f"{there[0]}; name another folder."
-        )
-
-
-def _check_no_more(folder: Path, num_samples: int) -> None:
-    """Refuses to leave draws beyond these, or a mean, which would be averaged with them."""
+def _check_exports(
+    folder: Path, places: Sequence[Path], names: Sequence[str], num_samples: int
+) -> None:
+    """Refuses to replace others' files, and to leave exports that would be read beside these."""
+    for place in places:
+        there = [name for name in names if os.path.lexists(place / name)]
+        if there and not _is_export(place):
+            raise ConfigurationError(
+                f"{place / there[0]} was not written by export_peft; name another folder."
+            )
     draws = (path for path in folder.glob("*") if path.name.isdecimal())
     left = [path for path in draws if int(path.name) >= num_samples]
     left += [folder] if num_samples else []
     left = [path for path in left if (path / PEFT_CONFIG).exists() and _is_export(path)]
     if left:
         raise ConfigurationError(
-            f"{folder} must have no earlier export of a mean or of more draws, which would be read "
-            f"beside this one, got {', '.join(map(str, left))}; remove it, or name another folder."
+            f"{folder} must have no earlier export that would be read beside this one, got "
+            f"{', '.join(map(str, left))}; remove it, or name another folder."
         )
 
 
 def _is_export(folder: Path) -> bool:
     """Whether a folder has a LoRA that :func:`export_peft` wrote."""
     file = folder / PEFT_WEIGHTS
-    return file.is_file() and _MARK in read_header(file)
+    return file.is_file() and _MARK in read_tensors(file)[0]
 
 
 def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
-    """The JSON files that say how an exported LoRA's logits become probabilities."""
+    """JSON files for exports whose logits need post-processing to become probabilities."""
     likelihood = model.likelihood
     if _last_linear(model) is not None:  # which includes the temperature
         temperature = 1.0
@@ -420,14 +408,14 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:
     """The layer of a classifier's trained head that computes the logits, or ``None``."""
-    found = None
+    last = None
     if model.likelihood.new_head:
+        classes = getattr(getattr(model.net, "config", None), "num_labels", None)
         for head in model.trained_heads.names:
             for name, module in model.net.get_submodule(head).named_modules(prefix=head):
-                classes = getattr(getattr(model.net, "config", None), "num_labels", None)
                 if isinstance(module, nn.Linear) and module.out_features == classes:
-                    found = name_in_base(name)
-    return found
+                    last = name_in_base(name)
+    return last
 
 
 def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> Any:
@@ -436,16 +424,14 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     model.check_attached()
     if hasattr(model.net, "peft_config"):
         raise ConfigurationError(
-            f"The network must not have an adapter of its own, got a {type(model.net).__name__}; "
-            "merge that adapter first, and adapt the base."
+            f"{type(model.net).__name__} has another adapter; merge that first, and adapt the base."
         )
     config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
 
     if temperature != 1 and _last_linear(model) is None:
         warnings.warn(
-            f"The merged network has no trained head to hold the temperature {temperature:.4g}; "
-            "divide its scores by that.",
+            f"The merged network does not divide by the temperature {temperature:.4g}; do so.",
             stacklevel=4,
         )
     net: Any = unwrap()
@@ -463,17 +449,6 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     return merged
 
 
-def _draws(posterior: Posterior, count: int) -> dict[str, LowRankUpdate]:
-    amortized = getattr(posterior.guide, "reads_context", False)
-    drawn = {} if amortized else posterior.pairs()(count)
-    if not drawn or any(update.noise is not None for update in drawn.values()):
-        raise ConfigurationError(
-            "A draw is not a LoRA if it depends on the input, as with Amortized, or has noise, as "
-            f"{posterior.model.prior!r} may; export the mean, or use conditional='deterministic'."
-        )
-    return drawn
-
-
 def _lora(
     model: BayesianLoRAModel, updates: Mapping[str, LowRankUpdate], temperature: float, draw: int
 ) -> tuple[Any, dict[str, Tensor]]:
@@ -484,8 +459,7 @@ def _lora(
     ranks: dict[str, int] = {}
     for group in model.groups:
         layers = updates[group.name].layers()
-        for layer, module_name in zip(layers, group.module_names, strict=True):
-            name = name_in_base(module_name)
+        for layer, name in zip(layers, map(name_in_base, group.module_names), strict=True):
             factors: tuple[Any, ...] = (layer.A, layer.B, layer.core)
             A, B, core = (f if f is None or f.dim() == 2 else f[draw] for f in factors)
             tensors[f"{name}.lora_A.weight"] = A
@@ -502,8 +476,7 @@ def _lora(
         name = name_in_base(module_name)
         if clash := [layer for layer in ranks if f"{layer}.".startswith(f"{name}.")]:
             raise ConfigurationError(
-                f"PEFT cannot have {clash[0]} as a layer of a LoRA, because it saves {name} whole "
-                f"for modules_to_save={to_save}; adapt other layers."
+                f"PEFT cannot adapt {clash[0]}, because it saves {name} whole; adapt other layers."
             )
         for key, tensor in model.net.get_submodule(module_name).state_dict().items():
             tensors.setdefault(name_in_base(f"{module_name}.{key}"), tensor)

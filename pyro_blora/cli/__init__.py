@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(f"pyro-blora {__version__}")
         raise typer.Exit
 

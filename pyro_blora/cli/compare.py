@@ -44,44 +44,26 @@ def run(
         typer.Option(
             help="Comma-separated: bayesian-lora, lora, map, bayesian-lora-factor, mean-field, "
             "blob, c-lora, scalabl, b-lora-xs, laplace-lora, ensemble; pairs such as "
-            "Subspace+FullRank or my_module:MyPrior+MeanField; and KIND:NAME for each of them: "
-            "split:NAME, on seven eighths of the items, with a temperature fitted to the others; "
-            "temperature:NAME, with a temperature fitted to validation items; best:NAME, at its "
-            "best of three validations; mean:NAME, the posterior mean, in one pass; "
-            "linearized:NAME, with draws of the linearized network; distilled:NAME, the posterior "
-            "mean with a temperature from its draws, in one pass."
+            "Subspace+FullRank or my_module:MyPrior+MeanField; and KIND:NAME for each of them, "
+            "where KIND is split (a temperature fitted to an eighth of the training items), "
+            "temperature (one fitted to validation items), best (the best of three validations), "
+            "mean (the posterior mean, in one pass), linearized (draws of the linearized network) "
+            "or distilled (the mean with a temperature from draws)."
         ),
     ] = "lora,split:lora,temperature:lora,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 8,
-    max_train: Annotated[
-        int | None, typer.Option(help="At most this many training examples.", min=1)
-    ] = 400,
-    max_validation: Annotated[
-        int, typer.Option(help="At most this many held-out examples.", min=0)
-    ] = 200,
-    max_test: Annotated[
-        int | None, typer.Option(help="At most this many test examples.", min=1)
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Rank of the updates. Default: the method's own, or 8.", min=1),
-    ] = None,
+    max_train: Annotated[int | None, typer.Option(help="Most training examples.", min=1)] = 400,
+    max_validation: Annotated[int, typer.Option(help="Most validation examples.", min=0)] = 200,
+    max_test: Annotated[int | None, typer.Option(help="Most test examples.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Default: the method's, or 8.", min=1)] = None,
     target_modules: Annotated[
         str | None,
-        typer.Option(
-            help="Layers to adapt, by suffix: 'q_proj,v_proj,lm_head'. Default: the usual "
-            "attention projections."
-        ),
+        typer.Option(help="Suffixes: 'q_proj,lm_head'. Default: the usual attention projections."),
     ] = None,
-    num_samples: Annotated[
-        int, typer.Option(help="Posterior draws per prediction; 0 uses the posterior mean.", min=0)
-    ] = 10,
-    lora_lr: Annotated[
-        float | None,
-        typer.Option(help="The learning rate of lora; default: the method's."),
-    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Draws; 0 is the posterior mean.", min=0)] = 10,
+    lora_lr: Annotated[float | None, typer.Option(help="Learning rate of the method lora.")] = None,
     precision: Annotated[
         str,
         typer.Option(
@@ -90,8 +72,7 @@ def run(
         ),
     ] = "auto",
     outside: Annotated[
-        Path | None,
-        typer.Option(help="A file of questions out of scope, which each method should doubt."),
+        Path | None, typer.Option(help="A file of questions that each method should doubt.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, predictions and a diagram.")
@@ -130,7 +111,7 @@ def run(
             f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
         )
 
-    found = comparison.compare(
+    table = comparison.compare(
         model,
         task,
         names,
@@ -150,5 +131,5 @@ def run(
         callback=show,
         batch_size=batch_size,
     )
-    console.print(found)
+    console.print(table)
     console.print(f"Written: {out / results.RESULTS} and {out / comparison.DIAGRAM}")

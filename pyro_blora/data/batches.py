@@ -1,5 +1,6 @@
 """Batches: collated from examples, of similar lengths, and streamed without end."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pyro_blora.options import check_count, choose_precision
 from pyro_blora.posterior.batches import to_device
 from pyro_blora.posterior.prediction import Prediction
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 # which draw from the whole data set in the course of the epochs, however few in each
 _OF_ALL = (RandomSampler, WeightedRandomSampler, DistributedSampler)
 # not the label, because the length of its text would sort examples by class
@@ -34,8 +35,7 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
         return collate or default_collate
     if len(data) and not isinstance(data[0], Mapping):
         raise ConfigurationError(
-            f"An example is a {type(data[0]).__name__}: pass collate=, which makes a batch from a "
-            "list of examples, such as task.collator(tokenizer)."
+            f"Examples of type {type(data[0]).__name__} need collate=, which makes a batch of them."
         )
     return default_collate
 
@@ -61,6 +61,11 @@ def lengths_of(data: Any) -> list[int]:
     return [_length(row) for row in data] if is_read else [0] * len(data)
 
 
+def by_length(data: Any) -> list[int]:
+    """The places of the examples in the order of their lengths."""
+    return sorted(range(len(data)), key=lengths_of(data).__getitem__)
+
+
 def _length(row: Any) -> int:
     if isinstance(row, Item):
         return len(row.question) + sum(map(len, row.choices))
@@ -82,11 +87,10 @@ def batches_of(
     if isinstance(data, DataLoader):
         batches: Any = data
     else:
-        made = collator(data, collate)
-        if order is None:
-            order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
+        to_batch = collator(data, collate)
+        order = by_length(data) if order is None else order
         starts = range(0, len(order), size)
-        batches = (made([data[i] for i in order[s : s + size]]) for s in starts)
+        batches = (to_batch([data[i] for i in order[s : s + size]]) for s in starts)
     batch = None
     for batch in batches:
         yield batch
@@ -102,11 +106,7 @@ def shown(description: str, batches: Any, progress: bool | None, total: int | No
 
 @dataclass
 class _Bucketed:
-    """Batches of similar lengths: shuffled, sorted within windows of eight batches, reshuffled.
-
-    The incomplete batch, whose examples weigh more, is cut off before the sorting, so that it does
-    not always hold the longest examples.
-    """
+    """Batches of similar lengths: shuffled, sorted within windows of eight batches, reshuffled."""
 
     lengths: list[int]
     size: int
@@ -115,6 +115,7 @@ class _Bucketed:
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
         self.random.shuffle(order)
+        # cut off before the sorting, so that the incomplete batch does not hold the longest ones
         whole = len(order) - len(order) % self.size
         cut = [order[whole:]] if order[whole:] else []
         for start in range(0, whole, 8 * self.size):
@@ -137,38 +138,28 @@ class Batches:
         seed: int | None = 0,
     ) -> None:
         if isinstance(data, DataLoader):
-            self._loader = data
+            loader = data
         else:
-            made = collator(data, collate)
+            to_batch = collator(data, collate)
             order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
             places: Any = range(len(data))
-            self._loader = DataLoader(
-                places, batch_sampler=order, collate_fn=lambda at: made([data[i] for i in at])
+            loader = DataLoader(
+                places, batch_sampler=order, collate_fn=lambda at: to_batch([data[i] for i in at])
             )
-        self._epoch: Iterator[Any] = iter(())
+        epochs = (batches_of(loader, None, batch_size) for _ in itertools.count())
+        self._batches = itertools.chain.from_iterable(epochs)
         self._held: list[Batch] = []
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        return self._held.pop() if self._held else self._drawn()
+        return self._held.pop() if self._held else next(self._batches)
 
     def peek(self) -> Batch:
         """The next batch, without taking it."""
-        self._held = self._held or [self._drawn()]
+        self._held = self._held or [next(self._batches)]
         return self._held[0]
-
-    def _drawn(self) -> Batch:
-        drawn: Batch | None = next(self._epoch, None)
-        if drawn is None:
-            self._epoch = iter(self._loader)
-            drawn = next(self._epoch, None)
-        if drawn is None:
-            raise BatchError(
-                "The training set is empty; check the DataLoader, the file or the split."
-            )
-        return drawn
 
 
 def predict_dataset(
@@ -196,17 +187,18 @@ def predict_dataset(
     """
     usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
     adapter = getattr(predict, "__self__", None)
-    place = torch.device(device or getattr(adapter, "device", usual))
-
-    def predicted(batch: Batch) -> tuple[Prediction, Tensor | None]:
-        return predict(batch), batch.get("labels")
-
-    predictions, labels, back = over_dataset(predicted, data, collate, place, **options)
+    predictions, labels, back = over_dataset(
+        lambda batch: (predict(batch), batch.get("labels")),
+        data,
+        collate,
+        torch.device(device or getattr(adapter, "device", usual)),
+        **options,
+    )
     return Prediction(Prediction.cat(predictions).samples.cpu()[:, back]), labels
 
 
 def over_dataset(
-    of_batch: Callable[[Batch], tuple[Found, Tensor | None]],
+    of_batch: Callable[[Batch], tuple[T, Tensor | None]],
     data: Any,
     collate: Collate | None,
     device: torch.device,
@@ -215,25 +207,24 @@ def over_dataset(
     precision: str = "auto",
     progress: bool | None = None,
     description: str = "predict",
-) -> tuple[list[Found], Tensor | None, Any]:
+) -> tuple[list[T], Tensor | None, Any]:
     """Results of ``of_batch`` by batch, its tensors in the data's order, and the index for that."""
     check_count("batch_size", batch_size)
     autocast = choose_precision(precision, device) == "bfloat16"
     order, total = None, None
+    back: Any = slice(None)
     if not isinstance(data, DataLoader):
-        order = sorted(range(len(data)), key=lengths_of(data).__getitem__)
-        total = -(-len(order) // batch_size)
+        order = by_length(data)
+        total, back = -(-len(order) // batch_size), torch.tensor(order).argsort()
     elif size_of(data):
         total = len(data)
-    found: list[Found] = []
-    others: list[Tensor] = []
+    results, tensors = list[T](), list[Tensor]()
     batches = batches_of(data, collate, batch_size, order)
-    for given in shown(description, batches, progress, total):
+    for batch in shown(description, batches, progress, total):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            one, other = of_batch(to_device(given, device))
-        found.append(one)
-        others += [] if other is None else [other.cpu()]
-    if 0 < len(others) < len(found):
+            result, tensor = of_batch(to_device(batch, device))
+        results.append(result)
+        tensors += [] if tensor is None else [tensor.cpu()]
+    if 0 < len(tensors) < len(results):
         raise BatchError("All batches must have labels, or none, got both; add the missing ones.")
-    back: Any = slice(None) if order is None else torch.tensor(order).argsort()
-    return found, torch.cat(others)[back] if others else None, back
+    return results, torch.cat(tensors)[back] if tensors else None, back

@@ -1,8 +1,7 @@
 """Reads public data sets from the Hugging Face hub, by the name of a task."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyro_blora.errors import DataError, first_line, near_miss
 from pyro_blora.items import Item
@@ -10,20 +9,12 @@ from pyro_blora.items import Item
 _Record = Mapping[str, Any]
 _Parts = tuple[str, tuple[str, ...], int]  # the question, choices and label of an Item
 
-_PARQUET = "refs/convert/parquet"  # the hub's own copy of a data set that has a loading script
-_ALL = {"train": "train", "validation": "validation", "test": "test"}
-_TEST_IS_VALIDATION = {"train": "train", "test": "validation"}  # the test split has no labels
 
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a task is on the hub, how a record is read, and the hub's names of the splits."""
-
+class _Source(NamedTuple):
     path: str
+    configs: tuple[str | None, ...]
     convert: Callable[[_Record], _Parts]
-    splits: Mapping[str, str]
-    configs: tuple[str | None, ...] = (None,)
-    revision: str | None = None
+    splits: Mapping[str, str]  # with their names on the hub
 
 
 def _lettered(record: _Record) -> _Parts:
@@ -33,65 +24,28 @@ def _lettered(record: _Record) -> _Parts:
     return question, tuple(texts), labels.index(record["answerKey"])
 
 
-def _winogrande(record: _Record) -> _Parts:
-    """The sentence has a blank, ``_``, and the answer is ``"1"`` or ``"2"``."""
-    return record["sentence"], (record["option1"], record["option2"]), int(record["answer"]) - 1
+def _numbered(record: _Record) -> _Parts:
+    return record["question"], tuple(record["choices"]), int(record["answer"])
 
 
+def _classes(column: str, *names: str) -> Callable[[_Record], _Parts]:
+    return lambda record: (record[column].strip(), names, int(record["label"]))
+
+
+_ALL = {"train": "train", "validation": "validation", "test": "test"}
+_NEWS = _classes("text", "World", "Sports", "Business", "Sci/Tech")
+_FILMS = _classes("sentence", "negative", "positive")
 _SOURCES = {
-    "arc_easy": _Source("allenai/ai2_arc", _lettered, _ALL, ("ARC-Easy",)),
-    "arc_challenge": _Source("allenai/ai2_arc", _lettered, _ALL, ("ARC-Challenge",)),
-    "openbookqa": _Source("allenai/openbookqa", _lettered, _ALL, ("main",)),
-    "boolq": _Source(  # without the passage, and with one question mark
-        "google/boolq",
-        lambda r: (f"{r['question'].strip().rstrip('?')}?", ("false", "true"), int(r["answer"])),
-        _TEST_IS_VALIDATION,
-    ),
-    **{
-        name: _Source("allenai/winogrande", _winogrande, _TEST_IS_VALIDATION, (name,))
-        for name in ("winogrande_xs", "winogrande_s", "winogrande_m")
-    },
-    "piqa": _Source(
-        "ybisk/piqa",
-        lambda r: (r["goal"], (r["sol1"], r["sol2"]), int(r["label"])),
-        _TEST_IS_VALIDATION,
-        revision=_PARQUET,
-    ),
-    "social_iqa": _Source(  # the label is "1" to "3"
-        "allenai/social_i_qa",
-        lambda r: (
-            f"{r['context'].strip()} {r['question'].strip()}",
-            (r["answerA"], r["answerB"], r["answerC"]),
-            int(r["label"]) - 1,
-        ),
-        _TEST_IS_VALIDATION,
-        revision=_PARQUET,
-    ),
-    **{
-        f"mmlu_{subject}": _Source(
-            "cais/mmlu",
-            lambda r: (r["question"], tuple(r["choices"]), int(r["answer"])),
-            {"test": "test"},
-            (f"college_{subject}", f"high_school_{subject}"),
-        )
-        for subject in ("chemistry", "physics")
-    },
-    "sst2": _Source(
-        "stanfordnlp/sst2",
-        lambda r: (r["sentence"].strip(), ("negative", "positive"), int(r["label"])),
-        _TEST_IS_VALIDATION,
-    ),
-    "ag_news": _Source(
-        "fancyzhx/ag_news",
-        lambda r: (r["text"].strip(), ("World", "Sports", "Business", "Sci/Tech"), int(r["label"])),
-        {"train": "train", "test": "test"},
-    ),
+    "arc_easy": _Source("allenai/ai2_arc", ("ARC-Easy",), _lettered, _ALL),
+    "arc_challenge": _Source("allenai/ai2_arc", ("ARC-Challenge",), _lettered, _ALL),
+    "openbookqa": _Source("allenai/openbookqa", ("main",), _lettered, _ALL),
+    "ag_news": _Source("fancyzhx/ag_news", (None,), _NEWS, {"train": "train", "test": "test"}),
+    # its test split has no labels
+    "sst2": _Source("stanfordnlp/sst2", (None,), _FILMS, {"train": "train", "test": "validation"}),
 }
-
-
-def hub_tasks() -> tuple[str, ...]:
-    """The names of the tasks that :func:`read_hub` can read, sorted."""
-    return tuple(sorted(_SOURCES))
+for _name in ("chemistry", "physics"):
+    _configs = (f"college_{_name}", f"high_school_{_name}")
+    _SOURCES[f"mmlu_{_name}"] = _Source("cais/mmlu", _configs, _numbered, {"test": "test"})
 
 
 def hub_splits(task: str) -> Mapping[str, str]:
@@ -107,21 +61,18 @@ def hub_splits(task: str) -> Mapping[str, str]:
 def read_hub(task: str, split: str) -> list[Item]:
     """Reads one split of a public data set from the Hugging Face hub.
 
-    Needs the ``datasets`` package, and internet at the first call. If the hub's test split has no
-    labels (BoolQ, WinoGrande, PIQA, Social IQa, SST-2), ``"test"`` is the validation split and
-    there is no ``"validation"``.
+    Needs the ``datasets`` package, and internet at the first call. The hub's test split of SST-2
+    has no labels, so that ``"test"`` is the validation split and there is no ``"validation"``.
     """
-    name = hub_splits(task)[split]
-    source, fix = _SOURCES[task], "pass data_dir (--data-dir) with JSON lines"
+    name, source = hub_splits(task)[split], _SOURCES[task]
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise DataError(f"{source.path} is on the hub: pip install datasets, or {fix}") from None
-    records: list[_Record] = []
-    try:
-        for config in source.configs:
-            records += load_dataset(source.path, config, split=name, revision=source.revision)
+
+        parts = [load_dataset(source.path, config, split=name) for config in source.configs]
     except Exception as error:  # datasets and its HTTP library raise many kinds
-        reason = first_line(error)[:160]
-        raise DataError(f"{source.path} cannot be read from the hub ({reason}): {fix}") from error
+        raise DataError(
+            f"{source.path} cannot be read from the hub ({first_line(error)[:160]}): pip install "
+            "datasets, or pass data_dir (--data-dir) with JSON lines"
+        ) from error
+    records = (record for part in parts for record in part)
     return [Item(f"{task}-{split}-{k}", *source.convert(r)) for k, r in enumerate(records)]

@@ -46,13 +46,15 @@ def reading(
     encoded = isinstance(rows[0], Mapping) and "input_ids" in rows[0]
     if collate is None:
         collate = _usual(likelihood, tokenizer, rows[0], encoded)
-    made = likelihood.read(rows, collate, net, labeled=labeled, training=training)
-    if not encoded or made is None or not is_from(collate, "transformers."):
-        return rows, made
+    collate_labels = likelihood.read(rows, collate, net, labeled=labeled, training=training)
+    if not encoded or collate_labels is None or not is_from(collate, "transformers."):
+        return rows, collate_labels
     whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
     known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
     known |= {"labels", "label", "label_ids", "context"}
-    return rows, lambda part: made([{k: row[k] for k in row if k in known} for row in part])
+    return rows, lambda part: collate_labels(
+        [{name: row[name] for name in row if name in known} for row in part]
+    )
 
 
 def _usual(
@@ -70,6 +72,5 @@ def _usual(
     if not is_text:
         return None
     raise ConfigurationError(
-        "Rows of text must have a tokenizer to read them, got none; make the adapter with "
-        "tokenizer=, set blora.tokenizer, or pass collate=."
+        "Rows of text must have a tokenizer, got none; set blora.tokenizer, or pass collate=."
     )

@@ -18,15 +18,15 @@ def keys_of(rows: Any) -> list[str]:
     columns all of its texts and tensors, unless most rows share them. A few questions with the same
     choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
     """
-    found = [_content(rows[k]) for k in range(len(rows))]
-    others = [text for question, text in filter(None, found) if not question]
+    contents = [_content(rows[k]) for k in range(len(rows))]
+    others = [text for question, text in filter(None, contents) if not question]
     if 2 * len(set(others)) < len(others):  # classes or constants, which do not tell rows apart
-        found = [each if each and each[0] else None for each in found]
+        contents = [each if each and each[0] else None for each in contents]
     questions: dict[str, set[str]] = {}
-    for question, choices in filter(None, found):
+    for question, choices in filter(None, contents):
         questions.setdefault(choices, set()).add(question)
-    keys, few = [], max(2, len(found) // 20)
-    for k, each in enumerate(found):
+    keys, few = [], max(2, len(contents) // 20)
+    for k, each in enumerate(contents):
         twins = each is not None and len(questions) > 1 and len(questions[each[1]]) <= few
         keys.append(f"row {k}" if each is None else each[1] if twins else "".join(each))
     return keys
@@ -38,8 +38,8 @@ def _content(row: Any) -> tuple[str, str] | None:
     if "choices" in read and "question" in read:
         return _plain(read["question"]), str(sorted(map(_plain, read["choices"])))
     if "input_ids" in read:
-        ids = read["input_ids"]
-        text = str(ids.tolist() if hasattr(ids, "tolist") else [*map(_listed, ids)])
+        ids = _listed(read["input_ids"])
+        text = str([*map(_listed, ids)])
     elif "text" in read or "prompt" in read:
         text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
     else:
@@ -66,26 +66,22 @@ def _draw(key: str, salt: str) -> float:
 
 
 def chosen(rows: Any, share: float, salt: str, *, exact: bool = False) -> list[int]:
-    """The places of a share of the rows, but of one key at least, and not of all.
+    """The places of about a share of the rows, by their texts; none if the share is below a row.
 
-    A row stays on its side of the split when others are added, and about this share is chosen; or
-    if ``exact`` this share, but for the rows of a key, and a few rows change sides. None is chosen
-    if the share is less than a row. Different salts make independent choices.
+    A row stays on its side of the split when others are added, unless the share is ``exact``.
+    Different salts make independent choices.
     """
     count = int(share * len(rows))
     if count == 0:
         return []
     draws = [_draw(key, salt) for key in keys_of(rows)]
     limit = max(sorted(draws)[count] if exact else share, min(draws) * (1 + 1e-12))
-    found = [k for k, draw in enumerate(draws) if draw < limit]
-    return found if len(found) < len(draws) else []
+    places = [k for k, draw in enumerate(draws) if draw < limit]
+    return places if len(places) < len(draws) else []
 
 
 def first(rows: Sequence[Any], count: int | None) -> list[Any]:
-    """At most ``count`` of the rows, in their order: a fixed choice of texts, wherever they stand.
-
-    A file may be sorted by class, so that its first rows would not do.
-    """
+    """At most ``count`` of the rows, in their order: a fixed choice, as files may be sorted."""
     if count is None or count >= len(rows):
         return list(rows)
     draws = [_draw(key, "first") for key in keys_of(rows)]

@@ -35,8 +35,7 @@ def read_table(data: Any) -> Any:
         return data.with_format(None, **shown)  # texts and numbers as they are; a transform is kept
     if isinstance(data, Mapping):
         raise DataError(
-            f"Examples must be of one split, got {list(data)}; pass data[split], or all of them to "
-            "load_task."
+            f"Examples must be of one split, got {list(data)}; pass data[split], or use load_task."
         )
     return data
 
@@ -50,12 +49,10 @@ def _read_file(path: Path) -> Any:
         raise DataError(f"{path} must be a file, got none; check the name and the current folder.")
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise DataError(f"{path} needs the package datasets: pip install datasets.") from None
-    try:
+
         return load_dataset(path.suffix[1:], data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # datasets and the libraries that it uses raise many kinds
-        raise DataError(f"{path} cannot be read: {first_line(error)[:200]}") from error
+        raise DataError(f"{path} cannot be read by datasets: {first_line(error)[:200]}") from error
 
 
 def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> list[Any]:
@@ -71,13 +68,11 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                record, known = json.loads(line), {"id": f"{path.stem}-{number}"}
-                is_item = (
-                    only_items
-                    or not isinstance(record, dict)
-                    or {*record} >= {"question", "choices"}
-                )
-                items.append(item_of(record, known) if is_item else record)
+                record = json.loads(line)
+                is_row = isinstance(record, dict) and not {*record} >= {"question", "choices"}
+                if only_items or not is_row:
+                    record = item_of(record, {"id": f"{path.stem}-{number}"})
+                items.append(record)
         except ValueError as error:  # invalid JSON, UTF-8 or item
             raise DataError(f"{path}, line {number}: {error}") from None
     if not items:
@@ -87,16 +82,13 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
 
 def splits_in(folder: Path) -> dict[str, Path]:
     """The files of the splits in a task's folder, such as ``train.jsonl``, by name."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*")):
-        if file.suffix not in FILES:
-            continue
-        if (other := found.setdefault(file.stem, file)) != file and file.stem in SPLITS:
+    files: dict[str, Path] = {}
+    for file in sorted(file for file in folder.glob("*") if file.suffix in FILES):
+        if (other := files.setdefault(file.stem, file)) != file and file.stem in SPLITS:
             raise DataError(
-                f"{folder} must have one file for each split, got {other.name} and {file.name}; "
-                "remove one."
+                f"{folder} must have one file for each split, got {other.name} and {file.name}."
             )
-    return found
+    return files
 
 
 def _missing(path: Path) -> str:
@@ -109,14 +101,6 @@ def _missing(path: Path) -> str:
     return f"{path} is missing, and {data_dir} has no TASK/SPLIT.jsonl: name another folder"
 
 
-def _check_columns(row: Mapping[str, Any]) -> None:
-    if unread := {"prompt", "completion", "text_pair"} & set(row):
-        raise DataError(
-            f"A task must have texts with classes, or options, got {', '.join(sorted(unread))}"
-            "; use fit and blora.predict_dataset, or evaluate_text for completions."
-        )
-
-
 def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     """The items of each split, in which the classes of ``text`` and ``label`` are the choices."""
     tables = {split: read_table(data) for split, data in splits.items()}
@@ -124,18 +108,22 @@ def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
     texts = isinstance(some, Mapping) and "question" not in some
     names: list[str] = []
     if texts:
-        _check_columns(some)
         for table in tables.values():
+            columns = {name for k in range(len(table)) for name in table[k]}
+            if unread := {"prompt", "completion", "text_pair"} & columns:
+                raise DataError(
+                    f"A task must have texts with classes, or options, got {sorted(unread)}; use "
+                    "fit and blora.predict_dataset, or evaluate_text for completions."
+                )
             check_rows(table, "text", "label")
         names = [str(name) for name in names_of(*tables.values())]
-    found: dict[str, list[Item]] = {}
+    items: dict[str, list[Item]] = {}
     for split, table in tables.items():
-        found[split], own = [], classes_of(table) if texts else []
+        items[split], table_names = [], classes_of(table) if texts else []
         for k in range(len(table)):
             row = table[k]
             if texts:
-                _check_columns(row)
-                label = names.index(str(name_of(row, own)))
+                label = names.index(str(name_of(row, table_names)))
                 row = {"question": row["text"], "choices": names, "label": label}
-            found[split].append(item_of(row, {"id": f"{split}-{k}"}))
-    return found
+            items[split].append(item_of(row, {"id": f"{split}-{k}"}))
+    return items

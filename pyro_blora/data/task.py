@@ -16,7 +16,6 @@ from pyro_blora.items import QUESTION, Item, Template, item_of, template_for
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from pyro_blora.likelihoods import Likelihood
 
@@ -44,10 +43,7 @@ class Task:
         return f"Task({self.name!r}: {sizes}, scored by {self.template.scoring})"
 
     def collator(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        max_length: int = 512,
-        net: "nn.Module | None" = None,
+        self, tokenizer: Any, max_length: int = 512, net: "nn.Module | None" = None
     ) -> Any:
         """The collator of this task's items, whose rows have at most ``max_length`` tokens.
 
@@ -70,8 +66,8 @@ class Task:
         That of a classifier names its classes in the order of ``collate``: for a head that somebody
         trained in another order, pass ``SequenceClassification(classes=[...])`` instead.
         """
-        found: Likelihood = collate.likelihood(num_data=len(self.train) or None)
-        return found
+        likelihood: Likelihood = collate.likelihood(num_data=len(self.train) or None)
+        return likelihood
 
     def outside(self, data: Any) -> tuple[Item, ...]:
         """Questions of which no choice is right, as items of this task with a label of no meaning.
@@ -81,15 +77,13 @@ class Task:
         """
         if isinstance(data, list):
             data = [{"text": row} if isinstance(row, str) else row for row in data]
-        table, choices = read_table(data), self.test[0].choices
-        found = []
+        table, choices, items = read_table(data), self.test[0].choices, []
         for k in range(len(table)):
             row = table[k]
             if not isinstance(row, Item):
-                row = {"choices": choices, **row, "label": 0}
-                row = item_of({"question": row.get("text"), **row}, {"id": f"outside-{k}"})
-            found.append(row)
-        return tuple(found)
+                row = {"question": row.get("text"), "choices": choices, **row, "label": 0}
+            items.append(item_of(row, {"id": f"outside-{k}"}))
+        return tuple(items)
 
 
 def load_task(
@@ -111,9 +105,10 @@ def load_task(
     choice of their items. Test items are used for nothing else.
 
     Args:
-        data: ``"facts"``, which is always the built-in data set; a folder in ``data_dir``; one of
-            :func:`~pyro_blora.data.hub_tasks`; or data of your own: a CSV, JSON-lines, JSON or
-            Parquet file, a folder with ``train`` and ``test`` files, a data frame, a
+        data: ``"facts"``, which is always the built-in data set; a folder in ``data_dir``; from the
+            hub ``"arc_easy"``, ``"arc_challenge"``, ``"openbookqa"``, ``"mmlu_chemistry"``,
+            ``"mmlu_physics"``, ``"sst2"`` or ``"ag_news"``; or data of your own: a CSV, JSON-lines,
+            JSON or Parquet file, a folder with ``train`` and ``test`` files, a data frame, a
             ``datasets.Dataset`` or ``DatasetDict``, or a list of dictionaries. Rows have the
             columns ``text`` and ``label``, whose classes are then the choices, or ``question``,
             ``choices`` and ``label``. Without a test split about a fifth of the texts are test
@@ -181,18 +176,18 @@ def _splits(
 
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """The splits in order, by the names that they have in a task."""
-    found = {SPLITS[name]: data for name, data in given.items() if name in SPLITS}
-    if not {"train", "test"} & set(found):
+    splits = {SPLITS[name]: data for name, data in given.items() if name in SPLITS}
+    if not {"train", "test"} & set(splits):
         raise DataError(f"A task must have a split train or test, got {list(given)}; rename one.")
-    if len(found) < len(set(SPLITS) & set(given)):
+    if len(splits) < len(set(SPLITS) & set(given)):
         raise DataError(f"A task must have one validation split, got {list(given)}; leave one out.")
-    return {split: found[split] for split in dict.fromkeys(SPLITS.values()) if split in found}
+    return {split: splits[split] for split in dict.fromkeys(SPLITS.values()) if split in splits}
 
 
 def _hold_out(
     items: list[Item], max_train: int | None, max_validation: int
 ) -> tuple[list[Item], list[Item]]:
-    """Splits shuffled training items into training and validation items, which share no key."""
+    """Splits shuffled training items into training and validation items that share no key."""
     keys = keys_of(items)
     if max_train is not None and max_train + max_validation <= len(items):
         cut, end = max_train, max_train + max_validation

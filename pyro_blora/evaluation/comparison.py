@@ -89,13 +89,13 @@ class Entry:
     view: View
 
 
-def entry(name: str, own: Sequence[Method] = ()) -> Entry:
-    """The entry of a row ``NAME`` or ``KIND:NAME``, of one's own methods or the known ones."""
+def entry(name: str, methods: Sequence[Method] = ()) -> Entry:
+    """The entry of a row ``NAME`` or ``KIND:NAME``, of one of these methods or a known one."""
     kind, _, base = name.partition(":")
     if not base or kind not in VIEWS:
         kind, base = "", name
-    named = {method.name: method for method in own}
-    return Entry(name, named.get(base) or get_method(base), VIEWS.get(kind, View()))
+    method = next((method for method in methods if method.name == base), None)
+    return Entry(name, method or get_method(base), VIEWS.get(kind, View()))
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Result:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` found: a row for each method and seed.
+    """The results of :func:`compare`: a row for each method and seed.
 
     It prints as a table of means and deviations over the seeds, and a notebook shows it as one.
 
@@ -126,11 +126,11 @@ class Comparison:
     title: str = ""
 
     def by_method(self) -> dict[str, list[Row]]:
-        """The rows of each method, in the order in which they were asked for."""
-        found: dict[str, list[Row]] = {}
+        """The rows of each method, in the order in which they were passed."""
+        rows: dict[str, list[Row]] = {}
         for row in self.rows:
-            found.setdefault(row.method, []).append(row)
-        return found
+            rows.setdefault(row.method, []).append(row)
+        return rows
 
     def differences(
         self, reference: str | None = None
@@ -150,38 +150,37 @@ class Comparison:
         reference = next(iter(by)) if reference is None else reference
         if reference not in by:
             raise ConfigurationError(f"reference must be one of {list(by)}, got {reference!r}.")
-        base = {row.seed: row for row in by[reference]}
-        found = {}
-        for method, own in by.items():
-            pairs = [(row, base[row.seed]) for row in own if row.seed in base]
-            if method == reference or not pairs:
-                continue
-            each = [[item_scores(r.probs, r.labels)[:2] for r in pair] for pair in pairs]
-            gaps = torch.stack([mine - other for mine, other in each])
+        base = {row.seed: item_scores(row.probs, row.labels) for row in by.pop(reference)}
+        differences = {}
+        for method, rows in by.items():
+            scores = [item_scores(row.probs, row.labels) - base[row.seed] for row in rows]
+            gaps = torch.stack(scores)[:, :2]  # without the terms of the ECE
             both = zip(gaps.mean((0, -1)).tolist(), error_of(gaps).tolist(), strict=True)
-            found[method] = dict(zip(("nll", "brier"), both, strict=True))
-        return found
+            differences[method] = dict(zip(("nll", "brier"), both, strict=True))
+        return differences
 
     def columns(self) -> dict[str, list[str]]:
         """The table's columns by title, an entry for each method."""
         by = self.by_method()
         weak = {row.method for row in self.rows if not row.has_learned}
-        found = {"method": [f"{n} (has not learned)" if n in weak else n for n in by]}
+        columns = {"method": [f"{n} (has not learned)" if n in weak else n for n in by]}
         for title, (key, factor, form) in _MEASURED.items():
-            each = [[factor * getattr(row, key) for row in own] for own in by.values()]
-            found[title] = [_spread(values, form) for values in each]
+            each = [[factor * getattr(row, key) for row in rows] for rows in by.values()]
+            columns[title] = [_spread(values, form) for values in each]
         if len(by) > 1:
-            gaps = {name: gap["nll"] for name, gap in self.differences().items()}
-            told = {name: f"{gap:+.3f} ± {error:.3f}" for name, (gap, error) in gaps.items()}
-            found[f"NLL minus {next(iter(by))}'s"] = [told.get(name, "") for name in by]
+            gaps = [gap["nll"] for gap in self.differences().values()]
+            texts = [f"{gap:+.3f} ± {error:.3f}" for gap, error in gaps]
+            columns[f"NLL minus {next(iter(by))}'s"] = ["", *texts]
         for doubt in dict.fromkeys(doubt for row in self.rows for doubt in row.auroc):
             title = f"AUROC % out of scope, {doubt.replace('_', ' ')}"
-            each = [[100 * r.auroc[doubt] for r in own if doubt in r.auroc] for own in by.values()]
-            found[title] = [_spread(values, ".1f") for values in each]
+            each = [
+                [100 * r.auroc[doubt] for r in rows if doubt in r.auroc] for rows in by.values()
+            ]
+            columns[title] = [_spread(values, ".1f") for values in each]
         for key in ("temperature_by", "labels_beside_training", "passes"):
-            texts = [dict.fromkeys(str(getattr(row, key)) for row in own) for own in by.values()]
-            found[key.replace("_", " ")] = [", ".join(values) for values in texts]
-        return found
+            values = [dict.fromkeys(str(getattr(row, key)) for row in rows) for rows in by.values()]
+            columns[key.replace("_", " ")] = list(map(", ".join, values))
+        return columns
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
@@ -196,8 +195,7 @@ class Comparison:
     _repr_markdown_ = __str__
 
     def __rich__(self) -> Table:
-        how: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
-        table = Table(title=self.title or None, **how)
+        table = Table(title=self.title or None, box=None, padding=(0, 1, 0, 0), pad_edge=False)
         columns = self.columns()
         del columns["Brier"]  # for which 80 columns have no room
         for name, cells in columns.items():
@@ -212,8 +210,8 @@ class Comparison:
     def plot(self) -> Any:
         """A reliability diagram for each method, which pools the predictions of all seeds."""
         pooled = {
-            method: (torch.cat([row.probs for row in own]), torch.cat([row.labels for row in own]))
-            for method, own in self.by_method().items()
+            name: (torch.cat([row.probs for row in rows]), torch.cat([row.labels for row in rows]))
+            for name, rows in self.by_method().items()
         }
         return reliability_diagram(pooled)
 
@@ -279,7 +277,7 @@ def compare(
             The table then says how well each method's doubts separate them from the test items.
         out: a folder for the results. After an interruption the same call continues from there;
             with other methods or seeds it trains what is missing. Default: nothing is written.
-        callback: called with each row when it is done, and first with those found in ``out``.
+        callback: called with each row when it is done, and first with those that ``out`` has.
         training: further options of ``fit``, for all methods, but none that reads validation items.
 
     Raises:
@@ -295,21 +293,20 @@ def compare(
     """
     check_count("num_steps", num_steps)
     check_count("num_samples", num_samples, 0)
-    methods = [methods] if isinstance(methods, str) else list(methods)
-    if not methods or not len(seeds):
+    entries = {n: entry(n, own) for n in ([methods] if isinstance(methods, str) else methods)}
+    if not entries or not len(seeds):
         raise ConfigurationError("methods and seeds must not be empty; name at least one of each.")
-    entries = {name: entry(name, own) for name in methods}
-    limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
-    limits["max_test"] = max_test
     if reads := {"validation", "keep_best", "patience"} & training.keys():
         raise ConfigurationError(
             f"Labels beside training must be counted, got {min(reads)}=; ask for a row best:METHOD."
         )
+    limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
+    limits["max_test"] = max_test
     given = data if isinstance(data, Task) else None
-    if given and (data_dir, *limits.values()) != (None, None, 200, None):
+    if given and (data_dir, max_train, max_validation, max_test) != (None, None, 200, None):
         raise ConfigurationError(
-            "A Task must come without data_dir and limits, because it is taken as it is, got "
-            f"{limits} and data_dir={data_dir!r}; give them to load_task."
+            "A Task must come without data_dir and limits, which are for load_task, got "
+            f"{limits} and data_dir={data_dir!r}."
         )
     whole = given or load_task(data, data_dir=data_dir)
     tasks = {
@@ -324,18 +321,19 @@ def compare(
             f"{split} must have items to hold out for its temperature, got none of "
             f"{len(task.train)} with held_out={share}; give more rows, or leave held_out out."
         )
-    how: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
-    how |= {"target_modules": target_modules, "precision": choose_precision(precision), **training}
     wanting = next((each.name for each in entries.values() if each.view.reads_validation), None)
     if not task.test or (wanting and not task.validation):
         needs = f"validation items for {wanting}" if task.test else "test items"
         raise ConfigurationError(f"{task!r} must have {needs}; give more rows, or another split.")
-    settings: dict[str, Any] = {"network": network, "task": task.name, **limits, **how}
+    options: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
+    options |= {"target_modules": target_modules, "precision": choose_precision(precision)}
+    options |= training
+    settings: dict[str, Any] = {"network": network, "task": task.name, **limits, **options}
     settings["data"] = _digest((whole.template, whole.train, whole.validation, whole.test))
     others = None if outside is None else task.outside(outside)
     if others is not None:
         settings["outside"] = _digest(others)
-    settings["methods"] = {each.method.name: _said(each.method) for each in entries.values()}
+    settings["methods"] = {each.method.name: _settings(each.method) for each in entries.values()}
     settings.pop("progress", None)
     sizes = f"{len(task.train)} training and {len(task.test)} test items"
     name = network if isinstance(network, str) else type(network[0]).__name__
@@ -346,8 +344,8 @@ def compare(
         check_folder(folder)
         settings |= _content(network)
         done = {(row.method, row.seed): row for row in read(settings, folder)}
-    asked = list(product(entries, tasks))
-    for key in asked:
+    keys = list(product(entries, tasks))
+    for key in keys:
         if callback and key in done:
             callback(done[key])
     pair: Any = None if isinstance(network, str) else network
@@ -362,7 +360,7 @@ def compare(
         sets = {"test": (task.test, collate)}
         if others:
             sets["outside"] = (others, collate)
-        options = {"validate_every": max(1, num_steps // 3), "seed": seed, **how}
+        options = {"validate_every": max(1, num_steps // 3), "seed": seed, **options}
         for result in train_and_score(
             pair[0], task, missing, collate=collate, data=sets, **options
         ):
@@ -371,10 +369,10 @@ def compare(
                 write(list(done.values()), settings, folder)
             if callback:
                 callback(row)
-    found = Comparison([done[key] for key in asked], title)
+    comparison = Comparison([done[key] for key in keys], title)
     if folder is not None:
-        save_figure(found.plot(), folder / DIAGRAM)
-    return found
+        save_figure(comparison.plot(), folder / DIAGRAM)
+    return comparison
 
 
 def _digest(value: object) -> str:
@@ -387,20 +385,20 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
         net, tokenizer = network
         prints = {name: tensor.tolist() for name, tensor in fingerprint(net).items()}
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        made = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-        made = {**made, "truncation": None, "padding": None}  # which each call sets
-        said = _digest((sorted(made.items()), tokenizer.special_tokens_map))
+        words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        words |= {"truncation": None, "padding": None}  # which each call sets
         config: Any = getattr(net, "config", None)
-        made_of = (prints, config.to_json_string() if config else "")
-        return {"network": [type(net).__name__, _digest(made_of)], "tokenizer": said}
+        weights = _digest((prints, config.to_json_string() if config else ""))
+        tokens = _digest((sorted(words.items()), tokenizer.special_tokens_map))
+        return {"network": [type(net).__name__, weights], "tokenizer": tokens}
     place = Path(network)
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     files = [f for f in files if f.suffix in _FILES and f.is_file() and f.stat().st_size]
     return {f.name: hashlib.sha256(np.memmap(f, mode="r").data).hexdigest() for f in files}
 
 
-def _said(method: Method) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(method))  # of a function, other in each process
+def _settings(method: Method) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(method))  # addresses differ in each process
 
 
 def train_and_score(
@@ -419,9 +417,8 @@ def train_and_score(
 ) -> Iterator[Result]:
     """The results of entries under one seed, with one training for those that share it.
 
-    The network is given back after each training. The validation items choose the best step, and
-    are predicted besides ``data`` if a view has a temperature from them. ``num_samples`` is for
-    methods without a number of their own; ``training`` has options of :func:`scored` and ``fit``.
+    ``num_samples`` is for methods without a number of their own; ``training`` has options of
+    :func:`scored` and ``fit``.
     """
     groups: dict[tuple[str, bool], list[Entry]] = {}
     for each in entries:
@@ -444,9 +441,11 @@ def train_and_score(
         sets = dict(data)
         if any(view.is_rescaled for view in views.values()):
             sets["validation"] = (task.validation, collate)
-        how: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
-        how |= {"collate": collate, "data": sets, "seed": seed, **training}
-        yield from scored(blora, task, views=views, **how)
+        if split:
+            training = {"held_out": MultipleChoice.held_out, **training}
+        yield from scored(
+            blora, task, collate=collate, views=views, data=sets, seed=seed, **training
+        )
 
 
 def scored(
@@ -463,32 +462,30 @@ def scored(
 ) -> Iterator[Result]:
     """Trains an adapter on a task, predicts and scores by each view, and unwraps its network.
 
-    Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is; ``training``
-    is that of :func:`compare`.
+    Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is.
     """
-    how: dict[str, Any] = {"precision": precision}
     by_state = sorted(views, key=lambda name: get_args(State).index(views[name].state))
-    fitted, found = FitResult(), {}
+    fitted, done = FitResult(), {}
     try:
         if num_steps:
             if any(view.state == "best" for view in views.values()):
                 training["validation"] = task.validation
-            training |= {"collate": collate, "num_steps": num_steps, "seed": seed, **how}
-            fitted = fit(blora, task.train, **training)
+            training |= {"collate": collate, "num_steps": num_steps, "seed": seed}
+            fitted = fit(blora, task.train, precision=precision, **training)
         for name in by_state:
             view = views[name]
-            if view not in found:
+            if view not in done:
                 if view.state == "distilled":
-                    blora.distill(task.train, collate, **how)
+                    blora.distill(task.train, collate, precision=precision)
                 elif view.state == "best" and fitted.best_state is not None:
                     _return_to_best(blora, task, fitted, collate, precision)
-                options = {"linearized": view.linearized, **how}
+                options: dict[str, Any] = {"linearized": view.linearized, "precision": precision}
                 options["description"] = f"{name}, seed {seed}"
                 predictions = {}
-                for key, (items, own) in data.items():
+                for key, (items, collator) in data.items():
                     torch.manual_seed(seed)
                     predictions[key] = blora.predict_dataset(
-                        items, own, view.num_samples, **options
+                        items, collator, view.num_samples, **options
                     )
                 metrics = {key: evaluate(p.probs, y) for key, (p, y) in predictions.items()}
                 linear = blora.method.linearized if view.linearized is None else view.linearized
@@ -496,8 +493,8 @@ def scored(
                 passes = first.num_samples
                 if linear and view.num_samples:  # a forward, and a backward for each other class
                     passes = first.probs.shape[-1]
-                found[view] = predictions, metrics, passes
-            yield Result(name, view, *found[view], fitted, blora)
+                done[view] = predictions, metrics, passes
+            yield Result(name, view, *done[view], fitted, blora)
     finally:
         blora.unwrap()
 
@@ -509,11 +506,10 @@ def _return_to_best(
     assert fitted.best_state is not None
     blora.load_state_dict(fitted.best_state)
     train, held = hold_out(task.train, fitted.settings["held_out"])
-    how: dict[str, Any] = {"collate": collate, "precision": precision}
     if post_hoc_families(blora):
-        finish(blora, train, num_held_out=len(held), **how)
+        finish(blora, train, num_held_out=len(held), collate=collate, precision=precision)
     if held:
-        blora.calibrate(held, **how)
+        blora.calibrate(held, collate, precision=precision)
 
 
 def _row(result: Result, seed: int, task: Task) -> Row:
@@ -529,11 +525,11 @@ def _row(result: Result, seed: int, task: Task) -> Row:
         held, held_labels = result.predictions["validation"]
         temperature = fit_temperature(held.probs.log(), held_labels)
         probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
-    found = evaluate(probs, labels)
-    scores = (found.acc, found.ece, found.nll, found.brier)
+    metrics = evaluate(probs, labels)
+    scores = (metrics.acc, metrics.ece, metrics.nll, metrics.brier)
     used = len(task.validation) if view.reads_validation else 0
+    sizes = (len(task.train), metrics.n, by, used)
     costs = (result.passes, fitted.seconds, numbers)
-    sizes = (len(task.train), found.n, by, used)
     row = Row(result.row, seed, *scores, *sizes, *costs, probs, labels, fitted.has_learned)
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]

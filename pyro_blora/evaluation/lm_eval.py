@@ -58,14 +58,11 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         if HFLM is None:
-            raise ConfigurationError(
-                "PosteriorLM needs lm-evaluation-harness: pip install lm_eval."
-            )
+            raise ConfigurationError("PosteriorLM needs the package lm_eval; install it by pip.")
         output_head(blora.net)
         if getattr(blora.guide, "reads_context", False):
             raise ConfigurationError(
-                f"{blora.guide_family!r} has its own posterior for every batch, but all requests "
-                "of a task must be scored under the same draws; take a guide that is not amortized."
+                f"{blora.guide_family!r} has no draws for all requests; take another guide."
             )
         if samples is None and num_samples:
             blora.method.check_draws()
@@ -115,8 +112,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
     @torch.no_grad()
     def _joint(self, rows: Sequence[_Row]) -> Sequence[Tensor]:
         """``log p(y_1 ... y_{t-1}, v | x)`` for every token ``v``, ``(n, V)`` for each row."""
-        texts = [torch.tensor(text) for text, _ in rows]
-        counts = [count for _, count in rows]
+        texts, counts = [torch.tensor(text) for text, _ in rows], [count for _, count in rows]
         spans = [torch.arange(len(t) - n, len(t)) for t, n in zip(texts, counts, strict=True)]
         ones = [[torch.ones_like(part) for part in parts] for parts in (texts, spans)]
         inputs, positions, attended, real = (

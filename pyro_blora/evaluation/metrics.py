@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
+from scipy.stats import binom
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.distributions import Binomial
 from torch.nn.functional import one_hot
-from torchmetrics.functional.classification import binary_auroc
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
@@ -18,26 +18,6 @@ from pyro_blora.generation.generate import Generation
 from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.posterior.temperature import best_temperature
 from pyro_blora.updates import LowRankUpdate
-
-__all__ = [
-    "CRITERIA",
-    "Metrics",
-    "OutOfScope",
-    "TextMetrics",
-    "auroc",
-    "doubts",
-    "ece_by_chance",
-    "effective_rank",
-    "error_of",
-    "evaluate",
-    "evaluate_text",
-    "fit_temperature",
-    "item_scores",
-    "out_of_scope",
-    "rank",
-    "risk_coverage",
-    "threshold_for",
-]
 
 CRITERIA = ("mutual_information", "entropy", "random")
 
@@ -160,10 +140,10 @@ def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
     """Scores that should be large where an answer is wrong, ``(n,)`` each."""
     if isinstance(prediction, Generation):
         return {"entropy": prediction.mean_entropy, "mutual_information": prediction.epistemic}
-    found = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
+    scores = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
-        found["mutual_information"] = prediction.mutual_information
-    return found
+        scores["mutual_information"] = prediction.mutual_information
+    return scores
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -248,8 +228,7 @@ def threshold_for(
     """
     if not (0 < risk < 1 and 0 < confidence < 1):
         raise ConfigurationError(
-            f"risk and confidence must be shares between 0 and 1, got {risk} and {confidence}; "
-            "0.05 is 5 %."
+            f"risk and confidence must be between 0 and 1, got {risk} and {confidence}."
         )
     scores = doubts(prediction)
     if by not in scores:
@@ -259,17 +238,16 @@ def threshold_for(
         )
     if labels.shape != scores[by].shape:
         raise ConfigurationError(
-            f"labels must have the shape {tuple(scores[by].shape)}, one for each answer, got "
-            f"{tuple(labels.shape)}."
+            f"labels must be one for each of {len(scores[by])} answers, got {tuple(labels.shape)}."
         )
-    if isinstance(prediction, Generation) != (labels.dtype == torch.bool):
-        raise ConfigurationError(
-            "labels must be boolean for a Generation (is the text right?) and classes for a "
-            f"Prediction, got {labels.dtype} for a {type(prediction).__name__}; convert them."
-        )
-    labels, delta = labels.cpu(), 1 - confidence
     texts = isinstance(prediction, Generation)
-    wrong = ~labels if texts else prediction.predictions.cpu() != labels
+    if texts != (labels.dtype == torch.bool):
+        raise ConfigurationError(
+            "labels must be boolean (is the text right?) for a Generation alone, got "
+            f"{labels.dtype} for a {type(prediction).__name__}."
+        )
+    right = labels.cpu() if texts else prediction.predictions.cpu() == labels.cpu()
+    wrong, delta = ~right, 1 - confidence
 
     def fewest(m: int) -> int:  # (1 - risk)^k is the p-value of no error in k answers
         return math.ceil(math.log(delta / m) / math.log1p(-risk))
@@ -277,13 +255,12 @@ def threshold_for(
     m = max((m for m in range(2, 64) if fewest(m) << m - 1 <= len(wrong)), default=1)
     begins = [fewest(m) << i for i in range(m)]
     threshold, level, before = -math.inf, 0.0, 0
-    thresholds = _at_thresholds(scores[by].cpu(), wrong)
-    for value, kept, errors in zip(*(x.tolist() for x in thresholds), strict=True):
-        level += delta / m * sum(before < begin <= kept for begin in begins)
-        before = kept
+    values, kept, errors = _at_thresholds(scores[by].cpu(), wrong)
+    p_values = binom.cdf(errors.numpy(), kept.numpy(), risk)
+    for value, count, p_value in zip(values.tolist(), kept.tolist(), p_values, strict=True):
+        level += delta / m * sum(before < begin <= count for begin in begins)
+        before = count
         if level:
-            law = Binomial(kept, torch.tensor(risk, dtype=torch.float64))
-            p_value = law.log_prob(torch.arange(errors + 1).double()).exp().sum()
             threshold, level = (value, level) if p_value <= level else (threshold, 0.0)
     if threshold == -math.inf:
         warnings.warn(
@@ -300,16 +277,13 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     This is the area under the receiver operating characteristic. A tie counts half; 0.5 is chance.
     """
-    truth = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
-    scores = torch.cat([inside, outside])
-    # binary_auroc takes values outside [0, 1] for logits
-    _, ranks = scores.unique(return_inverse=True)
-    return float(binary_auroc(ranks.float() / max(1, int(ranks.max())), truth.to(scores.device)))
+    truth = [0] * len(inside) + [1] * len(outside)
+    return float(roc_auc_score(truth, torch.cat([inside, outside]).double().cpu().numpy()))
 
 
 @dataclass(frozen=True)
 class OutOfScope:
-    """How well a doubt tells questions that were never taught, as :func:`out_of_scope` says."""
+    """How well a doubt separates questions out of scope, as :func:`out_of_scope` defines it."""
 
     auroc: float
     false_positive_rate: float
@@ -347,16 +321,16 @@ def out_of_scope(
 
         print(out_of_scope(blora.predict(questions), blora.predict(others)))
     """
-    known = doubts(inside).keys() & doubts(outside).keys()
-    if by not in known:
-        raise ConfigurationError(f"by must be one of {sorted(known)}, got {by!r}.")
+    names = doubts(inside).keys() & doubts(outside).keys()
+    if by not in names:
+        raise ConfigurationError(f"by must be one of {sorted(names)}, got {by!r}.")
     if not 0 < recall <= 1:
         raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
-    mine, others = (doubts(each)[by].double().cpu() for each in (inside, outside))
-    kept = math.ceil(recall * len(mine) - 1e-9)
-    threshold = mine.sort().values[kept - 1]
-    rate = float((others <= threshold).double().mean())
-    return OutOfScope(auroc(mine, others), rate, float(threshold))
+    known, unknown = (doubts(each)[by].double().cpu() for each in (inside, outside))
+    answered = math.ceil(recall * len(known) - 1e-9)
+    threshold = known.sort().values[answered - 1]
+    rate = float((unknown <= threshold).double().mean())
+    return OutOfScope(auroc(known, unknown), rate, float(threshold))
 
 
 @torch.no_grad()
@@ -425,8 +399,7 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
     """
     if not num_tokens.all():
         raise BatchError(
-            f"Each text must have a scored token, got {int((num_tokens == 0).sum())} without one; "
-            "look for rows whose labels are all -100, and for empty completions."
+            f"{int((num_tokens == 0).sum())} texts have no scored token; is a completion empty?"
         )
     total = -float(log_probs.double().sum())
     per_token, per_text = total / int(num_tokens.sum()), total / len(log_probs)
@@ -444,8 +417,7 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
     if by == "mutual_information" and prediction.num_samples < 2:
         raise ConfigurationError(
-            "A single draw has no mutual information to rank by; predict with num_samples=2 or "
-            "more, or rank by 'entropy'."
+            "A single draw has no mutual information; predict with more, or rank by 'entropy'."
         )
     scores: Tensor = getattr(prediction, by)
     return scores.argsort(descending=True, stable=True)
@@ -475,8 +447,7 @@ def effective_rank(update: LowRankUpdate) -> Tensor:
     square = torch.linalg.svdvals(R_b @ R_a.mT).square()
     total = square.sum(-1, keepdim=True)
     p = square / total.clamp_min(torch.finfo(square.dtype).tiny)
-    rank = torch.special.entr(p).sum(-1).exp()
-    return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+    return torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
 
 
 @torch.no_grad()

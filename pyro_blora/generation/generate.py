@@ -1,8 +1,7 @@
 """Generation under the posterior: transformers' ``generate``, on the average of S sampled models.
 
 Two hooks turn the network into that average: one repeats the inputs of a pass, so that each draw
-has its own rows and key-value cache, and the other averages the logits of the draws. Decoding,
-streamers, processors and stopping criteria are therefore transformers' own.
+has rows and a key-value cache for itself, and the other averages the logits of the draws.
 """
 
 import copy
@@ -93,7 +92,7 @@ def generate(
     The draws are the same for the whole text, dropout is off, and a prior's conditional noise is
     drawn anew in each pass. Temperature, ``top_p``, penalties and the like act on the logits
     :math:`\log \bar p + \tfrac1S \sum_s \log \sum_v e^{l_{sv}}` of the average; these are the
-    network's own logits if all draws are alike.
+    logits of the network if all draws are alike.
 
     Args:
         posterior: the adapter's posterior.
@@ -116,12 +115,17 @@ def generate(
     model.check_attached()
     net = _generator(model.net)
     several_beams = (_setting(net, options, "num_beams") or 1) > 1
-    _check(num_samples, abstain_above, by)
+    if by not in get_args(By):
+        names = " or ".join(map(repr, get_args(By)))
+        raise ConfigurationError(f"by must be {names}, got {by!r}; entropy needs no draws.")
+    if abstain_above is not None and by == "mutual_information" and num_samples < 2:
+        raise ConfigurationError(
+            f"num_samples must be 2 or more to compare draws, got {num_samples}; or by='entropy'."
+        )
     for name in (*_REFUSED, *(["cache_implementation"] if several_beams else [])):
         if _setting(net, options, name) not in (None, False):
             raise ConfigurationError(
-                f"generate takes no {name}, because each token must be one pass under the draws of "
-                "this call; leave it out."
+                f"generate takes no {name}: each token must be one pass under the same draws."
             )
     warn_of_a_point(posterior.guide, num_samples)
     device = model.groups[0].device
@@ -129,8 +133,8 @@ def generate(
     if input_ids is not None:
         options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
-    names = ("input_ids", "attention_mask")
-    prompt = {name: options[name] for name in names if options.get(name) is not None}
+    keys = ("input_ids", "attention_mask")
+    prompt = {key: options[key] for key in keys if options.get(key) is not None}
     updates = posterior.pairs(prompt)(num_samples) if num_samples else posterior.mean(prompt)
     distilled = not num_samples and model.enabled and not model.likelihood.has_classes
     temperature = float(model.mean_temperature) if distilled else 1.0
@@ -138,8 +142,8 @@ def generate(
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
     if several_beams and _setting(net, options, "use_cache") is not False:
         known = inspect.signature(type(net).forward).parameters
-        name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
-        options[name] = _CacheOfDraws(average.draws, net.config)
+        key = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+        options[key] = _CacheOfDraws(average.draws, net.config)
     with ExitStack() as stack:
         stack.enter_context(in_mode(model.net, training=False))
         stack.enter_context(model.applied(updates))
@@ -193,11 +197,7 @@ class _Average:
 
 
 class _Ends(StoppingCriteria):
-    """The last criterion, which ends no row but records the rows that the others have ended.
-
-    transformers joins criteria by ``ended | criterion(...)`` and does not expose the result, so
-    this criterion returns itself, and its ``__ror__`` receives what the others have returned.
-    """
+    """The last criterion, which ends no row but records the rows that the others have ended."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []  # one bool per row, (R,), for each pass
@@ -205,6 +205,7 @@ class _Ends(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> "_Ends":
         return self
 
+    # transformers does not expose what it joins by ``ended | criterion(...)``
     def __ror__(self, ended: Tensor) -> Tensor:
         self.steps.append(ended)
         return ended
@@ -230,20 +231,8 @@ def _generator(net: nn.Module) -> Any:
         if isinstance(module, GenerationMixin) and module.can_generate():
             return module
     raise ConfigurationError(
-        f"generate needs a causal language model, got {type(net).__name__}; load it with "
-        "AutoModelForCausalLM."
+        f"generate needs a causal language model (AutoModelForCausalLM), got {type(net).__name__}."
     )
-
-
-def _check(num_samples: int, abstain_above: float | None, by: str) -> None:
-    if by not in get_args(By):
-        known = " or ".join(map(repr, get_args(By)))
-        raise ConfigurationError(f"by must be {known}, got {by!r}; entropy needs no draws.")
-    if abstain_above is not None and by == "mutual_information" and num_samples < 2:
-        raise ConfigurationError(
-            f"num_samples must be 2 or more, got {num_samples}: abstain_above={abstain_above} "
-            "compares draws. Or pass by='entropy'."
-        )
 
 
 def _setting(net: Any, options: Mapping[str, Any], name: str) -> Any:
@@ -251,8 +240,8 @@ def _setting(net: Any, options: Mapping[str, Any], name: str) -> Any:
     if name in options:
         return options[name]
     configs = (options.get("generation_config"), net.generation_config)
-    found = (getattr(config, name, None) for config in configs)
-    return next((value for value in found if value is not None), None)
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
 
 
 def _with_logits(options: dict[str, Any]) -> dict[str, Any]:
@@ -269,16 +258,16 @@ def _measured(
     out: Any, steps: list[Tensor], rows: Tensor, abstain_above: float | None, by: str
 ) -> Generation:
     """Collects the recorded uncertainty of each new token from the row that it came from."""
-    picked, rows = rows >= 0, rows.clamp_min(0)
+    is_new, rows = rows >= 0, rows.clamp_min(0)
     length = rows.shape[1]
     tokens = out.sequences[:, -length:]
     log_probs = [
         step.log_softmax(-1)[row, token]
         for step, row, token in zip(out.logits, rows.unbind(-1), tokens.unbind(-1), strict=False)
     ]
-    noted = torch.stack(steps)[torch.arange(length, device=rows.device), :, rows]  # N x T x 3
-    values = torch.cat([torch.stack(log_probs, -1).unsqueeze(-1), noted], -1)
-    values = values.masked_fill(~picked.unsqueeze(-1), math.nan)
+    recorded = torch.stack(steps)[torch.arange(length, device=rows.device), :, rows]  # N x T x 3
+    values = torch.cat([torch.stack(log_probs, -1).unsqueeze(-1), recorded], -1)
+    values = values.masked_fill(~is_new.unsqueeze(-1), math.nan)
     means = values.nanmean(1).unbind(-1)[:3]  # log-probability, entropy, mutual information
     score = means[1 if by == "entropy" else 2]
     abstained = score > (math.inf if abstain_above is None else abstain_above)

@@ -80,7 +80,7 @@ class Likelihood(Options, PyroModule):
         columns = ", ".join(map(str, row if isinstance(row, Mapping) else vars(row)))
         raise ConfigurationError(
             f"{type(self).__name__} must be given collate= for rows of {columns}, such as "
-            "LabelTokensCollator(tokenizer, template) from pyro_blora.data."
+            "LabelTokensCollator(tokenizer, template) from pyro_blora.likelihoods."
         )
 
     def read(

@@ -170,7 +170,7 @@ class TextCollator(PromptCollator):
         if longest > self.max_length:
             warnings.warn(
                 f"A text of {longest} tokens is cut to max_length={self.max_length}; pass collate="
-                "TextCollator(tokenizer, max_length=...) of pyro_blora.data to keep more of it.",
+                "TextCollator(tokenizer, max_length=...) of pyro_blora.likelihoods to keep more.",
                 stacklevel=2,
             )
         input_ids, attention_mask = self._pad(texts)

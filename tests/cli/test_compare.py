@@ -75,7 +75,7 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
     monkeypatch.setattr(comparison, "load_for", lambda *_: pytest.fail("it was read"))
     compare(out, methods, *options)
     text, there = compare(out, methods, *options, "--max-train", 20, codes=(2,))
-    assert "made with another max_train" in text
+    assert "of another max_train" in text
     assert there == found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = """
 import logging, os, sys, warnings
-import gpytorch, linear_operator, pyro, torch, torchmetrics, transformers
+import gpytorch, linear_operator, pyro, sklearn.metrics, torch, transformers
 import pyro.infer.autoguide, pyro.nn, pyro.optim
 import linear_operator.operators, linear_operator.utils.cholesky
 

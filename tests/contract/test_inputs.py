@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pyro_blora import BayesianLoRA, checkpoints
+from pyro_blora.checkpoints import peft
 from pyro_blora.checkpoints.checkpoint import read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.guides import MeanField
@@ -170,7 +171,7 @@ def test_an_edited_lora(tmp_path, blora):
     pytest.importorskip("peft")
     blora.export_peft(tmp_path)
     base = blora.unwrap()
-    config, weights = (tmp_path / n for n in (checkpoints.PEFT_CONFIG, checkpoints.PEFT_WEIGHTS))
+    config, weights = (tmp_path / n for n in (peft.PEFT_CONFIG, peft.PEFT_WEIGHTS))
     kept = {n: t for n, t in read_tensors(weights)[1].items() if "lora_B" not in n}
     right = config.read_text()
     for text in ("{", "[1]", right):

@@ -14,12 +14,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.data import ClassificationCollator, load_task
+from pyro_blora.data import load_task
 from pyro_blora.errors import CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference import bayesianize
 from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.labels import label_of
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import ClassificationCollator, SequenceClassification
 
 NAMES = ("zero", "half", "all")  # not alphabetical
 ROWS = [{"text": f"a film {k}", "label": NAMES[k % 3]} for k in range(12)]
@@ -685,7 +685,7 @@ def test_a_label_that_is_no_class_is_refused_before_the_first_step(small):
             with pytest.raises(DataError, match="got -1 in row 11; leave the row out"):
                 call(absent, collate, progress=False)
     with pytest.raises(DataError, match=r"number the classes \['pos', 'neg'\], got -1"):
-        label_of({"label": -1}, classes=["neg", "pos"], own=["pos", "neg"])
+        label_of({"label": -1}, classes=["neg", "pos"], table_names=["pos", "neg"])
     plural = [{"text": row["text"], "labels": row["label"]} for row in rows]
     for collate in (None, ClassificationCollator(small)):
         with pytest.raises(DataError, match="got text, labels in row 0; rename those that hold"):

@@ -8,17 +8,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.data import (
+from pyro_blora.data import DataError, Item
+from pyro_blora.errors import BatchError
+from pyro_blora.items import Template, template_for
+from pyro_blora.likelihoods import (
+    CausalLM,
     ClassificationCollator,
-    DataError,
-    Item,
     LabelTokensCollator,
+    MultipleChoice,
     MultipleChoiceCollator,
     TextCollator,
 )
-from pyro_blora.errors import BatchError
-from pyro_blora.items import Template, template_for
-from pyro_blora.likelihoods import CausalLM, MultipleChoice
 
 OPTIONS = template_for("facts")
 LABELS = template_for("sst2")

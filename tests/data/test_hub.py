@@ -7,10 +7,6 @@ from pyro_blora.data import Item, read_hub
 
 LETTERED = {"choices": {"text": ["a leaf", "a stone"], "label": ["1", "2"]}, "answerKey": "2"}
 TEXTS = ("a leaf", "a stone")
-CUP = {"sentence": "The _ is big.", "option1": "cup", "option2": "box", "answer": "2"}
-SOUP = {"goal": "Cool it.", "sol1": "Blow.", "sol2": "Heat.", "label": 0}
-KIM = {"context": "Kim fell.", "question": "How?", "label": "1"}
-KIM |= {"answerA": "sad", "answerB": "glad", "answerC": "proud"}
 FORCE = {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0}
 FILM = {"idx": 0, "sentence": "a fine film ", "label": 1}
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
@@ -21,10 +17,6 @@ NEWS = ("World", "Sports", "Business", "Sci/Tech")
     [
         ("arc_easy", {"question": "Heavy?", **LETTERED}, ("Heavy?", TEXTS, 1)),
         ("openbookqa", {"question_stem": "Heavy is", **LETTERED}, ("Heavy is", TEXTS, 1)),
-        ("boolq", {"question": "cold??", "answer": True}, ("cold?", ("false", "true"), 1)),
-        ("winogrande_s", CUP, ("The _ is big.", ("cup", "box"), 1)),
-        ("piqa", SOUP, ("Cool it.", ("Blow.", "Heat."), 0)),
-        ("social_iqa", KIM, ("Kim fell. How?", ("sad", "glad", "proud"), 0)),
         ("mmlu_physics", FORCE, ("Unit of force?", ("N", "J", "W", "V"), 0)),
         ("sst2", FILM, ("a fine film", ("negative", "positive"), 1)),
         ("ag_news", {"text": "Stocks rise.", "label": 2}, ("Stocks rise.", NEWS, 2)),

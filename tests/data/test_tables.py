@@ -10,11 +10,16 @@ from torch.utils.data import Subset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments
 
 from pyro_blora import BayesianLoRA, fit
-from pyro_blora.data import ClassificationCollator, TextCollator, load_task
+from pyro_blora.data import load_task
 from pyro_blora.data.tables import read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.likelihoods import MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import (
+    ClassificationCollator,
+    MultipleChoice,
+    SequenceClassification,
+    TextCollator,
+)
 
 WORDS = ("dull", "funny")
 ROWS = [{"text": f"a {WORDS[k % 2]} film {k}", "label": WORDS[k % 2]} for k in range(12)]

@@ -265,7 +265,7 @@ def test_a_method_with_a_function_is_found_again_in_another_process():
 
         return Method("mine", KroneckerInducing(core=core), MatrixNormal())
 
-    assert comparison._said(method()) == comparison._said(method())
+    assert comparison._settings(method()) == comparison._settings(method())
 
 
 def test_a_split_must_have_something_to_hold_out(encoder):

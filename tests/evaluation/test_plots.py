@@ -7,7 +7,7 @@ from matplotlib import pyplot
 from matplotlib.image import imread
 
 from pyro_blora.evaluation import plots
-from pyro_blora.evaluation.metrics import auroc, doubts, evaluate, risk_coverage
+from pyro_blora.evaluation.metrics import auroc, evaluate
 from pyro_blora.posterior.prediction import Prediction
 
 
@@ -46,21 +46,6 @@ def test_a_saved_figure_leaves_global_state_alone(tmp_path):
     assert min(imread(tmp_path / "figure.png").shape[:2]) > 300
     assert dict(mpl.rcParams) == before
     assert pyplot.get_fignums() == figures
-
-
-def test_the_risk_coverage_picture_has_a_line_for_each_doubt():
-    p, labels = random(), torch.arange(60) % 3
-    wrong = p.predictions != labels
-    *lines, oracle, overall = plots.risk_coverage_diagram(p, labels).axes[0].lines
-    for line, doubt in zip(lines, doubts(p).values(), strict=True):
-        coverage, risk, area = risk_coverage(doubt, wrong)
-        assert list(line.get_xdata()) == pytest.approx(coverage.tolist())
-        assert list(line.get_ydata()) == pytest.approx(risk.tolist())
-        assert f"AURC {area:.3f}" in line.get_label()
-    assert not oracle.get_ydata()[: int((~wrong).sum())].any()  # wrong answers come last
-    assert list(overall.get_ydata()) == pytest.approx(2 * [float(wrong.float().mean())])
-    mean = Prediction(p.samples[:1])  # of the posterior mean there is no mutual information
-    assert len(plots.risk_coverage_diagram(mean, labels).axes[0].lines) == len(lines) + 1
 
 
 def test_the_ood_picture_shows_all_items_of_both():

@@ -10,9 +10,16 @@ from own_tokenizer import build_tokenizer
 from torch.utils.data import DataLoader, default_collate
 
 from pyro_blora import BayesianLoRA, fit, guides
-from pyro_blora.data import LabelTokensCollator, MultipleChoiceCollator, Template
+from pyro_blora.data import Template
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    LabelTokensCollator,
+    MultipleChoice,
+    MultipleChoiceCollator,
+    SequenceClassification,
+)
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.temperature import best_temperature
 
