@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from pyro_blora._version import __version__
 
 if TYPE_CHECKING:
     from pyro_blora import guides, likelihoods, models

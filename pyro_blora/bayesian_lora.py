@@ -462,11 +462,11 @@ class BayesianLoRA(PyroModule):
         notes: Mapping[str, object] | None = None,
     ) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
-        checkpoint.save_pretrained(self, folder, result=result, notes=notes)
+        checkpoint.save_pretrained(self.posterior, folder, result=result, notes=notes)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the adapter; see :func:`pyro_blora.checkpoints.push_to_hub`."""
-        return checkpoint.push_to_hub(self, repo_id, **options)
+        return checkpoint.push_to_hub(self.posterior, repo_id, **options)
 
     @classmethod
     @one_at_a_time
@@ -498,7 +498,7 @@ class BayesianLoRA(PyroModule):
         )
         blora = cls(saved.net, **saved.options, tokenizer=tokenizer, fast=fast)
         try:
-            saved.load_into(blora)
+            saved.load_into(blora.posterior)
         except CheckpointError:
             blora.unwrap()
             raise
@@ -550,7 +550,7 @@ class BayesianLoRA(PyroModule):
         """
         parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
         make = partial(cls, method=method, tokenizer=tokenizer, fast=fast)
-        blora = peft.from_peft(make, net, folder, **parts)
+        blora: Self = peft.from_peft(make, net, folder, **parts)
         if blora.method.held_out is None:  # the LoRA may have learned from all examples
             blora.method = replace(blora.method, held_out=0.0)
         return blora

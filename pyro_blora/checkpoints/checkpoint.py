@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import pyro.infer.autoguide as autoguide
@@ -28,7 +28,7 @@ from torch.distributions import transform_to
 import pyro_blora.guides as guides
 import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
-from pyro_blora import __version__
+from pyro_blora._version import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
 from pyro_blora.debts import pyro_params
 from pyro_blora.errors import CheckpointError, first_line, readable
@@ -39,10 +39,8 @@ from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
 from pyro_blora.posterior.guide import start_guide
+from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.posterior.store import read_store
-
-if TYPE_CHECKING:
-    from pyro_blora.bayesian_lora import BayesianLoRA
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -51,7 +49,7 @@ _OF_BASE = "base."  # prefix of the tensors that identify the base
 
 
 def save_pretrained(
-    blora: "BayesianLoRA",
+    posterior: Posterior,
     folder: str | os.PathLike[str],
     *,
     result: Training | None = None,
@@ -68,14 +66,14 @@ def save_pretrained(
     kept.
 
     Args:
-        blora: the adapter.
+        posterior: the adapter's posterior.
         folder: the folder to write to, which is created if needed.
         result: the result of ``fit``, whose figures override notes of the same names.
         notes: further rows of the card and the JSON, such as ``{"accuracy": 0.93}``.
         place: the folder or hub id that the card's example loads.
     """
-    folder, model = Path(folder), blora.model
-    start_guide(blora.guide)
+    folder, model, method = Path(folder), posterior.model, posterior.method
+    start_guide(posterior.guide)
     figures = {} if result is None else figures_of(result, model.likelihood.num_data)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
@@ -86,23 +84,21 @@ def save_pretrained(
             name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names
         },
         "modules_to_save": heads,
-        "method": {
-            n: v for n, v in vars(blora.posterior.method).items() if n not in ("prior", "guide")
-        },
+        "method": {n: v for n, v in vars(method).items() if n not in ("prior", "guide")},
         "prior": _describe(model.prior),
-        "guide": _describe_guide(blora.guide_family, blora.guide),
+        "guide": _describe_guide(method.guide, posterior.guide),
         "likelihood": _describe(model.likelihood),
         "notes": {name: str(value) for name, value in notes.items()},
     }
     read_store(model)
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
-    tensors = blora.state_dict() | prints
+    tensors = posterior.parts.state_dict() | prints
     write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     card = folder / CARD
     written_before = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
     if written_before or not os.path.lexists(card):
-        page = model_card(config, model, blora.guide_family, place)
+        page = model_card(config, model, method.guide, place)
         write_file(card, f"{page}\n{MARK}\n")
 
 
@@ -116,14 +112,15 @@ class Saved:
     folder: Path
     skipped: tuple[str, ...] = ()  # name parts of tensors that are not loaded
 
-    def load_into(self, blora: "BayesianLoRA") -> None:
+    def load_into(self, posterior: Posterior) -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
-        start_guide(blora.guide)
+        start_guide(posterior.guide)
+        parts = posterior.parts
         # AutoGaussian has a column for each example if a batch started it
-        for name, columns in blora.guide.named_parameters("guide"):
+        for name, columns in posterior.guide.named_parameters("guide"):
             if name.endswith(".labels_unconstrained") and name in self.tensors:
                 columns.data = columns.new_empty(self.tensors[name].shape)
-        current, tensors = blora.state_dict(), dict(self.tensors)
+        current, tensors = parts.state_dict(), dict(self.tensors)
         for part in self.skipped:
             tensors = {n: t for n, t in tensors.items() if part not in n}
             tensors |= {n: t for n, t in current.items() if part in n}
@@ -135,7 +132,7 @@ class Saved:
             tensors["guide.scale"] = tensors["guide.scale"] * diagonal
         for name in [n for n in tensors if f"{n}_unconstrained" in current]:
             parent, _, last = name.rpartition(".")
-            constraint = pyro_params(blora.get_submodule(parent))[last]
+            constraint = pyro_params(parts.get_submodule(parent))[last]
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, saved = ({n: t.shape for n, t in each.items()} for each in (current, tensors))
         if differ := [n for n in expected | saved if expected.get(n) != saved.get(n)]:
@@ -143,7 +140,7 @@ class Saved:
                 f"{self.folder} has tensors that do not fit, among them {', '.join(differ[:4])}. "
                 "Pass the prior, the guide and the likelihood that were saved, or leave them out."
             )
-        blora.load_state_dict(tensors)
+        parts.load_state_dict(tensors)
 
 
 def read_pretrained(
@@ -262,7 +259,7 @@ def fetched(source: str | os.PathLike[str], *files: str) -> Path:
 
 
 def push_to_hub(
-    blora: "BayesianLoRA", repo_id: str, *, private: bool | None = None, **about: Any
+    posterior: Posterior, repo_id: str, *, private: bool | None = None, **about: Any
 ) -> str:
     """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
 
@@ -270,7 +267,7 @@ def push_to_hub(
     """
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(blora, folder, place=repo_id, **about)
+        save_pretrained(posterior, folder, place=repo_id, **about)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             done = api.upload_folder(repo_id=repo_id, folder_path=folder)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_blora import __version__
+from pyro_blora._version import __version__
 from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
 from pyro_blora.files import write_file
@@ -33,9 +33,6 @@ from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.updates import LowRankUpdate
 
-if TYPE_CHECKING:
-    from pyro_blora.bayesian_lora import BayesianLoRA
-
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"
 _MARK = "pyro_blora"  # in the header of an export's tensors
@@ -53,7 +50,6 @@ _VALUES = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),  # others change the base
 }
-T = TypeVar("T", bound="BayesianLoRA")
 
 
 @dataclass(frozen=True)
@@ -239,7 +235,7 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def from_peft(
-    make: Callable[..., T],
+    make: Callable[..., Any],
     net: nn.Module | str | os.PathLike[str] | None,
     folder: str | os.PathLike[str] | None,
     *,
@@ -247,7 +243,7 @@ def from_peft(
     guide: Any,
     likelihood: Any,
     **options: Any,
-) -> T:
+) -> Any:
     """The adapter that ``make`` builds, with its posterior mean at a trained LoRA."""
     adapter = read_peft(net if folder is None else folder)  # type: ignore[arg-type]
     base: AbstractContextManager[nn.Module]

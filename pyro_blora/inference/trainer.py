@@ -256,7 +256,7 @@ class BayesianLoRATrainer(Trainer):
                 f"{resume_from_checkpoint} was trained on {trained or 'numbers'} as classes, got "
                 f"data with {list(now) or 'numbers'}; resume with the same data."
             )
-        read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora)
+        read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

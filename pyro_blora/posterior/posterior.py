@@ -67,6 +67,11 @@ class Posterior:
     guide: nn.Module
     method: Method
 
+    @property
+    def parts(self) -> nn.ModuleDict:
+        """Model and guide as one module, with the names of tensors that the adapter has."""
+        return nn.ModuleDict({"model": self.model, "guide": self.guide})
+
     @contextmanager
     def __call__(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
         """Yields the network under draws of U, or under their mean for 0."""
