@@ -133,6 +133,8 @@ class BayesianLoRA(PyroModule):
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
         groups = group_layers(targets)
         self.model = BayesianLoRAModel(net, groups, prior, likelihood, heads, fast=fast)
+        if likelihood.new_head and modules_to_save is not None and not heads:
+            self.likelihood.keep_head(net)
         if start is not None:
             self.model.start_at(start)
         self.guide = make_guide(family, self.model)
@@ -375,6 +377,7 @@ class BayesianLoRA(PyroModule):
         with self.model.autocast(precision):
             return calibrate(self.posterior, batches, num_samples)
 
+    @one_at_a_time
     def predict_dataset(
         self,
         data: Any,
@@ -403,6 +406,7 @@ class BayesianLoRA(PyroModule):
         """The log posterior predictive of the labels in nats, ``(B,)``; see :meth:`predict`."""
         return self.posterior.log_predictive(batch, num_samples, **options)
 
+    @one_at_a_time
     def log_predictive_dataset(
         self,
         data: Any,

@@ -50,7 +50,10 @@ def _read_file(path: Path) -> Any:
     try:
         from datasets import load_dataset
 
-        return load_dataset(path.suffix[1:], data_files=glob.escape(str(path)), split="train")
+        options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
+        if path.suffix == ".csv":  # None and NA are words, such as a text or a class
+            options |= {"keep_default_na": False, "na_values": [""]}
+        return load_dataset(path.suffix[1:], **options)
     except Exception as error:  # datasets and the libraries that it uses raise many kinds
         raise DataError(f"{path} cannot be read by datasets: {first_line(error)[:200]}") from error
 
@@ -69,7 +72,11 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
         try:
             if line.strip():
                 record = json.loads(line)
-                is_row = isinstance(record, dict) and not {*record} >= {"question", "choices"}
+                is_row = isinstance(record, dict) and not {*record} >= {
+                    "question",
+                    "choices",
+                    "label",
+                }
                 if only_items or not is_row:
                     record = item_of(record, {"id": f"{path.stem}-{number}"})
                 items.append(record)

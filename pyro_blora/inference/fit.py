@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data.batches import Batches, batches_of, collator, size_of
-from pyro_blora.errors import BatchError, ConfigurationError, DataError
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -134,8 +134,8 @@ def fit(
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range or has no effect, or neither the likelihood
             nor the data says how many examples there are.
-        DataError: a row or a column cannot be used. If it comes late, as from a ``DataLoader``, the
-            adapter is put back to where it was before the call, as after every error of data.
+        DataError: a row or a column cannot be used. After this and every other error the adapter is
+            put back to where it was before the call; only an interrupt keeps what was learned.
 
     Example::
 
@@ -145,7 +145,7 @@ def fit(
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     _check(settings, validation, callback)
-    with put_back_if_refused(blora) as before:
+    with put_back_if_refused(blora):
         run = prepare(
             blora,
             train,
@@ -172,7 +172,6 @@ def fit(
         stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         batch = blora.model.prepared(stream.peek())
         start_guide(blora.guide)  # so that an AutoGuide has parameters to optimize
-        before.keep(blora)
         size = run.train.batch_size if isinstance(run.train, DataLoader) else None
         if size and batch.examples > size:
             raise ConfigurationError(
@@ -186,7 +185,6 @@ def fit(
         if not groups:
             raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)
-    try:
         with running(blora, precision, training=True):
             result = training_loop(
                 run.objective,
@@ -201,27 +199,24 @@ def fit(
                 callback=callback,
                 progress=progress,
             )
-    except (DataError, BatchError):  # of a row that came late
-        before.put_back(blora)
-        raise
-    result.num_held_out = len(run.held_out)
-    if not result.has_learned:
-        head = ", or raise the rate of the head, learning_rates={'head': ...}"
-        warnings.warn(
-            f"The adapter has not learned its training examples: it is right on "
-            f"{result.accuracy:.0%} of them with a confidence of {result.confidence:.0%}. Train "
-            f"for more steps{head if blora.model.trained_heads.names else ''}.",
-            stacklevel=3,  # past the wrapper of one_at_a_time
-        )
-    if keep_best and result.best_state is not None:
-        blora.load_state_dict(result.best_state)
-    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
-    options["progress"] = progress
-    if post_hoc_families(blora):  # Laplace has no width yet
-        finish(blora, run.train, collate=run.collate, num_held_out=len(run.held_out), **options)
-    if len(run.held_out):
-        blora.calibrate(run.held_out, run.collate, **options)
-    return result
+        result.num_held_out = len(run.held_out)
+        if not result.has_learned:
+            head = ", or raise the rate of the head, learning_rates={'head': ...}"
+            warnings.warn(
+                "The adapter has not learned its training examples: it is right on "
+                f"{result.accuracy:.0%} of them with a confidence of {result.confidence:.0%}. "
+                f"Train for more steps{head if blora.model.trained_heads.names else ''}.",
+                stacklevel=3,  # past the wrapper of one_at_a_time
+            )
+        if keep_best and result.best_state is not None:
+            blora.load_state_dict(result.best_state)
+        options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+        options["progress"] = progress
+        if post_hoc_families(blora):  # Laplace has no width yet
+            finish(blora, run.train, collate=run.collate, num_held_out=len(run.held_out), **options)
+        if len(run.held_out):
+            blora.calibrate(run.held_out, run.collate, **options)
+        return result
 
 
 def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:

@@ -34,6 +34,7 @@ from pyro_blora.posterior.linearized import logit_jacobian
 _CHECKED, _RISE = 8, 0.1  # batches, and nats per example
 
 
+@one_at_a_time
 def bayesianize(
     net: nn.Module | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro.infer import Trace_ELBO
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -18,7 +17,7 @@ from pyro_blora.guides import Laplace
 from pyro_blora.inference.learning_rates import rate_overrides
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Collate, Likelihood
-from pyro_blora.posterior.guide import StructuredGuide
+from pyro_blora.posterior.guide import StructuredGuide, is_started, make_guide
 from pyro_blora.posterior.store import read_store
 
 
@@ -140,37 +139,25 @@ def _check_num_data(likelihood: Likelihood, data: Any) -> None:
         )
 
 
-@dataclass
-class Before:
-    """What a refused call puts back."""
-
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-    tokenizer: Any
-
-    def keep(self, blora: BayesianLoRA) -> None:
-        """Keeps the tensors that it has not yet, such as those of an AutoGuide at its start."""
-        state = blora.state_dict()
-        self.tensors |= {n: t.clone() for n, t in state.items() if n not in self.tensors}
-
-    def put_back(self, blora: BayesianLoRA) -> None:
-        """Undoes what was changed in the adapter."""
-        blora.load_state_dict(self.tensors, strict=False)  # an AutoGuide may have been started
-        for name in {"num_data", "classes"} & self.options.keys():
-            setattr(blora.likelihood, name, self.options[name])
-        blora.tokenizer = self.tokenizer
-
-
 @contextmanager
-def put_back_if_refused(blora: BayesianLoRA) -> Iterator[Before]:
-    """Undoes what the block changed in the adapter if it raises an error."""
+def put_back_if_refused(blora: BayesianLoRA) -> Iterator[None]:
+    """Undoes what the block changed in the adapter if it raises an error, but not an interrupt."""
     read_store(blora)
-    before = Before({}, blora.likelihood.options(), blora.tokenizer)
-    before.keep(blora)
+    tensors = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
+    options, tokenizer, started = (
+        blora.likelihood.options(),
+        blora.tokenizer,
+        is_started(blora.guide),
+    )
     try:
-        yield before
-    except BaseException:
-        before.put_back(blora)
+        yield
+    except Exception:
+        if not started:  # an AutoGuide has parameters from its first call on
+            blora.guide = make_guide(blora.guide_family, blora.model)
+        blora.load_state_dict(tensors, strict=False)
+        for name in {"num_data", "classes"} & options.keys():
+            setattr(blora.likelihood, name, options[name])
+        blora.tokenizer = tokenizer
         raise
 
 

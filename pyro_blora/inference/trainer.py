@@ -172,11 +172,12 @@ class BayesianLoRATrainer(Trainer):
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
-        with self._in_mode(training=True):
-            result = super().train(*arguments, **options)
-        if len(self._run.held_out):
-            size = self.args.per_device_eval_batch_size
-            self.blora.calibrate(self._run.held_out, self.data_collator, batch_size=size)
+        with put_back_if_refused(self.blora):
+            with self._in_mode(training=True):
+                result = super().train(*arguments, **options)
+            if len(self._run.held_out):
+                size = self.args.per_device_eval_batch_size
+                self.blora.calibrate(self._run.held_out, self.data_collator, batch_size=size)
         return result
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:

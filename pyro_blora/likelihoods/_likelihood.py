@@ -100,6 +100,10 @@ class Likelihood(Options, PyroModule):
     ) -> None:
         """Checks a loader of batches, whose rows are not read beforehand; by default nothing."""
 
+    def keep_head(self, net: nn.Module) -> None:
+        """Says that the network's head was trained before and stays as it is."""
+        self.trained_head = True
+
     def begin_training(self) -> None:
         """Settles what a training fixes, such as that classes are numbers; by default nothing."""
 

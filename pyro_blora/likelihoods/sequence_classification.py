@@ -1,6 +1,7 @@
 """Classification of whole sequences by a classification head, and the order of its classes."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,13 @@ class SequenceClassification(Likelihood):
                 "AutoModelForSequenceClassification and num_labels= of 2 or more, or take "
                 "LabelTokens or CausalLM."
             )
+        names = logit_names(net)
+        if self.classes and self.classes != names and {*self.classes} == {*names}:
+            warnings.warn(
+                f"The classes {list(self.classes)} have another order than the network's names of "
+                f"its logits, {list(names)}, by which a pipeline answers; set net.config.id2label.",
+                stacklevel=4,
+            )
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``."""
@@ -81,6 +89,11 @@ class SequenceClassification(Likelihood):
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """A :class:`ClassificationCollator`."""
         return ClassificationCollator(tokenizer)
+
+    def keep_head(self, net: nn.Module) -> None:
+        """The classes are those that the network names, or else numbers; their order is fixed."""
+        super().keep_head(net)
+        self.classes = self.classes or logit_names(net)
 
     def begin_training(self) -> None:
         """From now on a head without names of its classes is one of numbers."""
@@ -122,13 +135,18 @@ class SequenceClassification(Likelihood):
         if ours:
             collate = ours = copy.copy(ours)  # with what a subclass has added
             ours.classes = classes if isinstance(first, Item) else ()
-        if isinstance(first, Item) or not (ours or names or (classes and column == "label")):
+        texts = isinstance(first, Mapping) and isinstance(first.get(column), str)
+        if isinstance(first, Item) or not (
+            ours or texts or names or (classes and column == "label")
+        ):
             return collate
 
         def numbered(part: list[Any]) -> Any:
             if column in part[0]:
                 labels = [label_of({"label": row[column]}, classes, names) for row in part]
-                part = [{**row, column: k} for row, k in zip(part, labels, strict=True)]
+                # a second column of labels would take the place of this one
+                plain = [{n: row[n] for n in row if n not in ("label", "labels")} for row in part]
+                part = [{**row, column: k} for row, k in zip(plain, labels, strict=True)]
             return collate(part)
 
         return numbered
@@ -148,6 +166,8 @@ class SequenceClassification(Likelihood):
         self._check_order(given, names if as_they_are else [], net)
         if training and given:
             self.classes = self.classes or given
+        elif training and self.classes is None and as_they_are and not logit_names(net):
+            self.classes = None if _are_logits(names, net) else tuple(names)
 
     def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""

@@ -32,9 +32,14 @@ GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
 def start_guide(guide: nn.Module) -> None:
     """Runs an AutoGuide that has not read the model yet, so that its parameters exist."""
-    if isinstance(guide, AutoGuide | AutoMessenger) and not any(True for _ in guide.parameters()):
+    if not is_started(guide):
         with torch.no_grad():
             guide()
+
+
+def is_started(guide: nn.Module) -> bool:
+    """Whether a guide has its parameters, which an AutoGuide makes at its first call."""
+    return not isinstance(guide, AutoGuide | AutoMessenger) or any(True for _ in guide.parameters())
 
 
 @contextmanager

@@ -836,3 +836,43 @@ def test_a_hidden_column_stays_hidden(small):
     for whole in (False, True):
         rows.set_format("torch", columns=["text", "label"], output_all_columns=whole)
         assert ("text_pair" in blora.reading(rows)[0][0]) == whole
+
+
+def test_a_loader_names_the_classes_of_a_network_without_names(small):
+    """Its numbers have names, so that rows which are numbered otherwise are read by them."""
+    data, padding = two_orders(small, encoded=True)[1], DataCollatorWithPadding(small)
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    fit(blora, DataLoader(data.remove_columns("text"), 4, collate_fn=padding), num_steps=1)
+    assert blora.likelihood.classes == ("pos", "neg")
+    part = data.filter(lambda row: row["label"] == 1)  # neg, which is alone when encoded anew
+    part = part.cast_column("label", datasets.Value("string"))
+    alone = part.map(lambda row: {"label": "neg"}).class_encode_column("label")
+    assert set(blora.predict_dataset(alone, progress=False)[1].tolist()) == {1}
+
+
+def test_a_head_that_stays_as_it_is_has_no_order_but_its_own(small):
+    rows = two_orders(small)[0]
+    blora = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small, modules_to_save=[])
+    for call in (blora.predict_dataset, blora.calibrate, lambda r, **_: fit(blora, r, num_steps=1)):
+        with pytest.raises(ConfigurationError, match="in the order in which"):
+            call(rows, progress=False)
+    blora.unwrap()
+    blora = named(small, ("pos", "neg"), modules_to_save=[])
+    assert labels_of(blora, rows) == [int(row["label"] == "neg") for row in rows]
+
+
+def test_a_second_column_of_labels_and_digits_as_texts_are_read(small):
+    data = two_orders(small, encoded=True)[1]
+    both = data.map(lambda row: {"labels": row["label"]}).remove_columns("text")
+    same = both.filter(lambda row: len(row["input_ids"]) == len(both[0]["input_ids"]))
+    blora = named(small, ("neg", "pos"))
+    for collate in (default_data_collator, DataCollatorWithPadding(small)):
+        found = blora.predict_dataset(same, collate, progress=False)[1].tolist()
+        assert found == [1 - label for label in same["label"]]
+    digits = [{**small("a film"), "label": str(k % 2)} for k in range(4)]
+    assert blora.predict_dataset(digits, progress=False)[1].tolist() == [0, 1, 0, 1]
+
+
+def test_classes_in_another_order_than_a_pipeline_has_are_told(small):
+    with pytest.warns(UserWarning, match="by which a pipeline answers"):
+        named(small, ("pos", "neg"), likelihood=SequenceClassification(classes=["neg", "pos"]))

@@ -230,3 +230,15 @@ def test_a_classifier_reads_pairs_and_rows_without_labels(wrapped):
     both = ClassificationCollator(wrapped, WORDS)([{"text": "a film", "text_pair": "funny"}])
     assert both["input_ids"].tolist() == [wrapped("a film", "funny")["input_ids"]]
     assert "labels" not in both
+
+
+def test_words_such_as_none_are_texts_in_a_file_too(tmp_path):
+    rows = [{"text": text, "text_pair": "NA", "label": "null"} for text in ("None", "a film")]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    assert list(read_table(tmp_path / "a.csv")) == rows
+
+
+def test_questions_without_a_right_answer_may_be_json_lines(tmp_path):
+    rows = [{"question": f"is it {k}", "choices": ["yes", "no"]} for k in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_table(tmp_path / "a.jsonl") == rows

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from pyro_blora import BayesianLoRA, compare, fit, load_task
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, DataError
 from pyro_blora.guides import Laplace
-from pyro_blora.inference import RATES, bayesianize, finish
+from pyro_blora.inference import bayesianize, finish
 from pyro_blora.likelihoods import LabelTokens
 
 BAD = [{**row, "label": 99} for row in tiny.examples()]
@@ -101,6 +101,9 @@ CALLS = {
     "predict, texts": lambda b, d: b.predict(["a"]),
     "predict_dataset, size": lambda b, d: b.predict_dataset(ROWS, tiny.collate, batch_size=0),
     "log_predictive, labels": lambda b, d: b.log_predictive(tiny.unlabeled(tiny.sequences())),
+    "predict_dataset, late": lambda b, d: b.predict_dataset(
+        ROWS, raising(DataError("a"), 3), batch_size=4
+    ),
     "log_predictive, classes": lambda b, d: b.log_predictive_dataset(BAD, tiny.collate),
     "generate, prompt": lambda b, d: b.generate(None, num_samples=-1),
     "export, theirs": lambda b, d: b.export_peft(d / "theirs"),
@@ -148,18 +151,46 @@ def test_an_adapter_without_parameters_to_train_is_refused():
         tiny.train(tiny.adapted(num_data=10).requires_grad_(False))
 
 
-def test_a_row_that_is_refused_late_puts_an_autoguide_back_to_its_start():
-    likelihood = LabelTokens(token_ids=tiny.ANSWERS)
-    started = tiny.adapted(guide=AutoNormal, likelihood=likelihood)
-    torch.manual_seed(0)
-    fit(started, ROWS, num_steps=1, learning_rates=dict.fromkeys(RATES, 0.0), **GOOD)
-    blora = tiny.adapted(guide=AutoNormal, likelihood=likelihood)
-    with pytest.raises(ValueError, match="labels must"):
-        fit(blora, ROWS + LAST, num_steps=99, **GOOD)
-    expected = {name: value for name, value in started.state_dict().items() if "guide" in name}
-    assert expected
-    for name, value in expected.items():
-        torch.testing.assert_close(blora.state_dict()[name], value)
+def raising(error, calls):
+    """A collator that raises at one of its calls."""
+    count = 0
+
+    def collate(rows):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise error
+        return tiny.collate(rows)
+
+    return collate
+
+
+@pytest.mark.parametrize("guide", [None, AutoNormal, Laplace()])
+@pytest.mark.parametrize("error", [DataError("a row"), KeyError("text")])
+def test_an_error_that_comes_late_leaves_an_adapter_as_it_was(guide, error):
+    """In a step, or when the width is found or the temperature fitted; an AutoGuide starts anew."""
+    net, likelihood = tiny.llama(), LabelTokens(token_ids=tiny.ANSWERS)
+    options = {"num_steps": 4, "held_out": 0.3, "batch_size": 4, "progress": False}
+    for calls in (4, 5):  # the last step, and what follows it
+        blora = tiny.adapted(net, guide=guide, likelihood=likelihood)
+        before = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
+        with pytest.raises(type(error)):
+            fit(blora, ROWS, collate=raising(error, calls), **options)
+        after = blora.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert blora.likelihood.num_data is None
+        blora.unwrap()
+
+
+def test_a_trainer_that_is_refused_late_leaves_an_adapter_as_it_was(tmp_path):
+    blora = tiny.adapted(likelihood=LabelTokens(token_ids=tiny.ANSWERS))
+    collate = raising(DataError("a row"), 3)
+    run = tiny.trainer(tmp_path, blora, ROWS, max_steps=9, data_collator=collate)
+    before = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
+    with pytest.raises(DataError):
+        run.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in blora.state_dict().items())
 
 
 def test_a_refused_posterior_leaves_a_peft_model_as_it_was(tmp_path):
