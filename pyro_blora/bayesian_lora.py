@@ -466,11 +466,11 @@ class BayesianLoRA(PyroModule):
         notes: Mapping[str, object] | None = None,
     ) -> None:
         """Writes the adapter; see :func:`pyro_blora.checkpoints.save_pretrained`."""
-        checkpoint.save_pretrained(self.posterior, folder, result=result, notes=notes)
+        checkpoint.save_pretrained(self, self.posterior, folder, result=result, notes=notes)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the adapter; see :func:`pyro_blora.checkpoints.push_to_hub`."""
-        return checkpoint.push_to_hub(self.posterior, repo_id, **options)
+        return checkpoint.push_to_hub(self, self.posterior, repo_id, **options)
 
     @classmethod
     @one_at_a_time

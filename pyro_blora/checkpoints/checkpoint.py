@@ -49,6 +49,7 @@ _OF_BASE = "base."  # prefix of the tensors that identify the base
 
 
 def save_pretrained(
+    blora: nn.Module,
     posterior: Posterior,
     folder: str | os.PathLike[str],
     *,
@@ -66,7 +67,8 @@ def save_pretrained(
     kept.
 
     Args:
-        posterior: the adapter's posterior.
+        blora: the adapter, all of whose tensors are written.
+        posterior: its posterior.
         folder: the folder to write to, which is created if needed.
         result: the result of ``fit``, whose figures override notes of the same names.
         notes: further rows of the card and the JSON, such as ``{"accuracy": 0.93}``.
@@ -92,7 +94,7 @@ def save_pretrained(
     }
     read_store(model)
     prints = {f"{_OF_BASE}{n}": t for n, t in fingerprint(model.net, heads).items()}
-    tensors = posterior.parts.state_dict() | prints
+    tensors = blora.state_dict() | prints
     write_tensors(folder / WEIGHTS, tensors, {_HEADER: json.dumps(config)})
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     card = folder / CARD
@@ -259,7 +261,12 @@ def fetched(source: str | os.PathLike[str], *files: str) -> Path:
 
 
 def push_to_hub(
-    posterior: Posterior, repo_id: str, *, private: bool | None = None, **about: Any
+    blora: nn.Module,
+    posterior: Posterior,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    **about: Any,
 ) -> str:
     """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
 
@@ -267,7 +274,7 @@ def push_to_hub(
     """
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(posterior, folder, place=repo_id, **about)
+        save_pretrained(blora, posterior, folder, place=repo_id, **about)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             done = api.upload_folder(repo_id=repo_id, folder_path=folder)
