@@ -28,11 +28,22 @@ def _numbered(record: _Record) -> _Parts:
     return record["question"], tuple(record["choices"]), int(record["answer"])
 
 
+def _winogrande(record: _Record) -> _Parts:
+    """The sentence has a blank, ``_``, and the answer is ``"1"`` or ``"2"``."""
+    return record["sentence"], (record["option1"], record["option2"]), int(record["answer"]) - 1
+
+
+def _boolq(record: _Record) -> _Parts:
+    """The question without its passage, and with one question mark."""
+    return f"{record['question'].strip().rstrip('?')}?", ("false", "true"), int(record["answer"])
+
+
 def _classes(column: str, *names: str) -> Callable[[_Record], _Parts]:
     return lambda record: (record[column].strip(), names, int(record["label"]))
 
 
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
+_UNLABELED_TEST = {"train": "train", "test": "validation"}
 _NEWS = _classes("text", "World", "Sports", "Business", "Sci/Tech")
 _FILMS = _classes("sentence", "negative", "positive")
 _SOURCES = {
@@ -40,9 +51,11 @@ _SOURCES = {
     "arc_challenge": _Source("allenai/ai2_arc", ("ARC-Challenge",), _lettered, _ALL),
     "openbookqa": _Source("allenai/openbookqa", ("main",), _lettered, _ALL),
     "ag_news": _Source("fancyzhx/ag_news", (None,), _NEWS, {"train": "train", "test": "test"}),
-    # its test split has no labels
-    "sst2": _Source("stanfordnlp/sst2", (None,), _FILMS, {"train": "train", "test": "validation"}),
+    "sst2": _Source("stanfordnlp/sst2", (None,), _FILMS, _UNLABELED_TEST),
+    "boolq": _Source("google/boolq", (None,), _boolq, _UNLABELED_TEST),
 }
+for _name in ("winogrande_xs", "winogrande_s", "winogrande_m"):
+    _SOURCES[_name] = _Source("allenai/winogrande", (_name,), _winogrande, _UNLABELED_TEST)
 for _name in ("chemistry", "physics"):
     _configs = (f"college_{_name}", f"high_school_{_name}")
     _SOURCES[f"mmlu_{_name}"] = _Source("cais/mmlu", _configs, _numbered, {"test": "test"})
@@ -61,8 +74,9 @@ def hub_splits(task: str) -> Mapping[str, str]:
 def read_hub(task: str, split: str) -> list[Item]:
     """Reads one split of a public data set from the Hugging Face hub.
 
-    Needs the ``datasets`` package, and internet at the first call. The hub's test split of SST-2
-    has no labels, so that ``"test"`` is the validation split and there is no ``"validation"``.
+    Needs the ``datasets`` package, and internet at the first call. The hub's test splits of SST-2,
+    BoolQ and WinoGrande have no labels, so that ``"test"`` is the validation split and there is no
+    ``"validation"``.
     """
     name, source = hub_splits(task)[split], _SOURCES[task]
     try:

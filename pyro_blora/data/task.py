@@ -105,13 +105,13 @@ def load_task(
     choice of their items. Test items are used for nothing else.
 
     Args:
-        data: ``"facts"``, which is always the built-in data set; a folder in ``data_dir``; from the
-            hub ``"arc_easy"``, ``"arc_challenge"``, ``"openbookqa"``, ``"mmlu_chemistry"``,
-            ``"mmlu_physics"``, ``"sst2"`` or ``"ag_news"``; or data of your own: a CSV, JSON-lines,
-            JSON or Parquet file, a folder with ``train`` and ``test`` files, a data frame, a
-            ``datasets.Dataset`` or ``DatasetDict``, or a list of dictionaries. Rows have the
-            columns ``text`` and ``label``, whose classes are then the choices, or ``question``,
-            ``choices`` and ``label``. Without a test split about a fifth of the texts are test
+        data: ``"facts"``, which is always the built-in data set; a folder in ``data_dir``; a data
+            set of the hub by a name such as ``"sst2"`` (an unknown name is answered with those
+            that are known); or data of your own: a CSV, JSON-lines, JSON or Parquet file, a folder
+            with ``train`` and ``test`` files, a data frame, a ``datasets.Dataset`` or
+            ``DatasetDict``, or a list of dictionaries. Rows have the columns ``text`` and
+            ``label``, whose classes are then the choices, or ``question``, ``choices`` and
+            ``label``. Without a test split about a fifth of the texts are test
             items, the same for every seed, also after rows were added. A split ``dev``, ``val`` or
             ``valid`` is the validation split.
         data_dir: the folder that holds the folder ``data``. Default: the hub.

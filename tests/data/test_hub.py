@@ -9,6 +9,7 @@ LETTERED = {"choices": {"text": ["a leaf", "a stone"], "label": ["1", "2"]}, "an
 TEXTS = ("a leaf", "a stone")
 FORCE = {"question": "Unit of force?", "choices": ["N", "J", "W", "V"], "answer": 0}
 FILM = {"idx": 0, "sentence": "a fine film ", "label": 1}
+CUP = {"sentence": "The _ broke.", "option1": "cup", "option2": "nut", "answer": "2"}
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
 
 
@@ -18,6 +19,8 @@ NEWS = ("World", "Sports", "Business", "Sci/Tech")
         ("arc_easy", {"question": "Heavy?", **LETTERED}, ("Heavy?", TEXTS, 1)),
         ("openbookqa", {"question_stem": "Heavy is", **LETTERED}, ("Heavy is", TEXTS, 1)),
         ("mmlu_physics", FORCE, ("Unit of force?", ("N", "J", "W", "V"), 0)),
+        ("boolq", {"question": "is it so??", "answer": True}, ("is it so?", ("false", "true"), 1)),
+        ("winogrande_xs", CUP, ("The _ broke.", ("cup", "nut"), 1)),
         ("sst2", FILM, ("a fine film", ("negative", "positive"), 1)),
         ("ag_news", {"text": "Stocks rise.", "label": 2}, ("Stocks rise.", NEWS, 2)),
     ],
