@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data.batches import Batches, batches_of, collator, size_of
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -21,19 +21,19 @@ from pyro_blora.inference.loop import Callback, FitResult, running, training_loo
 from pyro_blora.inference.post_hoc import finish
 from pyro_blora.inference.preparation import (
     Preparation,
+    Snapshot,
     begin_training,
     draws_of_evaluation,
     post_hoc_families,
     prepare,
-    put_back_if_refused,
 )
 from pyro_blora.likelihoods import Collate
 from pyro_blora.options import check_count, check_kind, check_positive, check_precision
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 
-# which a model card does not list as settings
-_DATA = ("blora", "train", "num_epochs", "collate", "validation", "callback", "progress")
+# Arguments that the model card does not list
+_UNLISTED = ("blora", "train", "num_epochs", "collate", "validation", "callback", "progress")
 
 
 @one_at_a_time
@@ -134,18 +134,20 @@ def fit(
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range or has no effect, or neither the likelihood
             nor the data says how many examples there are.
-        DataError: a row or a column cannot be used. After this and every other error the adapter is
-            put back to where it was before the call; only an interrupt keeps what was learned.
+        DataError: a row or a column cannot be used. After this and every other error before the
+            last step the adapter is put back to where it was; an interrupt leaves what was
+            learned, with temperatures of 1.
 
     Example::
 
         fit(blora, train, collate=collate, num_steps=300, validation=others, keep_best=True)
     """
-    settings = {name: value for name, value in locals().items() if name not in _DATA}
+    settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
     check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     _check(settings, validation, callback)
-    with put_back_if_refused(blora):
+    before = Snapshot(blora)
+    with before.put_back_after(Exception):
         run = prepare(
             blora,
             train,
@@ -175,9 +177,9 @@ def fit(
         size = run.train.batch_size if isinstance(run.train, DataLoader) else None
         if size and batch.examples > size:
             raise ConfigurationError(
-                f"A DataLoader must have examples, so that their number is known, got {size} "
-                f"batches of {batch.examples} at once; make it with batch_size=None for ready "
-                "batches, and pass num_data= to the likelihood."
+                f"Each item of this DataLoader's data set is a batch already, of {batch.examples} "
+                "examples, whose number is then unknown; make the loader with batch_size=None, and "
+                "pass num_data= to the likelihood."
             )
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
@@ -185,7 +187,7 @@ def fit(
         if not groups:
             raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)
-        with running(blora, precision, training=True):
+        with running(blora, precision, training=True), torch.enable_grad():
             result = training_loop(
                 run.objective,
                 groups,
@@ -199,32 +201,33 @@ def fit(
                 callback=callback,
                 progress=progress,
             )
-        result.num_held_out = len(run.held_out)
-        if not result.has_learned:
-            head = ", or raise the rate of the head, learning_rates={'head': ...}"
-            warnings.warn(
-                "The adapter has not learned its training examples: it is right on "
-                f"{result.accuracy:.0%} of them with a confidence of {result.confidence:.0%}. "
-                f"Train for more steps{head if blora.model.trained_heads.names else ''}.",
-                stacklevel=3,  # past the wrapper of one_at_a_time
-            )
-        if keep_best and result.best_state is not None:
-            blora.load_state_dict(result.best_state)
-        options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
-        options["progress"] = progress
+    result.num_held_out = len(run.held_out)
+    if not result.has_learned:
+        head = ", or raise the rate of the head, learning_rates={'head': ...}"
+        warnings.warn(
+            "The adapter has not learned its training examples: it is right on "
+            f"{result.accuracy:.0%} of them with a confidence of {result.confidence:.0%}. "
+            f"Train for more steps{head if blora.model.trained_heads.names else ''}.",
+            stacklevel=3,  # past the wrapper of one_at_a_time
+        )
+    if keep_best and result.best_state is not None:
+        blora.load_state_dict(result.best_state)
+    options: dict[str, Any] = dict(batch_size=batch_size, precision=precision, progress=progress)
+    with before.put_back_after(DataError, BatchError):  # others leave what has been learned
         if post_hoc_families(blora):  # Laplace has no width yet
             finish(blora, run.train, collate=run.collate, num_held_out=len(run.held_out), **options)
         if len(run.held_out):
             blora.calibrate(run.held_out, run.collate, **options)
-        return result
+    return result
 
 
 def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
     """Checks the options of the loop; ``prepare`` checks the others."""
-    least = {"batch_size": 1, "validate_every": 1, "patience": 1, "eval_samples": 0}
-    for name, count in least.items():
+    for name, least in (("batch_size", 1), ("validate_every", 1)):
+        check_count(name, settings[name], least)
+    for name, least in (("patience", 1), ("eval_samples", 0)):
         if settings[name] is not None:
-            check_count(name, settings[name], count)
+            check_count(name, settings[name], least)
     check_precision(settings["precision"])
     if callback is not None and not callable(callback):
         raise ConfigurationError(f"callback must be a function, got {callback!r}.")
@@ -275,6 +278,4 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
         raise ConfigurationError(
             f"num_epochs={num_epochs} needs data with a length; pass num_steps= instead."
         )
-    steps = round(num_epochs * of_an_epoch)
-    check_count("num_steps", steps)
-    return steps
+    return max(1, round(num_epochs * of_an_epoch))

@@ -20,9 +20,9 @@ from pyro_blora.guides import Laplace
 from pyro_blora.inference.loop import running
 from pyro_blora.inference.objective import warn_above_chance
 from pyro_blora.inference.preparation import (
+    Snapshot,
     begin_training,
     post_hoc_families,
-    put_back_if_refused,
 )
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import METHODS, Method, get_method
@@ -158,7 +158,7 @@ def finish(
             by_site = scores(blora, blora.model.prepared(batch))
             yield {name: by_site[name] for name in families}
 
-    with put_back_if_refused(blora), running(blora, precision, training=False):
+    with Snapshot(blora).put_back_after(Exception), running(blora, precision, training=False):
         data, collate = blora.reading(data, collate)
         batches = list(batches_of(data, collate, batch_size))
         begin_training(blora)

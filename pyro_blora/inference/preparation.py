@@ -59,22 +59,23 @@ def prepare(
     """Reads and checks all that a training is given; the arguments are those of ``fit``.
 
     It names the classes and tells the likelihood the number of examples, which
-    :func:`put_back_if_refused` undoes if a later check fails. ``train`` may be ``None`` for a
+    :class:`Snapshot` undoes if a later check fails. ``train`` may be ``None`` for a
     ``Trainer`` that only evaluates.
     """
     rates = rate_overrides(blora, learning_rates)
-    rows, reader, share = train, collate, 0.0
+    every, share = train, 0.0
     if train is not None:
-        rows, reader = blora.reading(train, collate)  # first, because it may name the classes
-        if validations:
-            blora.likelihood.begin_training()
-        share = _share(blora, rows, held_out)
+        every, collate_train = blora.reading(train, collate)  # first, as it may name the classes
+        if validations:  # which cannot name them any more
+            blora.likelihood.settle_classes()
+        share = _share(blora, every, held_out)
+        _settle_num_data(blora.likelihood, every)  # of all; Objective subtracts those held out
+    else:
+        collate_train = collate
     others = [blora.reading(data, collate, training=False) for data in validations]
-    part, held = hold_out(rows, share)
-    if train is not None:
-        _check_num_data(blora.likelihood, rows)
+    kept, held = hold_out(every, share)
     objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
-    return Preparation(part, reader, held, share, others, objective, rates)
+    return Preparation(kept, collate_train, held, share, others, objective, rates)
 
 
 def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
@@ -103,15 +104,15 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
         return usual if share is None else share
     if share:
         raise ConfigurationError(
-            f"held_out={share} must have examples with classes, got a DataLoader or a likelihood "
-            "of text; leave it out, and call blora.calibrate(data, collate) for classes."
+            f"held_out={share} holds out examples with classes, but this is a loader or a text "
+            "likelihood; leave it out, and call blora.calibrate(data, collate) for classes."
         )
     if usual and share is None:
         warnings.warn(
             f"The scores of {type(blora.likelihood).__name__} need a temperature, but no examples "
             "can be held out of a DataLoader to fit it: pass the examples themselves, or pass "
             "held_out=0.0 and call blora.calibrate(data, collate) afterwards.",
-            stacklevel=4,
+            stacklevel=5,  # fit, past the wrapper of one_at_a_time
         )
     return 0.0
 
@@ -123,42 +124,46 @@ def begin_training(blora: BayesianLoRA) -> None:
         temperature.fill_(1)
     for family in post_hoc_families(blora).values():
         family.finished = False
-    blora.likelihood.begin_training()
+    blora.likelihood.settle_classes()
 
 
-def _check_num_data(likelihood: Likelihood, data: Any) -> None:
+def _settle_num_data(likelihood: Likelihood, data: Any) -> None:
     """Gives the likelihood the size of the data set, or warns if it has another one."""
     size = size_of(data)
-    count = likelihood.num_data = likelihood.num_data or size
+    likelihood.num_data = count = likelihood.num_data or size
     if count and size not in (None, count):
         warnings.warn(
             f"The likelihood has num_data={count}, but train has {size} examples, so the KL "
             f"weighs {size / count:.3g} times as much as in the ELBO; pass num_data="
             "len(train), or set blora.likelihood.num_data.",
-            stacklevel=6,
+            stacklevel=5,  # fit, past the wrapper of one_at_a_time
         )
 
 
-@contextmanager
-def put_back_if_refused(blora: BayesianLoRA) -> Iterator[None]:
-    """Undoes what the block changed in the adapter if it raises an error, but not an interrupt."""
-    read_store(blora)
-    tensors = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
-    options, tokenizer, started = (
-        blora.likelihood.options(),
-        blora.tokenizer,
-        is_started(blora.guide),
-    )
-    try:
-        yield
-    except Exception:
-        if not started:  # an AutoGuide has parameters from its first call on
-            blora.guide = make_guide(blora.guide_family, blora.model)
-        blora.load_state_dict(tensors, strict=False)
-        for name in {"num_data", "classes"} & options.keys():
-            setattr(blora.likelihood, name, options[name])
-        blora.tokenizer = tokenizer
-        raise
+class Snapshot:
+    """An adapter as it was before a call, to which an error of the call returns it."""
+
+    def __init__(self, blora: BayesianLoRA) -> None:
+        read_store(blora)
+        self.blora, self.tokenizer = blora, blora.tokenizer
+        self.options, self.started = blora.likelihood.options(), is_started(blora.guide)
+        self.tensors = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
+
+    @contextmanager
+    def put_back_after(self, *errors: type[Exception]) -> Iterator[None]:
+        """Puts everything back if the block raises one of these errors."""
+        try:
+            yield
+        except errors:
+            blora = self.blora
+            blora.tokenizer = self.tokenizer
+            for name in {"num_data", "classes"} & self.options.keys():
+                setattr(blora.likelihood, name, self.options[name])
+            if not self.started:  # an AutoGuide has parameters from its first call on
+                blora.guide = make_guide(blora.guide_family, blora.model)
+            blora.zero_grad()
+            blora.load_state_dict(self.tensors, strict=False)  # as a user's guide may have grown
+            raise
 
 
 def draws_of_evaluation(blora: BayesianLoRA, num_samples: int | None) -> int | None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_config, read_pretrained
 from pyro_blora.debts import use_one_gpu
-from pyro_blora.errors import CheckpointError, ConfigurationError
+from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference.learning_rates import (
     RATES,
     Sizes,
@@ -32,11 +32,11 @@ from pyro_blora.inference.learning_rates import (
 from pyro_blora.inference.loop import schedule_length
 from pyro_blora.inference.objective import Objective
 from pyro_blora.inference.preparation import (
+    Snapshot,
     begin_training,
     draws_of_evaluation,
     post_hoc_families,
     prepare,
-    put_back_if_refused,
 )
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
@@ -104,7 +104,7 @@ class BayesianLoRATrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         use_one_gpu(args)
-        with put_back_if_refused(model):
+        with Snapshot(model).put_back_after(Exception):
             if model.tokenizer is None:
                 model.tokenizer = options.get("processing_class")
             evaluated: Any = options.get("eval_dataset")
@@ -172,11 +172,12 @@ class BayesianLoRATrainer(Trainer):
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
-        with put_back_if_refused(self.blora):
-            with self._in_mode(training=True):
-                result = super().train(*arguments, **options)
-            if len(self._run.held_out):
-                size = self.args.per_device_eval_batch_size
+        before = Snapshot(self.blora)
+        with before.put_back_after(Exception), self._in_mode(training=True):
+            result = super().train(*arguments, **options)
+        if len(self._run.held_out):
+            size = self.args.per_device_eval_batch_size
+            with before.put_back_after(DataError, BatchError):
                 self.blora.calibrate(self._run.held_out, self.data_collator, batch_size=size)
         return result
 

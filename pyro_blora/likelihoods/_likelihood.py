@@ -104,8 +104,8 @@ class Likelihood(Options, PyroModule):
         """Says that the network's head was trained before and stays as it is."""
         self.trained_head = True
 
-    def begin_training(self) -> None:
-        """Settles what a training fixes, such as that classes are numbers; by default nothing."""
+    def settle_classes(self) -> None:
+        """Fixes the classes when a training begins; by default does nothing."""
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The network's keyword arguments for a batch."""

@@ -95,7 +95,7 @@ class SequenceClassification(Likelihood):
         super().keep_head(net)
         self.classes = self.classes or logit_names(net)
 
-    def begin_training(self) -> None:
+    def settle_classes(self) -> None:
         """From now on a head without names of its classes is one of numbers."""
         self.classes = self.classes or ()
 

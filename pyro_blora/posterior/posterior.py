@@ -90,9 +90,8 @@ class Posterior:
         if num_samples == 0:
             return self.mean(batch)
         self._start()
-        given = None if isinstance(self.guide, AutoMessenger) else batch  # it would run the network
         with torch.no_grad(), self._plate(num_samples):
-            trace = pyro.poutine.trace(self.guide).get_trace(given)
+            trace = pyro.poutine.trace(self.guide).get_trace(self._argument(batch))
             return pyro.poutine.replay(self.model.updates, trace=trace)()
 
     @one_at_a_time
@@ -130,8 +129,8 @@ class Posterior:
         with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
             for _ in range(_PASSES):
                 for name, update in self.draws(_DRAWS * math.prod(lead), batch).items():
-                    mean = update.without_noise()
-                    factors = (f for f in (mean.A, mean.B, mean.core) if f is not None)
+                    update = update.without_noise()
+                    factors = (f for f in (update.A, update.B, update.core) if f is not None)
                     means[name].append([_mean(factor, lead) for factor in factors])
         updates = {}
         for name, passes in means.items():
@@ -145,8 +144,8 @@ class Posterior:
         """A function that returns the updates at the next draws of each of ``each`` posteriors.
 
         ``each`` is 1, except for an amortized guide, which has a posterior for each example of a
-        batch. If q is symmetric, every second draw is the mirror image ``2 E[U] - U`` of the draw
-        before it, so that the error of an average has no part that is linear in ``U``.
+        batch. If q is symmetric, every second draw is the one before it mirrored at the center of
+        each site, unconstrained, so that the error of an average has no part that is linear in it.
         """
         guide = self.guide
         each = posteriors_of(guide, batch) if each is None else each
@@ -228,7 +227,7 @@ class Posterior:
             passes = iter([self._linearized(batch, draws)])
         else:
             passes = self._passes(batch, draws, max_rows, samples)
-        # samples are of another posterior, and so is the bare network
+        # It was fitted to the draws of this guide, not to samples or to the bare network
         if not tempered or samples is not None or not self.model.enabled:
             return passes
         temperature = self.model.temperature if draws else self.model.mean_temperature
@@ -288,7 +287,8 @@ class Posterior:
                 # the first pass has one draw, because it records the output of the frozen blocks
                 first = blocks and not done
                 draws = 1 if first or not num_samples else min(most, num_samples - done)
-                with in_mode(model.net, training=False):  # per pass, as the caller has its own mode
+                # per pass, because the caller has its own mode between them
+                with LOCK, in_mode(model.net, training=False):
                     updates = draw(draws) if num_samples else self.mean(batch)
                     with prefix.copies(draws), model.applied(updates) as net:
                         logits = model.likelihood.logits(net, repeat_batch(batch, draws))
@@ -311,9 +311,14 @@ class Posterior:
         """The center of q for each site, or ``None`` if the guide cannot compute it."""
         if isinstance(self.guide, StructuredGuide):
             return self.guide.center(batch)
-        with suppress(AttributeError, NotImplementedError):
-            return self.guide.median(batch)  # type: ignore[operator]
+        with suppress(NotImplementedError):
+            if hasattr(self.guide, "median"):
+                return self.guide.median(self._argument(batch))  # type: ignore[operator]
         return None
+
+    def _argument(self, batch: Batch | None) -> Batch | None:
+        """What the guide is called with: no batch for an AutoMessenger, which runs the network."""
+        return None if isinstance(self.guide, AutoMessenger) else batch
 
 
 def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:

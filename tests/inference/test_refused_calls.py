@@ -166,21 +166,20 @@ def raising(error, calls):
 
 
 @pytest.mark.parametrize("guide", [None, AutoNormal, Laplace()])
-@pytest.mark.parametrize("error", [DataError("a row"), KeyError("text")])
-def test_an_error_that_comes_late_leaves_an_adapter_as_it_was(guide, error):
-    """In a step, or when the width is found or the temperature fitted; an AutoGuide starts anew."""
-    net, likelihood = tiny.llama(), LabelTokens(token_ids=tiny.ANSWERS)
+@pytest.mark.parametrize(
+    ("error", "calls"), [(DataError("a row"), 4), (DataError("a row"), 5), (KeyError("text"), 4)]
+)
+def test_an_error_that_comes_late_leaves_an_adapter_as_it_was(guide, error, calls):
+    """In the last step, or when the width or the temperature is found; an AutoGuide starts anew."""
+    blora = tiny.adapted(guide=guide, likelihood=LabelTokens(token_ids=tiny.ANSWERS))
+    before = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
     options = {"num_steps": 4, "held_out": 0.3, "batch_size": 4, "progress": False}
-    for calls in (4, 5):  # the last step, and what follows it
-        blora = tiny.adapted(net, guide=guide, likelihood=likelihood)
-        before = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
-        with pytest.raises(type(error)):
-            fit(blora, ROWS, collate=raising(error, calls), **options)
-        after = blora.state_dict()
-        assert before.keys() == after.keys()
-        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-        assert blora.likelihood.num_data is None
-        blora.unwrap()
+    with pytest.raises(type(error)):
+        fit(blora, ROWS, collate=raising(error, calls), **options)
+    after = blora.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert blora.likelihood.num_data is None
 
 
 def test_a_trainer_that_is_refused_late_leaves_an_adapter_as_it_was(tmp_path):
