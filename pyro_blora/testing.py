@@ -282,7 +282,10 @@ class GuideContract(PairContract):
 
 
 class LikelihoodContract(_Contract):
-    """The tests of a likelihood; override ``make()``, with ``num_data=12``, and ``batch()``."""
+    """The tests of a likelihood; override ``make()``, with ``num_data=12``, and ``batch()``.
+
+    For another network than a causal language model, also override ``net()``.
+    """
 
     noun = "likelihood"
 
@@ -312,6 +315,16 @@ class LikelihoodContract(_Contract):
             fn, scale = nodes["labels"]["fn"], nodes["labels"]["scale"]
             given = fn.batch_shape[-1], scale, nodes["data"]["fn"].size
             assert given == (4 // particles, 3 * particles, 12), f"{particles=}: {given}."
+
+    def test_padding_changes_nothing(self) -> None:
+        """Two more columns of padding leave each row's probabilities as they are."""
+        blora, batch = self.adapted(), self.batch(4)
+        length, wider = batch["input_ids"].shape[-1], dict(batch)
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[-1] == length:
+                wider[key] = nn.functional.pad(value, (0, 2), value=-100 if key == "labels" else 0)
+        expected, padded = (blora.log_predictive(rows, 0) for rows in (batch, wider))
+        assert torch.allclose(padded, expected, atol=1e-5), f"{expected}, with padding {padded}."
 
     def test_each_row_has_its_own_label(self) -> None:
         """Rows are independent, labels matter, and gradients reach the update."""

@@ -33,7 +33,10 @@ class Likelihood(Options, PyroModule):
 
     A subclass defines :meth:`logits` and, if the labels are not one class per example,
     :meth:`distribution` and :meth:`labels`. ``pyro.plate("data", num_data, ...)`` scales the
-    log-likelihood of a batch to the data set.
+    log-likelihood of a batch to the data set. If it reads rows of text, it defines
+    :meth:`collator`, and :meth:`read` to refuse a row before the first step;
+    :meth:`check_network` refuses a network of another kind. A file in ``pyro_blora.likelihoods``
+    is named in ``__init__.py``, by which saved adapters find its class.
 
     A subclass may create parameters, each a :class:`pyro.nn.PyroParam`, in its constructor; its
     ``roles`` give their learning rates, as in a prior. They are trained and saved with the adapter.
@@ -46,9 +49,9 @@ class Likelihood(Options, PyroModule):
             the whole data set, with a warning, because the KL weighs ``N / B`` times too much.
     """
 
-    keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
-    row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T
-    new_head: ClassVar[bool] = False  # whether the network's head may be randomly initialized
+    keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")  # which a batch must have
+    row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T, or 3 for several rows an example
+    new_head: ClassVar[bool] = False  # whether the network's heads are trained, too, by default
     roles: ClassVar[dict[str, str]] = {}
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
     padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
@@ -89,7 +92,8 @@ class Likelihood(Options, PyroModule):
         """Checks all rows before any is used, and returns the collator, perhaps another one.
 
         If they are ``labeled``, rows must have labels; otherwise all or none have. A ``training``
-        may name the classes.
+        may name the classes. A subclass checks the rows of its own collator, which are a sequence
+        of dictionaries or items, and raises DataError with the number of the row.
         """
         if isinstance(collate, PromptCollator) and is_from(collate, "pyro_blora."):
             collate.check(rows, labeled)  # a user's subclass may read other columns
@@ -118,7 +122,11 @@ class Likelihood(Options, PyroModule):
         return prepared
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """Unnormalized log-probabilities of the classes, ``(B, ..., C)``."""
+        """Unnormalized log-probabilities of the classes, ``(B, ..., C)``.
+
+        ``net(**self.inputs(batch))`` runs the network; of rows that are padded on the left it
+        needs :func:`~pyro_blora.likelihoods.reading.positions_of`, too.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define logits(net, batch).")
 
     def labels(self, batch: Batch) -> Tensor | None:
@@ -135,7 +143,7 @@ class Likelihood(Options, PyroModule):
         ``batch`` has the rows of all particles in order; ``num_data`` is used if ``N`` is missing.
         """
         labels = self.labels(batch)  # before the network runs, because it may synchronize a device
-        logits = self.logits(net, batch)
+        logits = in_single_precision(self.logits(net, batch))
         share = logits.shape[0] // max(particles.numel(), 1)
         if labels is not None:
             self.check_labels(labels, logits)
@@ -200,3 +208,8 @@ class Likelihood(Options, PyroModule):
                 "leave that example out."
             )
         return count
+
+
+def in_single_precision(logits: Tensor) -> Tensor:
+    """Logits in float32 at least, because probabilities in half precision do not sum to one."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

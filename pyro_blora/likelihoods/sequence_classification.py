@@ -21,7 +21,7 @@ from pyro_blora.labels import (
     place_of,
     without_subsets,
 )
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood, in_single_precision
 from pyro_blora.likelihoods._prompts import is_from
 from pyro_blora.likelihoods.reading import positions_of
 from pyro_blora.network.targets import head_of, logit_names
@@ -84,7 +84,7 @@ class SequenceClassification(Likelihood):
         if "position_ids" not in inputs:
             inputs.update(positions_of(net, inputs.get("attention_mask")))
         logits: Tensor = net(**inputs).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return in_single_precision(logits)
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """A :class:`ClassificationCollator`."""

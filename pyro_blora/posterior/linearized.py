@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods._likelihood import in_single_precision
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.batches import repeat_batch
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
@@ -43,7 +44,7 @@ def logit_jacobian(
         updates = {name: update.without_noise() for name, update in updates.items()}
         with model.applied(updates) as net:
             logits = model.likelihood.logits(net, batch)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = in_single_precision(logits)
         if logits.dim() != 2:
             raise ConfigurationError(
                 "A linearization must have one choice per example, logits (B, C), got those of "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch
-from pyro_blora.likelihoods._likelihood import Prepared
+from pyro_blora.likelihoods._likelihood import Prepared, in_single_precision
 from pyro_blora.methods import Method
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import FrozenPrefix
@@ -292,6 +292,7 @@ class Posterior:
                     updates = draw(draws) if num_samples else self.mean(batch)
                     with prefix.copies(draws), model.applied(updates) as net:
                         logits = model.likelihood.logits(net, repeat_batch(batch, draws))
+                        logits = in_single_precision(logits)
                 yield logits.unflatten(0, (draws, examples))
                 done += draws
 
