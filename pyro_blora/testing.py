@@ -191,6 +191,20 @@ class PriorContract(PairContract):
         assert not torch.allclose(draw, mean, atol=1e-6), "The update ignores its sites."
         assert torch.equal(blora.unwrap()(ids).logits, outside), "unwrap() changes the network."
 
+    @torch.no_grad()
+    def test_the_mean_update_is_the_average_of_draws(self) -> None:
+        """A real site that the update is not linear in is marked ``infer={"nonlinear": True}``."""
+        blora = self.adapted(guide=MeanField(init_scale=0.7))
+        for parameter in blora.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        means, draws = blora.posterior.draws(0), blora.posterior.draws(4000)
+        for group, update in draws.items():
+            for mean, layer in zip(means[group].layers(), update.layers(), strict=True):
+                drawn = layer.weight()
+                error = drawn.std(0) * (6 / len(drawn) ** 0.5 + 6 / 1024**0.5) + 1e-5
+                off = float(((drawn.mean(0) - mean.weight()).abs() / error).max())
+                assert off < 1, f"{group}: no average of draws is the mean; mark a site nonlinear."
+
 
 class GuideContract(PairContract):
     """The tests of a guide family, by itself and with a hierarchical prior; override ``make()``.
