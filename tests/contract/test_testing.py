@@ -92,18 +92,26 @@ def detached(self, *shape):
     return dist.Normal(self.loc, self.scale.detach()).rsample(*shape)
 
 
+def blind(self, net, batch):
+    """Padding is read like any token."""
+    mask = torch.ones_like(batch["attention_mask"])
+    return LabelTokens.logits(self, net, {**batch, "attention_mask": mask})
+
+
 BROKEN = [
     (PriorContract, broken(Plain, setup=plain_tensor), "test_a_trained", "restore it.*PyroParam"),
     (PriorContract, broken(Plain, roles={}), "test_every_parameter", "must give .'A'. one of"),
     (PriorContract, broken(Plain, forward=outside_of_the_plate), "test_sites", "no plate has dim"),
     (PriorContract, changed(lambda B: 0 * B), "test_the_mean", "ignores its sit"),
     (PriorContract, changed(lambda B: 1 + B), "test_the_mean", "mean is not"),
+    (PriorContract, changed(lambda B: (2 * B).expm1()), "test_draws_av", "mark a site nonlinear"),
     (GuideContract, broken(Spread, setup=unmoved), "test_the_kl", "no parameters.*PyroParam"),
     (GuideContract, broken(Spread, forward=Spread.distribution), "test_draws_have", "excludes"),
     # These three pass all the other tests of the contract
     (GuideContract, Stretched, "test_the_draws", "the integral of p"),
     (GuideContract, drawing(dist.StudentT, wider, 4.0), "test_the_draws", "the integral of p"),
     (GuideContract, drawing(dist.Normal, detached), "test_the_draws", "a slope of zero in scale"),
+    (LikelihoodContract, broken(LabelTokens, logits=blind), "test_padding", "with padding"),
     (LikelihoodContract, answering(lambda x: x.flip(0)), "test_each_row", "in pairs"),
     (LikelihoodContract, answering(lambda x: x.detach()), "test_each_row", "detach"),
 ]
