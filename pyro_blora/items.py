@@ -42,7 +42,7 @@ def item_of(record: Any, defaults: dict[str, Any]) -> Item:
         choices = choices.tolist() if hasattr(choices, "tolist") else choices
         choices = tuple(choices) if isinstance(choices, list) else choices
         label = label.item() if hasattr(label, "item") else label
-        return Item(record["id"], record["question"], choices, label)
+        return Item(str(record["id"]), record["question"], choices, label)
     except (KeyError, TypeError) as error:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
 

@@ -44,29 +44,27 @@ def is_subset(rows: Any) -> bool:
     return hasattr(rows, "indices") and hasattr(rows, "dataset")
 
 
-def without_subsets(rows: Any) -> Any:
-    """The data set of which ``rows`` are a subset, or rows as they are."""
+def parts_of(rows: Any) -> list[Any]:
+    """The data sets of which ``rows`` are subsets or concatenations, or rows as they are."""
     while is_subset(rows):
         rows = rows.dataset
-    return rows
+    parts = getattr(rows, "datasets", None)
+    return [each for part in parts for each in parts_of(part)] if parts else [rows]
 
 
 def classes_of(rows: Any, column: str = "label") -> list[str]:
     """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
-    whole = without_subsets(rows)
-    if parts := getattr(whole, "datasets", None):  # of a ConcatDataset
-        first, *others = (classes_of(part, column) for part in parts)
-        if any(names != first for names in others):
-            raise DataError(
-                f"The parts of a data set must number their classes alike, got {first} and others."
-            )
-        return first
-    return list(getattr(features_of(whole).get(column), "names", None) or ())
+    every = [getattr(features_of(part).get(column), "names", None) for part in parts_of(rows)]
+    if any(names != every[0] for names in every):
+        raise DataError(
+            f"The parts of a data set must number their classes alike, got {every[0]} and others."
+        )
+    return list(every[0] or ())
 
 
-def features_of(whole: Any) -> Mapping[str, Any]:
+def features_of(rows: Any) -> Mapping[str, Any]:
     """The columns of a ``datasets.Dataset``; a data set of the user's may call others so."""
-    features = getattr(whole, "features", None)
+    features = getattr(parts_of(rows)[0], "features", None)
     return features if isinstance(features, Mapping) else {}
 
 

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.items import Item
-from pyro_blora.labels import without_subsets
+from pyro_blora.labels import parts_of
 from pyro_blora.likelihoods import Batch, Collate
 from pyro_blora.options import check_count, choose_precision
 from pyro_blora.posterior.batches import to_device
@@ -55,7 +55,7 @@ def size_of(data: Any) -> int | None:
 
 def lengths_of(data: Any) -> list[int]:
     """The examples' lengths, for batches of similar ones; all 0 if the data set reads lazily."""
-    whole = without_subsets(data)
+    whole = parts_of(data)[0]
     kind = getattr(whole, "format", {}).get("type") if hasattr(whole, "features") else "custom"
     is_read = isinstance(whole, list | tuple) or kind != "custom"  # of `datasets`, untransformed
     return [_length(row) for row in data] if is_read else [0] * len(data)

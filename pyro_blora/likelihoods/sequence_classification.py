@@ -18,8 +18,8 @@ from pyro_blora.labels import (
     features_of,
     label_of,
     names_of,
+    parts_of,
     place_of,
-    without_subsets,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood, in_single_precision
 from pyro_blora.likelihoods._prompts import is_from
@@ -57,6 +57,7 @@ class SequenceClassification(Likelihood):
     ) -> None:
         super().__init__(num_data=num_data)
         self.classes = None if classes is None else tuple(classes)
+        self._doubted: tuple[str, ...] = ()  # names of the numbers that a transform has made
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
@@ -110,9 +111,11 @@ class SequenceClassification(Likelihood):
         """
         first, ours = rows[0], collate if isinstance(collate, ClassificationCollator) else None
         encoded = isinstance(first, Mapping) and "input_ids" in first
-        if collate is None or not (ours or (encoded and is_from(collate, "transformers."))):
+        if collate is None or not (
+            ours or (encoded and is_from(collate, "transformers.", "torch."))
+        ):
             return collate  # which reads the labels by itself
-        stored = features_of(without_subsets(rows))
+        stored = features_of(rows)
         named = {"label", "labels"} & set(first) if isinstance(first, Mapping) else set()
         column = "labels" if named == {"labels"} else "label"
         names = classes_of(rows, column)
@@ -125,11 +128,12 @@ class SequenceClassification(Likelihood):
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
             if classes == () and self.trained_head and not logit_names(net):
                 _check_places(names, [*map(str, range(len(names)))])
-            classes = _classes(classes, net, rows, names, column, labeled)
+            order = logit_names(net) or self._doubted
+            classes = _classes(classes, net, rows, names, column, labeled, order)
         elif classes is None and names:
             classes = class_names(net, names)
         if training:
-            self.classes = classes
+            self.classes, self._doubted = classes, tuple(doubted)
         classes = classes or ()
         names = names if classes or _are_logits(names, net) else []
         if ours:
@@ -156,10 +160,11 @@ class SequenceClassification(Likelihood):
     ) -> None:
         """Refuses a loader whose batches number the classes otherwise than the logits do."""
         whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
+        rows = parts_of(whole)[0]
         ours = collate if isinstance(collate, ClassificationCollator) else None
         given = ours.classes if ours else ()
         names = classes_of(whole) or classes_of(whole, "labels")
-        first = whole[0] if isinstance(whole, list | tuple) and whole else None
+        first = rows[0] if isinstance(rows, list | tuple) and rows else None
         if isinstance(first, Item) and not given:
             names = list(first.choices)
         as_they_are = ours or collate is None or is_from(collate, "transformers.", "torch.")
@@ -183,7 +188,7 @@ class SequenceClassification(Likelihood):
         if logits:
             _check_places(names, logits, unknown=True)
         if not known:
-            _check_places(names, logit_names(net))
+            _check_places(names, logit_names(net) or self._doubted)
 
 
 class ClassificationCollator:
@@ -264,7 +269,13 @@ def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
 
 
 def _classes(
-    classes: Any, net: nn.Module, rows: Any, names: list[str], column: str, labeled: bool
+    classes: Any,
+    net: nn.Module,
+    rows: Any,
+    names: list[str],
+    column: str,
+    labeled: bool,
+    order: Sequence[str],
 ) -> tuple[str, ...] | None:
     """The names of a classifier's classes for rows, which it checks; ``None`` if none are known."""
     if isinstance(first := rows[0], Mapping):
@@ -281,9 +292,9 @@ def _classes(
         every = [rows[k] for k in range(len(rows))]
         given = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
         if all(map(are_numbers, given)):
-            _check_places(names, logit_names(net))
-            return classes
-        classes = _names_of_numbers(net, given[0][0])
+            _check_places(names, order)
+        else:
+            classes = _names_of_numbers(net, given[0][0])
     if classes is None:
         items = isinstance(first, Item)
         classes = class_names(net, list(first.choices) if items else names or names_of(rows))

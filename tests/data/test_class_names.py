@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from pyro_blora import BayesianLoRA, fit
@@ -402,8 +402,10 @@ def test_items_are_read_by_the_names_of_their_choices(small):
     blora.unwrap()
     blora = named(small, NAMES)
     fit(blora, ROWS, num_steps=1)
-    with pytest.raises(DataError, match="must number the classes as"):
-        blora.predict_dataset(loader, progress=False)
+    part = DataLoader(Subset(task.test, [0, 1]), 2, collate_fn=ClassificationCollator(small))
+    for each in (loader, part):
+        with pytest.raises(DataError, match="must number the classes as"):
+            blora.predict_dataset(each, progress=False)
     blora = BayesianLoRA(classifier(small), tokenizer=small)
     fit(blora, numbers, num_steps=1)
     for collate in (None, task.collator(small, net=blora.net)):  # whose names are alphabetical
@@ -828,6 +830,11 @@ def test_the_labels_that_a_transform_makes_have_no_names(small):
     fresh = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
     fit(fresh, made, num_steps=1, progress=False)
     assert fresh.likelihood.classes == ()
+    anew = numbers.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
+    with pytest.raises(DataError, match="must number the classes"):
+        fresh.predict_dataset(anew, progress=False)
+    with pytest.raises(DataError, match="must number the classes"):
+        blora.predict_dataset(ConcatDataset([anew.with_transform(turned)] * 2), progress=False)
 
 
 def test_a_hidden_column_stays_hidden(small):
@@ -876,3 +883,23 @@ def test_a_second_column_of_labels_and_digits_as_texts_are_read(small):
 def test_classes_in_another_order_than_a_pipeline_has_are_told(small):
     with pytest.warns(UserWarning, match="by which a pipeline answers"):
         named(small, ("pos", "neg"), likelihood=SequenceClassification(classes=["neg", "pos"]))
+
+
+def test_torch_s_own_function_collates_by_the_names_of_the_data_set(small):
+    """Like transformers', if it is passed beside a data set."""
+    data = (
+        two_orders(small, encoded=True)[1].remove_columns("text").rename_column("label", "labels")
+    )
+    same = data.filter(lambda row: len(row["input_ids"]) == len(data[0]["input_ids"]))
+    found = named(small, ("neg", "pos")).predict_dataset(
+        same.with_format("torch"), default_collate, progress=False
+    )[1]
+    assert found.tolist() == [1 - label for label in same["labels"]]
+
+
+def test_a_number_beyond_the_logits_is_refused_after_a_training_on_numbers(small):
+    rows = [{"text": f"a film {k}", "label": k % 3} for k in range(6)]
+    blora = BayesianLoRA(classifier(small), tokenizer=small)
+    fit(blora, rows, num_steps=1)
+    with pytest.raises(DataError, match="must number the 3 logits from 0, got 3"):
+        blora.predict_dataset([*rows, {"text": "a film", "label": 3}], progress=False)

@@ -242,3 +242,11 @@ def test_questions_without_a_right_answer_may_be_json_lines(tmp_path):
     rows = [{"question": f"is it {k}", "choices": ["yes", "no"]} for k in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read_table(tmp_path / "a.jsonl") == rows
+
+
+def test_an_id_may_be_a_number(tmp_path):
+    rows = [
+        {"id": k, "question": f"is it {k}", "choices": ["yes", "no"], "label": 0} for k in (7, 8)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [item.id for item in load_task({"test": tmp_path / "a.jsonl"}).test] == ["7", "8"]
