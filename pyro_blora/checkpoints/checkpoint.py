@@ -426,7 +426,8 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
         given = type(given)  # because the tensors were trained with the saved options
     if options is None:
         raise CheckpointError(
-            f"The options of {name} could not be saved; pass {noun}= with an object like the saved."
+            f"The options of {name} could not be saved; pass {noun}= with an object like the one "
+            "that was saved."
         )
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     if noun == "guide" and not (isinstance(given, type) and issubclass(given, SiteGuide)):
@@ -438,7 +439,8 @@ def _with_classes(likelihood: Any, classes: tuple[str, ...]) -> Any:
     """The likelihood with the classes in the saved order; a head without names takes any."""
     if classes and tuple(likelihood.classes or classes) != classes:
         raise CheckpointError(
-            f"The adapter has the classes {list(classes)}, in this order; leave out the other ones."
+            f"The adapter was saved with the classes {list(classes)}, in this order; leave "
+            "classes= out."
         )
     return type(likelihood)(**likelihood.options() | {"classes": likelihood.classes or classes})
 

@@ -427,7 +427,8 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
 
     if temperature != 1 and _last_linear(model) is None:
         warnings.warn(
-            f"The merged network does not divide by the temperature {temperature:.4g}; do so.",
+            f"The merged network has no trained head for the temperature {temperature:.4g}; divide "
+            "its scores by that.",
             stacklevel=4,
         )
     net: Any = unwrap()
