@@ -104,8 +104,8 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
         return usual if share is None else share
     if share:
         raise ConfigurationError(
-            f"held_out={share} holds out examples with classes, but this is a loader or a text "
-            "likelihood; leave it out, and call blora.calibrate(data, collate) for classes."
+            f"held_out={share} must have examples with classes, got a loader or a likelihood of "
+            "text; leave it out, and call blora.calibrate(data, collate) for classes."
         )
     if usual and share is None:
         warnings.warn(
