@@ -15,7 +15,7 @@ DEMO := --model smollm2 --task facts --methods lora,temperature:lora,bayesian-lo
 
 help:
 	@echo "make demo   install into .venv, fine-tune SmolLM2-135M as LoRA and as the default, compare (about 6 minutes on two cores)"
-	@echo "make check  lint, check types, and run the exactness and contract tests (90 seconds on two cores)"
+	@echo "make check  lint, check types, and run the exactness and contract tests (two and a half minutes on two cores)"
 	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 6 minutes)"
 	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
 	@echo "make docs   install into .venv and build the site, out/docs/index.html"
