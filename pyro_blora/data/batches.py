@@ -55,10 +55,13 @@ def size_of(data: Any) -> int | None:
 
 def lengths_of(data: Any) -> list[int]:
     """The examples' lengths, for batches of similar ones; all 0 if the data set reads lazily."""
-    whole = parts_of(data)[0]
-    kind = getattr(whole, "format", {}).get("type") if hasattr(whole, "features") else "custom"
-    is_read = isinstance(whole, list | tuple) or kind != "custom"  # of `datasets`, untransformed
+    is_read = all(map(_is_read, parts_of(data)))
     return [_length(row) for row in data] if is_read else [0] * len(data)
+
+
+def _is_read(whole: Any) -> bool:
+    kind = getattr(whole, "format", {}).get("type") if hasattr(whole, "features") else "custom"
+    return isinstance(whole, list | tuple) or kind != "custom"  # of `datasets`, untransformed
 
 
 def by_length(data: Any) -> list[int]:

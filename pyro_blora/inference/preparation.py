@@ -63,15 +63,13 @@ def prepare(
     ``Trainer`` that only evaluates.
     """
     rates = rate_overrides(blora, learning_rates)
-    every, share = train, 0.0
+    every, collate_train, share = train, collate, 0.0
     if train is not None:
         every, collate_train = blora.reading(train, collate)  # first, as it may name the classes
         if validations:  # which cannot name them any more
             blora.likelihood.settle_classes()
         share = _share(blora, every, held_out)
         _settle_num_data(blora.likelihood, every)  # of all; Objective subtracts those held out
-    else:
-        collate_train = collate
     others = [blora.reading(data, collate, training=False) for data in validations]
     kept, held = hold_out(every, share)
     objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
@@ -146,7 +144,8 @@ class Snapshot:
     def __init__(self, blora: BayesianLoRA) -> None:
         read_store(blora)
         self.blora, self.tokenizer = blora, blora.tokenizer
-        self.options, self.started = blora.likelihood.options(), is_started(blora.guide)
+        self.started, likelihood = is_started(blora.guide), blora.likelihood
+        self.settled = {name: getattr(likelihood, name) for name in likelihood.settled}
         self.tensors = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
 
     @contextmanager
@@ -157,8 +156,8 @@ class Snapshot:
         except errors:
             blora = self.blora
             blora.tokenizer = self.tokenizer
-            for name in {"num_data", "classes"} & self.options.keys():
-                setattr(blora.likelihood, name, self.options[name])
+            for name, value in self.settled.items():
+                setattr(blora.likelihood, name, value)
             if not self.started:  # an AutoGuide has parameters from its first call on
                 blora.guide = make_guide(blora.guide_family, blora.model)
             blora.zero_grad()

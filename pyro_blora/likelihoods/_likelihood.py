@@ -55,6 +55,7 @@ class Likelihood(Options, PyroModule):
     roles: ClassVar[dict[str, str]] = {}
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
     padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
+    settled: ClassVar[tuple[str, ...]] = ("num_data",)  # attributes that a training may set
     trained_head: bool = False  # whether the head is that of a LoRA, trained before
 
     def __init__(self, *, num_data: int | None = None) -> None:

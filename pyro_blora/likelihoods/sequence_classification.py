@@ -51,6 +51,7 @@ class SequenceClassification(Likelihood):
     """
 
     new_head = True
+    settled = ("num_data", "classes", "_doubted")
 
     def __init__(
         self, *, num_data: int | None = None, classes: Sequence[str] | None = None

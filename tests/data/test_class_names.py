@@ -833,6 +833,12 @@ def test_the_labels_that_a_transform_makes_have_no_names(small):
     anew = numbers.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
     with pytest.raises(DataError, match="must number the classes"):
         fresh.predict_dataset(anew, progress=False)
+    refused = BayesianLoRA(classifier(small, num_labels=2), tokenizer=small)
+    with pytest.raises(ConfigurationError, match="kl_weight"):
+        fit(refused, made, num_steps=1, kl_weight=-1)
+    ids = anew.map(lambda row: dict(small(row["text"]))).remove_columns("text")
+    found = refused.predict_dataset(DataLoader(ids, 4, collate_fn=padding), progress=False)[1]
+    assert found.tolist() == ids["label"][:]
     with pytest.raises(DataError, match="must number the classes"):
         blora.predict_dataset(ConcatDataset([anew.with_transform(turned)] * 2), progress=False)
 
