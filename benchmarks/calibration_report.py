@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_blora.evaluation import metrics
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import write_file
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
 
 COLUMNS: Columns = {"acc": ("ACC %", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 1)}
 COLUMNS |= {"chance": ("by chance %", 100, 1), "brier": ("Brier", 1, 3)}

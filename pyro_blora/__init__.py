@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyro_blora.inference import bayesianize
     from pyro_blora.inference.fit import fit  # mypy takes inference.fit for the module
     from pyro_blora.network.pretrained import load_pretrained
-    from pyro_blora.posterior.prediction import Prediction
+    from pyro_blora.prediction import Prediction
 
 __all__ = [
     "BayesianLoRA",
@@ -42,7 +42,7 @@ __all__ = [
 _HOMES = {
     "BayesianLoRA": "bayesian_lora",
     "Comparison": "evaluation.comparison",
-    "Prediction": "posterior.prediction",
+    "Prediction": "prediction",
     "bayesianize": "inference",
     "compare": "evaluation.comparison",
     "effective_ranks": "evaluation.metrics",

@@ -21,18 +21,19 @@ from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import Batch, CausalLM, Collate, Likelihood, SequenceClassification
+from pyro_blora.likelihoods import Batch, Collate, Likelihood, usual_likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
-from pyro_blora.network.targets import find_targets, group_layers, is_classifier
+from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, make_guide
 from pyro_blora.posterior.posterior import Posterior, Samples
-from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.store import OwnTensors
 from pyro_blora.posterior.temperature import calibrate, distill
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import Metrics
 
 
 class BayesianLoRA(PyroModule):
@@ -56,8 +57,8 @@ class BayesianLoRA(PyroModule):
         guide: q(U): a guide family, or a mapping to families as for ``prior``, or a callable that
             makes a guide from the model, such as any ``pyro.infer.autoguide`` class. Default: the
             method's, ``MatrixNormal()``.
-        likelihood: how logits become probabilities of labels. Default: ``CausalLM()``, for a
-            classifier ``SequenceClassification()``.
+        likelihood: how logits become probabilities of labels. Default: by the network's head,
+            such as ``CausalLM()``, ``SequenceClassification()`` or ``Regression()``.
         exclude_modules: suffixes or a regular expression of layers to leave alone.
         layers_to_transform: indices of the blocks to adapt. Default: all.
         modules_to_save: heads to train in full, as point estimates, as PEFT does. Default: with
@@ -127,7 +128,7 @@ class BayesianLoRA(PyroModule):
         self.tokenizer = tokenizer
         self._net = (net,)  # in a tuple, so that nn.Module does not register it
         if likelihood is None:
-            likelihood = SequenceClassification() if is_classifier(net) else CausalLM()
+            likelihood = usual_likelihood(net)
         check_kind("likelihood", likelihood, Likelihood)
         likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
@@ -251,16 +252,17 @@ class BayesianLoRA(PyroModule):
                 the likelihood's parameters stay as they are.
 
         Returns:
-            Probabilities under every draw, ``S x B x K`` (``S = 1`` for the mean).
+            Probabilities under every draw, ``S x B x K`` (``S = 1`` for the mean), or for numbers
+            their distributions.
 
         Raises:
-            ConfigurationError: the likelihood has no classes (``CausalLM``; use
-                :meth:`log_predictive`), or ``samples`` are not those of the sites.
+            ConfigurationError: the likelihood is of text (use :meth:`log_predictive`), or
+                ``samples`` are not those of the sites.
             BatchError: the batch is not what the likelihood takes.
         """
-        if not self.likelihood.has_classes:
+        if not self.likelihood.predicts:
             raise ConfigurationError(
-                f"predict must have a likelihood with classes, got {type(self.likelihood).__name__}"
+                f"predict must have a likelihood of labels, got {type(self.likelihood).__name__}"
                 "; use log_predictive(batch), log_predictive_dataset(data), or generate(...)."
             )
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
@@ -269,7 +271,7 @@ class BayesianLoRA(PyroModule):
             options: dict[str, Any] = {"precision": "float32", "progress": False}
             return self.predict_dataset(rows, None, num_samples, **options, **how)[0]
         passes = self.posterior.logits(batch, num_samples, **how)
-        return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
+        return self.likelihood.predictive(torch.cat([*passes]))
 
     @one_at_a_time
     def distill(
@@ -396,7 +398,26 @@ class BayesianLoRA(PyroModule):
         data, collate = self.reading(data, collate, labeled=False, training=False)
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
         predict = partial(self.predict, num_samples=num_samples, **how)
-        return predict_dataset(predict, data, collate, device=self.device, **options)
+        place: dict[str, Any] = {"device": self.device, "labels_of": self.likelihood.labels}
+        return predict_dataset(predict, data, collate, **place, **options)
+
+    def evaluate(
+        self,
+        data: Any,
+        collate: Collate | None = None,
+        num_samples: int | None = None,
+        **options: Any,
+    ) -> Metrics:
+        """The scores of predictions of labeled data, with arguments of :meth:`predict_dataset`.
+
+        Example::
+
+            print(blora.evaluate(test))  # accuracy, ECE and NLL, or RMSE, coverage and NLL
+        """
+        prediction, labels = self.predict_dataset(data, collate, num_samples, **options)
+        if labels is None:
+            raise BatchError("The examples must have labels to evaluate by, got none; add them.")
+        return self.likelihood.metrics(prediction, labels)
 
     @one_at_a_time
     @torch.no_grad()
@@ -429,7 +450,7 @@ class BayesianLoRA(PyroModule):
             labels = self.likelihood.labels(batch)
             if labels is None:
                 raise BatchError("A batch must have labels to score, got none; add them.")
-            count = (labels.reshape(len(labels), -1) >= 0).sum(-1)
+            count = self.likelihood.num_scored(labels)
             return self.log_predictive(batch, num_samples).cpu(), count
 
         log_probs, counts, back = over_dataset(scored, data, collate, self.device, **options)

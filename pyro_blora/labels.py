@@ -1,18 +1,40 @@
 """Labels of rows: class names, and the numbers that stand for them."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from pyro_blora.errors import DataError
 
+Kind = tuple[str, Callable[[Any], bool]]  # of the values in a column: in words, and their check
 
-def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
-    """Raises DataError unless each row has a text or, as its label, a number in these columns.
 
-    An ``optional`` column may be missing, or hold None or a NaN, as a data frame does.
+def _is_class(value: Any) -> bool:
+    value = _plain(value)
+    return isinstance(value, str) or (isinstance(value, Integral) and int(value) >= 0)
+
+
+def _is_finite(value: Any) -> bool:
+    value = _unboxed(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+A_TEXT: Kind = ("a text", lambda value: isinstance(value, str))
+A_CLASS: Kind = ("a text or a whole number from 0", _is_class)
+FINITE: Kind = ("a finite number", _is_finite)
+
+
+def check_rows(
+    rows: Any, *columns: str, optional: Sequence[str] = (), kinds: Mapping[str, Kind] | None = None
+) -> None:
+    """Raises DataError unless each row has values of the right kinds in these columns.
+
+    Usually they are texts, and classes in a column of labels. An ``optional`` column may be
+    missing, or hold None or a NaN, as a data frame does.
     """
+    kinds = {"label": A_CLASS, "labels": A_CLASS, **(kinds or {})}
     for k in range(len(rows)):
         row = rows[k]
         if missing := [name for name in columns if name not in row]:
@@ -22,20 +44,35 @@ def check_rows(rows: Any, *columns: str, optional: Sequence[str] = ()) -> None:
             )
         given = [name for name in optional if (v := row.get(name)) is not None and v == v]
         for name in (*columns, *given):
-            value, kind = row[name], "a text"
-            if name in ("label", "labels"):
-                value, kind = _plain(value), "a text or a whole number from 0"
-                if isinstance(value, Integral) and int(value) >= 0:
-                    continue
-            if not isinstance(value, str):
+            words, is_right = kinds.get(name, A_TEXT)
+            if not is_right(row[name]):
                 raise DataError(
-                    f"The column {name!r} must hold {kind}, got {value!r:.80} in row {k}; leave "
-                    "the row out, or convert it (labels to int)."
+                    f"The column {name!r} must hold {words}, got {_unboxed(row[name])!r:.80} in row "
+                    f"{k}; leave the row out, or convert it."
                 )
 
 
+def checked_labels(rows: Any, labeled: bool, kind: Kind, *columns: str) -> list[Any]:
+    """The labels of rows, of this kind, or none; the rows have texts in ``columns``, too.
+
+    If they are ``labeled``, each row must have a label, otherwise all or none.
+    """
+    first = rows[0]
+    column = "labels" if "labels" in first and "label" not in first else "label"
+    has_label = labeled or column in first
+    if not has_label and any(column in rows[k] for k in range(len(rows))):
+        raise DataError("All rows must have a label, or none, got none in row 0; add it.")
+    named = (*columns, *([column] if has_label else ()))
+    check_rows(rows, *named, optional=("text_pair",), kinds={column: kind})
+    return [rows[k][column] for k in range(len(rows))] if has_label else []
+
+
+def _unboxed(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+
+
 def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    value = _unboxed(value)
     return str(value) if isinstance(value, bool) else value
 
 

@@ -44,7 +44,8 @@ def model_card(
         kind=kind,
         place=place,
         classes=f", with num_labels={count}" if count else "",
-        has_classes=model.likelihood.has_classes,
+        predicts=model.likelihood.predicts,
+        classes_of_labels=model.likelihood.is_categorical,
     )
 
 

@@ -37,7 +37,14 @@ from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
 from pyro_blora.network.quantized import is_quantized
-from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
+from pyro_blora.network.targets import (
+    CLASS,
+    is_classifier,
+    kind_of_head,
+    layer_shape,
+    name_in_base,
+    without_peft,
+)
 from pyro_blora.posterior.guide import start_guide
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.posterior.store import read_store
@@ -179,7 +186,8 @@ def read_pretrained(
                 f"{folder}: its {kind['class']} has no name on the hub; pass it as net."
             )
         if net is None:
-            net = load_network(base, num_labels=classes, dtype=dtype)
+            head = kind.get("head", CLASS)
+            net = load_network(base, num_labels=classes, head=head, dtype=dtype)
         logits = getattr(getattr(net, "config", None), "num_labels", None)
         if is_classifier(net) and classes not in (None, logits):
             raise CheckpointError(
@@ -294,8 +302,8 @@ def _base_of(net: nn.Module) -> dict[str, Any]:
     kind: dict[str, Any] = {"class": type(bare).__name__}
     if isinstance(getattr(bare, "dtype", None), torch.dtype):
         kind["dtype"] = str(bare.dtype).removeprefix("torch.")
-    if kind["class"].endswith("ForSequenceClassification"):
-        kind["num_labels"] = bare.config.num_labels
+    if kind["class"].endswith(("ForSequenceClassification", "ForTokenClassification")):
+        kind |= {"num_labels": bare.config.num_labels, "head": kind_of_head(bare)}
     return {"base_model": name_of(bare), "base": kind}
 
 

@@ -18,10 +18,12 @@ from pyro_blora._version import __version__
 from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
 from pyro_blora.errors import CheckpointError, ConfigurationError, readable
 from pyro_blora.files import write_file
-from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.likelihoods import SequenceClassification, usual_likelihood
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
+    CLASS,
     PEFT_PREFIX,
+    TAGS,
     head_names,
     head_of,
     is_classifier,
@@ -77,14 +79,19 @@ class PeftAdapter:
     def load_base(self) -> nn.Module:
         """Loads the base network by the name in the adapter's configuration."""
         classes = None
-        if self.task == "SEQ_CLS":  # the last layer of the head has one row per class
+        if self.task in (
+            "SEQ_CLS",
+            "TOKEN_CLS",
+        ):  # the last layer of the head has one row per class
             classes = min((len(t) for t in self.others.values() if t.dim() == 2), default=None)
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
-                f"{self.where} must name its base, and the task CAUSAL_LM or SEQ_CLS with a head, "
+                f"{self.where} must name its base, and the task CAUSAL_LM, or SEQ_CLS or TOKEN_CLS "
+                "with a head, "
                 f"got {self.base!r} and {self.task!r}; load the network and give it to from_peft."
             )
-        return load_network(self.base, num_labels=classes)
+        head = TAGS if self.task == "TOKEN_CLS" else CLASS
+        return load_network(self.base, num_labels=classes, head=head)
 
     def heads(self, net: nn.Module) -> list[str]:
         """Names of the trained heads; raises CheckpointError if ``net`` is another base."""
@@ -274,8 +281,8 @@ def from_peft(
 
 def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
     """The likelihood, with classes in the trained head's order; without names they are numbers."""
-    if likelihood is None and (adapter.task == "SEQ_CLS" or is_classifier(net)):
-        likelihood = SequenceClassification()
+    if likelihood is None and is_classifier(net):
+        likelihood = usual_likelihood(net)
     if not isinstance(likelihood, SequenceClassification):
         return likelihood
     options, classes = likelihood.options(), adapter.classes or logit_names(net)
@@ -388,13 +395,17 @@ def _is_export(folder: Path) -> bool:
 def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
     """JSON files for exports whose logits need post-processing to become probabilities."""
     likelihood = model.likelihood
-    if _last_linear(model) is not None:  # which includes the temperature
-        temperature = 1.0
-    # for which PEFT's files have no place, such as the classes, the token_ids or the score
-    options = {n: v for n, v in likelihood.options().items() if n not in ("num_data", "pack") and v}
-    numbers = {"temperature": temperature, **options}
+    skipped = {"num_data", "pack"}
+    if _last_linear(model) is not None:  # which includes them
+        skipped |= {"loc", "scale"}
+        temperature = 1.0 if likelihood.unit(2.0) != likelihood.unit(1.0) else temperature
+    # for which PEFT's files have no place, such as the classes, the token_ids or the noise
+    numbers = {n: v for n, v in likelihood.options().items() if n not in skipped and v}
+    learned = {n.removesuffix("_unconstrained") for n, _ in likelihood.named_parameters()}
+    numbers |= {name: getattr(likelihood, name).tolist() for name in sorted(learned)}
+    numbers = {"temperature": temperature, **numbers}
     texts = {_NUMBERS: json.dumps(numbers, indent=2, default=str) + "\n"}
-    if not likelihood.has_classes:
+    if not likelihood.predicts:
         from transformers import GenerationConfig  # not at the top: it sets warning filters
 
         config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0)
@@ -404,12 +415,13 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
 
 def _last_linear(model: BayesianLoRAModel) -> str | None:
     """The layer of a classifier's trained head that computes the logits, or ``None``."""
-    last = None
+    last, shift = None, model.likelihood.unit(1.0)[1]
     if model.likelihood.new_head:
         classes = getattr(getattr(model.net, "config", None), "num_labels", None)
         for head in model.trained_heads.names:
             for name, module in model.net.get_submodule(head).named_modules(prefix=head):
-                if isinstance(module, nn.Linear) and module.out_features == classes:
+                ends = isinstance(module, nn.Linear) and module.out_features == classes
+                if ends and (module.bias is not None or not shift):
                     last = name_in_base(name)
     return last
 
@@ -464,10 +476,12 @@ def _lora(
             ranks[name] = len(A)
     rank, heads = max(ranks.values()), model.trained_heads
     patterns = {re.escape(name): r for name, r in ranks.items() if r < rank}
-    last = f"{_last_linear(model)}."
+    last, (scale, shift) = f"{_last_linear(model)}.", model.likelihood.unit(temperature)
     for full, tensor in heads.tensors().items():
         name = name_in_base(full)
-        tensors[name] = tensor / temperature if name.startswith(last) else tensor
+        if name.startswith(last):
+            tensor = scale * tensor + (shift if name == f"{last}bias" else 0)
+        tensors[name] = tensor
     to_save = [name_in_base(name) for name in heads.names]
     for module_name in _saved_whole(model.net, heads.names):
         name = name_in_base(module_name)
@@ -500,8 +514,12 @@ def _saved_whole(net: nn.Module, names: Sequence[str]) -> list[str]:
 
 def _task_type(model: BayesianLoRAModel) -> str | None:
     if model.likelihood.new_head:
-        # For SEQ_CLS PEFT makes the head one of modules_to_save, and then does not adapt its layers
+        # PEFT then makes the head one of modules_to_save, and does not adapt its layers
         trained = set(model.trained_heads.names)
-        return "SEQ_CLS" if trained and trained >= set(head_names(model.net)) else None
+        return (
+            model.likelihood.task_type
+            if trained and trained >= set(head_names(model.net))
+            else None
+        )
     generates = getattr(model.net, "can_generate", None)
     return "CAUSAL_LM" if generates is not None and generates() else None

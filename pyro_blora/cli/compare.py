@@ -106,10 +106,7 @@ def run(
         lora = replace(lora, learning_rates={"mean": lora_lr})
 
     def show(row: results.Row) -> None:
-        console.print(
-            f"{row.method}, seed {row.seed}: ACC {row.acc:.1%}, ECE {row.ece:.1%}, "
-            f"NLL {row.nll:.3f}, Brier {row.brier:.3f} on {row.n_test} test items"
-        )
+        console.print(f"{row.method}, seed {row.seed}: {row.metrics} on {row.n_test} test items")
 
     table = comparison.compare(
         model,

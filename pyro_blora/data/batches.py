@@ -3,11 +3,12 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
@@ -20,13 +21,13 @@ from pyro_blora.labels import parts_of
 from pyro_blora.likelihoods import Batch, Collate
 from pyro_blora.options import check_count, choose_precision
 from pyro_blora.posterior.batches import to_device
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
 
 T = TypeVar("T")
 # which draw from the whole data set in the course of the epochs, however few in each
 _OF_ALL = (RandomSampler, WeightedRandomSampler, DistributedSampler)
 # not the label, because the length of its text would sort examples by class
-_TEXTS = ("text", "text_pair", "prompt", "completion", "question")
+_TEXTS = ("text", "text_pair", "prompt", "completion", "question", "chosen", "rejected")
 
 
 def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
@@ -171,6 +172,7 @@ def predict_dataset(
     collate: Collate | None = None,
     *,
     device: torch.device | str | None = None,
+    labels_of: Callable[[Batch], Tensor | None] | None = None,
     **options: Any,
 ) -> tuple[Prediction, Tensor | None]:
     """The predictive distribution of every example, none dropped, in the order of ``data``.
@@ -178,26 +180,28 @@ def predict_dataset(
     Args:
         predict: the prediction of one batch, such as ``blora.predict``.
         data: the examples, or a ``DataLoader``, whose order is kept.
-        collate: makes a batch from a list of examples; torch's by default. Its ``labels`` are
-            passed through.
+        collate: makes a batch from a list of examples; torch's by default.
         device: the device of the network. Default: the adapter's, if ``predict`` is a method of
             one; otherwise the accelerator if there is one, or the CPU.
+        labels_of: the labels of a batch. Default: its ``labels``.
         options: ``batch_size``, by default 16; ``precision`` as in ``fit``; ``progress``, by
             default on a terminal, and its ``description``.
 
     Returns:
-        The prediction, ``S x N x K``, and the labels, ``N``, or ``None`` if the examples have none.
+        The prediction, such as ``S x N x K``, and the labels, ``N``, or ``None`` if the examples
+        have none. If examples differ in their number of labels, -100 stands for the missing ones.
     """
     usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
     adapter = getattr(predict, "__self__", None)
     predictions, labels, back = over_dataset(
-        lambda batch: (predict(batch), batch.get("labels")),
+        lambda batch: (predict(batch), labels_of(batch) if labels_of else batch.get("labels")),
         data,
         collate,
         torch.device(device or getattr(adapter, "device", usual)),
         **options,
     )
-    return Prediction(Prediction.cat(predictions).samples.cpu()[:, back]), labels
+    whole = Prediction.cat(predictions)
+    return replace(whole, samples=whole.samples.cpu()[:, back]), labels
 
 
 def over_dataset(
@@ -230,4 +234,7 @@ def over_dataset(
         tensors += [] if tensor is None else [tensor.cpu()]
     if 0 < len(tensors) < len(results):
         raise BatchError("All batches must have labels, or none, got both; add the missing ones.")
+    widths = {tensor.shape[1] for tensor in tensors if tensor.dim() == 2}
+    if len(widths) > 1:
+        tensors = [pad(each, (0, max(widths) - each.shape[1]), value=-100) for each in tensors]
     return results, torch.cat(tensors)[back] if tensors else None, back

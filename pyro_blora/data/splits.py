@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro_blora.items import Item
 
-_TEXTS = ("text", "text_pair", "prompt", "completion")
+_TEXTS = ("text", "text_pair", "prompt", "completion", "chosen", "rejected", "tokens")
 _LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows are of one text
 
 
@@ -40,7 +40,7 @@ def _content(row: Any) -> tuple[str, str] | None:
     if "input_ids" in read:
         ids = _listed(read["input_ids"])
         text = str([*map(_listed, ids)])
-    elif "text" in read or "prompt" in read:
+    elif {"text", "prompt", "chosen", "tokens"} & set(read):
         text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
     else:
         values = [*row] if isinstance(row, tuple | list) else []

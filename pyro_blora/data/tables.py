@@ -108,9 +108,21 @@ def _missing(path: Path) -> str:
     return f"{path} is missing, and {data_dir} has no TASK/SPLIT.jsonl: name another folder"
 
 
-def items_of(splits: Mapping[str, Any]) -> dict[str, list[Item]]:
+def are_items(tables: Mapping[str, Any]) -> bool:
+    """Whether rows are questions with choices, or have at most one class; others stay rows."""
+    row: Any = next((table[0] for table in tables.values() if len(table)), {})
+    if isinstance(row, Item) or "question" in row:
+        return True
+    label = row.get("label")
+    several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) > 0
+    numbers = isinstance(label, float) and any(
+        table[k]["label"] % 1 for table in tables.values() for k in range(len(table))
+    )
+    return not (several or numbers or {"tokens", "chosen"} & set(row))
+
+
+def items_of(tables: Mapping[str, Any]) -> dict[str, list[Item]]:
     """The items of each split, in which the classes of ``text`` and ``label`` are the choices."""
-    tables = {split: read_table(data) for split, data in splits.items()}
     some: Any = next((table[0] for table in tables.values() if len(table)), {})
     texts = isinstance(some, Mapping) and "question" not in some
     names: list[str] = []

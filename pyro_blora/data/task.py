@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_blora.data.hub import hub_splits, read_hub
 from pyro_blora.data.splits import chosen, first, keys_of
-from pyro_blora.data.tables import FILES, SPLITS, items_of, read_table, splits_in
+from pyro_blora.data.tables import FILES, SPLITS, are_items, items_of, read_table, splits_in
 from pyro_blora.errors import DataError
 from pyro_blora.items import QUESTION, Item, Template, item_of, template_for
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Task:
     """The items of a data set by split, and the template that makes prompts of them.
 
-    ``train`` and ``validation`` are empty if the task has no training items.
+    Examples that are neither texts of a class nor questions with choices stay rows, without a
+    template. ``train`` and ``validation`` are empty if the task has no training items.
 
     Example::
 
@@ -33,14 +34,15 @@ class Task:
     """
 
     name: str
-    train: tuple[Item, ...]
-    validation: tuple[Item, ...]
-    test: tuple[Item, ...]
-    template: Template
+    train: tuple[Any, ...]
+    validation: tuple[Any, ...]
+    test: tuple[Any, ...]
+    template: Template | None
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
-        return f"Task({self.name!r}: {sizes}, scored by {self.template.scoring})"
+        scoring = self.template.scoring if self.template else "their likelihood"
+        return f"Task({self.name!r}: {sizes}, scored by {scoring})"
 
     def collator(
         self, tokenizer: Any, max_length: int = 512, net: "nn.Module | None" = None
@@ -56,6 +58,7 @@ class Task:
         if net is not None and is_classifier(net):
             names = class_names(net, self.test[0].choices)
             return likelihoods.ClassificationCollator(tokenizer, names, max_length)
+        assert self.template is not None
         words = self.template.scoring == "labels"
         kind = likelihoods.LabelTokensCollator if words else likelihoods.MultipleChoiceCollator
         return kind(tokenizer, self.template, max_length)
@@ -69,7 +72,7 @@ class Task:
         likelihood: Likelihood = collate.likelihood(num_data=len(self.train) or None)
         return likelihood
 
-    def outside(self, data: Any) -> tuple[Item, ...]:
+    def outside(self, data: Any) -> tuple[Any, ...]:
         """Questions of which no choice is right, as items of this task with a label of no meaning.
 
         ``data`` are texts, or rows as for :func:`load_task`, which need no label; rows without
@@ -77,7 +80,10 @@ class Task:
         """
         if isinstance(data, list):
             data = [{"text": row} if isinstance(row, str) else row for row in data]
-        table, choices, items = read_table(data), self.test[0].choices, []
+        table = read_table(data)
+        if self.template is None:
+            return tuple(table[k] for k in range(len(table)))
+        choices, items = self.test[0].choices, []
         for k in range(len(table)):
             row = table[k]
             if not isinstance(row, Item):
@@ -94,6 +100,7 @@ def load_task(
     max_validation: int = 200,
     max_test: int | None = None,
     seed: int = 0,
+    as_rows: bool = False,
 ) -> Task:
     """Loads the splits of a task.
 
@@ -119,6 +126,7 @@ def load_task(
         max_validation: maximum number of validation items.
         max_test: maximum number of test items. Default: all.
         seed: seed of the shuffle.
+        as_rows: whether rows stay dictionaries even if they have a text and a class, or choices.
 
     Raises:
         DataError: there is no task of this name, it has no test split, or a row or a column cannot
@@ -136,7 +144,7 @@ def load_task(
     limits = (max_train or 0, max_validation, max_test or 0)
     if min(limits) < 0:
         raise DataError(f"limits must be 0 or more, got {min(limits)}: leave one out for all items")
-    name, splits, template = _splits(data, data_dir)
+    name, splits, template = _splits(data, data_dir, as_rows)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)
     if "validation" in splits or not train:
@@ -149,10 +157,10 @@ def load_task(
 
 
 def _splits(
-    data: Any, data_dir: str | PathLike[str] | None
-) -> tuple[str, dict[str, list[Item]], Template]:
+    data: Any, data_dir: str | PathLike[str] | None, as_rows: bool
+) -> tuple[str, dict[str, list[Any]], Template | None]:
     """The name of a task, the items of each split, always of ``"test"``, and the template."""
-    template = QUESTION
+    template: Template | None = QUESTION
     if not isinstance(data, str | PathLike):
         name, given = "data", dict(data) if isinstance(data, Mapping) else {"train": data}
     elif data_dir is None and Path(data).suffix in FILES:
@@ -166,7 +174,12 @@ def _splits(
         name, folder = Path(data).name, folder / data
         given = {"test": folder / "test.jsonl"} | splits_in(folder)
         template = template if data_dir is None else template_for(name)  # a name of the user's own
-    splits = items_of(_named(given))
+    tables = {split: read_table(table) for split, table in _named(given).items()}
+    if as_rows or not are_items(tables):
+        template = None
+        splits = {split: [table[k] for k in range(len(table))] for split, table in tables.items()}
+    else:
+        splits = items_of(tables)
     if "test" not in splits:
         every, held = splits["train"], set(chosen(splits["train"], 0.2, "test"))
         splits["train"] = [item for k, item in enumerate(every) if k not in held]
@@ -185,8 +198,8 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hold_out(
-    items: list[Item], max_train: int | None, max_validation: int
-) -> tuple[list[Item], list[Item]]:
+    items: list[Any], max_train: int | None, max_validation: int
+) -> tuple[list[Any], list[Any]]:
     """Splits shuffled training items into training and validation items that share no key."""
     keys = keys_of(items)
     if max_train is not None and max_train + max_validation <= len(items):

@@ -18,37 +18,28 @@ from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import fingerprint
-from pyro_blora.data import Item, Task, load_task
+from pyro_blora.data import Task, load_task
 from pyro_blora.data.splits import hold_out
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.metrics import (
-    Metrics,
-    doubts,
-    error_of,
-    evaluate,
-    fit_temperature,
-    item_scores,
-    out_of_scope,
-)
+from pyro_blora.evaluation.metrics import doubts, error_of, fit_temperature, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
 from pyro_blora.files import check_folder
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.preparation import post_hoc_families
-from pyro_blora.likelihoods import Collate, MultipleChoice
+from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.network.pretrained import load_for
-from pyro_blora.network.targets import is_classifier
+from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head
 from pyro_blora.options import check_count, choose_precision
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import SHOWN, Metrics
 
 DIAGRAM = "reliability.png"
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
-_MEASURED = {"ACC %": ("acc", 100, ".1f"), "ECE %": ("ece", 100, ".1f")}
-_MEASURED |= {"gap %": ("gap", 100, "+.1f"), "NLL": ("nll", 1, ".3f"), "Brier": ("brier", 1, ".3f")}
 
-Data = Mapping[str, tuple[Sequence[Item], Collate]]  # items by the name of their data set
+Data = Mapping[str, tuple[Sequence[Any], Collate]]  # examples by the name of their data set
 State = Literal["last", "distilled", "best"]
 
 
@@ -135,7 +126,7 @@ class Comparison:
     def differences(
         self, reference: str | None = None
     ) -> dict[str, dict[str, tuple[float, float]]]:
-        """The NLL and Brier score of each method minus those of a reference, with their errors.
+        """The NLL, and of classes the Brier score, minus those of a reference, with their errors.
 
         Differences are paired by item and seed. A difference plus and minus twice its error, which
         is that of :func:`~pyro_blora.evaluation.metrics.error_of`, is a 95 % interval.
@@ -150,13 +141,12 @@ class Comparison:
         reference = next(iter(by)) if reference is None else reference
         if reference not in by:
             raise ConfigurationError(f"reference must be one of {list(by)}, got {reference!r}.")
-        base = {row.seed: item_scores(row.probs, row.labels) for row in by.pop(reference)}
+        base = {row.seed: row.item_scores for row in by.pop(reference)}
         differences = {}
         for method, rows in by.items():
-            scores = [item_scores(row.probs, row.labels) - base[row.seed] for row in rows]
-            gaps = torch.stack(scores)[:, :2]  # without the terms of the ECE
+            gaps = torch.stack([row.item_scores - base[row.seed] for row in rows])
             both = zip(gaps.mean((0, -1)).tolist(), error_of(gaps).tolist(), strict=True)
-            differences[method] = dict(zip(("nll", "brier"), both, strict=True))
+            differences[method] = dict(zip(("nll", "brier"), both, strict=False))
         return differences
 
     def columns(self) -> dict[str, list[str]]:
@@ -164,9 +154,10 @@ class Comparison:
         by = self.by_method()
         weak = {row.method for row in self.rows if not row.has_learned}
         columns = {"method": [f"{n} (has not learned)" if n in weak else n for n in by]}
-        for title, (key, factor, form) in _MEASURED.items():
-            each = [[factor * getattr(row, key) for row in rows] for rows in by.values()]
-            columns[title] = [_spread(values, form) for values in each]
+        for key, (title, factor, form) in SHOWN.items():
+            if key in self.rows[0].metrics:
+                each = [[factor * row.metrics[key] for row in rows] for rows in by.values()]
+                columns[title] = [_spread(values, form) for values in each]
         if len(by) > 1:
             gaps = [gap["nll"] for gap in self.differences().values()]
             texts = [f"{gap:+.3f} ± {error:.3f}" for gap, error in gaps]
@@ -197,7 +188,7 @@ class Comparison:
     def __rich__(self) -> Table:
         table = Table(title=self.title or None, box=None, padding=(0, 1, 0, 0), pad_edge=False)
         columns = self.columns()
-        del columns["Brier"]  # for which 80 columns have no room
+        columns.pop("Brier", None)  # for which 80 columns have no room
         for name, cells in columns.items():
             first = name == "method"
             words = [len(word) for cell in (name, *cells) for word in cell.split()]
@@ -209,10 +200,14 @@ class Comparison:
 
     def plot(self) -> Any:
         """A reliability diagram for each method, which pools the predictions of all seeds."""
-        pooled = {
-            name: (torch.cat([row.probs for row in rows]), torch.cat([row.labels for row in rows]))
-            for name, rows in self.by_method().items()
-        }
+        if "ece" not in self.rows[0].metrics:
+            raise ConfigurationError("A reliability diagram must be of classes, got numbers.")
+        pooled = {}
+        for name, rows in self.by_method().items():
+            known = [row.labels >= 0 for row in rows]  # -100 stands for a missing label
+            pairs = zip(rows, known, strict=True)
+            probs = torch.cat([row.probs[at] for row, at in pairs])
+            pooled[name] = probs, torch.cat([r.labels[k] for r, k in zip(rows, known, strict=True)])
         return reliability_diagram(pooled)
 
 
@@ -240,6 +235,7 @@ def compare(
     num_samples: int = 10,
     precision: str = "auto",
     outside: Any = None,
+    likelihood: Likelihood | None = None,
     out: str | PathLike[str] | None = None,
     callback: Callable[[Row], None] | None = None,
     **training: Any,
@@ -275,6 +271,8 @@ def compare(
         precision: as in ``fit``.
         outside: questions out of scope, as for :meth:`Task.outside <pyro_blora.data.Task.outside>`.
             The table then says how well each method's doubts separate them from the test items.
+        likelihood: of labels that are not one class or option of each row; rows then stay as they
+            are. Default: by the data and the network's head.
         out: a folder for the results. After an interruption the same call continues from there;
             with other methods or seeds it trains what is missing. Default: nothing is written.
         callback: called with each row when it is done, and first with those that ``out`` has.
@@ -308,10 +306,12 @@ def compare(
             "A Task must come without data_dir and limits, which are for load_task, got "
             f"{limits} and data_dir={data_dir!r}."
         )
-    whole = given or load_task(data, data_dir=data_dir)
+    head = CLASS if isinstance(network, str) else kind_of_head(network[0])
+    source: dict[str, Any] = {"data_dir": data_dir}
+    source["as_rows"] = likelihood is not None or head not in (CLASS, TEXT)
+    whole = given or load_task(data, **source)
     tasks = {
-        seed: given or load_task(data, data_dir=data_dir, seed=seed, **limits)
-        for seed in map(int, seeds)
+        seed: given or load_task(data, **source, seed=seed, **limits) for seed in map(int, seeds)
     }
     task = next(iter(tasks.values()))
     split = next((each.name for each in entries.values() if each.view.holds_out), None)
@@ -333,6 +333,8 @@ def compare(
     others = None if outside is None else task.outside(outside)
     if others is not None:
         settings["outside"] = _digest(others)
+    if likelihood is not None:
+        settings["likelihood"] = repr(likelihood)
     settings["methods"] = {each.method.name: _settings(each.method) for each in entries.values()}
     settings.pop("progress", None)
     sizes = f"{len(task.train)} training and {len(task.test)} test items"
@@ -349,20 +351,34 @@ def compare(
         if callback and key in done:
             callback(done[key])
     pair: Any = None if isinstance(network, str) else network
+    shared = None  # of rows that are no items
+    if task.template is None:
+        shared = likelihood or usual_likelihood(pair and pair[0], task.test[0])
+        if not shared.has_classes and any(each.view.is_rescaled for each in entries.values()):
+            raise ConfigurationError(
+                f"temperature: must have one class of each row, got {type(shared).__name__}; name "
+                "split: instead."
+            )
     for seed, task in tasks.items():
         missing = [each for name, each in entries.items() if (name, seed) not in done]
         if not missing:
             continue
         if isinstance(network, str) and (pair is None or is_classifier(pair[0])):
-            # a classifier anew, for a head of this seed
-            pair = load_for(network, len(task.test[0].choices), seed)
-        collate = task.collator(pair[1], net=pair[0])
+            # anew, for a head of this seed
+            if shared is None:
+                pair = load_for(network, len(task.test[0].choices), seed)
+            else:
+                pair = load_for(network, shared.num_outputs(whole.train), seed, shared.head)
+        if shared is None:
+            collate = task.collator(pair[1], net=pair[0])
+        else:
+            collate = shared.collator(pair[1], task.test[0])
         sets = {"test": (task.test, collate)}
         if others:
             sets["outside"] = (others, collate)
         options = {"validate_every": max(1, num_steps // 3), "seed": seed, **options}
         for result in train_and_score(
-            pair[0], task, missing, collate=collate, data=sets, **options
+            pair[0], task, missing, collate=collate, data=sets, likelihood=shared, **options
         ):
             row = done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
@@ -370,7 +386,7 @@ def compare(
             if callback:
                 callback(row)
     comparison = Comparison([done[key] for key in keys], title)
-    if folder is not None:
+    if folder is not None and "ece" in comparison.rows[0].metrics:
         save_figure(comparison.plot(), folder / DIAGRAM)
     return comparison
 
@@ -413,6 +429,7 @@ def train_and_score(
     rank: int | None = None,
     target_modules: str | Sequence[str] | None = None,
     layers_to_transform: Sequence[int] | None = None,
+    likelihood: Likelihood | None = None,
     **training: Any,
 ) -> Iterator[Result]:
     """The results of entries under one seed, with one training for those that share it.
@@ -432,7 +449,7 @@ def train_and_score(
             rank=rank,
             target_modules=target_modules,
             layers_to_transform=layers_to_transform,
-            likelihood=task.likelihood(collate),
+            likelihood=task.likelihood(collate) if likelihood is None else likelihood,
         )
         views = {
             each.name: replace(each.view, num_samples=blora.method.draws(each.view.num_samples))
@@ -487,7 +504,10 @@ def scored(
                     predictions[key] = blora.predict_dataset(
                         items, collator, view.num_samples, **options
                     )
-                metrics = {key: evaluate(p.probs, y) for key, (p, y) in predictions.items()}
+                scores = blora.likelihood.metrics
+                metrics = {
+                    key: scores(p, y) for key, (p, y) in predictions.items() if y is not None
+                }
                 linear = blora.method.linearized if view.linearized is None else view.linearized
                 first, _ = next(iter(predictions.values()))
                 passes = first.num_samples
@@ -516,21 +536,24 @@ def _row(result: Result, seed: int, task: Task) -> Row:
     """The row of a result, whose test predictions get a temperature if its view says so."""
     view, fitted, by = result.view, result.fitted, "none"
     prediction, labels = result.predictions["test"]
-    probs, numbers = prediction.probs, result.blora.trainable_parameters
+    likelihood, numbers = result.blora.likelihood, result.blora.trainable_parameters
     if fitted.num_held_out:
         by = f"{fitted.settings['held_out']:.3g} of training"
     if view.state == "distilled":
         by = "draws"
+    scaled = prediction
     if view.is_rescaled:
         held, held_labels = result.predictions["validation"]
         temperature = fit_temperature(held.probs.log(), held_labels)
-        probs, numbers, by = (probs.log() / temperature).softmax(-1), numbers + 1, "validation"
-    metrics = evaluate(probs, labels)
-    scores = (metrics.acc, metrics.ece, metrics.nll, metrics.brier)
+        scaled = Prediction((prediction.probs.log() / temperature).softmax(-1).unsqueeze(0))
+        numbers, by = numbers + 1, "validation"
+    metrics = likelihood.metrics(scaled, labels)
     used = len(task.validation) if view.reads_validation else 0
-    sizes = (len(task.train), metrics.n, by, used)
+    sizes = (len(task.train), len(labels), by, used)
     costs = (result.passes, fitted.seconds, numbers)
-    row = Row(result.row, seed, *scores, *sizes, *costs, probs, labels, fitted.has_learned)
+    log_probs = scaled.log_prob(labels).reshape(len(labels), -1).sum(-1)
+    scored = (scaled.mean, labels, log_probs)
+    row = Row(result.row, seed, metrics, *sizes, *costs, *scored, fitted.has_learned)
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]
         for doubt in [*doubts(prediction)][1:]:  # the first is the confidence

@@ -1,4 +1,4 @@
-"""Accuracy, calibration and proper scores of class probabilities, temperatures and rankings."""
+"""What is done with predictions: errors of differences, temperatures, thresholds and rankings."""
 
 import math
 import warnings
@@ -8,82 +8,17 @@ from statistics import NormalDist
 import torch
 from scipy.special import stdtrit
 from scipy.stats import binom
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.generation.generate import Generation
-from pyro_blora.posterior.prediction import Prediction, check_probabilities
 from pyro_blora.posterior.temperature import best_temperature
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import auroc
 from pyro_blora.updates import LowRankUpdate
 
 CRITERIA = ("mutual_information", "entropy", "random")
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Scores of a classifier on ``n`` items, as :func:`evaluate` defines them; NLL in nats."""
-
-    acc: float
-    ece: float
-    gap: float
-    nll: float
-    brier: float
-    n: int
-
-    def __str__(self) -> str:
-        return (
-            f"ACC {100 * self.acc:.1f}  ECE {100 * self.ece:.1f} (gap {100 * self.gap:+.1f})  "
-            f"NLL {self.nll:.3f}  Brier {self.brier:.3f}"
-        )
-
-
-def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:
-    r"""Scores class probabilities against labels.
-
-    .. math::
-        \mathrm{ACC} &= \tfrac1n \textstyle\sum_i [\hat y_i = y_i], \quad
-        \hat y_i = \arg\max_k p_{ik}\\
-        \mathrm{ECE} &= \textstyle\sum_b \tfrac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|, \quad
-        \mathrm{gap} = \mathrm{conf} - \mathrm{ACC}\\
-        \mathrm{NLL} &= -\tfrac1n \textstyle\sum_i \log p_{i y_i}\\
-        \mathrm{Brier} &= \tfrac1n \textstyle\sum_i \sum_k (p_{ik} - [k = y_i])^2
-
-    The ECE sorts the confidence in the most probable class into bins ``[low, high)`` of equal
-    width; the last one contains 1. The gap is above 0 for over-confidence, below 0 for too little
-    confidence. A probability of 0 at a label counts as the smallest normal
-    float32, so the NLL of an item is at most 87.3 nats. ``probs`` is ``(n, K)``, with 0 for an
-    absent choice, and ``labels`` is ``(n,)``.
-
-    Example::
-
-        >>> metrics = evaluate(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]))
-        >>> print(metrics)
-        ACC 50.0  ECE 37.5 (gap +12.5)  NLL 0.490  Brier 0.312
-    """
-    nll, brier, ece = item_scores(probs, labels, num_bins=num_bins).mean(1).tolist()
-    acc = float((probs.argmax(1) == labels).float().mean())
-    gap = float(probs.double().amax(1).mean()) - acc
-    return Metrics(acc, ece, gap, nll, brier, len(labels))
-
-
-def item_scores(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
-    """The NLL and the Brier score of each item, and its term in the ECE, ``3 x n``.
-
-    Their means over the items are those of :func:`evaluate`. An item's term in the ECE is its
-    confidence minus 1 if it is right, times the sign of the sum of these differences in its bin.
-    The variance of these terms is that of the ECE as long as no sign changes.
-    """
-    check_probabilities(probs, name="probs")
-    probs, labels = probs.double(), labels.long()
-    nll = -probs.clamp_min(torch.finfo(torch.float32).tiny).log().gather(1, labels[:, None])[:, 0]
-    confidence = probs.amax(1)
-    gap = confidence - (probs.argmax(1) == labels).double()
-    bins = confidence_bins(confidence, num_bins)
-    sign = gap.new_zeros(num_bins).index_add(0, bins, gap).sign()[bins]
-    return torch.stack([nll, (probs - one_hot(labels, probs.shape[1])).square().sum(1), sign * gap])
 
 
 def error_of(gaps: Tensor) -> Tensor:
@@ -102,38 +37,6 @@ def error_of(gaps: Tensor) -> Tensor:
     if seeds > 1:
         square += gaps.mean(-1).var(0) / seeds * stdtrit(seeds - 1, level) ** 2
     return square.sqrt() / 2
-
-
-def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:
-    r"""The ECE that a perfectly calibrated classifier has on average on the same number of items.
-
-    .. math::
-        \operatorname{E} \textstyle\sum_b \tfrac1n
-        \bigl| \sum_{i \in b} (z_i - \max_k p_{ik}) \bigr|, \qquad
-        z_i \sim \mathrm{Bernoulli}(\max_k p_{ik})
-
-    Compare the ECE of :func:`evaluate` with this one, but do not subtract it, because chance and
-    miscalibration do not add up. It is the mean over 1,000 draws of labels with a fixed seed.
-
-    Reference: R. Roelofs et al. (2022), "Mitigating Bias in Calibration Error Estimation",
-    arXiv:2012.08668.
-    """
-    check_probabilities(probs, name="probs")
-    confidence = probs.detach().float().cpu().amax(-1)
-    index = confidence_bins(confidence, num_bins)
-    generator, total = torch.Generator().manual_seed(0), 0.0
-    for _ in range(10):
-        right = torch.bernoulli(confidence.expand(100, -1), generator=generator)
-        gaps = confidence.new_zeros(100, num_bins).index_add(1, index, right - confidence)
-        total += float(gaps.abs().sum(1).mean())
-    return total / 10 / len(confidence)
-
-
-def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
-    """The index of the bin in which :func:`evaluate` puts each confidence, ``(n,)``."""
-    confidence = confidence.float()  # like the edges of torchmetrics
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device=confidence.device)
-    return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
 
 
 def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
@@ -270,15 +173,6 @@ def threshold_for(
             stacklevel=2,
         )
     return threshold
-
-
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """The probability that an item of the second set scores higher than one of the first.
-
-    This is the area under the receiver operating characteristic. A tie counts half; 0.5 is chance.
-    """
-    truth = [0] * len(inside) + [1] * len(outside)
-    return float(roc_auc_score(truth, torch.cat([inside, outside]).double().cpu().numpy()))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pyro_blora.evaluation.metrics import auroc, confidence_bins, evaluate
 from pyro_blora.files import write_file
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import auroc, confidence_bins, evaluate
 
 _INK = "#333333"
 _LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}

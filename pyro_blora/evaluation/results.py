@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pyro_blora.checkpoints.checkpoint import read_tensors
 from pyro_blora.errors import ConfigurationError, readable
-from pyro_blora.evaluation.metrics import evaluate
 from pyro_blora.files import write_file
+from pyro_blora.scores import Metrics, item_scores
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.safetensors"
-PREDICTED = ("probs", "labels")  # the columns of this file
+PREDICTED = ("probs", "labels", "log_probs")  # the columns of this file
 
 
 @dataclass
@@ -28,10 +28,7 @@ class Row:
 
     method: str
     seed: int
-    acc: float
-    ece: float
-    nll: float
-    brier: float
+    metrics: Metrics
     n_train: int
     n_test: int
     temperature_by: str
@@ -39,15 +36,18 @@ class Row:
     passes: int
     train_seconds: float
     trainable_parameters: int
-    probs: Tensor = field(repr=False)
+    probs: Tensor = field(repr=False)  # or the means of numbers
     labels: Tensor = field(repr=False)
+    log_probs: Tensor = field(repr=False)  # of the labels, in nats
     has_learned: bool = True
     auroc: dict[str, float] = field(default_factory=dict)  # out of scope, by the kind of doubt
 
     @property
-    def gap(self) -> float:
-        """The mean confidence minus the accuracy."""
-        return evaluate(self.probs, self.labels).gap
+    def item_scores(self) -> Tensor:
+        """The NLL of each item, and of classes its Brier score, ``2 x n``, or ``1 x n``."""
+        if "brier" in self.metrics and self.probs.dim() == 2:
+            return item_scores(self.probs, self.labels)[:2]
+        return -self.log_probs.unsqueeze(0)
 
 
 def versions() -> dict[str, str]:
@@ -92,4 +92,5 @@ def read(settings: dict[str, Any], folder: Path) -> list[Row]:
     with readable(path):
         for k, row in enumerate(document["rows"]):
             row |= {name: tensors[f"{k} {name}"] for name in PREDICTED}
+            row["metrics"] = Metrics(row["metrics"])
         return [Row(**row) for row in document["rows"]]

@@ -23,7 +23,7 @@ from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import runs_eagerly
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.posterior import Posterior
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
 
 # Options that do not run the network exactly once per token, and caches without rows per draw
 _REFUSED = ["assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale"]
@@ -136,7 +136,7 @@ def generate(
     keys = ("input_ids", "attention_mask")
     prompt = {key: options[key] for key in keys if options.get(key) is not None}
     updates = posterior.pairs(prompt)(num_samples) if num_samples else posterior.mean(prompt)
-    distilled = not num_samples and model.enabled and not model.likelihood.has_classes
+    distilled = not num_samples and model.enabled and not model.likelihood.predicts
     temperature = float(model.mean_temperature) if distilled else 1.0
     average, ends = _Average(max(1, num_samples), temperature), _Ends()
     options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]

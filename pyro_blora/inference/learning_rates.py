@@ -130,11 +130,11 @@ def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
         blora.posterior(0, prepared) as net,
     ):
         logits = likelihood.logits(net, prepared)
-    labels = likelihood.labels(prepared)
-    if likelihood.has_classes or labels is None or labels.is_floating_point():
-        return Sizes(inputs, max(logits.shape[-1], 2))
-    scored = float((labels >= 0).sum()) / prepared.examples
-    return Sizes(inputs, logits.shape[-1], min(max(scored, 1.0) ** 2, _SLOWEST))
+    labels, classes = likelihood.labels(prepared), 2
+    if likelihood.is_categorical:
+        classes = max(logits.shape[-1], 2)
+    scored = 1.0 if labels is None else float(likelihood.num_scored(labels).double().mean())
+    return Sizes(inputs, classes, min(max(scored, 1.0) ** 2, _SLOWEST))
 
 
 def _role_and_rate(

@@ -98,12 +98,12 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
     usual = blora.method.held_out
     usual = blora.likelihood.held_out if usual is None else usual
-    if sized and blora.likelihood.has_classes:
+    if sized and blora.likelihood.predicts:
         return usual if share is None else share
     if share:
         raise ConfigurationError(
-            f"held_out={share} must have examples with classes, got a loader or a likelihood of "
-            "text; leave it out, and call blora.calibrate(data, collate) for classes."
+            f"held_out={share} must have examples with labels, got a loader or a likelihood of "
+            "text; leave it out, and call blora.calibrate(data, collate) for labels."
         )
     if usual and share is None:
         warnings.warn(

@@ -1,13 +1,19 @@
 """Likelihoods: distributions of a batch's labels given the logits of the wrapped transformer."""
 
+from typing import Any
+
+from torch import nn
+
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods.causal_lm import CausalLM, TextCollator
 from pyro_blora.likelihoods.label_tokens import LabelTokens, LabelTokensCollator
 from pyro_blora.likelihoods.multiple_choice import MultipleChoice, MultipleChoiceCollator
+from pyro_blora.likelihoods.regression import NumberCollator, Regression
 from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
 )
+from pyro_blora.network.targets import TEXT, kind_of_head
 
 __all__ = [
     "Batch",
@@ -19,6 +25,19 @@ __all__ = [
     "Likelihood",
     "MultipleChoice",
     "MultipleChoiceCollator",
+    "NumberCollator",
+    "Regression",
     "SequenceClassification",
     "TextCollator",
 ]
+
+
+_OF_HEADS = {kind.head: kind for kind in (SequenceClassification, Regression)}
+
+
+def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
+    """The likelihood of what a network's head gives, or without a network of a row's labels."""
+    if net is not None:
+        head = kind_of_head(net)
+        return CausalLM() if head == TEXT else _OF_HEADS[head]()
+    return Regression()

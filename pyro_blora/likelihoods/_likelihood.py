@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro
@@ -16,7 +17,10 @@ from typing_extensions import Self
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.network.shortcuts import Shortcuts
+from pyro_blora.network.targets import CLASS
 from pyro_blora.options import Options, check_count
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import Metrics, evaluate, evaluate_numbers
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Mapping[str, Any]]
@@ -32,14 +36,17 @@ class Likelihood(Options, PyroModule):
     """p(labels | network, batch).
 
     A subclass defines :meth:`logits` and, if the labels are not one class per example,
-    :meth:`distribution` and :meth:`labels`. ``pyro.plate("data", num_data, ...)`` scales the
+    :meth:`distribution` and :meth:`check_labels`. ``pyro.plate("data", num_data, ...)`` scales the
     log-likelihood of a batch to the data set. If it reads rows of text, it defines
     :meth:`collator`, and :meth:`read` to refuse a row before the first step;
-    :meth:`check_network` refuses a network of another kind. A file in ``pyro_blora.likelihoods``
-    is named in ``__init__.py``, by which saved adapters find its class.
+    :meth:`check_network` refuses a network of another kind, and ``new_head`` says that its head is
+    trained, too. A file in ``pyro_blora.likelihoods`` is named in ``__init__.py``, by which saved
+    adapters find its class.
 
     A subclass may create parameters, each a :class:`pyro.nn.PyroParam`, in its constructor; its
     ``roles`` give their learning rates, as in a prior. They are trained and saved with the adapter.
+    :meth:`distribution` must not read them, because predictions outlive a training: they enter
+    through the logits.
 
     Like a prior and a guide, a likelihood is a template: :class:`~pyro_blora.BayesianLoRA` copies
     it, and ``blora.likelihood`` is the copy that is trained.
@@ -51,11 +58,14 @@ class Likelihood(Options, PyroModule):
 
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")  # which a batch must have
     row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T, or 3 for several rows an example
+    head: ClassVar[str] = CLASS  # what the network's head gives, of pyro_blora.network.targets
     new_head: ClassVar[bool] = False  # whether the network's heads are trained, too, by default
     roles: ClassVar[dict[str, str]] = {}
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
     padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
     settled: ClassVar[tuple[str, ...]] = ("num_data",)  # attributes that a training may set
+    task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
+    predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     trained_head: bool = False  # whether the head is that of a LoRA, trained before
 
     def __init__(self, *, num_data: int | None = None) -> None:
@@ -78,6 +88,15 @@ class Likelihood(Options, PyroModule):
     def has_classes(self) -> bool:
         """Whether each example has one class as its label."""
         return type(self).distribution is Likelihood.distribution
+
+    @property
+    def is_categorical(self) -> bool:
+        """Whether the logits' softmax gives probabilities of classes, one or more an example."""
+        return self.has_classes
+
+    def num_outputs(self, rows: Any) -> int:
+        """The number of outputs that a new head must have for these rows."""
+        return 1
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """The default collator of rows of text such as ``row``, which a subclass may define."""
@@ -138,6 +157,30 @@ class Likelihood(Options, PyroModule):
         """The distribution of the labels given the logits."""
         return pyro.distributions.Categorical(logits=logits)
 
+    def predictive(self, logits: Tensor) -> Prediction:
+        """The prediction from the logits under each draw, ``(S, B, ...)``."""
+        if self.is_categorical:
+            return Prediction(logits.softmax(-1))
+        return Prediction(logits, partial(self.distribution, labels=None))
+
+    def tempered(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """The logits at a temperature, which :meth:`BayesianLoRA.calibrate` fits to labels."""
+        return logits / temperature
+
+    def unit(self, temperature: float) -> tuple[float, float]:
+        """The scale and the shift that an exported head applies to the network's output."""
+        return 1 / temperature, 0.0
+
+    def metrics(self, prediction: Prediction, labels: Tensor) -> Metrics:
+        """The scores of a prediction."""
+        if prediction.family is not None:
+            return evaluate_numbers(prediction, labels)
+        return evaluate(prediction.probs, labels)
+
+    def num_scored(self, labels: Tensor) -> Tensor:
+        """The number of labels that each example has, ``(B,)``; one unless they are tokens."""
+        return labels.new_ones(len(labels), dtype=torch.long)
+
     def observe(self, net: nn.Module, batch: Batch, particles: torch.Size, num_data: int) -> None:
         """Observes the labels at the site ``"labels"`` under the data plate.
 
@@ -171,7 +214,7 @@ class Likelihood(Options, PyroModule):
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
                 f"labels must be one class per example, of shape {tuple(logits.shape[:-1])}, got "
-                f"{tuple(labels.shape)}; for a label at each token use CausalLM."
+                f"{tuple(labels.shape)}; for tags of tokens use TokenClassification."
             )
         if labels.is_floating_point():
             raise BatchError(f"labels must be integers, got {labels.dtype}; pass labels.long().")
@@ -191,13 +234,12 @@ class Likelihood(Options, PyroModule):
             )
         ids = batch["input_ids"] if "input_ids" in self.keys else None
         if ids is not None and getattr(ids, "ndim", 0) != self.row_dims:
-            kinds = {2: "B x T", 3: "B x K x T, multiple choice"}
+            kinds = {2: "B x T", 3: "B x K x T, several rows an example"}
             got = tuple(ids.shape) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
             raise BatchError(
                 f"input_ids must be a tensor of {kinds[self.row_dims]}, for {type(self).__name__}, "
                 f"got {got}. Pad the rows in collate=, and use the likelihood of your batches: "
-                "MultipleChoice for options, LabelTokens or SequenceClassification for classes, "
-                "CausalLM for text."
+                "MultipleChoice for options, Preference for pairs, others for one row an example."
             )
         count = len(batch[self.keys[0]])
         if not count:

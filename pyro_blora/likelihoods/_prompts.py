@@ -88,6 +88,45 @@ class PromptCollator:
         return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
 
 
+class RowCollator:
+    """Makes a row of token ids from every text, for a network with a head.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a pad token.
+        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
+
+    Called on B dictionaries with ``text``, ``text_pair`` where there is one, and ``label``, it
+    returns the tokenizer's tensors, ``(B, T)``, and ``labels``, unless the first row has none. A
+    subclass defines :meth:`labels`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = min(max_length, tokenizer.model_max_length)
+        # BOS, which the tokenizer adds, also where a chat template has written it already
+        added = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._start: str = tokenizer.bos_token if added else ""
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The batch of a list of rows."""
+        texts = [(row["text"], row.get("text_pair")) for row in rows]
+        batch = self._encoded(texts)
+        if "label" in rows[0]:
+            batch["labels"] = self.labels(rows)
+        return batch
+
+    def labels(self, rows: Sequence[Any]) -> Tensor:
+        """The labels of rows as numbers, ``(B,)``."""
+        return torch.tensor([float(row["label"]) for row in rows])
+
+    def _encoded(self, texts: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        plain = [(text.removeprefix(self._start), pair) for text, pair in texts]
+        # a data frame has NaN where a row has no second text
+        given = [both if isinstance(both[1], str) else both[0] for both in plain]
+        options = {"padding": True, "truncation": True, "max_length": self.max_length}
+        return dict(self.tokenizer(given, **options, return_tensors="pt"))
+
+
 def is_from(collate: Any, *packages: str) -> bool:
     """Whether a function, or the class of an object, is defined in one of these packages."""
     home = getattr(collate, "__module__", None) or type(collate).__module__

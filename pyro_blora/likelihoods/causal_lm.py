@@ -34,6 +34,8 @@ class CausalLM(Likelihood):
     """
 
     padding = DataCollatorForSeq2Seq
+    predicts = False
+    is_categorical = True
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
@@ -79,6 +81,10 @@ class CausalLM(Likelihood):
         if labels is None:
             return tokens.to_event(1)
         return _IgnoringCategorical(logits=logits).mask(labels >= 0).to_event(1)
+
+    def num_scored(self, labels: Tensor) -> Tensor:
+        """The number of scored tokens of each row, ``(B,)``."""
+        return (labels != -100).sum(-1)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """Raises BatchError for invalid labels, as the base class does, but allows -100."""

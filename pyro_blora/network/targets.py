@@ -133,6 +133,24 @@ def is_classifier(net: nn.Module) -> bool:
     return head_of(net) is None and bool(head_names(net))
 
 
+#: What the head of a network may give for each row.
+TEXT, CLASS, NUMBER = "text", "one of several classes", "a number"
+LABELS, TAGS = "several labels at once", "a tag for each token"
+
+
+def kind_of_head(net: nn.Module) -> str:
+    """What the head of a network gives for each row, by its class and its configuration."""
+    if not is_classifier(net):
+        return CLASS if head_of(net) is None else TEXT
+    config: Any = getattr(net, "config", None)
+    problem, count = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
+    if "TokenClassification" in type(without_peft(net)).__name__:
+        return TAGS
+    if problem == "multi_label_classification":
+        return LABELS
+    return NUMBER if problem == "regression" or (problem is None and count == 1) else CLASS
+
+
 def logit_names(net: nn.Module) -> tuple[str, ...]:
     """The names that a classifier gives its logits, or none for ``LABEL_0``, ``LABEL_1``, ...."""
     config: Any = getattr(net, "config", None)

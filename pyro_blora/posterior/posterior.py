@@ -231,7 +231,7 @@ class Posterior:
         if not tempered or samples is not None or not self.model.enabled:
             return passes
         temperature = self.model.temperature if draws else self.model.mean_temperature
-        return (logits / temperature for logits in passes)
+        return (self.model.likelihood.tempered(logits, temperature) for logits in passes)
 
     def log_predictive(
         self, batch: Batch, num_samples: int | None = None, **options: Any

@@ -4,12 +4,13 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 
+import pyro
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.likelihoods import Batch
+from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.posterior import Posterior
 
@@ -41,34 +42,39 @@ def best_temperature(excess: Tensor) -> float:
     return (low * high) ** 0.5
 
 
-def temperature_of_draws(logits: Tensor, labels: Tensor) -> float:
-    r"""The temperature of the average of draws, ``(S, n, K)``, fitted to labels, ``(n,)``.
+def temperature_of_draws(likelihood: Likelihood, parts: Sequence[tuple[Tensor, Tensor]]) -> float:
+    r"""The temperature of the average of draws, fitted to labels, of which each part has some.
 
     .. math::
 
         \hat T = \arg\max_T \sum_i \log \tfrac1S \sum_s
-        \mathrm{softmax}(z_{si} / T)_{y_i} + \log \mathcal{N}(\log T; 0, 1),
+        p(y_i \mid z_{si}, T) + \log \mathcal{N}(\log T; 0, 1),
 
-    between 0.01 and 100. The prior of its logarithm keeps a few labels from moving it far. Raises
-    ValueError if no temperature gives the labels a finite loss.
+    between 0.01 and 100, where :math:`p` is a softmax of :math:`z / T`, or what the likelihood
+    makes of it. The prior of its logarithm keeps a few labels from moving it far. A part is
+    logits, ``(S, n, ...)``, and their labels, ``(n, ...)``. Raises ValueError if no temperature
+    gives the labels a finite loss.
     """
-    logits = logits.double()
-    chosen = labels.long().expand(len(logits), -1).unsqueeze(-1)
+    parts = [(z.double(), y.expand(len(z), *y.shape)) for z, y in parts]
 
     def loss(log_temperature: float) -> float:
-        logp = (logits / math.exp(log_temperature)).log_softmax(-1).gather(-1, chosen).squeeze(-1)
-        nll = math.log(len(logp)) * logp.shape[1] - float(logp.logsumexp(0).sum())
+        temperature, nll = torch.tensor(log_temperature).double().exp(), 0.0
+        for logits, labels in parts:
+            tempered = likelihood.tempered(logits, temperature)
+            logp = likelihood.distribution(tempered, labels).log_prob(labels)
+            nll += math.log(len(logp)) * logp.shape[1] - float(logp.logsumexp(0).sum())
         return nll + 0.5 * log_temperature**2
 
-    if not math.isfinite(loss(0.0)):
-        raise ValueError(_NOT_FINITE)
-    # the sum may have several minima, so the best of a grid is refined
-    step, best = 0.25, 0.0
-    grid = [step * k for k in range(-18, 19)]
-    while step > 1e-3:
-        best = min(grid, key=loss)
-        grid = [best + step * k / 4 for k in range(-4, 5)]
-        step /= 4
+    with pyro.validation_enabled(False):
+        if not math.isfinite(loss(0.0)):
+            raise ValueError(_NOT_FINITE)
+        # the sum may have several minima, so the best of a grid is refined
+        step, best = 0.25, 0.0
+        grid = [step * k for k in range(-18, 19)]
+        while step > 1e-3:
+            best = min(grid, key=loss)
+            grid = [best + step * k / 4 for k in range(-4, 5)]
+            step /= 4
     return min(max(math.exp(best), 0.01), 100.0)
 
 
@@ -77,12 +83,13 @@ def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int |
     """Fits both temperatures to the labels of batches; see :meth:`BayesianLoRA.calibrate`."""
     model, draws = posterior.model, posterior.method.draws(num_samples)
     likelihood = model.likelihood
-    if not (likelihood.has_classes and model.enabled):
+    if not (likelihood.predicts and model.enabled):
         raise ConfigurationError(
-            f"calibrate must have a likelihood with classes and an adapter that is on, got "
+            f"calibrate must have a likelihood of labels and an adapter that is on, got "
             f"{type(likelihood).__name__}; call it outside of disable_adapter(), and not for text."
         )
-    logits: list[tuple[Tensor, Tensor, Tensor]] = []
+    by_mean: list[tuple[Tensor, Tensor]] = []
+    by_draws: list[tuple[Tensor, Tensor]] = []
     with draws_apart(posterior.guide, model.groups[0].device):
         for given in batches:
             batch = model.prepared(given)
@@ -94,10 +101,9 @@ def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int |
             drawn = mean  # of a point, which needs no second pass
             if draws:
                 drawn = torch.cat([*posterior.logits(batch, draws, tempered=False)])
-            logits.append((mean.cpu(), drawn.cpu(), labels.cpu()))
-    by_mean, by_draws, parts = zip(*logits, strict=True)
-    labels = torch.cat(parts)
-    both = [temperature_of_draws(_joined(each), labels) for each in (by_draws, by_mean)]
+            by_mean.append((mean.cpu(), labels.cpu()))
+            by_draws.append((drawn.cpu(), labels.cpu()))
+    both = [temperature_of_draws(likelihood, each) for each in (by_draws, by_mean)]
     model.temperature.fill_(both[0])
     model.mean_temperature.fill_(both[1])
     return float(model.temperature)
@@ -109,6 +115,11 @@ def distill(
 ) -> float:
     """Fits the temperature of the mean to the draws; see :meth:`BayesianLoRA.distill`."""
     model, seen = posterior.model, 0
+    if not model.likelihood.is_categorical:
+        raise ConfigurationError(
+            f"distill must have a likelihood of classes or text, got "
+            f"{type(model.likelihood).__name__}; predict with draws."
+        )
     excess: list[Tensor] = []
     with draws_apart(posterior.guide, model.groups[0].device):
         for given in batches:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from pyro_blora import Comparison, compare, load_task
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.evaluation import comparison
-from pyro_blora.evaluation.metrics import item_scores
 from pyro_blora.evaluation.results import Row
 from pyro_blora.guides import Delta, MatrixNormal, MeanField
 from pyro_blora.methods import Method
 from pyro_blora.models import KroneckerInducing, Subspace
+from pyro_blora.scores import item_scores
 
 WORDS = ("cold", "warm", "wet")
 MINE = Method("mine", prior=Subspace(rank=2), guide=MeanField())

@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import metrics as m
 from pyro_blora.generation import Generation
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(

@@ -7,8 +7,8 @@ from matplotlib import pyplot
 from matplotlib.image import imread
 
 from pyro_blora.evaluation import plots
-from pyro_blora.evaluation.metrics import auroc, evaluate
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import auroc, evaluate
 
 
 def random(samples=5, items=60, choices=3):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_blora.posterior.prediction import Prediction
+from pyro_blora.prediction import Prediction
 
 
 def random(samples=5, items=7, choices=4):
