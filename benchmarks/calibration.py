@@ -15,7 +15,7 @@ import json
 import random
 from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain, groupby, product, starmap
@@ -217,7 +217,7 @@ def tune(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
     done = {trial_key(line, spec_in(line)) for line in lines}
     new = [(c, spec) for c, spec in jobs if trial_key(c._asdict(), spec) not in done]
     for cell, spec, result in results_of(new, settings, test=False):
-        lines.add({**cell._asdict(), "settings": spec, **asdict(result.metrics["validation"])})
+        lines.add({**cell._asdict(), "settings": spec, **result.metrics["validation"]})
         print(f"{cell}, {spec}: {result.metrics['validation']}", flush=True)
 
 
@@ -243,7 +243,7 @@ def run(settings: Settings, out: Path, only: Sequence[str] | None) -> None:
         # The line comes last, because it says that the probabilities are there
         save_probabilities(cell, result, out / "probabilities.npz")
         line = {**cell._asdict(), "settings": spec, "passes": result.passes}
-        line["metrics"] = {name: asdict(found) for name, found in result.metrics.items()}
+        line["metrics"] = dict(result.metrics)
         line |= {"seconds": round(result.fitted.seconds, 1), "precision": choose_precision("auto")}
         lines.add(line)
         print(f"{cell}: {result.metrics['test']}", flush=True)

@@ -4,7 +4,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +19,7 @@ from pyro_blora.evaluation import metrics
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.files import write_file
 from pyro_blora.prediction import Prediction
+from pyro_blora.scores import auroc, ece_by_chance, evaluate, item_scores
 
 COLUMNS: Columns = {"acc": ("ACC %", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 1)}
 COLUMNS |= {"chance": ("by chance %", 100, 1), "brier": ("Brier", 1, 3)}
@@ -59,12 +59,12 @@ Runs = Mapping[Any, dict[str, dict[int, Run]]]  # by network, task, steps and tr
 
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
     confidence, predicted = probs.max(-1)
-    right, found = predicted == labels, asdict(metrics.evaluate(probs, labels))
+    right, found = predicted == labels, evaluate(probs, labels)
     found["auroc"] = math.nan
     if 0 < right.sum() < len(right):
-        found["auroc"] = metrics.auroc(confidence[~right], confidence[right])
+        found["auroc"] = auroc(confidence[~right], confidence[right])
     found["aurc"] = metrics.risk_coverage(-confidence, ~right)[2]
-    return {**found, "chance": metrics.ece_by_chance(probs)}
+    return {**found, "chance": ece_by_chance(probs)}
 
 
 def read_runs(cells: Iterable[Mapping[str, Any]], out: Path) -> Runs:
@@ -149,7 +149,7 @@ def each_task(columns: Mapping[str, tuple[Methods, str]]) -> list[str]:
 
 def differences(ours: Mapping[int, Run], other: Mapping[int, Run], data: str) -> Tensor:
     """The scores of one method's items minus another's on a data set, seeds x 3 x items."""
-    seeds, score = sorted(ours.keys() & other.keys()), metrics.item_scores
+    seeds, score = sorted(ours.keys() & other.keys()), item_scores
     return torch.stack([score(*ours[s][data]) - score(*other[s][data]) for s in seeds])
 
 
@@ -190,7 +190,7 @@ def told_apart(methods: Methods, sets: Sequence[str]) -> list[str]:
     rows: list[tuple[float, str]] = []
     for (method, seeds), kind in product(methods.items(), ("entropy", "mutual information")):
         each = [own for run in seeds.values() if {*sets} <= (own := doubts(run, kind)).keys()]
-        runs = [{d: 100 * metrics.auroc(own["test"], own[d]) for d in sets} for own in each]
+        runs = [{d: 100 * auroc(own["test"], own[d]) for d in sets} for own in each]
         runs = [{**run, "mean": fmean(run.values())} for run in runs]
         if runs:
             row = [method, kind, str(len(runs)), *(f"{mean_of(runs, d):.1f}" for d in sets)]

@@ -44,11 +44,11 @@ def check_rows(
             )
         given = [name for name in optional if (v := row.get(name)) is not None and v == v]
         for name in (*columns, *given):
-            words, is_right = kinds.get(name, A_TEXT)
-            if not is_right(row[name]):
+            (words, is_right), value = kinds.get(name, A_TEXT), _unboxed(row[name])
+            if not is_right(value):
                 raise DataError(
-                    f"The column {name!r} must hold {words}, got {_unboxed(row[name])!r:.80} in row "
-                    f"{k}; leave the row out, or convert it."
+                    f"The column {name!r} must hold {words}, got {value!r:.80} in row {k}; leave "
+                    "the row out, or convert it."
                 )
 
 

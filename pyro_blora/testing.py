@@ -9,6 +9,7 @@ They are mixins of test methods on a tiny Llama, for pytest or with unittest's `
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 from math import inf, isclose, prod
@@ -298,15 +299,17 @@ class GuideContract(PairContract):
 class LikelihoodContract(_Contract):
     """The tests of a likelihood; override ``make()``, with ``num_data=12``, and ``batch()``.
 
-    For another network than a causal language model, also override ``net()``.
+    For another network than a causal language model, also override ``net()``, and if labels are
+    not classes ``wrong``.
     """
 
     noun = "likelihood"
+    wrong: ClassVar[Sequence[float]] = (99, -3)  # labels that mean nothing
 
     def test_labels_are_checked_and_absent_ones_sampled(self) -> None:
-        """A label that names no class raises ``BatchError``; a batch for prediction needs none."""
+        """A wrong label raises ``BatchError``; a batch for prediction needs none."""
         blora, batch = self.adapted(), self.batch(4)
-        for wrong in (99, -3):
+        for wrong in self.wrong:
             labels, message = batch["labels"].clone(), ""
             labels[0, ...] = wrong
             try:

@@ -90,6 +90,12 @@ def sequences(rows=4, length=7, *, seed=0):
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
+def numbers(rows=4, length=7, *, seed=0):
+    """The same rows with a number each."""
+    batch = sequences(rows, length, seed=seed)
+    return {**batch, "labels": batch["input_ids"].float().mean(-1)}
+
+
 def texts(rows=4, length=7, *, seed=0):
     """The same rows with a label for each token, -100 at the padding and at the first two."""
     batch = sequences(rows, length, seed=seed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
-from pyro_blora.labels import FINITE, checked_labels, parts_of
+from pyro_blora.labels import FINITE, checked_labels
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import RowCollator
 from pyro_blora.likelihoods.reading import check_head, head_logits
@@ -99,11 +99,12 @@ class Regression(Likelihood):
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """A training takes the mean and the deviation of the labels from the loader's rows."""
-        rows = parts_of(getattr(data, "dataset", data))[0]
-        if training and isinstance(rows, list | tuple) and isinstance(rows[0], Mapping):
-            self._standardize(checked_labels(rows, True, FINITE))
-        elif training:
-            self._standardize([])
+        rows = getattr(data, "dataset", data)
+        first = rows[0] if hasattr(rows, "__len__") and len(rows) else None
+        label = first.get("label", first.get("labels")) if isinstance(first, Mapping) else None
+        of_rows = label is not None and getattr(label, "ndim", 0) == 0  # not of whole batches
+        if training:
+            self._standardize(checked_labels(rows, True, FINITE) if of_rows else [])
 
     def _standardize(self, numbers: list[float]) -> None:
         if self.loc is None or self.scale is None:

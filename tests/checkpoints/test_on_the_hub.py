@@ -28,7 +28,7 @@ def loads(monkeypatch):
     """What ``load_network`` is asked for; the base comes by its name."""
     asked = []
 
-    def load(name, *, num_labels, dtype):
+    def load(name, *, num_labels, dtype, head):
         asked.append((name, num_labels, dtype))
         return net(tiny.llama if num_labels is None else tiny.bert).to(dtype)
 

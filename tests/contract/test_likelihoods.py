@@ -1,5 +1,6 @@
 """What a likelihood computes and refuses, and how the data and the KL are weighed."""
 
+import math
 from functools import partial
 
 import pyro
@@ -9,7 +10,13 @@ import torch
 
 from pyro_blora import BayesianLoRA, likelihoods
 from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    Regression,
+    SequenceClassification,
+)
 from pyro_blora.testing import LikelihoodContract
 
 ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
@@ -17,10 +24,13 @@ CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
+    "Regression": (Regression, partial(tiny.bert, num_labels=1), tiny.numbers),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
 }
+WRONG_NUMBERS = {"Regression": (math.nan, math.inf)}  # where labels are not classes
 for name, (make, net, batch) in CASES.items():
     members = {"net": lambda self, net=net: net(), "batch": lambda self, n, batch=batch: batch(n)}
+    members |= {"wrong": WRONG_NUMBERS[name]} if name in WRONG_NUMBERS else {}
     tiny.contract(globals(), LikelihoodContract, name, make=make(num_data=12), **members)
 
 
@@ -58,7 +68,8 @@ for make, _, batch in CASES.values():
 
 @pytest.mark.parametrize(("make", "batch", "calls"), WRONG)
 def test_a_batch_that_means_nothing(make, batch, calls):
-    net = tiny.bert() if make is SequenceClassification else tiny.llama()
+    kinds = {kind: net for kind, net, _ in CASES.values()}
+    net = kinds.get(make, tiny.llama)()
     blora = tiny.adapted(net, target_modules=None, likelihood=make(num_data=12))
     for call in calls:
         with pytest.raises(BatchError):

@@ -19,7 +19,7 @@ from pyro_blora.evaluation.results import Row
 from pyro_blora.guides import Delta, MatrixNormal, MeanField
 from pyro_blora.methods import Method
 from pyro_blora.models import KroneckerInducing, Subspace
-from pyro_blora.scores import item_scores
+from pyro_blora.scores import evaluate, item_scores
 
 WORDS = ("cold", "warm", "wet")
 MINE = Method("mine", prior=Subspace(rank=2), guide=MeanField())
@@ -39,8 +39,9 @@ def encoder(tmp_path_factory):
 
 
 def row(method, seed, probs, labels):
-    nll = float(-probs.gather(1, labels[:, None]).log().mean())
-    return Row(method, seed, 0.5, 0.1, nll, 0.2, 0, len(probs), "none", 0, 1, 1.0, 1, probs, labels)
+    log_probs = probs.gather(1, labels[:, None]).log()[:, 0]
+    sizes = (0, len(probs), "none", 0, 1, 1.0, 1)
+    return Row(method, seed, evaluate(probs, labels), *sizes, probs, labels, log_probs)
 
 
 def test_differences_are_paired_and_twice_their_error_covers_95_percent():
@@ -108,7 +109,8 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
         table.differences("nothing")
     assert str(compare(str(encoder), ROWS, names, **how, out=tmp_path)) == text
     for one in table.rows:  # the table's columns are those of its differences
-        assert [one.nll, one.brier, one.ece] == item_scores(one.probs, one.labels).mean(1).tolist()
+        means = [one.metrics[name] for name in ("nll", "brier", "ece")]
+        assert means == item_scores(one.probs, one.labels).mean(1).tolist()
     with pytest.raises(ConfigurationError, match="another num_steps"):
         compare(str(encoder), ROWS, names, **{**how, "num_steps": 5}, out=tmp_path)
 
@@ -126,9 +128,9 @@ def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_m
     )
     assert columns["AUROC % out of scope, mutual information"][0] == ""
     for each in rows.values():
-        right = (each.probs.argmax(-1) == each.labels).double().mean()
-        assert each.gap == pytest.approx(float(each.probs.amax(-1).mean() - right), abs=1e-6)
-    assert columns["gap %"] == [f"{100 * each.gap:+.1f}" for each in rows.values()]
+        gap = each.probs.amax(-1) - (each.probs.argmax(-1) == each.labels).double()
+        assert each.metrics.gap == pytest.approx(float(gap.mean()), abs=1e-6)
+    assert columns["gap %"] == [f"{100 * each.metrics.gap:+.1f}" for each in rows.values()]
     rows["lora"].has_learned = False
     assert found.columns()["method"] == ["lora (has not learned)", "mean-field"]
     task = load_task(ROWS)

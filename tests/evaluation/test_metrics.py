@@ -12,6 +12,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import metrics as m
 from pyro_blora.generation import Generation
 from pyro_blora.prediction import Prediction
+from pyro_blora.scores import auroc, confidence_bins, ece_by_chance, evaluate, item_scores
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(
@@ -22,7 +23,7 @@ LABELS = torch.tensor([0, 2, 0, 0])
 
 
 def test_by_hand():
-    metrics = m.evaluate(PROBS, LABELS, num_bins=4)
+    metrics = evaluate(PROBS, LABELS, num_bins=4)
     assert metrics.n == 4
     assert metrics.acc == pytest.approx(0.5, abs=1e-7)
     # bins: [0.5, 0.75) has 0.625 and 0.5, none right; [0.75, 1] has 0.75 and 1, both right
@@ -41,8 +42,8 @@ def test_metrics_are_those_of_torchmetrics_and_the_means_over_items(kind, num_bi
     probs[300:600] = probs.new_tensor([0.4, 0.4, 0.2, 0.0])
     probs[600:700] = probs.new_tensor([0.0, 1.0, 0.0, 0.0])
     labels = torch.randint(4, (2000,))
-    metrics = m.evaluate(probs, labels, num_bins=num_bins)
-    items = m.item_scores(probs, labels, num_bins=num_bins)
+    metrics = evaluate(probs, labels, num_bins=num_bins)
+    items = item_scores(probs, labels, num_bins=num_bins)
     assert (metrics.nll, metrics.brier, metrics.ece) == tuple(items.mean(1).tolist())
     top = probs.float().clamp(max=1 - torch.finfo(torch.float32).eps)  # 1 would be its own bin
     acc = multiclass_accuracy(top, labels, 4, average="micro")
@@ -68,17 +69,15 @@ def test_two_errors_to_each_side_are_an_interval_of_95_percent(by_seeds):
 def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():
     """0.95 and right, 1.0 and wrong: one bin of width 0.1, not two."""
     probs = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])
-    assert m.evaluate(probs, torch.tensor([0, 1]), num_bins=1).ece == pytest.approx(0.125, abs=1e-5)
+    assert evaluate(probs, torch.tensor([0, 1]), num_bins=1).ece == pytest.approx(0.125, abs=1e-5)
     probs = torch.tensor([[0.95, 0.05], [1.0, 0.0]])
-    ece = m.evaluate(probs, torch.tensor([0, 1]), num_bins=10).ece
+    ece = evaluate(probs, torch.tensor([0, 1]), num_bins=10).ece
     assert ece == pytest.approx(0.975 - 0.5, abs=1e-6)
 
 
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
     padded = torch.nn.functional.pad(PROBS, (0, 2))
-    assert (
-        m.evaluate(padded, LABELS) == m.evaluate(PROBS, LABELS.int()) == m.evaluate(PROBS, LABELS)
-    )
+    assert evaluate(padded, LABELS) == evaluate(PROBS, LABELS.int()) == evaluate(PROBS, LABELS)
     logits, labels = synthetic(3.0, n=500)
     padded = torch.nn.functional.pad(logits, (0, 2), value=-math.inf)
     expected = m.fit_temperature(logits, labels)
@@ -91,8 +90,8 @@ def test_the_bins_are_those_of_the_ece(kind):
     for edge in range(8, 16):
         top = torch.tensor([edge / 15, (edge - 0.5) / 15], dtype=kind)
         probs, labels = torch.stack([top, 1 - top], -1), torch.tensor([0, 1])
-        gaps = torch.zeros(15).index_add(0, m.confidence_bins(top, 15), 1 - labels - top.float())
-        assert float(gaps.abs().sum()) / 2 == pytest.approx(m.evaluate(probs, labels).ece, abs=1e-6)
+        gaps = torch.zeros(15).index_add(0, confidence_bins(top, 15), 1 - labels - top.float())
+        assert float(gaps.abs().sum()) / 2 == pytest.approx(evaluate(probs, labels).ece, abs=1e-6)
 
 
 def test_ece_by_chance_is_the_mean_over_all_labels_of_a_calibrated_one():
@@ -101,8 +100,8 @@ def test_ece_by_chance_is_the_mean_over_all_labels_of_a_calibrated_one():
     expected = 0.0
     for labels in map(torch.tensor, product([0, 1], repeat=6)):
         chance = float(probs.gather(1, labels[:, None]).prod())
-        expected += chance * m.evaluate(probs, labels, num_bins=4).ece
-    assert m.ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
+        expected += chance * evaluate(probs, labels, num_bins=4).ece
+    assert ece_by_chance(probs, num_bins=4) == pytest.approx(expected, abs=0.01)
 
 
 def synthetic(temperature, n, k=4):
@@ -261,9 +260,9 @@ def test_out_of_scope_by_counting():
 
 
 def test_auroc_of_ties_and_of_scores_that_are_close():
-    assert m.auroc(torch.zeros(3), torch.zeros(2)) == 0.5
+    assert auroc(torch.zeros(3), torch.zeros(2)) == 0.5
     close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
-    assert m.auroc(close, close + 3e-9) == 1
+    assert auroc(close, close + 3e-9) == 1
 
 
 def test_ranks_are_those_of_the_scores():

@@ -34,6 +34,10 @@ def items(count=N):
     return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
+def temperature_of(logits, labels):
+    return temperature_of_draws(MultipleChoice(), [(logits, labels)])
+
+
 def loss(temperature, logits, labels):
     """Written out in numpy: the average's NLL, and half the square of log T."""
     scores = np.exp(logits / temperature)
@@ -51,19 +55,19 @@ def test_it_minimizes_the_loss_of_the_average(scale, draws):
     logits = scale * (mean + 0.5 * torch.randn(draws, 200, 4, generator=generator))
     arrays = logits.double().numpy(), labels.numpy()
     best = minimize_scalar(lambda t: loss(np.exp(t), *arrays), bounds=(-3, 3), method="bounded")
-    assert temperature_of_draws(logits, labels) == pytest.approx(np.exp(best.x), rel=2e-3)
+    assert temperature_of(logits, labels) == pytest.approx(np.exp(best.x), rel=2e-3)
     # absent options change nothing
     padded = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
-    assert temperature_of_draws(padded, labels) == temperature_of_draws(logits, labels)
+    assert temperature_of(padded, labels) == temperature_of(logits, labels)
 
 
 def test_a_few_labels_move_it_little():
     with pytest.raises(ValueError, match="look for NaN"):
-        temperature_of_draws(torch.tensor([[[0.0, -torch.inf]]]), torch.tensor([1]))
+        temperature_of(torch.tensor([[[0.0, -torch.inf]]]), torch.tensor([1]))
     logits = torch.tensor([[[3.0, 0.0], [3.0, 0.0]]])
-    right, wrong = (temperature_of_draws(logits, torch.full((2,), k)) for k in (0, 1))
+    right, wrong = (temperature_of(logits, torch.full((2,), k)) for k in (0, 1))
     assert 0.5 < right < 1 < wrong < 4
-    assert temperature_of_draws(torch.zeros(2, 3, 4), torch.zeros(3).long()) == 1
+    assert temperature_of(torch.zeros(2, 3, 4), torch.zeros(3).long()) == 1
 
 
 @pytest.mark.parametrize("way", ["fit", "Laplace", "trainer"])
@@ -154,7 +158,7 @@ def test_what_cannot_be_held_out_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(blora, loader, num_steps=1, held_out=0.0, progress=False)
-    with pytest.raises(ConfigurationError, match=r"held_out=0.5 must have examples with classes"):
+    with pytest.raises(ConfigurationError, match=r"held_out=0.5 must have examples with labels"):
         fit(blora, loader, num_steps=1, held_out=0.5, progress=False)
     with pytest.raises(ConfigurationError, match=r"held_out must be a share in \[0, 1\), got 1"):
         fit(blora, items(), num_steps=1, held_out=1.0, progress=False)
@@ -162,5 +166,5 @@ def test_what_cannot_be_held_out_is_not():
         blora.calibrate([{k: v for k, v in item.items() if k != "labels"} for item in items(2)])
     blora.unwrap()
     text = tiny.adapted(tiny.llama(), likelihood=CausalLM(num_data=N))
-    with pytest.raises(ConfigurationError, match="calibrate must have a likelihood with classes"):
+    with pytest.raises(ConfigurationError, match="calibrate must have a likelihood of labels"):
         text.calibrate(items())

@@ -1,0 +1,149 @@
+"""Regression: beside dense algebra, transformers and PEFT, from rows to an export."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+from torch.utils.data import DataLoader
+
+from pyro_blora import BayesianLoRA, compare, fit
+from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.likelihoods import NumberCollator, Regression, SequenceClassification
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import evaluate_numbers
+
+WORDS = ("cold", "warm", "wet", "hot")
+ROWS = [
+    {"text": f"it was {WORDS[k % 4]} and {k % 3}", "label": 100 + 7.5 * (k % 4)} for k in range(48)
+]
+
+
+@pytest.fixture
+def trained(bert, small):
+    blora = BayesianLoRA(bert(num_labels=1), tokenizer=small)
+    fit(blora, ROWS, num_steps=30, precision="float32", progress=False)
+    return blora
+
+
+def test_rows_are_learned_in_their_unit(trained, small):
+    likelihood = trained.likelihood
+    labels = torch.tensor([row["label"] for row in ROWS], dtype=torch.float64)
+    assert likelihood.loc == pytest.approx(float(labels.mean()))
+    assert likelihood.scale == pytest.approx(float(labels.std(correction=0)))
+    prediction, given = trained.predict_dataset(ROWS, num_samples=8, precision="float32")
+    assert given.tolist() == labels.tolist()
+    normal = Normal(prediction.samples[..., 0], prediction.samples[..., 1].exp())
+    means = likelihood.loc + likelihood.scale * normal.loc
+    torch.testing.assert_close(prediction.mean, means.mean(0))
+    torch.testing.assert_close(prediction.adapter_stddev, means.std(0, correction=0))
+    noise = likelihood.scale * likelihood.noise.detach() * trained.model.temperature
+    torch.testing.assert_close(prediction.noise_stddev, noise.expand(len(ROWS)))
+    scores = trained.evaluate(ROWS, num_samples=8, precision="float32")
+    assert 0 < scores.rmse < float(labels.std())
+    log_probs, counts = trained.log_predictive_dataset(ROWS, None, 8, precision="float32")
+    assert counts.tolist() == [1] * len(ROWS)
+    assert scores.nll == pytest.approx(-float(log_probs.mean()), rel=0.1)  # of other draws
+
+
+def test_the_log_density_is_in_the_unit_of_the_labels(trained, small):
+    batch = NumberCollator(small)(ROWS[:4])
+    with trained.posterior(0) as net, torch.no_grad():
+        center = net(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, 0]
+    likelihood, T = trained.likelihood, trained.model.mean_temperature
+    normal = Normal(
+        likelihood.loc + likelihood.scale * center, likelihood.scale * likelihood.noise * T
+    )
+    torch.testing.assert_close(trained.log_predictive(batch, 0), normal.log_prob(batch["labels"]))
+
+
+def test_an_export_has_the_unit_of_the_labels(trained, bert, tmp_path):
+    import peft
+
+    trained.save_pretrained(tmp_path / "adapter")
+    trained.export_peft(tmp_path / "peft")
+    mean = trained.predict_dataset(ROWS, num_samples=0, precision="float32")[0].mean
+    net, tokenizer = trained.unwrap(), trained.tokenizer
+    again = BayesianLoRA.from_pretrained(net, tmp_path / "adapter", tokenizer=tokenizer)
+    same = again.predict_dataset(ROWS, num_samples=0, precision="float32")[0]
+    torch.testing.assert_close(same.mean, mean)
+    assert again.model.temperature == trained.model.temperature
+    again.unwrap()
+    plain = peft.PeftModel.from_pretrained(net, str(tmp_path / "peft"))
+    batch = NumberCollator(tokenizer)([{"text": row["text"]} for row in ROWS])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits[:, 0], mean, rtol=1e-5, atol=1e-4)
+    numbers = json.loads((tmp_path / "peft" / "one_pass.json").read_text())
+    assert numbers["noise"] == pytest.approx(trained.likelihood.noise.item())
+
+
+def test_compare_has_its_scores(bert, small, tmp_path):
+    how = {"seeds": [0, 1], "num_steps": 4, "progress": False, "out": tmp_path}
+    pair = bert(num_labels=1), small
+    table = compare(pair, ROWS, ["lora", "mean:bayesian-lora"], **how)
+    assert {"RMSE", "CRPS", "NLL", "90 % interval covers %"} <= set(table.columns())
+    gap, error = table.differences()["mean:bayesian-lora"]["nll"]
+    nlls = [[row.metrics.nll for row in rows] for rows in table.by_method().values()]
+    assert gap == pytest.approx((sum(nlls[1]) - sum(nlls[0])) / 2, abs=1e-5)
+    assert error > 0
+    assert str(compare(pair, ROWS, ["lora", "mean:bayesian-lora"], **how)) == str(table)
+    with pytest.raises(ConfigurationError, match="one class of each row, got Regression"):
+        compare(pair, ROWS, ["temperature:lora"], **{**how, "out": None})
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [("good", "a finite number, got 'good' in row 1"), (math.nan, "number, got nan in row 1"),
+     (None, "number, got None in row 1")],
+)  # fmt: skip
+def test_a_label_that_is_no_number(bert, small, label, message):
+    blora = BayesianLoRA(bert(num_labels=1), tokenizer=small)
+    with pytest.raises(DataError, match=message):
+        fit(blora, [ROWS[0], {**ROWS[1], "label": label}], num_steps=1)
+    assert blora.likelihood.loc is None
+    with pytest.raises(DataError, match="Rows must have the columns text and label, got text in"):
+        fit(blora, [ROWS[0], {"text": "it was"}], num_steps=1)
+
+
+def test_the_unit_comes_from_a_loader_s_rows_or_from_the_user(bert, small):
+    loader = DataLoader(ROWS, batch_size=8, collate_fn=NumberCollator(small))
+    blora = BayesianLoRA(bert(num_labels=1), tokenizer=small)
+    with pytest.warns(UserWarning, match="need a temperature"):
+        fit(blora, loader, num_steps=1, progress=False)
+    assert blora.likelihood.loc == pytest.approx(111.25)
+    batches = DataLoader([NumberCollator(small)(ROWS)], batch_size=None)
+    blora = BayesianLoRA(blora.unwrap(), likelihood=Regression(num_data=48))
+    with pytest.raises(DataError, match=r"pass likelihood=Regression\(loc=, scale=\)"):
+        fit(blora, batches, num_steps=1, held_out=0.0)
+
+
+def test_what_it_cannot_do_is_refused_in_one_line(trained):
+    prediction = trained.predict([row["text"] for row in ROWS[:2]], 3)
+    with pytest.raises(ConfigurationError, match="must be of classes to have probs"):
+        prediction.entropy  # noqa: B018
+    with pytest.raises(ConfigurationError, match="distill must have a likelihood of classes"):
+        trained.distill(ROWS)
+    net = trained.unwrap()
+    with pytest.raises(ConfigurationError, match="one of several classes, got one for a number"):
+        BayesianLoRA(net, likelihood=SequenceClassification())
+
+
+def test_quantiles_and_scores_of_an_average_of_normals():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    prediction = Prediction(mean, lambda m: Normal(m, 0.5))
+    draws = Normal(mean, 0.5).sample((200_000,)).flatten(0, 1)
+    for level in (0.05, 0.5, 0.95):
+        exact = prediction.quantile(level)
+        below = Normal(mean, 0.5).cdf(exact).mean(0)
+        torch.testing.assert_close(below, torch.full_like(below, level))
+    torch.testing.assert_close(prediction.stddev, draws.std(0), rtol=5e-3, atol=0)
+    labels = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    scores = evaluate_numbers(prediction, labels)
+    one, other = draws, draws[torch.randperm(len(draws), generator=generator)]
+    far = (draws - labels).abs().mean() - (one - other).abs().mean() / 2
+    assert scores.crps == pytest.approx(float(far), rel=5e-3)
+    density = Normal(mean, 0.5).log_prob(labels).exp().mean(0).log()
+    torch.testing.assert_close(prediction.log_prob(labels), density)
+    assert scores.nll == pytest.approx(-float(density.mean()))
