@@ -40,9 +40,13 @@ def error_of(gaps: Tensor) -> Tensor:
 
 
 def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
-    """Scores that should be large where an answer is wrong, ``(n,)`` each."""
+    """Scores that should be large where an answer is wrong, ``(n,)`` or of the labels' shape."""
     if isinstance(prediction, Generation):
         return {"entropy": prediction.mean_entropy, "mutual_information": prediction.epistemic}
+    if prediction.family is not None:
+        several = prediction.num_samples > 1
+        adapter = {"adapter_stddev": prediction.adapter_stddev} if several else {}
+        return {"stddev": prediction.stddev, **adapter}
     scores = {"confidence": 1 - prediction.confidence, "entropy": prediction.entropy}
     if prediction.num_samples > 1:
         scores["mutual_information"] = prediction.mutual_information
@@ -103,7 +107,8 @@ def threshold_for(
 
     Args:
         prediction: of ``n`` labeled items, or the texts that ``n`` prompts gave.
-        labels: classes, ``(n,)``; for texts, whether each is right, boolean.
+        labels: classes, ``(n,)``, or with several labels of each item ``(n, L)``, where -100 stands
+            for a missing one; for texts, whether each is right, boolean.
         risk: the largest share :math:`r` of wrong answers among those given. Default: 0.05.
         confidence: :math:`1 - \delta`. Default: 0.95.
         by: ``"entropy"`` or ``"mutual_information"``, for texts the mean over their tokens, or for
@@ -134,6 +139,8 @@ def threshold_for(
             f"risk and confidence must be between 0 and 1, got {risk} and {confidence}."
         )
     scores = doubts(prediction)
+    if "stddev" in scores:
+        raise ConfigurationError("threshold_for must have classes or texts, got numbers.")
     if by not in scores:
         known = " or ".join(map(repr, scores))
         raise ConfigurationError(
@@ -150,7 +157,8 @@ def threshold_for(
             f"{labels.dtype} for a {type(prediction).__name__}."
         )
     right = labels.cpu() if texts else prediction.predictions.cpu() == labels.cpu()
-    wrong, delta = ~right, 1 - confidence
+    given = right.new_ones(right.shape) if texts or labels.dim() == 1 else labels.cpu() >= 0
+    wrong, doubt, delta = ~right[given], scores[by].cpu()[given], 1 - confidence
 
     def fewest(m: int) -> int:  # (1 - risk)^k is the p-value of no error in k answers
         return math.ceil(math.log(delta / m) / math.log1p(-risk))
@@ -158,7 +166,7 @@ def threshold_for(
     m = max((m for m in range(2, 64) if fewest(m) << m - 1 <= len(wrong)), default=1)
     begins = [fewest(m) << i for i in range(m)]
     threshold, level, before = -math.inf, 0.0, 0
-    values, kept, errors = _at_thresholds(scores[by].cpu(), wrong)
+    values, kept, errors = _at_thresholds(doubt, wrong)
     p_values = binom.cdf(errors.numpy(), kept.numpy(), risk)
     for value, count, p_value in zip(values.tolist(), kept.tolist(), p_values, strict=True):
         level += delta / m * sum(before < begin <= count for begin in begins)
@@ -204,7 +212,8 @@ def out_of_scope(
     Args:
         inside: of questions of the task.
         outside: of others.
-        by: ``"entropy"``, ``"mutual_information"`` or ``"confidence"``, as in ``threshold_for``.
+        by: ``"entropy"``, ``"mutual_information"`` or ``"confidence"``, as in ``threshold_for``, or
+            for numbers ``"stddev"`` or ``"adapter_stddev"``.
         recall: the share of the inside to answer.
 
     Reference:
@@ -221,6 +230,10 @@ def out_of_scope(
     if not 0 < recall <= 1:
         raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
     known, unknown = (doubts(each)[by].double().cpu() for each in (inside, outside))
+    if known.dim() > 1:
+        raise ConfigurationError(
+            f"out_of_scope must have one label of each item, got {tuple(known.shape)}."
+        )
     answered = math.ceil(recall * len(known) - 1e-9)
     threshold = known.sort().values[answered - 1]
     rate = float((unknown <= threshold).double().mean())
@@ -314,6 +327,7 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
             "A single draw has no mutual information; predict with more, or rank by 'entropy'."
         )
     scores: Tensor = getattr(prediction, by)
+    scores = scores.reshape(len(prediction), -1).sum(-1)  # of several labels
     return scores.argsort(descending=True, stable=True)
 
 
