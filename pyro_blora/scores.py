@@ -135,7 +135,7 @@ def evaluate_numbers(prediction: Prediction, labels: Tensor) -> Metrics:
     the 90 % interval, and for normal distributions the continuous ranked probability score,
 
     .. math::
-        \mathrm{CRPS} = \operatorname{E} |Y - y| - 	frac12 \operatorname{E} |Y - Y'|
+        \mathrm{CRPS} = \operatorname{E} |Y - y| - \tfrac12 \operatorname{E} |Y - Y'|
 
     with independent draws :math:`Y, Y'` of the prediction. A count has no ``cdf`` in torch, and
     then neither interval nor CRPS.
@@ -148,7 +148,7 @@ def evaluate_numbers(prediction: Prediction, labels: Tensor) -> Metrics:
         >>> from torch.distributions import Normal
         >>> rating = Prediction(torch.zeros(1, 3), lambda m: Normal(m, 1.0))
         >>> print(evaluate_numbers(rating, torch.tensor([0.0, 1.0, 2.0])))
-        RMSE 1.291  CRPS 0.664  90 % interval covers 66.7  NLL 1.752
+        RMSE 1.291  CRPS 0.763  90 % interval covers 66.7  NLL 1.752
     """
     labels = labels.to(prediction.mean)
     scores = Metrics(
