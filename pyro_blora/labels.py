@@ -47,8 +47,8 @@ def check_rows(
             words, is_right = kinds.get(name, A_TEXT)
             if not is_right(row[name]):
                 raise DataError(
-                    f"The column {name!r} must hold {words}, got {_unboxed(row[name])!r:.80} in row "
-                    f"{k}; leave the row out, or convert it."
+                    f"The column {name!r} must hold {words}, got {_unboxed(row[name])!r:.80} in "
+                    f"row {k}; leave the row out, or convert it."
                 )
 
 
@@ -58,7 +58,7 @@ def checked_labels(rows: Any, labeled: bool, kind: Kind, *columns: str) -> list[
     If they are ``labeled``, each row must have a label, otherwise all or none.
     """
     first = rows[0]
-    column = "labels" if "labels" in first and "label" not in first else "label"
+    column = "labels" if {"input_ids", "labels"} <= {*first} and "label" not in first else "label"
     has_label = labeled or column in first
     if not has_label and any(column in rows[k] for k in range(len(rows))):
         raise DataError("All rows must have a label, or none, got none in row 0; add it.")

@@ -9,13 +9,20 @@ import torch
 
 from pyro_blora import BayesianLoRA, likelihoods
 from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultiLabel,
+    MultipleChoice,
+    SequenceClassification,
+)
 from pyro_blora.testing import LikelihoodContract
 
 ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
+    "MultiLabel": (MultiLabel, tiny.labeler, tiny.several),
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
 }
@@ -30,6 +37,7 @@ def test_every_likelihood_is_tested():
     assert {*CASES, *others} == found
 
 
+NETS = {make: net for make, net, _ in CASES.values()}
 ROWS, CHOICES = tiny.sequences(), tiny.choices()
 PADDED, GONE = ROWS["attention_mask"].clone(), CHOICES["option_mask"].clone()
 EMPTY = GONE.clone()
@@ -43,6 +51,8 @@ LABELS = [
     (ANSWERS, {**ROWS, "labels": torch.zeros(4, 2).long()}),
     (ANSWERS, {**ROWS, "labels": ROWS["labels"] / 2}),
     (CausalLM, ROWS),
+    (MultiLabel, ROWS),
+    (MultiLabel, {**ROWS, "labels": torch.full((4, 3), 0.5)}),
     (MultipleChoice, {**CHOICES, "option_mask": GONE, "labels": torch.tensor([0, 2, 1])}),
 ]
 INPUTS = [(make, {**ROWS, "attention_mask": PADDED}) for make in (ANSWERS, SequenceClassification)]
@@ -58,7 +68,7 @@ for make, _, batch in CASES.values():
 
 @pytest.mark.parametrize(("make", "batch", "calls"), WRONG)
 def test_a_batch_that_means_nothing(make, batch, calls):
-    net = tiny.bert() if make is SequenceClassification else tiny.llama()
+    net = NETS.get(make, tiny.llama)()
     blora = tiny.adapted(net, target_modules=None, likelihood=make(num_data=12))
     for call in calls:
         with pytest.raises(BatchError):
