@@ -58,7 +58,7 @@ def checked_labels(rows: Any, labeled: bool, kind: Kind, *columns: str) -> list[
     If they are ``labeled``, each row must have a label, otherwise all or none.
     """
     first = rows[0]
-    column = "labels" if "labels" in first and "label" not in first else "label"
+    column = "labels" if {"input_ids", "labels"} <= {*first} and "label" not in first else "label"
     has_label = labeled or column in first
     if not has_label and any(column in rows[k] for k in range(len(rows))):
         raise DataError("All rows must have a label, or none, got none in row 0; add it.")

@@ -61,6 +61,11 @@ def bert(layers=2, *, name="Bert", **options):
     return _settled(getattr(hf, f"{name}ForSequenceClassification")(config))
 
 
+def labeler():
+    """The same for three labels at once."""
+    return bert(problem_type="multi_label_classification")
+
+
 def distilbert(layers=2):
     """The same with a head of two modules, one of whose names ends in the other's."""
     sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 32, "n_heads": 2}
@@ -94,6 +99,12 @@ def numbers(rows=4, length=7, *, seed=0):
     """The same rows with a number each."""
     batch = sequences(rows, length, seed=seed)
     return {**batch, "labels": batch["input_ids"].float().mean(-1)}
+
+
+def several(rows=4, length=7, *, seed=0):
+    """The same rows with 0 or 1 for each label, as floats."""
+    labels = torch.arange(rows)[:, None] >> torch.arange(len(ANSWERS)) & 1
+    return {**sequences(rows, length, seed=seed), "labels": labels.float()}
 
 
 def texts(rows=4, length=7, *, seed=0):

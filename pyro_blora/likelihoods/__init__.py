@@ -1,5 +1,6 @@
 """Likelihoods: distributions of a batch's labels given the logits of the wrapped transformer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods.causal_lm import CausalLM, TextCollator
 from pyro_blora.likelihoods.label_tokens import LabelTokens, LabelTokensCollator
+from pyro_blora.likelihoods.multi_label import MultiLabel, MultiLabelCollator
 from pyro_blora.likelihoods.multiple_choice import MultipleChoice, MultipleChoiceCollator
 from pyro_blora.likelihoods.regression import NumberCollator, Regression
 from pyro_blora.likelihoods.sequence_classification import (
@@ -23,6 +25,8 @@ __all__ = [
     "LabelTokens",
     "LabelTokensCollator",
     "Likelihood",
+    "MultiLabel",
+    "MultiLabelCollator",
     "MultipleChoice",
     "MultipleChoiceCollator",
     "NumberCollator",
@@ -32,7 +36,7 @@ __all__ = [
 ]
 
 
-_OF_HEADS = {kind.head: kind for kind in (SequenceClassification, Regression)}
+_OF_HEADS = {kind.head: kind for kind in (SequenceClassification, Regression, MultiLabel)}
 
 
 def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
@@ -40,4 +44,6 @@ def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
     if net is not None:
         head = kind_of_head(net)
         return CausalLM() if head == TEXT else _OF_HEADS[head]()
-    return Regression()
+    label = row.get("label") if isinstance(row, Mapping) else None
+    several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) > 0
+    return MultiLabel() if several else Regression()

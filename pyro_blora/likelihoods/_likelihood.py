@@ -213,8 +213,9 @@ class Likelihood(Options, PyroModule):
         """Raises BatchError for invalid labels; their range is checked only on a CPU."""
         if labels.shape != logits.shape[:-1]:
             raise BatchError(
-                f"labels must be one class per example, of shape {tuple(logits.shape[:-1])}, got "
-                f"{tuple(labels.shape)}; for tags of tokens use TokenClassification."
+                f"labels must have the shape {tuple(logits.shape[:-1])} for {type(self).__name__}, "
+                f"got {tuple(labels.shape)}; use SequenceClassification for one class per example, "
+                "MultiLabel for several labels, TokenClassification for tags of tokens."
             )
         if labels.is_floating_point():
             raise BatchError(f"labels must be integers, got {labels.dtype}; pass labels.long().")

@@ -62,8 +62,8 @@ class SequenceClassification(Likelihood):
         self._doubted: tuple[str, ...] = ()  # names of the numbers that a transform has made
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
-        check_head(net, CLASS)
+        """Raises ConfigurationError unless ``net`` is a classifier of rows."""
+        check_head(net, *dict.fromkeys((self.head, CLASS)))
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(

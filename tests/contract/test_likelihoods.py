@@ -13,6 +13,7 @@ from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import (
     CausalLM,
     LabelTokens,
+    MultiLabel,
     MultipleChoice,
     Regression,
     SequenceClassification,
@@ -23,6 +24,7 @@ ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
+    "MultiLabel": (MultiLabel, tiny.labeler, tiny.several),
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
     "Regression": (Regression, partial(tiny.bert, num_labels=1), tiny.numbers),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
@@ -40,6 +42,7 @@ def test_every_likelihood_is_tested():
     assert {*CASES, *others} == found
 
 
+NETS = {make: net for make, net, _ in CASES.values()}
 ROWS, CHOICES = tiny.sequences(), tiny.choices()
 PADDED, GONE = ROWS["attention_mask"].clone(), CHOICES["option_mask"].clone()
 EMPTY = GONE.clone()
@@ -53,6 +56,8 @@ LABELS = [
     (ANSWERS, {**ROWS, "labels": torch.zeros(4, 2).long()}),
     (ANSWERS, {**ROWS, "labels": ROWS["labels"] / 2}),
     (CausalLM, ROWS),
+    (MultiLabel, ROWS),
+    (MultiLabel, {**ROWS, "labels": torch.full((4, 3), 0.5)}),
     (MultipleChoice, {**CHOICES, "option_mask": GONE, "labels": torch.tensor([0, 2, 1])}),
 ]
 INPUTS = [(make, {**ROWS, "attention_mask": PADDED}) for make in (ANSWERS, SequenceClassification)]
@@ -68,8 +73,7 @@ for make, _, batch in CASES.values():
 
 @pytest.mark.parametrize(("make", "batch", "calls"), WRONG)
 def test_a_batch_that_means_nothing(make, batch, calls):
-    kinds = {kind: net for kind, net, _ in CASES.values()}
-    net = kinds.get(make, tiny.llama)()
+    net = NETS.get(make, tiny.llama)()
     blora = tiny.adapted(net, target_modules=None, likelihood=make(num_data=12))
     for call in calls:
         with pytest.raises(BatchError):
