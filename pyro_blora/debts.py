@@ -41,16 +41,13 @@ def context_of(module: PyroModule) -> _Context:
 
     A module that is not called must enter it, or else it does not see tensors loaded by the store.
     """
-    context: _Context = module._pyro_context
-    return context
+    return module._pyro_context
 
 
 def pyro_params(module: nn.Module | None) -> dict[str, Constraint]:
     """The constraint of each ``PyroParam`` of a module by name: ``_pyro_params`` of Pyro 1.9.
 
-    Pyro offers no other way to tell a ``PyroParam`` from an ``nn.Parameter``, nor to ask for its
-    constraint. Without it stray parameters are not refused, and AutoLaplaceApproximation does not
-    load.
+    Without it stray parameters are not refused, and AutoLaplaceApproximation does not load.
     """
     return {name: made[0] for name, made in getattr(module, "_pyro_params", {}).items()}
 
@@ -66,8 +63,7 @@ def is_enumerating() -> bool:
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.10.
 
-    An adapter is found by its hook. Without it a layer could be adapted twice, and a shortcut would
-    change what another library's hook sees.
+    Without it a layer could be adapted twice, and shortcuts would change what other hooks see.
     """
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
@@ -76,7 +72,6 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
     """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.10.
 
     A trained head is a tensor with a history, which ``setattr`` refuses in a parameter's place.
-    Without it ``modules_to_save`` does not work.
     """
     return module._parameters
 
@@ -84,8 +79,7 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module runs from a graph, by any of three names of torch 2.10's compiler.
 
-    Such a graph does not see a replaced forward. Without this check a block to skip would run, and
-    a block to record would not be recorded.
+    Such a graph does not see a replaced forward, so that no block in it can be skipped.
     """
     return (
         module._compiled_call_impl is not None
@@ -100,10 +94,9 @@ def checkpointing_through(
 ) -> Iterator[None]:
     """Wraps the function that checkpoints: ``_gradient_checkpointing_func`` of transformers 5.6.
 
-    In the context, blocks with activation checkpointing call ``wrap(theirs)``. Without it backward
-    recomputes a block without its updates, and gradients are silently wrong.
+    Without it backward recomputes a block without its updates, and gradients are silently wrong.
     """
-    active = [block for block in blocks if block.gradient_checkpointing and block.training]
+    active = (block for block in blocks if block.gradient_checkpointing and block.training)
     before = {block: block._gradient_checkpointing_func for block in active}
     try:
         for block, checkpoint in before.items():
@@ -117,8 +110,7 @@ def checkpointing_through(
 def attention_of(net: nn.Module) -> str | None:
     """How the network computes attention: ``_attn_implementation`` of transformers 5.6.
 
-    Eager attention adds its mask to the scores, and the others take a mask of booleans. Without it
-    packed options would be verified with the wrong mask, and the network would run unpacked.
+    Eager attention adds its mask to the scores, and the others take a mask of booleans.
     """
     return getattr(getattr(net, "config", None), "_attn_implementation", None)
 

@@ -36,8 +36,13 @@ from pyro_blora.files import write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
-from pyro_blora.network.quantized import is_quantized
-from pyro_blora.network.targets import is_classifier, layer_shape, name_in_base, without_peft
+from pyro_blora.network.targets import (
+    is_classifier,
+    is_quantized,
+    layer_shape,
+    name_in_base,
+    without_peft,
+)
 from pyro_blora.posterior.guide import start_guide
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.posterior.store import read_store
@@ -117,7 +122,7 @@ class Saved:
     def load_into(self, posterior: Posterior) -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
         start_guide(posterior.guide)
-        parts = posterior.parts
+        parts = nn.ModuleDict({"model": posterior.model, "guide": posterior.guide})
         # AutoGaussian has a column for each example if a batch started it
         for name, columns in posterior.guide.named_parameters("guide"):
             if name.endswith(".labels_unconstrained") and name in self.tensors:

@@ -98,10 +98,9 @@ def optim_args(
     learning_rates: float | Mapping[str, float] | None = None,
     batch: Batch | Sizes | None = None,
 ) -> Callable[[str], dict[str, float]]:
-    """The function by which an optimizer of Pyro asks for a parameter's rate, as in :func:`fit`.
+    """Options for an optimizer of Pyro: each parameter's rate, as in :func:`parameter_groups`.
 
-    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``; for
-    ``batch`` see :func:`parameter_groups`.
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
 
@@ -118,10 +117,8 @@ def optim_args(
 def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
     """The sizes that a batch shows; without one the input of a head has entries of about one."""
     heads, likelihood = blora.model.trained_heads, blora.likelihood
-    if isinstance(batch, Sizes):
-        return batch
-    if batch is None:
-        return Sizes(heads.sizes)
+    if isinstance(batch, Sizes) or batch is None:
+        return batch or Sizes(heads.sizes)
     prepared = blora.model.prepared(batch)
     with (
         pyro.validation_enabled(False),
@@ -168,11 +165,7 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
 def point_steps(
     blora: BayesianLoRA, of_an_epoch: int | None, batch: Batch | Sizes | None = None
 ) -> int | None:
-    """The steps in which point estimates learn, given the batches per epoch; ``None`` for all.
-
-    A prior says for how many epochs for each bit of a label. If the guide is itself a point, they
-    never stop.
-    """
+    """The steps in which point estimates learn; ``None`` for all, as if the guide is a point."""
     priors = (getattr(blora.model, group.name) for group in blora.model.groups)
     epochs = [p.point_epochs for p in priors if p.point_epochs is not None]
     if of_an_epoch is None or not epochs or getattr(blora.guide_family, "is_point", False):

@@ -134,19 +134,13 @@ def training_loop(
     settings: Mapping[str, Any],
     *,
     check: Callable[[Batch, int, dict[str, float]], None],
-    point_steps: int | None = None,
-    validate: Callable[[], float] | None = None,
-    state: Callable[[], dict[str, Tensor]] = dict,
-    callback: Callback | None = None,
-    progress: bool | None = None,
-    description: str = "fit",
+    point_steps: int | None,
+    validate: Callable[[], float] | None,
+    state: Callable[[], dict[str, Tensor]],
+    callback: Callback | None,
+    progress: bool | None,
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches.
-
-    ``check`` sees the figures of each step before anything is validated. The gradient of a step
-    whose loss is not finite counts as zero, so that ``check`` still finds finite parameters and can
-    say which site is at fault.
-    """
+    """Runs AdamW on the losses of a stream of batches; ``check`` sees the figures of each step."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
     num_steps: int = settings["num_steps"]
@@ -155,9 +149,8 @@ def training_loop(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [partial(rate, num_steps=n) for n in lengths]
     )
-    shown: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
-    shown["disable"] = None if progress is None else not progress  # None: off a terminal
-    bar = tqdm(range(num_steps), **shown)
+    hide = None if progress is None else not progress  # None: off a terminal
+    bar = tqdm(range(num_steps), desc="fit", unit="step", disable=hide)
     unread: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 
@@ -177,14 +170,15 @@ def training_loop(
 
     for step in bar:
         if result.stopped_early:  # by the step before
-            bar.set_description(f"{description} stopped early")
+            bar.set_description("fit stopped early")
             break
         batch = next(stream)
         start = time.perf_counter()
         optimizer.zero_grad()
         loss, figures = loss_of(batch)
         loss.backward()
-        broken = ~loss.detach().isfinite()  # masked on the device, without reading it
+        # masked on the device, without reading it, so that check still sees finite parameters
+        broken = ~loss.detach().isfinite()
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)

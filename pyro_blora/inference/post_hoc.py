@@ -19,11 +19,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.inference.loop import running
 from pyro_blora.inference.objective import warn_above_chance
-from pyro_blora.inference.preparation import (
-    Snapshot,
-    begin_training,
-    post_hoc_families,
-)
+from pyro_blora.inference.preparation import Snapshot, begin_training, post_hoc_families
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import METHODS, Method, get_method
 from pyro_blora.models import UpdateModel
@@ -84,9 +80,8 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """
-    record = get_method(
-        method or replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True)
-    )
+    usual = replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True)
+    record = get_method(method or usual)
     family = record.guide if guide is None else guide
     if not isinstance(family, Laplace):
         raise ConfigurationError(

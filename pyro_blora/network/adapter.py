@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.debts import checkpointing_through, hooks_of, is_offloaded, slots_of
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.network.quantized import is_quantized
-from pyro_blora.network.targets import body_of, head_names, matches, name_in_base
+from pyro_blora.network.targets import body_of, head_names, is_quantized, matches, name_in_base
 from pyro_blora.updates import LayerUpdate
 
 # The names under which blocks and layers take their input

@@ -1,7 +1,6 @@
 """The Pyro model: priors over the updates, the wrapped network, the likelihood.
 
-All sites are sampled before the network runs, so that activation checkpointing and compilation
-work.
+All sites are sampled before the network runs, as activation checkpointing and compilation require.
 """
 
 import functools
@@ -44,10 +43,7 @@ T = TypeVar("T")
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes ``function`` wait until no other thread is in such a function.
-
-    If it raises an error, it has drawn no random number.
-    """
+    """Makes ``function`` wait for other threads; after an error it has drawn no random number."""
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> T:
@@ -251,14 +247,14 @@ class BayesianLoRAModel(PyroModule):
     def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``, or gives the :meth:`outline`.
 
-        The examples are divided evenly, in order, among vectorized particles of an ELBO. Under any
-        other leading plate, as of ``Predictive(parallel=True)``, each sample sees all examples.
+        Vectorized particles of an ELBO have equal shares of the examples, in order. Under any other
+        leading plate, as of ``Predictive(parallel=True)``, each sample sees all examples.
         """
         if batch is None:
             return self.outline()
         self.check_attached()
-        prepared = self.prepared(batch)
-        batch, examples = prepared, prepared.examples
+        batch = self.prepared(batch)
+        examples = batch.examples
         updates = self.updates()
         if is_enumerating() and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(
@@ -288,7 +284,7 @@ class BayesianLoRAModel(PyroModule):
         because AutoGaussian learns the correlations along one direction for each label.
         """
         updates = self.updates()
-        factors = [f for u in updates.values() for f in (u.A, u.B, u.core) if f is not None]
+        factors = [factor for update in updates.values() for factor in update.factors]
         normal = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
         size = sum(site.shape.numel() for site in self.sites)
         with pyro.plate("data", size, dim=-1):

@@ -19,8 +19,8 @@ def logit_jacobian(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at the guide's center, ``(B, C)``, and ``d(logit_c - logit_0)`` by unconstrained site.
 
-    Each example has a particle of its own, so that one backward pass per class gives that row of
-    *every* example's Jacobian, ``(B, C, n, *event_shape)``, which is zero for ``c = 0``.
+    A particle for each example lets one backward pass per class give that row of every Jacobian,
+    ``(B, C, n, *event_shape)``.
     """
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(

@@ -67,11 +67,6 @@ class Posterior:
     guide: nn.Module
     method: Method
 
-    @property
-    def parts(self) -> nn.ModuleDict:
-        """Model and guide as one module, with the names of tensors that the adapter has."""
-        return nn.ModuleDict({"model": self.model, "guide": self.guide})
-
     @contextmanager
     def __call__(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
         """Yields the network under draws of U, or under their mean for 0."""
@@ -89,7 +84,8 @@ class Posterior:
         posteriors_of(self.guide, batch)  # raises if the guide needs a batch
         if num_samples == 0:
             return self.mean(batch)
-        self._start()
+        start_guide(self.guide)
+        read_store(self.model)
         with torch.no_grad(), self._plate(num_samples):
             trace = pyro.poutine.trace(self.guide).get_trace(self._argument(batch))
             return pyro.poutine.replay(self.model.updates, trace=trace)()
@@ -99,14 +95,13 @@ class Posterior:
     def mean(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` for an amortized guide.
 
-        If the factors are linear in all sites, the mean is their value at q's mean. If a site is
-        constrained or marked ``infer={"nonlinear": True}``, the mean is an average over 1,024 draws
-        of it, with fixed seeds and the other sites at their means, which is off by about a
-        thirtieth of the spread. If q may correlate the sites or its mean is not known, all sites
-        are drawn.
+        It is exact if the factors are linear in all sites. Sites that are constrained or marked
+        ``infer={"nonlinear": True}`` are averaged over 1,024 draws with fixed seeds, which is off
+        by about a thirtieth of the spread; all sites are if q may correlate them, or has no mean.
         """
-        self._start()
         model, guide, held = self.model, self.guide, Trace()
+        start_guide(guide)
+        read_store(model)
         amortized = batch is not None and getattr(guide, "reads_context", False)
         lead = (posteriors_of(guide, batch),) if amortized else ()
         center = self._center(batch)
@@ -129,26 +124,20 @@ class Posterior:
         with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
             for _ in range(_PASSES):
                 for name, update in self.draws(_DRAWS * math.prod(lead), batch).items():
-                    update = update.without_noise()
-                    factors = (f for f in (update.A, update.B, update.core) if f is not None)
+                    factors = update.without_noise().factors
                     means[name].append([_mean(factor, lead) for factor in factors])
-        updates = {}
-        for name, passes in means.items():
-            A, B, *core = (torch.stack(factor).mean(0) for factor in zip(*passes, strict=True))
-            updates[name] = LowRankUpdate(A, B, core[0] if core else None)
-        return updates
+        return {
+            name: LowRankUpdate(*(torch.stack(f).mean(0) for f in zip(*passes, strict=True)))
+            for name, passes in means.items()
+        }
 
-    def pairs(
-        self, batch: Batch | None = None, each: int | None = None
-    ) -> Callable[[int], dict[str, LowRankUpdate]]:
-        """A function that returns the updates at the next draws of each of ``each`` posteriors.
+    def pairs(self, batch: Batch | None = None) -> Callable[[int], dict[str, LowRankUpdate]]:
+        """A function that returns the updates at the next draws.
 
-        ``each`` is 1, except for an amortized guide, which has a posterior for each example of a
-        batch. If q is symmetric, every second draw is the one before it mirrored at the center of
-        each site, unconstrained, so that the error of an average has no part that is linear in it.
+        If q is symmetric, every second draw is the one before it mirrored at the center of each
+        site, unconstrained, so that the error of an average has no part that is linear in it.
         """
-        guide = self.guide
-        each = posteriors_of(guide, batch) if each is None else each
+        guide, each = self.guide, posteriors_of(self.guide, batch)
         if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
             return lambda count: self.draws(count * each, batch)
         waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
@@ -209,9 +198,8 @@ class Posterior:
     ) -> Iterator[Tensor]:
         """The logits whose softmax a prediction averages, ``(draws, B, ..., C)`` per pass.
 
-        They are those under draws of the guide, under its mean for 0, or under ``samples``, over
-        the temperature if they are ``tempered``. The other arguments are those of
-        :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
+        They are divided by the temperature if they are ``tempered``. The other arguments are those
+        of :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
         """
         draws = self.method.draws(num_samples)
         if linearized is None:
@@ -252,8 +240,8 @@ class Posterior:
     def is_point(self, batch: Batch | None, num_samples: int) -> bool:
         """Whether so many draws are all equal."""
         drawn = self.draws(num_samples * posteriors_of(self.guide, batch), batch).values()
-        factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
-        alike = all(bool((f == f[:1]).all()) for f in factors)
+        factors = [factor for update in drawn for factor in update.factors]
+        alike = all(bool((f == f[:1]).all()) for f in factors if f.dim() > 3)
         return alike and not any(update.is_noisy for update in drawn)
 
     def _linearized(self, batch: Batch, num_samples: int) -> Tensor:
@@ -295,11 +283,6 @@ class Posterior:
                         logits = in_single_precision(logits)
                 yield logits.unflatten(0, (draws, examples))
                 done += draws
-
-    def _start(self) -> None:
-        """Makes sure that the guide has its parameters, and that they are the store's."""
-        start_guide(self.guide)
-        read_store(self.model)
 
     def _updates_at(self, values: Mapping[str, Tensor], size: int) -> dict[str, LowRankUpdate]:
         with self._plate(size):

@@ -27,14 +27,9 @@ def read_store(part: nn.Module) -> None:
 class OwnTensors(PyroContext):
     """The context that all modules of an adapter enter when called, so that they use its tensors.
 
-    Pyro reads a parameter from the store by its name, and all adapters have the same names. So this
-    removes other adapters' tensors from the store first. Tensors that belong to no adapter, because
-    ``ParamStore.load`` put them there, are copied into the adapter's own; Pyro alone would ignore
-    them for plain parameters, and for all parameters if each module has a store of its own.
-
-    A name for each adapter (``PyroModule(name=)``) does not replace this: a store saved under one
-    name cannot be read under another, the name would become part of every site's name, and the
-    store would keep the tensors of deleted adapters.
+    Other adapters' tensors of the same names are removed from the store; tensors that
+    ``ParamStore.load`` put there are copied into the adapter's own. A name for each adapter
+    (``PyroModule(name=)``) would become part of every site's name and of a saved store.
     """
 
     def __init__(self, adapter: PyroModule) -> None:
