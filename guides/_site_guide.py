@@ -128,10 +128,8 @@ class Site:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
         They are the mean and the standard deviation if the prior is real and these are finite,
-        otherwise the median and half the distance between the 16 % and 84 % quantiles of 1,000
-        draws, which do not change the global seed. The median of a real distribution
-        with an ``icdf``, or of a Student t, is exact. A start that the prior suggests replaces the
-        location.
+        otherwise the median, exact where it is known, and half the distance between the 16 % and
+        84 % quantiles of 1,000 draws. A start that the prior suggests replaces the location.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -206,13 +204,13 @@ class SiteGuide(Options, PyroModule):
         self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:
-        """Raises an error if ``size``, in each layer of ``site``, exceeds ``option``."""
+        """Raises an error if ``size``, in each layer of ``site``, exceeds this limit."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(
                 f"{type(self).__name__}: site {site.name!r} is {tuple(site.event_shape)} in each "
                 f"layer, and {size:,} is more than {option}={most}; use MeanField or LowRank, or "
-                f"raise {option}."
+                f"raise {type(self).__name__}.{option}."
             )
 
     def bind(self, site: Site) -> Self:

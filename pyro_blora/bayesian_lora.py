@@ -243,12 +243,10 @@ class BayesianLoRA(PyroModule):
             max_rows: limits memory: draws share a pass of the network as long as draws times
                 examples do not exceed this number. Default: 256, fewer on a CPU.
             linearized: whether the draws come from the logits' first-order expansion at the center
-                of the guide. That takes a forward pass, and a backward one for each class but the
-                first, however many draws there are. The temperature is that of ordinary draws.
-                Default: the method's choice.
+                of the guide, which takes a forward pass and a backward one for each class but the
+                first, however many draws there are. Default: the method's choice.
             samples: values of all sites, ``(S, *shape)`` by name, instead of draws from the guide:
-                ``mcmc.get_samples()``, or the samples that Pyro's ``Predictive`` returns. Heads and
-                the likelihood's parameters stay as they are.
+                ``mcmc.get_samples()``, or the samples that Pyro's ``Predictive`` returns.
 
         Returns:
             Probabilities under every draw, ``S x B x K`` (``S = 1`` for the mean).
@@ -266,8 +264,8 @@ class BayesianLoRA(PyroModule):
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
         if isinstance(batch, list):
             rows = [{"text": row} if isinstance(row, str) else row for row in batch]
-            options: dict[str, Any] = {"precision": "float32", "progress": False}
-            return self.predict_dataset(rows, None, num_samples, **options, **how)[0]
+            how |= {"precision": "float32", "progress": False}
+            return self.predict_dataset(rows, None, num_samples, **how)[0]
         passes = self.posterior.logits(batch, num_samples, **how)
         return Prediction(torch.cat([logits.softmax(-1) for logits in passes]))
 
@@ -291,21 +289,14 @@ class BayesianLoRA(PyroModule):
             \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
             \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
 
-        ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it
-        from then on, in place of the one that :meth:`calibrate` found for the mean; the network
-        under ``posterior()`` does not. Another ``fit`` resets it to 1. For text each ``x_i`` is the
-        text before a token.
+        It replaces the one that :meth:`calibrate` found for the mean, in predictions, exports and
+        the saved adapter; the network under ``posterior()`` does not use it. Another ``fit`` resets
+        it to 1. For text each ``x_i`` is the text before a token.
 
-        Args:
-            data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are
-                ignored, except that for text they say which tokens are scored.
-            collate: as in ``fit``.
-            num_samples: number of posterior draws ``S``.
-            max_examples: number of examples to read: a fixed random choice, or the first ones of a
-                ``DataLoader``.
-            batch_size: as in ``fit``.
-            precision: as in ``fit``.
-            progress: as in ``fit``.
+        ``data`` are inputs, such as the training set, whose labels are ignored, except that for
+        text they say which tokens are scored. ``max_examples`` of them are read: a fixed random
+        choice, or the first ones of a ``DataLoader``. ``num_samples`` is ``S``; the other arguments
+        are those of ``fit``.
 
         Returns:
             The temperature, between 0.01 and 100; above 1 if the mean was more confident than the
@@ -322,7 +313,6 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        self.model.check_attached()
         check_count("num_samples", num_samples, 2)
         if not self.model.enabled:
             raise ConfigurationError(
@@ -354,13 +344,9 @@ class BayesianLoRA(PyroModule):
         its end with the examples that it holds out; call it yourself after your own training loop.
         Another ``fit`` resets both to 1.
 
-        Args:
-            data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
-            collate: as in ``fit``.
-            num_samples: number of posterior draws. Default: as in ``predict``.
-            batch_size: as in ``fit``.
-            precision: as in ``fit``.
-            progress: as in ``fit``.
+        ``data`` are labeled examples, or a ``DataLoader`` of batches, that were not in the
+        training; ``num_samples`` is as in ``predict``, and the other arguments are those of
+        ``fit``.
 
         Returns:
             The temperature of the draws; above 1 if they were over-confident.

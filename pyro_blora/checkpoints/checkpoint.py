@@ -64,9 +64,6 @@ def save_pretrained(
 ) -> None:
     """Writes an adapter: its tensors, its configuration, and a model card.
 
-    The tensors are the parameters and buffers of the priors, the guide, the likelihood and the
-    trained heads, and the temperatures. The configuration says how to rebuild them.
-
     Of the base it writes only the name on the hub and a few numbers that identify the weights. A
     kill at any moment leaves either the old adapter or the new one. A ``README.md`` of your own is
     kept.
@@ -203,9 +200,7 @@ def read_pretrained(
             )
         parts = {n: _rebuild(n, config[n], part, trust_remote_code) for n, part in given.items()}
         likelihood, skipped = parts.pop("likelihood"), tuple[str, ...]()
-        if (
-            type(likelihood).__name__ != config["likelihood"]["name"]
-        ):  # the user's, of another class
+        if type(likelihood).__name__ != config["likelihood"]["name"]:  # the user's own
             skipped = (".likelihood.", "model.temperature", "model.mean_temperature")
         options = {
             "method": Method(**config["method"], **parts),
@@ -291,9 +286,6 @@ def push_to_hub(
     return str(done.commit_url)
 
 
-# The base: its name, its class, its layers, and whether its weights are the same
-
-
 def _base_of(net: nn.Module) -> dict[str, Any]:
     bare: Any = without_peft(net)
     kind: dict[str, Any] = {"class": type(bare).__name__}
@@ -363,8 +355,6 @@ def _numbers(tensor: Tensor) -> Tensor:
     at = [(2 * k + 1) * tensor.numel() // (2 * count) for k in range(count)]
     return tensor.detach().reshape(-1)[at].cpu()
 
-
-# A prior, a guide or a likelihood in a file: its class name, import path and options
 
 # Public classes of these modules need no trust_remote_code
 _HOMES: dict[str, tuple[ModuleType, ...]] = {

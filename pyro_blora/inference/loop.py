@@ -15,11 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-
-# batch -> the loss with its gradient, and the figures to show, which stay on the loss's device
-StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 # Reading a figure synchronizes the device, so figures are read after this many steps or seconds,
 # unless a callback needs those of every step
@@ -128,19 +126,18 @@ def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int |
 
 
 def training_loop(
-    loss_of: StepLoss,
+    blora: BayesianLoRA,
+    objective: Objective,
     groups: list[dict[str, Any]],
     stream: Iterator[Batch],
     settings: Mapping[str, Any],
     *,
-    check: Callable[[Batch, int, dict[str, float]], None],
     point_steps: int | None,
     validate: Callable[[], float] | None,
-    state: Callable[[], dict[str, Tensor]],
     callback: Callback | None,
     progress: bool | None,
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches; ``check`` sees the figures of each step."""
+    """Runs AdamW on the losses of a stream of batches."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
     num_steps: int = settings["num_steps"]
@@ -163,7 +160,7 @@ def training_loop(
         rows = torch.stack([torch.stack(list(values.values())) for _, values in unread]).tolist()
         for (batch, values), row in zip(unread, rows, strict=True):
             figures = dict(zip(values, row, strict=True))
-            check(batch, len(result.history), figures)
+            objective.check(batch, len(result.history), figures)
             result.history.append(figures)
         bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})
         unread.clear()
@@ -175,9 +172,9 @@ def training_loop(
         batch = next(stream)
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss, figures = loss_of(batch)
+        loss, figures = objective(batch)
         loss.backward()
-        # masked on the device, without reading it, so that check still sees finite parameters
+        # masked on the device, without reading it, so that the check sees finite parameters
         broken = ~loss.detach().isfinite()
         for parameter in parameters:
             if parameter.grad is not None:
@@ -198,7 +195,7 @@ def training_loop(
             # of a NaN, which compares as neither lower nor higher, nothing is the best
             earlier = [before for _, before in result.validation if math.isfinite(before)]
             if math.isfinite(loss_now) and loss_now < min(earlier, default=math.inf):
-                result.best_step, result.best_state = done, copy.deepcopy(state())
+                result.best_step, result.best_state = done, copy.deepcopy(blora.state_dict())
             result.validation.append((done, loss_now))
         if callback is not None:
             callback(Step(done, result.history[-1], loss_now))
