@@ -137,9 +137,8 @@ class UpdateModel(Options, PyroModule):
         m_r, m_c = (rank, rank) if isinstance(rank, int) else rank
         if m_r > group.d_out or m_c > group.d_in:
             raise ConfigurationError(
-                f"rank={rank!r} is too large for group {group.name!r}, whose layers are "
-                f"{group.d_out} x {group.d_in}; choose at most {min(group.d_out, group.d_in)}, or "
-                "leave the layer out with exclude_modules."
+                f"rank={rank!r} is too large for group {group.name!r} of {group.d_out} x "
+                f"{group.d_in}; lower it, or leave the group out with exclude_modules."
             )
 
     def check_update(self, update: object) -> None:

@@ -1,9 +1,4 @@
-"""Methods: a prior and a guide, with how the pair is trained and how it predicts.
-
-``BayesianLoRA(net)`` uses ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` takes a
-:class:`Method`, a name of :data:`METHODS`, or a pair of class names, ``"Subspace+FullRank"`` or
-``"my_module:MyPrior+MeanField"``; the command line takes the names.
-"""
+"""Methods: a prior and a guide, with how the pair is trained and how it predicts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

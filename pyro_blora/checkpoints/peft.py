@@ -54,25 +54,15 @@ _VALUES = {
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A plain LoRA that PEFT trained; all names are full names in the base.
+    """A plain LoRA that PEFT trained; all names are full names in the base."""
 
-    ``factors`` has ``(B, A)`` of each layer with ``dW = B A``, so ``B`` includes PEFT's scaling.
-    ``others`` has the tensors of ``modules_to_save``; ``base`` is the name of the base for loading,
-    and ``classes`` are the names of its logits if this library wrote the adapter.
-    """
-
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    others: Mapping[str, Tensor]
+    factors: Mapping[str, tuple[Tensor, Tensor]]  # (B, A), dW = B A; B includes PEFT's scaling
+    others: Mapping[str, Tensor]  # the tensors of modules_to_save
     modules_to_save: Sequence[str]
-    base: str | None
+    base: str | None  # its name for loading
     task: str | None
     where: str
-    classes: tuple[str, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of a layer."""
-        return max(len(A) for _, A in self.factors.values())
+    classes: tuple[str, ...] = ()  # the names of its logits if this library wrote the adapter
 
     def load_base(self) -> nn.Module:
         """Loads the base network by the name in the adapter's configuration."""
@@ -106,8 +96,7 @@ class PeftAdapter:
             if not fits:
                 raise CheckpointError(
                     f"{self.where} has {name} of {tuple(tensor.shape)}, but {type(net).__name__} "
-                    f"of {tuple(there.shape)} or with other values (a resized vocabulary or other "
-                    "classes); pass the base that it was trained on."
+                    f"of {tuple(there.shape)} or other values; pass the base of its training."
                 )
         return heads
 
@@ -258,7 +247,7 @@ def from_peft(
             target_modules="|".join(map(re.escape, adapter.factors)),
             modules_to_save=adapter.heads(network),
             start=adapter.factors,
-            rank=adapter.rank if prior is None else None,
+            rank=max(len(A) for _, A in adapter.factors.values()) if prior is None else None,
             prior=prior,
             guide=guide,
             likelihood=likelihood,

@@ -160,9 +160,8 @@ def fit(
         settings |= {"num_steps": num_steps, "held_out": run.share}
         if keep_best and num_steps <= validate_every:
             warnings.warn(
-                f"keep_best=True compares validations, but this run has only one, after the last "
-                f"of {num_steps} steps (validate_every={validate_every}); choose a smaller "
-                "validate_every=.",
+                f"keep_best=True compares validations, but this run has only one, after all of its "
+                f"{num_steps} steps; choose a validate_every= below {validate_every}.",
                 stacklevel=3,  # past the wrapper of one_at_a_time
             )
         begin_training(blora)
@@ -175,8 +174,7 @@ def fit(
         if size and batch.examples > size:
             raise ConfigurationError(
                 f"Each item of this DataLoader's data set is a batch already, of {batch.examples} "
-                "examples, whose number is then unknown; make the loader with batch_size=None, and "
-                "pass num_data= to the likelihood."
+                "examples; make the loader with batch_size=None, and the likelihood with num_data=."
             )
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)

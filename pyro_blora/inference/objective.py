@@ -62,8 +62,8 @@ class Objective:
             elbo = TraceMeanField_ELBO if structured else Trace_ELBO
         if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
             raise ConfigurationError(
-                f"elbo={elbo.__name__} does not average over particles, so the examples cannot be "
-                "divided among them; use Trace_ELBO or TraceMeanField_ELBO."
+                f"elbo={elbo.__name__} must average over particles, which share the examples; use "
+                "Trace_ELBO or TraceMeanField_ELBO."
             )
         mean_field = issubclass(elbo, TraceMeanField_ELBO)
         if mean_field and not structured:
@@ -143,8 +143,7 @@ class Objective:
         if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
             raise ConfigurationError(
                 f"KL[q || p] must not be negative, got {figures['kl']:.4g} nats at step {step}: "
-                "the closed form registered for your prior and guide is wrong. Correct it, or pass "
-                "elbo=Trace_ELBO, which needs none."
+                "correct the closed form for your prior and guide, or pass elbo=Trace_ELBO."
             )
 
 

@@ -74,8 +74,7 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
     if families and not blora.likelihood.has_classes:
         raise ConfigurationError(
             f"{blora.guide_family!r} must have a likelihood with classes, got "
-            f"{type(blora.likelihood).__name__}; pass likelihood=, such as MultipleChoice() or "
-            "LabelTokens(token_ids=...), or take a guide that is trained."
+            f"{type(blora.likelihood).__name__}; pass another, or take a guide that is trained."
         )
     return families
 
@@ -97,8 +96,8 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     if usual and share is None:
         warnings.warn(
             f"The scores of {type(blora.likelihood).__name__} need a temperature, but no examples "
-            "can be held out of a DataLoader to fit it: pass the examples themselves, or pass "
-            "held_out=0.0 and call blora.calibrate(data, collate) afterwards.",
+            "can be held out of a DataLoader to fit it: pass the examples, or pass held_out=0.0 "
+            "and call blora.calibrate(data, collate).",
             stacklevel=5,  # fit, past the wrapper of one_at_a_time
         )
     return 0.0
@@ -120,9 +119,8 @@ def _settle_num_data(likelihood: Likelihood, data: Any) -> None:
     likelihood.num_data = count = likelihood.num_data or size
     if count and size not in (None, count):
         warnings.warn(
-            f"The likelihood has num_data={count}, but train has {size} examples, so the KL "
-            f"weighs {size / count:.3g} times as much as in the ELBO; pass num_data="
-            "len(train), or set blora.likelihood.num_data.",
+            f"The likelihood has num_data={count}, but train has {size} examples, so the KL weighs "
+            f"{size / count:.3g} times as much as in the ELBO; set blora.likelihood.num_data.",
             stacklevel=5,  # fit, past the wrapper of one_at_a_time
         )
 

@@ -259,9 +259,8 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
     plain = weight is not None and weight.is_floating_point() and weight.element_size() > 1
     if weight is None or not plain or weight.shape != shape:
         raise ConfigurationError(
-            f"{name} has no weight of {shape} floats that can be read; pass "
-            "prior=KroneckerInducing(sigma=...) with a width in units of the weights, or load the "
-            "network unquantized or quantized by torchao or bitsandbytes."
+            f"{name} has no weight of {shape} floats that can be read; pass KroneckerInducing("
+            "sigma=...), or load the network unquantized, or quantized by torchao or bitsandbytes."
         )
     return weight.to(torch.get_default_dtype())
 

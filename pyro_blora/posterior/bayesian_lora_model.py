@@ -269,8 +269,7 @@ class BayesianLoRAModel(PyroModule):
             divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
                 f"{examples} examples cannot be divided evenly among {count} particles. "
-                f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
-                "pyro_blora.fit, which chooses a divisor itself."
+                f"Choose num_particles from {divisors}, or drop the last incomplete batch."
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)

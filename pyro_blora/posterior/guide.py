@@ -194,17 +194,15 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
     if num_samples and isinstance(guide, AutoLaplaceApproximation):
         warnings.warn(
             "AutoLaplaceApproximation is still a point, so all draws are equal: after training, "
-            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, from the "
-            "Hessian of all latents. That needs attn_implementation='eager' and a mode to expand "
-            "around; the family Laplace() needs neither.",
+            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal. That needs "
+            "attn_implementation='eager' and a mode, and the family Laplace() neither.",
             stacklevel=7,
         )
     unfinished = (f for f in guide.modules() if isinstance(f, Laplace) and not f.finished)
     if num_samples and (family := next(unfinished, None)) is not None:
         warnings.warn(
-            f"{type(family).__name__} is still a point, so all draws are equal: train with "
-            "pyro_blora.fit, or call pyro_blora.inference.finish(blora, train, collate=...) after "
-            "your own training loop.",
+            f"{type(family).__name__} is still a point, so all draws are equal: train with fit, or "
+            "call pyro_blora.inference.finish(blora, train, collate=...) after your own training.",
             stacklevel=7,
         )
 
@@ -235,8 +233,7 @@ def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
             return len(batch[key])
     raise ConfigurationError(
         "A guide that depends on the input, such as Amortized, must have a batch with input_ids or "
-        "a context, got none, and it has no single mean to export, merge or run; pass batch=, or "
-        "call predict(batch)."
+        "a context, got none, because it has no single mean; pass batch=, or call predict(batch)."
     )
 
 

@@ -323,9 +323,8 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
             value = value.flatten(0, more)
         if tuple(value.shape) != shape or not count:
             raise ConfigurationError(
-                f"samples[{name!r}] must be S draws of shape {shape[1:]}, with the same S for all "
-                f"sites, got {tuple(value.shape)}; pass a single draw as value[None], and leave "
-                "group_by_chain out."
+                f"samples[{name!r}] must be S draws of shape {shape[1:]}, S alike for all sites, "
+                f"got {tuple(value.shape)}; pass one draw as value[None], without group_by_chain."
             )
         values[name] = value.to(model.groups[0].device, dtype)
         if not prior.support.check(values[name]).all():
