@@ -16,9 +16,9 @@ from cells import Columns, markdown, mean_of, means, titles
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.evaluation import metrics
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-from pyro_blora.files import write_file
 from pyro_blora.posterior.prediction import Prediction
 
 COLUMNS: Columns = {"acc": ("ACC %", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 1)}

@@ -17,8 +17,13 @@ from typing_extensions import Self
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.data.batches import batches_of, over_dataset, predict_dataset, shown
 from pyro_blora.data.reading import reading
-from pyro_blora.debts import enter_through
-from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
+from pyro_blora.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigurationError,
+    check_count,
+    check_kind,
+)
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Collate, Likelihood, SequenceClassification
@@ -26,12 +31,11 @@ from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers, is_classifier
-from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, make_guide
 from pyro_blora.posterior.posterior import Posterior, Samples
 from pyro_blora.posterior.prediction import Prediction
-from pyro_blora.posterior.store import OwnTensors
+from pyro_blora.posterior.store import use_own_tensors
 from pyro_blora.posterior.temperature import calibrate, distill
 
 
@@ -106,7 +110,7 @@ class BayesianLoRA(PyroModule):
         fast: bool = True,
     ) -> None:
         super().__init__()
-        enter_through(self, OwnTensors(self))
+        use_own_tensors(self)
         targets = find_targets(
             net,
             target_modules,

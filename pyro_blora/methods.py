@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import pyro_blora.guides as guides
 import pyro_blora.models as models
-from pyro_blora.errors import ConfigurationError, first_line, near_miss
+from pyro_blora.errors import ConfigurationError, check_count, check_kind, first_line, near_miss
 from pyro_blora.guides import SiteGuide
 from pyro_blora.models import UpdateModel
-from pyro_blora.options import check_count, check_kind
 
 T = TypeVar("T")
 

@@ -30,9 +30,8 @@ import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
-from pyro_blora.debts import pyro_params
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import CheckpointError, first_line, readable
-from pyro_blora.files import write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
@@ -45,7 +44,7 @@ from pyro_blora.network.targets import (
 )
 from pyro_blora.posterior.guide import start_guide
 from pyro_blora.posterior.posterior import Posterior
-from pyro_blora.posterior.store import read_store
+from pyro_blora.posterior.store import constraint_of, read_store
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -136,7 +135,7 @@ class Saved:
             tensors["guide.scale"] = tensors["guide.scale"] * diagonal
         for name in [n for n in tensors if f"{n}_unconstrained" in current]:
             parent, _, last = name.rpartition(".")
-            constraint = pyro_params(parts.get_submodule(parent))[last]
+            constraint = constraint_of(parts.get_submodule(parent), last)
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, saved = ({n: t.shape for n, t in each.items()} for each in (current, tensors))
         if differ := [n for n in expected | saved if expected.get(n) != saved.get(n)]:

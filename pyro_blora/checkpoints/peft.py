@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
-from pyro_blora.errors import CheckpointError, ConfigurationError, readable
-from pyro_blora.files import write_file
+from pyro_blora.checkpoints.files import write_file
+from pyro_blora.errors import CheckpointError, ConfigurationError, check_count, readable
 from pyro_blora.likelihoods import SequenceClassification
+from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
     PEFT_PREFIX,
@@ -28,10 +29,8 @@ from pyro_blora.network.targets import (
     logit_names,
     name_in_base,
 )
-from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.posterior import Posterior
-from pyro_blora.updates import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"

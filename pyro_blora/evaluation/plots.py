@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.evaluation.metrics import auroc, confidence_bins, evaluate
-from pyro_blora.files import write_file
 from pyro_blora.posterior.prediction import Prediction
 
 _INK = "#333333"

@@ -10,7 +10,15 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data.batches import Batches, batches_of, collator, size_of
-from pyro_blora.errors import BatchError, ConfigurationError, DataError
+from pyro_blora.errors import (
+    BatchError,
+    ConfigurationError,
+    DataError,
+    check_count,
+    check_kind,
+    check_positive,
+    check_precision,
+)
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -28,7 +36,6 @@ from pyro_blora.inference.preparation import (
     prepare,
 )
 from pyro_blora.likelihoods import Collate
-from pyro_blora.options import check_count, check_kind, check_positive, check_precision
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 

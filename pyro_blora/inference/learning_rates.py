@@ -9,15 +9,14 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
-from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.debts import pyro_params
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import SiteGuide, is_real
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import TrainedHeads, in_mode
+from pyro_blora.posterior.store import constraint_of
 
 #: The usual rates, which a prior (``learning_rates``), a method or a call of ``fit`` may override.
 RATES: dict[str, float] = {
@@ -143,7 +142,7 @@ def _role_and_rate(
     prior = getattr(blora.model, part.site.group) if isinstance(part, SiteGuide) else part
     usual = RATES | getattr(prior, "learning_rates", {})
     chosen = {**blora.method.learning_rates, **given}
-    real = is_real(pyro_params(owner).get(name, constraints.real))
+    real = is_real(constraint_of(owner, name))
     role = getattr(owner, "roles", _ROLES).get(name, "mean" if real else "scale")
     if role not in usual | chosen:
         raise ConfigurationError(f"{path} has no rate for its role {role!r}; pass learning_rates=.")

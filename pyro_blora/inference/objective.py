@@ -13,9 +13,14 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
+from pyro_blora.errors import (
+    BatchError,
+    ConfigurationError,
+    NonFiniteLossError,
+    check_count,
+    check_positive,
+)
 from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
-from pyro_blora.options import check_count, check_positive
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, point_masses
 

@@ -20,7 +20,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_config, read_pretrained
 from pyro_blora.debts import use_one_gpu
-from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, DataError
+from pyro_blora.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    check_count,
+)
 from pyro_blora.inference.learning_rates import (
     RATES,
     Sizes,
@@ -40,7 +46,6 @@ from pyro_blora.inference.preparation import (
 )
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.network.shortcuts import Shortcuts
-from pyro_blora.options import Options, check_count
+from pyro_blora.options import Options
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Mapping[str, Any]]

@@ -6,10 +6,11 @@ All sites are sampled before the network runs, as activation checkpointing and c
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyro_blora.debts import ELBO_PLATE, is_enumerating
-from pyro_blora.errors import ConfigurationError, ParticleError
+from pyro_blora.errors import BatchError, ConfigurationError, ParticleError, check_kind
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.likelihoods._likelihood import Prepared
-from pyro_blora.models import UpdateModel
+from pyro_blora.models import LowRankUpdate, UpdateModel
 from pyro_blora.network.adapter import (
     LayerHook,
     TrainedHeads,
@@ -31,10 +32,8 @@ from pyro_blora.network.adapter import (
     updates_in_place,
     updates_kept_for_backward,
 )
+from pyro_blora.network.pretrained import choose_precision
 from pyro_blora.network.targets import LayerGroup, by_group
-from pyro_blora.options import check_kind, choose_precision
-from pyro_blora.posterior.batches import repeat_batch, to_device
-from pyro_blora.updates import LowRankUpdate
 
 # Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
 LOCK = threading.RLock()
@@ -63,6 +62,32 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 def open_plates() -> dict[str, int]:
     """The names and sizes of the vectorized plates that are open now."""
     return {frame.name: frame.size for frame in get_plates() if frame.vectorized}
+
+
+def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
+    """The batch repeated ``times`` times, so that each particle or draw sees all its examples."""
+    return {
+        key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch on ``device``, with its lists and arrays of numbers as tensors."""
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
+            "from examples with a collator, such as task.collator(tokenizer)(items)."
+        )
+    return {key: _on_device(value, device) for key, value in batch.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | np.ndarray):
+        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
+        with suppress(TypeError, ValueError, RuntimeError):  # of texts or ragged rows
+            value = torch.tensor(np.asarray(value) if arrays else value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class BayesianLoRAModel(PyroModule):

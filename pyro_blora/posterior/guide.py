@@ -17,12 +17,11 @@ from torch.distributions import Independent
 
 from pyro_blora.debts import ELBO_PLATE
 from pyro_blora.distributions import Members
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, check_kind
 from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.targets import by_group
-from pyro_blora.options import check_kind
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, open_plates
 from pyro_blora.posterior.store import read_store
 
@@ -194,8 +193,8 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
     if num_samples and isinstance(guide, AutoLaplaceApproximation):
         warnings.warn(
             "AutoLaplaceApproximation is still a point, so all draws are equal: after training, "
-            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal. That needs "
-            "attn_implementation='eager' and a mode, and the family Laplace() neither.",
+            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, and needs "
+            "attn_implementation='eager' and a mode. The family Laplace() needs neither.",
             stacklevel=7,
         )
     unfinished = (f for f in guide.modules() if isinstance(f, Laplace) and not f.finished)

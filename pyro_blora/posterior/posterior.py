@@ -18,10 +18,15 @@ from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch
 from pyro_blora.likelihoods._likelihood import Prepared, in_single_precision
 from pyro_blora.methods import Method
+from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import FrozenPrefix
-from pyro_blora.posterior.batches import repeat_batch
-from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
+from pyro_blora.posterior.bayesian_lora_model import (
+    LOCK,
+    BayesianLoRAModel,
+    one_at_a_time,
+    repeat_batch,
+)
 from pyro_blora.posterior.guide import (
     DRAWS_PLATE,
     StructuredGuide,
@@ -34,7 +39,6 @@ from pyro_blora.posterior.guide import (
 )
 from pyro_blora.posterior.linearized import linearized_logits
 from pyro_blora.posterior.store import read_store
-from pyro_blora.updates import LowRankUpdate
 
 _PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
 _ROWS, _TOKENS_ON_CPU = 256, 1024

@@ -10,9 +10,10 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.debts import PyroContext, context_of, pyro_params
+from pyro_blora.debts import PyroContext, context_of, enter_through, pyro_params
 
 _OWNED = WeakIdKeyDictionary()  # the tensors of all adapters that have run
 
@@ -24,8 +25,18 @@ def read_store(part: nn.Module) -> None:
             pass
 
 
+def constraint_of(module: nn.Module | None, name: str) -> Constraint:
+    """The constraint of a module's parameter: its ``PyroParam``'s, or none."""
+    return pyro_params(module).get(name, constraints.real)
+
+
+def use_own_tensors(adapter: PyroModule) -> None:
+    """Makes all modules of an adapter use its own tensors when they are called."""
+    enter_through(adapter, OwnTensors(adapter))
+
+
 class OwnTensors(PyroContext):
-    """The context that all modules of an adapter enter when called, so that they use its tensors.
+    """The context that all modules of an adapter enter when they are called.
 
     Other adapters' tensors of the same names are removed from the store; tensors that
     ``ParamStore.load`` put there are copied into the adapter's own. A name for each adapter
@@ -71,8 +82,8 @@ class OwnTensors(PyroContext):
         named = {}
         for path, parameter in self._adapter.named_parameters():
             parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
-            params = pyro_params(self._adapter.get_submodule(parent))
-            named[f"{parent}.{name}"] = parameter, params.get(name, constraints.real)
+            constraint = constraint_of(self._adapter.get_submodule(parent), name)
+            named[f"{parent}.{name}"] = parameter, constraint
         return named
 
     def _fill_store(self) -> None:
