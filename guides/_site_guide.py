@@ -56,21 +56,13 @@ def _median(prior: Distribution, unknown: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site as a guide family sees it, read from a trace of the prior.
-
-    Attributes:
-        name: the site's name.
-        prior: its distribution, batch shape ``(..., n)`` for ``n`` layers.
-        plates: the plates around it.
-        suggested: where guides start, if the prior suggests it, ``(n, *event_shape)``.
-        context_size: size of the context of an amortized family.
-    """
+    """A latent site as a guide family sees it, read from a trace of the prior."""
 
     name: str
-    prior: TorchDistribution
-    plates: tuple[CondIndepStackFrame, ...]
-    suggested: Tensor | None = None
-    context_size: int = 0
+    prior: TorchDistribution  #: its distribution, batch shape ``(..., n)`` for ``n`` layers
+    plates: tuple[CondIndepStackFrame, ...]  #: the plates around it
+    suggested: Tensor | None = None  #: the prior's suggestion of a start, ``(n, *event_shape)``
+    context_size: int = 0  #: size of the context of an amortized family
 
     @property
     def group(self) -> str:

@@ -20,16 +20,6 @@ T = TypeVar("T")
 class Method:
     """A prior, a guide, and how the pair is trained and predicts.
 
-    Attributes:
-        name: the method's name.
-        prior: the prior, a template as in :class:`~pyro_blora.BayesianLoRA`.
-        guide: the guide family, likewise.
-        learning_rates: AdamW's rates by parameter role that differ from the prior's own.
-        held_out: share of the examples that ``fit`` calibrates with. Default: the likelihood's.
-        num_samples: number of posterior draws for a prediction. Default: 10, or 0, the mean, with
-            a guide whose draws are all equal.
-        linearized: whether predictions use the linearized network.
-
     Example::
 
         get_method("laplace-lora").linearized  # True, as published
@@ -37,12 +27,15 @@ class Method:
     """
 
     name: str
-    prior: UpdateModel | Mapping[str, UpdateModel]
-    guide: SiteGuide | Mapping[str, SiteGuide] | Callable[..., Any]
+    prior: UpdateModel | Mapping[str, UpdateModel]  #: a template as in ``BayesianLoRA``
+    guide: SiteGuide | Mapping[str, SiteGuide] | Callable[..., Any]  #: likewise
+    #: AdamW's rates by parameter role that differ from the prior's own
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    held_out: float | None = None
-    num_samples: int | None = None
-    linearized: bool = False
+    held_out: float | None = (
+        None  #: share that ``fit`` calibrates with; by default the likelihood's
+    )
+    num_samples: int | None = None  #: draws of a prediction; by default 10, or 0 for a point
+    linearized: bool = False  #: whether predictions use the linearized network
 
     def with_rank(self, rank: int) -> "Method":
         """The same method with a prior of another rank."""

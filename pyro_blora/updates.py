@@ -98,13 +98,6 @@ class LowRankUpdate:
 
     Any dimensions before the last three are particles; each factor may have them or not.
 
-    Attributes:
-        A: ``(..., n, r_c, d_in)``.
-        B: ``(..., n, d_out, r_r)``.
-        core: ``C``, ``(..., n, r_r, r_c)``, or ``None`` for the identity.
-        noise: one function for each layer, a ``Noise``, or ``None``.
-        mean: the same updates without noise, if the factors themselves contain noise.
-
     Example::
 
         >>> update = LowRankUpdate(torch.ones(2, 1, 4), torch.ones(2, 3, 1))
@@ -112,12 +105,12 @@ class LowRankUpdate:
         torch.Size([3, 4])
     """
 
-    A: Tensor
-    B: Tensor
-    core: Tensor | None = None
+    A: Tensor  #: ``(..., n, r_c, d_in)``
+    B: Tensor  #: ``(..., n, d_out, r_r)``
+    core: Tensor | None = None  #: ``C``, ``(..., n, r_r, r_c)``, or the identity
     _: KW_ONLY
-    noise: tuple[Noise, ...] | None = None
-    mean: "LowRankUpdate | None" = None
+    noise: tuple[Noise, ...] | None = None  #: one function for each layer
+    mean: "LowRankUpdate | None" = None  #: without noise, if the factors contain noise
 
     @property
     def is_noisy(self) -> bool:

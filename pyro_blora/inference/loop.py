@@ -29,24 +29,15 @@ _WARMUP, _MAX_GRAD_NORM = 0.06, 1.0  # a share of the steps, and of the loss per
 
 @dataclass
 class FitResult:
-    """The history of a training run.
+    """The history of a training run."""
 
-    Attributes:
-        history: the figures of every step, as the progress bar shows them.
-        validation: the step and the loss of every validation.
-        best_step: the step with the lowest validation loss, or ``None``.
-        best_state: the trained tensors at that step, or ``None``.
-        num_held_out: the number of examples that were held out for the temperatures.
-        seconds: the time that the training steps took, without loading batches and validation.
-        settings: the arguments of :func:`~pyro_blora.fit` that the model card lists.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    best_step: int | None = None
-    best_state: dict[str, Tensor] | None = None
-    num_held_out: int = 0
-    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)  #: the figures of every step
+    validation: list[tuple[int, float]] = field(default_factory=list)  #: steps and losses
+    best_step: int | None = None  #: the step with the lowest validation loss, or ``None``
+    best_state: dict[str, Tensor] | None = None  #: the trained tensors at that step, or ``None``
+    num_held_out: int = 0  #: the number of examples that were held out for the temperatures
+    seconds: float = 0.0  #: the time of the training steps, without loading and validation
+    #: the arguments of :func:`~pyro_blora.fit` that the model card lists
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,18 +76,13 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Step:
-    """What a ``callback`` of :func:`~pyro_blora.fit` receives after a step.
+    """What a ``callback`` of :func:`~pyro_blora.fit` receives after a step."""
 
-    Attributes:
-        step: the number of steps done.
-        figures: as in the history: ``loss`` and ``nll`` in nats per example, ``kl`` in nats in
-            total, and with classes the batch's ``acc`` and ``conf``.
-        validation: the loss of the validation after this step, or ``None`` if there was none.
-    """
-
-    step: int
+    step: int  #: the number of steps done
+    #: as in the history: ``loss`` and ``nll`` in nats per example, ``kl`` in nats in total, and
+    #: with classes the batch's ``acc`` and ``conf``
     figures: Mapping[str, float]
-    validation: float | None = None
+    validation: float | None = None  #: the loss of the validation after this step, if any
 
 
 Callback = Callable[[Step], object]

@@ -38,20 +38,13 @@ _CLASSIFICATION_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """``n`` layers of one kind and shape, adapted by one stacked update.
+    """``n`` layers of one kind and shape, adapted by one stacked update."""
 
-    Attributes:
-        name: the group's name in site and parameter names, e.g. ``"q_proj"``.
-        module_names: the full names of the ``n`` layers inside the network.
-        d_out: number of output features of each layer.
-        d_in: number of input features of each layer.
-        modules: the layers themselves, for priors that read the pretrained weight.
-    """
-
-    name: str
-    module_names: tuple[str, ...]
-    d_out: int
-    d_in: int
+    name: str  #: the group's name in site and parameter names, e.g. ``"q_proj"``
+    module_names: tuple[str, ...]  #: the full names of the ``n`` layers inside the network
+    d_out: int  #: number of output features of each layer
+    d_in: int  #: number of input features of each layer
+    #: the layers themselves, for priors that read the pretrained weight
     modules: tuple[nn.Module, ...] = field(repr=False, compare=False, default=())
 
     @property

@@ -55,11 +55,6 @@ class Posterior:
     drawn anew at every call of a layer; the mean has none. If the posterior depends on the input,
     it is that of ``batch``. Other threads wait.
 
-    Attributes:
-        model: the model, with the network and the likelihood.
-        guide: q.
-        method: how many draws a prediction takes, and whether they are linearized.
-
     Example::
 
         with blora.posterior(), torch.no_grad():
@@ -67,9 +62,9 @@ class Posterior:
         blora.posterior.draws(10)["q_proj"].core  # 10 x n x r x r
     """
 
-    model: BayesianLoRAModel
-    guide: nn.Module
-    method: Method
+    model: BayesianLoRAModel  #: with the network and the likelihood
+    guide: nn.Module  #: q
+    method: Method  #: how many draws a prediction takes, and whether they are linearized
 
     @contextmanager
     def __call__(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
