@@ -163,15 +163,9 @@ class _Rotation(Transform):
 
 
 def best_precision(values: Tensor, loc: Tensor) -> float:
-    r"""The prior precision :math:`\delta` of the highest marginal likelihood.
+    r"""The prior precision :math:`\delta` of the highest marginal likelihood, from 1e-6 to 1e6.
 
-    .. math::
-
-        \log Z(\delta) = -\tfrac{\delta}{2} |\hat U|^2 + \tfrac{k}{2} \log \delta
-        - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
-
-    whose slope has the sign of :math:`\sum_i \lambda_i / (\lambda_i + \delta) - \delta |\hat U|^2`,
-    which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the maximum.
+    It is the root of :math:`\sum_i \lambda_i / (\lambda_i + \delta) - \delta |\hat U|^2`.
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

@@ -67,12 +67,11 @@ class BayesianLoRA(PyroModule):
         modules_to_save: heads to train in full, as point estimates, as PEFT does. Default: with
             ``SequenceClassification`` the heads that contain no target.
         start: where the posterior mean starts: LoRA's ``(B, A)`` by the full name of each adapted
-            layer, ``dW = B A``, of any ranks up to the prior's. :meth:`from_peft` passes the
-            factors of a trained adapter. Default: the prior's own start, usually ``dW = 0``.
+            layer, ``dW = B A``, of any ranks up to the prior's. Default: usually ``dW = 0``.
         tokenizer: reads rows of text for the likelihood if no ``collate`` is given; ``fit`` then
             accepts a file or a data frame as well. It can be set later.
-        fast: whether to take shortcuts that do not change the network's logits: compute them only
-            at the positions needed, pack options behind one question, run frozen blocks once.
+        fast: whether to compute logits only at the positions needed, pack options behind one
+            question, and run frozen blocks once, none of which changes the logits.
 
     Raises:
         NoTargetError: no layer matches.
@@ -478,9 +477,9 @@ class BayesianLoRA(PyroModule):
     ) -> Self:
         """Loads an adapter from its folder or its hub id onto its base network.
 
-        ``from_pretrained(net, folder)`` adapts a loaded network, ``from_pretrained(folder)`` loads
-        the base by its saved name and in its saved dtype. ``tokenizer`` and ``fast`` are as in the
-        constructor; for the other arguments see :func:`pyro_blora.checkpoints.read_pretrained`.
+        ``from_pretrained(folder)`` also loads the base by its saved name and in its saved dtype.
+        ``tokenizer`` and ``fast`` are as in the constructor; for the other arguments see
+        :func:`pyro_blora.checkpoints.read_pretrained`.
 
         Raises:
             CheckpointError: the folder holds no adapter, or an adapter of another base.

@@ -35,8 +35,8 @@ def _storing(init: Callable[..., None]) -> Callable[..., None]:
 class Options:
     """Mixin of priors, guides and likelihoods that stores constructor arguments as attributes.
 
-    They are stored before the constructor runs; modules among them are not registered as
-    submodules. An argument annotated as a ``Literal`` must have one of its values.
+    They are set before the constructor runs, and modules among them are not registered. An argument
+    annotated as a ``Literal`` must have one of its values.
     """
 
     def __init_subclass__(cls) -> None:

@@ -39,7 +39,7 @@ def model_card(
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return page.from_string(Path(__file__).with_name("card.md").read_text("utf-8")).render(
         header=header.to_yaml(),
-        rows={k: _cell(v) for k, v in rows.items() if v != ""},
+        rows={k: " ".join(f"{v}".split()).replace("|", "\\|") for k, v in rows.items() if v != ""},
         base=base,
         kind=kind,
         place=place,
@@ -78,7 +78,3 @@ def figures_of(result: Training, data: int | None) -> dict[str, str]:
         best = dict(result.validation)[result.best_step]
         rows["validation NLL"] += f"; lowest {best:.4g} at step {result.best_step}"
     return rows
-
-
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,7 +1,6 @@
 """Saving an adapter to a folder or the hub, and loading it onto its base.
 
-One safetensors file is the whole adapter: the tensors, and a header with the JSON configuration
-that rebuilds it. A readable copy of the JSON and a model card are next to it. Nothing is unpickled.
+A safetensors file is the whole adapter, with the configuration that rebuilds it in its header.
 """
 
 import functools
@@ -267,10 +266,7 @@ def push_to_hub(
     private: bool | None = None,
     **about: Any,
 ) -> str:
-    """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
-
-    ``about`` are ``result`` and ``notes``.
-    """
+    """Uploads an adapter, ``about`` as in :func:`save_pretrained`; returns the commit's URL."""
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(blora, posterior, folder, place=repo_id, **about)

@@ -1,8 +1,4 @@
-"""Generation under the posterior: transformers' ``generate``, on the average of S sampled models.
-
-Two hooks turn the network into that average: one repeats the inputs of a pass, so that each draw
-has rows and a key-value cache for itself, and the other averages the logits of the draws.
-"""
+"""Generation under the posterior: ``generate`` of transformers, on the average of its draws."""
 
 import copy
 import inspect
@@ -150,7 +146,7 @@ def generate(
 
 
 class _Average:
-    """Hooks that turn a network into the average of ``draws`` models and record uncertainties."""
+    """Hooks that repeat inputs, average the logits of ``draws`` models, record uncertainties."""
 
     def __init__(self, draws: int, temperature: float) -> None:
         self.draws, self.temperature = draws, temperature

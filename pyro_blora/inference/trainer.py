@@ -317,10 +317,7 @@ def _ended(share: Callable[..., float], num_steps: int, last: int, step: int) ->
 
 
 class _Begins(TrainerCallback):
-    """Resets the adapter once nothing can be refused any more, and seeds each process apart.
-
-    The Trainer's one seed would give all the same draws.
-    """
+    """Resets the adapter once nothing can be refused any more, and seeds each process apart."""
 
     def __init__(self, blora: BayesianLoRA) -> None:
         self.blora = blora

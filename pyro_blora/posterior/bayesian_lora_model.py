@@ -161,11 +161,13 @@ class BayesianLoRAModel(PyroModule):
         for group in self.groups:
             getattr(self, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
         frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        latent = prune_subsample_sites(trace).stochastic_nodes
-        return (
-            [_site(name, trace.nodes[name], self._starts) for name in latent],
-            max([1, *(-f.dim for f in frames if f.vectorized)]),
-        )
+        sites = []
+        for name in prune_subsample_sites(trace).stochastic_nodes:
+            node = trace.nodes[name]
+            plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+            start = self._starts.get(name, node["infer"].get("start"))
+            sites.append(Site(name, node["fn"], plates, suggested=start))
+        return sites, max([1, *(-f.dim for f in frames if f.vectorized)])
 
     @property
     def sites(self) -> list[Site]:
@@ -302,11 +304,8 @@ class BayesianLoRAModel(PyroModule):
         return {name: update.detached() for name, update in updates.items()}
 
     def outline(self) -> dict[str, LowRankUpdate]:
-        """Samples the updates, and observes labels without meaning that depend on all of them.
-
-        An AutoGuide reads the model's structure from it. There are as many labels as latent numbers
-        because AutoGaussian learns the correlations along one direction for each label.
-        """
+        """Samples the updates, and observes labels without meaning, for AutoGuides to read."""
+        # as many labels as latent numbers, because AutoGaussian has a direction for each label
         updates = self.updates()
         factors = [factor for update in updates.values() for factor in update.factors]
         normal = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
@@ -314,8 +313,3 @@ class BayesianLoRAModel(PyroModule):
         with pyro.plate("data", size, dim=-1):
             pyro.sample("labels", normal, obs=torch.zeros(size, device=self.groups[0].device))
         return updates
-
-
-def _site(name: str, node: dict[str, Any], starts: Mapping[str, Tensor]) -> Site:
-    plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-    return Site(name, node["fn"], plates, suggested=starts.get(name, node["infer"].get("start")))

@@ -110,9 +110,8 @@ class Posterior:
             center = {name: value for name, value in center.items() if name in nodes}
             linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
             if len(linear) == len(center):
-                return {
-                    n: update.without_noise() for n, update in nodes["_RETURN"]["value"].items()
-                }
+                updates = nodes["_RETURN"]["value"].items()
+                return {name: update.without_noise() for name, update in updates}
             if isinstance(guide, StructuredGuide) and not guide.couples_sites:
                 for name, node in linear.items():  # independent of the sites that are drawn
                     value = center[name]
@@ -168,13 +167,7 @@ class Posterior:
 
     def given(self, samples: Samples) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
         """The number of draws in ``samples``, and a function that returns the next few updates."""
-        model = self.model
-        values = _checked(model, samples)
-        for site in model.sites:
-            value = values[site.name]
-            outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
-            values[site.name] = value.reshape(len(value), *outside, *value.shape[1:])
-        done = 0
+        values, done = _checked(self.model, samples), 0
 
         @torch.no_grad()
         def draw(count: int) -> dict[str, LowRankUpdate]:
@@ -210,8 +203,13 @@ class Posterior:
                 "linearized must be False with samples=, got True; leave one of them out."
             )
         batch = self.model.prepared(batch)
+        if linearized and any(u.is_noisy for u in self.draws(1, batch).values()):
+            raise ConfigurationError(
+                "A linearization must have a deterministic update, got one with the noise of a "
+                "conditional; pass linearized=False, or a prior with conditional='deterministic'."
+            )
         if linearized:
-            passes = iter([self._linearized(batch, draws)])
+            passes = iter([linearized_logits(self.model, self.guide, batch, draws)])
         else:
             passes = self._passes(batch, draws, max_rows, samples)
         # It was fitted to the draws of this guide, not to samples or to the bare network
@@ -242,14 +240,6 @@ class Posterior:
         factors = [factor for update in drawn for factor in update.factors]
         alike = all(bool((f == f[:1]).all()) for f in factors if f.dim() > 3)
         return alike and not any(update.is_noisy for update in drawn)
-
-    def _linearized(self, batch: Batch, num_samples: int) -> Tensor:
-        if any(u.is_noisy for u in self.draws(1, batch).values()):
-            raise ConfigurationError(
-                "A linearization must have a deterministic update, got one with the noise of a "
-                "conditional; pass linearized=False, or a prior with conditional='deterministic'."
-            )
-        return linearized_logits(self.model, self.guide, batch, num_samples)
 
     def _passes(
         self, batch: Prepared, num_samples: int, max_rows: int | None, samples: Samples | None
@@ -305,7 +295,7 @@ class Posterior:
 
 
 def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
-    """The values of each site, on the model's device and in its parameters' dtype."""
+    """The values of each site with a dimension for each plate, on the model's device."""
     priors = {site.name: site.prior for site in model.sites}
     if not set(samples) >= set(priors):  # Predictive adds labels and deterministic sites
         raise ConfigurationError(
@@ -331,6 +321,8 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
                 f"samples[{name!r}] must be in the support of the site, {prior.support}, got "
                 "values outside of it; pass constrained and finite values."
             )
+        outside = (1,) * (model.max_plate_nesting - len(prior.batch_shape))
+        values[name] = values[name].reshape(count, *outside, *prior.shape())
     return values
 
 

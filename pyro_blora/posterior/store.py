@@ -74,8 +74,10 @@ class OwnTensors(PyroContext):
         super().__exit__(kind, error, traceback)
         if not self.active:
             _OWNED.update((parameter, None) for parameter in self._adapter.parameters())
-            if pyro.settings.get("module_local_params"):
-                self._fill_store()
+            if pyro.settings.get("module_local_params"):  # Pyro's optimizers read the global store
+                named = self._named().items()
+                params, kinds = ({name: pair[i] for name, pair in named} for i in (0, 1))
+                pyro.get_param_store().set_state({"params": params, "constraints": kinds})
 
     def _named(self) -> dict[str, tuple[Tensor, Any]]:
         """The adapter's parameters and their constraints, by their names in Pyro's store."""
@@ -85,9 +87,3 @@ class OwnTensors(PyroContext):
             constraint = constraint_of(self._adapter.get_submodule(parent), name)
             named[f"{parent}.{name}"] = parameter, constraint
         return named
-
-    def _fill_store(self) -> None:
-        """Fills the global store, which Pyro's optimizers read even if modules have their own."""
-        named = self._named().items()
-        params, kinds = ({name: pair[i] for name, pair in named} for i in (0, 1))
-        pyro.get_param_store().set_state({"params": params, "constraints": kinds})
