@@ -152,17 +152,6 @@ class SiteGuide(Options, PyroModule):
         init_scale: standard deviation of q at the start, in units of the prior's. 1 starts at the
             prior itself, where KL[q || p] = 0; a small value starts near a plain LoRA.
 
-    Attributes:
-        roles: the learning rate of each parameter in :func:`~pyro_blora.inference.fit`:
-            ``"mean"``, ``"scale"`` or ``"direction"``.
-        reads_context: whether q depends on the examples. Then :meth:`distribution` takes a
-            ``context``: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all, or ``None``.
-        couples_sites: whether draws of two sites depend on each other.
-        symmetric: whether q is symmetric around its mean. Then draws are made in pairs of mirror
-            images, because an average needs fewer of them. Default: False, also for a subclass of a
-            symmetric family that defines another distribution.
-        is_point: whether q is a point mass, so that draws need not be averaged.
-
     Example::
 
         class Spread(SiteGuide):  # one standard deviation for each layer
@@ -179,11 +168,16 @@ class SiteGuide(Options, PyroModule):
                 return Normal(self.loc, scale).to_event(self.site.event_dim)
     """
 
+    #: the learning rate of each parameter in ``fit``: ``"mean"``, ``"scale"`` or ``"direction"``
     roles: ClassVar[dict[str, str]] = {}
+    #: whether q depends on the examples; then :meth:`distribution` takes a ``context``,
+    #: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all, or ``None``
     reads_context: ClassVar[bool] = False
-    couples_sites: ClassVar[bool] = False
+    couples_sites: ClassVar[bool] = False  #: whether draws of two sites depend on each other
+    #: whether q is symmetric around its mean, so that draws are made in pairs of mirror images;
+    #: False for a subclass of a symmetric family that defines another distribution
     symmetric: ClassVar[bool] = False
-    is_point: ClassVar[bool] = False
+    is_point: ClassVar[bool] = False  #: whether q is a point mass, whose draws are all equal
     site: Site
 
     def __init_subclass__(cls) -> None:

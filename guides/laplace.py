@@ -96,8 +96,9 @@ class Laplace(Delta):
         sums: dict[str, list[Tensor]] = {}
         seen = 0
         for batch in scores:
-            for name, g in batch.items():
-                moments = families[name]._second_moments(g)
+            for name, family in families.items():
+                g = batch[name]
+                moments = family._second_moments(g)
                 before = sums.get(name, [g.new_zeros(())] * len(moments))
                 sums[name] = [a + b for a, b in zip(before, moments, strict=True)]
             seen += len(g)

@@ -128,7 +128,6 @@ class BayesianLoRA(PyroModule):
         self.method = replace(known, prior=prior, guide=family)
         #: The tokenizer that reads rows of text, or ``None``.
         self.tokenizer = tokenizer
-        self._net = (net,)  # in a tuple, so that nn.Module does not register it
         if likelihood is None:
             likelihood = SequenceClassification() if is_classifier(net) else CausalLM()
         check_kind("likelihood", likelihood, Likelihood)
@@ -148,12 +147,12 @@ class BayesianLoRA(PyroModule):
     @property
     def net(self) -> nn.Module:
         """The wrapped network."""
-        return self._net[0]
+        return self.model.net
 
     @property
     def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
         """The prior, or the priors by group, as passed."""
-        return self.model.prior
+        return self.method.prior
 
     @property
     def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
@@ -565,11 +564,6 @@ class BayesianLoRA(PyroModule):
             yield
 
     @property
-    def config(self) -> Any:
-        """The network's configuration."""
-        return self.net.config
-
-    @property
     def device(self) -> torch.device:
         """The device on which the network's adapted layers compute."""
         return self.model.groups[0].device
@@ -580,5 +574,5 @@ class BayesianLoRA(PyroModule):
             return net(*args, **kwargs)
 
     def __repr__(self) -> str:
-        parts = described(self.model, self.guide, self.guide_family, self.trainable_parameters)
+        parts = described(self.model, self.guide, self.method, self.trainable_parameters)
         return "\n".join([f"BayesianLoRA({type(self.net).__name__})", *parts])

@@ -87,7 +87,7 @@ def save_pretrained(
         },
         "modules_to_save": heads,
         "method": {n: v for n, v in vars(method).items() if n not in ("prior", "guide")},
-        "prior": _describe(model.prior),
+        "prior": _describe(method.prior),
         "guide": _describe_guide(method.guide, posterior.guide),
         "likelihood": _describe(model.likelihood),
         "notes": {name: str(value) for name, value in notes.items()},
@@ -100,7 +100,7 @@ def save_pretrained(
     card = folder / CARD
     written_before = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
     if written_before or not os.path.lexists(card):
-        page = model_card(config, model, method.guide, place)
+        page = model_card(config, posterior, place)
         write_file(card, f"{page}\n{MARK}\n")
 
 

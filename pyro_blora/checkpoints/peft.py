@@ -115,8 +115,8 @@ class PeftAdapter:
                 error = layer(x, torch.zeros_like(expected)) - expected
                 if error.norm() > 1e-4 * expected.norm() + 1e-6:
                     raise ConfigurationError(
-                        f"The mean of {model.prior!r} is not the adapter in {name}; take a guide "
-                        "whose mean is a parameter, such as MatrixNormal, MeanField or Laplace."
+                        f"The posterior mean is not the adapter in {name}; take a guide whose mean "
+                        "is a parameter, such as MatrixNormal, MeanField or Laplace."
                     )
 
 

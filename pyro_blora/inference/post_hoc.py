@@ -3,7 +3,6 @@
 import os
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -147,19 +146,15 @@ def finish(
             f"{blora.guide_family!r}, which needs no finish."
         )
     hide = None if progress is None else not progress
-
-    def all_scores() -> Iterator[dict[str, Tensor]]:
-        for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
-            by_site = scores(blora, blora.model.prepared(batch))
-            yield {name: by_site[name] for name in families}
-
     with Snapshot(blora).put_back_after(Exception), running(blora, precision, training=False):
         data, collate = blora.reading(data, collate)
         batches = list(batches_of(data, collate, batch_size))
         begin_training(blora)
         count = blora.likelihood.num_data
         trained = None if count is None else count - num_held_out
-        return Laplace.finish(families, all_scores(), trained)
+        shown = tqdm(batches, desc="finish", disable=hide, unit="batch")
+        by_batch = (scores(blora, blora.model.prepared(batch)) for batch in shown)
+        return Laplace.finish(families, by_batch, trained)
 
 
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:

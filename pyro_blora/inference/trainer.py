@@ -58,12 +58,10 @@ class BayesianLoRATrainer(Trainer):
     ``nll`` and ``kl``. ``evaluate`` reports the negative log posterior predictive as ``eval_loss``;
     ``predict`` and ``compute_metrics`` receive the log probability of each class.
 
-    A checkpoint holds the adapter as ``save_pretrained`` writes it, which
-    ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads, and the state of the ``Trainer``, but
-    nothing of the base. It has no temperature, because that is fitted after the last step;
-    ``save_model`` writes it from then on. A post-hoc guide (``Laplace``) needs
-    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point; nothing is
-    held out for it.
+    A checkpoint holds the adapter as ``save_pretrained`` writes it, and the state of the
+    ``Trainer``, but nothing of the base. It has no temperature, which is fitted after the last
+    step; ``save_model`` writes it from then on. A post-hoc guide (``Laplace``) needs
+    :func:`~pyro_blora.inference.finish` afterwards; nothing is held out for it.
 
     Args:
         model: the adapter.

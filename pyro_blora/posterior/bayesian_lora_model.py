@@ -120,7 +120,7 @@ class BayesianLoRAModel(PyroModule):
         priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
         for each in priors.values():
             check_kind("prior", each, UpdateModel)
-        self._net, self._prior = (net,), (prior,)  # in tuples, so that neither is registered
+        self._net = (net,)  # in a tuple, so that it is not registered
         self._starts: dict[str, Tensor] = {}
         # collected once, because a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
@@ -147,11 +147,6 @@ class BayesianLoRAModel(PyroModule):
     def net(self) -> nn.Module:
         """The wrapped network."""
         return self._net[0]
-
-    @property
-    def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
-        """The prior, or the priors by group, as passed and not bound."""
-        return self._prior[0]
 
     @cached_property
     def _traced(self) -> tuple[list[Site], int]:

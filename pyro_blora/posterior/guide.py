@@ -21,6 +21,7 @@ from pyro_blora.errors import ConfigurationError, check_kind
 from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
+from pyro_blora.methods import Method
 from pyro_blora.network.targets import by_group
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, open_plates
 from pyro_blora.posterior.store import read_store
@@ -183,7 +184,7 @@ def make_guide(
     if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
         raise ConfigurationError(
             "AutoLaplaceApproximation must have a prior whose density is the same at every call, "
-            f"got {model.prior!r}, which draws noise in each; pass conditional='deterministic'."
+            "got one that draws noise in each; pass conditional='deterministic'."
         )
     return guide
 
@@ -248,11 +249,11 @@ def context_of_particles(context: Tensor) -> Tensor:
 
 
 def described(
-    model: BayesianLoRAModel, guide: nn.Module, family: object, trained: int
+    model: BayesianLoRAModel, guide: nn.Module, method: Method, trained: int
 ) -> Iterator[str]:
     """Lines on prior, guide, likelihood, groups, sites and heads, with numbers of parameters."""
-    yield f"  prior:      {model.prior!r}"
-    yield f"  guide:      {getattr(family, '__name__', repr(family))}"
+    yield f"  prior:      {method.prior!r}"
+    yield f"  guide:      {getattr(method.guide, '__name__', repr(method.guide))}"
     yield f"  likelihood: {model.likelihood!r}"
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
     sites: dict[str, list[str]] = {group.name: [] for group in model.groups}
