@@ -95,7 +95,8 @@ class PeftAdapter:
             if not fits:
                 raise CheckpointError(
                     f"{self.where} has {name} of {tuple(tensor.shape)}, but {type(net).__name__} "
-                    f"of {tuple(there.shape)} or other values; pass the base of its training."
+                    f"of {tuple(there.shape)} or with other values (a resized vocabulary or other "
+                    "classes); pass the base that it was trained on."
                 )
         return heads
 
