@@ -18,8 +18,7 @@ from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-# Makes a transform of vectors from their number of entries
-Factory = Callable[[int], Any]
+Factory = Callable[[int], Any]  # makes a transform of vectors from their number of entries
 
 FLOWS: dict[str, Factory] = {
     "affine-autoregressive": transforms.affine_autoregressive,

@@ -17,13 +17,7 @@ from typing_extensions import Self
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.data.batches import batches_of, over_dataset, predict_dataset, shown
 from pyro_blora.data.reading import reading
-from pyro_blora.errors import (
-    BatchError,
-    CheckpointError,
-    ConfigurationError,
-    check_count,
-    check_kind,
-)
+from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, check_kind
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, CausalLM, Collate, Likelihood, SequenceClassification
@@ -315,7 +309,6 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        check_count("num_samples", num_samples, 2)
         if not self.model.enabled:
             raise ConfigurationError(
                 "distill must have an adapter that is on; call it outside of disable_adapter()."

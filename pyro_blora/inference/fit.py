@@ -112,9 +112,8 @@ def fit(
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.
-        validation: examples as in ``train``. Their loss is the predictive NLL, the mean of
-            ``-blora.log_predictive(batch, eval_samples)``, without the temperature, which is
-            fitted only at the end.
+        validation: examples as in ``train``. Their loss is the mean of
+            ``-blora.log_predictive(batch, eval_samples)``, without the temperature.
         validate_every: steps between validations.
         eval_samples: posterior draws in a validation, 0 for the mean. Default: as in ``predict``;
             0 while a post-hoc guide is a point.

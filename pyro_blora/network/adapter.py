@@ -17,8 +17,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import body_of, head_names, is_quantized, matches, name_in_base
 from pyro_blora.updates import LayerUpdate
 
-# The names under which blocks and layers take their input
-_INPUTS = ("hidden_states", "hidden_state", "input", "x")
+_INPUTS = ("hidden_states", "hidden_state", "input", "x")  # names of a block's or layer's input
 
 
 class LayerHook:

