@@ -1,4 +1,4 @@
-"""The exceptions, whose messages say what was expected, what was given, and the fix; and checks."""
+"""The exceptions, and checks that raise them; a message says what was expected, given, and to do."""
 
 import difflib
 import math
