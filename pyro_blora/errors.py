@@ -1,4 +1,4 @@
-"""The exceptions, and checks that raise them; a message says what was expected, given, and to do."""
+"""The exceptions, whose messages say what was expected, given, and what to do, and checks."""
 
 import difflib
 import math

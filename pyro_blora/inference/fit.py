@@ -10,15 +10,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data.batches import Batches, batches_of, collator, size_of
-from pyro_blora.errors import (
-    BatchError,
-    ConfigurationError,
-    DataError,
-    check_count,
-    check_kind,
-    check_positive,
-    check_precision,
-)
+from pyro_blora.errors import BatchError, ConfigurationError, DataError, check_count, check_positive
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -146,7 +138,6 @@ def fit(
         fit(blora, train, collate=collate, num_steps=300, validation=others, keep_best=True)
     """
     settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
-    check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     _check(settings, validation, callback)
     before = Snapshot(blora)
@@ -228,7 +219,6 @@ def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
     for name, least in (("patience", 1), ("eval_samples", 0)):
         if settings[name] is not None:
             check_count(name, settings[name], least)
-    check_precision(settings["precision"])
     if callback is not None and not callable(callback):
         raise ConfigurationError(f"callback must be a function, got {callback!r}.")
     if validation is None and settings["keep_best"]:
