@@ -33,14 +33,13 @@ from cells import Cells
 from other_layers import Dropout
 from torch import nn
 
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.data import Item, Task, load_task
 from pyro_blora.evaluation.comparison import Result, entry, train_and_score
-from pyro_blora.files import write_file
 from pyro_blora.guides import Delta
 from pyro_blora.methods import METHODS, Method
-from pyro_blora.network.pretrained import load_for
+from pyro_blora.network.pretrained import choose_precision, load_for
 from pyro_blora.network.targets import is_classifier
-from pyro_blora.options import choose_precision
 
 HERE = Path(__file__).resolve().parent
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

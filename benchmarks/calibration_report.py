@@ -15,9 +15,9 @@ from cells import Columns, markdown, mean_of, means, titles
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.evaluation import metrics
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
-from pyro_blora.files import write_file
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import auroc, ece_by_chance, evaluate, item_scores
 

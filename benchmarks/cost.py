@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.files import write_file
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import LabelTokens, Likelihood
 from pyro_blora.methods import get_method

@@ -18,9 +18,9 @@ from cells import Cells, Columns, error_of_mean, markdown, mean_of, means, title
 from matplotlib.figure import Figure
 
 from pyro_blora import BayesianLoRA, load_task
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.data import Task
 from pyro_blora.evaluation.comparison import View, scored
-from pyro_blora.files import write_file
 from pyro_blora.inference import RATES
 from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.pretrained import load_for

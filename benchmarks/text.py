@@ -17,8 +17,8 @@ import typer
 from cells import Cells, Columns, markdown, means, titles
 
 from pyro_blora import BayesianLoRA, fit, load_pretrained
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.evaluation.metrics import evaluate_text
-from pyro_blora.files import write_file
 from pyro_blora.inference import RATES
 from pyro_blora.methods import METHODS, Method
 from pyro_blora.scores import auroc

@@ -56,21 +56,13 @@ def _median(prior: Distribution, unknown: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site as a guide family sees it, read from a trace of the prior.
-
-    Attributes:
-        name: the site's name.
-        prior: its distribution, batch shape ``(..., n)`` for ``n`` layers.
-        plates: the plates around it.
-        suggested: where guides start, if the prior suggests it, ``(n, *event_shape)``.
-        context_size: size of the context of an amortized family.
-    """
+    """A latent site as a guide family sees it, read from a trace of the prior."""
 
     name: str
-    prior: TorchDistribution
-    plates: tuple[CondIndepStackFrame, ...]
-    suggested: Tensor | None = None
-    context_size: int = 0
+    prior: TorchDistribution  #: its distribution, batch shape ``(..., n)`` for ``n`` layers
+    plates: tuple[CondIndepStackFrame, ...]  #: the plates around it
+    suggested: Tensor | None = None  #: the prior's suggestion of a start, ``(n, *event_shape)``
+    context_size: int = 0  #: size of the context of an amortized family
 
     @property
     def group(self) -> str:
@@ -128,10 +120,8 @@ class Site:
         """Location and scale of the prior in unconstrained coordinates, each of ``shape``.
 
         They are the mean and the standard deviation if the prior is real and these are finite,
-        otherwise the median and half the distance between the 16 % and 84 % quantiles of 1,000
-        draws, which do not change the global seed. The median of a real distribution
-        with an ``icdf``, or of a Student t, is exact. A start that the prior suggests replaces the
-        location.
+        otherwise the median, exact where it is known, and half the distance between the 16 % and
+        84 % quantiles of 1,000 draws. A start that the prior suggests replaces the location.
         """
         loc = scale = torch.tensor(torch.nan)
         if self.is_real:
@@ -162,17 +152,6 @@ class SiteGuide(Options, PyroModule):
         init_scale: standard deviation of q at the start, in units of the prior's. 1 starts at the
             prior itself, where KL[q || p] = 0; a small value starts near a plain LoRA.
 
-    Attributes:
-        roles: the learning rate of each parameter in :func:`~pyro_blora.inference.fit`:
-            ``"mean"``, ``"scale"`` or ``"direction"``.
-        reads_context: whether q depends on the examples. Then :meth:`distribution` takes a
-            ``context``: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all, or ``None``.
-        couples_sites: whether draws of two sites depend on each other.
-        symmetric: whether q is symmetric around its mean. Then draws are made in pairs of mirror
-            images, because an average needs fewer of them. Default: False, also for a subclass of a
-            symmetric family that defines another distribution.
-        is_point: whether q is a point mass, so that draws need not be averaged.
-
     Example::
 
         class Spread(SiteGuide):  # one standard deviation for each layer
@@ -189,11 +168,16 @@ class SiteGuide(Options, PyroModule):
                 return Normal(self.loc, scale).to_event(self.site.event_dim)
     """
 
+    #: the learning rate of each parameter in ``fit``: ``"mean"``, ``"scale"`` or ``"direction"``
     roles: ClassVar[dict[str, str]] = {}
+    #: whether q depends on the examples; then :meth:`distribution` takes a ``context``,
+    #: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all, or ``None``
     reads_context: ClassVar[bool] = False
-    couples_sites: ClassVar[bool] = False
+    couples_sites: ClassVar[bool] = False  #: whether draws of two sites depend on each other
+    #: whether q is symmetric around its mean, so that draws are made in pairs of mirror images;
+    #: False for a subclass of a symmetric family that defines another distribution
     symmetric: ClassVar[bool] = False
-    is_point: ClassVar[bool] = False
+    is_point: ClassVar[bool] = False  #: whether q is a point mass, whose draws are all equal
     site: Site
 
     def __init_subclass__(cls) -> None:
@@ -206,13 +190,13 @@ class SiteGuide(Options, PyroModule):
         self.check_positive("init_scale")
 
     def check_size(self, site: Site, option: str, size: int) -> None:
-        """Raises an error if ``size``, in each layer of ``site``, exceeds ``option``."""
+        """Raises an error if ``size``, in each layer of ``site``, exceeds this limit."""
         most = getattr(self, option)
         if size > most:
             raise ConfigurationError(
                 f"{type(self).__name__}: site {site.name!r} is {tuple(site.event_shape)} in each "
                 f"layer, and {size:,} is more than {option}={most}; use MeanField or LowRank, or "
-                f"raise {option}."
+                f"raise {type(self).__name__}.{option}."
             )
 
     def bind(self, site: Site) -> Self:

@@ -8,8 +8,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_blora.distributions import Members
+from pyro_blora.errors import check_count
 from pyro_blora.guides._site_guide import Site, SiteGuide
-from pyro_blora.options import check_count
 
 
 class Ensemble(SiteGuide):

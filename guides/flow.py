@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as transforms
@@ -18,8 +18,7 @@ from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
-# Makes a transform of vectors from their number of entries
-Factory = Callable[[int], Any]
+Factory = Callable[[int], Any]  # makes a transform of vectors from their number of entries
 
 FLOWS: dict[str, Factory] = {
     "affine-autoregressive": transforms.affine_autoregressive,
@@ -37,7 +36,8 @@ class Flow(MeanField):
     r"""Noise through a chain of transforms, :math:`U = \mu + s \odot f(\epsilon)`.
 
     Each layer has its own parameters of :math:`f`, and the layers are computed one by one. The KL
-    has no closed form, so the ELBO estimates it.
+    has no closed form, so the ELBO estimates it. A site of more than ``max_size`` entries, 4096,
+    such as a factor of a LoRA, is an error.
 
     Args:
         flows: the transforms in order, each by name (``"affine-autoregressive"``,
@@ -48,8 +48,6 @@ class Flow(MeanField):
             Default: two affine couplings with a Householder reflection between them.
         init_scale: scale of :math:`s` at the start in units of the prior's standard deviation;
             :math:`f` starts as Pyro starts it. Default: 0.01.
-        max_size: the largest number of entries of a layer; larger sites, such as the factors of a
-            LoRA, raise an error. Default: 4096.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` and ``scale``, ``(n, *event_shape)``,
     and those of the transforms, each with a first dimension ``n``. A site of one number, or outside
@@ -63,12 +61,13 @@ class Flow(MeanField):
         blora = BayesianLoRA(net, guide=Flow(flows=("householder", "spline")))
     """
 
+    max_size: ClassVar[int] = 4096
+
     def __init__(
         self,
         *,
         flows: tuple[str | Factory, ...] = ("affine-coupling", "householder", "affine-coupling"),
         init_scale: float = 0.01,
-        max_size: int = 4096,
     ) -> None:
         super().__init__(init_scale=init_scale)
         if not flows or isinstance(flows, str):

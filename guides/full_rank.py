@@ -21,9 +21,10 @@ class FullRank(SiteGuide):
         q(\mathrm{vec}\,U) = \mathcal{N}(\mu, L L^\top), \qquad
         L \in \mathbb{R}^{k \times k}, \quad k = m_r m_c.
 
+    A site of more than ``max_size`` entries, 1024, such as a factor of a LoRA, is an error.
+
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
-        max_size: the largest ``k``; larger sites (factors of a LoRA) are an error. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``, and
     ``scale_tril``, ``(n, k, k)``.
@@ -35,9 +36,7 @@ class FullRank(SiteGuide):
 
     roles: ClassVar[dict[str, str]] = {"loc": "mean", "scale_tril": "scale"}
     symmetric: ClassVar[bool] = True
-
-    def __init__(self, *, init_scale: float = 0.01, max_size: int = 1024) -> None:
-        super().__init__(init_scale=init_scale)
+    max_size: ClassVar[int] = 1024
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and ``scale_tril``, diagonal."""

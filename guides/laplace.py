@@ -12,8 +12,6 @@ from torch.distributions import Transform, constraints
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.delta import Delta
 
-Structure = Literal["kron", "diag"]
-
 
 class Laplace(Delta):
     r"""A normal whose precision is the curvature of the loss at the trained point.
@@ -31,8 +29,7 @@ class Laplace(Delta):
     Args:
         structure: ``"kron"`` for a Kronecker product of a row and a column factor in each layer,
             ``"diag"`` for the diagonal. A site whose event is not a matrix, or a matrix with a
-            side longer than ``max_side``, takes the diagonal. Default: kron.
-        max_side: the longest side of a factor. Default: 1024.
+            side longer than ``max_side``, 1024, takes the diagonal. Default: kron.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc``, ``(n, *event_shape)``. Buffers: the
     eigenvectors ``row_basis`` (n, m_r, m_r) and ``col_basis`` (n, m_c, m_c) of the factors, and
@@ -51,12 +48,13 @@ class Laplace(Delta):
 
     is_point: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
+    max_side: ClassVar[int] = 1024
     finished = False  # whether the width is known; a plain bool, so that no device is synchronized
     row_basis: Tensor
     col_basis: Tensor
     width: Tensor
 
-    def __init__(self, *, structure: Structure = "kron", max_side: int = 1024) -> None:
+    def __init__(self, *, structure: Literal["kron", "diag"] = "kron") -> None:
         super().__init__()
 
     @property
@@ -93,14 +91,14 @@ class Laplace(Delta):
         r"""Sums the curvature, scaled to ``num_data``; chooses and returns the prior precisions.
 
         ``scores`` has for each batch, by site, :math:`g_{bc} = \sqrt{p_{bc}} (J_{bc} - \sum_k
-        p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, with the Jacobian ``J`` of the logits in
-        unconstrained coordinates; ``sum g g^T`` is ``H``.
+        p_{bk} J_{bk})`, ``(B, C, n, *event_shape)``, unconstrained; ``sum g g^T`` is ``H``.
         """
         sums: dict[str, list[Tensor]] = {}
         seen = 0
         for batch in scores:
-            for name, g in batch.items():
-                moments = families[name]._second_moments(g)
+            for name, family in families.items():
+                g = batch[name]
+                moments = family._second_moments(g)
                 before = sums.get(name, [g.new_zeros(())] * len(moments))
                 sums[name] = [a + b for a, b in zip(before, moments, strict=True)]
             seen += len(g)
@@ -166,15 +164,9 @@ class _Rotation(Transform):
 
 
 def best_precision(values: Tensor, loc: Tensor) -> float:
-    r"""The prior precision :math:`\delta` of the highest marginal likelihood.
+    r"""The prior precision :math:`\delta` of the highest marginal likelihood, from 1e-6 to 1e6.
 
-    .. math::
-
-        \log Z(\delta) = -\tfrac{\delta}{2} |\hat U|^2 + \tfrac{k}{2} \log \delta
-        - \tfrac12 \sum_i \log(\lambda_i + \delta) + \text{const},
-
-    whose slope has the sign of :math:`\sum_i \lambda_i / (\lambda_i + \delta) - \delta |\hat U|^2`,
-    which falls with :math:`\delta`. Bisection from 1e-6 to 1e6 finds the maximum.
+    It is the root of :math:`\sum_i \lambda_i / (\lambda_i + \delta) - \delta |\hat U|^2`.
     """
     values, square = values.double(), float(loc.detach().double().square().sum())
     low, high = -6.0, 6.0

@@ -16,11 +16,11 @@ class MatrixNormal(MeanField):
     r"""A matrix normal, :math:`q(U) = \mathcal{MN}(M, L_r L_r^\top, L_c L_c^\top)`.
 
     Rows share one covariance and columns another: ``m_r^2 + m_c^2`` numbers, not ``m_r^2 m_c^2``.
-    A site whose event is not a matrix, such as a scale, gets the mean-field normal.
+    A site whose event is not a matrix, such as a scale, gets the mean-field normal. A side longer
+    than ``max_side``, 1024, such as of a LoRA's factor, is an error.
 
     Args:
         init_scale: standard deviation at the start in units of the prior's. Default: 0.01.
-        max_side: the longest side; longer ones (factors of a LoRA) are an error. Default: 1024.
 
     Parameters, for a site of batch shape ``(n,)``: ``loc`` (n, m_r, m_c), ``row_scale_tril``
     (n, m_r, m_r) and ``col_scale_tril`` (n, m_c, m_c). Other sites have ``loc`` and ``scale``.
@@ -36,9 +36,7 @@ class MatrixNormal(MeanField):
         "col_scale_tril": "scale",
     }
     symmetric: ClassVar[bool] = True
-
-    def __init__(self, *, init_scale: float = 0.01, max_side: int = 1024) -> None:
-        super().__init__(init_scale=init_scale)
+    max_side: ClassVar[int] = 1024
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean and both factors, diagonal."""

@@ -9,8 +9,8 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import NormalMixture
+from pyro_blora.errors import check_count
 from pyro_blora.guides._site_guide import Site, SiteGuide
-from pyro_blora.options import check_count
 
 
 class Mixture(SiteGuide):

@@ -44,16 +44,6 @@ class UpdateModel(Options, PyroModule):
     scale, needs ``infer={"nonlinear": True}``; the posterior mean of the update is then an average
     over draws, as for a constrained site.
 
-    Attributes:
-        roles: the learning rate of each trainable tensor in :func:`~pyro_blora.inference.fit`:
-            ``"mean"``, ``"scale"`` or ``"direction"``.
-        learning_rates: rates by role that suit the prior and its guide, if they differ from the
-            defaults, :data:`pyro_blora.inference.learning_rates.RATES`.
-        point_epochs: epochs (at least 300 steps) for each bit of a label, ``log2 K`` for ``K``
-            classes, after which the learning rate of directions and heads is zero, because no KL
-            keeps them from memorizing. Default: never.
-        no_start: why the prior cannot start at a given adapter; empty if it can.
-
     Example::
 
         class Plain(UpdateModel):
@@ -71,9 +61,14 @@ class UpdateModel(Options, PyroModule):
                 return LowRankUpdate(A=self.A, B=B)  # A: n x r x d_in, B: [P x] n x d_out x r
     """
 
+    #: the role of each trainable tensor in ``fit``: ``"mean"``, ``"scale"`` or ``"direction"``
     roles: ClassVar[dict[str, str]] = {}
+    #: rates by role that suit the prior, where they differ from ``pyro_blora.inference.RATES``
     learning_rates: ClassVar[dict[str, float]] = {}
+    #: epochs (at least 300 steps) for each bit of a label, ``log2 K`` for ``K`` classes, after
+    #: which directions and heads stop learning, because no KL keeps them from memorizing
     point_epochs: ClassVar[float | None] = None
+    #: why the prior cannot start at a given adapter; empty if it can
     no_start: ClassVar[str] = "it does not define start_at(B, A)"
     group: LayerGroup
 
@@ -137,9 +132,8 @@ class UpdateModel(Options, PyroModule):
         m_r, m_c = (rank, rank) if isinstance(rank, int) else rank
         if m_r > group.d_out or m_c > group.d_in:
             raise ConfigurationError(
-                f"rank={rank!r} is too large for group {group.name!r}, whose layers are "
-                f"{group.d_out} x {group.d_in}; choose at most {min(group.d_out, group.d_in)}, or "
-                "leave the layer out with exclude_modules."
+                f"rank={rank!r} is too large for group {group.name!r} of {group.d_out} x "
+                f"{group.d_in}; lower it, or leave the group out with exclude_modules."
             )
 
     def check_update(self, update: object) -> None:

@@ -14,8 +14,7 @@ from torch.func import functional_call
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.models._update_model import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
-from pyro_blora.network.quantized import top_singular
-from pyro_blora.network.targets import LayerGroup
+from pyro_blora.network.targets import LayerGroup, top_singular
 from pyro_blora.updates import whiten
 
 KERNELS: dict[str, Any] = {

@@ -11,8 +11,7 @@ from torch.distributions import constraints
 from pyro_blora import updates
 from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.models._update_model import CORES, Core, UpdateModel
-from pyro_blora.network.quantized import dense_weight
-from pyro_blora.network.targets import LayerGroup
+from pyro_blora.network.targets import LayerGroup, dense_weight
 from pyro_blora.updates import LowRankUpdate, MarginalNoise
 
 Conditional = Literal["deterministic", "exact", "scaled"]

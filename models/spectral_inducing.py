@@ -4,8 +4,7 @@ from typing import ClassVar, Literal
 
 from pyro_blora.models._update_model import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
-from pyro_blora.network.quantized import top_singular
-from pyro_blora.network.targets import LayerGroup
+from pyro_blora.network.targets import LayerGroup, top_singular
 
 
 class SpectralInducing(KroneckerInducing):

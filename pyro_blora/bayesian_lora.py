@@ -17,8 +17,7 @@ from typing_extensions import Self
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.data.batches import batches_of, over_dataset, predict_dataset, shown
 from pyro_blora.data.reading import reading
-from pyro_blora.debts import enter_through
-from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError
+from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, check_kind
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
 from pyro_blora.likelihoods import Batch, Collate, Likelihood, usual_likelihood
@@ -26,11 +25,10 @@ from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers
-from pyro_blora.options import check_count, check_kind
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, make_guide
 from pyro_blora.posterior.posterior import Posterior, Samples
-from pyro_blora.posterior.store import OwnTensors
+from pyro_blora.posterior.store import use_own_tensors
 from pyro_blora.posterior.temperature import calibrate, distill
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics
@@ -64,12 +62,11 @@ class BayesianLoRA(PyroModule):
         modules_to_save: heads to train in full, as point estimates, as PEFT does. Default: with
             ``SequenceClassification`` the heads that contain no target.
         start: where the posterior mean starts: LoRA's ``(B, A)`` by the full name of each adapted
-            layer, ``dW = B A``, of any ranks up to the prior's. :meth:`from_peft` passes the
-            factors of a trained adapter. Default: the prior's own start, usually ``dW = 0``.
+            layer, ``dW = B A``, of any ranks up to the prior's. Default: usually ``dW = 0``.
         tokenizer: reads rows of text for the likelihood if no ``collate`` is given; ``fit`` then
             accepts a file or a data frame as well. It can be set later.
-        fast: whether to take shortcuts that do not change the network's logits: compute them only
-            at the positions needed, pack options behind one question, run frozen blocks once.
+        fast: whether to compute logits only at the positions needed, pack options behind one
+            question, and run frozen blocks once, none of which changes the logits.
 
     Raises:
         NoTargetError: no layer matches.
@@ -107,7 +104,7 @@ class BayesianLoRA(PyroModule):
         fast: bool = True,
     ) -> None:
         super().__init__()
-        enter_through(self, OwnTensors(self))
+        use_own_tensors(self)
         targets = find_targets(
             net,
             target_modules,
@@ -126,7 +123,6 @@ class BayesianLoRA(PyroModule):
         self.method = replace(known, prior=prior, guide=family)
         #: The tokenizer that reads rows of text, or ``None``.
         self.tokenizer = tokenizer
-        self._net = (net,)  # in a tuple, so that nn.Module does not register it
         if likelihood is None:
             likelihood = usual_likelihood(net)
         check_kind("likelihood", likelihood, Likelihood)
@@ -146,12 +142,12 @@ class BayesianLoRA(PyroModule):
     @property
     def net(self) -> nn.Module:
         """The wrapped network."""
-        return self._net[0]
+        return self.model.net
 
     @property
     def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
         """The prior, or the priors by group, as passed."""
-        return self.model.prior
+        return self.method.prior
 
     @property
     def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
@@ -244,12 +240,10 @@ class BayesianLoRA(PyroModule):
             max_rows: limits memory: draws share a pass of the network as long as draws times
                 examples do not exceed this number. Default: 256, fewer on a CPU.
             linearized: whether the draws come from the logits' first-order expansion at the center
-                of the guide. That takes a forward pass, and a backward one for each class but the
-                first, however many draws there are. The temperature is that of ordinary draws.
-                Default: the method's choice.
+                of the guide, which takes a forward pass and a backward one for each class but the
+                first, however many draws there are. Default: the method's choice.
             samples: values of all sites, ``(S, *shape)`` by name, instead of draws from the guide:
-                ``mcmc.get_samples()``, or the samples that Pyro's ``Predictive`` returns. Heads and
-                the likelihood's parameters stay as they are.
+                ``mcmc.get_samples()``, or the samples that Pyro's ``Predictive`` returns.
 
         Returns:
             Probabilities under every draw, ``S x B x K`` (``S = 1`` for the mean), or for numbers
@@ -268,8 +262,8 @@ class BayesianLoRA(PyroModule):
         how: dict[str, Any] = {"linearized": linearized, "max_rows": max_rows, "samples": samples}
         if isinstance(batch, list):
             rows = [{"text": row} if isinstance(row, str) else row for row in batch]
-            options: dict[str, Any] = {"precision": "float32", "progress": False}
-            return self.predict_dataset(rows, None, num_samples, **options, **how)[0]
+            how |= {"precision": "float32", "progress": False}
+            return self.predict_dataset(rows, None, num_samples, **how)[0]
         passes = self.posterior.logits(batch, num_samples, **how)
         return self.likelihood.predictive(torch.cat([*passes]))
 
@@ -293,21 +287,14 @@ class BayesianLoRA(PyroModule):
             \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
             \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
 
-        ``predict(batch, 0)``, ``generate(num_samples=0)``, the saved adapter and its export use it
-        from then on, in place of the one that :meth:`calibrate` found for the mean; the network
-        under ``posterior()`` does not. Another ``fit`` resets it to 1. For text each ``x_i`` is the
-        text before a token.
+        It replaces the one that :meth:`calibrate` found for the mean, in predictions, exports and
+        the saved adapter; the network under ``posterior()`` does not use it. Another ``fit`` resets
+        it to 1. For text each ``x_i`` is the text before a token.
 
-        Args:
-            data: inputs, such as the training set: examples, or a ``DataLoader``. Labels are
-                ignored, except that for text they say which tokens are scored.
-            collate: as in ``fit``.
-            num_samples: number of posterior draws ``S``.
-            max_examples: number of examples to read: a fixed random choice, or the first ones of a
-                ``DataLoader``.
-            batch_size: as in ``fit``.
-            precision: as in ``fit``.
-            progress: as in ``fit``.
+        ``data`` are inputs, such as the training set, whose labels are ignored, except that for
+        text they say which tokens are scored. ``max_examples`` of them are read: a fixed random
+        choice, or the first ones of a ``DataLoader``. ``num_samples`` is ``S``; the other arguments
+        are those of ``fit``.
 
         Returns:
             The temperature, between 0.01 and 100; above 1 if the mean was more confident than the
@@ -324,8 +311,6 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        self.model.check_attached()
-        check_count("num_samples", num_samples, 2)
         if not self.model.enabled:
             raise ConfigurationError(
                 "distill must have an adapter that is on; call it outside of disable_adapter()."
@@ -356,13 +341,9 @@ class BayesianLoRA(PyroModule):
         its end with the examples that it holds out; call it yourself after your own training loop.
         Another ``fit`` resets both to 1.
 
-        Args:
-            data: labeled examples, or a ``DataLoader`` of batches, that were not in the training.
-            collate: as in ``fit``.
-            num_samples: number of posterior draws. Default: as in ``predict``.
-            batch_size: as in ``fit``.
-            precision: as in ``fit``.
-            progress: as in ``fit``.
+        ``data`` are labeled examples, or a ``DataLoader`` of batches, that were not in the
+        training; ``num_samples`` is as in ``predict``, and the other arguments are those of
+        ``fit``.
 
         Returns:
             The temperature of the draws; above 1 if they were over-confident.
@@ -509,9 +490,9 @@ class BayesianLoRA(PyroModule):
     ) -> Self:
         """Loads an adapter from its folder or its hub id onto its base network.
 
-        ``from_pretrained(net, folder)`` adapts a loaded network, ``from_pretrained(folder)`` loads
-        the base by its saved name and in its saved dtype. ``tokenizer`` and ``fast`` are as in the
-        constructor; for the other arguments see :func:`pyro_blora.checkpoints.read_pretrained`.
+        ``from_pretrained(folder)`` also loads the base by its saved name and in its saved dtype.
+        ``tokenizer`` and ``fast`` are as in the constructor; for the other arguments see
+        :func:`pyro_blora.checkpoints.read_pretrained`.
 
         Raises:
             CheckpointError: the folder holds no adapter, or an adapter of another base.
@@ -597,11 +578,6 @@ class BayesianLoRA(PyroModule):
             yield
 
     @property
-    def config(self) -> Any:
-        """The network's configuration."""
-        return self.net.config
-
-    @property
     def device(self) -> torch.device:
         """The device on which the network's adapted layers compute."""
         return self.model.groups[0].device
@@ -612,5 +588,5 @@ class BayesianLoRA(PyroModule):
             return net(*args, **kwargs)
 
     def __repr__(self) -> str:
-        parts = described(self.model, self.guide, self.guide_family, self.trainable_parameters)
+        parts = described(self.model, self.guide, self.method, self.trainable_parameters)
         return "\n".join([f"BayesianLoRA({type(self.net).__name__})", *parts])

@@ -29,64 +29,44 @@ ELBO_PLATE = "num_particles_vectorized"
 
 
 def enter_through(module: PyroModule, context: _Context) -> None:
-    """Makes ``module`` enter ``context`` when it is called: ``_pyro_context`` of Pyro 1.9.
-
-    Submodules that are assigned afterwards share it. Without it :data:`PyroContext` has no effect.
-    """
+    """Makes ``module`` enter ``context`` when it is called: ``_pyro_context`` of Pyro 1.9."""
+    # Submodules that are assigned afterwards share it. Without it ``PyroContext`` has no effect.
     module._pyro_context = context
 
 
 def context_of(module: PyroModule) -> _Context:
-    """The context in which a module reads the parameter store: ``_pyro_context`` of Pyro 1.9.
-
-    A module that is not called must enter it, or else it does not see tensors loaded by the store.
-    """
-    context: _Context = module._pyro_context
-    return context
+    """The context in which a module reads the parameter store: ``_pyro_context`` of Pyro 1.9."""
+    # A module that is not called must enter it to see tensors loaded by the store.
+    return module._pyro_context
 
 
 def pyro_params(module: nn.Module | None) -> dict[str, Constraint]:
-    """The constraint of each ``PyroParam`` of a module by name: ``_pyro_params`` of Pyro 1.9.
-
-    Pyro offers no other way to tell a ``PyroParam`` from an ``nn.Parameter``, nor to ask for its
-    constraint. Without it stray parameters are not refused, and AutoLaplaceApproximation does not
-    load.
-    """
+    """The constraint of each ``PyroParam`` of a module by name: ``_pyro_params`` of Pyro 1.9."""
+    # Without it stray parameters are not refused, and AutoLaplaceApproximation does not load.
     return {name: made[0] for name, made in getattr(module, "_pyro_params", {}).items()}
 
 
 def is_enumerating() -> bool:
-    """Whether HMC, NUTS or an enumeration runs the model now: ``_PYRO_STACK`` of Pyro 1.9.
-
-    Without it they would sample a density that changes with every call, and be silently wrong.
-    """
+    """Whether HMC, NUTS or an enumeration runs the model now: ``_PYRO_STACK`` of Pyro 1.9."""
+    # Without it they would sample a density that changes with every call, and be silently wrong.
     return any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.10.
-
-    An adapter is found by its hook. Without it a layer could be adapted twice, and a shortcut would
-    change what another library's hook sees.
-    """
+    """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.10."""
+    # Without it a layer could be adapted twice, and shortcuts would change what other hooks see.
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def slots_of(module: nn.Module) -> dict[str, Any]:
-    """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.10.
-
-    A trained head is a tensor with a history, which ``setattr`` refuses in a parameter's place.
-    Without it ``modules_to_save`` does not work.
-    """
+    """The dictionary of a module's parameters, to write to: ``_parameters`` of torch 2.10."""
+    # A trained head is a tensor with a history, which ``setattr`` refuses in a parameter's place.
     return module._parameters
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs from a graph, by any of three names of torch 2.10's compiler.
-
-    Such a graph does not see a replaced forward. Without this check a block to skip would run, and
-    a block to record would not be recorded.
-    """
+    """Whether a module runs from a graph, by any of three names of torch 2.10's compiler."""
+    # Such a graph does not see a replaced forward, so that no block in it can be skipped.
     return (
         module._compiled_call_impl is not None
         or hasattr(module, "_orig_mod")
@@ -98,12 +78,9 @@ def is_compiled(module: nn.Module) -> bool:
 def checkpointing_through(
     blocks: Sequence[Any], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Wraps the function that checkpoints: ``_gradient_checkpointing_func`` of transformers 5.6.
-
-    In the context, blocks with activation checkpointing call ``wrap(theirs)``. Without it backward
-    recomputes a block without its updates, and gradients are silently wrong.
-    """
-    active = [block for block in blocks if block.gradient_checkpointing and block.training]
+    """Wraps the function that checkpoints: ``_gradient_checkpointing_func`` of transformers 5.6."""
+    # Without it backward recomputes a block without its updates, and gradients are silently wrong.
+    active = (block for block in blocks if block.gradient_checkpointing and block.training)
     before = {block: block._gradient_checkpointing_func for block in active}
     try:
         for block, checkpoint in before.items():
@@ -115,43 +92,32 @@ def checkpointing_through(
 
 
 def attention_of(net: nn.Module) -> str | None:
-    """How the network computes attention: ``_attn_implementation`` of transformers 5.6.
-
-    Eager attention adds its mask to the scores, and the others take a mask of booleans. Without it
-    packed options would be verified with the wrong mask, and the network would run unpacked.
-    """
+    """How the network computes attention: ``_attn_implementation`` of transformers 5.6."""
+    # Eager attention adds its mask to the scores, and the others take a mask of booleans.
     return getattr(getattr(net, "config", None), "_attn_implementation", None)
 
 
 def experts_of(net: nn.Module) -> str | None:
-    """How the network computes its experts: ``_experts_implementation`` of transformers 5.6.
-
-    Shortcuts are verified anew when it changes; without it the old answer would stand.
-    """
+    """How the network computes its experts: ``_experts_implementation`` of transformers 5.6."""
+    # Shortcuts are verified anew when it changes; without it the old answer would stand.
     return getattr(getattr(net, "config", None), "_experts_implementation", None)
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Keeps a ``Trainer`` from wrapping its model in DataParallel: ``_n_gpu`` of transformers 5.6.
-
-    DataParallel would copy the adapter to every card, but not the network that it holds.
-    """
+    """Keeps a ``Trainer`` from using DataParallel: ``_n_gpu`` of transformers 5.6."""
+    # DataParallel would copy the adapter to every card, but not the network that it holds.
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device on which an offloaded module computes: ``_hf_hook`` of accelerate 1.13.
-
-    Its weights are on the meta device between two passes. Without it updates land on the CPU.
-    """
+    """The device on which an offloaded module computes: ``_hf_hook`` of accelerate 1.13."""
+    # Its weights are on the meta device between two passes. Without it updates land on the CPU.
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module has its weights only during a pass: ``_hf_hook`` of accelerate 1.13.
-
-    Without it an offloaded head would be trained on the meta device.
-    """
+    """Whether a module has its weights only during a pass: ``_hf_hook`` of accelerate 1.13."""
+    # Without it an offloaded head would be trained on the meta device.
     away: list[Tensor] = [p for p in module.parameters(recurse=False) if p.is_meta]
     return bool(away) and hasattr(module, "_hf_hook")

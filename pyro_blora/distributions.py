@@ -1,8 +1,7 @@
 """Distributions that neither torch nor Pyro has, and their KL divergences in closed form.
 
-The divergences are registered with torch, because :class:`pyro.infer.TraceMeanField_ELBO` silently
-falls back on a Monte Carlo estimate without them. They are computed at the batch shape of the
-parameters, before any expansion.
+They are registered with torch, because :class:`pyro.infer.TraceMeanField_ELBO` silently falls back
+on a Monte Carlo estimate without them, and computed before any expansion of the parameters.
 """
 
 import copy
@@ -88,9 +87,8 @@ class MatrixNormal(RealNormal):
         X = M + L_r E L_c^\top, \quad E_{ij} \sim N(0, 1), \qquad
         \mathrm{vec}(X) \sim N\bigl(\mathrm{vec}(M),\, L_r L_r^\top \otimes L_c L_c^\top\bigr)
 
-    with the row-major ``vec`` of :meth:`torch.Tensor.flatten` (Gupta, Nagar 1999). Every method
-    works with the triangular factors alone: there is no Cholesky factorization, and only
-    :attr:`covariance_matrix` makes an ``mn x mn`` matrix. :meth:`expand` does not copy the factors.
+    with the row-major ``vec`` of :meth:`torch.Tensor.flatten` (Gupta, Nagar 1999). Only
+    :attr:`covariance_matrix` makes an ``mn x mn`` matrix.
     """
 
     arg_constraints = {  # noqa: RUF012 (torch's own protocol)
@@ -191,9 +189,8 @@ class CoupledNormal(RealNormal):
         \mathrm{Cov}[X_{li}, X_{kj}] = (L L^\top)_{lk}\, S_i^2\, \delta_{ij}.
 
     The ``n`` arrays lie along the last batch dimension. By the chain rule the ``l``-th entries of
-    :meth:`log_prob` and :meth:`entropy` are the log density and the entropy of :math:`X_l` given
-    :math:`X_{<l}`. Their *sums* over the dimension are those of all arrays, so a plate over it must
-    never be subsampled. Dimensions that :meth:`expand` adds have independent copies.
+    :meth:`log_prob` and :meth:`entropy` are those of :math:`X_l` given :math:`X_{<l}`, so a plate
+    over the dimension must never be subsampled.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, layer_scale_tril: Tensor) -> None:
@@ -232,11 +229,7 @@ class CoupledNormal(RealNormal):
 
 
 class Reshaped(RealDistribution):
-    """``base`` over vectors of ``k`` numbers, its event reshaped to ``event_shape``.
-
-    Unlike ``TransformedDistribution(base, ReshapeTransform(...))`` it keeps the mean, the variance
-    and the entropy of its base, so the KL from a product of normals has its closed form.
-    """
+    """``base`` over vectors, its event reshaped; it keeps what the closed form of the KL needs."""
 
     def __init__(self, base: TorchDistribution, event_shape: Sequence[int]) -> None:
         self.base_dist = base
@@ -275,9 +268,8 @@ class Reshaped(RealDistribution):
 class Members(RealDistribution):
     """``K`` points, ``(K, *batch_shape, *event_shape)``, which successive draws take in turn.
 
-    Draws are stratified, not independent: any ``K`` in a row contain every point once. All batch
-    elements (the layers of a group) take the same point, so that a draw is one member of an
-    ensemble in every layer. Drawing advances ``turn`` in place wherever it is shared.
+    Any ``K`` draws in a row contain every point once. All batch elements, the layers of a group,
+    take the same point. Drawing advances ``turn`` in place wherever it is shared.
     """
 
     def __init__(self, points: Tensor, event_dim: int, turn: Tensor) -> None:

@@ -1,8 +1,12 @@
-"""The exceptions; each message says what was expected, what was given, and the fix."""
+"""The exceptions, whose messages say what was expected, given, and what to do, and checks."""
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
@@ -59,3 +63,33 @@ class NonFiniteLossError(ArithmeticError):
 
 class CheckpointError(ValueError):
     """A saved adapter is corrupt, incomplete or belongs to another base network."""
+
+
+def check_count(option: str, value: object, least: int = 1, remedy: str = "") -> None:
+    """Checks that a count is a whole number of at least ``least``."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least:  # type: ignore[operator]
+        wanted = f"at least {least}" if whole else f"a whole number, {least} or more"
+        raise ConfigurationError(f"{option} must be {wanted}, got {value!r}{remedy}.")
+
+
+def check_positive(option: str, value: object) -> None:
+    """Checks that a number, or each number of a sequence, is positive and finite."""
+    for part in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(part, bool) or not (isinstance(part, Real) and 0 < float(part) < math.inf):
+            raise ConfigurationError(f"{option} must be positive and finite, got {value!r}.")
+
+
+def check_kind(option: str, value: object, kind: type) -> None:
+    """Checks that an option is an instance of a class, not the class itself."""
+    if not isinstance(value, kind):
+        remedy = " Pass an object, not the class." if isinstance(value, type) else ""
+        given = repr(value).splitlines()[0]  # the repr of a network has hundreds of lines
+        raise ConfigurationError(f"{option} must be of {kind.__name__}, got {given}.{remedy}")
+
+
+def check_precision(name: str) -> str:
+    """Returns ``name``, or raises ConfigurationError unless it is one of ``PRECISIONS``."""
+    if name not in PRECISIONS:
+        raise ConfigurationError(f"precision must be one of {PRECISIONS}, got {name!r}.")
+    return name

@@ -1,9 +1,4 @@
-"""Methods: a prior and a guide, with how the pair is trained and how it predicts.
-
-``BayesianLoRA(net)`` uses ``METHODS["bayesian-lora"]``. ``BayesianLoRA(net, method=...)`` takes a
-:class:`Method`, a name of :data:`METHODS`, or a pair of class names, ``"Subspace+FullRank"`` or
-``"my_module:MyPrior+MeanField"``; the command line takes the names.
-"""
+"""Methods: a prior and a guide, with how the pair is trained and how it predicts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,10 +9,9 @@ from typing import Any, TypeVar
 
 import pyro_blora.guides as guides
 import pyro_blora.models as models
-from pyro_blora.errors import ConfigurationError, first_line, near_miss
+from pyro_blora.errors import ConfigurationError, check_count, check_kind, near_miss
 from pyro_blora.guides import SiteGuide
 from pyro_blora.models import UpdateModel
-from pyro_blora.options import check_count, check_kind
 
 T = TypeVar("T")
 
@@ -26,16 +20,6 @@ T = TypeVar("T")
 class Method:
     """A prior, a guide, and how the pair is trained and predicts.
 
-    Attributes:
-        name: the method's name.
-        prior: the prior, a template as in :class:`~pyro_blora.BayesianLoRA`.
-        guide: the guide family, likewise.
-        learning_rates: AdamW's rates by parameter role that differ from the prior's own.
-        held_out: share of the examples that ``fit`` calibrates with. Default: the likelihood's.
-        num_samples: number of posterior draws for a prediction. Default: 10, or 0, the mean, with
-            a guide whose draws are all equal.
-        linearized: whether predictions use the linearized network.
-
     Example::
 
         get_method("laplace-lora").linearized  # True, as published
@@ -43,12 +27,15 @@ class Method:
     """
 
     name: str
-    prior: UpdateModel | Mapping[str, UpdateModel]
-    guide: SiteGuide | Mapping[str, SiteGuide] | Callable[..., Any]
+    prior: UpdateModel | Mapping[str, UpdateModel]  #: a template as in ``BayesianLoRA``
+    guide: SiteGuide | Mapping[str, SiteGuide] | Callable[..., Any]  #: likewise
+    #: AdamW's rates by parameter role that differ from the prior's own
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    held_out: float | None = None
-    num_samples: int | None = None
-    linearized: bool = False
+    held_out: float | None = (
+        None  #: share that ``fit`` calibrates with; by default the likelihood's
+    )
+    num_samples: int | None = None  #: draws of a prediction; by default 10, or 0 for a point
+    linearized: bool = False  #: whether predictions use the linearized network
 
     def with_rank(self, rank: int) -> "Method":
         """The same method with a prior of another rank."""
@@ -143,9 +130,4 @@ def _made(kind: str, name: str, package: ModuleType, contract: type[T]) -> T:
     }
     if last not in known:
         raise ConfigurationError(f"{kind} {name!r} is unknown; {near_miss(last, known)}.")
-    try:
-        return known[last]()
-    except TypeError as error:
-        raise ConfigurationError(
-            f"{kind} {name!r} must have a default for every argument ({first_line(error)})."
-        ) from error
+    return known[last]()

@@ -19,7 +19,7 @@ draws only its effect on a layer's outputs, so that no ``d_out x d_in`` sample i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -80,17 +80,12 @@ class LayerUpdate:
         g = h if self.core is None else _particle_linear(h, self.core.to(h.dtype))
         output = _add_particle_linear(output, g.to(output.dtype), B)
         if self.noise is not None:
-            shares = (self.particles, -1)
-            x, h = x.reshape(*shares, x.shape[-1]), h.reshape(*shares, h.shape[-1])
+            factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
+            particles = max(f.shape[0] if f.dim() == 3 else 1 for f in factors)
+            x, h = (v.reshape(particles, -1, v.shape[-1]) for v in (x, h))
             noise = self.noise(x, h, B).reshape(output.shape)
             output = output + noise.to(output.dtype)  # noise has the dtype of x, not autocast's
         return output
-
-    @property
-    def particles(self) -> int:
-        """``P``, or 1 if no factor has a particle dimension."""
-        factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
-        return max(f.shape[0] if f.dim() == 3 else 1 for f in factors)
 
     def weight(self) -> Tensor:
         """``dW = B C A`` without its noise, ``([P,] d_out, d_in)``."""
@@ -103,13 +98,6 @@ class LowRankUpdate:
 
     Any dimensions before the last three are particles; each factor may have them or not.
 
-    Attributes:
-        A: ``(..., n, r_c, d_in)``.
-        B: ``(..., n, d_out, r_r)``.
-        core: ``C``, ``(..., n, r_r, r_c)``, or ``None`` for the identity.
-        noise: one function for each layer, a ``Noise``, or ``None``.
-        mean: the same updates without noise, if the factors themselves contain noise.
-
     Example::
 
         >>> update = LowRankUpdate(torch.ones(2, 1, 4), torch.ones(2, 3, 1))
@@ -117,11 +105,12 @@ class LowRankUpdate:
         torch.Size([3, 4])
     """
 
-    A: Tensor
-    B: Tensor
-    core: Tensor | None = None
-    noise: tuple[Noise, ...] | None = None
-    mean: "LowRankUpdate | None" = None
+    A: Tensor  #: ``(..., n, r_c, d_in)``
+    B: Tensor  #: ``(..., n, d_out, r_r)``
+    core: Tensor | None = None  #: ``C``, ``(..., n, r_r, r_c)``, or the identity
+    _: KW_ONLY
+    noise: tuple[Noise, ...] | None = None  #: one function for each layer
+    mean: "LowRankUpdate | None" = None  #: without noise, if the factors contain noise
 
     @property
     def is_noisy(self) -> bool:
@@ -129,19 +118,22 @@ class LowRankUpdate:
         return self.noise is not None or self.mean is not None
 
     @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """``A`` and ``B``, and the core if there is one."""
+        return (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
+
+    @property
     def particle_shape(self) -> torch.Size:
         """The particle dimensions, broadcast over the factors."""
-        factors = (self.A, self.B) if self.core is None else (self.A, self.B, self.core)
-        return torch.broadcast_shapes(*(factor.shape[:-3] for factor in factors))
+        return torch.broadcast_shapes(*(factor.shape[:-3] for factor in self.factors))
 
     def without_noise(self) -> "LowRankUpdate":
         """The mean of the updates given the sites."""
-        return LowRankUpdate(self.A, self.B, self.core) if self.mean is None else self.mean
+        return LowRankUpdate(*self.factors) if self.mean is None else self.mean
 
     def detached(self) -> "LowRankUpdate":
         """The same factors without gradients and without noise."""
-        core = None if self.core is None else self.core.detach()
-        return LowRankUpdate(self.A.detach(), self.B.detach(), core)
+        return LowRankUpdate(*(factor.detach() for factor in self.factors))
 
     def layers(self) -> list[LayerUpdate]:
         """The update of each layer, with all particle dimensions flattened to one."""
@@ -193,10 +185,7 @@ def whiten(Z: Tensor, Psi: Tensor, name: str = "Psi") -> tuple[Tensor, Tensor]:
 def between_orthonormal(
     B: Tensor, A: Tensor, D_r: Tensor, D_c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Z_r``, ``V``, ``Z_c`` with ``B A = Q_r^T V Q_c`` and orthonormal rows in both ``Z``.
-
-    Rows of ``Z`` beyond the rank of ``B A`` are random.
-    """
+    """``Z_r``, ``V``, ``Z_c`` with ``B A = Q_r^T V Q_c``, and both ``Z`` orthonormal by rows."""
     dtype, B, A = B.dtype, B.double(), A.double()
     Z_r, Z_c = _basis(B, D_r.shape[-1]), _basis(A.mT, D_c.shape[-1])
     core = ((Z_r.mT @ B) @ (A @ Z_c)).to(dtype)

@@ -8,7 +8,7 @@ def _clean_pyro(monkeypatch):
 
     ``precision="auto"`` is float32 for it, so that no figure depends on the machine.
     """
-    monkeypatch.setattr("pyro_blora.options._bfloat16_pays", lambda kind: False)
+    monkeypatch.setattr("pyro_blora.network.pretrained._bfloat16_pays", lambda kind: False)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     with pyro.validation_enabled(True):

@@ -7,16 +7,15 @@ from typing import Any, Protocol
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.posterior import Posterior
 
 CARD = "README.md"
 MARK = "<!-- save_pretrained overwrites this file; remove this line to keep the file. -->"
 
 
-def model_card(
-    config: Mapping[str, Any], model: BayesianLoRAModel, family: object, place: str
-) -> str:
+def model_card(config: Mapping[str, Any], posterior: Posterior, place: str) -> str:
     """The text of ``README.md`` with the hub's header; its example loads the adapter ``place``."""
+    model, method = posterior.model, posterior.method
     base, kind = config["base_model"], config["base"]["class"]
     header = ModelCardData(
         base_model=base if "/" in base else None,
@@ -24,12 +23,12 @@ def model_card(
         tags=["bayesian-lora", "lora", "uncertainty", "pyro"],
     )
     data = model.likelihood.num_data
-    name = config["guide"].get("name")  # absent if guides were given by group
+    family, name = method.guide, config["guide"].get("name")  # absent if given by group
     rows = {
         "base": f"{base or 'a network without a name on the hub'} ({kind})",
         "layers": ", ".join(f"{g.n} {g.name} ({g.d_out} x {g.d_in})" for g in model.groups),
         "heads trained as points": ", ".join(config["modules_to_save"]),
-        "prior": repr(model.prior),
+        "prior": repr(method.prior),
         "guide": repr(family) if name in (None, type(family).__qualname__) else name,
         "likelihood": repr(model.likelihood),
         "training examples": "" if data is None else f"{data:,}",
@@ -39,7 +38,7 @@ def model_card(
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return page.from_string(Path(__file__).with_name("card.md").read_text("utf-8")).render(
         header=header.to_yaml(),
-        rows={k: _cell(v) for k, v in rows.items() if v != ""},
+        rows={k: " ".join(f"{v}".split()).replace("|", "\\|") for k, v in rows.items() if v != ""},
         base=base,
         kind=kind,
         place=place,
@@ -79,7 +78,3 @@ def figures_of(result: Training, data: int | None) -> dict[str, str]:
         best = dict(result.validation)[result.best_step]
         rows["validation NLL"] += f"; lowest {best:.4g} at step {result.best_step}"
     return rows
-
-
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")

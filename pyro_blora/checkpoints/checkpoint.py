@@ -1,7 +1,6 @@
 """Saving an adapter to a folder or the hub, and loading it onto its base.
 
-One safetensors file is the whole adapter: the tensors, and a header with the JSON configuration
-that rebuilds it. A readable copy of the JSON and a model card are next to it. Nothing is unpickled.
+A safetensors file is the whole adapter, with the configuration that rebuilds it in its header.
 """
 
 import functools
@@ -30,16 +29,15 @@ import pyro_blora.likelihoods as likelihoods
 import pyro_blora.models as models
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.card import CARD, MARK, Training, figures_of, model_card
-from pyro_blora.debts import pyro_params
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import CheckpointError, first_line, readable
-from pyro_blora.files import write_file
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
 from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
-from pyro_blora.network.quantized import is_quantized
 from pyro_blora.network.targets import (
     CLASS,
     is_classifier,
+    is_quantized,
     kind_of_head,
     layer_shape,
     name_in_base,
@@ -47,7 +45,7 @@ from pyro_blora.network.targets import (
 )
 from pyro_blora.posterior.guide import start_guide
 from pyro_blora.posterior.posterior import Posterior
-from pyro_blora.posterior.store import read_store
+from pyro_blora.posterior.store import constraint_of, read_store
 
 WEIGHTS = ADAPTER
 CONFIG = "bayesian_lora_config.json"
@@ -65,9 +63,6 @@ def save_pretrained(
     place: str = "path/to/this/folder",
 ) -> None:
     """Writes an adapter: its tensors, its configuration, and a model card.
-
-    The tensors are the parameters and buffers of the priors, the guide, the likelihood and the
-    trained heads, and the temperatures. The configuration says how to rebuild them.
 
     Of the base it writes only the name on the hub and a few numbers that identify the weights. A
     kill at any moment leaves either the old adapter or the new one. A ``README.md`` of your own is
@@ -94,7 +89,7 @@ def save_pretrained(
         },
         "modules_to_save": heads,
         "method": {n: v for n, v in vars(method).items() if n not in ("prior", "guide")},
-        "prior": _describe(model.prior),
+        "prior": _describe(method.prior),
         "guide": _describe_guide(method.guide, posterior.guide),
         "likelihood": _describe(model.likelihood),
         "notes": {name: str(value) for name, value in notes.items()},
@@ -107,7 +102,7 @@ def save_pretrained(
     card = folder / CARD
     written_before = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
     if written_before or not os.path.lexists(card):
-        page = model_card(config, model, method.guide, place)
+        page = model_card(config, posterior, place)
         write_file(card, f"{page}\n{MARK}\n")
 
 
@@ -124,7 +119,7 @@ class Saved:
     def load_into(self, posterior: Posterior) -> None:
         """Loads the tensors into an adapter that has the same names and shapes."""
         start_guide(posterior.guide)
-        parts = posterior.parts
+        parts = nn.ModuleDict({"model": posterior.model, "guide": posterior.guide})
         # AutoGaussian has a column for each example if a batch started it
         for name, columns in posterior.guide.named_parameters("guide"):
             if name.endswith(".labels_unconstrained") and name in self.tensors:
@@ -141,7 +136,7 @@ class Saved:
             tensors["guide.scale"] = tensors["guide.scale"] * diagonal
         for name in [n for n in tensors if f"{n}_unconstrained" in current]:
             parent, _, last = name.rpartition(".")
-            constraint = pyro_params(parts.get_submodule(parent))[last]
+            constraint = constraint_of(parts.get_submodule(parent), last)
             tensors[f"{name}_unconstrained"] = transform_to(constraint).inv(tensors.pop(name))
         expected, saved = ({n: t.shape for n, t in each.items()} for each in (current, tensors))
         if differ := [n for n in expected | saved if expected.get(n) != saved.get(n)]:
@@ -206,9 +201,7 @@ def read_pretrained(
             )
         parts = {n: _rebuild(n, config[n], part, trust_remote_code) for n, part in given.items()}
         likelihood, skipped = parts.pop("likelihood"), tuple[str, ...]()
-        if (
-            type(likelihood).__name__ != config["likelihood"]["name"]
-        ):  # the user's, of another class
+        if type(likelihood).__name__ != config["likelihood"]["name"]:  # the user's own
             skipped = (".likelihood.", "model.temperature", "model.mean_temperature")
         options = {
             "method": Method(**config["method"], **parts),
@@ -276,10 +269,7 @@ def push_to_hub(
     private: bool | None = None,
     **about: Any,
 ) -> str:
-    """Uploads what :func:`save_pretrained` writes to ``"user/name"``; returns the commit's URL.
-
-    ``about`` are ``result`` and ``notes``.
-    """
+    """Uploads an adapter, ``about`` as in :func:`save_pretrained`; returns the commit's URL."""
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(blora, posterior, folder, place=repo_id, **about)
@@ -292,9 +282,6 @@ def push_to_hub(
                 "that can write, and pass an id 'user/name'."
             ) from error
     return str(done.commit_url)
-
-
-# The base: its name, its class, its layers, and whether its weights are the same
 
 
 def _base_of(net: nn.Module) -> dict[str, Any]:
@@ -366,8 +353,6 @@ def _numbers(tensor: Tensor) -> Tensor:
     at = [(2 * k + 1) * tensor.numel() // (2 * count) for k in range(count)]
     return tensor.detach().reshape(-1)[at].cpu()
 
-
-# A prior, a guide or a likelihood in a file: its class name, import path and options
 
 # Public classes of these modules need no trust_remote_code
 _HOMES: dict[str, tuple[ModuleType, ...]] = {

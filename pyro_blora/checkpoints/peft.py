@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
-from pyro_blora.errors import CheckpointError, ConfigurationError, readable
-from pyro_blora.files import write_file
+from pyro_blora.checkpoints.files import write_file
+from pyro_blora.errors import CheckpointError, ConfigurationError, check_count, readable
 from pyro_blora.likelihoods import SequenceClassification, usual_likelihood
+from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
     CLASS,
@@ -30,10 +31,8 @@ from pyro_blora.network.targets import (
     logit_names,
     name_in_base,
 )
-from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.posterior import Posterior
-from pyro_blora.updates import LowRankUpdate
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"
@@ -56,25 +55,15 @@ _VALUES = {
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A plain LoRA that PEFT trained; all names are full names in the base.
+    """A plain LoRA that PEFT trained; all names are full names in the base."""
 
-    ``factors`` has ``(B, A)`` of each layer with ``dW = B A``, so ``B`` includes PEFT's scaling.
-    ``others`` has the tensors of ``modules_to_save``; ``base`` is the name of the base for loading,
-    and ``classes`` are the names of its logits if this library wrote the adapter.
-    """
-
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    others: Mapping[str, Tensor]
+    factors: Mapping[str, tuple[Tensor, Tensor]]  # (B, A), dW = B A; B includes PEFT's scaling
+    others: Mapping[str, Tensor]  # the tensors of modules_to_save
     modules_to_save: Sequence[str]
-    base: str | None
+    base: str | None  # its name for loading
     task: str | None
     where: str
-    classes: tuple[str, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of a layer."""
-        return max(len(A) for _, A in self.factors.values())
+    classes: tuple[str, ...] = ()  # the names of its logits if this library wrote the adapter
 
     def load_base(self) -> nn.Module:
         """Loads the base network by the name in the adapter's configuration."""
@@ -134,8 +123,8 @@ class PeftAdapter:
                 error = layer(x, torch.zeros_like(expected)) - expected
                 if error.norm() > 1e-4 * expected.norm() + 1e-6:
                     raise ConfigurationError(
-                        f"The mean of {model.prior!r} is not the adapter in {name}; take a guide "
-                        "whose mean is a parameter, such as MatrixNormal, MeanField or Laplace."
+                        f"The posterior mean is not the adapter in {name}; take a guide whose mean "
+                        "is a parameter, such as MatrixNormal, MeanField or Laplace."
                     )
 
 
@@ -265,7 +254,7 @@ def from_peft(
             target_modules="|".join(map(re.escape, adapter.factors)),
             modules_to_save=adapter.heads(network),
             start=adapter.factors,
-            rank=adapter.rank if prior is None else None,
+            rank=max(len(A) for _, A in adapter.factors.values()) if prior is None else None,
             prior=prior,
             guide=guide,
             likelihood=likelihood,

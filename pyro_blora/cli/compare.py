@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 
 from pyro_blora.data import load_task
-from pyro_blora.errors import ConfigurationError
-from pyro_blora.options import check_precision
+from pyro_blora.errors import ConfigurationError, check_precision
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.items import Item
 from pyro_blora.labels import parts_of
 from pyro_blora.likelihoods import Batch, Collate
-from pyro_blora.options import check_count, choose_precision
-from pyro_blora.posterior.batches import to_device
+from pyro_blora.network.pretrained import choose_precision
+from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.prediction import Prediction
 
 T = TypeVar("T")

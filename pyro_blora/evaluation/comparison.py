@@ -18,20 +18,19 @@ from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import fingerprint
+from pyro_blora.checkpoints.files import check_folder
 from pyro_blora.data import Task, load_task
 from pyro_blora.data.splits import hold_out
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, check_count
 from pyro_blora.evaluation.metrics import doubts, error_of, fit_temperature, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
-from pyro_blora.files import check_folder
 from pyro_blora.inference import FitResult, finish, fit
 from pyro_blora.inference.preparation import post_hoc_families
 from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
 from pyro_blora.methods import Method, get_method
-from pyro_blora.network.pretrained import load_for
+from pyro_blora.network.pretrained import choose_precision, load_for
 from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head
-from pyro_blora.options import check_count, choose_precision
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import SHOWN, Metrics

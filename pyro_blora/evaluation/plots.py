@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pyro_blora.files import write_file
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import auroc, confidence_bins, evaluate
 

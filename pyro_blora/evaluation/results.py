@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pyro_blora.checkpoints.checkpoint import read_tensors
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import ConfigurationError, readable
-from pyro_blora.files import write_file
 from pyro_blora.scores import Metrics, item_scores
 
 RESULTS = "results.json"

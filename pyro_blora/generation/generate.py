@@ -1,8 +1,4 @@
-"""Generation under the posterior: transformers' ``generate``, on the average of S sampled models.
-
-Two hooks turn the network into that average: one repeats the inputs of a pass, so that each draw
-has rows and a key-value cache for itself, and the other averages the logits of the draws.
-"""
+"""Generation under the posterior: ``generate`` of transformers, on the average of its draws."""
 
 import copy
 import inspect
@@ -49,31 +45,20 @@ class Generation(ModelOutput):
     ``N`` is the number of prompts times ``num_return_sequences``, and ``T`` the number of new
     tokens. Entries after the end of a sequence are NaN.
 
-    Attributes:
-        sequences: the prompts, if they were tokens, and the new tokens, ``(N, T_0 + T)``.
-        log_probs: :math:`\log\bar p` of each new token in nats, ``(N, T)``.
-        entropy: in nats, ``(N, T)``.
-        mutual_information: the part of the entropy due to the posterior, in nats, ``(N, T)``.
-        disagreement: between 0 and 1, ``(N, T)``.
-        mean_log_prob: mean of ``log_probs`` over the new tokens, in nats per token, ``(N,)``.
-        mean_entropy: mean of ``entropy`` likewise.
-        epistemic: mean of ``mutual_information`` likewise.
-        abstained: whether the score chosen by ``by`` is above the threshold, ``(N,)``.
-
     Reference:
         A. Malinin and M. Gales (2021), "Uncertainty Estimation in Autoregressive Structured
         Prediction", arXiv:2002.07650.
     """
 
-    sequences: Tensor
-    log_probs: Tensor = _GIVEN
-    entropy: Tensor = _GIVEN
-    mutual_information: Tensor = _GIVEN
-    disagreement: Tensor = _GIVEN
-    mean_log_prob: Tensor = _GIVEN
-    mean_entropy: Tensor = _GIVEN
-    epistemic: Tensor = _GIVEN
-    abstained: Tensor = _GIVEN
+    sequences: Tensor  #: the prompts, if they were tokens, and the new tokens, ``(N, T_0 + T)``
+    log_probs: Tensor = _GIVEN  #: :math:`\log\bar p` of each new token in nats, ``(N, T)``
+    entropy: Tensor = _GIVEN  #: in nats, ``(N, T)``
+    mutual_information: Tensor = _GIVEN  #: the entropy due to the posterior, nats, ``(N, T)``
+    disagreement: Tensor = _GIVEN  #: between 0 and 1, ``(N, T)``
+    mean_log_prob: Tensor = _GIVEN  #: mean of ``log_probs`` over the new tokens, ``(N,)``
+    mean_entropy: Tensor = _GIVEN  #: mean of ``entropy`` likewise
+    epistemic: Tensor = _GIVEN  #: mean of ``mutual_information`` likewise
+    abstained: Tensor = _GIVEN  #: whether the score chosen by ``by`` is above the threshold
 
 
 @torch.no_grad()
@@ -161,7 +146,7 @@ def generate(
 
 
 class _Average:
-    """Hooks that turn a network into the average of ``draws`` models and record uncertainties."""
+    """Hooks that repeat inputs, average the logits of ``draws`` models, record uncertainties."""
 
     def __init__(self, draws: int, temperature: float) -> None:
         self.draws, self.temperature = draws, temperature

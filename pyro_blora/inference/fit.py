@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data.batches import Batches, batches_of, collator, size_of
-from pyro_blora.errors import BatchError, ConfigurationError, DataError
+from pyro_blora.errors import BatchError, ConfigurationError, DataError, check_count, check_positive
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
     point_steps,
@@ -28,7 +28,6 @@ from pyro_blora.inference.preparation import (
     prepare,
 )
 from pyro_blora.likelihoods import Collate
-from pyro_blora.options import check_count, check_kind, check_positive, check_precision
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 
@@ -89,38 +88,35 @@ def fit(
             rate of the means. Other roles take the rate of the method, of the prior, or of
             :data:`~pyro_blora.inference.RATES`, in this order; see
             :func:`~pyro_blora.inference.parameter_groups` for what the first batch says of them.
-        num_particles: posterior draws per batch, each of which sees its share of the examples; 1
-            is one draw for all. If it does not divide a (last) batch, the largest divisor below it
-            is used. Default: one draw per example.
+        num_particles: posterior draws per batch, each of which sees its share of the examples; if
+            it does not divide a batch, the largest divisor below it. Default: one per example.
         elbo: the class of the ELBO, which must average over particles, because each sees its own
             examples. Default: ``TraceMeanField_ELBO``, with an analytic KL where there is one, for
-            a family of this library; ``Trace_ELBO`` for an AutoGuide and any other guide.
+            a family of this library; ``Trace_ELBO`` for any other guide.
         kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
         held_out: share of the examples to hold out from training; at its end the temperatures of
             predictions are fitted to them (:meth:`BayesianLoRA.calibrate
             <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
             Nothing is held out of a ``DataLoader``, with a warning. Default: an eighth with
             ``MultipleChoice``, whose scores have no natural scale; 0 otherwise, for a published
-            method, and after ``from_peft``. Examples are chosen by their texts, repeated ones and
-            twins together, so that a continued training holds out the same ones; pass 0.0 if an
-            earlier training held out none of them.
+            method, and after ``from_peft``. Examples are chosen by their texts, so that a continued
+            training holds out the same ones; pass 0.0 if an earlier one held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.
-        validation: examples as in ``train``. Their loss is the predictive NLL, the mean of
-            ``-blora.log_predictive(batch, eval_samples)``, without the temperature, which is
-            fitted only at the end.
+        validation: examples as in ``train``. Their loss is the mean of
+            ``-blora.log_predictive(batch, eval_samples)``, without the temperature.
         validate_every: steps between validations.
-        eval_samples: posterior draws in a validation; 0 is the posterior mean, which is faster.
-            Default: as in ``predict``; 0 while a post-hoc guide is a point.
+        eval_samples: posterior draws in a validation, 0 for the mean. Default: as in ``predict``;
+            0 while a post-hoc guide is a point.
         keep_best: whether to return to the parameters of the best validation at the end.
         patience: training stops, before the rates have fallen to zero, after this many validations
             in a row that do not lower the best loss; ``None`` never stops early.
         seed: seed of the order of the data and of torch's global generator; ``None`` seeds neither.
             It does not cover what the prior drew when the adapter was made.
-        callback: called after each step, and after its validation, with its figures, a
-            :class:`~pyro_blora.inference.Step`. They are then read after every step, not after
-            every ten, and each reading waits for the device.
+        callback: called with a :class:`~pyro_blora.inference.Step` after each step and its
+            validation. Figures are then read, which waits for the device, in every step, not
+            every ten.
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
@@ -132,18 +128,16 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites. It is
             raised within ten steps, and before anything is saved.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
-        ConfigurationError: an option is out of range or has no effect, or neither the likelihood
-            nor the data says how many examples there are.
-        DataError: a row or a column cannot be used. After this and every other error before the
-            last step the adapter is put back to where it was; an interrupt leaves what was
-            learned, with temperatures of 1.
+        ConfigurationError: an option is out of range or has no effect, or the number of examples
+            is unknown.
+        DataError: a row or a column cannot be used. After every error before the last step the
+            adapter is put back to where it was; an interrupt leaves what was learned.
 
     Example::
 
         fit(blora, train, collate=collate, num_steps=300, validation=others, keep_best=True)
     """
     settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
-    check_kind("blora", blora, BayesianLoRA)
     blora.model.check_attached()
     _check(settings, validation, callback)
     before = Snapshot(blora)
@@ -163,9 +157,8 @@ def fit(
         settings |= {"num_steps": num_steps, "held_out": run.share}
         if keep_best and num_steps <= validate_every:
             warnings.warn(
-                f"keep_best=True compares validations, but this run has only one, after the last "
-                f"of {num_steps} steps (validate_every={validate_every}); choose a smaller "
-                "validate_every=.",
+                f"keep_best=True compares validations, but this run has only one, after all of its "
+                f"{num_steps} steps; choose a validate_every= below {validate_every}.",
                 stacklevel=3,  # past the wrapper of one_at_a_time
             )
         begin_training(blora)
@@ -178,8 +171,7 @@ def fit(
         if size and batch.examples > size:
             raise ConfigurationError(
                 f"Each item of this DataLoader's data set is a batch already, of {batch.examples} "
-                "examples, whose number is then unknown; make the loader with batch_size=None, and "
-                "pass num_data= to the likelihood."
+                "examples; make the loader with batch_size=None, and the likelihood with num_data=."
             )
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
@@ -189,15 +181,14 @@ def fit(
         validate = _validation(blora, run, batch_size, eval_samples)
         with running(blora, precision, training=True), torch.enable_grad():
             result = training_loop(
+                blora,
                 run.objective,
                 groups,
                 stream,
                 settings,
-                check=run.objective.check,
                 # directions and heads stop early, because no KL keeps them from memorizing
                 point_steps=point_steps(blora, steps_of_an_epoch(run.train, batch_size), sizes),
                 validate=validate,
-                state=blora.state_dict,
                 callback=callback,
                 progress=progress,
             )
@@ -223,12 +214,11 @@ def fit(
 
 def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
     """Checks the options of the loop; ``prepare`` checks the others."""
-    for name, least in (("batch_size", 1), ("validate_every", 1)):
-        check_count(name, settings[name], least)
+    for name in ("batch_size", "validate_every"):
+        check_count(name, settings[name])
     for name, least in (("patience", 1), ("eval_samples", 0)):
         if settings[name] is not None:
             check_count(name, settings[name], least)
-    check_precision(settings["precision"])
     if callback is not None and not callable(callback):
         raise ConfigurationError(f"callback must be a function, got {callback!r}.")
     if validation is None and settings["keep_best"]:

@@ -9,15 +9,14 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
-from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.debts import pyro_params
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import SiteGuide, is_real
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import TrainedHeads, in_mode
+from pyro_blora.posterior.store import constraint_of
 
 #: The usual rates, which a prior (``learning_rates``), a method or a call of ``fit`` may override.
 RATES: dict[str, float] = {
@@ -98,10 +97,9 @@ def optim_args(
     learning_rates: float | Mapping[str, float] | None = None,
     batch: Batch | Sizes | None = None,
 ) -> Callable[[str], dict[str, float]]:
-    """The function by which an optimizer of Pyro asks for a parameter's rate, as in :func:`fit`.
+    """Options for an optimizer of Pyro: each parameter's rate, as in :func:`parameter_groups`.
 
-    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``; for
-    ``batch`` see :func:`parameter_groups`.
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
 
@@ -118,10 +116,8 @@ def optim_args(
 def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
     """The sizes that a batch shows; without one the input of a head has entries of about one."""
     heads, likelihood = blora.model.trained_heads, blora.likelihood
-    if isinstance(batch, Sizes):
-        return batch
-    if batch is None:
-        return Sizes(heads.sizes)
+    if isinstance(batch, Sizes) or batch is None:
+        return batch or Sizes(heads.sizes)
     prepared = blora.model.prepared(batch)
     with (
         pyro.validation_enabled(False),
@@ -146,7 +142,7 @@ def _role_and_rate(
     prior = getattr(blora.model, part.site.group) if isinstance(part, SiteGuide) else part
     usual = RATES | getattr(prior, "learning_rates", {})
     chosen = {**blora.method.learning_rates, **given}
-    real = is_real(pyro_params(owner).get(name, constraints.real))
+    real = is_real(constraint_of(owner, name))
     role = getattr(owner, "roles", _ROLES).get(name, "mean" if real else "scale")
     if role not in usual | chosen:
         raise ConfigurationError(f"{path} has no rate for its role {role!r}; pass learning_rates=.")
@@ -168,11 +164,7 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
 def point_steps(
     blora: BayesianLoRA, of_an_epoch: int | None, batch: Batch | Sizes | None = None
 ) -> int | None:
-    """The steps in which point estimates learn, given the batches per epoch; ``None`` for all.
-
-    A prior says for how many epochs for each bit of a label. If the guide is itself a point, they
-    never stop.
-    """
+    """The steps in which point estimates learn; ``None`` for all, as if the guide is a point."""
     priors = (getattr(blora.model, group.name) for group in blora.model.groups)
     epochs = [p.point_epochs for p in priors if p.point_epochs is not None]
     if of_an_epoch is None or not epochs or getattr(blora.guide_family, "is_point", False):

@@ -15,11 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-
-# batch -> the loss with its gradient, and the figures to show, which stay on the loss's device
-StepLoss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 # Reading a figure synchronizes the device, so figures are read after this many steps or seconds,
 # unless a callback needs those of every step
@@ -31,24 +29,15 @@ _WARMUP, _MAX_GRAD_NORM = 0.06, 1.0  # a share of the steps, and of the loss per
 
 @dataclass
 class FitResult:
-    """The history of a training run.
+    """The history of a training run."""
 
-    Attributes:
-        history: the figures of every step, as the progress bar shows them.
-        validation: the step and the loss of every validation.
-        best_step: the step with the lowest validation loss, or ``None``.
-        best_state: the trained tensors at that step, or ``None``.
-        num_held_out: the number of examples that were held out for the temperatures.
-        seconds: the time that the training steps took, without loading batches and validation.
-        settings: the arguments of :func:`~pyro_blora.fit` that the model card lists.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    best_step: int | None = None
-    best_state: dict[str, Tensor] | None = None
-    num_held_out: int = 0
-    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)  #: the figures of every step
+    validation: list[tuple[int, float]] = field(default_factory=list)  #: steps and losses
+    best_step: int | None = None  #: the step with the lowest validation loss, or ``None``
+    best_state: dict[str, Tensor] | None = None  #: the trained tensors at that step, or ``None``
+    num_held_out: int = 0  #: the number of examples that were held out for the temperatures
+    seconds: float = 0.0  #: the time of the training steps, without loading and validation
+    #: the arguments of :func:`~pyro_blora.fit` that the model card lists
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,18 +76,13 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Step:
-    """What a ``callback`` of :func:`~pyro_blora.fit` receives after a step.
+    """What a ``callback`` of :func:`~pyro_blora.fit` receives after a step."""
 
-    Attributes:
-        step: the number of steps done.
-        figures: as in the history: ``loss`` and ``nll`` in nats per example, ``kl`` in nats in
-            total, and with classes the batch's ``acc`` and ``conf``.
-        validation: the loss of the validation after this step, or ``None`` if there was none.
-    """
-
-    step: int
+    step: int  #: the number of steps done
+    #: as in the history: ``loss`` and ``nll`` in nats per example, ``kl`` in nats in total, and
+    #: with classes the batch's ``acc`` and ``conf``
     figures: Mapping[str, float]
-    validation: float | None = None
+    validation: float | None = None  #: the loss of the validation after this step, if any
 
 
 Callback = Callable[[Step], object]
@@ -128,25 +112,18 @@ def schedule_length(group: Mapping[str, Any], num_steps: int, point_steps: int |
 
 
 def training_loop(
-    loss_of: StepLoss,
+    blora: BayesianLoRA,
+    objective: Objective,
     groups: list[dict[str, Any]],
     stream: Iterator[Batch],
     settings: Mapping[str, Any],
     *,
-    check: Callable[[Batch, int, dict[str, float]], None],
-    point_steps: int | None = None,
-    validate: Callable[[], float] | None = None,
-    state: Callable[[], dict[str, Tensor]] = dict,
-    callback: Callback | None = None,
-    progress: bool | None = None,
-    description: str = "fit",
+    point_steps: int | None,
+    validate: Callable[[], float] | None,
+    callback: Callback | None,
+    progress: bool | None,
 ) -> FitResult:
-    """Runs AdamW on the losses of a stream of batches.
-
-    ``check`` sees the figures of each step before anything is validated. The gradient of a step
-    whose loss is not finite counts as zero, so that ``check`` still finds finite parameters and can
-    say which site is at fault.
-    """
+    """Runs AdamW on the losses of a stream of batches."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # the prior regularizes
     parameters = [p for group in groups for p in group["params"]]
     num_steps: int = settings["num_steps"]
@@ -155,9 +132,8 @@ def training_loop(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [partial(rate, num_steps=n) for n in lengths]
     )
-    shown: dict[str, Any] = {"desc": description, "unit": "step", "total": num_steps}
-    shown["disable"] = None if progress is None else not progress  # None: off a terminal
-    bar = tqdm(range(num_steps), **shown)
+    hide = None if progress is None else not progress  # None: off a terminal
+    bar = tqdm(range(num_steps), desc="fit", unit="step", disable=hide)
     unread: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 
@@ -170,21 +146,22 @@ def training_loop(
         rows = torch.stack([torch.stack(list(values.values())) for _, values in unread]).tolist()
         for (batch, values), row in zip(unread, rows, strict=True):
             figures = dict(zip(values, row, strict=True))
-            check(batch, len(result.history), figures)
+            objective.check(batch, len(result.history), figures)
             result.history.append(figures)
         bar.set_postfix({name: f"{value:.3g}" for name, value in result.history[-1].items()})
         unread.clear()
 
     for step in bar:
         if result.stopped_early:  # by the step before
-            bar.set_description(f"{description} stopped early")
+            bar.set_description("fit stopped early")
             break
         batch = next(stream)
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss, figures = loss_of(batch)
+        loss, figures = objective(batch)
         loss.backward()
-        broken = ~loss.detach().isfinite()  # masked on the device, without reading it
+        # masked on the device, without reading it, so that the check sees finite parameters
+        broken = ~loss.detach().isfinite()
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(broken.to(parameter.device), 0.0)
@@ -204,7 +181,7 @@ def training_loop(
             # of a NaN, which compares as neither lower nor higher, nothing is the best
             earlier = [before for _, before in result.validation if math.isfinite(before)]
             if math.isfinite(loss_now) and loss_now < min(earlier, default=math.inf):
-                result.best_step, result.best_state = done, copy.deepcopy(state())
+                result.best_step, result.best_state = done, copy.deepcopy(blora.state_dict())
             result.validation.append((done, loss_now))
         if callback is not None:
             callback(Step(done, result.history[-1], loss_now))

@@ -13,12 +13,16 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.distributions import Members
-from pyro_blora.errors import BatchError, ConfigurationError, NonFiniteLossError
+from pyro_blora.errors import (
+    BatchError,
+    ConfigurationError,
+    NonFiniteLossError,
+    check_count,
+    check_positive,
+)
 from pyro_blora.likelihoods import Batch, Likelihood, SequenceClassification
-from pyro_blora.options import check_count, check_positive
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
-from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, site_distributions
+from pyro_blora.posterior.guide import StructuredGuide, analytic_kl, point_masses
 
 _FIRST = 8  # steps, in which the rates have hardly begun to rise
 
@@ -36,10 +40,7 @@ class _ScaleOfKL(ScaleMessenger):
 
 
 class Objective:
-    """The loss of a batch per example; the arguments are those of :func:`~pyro_blora.fit`.
-
-    ``num_held_out`` of the likelihood's ``num_data`` examples are not in the training.
-    """
+    """The loss of a batch per example; the arguments are those of :func:`~pyro_blora.fit`."""
 
     def __init__(
         self,
@@ -59,15 +60,15 @@ class Objective:
             check_count("num_particles", num_particles)
         check_positive("kl_weight", kl_weight)
         kl_weight *= likelihood.num_data / max(1, likelihood.num_data - num_held_out)
-        points = [q for q in site_distributions(blora.guide) if isinstance(q, Delta | Members)]
-        dense = any(isinstance(p, Delta) and bool(p.log_density.any()) for p in points)
+        points = [q for q in point_masses(blora.guide) if isinstance(q, Delta)]
+        dense = any(bool(q.log_density.any()) for q in points)
         structured = isinstance(blora.guide, StructuredGuide) and not dense
         if elbo is None:
             elbo = TraceMeanField_ELBO if structured else Trace_ELBO
         if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
             raise ConfigurationError(
-                f"elbo={elbo.__name__} does not average over particles, so the examples cannot be "
-                "divided among them; use Trace_ELBO or TraceMeanField_ELBO."
+                f"elbo={elbo.__name__} must average over particles, which share the examples; use "
+                "Trace_ELBO or TraceMeanField_ELBO."
             )
         mean_field = issubclass(elbo, TraceMeanField_ELBO)
         if mean_field and not structured:
@@ -85,11 +86,9 @@ class Objective:
         return self._blora.model.likelihood.num_data or 1
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of ``batch`` with its gradient, and the figures ``loss``, ``nll`` and ``kl``.
+        """The loss of ``batch`` with its gradient, and the figures of a :class:`Step`.
 
-        With classes there are also ``acc``, the share of labels that are the most probable class,
-        and ``conf``, the mean probability of that class; a draw counts for itself. The figures stay
-        on the device until the caller reads them and passes them to :meth:`check`.
+        They stay on the device until the caller reads them and passes them to :meth:`check`.
         """
         model, guide = self._blora.model, self._blora.guide
         likelihood, num_data = model.likelihood, self._num_data
@@ -149,8 +148,7 @@ class Objective:
         if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
             raise ConfigurationError(
                 f"KL[q || p] must not be negative, got {figures['kl']:.4g} nats at step {step}: "
-                "the closed form registered for your prior and guide is wrong. Correct it, or pass "
-                "elbo=Trace_ELBO, which needs none."
+                "correct the closed form for your prior and guide, or pass elbo=Trace_ELBO."
             )
 
 

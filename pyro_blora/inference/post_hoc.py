@@ -3,7 +3,6 @@
 import os
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +18,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.inference.loop import running
 from pyro_blora.inference.objective import warn_above_chance
-from pyro_blora.inference.preparation import (
-    Snapshot,
-    begin_training,
-    post_hoc_families,
-)
+from pyro_blora.inference.preparation import Snapshot, begin_training, post_hoc_families
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.methods import METHODS, Method, get_method
 from pyro_blora.models import UpdateModel
@@ -84,9 +79,8 @@ def bayesianize(
         blora = bayesianize(net, "my_lora", data=train, collate=collate, likelihood=likelihood)
         blora.predict(batch).probs  # B x K
     """
-    record = get_method(
-        method or replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True)
-    )
+    usual = replace(METHODS["bayesian-lora"], guide=Laplace(), linearized=True)
+    record = get_method(method or usual)
     family = record.guide if guide is None else guide
     if not isinstance(family, Laplace):
         raise ConfigurationError(
@@ -152,19 +146,15 @@ def finish(
             f"{blora.guide_family!r}, which needs no finish."
         )
     hide = None if progress is None else not progress
-
-    def all_scores() -> Iterator[dict[str, Tensor]]:
-        for batch in tqdm(batches, desc="finish", disable=hide, unit="batch"):
-            by_site = scores(blora, blora.model.prepared(batch))
-            yield {name: by_site[name] for name in families}
-
     with Snapshot(blora).put_back_after(Exception), running(blora, precision, training=False):
         data, collate = blora.reading(data, collate)
         batches = list(batches_of(data, collate, batch_size))
         begin_training(blora)
         count = blora.likelihood.num_data
         trained = None if count is None else count - num_held_out
-        return Laplace.finish(families, all_scores(), trained)
+        shown = tqdm(batches, desc="finish", disable=hide, unit="batch")
+        by_batch = (scores(blora, blora.model.prepared(batch)) for batch in shown)
+        return Laplace.finish(families, by_batch, trained)
 
 
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:

@@ -23,25 +23,15 @@ from pyro_blora.posterior.store import read_store
 
 @dataclass
 class Preparation:
-    """What a training starts from.
+    """What a training starts from."""
 
-    Attributes:
-        train: the examples, or a ``DataLoader``, without those that are held out.
-        collate: makes their batches.
-        held_out: the examples that temperatures will be fitted to.
-        share: their share.
-        validations: for each validation set its examples and their collator.
-        objective: the loss of a batch.
-        rates: the learning rates of this call by role.
-    """
-
-    train: Any
+    train: Any  # the examples, or a DataLoader, without those that are held out
     collate: Collate | None
-    held_out: Any
-    share: float
-    validations: list[tuple[Any, Collate | None]]
+    held_out: Any  # the examples that temperatures will be fitted to
+    share: float  # of the examples that are held out
+    validations: list[tuple[Any, Collate | None]]  # the examples and the collator of each set
     objective: Objective
-    rates: Mapping[str, float]
+    rates: Mapping[str, float]  # of this call by role
 
 
 def prepare(
@@ -58,9 +48,8 @@ def prepare(
 ) -> Preparation:
     """Reads and checks all that a training is given; the arguments are those of ``fit``.
 
-    It names the classes and tells the likelihood the number of examples, which
-    :class:`Snapshot` undoes if a later check fails. ``train`` may be ``None`` for a
-    ``Trainer`` that only evaluates.
+    What it sets in the likelihood, :class:`Snapshot` undoes if a later check fails. ``train`` may
+    be ``None`` for a ``Trainer`` that only evaluates.
     """
     rates = rate_overrides(blora, learning_rates)
     every, collate_train, share = train, collate, 0.0
@@ -85,8 +74,7 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
     if families and not blora.likelihood.has_classes:
         raise ConfigurationError(
             f"{blora.guide_family!r} must have a likelihood with classes, got "
-            f"{type(blora.likelihood).__name__}; pass likelihood=, such as MultipleChoice() or "
-            "LabelTokens(token_ids=...), or take a guide that is trained."
+            f"{type(blora.likelihood).__name__}; pass another, or take a guide that is trained."
         )
     return families
 
@@ -96,8 +84,8 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     if share is not None and not 0 <= share < 1:
         raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
     sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
-    usual = blora.method.held_out
-    usual = blora.likelihood.held_out if usual is None else usual
+    method, likelihood = blora.method.held_out, blora.likelihood.held_out
+    usual = likelihood if method is None else method
     if sized and blora.likelihood.predicts:
         return usual if share is None else share
     if share:
@@ -108,8 +96,8 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     if usual and share is None:
         warnings.warn(
             f"The scores of {type(blora.likelihood).__name__} need a temperature, but no examples "
-            "can be held out of a DataLoader to fit it: pass the examples themselves, or pass "
-            "held_out=0.0 and call blora.calibrate(data, collate) afterwards.",
+            "can be held out of a DataLoader to fit it: pass the examples, or pass held_out=0.0 "
+            "and call blora.calibrate(data, collate).",
             stacklevel=5,  # fit, past the wrapper of one_at_a_time
         )
     return 0.0
@@ -131,9 +119,8 @@ def _settle_num_data(likelihood: Likelihood, data: Any) -> None:
     likelihood.num_data = count = likelihood.num_data or size
     if count and size not in (None, count):
         warnings.warn(
-            f"The likelihood has num_data={count}, but train has {size} examples, so the KL "
-            f"weighs {size / count:.3g} times as much as in the ELBO; pass num_data="
-            "len(train), or set blora.likelihood.num_data.",
+            f"The likelihood has num_data={count}, but train has {size} examples, so the KL weighs "
+            f"{size / count:.3g} times as much as in the ELBO; set blora.likelihood.num_data.",
             stacklevel=5,  # fit, past the wrapper of one_at_a_time
         )
 

@@ -20,7 +20,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_config, read_pretrained
 from pyro_blora.debts import use_one_gpu
-from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, DataError
+from pyro_blora.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    check_count,
+)
 from pyro_blora.inference.learning_rates import (
     RATES,
     Sizes,
@@ -40,7 +46,6 @@ from pyro_blora.inference.preparation import (
 )
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.options import check_count
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.posterior.guide import draws_apart, start_guide
 
@@ -53,12 +58,10 @@ class BayesianLoRATrainer(Trainer):
     ``nll`` and ``kl``. ``evaluate`` reports the negative log posterior predictive as ``eval_loss``;
     ``predict`` and ``compute_metrics`` receive the log probability of each class.
 
-    A checkpoint holds the adapter as ``save_pretrained`` writes it, which
-    ``BayesianLoRA.from_pretrained(net, checkpoint)`` reads, and the state of the ``Trainer``, but
-    nothing of the base. It has no temperature, because that is fitted after the last step;
-    ``save_model`` writes it from then on. A post-hoc guide (``Laplace``) needs
-    :func:`~pyro_blora.inference.finish` afterwards, because training leaves it a point; nothing is
-    held out for it.
+    A checkpoint holds the adapter as ``save_pretrained`` writes it, and the state of the
+    ``Trainer``, but nothing of the base. It has no temperature, which is fitted after the last
+    step; ``save_model`` writes it from then on. A post-hoc guide (``Laplace``) needs
+    :func:`~pyro_blora.inference.finish` afterwards; nothing is held out for it.
 
     Args:
         model: the adapter.
@@ -312,10 +315,7 @@ def _ended(share: Callable[..., float], num_steps: int, last: int, step: int) ->
 
 
 class _Begins(TrainerCallback):
-    """Resets the adapter once nothing can be refused any more, and seeds each process apart.
-
-    The Trainer's one seed would give all the same draws.
-    """
+    """Resets the adapter once nothing can be refused any more, and seeds each process apart."""
 
     def __init__(self, blora: BayesianLoRA) -> None:
         self.blora = blora

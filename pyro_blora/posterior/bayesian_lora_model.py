@@ -1,16 +1,16 @@
 """The Pyro model: priors over the updates, the wrapped network, the likelihood.
 
-All sites are sampled before the network runs, so that activation checkpointing and compilation
-work.
+All sites are sampled before the network runs, as activation checkpointing and compilation require.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyro_blora.debts import ELBO_PLATE, is_enumerating
-from pyro_blora.errors import ConfigurationError, ParticleError
+from pyro_blora.errors import BatchError, ConfigurationError, ParticleError, check_kind
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.likelihoods._likelihood import Prepared
-from pyro_blora.models import UpdateModel
+from pyro_blora.models import LowRankUpdate, UpdateModel
 from pyro_blora.network.adapter import (
     LayerHook,
     TrainedHeads,
@@ -32,10 +32,8 @@ from pyro_blora.network.adapter import (
     updates_in_place,
     updates_kept_for_backward,
 )
+from pyro_blora.network.pretrained import choose_precision
 from pyro_blora.network.targets import LayerGroup, by_group
-from pyro_blora.options import check_kind, choose_precision
-from pyro_blora.posterior.batches import repeat_batch, to_device
-from pyro_blora.updates import LowRankUpdate
 
 # Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
 LOCK = threading.RLock()
@@ -44,10 +42,7 @@ T = TypeVar("T")
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes ``function`` wait until no other thread is in such a function.
-
-    If it raises an error, it has drawn no random number.
-    """
+    """Makes ``function`` wait for other threads; after an error it has drawn no random number."""
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> T:
@@ -67,6 +62,32 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 def open_plates() -> dict[str, int]:
     """The names and sizes of the vectorized plates that are open now."""
     return {frame.name: frame.size for frame in get_plates() if frame.vectorized}
+
+
+def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
+    """The batch repeated ``times`` times, so that each particle or draw sees all its examples."""
+    return {
+        key: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch on ``device``, with its lists and arrays of numbers as tensors."""
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
+            "from examples with a collator, such as task.collator(tokenizer)(items)."
+        )
+    return {key: _on_device(value, device) for key, value in batch.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | np.ndarray):
+        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
+        with suppress(TypeError, ValueError, RuntimeError):  # of texts or ragged rows
+            value = torch.tensor(np.asarray(value) if arrays else value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class BayesianLoRAModel(PyroModule):
@@ -99,7 +120,7 @@ class BayesianLoRAModel(PyroModule):
         priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
         for each in priors.values():
             check_kind("prior", each, UpdateModel)
-        self._net, self._prior = (net,), (prior,)  # in tuples, so that neither is registered
+        self._net = (net,)  # in a tuple, so that it is not registered
         self._starts: dict[str, Tensor] = {}
         # collected once, because a network has thousands of modules
         self._checkpointable = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
@@ -127,11 +148,6 @@ class BayesianLoRAModel(PyroModule):
         """The wrapped network."""
         return self._net[0]
 
-    @property
-    def prior(self) -> UpdateModel | Mapping[str, UpdateModel]:
-        """The prior, or the priors by group, as passed and not bound."""
-        return self._prior[0]
-
     @cached_property
     def _traced(self) -> tuple[list[Site], int]:
         """Sites and nesting, traced lazily, after the adapter owns this module."""
@@ -140,11 +156,13 @@ class BayesianLoRAModel(PyroModule):
         for group in self.groups:
             getattr(self, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
         frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        latent = prune_subsample_sites(trace).stochastic_nodes
-        return (
-            [_site(name, trace.nodes[name], self._starts) for name in latent],
-            max([1, *(-f.dim for f in frames if f.vectorized)]),
-        )
+        sites = []
+        for name in prune_subsample_sites(trace).stochastic_nodes:
+            node = trace.nodes[name]
+            plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+            start = self._starts.get(name, node["infer"].get("start"))
+            sites.append(Site(name, node["fn"], plates, suggested=start))
+        return sites, max([1, *(-f.dim for f in frames if f.vectorized)])
 
     @property
     def sites(self) -> list[Site]:
@@ -251,14 +269,14 @@ class BayesianLoRAModel(PyroModule):
     def forward(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """Samples the updates and scores the labels of ``batch``, or gives the :meth:`outline`.
 
-        The examples are divided evenly, in order, among vectorized particles of an ELBO. Under any
-        other leading plate, as of ``Predictive(parallel=True)``, each sample sees all examples.
+        Vectorized particles of an ELBO have equal shares of the examples, in order. Under any other
+        leading plate, as of ``Predictive(parallel=True)``, each sample sees all examples.
         """
         if batch is None:
             return self.outline()
         self.check_attached()
-        prepared = self.prepared(batch)
-        batch, examples = prepared, prepared.examples
+        batch = self.prepared(batch)
+        examples = batch.examples
         updates = self.updates()
         if is_enumerating() and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(
@@ -273,8 +291,7 @@ class BayesianLoRAModel(PyroModule):
             divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
                 f"{examples} examples cannot be divided evenly among {count} particles. "
-                f"Choose num_particles from {divisors}, drop the last incomplete batch, or use "
-                "pyro_blora.fit, which chooses a divisor itself."
+                f"Choose num_particles from {divisors}, or drop the last incomplete batch."
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
@@ -282,20 +299,12 @@ class BayesianLoRAModel(PyroModule):
         return {name: update.detached() for name, update in updates.items()}
 
     def outline(self) -> dict[str, LowRankUpdate]:
-        """Samples the updates, and observes labels without meaning that depend on all of them.
-
-        An AutoGuide reads the model's structure from it. There are as many labels as latent numbers
-        because AutoGaussian learns the correlations along one direction for each label.
-        """
+        """Samples the updates, and observes labels without meaning, for AutoGuides to read."""
+        # as many labels as latent numbers, because AutoGaussian has a direction for each label
         updates = self.updates()
-        factors = [f for u in updates.values() for f in (u.A, u.B, u.core) if f is not None]
+        factors = [factor for update in updates.values() for factor in update.factors]
         normal = pyro.distributions.Normal(sum(factor.sum() for factor in factors), 1.0)
         size = sum(site.shape.numel() for site in self.sites)
         with pyro.plate("data", size, dim=-1):
             pyro.sample("labels", normal, obs=torch.zeros(size, device=self.groups[0].device))
         return updates
-
-
-def _site(name: str, node: dict[str, Any], starts: Mapping[str, Tensor]) -> Site:
-    plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-    return Site(name, node["fn"], plates, suggested=starts.get(name, node["infer"].get("start")))

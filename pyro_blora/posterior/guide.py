@@ -13,19 +13,20 @@ from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import Independent
 
 from pyro_blora.debts import ELBO_PLATE
 from pyro_blora.distributions import Members
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, check_kind
 from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
 from pyro_blora.likelihoods import Batch
+from pyro_blora.methods import Method
 from pyro_blora.network.targets import by_group
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, open_plates
 from pyro_blora.posterior.store import read_store
 
-# The name of the plate of :meth:`Posterior.draws`
-DRAWS_PLATE = "posterior_samples"
+DRAWS_PLATE = "posterior_samples"  # the name of the plate of Posterior.draws
 
 GuideFactory = Callable[[BayesianLoRAModel], nn.Module]
 
@@ -84,6 +85,8 @@ class StructuredGuide(PyroModule):
         self._plates = {n: pyro.plate(n, frame.size, dim=frame.dim) for n, frame in frames.items()}
         chosen: dict[str, SiteGuide] = by_group("guide", family, model.groups)
         families = list(chosen.values())
+        for each in families:  # an AutoGuide is for the whole model, not for one group
+            check_kind("guide", each, SiteGuide)
         self.reads_context = any(each.reads_context for each in families)
         self.couples_sites = any(each.couples_sites for each in families)
         self.is_symmetric = all(each.symmetric for each in families)
@@ -115,7 +118,7 @@ class StructuredGuide(PyroModule):
         return values
 
     def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The center of each site: its mean if the site is real, or the image of the mean.
+        """The center of each site: its mean, or the image of the mean of its unconstrained value.
 
         An amortized family has one for each example of ``batch``, ``(B, n, *event_shape)``.
         """
@@ -136,24 +139,18 @@ class StructuredGuide(PyroModule):
         return context if context.dim() == 1 else context.unflatten(0, (-1, *(1,) * self.nesting))
 
 
-def site_distributions(guide: nn.Module) -> list[Any]:
-    """The distribution q of each site, without ``Independent``; none of an AutoGuide."""
-    distributions: list[Any] = []
-    if not isinstance(guide, StructuredGuide):
-        return distributions
+def point_masses(guide: nn.Module) -> list[Delta | Members]:
+    """The distributions q of sites that are point masses; none of an AutoGuide."""
+    families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
     with torch.no_grad(), pyro.validation_enabled(False):
-        for family in guide.families().values():
-            q = family.conditional()
-            while isinstance(q, torch.distributions.Independent):
-                q = q.base_dist
-            distributions.append(q)
-    return distributions
+        distributions = [family.conditional() for family in families]
+    bare = (q.base_dist if isinstance(q, Independent) else q for q in distributions)
+    return [q for q in bare if isinstance(q, Delta | Members)]
 
 
 def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
-    points = any(isinstance(q, Delta | Members) for q in site_distributions(guide))
-    if not isinstance(guide, StructuredGuide) or points:  # a point mass has no KL
+    if not isinstance(guide, StructuredGuide) or point_masses(guide):
         return None
     with torch.no_grad():
         q = pyro.poutine.trace(guide).get_trace()
@@ -173,8 +170,6 @@ def make_guide(
 ) -> nn.Module:
     """The guide of a model, made from families, or by a callable that takes the model."""
     sites = model.sites  # this also checks the prior's update
-    if isinstance(family, Mapping):
-        _check_families(family)
     if isinstance(family, SiteGuide | Mapping):
         return StructuredGuide(family, sites, model)
     is_family = isinstance(family, type) and issubclass(family, SiteGuide)
@@ -188,38 +183,25 @@ def make_guide(
     if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
         raise ConfigurationError(
             "AutoLaplaceApproximation must have a prior whose density is the same at every call, "
-            f"got {model.prior!r}, which draws noise in each; pass conditional='deterministic'."
+            "got one that draws noise in each; pass conditional='deterministic'."
         )
     return guide
 
 
-def _check_families(families: Mapping[str, SiteGuide]) -> None:
-    for key, family in families.items():
-        if not isinstance(family, SiteGuide):
-            raise ConfigurationError(
-                f"guide[{key!r}] must be an object of a family in pyro_blora.guides, got "
-                f"{family!r}; pass an AutoGuide alone, because it is for the whole model."
-            )
-
-
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
     """Warns if draws are taken from a guide that has no width yet."""
-    if not num_samples:
-        return
-    if isinstance(guide, AutoLaplaceApproximation):
+    if num_samples and isinstance(guide, AutoLaplaceApproximation):
         warnings.warn(
             "AutoLaplaceApproximation is still a point, so all draws are equal: after training, "
-            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, from the "
-            "Hessian of all latents. That needs attn_implementation='eager' and a mode to expand "
-            "around; the family Laplace() needs neither.",
+            "`blora.guide = blora.guide.laplace_approximation(batch)` makes it a normal, and needs "
+            "attn_implementation='eager' and a mode. The family Laplace() needs neither.",
             stacklevel=7,
         )
-    families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
-    points = {type(f).__name__ for f in families if isinstance(f, Laplace) and not f.finished}
-    for name in points:
+    unfinished = (f for f in guide.modules() if isinstance(f, Laplace) and not f.finished)
+    if num_samples and (family := next(unfinished, None)) is not None:
         warnings.warn(
-            f"{name} is still a point, so all draws are equal: train with pyro_blora.fit, or call "
-            "pyro_blora.inference.finish(blora, train, collate=...) after your own training loop.",
+            f"{type(family).__name__} is still a point, so all draws are equal: train with fit, or "
+            "call pyro_blora.inference.finish(blora, train, collate=...) after your own training.",
             stacklevel=7,
         )
 
@@ -250,32 +232,27 @@ def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
             return len(batch[key])
     raise ConfigurationError(
         "A guide that depends on the input, such as Amortized, must have a batch with input_ids or "
-        "a context, got none, and it has no single mean to export, merge or run; pass batch=, or "
-        "call predict(batch)."
+        "a context, got none, because it has no single mean; pass batch=, or call predict(batch)."
     )
 
 
 def context_of_particles(context: Tensor) -> Tensor:
-    """The context of each particle of the open plates, ``(P, d)``, or one for all, ``(d,)``.
-
-    A particle of an ELBO has the mean context of its own examples. If the number of draws is a
-    multiple of ``B``, they take the examples in turn; otherwise all take the mean over examples.
-    """
+    """The context of each particle of the open plates, ``(P, d)``, or one for all, ``(d,)``."""
     plates, examples = open_plates(), context.shape[0]
     particles = math.prod(plates.values())
-    if ELBO_PLATE in plates and examples % particles == 0:
+    if ELBO_PLATE in plates and examples % particles == 0:  # each has its own examples
         return context.reshape(particles, -1, context.shape[-1]).mean(1)
-    if DRAWS_PLATE in plates and particles % examples == 0:
+    if DRAWS_PLATE in plates and particles % examples == 0:  # they take the examples in turn
         return context.repeat(particles // examples, 1)
     return context.mean(0)
 
 
 def described(
-    model: BayesianLoRAModel, guide: nn.Module, family: object, trained: int
+    model: BayesianLoRAModel, guide: nn.Module, method: Method, trained: int
 ) -> Iterator[str]:
     """Lines on prior, guide, likelihood, groups, sites and heads, with numbers of parameters."""
-    yield f"  prior:      {model.prior!r}"
-    yield f"  guide:      {getattr(family, '__name__', repr(family))}"
+    yield f"  prior:      {method.prior!r}"
+    yield f"  guide:      {getattr(method.guide, '__name__', repr(method.guide))}"
     yield f"  likelihood: {model.likelihood!r}"
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
     sites: dict[str, list[str]] = {group.name: [] for group in model.groups}

@@ -8,8 +8,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.likelihoods._likelihood import in_single_precision
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.batches import repeat_batch
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
 from pyro_blora.posterior.guide import StructuredGuide
 
 
@@ -19,8 +18,8 @@ def logit_jacobian(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at the guide's center, ``(B, C)``, and ``d(logit_c - logit_0)`` by unconstrained site.
 
-    Each example has a particle of its own, so that one backward pass per class gives that row of
-    *every* example's Jacobian, ``(B, C, n, *event_shape)``, which is zero for ``c = 0``.
+    A particle for each example lets one backward pass per class give that row of every Jacobian,
+    ``(B, C, n, *event_shape)``.
     """
     if not isinstance(guide, StructuredGuide):
         raise ConfigurationError(

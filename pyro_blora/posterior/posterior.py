@@ -18,10 +18,15 @@ from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch
 from pyro_blora.likelihoods._likelihood import Prepared, in_single_precision
 from pyro_blora.methods import Method
+from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.network.shortcuts import FrozenPrefix
-from pyro_blora.posterior.batches import repeat_batch
-from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
+from pyro_blora.posterior.bayesian_lora_model import (
+    LOCK,
+    BayesianLoRAModel,
+    one_at_a_time,
+    repeat_batch,
+)
 from pyro_blora.posterior.guide import (
     DRAWS_PLATE,
     StructuredGuide,
@@ -34,7 +39,6 @@ from pyro_blora.posterior.guide import (
 )
 from pyro_blora.posterior.linearized import linearized_logits
 from pyro_blora.posterior.store import read_store
-from pyro_blora.updates import LowRankUpdate
 
 _PASSES, _DRAWS = 16, 64  # in several passes, to limit the memory
 _ROWS, _TOKENS_ON_CPU = 256, 1024
@@ -51,11 +55,6 @@ class Posterior:
     drawn anew at every call of a layer; the mean has none. If the posterior depends on the input,
     it is that of ``batch``. Other threads wait.
 
-    Attributes:
-        model: the model, with the network and the likelihood.
-        guide: q.
-        method: how many draws a prediction takes, and whether they are linearized.
-
     Example::
 
         with blora.posterior(), torch.no_grad():
@@ -63,14 +62,9 @@ class Posterior:
         blora.posterior.draws(10)["q_proj"].core  # 10 x n x r x r
     """
 
-    model: BayesianLoRAModel
-    guide: nn.Module
-    method: Method
-
-    @property
-    def parts(self) -> nn.ModuleDict:
-        """Model and guide as one module, with the names of tensors that the adapter has."""
-        return nn.ModuleDict({"model": self.model, "guide": self.guide})
+    model: BayesianLoRAModel  #: with the network and the likelihood
+    guide: nn.Module  #: q
+    method: Method  #: how many draws a prediction takes, and whether they are linearized
 
     @contextmanager
     def __call__(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
@@ -89,7 +83,8 @@ class Posterior:
         posteriors_of(self.guide, batch)  # raises if the guide needs a batch
         if num_samples == 0:
             return self.mean(batch)
-        self._start()
+        start_guide(self.guide)
+        read_store(self.model)
         with torch.no_grad(), self._plate(num_samples):
             trace = pyro.poutine.trace(self.guide).get_trace(self._argument(batch))
             return pyro.poutine.replay(self.model.updates, trace=trace)()
@@ -99,14 +94,13 @@ class Posterior:
     def mean(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
         """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` for an amortized guide.
 
-        If the factors are linear in all sites, the mean is their value at q's mean. If a site is
-        constrained or marked ``infer={"nonlinear": True}``, the mean is an average over 1,024 draws
-        of it, with fixed seeds and the other sites at their means, which is off by about a
-        thirtieth of the spread. If q may correlate the sites or its mean is not known, all sites
-        are drawn.
+        It is exact if the factors are linear in all sites. Sites that are constrained or marked
+        ``infer={"nonlinear": True}`` are averaged over 1,024 draws with fixed seeds, which is off
+        by about a thirtieth of the spread; all sites are if q may correlate them, or has no mean.
         """
-        self._start()
         model, guide, held = self.model, self.guide, Trace()
+        start_guide(guide)
+        read_store(model)
         amortized = batch is not None and getattr(guide, "reads_context", False)
         lead = (posteriors_of(guide, batch),) if amortized else ()
         center = self._center(batch)
@@ -116,9 +110,8 @@ class Posterior:
             center = {name: value for name, value in center.items() if name in nodes}
             linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
             if len(linear) == len(center):
-                return {
-                    n: update.without_noise() for n, update in nodes["_RETURN"]["value"].items()
-                }
+                updates = nodes["_RETURN"]["value"].items()
+                return {name: update.without_noise() for name, update in updates}
             if isinstance(guide, StructuredGuide) and not guide.couples_sites:
                 for name, node in linear.items():  # independent of the sites that are drawn
                     value = center[name]
@@ -129,26 +122,20 @@ class Posterior:
         with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
             for _ in range(_PASSES):
                 for name, update in self.draws(_DRAWS * math.prod(lead), batch).items():
-                    update = update.without_noise()
-                    factors = (f for f in (update.A, update.B, update.core) if f is not None)
+                    factors = update.without_noise().factors
                     means[name].append([_mean(factor, lead) for factor in factors])
-        updates = {}
-        for name, passes in means.items():
-            A, B, *core = (torch.stack(factor).mean(0) for factor in zip(*passes, strict=True))
-            updates[name] = LowRankUpdate(A, B, core[0] if core else None)
-        return updates
+        return {
+            name: LowRankUpdate(*(torch.stack(f).mean(0) for f in zip(*passes, strict=True)))
+            for name, passes in means.items()
+        }
 
-    def pairs(
-        self, batch: Batch | None = None, each: int | None = None
-    ) -> Callable[[int], dict[str, LowRankUpdate]]:
-        """A function that returns the updates at the next draws of each of ``each`` posteriors.
+    def pairs(self, batch: Batch | None = None) -> Callable[[int], dict[str, LowRankUpdate]]:
+        """A function that returns the updates at the next draws.
 
-        ``each`` is 1, except for an amortized guide, which has a posterior for each example of a
-        batch. If q is symmetric, every second draw is the one before it mirrored at the center of
-        each site, unconstrained, so that the error of an average has no part that is linear in it.
+        If q is symmetric, every second draw is the one before it mirrored at the center of each
+        site, unconstrained, so that the error of an average has no part that is linear in it.
         """
-        guide = self.guide
-        each = posteriors_of(guide, batch) if each is None else each
+        guide, each = self.guide, posteriors_of(self.guide, batch)
         if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
             return lambda count: self.draws(count * each, batch)
         waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
@@ -180,13 +167,7 @@ class Posterior:
 
     def given(self, samples: Samples) -> tuple[int, Callable[[int], dict[str, LowRankUpdate]]]:
         """The number of draws in ``samples``, and a function that returns the next few updates."""
-        model = self.model
-        values = _checked(model, samples)
-        for site in model.sites:
-            value = values[site.name]
-            outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
-            values[site.name] = value.reshape(len(value), *outside, *value.shape[1:])
-        done = 0
+        values, done = _checked(self.model, samples), 0
 
         @torch.no_grad()
         def draw(count: int) -> dict[str, LowRankUpdate]:
@@ -209,9 +190,8 @@ class Posterior:
     ) -> Iterator[Tensor]:
         """The logits whose softmax a prediction averages, ``(draws, B, ..., C)`` per pass.
 
-        They are those under draws of the guide, under its mean for 0, or under ``samples``, over
-        the temperature if they are ``tempered``. The other arguments are those of
-        :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
+        They are divided by the temperature if they are ``tempered``. The other arguments are those
+        of :meth:`BayesianLoRA.predict <pyro_blora.BayesianLoRA.predict>`.
         """
         draws = self.method.draws(num_samples)
         if linearized is None:
@@ -223,8 +203,13 @@ class Posterior:
                 "linearized must be False with samples=, got True; leave one of them out."
             )
         batch = self.model.prepared(batch)
+        if linearized and any(u.is_noisy for u in self.draws(1, batch).values()):
+            raise ConfigurationError(
+                "A linearization must have a deterministic update, got one with the noise of a "
+                "conditional; pass linearized=False, or a prior with conditional='deterministic'."
+            )
         if linearized:
-            passes = iter([self._linearized(batch, draws)])
+            passes = iter([linearized_logits(self.model, self.guide, batch, draws)])
         else:
             passes = self._passes(batch, draws, max_rows, samples)
         # It was fitted to the draws of this guide, not to samples or to the bare network
@@ -252,17 +237,9 @@ class Posterior:
     def is_point(self, batch: Batch | None, num_samples: int) -> bool:
         """Whether so many draws are all equal."""
         drawn = self.draws(num_samples * posteriors_of(self.guide, batch), batch).values()
-        factors = [f for u in drawn for f in (u.A, u.B, u.core) if f is not None and f.dim() > 3]
-        alike = all(bool((f == f[:1]).all()) for f in factors)
+        factors = [factor for update in drawn for factor in update.factors]
+        alike = all(bool((f == f[:1]).all()) for f in factors if f.dim() > 3)
         return alike and not any(update.is_noisy for update in drawn)
-
-    def _linearized(self, batch: Batch, num_samples: int) -> Tensor:
-        if any(u.is_noisy for u in self.draws(1, batch).values()):
-            raise ConfigurationError(
-                "A linearization must have a deterministic update, got one with the noise of a "
-                "conditional; pass linearized=False, or a prior with conditional='deterministic'."
-            )
-        return linearized_logits(self.model, self.guide, batch, num_samples)
 
     def _passes(
         self, batch: Prepared, num_samples: int, max_rows: int | None, samples: Samples | None
@@ -296,11 +273,6 @@ class Posterior:
                 yield logits.unflatten(0, (draws, examples))
                 done += draws
 
-    def _start(self) -> None:
-        """Makes sure that the guide has its parameters, and that they are the store's."""
-        start_guide(self.guide)
-        read_store(self.model)
-
     def _updates_at(self, values: Mapping[str, Tensor], size: int) -> dict[str, LowRankUpdate]:
         with self._plate(size):
             return pyro.poutine.condition(self.model.updates, dict(values))()
@@ -323,7 +295,7 @@ class Posterior:
 
 
 def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
-    """The values of each site, on the model's device and in its parameters' dtype."""
+    """The values of each site with a dimension for each plate, on the model's device."""
     priors = {site.name: site.prior for site in model.sites}
     if not set(samples) >= set(priors):  # Predictive adds labels and deterministic sites
         raise ConfigurationError(
@@ -340,9 +312,8 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
             value = value.flatten(0, more)
         if tuple(value.shape) != shape or not count:
             raise ConfigurationError(
-                f"samples[{name!r}] must be S draws of shape {shape[1:]}, with the same S for all "
-                f"sites, got {tuple(value.shape)}; pass a single draw as value[None], and leave "
-                "group_by_chain out."
+                f"samples[{name!r}] must be S draws of shape {shape[1:]}, S alike for all sites, "
+                f"got {tuple(value.shape)}; pass one draw as value[None], without group_by_chain."
             )
         values[name] = value.to(model.groups[0].device, dtype)
         if not prior.support.check(values[name]).all():
@@ -350,6 +321,8 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
                 f"samples[{name!r}] must be in the support of the site, {prior.support}, got "
                 "values outside of it; pass constrained and finite values."
             )
+        outside = (1,) * (model.max_plate_nesting - len(prior.batch_shape))
+        values[name] = values[name].reshape(count, *outside, *prior.shape())
     return values
 
 

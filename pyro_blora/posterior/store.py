@@ -10,9 +10,10 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.debts import PyroContext, context_of, pyro_params
+from pyro_blora.debts import PyroContext, context_of, enter_through, pyro_params
 
 _OWNED = WeakIdKeyDictionary()  # the tensors of all adapters that have run
 
@@ -24,17 +25,22 @@ def read_store(part: nn.Module) -> None:
             pass
 
 
+def constraint_of(module: nn.Module | None, name: str) -> Constraint:
+    """The constraint of a module's parameter: its ``PyroParam``'s, or none."""
+    return pyro_params(module).get(name, constraints.real)
+
+
+def use_own_tensors(adapter: PyroModule) -> None:
+    """Makes all modules of an adapter use its own tensors when they are called."""
+    enter_through(adapter, OwnTensors(adapter))
+
+
 class OwnTensors(PyroContext):
-    """The context that all modules of an adapter enter when called, so that they use its tensors.
+    """The context that all modules of an adapter enter when they are called.
 
-    Pyro reads a parameter from the store by its name, and all adapters have the same names. So this
-    removes other adapters' tensors from the store first. Tensors that belong to no adapter, because
-    ``ParamStore.load`` put them there, are copied into the adapter's own; Pyro alone would ignore
-    them for plain parameters, and for all parameters if each module has a store of its own.
-
-    A name for each adapter (``PyroModule(name=)``) does not replace this: a store saved under one
-    name cannot be read under another, the name would become part of every site's name, and the
-    store would keep the tensors of deleted adapters.
+    Other adapters' tensors of the same names are removed from the store; tensors that
+    ``ParamStore.load`` put there are copied into the adapter's own. A name for each adapter
+    (``PyroModule(name=)``) would become part of every site's name and of a saved store.
     """
 
     def __init__(self, adapter: PyroModule) -> None:
@@ -68,20 +74,16 @@ class OwnTensors(PyroContext):
         super().__exit__(kind, error, traceback)
         if not self.active:
             _OWNED.update((parameter, None) for parameter in self._adapter.parameters())
-            if pyro.settings.get("module_local_params"):
-                self._fill_store()
+            if pyro.settings.get("module_local_params"):  # Pyro's optimizers read the global store
+                named = self._named().items()
+                params, kinds = ({name: pair[i] for name, pair in named} for i in (0, 1))
+                pyro.get_param_store().set_state({"params": params, "constraints": kinds})
 
     def _named(self) -> dict[str, tuple[Tensor, Any]]:
         """The adapter's parameters and their constraints, by their names in Pyro's store."""
         named = {}
         for path, parameter in self._adapter.named_parameters():
             parent, _, name = path.removesuffix("_unconstrained").rpartition(".")
-            params = pyro_params(self._adapter.get_submodule(parent))
-            named[f"{parent}.{name}"] = parameter, params.get(name, constraints.real)
+            constraint = constraint_of(self._adapter.get_submodule(parent), name)
+            named[f"{parent}.{name}"] = parameter, constraint
         return named
-
-    def _fill_store(self) -> None:
-        """Fills the global store, which Pyro's optimizers read even if modules have their own."""
-        named = self._named().items()
-        params, kinds = ({name: pair[i] for name, pair in named} for i in (0, 1))
-        pyro.get_param_store().set_state({"params": params, "constraints": kinds})

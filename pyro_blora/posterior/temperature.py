@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.posterior.guide import draws_apart
 from pyro_blora.posterior.posterior import Posterior
@@ -114,6 +114,7 @@ def distill(
     posterior: Posterior, batches: Iterable[Batch], num_samples: int, max_examples: int
 ) -> float:
     """Fits the temperature of the mean to the draws; see :meth:`BayesianLoRA.distill`."""
+    check_count("num_samples", num_samples, 2)
     model, seen = posterior.model, 0
     if not model.likelihood.is_categorical:
         raise ConfigurationError(

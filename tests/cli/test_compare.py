@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_blora.evaluation import comparison
-from pyro_blora.options import choose_precision
+from pyro_blora.network.pretrained import choose_precision
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.nn import functional
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import LabelTokens, MultipleChoice
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.posterior.batches import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
 
 B, NUM_DATA = 6, 30
 

@@ -91,7 +91,7 @@ def test_a_random_scale_is_mirrored_in_its_logarithm(monkeypatch):
 def test_each_example_of_an_amortized_guide_has_a_mirror_image_of_its_own():
     blora = adapted(guides.Amortized())
     batch = tiny.sequences(3)
-    core = blora.posterior.pairs(batch, 3)(2)["q_proj"].core
+    core = blora.posterior.pairs(batch)(2)["q_proj"].core
     mean = blora.posterior.draws(0, batch)["q_proj"].core
     torch.testing.assert_close(core.unflatten(0, (2, 3)).mean(0), mean)
 

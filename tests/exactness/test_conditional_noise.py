@@ -26,7 +26,7 @@ from pyro_blora import guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.models import KroneckerInducing
-from pyro_blora.posterior.batches import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
 from pyro_blora.updates import (
     MarginalNoise,
     Side,

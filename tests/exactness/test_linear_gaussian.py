@@ -7,7 +7,7 @@ from linear_gaussian import Toy, divergence
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_blora.guides import Delta, MatrixNormal, MeanField
-from pyro_blora.posterior.batches import repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import repeat_batch
 
 # Settings whose posterior precision I + a (Q_r Q_r^T) (x) (sum h h^T) is a Kronecker product.
 KRONECKER = {

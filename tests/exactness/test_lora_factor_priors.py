@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import FullRank, MeanField
 from pyro_blora.models import GaussianFactors, SpectralInducing, Subspace
-from pyro_blora.network.quantized import top_singular
-from pyro_blora.network.targets import group_layers
+from pyro_blora.network.targets import group_layers, top_singular
 
 N = 2
 

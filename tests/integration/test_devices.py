@@ -15,8 +15,7 @@ from pyro_blora.likelihoods import SequenceClassification
 from pyro_blora.likelihoods.packing import supports_packing
 from pyro_blora.likelihoods.reading import logits_at
 from pyro_blora.network.adapter import LayerHook, updates_in_place
-from pyro_blora.network.quantized import dense_weight
-from pyro_blora.network.targets import group_layers
+from pyro_blora.network.targets import dense_weight, group_layers
 from pyro_blora.updates import LayerUpdate, MarginalNoise
 
 accelerate = pytest.importorskip("accelerate")

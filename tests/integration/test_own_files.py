@@ -7,9 +7,9 @@ from neighbors import NEIGHBORS, put, tree
 from torch.utils.data import DataLoader
 
 from pyro_blora.checkpoints import peft
+from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.evaluation.plots import save_figure
-from pyro_blora.files import write_file
 from pyro_blora.likelihoods import CausalLM
 
 pytest.importorskip("peft")

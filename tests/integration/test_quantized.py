@@ -6,8 +6,7 @@ import torch
 
 from pyro_blora import models
 from pyro_blora.likelihoods import MultipleChoice
-from pyro_blora.network.quantized import top_singular
-from pyro_blora.network.targets import find_targets, group_layers
+from pyro_blora.network.targets import find_targets, group_layers, top_singular
 
 ROWS = tiny.examples(8)
 BATCH = tiny.collate(ROWS)

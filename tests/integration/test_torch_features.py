@@ -126,7 +126,7 @@ AUTO = [(True, {}, True), (False, {}, False), (True, {"precision": "float32"}, F
 @pytest.mark.parametrize("run", [partial(fit, num_steps=1), finish, predict])
 @pytest.mark.parametrize(("pays", "options", "expected"), AUTO)
 def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expected):
-    monkeypatch.setattr("pyro_blora.options._bfloat16_pays", lambda kind: pays)
+    monkeypatch.setattr("pyro_blora.network.pretrained._bfloat16_pays", lambda kind: pays)
     net, seen = tiny.llama(), set()
     note = lambda *_: seen.add(torch.is_autocast_enabled("cpu"))  # noqa: E731
     net.model.layers[0].register_forward_pre_hook(note)

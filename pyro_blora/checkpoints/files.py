@@ -21,10 +21,7 @@ def check_folder(folder: Path) -> Path:
 
 
 def write_file(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Writes a text, or lets a function write to a temporary path, and moves the file to ``path``.
-
-    Folders are created only once the content is complete.
-    """
+    """Writes a text, or what a function writes to a path, and moves the file to ``path``."""
     with tempfile.TemporaryDirectory(dir=check_folder(path.parent), prefix=".") as place:
         file = Path(place) / path.name
         if callable(content):
