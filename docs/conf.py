@@ -73,7 +73,7 @@ def as_it_parses(
 
 
 MENU = {
-    "Start": "tutorials/00* tutorials/09* choose own_data tutorials/README",
+    "Start": "tutorials/00* tutorials/09* choose own_data likelihoods tutorials/README",
     "How-to pages": "peft evaluation save_and_serve generation hyperparameters large_models pyro "
     "priors_and_guides tutorials/02* tutorials/03* tutorials/05* tutorials/06* tutorials/07* "
     "troubleshooting",
