@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pyro_blora.evaluation.comparison import Comparison
-from pyro_blora.evaluation.results import Row
+from pyro_blora.evaluation.results import PREDICTED, Row
 from pyro_blora.inference import RATES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def test_the_readme_shows_what_its_program_printed():
     document = json.loads((folder / "results.json").read_text("utf-8"))
     tensors = load_file(folder / "predictions.safetensors")
     rows = [
-        Row(**row, probs=tensors[f"{k} probs"], labels=tensors[f"{k} labels"])
+        Row(**row, **{name: tensors[f"{k} {name}"] for name in PREDICTED})
         for k, row in enumerate(document["rows"])
     ]
     assert Comparison(rows).to_markdown() in readme
