@@ -13,6 +13,7 @@ from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
 )
+from pyro_blora.likelihoods.token_classification import TagCollator, TokenClassification
 from pyro_blora.network.targets import TEXT, kind_of_head
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "NumberCollator",
     "Regression",
     "SequenceClassification",
+    "TagCollator",
     "TextCollator",
+    "TokenClassification",
 ]
 
 
-_OF_HEADS = {kind.head: kind for kind in (SequenceClassification, Regression)}
+_OF_HEADS = {kind.head: kind for kind in (SequenceClassification, Regression, TokenClassification)}
 
 
 def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
@@ -40,4 +43,4 @@ def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
     if net is not None:
         head = kind_of_head(net)
         return CausalLM() if head == TEXT else _OF_HEADS[head]()
-    return Regression()
+    return TokenClassification() if "tokens" in row else Regression()

@@ -24,7 +24,7 @@ from pyro_blora.labels import (
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import RowCollator, is_from
 from pyro_blora.likelihoods.reading import check_head, head_logits
-from pyro_blora.network.targets import CLASS, logit_names
+from pyro_blora.network.targets import logit_names
 
 
 class SequenceClassification(Likelihood):
@@ -63,7 +63,7 @@ class SequenceClassification(Likelihood):
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
-        check_head(net, CLASS)
+        check_head(net, self.head)
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(

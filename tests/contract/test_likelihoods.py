@@ -9,15 +9,23 @@ import torch
 
 from pyro_blora import BayesianLoRA, likelihoods
 from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    SequenceClassification,
+    TokenClassification,
+)
 from pyro_blora.testing import LikelihoodContract
 
 ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
+TAGGER = partial(tiny.bert, task="TokenClassification")
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
+    "TokenClassification": (TokenClassification, TAGGER, tiny.tags),
 }
 for name, (make, net, batch) in CASES.items():
     members = {"net": lambda self, net=net: net(), "batch": lambda self, n, batch=batch: batch(n)}
@@ -58,7 +66,8 @@ for make, _, batch in CASES.values():
 
 @pytest.mark.parametrize(("make", "batch", "calls"), WRONG)
 def test_a_batch_that_means_nothing(make, batch, calls):
-    net = tiny.bert() if make is SequenceClassification else tiny.llama()
+    nets = {SequenceClassification: tiny.bert, TokenClassification: TAGGER}
+    net = nets.get(make, tiny.llama)()
     blora = tiny.adapted(net, target_modules=None, likelihood=make(num_data=12))
     for call in calls:
         with pytest.raises(BatchError):
