@@ -51,20 +51,16 @@ def test_loss_and_gradients_are_those_of_transformers(tokenizer):
     net, likelihood = tagger(), TokenClassification()
     batch = TagCollator(tokenizer, NAMES)(ROWS[:6])
     plain = {key: value for key, value in batch.items() if key != "word_mask"}
-
-    def gradients(loss):
-        return loss, torch.autograd.grad(loss, net.parameters())
-
     for given in (batch, plain):
         labels = likelihood.labels(given)
         logp = likelihood.distribution(likelihood.logits(net, given), labels).log_prob(labels)
-        expected = gradients(net(**plain).loss * (labels >= 0).sum())
-        torch.testing.assert_close(gradients(-logp.sum()), expected)
+        losses = -logp.sum(), net(**plain).loss * (labels >= 0).sum()
+        both = ((loss, torch.autograd.grad(loss, net.parameters())) for loss in losses)
+        torch.testing.assert_close(*both)
 
 
 def test_rows_train_predict_and_survive(tokenizer, tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (path := tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     blora = BayesianLoRA(tagger(), tokenizer=tokenizer)
     with pytest.raises(ConfigurationError, match="num_labels=4"):
         fit(blora, [*ROWS, {"tokens": ["a"], "tags": ["X"]}], **RUN)
@@ -74,8 +70,7 @@ def test_rows_train_predict_and_survive(tokenizer, tmp_path):
     prediction, labels = blora.predict_dataset(ROWS, num_samples=0, batch_size=5)
     for k, row in enumerate(ROWS):  # in the order of the data, although lengths differ
         count = len(row["tokens"])
-        alone = blora.predict([{"tokens": row["tokens"]}], 0)
-        torch.testing.assert_close(prediction.probs[k, :count], alone.probs[0])
+        torch.testing.assert_close(prediction.probs[k, :count], blora.predict([row], 0).probs[0])
         assert (prediction.entropy[k, count:] == 0).all()
         assert labels[k].tolist() == [*map(NAMES.index, row["tags"]), *[-100] * (4 - count)]
     metrics = blora.evaluate(ROWS, num_samples=0)
