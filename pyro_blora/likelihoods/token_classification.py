@@ -82,17 +82,14 @@ class TokenClassification(TokenLabels, SequenceClassification):
         if classes or (classes is None and tags):  # refuses more than there are logits, too
             found = class_names(net, classes or names or _names(tags))
             classes = classes or found
-        count = len(classes or ()) or getattr(
-            getattr(net, "config", None), "num_labels", sys.maxsize
-        )
+        config: Any = getattr(net, "config", None)
+        count = len(classes or ()) or getattr(config, "num_labels", sys.maxsize)
         for tag, k in tags.items():
             place = count
             with suppress(DataError):
                 place = label_of({"label": tag}, classes or (), names)
             if place >= count:
-                known = (
-                    f"some of {list(classes)}" if classes else "numbers of the network's outputs"
-                )
+                known = f"some of {list(classes)}" if classes else "numbers of outputs"
                 raise DataError(
                     f"The column 'tags' must hold {known}, got {tag!r} in row {k}; spell it "
                     "as in training, or name all tags in likelihood=TokenClassification(classes=)."
@@ -170,9 +167,8 @@ class TagCollator(ClassificationCollator):
         first = (owner >= 0) & (owner != pad(owner, (1, -1), value=-1))
         batch = {**encoded, "word_mask": first}
         if "tags" in rows[0]:
-            every = [
-                [label_of({"label": t}, self.classes, self.names) for t in r["tags"]] for r in rows
-            ]
+            known = self.classes, self.names
+            every = [[label_of({"label": t}, *known) for t in row["tags"]] for row in rows]
             tags = pad_sequence([*map(torch.tensor, every)], batch_first=True)
             batch["labels"] = tags.gather(1, owner.clamp_min(0)).masked_fill(~first, -100)
         return batch
