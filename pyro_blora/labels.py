@@ -21,6 +21,16 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def list_of(kind: Kind) -> Kind:
+    """Lists, not empty, of values of a kind."""
+
+    def holds(value: Any) -> bool:
+        values = value.tolist() if hasattr(value, "tolist") else value
+        return isinstance(values, list | tuple) and len(values) > 0 and all(map(kind[1], values))
+
+    return f"a list of which each is {kind[0]}", holds
+
+
 A_TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 A_CLASS: Kind = ("a text or a whole number from 0", _is_class)
 FINITE: Kind = ("a finite number", _is_finite)
@@ -34,7 +44,7 @@ def check_rows(
     Usually they are texts, and classes in a column of labels. An ``optional`` column may be
     missing, or hold None or a NaN, as a data frame does.
     """
-    kinds = {"label": A_CLASS, "labels": A_CLASS, **(kinds or {})}
+    kinds = {"label": A_CLASS, "labels": A_CLASS, "tokens": list_of(A_TEXT), **(kinds or {})}
     for k in range(len(rows)):
         row = rows[k]
         if missing := [name for name in columns if name not in row]:
@@ -52,19 +62,39 @@ def check_rows(
                 )
 
 
-def checked_labels(rows: Any, labeled: bool, kind: Kind, *columns: str) -> list[Any]:
+def checked_labels(
+    rows: Any, labeled: bool, kind: Kind, *columns: str, column: str | None = None
+) -> list[Any]:
     """The labels of rows, of this kind, or none; the rows have texts in ``columns``, too.
 
     If they are ``labeled``, each row must have a label, otherwise all or none.
     """
     first = rows[0]
-    column = "labels" if {"input_ids", "labels"} <= {*first} and "label" not in first else "label"
+    encoded = {"input_ids", "labels"} <= {*first} and "label" not in first
+    column = column or ("labels" if encoded else "label")
     has_label = labeled or column in first
     if not has_label and any(column in rows[k] for k in range(len(rows))):
-        raise DataError("All rows must have a label, or none, got none in row 0; add it.")
+        raise DataError(f"All rows must have {column!r}, or none, got none in row 0; add it.")
     named = (*columns, *([column] if has_label else ()))
     check_rows(rows, *named, optional=("text_pair",), kinds={column: kind})
     return [rows[k][column] for k in range(len(rows))] if has_label else []
+
+
+def first_tags(rows: Any, labeled: bool) -> dict[Any, int]:
+    """The tags in rows, which it checks, each with the first row that has it.
+
+    Rows have ``tokens``, and as many ``tags``; see :func:`checked_labels`.
+    """
+    first: dict[Any, int] = {}
+    every = checked_labels(rows, labeled, list_of(A_CLASS), "tokens", column="tags")
+    for k, tags in enumerate(every):
+        if len(tags) != (count := len(rows[k]["tokens"])):
+            raise DataError(
+                f"The column 'tags' must hold a tag for each of {count} tokens, got {len(tags)} in "
+                f"row {k}; correct it, or leave the row out."
+            )
+        first |= {tag: k for tag in tags if tag not in first}
+    return first
 
 
 def _unboxed(value: Any) -> Any:
@@ -91,7 +121,8 @@ def parts_of(rows: Any) -> list[Any]:
 
 def classes_of(rows: Any, column: str = "label") -> list[str]:
     """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
-    every = [getattr(features_of(part).get(column), "names", None) for part in parts_of(rows)]
+    kinds = [features_of(part).get(column) for part in parts_of(rows)]
+    every = [getattr(getattr(kind, "feature", kind), "names", None) for kind in kinds]  # or lists
     if any(names != every[0] for names in every):
         raise DataError(
             f"The parts of a data set must number their classes alike, got {every[0]} and others."

@@ -53,12 +53,12 @@ def gpt2(layers=2):
     return _settled(hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **dropouts)))
 
 
-def bert(layers=2, *, name="Bert", **options):
-    """A sequence classifier of three classes."""
+def bert(layers=2, *, name="Bert", task="SequenceClassification", **options):
+    """A sequence classifier of three classes, or one of tokens."""
     sizes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **_SIZES}
     sizes |= {"num_hidden_layers": layers, "num_labels": len(ANSWERS)}
     config = getattr(hf, f"{name}Config")(**sizes | options)
-    return _settled(getattr(hf, f"{name}ForSequenceClassification")(config))
+    return _settled(getattr(hf, f"{name}For{task}")(config))
 
 
 def labeler():
@@ -112,6 +112,13 @@ def texts(rows=4, length=7, *, seed=0):
     batch = sequences(rows, length, seed=seed)
     scored = batch["attention_mask"].bool() & (torch.arange(length) >= 2)
     return {**batch, "labels": batch["input_ids"].masked_fill(~scored, -100)}
+
+
+def tags(rows=4, length=7, *, seed=0):
+    """The same rows with one of three tags where they have a label."""
+    batch = texts(rows, length, seed=seed)
+    tags = batch["labels"] % len(ANSWERS)
+    return {**batch, "labels": tags.masked_fill(batch["labels"] < 0, -100)}
 
 
 def choices(items=3, options=3, length=8, *, seed=0):

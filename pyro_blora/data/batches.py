@@ -80,8 +80,9 @@ def _length(row: Any) -> int:
         nested = len(ids) > 0 and (isinstance(ids[0], list) or getattr(ids[0], "ndim", 0) > 0)
         return max(map(len, ids)) if nested else len(ids)
     texts = [row[key] for key in _TEXTS if isinstance(row.get(key), str)]
-    choices = row.get("choices")
-    return sum(map(len, [*texts, *(choices if isinstance(choices, list | tuple) else ())]))
+    for lists in (row.get("choices"), row.get("tokens")):
+        texts += lists if isinstance(lists, list | tuple) else ()
+    return sum(map(len, texts))
 
 
 def batches_of(

@@ -30,7 +30,7 @@ from pyro_blora.inference.preparation import post_hoc_families
 from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.network.pretrained import choose_precision, load_for
-from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head
+from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head, logit_names
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import SHOWN, Metrics
@@ -367,7 +367,10 @@ def compare(
             if shared is None:
                 pair = load_for(network, len(task.test[0].choices), seed)
             else:
-                pair = load_for(network, shared.num_outputs(whole.train), seed, shared.head)
+                rows = (*whole.train, *whole.validation, *whole.test)
+                pair = load_for(network, shared.num_outputs(rows), seed, shared.head)
+                if (names := shared.output_names(rows)) and not logit_names(pair[0]):
+                    pair[0].config.id2label = dict(enumerate(names))  # a seed may not see them all
         if shared is None:
             collate = task.collator(pair[1], net=pair[0])
         else:
@@ -551,6 +554,7 @@ def _row(result: Result, seed: int, task: Task) -> Row:
     sizes = (len(task.train), len(labels), by, used)
     costs = (result.passes, fitted.seconds, numbers)
     log_probs = scaled.log_prob(labels).reshape(len(labels), -1).sum(-1)
+    log_probs = log_probs / likelihood.num_scored(labels).double().mean()  # of a word
     scored = (scaled.mean, labels, log_probs)
     row = Row(result.row, seed, metrics, *sizes, *costs, *scored, fitted.has_learned)
     if "outside" in result.predictions:

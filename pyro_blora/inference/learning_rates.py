@@ -76,8 +76,8 @@ def parameter_groups(
     as in an AutoGuide, is a scale if it is constrained, and otherwise a mean. A head's rate is
     multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
     rates of means and directions are divided by the square of the number of scored tokens of an
-    example, or by 8 if that is less. ``batch`` shows them; without one an example has one label of
-    two classes, and the input of a head entries of about one.
+    example, or by 8 if that is less, unless a head is new. ``batch`` shows them; without one an
+    example has one label of two classes, and the input of a head entries of about one.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
     groups: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
@@ -130,7 +130,9 @@ def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
     if likelihood.is_categorical:
         classes = max(logits.shape[-1], 2)
     scored = 1.0 if labels is None else float(likelihood.num_scored(labels).double().mean())
-    return Sizes(inputs, classes, min(max(scored, 1.0) ** 2, _SLOWEST))
+    # a new head learns the tags of all words from the start, which text has learned before
+    slower = 1.0 if likelihood.new_head else min(max(scored, 1.0) ** 2, _SLOWEST)
+    return Sizes(inputs, classes, slower)
 
 
 def _role_and_rate(

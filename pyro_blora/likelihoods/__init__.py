@@ -15,6 +15,7 @@ from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
 )
+from pyro_blora.likelihoods.token_classification import TagCollator, TokenClassification
 from pyro_blora.network.targets import TEXT, kind_of_head
 
 __all__ = [
@@ -32,11 +33,14 @@ __all__ = [
     "NumberCollator",
     "Regression",
     "SequenceClassification",
+    "TagCollator",
     "TextCollator",
+    "TokenClassification",
 ]
 
 
-_OF_HEADS = {kind.head: kind for kind in (SequenceClassification, Regression, MultiLabel)}
+_KINDS = (SequenceClassification, Regression, MultiLabel, TokenClassification)
+_OF_HEADS = {kind.head: kind for kind in _KINDS}
 
 
 def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
@@ -44,6 +48,8 @@ def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
     if net is not None:
         head = kind_of_head(net)
         return CausalLM() if head == TEXT else _OF_HEADS[head]()
+    if "tokens" in row:
+        return TokenClassification()
     label = row.get("label") if isinstance(row, Mapping) else None
     several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) > 0
     return MultiLabel() if several else Regression()

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -96,7 +96,11 @@ class Likelihood(Options, PyroModule):
 
     def num_outputs(self, rows: Any) -> int:
         """The number of outputs that a new head must have for these rows."""
-        return 1
+        return len(self.output_names(rows)) or 1
+
+    def output_names(self, rows: Any) -> Sequence[str]:
+        """The names of these outputs in order, if the rows name them."""
+        return ()
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """The default collator of rows of text such as ``row``, which a subclass may define."""

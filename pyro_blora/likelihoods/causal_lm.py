@@ -4,20 +4,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from pyro_blora.errors import BatchError, ConfigurationError
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.labels import check_rows
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood, Prepared
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Prepared
 from pyro_blora.likelihoods._prompts import PromptCollator
+from pyro_blora.likelihoods._token_labels import TokenLabels
 from pyro_blora.likelihoods.reading import check_causal, compact, logits_at
 
 
-class CausalLM(Likelihood):
+class CausalLM(TokenLabels):
     r"""The next-token likelihood, :math:`\sum_t \log p(y_t \mid y_{<t})` for each sequence.
 
     Args:
@@ -35,7 +34,6 @@ class CausalLM(Likelihood):
 
     padding = DataCollatorForSeq2Seq
     predicts = False
-    is_categorical = True
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
@@ -75,45 +73,14 @@ class CausalLM(Likelihood):
             return None
         return self._scored(batch)["scored_tokens"]
 
-    def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
-        """Independent categoricals over the scored tokens; a sequence is one event."""
-        tokens = pyro.distributions.Categorical(logits=logits)
-        if labels is None:
-            return tokens.to_event(1)
-        return _IgnoringCategorical(logits=logits).mask(labels >= 0).to_event(1)
-
-    def num_scored(self, labels: Tensor) -> Tensor:
-        """The number of scored tokens of each row, ``(B,)``."""
-        return (labels != -100).sum(-1)
-
-    def check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        """Raises BatchError for invalid labels, as the base class does, but allows -100."""
-        super().check_labels(labels.clamp_min(0), logits)
-        if labels.is_cpu and bool(((labels < 0) & (labels != -100)).any()):
-            raise BatchError(
-                "labels must be token ids, or -100 for tokens that are not scored, got another "
-                "negative number."
-            )
-        if labels.is_cpu and bool((labels < 0).all(-1).any()):
-            raise BatchError(
-                "Each row must have a token to score, got one without, which would count as an "
-                "example and teach nothing; leave it out, or raise the length at which it is cut."
-            )
-
     def _scored(self, batch: Batch) -> Batch:
         """The scored tokens, padded with -100, their predecessors' positions, and rows' counts."""
         if "scored_counts" in batch:
             return batch
         real = batch["attention_mask"].bool()
-        labels = batch.get("labels")
+        labels = self.per_token(batch)
         if labels is None:
             labels = batch["input_ids"].masked_fill(~real, -100)
-        if labels.shape != real.shape:
-            raise BatchError(
-                f"labels must be one per token, of shape {tuple(real.shape)}, got "
-                f"{tuple(labels.shape)}; for one class per row use LabelTokens or "
-                "SequenceClassification."
-            )
         index = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
         # A token is predicted at its predecessor, so one without a real predecessor is not scored
         before = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], -1)
@@ -122,16 +89,6 @@ class CausalLM(Likelihood):
         mask, (positions, targets) = compact(keep, max(*counts, 1), index - 1, labels)
         tokens, positions = targets.masked_fill(~mask, -100), positions.clamp_min(0)
         return {"scored_tokens": tokens, "scored_positions": positions, "scored_counts": counts}
-
-
-class _IgnoringCategorical(pyro.distributions.Categorical):
-    """A categorical that accepts -100, whose scores are masked outside."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value.clamp_min(0))
-
-    def _validate_sample(self, value: Tensor) -> None:
-        super()._validate_sample(value.clamp_min(0))
 
 
 class TextCollator(PromptCollator):

@@ -20,7 +20,7 @@ from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
 )
-from pyro_blora.network.targets import LABELS, logit_names
+from pyro_blora.network.targets import CLASS, LABELS, logit_names
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics, auroc, item_scores
 
@@ -59,6 +59,7 @@ class MultiLabel(SequenceClassification):
     """
 
     head = LABELS
+    other_heads = (CLASS,)
     is_categorical = True
 
     def num_outputs(self, rows: Any) -> int:

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from pyro_blora.labels import (
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import RowCollator, is_from
 from pyro_blora.likelihoods.reading import check_head, head_logits
-from pyro_blora.network.targets import CLASS, logit_names
+from pyro_blora.network.targets import logit_names
 
 
 class SequenceClassification(Likelihood):
@@ -52,6 +52,7 @@ class SequenceClassification(Likelihood):
 
     new_head = True
     task_type = "SEQ_CLS"
+    other_heads: ClassVar[tuple[str, ...]] = ()  # that it takes if a user passes it
     settled = ("num_data", "classes", "_doubted")
 
     def __init__(
@@ -62,8 +63,8 @@ class SequenceClassification(Likelihood):
         self._doubted: tuple[str, ...] = ()  # names of the numbers that a transform has made
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError unless ``net`` is a classifier of rows."""
-        check_head(net, *dict.fromkeys((self.head, CLASS)))
+        """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
+        check_head(net, self.head, *self.other_heads)
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(

@@ -17,10 +17,12 @@ from pyro_blora.likelihoods import (
     MultipleChoice,
     Regression,
     SequenceClassification,
+    TokenClassification,
 )
 from pyro_blora.testing import LikelihoodContract
 
 ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
+TAGGER = partial(tiny.bert, task="TokenClassification")
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
@@ -28,6 +30,7 @@ CASES = {
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
     "Regression": (Regression, partial(tiny.bert, num_labels=1), tiny.numbers),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
+    "TokenClassification": (TokenClassification, TAGGER, tiny.tags),
 }
 WRONG_NUMBERS = {"Regression": (math.nan, math.inf)}  # where labels are not classes
 for name, (make, net, batch) in CASES.items():
