@@ -9,16 +9,27 @@ import torch
 
 from pyro_blora import BayesianLoRA, likelihoods
 from pyro_blora.errors import BatchError
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultipleChoice,
+    Ordinal,
+    Preference,
+    SequenceClassification,
+)
 from pyro_blora.testing import LikelihoodContract
 
 ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
+THREE = partial(Ordinal, num_classes=3)
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
+    "Ordinal": (THREE, tiny.scorer, tiny.sequences),
+    "Preference": (Preference, tiny.scorer, tiny.pairs),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
 }
+NETS = {make: net for make, net, _ in CASES.values()}
 for name, (make, net, batch) in CASES.items():
     members = {"net": lambda self, net=net: net(), "batch": lambda self, n, batch=batch: batch(n)}
     tiny.contract(globals(), LikelihoodContract, name, make=make(num_data=12), **members)
@@ -37,6 +48,8 @@ PADDED[2] = GONE[1, 2] = EMPTY[1] = 0
 LEFT = {k: v.flip(-1) if v.dim() == 3 else v for k, v in CHOICES.items()}
 LEFT["option_mask"] &= torch.arange(8) > 0
 FLAT = {**CHOICES, "option_mask": CHOICES["option_mask"].any(-1)}
+PAIRS = tiny.pairs()
+PAIRS["attention_mask"][1, 1] = 0
 PACKED, APART = (partial(MultipleChoice, pack=pack) for pack in (True, False))
 CALLS = ["model", "log_predictive", "predict"]  # the last of which reads no labels
 LABELS = [
@@ -48,6 +61,7 @@ LABELS = [
 INPUTS = [(make, {**ROWS, "attention_mask": PADDED}) for make in (ANSWERS, SequenceClassification)]
 for batch in ({**CHOICES, "option_mask": EMPTY}, LEFT, FLAT):
     INPUTS += [(make, batch) for make in (PACKED, APART)]
+INPUTS.append((Preference, PAIRS))
 WRONG = [(*case, CALLS[:2]) for case in LABELS] + [(*case, CALLS) for case in INPUTS]
 for make, _, batch in CASES.values():
     right = batch(4)
@@ -58,7 +72,7 @@ for make, _, batch in CASES.values():
 
 @pytest.mark.parametrize(("make", "batch", "calls"), WRONG)
 def test_a_batch_that_means_nothing(make, batch, calls):
-    net = tiny.bert() if make is SequenceClassification else tiny.llama()
+    net = NETS.get(make, tiny.llama)()
     blora = tiny.adapted(net, target_modules=None, likelihood=make(num_data=12))
     for call in calls:
         with pytest.raises(BatchError):
