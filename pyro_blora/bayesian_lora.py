@@ -20,7 +20,14 @@ from pyro_blora.data.reading import reading
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, check_kind
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import Batch, Collate, Likelihood, usual_likelihood
+from pyro_blora.likelihoods import (
+    Batch,
+    Collate,
+    Likelihood,
+    Preference,
+    PreferenceCollator,
+    usual_likelihood,
+)
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
@@ -399,6 +406,48 @@ class BayesianLoRA(PyroModule):
         if labels is None:
             raise BatchError("The examples must have labels to evaluate by, got none; add them.")
         return self.likelihood.metrics(prediction, labels)
+
+    @one_at_a_time
+    def rewards(
+        self,
+        texts: Sequence[Any],
+        num_samples: int | None = None,
+        *,
+        collate: PreferenceCollator | None = None,
+    ) -> Tensor:
+        """The rewards of texts under each draw, ``(S, n)``, by the likelihood ``Preference``.
+
+        The draws are the same for all texts and in each call, so a reward does not depend on which
+        other texts there are. Preferences say nothing of where rewards are zero, so take their
+        differences within each draw. The unit is that of log-odds, after the temperature.
+
+        Args:
+            texts: texts, or pairs of a prompt and its answer; each may be a list of chat messages.
+            num_samples: number of draws, 0 for the mean. Default: as in :meth:`predict`.
+            collate: reads the texts. Default: ``PreferenceCollator(blora.tokenizer)``.
+
+        Example::
+
+            rewards = blora.rewards([(prompt, answer) for answer in answers])
+            gains = rewards - rewards[:, :1]  # over the first answer
+            best = (gains.mean(0) - gains.std(0)).argmax()  # by a lower confidence bound
+        """
+        check_kind("texts", texts, list)
+        if not isinstance(self.likelihood, Preference) or (collate or self.tokenizer) is None:
+            raise ConfigurationError(
+                "rewards must have the likelihood Preference and a tokenizer, got "
+                f"{type(self.likelihood).__name__} and {type(self.tokenizer).__name__}."
+            )
+        collate = collate or PreferenceCollator(self.tokenizer)
+        rows, run = collate.rows_of(texts), self.posterior.in_common(num_samples)
+
+        def scored(batch: Batch) -> tuple[Tensor, None]:
+            return run(batch).squeeze(-1).cpu(), None
+
+        size = max(1, 256 // max(1, self.method.draws(num_samples)))  # to limit the memory
+        options: dict[str, Any] = {"precision": "float32", "progress": False, "batch_size": size}
+        parts, _, back = over_dataset(scored, rows, collate, self.device, **options)
+        return torch.cat(parts, 1)[:, back]
 
     @one_at_a_time
     @torch.no_grad()

@@ -66,6 +66,11 @@ def labeler():
     return bert(problem_type="multi_label_classification")
 
 
+def scorer(vocabulary=VOCABULARY, **options):
+    """A BERT with a head of one output."""
+    return bert(num_labels=1, vocab_size=vocabulary, **options)
+
+
 def distilbert(layers=2):
     """The same with a head of two modules, one of whose names ends in the other's."""
     sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 32, "n_heads": 2}
@@ -134,6 +139,13 @@ def choices(items=3, options=3, length=8, *, seed=0):
         "option_mask": real & (torch.arange(length) >= 4),
         "labels": torch.arange(items) % options,
     }
+
+
+def pairs(rows=4, length=7, *, seed=0):
+    """Two texts each, of which the first or the second was chosen."""
+    batch = sequences(2 * rows, length, seed=seed)
+    both = {key: batch[key].view(rows, 2, length) for key in ("input_ids", "attention_mask")}
+    return {**both, "labels": torch.arange(rows) % 2}
 
 
 def unlabeled(batch):

@@ -10,6 +10,8 @@ from pyro_blora.likelihoods.causal_lm import CausalLM, TextCollator
 from pyro_blora.likelihoods.label_tokens import LabelTokens, LabelTokensCollator
 from pyro_blora.likelihoods.multi_label import MultiLabel, MultiLabelCollator
 from pyro_blora.likelihoods.multiple_choice import MultipleChoice, MultipleChoiceCollator
+from pyro_blora.likelihoods.ordinal import Ordinal
+from pyro_blora.likelihoods.preference import Preference, PreferenceCollator
 from pyro_blora.likelihoods.regression import NumberCollator, Regression
 from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
@@ -31,6 +33,9 @@ __all__ = [
     "MultipleChoice",
     "MultipleChoiceCollator",
     "NumberCollator",
+    "Ordinal",
+    "Preference",
+    "PreferenceCollator",
     "Regression",
     "SequenceClassification",
     "TagCollator",
@@ -44,7 +49,9 @@ _OF_HEADS = {kind.head: kind for kind in _KINDS}
 
 
 def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
-    """The likelihood of what a network's head gives, or without a network of a row's labels."""
+    """The likelihood of a row's labels and of what a network's head gives, as far as known."""
+    if isinstance(row, Mapping) and "chosen" in row:
+        return Preference()
     if net is not None:
         head = kind_of_head(net)
         return CausalLM() if head == TEXT else _OF_HEADS[head]()

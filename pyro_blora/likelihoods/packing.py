@@ -127,14 +127,18 @@ def in_rows(
         # The packed mask replaces that of an attention window
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
+    check_noise(net, "unpacked ones (pack=False, or the network does not support packing)")
+    return unpacked(batch)
+
+
+def check_noise(net: nn.Module, rows: str) -> None:
+    """Raises ConfigurationError if rows that are compared would each have noise of their own."""
     updates = [getattr(layer_hook_of(module), "update", None) for module in net.modules()]
     if any(isinstance(getattr(update, "noise", None), MarginalNoise) for update in updates):
         raise ConfigurationError(
             "Conditional noise must have packed rows, in which the options share the noise of "
-            "their question, got unpacked ones (pack=False, or the network does not support "
-            "packing); use a prior with conditional='deterministic'."
+            f"their question, got {rows}; use a prior with conditional='deterministic'."
         )
-    return unpacked(batch)
 
 
 def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:

@@ -79,7 +79,12 @@ class Regression(Likelihood):
         self.loc, self.scale = self.loc or 0.0, self.scale or 1.0
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`NumberCollator`."""
+        """A :class:`NumberCollator`; pairs of texts are for another likelihood."""
+        if isinstance(row, Mapping) and "chosen" in row:
+            raise ConfigurationError(
+                f"{type(self).__name__} must read rows with numbers, got pairs of a chosen and a "
+                "rejected text; pass likelihood=Preference()."
+            )
         return NumberCollator(tokenizer)
 
     def read(

@@ -15,6 +15,8 @@ from pyro_blora.likelihoods import (
     LabelTokens,
     MultiLabel,
     MultipleChoice,
+    Ordinal,
+    Preference,
     Regression,
     SequenceClassification,
     TokenClassification,
@@ -23,12 +25,15 @@ from pyro_blora.testing import LikelihoodContract
 
 ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
 TAGGER = partial(tiny.bert, task="TokenClassification")
+THREE = partial(Ordinal, num_classes=3)
 CASES = {
     "CausalLM": (CausalLM, tiny.llama, tiny.texts),
     "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
     "MultiLabel": (MultiLabel, tiny.labeler, tiny.several),
     "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
     "Regression": (Regression, partial(tiny.bert, num_labels=1), tiny.numbers),
+    "Ordinal": (THREE, tiny.scorer, tiny.sequences),
+    "Preference": (Preference, tiny.scorer, tiny.pairs),
     "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
     "TokenClassification": (TokenClassification, TAGGER, tiny.tags),
 }
@@ -53,6 +58,8 @@ PADDED[2] = GONE[1, 2] = EMPTY[1] = 0
 LEFT = {k: v.flip(-1) if v.dim() == 3 else v for k, v in CHOICES.items()}
 LEFT["option_mask"] &= torch.arange(8) > 0
 FLAT = {**CHOICES, "option_mask": CHOICES["option_mask"].any(-1)}
+PAIRS = tiny.pairs()
+PAIRS["attention_mask"][1, 1] = 0
 PACKED, APART = (partial(MultipleChoice, pack=pack) for pack in (True, False))
 CALLS = ["model", "log_predictive", "predict"]  # the last of which reads no labels
 LABELS = [
@@ -66,6 +73,7 @@ LABELS = [
 INPUTS = [(make, {**ROWS, "attention_mask": PADDED}) for make in (ANSWERS, SequenceClassification)]
 for batch in ({**CHOICES, "option_mask": EMPTY}, LEFT, FLAT):
     INPUTS += [(make, batch) for make in (PACKED, APART)]
+INPUTS.append((Preference, PAIRS))
 WRONG = [(*case, CALLS[:2]) for case in LABELS] + [(*case, CALLS) for case in INPUTS]
 for make, _, batch in CASES.values():
     right = batch(4)
