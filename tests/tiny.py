@@ -163,7 +163,7 @@ def train(blora, rows=None, **options):
 def trainer(folder, blora, rows=None, **options):
     """A silent trainer on the CPU; options are split by whom they belong to."""
     names = ("compute_metrics", "data_collator", "eval_dataset", "eval_samples")
-    names += ("learning_rates", "num_particles")
+    names += ("learning_rates", "num_particles", "processing_class", "held_out")
     own = {name: options.pop(name) for name in names if name in options}
     usual = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     arguments = hf.TrainingArguments(str(folder), **{**usual, **options})
@@ -172,9 +172,9 @@ def trainer(folder, blora, rows=None, **options):
     )
 
 
-def elbo(particles=8):
-    """Of particles that share out the rows."""
-    return TraceMeanField_ELBO(particles, max_plate_nesting=1, vectorize_particles=True)
+def elbo(particles=8, kind=TraceMeanField_ELBO):
+    """An ELBO of particles that share out the rows."""
+    return kind(particles, max_plate_nesting=1, vectorize_particles=True)
 
 
 def anew(part):

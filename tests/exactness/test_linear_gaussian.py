@@ -2,6 +2,7 @@
 
 import pyro
 import pytest
+import tiny
 import torch
 from linear_gaussian import Toy, divergence
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
@@ -22,8 +23,7 @@ GUIDES = [Delta, MeanField, MatrixNormal]
 
 def estimates(toy, kind, particles, repeats):
     """ELBO estimates, each an average over particles that all see all of the data."""
-    elbo = kind(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
-    batch = repeat_batch(toy.batch, particles)
+    elbo, batch = tiny.elbo(particles, kind), repeat_batch(toy.batch, particles)
     with torch.no_grad():
         losses = [elbo.loss(toy.blora.model, toy.blora.guide, batch) for _ in range(repeats)]
     return -torch.tensor(losses)
@@ -126,8 +126,7 @@ def test_gradients_of_pyro_s_elbo_are_the_exact_ones_in_expectation(family):
     toy = Toy(family())
     parameters = list(toy.blora.guide.parameters())
     exact = torch.autograd.grad(-toy.elbo(), parameters)
-    elbo = TraceMeanField_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
-    batch = repeat_batch(toy.batch, 200)
+    elbo, batch = tiny.elbo(200), repeat_batch(toy.batch, 200)
     draws = []
     for _ in range(40):
         loss = elbo.differentiable_loss(toy.blora.model, toy.blora.guide, batch)
@@ -142,8 +141,7 @@ def test_svi_itself_reaches_the_posterior():
     """The README's loop, a particle for each of a few copies of the data."""
     toy = Toy(MatrixNormal(init_scale=1.0), ranks=(1, 3))
     decay = {"lr": 0.1, "lrd": 0.05 ** (1 / 400)}
-    elbo = TraceMeanField_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(toy.blora.model, toy.blora.guide, pyro.optim.ClippedAdam(decay), elbo)
+    svi = SVI(toy.blora.model, toy.blora.guide, pyro.optim.ClippedAdam(decay), tiny.elbo(32))
     batch, before = repeat_batch(toy.batch, 32), divergence(toy)
     for _ in range(400):
         svi.step(batch)

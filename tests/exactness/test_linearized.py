@@ -7,7 +7,7 @@ import torch
 from linear_gaussian import Toy
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import Amortized, FullRank, Laplace, MatrixNormal, MeanField
+from pyro_blora.guides import Amortized, FullRank, MatrixNormal, MeanField
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
 from pyro_blora.posterior.linearized import linearized_logits, logit_jacobian
@@ -90,17 +90,6 @@ def test_it_runs_under_inference_mode(family):
             found.append(blora.predict(batch, 3, linearized=True).samples.clone())
     assert torch.equal(*found)
     assert not found[0].requires_grad
-
-
-def test_it_serves_a_finished_laplace():
-    """The predictive of Laplace-LoRA is the linearized one."""
-    from pyro_blora import fit
-
-    blora = tiny.adapted(guide=Laplace(), num_data=10)
-    options = {"num_steps": 3, "progress": False}
-    fit(blora, tiny.examples(10), collate=tiny.collate, **options)
-    prediction = blora.predict(tiny.collate(tiny.examples(4)), 200, linearized=True)
-    assert prediction.mutual_information.mean() > 0
 
 
 def test_what_cannot_be_linearized_is_refused():

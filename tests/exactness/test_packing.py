@@ -6,7 +6,6 @@ import tiny
 import torch
 from choice_batches import BATCHES, LONG, Q, batch_of, premises
 from elbo_estimates import loud
-from pyro.infer import TraceMeanField_ELBO
 from tiny import adapted, gpt2, llama, qwen2
 from torch.nn import functional
 
@@ -119,9 +118,7 @@ def test_adapters_particles_and_gradients(name, particles, head):
         likelihood=MultipleChoice(num_data=6),
     )
     tiny.shaken(blora.guide, 0.5)
-    elbo = TraceMeanField_ELBO(
-        num_particles=particles, vectorize_particles=True, max_plate_nesting=1
-    )
+    elbo = tiny.elbo(particles)
     losses, gradients = [], []
     for packed in (True, False):
         blora.likelihood.pack = packed

@@ -60,7 +60,7 @@ def read_again(blora, folder, **given):
 
 def train(blora, batch, steps=30):
     """By SVI; where parameters are module-local, Pyro's own AutoGuides only work with torch's."""
-    elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    elbo = tiny.elbo(8, Trace_ELBO)
     if not pyro.settings.get("module_local_params"):
         svi = SVI(blora.model, blora.guide, ClippedAdam({"lr": 5e-2}), elbo)
         for _ in range(steps):
