@@ -32,7 +32,6 @@ def net(seed=0, layers=1, **options):
 
 
 def saved(folder, **parts):
-    """The mean's and the draws' probabilities of an adapter that is saved."""
     blora = tiny.adapted(net(), **parts)
     blora.guide(tiny.sequences())
     tiny.shaken(blora, 0.1)  # away from the start, where every update is zero

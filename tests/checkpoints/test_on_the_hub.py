@@ -25,7 +25,6 @@ def net(kind=tiny.llama, name="me/my-base"):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """What ``load_network`` is asked for; the base comes by its name."""
     asked = []
 
     def load(name, *, num_labels, dtype):
@@ -38,8 +37,6 @@ def loads(monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Keeps repositories in a folder."""
-
     def upload(*, repo_id, folder_path, **_):
         shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}")

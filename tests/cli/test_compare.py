@@ -11,8 +11,6 @@ from pyro_blora.options import choose_precision
 
 @pytest.fixture
 def compare(run_words):
-    """Runs ``compare`` on the task ``words``; what it says, and what results.json has."""
-
     def compare(out, methods, *options, **expected):
         said = run_words("compare", out, "--methods", methods, *options, **expected)
         return "".join(said), json.loads((out / "results.json").read_text())
@@ -81,7 +79,6 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
 
 @pytest.mark.usefixtures("own_module")
 def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
-    """Classes of a user are known by their path."""
     own = ["mine:Plain+MeanField", "temperature:Subspace+mine:Spread"]
     out, short = tmp_path / "out", ["--max-steps", 2, "--rank", 3]
     _, first = compare(out, "map", "--seeds", "0", *short)

@@ -40,7 +40,6 @@ def test_a_method_trains_and_predicts(name):
 
 
 def rates_of(blora, **given):
-    """The rate of each parameter by its name."""
     by_id = {id(p): g["lr"] for g in parameter_groups(blora, given) for p in g["params"]}
     return {n.removesuffix("_unconstrained"): by_id[id(p)] for n, p in blora.named_parameters()}
 
@@ -89,7 +88,6 @@ def test_a_method_is_saved(tmp_path):
 
 
 def test_lora_is_peft_s():
-    """The record, trained by ``fit``, ends where PEFT's adapter ends from the same start."""
     peft = pytest.importorskip("peft")
     rows = tiny.examples(10)
     likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=10)

@@ -33,8 +33,6 @@ for family, made in FAMILIES.items():
 
 
 class Waits(TorchDispatchMode):
-    """Counts where the host waits for a number of the device."""
-
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

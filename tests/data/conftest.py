@@ -25,7 +25,6 @@ def build():
 
 @pytest.fixture(scope="session")
 def wrapped(build):
-    """``<s> text </s>``, with a pad token."""
     return build(bos="<s>", eos="</s>", pad="<pad>")
 
 

@@ -160,7 +160,6 @@ def test_a_data_set_is_read_whatever_the_case_of_its_classes(small, forms):
 
 @pytest.fixture
 def lora(small, tmp_path):
-    """A LoRA that PEFT has in memory and in a folder; nothing in either names its classes."""
     net = classifier(small)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     model = peft.get_peft_model(net, config)

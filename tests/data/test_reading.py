@@ -59,7 +59,6 @@ def test_the_trainer_reads_each_data_set_by_its_own_numbers(small, forms, tmp_pa
 def test_the_loaders_of_a_trainer_have_the_names(
     classes, collator, small, forms, collators, tmp_path
 ):
-    """Also without a tokenizer and a collator, for rows of one length."""
     data = forms["encoded"]
     if collator is None:
         data = data.filter(lambda row: len(row["input_ids"]) == len(data[0]["input_ids"]))
@@ -84,7 +83,6 @@ def test_the_loaders_of_a_trainer_have_the_names(
 
 
 def test_a_transform_is_kept(small):
-    """It turns the labels on, and the rows of token ids are made by another."""
     turned = datasets.Dataset.from_list(NUMBERS)
     turned = turned.with_transform(lambda b: {**b, "label": [(k + 1) % 3 for k in b["label"]]})
     blora = adapter(small)
@@ -186,8 +184,6 @@ def test_labels_are_checked_before_the_first_step(small, forms, collators):
 
 
 def test_a_collator_of_another_class_stays_what_it_is(small, forms):
-    """Whatever its constructor takes, and with what was set on it later."""
-
     class Prefixed(ClassificationCollator):
         prefix = ""
 
@@ -243,7 +239,6 @@ def test_the_start_of_a_chat_is_written_once_whatever_stands_beside_it(build):
 
 
 def test_items_are_read_by_the_names_of_their_choices(small):
-    """Like rows with the same names, or refused like them; also from a loader."""
     task = load_task(ROWS * 3)
     blora = adapter(small, NAMES, NUMBERS)
     expected = [NAMES.index(item.choices[item.label]) for item in task.test]

@@ -105,7 +105,6 @@ def test_items_of_numbered_classes_are_distilled_without_labels(small):
 
 
 def test_encoded_rows_lose_the_columns_that_no_one_takes(small, wrapped, tmp_path):
-    """As under transformers' Trainer, by a collator of the user's or by the tokenizer alone."""
     rows = [{**row, **wrapped(row["text"]), "idx": 7} for row in NUMBERED]
     labels = [row["label"] for row in rows]
     blora = small(likelihood=SequenceClassification(num_data=12))

@@ -44,7 +44,6 @@ def row(method, seed, probs, labels):
 
 
 def test_differences_are_paired_and_twice_their_error_covers_95_percent():
-    """By Monte Carlo, where both items and three seeds matter."""
     torch.manual_seed(0)
     labels = torch.zeros(80, dtype=torch.long)
     found, errors = [], []
@@ -246,7 +245,6 @@ def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(encod
 
 @pytest.mark.parametrize("method", ["map", "laplace-lora"])
 def test_the_best_step_has_the_temperature_and_the_width_of_a_last_one(method, monkeypatch):
-    """A best step that is the last one predicts as the last one does."""
     tokenizer = build_tokenizer([r["text"] for r in ROWS], bos="<s>", pad="<pad>")
     net = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=64)
     task = load_task(ROWS)

@@ -38,7 +38,6 @@ def test_by_hand():
 
 @pytest.mark.parametrize(("kind", "num_bins"), [(torch.float32, 15), (torch.float64, 10)])
 def test_metrics_are_those_of_torchmetrics_and_the_means_over_items(kind, num_bins):
-    """Also of confidences on the edges of bins, and of a probability of 0 at the label."""
     probs = torch.softmax(3 * torch.randn(2000, 4, dtype=kind), -1)
     probs[:300] = probs.new_tensor([0.8, 0.2, 0.0, 0.0])  # at edges of 15 and of 10 bins
     probs[300:600] = probs.new_tensor([0.4, 0.4, 0.2, 0.0])
@@ -58,7 +57,6 @@ def test_metrics_are_those_of_torchmetrics_and_the_means_over_items(kind, num_bi
 
 @pytest.mark.parametrize("by_seeds", [0.0, 0.5, 1.0, 2.0, 4.0, 100.0])
 def test_two_errors_to_each_side_are_an_interval_of_95_percent(by_seeds):
-    """Of three seeds, whose errors are so many times those of the items."""
     torch.manual_seed(0)
     item, seed = torch.randn(1, 2000, 60), torch.randn(3, 2000, 1) * (3 / 60) ** 0.5
     gaps = item + by_seeds * seed + 0.3 * torch.randn(3, 2000, 60)  # around 0
@@ -152,7 +150,6 @@ def answered(u, wrong):
 
 
 def kept_of(prediction, labels, **options):
-    """Which items the threshold keeps, and the threshold."""
     threshold = m.threshold_for(prediction, labels, **options)
     return prediction.entropy <= threshold, threshold
 
@@ -168,7 +165,6 @@ RATES = {  # errors at the quantile u of the score; the ties, if any, are of so 
 @pytest.mark.filterwarnings("ignore:No threshold has")
 @pytest.mark.parametrize("rate", RATES)
 def test_the_risk_above_the_threshold_is_too_high_in_few_sets_of_labels(rate):
-    """By 1,000 sets of 600 items, whose tests begin three times."""
     rate, ties = RATES[rate]
     grid = (torch.arange(100_000) + 0.5) / 100_000
     risk = rate(grid).cumsum(0) / torch.arange(1, 100_001)
@@ -183,7 +179,6 @@ def test_the_risk_above_the_threshold_is_too_high_in_few_sets_of_labels(rate):
 
 
 def test_much_is_kept_where_much_can_be():
-    """As the risk passes 5 % at 0.71 of the items, and where all may be kept."""
     u = (torch.arange(2000) + 0.5) / 2000
     for rate, (low, high) in ((0.3 * u**2, (0.5, 0.75)), (0.03 + 0 * u, (1, 1))):
         kept, _ = kept_of(*answered(u, torch.rand(2000) < rate))
@@ -191,7 +186,6 @@ def test_much_is_kept_where_much_can_be():
 
 
 def test_the_threshold_is_the_last_before_a_p_value_is_too_high():
-    """45 are right, then every fifth is wrong, among 60 items, which are enough to begin once."""
     wrong = torch.zeros(60, dtype=torch.bool)
     wrong[45::5] = True
     prediction, labels = answered(torch.arange(1, 61) / 61, wrong)
@@ -235,7 +229,6 @@ def test_the_threshold_of_texts_is_for_the_rule_of_generate():
 
 
 def test_out_of_scope_by_counting():
-    """The threshold needs the inside alone; with ties, and by each kind of doubt."""
     torch.manual_seed(0)
     inside, outside = (
         Prediction((scale * torch.randn(3, n, 4)).round().softmax(-1))

@@ -68,7 +68,6 @@ def test_a_few_labels_move_it_little():
 
 @pytest.mark.parametrize("way", ["fit", "Laplace", "trainer"])
 def test_the_examples_held_out_teach_nothing_and_the_others_have_the_elbo_of_their_number(way):
-    """Training with a quarter held out is training on the others, and then calibrating."""
     held, every = {0, 1, 6, 8}, items()  # by the hash of their tokens
     data = [item for i, item in enumerate(every) if i not in held]
     parts = {"guide": guides.Laplace()} if way == "Laplace" else {}

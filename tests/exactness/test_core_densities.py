@@ -119,8 +119,6 @@ class TestEffectiveRank:
 
 
 class Noisy(Observed):
-    """Labels with a standard deviation of 1.5."""
-
     def distribution(self, logits, labels):
         return dist.Normal(logits, 1.5).to_event(1)
 

@@ -54,7 +54,6 @@ def rows_of(batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_nearest_to_the_draws(kind):
-    """By a grid of temperatures, over the divergence written out."""
     blora, batch = adapter(kind)
     with torch.no_grad():
         mean = next(blora.posterior.logits(batch, 0, tempered=False))[0]
@@ -150,7 +149,6 @@ def test_a_point_is_refused():
 
 @pytest.mark.parametrize("kind", ["classifier", "text"])
 def test_an_export_has_it(kind, tmp_path):
-    """PEFT alone gives the probabilities of one pass."""
     peft = pytest.importorskip("peft")
     blora, batch = adapter(kind)
     temperature = blora.distill(rows_of(batch))

@@ -48,7 +48,6 @@ def adapted(**options):
 
 
 def losses(blora, elbo, repeats):
-    """Estimates of -ELBO, of 32 draws each."""
     objective = Objective(blora, elbo, None)
     with torch.no_grad(), pyro.validation_enabled(False):
         return torch.tensor([objective(BATCH)[1]["loss"] * N for _ in range(repeats)])
@@ -141,7 +140,6 @@ def test_a_negative_kl_is_an_error():
 
 @pytest.mark.parametrize("family", [guides.Delta(), guides.Laplace(), guides.Ensemble()])
 def test_minus_the_density_of_a_point_may_be_negative(family):
-    """It is what Pyro takes for the KL of a point."""
     blora = adapted(prior=models.GaussianFactors(rank=2), guide=family)
     assert Objective(blora, None, None)(BATCH)[1]["kl"] < -1
 
@@ -182,7 +180,6 @@ def test_a_delta_with_a_density_is_no_point():
 
 @pytest.mark.parametrize("kind", [autoguide.AutoNormal, guides.MatrixNormal()])
 def test_the_weight_of_the_kl_holds_for_every_guide(kind):
-    """Gradients are linear in the weight."""
     blora = adapted(guide=kind)
     blora.guide(BATCH)
     found = []

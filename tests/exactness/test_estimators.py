@@ -17,7 +17,6 @@ COUNTS = (1, 2, 3, 6)
 @pytest.mark.parametrize("likelihood", ["LabelTokens", "MultipleChoice"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_means_agree_with_their_gradients(likelihood, kind):
-    """With a reference that shares nothing out, within 4 standard errors of the difference."""
     blora, batch = make(likelihood)
     expected, error = mean_and_error(reference(blora, batch, draws=40, repeats=12))
     for particles in COUNTS:

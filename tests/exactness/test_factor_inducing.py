@@ -61,7 +61,6 @@ def test_the_conditional_mean_is_the_published_one():
 
 @pytest.mark.parametrize("name", ["A", "B"])
 def test_the_conditional_covariance_is_the_published_one(name):
-    """Of 200,000 draws, and in closed form."""
     given = published(name)
     rows, cols = (side_of(given[f"Z_{s}"], given[f"D_{s}"]) for s in "rc")
     scale = (given["sigma"] * given["lambda_"]).square()

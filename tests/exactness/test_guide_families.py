@@ -67,7 +67,6 @@ def train(q, log_density, steps=1500, draws=64, lr=0.02):
 
 @torch.no_grad()
 def elbo(q, log_density, draws=10_000):
-    """The ELBO and its standard error."""
     density = q.distribution()
     value = density.sample((draws,))
     terms = log_density(value) - density.log_prob(value).sum(-1)
@@ -156,7 +155,6 @@ def test_a_rich_family_follows_what_a_normal_cannot(density, family):
 @pytest.mark.parametrize("family", BOUNDS, ids=repr)
 @pytest.mark.parametrize("steps", [0, 150])
 def test_no_elbo_exceeds_the_log_evidence(family, steps):
-    """10,000 draws, without tempering. The mean of p(y, V) / q(V) is the evidence itself."""
     toy = Toy(family)
     if steps:
         train(toy.q, log_joint(toy), steps, lr=0.05)
@@ -242,7 +240,6 @@ def test_an_ensemble_is_its_members_in_turn():
 
 
 def test_an_ensemble_s_objective_is_the_mean_of_its_members_map_objectives():
-    """And each member on its own goes to the mode."""
     toy = Toy(Ensemble(members=4))
     joint, q = log_joint(toy), toy.q.distribution()
     value = q.expand((8, 1)).rsample()
@@ -268,7 +265,6 @@ class Exponentials(SiteGuide):
     "prior", [dist.Normal(torch.zeros(3, 2), 1.0), dist.HalfNormal(torch.ones(3, 2))]
 )
 def test_a_center_that_no_formula_gives_is_that_of_draws(prior):
-    """The same every time, and no draw of the global generator is gone."""
     site = Site("V", prior.to_event(1), ())
     q = Exponentials().bind(site)
     with pytest.raises(NotImplementedError):

@@ -78,7 +78,6 @@ def test_the_linear_kernel_over_one_hot_embeddings_is_the_kronecker_prior():
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("kernel", ["rbf", "matern", "linear", RBFKernel() + LinearKernel()])
 def test_kernels_are_trained(kernel, local):
-    """Every hyperparameter has a gradient and moves, in both of Pyro's parameter stores."""
     with pyro.settings.context(module_local_params=local):
         prior = KernelInducing(rank=2, row_kernel=kernel, col_kernel=MaternKernel(nu=1.5))
         blora, batch = tiny.adapted(prior=prior), tiny.sequences(8)

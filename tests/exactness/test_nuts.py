@@ -7,7 +7,6 @@ from pyro_blora.guides import FullRank
 
 
 def test_the_moments_of_svi_are_those_of_nuts():
-    """On a linear network with Gaussian labels, whose posterior is known as well."""
     full = Toy(FullRank(), ranks=(1, 2)).fit()
     mcmc = MCMC(NUTS(full.blora.model), 300, warmup_steps=100, disable_progbar=True)
     mcmc.run(full.batch)

@@ -109,7 +109,6 @@ def test_a_first_token_is_not_scored(packed):
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("head", [False, True])
 def test_adapters_particles_and_gradients(name, particles, head):
-    """The loss and the gradients of SVI are the same packed and not."""
     targets = list(TARGETS.get(name, ["q_proj", "v_proj", "lm_head"]))
     batch = batch_of(BATCHES["absent options"])
     blora = adapted(

@@ -20,7 +20,6 @@ def bound(layers, prior=KroneckerInducing, **options):
 
 @pytest.mark.parametrize("scale", ["learned", "fixed"])
 def test_it_starts_at_a_fifth_of_the_weight_s_singular_values(scale):
-    """Of their root mean square."""
     layers = [nn.Linear(6, 5) for _ in range(3)]
     prior = bound(layers, scale=scale)
     values = torch.stack([torch.linalg.svdvals(layer.weight) for layer in layers])

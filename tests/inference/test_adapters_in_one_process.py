@@ -39,7 +39,6 @@ def adapted(seed, base):
 
 
 def alone(folder):
-    """Each adapter by its kind, without any other."""
     return {
         "trained": lambda: adapted(1, net()),
         "loaded": lambda: BayesianLoRA.from_pretrained(net(), folder / "saved"),
@@ -50,7 +49,6 @@ def alone(folder):
 
 
 def together(folder):
-    """The same five in one process; two of them share a network."""
     made = {kind: alone(folder)[kind]() for kind in ("trained", "loaded", "peft")}
     made["copied"] = trained_on(copy.deepcopy(made["trained"]), 3)
     made["trained"].model.detach()
@@ -83,7 +81,6 @@ def answer(blora, question, folder):
 
 
 def test_five_adapters_answer_as_they_do_alone(tmp_path):
-    """Whatever was asked of whichever of them right before."""
     maker, expected = adapted(4, net()), {}
     maker.save_pretrained(tmp_path / "saved")
     maker.export_peft(tmp_path / "lora")
@@ -172,7 +169,6 @@ INPUTS = tiny.unlabeled(BATCH)
 
 
 def adapters():
-    """Of text, and of classes by a head that is trained."""
     torch.manual_seed(0)
     text = tiny.adapted(likelihood=CausalLM(num_data=10))
     options = {"target_modules": None, "likelihood": SequenceClassification(num_data=10)}

@@ -23,7 +23,6 @@ from pyro_blora.models import KroneckerInducing
 
 @pytest.mark.parametrize("weight", [1.0, 0.8])
 def test_history(weight):
-    """The KL that is shown is whole, whatever its weight."""
     blora = tiny.adapted(num_data=10)
     kl = blora.kl().item()
     result = tiny.train(blora, kl_weight=weight)
@@ -60,7 +59,6 @@ def contrary_nll(blora):
     [(False, CONTRARY), (True, DataLoader(CONTRARY, 3, collate_fn=tiny.collate))],
 )
 def test_keep_best_goes_back_to_the_best_validation(keep, validation):
-    """The callback has the figures of each step, and its validation."""
     blora, seen = tiny.adapted(num_data=10), []
     options = {"validation": validation, "callback": seen.append, **VALIDATED}
     result = tiny.train(blora, keep_best=keep, **options)
@@ -113,7 +111,6 @@ def test_validation_leaves_training_mode():
 
 
 def test_validation_leaves_no_trace_in_training():
-    """Neither in the draws, nor in whose turn it is, nor in the caller's random numbers."""
     net, found = tiny.llama(), []
     for options in ({}, {"validate_every": 1, "validation": tiny.examples(9)}):
         torch.manual_seed(0)
@@ -127,7 +124,6 @@ def test_validation_leaves_no_trace_in_training():
 
 
 def test_a_seed_reproduces_every_bit():
-    """Whatever happened before, but for the network and the start of the adapter."""
     ends = []
     for seed in (3, 3, 4):
         torch.manual_seed(1)
@@ -171,7 +167,6 @@ def test_a_rate_of_zero_holds_its_role_still_and_no_other(role):
 
 
 def test_a_head_s_rate_is_a_step_of_a_logit_whatever_the_size_of_its_input():
-    """By the input of each of its layers, whose first is large here."""
     net, batch, inputs = tiny.roberta(), tiny.sequences(), {}
     torch.nn.init.constant_(net.roberta.encoder.layer[-1].output.LayerNorm.weight, 30)
     for layer in (net.classifier.dense, net.classifier.out_proj):
@@ -190,7 +185,6 @@ def test_a_head_s_rate_is_a_step_of_a_logit_whatever_the_size_of_its_input():
 
 @pytest.mark.parametrize(("scored", "slower"), [(1, 1.0), (2, 4.0), (7, 8.0)])
 def test_means_of_a_text_are_slower_by_its_scored_tokens(scored, slower):
-    """The usual rates; one that a call gives is taken as it is."""
     batch = tiny.texts(rows=3, length=12)
     batch["labels"] = torch.full((3, 12), -100)
     batch["labels"][:, 1 : 1 + scored] = 9
@@ -226,7 +220,6 @@ def test_schedule(monkeypatch):
 
 @pytest.mark.parametrize("epochs", [None, 2])
 def test_points_learn_for_some_epochs(epochs, monkeypatch):
-    """Of four steps, two passes over six examples."""
     blora, seen = tiny.adapted(num_data=6), []
     bits = math.log2(3)  # of a label of three classes
     monkeypatch.setattr(KroneckerInducing, "point_epochs", epochs and epochs / bits)
@@ -257,7 +250,6 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
 
 
 def epochs(count, rows, *, by_length=True, seed=0):
-    """The indices in each batch of the first epochs."""
     data = rows if by_length else ConcatDataset([rows])  # which is not asked for lengths
     stream = Batches(data, tiny.collate, batch_size=4, seed=seed)
     per_epoch = -(-len(rows) // 4)
@@ -268,7 +260,6 @@ def epochs(count, rows, *, by_length=True, seed=0):
 @pytest.mark.parametrize("count", [1, 23, 75])
 @pytest.mark.parametrize("by_length", [False, True])
 def test_every_example_is_once_in_each_epoch_of_an_order_of_its_own(count, by_length):
-    """23 is no multiple of lengths and batches."""
     drawn, again, other = (
         epochs(3, tiny.examples(count), by_length=by_length, seed=seed) for seed in (0, 0, 1)
     )

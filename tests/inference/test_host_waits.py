@@ -64,7 +64,6 @@ def test_a_step_waits_for_the_device_a_few_times(monkeypatch, after_step, likeli
     ],
 )
 def test_what_is_not_finite_is_named(name, value):
-    """The last one is finite, but its log-probability overflows."""
     blora = tiny.adapted(num_data=10)
     torch.nn.init.constant_(blora.get_parameter(f"{name}_unconstrained"), value)
     with pytest.raises(NonFiniteLossError, match=name.partition(".")[2].partition("_V")[0]):

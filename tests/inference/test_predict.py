@@ -21,7 +21,6 @@ from pyro_blora.posterior.posterior import rows_of_a_pass
 
 
 def moved(**options):
-    """An adapter whose posterior mean is not zero."""
     blora = tiny.adapted(**options)
     for name, parameter in blora.guide.named_parameters():
         if "loc" in name:
@@ -43,7 +42,6 @@ def test_no_samples_is_the_network_at_the_posterior_mean():
 @torch.no_grad()
 @pytest.mark.parametrize("num_samples", [0, 1])
 def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
-    """Neither of the guide nor, at the mean, of the conditional."""
     prior = KroneckerInducing(rank=2, conditional="deterministic" if num_samples else "exact")
     blora, batch, found = moved(prior=prior), tiny.sequences(), []
     for _ in range(2):
@@ -59,7 +57,6 @@ def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
     ("draws", "max_rows", "expected"), [(20, None, [64, 16]), (5, 1, [4] * 5), (5, 11, [8, 8, 4])]
 )
 def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
-    """And few of them on a CPU; a draw sees the whole batch."""
     batch = tiny.sequences(4, 16)
     blora, sizes = tiny.asked(tiny.adapted()), []
     assert rows_of_a_pass(blora.model, batch) == 64
@@ -127,7 +124,6 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
     ],
 )
 def test_log_predictive_is_that_of_the_mean_probability(build, likelihood, num_samples, max_rows):
-    """Of probabilities that no label is needed for."""
     batch = tiny.choices(4) if isinstance(likelihood, MultipleChoice) else tiny.sequences()
     blora = moved(net=build(), target_modules=None, likelihood=likelihood)
     torch.manual_seed(0)
@@ -145,7 +141,6 @@ ROWS = tiny.examples(22)
 
 @pytest.mark.parametrize("size", [4, 7, None])
 def test_all_examples_are_predicted_in_the_order_of_the_data(size):
-    """Of a loader, and of a list, which is sorted by length."""
     blora, rows = moved(), ROWS[::-1]
     data = DataLoader(rows, size, collate_fn=tiny.collate) if size else rows
     options = {"num_samples": 0, "progress": False, "collate": None if size else tiny.collate}

@@ -46,7 +46,6 @@ def blora(tmp_path):
 
 
 def state(blora, folder):
-    """Everything that a refused call may not change."""
     parts = {**blora.state_dict(), **{f"net {n}": t for n, t in blora.net.state_dict().items()}}
     found = {name: value.clone() for name, value in parts.items()}
     found["torch"] = torch.get_rng_state()
@@ -82,7 +81,6 @@ def with_trainer(call=lambda run, folder: None, **options):
 
 
 def compared(method, out, tokenizer=None, **options):
-    """``compare`` of one method."""
     task = load_task("facts", max_test=3)
     return lambda b, d: compare((b.net, tokenizer), task, [method], out=d / out, **options)
 
@@ -152,7 +150,6 @@ def test_an_adapter_without_parameters_to_train_is_refused():
 
 
 def raising(error, calls):
-    """A collator that raises at one of its calls."""
     count = 0
 
     def collate(rows):

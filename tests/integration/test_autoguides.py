@@ -48,7 +48,6 @@ def autoguides():
 
 
 def predicted(blora, batch=UNLABELED):
-    """The mean and three draws."""
     pyro.set_rng_seed(0)
     return torch.cat([blora.predict(batch, n).samples for n in (0, 3)])
 

@@ -99,7 +99,6 @@ def rows_run(net):
 
 
 def scores(blora, batch, max_rows, draws=5):
-    """Of the same draws, whatever the passes are."""
     torch.manual_seed(1)
     sites = {site.name: torch.randn(draws, *site.prior.shape()) for site in blora.model.sites}
     if isinstance(blora.likelihood, CausalLM):
@@ -120,7 +119,6 @@ def assert_fast_is_plain(blora, batch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_fast_is_plain(case):
-    """Logits of the read positions, packed options and frozen blocks of several draws a pass."""
     blora, batch = adapted(case)
     expected = assert_fast_is_plain(blora, batch)
     assert expected.std(0).max() > 1e-3
@@ -193,7 +191,6 @@ def test_another_implementation_of_attention_is_asked_again():
     ],
 )
 def test_blocks_that_cannot_be_skipped_are_run(change):
-    """Those behind a trained module, too."""
     assert adapted("llama", layers=[0, 3])[0].model.skippable_blocks() == []
     blora, _ = adapted("llama")
     skippable, layers = blora.likelihood.shortcuts.skippable_blocks, blora.model.layer_names
