@@ -48,12 +48,11 @@ def read(folder, **options):
     return predicted(BayesianLoRA.from_pretrained(net(), folder, **options))
 
 
-def rewrite(folder, **parts):
-    """Other values in the header's JSON."""
-    header, tensors = read_tensors(folder / checkpoints.WEIGHTS)
+def rewrite(path, change):
+    """Writes what ``change`` makes of the header's JSON."""
+    header, tensors = read_tensors(path)
     (name,) = header.keys() - {"format"}
-    text = json.dumps(json.loads(header[name]) | parts)
-    write_tensors(folder / checkpoints.WEIGHTS, tensors, {name: text})
+    write_tensors(path, tensors, {name: json.dumps(change(json.loads(header[name])))})
 
 
 def test_what_is_read_is_what_was_saved(tmp_path):
@@ -90,11 +89,19 @@ def test_round_trip_of_a_trained_head(build, tmp_path):
 
 
 PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
+NEEDED = "base base_model layers modules_to_save method prior guide likelihood"
+HEADERS = [
+    lambda header: [header],
+    lambda header: {**header, "prior": PRIOR},
+    lambda header: {**header, "prior": {**PRIOR, "name": "os.system"}},
+    lambda header: {**header, "prior": {**PRIOR, "options": {"lengths": 3}}},
+    lambda header: {**header, "method": {**header["method"], "schedule": "new"}},
+    *(lambda h, key=key: {k: v for k, v in h.items() if k != key} for key in NEEDED.split()),
+]
 SPOILED = [
     lambda path: path.write_bytes(path.read_bytes()[:-1]),
     lambda path: path.unlink(),
-    lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}),
-    lambda path: rewrite(path.parent, prior=PRIOR),
+    *(lambda path, change=change: rewrite(path, change) for change in HEADERS),
 ]
 
 
@@ -142,7 +149,8 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     saved(tmp_path / "a", prior=own_classes.Plain())
     prior = checkpoints.read_config(tmp_path / "a")["prior"]
-    rewrite(tmp_path / "a", prior=prior | {"module": "untrusted", "name": "Mine"})
+    prior |= {"module": "untrusted", "name": "Mine"}
+    rewrite(tmp_path / "a" / checkpoints.WEIGHTS, lambda header: {**header, "prior": prior})
     with pytest.raises(CheckpointError, match="untrusted"):
         read(tmp_path / "a")
     assert "untrusted" not in sys.modules

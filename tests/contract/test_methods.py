@@ -14,7 +14,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import RATES, parameter_groups
 from pyro_blora.inference.loop import rate
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.methods import METHODS, Method, get_method
+from pyro_blora.methods import METHODS, get_method
 
 
 def made(name, net=None, **options):
@@ -132,12 +132,6 @@ def test_lora_is_peft_s():
 def test_unknown_names(name, match):
     with pytest.raises(ConfigurationError, match=match):
         get_method(name)
-
-
-def test_a_method_of_ones_own_is_an_object():
-    blora = made(Method("own", prior=models.Subspace(), guide=guides.Delta()), fast=False)
-    assert isinstance(blora.guide_family, guides.Delta)
-    assert not blora.likelihood.shortcuts.on
 
 
 def test_the_rank_is_that_of_the_prior_of_the_method():

@@ -4,14 +4,14 @@ import pyro
 import pytest
 import tiny
 import torch
-from choice_batches import BATCHES, LONG, Q, batch_of, premises
+from choice_batches import BATCHES, batch_of, premises
 from elbo_estimates import loud
 from tiny import adapted, gpt2, llama, qwen2
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import MultipleChoice
-from pyro_blora.likelihoods.packing import pack, supports_packing
+from pyro_blora.likelihoods.packing import supports_packing
 
 NETS = {
     "llama": lambda: llama(attn_implementation="sdpa"),
@@ -75,27 +75,6 @@ def test_a_network_that_ignores_the_mask_does_not_pack():
     net.forward = without_mask
     with pytest.warns(UserWarning, match="options packed behind one question"):
         assert not supports_packing(net)
-
-
-def test_packing_shortens_and_keeps_every_scored_token():
-    batch = batch_of([(LONG, [(5, 6), (7,), (8, 9)], 0)])
-    rows = pack(batch)
-    assert rows.inputs["input_ids"].shape == (1, len(LONG) + 2 + 1 + 2)
-    assert rows.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 6, 6, 7]]
-    assert rows.targets[rows.mask].tolist() == [5, 6, 7, 8, 9]
-    assert rows.options[rows.mask].tolist() == [0, 0, 1, 2, 2]
-    # The first token of every option is predicted by the question's last.
-    assert rows.positions[rows.mask].tolist() == [5, 6, 5, 5, 9]
-
-
-def test_no_option_sees_another():
-    """Equal first option tokens belong to their options, though the prefix could take them in."""
-    rows = pack(batch_of([(Q, [(5, 6), (5, 7)], 0)]))
-    seen = rows.inputs["attention_mask"][0, 0]
-    assert rows.inputs["input_ids"].tolist() == [[*Q, 5, 6, 5, 7]]
-    expected = torch.ones(7, 7).tril().bool()
-    expected[5:, 3:5] = False
-    assert torch.equal(seen, expected)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -61,13 +61,6 @@ def test_a_sigma_that_is_given_is_in_units_of_weight():
     assert law.scale == 0.3
 
 
-def test_the_default_is_the_classes_with_nothing_said():
-    blora = BayesianLoRA(tiny.llama())
-    assert repr(blora.prior) == "KroneckerInducing()"
-    assert repr(blora.guide_family) == "MatrixNormal()"
-    assert blora.prior.options() == KroneckerInducing().options()
-
-
 def llama(factor):
     """What the norms give times a factor, and the values; what reads them by it."""
     net = tiny.llama()

@@ -67,7 +67,8 @@ FIT = [
     {"train": DataLoader([])}, {"train": "no.csv"}, {"train": (r for r in ROWS)}, {"patience": 3},
     {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
     {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple}, {"callback": 3},
-    {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
+    {"learning_rates": {"mean": -0.05}}, {"num_steps": None, "num_epochs": math.nan},
+    {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
     {"patience": 0, "validation": ROWS}, {"train": UNLABELED, "validation": [1], "collate": None},
 ]  # fmt: skip
 
@@ -94,6 +95,8 @@ CALLS = {
     "calibrate, labels": lambda b, d: b.calibrate(BAD, tiny.collate),
     "calibrate, late": lambda b, d: b.calibrate(ROWS + LAST, tiny.collate),
     "distill, draws": lambda b, d: b.distill(ROWS, tiny.collate, num_samples=1),
+    "distill, half a draw": lambda b, d: b.distill(ROWS, tiny.collate, num_samples=2.5),
+    "predict, draws": lambda b, d: b.predict(tiny.sequences(), True),
     "predict, batch": lambda b, d: b.predict({"input_ids": [[1]]}),
     "predict, sites": lambda b, d: b.predict(tiny.sequences(), samples={}),
     "predict, texts": lambda b, d: b.predict(["a"]),
@@ -106,6 +109,7 @@ CALLS = {
     "generate, prompt": lambda b, d: b.generate(None, num_samples=-1),
     "export, theirs": lambda b, d: b.export_peft(d / "theirs"),
     "export, draws": lambda b, d: b.export_peft(d / "lora", num_samples=-2),
+    "export, half a draw": lambda b, d: b.export_peft(d / "lora", 2.5),
     "wrapped twice": lambda b, d: BayesianLoRA(b.net, target_modules=["q_proj"]),
     "no layer": lambda b, d: BayesianLoRA(b.net, target_modules=["nothing"]),
     "from_pretrained": lambda b, d: BayesianLoRA.from_pretrained(b.net, d / "theirs"),

@@ -7,7 +7,7 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.distributions import transforms
+from autoguides import autoguides
 from pyro.infer import SVI, Trace_ELBO, autoguide
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -35,16 +35,12 @@ def listed(model):
     return guide
 
 
-def autoguides():
-    """All of Pyro's that work on the model, by name; base classes and such are no guides."""
-    no = {"Guide", "Callable", "Continuous", "DiscreteParallel", "GuideList", "Messenger"}
-    names = [n for n in autoguide.__all__ if n.startswith("Auto") and n[4:] not in no]
-    made = {name: getattr(autoguide, name) for name in names}
-    flow = partial(transforms.iterated, 1, transforms.planar)
-    made["AutoNormalizingFlow"] = partial(autoguide.AutoNormalizingFlow, init_transform_fn=flow)
-    made["mvn"] = partial(autoguide.AutoStructured, conditionals="mvn", dependencies="linear")
-    made["low rank of 3"] = partial(AutoLowRankMultivariateNormal, rank=3)
-    return {**made, "listed": listed}
+KINDS = {
+    **autoguides(),
+    "mvn": partial(autoguide.AutoStructured, conditionals="mvn", dependencies="linear"),
+    "low rank of 3": partial(AutoLowRankMultivariateNormal, rank=3),
+    "listed": listed,
+}
 
 
 def predicted(blora, batch=UNLABELED):
@@ -95,9 +91,9 @@ def test_one_trains_and_predicts_in_the_place_of_families(kind, tmp_path):
         assert torch.equal(predicted(blora), expected)
 
 
-@pytest.mark.parametrize("name", autoguides())
+@pytest.mark.parametrize("name", KINDS)
 def test_every_autoguide_that_trains_is_read_as_it_was_saved(name, tmp_path):
-    kind = autoguides()[name]
+    kind = KINDS[name]
     blora = tiny.adapted(tiny.llama(1), guide=kind)
     tiny.train(blora, num_steps=2)
     blora.save_pretrained(tmp_path / "saved")
